@@ -1,0 +1,142 @@
+"""Grids: a module's block of ranks under named axes, fastest axis first.
+
+A grid of shape (tp=2, dp=3) at offset 4 holds the ranks 4..9; rank = offset + tp + 2*dp. Everything a
+process group needs (who shares my tensor shards, who is my pipeline neighbour) is a set of ranks *along*
+some axes with the others held still:
+
+>>> grid = Grid((Axis("tp", 2), Axis("dp", 3)), offset=4)
+>>> grid.ranks_along("tp")
+((4, 5), (6, 7), (8, 9))
+>>> grid.position(7)
+{'tp': 1, 'dp': 1}
+>>> grid.rank_at(tp=1, dp=1)
+7
+
+A *view* lays other axes over the same ranks. Experts need one: inside each pipeline stage the tp, cp and
+dp ranks are renumbered as expert_tp, ep and expert_dp (Megatron-core's expert grid).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import attrs
+
+
+@attrs.frozen
+class Axis:
+    """One named axis of a grid."""
+
+    name: str
+    size: int
+
+
+@attrs.frozen
+class Grid:
+    """A block of ranks under named axes; `axes[0]` varies fastest.
+
+    `places[i]` is the rank of flat index i where a view renumbers the ranks; a plain grid has none and
+    counts up from `offset`.
+    """
+
+    axes: tuple[Axis, ...]
+    offset: int = 0
+    places: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many ranks the grid holds."""
+        return math.prod(axis.size for axis in self.axes)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks in order of flat index."""
+        return self.places or tuple(range(self.offset, self.offset + self.size))
+
+    def __contains__(self, rank: int) -> bool:
+        return self.offset <= rank < self.offset + self.size
+
+    def extent(self, axis: str) -> int:
+        """Return the size of the axis; an axis that the grid lacks has size 1."""
+        return next((a.size for a in self.axes if a.name == axis), 1)
+
+    def rank_at(self, **position: int) -> int:
+        """Return the rank at a position; axes that are not named count as 0."""
+        flat, stride = 0, 1
+        for axis in self.axes:
+            flat += position.get(axis.name, 0) * stride
+            stride *= axis.size
+        return self.places[flat] if self.places else self.offset + flat
+
+    def position(self, rank: int) -> dict[str, int]:
+        """Return the rank's position on every axis. Raises ValueError for a rank outside the grid."""
+        if rank not in self:
+            raise ValueError(f"rank {rank} is not among {self.offset}..{self.offset + self.size - 1}")
+        flat = _inverse(self.places)[rank] if self.places else rank - self.offset
+        return _unravel(self.axes, flat)
+
+    def ranks_along(self, axes: str | Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Return every group of ranks that differ only along `axes`, groups and members in grid order.
+
+        Equals Megatron-core's ``HyperCommGrid.get_rank_enum``. Raises ValueError for an unknown axis.
+        """
+        names = (axes,) if isinstance(axes, str) else tuple(axes)
+        known = {axis.name for axis in self.axes}
+        if not known.issuperset(names):
+            raise ValueError(f"axes {sorted(set(names) - known)} are not among {sorted(known)}")
+        moving = _offsets(self.axes, lambda axis: axis.name in names)
+        still = _offsets(self.axes, lambda axis: axis.name not in names)
+        ranks = self.ranks
+        return tuple(tuple(ranks[base + step] for step in moving) for base in still)
+
+    def group_of(self, rank: int, axes: str | Iterable[str]) -> tuple[int, ...]:
+        """Return the ranks that differ from `rank` only along `axes`."""
+        names = (axes,) if isinstance(axes, str) else tuple(axes)
+        here = self.position(rank)
+        moving = tuple(axis for axis in self.axes if axis.name in names)
+        return tuple(
+            self.rank_at(**(here | position)) for position in Grid(moving).positions()
+        )
+
+    def positions(self) -> Iterator[dict[str, int]]:
+        """Yield the position of every rank in order of flat index."""
+        yield from (_unravel(self.axes, flat) for flat in range(self.size))
+
+    def regrouped(self, axes: tuple[Axis, ...], *, keep: str) -> "Grid":
+        """Return a view: within each position of the axis `keep`, the other ranks under new axes.
+
+        The new axes come first, `keep` last. Raises ValueError unless the sizes agree.
+
+        >>> base = Grid((Axis("tp", 2), Axis("dp", 2), Axis("pp", 2)))
+        >>> base.regrouped((Axis("expert_tp", 1), Axis("ep", 4)), keep="pp").ranks_along("ep")
+        ((0, 1, 2, 3), (4, 5, 6, 7))
+        """
+        stages = self.extent(keep)
+        if math.prod(axis.size for axis in axes) * stages != self.size:
+            raise ValueError(f"{axes} do not cover {self.size // stages} ranks")
+        others = [axis.name for axis in self.axes if axis.name != keep]
+        stage_ranks = self.ranks_along(others) if others else tuple((r,) for r in self.ranks)
+        places = tuple(rank for ranks in stage_ranks for rank in ranks)
+        return Grid((*axes, Axis(keep, stages)), offset=self.offset, places=places)
+
+
+def _offsets(axes: tuple[Axis, ...], wanted: Callable[[Axis], bool]) -> tuple[int, ...]:
+    """Flat-index offsets of all positions along the wanted axes, first axis fastest."""
+    offsets, stride = [0], 1
+    for axis in axes:
+        if wanted(axis):
+            offsets = [base + i * stride for i in range(axis.size) for base in offsets]
+        stride *= axis.size
+    return tuple(offsets)
+
+
+def _unravel(axes: tuple[Axis, ...], flat: int) -> dict[str, int]:
+    position: dict[str, int] = {}
+    for axis in axes:
+        flat, position[axis.name] = divmod(flat, axis.size)
+    return position
+
+
+@functools.lru_cache(maxsize=256)
+def _inverse(places: tuple[int, ...]) -> dict[int, int]:
+    return {rank: flat for flat, rank in enumerate(places)}

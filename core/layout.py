@@ -1,0 +1,84 @@
+"""Layout: the first facts that follow from a spec, before anyone asks whether they are legal.
+
+Where each module's ranks begin, which layers each stage has, what the graph of modules is.
+"""
+
+import fnmatch
+import math
+from collections.abc import Mapping
+
+import attrs
+
+from mimogrid.core.graph import Graph
+from mimogrid.core.grid import Axis, Grid
+from mimogrid.core.models import BuiltIn, Own, Vit
+from mimogrid.core.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+
+
+AXES = ("tp", "cp", "dp", "pp")
+
+
+def graph_of(spec: JobSpec) -> Graph:
+    """Return the module graph. Raises ValueError for a cycle."""
+    return Graph.of({name: (module.model, module.feeds) for name, module in spec.modules.items()})
+
+
+def size_of(grid: GridSpec) -> int:
+    """Return how many ranks a module takes."""
+    return math.prod(int(getattr(grid, axis)) for axis in AXES)
+
+
+def place(spec: JobSpec) -> Mapping[str, Grid]:
+    """Return each module's grid; without an offset it begins where the module before it ends."""
+    grids: dict[str, Grid] = {}
+    end = 0
+    for name, module in spec.modules.items():
+        offset = end if module.grid.offset is None else module.grid.offset
+        axes = tuple(Axis(axis, getattr(module.grid, axis)) for axis in module.grid.order)
+        grids[name] = Grid(axes, offset)
+        end = offset + size_of(module.grid)
+    return grids
+
+
+def model_of(name: str, spec: JobSpec, source: SourceFacts) -> BuiltIn | Own:
+    """Return the model of a module with what the source decides filled in."""
+    module = spec.modules[name]
+    if isinstance(module.options, Vit) and module.options.features is None:
+        return attrs.evolve(module.options, features=source.features.get(name))
+    if isinstance(module.options, Mapping):
+        return Own(path=module.model, width=module.width, has_loss=not module.feeds)
+    return module.options
+
+
+def has_loss(module: ModuleSpec) -> bool:
+    """Whether a module has a loss of its own: some models do, and an own module that feeds nobody."""
+    if isinstance(module.options, Mapping):
+        return not module.feeds
+    return module.options.has_loss
+
+
+def layer_ranges(module: ModuleSpec, layers: int) -> tuple[range, ...]:
+    """Return the layers of each stage: as `split` says, else in equal parts."""
+    pp = module.grid.pp
+    counts = module.split or (layers // pp,) * pp
+    starts = [sum(counts[:i]) for i in range(pp)]
+    return tuple(range(start, start + n) for start, n in zip(starts, counts, strict=True))
+
+
+def trainable_names(module: ModuleSpec, names: tuple[str, ...]) -> frozenset[str]:
+    """Return which of a module's parameters train.
+
+    >>> vision = ModuleSpec(model="vit", options={}, trainable=("projector.*",))
+    >>> sorted(trainable_names(vision, ("input.bias", "projector.language.bias")))
+    ['projector.language.bias']
+    """
+    if module.trainable is not None:
+        return frozenset(n for n in names if matches_any(n, module.trainable))
+    if isinstance(module.frozen, bool):
+        return frozenset() if module.frozen else frozenset(names)
+    return frozenset(n for n in names if not matches_any(n, module.frozen))
+
+
+def matches_any(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name matches one of the shell-style patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

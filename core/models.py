@@ -1,0 +1,217 @@
+"""Models: what the plan must know about a network without building it.
+
+For each built-in model its options, and for a module of it every parameter by its layout-independent name,
+with full shape, the stage that owns it and how it shards. Initial weights, trainable patterns, checkpoints,
+gradient reductions and memory all read this one table; the shell builds networks that match it and checks
+that they do.
+
+>>> gpt = Gpt(layers=2, hidden=8, heads=2, vocab=16)
+>>> [p.name for p in gpt.parameters() if p.layer == 1][:3]
+['layers.1.attention_norm.weight', 'layers.1.attention_norm.bias', 'layers.1.attention.qkv.weight']
+"""
+
+from collections.abc import Iterator
+
+import attrs
+
+
+FIRST, LAST = "first", "last"
+
+
+@attrs.frozen
+class Parameter:
+    """One parameter of a module at full size.
+
+    Attributes:
+        name: layout-independent name inside the module, such as ``layers.3.attention.qkv.weight``.
+        shape: full shape.
+        layer: the layer that holds it, or `FIRST` / `LAST` for the ends of the module.
+        std: standard deviation of its normal initial values; 0 for a constant.
+        constant: the initial value where `std` is 0.
+        tp_dim: the dim that tensor parallelism shards; None: every tp rank holds all of it.
+        partial: its gradient on one tp rank is a partial sum under sequence parallelism.
+        copy: the other end of the module that holds a copy of it (tied embeddings).
+        expert: it belongs to an expert and follows the expert grid.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | str
+    std: float = 0.0
+    constant: float = 0.0
+    tp_dim: int | None = None
+    partial: bool = False
+    copy: str | None = None
+    expert: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Transformer:
+    """Options that all built-in models share; a stack of pre-norm transformer layers."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int = attrs.field(default=attrs.Factory(lambda self: self.heads, takes_self=True))
+    ffn: int = attrs.field(default=attrs.Factory(lambda self: 4 * self.hidden, takes_self=True))
+    dropout: float = 0.0
+    experts: int = 0
+    top_k: int = 2
+    aux_loss: float = 0.0
+
+    causal = False
+    has_loss = False
+    reads_text = False
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield every parameter of the module except the projectors of its edges."""
+        yield from self.first_parameters()
+        for layer in range(self.layers):
+            yield from self.layer_parameters(layer)
+        yield from _norm("final_norm", self.hidden, LAST)
+        yield from self.last_parameters()
+
+    def first_parameters(self) -> Iterator[Parameter]:
+        """Yield what comes before the layers."""
+        yield from ()
+
+    def last_parameters(self) -> Iterator[Parameter]:
+        """Yield what comes after the final norm."""
+        yield from ()
+
+    def layer_parameters(self, layer: int) -> Iterator[Parameter]:
+        """Yield the parameters of one transformer layer."""
+        prefix, hidden = f"layers.{layer}", self.hidden
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_width
+        shallow, deep = 0.02, 0.02 / (2 * self.layers) ** 0.5
+        yield from _norm(f"{prefix}.attention_norm", hidden, layer)
+        yield from _column(f"{prefix}.attention.qkv", (qkv, hidden), layer, shallow)
+        yield from _row(f"{prefix}.attention.out", (hidden, self.heads * self.head_width), layer, deep)
+        yield from _norm(f"{prefix}.mlp_norm", hidden, layer)
+        if not self.experts:
+            yield from _column(f"{prefix}.mlp.up", (self.ffn, hidden), layer, shallow)
+            yield from _row(f"{prefix}.mlp.down", (hidden, self.ffn), layer, deep)
+            return
+        router = (self.experts, hidden)
+        yield Parameter(f"{prefix}.mlp.router.weight", router, layer, std=shallow, partial=True)
+        for expert in range(self.experts):
+            name = f"{prefix}.mlp.experts.{expert}"
+            for parameter in (
+                *_column(f"{name}.up", (self.ffn, hidden), layer, shallow),
+                *_row(f"{name}.down", (hidden, self.ffn), layer, deep),
+            ):
+                yield attrs.evolve(parameter, expert=expert)
+
+
+@attrs.frozen(kw_only=True)
+class Vit(Transformer):
+    """`vit`: patch rows of width `features` in, rows of width `hidden` out."""
+
+    features: int | None = None
+
+    def first_parameters(self) -> Iterator[Parameter]:
+        """Yield the embedding of the patch rows."""
+        assert self.features is not None
+        yield Parameter("input.weight", (self.hidden, self.features), FIRST, std=0.02)
+        yield Parameter("input.bias", (self.hidden,), FIRST)
+
+
+@attrs.frozen(kw_only=True)
+class Block(Transformer):
+    """`block`: rows of width `hidden` in, as many out."""
+
+
+@attrs.frozen(kw_only=True)
+class Gpt(Transformer):
+    """`gpt`: tokens in, with rows at the placeholders; cross-entropy on text."""
+
+    vocab: int
+    tied_embeddings: bool = False
+
+    causal = True
+    has_loss = True
+    reads_text = True
+
+    def first_parameters(self) -> Iterator[Parameter]:
+        """Yield the token embedding."""
+        shape = (self.vocab, self.hidden)
+        copy = LAST if self.tied_embeddings else None
+        yield Parameter("embedding.weight", shape, FIRST, std=0.02, tp_dim=0, copy=copy)
+
+    def last_parameters(self) -> Iterator[Parameter]:
+        """Yield the output projection, unless the embedding serves as one."""
+        if not self.tied_embeddings:
+            shape = (self.vocab, self.hidden)
+            yield Parameter("output.weight", shape, LAST, std=0.02, tp_dim=0)
+
+
+@attrs.frozen(kw_only=True)
+class Regressor(Transformer):
+    """`regressor`: rows in; squared error against targets of width `outputs`."""
+
+    outputs: int = attrs.field(default=attrs.Factory(lambda self: self.hidden, takes_self=True))
+
+    has_loss = True
+
+    def last_parameters(self) -> Iterator[Parameter]:
+        """Yield the output projection."""
+        yield Parameter("output.weight", (self.outputs, self.hidden), LAST, std=0.02)
+        yield Parameter("output.bias", (self.outputs,), LAST)
+
+
+BuiltIn = Vit | Block | Gpt | Regressor
+BUILT_IN: dict[str, type[BuiltIn]] = {"vit": Vit, "block": Block, "gpt": Gpt, "regressor": Regressor}
+
+
+def projector(target: str, width_source: int, width_target: int) -> Iterator[Parameter]:
+    """Yield the parameters of the projector of an edge; its source's last stage owns them."""
+    name = f"projector.{target}"
+    yield Parameter(f"{name}.weight", (width_target, width_source), LAST, std=0.02)
+    yield Parameter(f"{name}.bias", (width_target,), LAST)
+
+
+def _norm(name: str, hidden: int, layer: int | str) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", (hidden,), layer, constant=1.0, partial=True)
+    yield Parameter(f"{name}.bias", (hidden,), layer, partial=True)
+
+
+def _column(name: str, shape: tuple[int, int], layer: int, std: float) -> Iterator[Parameter]:
+    """Output features sharded over tp: weight and bias along dim 0."""
+    yield Parameter(f"{name}.weight", shape, layer, std=std, tp_dim=0)
+    yield Parameter(f"{name}.bias", shape[:1], layer, tp_dim=0)
+
+
+def _row(name: str, shape: tuple[int, int], layer: int, std: float) -> Iterator[Parameter]:
+    """Input features sharded over tp; the bias is added once, after the sum over tp."""
+    yield Parameter(f"{name}.weight", shape, layer, std=std, tp_dim=1)
+    yield Parameter(f"{name}.bias", shape[:1], layer, partial=True)
+
+
+@attrs.frozen(kw_only=True)
+class Own:
+    """A module of the user's: `path` names its builder as ``package.module:function``.
+
+    The plan knows its output width and nothing of its inside, so it is one stage on tp = cp = ep = 1.
+    """
+
+    path: str
+    width: int | None
+    has_loss: bool
+
+    layers = 1
+    causal = False
+    reads_text = False
+
+    @property
+    def hidden(self) -> int | None:
+        """Width of the rows that it emits."""
+        return self.width
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield nothing: its parameters are known once it is built."""
+        yield from ()

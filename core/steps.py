@@ -1,0 +1,172 @@
+"""Steps: what the samples of one optimizer step make of a topology.
+
+A step is a tuple of descriptions laid over the modules. It answers how many rows each lane of each module
+has in each microbatch, and so every shape of the step; a `Share` is that answer as one stage sees it.
+
+Rows are counted through the whole step: sample i of the step owns the rows ``rows_start[i] ..
+rows_start[i+1]`` of a module's output, whichever rank computes them. The share of a lane is therefore one
+interval of rows, and what one lane sends another is the overlap of two intervals (`routes`).
+"""
+
+import functools
+from collections.abc import Mapping
+
+import attrs
+
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.models import Gpt, Own, Regressor
+from mimogrid.core.samples import Sample, prefix_sums
+from mimogrid.core.topology import Module, Stage, Topology
+
+
+@attrs.frozen
+class Share:
+    """One lane's part of a microbatch, as a module sees it. Everything is per sample, in order.
+
+    Attributes:
+        samples: the samples' descriptions.
+        rows: rows that the module reads; for a source module under its own name, else by feeder in file order.
+        lengths: for a language model, positions in use (rows and text); else the rows that come in.
+        placeholders: for a language model, the positions that take rows, feeder by feeder.
+    """
+
+    samples: tuple[Sample, ...]
+    rows: Mapping[str, tuple[int, ...]]
+    lengths: tuple[int, ...]
+    placeholders: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """No position at all: there is nothing to compute."""
+        return not any(self.lengths)
+
+
+@attrs.frozen
+class Step:
+    """The samples of one optimizer step over a topology."""
+
+    topology: Topology
+    samples: tuple[Sample, ...]
+
+    @functools.cached_property
+    def _rows_out(self) -> tuple[Mapping[str, int], ...]:
+        return tuple(self.topology.graph.rows_out(sample) for sample in self.samples)
+
+    @functools.cached_property
+    def rows_start(self) -> Mapping[str, tuple[int, ...]]:
+        """Per module, where the rows that it emits for each sample begin, and their end."""
+        return {
+            name: prefix_sums([rows[name] for rows in self._rows_out])
+            for name in self.topology.modules
+        }
+
+    def rows_of(self, module: str, samples: range) -> tuple[int, int]:
+        """Return the interval of a module's rows that belongs to a range of samples."""
+        starts = self.rows_start[module]
+        return starts[samples.start], starts[samples.stop]
+
+    def share(self, module: str, lane: int, microbatch: int) -> Share:
+        """Return a lane's part of a microbatch of a module."""
+        chosen = self.topology.modules[module].samples(lane, microbatch, len(self.samples))
+        node = self.topology.graph.nodes[module]
+        emitted = [self._rows_out[i] for i in chosen]
+        samples = self.samples[chosen.start : chosen.stop]
+        if node.is_source:
+            rows = {module: tuple(sample.rows.get(module, 0) for sample in samples)}
+        else:
+            rows = {feeder: tuple(rows[feeder] for rows in emitted) for feeder in node.feeders}
+        return Share(
+            samples=samples,
+            rows=rows,
+            lengths=tuple(rows[module] for rows in emitted),
+            placeholders=tuple(
+                sample.placeholders.get(module, tuple(range(sum(counts))))
+                for sample, counts in zip(samples, zip(*rows.values(), strict=True), strict=True)
+            )
+            if rows
+            else ((),) * len(samples),
+        )
+
+    def is_active(self, stage: Stage, lane: int, microbatch: int) -> bool:
+        """Whether a lane has anything to compute for a microbatch (a lane without rows has not)."""
+        module = self.topology.modules[stage.module]
+        start, stop = self.rows_of(
+            stage.module, module.samples(lane, microbatch, len(self.samples))
+        )
+        return stop > start
+
+    def hop_shape(self, stage: Stage, lane: int, microbatch: int) -> tuple[int, int, int]:
+        """Return (positions, samples, hidden) of the hidden states between two stages of a module.
+
+        A language model pads to the sequence length of the job; others to the longest sample of the share,
+        and leave out the samples without rows.
+        """
+        module = self.topology.modules[stage.module]
+        assert module.model.hidden is not None
+        share = self.share(stage.module, lane, microbatch)
+        if isinstance(module.model, Gpt):
+            return self.topology.sequence, len(share.samples), module.model.hidden
+        present = [length for length in share.lengths if length]
+        return max(present, default=0), len(present), module.model.hidden
+
+    @functools.cached_property
+    def units(self) -> Mapping[str, float]:
+        """Per module with a loss, the count N that its loss is divided by: a sum over the whole step."""
+        return {
+            module.name: sum(self._units(module, i) for i in range(len(self.samples)))
+            for module in self.topology.modules.values()
+            if module.model.has_loss
+        }
+
+    def _units(self, module: Module, index: int) -> float:
+        sample = self.samples[index]
+        given = sample.units.get(module.name)
+        if given is not None:
+            return given
+        match module.model:
+            case Gpt():
+                return sample.length
+            case Regressor(outputs=outputs):
+                return outputs * self._rows_out[index][module.name]
+            case Own():
+                return 1.0
+            case _:
+                raise AssertionError(module.model)
+
+
+def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
+    """Lay samples over a topology. Raises PlanError, naming the sample, where one does not fit."""
+    problems = [
+        problem
+        for name in topology.graph.texts
+        for sample in samples
+        for problem in _misfits(topology, name, sample)
+    ]
+    if problems:
+        raise PlanError(problems)
+    return Step(topology, samples)
+
+
+def _misfits(topology: Topology, name: str, sample: Sample) -> tuple[Problem, ...]:
+    length = topology.graph.rows_out(sample)[name]
+    rows = length - sample.length
+    where = f"sample {sample.id}"
+    if length > topology.sequence:
+        return (
+            Problem(
+                where,
+                f"has {rows} rows and {sample.length} text tokens for module '{name}', "
+                f"more than sequence = {topology.sequence} holds.",
+                f"Set sequence = {length} or more in data.options, or cut the sample.",
+            ),
+        )
+    places = sample.placeholders.get(name)
+    if places is not None and len(places) != rows:
+        return (
+            Problem(
+                where,
+                f"has {len(places)} placeholders for the {rows} rows that module '{name}' gets.",
+                "The source must describe one placeholder for every row.",
+            ),
+        )
+    return ()

@@ -1,0 +1,312 @@
+"""The topology: the spec, parsed once into what everything else may trust.
+
+`parse` finds every problem of a job and raises them together; what it returns needs no second check. A
+topology knows the modules with their grids, the edges between them, and the stages that the modules are cut
+into, each with its layers and its distance to the loss.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import attrs
+
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.graph import Graph
+from mimogrid.core.grid import Axis, Grid
+from mimogrid.core.layout import graph_of, layer_ranges, model_of, place, trainable_names
+from mimogrid.core.legality import problems_of
+from mimogrid.core.models import FIRST, LAST, BuiltIn, Own, Parameter, Vit, projector
+from mimogrid.core.samples import lane_samples
+from mimogrid.core.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+
+
+UNKNOWN = "*"
+"""Stands among the trainable names for the parameters of an own module, known once it is built."""
+
+
+@attrs.frozen(order=True)
+class Stage:
+    """One stage of a module: its position along pp, and which of the rank's chunks. Prints ``name.pp``.
+
+    >>> print(Stage("language", 1), Stage("language", 1, chunk=2))
+    language.1 language.1.2
+    """
+
+    module: str
+    pp: int
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.pp}" + (f".{self.chunk}" if self.chunk else "")
+
+
+@attrs.frozen
+class Edge:
+    """Rows flow from the last stage of `source` to the first of `target`, `width` values each."""
+
+    source: str
+    target: str
+    width: int
+    projected: bool
+
+    def __str__(self) -> str:
+        return f"{self.source} -> {self.target}"
+
+
+@attrs.frozen
+class Link:
+    """Data flows from one stage to another: inside a module (a hop) or along an edge (a seam)."""
+
+    source: Stage
+    target: Stage
+    edge: Edge | None
+
+    def __str__(self) -> str:
+        return f"{self.source} -> {self.target}"
+
+
+@attrs.frozen
+class StageInfo:
+    """A stage with its layers, its parameters and its place in the whole.
+
+    `depth` counts the stages from here to the loss along the longest path, this one included. `backward`
+    says that something here or upstream trains; `trains_upstream` that input gradients are wanted.
+    """
+
+    stage: Stage
+    layers: range
+    first: bool
+    last: bool
+    depth: int
+    parameters: tuple[Parameter, ...]
+    trainable: frozenset[str]
+    trains_upstream: bool
+
+    @property
+    def backward(self) -> bool:
+        """Whether the stage has a backward at all."""
+        return self.trains_upstream or bool(self.trainable)
+
+
+@attrs.frozen
+class Module:
+    """A module on its grid."""
+
+    name: str
+    model: BuiltIn | Own
+    grid: Grid
+    experts: Grid | None
+    sequence_parallel: bool
+    microbatches: int
+    loss_weight: float
+    inputs: tuple[Edge, ...]
+    outputs: tuple[Edge, ...]
+    stages: tuple[StageInfo, ...]
+
+    @property
+    def lanes(self) -> int:
+        """Data lanes: how many different shares of a microbatch its ranks work on."""
+        return self.grid.extent("dp")
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Every parameter, projectors included."""
+        return tuple(p for info in self.stages for p in info.parameters)
+
+    def holders(self, stage: Stage, lane: int) -> tuple[int, ...]:
+        """Return the ranks (along tp and cp) that hold one lane of a stage."""
+        return _holders(self.grid, stage.pp, lane)
+
+    def samples(self, lane: int, microbatch: int, total: int) -> range:
+        """Return which of a step's `total` samples a lane has in one of this module's microbatches."""
+        return lane_samples(
+            lane=lane,
+            lanes=self.lanes,
+            microbatch=microbatch,
+            microbatches=self.microbatches,
+            total=total,
+        )
+
+
+@attrs.frozen
+class Topology:
+    """A whole job, parsed."""
+
+    spec: JobSpec
+    source: SourceFacts
+    graph: Graph
+    modules: Mapping[str, Module]
+    world_size: int
+
+    @property
+    def sequence(self) -> int:
+        """Positions of a language sequence, padding included; 0 in a job without text."""
+        return self.source.sequence or 0
+
+    @functools.cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, in file order of its source."""
+        return tuple(edge for module in self.modules.values() for edge in module.outputs)
+
+    @functools.cached_property
+    def stages(self) -> Mapping[Stage, StageInfo]:
+        """Every stage, module by module in file order."""
+        return {info.stage: info for module in self.modules.values() for info in module.stages}
+
+    @functools.cached_property
+    def links(self) -> tuple[Link, ...]:
+        """Every pair of stages between which data flows: hops of each module, then seams."""
+        hops = (
+            Link(a.stage, b.stage, None)
+            for module in self.modules.values()
+            for a, b in zip(module.stages, module.stages[1:], strict=False)
+        )
+        seams = (
+            Link(self.modules[e.source].stages[-1].stage, self.modules[e.target].stages[0].stage, e)
+            for e in self.edges
+        )
+        return (*hops, *seams)
+
+    @functools.cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that host a module; others idle."""
+        return tuple(sorted({r for m in self.modules.values() for r in m.grid.ranks}))
+
+    def stages_of(self, rank: int) -> tuple[StageInfo, ...]:
+        """Return the stages that a rank hosts, in file order."""
+        return tuple(
+            info
+            for module in self.modules.values()
+            if rank in module.grid
+            for info in module.stages
+            if info.stage.pp == module.grid.position(rank).get("pp", 0)
+        )
+
+
+def parse(spec: JobSpec, source: SourceFacts) -> Topology:
+    """Turn a spec into a topology. Raises PlanError with every problem that the job has."""
+    problems = problems_of(spec, source)
+    if problems:
+        raise PlanError(problems)
+    graph = graph_of(spec)
+    grids = place(spec)
+    models = {name: model_of(name, spec, source) for name in spec.modules}
+    depths = _module_depths(graph, spec)
+    modules: dict[str, Module] = {}
+    for name in graph.order:
+        upstream = any(modules[f].stages[-1].backward for f in graph.nodes[name].feeders)
+        modules[name] = _module(name, spec, graph, grids, models, depths, upstream)
+    return Topology(
+        spec=spec,
+        source=source,
+        graph=graph,
+        modules={name: modules[name] for name in spec.modules},
+        world_size=spec.world_size or max(grid.offset + grid.size for grid in grids.values()),
+    )
+
+
+def _module(
+    name: str,
+    spec: JobSpec,
+    graph: Graph,
+    grids: Mapping[str, Grid],
+    models: Mapping[str, BuiltIn | Own],
+    depths: Mapping[str, int],
+    trains_upstream: bool,
+) -> Module:
+    written = spec.modules[name]
+    edges = [_edge(s, t, models) for s in graph.nodes for t in graph.nodes[s].feeds]
+    outputs = tuple(edge for edge in edges if edge.source == name)
+    return Module(
+        name=name,
+        model=models[name],
+        grid=grids[name],
+        experts=_expert_view(written.grid, grids[name]) if _has_experts(models[name]) else None,
+        sequence_parallel=written.grid.sequence_parallel,
+        microbatches=written.microbatches or spec.batch.microbatches,
+        loss_weight=written.loss_weight,
+        inputs=tuple(edge for edge in edges if edge.target == name),
+        outputs=outputs,
+        stages=_stages(name, written, models[name], outputs, depths[name], trains_upstream),
+    )
+
+
+def _has_experts(model: BuiltIn | Own) -> bool:
+    return not isinstance(model, Own) and model.experts > 0
+
+
+def _expert_view(written: GridSpec, grid: Grid) -> Grid:
+    """The experts' axes over the same ranks: expert_tp fastest, then ep, then what is left."""
+    rest = written.tp * written.cp * written.dp // (written.expert_tp * written.ep)
+    sizes = {"expert_tp": written.expert_tp, "ep": written.ep, "expert_dp": rest}
+    return grid.regrouped(tuple(Axis(name, size) for name, size in sizes.items()), keep="pp")
+
+
+def _edge(source: str, target: str, models: Mapping[str, BuiltIn | Own]) -> Edge:
+    """An own module takes rows as wide as they come, and emits them as wide as it says."""
+    wide = models[source].hidden
+    width = wide if isinstance(models[target], Own) else models[target].hidden
+    assert width is not None
+    differ = wide is not None and wide != width
+    return Edge(source, target, width, projected=isinstance(models[source], Vit) or differ)
+
+
+def _module_depths(graph: Graph, spec: JobSpec) -> Mapping[str, int]:
+    """Stages from the first stage of a module to the end, along the longest path."""
+    depths: dict[str, int] = {}
+    for name in reversed(graph.order):
+        below = max((depths[target] for target in graph.nodes[name].feeds), default=0)
+        depths[name] = spec.modules[name].grid.pp + below
+    return depths
+
+
+def _stages(
+    name: str,
+    written: ModuleSpec,
+    model: BuiltIn | Own,
+    outputs: tuple[Edge, ...],
+    depth: int,
+    trains_upstream: bool,
+) -> tuple[StageInfo, ...]:
+    projectors = [
+        parameter
+        for edge in outputs
+        if edge.projected and model.hidden
+        for parameter in projector(edge.target, model.hidden, edge.width)
+    ]
+    parameters = (*model.parameters(), *projectors)
+    trains = trainable_names(written, tuple(p.name for p in parameters))
+    infos: list[StageInfo] = []
+    ranges = layer_ranges(written, model.layers)
+    for pp, layers in enumerate(ranges):
+        first, last = pp == 0, pp == len(ranges) - 1
+        held = tuple(
+            p
+            for p in parameters
+            if p.layer in layers or (first and p.layer == FIRST) or (last and LAST in (p.layer, p.copy))
+        )
+        trainable = frozenset(p.name for p in held if p.name in trains)
+        if isinstance(model, Own) and written.frozen is not True:
+            trainable |= {UNKNOWN}
+        info = StageInfo(
+            stage=Stage(name, pp),
+            layers=layers,
+            first=first,
+            last=last,
+            depth=depth - pp,
+            parameters=held,
+            trainable=trainable,
+            trains_upstream=trains_upstream,
+        )
+        infos.append(info)
+        trains_upstream = info.backward
+    return tuple(infos)
+
+
+@functools.lru_cache(maxsize=4096)
+def _holders(grid: Grid, pp: int, lane: int) -> tuple[int, ...]:
+    return tuple(
+        grid.rank_at(tp=tp, cp=cp, dp=lane, pp=pp)
+        for cp in range(grid.extent("cp"))
+        for tp in range(grid.extent("tp"))
+    )

@@ -1,0 +1,1 @@
+"""mimogrid: every module of a multimodal model on its own grid of ranks, trained as one pipeline."""

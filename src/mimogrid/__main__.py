@@ -1,0 +1,7 @@
+"""``python -m mimogrid``: the command line."""
+
+from mimogrid.shell.cli import main
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
