@@ -18,7 +18,7 @@ dp ranks are renumbered as expert_tp, ep and expert_dp (Megatron-core's expert g
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import attrs
 
@@ -31,7 +31,7 @@ class Axis:
     size: int
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Grid:
     """A block of ranks under named axes; `axes[0]` varies fastest.
 
@@ -91,16 +91,7 @@ class Grid:
 
     def group_of(self, rank: int, axes: str | Iterable[str]) -> tuple[int, ...]:
         """Return the ranks that differ from `rank` only along `axes`."""
-        names = (axes,) if isinstance(axes, str) else tuple(axes)
-        here = self.position(rank)
-        moving = tuple(axis for axis in self.axes if axis.name in names)
-        return tuple(
-            self.rank_at(**(here | position)) for position in Grid(moving).positions()
-        )
-
-    def positions(self) -> Iterator[dict[str, int]]:
-        """Yield the position of every rank in order of flat index."""
-        yield from (_unravel(self.axes, flat) for flat in range(self.size))
+        return _groups(self, (axes,) if isinstance(axes, str) else tuple(axes))[rank]
 
     def regrouped(self, axes: tuple[Axis, ...], *, keep: str) -> "Grid":
         """Return a view: within each position of the axis `keep`, the other ranks under new axes.
@@ -135,6 +126,11 @@ def _unravel(axes: tuple[Axis, ...], flat: int) -> dict[str, int]:
     for axis in axes:
         flat, position[axis.name] = divmod(flat, axis.size)
     return position
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(grid: Grid, axes: tuple[str, ...]) -> dict[int, tuple[int, ...]]:
+    return {rank: group for group in grid.ranks_along(axes) for rank in group}
 
 
 @functools.lru_cache(maxsize=256)

@@ -50,6 +50,17 @@ def model_of(name: str, spec: JobSpec, source: SourceFacts) -> BuiltIn | Own:
     return module.options
 
 
+def edge_shape(source: BuiltIn | Own, target: BuiltIn | Own) -> tuple[int, bool]:
+    """Return how wide the rows of an edge are, and whether the source projects them to that width.
+
+    An own module takes rows as wide as they come, and emits them as wide as it says; where it does not say,
+    as wide as they are wanted.
+    """
+    width = source.hidden if isinstance(target, Own) else target.hidden
+    differ = source.hidden is not None and source.hidden != width
+    return width or 0, isinstance(source, Vit) or differ
+
+
 def has_loss(module: ModuleSpec) -> bool:
     """Whether a module has a loss of its own: some models do, and an own module that feeds nobody."""
     if isinstance(module.options, Mapping):

@@ -16,6 +16,7 @@ import attrs
 
 
 FIRST, LAST = "first", "last"
+PROJECTOR = "projector.{}"
 
 
 @attrs.frozen
@@ -58,6 +59,7 @@ class Transformer:
     experts: int = 0
     top_k: int = 2
     aux_loss: float = 0.0
+    init_std: float = 0.02
 
     causal = False
     has_loss = False
@@ -88,7 +90,7 @@ class Transformer:
         """Yield the parameters of one transformer layer."""
         prefix, hidden = f"layers.{layer}", self.hidden
         qkv = (self.heads + 2 * self.kv_heads) * self.head_width
-        shallow, deep = 0.02, 0.02 / (2 * self.layers) ** 0.5
+        shallow, deep = self.init_std, self.init_std / (2 * self.layers) ** 0.5
         yield from _norm(f"{prefix}.attention_norm", hidden, layer)
         yield from _column(f"{prefix}.attention.qkv", (qkv, hidden), layer, shallow)
         yield from _row(f"{prefix}.attention.out", (hidden, self.heads * self.head_width), layer, deep)
@@ -117,7 +119,7 @@ class Vit(Transformer):
     def first_parameters(self) -> Iterator[Parameter]:
         """Yield the embedding of the patch rows."""
         assert self.features is not None
-        yield Parameter("input.weight", (self.hidden, self.features), FIRST, std=0.02)
+        yield Parameter("input.weight", (self.hidden, self.features), FIRST, std=self.init_std)
         yield Parameter("input.bias", (self.hidden,), FIRST)
 
 
@@ -141,13 +143,13 @@ class Gpt(Transformer):
         """Yield the token embedding."""
         shape = (self.vocab, self.hidden)
         copy = LAST if self.tied_embeddings else None
-        yield Parameter("embedding.weight", shape, FIRST, std=0.02, tp_dim=0, copy=copy)
+        yield Parameter("embedding.weight", shape, FIRST, std=self.init_std, tp_dim=0, copy=copy)
 
     def last_parameters(self) -> Iterator[Parameter]:
         """Yield the output projection, unless the embedding serves as one."""
         if not self.tied_embeddings:
             shape = (self.vocab, self.hidden)
-            yield Parameter("output.weight", shape, LAST, std=0.02, tp_dim=0)
+            yield Parameter("output.weight", shape, LAST, std=self.init_std, tp_dim=0)
 
 
 @attrs.frozen(kw_only=True)
@@ -160,7 +162,7 @@ class Regressor(Transformer):
 
     def last_parameters(self) -> Iterator[Parameter]:
         """Yield the output projection."""
-        yield Parameter("output.weight", (self.outputs, self.hidden), LAST, std=0.02)
+        yield Parameter("output.weight", (self.outputs, self.hidden), LAST, std=self.init_std)
         yield Parameter("output.bias", (self.outputs,), LAST)
 
 
@@ -168,10 +170,10 @@ BuiltIn = Vit | Block | Gpt | Regressor
 BUILT_IN: dict[str, type[BuiltIn]] = {"vit": Vit, "block": Block, "gpt": Gpt, "regressor": Regressor}
 
 
-def projector(target: str, width_source: int, width_target: int) -> Iterator[Parameter]:
+def projector(target: str, width_source: int, width_target: int, *, std: float = 0.02) -> Iterator[Parameter]:
     """Yield the parameters of the projector of an edge; its source's last stage owns them."""
-    name = f"projector.{target}"
-    yield Parameter(f"{name}.weight", (width_target, width_source), LAST, std=0.02)
+    name = PROJECTOR.format(target)
+    yield Parameter(f"{name}.weight", (width_target, width_source), LAST, std=std)
     yield Parameter(f"{name}.bias", (width_target,), LAST)
 
 
@@ -204,6 +206,7 @@ class Own:
     has_loss: bool
 
     layers = 1
+    init_std = 0.02
     causal = False
     reads_text = False
 

@@ -41,7 +41,7 @@ class Share:
         return not any(self.lengths)
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Step:
     """The samples of one optimizer step over a topology."""
 
@@ -55,10 +55,7 @@ class Step:
     @functools.cached_property
     def rows_start(self) -> Mapping[str, tuple[int, ...]]:
         """Per module, where the rows that it emits for each sample begin, and their end."""
-        return {
-            name: prefix_sums([rows[name] for rows in self._rows_out])
-            for name in self.topology.modules
-        }
+        return {name: prefix_sums([rows[name] for rows in self._rows_out]) for name in self.topology.modules}
 
     def rows_of(self, module: str, samples: range) -> tuple[int, int]:
         """Return the interval of a module's rows that belongs to a range of samples."""
@@ -90,9 +87,7 @@ class Step:
     def is_active(self, stage: Stage, lane: int, microbatch: int) -> bool:
         """Whether a lane has anything to compute for a microbatch (a lane without rows has not)."""
         module = self.topology.modules[stage.module]
-        start, stop = self.rows_of(
-            stage.module, module.samples(lane, microbatch, len(self.samples))
-        )
+        start, stop = self.rows_of(stage.module, module.samples(lane, microbatch, len(self.samples)))
         return stop > start
 
     def hop_shape(self, stage: Stage, lane: int, microbatch: int) -> tuple[int, int, int]:

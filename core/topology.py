@@ -13,9 +13,17 @@ import attrs
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.graph import Graph
 from mimogrid.core.grid import Axis, Grid
-from mimogrid.core.layout import graph_of, layer_ranges, model_of, place, trainable_names
+from mimogrid.core.layout import edge_shape, graph_of, layer_ranges, model_of, place, trainable_names
 from mimogrid.core.legality import problems_of
-from mimogrid.core.models import FIRST, LAST, BuiltIn, Own, Parameter, Vit, projector
+from mimogrid.core.models import (
+    FIRST,
+    LAST,
+    PROJECTOR,
+    BuiltIn,
+    Own,
+    Parameter,
+    projector,
+)
 from mimogrid.core.samples import lane_samples
 from mimogrid.core.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
 
@@ -24,7 +32,7 @@ UNKNOWN = "*"
 """Stands among the trainable names for the parameters of an own module, known once it is built."""
 
 
-@attrs.frozen(order=True)
+@attrs.frozen(order=True, cache_hash=True)
 class Stage:
     """One stage of a module: its position along pp, and which of the rank's chunks. Prints ``name.pp``.
 
@@ -40,7 +48,7 @@ class Stage:
         return f"{self.module}.{self.pp}" + (f".{self.chunk}" if self.chunk else "")
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Edge:
     """Rows flow from the last stage of `source` to the first of `target`, `width` values each."""
 
@@ -53,7 +61,7 @@ class Edge:
         return f"{self.source} -> {self.target}"
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Link:
     """Data flows from one stage to another: inside a module (a hop) or along an edge (a seam)."""
 
@@ -69,8 +77,8 @@ class Link:
 class StageInfo:
     """A stage with its layers, its parameters and its place in the whole.
 
-    `depth` counts the stages from here to the loss along the longest path, this one included. `backward`
-    says that something here or upstream trains; `trains_upstream` that input gradients are wanted.
+    `depth` counts the stages from here to the loss along the longest path, this one included;
+    `trains_upstream` says that something before it trains, so that gradients of its inputs are wanted.
     """
 
     stage: Stage
@@ -84,8 +92,16 @@ class StageInfo:
 
     @property
     def backward(self) -> bool:
-        """Whether the stage has a backward at all."""
+        """Whether the stage has a backward at all: something here or upstream trains."""
         return self.trains_upstream or bool(self.trainable)
+
+    def trains_up_to(self, link: Link) -> bool:
+        """Whether anything that a link's data comes through trains; other edges' projectors do not count."""
+        mine = PROJECTOR.format(link.target.module)
+        return self.trains_upstream or any(
+            link.edge is None or name.startswith(mine) or not name.startswith(PROJECTOR.format(""))
+            for name in self.trainable
+        )
 
 
 @attrs.frozen
@@ -128,9 +144,9 @@ class Module:
         )
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Topology:
-    """A whole job, parsed."""
+    """A whole job, parsed. There is one per job, and it equals only itself."""
 
     spec: JobSpec
     source: SourceFacts
@@ -172,6 +188,27 @@ class Topology:
         """The ranks that host a module; others idle."""
         return tuple(sorted({r for m in self.modules.values() for r in m.grid.ranks}))
 
+    def links_from(self, stage: Stage) -> tuple[Link, ...]:
+        """Return the links on which a stage sends activations."""
+        return self._links_by_source.get(stage, ())
+
+    def links_into(self, stage: Stage) -> tuple[Link, ...]:
+        """Return the links on which a stage receives activations."""
+        return self._links_by_target.get(stage, ())
+
+    @functools.cached_property
+    def link_between(self) -> Mapping[tuple[Stage, Stage], Link]:
+        """Every link by its (source, target)."""
+        return {(link.source, link.target): link for link in self.links}
+
+    @functools.cached_property
+    def _links_by_source(self) -> Mapping[Stage, tuple[Link, ...]]:
+        return {s: tuple(link for link in self.links if link.source == s) for s in self.stages}
+
+    @functools.cached_property
+    def _links_by_target(self) -> Mapping[Stage, tuple[Link, ...]]:
+        return {s: tuple(link for link in self.links if link.target == s) for s in self.stages}
+
     def stages_of(self, rank: int) -> tuple[StageInfo, ...]:
         """Return the stages that a rank hosts, in file order."""
         return tuple(
@@ -194,7 +231,13 @@ def parse(spec: JobSpec, source: SourceFacts) -> Topology:
     depths = _module_depths(graph, spec)
     modules: dict[str, Module] = {}
     for name in graph.order:
-        upstream = any(modules[f].stages[-1].backward for f in graph.nodes[name].feeders)
+        upstream = any(
+            info.trains_up_to(Link(info.stage, Stage(name, 0), edge))
+            for feeder in graph.nodes[name].feeders
+            for info in modules[feeder].stages[-1:]
+            for edge in modules[feeder].outputs
+            if edge.target == name
+        )
         modules[name] = _module(name, spec, graph, grids, models, depths, upstream)
     return Topology(
         spec=spec,
@@ -243,12 +286,8 @@ def _expert_view(written: GridSpec, grid: Grid) -> Grid:
 
 
 def _edge(source: str, target: str, models: Mapping[str, BuiltIn | Own]) -> Edge:
-    """An own module takes rows as wide as they come, and emits them as wide as it says."""
-    wide = models[source].hidden
-    width = wide if isinstance(models[target], Own) else models[target].hidden
-    assert width is not None
-    differ = wide is not None and wide != width
-    return Edge(source, target, width, projected=isinstance(models[source], Vit) or differ)
+    width, projected = edge_shape(models[source], models[target])
+    return Edge(source, target, width, projected=projected)
 
 
 def _module_depths(graph: Graph, spec: JobSpec) -> Mapping[str, int]:
@@ -272,7 +311,7 @@ def _stages(
         parameter
         for edge in outputs
         if edge.projected and model.hidden
-        for parameter in projector(edge.target, model.hidden, edge.width)
+        for parameter in projector(edge.target, model.hidden, edge.width, std=model.init_std)
     ]
     parameters = (*model.parameters(), *projectors)
     trains = trainable_names(written, tuple(p.name for p in parameters))

@@ -1,0 +1,69 @@
+# Every check in a word; `make` alone lists the words.
+#
+#   make test PYTHON=python3.12 VENV=.nox/py312      another Python, in a folder of its own
+
+VENV = .venv
+BIN = $(VENV)/bin
+PIP = "$(BIN)/python" -m pip --disable-pip-version-check --no-input
+NOX = PATH="$$(cd "$(BIN)" && pwd):$$PATH" "$(BIN)/nox" --non-interactive
+
+export PYTHON
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL = help
+.PHONY: help venv same-python train test lint types clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
+
+venv: $(VENV)/.installed ## Install everything into .venv; a second time installs nothing.
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet --requirement requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) check
+	@touch "$@"
+
+# The python3 of the PATH comes first if it is recent enough: it is the one whose wheels are likely at hand.
+# ensurepip is asked for because some systems ship a Python that cannot make a virtual environment.
+$(VENV)/bin/python: | same-python
+	@if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; \
+	else set -- python3 python3.13 python3.12 python3.11; fi; \
+	for python do \
+	  if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Installing requirements.lock into $(VENV) with $$("$$python" --version): a minute or more."; \
+	    exec "$$python" -m venv "$(VENV)"; \
+	  fi; \
+	done; \
+	echo "make: no Python >= 3.11 with venv among: $$*." \
+	  "Install one (on Debian also its -venv package), or name it: make venv PYTHON=/path/to/python3" >&2; \
+	exit 1
+
+# An environment keeps the Python that it was made with; to ask for another one is an error, not a mixture.
+same-python:
+	@if [ -n "$$PYTHON" ] && [ -x "$(BIN)/python" ]; then \
+	  version='import sys; print("%d.%d" % sys.version_info[:2])'; \
+	  wanted=$$("$$PYTHON" -c "$$version") && found=$$("$(BIN)/python" -c "$$version") || exit 1; \
+	  if [ "$$wanted" != "$$found" ]; then \
+	    echo "make: $(VENV) holds Python $$found, but PYTHON=$$PYTHON is $$wanted." \
+	      "Name another folder (VENV=.nox/py$$wanted), or 'make clean' first." >&2; \
+	    exit 1; \
+	  fi; \
+	fi
+
+train: venv ## Train the example: real images, on CPU.
+	"$(BIN)/mimogrid" train examples/digits/job.toml
+
+test: venv ## Run every test that needs no GPU, and the examples in docstrings.
+	"$(BIN)/pytest" -m "not gpu"
+
+lint: venv ## Check format, style, spelling and layers.
+	$(NOX) --session lint
+
+types: venv ## Check types: mypy on the package, pyright on the core.
+	$(NOX) --session types
+
+clean: ## Remove what the targets made; runs/ stays.
+	rm -rf "$(VENV)" .nox .hypothesis .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache \
+	  .import_linter_cache dist
+	find core shell adapters src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Adapters: mimogrid inside other frameworks, one file per host."""

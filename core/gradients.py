@@ -1,0 +1,39 @@
+"""The gradient plan: which sums make every gradient that of the same model on one process.
+
+The loss of a module is a sum over its units divided by their global count N (`steps.Step.units`), so each
+lane's gradient is a term of one sum, and nothing is ever averaged:
+
+- a parameter's gradient is summed over the lanes (cp and dp) of its own module's grid;
+- a weight that both ends of a module hold is summed over the two;
+- where sequence parallelism leaves a tp rank only its part of the sequence, `partial` gradients are summed
+  over tp.
+
+The global norm counts every value once, and a checkpoint writes it once: of several ranks that hold the same
+values, the first one does.
+"""
+
+from collections.abc import Mapping
+
+from mimogrid.core.models import Parameter
+from mimogrid.core.topology import StageInfo, Topology
+
+
+def loss_scale(topology: Topology, module: str, units: float) -> float:
+    """Return what a module's loss sum is multiplied by: its weight over N, and 0 where N is 0."""
+    return topology.modules[module].loss_weight / units if units else 0.0
+
+
+def counts_in_norm(position: Mapping[str, int], info: StageInfo, parameter: Parameter | None) -> bool:
+    """Whether the values that a rank holds of a parameter enter the global norm from there.
+
+    `position` is the rank's on the module's grid; `parameter` is None for one of an own module.
+    """
+    sharded = parameter is not None and parameter.tp_dim is not None
+    second_copy = parameter is not None and parameter.copy is not None and not info.first
+    first_lane = position["dp"] == position["cp"] == 0
+    return first_lane and not second_copy and (sharded or position["tp"] == 0)
+
+
+def is_written_by(position: Mapping[str, int], info: StageInfo, parameter: Parameter | None) -> bool:
+    """Whether a rank is the one that hands over a parameter once its shards are put together."""
+    return position["tp"] == 0 and counts_in_norm(position, info, parameter)

@@ -1,0 +1,78 @@
+"""Groups: every process group that will exist, in one order that all ranks share.
+
+A group is known by its ranks: two uses with equal ranks share one. Groups are made in *slots*, one after the
+other; the groups of a slot are disjoint, so each rank makes exactly one in each slot (alone where it is in
+none) and nothing that it is not in. Two ranks can so never meet in different orders, and the number of calls
+does not grow with the world.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from mimogrid.core.topology import Link, Module, Topology
+
+
+COLLECTIVE_AXES = (("tp",), ("cp",), ("tp", "cp"), ("cp", "dp"))
+"""The axes of each module along which its ranks compute, gather rows, and reduce gradients."""
+
+Ranks = tuple[int, ...]
+Slot = tuple[Ranks, ...]
+
+
+def groups_of(topology: Topology) -> tuple[Slot, ...]:
+    """Return the slots of the groups for collectives; the first is empty: there each rank is alone."""
+    return ((), *in_slots(ranks for ranks in _uses(topology) if len(ranks) > 1))
+
+
+def channels_of(topology: Topology) -> tuple[Ranks, ...]:
+    """Return every (sender, receiver) pair of ranks that a step may use, itself included where it colocates.
+
+    At a seam any two ranks of lanes that share samples may meet, whatever the rows of a step turn out to be.
+    """
+    pairs = dict.fromkeys(pair for link in topology.links for pair in _ends(topology, link))
+    return (*pairs, *((b, a) for a, b in pairs if (b, a) not in pairs))
+
+
+def in_slots(groups: Iterable[Ranks]) -> tuple[Slot, ...]:
+    """Deal groups into as few slots as come to hand: each goes to the first where its ranks are free.
+
+    >>> in_slots([(0, 1), (2, 3), (1, 2), (0, 3), (0, 1)])
+    (((0, 1), (2, 3)), ((1, 2), (0, 3)))
+    """
+    slots: list[tuple[set[int], list[Ranks]]] = []
+    for ranks in dict.fromkeys(groups):
+        fits = (slot for slot in slots if slot[0].isdisjoint(ranks))
+        taken, members = next(fits, (set(), []))
+        if not members:
+            slots.append((taken, members))
+        taken.update(ranks)
+        members.append(ranks)
+    return tuple(tuple(members) for _, members in slots)
+
+
+def _uses(topology: Topology) -> Iterator[Ranks]:
+    yield topology.ranks
+    for axes in COLLECTIVE_AXES:
+        for module in topology.modules.values():
+            yield from module.grid.ranks_along(axes)
+    for module in topology.modules.values():
+        if any(parameter.copy for parameter in module.parameters):
+            yield from ((ranks[0], ranks[-1]) for ranks in module.grid.ranks_along("pp"))
+
+
+def _ends(topology: Topology, link: Link) -> Iterator[Ranks]:
+    source, target = topology.modules[link.source.module], topology.modules[link.target.module]
+    for lane in range(source.lanes):
+        senders = source.holders(link.source, lane)
+        if link.edge is None:
+            yield from zip(senders, target.holders(link.target, lane), strict=True)
+            continue
+        for other in range(target.lanes):
+            if _share_samples(topology, source, lane, target, other):
+                yield from ((a, b) for a in senders for b in target.holders(link.target, other))
+
+
+def _share_samples(topology: Topology, source: Module, lane: int, target: Module, other: int) -> bool:
+    total = topology.spec.batch.global_size
+    mine = {i for k in range(source.microbatches) for i in source.samples(lane, k, total)}
+    yours = {i for k in range(target.microbatches) for i in target.samples(other, k, total)}
+    return not mine.isdisjoint(yours)

@@ -1,0 +1,188 @@
+"""Routes: who sends which rows to whom at the links of a step.
+
+Along an edge both sides cut the rows of a microbatch into *parts*, one per rank: every data lane has an
+interval of the rows (`steps`), and the ranks along tp and cp that hold the lane divide its interval evenly.
+A message is the overlap of a source part and a target part. So each row crosses once, every rank of both
+boundary stages carries an equal share of the traffic, any ratio of data lanes works, and the target's ranks
+put the whole together with an all-gather among themselves.
+
+    source lanes (dp=3)   |-- 0 --|-- 1 --|-- 2 --|      rows of the microbatch
+    target lanes (dp=2)   |---- 0 ----|---- 1 ----|
+    messages              0>0     1>0  1>1    2>1
+
+Inside a module a stage hands the hidden states of a lane to the rank with the same position in the next
+stage: one message, all of it. The backward sends the same messages from target to source: a route is one
+value, and its transpose is read off it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import attrs
+
+from mimogrid.core.samples import share
+from mimogrid.core.steps import Step
+from mimogrid.core.topology import Link, Module
+
+
+@attrs.frozen
+class Piece:
+    """Rows ``start .. stop`` of the step that one microbatch of the source emits."""
+
+    microbatch: int
+    start: int
+    stop: int
+
+
+@attrs.frozen
+class Message:
+    """What one rank sends another on a link for one microbatch of the target.
+
+    A seam sends `pieces`, in order; a hop sends the hidden states of a `lane` whole and has no pieces.
+    """
+
+    link: Link
+    microbatch: int
+    rank_source: int
+    rank_target: int
+    lane: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def made_by(self) -> tuple[int, ...]:
+        """The microbatches of the source whose forward makes this data, ascending."""
+        return tuple(piece.microbatch for piece in self.pieces) or (self.microbatch,)
+
+    @property
+    def rows(self) -> int:
+        """How many rows a seam's message carries."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+@attrs.frozen
+class Part:
+    """The interval of a step's rows that one rank holds at a seam, for one microbatch of its module."""
+
+    start: int
+    stop: int
+    rank: int
+    lane: int
+    microbatch: int
+
+
+@attrs.frozen
+class _Exchange:
+    """The messages of one link and microbatch, and the same by rank."""
+
+    messages: tuple[Message, ...]
+    by_source: Mapping[int, tuple[Message, ...]]
+    by_target: Mapping[int, tuple[Message, ...]]
+
+    @classmethod
+    def of(cls, messages: Iterable[Message]) -> "_Exchange":
+        every = tuple(messages)
+        by_source: dict[int, tuple[Message, ...]] = {}
+        by_target: dict[int, tuple[Message, ...]] = {}
+        for message in every:
+            source, target = message.rank_source, message.rank_target
+            by_source[source] = (*by_source.get(source, ()), message)
+            by_target[target] = (*by_target.get(target, ()), message)
+        return cls(every, by_source, by_target)
+
+
+@attrs.frozen(eq=False)
+class Routes:
+    """All messages of a step, link by link."""
+
+    step: Step
+    _memo: dict[tuple[Link, int], "_Exchange"] = attrs.field(
+        factory=dict[tuple[Link, int], "_Exchange"], init=False, repr=False
+    )
+
+    def messages(self, link: Link, microbatch: int) -> tuple[Message, ...]:
+        """Return the messages of a link for one microbatch of its target, in order of rows."""
+        return self._exchange(link, microbatch).messages
+
+    def sent_by(self, rank: int, link: Link, microbatch: int) -> tuple[Message, ...]:
+        """Return the messages that leave a rank forward, which are those that return to it backward."""
+        return self._exchange(link, microbatch).by_source.get(rank, ())
+
+    def sent_to(self, rank: int, link: Link, microbatch: int) -> tuple[Message, ...]:
+        """Return the messages that reach a rank forward, which are those that leave it backward."""
+        return self._exchange(link, microbatch).by_target.get(rank, ())
+
+    def _exchange(self, link: Link, microbatch: int) -> "_Exchange":
+        if (link, microbatch) not in self._memo:
+            found = self._seam if link.edge else self._hop
+            self._memo[link, microbatch] = _Exchange.of(found(link, microbatch))
+        return self._memo[link, microbatch]
+
+    def _hop(self, link: Link, microbatch: int) -> Iterator[Message]:
+        module = self.step.topology.modules[link.source.module]
+        for lane in range(module.lanes):
+            if self.step.is_active(link.source, lane, microbatch):
+                ends = zip(module.holders(link.source, lane), module.holders(link.target, lane), strict=True)
+                for source, target in ends:
+                    yield Message(link, microbatch, source, target, lane, ())
+
+    def _seam(self, link: Link, microbatch: int) -> Iterator[Message]:
+        assert link.edge
+        modules = self.step.topology.modules
+        source, target = modules[link.edge.source], modules[link.edge.target]
+        wanted = list(parts(self.step, target, link, microbatch))
+        given = [
+            part
+            for k in overlapping(microbatch, target.microbatches, source.microbatches)
+            for part in parts(self.step, source, link, k)
+        ]
+        overlaps: dict[tuple[int, int], tuple[int, list[Piece]]] = {}
+        for mine, yours, start, stop in _sweep(given, wanted):
+            _, pieces = overlaps.setdefault((mine.rank, yours.rank), (yours.lane, []))
+            pieces.append(Piece(mine.microbatch, start, stop))
+        for (rank_source, rank_target), (lane, pieces) in overlaps.items():
+            yield Message(link, microbatch, rank_source, rank_target, lane, tuple(pieces))
+
+
+def parts(step: Step, module: Module, link: Link, microbatch: int) -> Iterator[Part]:
+    """Yield what each rank at one end of a seam holds of a microbatch, in order of rows.
+
+    The end is the one that `module` is: the source's last stage or the target's first.
+    """
+    for lane in range(module.lanes):
+        yield from lane_parts(step, module, link, microbatch, lane)
+
+
+def lane_parts(step: Step, module: Module, link: Link, microbatch: int, lane: int) -> Iterator[Part]:
+    """Yield what each rank that holds a lane has of it at one end of a seam."""
+    assert link.edge
+    stage = link.source if module.name == link.edge.source else link.target
+    samples = module.samples(lane, microbatch, len(step.samples))
+    start, stop = step.rows_of(link.edge.source, samples)
+    ranks = module.holders(stage, lane)
+    for i, rank in enumerate(ranks):
+        mine = share(i, len(ranks), stop - start)
+        yield Part(start + mine.start, start + mine.stop, rank, lane, microbatch)
+
+
+def overlapping(microbatch: int, count: int, other_count: int) -> range:
+    """Return which of `other_count` microbatches of a step share samples with one of `count`.
+
+    >>> overlapping(1, 4, 2), overlapping(1, 2, 4), overlapping(3, 4, 4)
+    (range(0, 1), range(2, 4), range(3, 4))
+    """
+    start = microbatch * other_count // count
+    stop = -(-(microbatch + 1) * other_count // count)
+    return range(start, stop)
+
+
+def _sweep(given: list[Part], wanted: list[Part]) -> Iterator[tuple[Part, Part, int, int]]:
+    """Yield the overlaps of two ascending lists of intervals, in order."""
+    i = j = 0
+    while i < len(given) and j < len(wanted):
+        start = max(given[i].start, wanted[j].start)
+        stop = min(given[i].stop, wanted[j].stop)
+        if start < stop:
+            yield given[i], wanted[j], start, stop
+        if given[i].stop <= wanted[j].stop:
+            i += 1
+        else:
+            j += 1

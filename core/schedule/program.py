@@ -1,0 +1,51 @@
+"""Listings: programs written out, rank by rank, and read back.
+
+A program is lowered lazily; a *listing* is what comes out, as a plain mapping from rank to actions. It is what
+`verify` judges, so a listing from anywhere (a text file, a test, another planner) can be judged.
+
+>>> text = '''
+... rank 0
+...     vision.0 F0
+...     vision.0 SEND_F0 -> language.0
+... rank 1
+...     language.0 RECV_F0 <- vision.0
+... '''
+>>> to_text(from_text(text)) == text.lstrip()
+True
+"""
+
+from collections.abc import Mapping
+
+from mimogrid.core.schedule.actions import Action, parse
+
+
+Listing = Mapping[int, tuple[Action, ...]]
+
+
+def to_text(listing: Listing) -> str:
+    """Return a listing in the notation, one action a line."""
+    lines: list[str] = []
+    for rank, actions in listing.items():
+        lines.append(f"rank {rank}")
+        lines += [f"    {action}" for action in actions]
+    return "\n".join(lines) + "\n"
+
+
+def from_text(text: str) -> Listing:
+    """Read a listing. Raises ValueError, naming the line, for anything that is none."""
+    listing: dict[int, list[Action]] = {}
+    actions: list[Action] | None = None
+    for number, line in enumerate(text.splitlines(), 1):
+        match line.split():
+            case []:
+                pass
+            case ["rank", rank] if rank.isdigit() and int(rank) not in listing:
+                actions = listing.setdefault(int(rank), [])
+            case _ if actions is None:
+                raise ValueError(f"line {number}: '{line}' stands before any 'rank R'")
+            case _:
+                try:
+                    actions.append(parse(line))
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+    return {rank: tuple(actions) for rank, actions in listing.items()}

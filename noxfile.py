@@ -1,0 +1,74 @@
+"""Every check that CI runs: ``nox``; one of them: ``nox -s types``.
+
+``make lint`` and ``make types`` come here. ``lint``, ``types`` and ``tests`` use the environment that nox
+runs in, because a second torch takes minutes; ``core`` and ``package`` make environments of their own,
+because what is missing there is the point.
+"""
+
+import re
+from pathlib import Path
+
+import nox
+
+
+nox.options.default_venv_backend = "none"  # `--force-venv-backend venv` isolates
+
+LOCK = Path("requirements.lock").resolve()
+IMPORTED = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
+BEYOND_THE_CORE = re.compile(r"(torch|megatron|mimogrid\.shell|mimogrid\.adapters)\b")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format, style, spelling and layering."""
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("codespell")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types: mypy on the package, pyright (strict) on the core."""
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test that needs no GPU, and the examples in docstrings."""
+    session.run("pytest", "-m", "not gpu", *session.posargs)
+
+
+@nox.session(venv_backend="venv", reuse_venv=True)
+def core(session: nox.Session) -> None:
+    """Run the core's tests, those files that import neither torch nor the shell, where there is no torch."""
+    session.install("--constraint", str(LOCK), "attrs", "hypothesis", "pytest")
+    files = [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if _needs_only_core(file)]
+    if not files:
+        session.error("no file in tests/ is the core's alone")
+    session.run("python", "-c", "import importlib.util as u; assert u.find_spec('torch') is None")
+    session.run("pytest", "-p", "no:cacheprovider", *session.posargs, "src/mimogrid/core", *files)
+
+
+def _needs_only_core(file: Path) -> bool:
+    names = IMPORTED.findall(file.read_text(encoding="utf-8"))
+    helpers = [Path("tests/support", f"{name}.py") for name in names]
+    return not any(map(BEYOND_THE_CORE.match, names)) and all(
+        _needs_only_core(helper) for helper in helpers if helper.exists()
+    )
+
+
+@nox.session(venv_backend="venv")
+def package(session: nox.Session) -> None:
+    """Build sdist and wheel, and use the wheel away from the checkout, without torch."""
+    dist = Path(session.create_tmp()) / "dist"
+    session.install("--constraint", str(LOCK), "build", "hatchling", "editables")
+    # Without isolation, so that the locked hatchling builds; the wheel is made from the sdist.
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist), ".")
+    (wheel,) = dist.glob("*.whl")
+    session.install("--constraint", str(LOCK), str(wheel))
+    session.chdir(dist)
+    session.run("python", "-I", "-c", "import mimogrid.core, mimogrid.shell, mimogrid.adapters")
+    session.run("python", "-I", "-m", "mimogrid", "--help")
+    session.run("mimogrid", "--help")

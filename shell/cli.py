@@ -1,0 +1,244 @@
+"""The command line: ``mimogrid COMMAND JOB``.
+
+Exit codes: 0 done; 2 the job (or the command) is wrong, every problem listed; 1 a failure while running. With
+``--json`` one value goes to standard output and nothing else does.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import attrs
+
+from mimogrid.core.errors import PlanError, Problem, WorldError
+from mimogrid.core.roles import RankRole, role_of
+from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.topology import Topology
+from mimogrid.core.traffic import EdgeTraffic, edge_traffic
+from mimogrid.core.verify import verify
+from mimogrid.shell.builders import PlanWarning
+from mimogrid.shell.jobs import Job, open_job
+
+
+WELCOME = """\
+mimogrid trains multimodal models with every module on its own grid of ranks.
+
+    mimogrid check JOB     is the job right? what will run where? (needs no torch)
+    mimogrid roles JOB     who does what: a table and a map of the ranks
+    mimogrid show JOB      everything that each rank will do in a step, action by action
+    mimogrid train JOB     train it, here or under torchrun
+    mimogrid parity JOB    compare it with the same model on one process
+
+JOB is a TOML file; begin with one from examples/. Any key can be overridden: --set train.steps=20.
+`mimogrid COMMAND --help` says more.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments in (["-h"], ["--help"], ["help"]):
+        print(WELCOME, end="")
+        return 0
+    try:
+        given = _parser().parse_args(arguments)
+    except SystemExit as error:
+        return int(error.code or 0)
+    try:
+        return int(given.command(_opened(given), given))
+    except PlanError as error:
+        _report(error.problems, as_json=given.json)
+        return 2
+    except WorldError as error:
+        print(f"mimogrid: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- until the interpreter ends
+        return 0
+
+
+def _opened(given: argparse.Namespace) -> Job:
+    """Open the job before anything starts. What is not checked without torch is noted, unless it will be."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PlanWarning)
+        job = open_job(given.job, given.overrides)
+    if given.command not in {train, parity}:
+        for warning in caught:
+            print(f"note: {warning.message}", file=sys.stderr)
+    return job
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mimogrid", description="Run `mimogrid` alone for an overview.")
+    commands: Any = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("job", type=Path, metavar="JOB", help="the job file")
+    common.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the job file, such as train.steps=20; repeatable",
+    )
+    common.add_argument("--json", action="store_true", help="print one JSON value")
+    of_rank = argparse.ArgumentParser(add_help=False)
+    of_rank.add_argument("--rank", type=int, metavar="R", help="only this rank")
+
+    def add(name: str, command: Callable[..., int], text: str, *more: Any) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text, parents=[common, *more]
+        )
+        added.set_defaults(command=command)
+        return added
+
+    add("check", check, "parse and verify a job, without torch")
+    add("roles", roles, "who does what", of_rank)
+    add("show", show, "the program of each rank", of_rank)
+    train_parser = add("train", train, "train a job")
+    train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
+    train_parser.add_argument("--transport", choices=["host"], help="move data through host memory")
+    parity_parser = add("parity", parity, "compare a job's layout with one process")
+    parity_parser.add_argument("--steps", type=int, default=1, metavar="K", help="steps to compare")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command in our words."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}\n    See {self.prog} --help.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+def check(job: Job, given: argparse.Namespace) -> int:
+    """Verify the program of step 0, and say what runs where and what crosses the edges."""
+    edges: tuple[EdgeTraffic, ...] = ()
+    if job.source is not None:
+        step = job.step(0)
+        faults = verify(plan_step(step))
+        if faults:
+            remedy = "This is a fault of mimogrid, not of the job: please report it with the job file."
+            raise PlanError(Problem("program", fault, remedy) for fault in faults)
+        edges = edge_traffic(step)
+    if given.json:
+        _print_json({"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]})
+    else:
+        from mimogrid.shell import banner  # noqa: PLC0415 -- rich takes longer to import than to check a job
+
+        banner.print_layout(job.topology, edges)
+    return 0
+
+
+def roles(job: Job, given: argparse.Namespace) -> int:
+    """Say who does what."""
+    topology = job.topology
+    chosen = [role_of(topology, rank) for rank in _ranks(topology, given.rank)]
+    if given.json:
+        _print_json({"world_size": topology.world_size, "ranks": [_role_values(role) for role in chosen]})
+    else:
+        from mimogrid.shell import banner  # noqa: PLC0415
+
+        banner.print_roles(topology, chosen)
+    return 0
+
+
+def _role_values(role: RankRole) -> dict[str, Any]:
+    return {
+        "rank": role.rank,
+        "layout": role.layout.value,
+        "stages": [
+            {
+                "module": info.module,
+                "pp": info.pp,
+                "first": info.is_first_stage,
+                "last": info.is_last_stage,
+                "position": dict(info.position),
+            }
+            for info in role.modules.values()
+        ],
+    }
+
+
+def show(job: Job, given: argparse.Namespace) -> int:
+    """Print the program of step 0."""
+    if job.source is None:
+        remedy = "Import torch inside its load, and nowhere at the top level."
+        raise PlanError([Problem("data.source", "its samples are not known without torch.", remedy)])
+    program = plan_step(job.step(0))
+    programs = {
+        rank: [str(action) for action in program.of(rank)] for rank in _ranks(job.topology, given.rank)
+    }
+    if given.json:
+        _print_json({"programs": programs})
+        return 0
+    for rank, actions in programs.items():
+        hosted = ", ".join(str(info.stage) for info in job.topology.stages_of(rank))
+        print(f"rank {rank}    # {hosted or 'idles: it is in no grid'}")
+        for action in actions:
+            print(f"    {action}")
+    return 0
+
+
+def train(_: Job, given: argparse.Namespace) -> int:
+    """Train the job; with torch at hand it is opened again, on every rank."""
+    return int(
+        _launch().train(
+            given.job,
+            overrides=given.overrides,
+            resume=given.resume,
+            transport=given.transport,
+            as_json=given.json,
+        )
+    )
+
+
+def parity(_: Job, given: argparse.Namespace) -> int:
+    """Compare the job's layout with the same model on one process."""
+    return int(_launch().parity(given.job, overrides=given.overrides, steps=given.steps, as_json=given.json))
+
+
+def _launch() -> ModuleType:
+    """Import what needs torch."""
+    try:
+        return importlib.import_module("mimogrid.shell.launch")
+    except ModuleNotFoundError as error:
+        if error.name not in {"torch", "megatron"}:
+            raise
+        message = f"this command needs {error.name}: pip install 'mimogrid[train]'"
+        raise WorldError(message) from None
+
+
+# -- small talk --------------------------------------------------------------------------------------------
+
+
+def _ranks(topology: Topology, rank: int | None) -> Sequence[int]:
+    world = range(topology.world_size)
+    if rank is None:
+        return world
+    if rank not in world:
+        message = f"rank {rank} is not in the world of {len(world)} ranks."
+        raise PlanError([Problem("--rank", message, f"Use 0 to {len(world) - 1}.")])
+    return (rank,)
+
+
+def _report(problems: Sequence[Problem], *, as_json: bool) -> None:
+    if as_json:
+        _print_json({"ok": False, "problems": [attrs.asdict(problem) for problem in problems]})
+        return
+    for problem in problems:
+        print(problem, file=sys.stderr)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value))

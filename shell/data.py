@@ -1,0 +1,97 @@
+"""Data: what a stage loads of its own share, checked against what the source had described.
+
+A source describes any sample to every rank, and loads it only where it is needed: rows on the first stage of a
+source module, tokens on the first of a language model, targets on the last stage of a module with a loss.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from mimogrid.core.errors import WorldError
+from mimogrid.core.models import Gpt, Regressor
+from mimogrid.core.samples import Sample
+from mimogrid.core.steps import Share
+from mimogrid.core.topology import Module
+
+
+class Loads(Protocol):
+    """The half of a source that touches data."""
+
+    def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+        """Return a sample's tensors for a module; the first dim counts rows or positions."""
+        ...
+
+
+class Loader:
+    """Loads shares onto a device, in the dtype of the run."""
+
+    def __init__(self, source: Loads, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._source = source
+        self.device = device
+        self.dtype = dtype
+
+    def inputs(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
+        """Return what the first stage of a module reads from the data, sample after sample."""
+        if isinstance(module.model, Gpt):
+            return self._load(module, share, ("tokens",), share.lengths)
+        if module.inputs:
+            return {}
+        return self._load(module, share, ("rows",), share.rows[module.name])
+
+    def targets(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
+        """Return what the last stage of a module with a loss compares with."""
+        match module.model:
+            case Gpt():
+                loaded = self._load(module, share, ("labels", "loss_weights"), share.lengths)
+                _check_units(module, share, loaded["loss_weights"])
+                return loaded
+            case Regressor():
+                return self._load(module, share, ("targets",), share.lengths)
+            case _:
+                return {}
+
+    def _load(
+        self, module: Module, share: Share, names: tuple[str, ...], counts: tuple[int, ...]
+    ) -> dict[str, torch.Tensor]:
+        columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for sample, count in zip(share.samples, counts, strict=True):
+            if count:
+                loaded = self._source.load(sample.id, module.name)
+                for name, column in columns.items():
+                    column.append(_checked(loaded, name, sample, count, module.name))
+        return {name: self._join(column) for name, column in columns.items()}
+
+    def _join(self, column: list[torch.Tensor]) -> torch.Tensor:
+        joined = torch.cat(column)
+        dtype = self.dtype if joined.is_floating_point() else joined.dtype
+        return joined.to(self.device, dtype, non_blocking=True)
+
+
+def _checked(
+    loaded: Mapping[str, torch.Tensor], name: str, sample: Sample, count: int, module: str
+) -> torch.Tensor:
+    if name not in loaded:
+        raise WorldError(
+            f"sample {sample.id}: the source loads no '{name}' for module '{module}', "
+            f"only {', '.join(loaded) or 'nothing'}."
+        )
+    if len(loaded[name]) != count:
+        raise WorldError(
+            f"sample {sample.id}: the source described {count} rows or positions for module '{module}' "
+            f"and loaded {len(loaded[name])} of '{name}'. describe and load must agree."
+        )
+    return loaded[name]
+
+
+def _check_units(module: Module, share: Share, weights: torch.Tensor) -> None:
+    """The loss is divided by the described count, so the loaded weights must add up to it."""
+    described = sum(sample.units.get(module.name, sample.length) for sample in share.samples)
+    loaded = float(weights.sum())
+    if abs(described - loaded) > 1e-6 * max(1.0, abs(described)):
+        ids = f"{share.samples[0].id}..{share.samples[-1].id}"
+        raise WorldError(
+            f"samples {ids}: the loss weights loaded for module '{module.name}' add up to {loaded:g}, "
+            f"the source described {described:g}. Give `units` in describe where weights are not 1 per token."
+        )

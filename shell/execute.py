@@ -1,0 +1,78 @@
+"""Execute: one loop over a rank's program, one match.
+
+The executor does what the program says, in its order; it inserts, drops and decides nothing. It notes when
+each action began and ended, which is the measured timeline.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import attrs
+
+from mimogrid.core.schedule.actions import (
+    Action,
+    Compute,
+    Norm,
+    Recv,
+    Reduce,
+    Send,
+    Tie,
+    Update,
+    Wait,
+)
+from mimogrid.core.topology import Stage
+from mimogrid.shell.stage import StageRunner
+from mimogrid.shell.transport import Transport
+
+
+class Finisher(Protocol):
+    """Whoever reduces gradients, agrees on the step and takes it."""
+
+    def reduce(self, stage: Stage) -> None: ...
+    def tie(self, stage: Stage) -> None: ...
+    def agree(self) -> None: ...
+    def update(self) -> None: ...
+
+
+@attrs.frozen
+class Timed:
+    """An action with when it began and ended, in nanoseconds of the process's monotonic clock."""
+
+    action: Action
+    begin_ns: int
+    end_ns: int
+
+
+def execute(
+    actions: tuple[Action, ...],
+    stages: Mapping[Stage, StageRunner],
+    transport: Transport,
+    finisher: Finisher,
+) -> tuple[Timed, ...]:
+    """Run one rank's program for one step; return its timeline."""
+    timeline: list[Timed] = []
+    for action in actions:
+        begin = time.perf_counter_ns()
+        match action:
+            case Compute():
+                stages[action.stage].compute(action)
+            case Send():
+                transport.send(action, stages[action.stage].payload(action))
+            case Recv():
+                stage = stages[action.stage]
+                transport.receive(action, stage.shapes(action), stage.dtype)
+            case Wait(transfer=Send()):
+                transport.wait(action.transfer)
+            case Wait(transfer=Recv()):
+                stages[action.transfer.stage].deliver(action.transfer, transport.wait(action.transfer))
+            case Reduce():
+                finisher.reduce(action.stage)
+            case Tie():
+                finisher.tie(action.stage)
+            case Norm():
+                finisher.agree()
+            case Update():
+                finisher.update()
+        timeline.append(Timed(action, begin, time.perf_counter_ns()))
+    return tuple(timeline)

@@ -1,0 +1,105 @@
+"""Process groups: exactly those of the plan, created in its order, destroyed at the end."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import attrs
+import torch.distributed as dist
+
+from mimogrid.core.groups import Ranks, Slot, channels_of, groups_of, in_slots
+from mimogrid.core.topology import Module, Topology
+from mimogrid.shell.device import Device
+from mimogrid.shell.world import World
+
+
+@attrs.frozen
+class ModuleGroups:
+    """The groups of one module that a rank is in; along an axis of size 1, the rank alone.
+
+    `holders` share a lane (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), and
+    `tie` joins the ends of the pipeline. Networks are built one stage at a time, so their `pp` is the rank.
+    """
+
+    tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    holders: dist.ProcessGroup
+    tie: dist.ProcessGroup | None
+
+
+@attrs.frozen(eq=False)
+class Groups:
+    """Every group of this rank by its ranks, and the groups that carry messages.
+
+    With gloo one group carries all messages, kept apart by tags. NCCL has no tags and runs what shares a
+    communicator one after the other, so there each ordered pair of ranks has a group of its own.
+    """
+
+    rank: int
+    by_ranks: Mapping[Ranks, dist.ProcessGroup]
+    channels: Mapping[Ranks, dist.ProcessGroup]
+
+    def of_module(self, module: Module) -> ModuleGroups:
+        """Return a module's groups. The rank must host the module."""
+
+        def along(*axes: str) -> dist.ProcessGroup:
+            return self.by_ranks[module.grid.group_of(self.rank, axes)]
+
+        pipeline = module.grid.group_of(self.rank, "pp")
+        return ModuleGroups(
+            tp=along("tp"),
+            cp=along("cp"),
+            dp=along("cp", "dp"),
+            pp=self.by_ranks[self.rank,],
+            holders=along("tp", "cp"),
+            tie=self.by_ranks.get((pipeline[0], pipeline[-1])),
+        )
+
+    def alone(self) -> ModuleGroups:
+        """Return groups that hold this rank only."""
+        me = self.by_ranks[self.rank,]
+        return ModuleGroups(tp=me, cp=me, dp=me, pp=me, holders=me, tie=None)
+
+    def channel(self, source: int, target: int) -> dist.ProcessGroup:
+        """Return the group that carries messages from one rank to another."""
+        return self.channels[source, target]
+
+
+@contextlib.contextmanager
+def open_groups(topology: Topology, world: World, device: Device) -> Iterator[Groups]:
+    """Create this rank's groups in the order of the plan; destroy them on exit."""
+    opened: list[dist.ProcessGroup] = []
+
+    def create(slot: Slot, purpose: str) -> tuple[Ranks, dist.ProcessGroup]:
+        ranks = next((ranks for ranks in slot if world.rank in ranks), (world.rank,))
+        group = dist.new_group(
+            list(ranks),
+            timeout=world.timeout,
+            backend=device.backend,
+            use_local_synchronization=True,
+            group_desc=purpose,
+        )
+        opened.append(group)
+        return ranks, group
+
+    try:
+        if world.rank not in topology.ranks:
+            yield Groups(world.rank, {}, {})
+            return
+        by_ranks = dict(create(slot, "collective") for slot in reversed(groups_of(topology)))
+        yield Groups(world.rank, by_ranks, _channels(topology, device, create))
+    finally:
+        for group in reversed(opened):
+            dist.destroy_process_group(group)
+
+
+def _channels(
+    topology: Topology, device: Device, create: Callable[[Slot, str], tuple[Ranks, dist.ProcessGroup]]
+) -> Mapping[Ranks, dist.ProcessGroup]:
+    pairs = channels_of(topology)
+    if device.backend == "gloo":
+        _, carrier = create((topology.ranks,), "messages")
+        return dict.fromkeys(pairs, carrier)
+    forward = [(a, b) for a, b in pairs if a != b]
+    return dict(create(slot, "channel") for slot in in_slots(forward))

@@ -1,0 +1,162 @@
+"""Launch: worlds of local processes, on loopback, without torchrun.
+
+A pool keeps its processes between worlds: they are forked from a server that has torch and megatron-core
+imported already, so a world starts in milliseconds. Each world meets over a file in a temporary folder.
+
+If a process raises or dies, the others are ended at once and `WorldError` carries the first failure.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mimogrid.core.errors import PlanError, WorldError
+from mimogrid.shell.place import Place
+
+
+GRACE_S = 1.0
+"""How long after the first failure others may still report, so that the cause is told from its echoes."""
+
+
+@attrs.frozen
+class Task:
+    """A function of this rank's place in a world: ``function(place, *arguments)``."""
+
+    function: str
+    place: Place
+    arguments: tuple[Any, ...]
+
+
+@attrs.frozen
+class Report:
+    """What a process says at the end of a task: its result, or the text of its failure."""
+
+    result: Any = None
+    failure: str | None = None
+    plan_error: PlanError | None = None
+    is_echo: bool = False
+
+
+class Pool:
+    """Processes that run worlds, one at a time, of up to `size` ranks."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["mimogrid.shell.preload"])
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+
+    def run(self, function: str, size: int, *arguments: Any) -> list[Any]:
+        """Run ``package.module:function`` on each rank of a fresh world; return the results by rank.
+
+        Raises PlanError or WorldError for the first failure; the pool can be used again after it.
+        """
+        assert size <= self._size, f"a pool of {self._size} cannot run {size} ranks"
+        while len(self._workers) < self._size:
+            self._workers.append(self._start())
+        with tempfile.TemporaryDirectory(prefix="mimogrid-") as folder:
+            meeting = str(Path(folder) / "meeting")
+            for rank in range(size):
+                task = Task(function, Place(rank, size, meeting), arguments)
+                self._workers[rank][1].send(task)
+            try:
+                return self._collect(self._workers[:size])
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End every process of the pool."""
+        for process, connection in self._workers:
+            process.kill()
+            connection.close()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, os.getcwd()), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _collect(self, workers: list[tuple[BaseProcess, Connection]]) -> list[Any]:
+        reports: dict[int, Report] = {}
+        deadline: float | None = None
+        while len(reports) < len(workers):
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            waiting = {worker[1]: rank for rank, worker in enumerate(workers) if rank not in reports}
+            for connection in multiprocessing.connection.wait(list(waiting), timeout=left):
+                rank = waiting[connection]  # type: ignore[index]
+                reports[rank] = _hear(rank, *workers[rank])
+                if reports[rank].failure and deadline is None:
+                    deadline = time.monotonic() + GRACE_S
+        _raise_first_failure(reports)
+        return [reports[rank].result for rank in range(len(workers))]
+
+
+def _hear(rank: int, process: BaseProcess, connection: Connection) -> Report:
+    try:
+        report: Report = connection.recv()
+    except EOFError:
+        process.join(timeout=GRACE_S)
+        code = process.exitcode
+        how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
+        return Report(failure=f"rank {rank} {how}")
+    return report
+
+
+def _raise_first_failure(reports: dict[int, Report]) -> None:
+    """Raise the failure that is a cause; a closed connection is only the echo of another rank's."""
+    failed = [report for report in reports.values() if report.failure]
+    if failed:
+        first = next((report for report in failed if not report.is_echo), failed[0])
+        raise first.plan_error or WorldError(first.failure)
+
+
+def _work(connection: Connection, folder: str) -> None:
+    """Run tasks as they come, until the pool is gone."""
+    os.chdir(folder)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        while True:
+            task: Task = connection.recv()
+            connection.send(_run(task))
+
+
+def _run(task: Task) -> Report:
+    module, function = task.function.split(":")
+    try:
+        return Report(getattr(importlib.import_module(module), function)(task.place, *task.arguments))
+    except PlanError as error:
+        return Report(failure=str(error), plan_error=error)
+    except Exception as error:
+        text = traceback.format_exc()
+        return Report(failure=f"rank {task.place.rank} failed:\n{text}", is_echo=is_echo(error))
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone."""
+    words = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "timed out", "Timed out")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

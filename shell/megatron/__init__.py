@@ -1,0 +1,41 @@
+"""What the shell takes from megatron-core: names (here), a layer specification, a CPU under it.
+
+Importing this package imports megatron-core without the warnings that it, and what it imports, are known to
+give on a machine without transformer-engine and apex. Any other warning still comes through.
+"""
+
+import warnings
+
+
+_KNOWN_AT_IMPORT = (
+    # torch 2.13, set off by megatron's jit fuser and by torch's own scripted modules.
+    (DeprecationWarning, r"`torch\.jit\.script(_method)?` is deprecated"),
+    # megatron-core 0.16.1 without its CUDA companions.
+    (UserWarning, r"Transformer Engine and Apex are not installed\. Falling back to "),
+    (UserWarning, r"Apex is not installed\. Falling back to Torch Norm"),
+    # megatron-core 0.16.1 importing its own deprecated names.
+    (DeprecationWarning, r"The following imports from `dynamic_context\.py` will be removed"),
+)
+
+
+with warnings.catch_warnings():
+    for _category, _message in _KNOWN_AT_IMPORT:
+        warnings.filterwarnings("ignore", message=_message, category=_category)
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.mappings import (
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+        scatter_to_sequence_parallel_region,
+    )
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+
+__all__ = [
+    "GPTModel",
+    "ProcessGroupCollection",
+    "TransformerBlock",
+    "gather_from_sequence_parallel_region",
+    "gather_from_tensor_model_parallel_region",
+    "scatter_to_sequence_parallel_region",
+]

@@ -1,0 +1,155 @@
+"""CPU: what megatron-core cannot do without CUDA, and what stands in for it.
+
+Nothing of torch is patched. A few of megatron's own module globals are replaced while `on_device` is open,
+and only on CPU:
+
+- The name ``torch`` in three of its files. Its sequence-parallel mappings and its buffer allocate on
+  ``torch.cuda.current_device()``; there, and nowhere else, that is the CPU.
+- Its random-state tracker, which forks the CUDA generators. The one here forks the CPU's.
+- The two functions by which recomputation saves and restores the CUDA generator's state.
+- Its global memory buffer, which only its own `initialize_model_parallel` would make.
+- A flag that says "already warned" about CUDA_DEVICE_MAX_CONNECTIONS, which orders CUDA kernels.
+- Two collectives that it took from torch by names that torch 2.13 calls deprecated, at every call.
+
+>>> with on_device(torch.device("cpu")):
+...     mappings.torch.cuda.current_device()
+device(type='cpu')
+>>> mappings.torch is torch
+True
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, utils
+from megatron.core.tensor_parallel import layers, mappings, random
+from torch import Tensor
+
+
+_ON_CUDA_DEVICE = (layers, mappings, utils)
+"""Files of megatron that allocate on the current CUDA device and that the shell's modules run through."""
+
+
+_COLLECTIVES = {
+    "dist_all_gather_func": "all_gather_single",
+    "dist_reduce_scatter_func": "reduce_scatter_single",
+}
+
+
+class CpuRandomStates:
+    """Megatron's tracker of named random states, on the CPU's generator.
+
+    `fork` runs its body on a named state and leaves the generator as it found it.
+    """
+
+    use_cudagraphable_rng = False
+    is_inference_rng_tracker = False
+
+    def __init__(self, seeds: Mapping[str, int]) -> None:
+        self._states = {name: _seeded_state(seed) for name, seed in seeds.items()}
+        self._current: str | None = None
+
+    def is_initialized(self) -> bool:
+        """Whether there are states; megatron asks before it makes a tracker of its own."""
+        return True
+
+    def add(self, name: str, seed: int) -> None:
+        """Track one more state."""
+        assert name not in self._states, name
+        self._states[name] = _seeded_state(seed)
+
+    def get_states(self) -> dict[str, Tensor]:
+        """Return every state; what recomputation saves."""
+        return dict(self._states)
+
+    def set_states(self, states: Mapping[str, Tensor]) -> None:
+        """Go back to saved states."""
+        self._states = dict(states)
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        """Run on a named state. Forks nest: an inner one leaves the state of the outer one untouched."""
+        outer, outer_state = self._current, torch.get_rng_state()
+        if outer == name:
+            yield
+            return
+        torch.set_rng_state(self._states[name])
+        self._current = name
+        try:
+            yield
+        finally:
+            self._states[name] = torch.get_rng_state()
+            torch.set_rng_state(outer_state)
+            self._current = outer
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device, *, seed: int = 0) -> Iterator[None]:
+    """Let megatron's modules be built and run on `device` while open; does nothing unless that is the CPU.
+
+    Forward *and* backward need it: sequence parallelism and recomputation work in both.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    stand_in = _torch_without_cuda()
+    tracker = CpuRandomStates({"model-parallel-rng": seed})
+    warned = layers.linear_with_grad_accumulation_and_async_allreduce
+    with contextlib.ExitStack() as stack:
+        for module in _ON_CUDA_DEVICE:
+            stack.enter_context(_replaced(module, "torch", stand_in))
+        for old, new in _COLLECTIVES.items():
+            for module in (layers, mappings):
+                function = getattr(dist, new, getattr(module, old))  # Older torch has the old one only.
+                stack.enter_context(_replaced(module, old, function))
+        stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER", tracker))
+        stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
+        stack.enter_context(_replaced(random, "_get_cuda_rng_state", _get_state))
+        stack.enter_context(_replaced(random, "_set_cuda_rng_state", _set_state))
+        stack.enter_context(_replaced(parallel_state, "_GLOBAL_MEMORY_BUFFER", None))
+        parallel_state._set_global_memory_buffer()
+        stack.enter_context(_replaced(warned, "warned", True))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _torch_without_cuda() -> ModuleType:
+    """Return a module that is torch in everything but the current CUDA device."""
+    cuda = _copy_of(torch.cuda)
+    cuda.current_device = lambda: torch.device("cpu")  # type: ignore[attr-defined]
+    stand_in = _copy_of(torch)
+    stand_in.cuda = cuda  # type: ignore[attr-defined]
+    return stand_in
+
+
+def _copy_of(module: ModuleType) -> ModuleType:
+    """Return a module with the same contents: looking a name up in it costs what it costs in the original."""
+    copy = ModuleType(module.__name__, module.__doc__)
+    copy.__dict__.update(vars(module))
+    return copy
+
+
+def _seeded_state(seed: int) -> Tensor:
+    return torch.Generator().manual_seed(seed).get_state()
+
+
+def _get_state(*_: object, **__: object) -> Tensor:
+    # The CPU's state is saved and restored by recomputation itself, next to this one.
+    return torch.get_rng_state()
+
+
+def _set_state(state: Tensor, *_: object, **__: object) -> None:
+    torch.set_rng_state(state)

@@ -1,0 +1,234 @@
+"""Layers: megatron-core's transformer layer with parts that run in any dtype and on any device.
+
+The specification keeps megatron's layer, attention and MLP, with its tensor-parallel linears where there is
+something to shard, and gives them a core attention (rotary, then torch's scaled dot product) and a norm of
+our own. Nothing in them rounds: a module in fp64 is computed in fp64 throughout, rotary angles included.
+
+Shapes in names: S positions, B samples, N heads, D head width.
+"""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mimogrid.core.models import BuiltIn
+
+
+NORM_EPS = 1e-5
+ROTARY_BASE = 10_000.0
+
+_RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+class CoreAttention(nn.Module):
+    """Rotary attention of the local heads; key-value heads may be fewer.
+
+    Causal attention takes no mask. Any other takes as `attention_mask` what is added to the scores (0, or
+    minus infinity for a key that is padding), broadcastable to [B, N, S, S]; None: every key is real.
+    """
+
+    def __init__(self, config: TransformerConfig, attn_mask_type: AttnMaskType, **_: object) -> None:
+        super().__init__()
+        assert config.context_parallel_size == 1
+        self.dropout = float(config.attention_dropout)
+        self.causal = attn_mask_type is AttnMaskType.causal
+
+    def forward(
+        self,
+        query_SBND: Tensor,
+        key_SBND: Tensor,
+        value_SBND: Tensor,
+        attention_mask: Tensor | None,
+        **_: object,
+    ) -> Tensor:
+        """Return [S, B, N * D]."""
+        positions, samples, heads, width = query_SBND.shape
+        mixed_BNSD = functional.scaled_dot_product_attention(
+            _rotated(query_SBND).permute(1, 2, 0, 3),
+            _rotated(key_SBND).permute(1, 2, 0, 3),
+            value_SBND.permute(1, 2, 0, 3),
+            attn_mask=None if self.causal else attention_mask,
+            is_causal=self.causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=heads != key_SBND.shape[2],
+        )
+        return mixed_BNSD.permute(2, 0, 1, 3).reshape(positions, samples, heads * width)
+
+
+def _rotated(heads_SBND: Tensor) -> Tensor:
+    positions, _, _, width = heads_SBND.shape
+    cos, sin = rotary_table(positions, width, heads_SBND.dtype, heads_SBND.device)
+    turned: Tensor = _Rotation.apply(heads_SBND, cos, sin)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """Turns the halves (x, y) of each head to (x cos - y sin, y cos + x sin), position by position.
+
+    Backward turns back. Megatron's own takes about thirty small operations for what takes three here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.table = cos, sin
+        return _turned(heads_SBND, cos, sin, direction=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SBND: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(grad_SBND, *ctx.table, direction=-1), None, None
+
+
+def _turned(heads_SBND: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> Tensor:
+    turned = heads_SBND * cos
+    left, right = turned.chunk(2, dim=-1)
+    x, y = heads_SBND.chunk(2, dim=-1)
+    left.addcmul_(y, sin, value=-direction)
+    right.addcmul_(x, sin, value=direction)
+    return turned
+
+
+@functools.lru_cache(maxsize=64)
+def rotary_table(
+    positions: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the cosines [S, 1, 1, D] and sines [S, 1, 1, D / 2] for positions 0, 1, ...
+
+    Angles are computed in the compute dtype, but never coarser than fp32.
+    """
+    exact: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+    frequencies = ROTARY_BASE ** -(torch.arange(0, width, 2, **exact) / width)
+    angles = torch.outer(torch.arange(positions, **exact), frequencies)[:, None, None, :]
+    return torch.cat((angles, angles), dim=-1).cos().to(dtype), angles.sin().to(dtype)
+
+
+class Linear(nn.Linear):
+    """What megatron's tensor-parallel linears are on one rank: one operation instead of some eight.
+
+    The bias is always added here; who would add it later gets none.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **_: object
+    ) -> None:
+        super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: see `weights.initialize`."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: A002
+        """Return the product, and no bias."""
+        return super().forward(input), None
+
+
+class Norm(nn.LayerNorm):
+    """Layer norm with the mark that megatron gives parameters whose gradients are partial under sp."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def config_of(
+    model: BuiltIn,
+    *,
+    layers: int,
+    tp: int,
+    sequence_parallel: bool,
+    recompute: str,
+    dtype: torch.dtype,
+) -> TransformerConfig:
+    """Return megatron's configuration of `layers` layers of a model.
+
+    Whatever the pipeline, megatron hears of a module with just these layers on a pipeline of one: what it
+    works out for itself about stages drops layers of a `TransformerBlock`.
+    """
+    with warnings.catch_warnings():
+        # Meant for transformer-engine: its fused attention has nothing to recompute.
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
+        return TransformerConfig(
+            num_layers=layers,
+            hidden_size=model.hidden,
+            num_attention_heads=model.heads,
+            num_query_groups=model.kv_heads,
+            kv_channels=model.head_width,
+            ffn_hidden_size=model.ffn,
+            hidden_dropout=model.dropout,
+            attention_dropout=model.dropout,
+            activation_func=functional.gelu,
+            normalization="LayerNorm",
+            layernorm_epsilon=NORM_EPS,
+            add_bias_linear=True,
+            tensor_model_parallel_size=tp,
+            sequence_parallel=sequence_parallel,
+            pipeline_model_parallel_size=1,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            # Weights are drawn layout-independently (`weights.initialize`); here they are only allocated.
+            perform_initialization=False,
+            use_cpu_initialization=True,
+            # Fused kernels: for CUDA, in half precision, or with an approximated GELU.
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            apply_rope_fusion=False,
+            cuda_graph_scope=[],
+            gradient_accumulation_fusion=False,
+            **_RECOMPUTE[recompute],
+        )
+
+
+def block_spec(model: BuiltIn, *, layers: int, tp: int) -> TransformerBlockSubmodules:
+    """Return the specification of a stack of layers and the norm behind it."""
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(model, tp)] * layers, layer_norm=Norm)
+
+
+def _layer_spec(model: BuiltIn, tp: int) -> ModuleSpec:
+    column, row = (ColumnParallelLinear, RowParallelLinear) if tp > 1 else (Linear, Linear)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=column,
+            core_attention=CoreAttention,
+            linear_proj=row,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        params={"ffn_hidden_size": model.ffn},
+        submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

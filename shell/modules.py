@@ -1,0 +1,421 @@
+"""Modules: the networks of one stage on one rank, built from megatron-core to match the core's table.
+
+A stage is a function of its inputs and the description of its share: flat rows in, flat rows out, one block
+of positions times samples between the stages of a module.
+
+| stage | inputs | outputs |
+|---|---|---|
+| first, nothing feeds it | ``rows`` | |
+| first, fed | the rows of each feeder by its name | |
+| first, `gpt` | also ``tokens``, -1 at placeholders | |
+| any but the last | | the module's own name: hidden states [S, B, H] |
+| any but the first | the module's own name: hidden states | |
+| last | | rows by the name of each target |
+| last, with targets | ``labels``, ``loss_weights`` (`gpt`); ``targets`` (`regressor`) | ``loss``, a sum |
+| last, without targets | | ``logits`` (`gpt`); ``prediction`` (`regressor`) |
+
+Under tensor parallelism inputs and outputs are whole on every tp rank, and so are the gradients of the
+inputs. Building, forward and backward happen inside `megatron.cpu.on_device`.
+
+Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mimogrid.core.hashing import draw_bits
+from mimogrid.core.layout import trainable_names
+from mimogrid.core.models import Block, BuiltIn, Gpt, Own, Regressor, Vit
+from mimogrid.core.steps import Share
+from mimogrid.core.topology import UNKNOWN, Module, StageInfo, Topology
+from mimogrid.shell import builders
+from mimogrid.shell.loss import cross_entropy_sum, squared_error_sum
+from mimogrid.shell.megatron import (
+    GPTModel,
+    ProcessGroupCollection,
+    TransformerBlock,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from mimogrid.shell.megatron.layers import block_spec, config_of
+from mimogrid.shell.packing import Packing, check_placeholders, pack_rows, pack_text
+from mimogrid.shell.weights import initialize, layout_name, shard_shape
+
+
+class Groups(Protocol):
+    """The process groups of a module that a stage computes over; of size 1 where the axis is 1."""
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        """Ranks that hold the shards of one copy."""
+
+    @property
+    def cp(self) -> dist.ProcessGroup:
+        """Ranks that hold the parts of one sequence."""
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        """Ranks that hold copies."""
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        """Ranks that hold the stages."""
+
+
+class OwnNetwork(Protocol):
+    """What a builder of the user's returns: an `nn.Module` with this forward.
+
+    The builder is called with the module's options as keywords. Inputs are what a first stage gets (see the
+    table above), targets included where there are any, and row counts per sample as int64 tensors:
+    ``lengths``, and ``lengths.FEEDER`` for each feeder. Outputs are ``rows`` [R, width] if the module feeds
+    another, and ``loss`` (a sum, not a mean) if it has one.
+    """
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return rows, a loss, or both."""
+
+
+class StageModule(nn.Module):
+    """One stage of a module on this rank."""
+
+    def __init__(self, module: Module, info: StageInfo, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.info = info
+        self.name = module.name
+        self.edges = module.outputs if info.last else ()
+        # The prefix keeps a target named like a method of ModuleDict ("keys") legal.
+        self.projectors = nn.ModuleDict(
+            {
+                f"to_{edge.target}": nn.Linear(module.model.hidden, edge.width, dtype=dtype)
+                for edge in self.edges
+                if edge.projected and module.model.hidden
+            }
+        )
+
+    def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """Compute the stage for a share; see the table at the top of this file."""
+        raise NotImplementedError
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        raise NotImplementedError
+
+    def emit(self, rows_RH: Tensor) -> dict[str, Tensor]:
+        """Return the rows for each target."""
+        return {
+            edge.target: self.projectors[f"to_{edge.target}"](rows_RH) if edge.projected else rows_RH
+            for edge in self.edges
+        }
+
+
+def named_weights(stage: StageModule) -> dict[str, nn.Parameter]:
+    """Return this rank's parts of the stage's parameters by layout-independent name, in the table's order."""
+    weights = {_weight_name(stage, built): weight for built, weight in stage.named_parameters()}
+    planned = (p.name for p in stage.info.parameters)
+    return {name: weights[name] for name in dict.fromkeys((*planned, *weights))}
+
+
+def _weight_name(stage: StageModule, built: str) -> str:
+    if built.startswith("projectors."):
+        return built.replace("projectors.to_", "projector.", 1)
+    return stage.weight_name(built)
+
+
+def build_stage(
+    topology: Topology,
+    info: StageInfo,
+    groups: Groups,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StageModule:
+    """Build a stage with its initial weights; what the plan freezes takes no gradient."""
+    module = topology.modules[info.stage.module]
+    written = topology.spec.modules[module.name]
+    stage: StageModule
+    match module.model:
+        case Own() as model:
+            network = _own_network(model, written.options, seed=topology.spec.seed, module=module.name)
+            stage = OwnStage(module, info, network, dtype=dtype)
+        case Gpt() as model:
+            context = _Context(module, info, groups, written.recompute, dtype)
+            stage = TextStage(context, model, sequence=topology.sequence)
+        case model:
+            stage = RowsStage(_Context(module, info, groups, written.recompute, dtype), model)
+    stage.to(device=device, dtype=dtype)
+    _check(stage, tp_size=groups.tp.size())
+    weights = named_weights(stage)
+    initialize(
+        weights,
+        info.parameters,
+        seed=topology.spec.seed,
+        module=module.name,
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+    )
+    trainable = info.trainable
+    if UNKNOWN in trainable:  # The names of an own module are known only now.
+        trainable = trainable_names(written, tuple(weights))
+    for name, weight in weights.items():
+        weight.requires_grad_(name in trainable)
+    return stage
+
+
+def _check(stage: StageModule, *, tp_size: int) -> None:
+    """The table of the core and what was built are the same."""
+    planned = {p.name: shard_shape(p, tp_size=tp_size) for p in stage.info.parameters}
+    built = {_weight_name(stage, name): tuple(w.shape) for name, w in stage.named_parameters()}
+    if isinstance(stage, OwnStage):  # The table holds its projectors only.
+        built = {name: shape for name, shape in built.items() if name in planned}
+    assert built == planned, sorted(set(built.items()) ^ set(planned.items()))
+
+
+# -- built-in models ---------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _Context:
+    """What a stage of a built-in model is built for."""
+
+    module: Module
+    info: StageInfo
+    groups: Groups
+    recompute: str
+    dtype: torch.dtype
+
+
+class TransformerStage(StageModule):
+    """What the stages of all built-in models share: a stack of layers on a packed block."""
+
+    def __init__(self, context: _Context, model: BuiltIn) -> None:
+        groups = context.groups
+        assert not model.experts
+        assert groups.cp.size() == 1
+        super().__init__(context.module, context.info, dtype=context.dtype)
+        self.tp = groups.tp
+        self.sequence_parallel = context.module.sequence_parallel and groups.tp.size() > 1
+        self.multiple = groups.tp.size() if self.sequence_parallel else 1
+        self.feeders = tuple(edge.source for edge in context.module.inputs)
+        self.hidden = model.hidden
+        self.dtype = context.dtype
+        self.config = config_of(
+            model,
+            layers=len(context.info.layers),
+            tp=groups.tp.size(),
+            sequence_parallel=self.sequence_parallel,
+            recompute=context.recompute,
+            dtype=context.dtype,
+        )
+        self.recomputes = context.recompute != "none" and bool(context.info.trainable)
+        self.spec = block_spec(model, layers=len(context.info.layers), tp=groups.tp.size())
+        self.collection = ProcessGroupCollection(
+            tp=groups.tp, cp=groups.cp, dp=groups.dp, pp=groups.pp, embd=None
+        )
+
+    def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """Compute the stage for a share; see the table at the top of this file."""
+        packing = self.pack(share, next(iter(inputs.values())).device)
+        first = self.info.first
+        hidden_SBH = self.enter(inputs, share, packing) if first else inputs[self.name]
+        hidden_SBH = self.decode(hidden_SBH, packing)
+        if not self.info.last:
+            return {self.name: hidden_SBH}
+        rows_RH = hidden_SBH.flatten(0, 1).index_select(0, packing.outgoing)
+        return {**self.emit(rows_RH), **self.finish(rows_RH, inputs)}
+
+    @property
+    def decoder(self) -> TransformerBlock:
+        """The layers."""
+        raise NotImplementedError
+
+    def pack(self, share: Share, device: torch.device) -> Packing:
+        """Return where the rows of a share lie."""
+        raise NotImplementedError
+
+    def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+        """Return the block that the first layer reads."""
+        raise NotImplementedError
+
+    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a last stage gives besides rows: a loss, or what the loss would judge."""
+        raise NotImplementedError
+
+    def decode(self, hidden_SBH: Tensor, packing: Packing) -> Tensor:
+        """Run the layers. Under sequence parallelism each tp rank holds a part of S between the linears."""
+        positions, samples = packing.positions, packing.samples
+        pads = packing.padded != (positions, samples)
+        if pads:
+            more_S, more_B = packing.padded[0] - positions, packing.padded[1] - samples
+            hidden_SBH = functional.pad(hidden_SBH, (0, 0, 0, more_B, 0, more_S))
+        if self.sequence_parallel:
+            hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp)
+        if self.recomputes and torch.is_grad_enabled() and not hidden_SBH.requires_grad:
+            # Re-entrant recomputation gives no gradients at all where its input needs none.
+            hidden_SBH = hidden_SBH.detach().requires_grad_()
+        hidden_SBH = self.decoder(hidden_states=hidden_SBH, attention_mask=packing.mask)
+        if self.sequence_parallel:
+            # What follows is computed alike on every tp rank, so its gradient is cut, not summed.
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False, group=self.tp
+            )
+        return hidden_SBH[:positions, :samples] if pads else hidden_SBH
+
+    def block_of(self, rows_RH: Tensor, entries: Tensor, packing: Packing) -> Tensor:
+        """Return the block [S, B, H] with rows at their entries and zeros elsewhere."""
+        block = rows_RH.new_zeros(packing.positions * packing.samples, self.hidden)
+        return block.index_copy_(0, entries, rows_RH).view(packing.positions, packing.samples, self.hidden)
+
+
+class TextStage(TransformerStage):
+    """A stage of a `gpt`."""
+
+    def __init__(self, context: _Context, model: Gpt, *, sequence: int) -> None:
+        super().__init__(context, model)
+        info = context.info
+        self.sequence = sequence
+        self.tied = model.tied_embeddings
+        self.network = GPTModel(
+            self.config,
+            self.spec,
+            vocab_size=model.vocab,
+            max_sequence_length=sequence,
+            pre_process=info.first,
+            post_process=info.last,
+            share_embeddings_and_output_weights=self.tied,
+            position_embedding_type="none",  # The core attention turns what it gets.
+            scatter_embedding_sequence_parallel=False,  # Rows are put among the tokens first.
+            pg_collection=self.collection,
+        )
+        assert len(self.decoder.layers) == len(info.layers)
+        # Hidden states are an argument here, not state that `set_input_tensor` leaves behind.
+        self.decoder.pre_process = True
+        if info.last and self.sequence_parallel:
+            # The output projection reads whole rows (see `decode`), not a part of the positions.
+            self.network.output_layer.sequence_parallel = False
+            self.network.output_layer.allreduce_dgrad = True
+
+    @property
+    def decoder(self) -> TransformerBlock:
+        """The layers."""
+        return self.network.decoder
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        name = layout_name(built.removeprefix("network."), self.info.layers)
+        return "embedding.weight" if self.tied and name == "output.weight" else name
+
+    def pack(self, share: Share, device: torch.device) -> Packing:
+        """Return where the rows of a share lie."""
+        return pack_text(share, sequence=self.sequence, multiple=self.multiple, device=device)
+
+    def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+        """Return token embeddings with the feeders' rows at their placeholders."""
+        tokens_T = inputs["tokens"]
+        if tokens_T.device.type == "cpu":
+            check_placeholders(tokens_T, share, packing)
+        text_T = tokens_T.index_select(0, packing.text_tokens)
+        text_TH = self.network.embedding.word_embeddings(text_T)
+        rows = [inputs[feeder] for feeder in self.feeders]
+        return self.block_of(torch.cat([*rows, text_TH]), packing.incoming, packing)
+
+    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weighted sum of cross entropies, or the logits."""
+        weight = self.network.shared_embedding_or_output_weight() if self.tied else None
+        logits_TV, _ = self.network.output_layer(rows_RH, weight=weight)
+        if "labels" not in inputs:
+            return {"logits": gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)}
+        labels_T, weights_T = inputs["labels"], inputs["loss_weights"]
+        return {"loss": cross_entropy_sum(logits_TV, labels_T, weights_T, self.tp)}
+
+
+class RowsStage(TransformerStage):
+    """A stage of a `vit`, a `block` or a `regressor`."""
+
+    def __init__(self, context: _Context, model: Vit | Block | Regressor) -> None:
+        super().__init__(context, model)
+        info = context.info
+        self.network = TransformerBlock(
+            self.config, self.spec, post_process=info.last, pg_collection=self.collection
+        )
+        assert len(self.decoder.layers) == len(info.layers)
+        self.input: nn.Module = nn.Identity()
+        self.output: nn.Linear | None = None
+        if info.first and isinstance(model, Vit):
+            assert model.features is not None
+            self.input = nn.Linear(model.features, model.hidden, dtype=context.dtype)
+        if info.last and isinstance(model, Regressor):
+            self.output = nn.Linear(model.hidden, model.outputs, dtype=context.dtype)
+
+    @property
+    def decoder(self) -> TransformerBlock:
+        """The layers."""
+        return self.network
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        return layout_name(built.replace("network.", "decoder.", 1), self.info.layers)
+
+    def pack(self, share: Share, device: torch.device) -> Packing:
+        """Return where the rows of a share lie."""
+        return pack_rows(share, multiple=self.multiple, dtype=self.dtype, device=device)
+
+    def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+        """Return the incoming rows, sample by sample."""
+        rows_RH = (
+            torch.cat([inputs[feeder] for feeder in self.feeders])
+            if self.feeders
+            else self.input(inputs["rows"])
+        )
+        return self.block_of(rows_RH, packing.incoming, packing)
+
+    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sum of squared errors, or the prediction; nothing from an encoder."""
+        if self.output is None:
+            return {}
+        prediction = self.output(rows_RH)
+        if "targets" not in inputs:
+            return {"prediction": prediction}
+        return {"loss": squared_error_sum(prediction, inputs["targets"])}
+
+
+# -- modules of the user's ---------------------------------------------------------------------------------
+
+
+class OwnStage(StageModule):
+    """The only stage of a module of the user's."""
+
+    def __init__(self, module: Module, info: StageInfo, network: nn.Module, *, dtype: torch.dtype) -> None:
+        super().__init__(module, info, dtype=dtype)
+        self.network = network
+        self.feeders = tuple(edge.source for edge in module.inputs)
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        return built.removeprefix("network.")
+
+    def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """Compute the stage for a share; see `OwnNetwork`."""
+        device = next(iter(inputs.values())).device
+        counts = {"lengths": torch.tensor(share.lengths, device=device)}
+        for feeder in self.feeders:
+            counts[f"lengths.{feeder}"] = torch.tensor(share.rows[feeder], device=device)
+        given = self.network({**inputs, **counts})
+        rows = self.emit(given["rows"]) if self.edges else {}
+        return rows | {name: tensor for name, tensor in given.items() if name != "rows"}
+
+
+def _own_network(model: Own, options: Any, *, seed: int, module: str) -> nn.Module:
+    """Build a module of the user's with initial weights that follow from the seed and its name."""
+    build = builders.find(model.path, where=f"modules.{module}.model").load()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(draw_bits(seed, module, "own") % 2**63)
+        network = build(**options)
+    assert isinstance(network, nn.Module), model.path
+    return network

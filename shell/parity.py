@@ -1,0 +1,170 @@
+"""Parity: the job's layout against the same model on one process, gradient by gradient.
+
+The reference is plain: one process, the whole batch at once, modules called one after the other in graph order,
+one backward. It shares the networks and the loading of samples with the layout, and nothing else: no routes, no
+program, no transport, no reduction.
+"""
+
+import math
+from collections.abc import Mapping
+
+import attrs
+import torch
+
+from mimogrid.core.spec import GridSpec, JobSpec
+from mimogrid.core.steps import Step, step_of
+from mimogrid.core.topology import parse
+from mimogrid.shell.collect import Tensors
+from mimogrid.shell.data import Loader
+from mimogrid.shell.device import DTYPES, Device
+from mimogrid.shell.groups import ModuleGroups
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.modules import build_stage, named_weights
+from mimogrid.shell.place import Place
+from mimogrid.shell.session import open_session
+from mimogrid.shell.step import Crew
+
+
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
+
+Gradients = Tensors
+"""Full gradients by ``module.parameter``."""
+
+
+@attrs.frozen
+class Difference:
+    """How far a parameter's gradient is from the reference: `difference` is relative to its scale."""
+
+    parameter: str
+    difference: float
+    magnitude: float
+    reference: float
+
+
+@attrs.frozen
+class Verdict:
+    """What a comparison came to; `worst` holds the largest differences first."""
+
+    passed: bool
+    loss: float
+    gradients: float
+    worst: tuple[Difference, ...]
+
+
+def on_one_process(job: Job, step: Step, groups: ModuleGroups, device: Device) -> tuple[float, Gradients]:
+    """Return loss and gradients of a step's samples on one process; `groups` hold this rank alone."""
+    topology = parse(_undivided(job.spec), job.topology.source)
+    whole = step_of(topology, step.samples)
+    dtype = DTYPES[job.spec.precision]
+    loader = Loader(job.source, device=device.torch, dtype=dtype)
+    networks = {
+        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype)
+        for name, module in topology.modules.items()
+    }
+    loss = torch.zeros((), dtype=dtype, device=device.torch)
+    rows: dict[tuple[str, str], torch.Tensor] = {}
+    for name in topology.graph.order:
+        module, share = topology.modules[name], whole.share(name, 0, 0)
+        if share.is_empty:
+            rows |= {(name, edge.target): _no_rows(edge.width, loader) for edge in module.outputs}
+            continue
+        inputs = loader.inputs(module, share) | loader.targets(module, share)
+        inputs |= {edge.source: rows[edge.source, name] for edge in module.inputs}
+        outputs = networks[name](inputs, share)
+        rows |= {(name, edge.target): outputs[edge.target] for edge in module.outputs}
+        if whole.units.get(name):
+            loss = loss + module.loss_weight * outputs["loss"] / whole.units[name]
+    if loss.requires_grad:
+        loss.backward()
+    return float(loss), {
+        f"{name}.{weight}": parameter.grad
+        for name, network in networks.items()
+        for weight, parameter in named_weights(network).items()
+        if parameter.grad is not None
+    }
+
+
+def compare(losses: tuple[float, float], ours: Gradients, reference: Gradients, *, precision: str) -> Verdict:
+    """Compare (ours, the reference's) loss and gradients."""
+    largest = _largest_by_module(reference)
+    names = sorted({*ours, *reference})
+    worst = sorted(
+        (_difference(name, ours.get(name), reference.get(name), largest) for name in names),
+        key=lambda d: (-d.difference, d.parameter),
+    )
+    loss = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-30) if losses[0] != losses[1] else 0.0
+    gradients = worst[0].difference if worst else 0.0
+    limit = TOLERANCE[precision]
+    return Verdict(max(loss, gradients) <= limit, loss, gradients, tuple(worst))
+
+
+def _difference(
+    name: str,
+    ours: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    largest: Mapping[str, float],
+) -> Difference:
+    magnitude, expected = _magnitude(ours), _magnitude(reference)
+    if ours is None or reference is None:
+        difference = math.inf if magnitude or expected else 0.0
+        return Difference(name, difference, magnitude, expected)
+    floor = 1e-3 * (largest[name.split(".")[0]] or max(largest.values()))
+    apart = float((ours.double() - reference.double()).abs().max())
+    scale = max(expected, floor)
+    difference = apart / scale if scale else (math.inf if apart else 0.0)
+    return Difference(name, math.inf if math.isnan(apart) else difference, magnitude, expected)
+
+
+def _magnitude(tensor: torch.Tensor | None) -> float:
+    return 0.0 if tensor is None or tensor.numel() == 0 else float(tensor.abs().max())
+
+
+def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
+    largest: dict[str, float] = {}
+    for name, gradient in gradients.items():
+        module = name.split(".")[0]
+        largest[module] = max(largest.get(module, 0.0), _magnitude(gradient))
+    return largest
+
+
+def _undivided(spec: JobSpec) -> JobSpec:
+    """The same model on one rank: every grid of size 1, the whole batch at once."""
+    modules = {
+        name: attrs.evolve(module, grid=GridSpec(offset=0), split=None, microbatches=None, chunks=1)
+        for name, module in spec.modules.items()
+    }
+    batch = attrs.evolve(spec.batch, microbatches=1)
+    return attrs.evolve(spec, modules=modules, batch=batch, world_size=None)
+
+
+def _no_rows(width: int, loader: Loader) -> torch.Tensor:
+    return torch.empty(0, width, dtype=loader.dtype, device=loader.device)
+
+
+def in_world(place: Place, job: Job, steps: int) -> Verdict | None:
+    """Run on every rank: compare some steps of a job; the first rank of the job returns the verdict."""
+    with open_session(place, job) as session:
+        if session.crew is None:
+            return None
+        chief = place.rank == job.topology.ranks[0]
+        verdicts = []
+        for index in range(steps):
+            step = job.step(index)
+            outcome = session.crew.run(index, step, step, update=False)
+            ours = full_gradients(session.crew)
+            if chief:
+                alone = session.groups.alone()
+                loss, reference = on_one_process(job, step, alone, session.device)
+                losses = (outcome.loss, loss)
+                verdicts.append(compare(losses, ours, reference, precision=job.spec.precision))
+        return max(verdicts, key=lambda v: max(v.gradients, v.loss)) if verdicts else None
+
+
+def full_gradients(crew: Crew) -> Gradients:
+    """Return every full gradient of the job on its first rank, and nothing on others."""
+    return crew.collect(
+        {
+            stage: {name: w.grad for name, w in buffer.weights.items() if w.grad is not None}
+            for stage, buffer in crew.buffers.items()
+        }
+    )

@@ -1,0 +1,218 @@
+"""Stages at work: one module stage of this rank, with what it holds for each microbatch in flight.
+
+A stage gathers its inputs, runs its network forward or backward, and hands out what the program sends on.
+At a seam every rank receives an equal part of its lane's rows; the ranks along tp and cp then gather the whole
+among themselves, forward at the target and backward at the source.
+"""
+
+from collections.abc import Iterator
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from mimogrid.core.gradients import loss_scale
+from mimogrid.core.routes import Message, Part, Piece, lane_parts
+from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
+from mimogrid.core.schedule.lower import Program, link_of
+from mimogrid.core.topology import Link, Module, StageInfo
+from mimogrid.shell.data import Loader
+from mimogrid.shell.groups import ModuleGroups
+from mimogrid.shell.modules import StageModule
+
+
+Arrivals = dict[tuple[Link, Direction], list[tuple[int, torch.Tensor]]]
+
+
+@attrs.define(eq=False)
+class InFlight:
+    """What a stage holds of a microbatch: inputs and outputs by name, and what has arrived for it.
+
+    After the backward, the gradients of the inputs stand in their place. Rows arrive in pieces, each with the row of the step at which it begins; hidden states arrive whole, at 0.
+    """
+
+    inputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
+    outputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
+    arrived: Arrivals = attrs.field(factory=Arrivals)
+
+
+class StageRunner:
+    """A stage of this rank, over the steps of a run."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        module: Module,
+        info: StageInfo,
+        network: StageModule,
+        groups: ModuleGroups,
+        loader: Loader,
+        dtype: torch.dtype,
+    ) -> None:
+        self.rank = rank
+        self.module = module
+        self.info = info
+        self.network = network
+        self.groups = groups
+        self.dtype = dtype
+        self._lane = module.grid.position(rank)["dp"]
+        self._loader = loader
+
+    def begin(self, program: Program) -> None:
+        """Make ready for a step; `loss` and `answers` are those of the step from now on."""
+        self._program = program
+        self._step = program.routes.step
+        self._topology = program.topology
+        self._in_flight: dict[int, InFlight] = {}
+        self.loss: torch.Tensor | None = None
+        self.answers: dict[int, torch.Tensor] = {}
+
+    def compute(self, action: Compute) -> None:
+        """Run a microbatch forward or backward."""
+        match action.kind:
+            case Kind.FORWARD:
+                self._forward(action.microbatch)
+            case Kind.BACKWARD:
+                self._backward(action.microbatch)
+            case _:
+                raise AssertionError(action)
+
+    # -- forward and backward ------------------------------------------------------------------------------
+
+    def _forward(self, microbatch: int) -> None:
+        share = self._step.share(self.module.name, self._lane, microbatch)
+        held = self._held(microbatch)
+        trains = self.info.stage in self._program.order.backward
+        if self.info.first:
+            held.inputs |= self._loader.inputs(self.module, share)
+        for link in self._topology.links_into(self.info.stage):
+            incoming = self._gather(held, link, Direction.FORWARD, microbatch)
+            incoming.requires_grad_(link in self._program.order.gradients)
+            held.inputs[link.source.module] = incoming
+        with_targets = self._program.order.training and self.info.last
+        targets = self._loader.targets(self.module, share) if with_targets else {}
+        with torch.set_grad_enabled(trains):
+            held.outputs = self.network(held.inputs | targets, share)
+        if "loss" in held.outputs:
+            loss = held.outputs["loss"].detach()
+            self.loss = loss if self.loss is None else self.loss + loss
+        if "logits" in held.outputs:
+            self.answers[microbatch] = held.outputs["logits"]
+        if not trains:
+            held.inputs.clear()
+
+    def _backward(self, microbatch: int) -> None:
+        held = self._in_flight[microbatch]
+        roots: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        for link in self._topology.links_from(self.info.stage):
+            if link in self._program.order.gradients:
+                roots.append(held.outputs[link.target.module])
+                gradients.append(self._gather(held, link, Direction.BACKWARD, microbatch))
+        if "loss" in held.outputs:
+            units = self._step.units[self.module.name]
+            scale = loss_scale(self._topology, self.module.name, units)
+            roots.append(held.outputs["loss"])
+            gradients.append(torch.full_like(held.outputs["loss"], scale))
+        torch.autograd.backward(roots, gradients)
+        held.outputs.clear()
+        held.inputs = {
+            link.source.module: _gradient(held.inputs[link.source.module])
+            for link in self._topology.links_into(self.info.stage)
+            if link in self._program.order.gradients
+        }
+
+    # -- what crosses the stage's borders ------------------------------------------------------------------
+
+    def shapes(self, recv: Recv) -> list[tuple[Message, tuple[int, ...]]]:
+        """Return the messages of a receive with the shape of each."""
+        link = link_of(self._topology, recv)
+        messages = self._program.messages_of(self.rank, recv)
+        if link.edge:
+            return [(message, (message.rows, link.edge.width)) for message in messages]
+        hidden = self._step.hop_shape(self.info.stage, self._lane, recv.microbatch)
+        return [(message, hidden) for message in messages]
+
+    def deliver(self, recv: Recv, messages: list[tuple[Message, torch.Tensor]]) -> None:
+        """Take what a receive has brought, piece by piece, to the microbatches that need it."""
+        link = link_of(self._topology, recv)
+        for message, tensor in messages:
+            if link.edge is None:
+                self._arrive(recv.microbatch, link, recv.direction, 0, tensor)
+                continue
+            pieces = tensor.split([piece.stop - piece.start for piece in message.pieces])
+            for piece, rows in zip(message.pieces, pieces, strict=True):
+                forward = recv.direction is Direction.FORWARD
+                microbatch = recv.microbatch if forward else piece.microbatch
+                self._arrive(microbatch, link, recv.direction, piece.start, rows)
+
+    def payload(self, send: Send) -> list[tuple[Message, torch.Tensor]]:
+        """Return the messages of a send with the tensor of each."""
+        link = link_of(self._topology, send)
+        return [
+            (message, self._outgoing(link, send, message))
+            for message in self._program.messages_of(self.rank, send)
+        ]
+
+    def _outgoing(self, link: Link, send: Send, message: Message) -> torch.Tensor:
+        forward = send.direction is Direction.FORWARD
+        if link.edge is None:
+            return self._value(link, send.microbatch, forward=forward)
+        pieces = []
+        for piece in message.pieces:
+            microbatch = piece.microbatch if forward else send.microbatch
+            whole = self._value(link, microbatch, forward=forward)
+            pieces.append(self._rows(whole, link, microbatch, piece))
+        return torch.cat(pieces)
+
+    def _value(self, link: Link, microbatch: int, *, forward: bool) -> torch.Tensor:
+        """Return what a stage hands on for a microbatch: an output, or the gradient of an input."""
+        held = self._in_flight[microbatch]
+        if forward:
+            return held.outputs[link.target.module].detach()
+        return held.inputs[link.source.module]
+
+    def _rows(self, whole: torch.Tensor, link: Link, microbatch: int, piece: Piece) -> torch.Tensor:
+        """Cut a piece out of all the rows that this lane has at a link in a microbatch of its own."""
+        first = next(self._parts(link, microbatch)).start
+        return whole[piece.start - first : piece.stop - first]
+
+    def _gather(self, held: InFlight, link: Link, direction: Direction, microbatch: int) -> torch.Tensor:
+        """Return all of a lane's rows of a link: this rank's part, and those of the ranks that share the lane."""
+        arrived = sorted(held.arrived.pop((link, direction), ()), key=lambda piece: piece[0])
+        if link.edge is None:
+            return arrived[0][1]
+        sizes = [part.stop - part.start for part in self._parts(link, microbatch)]
+        empty = torch.empty(0, link.edge.width, dtype=self.dtype, device=self._loader.device)
+        mine = torch.cat([empty, *(rows for _, rows in arrived)])
+        return mine if len(sizes) == 1 else all_gather_rows(mine, sizes, self.groups.holders)
+
+    def _parts(self, link: Link, microbatch: int) -> Iterator[Part]:
+        return lane_parts(self._step, self.module, link, microbatch, self._lane)
+
+    def _arrive(
+        self, microbatch: int, link: Link, direction: Direction, start: int, tensor: torch.Tensor
+    ) -> None:
+        arrived = self._held(microbatch).arrived
+        arrived.setdefault((link, direction), []).append((start, tensor))
+
+    def _held(self, microbatch: int) -> InFlight:
+        return self._in_flight.setdefault(microbatch, InFlight())
+
+
+def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+    """The gradient of an input; zeros where nothing of it was used (no rows)."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def all_gather_rows(mine: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Gather parts of unequal length, [sizes[i], W] each, into [sum(sizes), W]; padded to the longest on the way."""
+    longest = max(sizes)
+    if longest == 0:
+        return mine
+    padded = mine.new_zeros(longest, mine.shape[1])
+    padded[: len(mine)] = mine
+    every = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(every, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])

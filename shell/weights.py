@@ -1,0 +1,96 @@
+"""Weights: the parameters of a built stage under their layout-independent names, drawn, cut and put together.
+
+Every value follows from (seed, module, name): the full tensor is drawn in fp64 wherever a part of it is
+needed, and each rank keeps its part. So a model begins with the same weights under every layout.
+
+>>> qkv = Parameter("layers.0.attention.qkv.weight", (4, 2), layer=0, std=0.02, tp_dim=0)
+>>> full = draw(qkv, seed=0, module="language")
+>>> parts = [shard(full, qkv, tp_rank=rank, tp_size=2) for rank in range(2)]
+>>> parts[0].shape, bool((unshard(parts, qkv) == full).all())
+(torch.Size([2, 2]), True)
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mimogrid.core.hashing import draw_bits
+from mimogrid.core.models import Parameter
+
+
+_MEGATRON_PARTS = {
+    "input_layernorm": "attention_norm",
+    "self_attention.linear_qkv": "attention.qkv",
+    "self_attention.linear_proj": "attention.out",
+    "pre_mlp_layernorm": "mlp_norm",
+    "mlp.linear_fc1": "mlp.up",
+    "mlp.linear_fc2": "mlp.down",
+}
+_MEGATRON_ENDS = {
+    "decoder.final_layernorm": "final_norm",
+    "embedding.word_embeddings": "embedding",
+    "output_layer": "output",
+}
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def layout_name(built: str, layers: range) -> str:
+    """Return the layout-independent name of a parameter of megatron's in a stage that holds `layers`.
+
+    >>> layout_name("decoder.layers.1.self_attention.linear_qkv.weight", range(4, 6))
+    'layers.5.attention.qkv.weight'
+    >>> layout_name("output_layer.weight", range(4, 6))
+    'output.weight'
+    """
+    inside = _LAYER.fullmatch(built)
+    if inside:
+        index, part, kind = inside.groups()
+        return f"layers.{layers[int(index)]}.{_MEGATRON_PARTS[part]}.{kind}"
+    owner, _, kind = built.rpartition(".")
+    return f"{_MEGATRON_ENDS.get(owner, owner)}.{kind}"
+
+
+def draw(parameter: Parameter, *, seed: int, module: str) -> Tensor:
+    """Return the initial value of a whole parameter, in fp64 on the CPU."""
+    if not parameter.std:
+        return torch.full(parameter.shape, parameter.constant, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(draw_bits(seed, module, parameter.name))
+    return torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * parameter.std
+
+
+def shard(full: Tensor, parameter: Parameter, *, tp_rank: int, tp_size: int) -> Tensor:
+    """Return the part of a parameter that one tp rank holds."""
+    if parameter.tp_dim is None:
+        return full
+    return full.chunk(tp_size, dim=parameter.tp_dim)[tp_rank]
+
+
+def unshard(shards: Sequence[Tensor], parameter: Parameter) -> Tensor:
+    """Return the whole parameter from what the tp ranks hold, in their order."""
+    if parameter.tp_dim is None:
+        return shards[0]
+    return torch.cat(tuple(shards), dim=parameter.tp_dim)
+
+
+def shard_shape(parameter: Parameter, *, tp_size: int) -> tuple[int, ...]:
+    """Return the shape of the part that one tp rank holds."""
+    return tuple(n // tp_size if d == parameter.tp_dim else n for d, n in enumerate(parameter.shape))
+
+
+@torch.no_grad()
+def initialize(
+    weights: Mapping[str, nn.Parameter],
+    parameters: Sequence[Parameter],
+    *,
+    seed: int,
+    module: str,
+    tp_rank: int,
+    tp_size: int,
+) -> None:
+    """Fill the local weights of a stage with this rank's part of their initial values."""
+    for parameter in parameters:
+        weight = weights[parameter.name]
+        full = draw(parameter, seed=seed, module=module).to(weight.dtype)
+        weight.copy_(shard(full, parameter, tp_rank=tp_rank, tp_size=tp_size))
