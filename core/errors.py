@@ -34,6 +34,10 @@ class WorldError(Exception):
     """A failure of the running world, with the rank and the action that it struck."""
 
 
+class EchoError(WorldError):
+    """A rank was cut off by the failure of another, which reports it."""
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return the way out for an unknown name: the nearest known one, or all of them.
 

@@ -5,26 +5,27 @@ Exit codes: 0 done; 2 the job (or the command) is wrong, every problem listed; 1
 """
 
 import argparse
-import importlib
+import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import attrs
 
-from mimogrid.core.errors import PlanError, Problem, WorldError
+from mimogrid.core.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.roles import RankRole, role_of
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.topology import Topology
 from mimogrid.core.traffic import EdgeTraffic, edge_traffic
 from mimogrid.core.verify import verify
+from mimogrid.shell import start
 from mimogrid.shell.builders import PlanWarning
 from mimogrid.shell.jobs import Job, open_job
+from mimogrid.shell.place import under_torchrun
 
 
 WELCOME = """\
@@ -54,8 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(given.command(_opened(given), given))
     except PlanError as error:
-        _report(error.problems, as_json=given.json)
+        place = under_torchrun()
+        if place is None or place.rank == 0:  # all ranks find the same problems: one tells
+            _report(error.problems, as_json=given.json)
         return 2
+    except EchoError:
+        return 1
     except WorldError as error:
         print(f"mimogrid: {error}", file=sys.stderr)
         return 1
@@ -190,28 +195,22 @@ def show(job: Job, given: argparse.Namespace) -> int:
     return 0
 
 
-def train(_: Job, given: argparse.Namespace) -> int:
-    """Train the job; with torch at hand it is opened again, on every rank."""
-    return int(
-        _launch().train(
-            given.job,
-            overrides=given.overrides,
-            resume=given.resume,
-            transport=given.transport,
-            as_json=given.json,
-        )
-    )
+def train(job: Job, given: argparse.Namespace) -> int:
+    """Train the job."""
+    with _torch_is_needed():
+        return start.train(job, resume=given.resume, transport=given.transport, as_json=given.json)
 
 
-def parity(_: Job, given: argparse.Namespace) -> int:
+def parity(job: Job, given: argparse.Namespace) -> int:
     """Compare the job's layout with the same model on one process."""
-    return int(_launch().parity(given.job, overrides=given.overrides, steps=given.steps, as_json=given.json))
+    with _torch_is_needed():
+        return start.parity(job, steps=given.steps, as_json=given.json)
 
 
-def _launch() -> ModuleType:
-    """Import what needs torch."""
+@contextlib.contextmanager
+def _torch_is_needed() -> Iterator[None]:
     try:
-        return importlib.import_module("mimogrid.shell.launch")
+        yield
     except ModuleNotFoundError as error:
         if error.name not in {"torch", "megatron"}:
             raise

@@ -22,7 +22,7 @@ from typing import Any
 
 import attrs
 
-from mimogrid.core.errors import PlanError, WorldError
+from mimogrid.core.errors import EchoError, PlanError, WorldError
 from mimogrid.shell.place import Place
 
 
@@ -152,11 +152,5 @@ def _run(task: Task) -> Report:
     except PlanError as error:
         return Report(failure=str(error), plan_error=error)
     except Exception as error:
-        text = traceback.format_exc()
-        return Report(failure=f"rank {task.place.rank} failed:\n{text}", is_echo=is_echo(error))
-
-
-def is_echo(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone."""
-    words = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "timed out", "Timed out")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        text = f"rank {task.place.rank} failed:\n{traceback.format_exc()}"
+        return Report(failure=text, is_echo=isinstance(error, EchoError))

@@ -27,6 +27,9 @@ from mimogrid.shell.step import Crew
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
 
+SHOWN = 8
+"""How many of the worst parameters are shown."""
+
 Gradients = Tensors
 """Full gradients by ``module.parameter``."""
 
@@ -49,6 +52,26 @@ class Verdict:
     loss: float
     gradients: float
     worst: tuple[Difference, ...]
+    precision: str
+
+    def as_json(self) -> dict[str, object]:
+        """Return the verdict with its worst parameters, for a script."""
+        whole = attrs.asdict(self)
+        return whole | {"worst": whole["worst"][:SHOWN]}
+
+    def in_words(self) -> str:
+        """Return the verdict with its worst parameters, for a person."""
+        limit = TOLERANCE[self.precision]
+        lines = [
+            f"{'passed' if self.passed else 'FAILED'}: loss differs by {self.loss:.2e}, gradients by at "
+            f"most {self.gradients:.2e} ({self.precision}: at most {limit:.0e} is legal)",
+            f"{'worst parameters':44} {'difference':>10} {'largest':>10} {'reference':>10}",
+        ]
+        lines += [
+            f"{d.parameter:44} {d.difference:10.2e} {d.magnitude:10.2e} {d.reference:10.2e}"
+            for d in self.worst[:SHOWN]
+        ]
+        return "\n".join(lines)
 
 
 def on_one_process(job: Job, step: Step, groups: ModuleGroups, device: Device) -> tuple[float, Gradients]:
@@ -95,7 +118,7 @@ def compare(losses: tuple[float, float], ours: Gradients, reference: Gradients, 
     loss = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-30) if losses[0] != losses[1] else 0.0
     gradients = worst[0].difference if worst else 0.0
     limit = TOLERANCE[precision]
-    return Verdict(max(loss, gradients) <= limit, loss, gradients, tuple(worst))
+    return Verdict(max(loss, gradients) <= limit, loss, gradients, tuple(worst), precision)
 
 
 def _difference(

@@ -1,3 +1,4 @@
 """Imported once by the server from which local ranks are forked: what takes seconds to import."""
 
-import mimogrid.shell.parity  # noqa: F401
+import mimogrid.shell.parity
+import mimogrid.shell.train  # noqa: F401

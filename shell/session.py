@@ -21,7 +21,7 @@ from mimogrid.shell.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.place import Place
 from mimogrid.shell.step import Crew
-from mimogrid.shell.world import World, join
+from mimogrid.shell.world import World, join, one_report
 
 
 @attrs.frozen(eq=False)
@@ -56,6 +56,7 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
                 digest=digest_of(job.topology, job.step(0)),
             )
         )
+        enter(one_report(world))
         groups = enter(open_groups(job.topology, world, device))
         enter(on_device(device.torch, seed=job.spec.seed))
         hosts = place.rank in job.topology.ranks

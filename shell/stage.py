@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mimogrid.core.gradients import loss_scale
 from mimogrid.core.routes import Message, Part, Piece, lane_parts
+from mimogrid.core.samples import prefix_sums
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
 from mimogrid.core.schedule.lower import Program, link_of
 from mimogrid.core.topology import Link, Module, StageInfo
@@ -47,7 +48,6 @@ class StageRunner:
         info: StageInfo,
         network: StageModule,
         groups: ModuleGroups,
-        loader: Loader,
         dtype: torch.dtype,
     ) -> None:
         self.rank = rank
@@ -57,10 +57,12 @@ class StageRunner:
         self.groups = groups
         self.dtype = dtype
         self._lane = module.grid.position(rank)["dp"]
-        self._loader = loader
 
-    def begin(self, program: Program) -> None:
+    def begin(self, program: Program, loader: Loader) -> None:
         """Make ready for a step; `loss` and `answers` are those of the step from now on."""
+        self._loader = loader
+        if self.network.training != program.order.training:
+            self.network.train(program.order.training)
         self._program = program
         self._step = program.routes.step
         self._topology = program.topology
@@ -97,7 +99,7 @@ class StageRunner:
         if "loss" in held.outputs:
             loss = held.outputs["loss"].detach()
             self.loss = loss if self.loss is None else self.loss + loss
-        if "logits" in held.outputs:
+        if "logits" in held.outputs and self.groups.holders.rank() == 0:
             self.answers[microbatch] = held.outputs["logits"]
         if not trains:
             held.inputs.clear()
@@ -122,6 +124,16 @@ class StageRunner:
             for link in self._topology.links_into(self.info.stage)
             if link in self._program.order.gradients
         }
+
+    def last_tokens(self, microbatch: int, logits: torch.Tensor) -> tuple[range, torch.Tensor]:
+        """Return which samples of the step a lane has in a microbatch, and the likeliest token after each.
+
+        `logits` are [T, V], sample after sample.
+        """
+        lengths = self._step.share(self.module.name, self._lane, microbatch).lengths
+        ends = torch.tensor(prefix_sums(lengths)[1:], device=logits.device) - 1
+        which = self.module.samples(self._lane, microbatch, len(self._step.samples))
+        return which, logits[ends].argmax(dim=-1)
 
     # -- what crosses the stage's borders ------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ all clip by the same norm, and all take the step or none does; and no two ranks 
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -14,12 +15,12 @@ import torch.distributed as dist
 
 from mimogrid.core.errors import WorldError
 from mimogrid.core.rates import learning_rate
-from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Stage, Topology
 from mimogrid.shell import optimizer
 from mimogrid.shell.collect import Tensors, collect
-from mimogrid.shell.data import Loader
+from mimogrid.shell.data import Loader, Loads
 from mimogrid.shell.device import DTYPES, Device
 from mimogrid.shell.execute import Timed, execute
 from mimogrid.shell.gradients import GradientBuffer
@@ -28,6 +29,9 @@ from mimogrid.shell.jobs import Job
 from mimogrid.shell.modules import build_stage, named_weights
 from mimogrid.shell.stage import StageRunner
 from mimogrid.shell.transport import Transport
+
+
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -57,7 +61,6 @@ class Crew:
         self._groups = groups
         self._transport = Transport(self.topology, groups, device)
         dtype = DTYPES[job.spec.precision]
-        loader = Loader(job.source, device=device.torch, dtype=dtype)
         self.stages: dict[Stage, StageRunner] = {}
         self.buffers: dict[Stage, GradientBuffer] = {}
         for info in self.topology.stages_of(rank):
@@ -70,7 +73,6 @@ class Crew:
                 info=info,
                 network=network,
                 groups=of_module,
-                loader=loader,
                 dtype=dtype,
             )
             weights = named_weights(network)
@@ -84,25 +86,44 @@ class Crew:
         `following` is the next step: the ranks agree on its samples in this one.
         """
         program = plan_step(step)
-        for stage in self.stages.values():
-            stage.begin(program)
+        self._begin(program, self.job.source)
         for buffer in self.buffers.values():
             buffer.clear()
         finish = _Finish(self, index, step, following, update=update)
         timeline = execute(program.of(self.rank), self.stages, self._transport, finish)
         return attrs.evolve(finish.outcome, timeline=timeline)
 
-    def answer(self, step: Step) -> dict[Stage, dict[int, torch.Tensor]]:
-        """Run a step forwards only; return the logits of this rank's last stages by microbatch."""
+    def choose(self, step: Step, source: Loads) -> list[int]:
+        """Run a step forwards only; return the likeliest next token of every sample, on every rank."""
         program = plan_step(step, training=False)
-        for stage in self.stages.values():
-            stage.begin(program)
+        self._begin(program, source)
         execute(program.of(self.rank), self.stages, self._transport, _Nothing())
-        return {stage: runner.answers for stage, runner in self.stages.items() if runner.answers}
+        mine = torch.zeros(len(step.samples), dtype=torch.float64, device=self.device.torch)
+        for runner in self.stages.values():
+            for microbatch, logits in runner.answers.items():
+                where, tokens = runner.last_tokens(microbatch, logits)
+                mine[where.start : where.stop] = tokens
+        return [int(token) for token in self.gather(mine).sum(dim=0)]
+
+    def _begin(self, program: Program, source: Loads) -> None:
+        loader = Loader(source, device=self.device.torch, dtype=DTYPES[self.job.spec.precision])
+        for stage in self.stages.values():
+            stage.begin(program, loader)
 
     def collect(self, tensors: Mapping[Stage, Tensors]) -> Tensors:
         """Put full tensors together on the first rank of the job; see `collect.collect`."""
         return collect(self.stages, tensors, self._groups.by_ranks[self.topology.ranks])
+
+    def weights(self) -> dict[Stage, Tensors]:
+        """Return this rank's weights, stage by stage."""
+        return {stage: named_weights(runner.network) for stage, runner in self.stages.items()}
+
+    def hand_over(self, value: T) -> list[T]:
+        """Gather a value of every rank on the first rank of the job; the others get nothing."""
+        group = self._groups.by_ranks[self.topology.ranks]
+        every: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+        dist.gather_object(value, every, group=group, group_dst=0)
+        return every or []
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Gather a vector of each rank that hosts a module into [ranks, values], the same everywhere."""

@@ -1,21 +1,18 @@
 """The world: processes that have found each other and agree on the plan.
 
 A world is joined once, compares the digest of the plan before any group is made, creates the planned groups,
-and closes whatever it opened. The store that brought the ranks together also carries failures: the first rank
-to fail writes its report there, so that the others know why they were cut off.
+and closes whatever it opened. The store that brought the ranks together also tells a failure from its echoes:
+the first rank to fail says so there, and the others know that they were only cut off.
 """
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 import torch.distributed as dist
 
-from mimogrid.core.errors import WorldError
-
-
-FAILURE = "failure"
+from mimogrid.core.errors import EchoError, PlanError, WorldError
 
 
 @attrs.frozen(eq=False)
@@ -37,19 +34,31 @@ class World:
                 f"{first[:12]}. Start every rank with the same job file, overrides and version."
             )
 
-    def claim_failure(self, report: str) -> bool:
-        """Publish this rank's failure; False where another rank failed first."""
-        mine = f"{self.rank}\n{report}"
-        with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that kept it
-            return self.store.compare_set(FAILURE, "", mine).decode() == mine
-        return False
+    def first_decides(self, key: str, decide: Callable[[], str]) -> str:
+        """Return what rank 0 decides; the other ranks hear it."""
+        if self.rank == 0:
+            self.store.set(key, decide())
+        return self.store.get(key).decode()
 
-    def failure(self) -> str | None:
-        """Return the report of the rank that failed first, if one did."""
-        with contextlib.suppress(RuntimeError):
-            if self.store.check([FAILURE]):
-                return self.store.get(FAILURE).decode().split("\n", 1)[1]
-        return None
+    def fails_first(self) -> bool:
+        """Whether this rank is the first of the world to fail; others that fail only echo it."""
+        try:
+            return self.store.compare_set("failed", "", str(self.rank)).decode() == str(self.rank)
+        except RuntimeError:  # the store is gone with whoever kept it: somebody else failed before
+            return False
+
+
+@contextlib.contextmanager
+def one_report(world: World) -> Iterator[None]:
+    """Let the first failure of the world through as it is, and turn those that it causes into `EchoError`."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except Exception as error:
+        if world.fails_first():
+            raise
+        raise EchoError(f"rank {world.rank} was cut off: another rank failed first") from error
 
 
 @contextlib.contextmanager

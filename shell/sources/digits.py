@@ -87,6 +87,7 @@ class Digits:
     rows_most = ROWS_MOST
     length_most = TEXT_MOST
     stop = STOP
+    tasks = ("read", "copy", "count")
 
     @property
     def sequence(self) -> int:

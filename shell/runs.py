@@ -1,0 +1,78 @@
+"""Run folders: where a run writes, decided before anything starts.
+
+Without a name a new ``runs/<job>-<n>`` is made. A named folder must be empty, or be the run to resume.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mimogrid.core.errors import PlanError, Problem
+
+
+REPORT = "report.json"
+
+
+def claim(job: Path, named: str | None, resume: str | None) -> Path:
+    """Return the folder of a run, made if need be. Raises PlanError for one that holds another run."""
+    if resume is not None:
+        return _resumed(Path(resume), named)
+    if named is None:
+        return _fresh(Path("runs"), job.stem)
+    folder = Path(named)
+    if folder.exists() and not folder.is_dir():
+        raise _refused(named, "is a file.", "Name a folder that is new or empty.")
+    if folder.is_dir() and any(folder.iterdir()):
+        remedy = f"Continue that run with --resume {named}, or name a folder that is new or empty."
+        raise _refused(named, f"is not empty ({len(list(folder.iterdir()))} entries).", remedy)
+    return _made(folder)
+
+
+def report_of(folder: Path) -> dict[str, Any] | None:
+    """Return the report of a finished run, if it is one."""
+    path = folder / REPORT
+    if not path.is_file():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _resumed(folder: Path, named: str | None) -> Path:
+    if not folder.is_dir():
+        raise _refused(str(folder), "is no folder.", "Name the folder of a run after --resume.")
+    if named is not None and Path(named).resolve() != folder.resolve():
+        remedy = "Give one of the two, or the same folder twice."
+        raise _refused(named, f"is named, and --resume names '{folder}'.", remedy)
+    return folder
+
+
+def _fresh(parent: Path, stem: str) -> Path:
+    number = 1
+    while True:
+        folder = parent / f"{stem}-{number}"
+        try:
+            return _made(folder, fresh=True)
+        except FileExistsError:
+            number += 1
+
+
+def _made(folder: Path, *, fresh: bool = False) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=not fresh)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        remedy = "Name a folder that can be written: train.run_dir."
+        raise _refused(str(folder), f"cannot be made: {error.strerror}.", remedy) from None
+    return folder
+
+
+def _refused(folder: str, message: str, remedy: str) -> PlanError:
+    return PlanError([Problem("train.run_dir", f"run folder '{folder}' {message}", remedy)])

@@ -1,0 +1,52 @@
+"""What the tests share: one pool of processes for every world, and jobs opened from a spec."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+
+if TYPE_CHECKING:  # The core's tests run where there is no torch.
+    from mimogrid.core.spec import JobSpec
+    from mimogrid.shell.jobs import Job
+    from mimogrid.shell.launch import Pool
+    from mimogrid.shell.parity import Verdict
+
+
+@pytest.fixture(scope="session")
+def pool() -> "Iterator[Pool]":
+    """Eight processes that run one world after the other."""
+    from mimogrid.shell.launch import Pool  # noqa: PLC0415
+
+    with Pool(8) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[JobSpec], Job]":
+    """Open a spec as the job of a file; every rank reads that file."""
+    from mimogrid.shell import jobfile  # noqa: PLC0415
+    from mimogrid.shell.jobs import open_job  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("jobs")
+
+    def open_spec(spec: "JobSpec") -> "Job":
+        path = Path(folder, f"{len(list(folder.iterdir()))}.toml")
+        path.write_text(jobfile.dump(spec))
+        return open_job(path)
+
+    return open_spec
+
+
+@pytest.fixture(scope="session")
+def verdict(pool: "Pool", opened: "Callable[[JobSpec], Job]") -> "Callable[[JobSpec], Verdict]":
+    """Compare the layout of a spec with the same model on one process."""
+
+    def compare(spec: "JobSpec", *, steps: int = 1) -> "Verdict":
+        job = opened(spec)
+        said = pool.run("mimogrid.shell.parity:in_world", job.topology.world_size, job, steps)
+        (found,) = [one for one in said if one is not None]
+        return found
+
+    return compare
