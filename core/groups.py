@@ -66,13 +66,18 @@ def _ends(topology: Topology, link: Link) -> Iterator[Ranks]:
         if link.edge is None:
             yield from zip(senders, target.holders(link.target, lane), strict=True)
             continue
-        for other in range(target.lanes):
-            if _share_samples(topology, source, lane, target, other):
-                yield from ((a, b) for a in senders for b in target.holders(link.target, other))
+        for other in _lanes_met(topology, source, lane, target):
+            yield from ((a, b) for a in senders for b in target.holders(link.target, other))
 
 
-def _share_samples(topology: Topology, source: Module, lane: int, target: Module, other: int) -> bool:
+def _lanes_met(topology: Topology, source: Module, lane: int, target: Module) -> Iterable[int]:
+    """Return the lanes of `target` that share a sample of a step with a lane of `source`, ascending."""
     total = topology.spec.batch.global_size
-    mine = {i for k in range(source.microbatches) for i in source.samples(lane, k, total)}
-    yours = {i for k in range(target.microbatches) for i in target.samples(other, k, total)}
-    return not mine.isdisjoint(yours)
+    return sorted(
+        {
+            other
+            for mine in range(source.microbatches)
+            for yours in overlapping(mine, source.microbatches, target.microbatches)
+            for other in target.lanes_over(source.samples(lane, mine, total), yours, total)
+        }
+    )

@@ -589,11 +589,7 @@ def _not_available_yet(spec: JobSpec) -> Iterator[Problem]:
         for axis in ("cp", "ep", "expert_tp"):
             size = getattr(grid, axis)
             yield from _not_yet(f"{where}.grid.{axis}", f"{axis}={size}", size > 1, "1")
-        wants = grid.sequence_parallel
-        yield from _not_yet(f"{where}.grid.sequence_parallel", "sequence_parallel", wants, "false")
         yield from _not_yet(f"{where}.chunks", f"chunks={module.chunks}", module.chunks > 1, "1")
-        wants = module.recompute in {"selective", "full"}
-        yield from _not_yet(f"{where}.recompute", f"recompute={module.recompute}", wants, '"none"')
         if not isinstance(module.options, Mapping):
             for key in ("experts", "dropout"):
                 value = getattr(module.options, key)

@@ -119,7 +119,7 @@ class Routes:
     def _hop(self, link: Link, microbatch: int) -> Iterator[Message]:
         module = self.step.topology.modules[link.source.module]
         for lane in range(module.lanes):
-            if self.step.is_active(link.source, lane, microbatch):
+            if self.step.has_rows(link.source.module, lane, microbatch):
                 ends = zip(module.holders(link.source, lane), module.holders(link.target, lane), strict=True)
                 for source, target in ends:
                     yield Message(link, microbatch, source, target, lane, ())

@@ -64,6 +64,21 @@ def lane_samples(*, lane: int, lanes: int, microbatch: int, microbatches: int, t
     return range(whole.start + part.start, whole.start + part.stop)
 
 
+def lanes_over(samples: range, *, lanes: int, microbatch: int, microbatches: int, total: int) -> range:
+    """Return which data lanes have any of these samples in a microbatch: the inverse of `lane_samples`.
+
+    >>> lanes_over(range(3, 7), lanes=2, microbatch=1, microbatches=2, total=8)
+    range(0, 2)
+    """
+    whole = share(microbatch, microbatches, total)
+    start, stop = max(samples.start, whole.start) - whole.start, min(samples.stop, whole.stop) - whole.start
+    if start >= stop:
+        return range(0)
+    # Lane i begins at i * size // lanes: the first that ends after `start`, the last that begins before `stop`.
+    size = len(whole)
+    return range(-(-(start + 1) * lanes // size) - 1, -(-stop * lanes // size))
+
+
 def prefix_sums(counts: Sequence[int]) -> tuple[int, ...]:
     """Return where each count begins when all are laid end to end, and the end of the last.
 

@@ -84,25 +84,34 @@ class Step:
             else ((),) * len(samples),
         )
 
-    def is_active(self, stage: Stage, lane: int, microbatch: int) -> bool:
-        """Whether a lane has anything to compute for a microbatch (a lane without rows has not)."""
-        module = self.topology.modules[stage.module]
-        start, stop = self.rows_of(stage.module, module.samples(lane, microbatch, len(self.samples)))
+    def has_rows(self, module: str, lane: int, microbatch: int) -> bool:
+        """Whether a lane has anything of its own in a microbatch."""
+        samples = self.topology.modules[module].samples(lane, microbatch, len(self.samples))
+        start, stop = self.rows_of(module, samples)
         return stop > start
+
+    def is_active(self, stage: Stage, lane: int, microbatch: int) -> bool:
+        """Whether a lane takes part in a microbatch.
+
+        A lane without rows has nothing to compute; but where experts are spread over lanes, those lanes
+        compute together, and one of them without rows runs along while any other has some.
+        """
+        closure = self.topology.modules[stage.module].closure(lane)
+        return any(self.has_rows(stage.module, other, microbatch) for other in closure)
 
     def hop_shape(self, stage: Stage, lane: int, microbatch: int) -> tuple[int, int, int]:
         """Return (positions, samples, hidden) of the hidden states between two stages of a module.
 
         A language model pads to the sequence length of the job; others to the longest sample of the share,
-        and leave out the samples without rows.
+        and leave out the samples without rows. Under cp each rank hands on its own part of the positions.
         """
         module = self.topology.modules[stage.module]
         assert module.model.hidden is not None
         share = self.share(stage.module, lane, microbatch)
         if isinstance(module.model, Gpt):
-            return self.topology.sequence, len(share.samples), module.model.hidden
+            return self.topology.sequence // module.cp, len(share.samples), module.model.hidden
         present = [length for length in share.lengths if length]
-        return max(present, default=0), len(present), module.model.hidden
+        return module.padded(max(present, default=0)) // module.cp, len(present), module.model.hidden
 
     @functools.cached_property
     def units(self) -> Mapping[str, float]:

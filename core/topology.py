@@ -24,7 +24,7 @@ from mimogrid.core.models import (
     Parameter,
     projector,
 )
-from mimogrid.core.samples import lane_samples
+from mimogrid.core.samples import lane_samples, lanes_over
 from mimogrid.core.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
 
 
@@ -125,6 +125,24 @@ class Module:
         return self.grid.extent("dp")
 
     @property
+    def cp(self) -> int:
+        """Context-parallel size: over how many ranks the positions of a sample are cut."""
+        return self.grid.extent("cp")
+
+    def padded(self, positions: int) -> int:
+        """Return positions rounded up to what context parallelism cuts: 2*cp equal chunks, two a rank."""
+        return positions if self.cp == 1 else -(-positions // (2 * self.cp)) * 2 * self.cp
+
+    def closure(self, lane: int) -> tuple[int, ...]:
+        """Return the lanes that compute together with a lane: those its experts are spread over."""
+        return (lane,) if self.experts is None else _closures(self.grid, self.experts)[lane]
+
+    @property
+    def summed_over(self) -> tuple[str, ...]:
+        """The axes over which gradients of the module are summed; along tp, those that are partial there."""
+        return ("tp", "cp", "dp") if self.sequence_parallel else ("cp", "dp")
+
+    @property
     def parameters(self) -> tuple[Parameter, ...]:
         """Every parameter, projectors included."""
         return tuple(p for info in self.stages for p in info.parameters)
@@ -133,10 +151,24 @@ class Module:
         """Return the ranks (along tp and cp) that hold one lane of a stage."""
         return _holders(self.grid, stage.pp, lane)
 
+    def lane_of(self, rank: int) -> int:
+        """Return the data lane of a rank. Raises ValueError for a rank outside the module's grid."""
+        return self.grid.position(rank)["dp"]
+
     def samples(self, lane: int, microbatch: int, total: int) -> range:
         """Return which of a step's `total` samples a lane has in one of this module's microbatches."""
         return lane_samples(
             lane=lane,
+            lanes=self.lanes,
+            microbatch=microbatch,
+            microbatches=self.microbatches,
+            total=total,
+        )
+
+    def lanes_over(self, samples: range, microbatch: int, total: int) -> range:
+        """Return which lanes have any of these samples in one of this module's microbatches."""
+        return lanes_over(
+            samples,
             lanes=self.lanes,
             microbatch=microbatch,
             microbatches=self.microbatches,
@@ -215,8 +247,9 @@ class Topology:
             info
             for module in self.modules.values()
             if rank in module.grid
+            for pp in (module.grid.position(rank)["pp"],)
             for info in module.stages
-            if info.stage.pp == module.grid.position(rank).get("pp", 0)
+            if info.stage.pp == pp
         )
 
 
@@ -225,6 +258,11 @@ def parse(spec: JobSpec, source: SourceFacts) -> Topology:
     problems = problems_of(spec, source)
     if problems:
         raise PlanError(problems)
+    return assemble(spec, source)
+
+
+def assemble(spec: JobSpec, source: SourceFacts) -> Topology:
+    """Put the topology of a spec together; whoever calls this has made sure that the spec is legal."""
     graph = graph_of(spec)
     grids = place(spec)
     models = {name: model_of(name, spec, source) for name in spec.modules}
@@ -342,7 +380,7 @@ def _stages(
     return tuple(infos)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1 << 16)
 def _holders(grid: Grid, pp: int, lane: int) -> tuple[int, ...]:
     return tuple(
         grid.rank_at(tp=tp, cp=cp, dp=lane, pp=pp)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mimogrid.core.gradients import counts_in_norm
-from mimogrid.core.topology import StageInfo
+from mimogrid.core.topology import Module, StageInfo
 from mimogrid.shell.groups import ModuleGroups
 
 
@@ -20,21 +20,26 @@ class GradientBuffer:
 
     def __init__(
         self,
+        module: Module,
         position: Mapping[str, int],
         info: StageInfo,
         weights: Mapping[str, nn.Parameter],
         groups: ModuleGroups,
     ) -> None:
-        self.weights = {name: w for name, w in weights.items() if w.requires_grad}
+        table = {parameter.name: parameter for parameter in info.parameters}
+        partial = {name for name, p in table.items() if p.partial and module.sequence_parallel}
+        trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        # Partial ones come first, so that one reduction covers them all.
+        self.weights = dict(sorted(trained.items(), key=lambda item: item[0] not in partial))
         self._groups = groups
         size = sum(weight.numel() for weight in self.weights.values())
         like = next(iter(weights.values()))
         self._flat = torch.zeros(size, dtype=like.dtype, device=like.device)
-        table = {parameter.name: parameter for parameter in info.parameters}
         start = 0
         for weight in self.weights.values():
             weight.grad = self._flat[start : start + weight.numel()].view_as(weight)
             start += weight.numel()
+        self._partial = self._flat[: sum(self.weights[n].numel() for n in partial & set(self.weights))]
         self._tied = [name for name, p in table.items() if p.copy and name in self.weights]
         self._counted = [
             weight for name, weight in self.weights.items() if counts_in_norm(position, info, table.get(name))
@@ -45,8 +50,11 @@ class GradientBuffer:
         self._flat.zero_()
 
     def reduce(self) -> None:
-        """Sum over the data lanes."""
-        dist.all_reduce(self._flat, group=self._groups.dp)
+        """Sum over the data lanes, and what is partial over tp."""
+        if len(self._partial):
+            dist.all_reduce(self._partial, group=self._groups.tp)
+        if self._groups.dp.size() > 1:
+            dist.all_reduce(self._flat, group=self._groups.dp)
 
     def tie(self) -> None:
         """Sum tied weights over the two ends of the module."""

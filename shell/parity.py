@@ -99,7 +99,7 @@ def on_one_process(job: Job, step: Step, groups: ModuleGroups, device: Device) -
             loss = loss + module.loss_weight * outputs["loss"] / whole.units[name]
     if loss.requires_grad:
         loss.backward()
-    return float(loss), {
+    return float(loss.detach()), {
         f"{name}.{weight}": parameter.grad
         for name, network in networks.items()
         for weight, parameter in named_weights(network).items()

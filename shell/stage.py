@@ -194,11 +194,16 @@ class StageRunner:
         """Return all of a lane's rows of a link: this rank's part, and those of the ranks that share the lane."""
         arrived = sorted(held.arrived.pop((link, direction), ()), key=lambda piece: piece[0])
         if link.edge is None:
-            return arrived[0][1]
+            return arrived[0][1] if arrived else self._no_hidden(microbatch)
         sizes = [part.stop - part.start for part in self._parts(link, microbatch)]
         empty = torch.empty(0, link.edge.width, dtype=self.dtype, device=self._loader.device)
         mine = torch.cat([empty, *(rows for _, rows in arrived)])
         return mine if len(sizes) == 1 else all_gather_rows(mine, sizes, self.groups.holders)
+
+    def _no_hidden(self, microbatch: int) -> torch.Tensor:
+        """Hidden states of a lane without rows, which runs along with lanes that have some."""
+        shape = self._step.hop_shape(self.info.stage, self._lane, microbatch)
+        return torch.zeros(shape, dtype=self.dtype, device=self._loader.device)
 
     def _parts(self, link: Link, microbatch: int) -> Iterator[Part]:
         return lane_parts(self._step, self.module, link, microbatch, self._lane)

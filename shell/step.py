@@ -76,7 +76,9 @@ class Crew:
                 dtype=dtype,
             )
             weights = named_weights(network)
-            self.buffers[info.stage] = GradientBuffer(module.grid.position(rank), info, weights, of_module)
+            self.buffers[info.stage] = GradientBuffer(
+                module, module.grid.position(rank), info, weights, of_module
+            )
         trained = (w for buffer in self.buffers.values() for w in buffer.weights.values())
         self.optimizer = optimizer.build(job.spec.optimizer, trained)
 
@@ -191,11 +193,11 @@ class _Finish:
         crew.optimizer.step()
 
     def _losses(self) -> dict[str, float]:
-        """This rank's part of each module's loss sum; ranks that only hold a copy of it give 0."""
+        """This rank's part of each module's loss sum: under cp each has a part, under tp all have the same."""
         losses = dict.fromkeys(self.step.units, 0.0)
         for runner in self.crew.stages.values():
             position = runner.module.grid.position(self.crew.rank)
-            if runner.loss is not None and not position["tp"] and not position["cp"]:
+            if runner.loss is not None and not position["tp"]:
                 losses[runner.module.name] = float(runner.loss)
         return losses
 

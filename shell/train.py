@@ -11,6 +11,7 @@ The first rank of the job writes all of it but the logs, which every rank keeps.
 """
 
 import contextlib
+import importlib.metadata
 import json
 import platform
 import resource
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import megatron.core
 import structlog
 import torch
 from safetensors.torch import save_file
@@ -300,6 +300,6 @@ def _report(
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "megatron-core": megatron.core.__version__,
+            "megatron-core": importlib.metadata.version("megatron-core"),
         },
     }

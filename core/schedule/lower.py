@@ -76,9 +76,10 @@ class Program:
         match action:
             case Compute(stage=stage):
                 module = modules[stage.module]
-                return module.holders(stage, module.grid.position(rank)["dp"])
+                lanes = module.closure(module.grid.position(rank)["dp"])
+                return tuple(r for lane in lanes for r in module.holders(stage, lane))
             case Reduce(stage=stage):
-                return modules[stage.module].grid.group_of(rank, ("cp", "dp"))
+                return modules[stage.module].grid.group_of(rank, modules[stage.module].summed_over)
             case Tie(stage=stage):
                 pipeline = modules[stage.module].grid.group_of(rank, "pp")
                 return (pipeline[0], pipeline[-1])

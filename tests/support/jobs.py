@@ -1,0 +1,118 @@
+"""Jobs: small topologies and steps from one line each, without files and without torch.
+
+    vision vit tp2 dp2 @0 m8 frozen > language; language gpt pp2 order=tp,pp,cp,dp @4
+
+A module is its name and its model, then in any order: sizes of axes (`tp2`), `@` its offset, `m` microbatches of
+its own, `x` experts, `frozen`, `tied`, `sp`, the order of its axes, and last, after `>`, whom it feeds.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from mimogrid.core.legality import problems_of
+from mimogrid.core.models import Block, BuiltIn, Gpt, Regressor, Vit
+from mimogrid.core.samples import Sample
+from mimogrid.core.schedule.actions import parse
+from mimogrid.core.schedule.lower import Program, plan_step
+from mimogrid.core.schedule.program import Listing
+from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, ScheduleSpec, SourceFacts
+from mimogrid.core.steps import Step, step_of
+from mimogrid.core.topology import Topology, assemble
+
+
+SEQUENCE = 1 << 20
+"""Long enough for any rows, and a multiple of what cuts it."""
+_SIZE = re.compile(r"(tp|cp|dp|pp|ep|expert_tp|m|x|width)(\d+)")
+
+
+def job(
+    text: str, *, batch: int = 8, microbatches: int = 4, schedule: str = "1f1b", world: int | None = None
+) -> Topology:
+    """Return the topology of a job in the notation above; what the core plans and no shell runs yet is legal."""
+    modules = dict(_module(line.strip()) for line in text.split(";"))
+    spec = JobSpec(
+        modules=modules,
+        data=DataSpec(source="none"),
+        batch=BatchSpec(global_size=batch, microbatches=microbatches),
+        schedule=ScheduleSpec(name=schedule),
+        world_size=world,
+    )
+    facts = SourceFacts(sequence=SEQUENCE, features=dict.fromkeys(modules, 8))
+    problems = [p for p in problems_of(spec, facts) if "not available yet" not in p.message]
+    assert not problems, "\n".join(map(str, problems))
+    return assemble(spec, facts)
+
+
+def step_with(topology: Topology, rows: Mapping[str, Sequence[int]] | None = None, *, text: int = 3) -> Step:
+    """Return a step; `rows` has those of each sample per source module, repeated (default: two of each)."""
+    given = {name: (rows or {}).get(name, (2,)) for name in topology.graph.sources}
+    length = text if topology.graph.texts else 0
+    return step_of(
+        topology,
+        tuple(
+            Sample(id=i, length=length, rows={name: counts[i % len(counts)] for name, counts in given.items()})
+            for i in range(topology.spec.batch.global_size)
+        ),
+    )
+
+
+def program_of(text: str, rows: Mapping[str, Sequence[int]] | None = None, **options: int | str) -> Program:
+    """Return the program of a job's step."""
+    return plan_step(step_with(job(text, **options), rows))  # type: ignore[arg-type]
+
+
+def edited(listing: Listing, rank: int, *lines: str) -> Listing:
+    """Return a listing in which a rank does these lines instead."""
+    return {**listing, rank: tuple(map(parse, lines))}
+
+
+def _module(text: str) -> tuple[str, ModuleSpec]:
+    words, _, feeds = text.partition(">")
+    name, kind, *rest = words.split()
+    sizes: dict[str, int] = {}
+    grid = GridSpec()
+    flags: set[str] = set()
+    for word in rest:
+        if found := _SIZE.fullmatch(word):
+            sizes[found[1]] = int(found[2])
+        elif word.startswith("@"):
+            grid = attrs.evolve(grid, offset=int(word[1:]))
+        elif word.startswith("order="):
+            grid = attrs.evolve(grid, order=tuple(word[6:].split(",")))
+        else:
+            assert word in {"frozen", "tied", "sp"}, word
+            flags.add(word)
+    axes = {axis: sizes.get(axis, 1) for axis in ("tp", "cp", "dp", "pp", "ep", "expert_tp")}
+    return name, ModuleSpec(
+        model=kind,
+        options=_model(kind, sizes, flags),
+        feeds=tuple(target.strip() for target in feeds.split(",") if target.strip()),
+        grid=attrs.evolve(grid, **axes, sequence_parallel="sp" in flags),
+        frozen="frozen" in flags,
+        microbatches=sizes.get("m"),
+    )
+
+
+def _model(kind: str, sizes: Mapping[str, int], flags: set[str]) -> BuiltIn:
+    tp = sizes.get("tp", 1)
+    common = {
+        "layers": sizes.get("pp", 1),
+        "heads": tp,
+        "hidden": sizes.get("width", 8) * tp,
+        "experts": sizes.get("x", 0),
+        "top_k": 1,
+        "ffn": 16 * tp * sizes.get("expert_tp", 1),
+    }
+    match kind:
+        case "vit":
+            return Vit(**common, features=8)
+        case "block":
+            return Block(**common)
+        case "gpt":
+            return Gpt(**common, vocab=16 * tp, tied_embeddings="tied" in flags)
+        case "regressor":
+            return Regressor(**common)
+        case _:
+            raise AssertionError(kind)
