@@ -1,7 +1,7 @@
-"""Costs: how long the pieces of a step take. Seconds per microbatch of a stage, latency and bandwidth of links.
+"""Costs: how long things take: seconds per microbatch of a stage, latency and bandwidth of links.
 
-Costs are data: measured by `mimogrid probe`, written by hand, or assumed. They are complete, so what they do not
-name costs nothing. `assumed` is what a simulation starts from when nobody has measured anything.
+Costs are data: measured, written by hand, or assumed. They are complete, so what they do not name costs
+nothing. `assumed` is what a simulation starts from when nobody has measured anything.
 """
 
 import math
@@ -64,7 +64,7 @@ class Costs:
         stages: by the name of a stage (``vision.0``).
         edge: what holds on every link that `edges` does not name.
         edges: by the name of an edge (``vision -> language``) or of a link (``language.0 -> language.1``).
-        cores: how many compute actions run at once at full speed, all ranks being on one host; None: all of them.
+        cores: how many compute actions run at once at full speed, all ranks being on one host; None: all.
     """
 
     stages: Mapping[str, StageCosts] = attrs.field(factory=dict[str, StageCosts])

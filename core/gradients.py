@@ -6,7 +6,11 @@ lane's gradient is a term of one sum, and nothing is ever averaged:
 - a parameter's gradient is summed over the lanes (cp and dp) of its own module's grid;
 - a weight that both ends of a module hold is summed over the two;
 - where sequence parallelism leaves a tp rank only its part of the sequence, `partial` gradients are summed
-  over tp.
+  over tp, and so are a router's wherever tp ranks deal the tokens among them;
+- an expert's gradient already holds the tokens of all ranks that send to it, so it is summed over its copies
+  only (expert_dp).
+
+The auxiliary loss of a module with experts is one more sum, over samples, divided by how many the step has.
 
 The global norm counts every value once, and a checkpoint writes it once: of several ranks that hold the same
 values, the first one does.
@@ -23,11 +27,20 @@ def loss_scale(topology: Topology, module: str, units: float) -> float:
     return topology.modules[module].loss_weight / units if units else 0.0
 
 
+def loss_weight(topology: Topology, loss: str) -> float:
+    """Return the weight of a loss in that of the job, by its name among `steps.Step.units`."""
+    name, _, aux = loss.partition(".")
+    return topology.modules[name].aux_loss if aux else topology.modules[name].loss_weight
+
+
 def counts_in_norm(position: Mapping[str, int], info: StageInfo, parameter: Parameter | None) -> bool:
     """Whether the values that a rank holds of a parameter enter the global norm from there.
 
-    `position` is the rank's on the module's grid; `parameter` is None for one of an own module.
+    `position` is the rank's (`Module.position`); `parameter` is None for one of an own module.
     """
+    if parameter is not None and parameter.expert is not None:
+        sharded = parameter.tp_dim is not None
+        return position["expert_dp"] == 0 and (sharded or position["expert_tp"] == 0)
     sharded = parameter is not None and parameter.tp_dim is not None
     second_copy = parameter is not None and parameter.copy is not None and not info.first
     first_lane = position["dp"] == position["cp"] == 0
@@ -36,4 +49,5 @@ def counts_in_norm(position: Mapping[str, int], info: StageInfo, parameter: Para
 
 def is_written_by(position: Mapping[str, int], info: StageInfo, parameter: Parameter | None) -> bool:
     """Whether a rank is the one that hands over a parameter once its shards are put together."""
-    return position["tp"] == 0 and counts_in_norm(position, info, parameter)
+    along = "tp" if parameter is None or parameter.expert is None else "expert_tp"
+    return position[along] == 0 and counts_in_norm(position, info, parameter)

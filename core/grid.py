@@ -17,8 +17,10 @@ dp ranks are renumbered as expert_tp, ep and expert_dp (Megatron-core's expert g
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 
 import attrs
 
@@ -43,12 +45,12 @@ class Grid:
     offset: int = 0
     places: tuple[int, ...] | None = None
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """How many ranks the grid holds."""
         return math.prod(axis.size for axis in self.axes)
 
-    @property
+    @functools.cached_property
     def ranks(self) -> tuple[int, ...]:
         """The ranks in order of flat index."""
         return self.places or tuple(range(self.offset, self.offset + self.size))
@@ -74,6 +76,18 @@ class Grid:
             raise ValueError(f"rank {rank} is not among {self.offset}..{self.offset + self.size - 1}")
         flat = _inverse(self.places)[rank] if self.places else rank - self.offset
         return _unravel(self.axes, flat)
+
+    def position_along(self, axis: str, rank: int) -> int:
+        """Return the rank's position on one axis. Raises ValueError for a rank outside the grid."""
+        stride = self._strides.get(axis)
+        if stride is None or self.places or rank not in self:
+            return self.position(rank).get(axis, 0)
+        return (rank - self.offset) // stride % self.extent(axis)
+
+    @functools.cached_property
+    def _strides(self) -> Mapping[str, int]:
+        sizes = itertools.accumulate((axis.size for axis in self.axes), operator.mul, initial=1)
+        return {axis.name: stride for axis, stride in zip(self.axes, sizes, strict=False)}
 
     def ranks_along(self, axes: str | Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Return every group of ranks that differ only along `axes`, groups and members in grid order.

@@ -8,11 +8,15 @@ does not grow with the world.
 
 from collections.abc import Iterable, Iterator
 
+from mimogrid.core.experts import TOGETHER
+from mimogrid.core.routes import overlapping
 from mimogrid.core.topology import Link, Module, Topology
 
 
 COLLECTIVE_AXES = (("tp",), ("cp",), ("tp", "cp"), ("cp", "dp"))
 """The axes of each module along which its ranks compute, gather rows, and reduce gradients."""
+EXPERT_AXES = (TOGETHER, ("expert_tp",), ("expert_dp",))
+"""The axes of a module's experts along which tokens cross, shards are gathered, and gradients are reduced."""
 
 Ranks = tuple[int, ...]
 Slot = tuple[Ranks, ...]
@@ -54,8 +58,12 @@ def _uses(topology: Topology) -> Iterator[Ranks]:
     for axes in COLLECTIVE_AXES:
         for module in topology.modules.values():
             yield from module.grid.ranks_along(axes)
+    for axes in EXPERT_AXES:
+        for module in topology.modules.values():
+            if module.experts:
+                yield from module.experts.ranks_along(axes)
     for module in topology.modules.values():
-        if any(parameter.copy for parameter in module.parameters):
+        if len(module.stages) > 1 and any(parameter.copy for parameter in module.parameters):
             yield from ((ranks[0], ranks[-1]) for ranks in module.grid.ranks_along("pp"))
 
 

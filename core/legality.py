@@ -271,7 +271,9 @@ def _sharding(name: str, module: ModuleSpec) -> Iterator[Problem]:
     model, tp, where = module.options, module.grid.tp, f"modules.{name}.grid.tp"
     if isinstance(model, Mapping):
         return
-    shards = {"attention heads": model.heads, "key-value heads": model.kv_heads, "ffn features": model.ffn}
+    shards = {"attention heads": model.heads, "key-value heads": model.kv_heads}
+    if not model.experts:
+        shards["ffn features"] = model.ffn
     if isinstance(model, Gpt):
         shards["vocabulary entries"] = model.vocab
     common = math.gcd(*shards.values())
@@ -586,12 +588,12 @@ def _not_available_yet(spec: JobSpec) -> Iterator[Problem]:
     yield from _not_yet("schedule.name", f"'{name}'", name in schedules, "1f1b or gpipe")
     for module_name, module in spec.modules.items():
         grid, where = module.grid, f"modules.{module_name}"
-        for axis in ("cp", "ep", "expert_tp"):
+        for axis in ("cp",):
             size = getattr(grid, axis)
             yield from _not_yet(f"{where}.grid.{axis}", f"{axis}={size}", size > 1, "1")
         yield from _not_yet(f"{where}.chunks", f"chunks={module.chunks}", module.chunks > 1, "1")
         if not isinstance(module.options, Mapping):
-            for key in ("experts", "dropout"):
+            for key in ("dropout",):
                 value = getattr(module.options, key)
                 yield from _not_yet(f"{where}.options.{key}", f"{key}={value}", value > 0, "0")
 

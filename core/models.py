@@ -29,8 +29,11 @@ class Parameter:
         layer: the layer that holds it, or `FIRST` / `LAST` for the ends of the module.
         std: standard deviation of its normal initial values; 0 for a constant.
         constant: the initial value where `std` is 0.
-        tp_dim: the dim that tensor parallelism shards; None: every tp rank holds all of it.
+        tp_dim: the dim that tensor parallelism shards; None: every tp rank holds all of it. For a parameter of
+            an expert it is sharded over expert_tp.
         partial: its gradient on one tp rank is a partial sum under sequence parallelism.
+        routes: it chooses experts. Tp ranks deal the tokens among them for that, so its gradient is always
+            partial.
         copy: the other end of the module that holds a copy of it (tied embeddings).
         expert: it belongs to an expert and follows the expert grid.
     """
@@ -42,6 +45,7 @@ class Parameter:
     constant: float = 0.0
     tp_dim: int | None = None
     partial: bool = False
+    routes: bool = False
     copy: str | None = None
     expert: int | None = None
 
@@ -100,14 +104,14 @@ class Transformer:
             yield from _row(f"{prefix}.mlp.down", (hidden, self.ffn), layer, deep)
             return
         router = (self.experts, hidden)
-        yield Parameter(f"{prefix}.mlp.router.weight", router, layer, std=shallow, partial=True)
+        yield Parameter(f"{prefix}.mlp.router.weight", router, layer, std=shallow, routes=True)
         for expert in range(self.experts):
             name = f"{prefix}.mlp.experts.{expert}"
             for parameter in (
                 *_column(f"{name}.up", (self.ffn, hidden), layer, shallow),
                 *_row(f"{name}.down", (hidden, self.ffn), layer, deep),
             ):
-                yield attrs.evolve(parameter, expert=expert)
+                yield attrs.evolve(parameter, expert=expert, partial=False)
 
 
 @attrs.frozen(kw_only=True)

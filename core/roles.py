@@ -108,15 +108,10 @@ def role_of(topology: Topology, rank: int) -> RankRole:
                 pp=info.stage.pp,
                 is_first_stage=info.first,
                 is_last_stage=info.last,
-                position=_position(topology, info.stage.module, rank),
+                position=topology.modules[info.stage.module].position(rank),
             )
             for info in topology.stages_of(rank)
         },
         language_modules=topology.graph.texts,
     )
 
-
-def _position(topology: Topology, module: str, rank: int) -> Mapping[str, int]:
-    here = topology.modules[module]
-    experts = here.experts.position(rank) if here.experts else {}
-    return here.grid.position(rank) | experts

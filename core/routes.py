@@ -53,6 +53,16 @@ class Message:
         return tuple(piece.microbatch for piece in self.pieces) or (self.microbatch,)
 
     @property
+    def made_first(self) -> int:
+        """The first of `made_by`."""
+        return self.pieces[0].microbatch if self.pieces else self.microbatch
+
+    @property
+    def made_last(self) -> int:
+        """The last of `made_by`."""
+        return self.pieces[-1].microbatch if self.pieces else self.microbatch
+
+    @property
     def rows(self) -> int:
         """How many rows a seam's message carries."""
         return sum(piece.stop - piece.start for piece in self.pieces)
@@ -69,90 +79,113 @@ class Part:
     microbatch: int
 
 
-@attrs.frozen
-class _Exchange:
-    """The messages of one link and microbatch, and the same by rank."""
-
-    messages: tuple[Message, ...]
-    by_source: Mapping[int, tuple[Message, ...]]
-    by_target: Mapping[int, tuple[Message, ...]]
-
-    @classmethod
-    def of(cls, messages: Iterable[Message]) -> "_Exchange":
-        every = tuple(messages)
-        by_source: dict[int, tuple[Message, ...]] = {}
-        by_target: dict[int, tuple[Message, ...]] = {}
-        for message in every:
-            source, target = message.rank_source, message.rank_target
-            by_source[source] = (*by_source.get(source, ()), message)
-            by_target[target] = (*by_target.get(target, ()), message)
-        return cls(every, by_source, by_target)
+ByRank = Mapping[int, tuple[Message, ...]]
+_Place = tuple[Link, int, int]
 
 
 @attrs.frozen(eq=False)
 class Routes:
-    """All messages of a step, link by link."""
+    """All messages of a step, link by link.
+
+    They are made lane by lane, when someone asks: a rank that asks for its own never makes those of the world.
+    """
 
     step: Step
-    _memo: dict[tuple[Link, int], "_Exchange"] = attrs.field(
-        factory=dict[tuple[Link, int], "_Exchange"], init=False, repr=False
-    )
+    _reaching: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
+    _leaving: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
 
     def messages(self, link: Link, microbatch: int) -> tuple[Message, ...]:
-        """Return the messages of a link for one microbatch of its target, in order of rows."""
-        return self._exchange(link, microbatch).messages
+        """Return the messages of a link for one microbatch of its target, lane by lane of the target."""
+        lanes = range(self.step.topology.modules[link.target.module].lanes)
+        return tuple(
+            message
+            for lane in lanes
+            for messages in self.reaching(link, microbatch, lane).values()
+            for message in messages
+        )
 
     def sent_by(self, rank: int, link: Link, microbatch: int) -> tuple[Message, ...]:
         """Return the messages that leave a rank forward, which are those that return to it backward."""
-        return self._exchange(link, microbatch).by_source.get(rank, ())
+        lane = self.step.topology.modules[link.source.module].lane_of(rank)
+        return self.leaving(link, microbatch, lane).get(rank, ())
 
     def sent_to(self, rank: int, link: Link, microbatch: int) -> tuple[Message, ...]:
         """Return the messages that reach a rank forward, which are those that leave it backward."""
-        return self._exchange(link, microbatch).by_target.get(rank, ())
+        lane = self.step.topology.modules[link.target.module].lane_of(rank)
+        return self.reaching(link, microbatch, lane).get(rank, ())
 
-    def _exchange(self, link: Link, microbatch: int) -> "_Exchange":
-        if (link, microbatch) not in self._memo:
+    def reaching(self, link: Link, microbatch: int, lane: int) -> ByRank:
+        """Return the messages into one lane of a link's target, by the rank that they reach, in order of rows."""
+        place = (link, microbatch, lane)
+        if place not in self._reaching:
             found = self._seam if link.edge else self._hop
-            self._memo[link, microbatch] = _Exchange.of(found(link, microbatch))
-        return self._memo[link, microbatch]
+            self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, lane))
+        return self._reaching[place]
 
-    def _hop(self, link: Link, microbatch: int) -> Iterator[Message]:
+    def leaving(self, link: Link, microbatch: int, lane: int) -> ByRank:
+        """Return the messages out of one lane of a link's source, by the rank that they leave, in order of rows."""
+        place = (link, microbatch, lane)
+        if place not in self._leaving:
+            senders = self.step.topology.modules[link.source.module].holders(link.source, lane)
+            self._leaving[place] = _grouped(
+                (m.rank_source, m)
+                for other in self._targets(link, microbatch, lane)
+                for messages in self.reaching(link, microbatch, other).values()
+                for m in messages
+                if m.rank_source in senders
+            )
+        return self._leaving[place]
+
+    def _targets(self, link: Link, microbatch: int, lane: int) -> Iterable[int]:
+        """The lanes of a link's target that share samples of its microbatch with a lane of its source."""
+        if link.edge is None:
+            return (lane,)
+        modules, total = self.step.topology.modules, len(self.step.samples)
+        source, target = modules[link.source.module], modules[link.target.module]
+        met = {
+            other
+            for k in overlapping(microbatch, target.microbatches, source.microbatches)
+            for other in target.lanes_over(source.samples(lane, k, total), microbatch, total)
+        }
+        return sorted(met)
+
+    def _hop(self, link: Link, microbatch: int, lane: int) -> Iterator[Message]:
         module = self.step.topology.modules[link.source.module]
-        for lane in range(module.lanes):
-            if self.step.has_rows(link.source.module, lane, microbatch):
-                ends = zip(module.holders(link.source, lane), module.holders(link.target, lane), strict=True)
-                for source, target in ends:
-                    yield Message(link, microbatch, source, target, lane, ())
+        if self.step.has_rows(link.source.module, lane, microbatch):
+            ends = zip(module.holders(link.source, lane), module.holders(link.target, lane), strict=True)
+            for source, target in ends:
+                yield Message(link, microbatch, source, target, lane, ())
 
-    def _seam(self, link: Link, microbatch: int) -> Iterator[Message]:
-        assert link.edge
-        modules = self.step.topology.modules
-        source, target = modules[link.edge.source], modules[link.edge.target]
-        wanted = list(parts(self.step, target, link, microbatch))
+    def _seam(self, link: Link, microbatch: int, lane: int) -> Iterator[Message]:
+        modules, total = self.step.topology.modules, len(self.step.samples)
+        source, target = modules[link.source.module], modules[link.target.module]
+        samples = target.samples(lane, microbatch, total)
+        wanted = list(lane_parts(self.step, target, link, microbatch, lane))
         given = [
             part
             for k in overlapping(microbatch, target.microbatches, source.microbatches)
-            for part in parts(self.step, source, link, k)
+            for other in source.lanes_over(samples, k, total)
+            for part in lane_parts(self.step, source, link, k, other)
         ]
-        overlaps: dict[tuple[int, int], tuple[int, list[Piece]]] = {}
+        overlaps: dict[tuple[int, int], list[Piece]] = {}
         for mine, yours, start, stop in _sweep(given, wanted):
-            _, pieces = overlaps.setdefault((mine.rank, yours.rank), (yours.lane, []))
-            pieces.append(Piece(mine.microbatch, start, stop))
-        for (rank_source, rank_target), (lane, pieces) in overlaps.items():
+            overlaps.setdefault((mine.rank, yours.rank), []).append(Piece(mine.microbatch, start, stop))
+        for (rank_source, rank_target), pieces in overlaps.items():
             yield Message(link, microbatch, rank_source, rank_target, lane, tuple(pieces))
 
 
-def parts(step: Step, module: Module, link: Link, microbatch: int) -> Iterator[Part]:
-    """Yield what each rank at one end of a seam holds of a microbatch, in order of rows.
-
-    The end is the one that `module` is: the source's last stage or the target's first.
-    """
-    for lane in range(module.lanes):
-        yield from lane_parts(step, module, link, microbatch, lane)
+def _grouped(messages: Iterable[tuple[int, Message]]) -> ByRank:
+    groups: dict[int, list[Message]] = {}
+    for rank, message in messages:
+        groups.setdefault(rank, []).append(message)
+    return {rank: tuple(group) for rank, group in groups.items()}
 
 
 def lane_parts(step: Step, module: Module, link: Link, microbatch: int, lane: int) -> Iterator[Part]:
-    """Yield what each rank that holds a lane has of it at one end of a seam."""
+    """Yield what each rank that holds a lane has of it at one end of a seam, in order of rows.
+
+    The end is the one that `module` is: the source's last stage or the target's first.
+    """
     assert link.edge
     stage = link.source if module.name == link.edge.source else link.target
     samples = module.samples(lane, microbatch, len(step.samples))

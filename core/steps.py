@@ -19,6 +19,11 @@ from mimogrid.core.samples import Sample, prefix_sums
 from mimogrid.core.topology import Module, Stage, Topology
 
 
+def aux_name(module: str) -> str:
+    """Return how a module's auxiliary loss is called among the losses."""
+    return f"{module}.aux"
+
+
 @attrs.frozen
 class Share:
     """One lane's part of a microbatch, as a module sees it. Everything is per sample, in order.
@@ -47,6 +52,9 @@ class Step:
 
     topology: Topology
     samples: tuple[Sample, ...]
+    _active: dict[tuple[str, int], frozenset[int]] = attrs.field(
+        factory=dict[tuple[str, int], frozenset[int]], init=False, repr=False
+    )
 
     @functools.cached_property
     def _rows_out(self) -> tuple[Mapping[str, int], ...]:
@@ -96,8 +104,18 @@ class Step:
         A lane without rows has nothing to compute; but where experts are spread over lanes, those lanes
         compute together, and one of them without rows runs along while any other has some.
         """
-        closure = self.topology.modules[stage.module].closure(lane)
-        return any(self.has_rows(stage.module, other, microbatch) for other in closure)
+        return microbatch in self.active(stage.module, lane)
+
+    def active(self, module: str, lane: int) -> frozenset[int]:
+        """Return the microbatches of a module that a lane takes part in."""
+        if (module, lane) not in self._active:
+            here = self.topology.modules[module]
+            self._active[module, lane] = frozenset(
+                k
+                for k in range(here.microbatches)
+                if any(self.has_rows(module, other, k) for other in here.closure(lane))
+            )
+        return self._active[module, lane]
 
     def hop_shape(self, stage: Stage, lane: int, microbatch: int) -> tuple[int, int, int]:
         """Return (positions, samples, hidden) of the hidden states between two stages of a module.
@@ -115,12 +133,13 @@ class Step:
 
     @functools.cached_property
     def units(self) -> Mapping[str, float]:
-        """Per module with a loss, the count N that its loss is divided by: a sum over the whole step."""
-        return {
-            module.name: sum(self._units(module, i) for i in range(len(self.samples)))
-            for module in self.topology.modules.values()
-            if module.model.has_loss
-        }
+        """Per loss, the count N that its sum is divided by: a sum over the whole step.
+
+        A module's own loss goes by its name, its auxiliary loss by ``NAME.aux``; that one counts samples.
+        """
+        modules = self.topology.modules.values()
+        own = {m.name: sum(self._units(m, i) for i in range(len(self.samples))) for m in modules if m.model.has_loss}
+        return own | {aux_name(m.name): float(len(self.samples)) for m in modules if m.aux_loss}
 
     def _units(self, module: Module, index: int) -> float:
         sample = self.samples[index]

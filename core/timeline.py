@@ -1,7 +1,7 @@
 """Timelines: who did what from when to when, planned by `simulate` or measured by an executor.
 
-A timeline is a sequence of events in which each rank's stand in the order of its program. From them alone follow
-how busy a rank was and why it idled. Idle is all the time in which a rank computes nothing:
+A timeline is a sequence of events in which each rank's stand in the order of its program. From them alone
+follow how busy a rank was and why it idled. Idle is all the time in which a rank computes nothing:
 
 - *edge*: what it waits for has been posted by both ends and is on its way;
 - *warm_up*: before its first backward (its first forward, if it has no backward);
@@ -99,8 +99,8 @@ def idle_s(found: Iterable[Idle]) -> dict[str, float]:
 def peak_in_flight(events: Iterable[Event]) -> dict[Stage, int]:
     """Return how many microbatches a stage holds at most on any rank.
 
-    A microbatch is in flight from the start of its forward to the end of its backward, or of its weight gradient.
-    A stage that runs no backward holds what it computes, and nothing after that.
+    A microbatch is in flight from the start of its forward to the end of its backward, or of its weight
+    gradient. A stage that runs no backward holds what it computes, and nothing after that.
     """
     peak: dict[Stage, int] = {}
     for mine in by_rank(events).values():

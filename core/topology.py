@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import attrs
 
 from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.experts import block_of, closures, expert_view
 from mimogrid.core.graph import Graph
-from mimogrid.core.grid import Axis, Grid
+from mimogrid.core.grid import Grid
 from mimogrid.core.layout import edge_shape, graph_of, layer_ranges, model_of, place, trainable_names
 from mimogrid.core.legality import problems_of
 from mimogrid.core.models import (
@@ -130,17 +131,51 @@ class Module:
         return self.grid.extent("cp")
 
     def padded(self, positions: int) -> int:
-        """Return positions rounded up to what context parallelism cuts: 2*cp equal chunks, two a rank."""
-        return positions if self.cp == 1 else -(-positions // (2 * self.cp)) * 2 * self.cp
+        """Return positions rounded up to what context parallelism cuts: 2*cp equal chunks, two a rank.
+
+        Where sequence parallelism cuts each rank's part once more, what is left must divide by tp.
+        """
+        if self.cp == 1:
+            return positions
+        parts = 2 * self.cp * (self.grid.extent("tp") if self.sequence_parallel else 1)
+        return -(-positions // parts) * parts
 
     def closure(self, lane: int) -> tuple[int, ...]:
         """Return the lanes that compute together with a lane: those its experts are spread over."""
-        return (lane,) if self.experts is None else _closures(self.grid, self.experts)[lane]
+        return (lane,) if self.experts is None else closures(self.grid, self.experts)[lane]
 
     @property
     def summed_over(self) -> tuple[str, ...]:
-        """The axes over which gradients of the module are summed; along tp, those that are partial there."""
-        return ("tp", "cp", "dp") if self.sequence_parallel else ("cp", "dp")
+        """The axes over which gradients of the module are summed; along tp, those that are partial there.
+
+        The copies of an expert may lie along any of them.
+        """
+        return ("tp", "cp", "dp") if self.sequence_parallel or self.experts else ("cp", "dp")
+
+    def is_partial(self, parameter: Parameter) -> bool:
+        """Whether a parameter's gradient on one tp rank is a part of a sum over tp."""
+        return parameter.routes or (parameter.partial and self.sequence_parallel)
+
+    @property
+    def aux_loss(self) -> float:
+        """The weight of the module's auxiliary loss, which spreads tokens over experts; frozen, it has none."""
+        trains = any(info.trainable for info in self.stages)
+        return 0.0 if isinstance(self.model, Own) or not self.experts or not trains else self.model.aux_loss
+
+    def position(self, rank: int) -> dict[str, int]:
+        """Return a rank's position on every axis, those of the experts included."""
+        return self.grid.position(rank) | (self.experts.position(rank) if self.experts else {})
+
+    def experts_at(self, ep: int) -> range:
+        """Return which experts of every layer a position along ep holds."""
+        if self.experts is None or isinstance(self.model, Own):
+            return range(0)
+        return block_of(self.model.experts, self.experts.extent("ep"), ep)
+
+    def held(self, info: StageInfo, ep: int) -> tuple[Parameter, ...]:
+        """Return the parameters of a stage that a position along ep holds, whole or in part."""
+        experts = self.experts_at(ep)
+        return tuple(p for p in info.parameters if p.expert is None or p.expert in experts)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -153,7 +188,7 @@ class Module:
 
     def lane_of(self, rank: int) -> int:
         """Return the data lane of a rank. Raises ValueError for a rank outside the module's grid."""
-        return self.grid.position(rank)["dp"]
+        return self.grid.position_along("dp", rank)
 
     def samples(self, lane: int, microbatch: int, total: int) -> range:
         """Return which of a step's `total` samples a lane has in one of this module's microbatches."""
@@ -247,7 +282,7 @@ class Topology:
             info
             for module in self.modules.values()
             if rank in module.grid
-            for pp in (module.grid.position(rank)["pp"],)
+            for pp in (module.grid.position_along("pp", rank),)
             for info in module.stages
             if info.stage.pp == pp
         )
@@ -302,7 +337,7 @@ def _module(
         name=name,
         model=models[name],
         grid=grids[name],
-        experts=_expert_view(written.grid, grids[name]) if _has_experts(models[name]) else None,
+        experts=_expert_view(written.grid, grids[name], models[name]),
         sequence_parallel=written.grid.sequence_parallel,
         microbatches=written.microbatches or spec.batch.microbatches,
         loss_weight=written.loss_weight,
@@ -312,15 +347,10 @@ def _module(
     )
 
 
-def _has_experts(model: BuiltIn | Own) -> bool:
-    return not isinstance(model, Own) and model.experts > 0
-
-
-def _expert_view(written: GridSpec, grid: Grid) -> Grid:
-    """The experts' axes over the same ranks: expert_tp fastest, then ep, then what is left."""
-    rest = written.tp * written.cp * written.dp // (written.expert_tp * written.ep)
-    sizes = {"expert_tp": written.expert_tp, "ep": written.ep, "expert_dp": rest}
-    return grid.regrouped(tuple(Axis(name, size) for name, size in sizes.items()), keep="pp")
+def _expert_view(written: GridSpec, grid: Grid, model: BuiltIn | Own) -> Grid | None:
+    if isinstance(model, Own) or not model.experts:
+        return None
+    return expert_view(grid, expert_tp=written.expert_tp, ep=written.ep)
 
 
 def _edge(source: str, target: str, models: Mapping[str, BuiltIn | Own]) -> Edge:

@@ -9,10 +9,19 @@ A listing is judged against the step that it is for, not against how it was made
   the one that makes it;
 - each reduction, agreement and update once, after the last gradient;
 - an end: the walk of `replay`, in which nothing buffers and joint actions wait for all their ranks, gets there.
+
+Ranks are *alike* if they owe the same and have equal lists. What is judged of one of them holds for all, for the
+judgement reads nothing else. And they walk in step, which settles most programs at a fraction of the cost: who
+walks in step needs more than who walks alone, so a walk that gets through is proof (see `replay`). One that gets
+stuck is none; then every rank walks by itself, and that walk decides. So `verify` says of every listing what
+`verify_each` says, which does without all this.
+
+Why walking in step gets through for what `lower` makes: the order was made by doing all compute actions one after
+the other, each on all the lanes that have it at once. That is a walk in step.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -21,18 +30,16 @@ from mimogrid.core.schedule.actions import (
     Compute,
     Direction,
     Kind,
-    Norm,
     Recv,
-    Reduce,
     Send,
-    Tie,
     Transfer,
-    Update,
     Wait,
+    other_end,
 )
-from mimogrid.core.schedule.lower import Program, link_of
+from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
-from mimogrid.core.schedule.replay import Blocked, postings, replay
+from mimogrid.core.schedule.replay import Blocked, replay, replay_in_step
+from mimogrid.core.topology import Link, Stage
 
 
 def listing_of(program: Program) -> Listing:
@@ -42,160 +49,137 @@ def listing_of(program: Program) -> Listing:
 
 def verify(program: Program, listing: Listing | None = None) -> tuple[str, ...]:
     """Return what is wrong with a listing of the program (default: its own), in words; nothing: it is sound."""
-    listing = listing_of(program) if listing is None else listing
-    faults = [*_ranks(program, listing)]
-    for rank in program.topology.ranks:
-        faults += _Judge(program, rank, tuple(listing.get(rank, ()))).faults()
-    if not faults:
-        faults += _channels(program, listing)
-        faults += _deadlock(replay(program, listing).blocked)
-    return tuple(faults)
+    whole = _complete(program, listing)
+    duties = {rank: _duties(program, rank) for rank in program.topology.ranks}
+    alike: dict[tuple[_Duties, tuple[Action, ...]], list[int]] = collections.defaultdict(list)
+    for rank, duty in duties.items():
+        alike[duty, whole[rank]].append(rank)
+    return tuple(_faults(program, whole, [(duty, ranks) for (duty, _), ranks in alike.items()]))
 
 
-def _ranks(program: Program, listing: Listing) -> Iterator[str]:
+def verify_each(program: Program, listing: Listing | None = None) -> tuple[str, ...]:
+    """Return what `verify` returns, with every rank judged and walking by itself."""
+    whole = _complete(program, listing)
+    return tuple(_faults(program, whole, [(_duties(program, r), (r,)) for r in program.topology.ranks]))
+
+
+def _complete(program: Program, listing: Listing | None) -> dict[int, tuple[Action, ...]]:
+    given = listing_of(program) if listing is None else listing
+    hosts = program.topology.ranks
+    return {rank: tuple(given.get(rank, ())) for rank in dict.fromkeys((*hosts, *given))}
+
+
+def _faults(
+    program: Program, listing: Listing, alike: Sequence[tuple["_Duties", Sequence[int]]]
+) -> Iterator[str]:
+    found = [*_idle(program, listing)]
+    judge = _Judge(program)
+    for duty, ranks in alike:
+        wrong = tuple(judge.faults(duty, listing[ranks[0]]))
+        found += [f"rank {rank}: {fault}" for rank in ranks for fault in wrong]
+    yield from sorted(found, key=_rank_first)
+    if not found:
+        yield from _channels(program, listing)
+        yield from _deadlock(_blocked(program, listing, [ranks for _, ranks in alike]))
+
+
+def _rank_first(fault: str) -> int:
+    return int(fault.split()[1].rstrip(":"))
+
+
+def _idle(program: Program, listing: Listing) -> Iterator[str]:
     for rank in sorted(set(listing) - set(program.topology.ranks)):
         if listing[rank]:
             yield f"rank {rank} hosts no module but has {len(listing[rank])} actions"
 
 
-@attrs.frozen(eq=False)
-class _Judge:
-    """Judges one rank's list by itself: is everything there, once, in an order that the data allows."""
-
-    program: Program
-    rank: int
-    actions: tuple[Action, ...]
-
-    def faults(self) -> Iterator[str]:
-        """Yield what is wrong with this rank's list."""
-        place = self._places()
-        due = self._due()
-        for action, count in place.items():
-            if action not in due:
-                yield f"rank {self.rank}: '{action}' has no place in this program"
-            elif len(count) > 1:
-                yield f"rank {self.rank}: '{action}' is there {len(count)} times"
-        missing = [action for action in due if action not in place]
-        yield from (f"rank {self.rank}: '{action}' is missing" for action in missing)
-        for first, then in self._sequence(due):
-            if first in place and then in place and place[first][0] > place[then][0]:
-                yield f"rank {self.rank}: '{then}' comes before '{first}', which it needs"
-
-    def _places(self) -> dict[Action, list[int]]:
-        places: dict[Action, list[int]] = collections.defaultdict(list)
-        for i, action in enumerate(self.actions):
-            places[action].append(i)
-        return places
-
-    def _due(self) -> dict[Action, None]:
-        """Every action that this rank owes, from the step alone."""
-        due: dict[Action, None] = dict.fromkeys(self._computes())
-        for transfer in self._transfers():
-            due |= {transfer: None, Wait(transfer): None}
-        return due | dict.fromkeys(self.program.finish(self.rank))
-
-    def _computes(self) -> Iterator[Compute]:
-        step, topology = self.program.routes.step, self.program.topology
-        split = {(a.stage, a.microbatch) for a in self.actions if _is(a, Kind.INPUT_GRADIENT)}
-        for info in topology.stages_of(self.rank):
-            module = topology.modules[info.stage.module]
-            lane = module.grid.position(self.rank)["dp"]
-            for microbatch in range(module.microbatches):
-                if step.is_active(info.stage, lane, microbatch):
-                    yield Compute(Kind.FORWARD, info.stage, microbatch)
-                    if info.stage in self.program.order.backward:
-                        whole = (info.stage, microbatch) not in split
-                        for kind in (
-                            (Kind.BACKWARD,) if whole else (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
-                        ):
-                            yield Compute(kind, info.stage, microbatch)
-
-    def _transfers(self) -> Iterator[Transfer]:
-        topology, routes = self.program.topology, self.program.routes
-        for info in topology.stages_of(self.rank):
-            stage = info.stage
-            for link in (*topology.links_into(stage), *topology.links_from(stage)):
-                gradient = link in self.program.order.gradients
-                for k in range(topology.modules[link.target.module].microbatches):
-                    if stage == link.target and routes.sent_to(self.rank, link, k):
-                        yield Recv(stage, Direction.FORWARD, k, link.source)
-                        if gradient:
-                            yield Send(stage, Direction.BACKWARD, k, link.source)
-                    if stage == link.source and routes.sent_by(self.rank, link, k):
-                        yield Send(stage, Direction.FORWARD, k, link.target)
-                        if gradient:
-                            yield Recv(stage, Direction.BACKWARD, k, link.target)
-
-    def _sequence(self, due: dict[Action, None]) -> Iterator[tuple[Action, Action]]:
-        """Yield pairs of actions of which the first must come before the second."""
-        finish = tuple(self.program.finish(self.rank))
-        for action in due:
-            match action:
-                case Wait(transfer=transfer):
-                    yield transfer, action
-                case Send() | Recv():
-                    yield from self._around(action, due)
-                case Compute(kind=Kind.FORWARD):
-                    pass
-                case Compute(kind=kind, stage=stage, microbatch=microbatch):
-                    needs = Kind.INPUT_GRADIENT if kind is Kind.WEIGHT_GRADIENT else Kind.FORWARD
-                    yield Compute(needs, stage, microbatch), action
-                    yield from ((action, last) for last in finish)
-                case Reduce() | Tie() | Norm() | Update():
-                    yield from ((action, later) for later in finish[finish.index(action) + 1 :])
-
-    def _around(self, transfer: Transfer, due: dict[Action, None]) -> Iterator[tuple[Action, Action]]:
-        """A send follows the compute actions that make its data; a receive is complete before its readers."""
-        own = {transfer.microbatch}
-        if transfer.stage == link_of(self.program.topology, transfer).source:
-            messages = self.program.messages_of(self.rank, transfer)
-            own = {k for message in messages for k in message.made_by}
-        forward = transfer.direction is Direction.FORWARD
-        kinds = (Kind.FORWARD,) if forward else (Kind.BACKWARD, Kind.INPUT_GRADIENT)
-        for compute in (Compute(kind, transfer.stage, k) for kind in kinds for k in sorted(own)):
-            if compute in due:
-                sends = isinstance(transfer, Send)
-                yield (compute, transfer) if sends else (Wait(transfer), compute)
+def _blocked(program: Program, listing: Listing, alike: Sequence[Sequence[int]]) -> tuple[Blocked, ...]:
+    if len(alike) < len(listing) and not replay_in_step(program, listing, alike).blocked:
+        return ()
+    return replay(program, listing).blocked
 
 
-def _is(action: Action, kind: Kind) -> bool:
-    return isinstance(action, Compute) and action.kind is kind
+# -- one rank ----------------------------------------------------------------------------------------------
 
 
-def _channels(program: Program, listing: Listing) -> Iterator[str]:
-    """Each rank must receive from a peer in the order in which that peer sends: some transports have no tags."""
-    sent: dict[tuple[int, int], list[object]] = collections.defaultdict(list)
-    received: dict[tuple[int, int], list[object]] = collections.defaultdict(list)
-    for rank, actions in listing.items():
-        for action in actions:
-            if isinstance(action, Transfer):
-                for mine, _ in postings(program, rank, action):
-                    if isinstance(action, Send):
-                        sent[rank, mine.other].append(mine.transfer)
-                    else:
-                        received[mine.other, rank].append(mine.transfer)
-    for (source, target), order in sent.items():
-        if order != received[source, target]:
-            yield (
-                f"rank {target} posts its receives from rank {source} in another order than rank {source} "
-                "sends: a transport without tags would mix them up"
-            )
+@attrs.frozen
+class _Seam:
+    """What crosses a link for one microbatch of its target, as the ranks of one stage see it.
+
+    `made_by` are the microbatches of the source that make what leaves here; None: it arrives here.
+    """
+
+    stage: Stage
+    link: Link
+    microbatch: int
+    made_by: tuple[int, ...] | None
 
 
-def _deadlock(blocked: tuple[Blocked, ...]) -> Iterator[str]:
-    """Name one cycle of waits in words; ranks outside it only wait for those in it."""
-    stuck = {block.rank: block for block in blocked}
-    if not stuck:
-        return
-    path: list[int] = []
-    rank = next(iter(stuck))
-    while rank in stuck and rank not in path:
-        path.append(rank)
-        rank = next((r for r in stuck[rank].waits_for if r in stuck), stuck[rank].waits_for[0])
-    cycle = path[path.index(rank) :] if rank in path else path
-    waits = "; ".join(
-        f"rank {r} stands before '{stuck[r].action}' and waits for rank "
-        f"{', '.join(map(str, stuck[r].waits_for))}"
-        for r in cycle
+@attrs.frozen(cache_hash=True)
+class _Duties:
+    """All that a step asks of a rank: the stages with the microbatches that it computes, what it exchanges, and the
+    actions that end the step."""
+
+    stages: tuple[tuple[Stage, frozenset[int]], ...]
+    seams: tuple[_Seam, ...]
+    finish: tuple[Action, ...]
+
+
+def _duties(program: Program, rank: int) -> _Duties:
+    stages = program.topology.stages_of(rank)
+    lanes = {info.stage: program.topology.modules[info.stage.module].lane_of(rank) for info in stages}
+    step = program.routes.step
+    return _Duties(
+        tuple((stage, step.active(stage.module, lane)) for stage, lane in lanes.items()),
+        tuple(seam for stage, lane in lanes.items() for seam in _seams(program, rank, stage, lane)),
+        tuple(program.finish(rank)),
     )
-    yield f"deadlock: {waits}"
+
+
+def _seams(program: Program, rank: int, stage: Stage, lane: int) -> Iterator[_Seam]:
+    topology, routes = program.topology, program.routes
+    for link in topology.links_into(stage):
+        for k in range(topology.modules[stage.module].microbatches):
+            if rank in routes.reaching(link, k, lane):
+                yield _Seam(stage, link, k, None)
+    for link in topology.links_from(stage):
+        for k in range(topology.modules[link.target.module].microbatches):
+            messages = routes.leaving(link, k, lane).get(rank)
+            if messages:
+                yield _Seam(stage, link, k, tuple(sorted({j for m in messages for j in m.made_by})))
+
+
+class _Judge:
+    """Judges lists by themselves: is everything there, once, in an order that the data allows.
+
+    An action is known by a number here, because attrs values are slow to compare; clauses are kept, because
+    most ranks share most of them.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.actions: list[Action] = []
+        self.numbers: dict[Action, int] = {}
+        self.clauses: dict[tuple[_Seam, bool], _Clause] = {}
+
+    def faults(self, duties: _Duties, actions: tuple[Action, ...]) -> Iterator[str]:
+        """Yield what is wrong with a list of actions."""
+        mine = list(map(self._number, actions))
+        place = dict(zip(reversed(mine), range(len(mine) - 1, -1, -1), strict=True))
+        due, sequence = self._due(duties, place)
+        if len(place) < len(mine):
+            for number, count in collections.Counter(mine).items():
+                if number in due and count > 1:
+                    yield f"'{self.actions[number]}' is there {count} times"
+        if place.keys() != due:
+            yield from (f"'{self.actions[n]}' has no place in this program" for n in place if n not in due)
+            yield from (f"'{self.actions[n]}' is missing" for n in sorted(due) if n not in place)
+        for first, then in sequence:
+            if first in place and then in place and place[first] > place[then]:
+                yield f"'{self.actions[then]}' comes before '{self.actions[first]}', which it needs"
+
+    def _number(self, action: Action) -> int:
+        number = self.numbers.setdefault(action, len(self.actions))
+        if number == len(self.actions):
+            self.actions.append(action)
+        return number

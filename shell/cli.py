@@ -18,7 +18,7 @@ import attrs
 
 from mimogrid.core.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.roles import RankRole, role_of
-from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.topology import Topology
 from mimogrid.core.traffic import EdgeTraffic, edge_traffic
 from mimogrid.core.verify import verify
@@ -34,6 +34,7 @@ mimogrid trains multimodal models with every module on its own grid of ranks.
     mimogrid check JOB     is the job right? what will run where? (needs no torch)
     mimogrid roles JOB     who does what: a table and a map of the ranks
     mimogrid show JOB      everything that each rank will do in a step, action by action
+    mimogrid simulate JOB  how long a step takes, who idles and why, as text or as a picture
     mimogrid train JOB     train it, here or under torchrun
     mimogrid parity JOB    compare it with the same model on one process
 
@@ -107,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     add("check", check, "parse and verify a job, without torch")
     add("roles", roles, "who does what", of_rank)
     add("show", show, "the program of each rank", of_rank)
+    simulate_parser = add("simulate", simulate, "the timeline of a step, without running it")
+    simulate_parser.add_argument("--costs", type=Path, metavar="FILE", help="seconds of stages and edges")
+    simulate_parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline into a file")
+    simulate_parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto")
     train_parser = add("train", train, "train a job")
     train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
     train_parser.add_argument("--transport", choices=["host"], help="move data through host memory")
@@ -177,10 +182,7 @@ def _role_values(role: RankRole) -> dict[str, Any]:
 
 def show(job: Job, given: argparse.Namespace) -> int:
     """Print the program of step 0."""
-    if job.source is None:
-        remedy = "Import torch inside its load, and nowhere at the top level."
-        raise PlanError([Problem("data.source", "its samples are not known without torch.", remedy)])
-    program = plan_step(job.step(0))
+    program = _first_program(job)
     programs = {
         rank: [str(action) for action in program.of(rank)] for rank in _ranks(job.topology, given.rank)
     }
@@ -192,6 +194,56 @@ def show(job: Job, given: argparse.Namespace) -> int:
         print(f"rank {rank}    # {hosted or 'idles: it is in no grid'}")
         for action in actions:
             print(f"    {action}")
+    return 0
+
+
+def simulate(job: Job, given: argparse.Namespace) -> int:
+    """Simulate step 0."""
+    from mimogrid.core import draw  # noqa: PLC0415 -- only what is used
+    from mimogrid.core.costs import ASSUMED, assumed  # noqa: PLC0415
+    from mimogrid.core.memory import peak_bytes  # noqa: PLC0415
+    from mimogrid.core.simulate import simulate as timed  # noqa: PLC0415
+    from mimogrid.shell import costfile  # noqa: PLC0415
+
+    program = _first_program(job)
+    costs = costfile.read(given.costs, job.topology) if given.costs else assumed(job.topology)
+    timeline = timed(program, costs)
+    peaks = peak_bytes(program.routes.step, timeline.peak_in_flight)
+    summary = (
+        f"step {timeline.step_s:.6g} s, {timeline.ratio_to_limit:.3f} x the limit; "
+        f"ranks compute nothing in {timeline.bubble:.1%} of it"
+    )
+    if given.svg:
+        title = f"{job.path.stem}, {job.spec.schedule.name}: {summary}"
+        _write(given.svg, draw.svg(timeline.events, flights=timeline.flights, title=title))
+    if given.trace:
+        names = {
+            rank: " ".join(str(info.stage) for info in job.topology.stages_of(rank))
+            for rank in job.topology.ranks
+        }
+        _write(given.trace, json.dumps(draw.perfetto(timeline.events, names=names, program=program)))
+    if given.json:
+        _print_json(
+            {
+                "costs": str(given.costs) if given.costs else f"assumed: {ASSUMED}",
+                "step_time": timeline.step_s,
+                "limit": timeline.limit_s,
+                "ratio_to_limit": timeline.ratio_to_limit,
+                "bubble": timeline.bubble,
+                "idle": timeline.idle_s,
+                "busy": timeline.busy_s,
+                "peak_bytes": peaks,
+                "peak_in_flight": {str(stage): peak for stage, peak in timeline.peak_in_flight.items()},
+            }
+        )
+        return 0
+    print(draw.text(timeline.events), end="\n\n")
+    print(f"{summary}.")
+    idle = ", ".join(f"{draw.TOLD[cause]} {s:.4g} s" for cause, s in timeline.idle_s.items() if s)
+    print(f"Idle, summed over ranks: {idle or 'none'}.")
+    flying = ", ".join(f"{stage} {peak}" for stage, peak in timeline.peak_in_flight.items())
+    print(f"Microbatches in flight at most: {flying}.")
+    print(f"Costs: {given.costs or f'assumed, as no --costs is given: {ASSUMED}'}.")
     return 0
 
 
@@ -229,6 +281,22 @@ def _ranks(topology: Topology, rank: int | None) -> Sequence[int]:
         message = f"rank {rank} is not in the world of {len(world)} ranks."
         raise PlanError([Problem("--rank", message, f"Use 0 to {len(world) - 1}.")])
     return (rank,)
+
+
+def _first_program(job: Job) -> Program:
+    """The program of step 0. Raises PlanError where its samples are not known."""
+    if job.source is None:
+        remedy = "Import torch inside its load, and nowhere at the top level."
+        raise PlanError([Problem("data.source", "its samples are not known without torch.", remedy)])
+    return plan_step(job.step(0))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        remedy = "Name a file in a folder that exists."
+        raise PlanError([Problem(str(path), f"cannot be written: {error.strerror}.", remedy)]) from None
 
 
 def _report(problems: Sequence[Problem], *, as_json: bool) -> None:

@@ -54,25 +54,35 @@ def execute(
     timeline: list[Timed] = []
     for action in actions:
         begin = time.perf_counter_ns()
-        match action:
-            case Compute():
-                stages[action.stage].compute(action)
-            case Send():
-                transport.send(action, stages[action.stage].payload(action))
-            case Recv():
-                stage = stages[action.stage]
-                transport.receive(action, stage.shapes(action), stage.dtype)
-            case Wait(transfer=Send()):
-                transport.wait(action.transfer)
-            case Wait(transfer=Recv()):
-                stages[action.transfer.stage].deliver(action.transfer, transport.wait(action.transfer))
-            case Reduce():
-                finisher.reduce(action.stage)
-            case Tie():
-                finisher.tie(action.stage)
-            case Norm():
-                finisher.agree()
-            case Update():
-                finisher.update()
+        try:
+            _act(action, stages, transport, finisher)
+        except Exception as error:
+            error.add_note(f"while at '{action}', action {len(timeline) + 1} of {len(actions)} of the step")
+            raise
         timeline.append(Timed(action, begin, time.perf_counter_ns()))
     return tuple(timeline)
+
+
+def _act(
+    action: Action, stages: Mapping[Stage, StageRunner], transport: Transport, finisher: Finisher
+) -> None:
+    match action:
+        case Compute():
+            stages[action.stage].compute(action)
+        case Send():
+            transport.send(action, stages[action.stage].payload(action))
+        case Recv():
+            stage = stages[action.stage]
+            transport.receive(action, stage.shapes(action), stage.dtype)
+        case Wait(transfer=Send()):
+            transport.wait(action.transfer)
+        case Wait(transfer=Recv()):
+            stages[action.transfer.stage].deliver(action.transfer, transport.wait(action.transfer))
+        case Reduce():
+            finisher.reduce(action.stage)
+        case Tie():
+            finisher.tie(action.stage)
+        case Norm():
+            finisher.agree()
+        case Update():
+            finisher.update()

@@ -14,13 +14,14 @@ of positions times samples between the stages of a module.
 | last, with targets | ``labels``, ``loss_weights`` (`gpt`); ``targets`` (`regressor`) | ``loss``, a sum |
 | last, without targets | | ``logits`` (`gpt`); ``prediction`` (`regressor`) |
 
-Under tensor parallelism inputs and outputs are whole on every tp rank, and so are the gradients of the
-inputs. Building, forward and backward happen inside `megatron.cpu.on_device`.
+Under tensor and context parallelism inputs and outputs are whole on every rank that shares them, and so are the
+gradients of the inputs. Two things are each cp rank's own, with what it computes them from: hidden states, which
+are its part of S, and its term of the loss. Building, forward and backward happen inside `megatron.cpu.on_device`.
 
 Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -34,12 +35,14 @@ from mimogrid.core.layout import trainable_names
 from mimogrid.core.models import Block, BuiltIn, Gpt, Own, Regressor, Vit
 from mimogrid.core.steps import Share
 from mimogrid.core.topology import UNKNOWN, Module, StageInfo, Topology
+from mimogrid.core.zigzag import ZigZag
 from mimogrid.shell import builders
 from mimogrid.shell.loss import cross_entropy_sum, squared_error_sum
 from mimogrid.shell.megatron import (
     GPTModel,
     ProcessGroupCollection,
     TransformerBlock,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -197,11 +200,12 @@ class TransformerStage(StageModule):
     def __init__(self, context: _Context, model: BuiltIn) -> None:
         groups = context.groups
         assert not model.experts
-        assert groups.cp.size() == 1
         super().__init__(context.module, context.info, dtype=context.dtype)
-        self.tp = groups.tp
+        self.tp, self.cp = groups.tp, groups.cp
+        self.cut = ZigZag(groups.cp.rank(), groups.cp.size())
         self.sequence_parallel = context.module.sequence_parallel and groups.tp.size() > 1
-        self.multiple = groups.tp.size() if self.sequence_parallel else 1
+        # What S must be a multiple of: its parts under sp, and two chunks of it under cp.
+        self.multiple = (groups.tp.size() if self.sequence_parallel else 1) * len(self.cut.chunks)
         self.feeders = tuple(edge.source for edge in context.module.inputs)
         self.hidden = model.hidden
         self.dtype = context.dtype
@@ -228,7 +232,8 @@ class TransformerStage(StageModule):
         if not self.info.last:
             return {self.name: hidden_SBH}
         rows_RH = hidden_SBH.flatten(0, 1).index_select(0, packing.outgoing)
-        return {**self.emit(rows_RH), **self.finish(rows_RH, inputs)}
+        emitted = {target: self.join(rows, packing) for target, rows in self.emit(rows_RH).items()}
+        return {**emitted, **self.finish(rows_RH, inputs, packing)}
 
     @property
     def decoder(self) -> TransformerBlock:
@@ -243,9 +248,31 @@ class TransformerStage(StageModule):
         """Return the block that the first layer reads."""
         raise NotImplementedError
 
-    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
         """Return what a last stage gives besides rows: a loss, or what the loss would judge."""
         raise NotImplementedError
+
+    # Every cp rank has all of what comes in and goes out, and computes with a part of its own only.
+
+    def take(self, rows_RH: Tensor, packing: Packing) -> Tensor:
+        """Return which of the incoming rows are this rank's; their gradients meet again on every cp rank."""
+        if packing.portion is None:
+            return rows_RH
+        rows_RH = copy_to_tensor_model_parallel_region(rows_RH, group=self.cp)
+        return rows_RH.index_select(0, packing.portion.incoming)
+
+    def take_target(self, target: Tensor, packing: Packing) -> Tensor:
+        """Return which of the targets (one for each emitted row) are for this rank's rows."""
+        return target if packing.portion is None else target.index_select(0, packing.portion.outgoing)
+
+    def join(self, rows: Tensor, packing: Packing) -> Tensor:
+        """Return the rows of all cp ranks in the share's order; each gets the gradient of its own ones."""
+        portion = packing.portion
+        if portion is None or not portion.most:
+            return rows
+        rows = functional.pad(rows, (0, 0, 0, portion.most - len(rows)))
+        rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=self.cp)
+        return rows.index_select(0, portion.order)
 
     def decode(self, hidden_SBH: Tensor, packing: Packing) -> Tensor:
         """Run the layers. Under sequence parallelism each tp rank holds a part of S between the linears."""
@@ -313,7 +340,9 @@ class TextStage(TransformerStage):
 
     def pack(self, share: Share, device: torch.device) -> Packing:
         """Return where the rows of a share lie."""
-        return pack_text(share, sequence=self.sequence, multiple=self.multiple, device=device)
+        return pack_text(
+            share, sequence=self.sequence, multiple=self.multiple, device=device, cut=self.cut
+        )
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return token embeddings with the feeders' rows at their placeholders."""
@@ -322,16 +351,18 @@ class TextStage(TransformerStage):
             check_placeholders(tokens_T, share, packing)
         text_T = tokens_T.index_select(0, packing.text_tokens)
         text_TH = self.network.embedding.word_embeddings(text_T)
-        rows = [inputs[feeder] for feeder in self.feeders]
+        rows = [self.take(_joined(inputs, self.feeders), packing)] if self.feeders else []
         return self.block_of(torch.cat([*rows, text_TH]), packing.incoming, packing)
 
-    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
         """Return the weighted sum of cross entropies, or the logits."""
         weight = self.network.shared_embedding_or_output_weight() if self.tied else None
         logits_TV, _ = self.network.output_layer(rows_RH, weight=weight)
         if "labels" not in inputs:
-            return {"logits": gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)}
-        labels_T, weights_T = inputs["labels"], inputs["loss_weights"]
+            logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)
+            return {"logits": self.join(logits_TV, packing)}
+        labels_T = self.take_target(inputs["labels"], packing)
+        weights_T = self.take_target(inputs["loss_weights"], packing)
         return {"loss": cross_entropy_sum(logits_TV, labels_T, weights_T, self.tp)}
 
 
@@ -364,25 +395,27 @@ class RowsStage(TransformerStage):
 
     def pack(self, share: Share, device: torch.device) -> Packing:
         """Return where the rows of a share lie."""
-        return pack_rows(share, multiple=self.multiple, dtype=self.dtype, device=device)
+        return pack_rows(share, multiple=self.multiple, dtype=self.dtype, device=device, cut=self.cut)
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return the incoming rows, sample by sample."""
-        rows_RH = (
-            torch.cat([inputs[feeder] for feeder in self.feeders])
-            if self.feeders
-            else self.input(inputs["rows"])
-        )
+        rows = _joined(inputs, self.feeders or ("rows",))
+        rows_RH = self.input(self.take(rows, packing))
         return self.block_of(rows_RH, packing.incoming, packing)
 
-    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
         """Return the sum of squared errors, or the prediction; nothing from an encoder."""
         if self.output is None:
             return {}
         prediction = self.output(rows_RH)
         if "targets" not in inputs:
-            return {"prediction": prediction}
-        return {"loss": squared_error_sum(prediction, inputs["targets"])}
+            return {"prediction": self.join(prediction, packing)}
+        return {"loss": squared_error_sum(prediction, self.take_target(inputs["targets"], packing))}
+
+
+def _joined(inputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Return inputs one after the other."""
+    return inputs[names[0]] if len(names) == 1 else torch.cat([inputs[name] for name in names])
 
 
 # -- modules of the user's ---------------------------------------------------------------------------------

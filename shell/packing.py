@@ -2,7 +2,8 @@
 
 Rows travel flat, sample after sample; a stage computes a block of S positions times B samples, and entry
 (s, b) of the block is number s * B + b. A packing holds those numbers as index tensors, made once per share
-from what the descriptions say, so that filling a block and emptying it are one operation each.
+from what the descriptions say, so that filling a block and emptying it are one operation each. Under context
+parallelism a rank's block is its part of the positions, and a packing also says which rows that makes its own.
 
 >>> share = Share((), {"a": (2, 0, 1)}, lengths=(2, 0, 1), placeholders=((0, 1), (), (0,)))
 >>> packing = pack_rows(share, multiple=1, dtype=torch.float32, device=torch.device("cpu"))
@@ -12,10 +13,11 @@ from what the descriptions say, so that filling a block and emptying it are one 
 [[0.0, 0.0], [0.0, -inf]]
 """
 
+import collections
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from mimogrid.core.errors import WorldError
 from mimogrid.core.steps import Share
+from mimogrid.core.zigzag import WHOLE, ZigZag
 
 
 Counts = tuple[int, ...]
@@ -30,18 +33,37 @@ Places = tuple[tuple[int, ...], ...]
 
 
 @attrs.frozen(eq=False)
+class Portion:
+    """What of a share is one context-parallel rank's own.
+
+    Attributes:
+        incoming: which of the rows that come in, feeder after feeder, are put into its block.
+        outgoing: which of the rows that the module emits lie in its block.
+        most: how many rows the rank that emits most of them emits.
+        order: where each emitted row lies once every rank's, filled up to `most`, are laid end to end.
+    """
+
+    incoming: Tensor
+    outgoing: Tensor
+    most: int
+    order: Tensor
+
+
+@attrs.frozen(eq=False)
 class Packing:
     """Index tensors of a share.
 
     Attributes:
-        positions: S.
+        positions: S, of this rank under context parallelism.
         samples: B.
         padded: (S, B) as the layers compute them: S rounded up to what tensor ranks can share under sequence
             parallelism, and neither of them 0. Nothing outside sees this padding.
         incoming: entry of each incoming row, feeder after feeder, and then of each text token.
         text_tokens: which of the share's tokens are text.
         outgoing: entry of each row that the module emits.
-        mask: [B, 1, 1, padded S], added to attention scores; None where no key is padding or all is causal.
+        mask: [B, 1, 1, keys], added to attention scores; None where no key is padding or all is causal. The
+            keys are the padded S, of all context-parallel ranks one after the other.
+        portion: which rows these are, where other ranks have the rest.
     """
 
     positions: int
@@ -51,9 +73,12 @@ class Packing:
     text_tokens: Tensor
     outgoing: Tensor
     mask: Tensor | None
+    portion: Portion | None = None
 
 
-def pack_rows(share: Share, *, multiple: int, dtype: torch.dtype, device: torch.device) -> Packing:
+def pack_rows(
+    share: Share, *, multiple: int, dtype: torch.dtype, device: torch.device, cut: ZigZag = WHOLE
+) -> Packing:
     """Pack an encoder's share: as long as its longest sample; samples without rows are left out."""
     return _pack_rows(
         rows=tuple(share.rows.values()),
@@ -62,10 +87,13 @@ def pack_rows(share: Share, *, multiple: int, dtype: torch.dtype, device: torch.
         multiple=multiple,
         dtype=dtype,
         device=device,
+        cut=cut,
     )
 
 
-def pack_text(share: Share, *, sequence: int, multiple: int, device: torch.device) -> Packing:
+def pack_text(
+    share: Share, *, sequence: int, multiple: int, device: torch.device, cut: ZigZag = WHOLE
+) -> Packing:
     """Pack a language model's share: every sample, `sequence` positions each, rows at their placeholders."""
     return _pack_text(
         rows=tuple(share.rows.values()),
@@ -74,6 +102,7 @@ def pack_text(share: Share, *, sequence: int, multiple: int, device: torch.devic
         sequence=sequence,
         multiple=multiple,
         device=device,
+        cut=cut,
     )
 
 
@@ -83,7 +112,7 @@ def check_placeholders(tokens: Tensor, share: Share, packing: Packing) -> None:
     Reads the tokens: ask before they go to a device that computes asynchronously.
     """
     text = tokens.index_select(0, packing.text_tokens)
-    missing = tokens.numel() - text.numel()
+    missing = sum(map(len, share.placeholders))
     if int((tokens < 0).sum()) == missing and not bool((text < 0).any()):
         return
     start = 0
@@ -116,23 +145,23 @@ def _pack_rows(
     multiple: int,
     dtype: torch.dtype,
     device: torch.device,
+    cut: ZigZag,
 ) -> Packing:
     present = [length for length in lengths if length]
-    positions, samples = max(present, default=0), len(present)
-    padded = _round_up(positions, multiple), max(samples, 1)
+    longest, samples = max(present, default=0), len(present)
+    # Only what is cut over cp is handed on with its padding, so that the next stage cuts it alike.
+    positions = longest if cut.size == 1 else _round_up(longest, multiple * cut.size) // cut.size
+    padded = max(_round_up(positions, multiple), multiple), max(samples, 1)
     columns = list(itertools.accumulate((length > 0 for length in lengths), initial=0))
-    valid = _entries([range(length) for length in lengths], columns, samples)
+    keys = [p for part in cut.everyone() for p in part.positions(padded[0] * cut.size)]
     mask = None
-    if any(length < padded[0] for length in present):
-        keys = torch.arange(padded[0], device=device)
-        real = keys < torch.tensor(present, device=device)[:, None]
-        mask = torch.zeros(samples, padded[0], dtype=dtype, device=device).masked_fill_(~real, -math.inf)
+    if any(length < len(keys) for length in present):
+        real = torch.tensor(keys, device=device) < torch.tensor(present, device=device)[:, None]
+        mask = torch.zeros(samples, len(keys), dtype=dtype, device=device).masked_fill_(~real, -math.inf)
         mask = mask[:, None, None, :]
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
-    outgoing = torch.tensor(valid, dtype=torch.int64, device=device)
-    # One feeder's rows lie as the emitted ones do; several feeders' are interleaved sample by sample.
-    incoming = outgoing if len(rows) == 1 else _incoming(rows, places, columns, samples, device)
-    return Packing(positions, samples, padded, incoming, nothing, outgoing, mask)
+    valid = _entries([range(length) for length in lengths], columns, samples)
+    incoming = _incoming(rows, places, columns, samples)
+    return _packing((positions, samples), padded, incoming, valid, [], mask, cut, device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -144,33 +173,89 @@ def _pack_text(
     sequence: int,
     multiple: int,
     device: torch.device,
+    cut: ZigZag,
 ) -> Packing:
     samples = len(lengths)
     columns = range(samples)
     valid = _entries([range(length) for length in lengths], columns, samples)
     taken = set(_entries(places, columns, samples))
     text_tokens = [token for token, entry in enumerate(valid) if entry not in taken]
-    outgoing = torch.tensor(valid, dtype=torch.int64, device=device)
-    chosen = torch.tensor(text_tokens, dtype=torch.int64, device=device)
-    rows_in = _incoming(rows, places, columns, samples, device)
+    incoming = _incoming(rows, places, columns, samples)
+    positions = sequence // cut.size
+    padded = _round_up(positions, multiple), samples
+    assert cut.size == 1 or padded[0] == positions, "the plan makes the parts of a sequence divide"
+    return _packing((positions, samples), padded, incoming, valid, text_tokens, None, cut, device)
+
+
+def _packing(
+    block: tuple[int, int],
+    padded: tuple[int, int],
+    incoming: list[int],
+    outgoing: list[int],
+    text_tokens: list[int],
+    mask: Tensor | None,
+    cut: ZigZag,
+    device: torch.device,
+) -> Packing:
+    """Return the packing of entries of whole samples; under cp, of those in this rank's part of them."""
+
+    def tensor(numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+    text = [outgoing[token] for token in text_tokens]
+    portion = None
+    if cut.size > 1:
+        places = _places(cut, block)
+        order, most = _gathered([places[entry][0] for entry in outgoing], cut.size)
+        rows_in, incoming = _own(incoming, places, cut)
+        which, text = _own(text, places, cut)
+        text_tokens = [text_tokens[i] for i in which]
+        rows_out, outgoing = _own(outgoing, places, cut)
+        portion = Portion(tensor(rows_in), tensor(rows_out), most, tensor(order))
     return Packing(
-        positions=sequence,
-        samples=samples,
-        padded=(_round_up(sequence, multiple), samples),
-        incoming=torch.cat((rows_in, outgoing.index_select(0, chosen))),
-        text_tokens=chosen,
-        outgoing=outgoing,
-        mask=None,
+        *block,
+        padded=padded,
+        incoming=tensor(incoming + text),
+        text_tokens=tensor(text_tokens),
+        outgoing=tensor(outgoing),
+        mask=mask,
+        portion=portion,
     )
 
 
+def _places(cut: ZigZag, block: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    """Return, for each entry of the whole block, the rank that has it and its entry in that rank's block."""
+    positions, samples = block
+    return {
+        position * samples + column: (part.rank, local * samples + column)
+        for part in cut.everyone()
+        for local, position in enumerate(part.positions(positions * cut.size))
+        for column in range(samples)
+    }
+
+
+def _own(
+    entries: list[int], places: Mapping[int, tuple[int, int]], cut: ZigZag
+) -> tuple[list[int], list[int]]:
+    """Return which of the entries are a rank's, and what they are in its own block."""
+    own = [(i, places[entry][1]) for i, entry in enumerate(entries) if places[entry][0] == cut.rank]
+    return [i for i, _ in own], [entry for _, entry in own]
+
+
+def _gathered(ranks: list[int], size: int) -> tuple[list[int], int]:
+    """Return where each row lies once its rank's, filled up to the most that any has, are gathered; and the most.
+
+    >>> _gathered([0, 1, 1, 0, 0], size=2)
+    ([0, 3, 4, 1, 2], 3)
+    """
+    most = max(collections.Counter(ranks).values(), default=0)
+    following = [itertools.count(rank * most) for rank in range(size)]
+    return [next(following[rank]) for rank in ranks], most
+
+
 def _incoming(
-    rows: tuple[Counts, ...],
-    places: Places,
-    columns: Sequence[int],
-    samples: int,
-    device: torch.device,
-) -> Tensor:
+    rows: tuple[Counts, ...], places: Places, columns: Sequence[int], samples: int
+) -> list[int]:
     """Entries of the rows, feeder after feeder; each feeder's are a block of a sample's places."""
     starts = [0] * len(places)
     entries: list[int] = []
@@ -178,7 +263,7 @@ def _incoming(
         blocks = [p[a : a + n] for p, a, n in zip(places, starts, counts, strict=True)]
         entries += _entries(blocks, columns, samples)
         starts = [a + n for a, n in zip(starts, counts, strict=True)]
-    return torch.tensor(entries, dtype=torch.int64, device=device)
+    return entries
 
 
 def _entries(places: Sequence[Sequence[int]], columns: Sequence[int], samples: int) -> list[int]:
@@ -190,4 +275,4 @@ def _entries(places: Sequence[Sequence[int]], columns: Sequence[int], samples: i
 
 
 def _round_up(number: int, multiple: int) -> int:
-    return max(1, -(-number // multiple)) * multiple
+    return -(-number // multiple) * multiple

@@ -58,6 +58,7 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
         )
         enter(one_report(world))
         groups = enter(open_groups(job.topology, world, device))
+        world.wait_for_all("connected")
         enter(on_device(device.torch, seed=job.spec.seed))
         hosts = place.rank in job.topology.ranks
         crew = Crew(job, place.rank, groups, device) if hosts else None

@@ -26,11 +26,13 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
-from mimogrid.core.timeline_stub import Event, perfetto
+from mimogrid.core.draw import perfetto
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.roles import layout_of, role_of
 from mimogrid.core.schedule.actions import Compute
+from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.steps import Step
+from mimogrid.core.timeline import Event
 from mimogrid.shell.evaluate import Answer, Examined, Questions, examine
 from mimogrid.shell.execute import Timed
 from mimogrid.shell.jobs import Job
@@ -264,7 +266,8 @@ def _draw(
         rank: " ".join(str(info.stage) for info in job.topology.stages_of(rank))
         for rank in job.topology.ranks
     }
-    write_json(folder / "trace.json", perfetto(events, names=stages))
+    program = plan_step(job.step(job.spec.train.steps - 1)) if events else None
+    write_json(folder / "trace.json", perfetto(events, names=stages, program=program))
     for questions, answers in list(examined.values())[:1]:
         draw_predictions(folder / "predictions.png", questions, answers)
 

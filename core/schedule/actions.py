@@ -23,6 +23,7 @@ of the link's target module. Who exchanges what is in the route table (`routes`)
 """
 
 import enum
+import functools
 import re
 
 import attrs
@@ -132,6 +133,18 @@ class Update:
 
 Transfer = Send | Recv
 Action = Compute | Send | Recv | Wait | Reduce | Tie | Norm | Update
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def other_end(transfer: Transfer) -> Transfer:
+    """Return what the peer posts for a transfer.
+
+    >>> print(other_end(Send(Stage("vision", 0), Direction.FORWARD, 2, Stage("language", 0))))
+    language.0 RECV_F2 <- vision.0
+    """
+    way = Recv if isinstance(transfer, Send) else Send
+    return way(transfer.peer, transfer.direction, transfer.microbatch, transfer.stage)
+
 
 _STAGE = r"[A-Za-z_][\w-]*\.\d+(?:\.\d+)?"
 _LINE = re.compile(

@@ -16,7 +16,9 @@ consume the data, and bounds the queue.
 A lane without rows in a microbatch has no actions for it at all: absence is decided here, not by the executor.
 """
 
+import bisect
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 
 import attrs
@@ -38,7 +40,7 @@ from mimogrid.core.schedule.actions import (
 )
 from mimogrid.core.schedule.orders import Order, order_of
 from mimogrid.core.steps import Step
-from mimogrid.core.topology import Link, Topology
+from mimogrid.core.topology import Link, Stage, Topology
 
 
 @attrs.frozen(eq=False)
@@ -55,7 +57,7 @@ class Program:
 
     def of(self, rank: int) -> tuple[Action, ...]:
         """Return the program of one rank; a rank in no grid has none."""
-        if rank not in self.topology.ranks:
+        if not self.topology.stages_of(rank):
             return ()
         return (*_Lowering(self, rank).actions(), *self.finish(rank))
 
@@ -66,9 +68,14 @@ class Program:
     def messages_of(self, rank: int, transfer: Transfer) -> tuple[Message, ...]:
         """Return the messages that a rank posts for a transfer, in order of rows."""
         link = link_of(self.topology, transfer)
-        leaves = isinstance(transfer, Send) == (transfer.direction is Direction.FORWARD)
-        side = self.routes.sent_by if leaves else self.routes.sent_to
+        side = self.routes.sent_by if at_source(transfer) else self.routes.sent_to
         return side(rank, link, transfer.microbatch)
+
+    def peers_of(self, rank: int, transfer: Transfer) -> Iterator[int]:
+        """Yield the ranks at the other ends of the messages that a rank posts for a transfer."""
+        leaves = at_source(transfer)
+        for message in self.messages_of(rank, transfer):
+            yield message.rank_target if leaves else message.rank_source
 
     def joint(self, rank: int, action: Action) -> tuple[int, ...]:
         """Return the ranks that an action starts together with; a lone rank for most."""
@@ -114,139 +121,261 @@ def plan_step(step: Step, *, training: bool = True) -> Program:
     return Program(orders(step.topology)[training], Routes(step))
 
 
+def at_source(transfer: Transfer) -> bool:
+    """Whether who posts a transfer is at the source of its link: it sends activations or receives gradients."""
+    return isinstance(transfer, Send) == (transfer.direction is Direction.FORWARD)
+
+
 def link_of(topology: Topology, transfer: Transfer) -> Link:
     """Return the link that a transfer is on."""
-    if isinstance(transfer, Send) == (transfer.direction is Direction.FORWARD):
-        return topology.link_between[transfer.stage, transfer.peer]
-    return topology.link_between[transfer.peer, transfer.stage]
+    here, there = transfer.stage, transfer.peer
+    return topology.link_between[(here, there) if at_source(transfer) else (there, here)]
+
+
+@attrs.frozen(eq=False)
+class _Option:
+    """A transfer that a rank has if the step has messages for it: all of it that no row changes.
+
+    `leaves` says that the rank is at the link's source. `place` sorts the transfers of a step as their data is
+    made, the same at both ends; `peer_starts` is when the peer computes each microbatch of its own.
+    """
+
+    transfer: Transfer
+    wait: Wait
+    link: Link
+    leaves: bool
+    answered: bool
+    place: tuple[int, int, int]
+    peer_starts: tuple[int, ...]
+
+    def made_at(self, message: Message) -> int:
+        """Where in the global order the data of a message that is received is made."""
+        forward = self.transfer.direction is Direction.FORWARD
+        return self.peer_starts[message.made_last if forward else self.transfer.microbatch]
+
+    def read_at(self, message: Message) -> int:
+        """Where in the global order the peer first reads a message that is sent."""
+        forward = self.transfer.direction is Direction.FORWARD
+        return self.peer_starts[self.transfer.microbatch if forward else message.made_first]
+
+
+@attrs.frozen(eq=False)
+class _Turn:
+    """A compute action of a stage, where in the global order it starts, and what may be read and sent there."""
+
+    action: Compute
+    start: int
+    receives: tuple[_Option, ...]
+    sends: tuple[_Option, ...]
+
+
+@functools.lru_cache(maxsize=512)
+def _turns(topology: Topology, order: Order, stage: Stage) -> tuple[_Turn, ...]:
+    """Return the turns of a stage: they are the same in every step, and for all of its ranks."""
+    return tuple(_Script(topology, order, stage).turns())
+
+
+@attrs.frozen(eq=False)
+class _Script:
+    """What the ranks of a stage may have to do, from the order alone."""
+
+    topology: Topology
+    order: Order
+    stage: Stage
+    _options: dict[Transfer, _Option] = attrs.field(factory=dict[Transfer, _Option], init=False)
+
+    def turns(self) -> Iterator[_Turn]:
+        """Yield the stage's turns."""
+        for action in self.order.of(self.stage):
+            receives = tuple(self._option(transfer, link) for transfer, link in self._reads(action))
+            sends = tuple(self._option(transfer, link) for transfer, link in self._makes(action))
+            yield _Turn(action, self.order.index[action], receives, sends)
+
+    def _reads(self, action: Compute) -> Iterator[tuple[Recv, Link]]:
+        """Yield the receives that an action may read, with their links."""
+        k = action.microbatch
+        if action.kind is Kind.FORWARD:
+            for link in self.topology.links_into(self.stage):
+                yield Recv(self.stage, Direction.FORWARD, k, link.source), link
+        elif action.kind is not Kind.WEIGHT_GRADIENT:
+            for link, target_k in self._outgoing(k):
+                if link in self.order.gradients:
+                    yield Recv(self.stage, Direction.BACKWARD, target_k, link.target), link
+
+    def _makes(self, action: Compute) -> Iterator[tuple[Send, Link]]:
+        """Yield the sends that an action may complete, with their links."""
+        k = action.microbatch
+        if action.kind is Kind.FORWARD:
+            for link, target_k in self._outgoing(k):
+                yield Send(self.stage, Direction.FORWARD, target_k, link.target), link
+        elif action.kind is not Kind.WEIGHT_GRADIENT:
+            for link in self.topology.links_into(self.stage):
+                if link in self.order.gradients:
+                    yield Send(self.stage, Direction.BACKWARD, k, link.source), link
+
+    def _outgoing(self, microbatch: int) -> Iterator[tuple[Link, int]]:
+        """The links that an output leaves on, with the microbatches of their targets that it is part of."""
+        modules = self.topology.modules
+        for link in self.topology.links_from(self.stage):
+            source, target = modules[link.source.module], modules[link.target.module]
+            for k in overlapping(microbatch, source.microbatches, target.microbatches):
+                yield link, k
+
+    def _option(self, transfer: Transfer, link: Link) -> _Option:
+        if transfer not in self._options:
+            modules, starts = self.topology.modules, self.order.starts
+            source, target = modules[link.source.module], modules[link.target.module]
+            direction, k = transfer.direction, transfer.microbatch
+            if direction is Direction.FORWARD:
+                last = overlapping(k, target.microbatches, source.microbatches)[-1]
+                made_at = starts[link.source, direction][last]
+            else:
+                made_at = starts[link.target, direction][k]
+            self._options[transfer] = _Option(
+                transfer,
+                Wait(transfer),
+                link,
+                leaves=self.stage == link.source,
+                answered=link in self.order.gradients,
+                place=(made_at, self.topology.links.index(link), k),
+                peer_starts=starts[transfer.peer, direction],
+            )
+        return self._options[transfer]
+
+
+@attrs.frozen(eq=False)
+class _Mail:
+    """A transfer of one rank: the turn that reads it or makes it, and its messages."""
+
+    option: _Option
+    turn: int
+    messages: tuple[Message, ...]
+
+    def peers(self) -> Iterator[tuple[int, Message]]:
+        """Yield each message with the rank at its other end."""
+        for message in self.messages:
+            yield message.rank_target if self.option.leaves else message.rank_source, message
 
 
 @attrs.frozen(eq=False)
 class _Lowering:
-    """One rank's lowering: the compute actions it takes part in, and what surrounds each."""
+    """One rank's lowering: the turns that it takes part in, and what surrounds each."""
 
     program: Program
     rank: int
 
-    @functools.cached_property
-    def computes(self) -> tuple[Compute, ...]:
-        """What this rank computes, in order."""
-        topology, step = self.program.topology, self.program.routes.step
-        lanes = {
-            info.stage: topology.modules[info.stage.module].grid.position(self.rank)["dp"]
-            for info in topology.stages_of(self.rank)
-        }
-        return tuple(
-            action
-            for action in self.program.order.actions
-            if action.stage in lanes and step.is_active(action.stage, lanes[action.stage], action.microbatch)
-        )
-
     def actions(self) -> Iterator[Action]:
         """Yield the rank's actions up to the last wait."""
-        posts, needs = self._receives()
-        sends = [tuple(self._sends(action)) for action in self.computes]
-        ends = self._ends(sends, needs)
-        for i, action in enumerate(self.computes):
-            yield from posts[i]
-            yield from (Wait(recv) for recv in needs[i])
-            yield from (Wait(send) for send in ends[i])
-            yield action
-            yield from sends[i]
-        yield from (Wait(send) for send in ends[len(self.computes)])
+        turns = self._own_turns()
+        received, sent = list(self._received(turns)), self._sent(turns)
+        posts, reads = _posts(received, len(turns)), _by_turn(received, len(turns))
+        sends = _by_turn(sent, len(turns))
+        ends = _ends([turn.start for turn, _ in turns], received, sent)
+        for i, (turn, _) in enumerate(turns):
+            for mail in posts[i]:
+                yield mail.option.transfer
+            for mail in (*reads[i], *ends[i]):
+                yield mail.option.wait
+            yield turn.action
+            for mail in sends[i]:
+                yield mail.option.transfer
+        for mail in ends[-1]:
+            yield mail.option.wait
 
-    def _receives(self) -> tuple[list[list[Recv]], list[list[Recv]]]:
-        """Return, per compute action, the receives to post before it and those to wait for."""
-        needs: list[list[Recv]] = []
-        seen: dict[Recv, int] = {}
-        for i, action in enumerate(self.computes):
-            fresh = [recv for recv in self._inputs(action) if recv not in seen]
-            seen |= dict.fromkeys(fresh, i)
-            needs.append(fresh)
-        posts: list[list[Recv]] = [[] for _ in self.computes]
-        slot = len(self.computes)
-        for recv in sorted(seen, key=self._arrival, reverse=True):
-            slot = min(slot, max(seen[recv] - 1, 0))
-            posts[slot].insert(0, recv)
-        return posts, needs
+    def _own_turns(self) -> list[tuple[_Turn, int]]:
+        """Return this rank's turns, each with the lane that it has there."""
+        topology, step = self.program.topology, self.program.routes.step
+        turns: list[tuple[_Turn, int]] = []
+        for info in topology.stages_of(self.rank):
+            lane = topology.modules[info.stage.module].lane_of(self.rank)
+            active = step.active(info.stage.module, lane)
+            for turn in _turns(topology, self.program.order, info.stage):
+                if turn.action.microbatch in active:
+                    turns.append((turn, lane))
+        return sorted(turns, key=lambda each: each[0].start)
 
-    def _arrival(self, recv: Recv) -> int:
-        messages = self.program.messages_of(self.rank, recv)
-        return max(self._made_at(recv, message) for message in messages)
+    def _received(self, turns: list[tuple[_Turn, int]]) -> Iterator[_Mail]:
+        """Yield what this rank receives, at the first turn that reads it."""
+        seen: set[_Option] = set()
+        for i, (turn, lane) in enumerate(turns):
+            for option in turn.receives:
+                if option not in seen:
+                    seen.add(option)
+                    messages = self._messages(option, lane)
+                    if messages:
+                        yield _Mail(option, i, messages)
 
-    def _inputs(self, action: Compute) -> Iterator[Recv]:
-        """Yield the receives that an action reads."""
-        topology, routes = self.program.topology, self.program.routes
-        stage, microbatch = action.stage, action.microbatch
-        if action.kind is Kind.FORWARD:
-            for link in topology.links_into(stage):
-                if routes.sent_to(self.rank, link, microbatch):
-                    yield Recv(stage, Direction.FORWARD, microbatch, link.source)
-            return
-        for link in topology.links_from(stage):
-            for k in self._target_microbatches(link, microbatch):
-                if link in self.program.order.gradients and routes.sent_by(self.rank, link, k):
-                    yield Recv(stage, Direction.BACKWARD, k, link.target)
+    def _sent(self, turns: list[tuple[_Turn, int]]) -> list[_Mail]:
+        """Return what this rank sends, sorted by `place`: the peers receive it in the same order.
 
-    def _sends(self, action: Compute) -> Iterator[Send]:
-        """Yield the sends that an action completes."""
-        topology, routes = self.program.topology, self.program.routes
-        stage, microbatch = action.stage, action.microbatch
-        if action.kind is Kind.FORWARD:
-            for link in topology.links_from(stage):
-                for k in self._target_microbatches(link, microbatch):
-                    messages = routes.sent_by(self.rank, link, k)
-                    if messages and max(m.made_by[-1] for m in messages) == microbatch:
-                        yield Send(stage, Direction.FORWARD, k, link.target)
-            return
-        for link in topology.links_into(stage):
-            if link in self.program.order.gradients:
-                if routes.sent_to(self.rank, link, microbatch):
-                    yield Send(stage, Direction.BACKWARD, microbatch, link.source)
+        Each stands at the turn that makes the last of it. It stands later only where something has the earlier
+        place but is made later here, because this rank's part of the one is made before the parts of others.
+        """
+        made: list[_Mail] = []
+        for i, (turn, lane) in enumerate(turns):
+            for option in turn.sends:
+                messages = self._messages(option, lane)
+                if messages and (not option.leaves or _last_made(messages) == turn.action.microbatch):
+                    made.append(_Mail(option, i, messages))
+        made.sort(key=lambda mail: mail.option.place)
+        turn_of = itertools.accumulate((mail.turn for mail in made), max)
+        return [_Mail(mail.option, turn, mail.messages) for mail, turn in zip(made, turn_of, strict=True)]
 
-    def _target_microbatches(self, link: Link, microbatch: int) -> range:
-        modules = self.program.topology.modules
-        source, target = modules[link.source.module], modules[link.target.module]
-        return overlapping(microbatch, source.microbatches, target.microbatches)
+    def _messages(self, option: _Option, lane: int) -> tuple[Message, ...]:
+        routes = self.program.routes
+        side = routes.leaving if option.leaves else routes.reaching
+        return side(option.link, option.transfer.microbatch, lane).get(self.rank, ())
 
-    def _made_at(self, recv: Recv, message: Message) -> int:
-        """Where in the global order the data of a message is made."""
-        forward = recv.direction is Direction.FORWARD
-        kind = Kind.FORWARD if forward else Kind.BACKWARD
-        microbatch = message.made_by[-1] if forward else recv.microbatch
-        return self.program.order.index[Compute(kind, recv.peer, microbatch)]
 
-    def _read_at(self, send: Send, message: Message) -> int:
-        """Where in the global order the peer first reads a message."""
-        forward = send.direction is Direction.FORWARD
-        kind = Kind.FORWARD if forward else Kind.BACKWARD
-        microbatch = send.microbatch if forward else message.made_by[0]
-        return self.program.order.index[Compute(kind, send.peer, microbatch)]
+def _last_made(messages: tuple[Message, ...]) -> int:
+    return max(message.made_last for message in messages)
 
-    def _ends(self, sends: list[tuple[Send, ...]], needs: list[list[Recv]]) -> list[list[Send]]:
-        """Return, per compute action and for the end, the sends to wait for before it."""
-        ends: list[list[Send]] = [[] for _ in range(len(self.computes) + 1)]
-        for i, made in enumerate(sends):
-            for send in made:
-                ends[self._end(send, i, needs)].append(send)
-        return ends
 
-    def _end(self, send: Send, start: int, needs: list[list[Recv]]) -> int:
-        """Return the compute action before which a send is waited for (their number: the end)."""
-        messages = self.program.messages_of(self.rank, send)
-        read_at = {self._peer(m): self._read_at(send, m) for m in messages}
-        answered = link_of(self.program.topology, send) in self.program.order.gradients
-        for i in range(start + 1, len(self.computes)):
-            if not answered and self.program.order.index[self.computes[i]] > max(read_at.values()):
-                return i
-            for recv in needs[i]:
-                for message in self.program.messages_of(self.rank, recv):
-                    peer = self._peer(message)
-                    if peer in read_at and self._made_at(recv, message) > read_at[peer]:
-                        del read_at[peer]
-            if not read_at:
-                return i
-        return len(self.computes)
+def _by_turn(mails: list[_Mail], turns: int) -> list[list[_Mail]]:
+    groups: list[list[_Mail]] = [[] for _ in range(turns)]
+    for mail in mails:
+        groups[mail.turn].append(mail)
+    return groups
 
-    def _peer(self, message: Message) -> int:
-        return message.rank_source if message.rank_target == self.rank else message.rank_target
+
+def _posts(received: list[_Mail], turns: int) -> list[list[_Mail]]:
+    """Return, per turn, the receives to post before it: in order of `place`, each one turn before it is read."""
+    posts: list[list[_Mail]] = [[] for _ in range(turns)]
+    slot = turns
+    for mail in sorted(received, key=lambda mail: mail.option.place, reverse=True):
+        slot = min(slot, max(mail.turn - 1, 0))
+        posts[slot].append(mail)
+    for post in posts:
+        post.reverse()
+    return posts
+
+
+def _ends(starts: list[int], received: list[_Mail], sent: list[_Mail]) -> list[list[_Mail]]:
+    """Return, per turn and for the end, the sends to wait for before it."""
+    answers: dict[int, list[tuple[int, int]]] = {}
+    for mail in received:
+        for peer, message in mail.peers():
+            answers.setdefault(peer, []).append((mail.turn, mail.option.made_at(message)))
+    ends: list[list[_Mail]] = [[] for _ in range(len(starts) + 1)]
+    for mail in sent:
+        ends[_end(mail, starts, answers)].append(mail)
+    return ends
+
+
+def _end(mail: _Mail, starts: list[int], answers: Mapping[int, list[tuple[int, int]]]) -> int:
+    """Return the turn before which a send is waited for (their number: the end).
+
+    By then every peer has answered with what it could make only with the message in hand, or, where no answer
+    is due, the order has let the peer read the message.
+    """
+    end = 0
+    for peer, message in mail.peers():
+        read_at = mail.option.read_at(message)
+        given = answers.get(peer, [])
+        first = bisect.bisect_left(given, (mail.turn + 1,))
+        later = itertools.islice(given, first, None)
+        through = next((turn for turn, made_at in later if made_at > read_at), len(starts))
+        if not mail.option.answered:
+            through = min(through, max(bisect.bisect_right(starts, read_at), mail.turn + 1))
+        end = max(end, through)
+    return end

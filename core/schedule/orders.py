@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from mimogrid.core.routes import overlapping
-from mimogrid.core.schedule.actions import Compute, Kind
+from mimogrid.core.schedule.actions import Compute, Direction, Kind
 from mimogrid.core.topology import Link, Stage, Topology
 
 
@@ -49,6 +49,20 @@ class Order:
     def index(self) -> Mapping[Compute, int]:
         """Where in the order each action starts."""
         return {action: i for i, action in enumerate(self.actions)}
+
+    @functools.cached_property
+    def starts(self) -> Mapping[tuple[Stage, Direction], tuple[int, ...]]:
+        """Where each stage's forwards, and what gives the gradients of its inputs, start, by microbatch."""
+        kinds = {
+            Kind.FORWARD: Direction.FORWARD,
+            Kind.BACKWARD: Direction.BACKWARD,
+            Kind.INPUT_GRADIENT: Direction.BACKWARD,
+        }
+        starts: dict[tuple[Stage, Direction], dict[int, int]] = {}
+        for action, i in self.index.items():
+            if action.kind in kinds:
+                starts.setdefault((action.stage, kinds[action.kind]), {})[action.microbatch] = i
+        return {key: tuple(places[k] for k in range(len(places))) for key, places in starts.items()}
 
     def of(self, stage: Stage) -> tuple[Compute, ...]:
         """Return what a stage does, in order."""

@@ -4,14 +4,19 @@ Every rank works down its list. An action starts when what it waits for is there
 posted the transfer (nothing is assumed to buffer), a joint action when all its ranks have reached it. The walk
 ends when every rank is through, or when none can go on; then it says who waits for whom. `verify` judges the
 end of the walk; a simulator adds a clock to it.
+
+Ranks with equal lists may also walk *in step*, as one: each action starts for all of them when it may start for
+every one of them, and a joint action when everybody who has it in his list has reached it. That asks for more
+than the ranks need, so if such a walk reaches the end, the ranks can all do the same one after the other: they
+get there, too. If it does not, nothing is said, and each rank must be let walk by itself.
 """
 
 import collections
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import attrs
 
-from mimogrid.core.schedule.actions import Action, Direction, Send, Transfer, Wait
+from mimogrid.core.schedule.actions import Action, Send, Transfer, Wait, other_end
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
 
@@ -44,7 +49,25 @@ class Posting:
 
 def replay(program: Program, listing: Listing) -> Replay:
     """Walk a listing of a program to its end, or to where it is stuck."""
-    return _Walk(program, listing).run()
+    return _Walk(listing, program.peers_of, program.joint).run()
+
+
+def replay_in_step(program: Program, listing: Listing, alike: Iterable[Sequence[int]]) -> Replay:
+    """Walk a listing with sets of ranks that have equal lists in step; the first of each set stands for it.
+
+    Every rank of a joint action must have it in its list.
+    """
+    members = {ranks[0]: ranks for ranks in alike}
+    leader = {rank: first for first, ranks in members.items() for rank in ranks}
+    having: dict[Action, list[int]] = collections.defaultdict(list)
+    for first in members:
+        for action in dict.fromkeys(listing[first]):
+            having[action].append(first)
+
+    def peers(first: int, transfer: Transfer) -> Iterable[int]:
+        return {leader[peer] for rank in members[first] for peer in program.peers_of(rank, transfer)}
+
+    return _Walk({first: listing[first] for first in members}, peers, lambda _, action: having[action]).run()
 
 
 def postings(program: Program, rank: int, transfer: Transfer) -> Iterator[tuple[Posting, Posting]]:
@@ -52,75 +75,91 @@ def postings(program: Program, rank: int, transfer: Transfer) -> Iterator[tuple[
     here, there = transfer.stage, transfer.peer
     ends = (here, there) if isinstance(transfer, Send) else (there, here)
     key = (*ends, transfer.direction, transfer.microbatch)
-    leaves = isinstance(transfer, Send) == (transfer.direction is Direction.FORWARD)
-    for message in program.messages_of(rank, transfer):
-        peer = message.rank_target if leaves else message.rank_source
+    for peer in program.peers_of(rank, transfer):
         yield Posting(key, rank, peer), Posting(key, peer, rank)
 
 
 class _Walk:
-    """The walk's state: how far each rank is, what is posted, who has reached which joint action."""
+    """The walk's state: how far each walker is, what is posted, who has reached which joint action.
 
-    def __init__(self, program: Program, listing: Listing) -> None:
-        self.program = program
+    An obstacle is known by what removes it: a posting by its walker and transfer, a joint action by its first
+    walker and itself.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        peers: Callable[[int, Transfer], Iterable[int]],
+        joint: Callable[[int, Action], Sequence[int]],
+    ) -> None:
         self.listing = listing
+        self.peers = peers
+        self.joint = joint
         self.position = dict.fromkeys(listing, 0)
-        self.posted: set[tuple[Posting, bool]] = set()
-        self.met: dict[Hashable, set[int]] = collections.defaultdict(set)
-        self.times: collections.Counter[tuple[int, Action]] = collections.Counter()
-        self.sleeping: dict[Hashable, set[int]] = collections.defaultdict(set)
+        self.posted: set[tuple[int, Transfer]] = set()
+        self.met: dict[tuple[int, Action], set[int]] = collections.defaultdict(set)
+        self.free: set[tuple[int, Action]] = set()
+        self.sleeping: dict[Hashable, list[int]] = {}
         self.started: list[tuple[int, Action]] = []
         self.ready = collections.deque(listing)
 
     def run(self) -> Replay:
-        """Let every rank go as far as it can, until none can."""
+        """Let every walker go as far as it can, until none can."""
         while self.ready:
             self._advance(self.ready.popleft())
-        stuck = (rank for rank in self.listing if self.position[rank] < len(self.listing[rank]))
-        return Replay(tuple(self.started), tuple(self._blocked(rank) for rank in stuck))
+        stuck = (walker for walker in self.listing if self.position[walker] < len(self.listing[walker]))
+        return Replay(tuple(self.started), tuple(self._blocked(walker) for walker in stuck))
 
-    def _advance(self, rank: int) -> None:
-        actions = self.listing[rank]
-        while self.position[rank] < len(actions):
-            action = actions[self.position[rank]]
-            obstacle = next(self._obstacles(rank, action), None)
+    def _advance(self, walker: int) -> None:
+        actions = self.listing[walker]
+        while self.position[walker] < len(actions):
+            action = actions[self.position[walker]]
+            obstacle = self._obstacle(walker, action)
             if obstacle is not None:
-                self.sleeping[obstacle[0]].add(rank)
+                self.sleeping.setdefault(obstacle, []).append(walker)
                 return
-            self._start(rank, action)
+            self.position[walker] += 1
+            self.started.append((walker, action))
+            if isinstance(action, Transfer):
+                self.posted.add((walker, action))
+                self.ready.extend(self.sleeping.pop((walker, action), ()))
 
-    def _start(self, rank: int, action: Action) -> None:
-        self.started.append((rank, action))
-        self.position[rank] += 1
-        self.times[rank, action] += 1
+    def _obstacle(self, walker: int, action: Action) -> Hashable | None:
+        """Return what an action still waits for, if anything."""
         if isinstance(action, Transfer):
-            for mine, _ in postings(self.program, rank, action):
-                self._announce((mine, isinstance(action, Send)))
-
-    def _announce(self, posting: tuple[Posting, bool]) -> None:
-        self.posted.add(posting)
-        self.ready.extend(self.sleeping.pop(posting, ()))
-
-    def _obstacles(self, rank: int, action: Action) -> Iterator[tuple[Hashable, Iterable[int]]]:
-        """Yield what an action still waits for, with the ranks that owe it."""
+            return None
         if isinstance(action, Wait):
-            sends = isinstance(action.transfer, Send)
-            for mine, theirs in postings(self.program, rank, action.transfer):
-                for end, posting in ((sends, mine), (not sends, theirs)):
-                    if (posting, end) not in self.posted:
-                        yield (posting, end), (posting.by,)
-        elif not isinstance(action, Transfer):
-            group = self.program.joint(rank, action)
-            meeting = (group[0], action, self.times[rank, action])
-            met = self.met[meeting]
-            if rank not in met:
-                met.add(rank)
-                if len(met) == len(group):
-                    self.ready.extend(self.sleeping.pop(meeting, ()))
-            if len(met) < len(group):
-                yield meeting, (other for other in group if other not in met)
+            return next(self._unposted(walker, action.transfer), None)
+        group = self.joint(walker, action)
+        if len(group) == 1:
+            return None
+        if (walker, action) in self.free:
+            self.free.remove((walker, action))
+            return None
+        meeting = (group[0], action)
+        met = self.met[meeting]
+        met.add(walker)
+        if len(met) < len(group):
+            return meeting
+        del self.met[meeting]
+        self.free.update((other, action) for other in group if other != walker)
+        self.ready.extend(self.sleeping.pop(meeting, ()))
+        return None
 
-    def _blocked(self, rank: int) -> Blocked:
-        action = self.listing[rank][self.position[rank]]
-        owing = (other for _, others in self._obstacles(rank, action) for other in others)
-        return Blocked(rank, action, tuple(dict.fromkeys(owing)))
+    def _unposted(self, walker: int, transfer: Transfer) -> Iterator[tuple[int, Transfer]]:
+        if (walker, transfer) not in self.posted:
+            yield walker, transfer
+        theirs = other_end(transfer)
+        for peer in self.peers(walker, transfer):
+            if (peer, theirs) not in self.posted:
+                yield peer, theirs
+
+    def _blocked(self, walker: int) -> Blocked:
+        action = self.listing[walker][self.position[walker]]
+        if isinstance(action, Wait):
+            owing = [other for other, _ in self._unposted(walker, action.transfer)]
+        else:
+            group = self.joint(walker, action)
+            met = self.met[group[0], action]
+            owing = [other for other in group if other not in met]
+        return Blocked(walker, action, tuple(dict.fromkeys(owing)))

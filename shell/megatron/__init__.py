@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.mappings import (
+        copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
         gather_from_tensor_model_parallel_region,
         scatter_to_sequence_parallel_region,
@@ -35,6 +36,7 @@ __all__ = [
     "GPTModel",
     "ProcessGroupCollection",
     "TransformerBlock",
+    "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
     "scatter_to_sequence_parallel_region",

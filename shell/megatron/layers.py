@@ -7,13 +7,17 @@ our own. Nothing in them rounds: a module in fp64 is computed in fp64 throughout
 Shapes in names: S positions, B samples, N heads, D head width.
 """
 
+import contextlib
 import functools
 import warnings
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mimogrid.core.models import BuiltIn
+from mimogrid.core.zigzag import WHOLE, ZigZag
 
 
 NORM_EPS = 1e-5
@@ -46,13 +51,25 @@ class CoreAttention(nn.Module):
 
     Causal attention takes no mask. Any other takes as `attention_mask` what is added to the scores (0, or
     minus infinity for a key that is padding), broadcastable to [B, N, S, S]; None: every key is real.
+
+    Under context parallelism S are this rank's positions (`zigzag`) and the keys and values of all ranks are
+    gathered, rank after rank; a mask is for keys in that order.
     """
 
-    def __init__(self, config: TransformerConfig, attn_mask_type: AttnMaskType, **_: object) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        attn_mask_type: AttnMaskType,
+        pg_collection: ProcessGroupCollection,
+        **_: object,
+    ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1
         self.dropout = float(config.attention_dropout)
         self.causal = attn_mask_type is AttnMaskType.causal
+        self.cp = pg_collection.cp
+        self.cut = ZigZag(self.cp.rank(), self.cp.size())
+        # Under sequence parallelism megatron runs the whole block on the states that differ along tp.
+        self.forks = self.dropout > 0 and not config.sequence_parallel
 
     def forward(
         self,
@@ -63,22 +80,52 @@ class CoreAttention(nn.Module):
         **_: object,
     ) -> Tensor:
         """Return [S, B, N * D]."""
-        positions, samples, heads, width = query_SBND.shape
+        query, key = _rotated(query_SBND, self.cut), _rotated(key_SBND, self.cut)
+        draws = get_cuda_rng_tracker().fork() if self.forks and self.training else contextlib.nullcontext()
+        with draws:
+            if self.cut.size == 1:
+                mixed = self._attend(query, key, value_SBND, None if self.causal else attention_mask)
+            else:
+                mixed = self._attend_in_parts(query, key, value_SBND, attention_mask)
+        return mixed.flatten(2)
+
+    def _attend_in_parts(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend to the keys of all ranks; causal, each of the two chunks to those up to its own."""
+        both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp)
+        if not self.causal:
+            return self._attend(query, *both.chunk(2, dim=-1), mask)
+        pieces = both.chunk(2 * self.cut.size)
+        in_order = torch.cat([pieces[place] for place in self.cut.gathered()[: self.cut.chunks[-1] + 1]])
+        mixed = []
+        for part, chunk in zip(query.chunk(2), self.cut.chunks, strict=True):
+            keys = (chunk + 1) * len(part)
+            earlier = _no_later_key(len(part), keys, query.device) if chunk else None
+            mixed.append(self._attend(part, *in_order[:keys].chunk(2, dim=-1), earlier))
+        return torch.cat(mixed)
+
+    def _attend(self, query_SBND: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend; causal where queries and keys are the same positions and no mask says it better."""
         mixed_BNSD = functional.scaled_dot_product_attention(
-            _rotated(query_SBND).permute(1, 2, 0, 3),
-            _rotated(key_SBND).permute(1, 2, 0, 3),
-            value_SBND.permute(1, 2, 0, 3),
-            attn_mask=None if self.causal else attention_mask,
-            is_causal=self.causal,
+            query_SBND.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=mask,
+            is_causal=self.causal and mask is None,
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=heads != key_SBND.shape[2],
+            enable_gqa=query_SBND.shape[2] != key.shape[2],
         )
-        return mixed_BNSD.permute(2, 0, 1, 3).reshape(positions, samples, heads * width)
+        return mixed_BNSD.permute(2, 0, 1, 3)
 
 
-def _rotated(heads_SBND: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _no_later_key(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return which keys the last `queries` of as many positions as there are keys may see, [S, keys]."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _rotated(heads_SBND: Tensor, cut: ZigZag) -> Tensor:
     positions, _, _, width = heads_SBND.shape
-    cos, sin = rotary_table(positions, width, heads_SBND.dtype, heads_SBND.device)
+    cos, sin = rotary_table(positions, width, heads_SBND.dtype, heads_SBND.device, cut)
     turned: Tensor = _Rotation.apply(heads_SBND, cos, sin)  # type: ignore[no-untyped-call]
     return turned
 
@@ -110,15 +157,16 @@ def _turned(heads_SBND: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> 
 
 @functools.lru_cache(maxsize=64)
 def rotary_table(
-    positions: int, width: int, dtype: torch.dtype, device: torch.device
+    positions: int, width: int, dtype: torch.dtype, device: torch.device, cut: ZigZag = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosines [S, 1, 1, D] and sines [S, 1, 1, D / 2] for positions 0, 1, ...
+    """Return the cosines [S, 1, 1, D] and sines [S, 1, 1, D / 2] for as many positions of a part, or 0, 1, ...
 
     Angles are computed in the compute dtype, but never coarser than fp32.
     """
     exact: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
     frequencies = ROTARY_BASE ** -(torch.arange(0, width, 2, **exact) / width)
-    angles = torch.outer(torch.arange(positions, **exact), frequencies)[:, None, None, :]
+    places = torch.tensor(cut.positions(positions * cut.size), **exact)
+    angles = torch.outer(places, frequencies)[:, None, None, :]
     return torch.cat((angles, angles), dim=-1).cos().to(dtype), angles.sin().to(dtype)
 
 

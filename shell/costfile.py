@@ -1,0 +1,98 @@
+"""Costs files: TOML in, `Costs` out.
+
+[stages."vision.0"]        # seconds per microbatch
+forward = 1.0
+backward = 2.0             # or input_gradient and weight_gradient
+[edges]                    # all edges
+latency = 0.0
+[edges."vision -> language"]
+bytes_per_s = 1e9
+[machine]
+cores = 2                  # at most so many compute actions at once
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mimogrid.core.costs import Costs, EdgeCosts, StageCosts, misfits
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.topology import Topology
+from mimogrid.shell.tables import Fault, converted, new_converter
+
+
+@attrs.frozen(kw_only=True)
+class _Machine:
+    cores: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class _File:
+    stages: Mapping[str, StageCosts] = attrs.field(factory=dict[str, StageCosts])
+    edges: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    machine: _Machine = _Machine()
+
+
+def read(path: Path, topology: Topology) -> Costs:
+    """Read the costs of a job. Raises PlanError with every problem of the file."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(
+            [Problem(str(path), f"cannot be read: {error.strerror}.", "Check --costs.")]
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PlanError([Problem(str(path), f"is not TOML: {error}.", "Correct it there.")]) from None
+    converter = new_converter()
+    file = converted(converter, table, _File)
+    faults = list(file.faults)
+    if file.value is None:
+        raise PlanError(_problems(faults))
+    common = {key: value for key, value in file.value.edges.items() if not isinstance(value, dict)}
+    edge = converted(converter, common, EdgeCosts, ("edges",))
+    faults += edge.faults
+    edges: dict[str, EdgeCosts] = {}
+    for name, given in file.value.edges.items():
+        if isinstance(given, dict):
+            found = converted(converter, common | given, EdgeCosts, ("edges", name))
+            faults += found.faults if edge.value else ()
+            edges |= {name: found.value} if found.value else {}
+    costs = Costs(
+        stages=file.value.stages,
+        edge=edge.value or EdgeCosts(),
+        edges=edges,
+        cores=file.value.machine.cores,
+    )
+    problems = [*_problems(faults), *misfits(costs, topology), *_impossible(costs)]
+    if problems:
+        raise PlanError(problems)
+    return costs
+
+
+def _problems(faults: list[Fault]) -> list[Problem]:
+    return [Problem(fault.where, fault.message, fault.remedy) for fault in faults]
+
+
+def _impossible(costs: Costs) -> Iterator[Problem]:
+    """Yield what no machine can cost."""
+    for name, of_stage in costs.stages.items():
+        seconds: dict[str, float | None] = attrs.asdict(of_stage)
+        for key, value in seconds.items():
+            if value is not None and not 0 <= value < float("inf"):
+                yield Problem(f'stages."{name}".{key}', f"{value} seconds.", "Use 0 or more.")
+        if of_stage.backward is not None and of_stage.splits:
+            message = "has a backward and also halves of it."
+            yield Problem(
+                f'stages."{name}"', message, "Give backward, or input_gradient and weight_gradient."
+            )
+    for name, edge in (("", costs.edge), *costs.edges.items()):
+        where = f'edges."{name}"' if name else "edges"
+        if not 0 <= edge.latency < float("inf"):
+            yield Problem(f"{where}.latency", f"{edge.latency} seconds.", "Use 0 or more.")
+        if not edge.bytes_per_s > 0:
+            yield Problem(f"{where}.bytes_per_s", f"{edge.bytes_per_s}.", "Use more than 0, or inf.")
+    if costs.cores is not None and not costs.cores > 0:
+        yield Problem("machine.cores", f"{costs.cores}.", "Use more than 0, or leave it out.")
