@@ -177,8 +177,9 @@ def main() -> None:
     if given.json:
         print(json.dumps(rows))
         return
-    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}")
-    columns = ("step_ms", "median_action_ms", "compute", "waiting", "own_overhead", "own_ms_per_step", "peak_mb", "needed_mb")
+    machine = f"{platform.platform()}, {os.cpu_count()} cores"
+    print(f"{machine}, Python {platform.python_version()}, torch {torch.__version__}")
+    columns = [name for name in rows[0] if name not in {"rank", "stages"}]
     print(f"{'rank':24}" + "".join(f"{name:>17}" for name in columns))
     for row in rows:
         name = f"{row['rank']} {' '.join(row['stages'])}"

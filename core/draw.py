@@ -178,6 +178,7 @@ MIDDLE, BOLD, RIGHT = ' text-anchor="middle"', ' font-weight="bold"', ' text-anc
 
 
 WIDEST, NARROWEST, MARGIN = 1500.0, 640.0, 16.0
+VISIBLE = 0.3
 ROW_HEIGHTS = ((16, 28.0), (32, 22.0), (math.inf, 17.0))
 """How high a row is by how many there are at most."""
 
@@ -269,14 +270,15 @@ def _row(
                 yield f"<g><title>{escape(tip)}</title>"
                 yield from _cell(chart, action, inks[action.stage.module], (x, width), y)
                 yield "</g>"
-            case Wait() if width > 0.3:  # noqa: PLR2004 -- what the eye can see
+            case Wait() if width > VISIBLE:
                 dash = ' stroke-dasharray="3 2"' if isinstance(event.action.transfer, Send) else ""
-                lane = y + chart.cell + chart.row * 0.11
+                lane, thin = y + chart.cell + chart.row * 0.11, chart.row * 0.06
                 yield (
-                    f'<path d="M{x:.2f} {lane:.2f}h{width:.2f}" stroke="{GREY}" stroke-width="{chart.row * 0.06:.2f}"{dash}>'
+                    f'<path d="M{x:.2f} {lane:.2f}h{width:.2f}" '
+                    f'stroke="{GREY}" stroke-width="{thin:.2f}"{dash}>'
                     f"<title>{escape(str(event.action))}</title></path>"
                 )
-            case Reduce() | Tie() | Norm() | Update() if width > 0.3:  # noqa: PLR2004
+            case Reduce() | Tie() | Norm() | Update() if width > VISIBLE:
                 yield _rect(x, y, width, chart.cell, GREY)
             case _:
                 pass

@@ -68,6 +68,20 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
     return tuple(found)
 
 
+def parity_problems(spec: JobSpec) -> tuple[Problem, ...]:
+    """Return why a job cannot be compared with the same model on one process, legal as it may be."""
+    return tuple(
+        Problem(
+            f"modules.{name}.options.dropout",
+            f"is {module.options.dropout}: every layout draws masks of its own, so there is no one process to "
+            f"compare module '{name}' with.",
+            f"Compare without it: --set modules.{name}.options.dropout=0.",
+        )
+        for name, module in spec.modules.items()
+        if not isinstance(module.options, Mapping) and module.options.dropout
+    )
+
+
 # -- the job as a whole ------------------------------------------------------------------------------------
 
 
@@ -587,15 +601,8 @@ def _not_available_yet(spec: JobSpec) -> Iterator[Problem]:
     schedules = {"interleaved", "zb-h1", "zb-h2", "auto"}
     yield from _not_yet("schedule.name", f"'{name}'", name in schedules, "1f1b or gpipe")
     for module_name, module in spec.modules.items():
-        grid, where = module.grid, f"modules.{module_name}"
-        for axis in ("cp",):
-            size = getattr(grid, axis)
-            yield from _not_yet(f"{where}.grid.{axis}", f"{axis}={size}", size > 1, "1")
+        where = f"modules.{module_name}"
         yield from _not_yet(f"{where}.chunks", f"chunks={module.chunks}", module.chunks > 1, "1")
-        if not isinstance(module.options, Mapping):
-            for key in ("dropout",):
-                value = getattr(module.options, key)
-                yield from _not_yet(f"{where}.options.{key}", f"{key}={value}", value > 0, "0")
 
 
 def _not_yet(where: str, what: str, wanted: bool, instead: str) -> Iterator[Problem]:

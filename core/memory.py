@@ -2,9 +2,9 @@
 
 Weights, gradients and the two moments of Adam follow from the table of parameters, exactly. What a microbatch
 in flight keeps for its backward is an estimate: per layer and position the values that a pre-norm transformer
-layer saves (inputs of norms and linears, queries, keys and values, the MLP's middle twice), and per head the
-attention scores and their softmax. Temporary buffers and the allocator's losses are not in it, nor is a module
-of the user's own.
+layer saves (inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head
+the attention scores and their softmax. Temporary buffers and the allocator's losses are not in it, nor is a
+module of the user's own.
 """
 
 from collections.abc import Mapping

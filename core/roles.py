@@ -114,4 +114,3 @@ def role_of(topology: Topology, rank: int) -> RankRole:
         },
         language_modules=topology.graph.texts,
     )
-

@@ -138,7 +138,11 @@ class Step:
         A module's own loss goes by its name, its auxiliary loss by ``NAME.aux``; that one counts samples.
         """
         modules = self.topology.modules.values()
-        own = {m.name: sum(self._units(m, i) for i in range(len(self.samples))) for m in modules if m.model.has_loss}
+        own = {
+            m.name: sum(self._units(m, i) for i in range(len(self.samples)))
+            for m in modules
+            if m.model.has_loss
+        }
         return own | {aux_name(m.name): float(len(self.samples)) for m in modules if m.aux_loss}
 
     def _units(self, module: Module, index: int) -> float:

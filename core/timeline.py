@@ -79,7 +79,7 @@ def idles(events: Sequence[Event], flights: Iterable[Flight] = ()) -> tuple[Idle
     """Return when each rank computes nothing, and why. Without flights, no cause is *edge*."""
     begin, end = span(events)
     on_the_way = {
-        (flight.transfer, rank): flight.begin_s
+        (flight.transfer, rank, rank == flight.rank_source): flight.begin_s
         for flight in sorted(flights, key=lambda flight: flight.end_s)
         for rank in (flight.rank_source, flight.rank_target)
     }
@@ -131,7 +131,7 @@ def sent_as(transfer: Transfer) -> Send:
 def _idles(
     rank: int,
     events: Sequence[Event],
-    on_the_way: Mapping[tuple[Send, int], float],
+    on_the_way: Mapping[tuple[Send, int, bool], float],
     begin: float,
     end: float,
 ) -> Iterator[Idle]:
@@ -159,13 +159,13 @@ def _idles(
         now = max(now, event.end_s if event else end)
 
 
-def _edge_begin(event: Event, rank: int, on_the_way: Mapping[tuple[Send, int], float]) -> float | None:
+def _edge_begin(event: Event, rank: int, on_the_way: Mapping[tuple[Send, int, bool], float]) -> float | None:
     """From when on an event is only the time that a message takes; None where it is anything else."""
     match event.action:
-        case Send() if event.end_s > event.begin_s and (event.action, rank) in on_the_way:
+        case Send() if event.end_s > event.begin_s and (event.action, rank, True) in on_the_way:
             return event.begin_s
         case Wait(transfer=transfer):
-            return on_the_way.get((sent_as(transfer), rank))
+            return on_the_way.get((sent_as(transfer), rank, isinstance(transfer, Send)))
         case _:
             return None
 

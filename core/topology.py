@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.errors import PlanError
 from mimogrid.core.experts import block_of, closures, expert_view
 from mimogrid.core.graph import Graph
 from mimogrid.core.grid import Grid

@@ -21,6 +21,8 @@ the other, each on all the lanes that have it at once. That is a walk in step.
 """
 
 import collections
+import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
@@ -72,25 +74,20 @@ def _complete(program: Program, listing: Listing | None) -> dict[int, tuple[Acti
 def _faults(
     program: Program, listing: Listing, alike: Sequence[tuple["_Duties", Sequence[int]]]
 ) -> Iterator[str]:
-    found = [*_idle(program, listing)]
     judge = _Judge(program)
-    for duty, ranks in alike:
-        wrong = tuple(judge.faults(duty, listing[ranks[0]]))
-        found += [f"rank {rank}: {fault}" for rank in ranks for fault in wrong]
-    yield from sorted(found, key=_rank_first)
+    found = [(rank, f"rank {rank} hosts no module but has actions") for rank in _idlers(program, listing)]
+    for duties, ranks in alike:
+        faults = tuple(judge.faults(duties, listing[ranks[0]]))
+        found += [(rank, f"rank {rank}: {fault}") for rank in ranks for fault in faults]
+    yield from (fault for _, fault in sorted(found, key=operator.itemgetter(0)))
     if not found:
         yield from _channels(program, listing)
         yield from _deadlock(_blocked(program, listing, [ranks for _, ranks in alike]))
 
 
-def _rank_first(fault: str) -> int:
-    return int(fault.split()[1].rstrip(":"))
-
-
-def _idle(program: Program, listing: Listing) -> Iterator[str]:
-    for rank in sorted(set(listing) - set(program.topology.ranks)):
-        if listing[rank]:
-            yield f"rank {rank} hosts no module but has {len(listing[rank])} actions"
+def _idlers(program: Program, listing: Listing) -> Iterator[int]:
+    """The ranks that host no module and have something to do all the same."""
+    return (rank for rank in listing if listing[rank] and not program.topology.stages_of(rank))
 
 
 def _blocked(program: Program, listing: Listing, alike: Sequence[Sequence[int]]) -> tuple[Blocked, ...]:
@@ -103,7 +100,7 @@ def _blocked(program: Program, listing: Listing, alike: Sequence[Sequence[int]])
 
 
 @attrs.frozen
-class _Seam:
+class _Crossing:
     """What crosses a link for one microbatch of its target, as the ranks of one stage see it.
 
     `made_by` are the microbatches of the source that make what leaves here; None: it arrives here.
@@ -118,10 +115,11 @@ class _Seam:
 @attrs.frozen(cache_hash=True)
 class _Duties:
     """All that a step asks of a rank: the stages with the microbatches that it computes, what it exchanges, and the
-    actions that end the step."""
+    actions that end the step.
+    """
 
     stages: tuple[tuple[Stage, frozenset[int]], ...]
-    seams: tuple[_Seam, ...]
+    crossings: tuple[_Crossing, ...]
     finish: tuple[Action, ...]
 
 
@@ -131,55 +129,165 @@ def _duties(program: Program, rank: int) -> _Duties:
     step = program.routes.step
     return _Duties(
         tuple((stage, step.active(stage.module, lane)) for stage, lane in lanes.items()),
-        tuple(seam for stage, lane in lanes.items() for seam in _seams(program, rank, stage, lane)),
+        tuple(
+            crossing for stage, lane in lanes.items() for crossing in _crossings(program, rank, stage, lane)
+        ),
         tuple(program.finish(rank)),
     )
 
 
-def _seams(program: Program, rank: int, stage: Stage, lane: int) -> Iterator[_Seam]:
+def _crossings(program: Program, rank: int, stage: Stage, lane: int) -> Iterator[_Crossing]:
     topology, routes = program.topology, program.routes
     for link in topology.links_into(stage):
         for k in range(topology.modules[stage.module].microbatches):
             if rank in routes.reaching(link, k, lane):
-                yield _Seam(stage, link, k, None)
+                yield _Crossing(stage, link, k, None)
     for link in topology.links_from(stage):
         for k in range(topology.modules[link.target.module].microbatches):
             messages = routes.leaving(link, k, lane).get(rank)
             if messages:
-                yield _Seam(stage, link, k, tuple(sorted({j for m in messages for j in m.made_by})))
+                yield _Crossing(stage, link, k, tuple(sorted({j for m in messages for j in m.made_by})))
+
+
+_Pair = tuple[Action, Action]
+
+
+@attrs.frozen
+class _Clause:
+    """A part of what a rank owes, by numbers: actions, and pairs of which the first must come before the second.
+
+    A pair counts where the list has both.
+    """
+
+    due: frozenset[int]
+    pairs: tuple[tuple[int, int], ...]
 
 
 class _Judge:
     """Judges lists by themselves: is everything there, once, in an order that the data allows.
 
-    An action is known by a number here, because attrs values are slow to compare; clauses are kept, because
-    most ranks share most of them.
+    Actions go by numbers here, for attrs values are slow to compare, and clauses are kept, for ranks share them.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.actions: list[Action] = []
         self.numbers: dict[Action, int] = {}
-        self.clauses: dict[tuple[_Seam, bool], _Clause] = {}
+        self.of_compute: dict[tuple[Stage, int, bool, tuple[Action, ...]], _Clause] = {}
+        self.of_crossing: dict[_Crossing, _Clause] = {}
 
     def faults(self, duties: _Duties, actions: tuple[Action, ...]) -> Iterator[str]:
         """Yield what is wrong with a list of actions."""
-        mine = list(map(self._number, actions))
-        place = dict(zip(reversed(mine), range(len(mine) - 1, -1, -1), strict=True))
-        due, sequence = self._due(duties, place)
+        mine = [self._number(action) for action in actions]
+        place = {number: i for i, number in enumerate(mine)}
+        clauses = tuple(self._clauses(duties, place))
+        due = {number for clause in clauses for number in clause.due}
         if len(place) < len(mine):
-            for number, count in collections.Counter(mine).items():
-                if number in due and count > 1:
-                    yield f"'{self.actions[number]}' is there {count} times"
+            counts = collections.Counter(mine)
+            yield from (f"'{self.actions[n]}' is there {counts[n]} times" for n in place if counts[n] > 1)
         if place.keys() != due:
             yield from (f"'{self.actions[n]}' has no place in this program" for n in place if n not in due)
-            yield from (f"'{self.actions[n]}' is missing" for n in sorted(due) if n not in place)
-        for first, then in sequence:
-            if first in place and then in place and place[first] > place[then]:
-                yield f"'{self.actions[then]}' comes before '{self.actions[first]}', which it needs"
+            yield from (f"'{self.actions[n]}' is missing" for n in sorted(due - place.keys()))
+        for clause in clauses:
+            for first, then in clause.pairs:
+                if first in place and then in place and place[first] > place[then]:
+                    yield f"'{self.actions[then]}' comes before '{self.actions[first]}', which it needs"
 
     def _number(self, action: Action) -> int:
         number = self.numbers.setdefault(action, len(self.actions))
         if number == len(self.actions):
             self.actions.append(action)
         return number
+
+    def _clauses(self, duties: _Duties, place: Mapping[int, int]) -> Iterator[_Clause]:
+        for stage, active in duties.stages:
+            for k in sorted(active):
+                split = self._number(Compute(Kind.INPUT_GRADIENT, stage, k)) in place
+                key = (stage, k, split, duties.finish[:1])
+                if key not in self.of_compute:
+                    self.of_compute[key] = self._clause(*self._compute(*key))
+                yield self.of_compute[key]
+        for crossing in duties.crossings:
+            if crossing not in self.of_crossing:
+                self.of_crossing[crossing] = self._clause(*self._crossing(crossing))
+            yield self.of_crossing[crossing]
+        yield self._clause(duties.finish, itertools.pairwise(duties.finish))
+
+    def _clause(self, due: Iterable[Action], pairs: Iterable[_Pair]) -> _Clause:
+        return _Clause(
+            frozenset(map(self._number, due)), tuple((self._number(a), self._number(b)) for a, b in pairs)
+        )
+
+    def _compute(
+        self, stage: Stage, k: int, split: bool, finish: tuple[Action, ...]
+    ) -> tuple[list[Action], list[_Pair]]:
+        """One microbatch: its forward, then its backward, whole or in two, then what ends the step."""
+        kinds = [Kind.FORWARD]
+        if stage in self.program.order.backward:
+            kinds += [Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT] if split else [Kind.BACKWARD]
+        due: list[Action] = [Compute(kind, stage, k) for kind in kinds]
+        return due, list(itertools.pairwise([*due, *finish]))
+
+    def _crossing(self, crossing: "_Crossing") -> tuple[list[Action], list[_Pair]]:
+        """A send follows the compute actions that make its data; a receive is complete before its readers."""
+        stage, k, link = crossing.stage, crossing.microbatch, crossing.link
+        own = crossing.made_by or (k,)
+        forwards = [Compute(Kind.FORWARD, stage, j) for j in own]
+        backwards = [Compute(kind, stage, j) for j in own for kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT)]
+        arrives = crossing.made_by is None
+        way_in, way_out = (Direction.FORWARD, Direction.BACKWARD)[:: 1 if arrives else -1]
+        readers, makers = (forwards, backwards) if arrives else (backwards, forwards)
+        peer = link.source if arrives else link.target
+        due: list[Action] = []
+        pairs: list[_Pair] = []
+        if way_in is Direction.FORWARD or link in self.program.order.gradients:
+            recv = Recv(stage, way_in, k, peer)
+            due += [recv, Wait(recv)]
+            pairs += [(recv, Wait(recv)), *((Wait(recv), reader) for reader in readers)]
+        if way_out is Direction.FORWARD or link in self.program.order.gradients:
+            send = Send(stage, way_out, k, peer)
+            due += [send, Wait(send)]
+            pairs += [*((maker, send) for maker in makers), (send, Wait(send))]
+        return due, pairs
+
+
+# -- all ranks together ------------------------------------------------------------------------------------
+
+
+def _channels(program: Program, listing: Listing) -> Iterator[str]:
+    """Each rank must receive from a peer in the order in which that peer sends: some transports have no tags."""
+    sent: dict[tuple[int, int], list[Transfer]] = collections.defaultdict(list)
+    received: dict[tuple[int, int], list[Transfer]] = collections.defaultdict(list)
+    for rank, actions in listing.items():
+        for action in actions:
+            if isinstance(action, Send):
+                for peer in program.peers_of(rank, action):
+                    sent[rank, peer].append(action)
+            elif isinstance(action, Recv):
+                for peer in program.peers_of(rank, action):
+                    received[peer, rank].append(other_end(action))
+    for (source, target), order in sent.items():
+        if order != received[source, target]:
+            yield (
+                f"rank {target} posts its receives from rank {source} in another order than rank {source} "
+                "sends: a transport without tags would mix them up"
+            )
+
+
+def _deadlock(blocked: tuple[Blocked, ...]) -> Iterator[str]:
+    """Name one cycle of waits in words; ranks outside it only wait for those in it."""
+    stuck = {block.rank: block for block in blocked}
+    if not stuck:
+        return
+    path: list[int] = []
+    rank = next(iter(stuck))
+    while rank in stuck and rank not in path:
+        path.append(rank)
+        rank = next((r for r in stuck[rank].waits_for if r in stuck), stuck[rank].waits_for[0])
+    cycle = path[path.index(rank) :] if rank in path else path
+    waits = "; ".join(
+        f"rank {r} stands before '{stuck[r].action}' and waits for rank "
+        f"{', '.join(map(str, stuck[r].waits_for))}"
+        for r in cycle
+    )
+    yield f"deadlock: {waits}"

@@ -54,6 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         return int(error.code or 0)
     try:
+        return _run(given)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- until the interpreter ends
+        return 0
+
+
+def _run(given: argparse.Namespace) -> int:
+    """Run a command; tell what is wrong in words, and end with the code that says of which kind it is."""
+    try:
         return int(given.command(_opened(given), given))
     except PlanError as error:
         place = under_torchrun()
@@ -65,9 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorldError as error:
         print(f"mimogrid: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- until the interpreter ends
-        return 0
 
 
 def _opened(given: argparse.Namespace) -> Job:

@@ -1,7 +1,8 @@
 """Data: what a stage loads of its own share, checked against what the source had described.
 
-A source describes any sample to every rank, and loads it only where it is needed: rows on the first stage of a
-source module, tokens on the first of a language model, targets on the last stage of a module with a loss.
+A source describes any sample to every rank, and loads it only where it is needed: rows on the first stage
+of a source module, tokens on the first of a language model, targets on the last stage of a module with a
+loss.
 """
 
 from collections.abc import Mapping

@@ -23,12 +23,29 @@ class Questions(Protocol):
 
     stop: int
 
-    def describe(self, sample_id: int) -> Sample: ...
-    def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]: ...
-    def prompt(self, sample_id: int, module: str) -> tuple[int, ...]: ...
-    def answer(self, sample_id: int) -> tuple[int, ...]: ...
-    def spell(self, tokens: tuple[int, ...]) -> str: ...
-    def image(self, sample_id: int) -> Any: ...
+    def describe(self, sample_id: int) -> Sample:
+        """Return the counts of a sample."""
+        ...
+
+    def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+        """Return a sample's tensors for a module."""
+        ...
+
+    def prompt(self, sample_id: int, module: str) -> tuple[int, ...]:
+        """Return what comes before the answer, -1 at placeholders."""
+        ...
+
+    def answer(self, sample_id: int) -> tuple[int, ...]:
+        """Return the true answer, without the stop token."""
+        ...
+
+    def spell(self, tokens: tuple[int, ...]) -> str:
+        """Return tokens in words."""
+        ...
+
+    def image(self, sample_id: int) -> Any:
+        """Return what is to be read, as an array of grey values."""
+        ...
 
 
 @runtime_checkable
@@ -37,7 +54,9 @@ class Examined(Protocol):
 
     tasks: tuple[str, ...]
 
-    def held_out(self, *, task: str) -> Questions: ...
+    def held_out(self, *, task: str) -> Questions:
+        """Return the samples of a task that training never sees."""
+        ...
 
 
 @attrs.frozen

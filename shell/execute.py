@@ -29,10 +29,21 @@ from mimogrid.shell.transport import Transport
 class Finisher(Protocol):
     """Whoever reduces gradients, agrees on the step and takes it."""
 
-    def reduce(self, stage: Stage) -> None: ...
-    def tie(self, stage: Stage) -> None: ...
-    def agree(self) -> None: ...
-    def update(self) -> None: ...
+    def reduce(self, stage: Stage) -> None:
+        """Sum a stage's gradients over its data lanes."""
+        ...
+
+    def tie(self, stage: Stage) -> None:
+        """Sum the gradients of tied weights over the ends of a module."""
+        ...
+
+    def agree(self) -> None:
+        """Agree on the norm, and on whether the step is taken."""
+        ...
+
+    def update(self) -> None:
+        """Take the step, if that was agreed."""
+        ...
 
 
 @attrs.frozen
@@ -76,8 +87,8 @@ def _act(
             transport.receive(action, stage.shapes(action), stage.dtype)
         case Wait(transfer=Send()):
             transport.wait(action.transfer)
-        case Wait(transfer=Recv()):
-            stages[action.transfer.stage].deliver(action.transfer, transport.wait(action.transfer))
+        case Wait(transfer=Recv() as recv):
+            stages[recv.stage].deliver(recv, transport.wait(recv))
         case Reduce():
             finisher.reduce(action.stage)
         case Tie():

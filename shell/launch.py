@@ -14,7 +14,6 @@ import os
 import tempfile
 import time
 import traceback
-
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path

@@ -13,27 +13,29 @@ from pathlib import Path
 from typing import TextIO
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from mimogrid.core.roles import RankRole
 
 
 @contextmanager
-def open_log(folder: Path, role: RankRole, *, speaks: bool) -> Iterator[structlog.typing.BindableLogger]:
+def open_log(folder: Path, role: RankRole, *, speaks: bool) -> Iterator[FilteringBoundLogger]:
     """Open this rank's log in a run folder; with `speaks`, its lines also go to the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     stages = [f"{module.module}.{module.pp}" for module in role.modules.values()]
     with (folder / f"rank-{role.rank}.jsonl").open("a", encoding="utf-8") as file:
-        yield structlog.wrap_logger(
+        log: FilteringBoundLogger = structlog.wrap_logger(
             None,
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso"),
                 _Writer(file, sys.stderr if speaks else None),
             ],
-            wrapper_class=structlog.BoundLogger,
+            wrapper_class=structlog.make_filtering_bound_logger(0),
             rank=role.rank,
             stages=stages,
         )
+        yield log
 
 
 class _Writer:

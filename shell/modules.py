@@ -86,7 +86,12 @@ class OwnNetwork(Protocol):
 
 
 class StageModule(nn.Module):
-    """One stage of a module on this rank."""
+    """One stage of a module on this rank.
+
+    `draws` says that its forward draws random numbers in training, from the states of `megatron.draws`.
+    """
+
+    draws = False
 
     def __init__(self, module: Module, info: StageInfo, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -208,6 +213,8 @@ class TransformerStage(StageModule):
         self.multiple = (groups.tp.size() if self.sequence_parallel else 1) * len(self.cut.chunks)
         self.feeders = tuple(edge.source for edge in context.module.inputs)
         self.hidden = model.hidden
+        self.dropout = model.dropout
+        self.draws = model.dropout > 0
         self.dtype = context.dtype
         self.config = config_of(
             model,
@@ -340,9 +347,7 @@ class TextStage(TransformerStage):
 
     def pack(self, share: Share, device: torch.device) -> Packing:
         """Return where the rows of a share lie."""
-        return pack_text(
-            share, sequence=self.sequence, multiple=self.multiple, device=device, cut=self.cut
-        )
+        return pack_text(share, sequence=self.sequence, multiple=self.multiple, device=device, cut=self.cut)
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return token embeddings with the feeders' rows at their placeholders."""
@@ -351,6 +356,7 @@ class TextStage(TransformerStage):
             check_placeholders(tokens_T, share, packing)
         text_T = tokens_T.index_select(0, packing.text_tokens)
         text_TH = self.network.embedding.word_embeddings(text_T)
+        text_TH = functional.dropout(text_TH, self.dropout, training=self.training and self.draws)
         rows = [self.take(_joined(inputs, self.feeders), packing)] if self.feeders else []
         return self.block_of(torch.cat([*rows, text_TH]), packing.incoming, packing)
 
@@ -422,7 +428,9 @@ def _joined(inputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
 
 
 class OwnStage(StageModule):
-    """The only stage of a module of the user's."""
+    """The only stage of a module of the user's. Whether it draws, only its author knows."""
+
+    draws = True
 
     def __init__(self, module: Module, info: StageInfo, network: nn.Module, *, dtype: torch.dtype) -> None:
         super().__init__(module, info, dtype=dtype)

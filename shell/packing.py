@@ -253,9 +253,7 @@ def _gathered(ranks: list[int], size: int) -> tuple[list[int], int]:
     return [next(following[rank]) for rank in ranks], most
 
 
-def _incoming(
-    rows: tuple[Counts, ...], places: Places, columns: Sequence[int], samples: int
-) -> list[int]:
+def _incoming(rows: tuple[Counts, ...], places: Places, columns: Sequence[int], samples: int) -> list[int]:
     """Entries of the rows, feeder after feeder; each feeder's are a block of a sample's places."""
     starts = [0] * len(places)
     entries: list[int] = []

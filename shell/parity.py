@@ -1,8 +1,8 @@
 """Parity: the job's layout against the same model on one process, gradient by gradient.
 
-The reference is plain: one process, the whole batch at once, modules called one after the other in graph order,
-one backward. It shares the networks and the loading of samples with the layout, and nothing else: no routes, no
-program, no transport, no reduction.
+The reference is plain: one process, the whole batch at once, modules called one after the other in graph
+order, one backward. It shares the networks and the loading of samples with the layout, and nothing else: no
+routes, no program, no transport, no reduction.
 """
 
 import math
@@ -79,6 +79,7 @@ def on_one_process(job: Job, step: Step, groups: ModuleGroups, device: Device) -
     topology = parse(_undivided(job.spec), job.topology.source)
     whole = step_of(topology, step.samples)
     dtype = DTYPES[job.spec.precision]
+    assert job.source is not None
     loader = Loader(job.source, device=device.torch, dtype=dtype)
     networks = {
         name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype)
@@ -131,11 +132,16 @@ def _difference(
     if ours is None or reference is None:
         difference = math.inf if magnitude or expected else 0.0
         return Difference(name, difference, magnitude, expected)
-    floor = 1e-3 * (largest[name.split(".")[0]] or max(largest.values()))
+    floor = 1e-3 * (largest[module_of(name)] or max(largest.values()))
     apart = float((ours.double() - reference.double()).abs().max())
     scale = max(expected, floor)
     difference = apart / scale if scale else (math.inf if apart else 0.0)
     return Difference(name, math.inf if math.isnan(apart) else difference, magnitude, expected)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a ``module.parameter``."""
+    return name.split(".", 1)[0]
 
 
 def _magnitude(tensor: torch.Tensor | None) -> float:
@@ -145,7 +151,7 @@ def _magnitude(tensor: torch.Tensor | None) -> float:
 def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
     largest: dict[str, float] = {}
     for name, gradient in gradients.items():
-        module = name.split(".")[0]
+        module = module_of(name)
         largest[module] = max(largest.get(module, 0.0), _magnitude(gradient))
     return largest
 

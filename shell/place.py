@@ -7,7 +7,7 @@ import attrs
 
 @attrs.frozen
 class Place:
-    """A rank of a world. `meeting` is the file over which a local world meets; without one, torchrun's store."""
+    """A rank of a world; `meeting` is the file over which a local world meets (None: torchrun's store)."""
 
     rank: int
     size: int

@@ -68,7 +68,7 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
 def _meet(place: Place) -> dist.Store:
     if place.meeting:
         return dist.FileStore(place.meeting, place.size)
-    store, _, _ = next(dist.rendezvous("env://"))
+    store: dist.Store = next(dist.rendezvous("env://"))[0]
     return store
 
 

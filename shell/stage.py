@@ -1,8 +1,8 @@
 """Stages at work: one module stage of this rank, with what it holds for each microbatch in flight.
 
 A stage gathers its inputs, runs its network forward or backward, and hands out what the program sends on.
-At a seam every rank receives an equal part of its lane's rows; the ranks along tp and cp then gather the whole
-among themselves, forward at the target and backward at the source.
+At a seam every rank receives an equal part of its lane's rows; the ranks along tp and cp then gather the
+whole among themselves, forward at the target and backward at the source.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,11 @@ from mimogrid.core.routes import Message, Part, Piece, lane_parts
 from mimogrid.core.samples import prefix_sums
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
 from mimogrid.core.schedule.lower import Program, link_of
+from mimogrid.core.seeds import Seeds, seeds_of
 from mimogrid.core.topology import Link, Module, StageInfo
 from mimogrid.shell.data import Loader
 from mimogrid.shell.groups import ModuleGroups
+from mimogrid.shell.megatron.draws import begin_draws
 from mimogrid.shell.modules import StageModule
 
 
@@ -29,7 +31,8 @@ Arrivals = dict[tuple[Link, Direction], list[tuple[int, torch.Tensor]]]
 class InFlight:
     """What a stage holds of a microbatch: inputs and outputs by name, and what has arrived for it.
 
-    After the backward, the gradients of the inputs stand in their place. Rows arrive in pieces, each with the row of the step at which it begins; hidden states arrive whole, at 0.
+    After the backward, the gradients of the inputs stand in their place. Rows arrive in pieces, each with
+    the row of the step at which it begins; hidden states arrive whole, at 0.
     """
 
     inputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
@@ -56,10 +59,12 @@ class StageRunner:
         self.network = network
         self.groups = groups
         self.dtype = dtype
-        self._lane = module.grid.position(rank)["dp"]
+        self._position = module.grid.position(rank)
+        self._lane = self._position["dp"]
 
-    def begin(self, program: Program, loader: Loader) -> None:
-        """Make ready for a step; `loss` and `answers` are those of the step from now on."""
+    def begin(self, program: Program, loader: Loader, index: int = 0) -> None:
+        """Make ready for step `index`; `loss` and `answers` are those of the step from now on."""
+        self._index = index
         self._loader = loader
         if self.network.training != program.order.training:
             self.network.train(program.order.training)
@@ -94,6 +99,8 @@ class StageRunner:
             held.inputs[link.source.module] = incoming
         with_targets = self._program.order.training and self.info.last
         targets = self._loader.targets(self.module, share) if with_targets else {}
+        if self.network.draws and self._program.order.training:
+            begin_draws(self._seeds(microbatch), self._loader.device)
         with torch.set_grad_enabled(trains):
             held.outputs = self.network(held.inputs | targets, share)
         if "loss" in held.outputs:
@@ -134,6 +141,10 @@ class StageRunner:
         ends = torch.tensor(prefix_sums(lengths)[1:], device=logits.device) - 1
         which = self.module.samples(self._lane, microbatch, len(self._step.samples))
         return which, logits[ends].argmax(dim=-1)
+
+    def _seeds(self, microbatch: int) -> Seeds:
+        seed = self._topology.spec.seed
+        return seeds_of(seed, self.info.stage, self._position, step=self._index, microbatch=microbatch)
 
     # -- what crosses the stage's borders ------------------------------------------------------------------
 
@@ -191,7 +202,7 @@ class StageRunner:
         return whole[piece.start - first : piece.stop - first]
 
     def _gather(self, held: InFlight, link: Link, direction: Direction, microbatch: int) -> torch.Tensor:
-        """Return all of a lane's rows of a link: this rank's part, and those of the ranks that share the lane."""
+        """Return all of a lane's rows of a link: this rank's part, and those of the ranks that share it."""
         arrived = sorted(held.arrived.pop((link, direction), ()), key=lambda piece: piece[0])
         if link.edge is None:
             return arrived[0][1] if arrived else self._no_hidden(microbatch)
@@ -224,7 +235,7 @@ def _gradient(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_rows(mine: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """Gather parts of unequal length, [sizes[i], W] each, into [sum(sizes), W]; padded to the longest on the way."""
+    """Gather parts of unequal length, [sizes[i], W] each, into [sum(sizes), W]; padded on the way."""
     longest = max(sizes)
     if longest == 0:
         return mine

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from mimogrid.core.errors import PlanError
+from mimogrid.core.legality import parity_problems
 from mimogrid.shell import runs
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
@@ -39,6 +41,9 @@ def train(job: Job, *, resume: str | None, transport: str | None, as_json: bool)
 
 def parity(job: Job, *, steps: int, as_json: bool) -> int:
     """Compare a job's layout with one process. Returns the exit code: 1 beyond the tolerance."""
+    problems = parity_problems(job.spec)
+    if problems:
+        raise PlanError(problems)
     verdict: Verdict = _first(job, "mimogrid.shell.parity:in_world", steps)
     print(json.dumps(verdict.as_json()) if as_json else verdict.in_words())
     return 0 if verdict.passed else 1

@@ -1,8 +1,9 @@
 """Steps on this rank: the stages it hosts, and what ends a step.
 
-Before anything is updated, all ranks gather one small record from each (gradient norm, losses, finiteness, and
-the digest of the samples that the next step will use). Every rank reads the same records in the same order, so
-all clip by the same norm, and all take the step or none does; and no two ranks go on to different samples.
+Before anything is updated, all ranks gather one small record from each (gradient norm, losses, finiteness,
+and the digest of the samples that the next step will use). Every rank reads the same records in the same
+order, so all clip by the same norm, and all take the step or none does; and no two ranks go on to different
+samples.
 """
 
 import hashlib
@@ -38,8 +39,8 @@ T = TypeVar("T")
 class Outcome:
     """What a step came to, the same on every rank.
 
-    `losses` are those of each module, divided by their counts and without weights; `taken` is False where a gradient or a loss was
-    not finite, and then nothing was updated.
+    `losses` are those of each module, divided by their counts and without weights; `taken` is False where a
+    gradient or a loss was not finite, and then nothing was updated.
     """
 
     loss: float
@@ -54,7 +55,9 @@ class Crew:
     """The stages of this rank, with weights, gradients and optimizer."""
 
     def __init__(self, job: Job, rank: int, groups: Groups, device: Device) -> None:
+        assert job.source is not None
         self.job = job
+        self._source = job.source
         self.topology: Topology = job.topology
         self.rank = rank
         self.device = device
@@ -88,7 +91,7 @@ class Crew:
         `following` is the next step: the ranks agree on its samples in this one.
         """
         program = plan_step(step)
-        self._begin(program, self.job.source)
+        self._begin(program, self._source, index)
         for buffer in self.buffers.values():
             buffer.clear()
         finish = _Finish(self, index, step, following, update=update)
@@ -107,10 +110,10 @@ class Crew:
                 mine[where.start : where.stop] = tokens
         return [int(token) for token in self.gather(mine).sum(dim=0)]
 
-    def _begin(self, program: Program, source: Loads) -> None:
+    def _begin(self, program: Program, source: Loads, index: int = 0) -> None:
         loader = Loader(source, device=self.device.torch, dtype=DTYPES[self.job.spec.precision])
         for stage in self.stages.values():
-            stage.begin(program, loader)
+            stage.begin(program, loader, index)
 
     def collect(self, tensors: Mapping[Stage, Tensors]) -> Tensors:
         """Put full tensors together on the first rank of the job; see `collect.collect`."""
@@ -193,7 +196,7 @@ class _Finish:
         crew.optimizer.step()
 
     def _losses(self) -> dict[str, float]:
-        """This rank's part of each module's loss sum: under cp each has a part, under tp all have the same."""
+        """This rank's part of each module's loss sum: under cp each has one, under tp all have the same."""
         losses = dict.fromkeys(self.step.units, 0.0)
         for runner in self.crew.stages.values():
             position = runner.module.grid.position(self.crew.rank)

@@ -21,7 +21,7 @@ from mimogrid.shell.groups import Groups
 
 @attrs.frozen(eq=False)
 class Pending:
-    """A message on its way: the tensor that is read or filled, and the handle (None: it stays on this rank)."""
+    """A message on its way: the tensor read or filled, and the handle (None: it stays on this rank)."""
 
     message: Message
     tensor: torch.Tensor

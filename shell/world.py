@@ -38,10 +38,10 @@ class World:
         """Return what rank 0 decides; the other ranks hear it."""
         if self.rank == 0:
             self.store.set(key, decide())
-        return self.store.get(key).decode()
+        return str(self.store.get(key).decode())
 
     def wait_for_all(self, what: str) -> None:
-        """Wait until every rank has come this far; one that left before would break the others' connecting."""
+        """Wait until every rank is this far; one that left before would break the others' connecting."""
         if self.store.add(f"{what}/count", 1) == self.size:
             self.store.set(f"{what}/all", "")
         self.store.wait([f"{what}/all"])
@@ -49,9 +49,10 @@ class World:
     def fails_first(self) -> bool:
         """Whether this rank is the first of the world to fail; others that fail only echo it."""
         try:
-            return self.store.compare_set("failed", "", str(self.rank)).decode() == str(self.rank)
+            first: bytes = self.store.compare_set("failed", "", str(self.rank))
         except RuntimeError:  # the store is gone with whoever kept it: somebody else failed before
             return False
+        return first.decode() == str(self.rank)
 
 
 @contextlib.contextmanager

@@ -208,10 +208,8 @@ CASES = {
 }
 NOT_YET = [
     "modules.language.grid.cp=2",
-    "modules.language.grid.sequence_parallel=true",
     "modules.language.options.experts=4",
     "modules.language.chunks=2",
-    "modules.language.recompute=full",
     "modules.language.options.dropout=0.1",
     "precision=bf16",
     "schedule.name=interleaved",

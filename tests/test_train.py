@@ -44,7 +44,7 @@ def usual(trained: Trained) -> tuple[dict[str, Any], Path]:
 
 
 def test_a_run_leaves_all_that_the_design_names(trained: Trained) -> None:
-    """Report, metrics, weights, trace, picture, logs and TensorBoard events are there and hold what they say."""
+    """Report, metrics, weights, trace, picture, logs and TensorBoard events are there, and agree."""
     report, folder = trained("train.steps=3")
     assert 3 == report["steps"] == len(report["losses"]) == len(report["losses_by_module"]["language"])
     assert report == json.loads((folder / "report.json").read_text())
@@ -60,7 +60,7 @@ def test_a_run_leaves_all_that_the_design_names(trained: Trained) -> None:
 
 
 def test_final_weights_have_every_parameter_once_and_whole(trained: Trained) -> None:
-    """The file of weights holds exactly the parameters of the plan, at full shape, by layout-independent name."""
+    """The file of weights holds exactly the parameters of the plan, at full shape, by name."""
     _, folder = trained("train.steps=1", "train.evaluate=false", "modules.language.grid.tp=2")
     topology = open_job(DIGITS).topology
     planned = {

@@ -27,6 +27,7 @@ with warnings.catch_warnings():
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
         gather_from_tensor_model_parallel_region,
+        reduce_from_tensor_model_parallel_region,
         scatter_to_sequence_parallel_region,
     )
     from megatron.core.transformer.transformer_block import TransformerBlock
@@ -39,5 +40,6 @@ __all__ = [
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
+    "reduce_from_tensor_model_parallel_region",
     "scatter_to_sequence_parallel_region",
 ]

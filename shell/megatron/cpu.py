@@ -57,6 +57,10 @@ class CpuRandomStates:
         """Whether there are states; megatron asks before it makes a tracker of its own."""
         return True
 
+    def reset(self) -> None:
+        """Forget every state."""
+        self._states = {}
+
     def add(self, name: str, seed: int) -> None:
         """Track one more state."""
         assert name not in self._states, name

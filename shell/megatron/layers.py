@@ -10,6 +10,7 @@ Shapes in names: S positions, B samples, N heads, D head width.
 import contextlib
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -248,12 +249,29 @@ def config_of(
         )
 
 
-def block_spec(model: BuiltIn, *, layers: int, tp: int) -> TransformerBlockSubmodules:
-    """Return the specification of a stack of layers and the norm behind it."""
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(model, tp)] * layers, layer_norm=Norm)
+def block_spec(
+    model: BuiltIn, *, layers: int, tp: int, mlps: Sequence[Any] = ()
+) -> TransformerBlockSubmodules:
+    """Return the specification of a stack of layers and the norm behind it.
+
+    `mlps` are those of the MLPs, layer by layer, where they are not dense ones.
+    """
+    chosen = mlps or [_dense(model, tp)] * layers
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(model, tp, mlp) for mlp in chosen], layer_norm=Norm
+    )
 
 
-def _layer_spec(model: BuiltIn, tp: int) -> ModuleSpec:
+def _dense(model: BuiltIn, tp: int) -> ModuleSpec:
+    column, row = (ColumnParallelLinear, RowParallelLinear) if tp > 1 else (Linear, Linear)
+    return ModuleSpec(
+        module=MLP,
+        params={"ffn_hidden_size": model.ffn},
+        submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+    )
+
+
+def _layer_spec(model: BuiltIn, tp: int, mlp: Any) -> ModuleSpec:
     column, row = (ColumnParallelLinear, RowParallelLinear) if tp > 1 else (Linear, Linear)
     attention = ModuleSpec(
         module=SelfAttention,
@@ -263,11 +281,6 @@ def _layer_spec(model: BuiltIn, tp: int) -> ModuleSpec:
             core_attention=CoreAttention,
             linear_proj=row,
         ),
-    )
-    mlp = ModuleSpec(
-        module=MLP,
-        params={"ffn_hidden_size": model.ffn},
-        submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
     )
     return ModuleSpec(
         module=TransformerLayer,

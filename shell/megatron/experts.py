@@ -1,0 +1,324 @@
+"""Experts: the MLP of a layer whose tokens choose among many, on ranks that each hold some of them.
+
+Every token is routed by one rank and computed once, whatever the layout. A rank routes its own tokens: those of
+its data lane, of its part of the positions under context or sequence parallelism, and of its share of what is
+left where plain tensor parallelism gives the same tokens to several ranks; padding is routed nowhere. Then
+
+    route       logits = tokens * router, the `top_k` highest, weighted by the softmax over those chosen
+                (megatron's default; near-ties may fall either way where layouts round differently)
+    dispatch    one row for every choice and every rank that holds a shard of the expert, all to all
+    compute     expert by expert: up, GELU, down; a shard's result is a term of a sum over expert_tp
+    combine     the rows back, summed with their weights
+
+No token is dropped. How many rows go where depends on the data, so ranks tell each other first; this is the
+only exchange of sizes there is. Ranks without a token take part in all of it.
+
+The auxiliary loss of a layer is, per sample, E * sum over experts of f * P: of the sample's choices the fraction
+f that fell on the expert (a constant for the gradient), and the mean P over the sample's tokens of its
+probability among all experts. It is a sum over tokens once f is known, so each rank has its own term and only
+counts are added up. Its gradient is attached in the forward, as megatron does: what leaves the layer brings it
+along in the backward, recomputed or not.
+
+Shapes in names: S positions, B samples, H hidden; T this rank's tokens, K choices, E experts; C rows to send
+(T * K * expert_tp); M ranks among which rows cross, L experts that one of them holds.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from mimogrid.core.models import BuiltIn
+from mimogrid.shell.megatron import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from mimogrid.shell.megatron.layers import Linear
+
+
+@attrs.frozen(eq=False)
+class Company:
+    """The ranks that a rank shares a module's tokens and experts with.
+
+    Attributes:
+        together: among whom rows cross; expert_tp varies fastest.
+        expert_tp: over how many of them each expert is cut.
+        held: the experts that this rank has a shard of.
+        same_tokens: those who have the same tokens and deal them among each other; None: nobody.
+        same_samples: groups of those who have other tokens of the same samples, or deal them.
+    """
+
+    together: dist.ProcessGroup
+    expert_tp: int
+    held: range
+    same_tokens: dist.ProcessGroup | None
+    same_samples: tuple[dist.ProcessGroup, ...]
+
+    @property
+    def shard(self) -> int:
+        """Which shard of its experts this rank has."""
+        return self.together.rank() % self.expert_tp
+
+
+@attrs.frozen(eq=False)
+class ExpertsSpec:
+    """What megatron's layer builds its MLP from. (Of a `ModuleSpec` it wants to know which of its own it is.)"""
+
+    params: Mapping[str, object]
+    module: type[nn.Module]
+
+
+def experts_spec(model: BuiltIn, company: Company, *, trains: bool) -> ExpertsSpec:
+    """Return the specification of an `Experts`."""
+    return ExpertsSpec({"model": model, "company": company, "trains": trains}, Experts)
+
+
+class Experts(nn.Module):
+    """The MLP of one layer.
+
+    `scale` is what the auxiliary loss is multiplied by in the loss of the job; 0: there is none. `aux` is this
+    rank's term of it in the last forward, before that. `trains` says that any of the layer's experts or its
+    router trains, here or on another rank.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, model: BuiltIn, company: Company, trains: bool
+    ) -> None:
+        super().__init__()
+        self.company = company
+        self.trains = trains
+        self.top_k = model.top_k
+        self.router = Linear(model.hidden, model.experts, config=config, bias=False)
+        self.experts = nn.ModuleDict({str(e): Expert(config, model, company) for e in company.held})
+        self.scale = 0.0
+        self.aux: Tensor | None = None
+
+    def forward(self, hidden_SBH: Tensor, *, padding_mask: Tensor) -> tuple[Tensor, None]:
+        """Return the mixture, and no bias. Where megatron hands on a mask, we want the tokens to route.
+
+        `padding_mask` holds their entries in the block, s * B + b.
+        """
+        dealt = self.company.same_tokens
+        if torch.is_grad_enabled() and self.trains and not hidden_SBH.requires_grad:
+            # All ranks must meet again in the backward, also those whose own experts are frozen.
+            hidden_SBH = hidden_SBH.detach().requires_grad_()
+        if dealt:
+            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=dealt)
+        flat = hidden_SBH.flatten(0, 1)
+        mixed_TH, logits_TE, chosen_TK = self._mixed(flat.index_select(0, padding_mask))
+        if self.scale and self.training:
+            samples = hidden_SBH.shape[1]
+            aux = self._aux(logits_TE.softmax(dim=1), chosen_TK, padding_mask % samples, samples)
+            self.aux = aux.detach()
+            mixed_TH = _Attached.apply(mixed_TH, aux, self.scale)  # type: ignore[no-untyped-call]
+        flat = torch.zeros_like(flat).index_copy(0, padding_mask, mixed_TH)
+        if dealt:
+            flat = reduce_from_tensor_model_parallel_region(flat, group=dealt)
+        return flat.view_as(hidden_SBH), None
+
+    def _mixed(self, tokens_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the experts make of this rank's tokens, with the logits and what was chosen."""
+        logits_TE, _ = self.router(tokens_TH)
+        logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+        highest_TK, chosen_TK = logits_TE.topk(self.top_k, dim=1)
+        weights_TK = highest_TK.softmax(dim=1).to(tokens_TH.dtype)
+        crossing = _crossing(chosen_TK, self.company)
+        rows_CH = _Spread.apply(tokens_TH, crossing)  # type: ignore[no-untyped-call]
+        rows_CH = self._computed(_exchanged(rows_CH, crossing), crossing)
+        rows_CH = _exchanged(rows_CH, crossing.reverse())
+        rows_CH = _Permuted.apply(rows_CH, crossing.back, crossing.order)  # type: ignore[no-untyped-call]
+        rows_TKH = rows_CH.view(len(tokens_TH), self.top_k, self.company.expert_tp, -1).sum(dim=2)
+        mixed_TH = torch.bmm(weights_TK[:, None], rows_TKH).squeeze(1)
+        return mixed_TH, logits_TE, chosen_TK
+
+    def _computed(self, rows: Tensor, crossing: "_Crossing") -> Tensor:
+        """Return what this rank's experts make of the rows that came in."""
+        if crossing.by_expert is not None:
+            rows = _Permuted.apply(rows, *crossing.by_expert)  # type: ignore[no-untyped-call]
+        parts = rows.split(crossing.rows_of_experts)
+        rows = torch.cat([expert(part) for expert, part in zip(self.experts.values(), parts, strict=True)])
+        if crossing.by_expert is not None:
+            rows = _Permuted.apply(rows, *reversed(crossing.by_expert))  # type: ignore[no-untyped-call]
+        return rows
+
+    def _aux(self, probabilities_TE: Tensor, chosen_TK: Tensor, samples_T: Tensor, samples: int) -> Tensor:
+        """Return this rank's term of the auxiliary loss."""
+        experts = probabilities_TE.shape[1]
+        where = (samples_T[:, None] * experts + chosen_TK).flatten()
+        counts = torch.zeros(samples * experts, dtype=torch.int64, device=where.device)
+        counts.scatter_add_(0, where, torch.ones_like(where))
+        for group in self.company.same_samples:
+            if group.size() > 1:
+                dist.all_reduce(counts, group=group)
+        counts_BE = counts.view(samples, experts).to(probabilities_TE.dtype)
+        choices_B1 = counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+        # f / tokens of the sample; a sample has K choices for each token.
+        slope_BE = experts * self.top_k * counts_BE / choices_B1.square()
+        return (slope_BE.index_select(0, samples_T) * probabilities_TE).sum()
+
+
+class Expert(nn.Module):
+    """This rank's shard of one expert, over expert_tp; its results are to be summed."""
+
+    def __init__(self, config: TransformerConfig, model: BuiltIn, company: Company) -> None:
+        super().__init__()
+        width = model.ffn // company.expert_tp
+        self.adds_bias = company.shard == 0
+        self.up = Linear(model.hidden, width, config=config, bias=True)
+        self.down = Linear(width, model.hidden, config=config, bias=True)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return a term for each row."""
+        middle = functional.gelu(self.up(rows)[0])
+        bias = self.down.bias
+        # The sum has the bias once; every shard's copy of it has the whole gradient.
+        return functional.linear(middle, self.down.weight, bias if self.adds_bias else bias - bias.detach())
+
+
+# -- how rows cross ----------------------------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False)
+class _Crossing:
+    """Where the rows of one forward go.
+
+    Attributes:
+        order: which of the rows (token by token, choice by choice, shard by shard) is sent at each place.
+        back: its inverse.
+        copies: rows of a token.
+        sent: rows for each rank; `got`: from each rank.
+        by_expert: order, and its inverse, that puts what came in expert by expert; None: it is so already.
+        rows_of_experts: rows of each expert held here.
+        group: among whom.
+    """
+
+    order: Tensor
+    back: Tensor
+    copies: int
+    sent: list[int]
+    got: list[int]
+    by_expert: tuple[Tensor, Tensor] | None
+    rows_of_experts: list[int]
+    group: dist.ProcessGroup
+
+    def reverse(self) -> "_Crossing":
+        """Return the way back."""
+        return attrs.evolve(self, sent=self.got, got=self.sent)
+
+
+def _crossing(chosen_TK: Tensor, company: Company) -> _Crossing:
+    """Return where the rows of tokens go that chose these experts."""
+    group, each, shards = company.together, len(company.held), company.expert_tp
+    ranks, device = group.size(), chosen_TK.device
+    shard = torch.arange(shards, device=device)
+    rank_TKX = (chosen_TK // each * shards)[:, :, None] + shard
+    key_C = (rank_TKX * each + (chosen_TK % each)[:, :, None]).flatten()
+    order, back = _sorted(key_C)
+    sent_ML = torch.zeros(ranks * each, dtype=torch.int64, device=device)
+    sent_ML = sent_ML.scatter_add_(0, key_C, torch.ones_like(key_C)).view(ranks, each)
+    got_ML, by_expert = sent_ML, None
+    if ranks > 1:
+        got_ML = torch.empty_like(sent_ML)
+        dist.all_to_all_single(got_ML, sent_ML, group=group)
+        if each > 1:
+            expert = torch.arange(each, device=device).repeat(ranks)
+            by_expert = _sorted(expert.repeat_interleave(got_ML.flatten()))
+    sent, got = torch.stack((sent_ML, got_ML)).sum(dim=2).tolist()
+    return _Crossing(
+        order=order,
+        back=back,
+        copies=chosen_TK.shape[1] * shards,
+        sent=sent,
+        got=got,
+        by_expert=by_expert,
+        rows_of_experts=got_ML.sum(dim=0).tolist(),
+        group=group,
+    )
+
+
+def _sorted(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order that sorts, equals staying as they are, and its inverse."""
+    order = key.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return order, inverse
+
+
+def _exchanged(rows: Tensor, crossing: _Crossing) -> Tensor:
+    if crossing.group.size() == 1:
+        return rows
+    exchanged: Tensor = _Exchanged.apply(rows, crossing)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+def _all_to_all(rows: Tensor, crossing: _Crossing) -> Tensor:
+    received = rows.new_empty(sum(crossing.got), rows.shape[1])
+    dist.all_to_all_single(received, rows.contiguous(), crossing.got, crossing.sent, group=crossing.group)
+    return received
+
+
+class _Exchanged(torch.autograd.Function):
+    """All to all; backward the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, crossing: _Crossing) -> Tensor:
+        ctx.back = crossing.reverse()
+        return _all_to_all(rows, crossing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(grad, ctx.back), None
+
+
+# What follows only moves rows. Written out, because the gradient of an index is a scatter with atomics on CUDA.
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of tokens to rows in the order of sending; backward sums those of a token."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TH: Tensor, crossing: _Crossing) -> Tensor:
+        ctx.crossing = crossing
+        return tokens_TH.index_select(0, crossing.order // crossing.copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_CH: Tensor) -> tuple[Tensor, None]:
+        copies, width = ctx.crossing.copies, grad_CH.shape[1]
+        return grad_CH.index_select(0, ctx.crossing.back).view(-1, copies, width).sum(dim=1), None
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order; backward in the inverse one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Attached(torch.autograd.Function):
+    """The identity, by which a value that nothing reads gets a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.like = scale, value.detach()
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full_like(ctx.like, ctx.scale), None
