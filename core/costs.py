@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from mimogrid.core.errors import Problem, nearest
-from mimogrid.core.models import Own
+from mimogrid.core.models import FIRST, Own
 from mimogrid.core.topology import Link, Stage, StageInfo, Topology
 
 
-ASSUMED = "each layer takes 1 s forward and 2 s backward per microbatch, sending takes no time"
+ASSUMED = (
+    "per microbatch a layer takes 1 s forward, and backward 1 s for each gradient that is wanted of it, "
+    "of its inputs and of its weights; sending takes no time"
+)
 """What `assumed` assumes, in words."""
 
 
@@ -90,9 +93,16 @@ def assumed(topology: Topology) -> Costs:
 
 
 def _assumed(topology: Topology, info: StageInfo) -> StageCosts:
-    own = isinstance(topology.modules[info.stage.module].model, Own)
-    layers = 1 if own else len(info.layers)
-    return StageCosts(forward=1.0 * layers, input_gradient=1.0 * layers, weight_gradient=1.0 * layers)
+    if isinstance(topology.modules[info.stage.module].model, Own):
+        trains = float(bool(info.trainable))
+        return StageCosts(forward=1.0, input_gradient=float(info.trains_upstream), weight_gradient=trains)
+    train = {p.layer for p in info.parameters if p.name in info.trainable}
+    before = info.trains_upstream or FIRST in train
+    inputs = sum(before or not train.isdisjoint(range(info.layers.start, layer)) for layer in info.layers)
+    weights = sum(layer in train for layer in info.layers)
+    return StageCosts(
+        forward=float(len(info.layers)), input_gradient=float(inputs), weight_gradient=float(weights)
+    )
 
 
 def misfits(costs: Costs, topology: Topology) -> Iterator[Problem]:

@@ -29,6 +29,9 @@ class PlanError(Exception):
         self.problems: tuple[Problem, ...] = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type["PlanError"], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)  # It travels between processes with its problems.
+
 
 class WorldError(Exception):
     """A failure of the running world, with the rank and the action that it struck."""

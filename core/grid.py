@@ -60,7 +60,7 @@ class Grid:
 
     def extent(self, axis: str) -> int:
         """Return the size of the axis; an axis that the grid lacks has size 1."""
-        return next((a.size for a in self.axes if a.name == axis), 1)
+        return self._strides[axis][1] if axis in self._strides else 1
 
     def rank_at(self, **position: int) -> int:
         """Return the rank at a position; axes that are not named count as 0."""
@@ -72,22 +72,24 @@ class Grid:
 
     def position(self, rank: int) -> dict[str, int]:
         """Return the rank's position on every axis. Raises ValueError for a rank outside the grid."""
-        if rank not in self:
-            raise ValueError(f"rank {rank} is not among {self.offset}..{self.offset + self.size - 1}")
-        flat = _inverse(self.places)[rank] if self.places else rank - self.offset
-        return _unravel(self.axes, flat)
+        flat = self._flat(rank)
+        return {name: flat // stride % size for name, (stride, size) in self._strides.items()}
 
     def position_along(self, axis: str, rank: int) -> int:
         """Return the rank's position on one axis. Raises ValueError for a rank outside the grid."""
-        stride = self._strides.get(axis)
-        if stride is None or self.places or rank not in self:
-            return self.position(rank).get(axis, 0)
-        return (rank - self.offset) // stride % self.extent(axis)
+        stride, size = self._strides.get(axis, (1, 1))
+        return self._flat(rank) // stride % size
+
+    def _flat(self, rank: int) -> int:
+        if rank not in self:
+            raise ValueError(f"rank {rank} is not among {self.offset}..{self.offset + self.size - 1}")
+        return _inverse(self.places)[rank] if self.places else rank - self.offset
 
     @functools.cached_property
-    def _strides(self) -> Mapping[str, int]:
-        sizes = itertools.accumulate((axis.size for axis in self.axes), operator.mul, initial=1)
-        return {axis.name: stride for axis, stride in zip(self.axes, sizes, strict=False)}
+    def _strides(self) -> Mapping[str, tuple[int, int]]:
+        """Of each axis, how far apart in flat index its neighbours are, and its size."""
+        strides = itertools.accumulate((axis.size for axis in self.axes), operator.mul, initial=1)
+        return {axis.name: (stride, axis.size) for axis, stride in zip(self.axes, strides, strict=False)}
 
     def ranks_along(self, axes: str | Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Return every group of ranks that differ only along `axes`, groups and members in grid order.
@@ -133,13 +135,6 @@ def _offsets(axes: tuple[Axis, ...], wanted: Callable[[Axis], bool]) -> tuple[in
             offsets = [base + i * stride for i in range(axis.size) for base in offsets]
         stride *= axis.size
     return tuple(offsets)
-
-
-def _unravel(axes: tuple[Axis, ...], flat: int) -> dict[str, int]:
-    position: dict[str, int] = {}
-    for axis in axes:
-        flat, position[axis.name] = divmod(flat, axis.size)
-    return position
 
 
 @functools.lru_cache(maxsize=256)

@@ -45,9 +45,11 @@ def in_slots(groups: Iterable[Ranks]) -> tuple[Slot, ...]:
     slots: list[tuple[set[int], list[Ranks]]] = []
     for ranks in dict.fromkeys(groups):
         fits = (slot for slot in slots if slot[0].isdisjoint(ranks))
-        taken, members = next(fits, (set(), []))
-        if not members:
-            slots.append((taken, members))
+        slot = next(fits, None)
+        if slot is None:
+            slot = (set[int](), list[Ranks]())
+            slots.append(slot)
+        taken, members = slot
         taken.update(ranks)
         members.append(ranks)
     return tuple(tuple(members) for _, members in slots)

@@ -42,6 +42,10 @@ DECAYS = ("constant", "cosine", "linear")
 RECOMPUTES = ("none", "selective", "full")
 RANKS_MOST, LAYERS_MOST = 1_000_000, 10_000
 """Beyond these a number is a slip of the hand, and enumerating it would take all day."""
+TENSORS = frozenset(
+    "rows tokens labels loss_weights targets lengths loss logits prediction".split()  # noqa: SIM905
+)
+"""What the inputs and outputs of a module hold besides the rows of other modules, which go by their names."""
 _MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
@@ -120,6 +124,7 @@ def _optimizer(optimizer: OptimizerSpec) -> Iterator[Problem]:
 def _train(train: TrainSpec) -> Iterator[Problem]:
     yield from _at_least("train.steps", train.steps, 0)
     yield from _at_least("train.checkpoint_every", train.checkpoint_every, 0, "0: only at the end.")
+    yield from _at_least("train.keep_checkpoints", train.keep_checkpoints, 1)
     yield from _at_least("train.threads", train.threads, 1)
     yield from _above_zero("train.timeout_s", train.timeout_s)
     if train.run_dir == "":
@@ -149,6 +154,12 @@ def _wiring(spec: JobSpec) -> Iterator[Problem]:
                 f"modules.{name}",
                 f"'{name}' cannot name a module.",
                 "Use letters, digits, '_' and '-', beginning with a letter or '_'.",
+            )
+        elif name in TENSORS:
+            yield Problem(
+                f"modules.{name}",
+                f"'{name}' is the name of a tensor that modules exchange beside each other's rows.",
+                f"Call it otherwise. Taken: {', '.join(sorted(TENSORS))}.",
             )
         for target in dict.fromkeys(module.feeds):
             yield from _target(name, target, spec)

@@ -63,13 +63,15 @@ def _saved(step: Step, module: Module, info: StageInfo, lane: int) -> float:
 
 def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recompute: str) -> float:
     positions, samples, hidden = shape
-    tp, cp = module.grid.extent("tp"), module.grid.extent("cp")
+    tp = module.grid.extent("tp")
     shared = tp if module.sequence_parallel else 1
-    tokens = positions * samples / cp
+    tokens = positions * samples
+    keys = positions * module.grid.extent("cp")
+    middle = model.ffn * (model.top_k if model.experts else 1)
     inputs = tokens * hidden
     if recompute == "full":
         return inputs / shared
     qkv = (model.heads + 2 * model.kv_heads) * model.head_width
-    linear = tokens * (qkv + hidden + 2 * model.ffn) / tp
-    scores = 0.0 if recompute == "selective" else 2 * tokens * positions * model.heads / tp
+    linear = tokens * (qkv + hidden + 2 * middle) / tp
+    scores = 0.0 if recompute == "selective" else 2 * tokens * keys * model.heads / tp
     return 4 * inputs / shared + linear + scores

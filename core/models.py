@@ -16,7 +16,8 @@ import attrs
 
 
 FIRST, LAST = "first", "last"
-PROJECTOR = "projector.{}"
+PROJECTOR, HEAD = "projector.", "output."
+"""What the names of parameters begin with that an edge passes, and that only a loss passes."""
 
 
 @attrs.frozen
@@ -176,7 +177,7 @@ BUILT_IN: dict[str, type[BuiltIn]] = {"vit": Vit, "block": Block, "gpt": Gpt, "r
 
 def projector(target: str, width_source: int, width_target: int, *, std: float = 0.02) -> Iterator[Parameter]:
     """Yield the parameters of the projector of an edge; its source's last stage owns them."""
-    name = PROJECTOR.format(target)
+    name = f"{PROJECTOR}{target}"
     yield Parameter(f"{name}.weight", (width_target, width_source), LAST, std=std)
     yield Parameter(f"{name}.bias", (width_target,), LAST)
 

@@ -87,7 +87,7 @@ _Place = tuple[Link, int, int]
 class Routes:
     """All messages of a step, link by link.
 
-    They are made lane by lane, when someone asks: a rank that asks for its own never makes those of the world.
+    They are made lane by lane, when someone asks: a rank that asks for its own makes those of its lanes only.
     """
 
     step: Step
@@ -115,7 +115,7 @@ class Routes:
         return self.reaching(link, microbatch, lane).get(rank, ())
 
     def reaching(self, link: Link, microbatch: int, lane: int) -> ByRank:
-        """Return the messages into one lane of a link's target, by the rank that they reach, in order of rows."""
+        """Return the messages into one lane of a link's target by the rank they reach, in order of rows."""
         place = (link, microbatch, lane)
         if place not in self._reaching:
             found = self._seam if link.edge else self._hop
@@ -123,7 +123,7 @@ class Routes:
         return self._reaching[place]
 
     def leaving(self, link: Link, microbatch: int, lane: int) -> ByRank:
-        """Return the messages out of one lane of a link's source, by the rank that they leave, in order of rows."""
+        """Return the messages out of one lane of a link's source by the rank they leave, in order of rows."""
         place = (link, microbatch, lane)
         if place not in self._leaving:
             senders = self.step.topology.modules[link.source.module].holders(link.source, lane)

@@ -74,7 +74,8 @@ def lanes_over(samples: range, *, lanes: int, microbatch: int, microbatches: int
     start, stop = max(samples.start, whole.start) - whole.start, min(samples.stop, whole.stop) - whole.start
     if start >= stop:
         return range(0)
-    # Lane i begins at i * size // lanes: the first that ends after `start`, the last that begins before `stop`.
+    # Lane i begins at i * size // lanes; wanted: the first that ends after `start`, the last that begins
+    # before `stop`.
     size = len(whole)
     return range(-(-(start + 1) * lanes // size) - 1, -(-stop * lanes // size))
 

@@ -90,10 +90,15 @@ class OptimizerSpec:
 
 @attrs.frozen(kw_only=True)
 class TrainSpec:
-    """`[train]`. Time limits are seconds; `threads` is compute threads per CPU rank."""
+    """`[train]`. Time limits are seconds; `threads` is compute threads per CPU rank.
+
+    A checkpoint is written every `checkpoint_every` steps (0: only at the end), and the newest
+    `keep_checkpoints` are kept.
+    """
 
     steps: int = 1
     checkpoint_every: int = 0
+    keep_checkpoints: int = 2
     run_dir: str | None = None
     timeout_s: float = 600.0
     threads: int = 1

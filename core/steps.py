@@ -33,12 +33,14 @@ class Share:
         rows: rows that the module reads; for a source module under its own name, else by feeder in file order.
         lengths: for a language model, positions in use (rows and text); else the rows that come in.
         placeholders: for a language model, the positions that take rows, feeder by feeder.
+        total: how many samples the step has, in all lanes and microbatches.
     """
 
     samples: tuple[Sample, ...]
     rows: Mapping[str, tuple[int, ...]]
     lengths: tuple[int, ...]
     placeholders: tuple[tuple[int, ...], ...]
+    total: int
 
     @property
     def is_empty(self) -> bool:
@@ -90,6 +92,7 @@ class Step:
             )
             if rows
             else ((),) * len(samples),
+            total=len(self.samples),
         )
 
     def has_rows(self, module: str, lane: int, microbatch: int) -> bool:

@@ -19,7 +19,7 @@ from mimogrid.core.topology import Stage
 
 
 WARM_UP, DRAIN, EDGE, SLOWER_MODULE = "warm_up", "drain", "edge", "slower_module"
-CAUSES = (WARM_UP, EDGE, SLOWER_MODULE, DRAIN)
+CAUSES: tuple[str, ...] = (WARM_UP, EDGE, SLOWER_MODULE, DRAIN)
 
 
 @attrs.frozen

@@ -18,6 +18,7 @@ from mimogrid.core.layout import edge_shape, graph_of, layer_ranges, model_of, p
 from mimogrid.core.legality import problems_of
 from mimogrid.core.models import (
     FIRST,
+    HEAD,
     LAST,
     PROJECTOR,
     BuiltIn,
@@ -97,10 +98,10 @@ class StageInfo:
         return self.trains_upstream or bool(self.trainable)
 
     def trains_up_to(self, link: Link) -> bool:
-        """Whether anything that a link's data comes through trains; other edges' projectors do not count."""
-        mine = PROJECTOR.format(link.target.module)
+        """Whether anything that a link's data comes through trains; a head and other projectors do not count."""
+        mine = f"{PROJECTOR}{link.target.module}."
         return self.trains_upstream or any(
-            link.edge is None or name.startswith(mine) or not name.startswith(PROJECTOR.format(""))
+            link.edge is None or name.startswith(mine) or not name.startswith((PROJECTOR, HEAD))
             for name in self.trainable
         )
 
@@ -183,7 +184,7 @@ class Module:
         return tuple(p for info in self.stages for p in info.parameters)
 
     def holders(self, stage: Stage, lane: int) -> tuple[int, ...]:
-        """Return the ranks (along tp and cp) that hold one lane of a stage."""
+        """Return the ranks (along tp and cp) that hold one lane of a stage, ascending, as a group has them."""
         return _holders(self.grid, stage.pp, lane)
 
     def lane_of(self, rank: int) -> int:
@@ -412,8 +413,9 @@ def _stages(
 
 @functools.lru_cache(maxsize=1 << 16)
 def _holders(grid: Grid, pp: int, lane: int) -> tuple[int, ...]:
-    return tuple(
+    ranks = (
         grid.rank_at(tp=tp, cp=cp, dp=lane, pp=pp)
         for cp in range(grid.extent("cp"))
         for tp in range(grid.extent("tp"))
     )
+    return tuple(sorted(ranks))

@@ -2,22 +2,24 @@
 
 A listing is judged against the step that it is for, not against how it was made. It must hold
 
-- every forward of every active microbatch once, and its backward (or input and weight gradient) where one is due;
+- every forward of every active microbatch once, and its backward (or input and weight gradient) where due;
 - every message posted once by each end, waited for once by each end after that, and on every pair of ranks
   received in the order in which it is sent;
-- data before it is read: a receive is waited for before the compute action that needs it, a send is posted after
-  the one that makes it;
+- data before it is read: a receive is waited for before the compute action that needs it, a send is posted
+  after the one that makes it;
 - each reduction, agreement and update once, after the last gradient;
-- an end: the walk of `replay`, in which nothing buffers and joint actions wait for all their ranks, gets there.
+- an end: the walk of `replay`, in which nothing buffers and joint actions wait for all their ranks, gets
+there.
 
-Ranks are *alike* if they owe the same and have equal lists. What is judged of one of them holds for all, for the
-judgement reads nothing else. And they walk in step, which settles most programs at a fraction of the cost: who
-walks in step needs more than who walks alone, so a walk that gets through is proof (see `replay`). One that gets
-stuck is none; then every rank walks by itself, and that walk decides. So `verify` says of every listing what
-`verify_each` says, which does without all this.
+Ranks are *alike* if they owe the same and have equal lists. What is judged of one of them holds for all: the
+judgement reads nothing else. And they walk in step, as one. Who walks in step waits for more than who walks
+alone, so a walk that gets through is proof (see `replay`). One that gets stuck is none; then every rank
+walks by itself, and that walk decides. So `verify` says of every listing what `verify_each` says, which
+folds nothing.
 
-Why walking in step gets through for what `lower` makes: the order was made by doing all compute actions one after
-the other, each on all the lanes that have it at once. That is a walk in step.
+Walking in step gets through for what `lower` makes: its order came of doing one compute action after the
+other, each on all the lanes that have it, and that is a walk in step. So a world of a thousand ranks costs
+no more than its different lists do.
 """
 
 import collections
@@ -27,6 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
+from mimogrid.core.routes import Message
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -36,12 +39,11 @@ from mimogrid.core.schedule.actions import (
     Send,
     Transfer,
     Wait,
-    other_end,
 )
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
-from mimogrid.core.schedule.replay import Blocked, replay, replay_in_step
-from mimogrid.core.topology import Link, Stage
+from mimogrid.core.schedule.replay import Blocked, Walkers, alone, in_step, walk
+from mimogrid.core.topology import Link, Stage, Topology
 
 
 def listing_of(program: Program) -> Listing:
@@ -50,7 +52,7 @@ def listing_of(program: Program) -> Listing:
 
 
 def verify(program: Program, listing: Listing | None = None) -> tuple[str, ...]:
-    """Return what is wrong with a listing of the program (default: its own), in words; nothing: it is sound."""
+    """Return what is wrong with a listing of the program (or its own), in words; nothing: it is sound."""
     whole = _complete(program, listing)
     duties = {rank: _duties(program, rank) for rank in program.topology.ranks}
     alike: dict[tuple[_Duties, tuple[Action, ...]], list[int]] = collections.defaultdict(list)
@@ -79,10 +81,14 @@ def _faults(
     for duties, ranks in alike:
         faults = tuple(judge.faults(duties, listing[ranks[0]]))
         found += [(rank, f"rank {rank}: {fault}") for rank in ranks for fault in faults]
-    yield from (fault for _, fault in sorted(found, key=operator.itemgetter(0)))
-    if not found:
-        yield from _channels(program, listing)
-        yield from _deadlock(_blocked(program, listing, [ranks for _, ranks in alike]))
+    if found:
+        yield from (fault for _, fault in sorted(found, key=operator.itemgetter(0)))
+        return
+    sound_in_step = len(alike) < len(listing) and not any(
+        _together(in_step(program, listing, [ranks for _, ranks in alike]))
+    )
+    if not sound_in_step:
+        yield from _together(alone(program, listing))
 
 
 def _idlers(program: Program, listing: Listing) -> Iterator[int]:
@@ -90,71 +96,68 @@ def _idlers(program: Program, listing: Listing) -> Iterator[int]:
     return (rank for rank in listing if listing[rank] and not program.topology.stages_of(rank))
 
 
-def _blocked(program: Program, listing: Listing, alike: Sequence[Sequence[int]]) -> tuple[Blocked, ...]:
-    if len(alike) < len(listing) and not replay_in_step(program, listing, alike).blocked:
-        return ()
-    return replay(program, listing).blocked
-
-
 # -- one rank ----------------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class _Crossing:
-    """What crosses a link for one microbatch of its target, as the ranks of one stage see it.
-
-    `made_by` are the microbatches of the source that make what leaves here; None: it arrives here.
-    """
-
-    stage: Stage
-    link: Link
-    microbatch: int
-    made_by: tuple[int, ...] | None
 
 
 @attrs.frozen(cache_hash=True)
 class _Duties:
-    """All that a step asks of a rank: the stages with the microbatches that it computes, what it exchanges, and the
-    actions that end the step.
+    """All that a step asks of a rank.
+
+    Attributes:
+        stages: its stages, with the microbatches that it computes.
+        arrivals: the links into them, with the microbatches (of the link's target) that bring it anything.
+        departures: the links out of them, likewise, each microbatch with those of its own that make the data.
+        finish: the actions that end the step.
     """
 
     stages: tuple[tuple[Stage, frozenset[int]], ...]
-    crossings: tuple[_Crossing, ...]
+    arrivals: tuple[tuple[Link, tuple[int, ...]], ...]
+    departures: tuple[tuple[Link, tuple[tuple[int, tuple[int, ...]], ...]], ...]
     finish: tuple[Action, ...]
 
 
 def _duties(program: Program, rank: int) -> _Duties:
-    stages = program.topology.stages_of(rank)
-    lanes = {info.stage: program.topology.modules[info.stage.module].lane_of(rank) for info in stages}
-    step = program.routes.step
+    topology, routes = program.topology, program.routes
+    stages = topology.stages_of(rank)
+    lanes = {info.stage: topology.modules[info.stage.module].lane_of(rank) for info in stages}
     return _Duties(
-        tuple((stage, step.active(stage.module, lane)) for stage, lane in lanes.items()),
+        tuple((stage, routes.step.active(stage.module, lane)) for stage, lane in lanes.items()),
         tuple(
-            crossing for stage, lane in lanes.items() for crossing in _crossings(program, rank, stage, lane)
+            (link, tuple(k for k in _microbatches(topology, link) if rank in routes.reaching(link, k, lane)))
+            for stage, lane in lanes.items()
+            for link in topology.links_into(stage)
+        ),
+        tuple(
+            (
+                link,
+                tuple(
+                    (k, _made_by(messages))
+                    for k in _microbatches(topology, link)
+                    if (messages := routes.leaving(link, k, lane).get(rank))
+                ),
+            )
+            for stage, lane in lanes.items()
+            for link in topology.links_from(stage)
         ),
         tuple(program.finish(rank)),
     )
 
 
-def _crossings(program: Program, rank: int, stage: Stage, lane: int) -> Iterator[_Crossing]:
-    topology, routes = program.topology, program.routes
-    for link in topology.links_into(stage):
-        for k in range(topology.modules[stage.module].microbatches):
-            if rank in routes.reaching(link, k, lane):
-                yield _Crossing(stage, link, k, None)
-    for link in topology.links_from(stage):
-        for k in range(topology.modules[link.target.module].microbatches):
-            messages = routes.leaving(link, k, lane).get(rank)
-            if messages:
-                yield _Crossing(stage, link, k, tuple(sorted({j for m in messages for j in m.made_by})))
+def _microbatches(topology: Topology, link: Link) -> range:
+    return range(topology.modules[link.target.module].microbatches)
+
+
+def _made_by(messages: tuple[Message, ...]) -> tuple[int, ...]:
+    return tuple(sorted({k for message in messages for k in message.made_by}))
 
 
 _Pair = tuple[Action, Action]
+_FORTH_AND_BACK = (Direction.FORWARD, Direction.BACKWARD)
 
 
 @attrs.frozen
 class _Clause:
-    """A part of what a rank owes, by numbers: actions, and pairs of which the first must come before the second.
+    """A part of what a rank owes, by numbers: actions, and pairs whose first must come before their second.
 
     A pair counts where the list has both.
     """
@@ -166,7 +169,7 @@ class _Clause:
 class _Judge:
     """Judges lists by themselves: is everything there, once, in an order that the data allows.
 
-    Actions go by numbers here, for attrs values are slow to compare, and clauses are kept, for ranks share them.
+    Actions go by numbers here (attrs values are slow to compare), and clauses are kept (ranks share them).
     """
 
     def __init__(self, program: Program) -> None:
@@ -174,7 +177,7 @@ class _Judge:
         self.actions: list[Action] = []
         self.numbers: dict[Action, int] = {}
         self.of_compute: dict[tuple[Stage, int, bool, tuple[Action, ...]], _Clause] = {}
-        self.of_crossing: dict[_Crossing, _Clause] = {}
+        self.of_transfer: dict[tuple[Stage, Link, int, tuple[int, ...]], _Clause] = {}
 
     def faults(self, duties: _Duties, actions: tuple[Action, ...]) -> Iterator[str]:
         """Yield what is wrong with a list of actions."""
@@ -207,10 +210,12 @@ class _Judge:
                 if key not in self.of_compute:
                     self.of_compute[key] = self._clause(*self._compute(*key))
                 yield self.of_compute[key]
-        for crossing in duties.crossings:
-            if crossing not in self.of_crossing:
-                self.of_crossing[crossing] = self._clause(*self._crossing(crossing))
-            yield self.of_crossing[crossing]
+        arrivals = ((link.target, link, k, (k,)) for link, ks in duties.arrivals for k in ks)
+        departures = ((link.source, link, k, made) for link, ks in duties.departures for k, made in ks)
+        for ends in (*arrivals, *departures):
+            if ends not in self.of_transfer:
+                self.of_transfer[ends] = self._clause(*self._transfers(*ends))
+            yield self.of_transfer[ends]
         yield self._clause(duties.finish, itertools.pairwise(duties.finish))
 
     def _clause(self, due: Iterable[Action], pairs: Iterable[_Pair]) -> _Clause:
@@ -228,16 +233,19 @@ class _Judge:
         due: list[Action] = [Compute(kind, stage, k) for kind in kinds]
         return due, list(itertools.pairwise([*due, *finish]))
 
-    def _crossing(self, crossing: "_Crossing") -> tuple[list[Action], list[_Pair]]:
-        """A send follows the compute actions that make its data; a receive is complete before its readers."""
-        stage, k, link = crossing.stage, crossing.microbatch, crossing.link
-        own = crossing.made_by or (k,)
+    def _transfers(
+        self, stage: Stage, link: Link, k: int, own: tuple[int, ...]
+    ) -> tuple[list[Action], list[_Pair]]:
+        """One microbatch on a link, at one end, where it is of the microbatches `own`.
+
+        A send follows the compute actions that make its data; a receive is complete before its readers.
+        """
         forwards = [Compute(Kind.FORWARD, stage, j) for j in own]
         backwards = [Compute(kind, stage, j) for j in own for kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT)]
-        arrives = crossing.made_by is None
-        way_in, way_out = (Direction.FORWARD, Direction.BACKWARD)[:: 1 if arrives else -1]
-        readers, makers = (forwards, backwards) if arrives else (backwards, forwards)
-        peer = link.source if arrives else link.target
+        if stage == link.target:
+            peer, way_in, way_out, readers, makers = link.source, *_FORTH_AND_BACK, forwards, backwards
+        else:
+            peer, way_in, way_out, readers, makers = link.target, *_FORTH_AND_BACK[::-1], backwards, forwards
         due: list[Action] = []
         pairs: list[_Pair] = []
         if way_in is Direction.FORWARD or link in self.program.order.gradients:
@@ -254,18 +262,26 @@ class _Judge:
 # -- all ranks together ------------------------------------------------------------------------------------
 
 
-def _channels(program: Program, listing: Listing) -> Iterator[str]:
-    """Each rank must receive from a peer in the order in which that peer sends: some transports have no tags."""
+def _together(walkers: Walkers) -> Iterator[str]:
+    yield from _channels(walkers)
+    yield from _deadlock(walk(walkers).blocked)
+
+
+def _channels(walkers: Walkers) -> Iterator[str]:
+    """Each rank must receive from a peer in the order in which that peer sends: some transports have no tags.
+
+    Of ranks in step this asks that all they send and receive is in one order, so in the same for every pair.
+    """
     sent: dict[tuple[int, int], list[Transfer]] = collections.defaultdict(list)
     received: dict[tuple[int, int], list[Transfer]] = collections.defaultdict(list)
-    for rank, actions in listing.items():
+    for rank, actions in walkers.listing.items():
         for action in actions:
             if isinstance(action, Send):
-                for peer in program.peers_of(rank, action):
+                for peer in walkers.peers(rank, action):
                     sent[rank, peer].append(action)
             elif isinstance(action, Recv):
-                for peer in program.peers_of(rank, action):
-                    received[peer, rank].append(other_end(action))
+                for peer in walkers.peers(rank, action):
+                    received[peer, rank].append(walkers.twins[action])
     for (source, target), order in sent.items():
         if order != received[source, target]:
             yield (

@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     add("check", check, "parse and verify a job, without torch")
-    add("roles", roles, "who does what", of_rank)
+    roles_parser = add("roles", roles, "who does what", of_rank)
+    roles_parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the map of ranks into a file")
     add("show", show, "the program of each rank", of_rank)
     simulate_parser = add("simulate", simulate, "the timeline of a step, without running it")
     simulate_parser.add_argument("--costs", type=Path, metavar="FILE", help="seconds of stages and edges")
@@ -160,6 +161,10 @@ def roles(job: Job, given: argparse.Namespace) -> int:
     """Say who does what."""
     topology = job.topology
     chosen = [role_of(topology, rank) for rank in _ranks(topology, given.rank)]
+    if given.svg:
+        from mimogrid.core import draw  # noqa: PLC0415 -- only what is used
+
+        _write(given.svg, draw.rank_map_svg(topology))
     if given.json:
         _print_json({"world_size": topology.world_size, "ranks": [_role_values(role) for role in chosen]})
     else:
@@ -220,7 +225,7 @@ def simulate(job: Job, given: argparse.Namespace) -> int:
         f"ranks compute nothing in {timeline.bubble:.1%} of it"
     )
     if given.svg:
-        title = f"{job.path.stem}, {job.spec.schedule.name}: {summary}"
+        title = f"{job.path.parent.name}/{job.path.name}, {job.spec.schedule.name}: {summary}"
         _write(given.svg, draw.svg(timeline.events, flights=timeline.flights, title=title))
     if given.trace:
         names = {

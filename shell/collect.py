@@ -1,6 +1,6 @@
 """Collecting: full tensors from their shards, by layout-independent names, on one rank.
 
-Each tensor is put together along tp and handed over by one rank alone, so names come once.
+Each tensor is put together along tp (an expert's along expert_tp) and handed over by one rank alone, so names come once.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from mimogrid.core.gradients import is_written_by
 from mimogrid.core.models import Parameter
 from mimogrid.core.topology import Stage
+from mimogrid.shell.groups import ModuleGroups
 from mimogrid.shell.stage import StageRunner
-from mimogrid.shell.weights import unshard
+from mimogrid.shell.weights import cut_over, unshard
 
 
 Tensors = Mapping[str, torch.Tensor]
@@ -31,16 +32,19 @@ def collect(
         table = {parameter.name: parameter for parameter in runner.info.parameters}
         for name, tensor in of_stage.items():
             parameter = table.get(name)
-            full = _whole(tensor.detach(), parameter, runner.groups.tp)
-            if is_written_by(runner.module.grid.position(runner.rank), runner.info, parameter):
+            full = _whole(tensor.detach(), parameter, runner.groups)
+            if is_written_by(runner.module.position(runner.rank), runner.info, parameter):
                 mine[f"{stage.module}.{name}"] = full.cpu()
     gathered: list[Tensors | None] | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(mine, gathered, group=group, group_dst=0)
     return {name: full for part in gathered or () for name, full in (part or {}).items()}
 
 
-def _whole(tensor: torch.Tensor, parameter: Parameter | None, group: dist.ProcessGroup) -> torch.Tensor:
-    if parameter is None or parameter.tp_dim is None or group.size() == 1:
+def _whole(tensor: torch.Tensor, parameter: Parameter | None, groups: ModuleGroups) -> torch.Tensor:
+    if parameter is None or parameter.tp_dim is None:
+        return tensor
+    group = cut_over(parameter, groups)
+    if group.size() == 1:
         return tensor
     shards = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(shards, tensor.contiguous(), group=group)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from mimogrid.core.errors import WorldError
-from mimogrid.core.models import Gpt, Regressor
+from mimogrid.core.models import Block, Gpt, Regressor, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.steps import Share
 from mimogrid.core.topology import Module
@@ -62,12 +62,25 @@ class Loader:
                 loaded = self._source.load(sample.id, module.name)
                 for name, column in columns.items():
                     column.append(_checked(loaded, name, sample, count, module.name))
-        return {name: self._join(column) for name, column in columns.items()}
+        return {name: self._join(column or [_nothing(name, module)]) for name, column in columns.items()}
 
     def _join(self, column: list[torch.Tensor]) -> torch.Tensor:
         joined = torch.cat(column)
         dtype = self.dtype if joined.is_floating_point() else joined.dtype
         return joined.to(self.device, dtype, non_blocking=True)
+
+
+def _nothing(name: str, module: Module) -> torch.Tensor:
+    """What a lane without rows reads when it runs along with lanes that have some."""
+    match name, module.model:
+        case "rows", Vit(features=width) | Block(hidden=width) | Regressor(hidden=width):
+            return torch.empty(0, width or 0)
+        case "targets", Regressor(outputs=width):
+            return torch.empty(0, width)
+        case "loss_weights", _:
+            return torch.empty(0)
+        case _:
+            return torch.empty(0, dtype=torch.int64)
 
 
 def _checked(

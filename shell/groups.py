@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import attrs
 import torch.distributed as dist
 
+from mimogrid.core.experts import TOGETHER
 from mimogrid.core.groups import Ranks, Slot, channels_of, groups_of, in_slots
 from mimogrid.core.topology import Module, Topology
 from mimogrid.shell.device import Device
@@ -17,7 +18,8 @@ class ModuleGroups:
     """The groups of one module that a rank is in; along an axis of size 1, the rank alone.
 
     `holders` share a lane (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), and
-    `tie` joins the ends of the pipeline. Networks are built one stage at a time, so their `pp` is the rank.
+    `tie` joins the ends of the pipeline. Of the ranks that share experts `together` are those among whom tokens
+    cross, `expert_tp` hold the shards of the same experts, and `expert_dp` the same shards. Networks are built one stage at a time, so their `pp` is the rank.
     """
 
     tp: dist.ProcessGroup
@@ -25,6 +27,9 @@ class ModuleGroups:
     dp: dist.ProcessGroup
     pp: dist.ProcessGroup
     holders: dist.ProcessGroup
+    together: dist.ProcessGroup
+    expert_tp: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
     tie: dist.ProcessGroup | None
 
 
@@ -46,6 +51,10 @@ class Groups:
         def along(*axes: str) -> dist.ProcessGroup:
             return self.by_ranks[module.grid.group_of(self.rank, axes)]
 
+        def among(*axes: str) -> dist.ProcessGroup:
+            ranks = module.experts.group_of(self.rank, axes) if module.experts else (self.rank,)
+            return self.by_ranks[ranks]
+
         pipeline = module.grid.group_of(self.rank, "pp")
         return ModuleGroups(
             tp=along("tp"),
@@ -53,13 +62,18 @@ class Groups:
             dp=along("cp", "dp"),
             pp=self.by_ranks[self.rank,],
             holders=along("tp", "cp"),
+            together=among(*TOGETHER),
+            expert_tp=among("expert_tp"),
+            expert_dp=among("expert_dp"),
             tie=self.by_ranks.get((pipeline[0], pipeline[-1])),
         )
 
     def alone(self) -> ModuleGroups:
         """Return groups that hold this rank only."""
         me = self.by_ranks[self.rank,]
-        return ModuleGroups(tp=me, cp=me, dp=me, pp=me, holders=me, tie=None)
+        return ModuleGroups(
+            tp=me, cp=me, dp=me, pp=me, holders=me, together=me, expert_tp=me, expert_dp=me, tie=None
+        )
 
     def channel(self, source: int, target: int) -> dist.ProcessGroup:
         """Return the group that carries messages from one rank to another."""

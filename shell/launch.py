@@ -46,6 +46,7 @@ class Report:
     failure: str | None = None
     plan_error: PlanError | None = None
     is_echo: bool = False
+    is_death: bool = False
 
 
 class Pool:
@@ -67,10 +68,10 @@ class Pool:
             self._workers.append(self._start())
         with tempfile.TemporaryDirectory(prefix="mimogrid-") as folder:
             meeting = str(Path(folder) / "meeting")
-            for rank in range(size):
-                task = Task(function, Place(rank, size, meeting), arguments)
-                self._workers[rank][1].send(task)
             try:
+                for rank in range(size):
+                    task = Task(function, Place(rank, size, meeting), arguments)
+                    self._workers[rank][1].send(task)
                 return self._collect(self._workers[:size])
             except BaseException:
                 self.close()
@@ -122,15 +123,18 @@ def _hear(rank: int, process: BaseProcess, connection: Connection) -> Report:
         process.join(timeout=GRACE_S)
         code = process.exitcode
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
-        return Report(failure=f"rank {rank} {how}")
+        return Report(failure=f"rank {rank} {how}", is_death=True)
     return report
 
 
 def _raise_first_failure(reports: dict[int, Report]) -> None:
-    """Raise the failure that is a cause; a closed connection is only the echo of another rank's."""
+    """Raise the failure that is a cause; a closed connection is only the echo of another rank's.
+
+    A process that dies cannot claim to be the first, so the first to notice does; its death comes before that.
+    """
     failed = [report for report in reports.values() if report.failure]
     if failed:
-        first = next((report for report in failed if not report.is_echo), failed[0])
+        first = min(failed, key=lambda report: (not report.is_death, report.is_echo))
         raise first.plan_error or WorldError(first.failure)
 
 

@@ -13,6 +13,7 @@ of positions times samples between the stages of a module.
 | last | | rows by the name of each target |
 | last, with targets | ``labels``, ``loss_weights`` (`gpt`); ``targets`` (`regressor`) | ``loss``, a sum |
 | last, without targets | | ``logits`` (`gpt`); ``prediction`` (`regressor`) |
+| any with an auxiliary loss, in training | | ``NAME.aux``, this rank's term of it; its gradient is attached |
 
 Under tensor and context parallelism inputs and outputs are whole on every rank that shares them, and so are the
 gradients of the inputs. Two things are each cp rank's own, with what it computes them from: hidden states, which
@@ -30,10 +31,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mimogrid.core.errors import WorldError
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.layout import trainable_names
-from mimogrid.core.models import Block, BuiltIn, Gpt, Own, Regressor, Vit
-from mimogrid.core.steps import Share
+from mimogrid.core.models import Block, BuiltIn, Gpt, Own, Parameter, Regressor, Vit
+from mimogrid.core.steps import Share, aux_name
 from mimogrid.core.topology import UNKNOWN, Module, StageInfo, Topology
 from mimogrid.core.zigzag import ZigZag
 from mimogrid.shell import builders
@@ -47,9 +49,10 @@ from mimogrid.shell.megatron import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from mimogrid.shell.megatron.experts import Company, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
-from mimogrid.shell.packing import Packing, check_placeholders, pack_rows, pack_text
-from mimogrid.shell.weights import initialize, layout_name, shard_shape
+from mimogrid.shell.packing import Deal, Packing, check_placeholders, pack_rows, pack_text
+from mimogrid.shell.weights import cut_over, initialize, layout_name, shard_shape
 
 
 class Groups(Protocol):
@@ -70,6 +73,14 @@ class Groups(Protocol):
     @property
     def pp(self) -> dist.ProcessGroup:
         """Ranks that hold the stages."""
+
+    @property
+    def together(self) -> dist.ProcessGroup:
+        """Ranks among whom tokens cross to their experts, expert_tp fastest; else the rank alone."""
+
+    @property
+    def expert_tp(self) -> dist.ProcessGroup:
+        """Ranks that hold the shards of the same experts; else the rank alone."""
 
 
 class OwnNetwork(Protocol):
@@ -126,7 +137,7 @@ class StageModule(nn.Module):
 def named_weights(stage: StageModule) -> dict[str, nn.Parameter]:
     """Return this rank's parts of the stage's parameters by layout-independent name, in the table's order."""
     weights = {_weight_name(stage, built): weight for built, weight in stage.named_parameters()}
-    planned = (p.name for p in stage.info.parameters)
+    planned = (p.name for p in stage.info.parameters if p.name in weights)
     return {name: weights[name] for name in dict.fromkeys((*planned, *weights))}
 
 
@@ -158,16 +169,10 @@ def build_stage(
         case model:
             stage = RowsStage(_Context(module, info, groups, written.recompute, dtype), model)
     stage.to(device=device, dtype=dtype)
-    _check(stage, tp_size=groups.tp.size())
+    held = module.held(info, _ep(groups))
+    _check(stage, held, groups)
     weights = named_weights(stage)
-    initialize(
-        weights,
-        info.parameters,
-        seed=topology.spec.seed,
-        module=module.name,
-        tp_rank=groups.tp.rank(),
-        tp_size=groups.tp.size(),
-    )
+    initialize(weights, held, seed=topology.spec.seed, module=module.name, groups=groups)
     trainable = info.trainable
     if UNKNOWN in trainable:  # The names of an own module are known only now.
         trainable = trainable_names(written, tuple(weights))
@@ -176,9 +181,14 @@ def build_stage(
     return stage
 
 
-def _check(stage: StageModule, *, tp_size: int) -> None:
+def _ep(groups: Groups) -> int:
+    """This rank's position along ep."""
+    return groups.together.rank() // groups.expert_tp.size()
+
+
+def _check(stage: StageModule, held: Sequence[Parameter], groups: Groups) -> None:
     """The table of the core and what was built are the same."""
-    planned = {p.name: shard_shape(p, tp_size=tp_size) for p in stage.info.parameters}
+    planned = {p.name: shard_shape(p, tp_size=cut_over(p, groups).size()) for p in held}
     built = {_weight_name(stage, name): tuple(w.shape) for name, w in stage.named_parameters()}
     if isinstance(stage, OwnStage):  # The table holds its projectors only.
         built = {name: shape for name, shape in built.items() if name in planned}
@@ -199,12 +209,27 @@ class _Context:
     dtype: torch.dtype
 
 
+def _expert_mlps(context: _Context, model: BuiltIn) -> list[ExpertsSpec]:
+    """Return what the MLPs of the layers are built from where they have experts; nothing where they are dense."""
+    if not model.experts:
+        return []
+    groups, info = context.groups, context.info
+    company = Company(
+        together=groups.together,
+        expert_tp=groups.expert_tp.size(),
+        held=context.module.experts_at(_ep(groups)),
+        same_tokens=groups.tp if groups.tp.size() > 1 and not context.module.sequence_parallel else None,
+        same_samples=(groups.tp, groups.cp),
+    )
+    trained = {name.split(".mlp.")[0] for name in info.trainable if ".mlp." in name}
+    return [experts_spec(model, company, trains=f"layers.{layer}" in trained) for layer in info.layers]
+
+
 class TransformerStage(StageModule):
     """What the stages of all built-in models share: a stack of layers on a packed block."""
 
     def __init__(self, context: _Context, model: BuiltIn) -> None:
         groups = context.groups
-        assert not model.experts
         super().__init__(context.module, context.info, dtype=context.dtype)
         self.tp, self.cp = groups.tp, groups.cp
         self.cut = ZigZag(groups.cp.rank(), groups.cp.size())
@@ -225,7 +250,12 @@ class TransformerStage(StageModule):
             dtype=context.dtype,
         )
         self.recomputes = context.recompute != "none" and bool(context.info.trainable)
-        self.spec = block_spec(model, layers=len(context.info.layers), tp=groups.tp.size())
+        self.spec = block_spec(
+            model, layers=len(context.info.layers), tp=groups.tp.size(), mlps=_expert_mlps(context, model)
+        )
+        self.aux_loss = context.module.aux_loss
+        self.has_experts = bool(model.experts)
+        self.deal = Deal(groups.tp.rank(), groups.tp.size(), by_position=self.sequence_parallel)
         self.collection = ProcessGroupCollection(
             tp=groups.tp, cp=groups.cp, dp=groups.dp, pp=groups.pp, embd=None
         )
@@ -235,12 +265,13 @@ class TransformerStage(StageModule):
         packing = self.pack(share, next(iter(inputs.values())).device)
         first = self.info.first
         hidden_SBH = self.enter(inputs, share, packing) if first else inputs[self.name]
-        hidden_SBH = self.decode(hidden_SBH, packing)
+        hidden_SBH = self.decode(hidden_SBH, packing, share)
+        aux = self.aux()
         if not self.info.last:
-            return {self.name: hidden_SBH}
+            return {self.name: hidden_SBH, **aux}
         rows_RH = hidden_SBH.flatten(0, 1).index_select(0, packing.outgoing)
         emitted = {target: self.join(rows, packing) for target, rows in self.emit(rows_RH).items()}
-        return {**emitted, **self.finish(rows_RH, inputs, packing)}
+        return {**emitted, **self.finish(rows_RH, inputs, packing), **aux}
 
     @property
     def decoder(self) -> TransformerBlock:
@@ -281,7 +312,12 @@ class TransformerStage(StageModule):
         rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=self.cp)
         return rows.index_select(0, portion.order)
 
-    def decode(self, hidden_SBH: Tensor, packing: Packing) -> Tensor:
+    def aux(self) -> dict[str, Tensor]:
+        """Return this rank's term of the auxiliary loss in the last forward, if the module has one."""
+        terms = [layer.mlp.aux for layer in self.decoder.layers] if self.aux_loss and self.training else []
+        return {aux_name(self.name): torch.stack(terms).sum()} if terms else {}
+
+    def decode(self, hidden_SBH: Tensor, packing: Packing, share: Share) -> Tensor:
         """Run the layers. Under sequence parallelism each tp rank holds a part of S between the linears."""
         positions, samples = packing.positions, packing.samples
         pads = packing.padded != (positions, samples)
@@ -293,7 +329,12 @@ class TransformerStage(StageModule):
         if self.recomputes and torch.is_grad_enabled() and not hidden_SBH.requires_grad:
             # Re-entrant recomputation gives no gradients at all where its input needs none.
             hidden_SBH = hidden_SBH.detach().requires_grad_()
-        hidden_SBH = self.decoder(hidden_states=hidden_SBH, attention_mask=packing.mask)
+        routed = {}
+        if self.has_experts:
+            routed["padding_mask"] = packing.tokens  # See `Experts.forward`.
+            for layer in self.decoder.layers:
+                layer.mlp.scale = self.aux_loss / share.total
+        hidden_SBH = self.decoder(hidden_states=hidden_SBH, attention_mask=packing.mask, **routed)
         if self.sequence_parallel:
             # What follows is computed alike on every tp rank, so its gradient is cut, not summed.
             hidden_SBH = gather_from_sequence_parallel_region(
@@ -347,7 +388,9 @@ class TextStage(TransformerStage):
 
     def pack(self, share: Share, device: torch.device) -> Packing:
         """Return where the rows of a share lie."""
-        return pack_text(share, sequence=self.sequence, multiple=self.multiple, device=device, cut=self.cut)
+        return pack_text(
+            share, sequence=self.sequence, multiple=self.multiple, device=device, cut=self.cut, deal=self.deal
+        )
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return token embeddings with the feeders' rows at their placeholders."""
@@ -401,7 +444,9 @@ class RowsStage(TransformerStage):
 
     def pack(self, share: Share, device: torch.device) -> Packing:
         """Return where the rows of a share lie."""
-        return pack_rows(share, multiple=self.multiple, dtype=self.dtype, device=device, cut=self.cut)
+        return pack_rows(
+            share, multiple=self.multiple, dtype=self.dtype, device=device, cut=self.cut, deal=self.deal
+        )
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return the incoming rows, sample by sample."""
@@ -436,6 +481,8 @@ class OwnStage(StageModule):
         super().__init__(module, info, dtype=dtype)
         self.network = network
         self.feeders = tuple(edge.source for edge in module.inputs)
+        self.has_loss = module.model.has_loss
+        self.width = module.model.hidden or next((edge.width for edge in self.edges), 0)
 
     def weight_name(self, built: str) -> str:
         """Return the layout-independent name of a parameter from its name in this module."""
@@ -448,8 +495,45 @@ class OwnStage(StageModule):
         for feeder in self.feeders:
             counts[f"lengths.{feeder}"] = torch.tensor(share.rows[feeder], device=device)
         given = self.network({**inputs, **counts})
+        self._check(given, sum(share.lengths))
         rows = self.emit(given["rows"]) if self.edges else {}
         return rows | {name: tensor for name, tensor in given.items() if name != "rows"}
+
+    def _check(self, given: Mapping[str, Tensor], count: int) -> None:
+        """Other ranks wait for exactly what the plan says that comes from here."""
+        wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
+        for name in wanted:
+            if name not in given:
+                raise WorldError(f"module '{self.name}' returned {', '.join(given) or 'nothing'}, no '{name}'.")
+        if self.edges and tuple(given["rows"].shape) != (count, self.width):
+            raise WorldError(
+                f"module '{self.name}' returned rows of shape {tuple(given['rows'].shape)}; "
+                f"the plan is one row of width {self.width} for each that comes in, {(count, self.width)}."
+            )
+        if "loss" in given and not self.has_loss:
+            raise WorldError(
+                f"module '{self.name}' feeds others, so the plan gives it no loss; it returned one. "
+                "Put the loss into a module of its own that this one feeds."
+            )
+
+    def _check(self, given: Mapping[str, Tensor], count: int) -> None:
+        """Other ranks wait for exactly what the plan says that comes from here."""
+        wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
+        for name in wanted:
+            if name not in given:
+                raise WorldError(
+                    f"module '{self.name}' returned {', '.join(given) or 'nothing'}, no '{name}'."
+                )
+        if self.edges and tuple(given["rows"].shape) != (count, self.width):
+            raise WorldError(
+                f"module '{self.name}' returned rows of shape {tuple(given['rows'].shape)}; "
+                f"the plan is one row of width {self.width} for each that comes in, {(count, self.width)}."
+            )
+        if "loss" in given and not self.has_loss:
+            raise WorldError(
+                f"module '{self.name}' feeds others, so the plan gives it no loss; it returned one. "
+                "Put the loss into a module of its own that this one feeds."
+            )
 
 
 def _own_network(model: Own, options: Any, *, seed: int, module: str) -> nn.Module:

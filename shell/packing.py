@@ -5,7 +5,7 @@ Rows travel flat, sample after sample; a stage computes a block of S positions t
 from what the descriptions say, so that filling a block and emptying it are one operation each. Under context
 parallelism a rank's block is its part of the positions, and a packing also says which rows that makes its own.
 
->>> share = Share((), {"a": (2, 0, 1)}, lengths=(2, 0, 1), placeholders=((0, 1), (), (0,)))
+>>> share = Share((), {"a": (2, 0, 1)}, lengths=(2, 0, 1), placeholders=((0, 1), (), (0,)), total=3)
 >>> packing = pack_rows(share, multiple=1, dtype=torch.float32, device=torch.device("cpu"))
 >>> packing.positions, packing.samples, packing.incoming.tolist()
 (2, 2, [0, 2, 1])
@@ -13,17 +13,17 @@ parallelism a rank's block is its part of the positions, and a packing also says
 [[0.0, 0.0], [0.0, -inf]]
 """
 
-import collections
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
 from mimogrid.core.errors import WorldError
+from mimogrid.core.samples import share as share_of
 from mimogrid.core.steps import Share
 from mimogrid.core.zigzag import WHOLE, ZigZag
 
@@ -61,6 +61,7 @@ class Packing:
         incoming: entry of each incoming row, feeder after feeder, and then of each text token.
         text_tokens: which of the share's tokens are text.
         outgoing: entry of each row that the module emits.
+        tokens: entry, in the block that the layers compute on this rank, of each token that it routes to experts.
         mask: [B, 1, 1, keys], added to attention scores; None where no key is padding or all is causal. The
             keys are the padded S, of all context-parallel ranks one after the other.
         portion: which rows these are, where other ranks have the rest.
@@ -72,12 +73,48 @@ class Packing:
     incoming: Tensor
     text_tokens: Tensor
     outgoing: Tensor
+    tokens: Tensor
     mask: Tensor | None
     portion: Portion | None = None
 
 
+@attrs.frozen
+class Deal:
+    """How `size` tensor-parallel ranks deal the tokens that they share, so that each is one rank's to route.
+
+    Each has those in its part of the positions where sequence parallelism cuts them, else an equal share.
+
+    >>> [Deal(rank, 2).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
+    [[0, 2], [4, 1]]
+    >>> [Deal(rank, 2, by_position=True).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
+    [[0, 2, 1], [0]]
+    """
+
+    rank: int = 0
+    size: int = 1
+    by_position: bool = False
+
+    def of(self, entries: list[int], block: tuple[int, int]) -> list[int]:
+        """Return a rank's entries, as they are counted in its own block."""
+        if not self.by_position:
+            mine = share_of(self.rank, self.size, len(entries))
+            return entries[mine.start : mine.stop]
+        positions, samples = block
+        part = positions // self.size * samples
+        return [entry - part * self.rank for entry in entries if entry // part == self.rank]
+
+
+ALL = Deal()
+
+
 def pack_rows(
-    share: Share, *, multiple: int, dtype: torch.dtype, device: torch.device, cut: ZigZag = WHOLE
+    share: Share,
+    *,
+    multiple: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: ZigZag = WHOLE,
+    deal: Deal = ALL,
 ) -> Packing:
     """Pack an encoder's share: as long as its longest sample; samples without rows are left out."""
     return _pack_rows(
@@ -88,11 +125,12 @@ def pack_rows(
         dtype=dtype,
         device=device,
         cut=cut,
+        deal=deal,
     )
 
 
 def pack_text(
-    share: Share, *, sequence: int, multiple: int, device: torch.device, cut: ZigZag = WHOLE
+    share: Share, *, sequence: int, multiple: int, device: torch.device, cut: ZigZag = WHOLE, deal: Deal = ALL
 ) -> Packing:
     """Pack a language model's share: every sample, `sequence` positions each, rows at their placeholders."""
     return _pack_text(
@@ -103,6 +141,7 @@ def pack_text(
         multiple=multiple,
         device=device,
         cut=cut,
+        deal=deal,
     )
 
 
@@ -146,6 +185,7 @@ def _pack_rows(
     dtype: torch.dtype,
     device: torch.device,
     cut: ZigZag,
+    deal: Deal,
 ) -> Packing:
     present = [length for length in lengths if length]
     longest, samples = max(present, default=0), len(present)
@@ -161,7 +201,17 @@ def _pack_rows(
         mask = mask[:, None, None, :]
     valid = _entries([range(length) for length in lengths], columns, samples)
     incoming = _incoming(rows, places, columns, samples)
-    return _packing((positions, samples), padded, incoming, valid, [], mask, cut, device)
+    return _packing(
+        block=(positions, samples),
+        padded=padded,
+        incoming=incoming,
+        outgoing=valid,
+        text_tokens=[],
+        mask=mask,
+        cut=cut,
+        deal=deal,
+        device=device,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -174,6 +224,7 @@ def _pack_text(
     multiple: int,
     device: torch.device,
     cut: ZigZag,
+    deal: Deal,
 ) -> Packing:
     samples = len(lengths)
     columns = range(samples)
@@ -184,10 +235,21 @@ def _pack_text(
     positions = sequence // cut.size
     padded = _round_up(positions, multiple), samples
     assert cut.size == 1 or padded[0] == positions, "the plan makes the parts of a sequence divide"
-    return _packing((positions, samples), padded, incoming, valid, text_tokens, None, cut, device)
+    return _packing(
+        block=(positions, samples),
+        padded=padded,
+        incoming=incoming,
+        outgoing=valid,
+        text_tokens=text_tokens,
+        mask=None,
+        cut=cut,
+        deal=deal,
+        device=device,
+    )
 
 
 def _packing(
+    *,
     block: tuple[int, int],
     padded: tuple[int, int],
     incoming: list[int],
@@ -195,62 +257,67 @@ def _packing(
     text_tokens: list[int],
     mask: Tensor | None,
     cut: ZigZag,
+    deal: Deal,
     device: torch.device,
 ) -> Packing:
     """Return the packing of entries of whole samples; under cp, of those in this rank's part of them."""
-
-    def tensor(numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
-
-    text = [outgoing[token] for token in text_tokens]
-    portion = None
+    rows_in, out, text = (
+        torch.tensor(numbers, dtype=torch.int64) for numbers in (incoming, outgoing, text_tokens)
+    )
+    text_in, portion = out[text], None
     if cut.size > 1:
-        places = _places(cut, block)
-        order, most = _gathered([places[entry][0] for entry in outgoing], cut.size)
-        rows_in, incoming = _own(incoming, places, cut)
-        which, text = _own(text, places, cut)
-        text_tokens = [text_tokens[i] for i in which]
-        rows_out, outgoing = _own(outgoing, places, cut)
-        portion = Portion(tensor(rows_in), tensor(rows_out), most, tensor(order))
+        places = _Places.of(cut, block)
+        of_rows, of_text, of_out = places.own(rows_in), places.own(text_in), places.own(out)
+        order, most = places.gathered(out)
+        portion = Portion(of_rows.to(device), of_out.to(device), most, order.to(device))
+        text = text[of_text]
+        rows_in, text_in, out = (
+            places.local[whole[own]] for whole, own in ((rows_in, of_rows), (text_in, of_text), (out, of_out))
+        )
     return Packing(
         *block,
         padded=padded,
-        incoming=tensor(incoming + text),
-        text_tokens=tensor(text_tokens),
-        outgoing=tensor(outgoing),
+        incoming=torch.cat((rows_in, text_in)).to(device),
+        text_tokens=text.to(device),
+        outgoing=out.to(device),
+        tokens=torch.tensor(deal.of(out.tolist(), padded), dtype=torch.int64, device=device),
         mask=mask,
         portion=portion,
     )
 
 
-def _places(cut: ZigZag, block: tuple[int, int]) -> dict[int, tuple[int, int]]:
-    """Return, for each entry of the whole block, the rank that has it and its entry in that rank's block."""
-    positions, samples = block
-    return {
-        position * samples + column: (part.rank, local * samples + column)
-        for part in cut.everyone()
-        for local, position in enumerate(part.positions(positions * cut.size))
-        for column in range(samples)
-    }
+@attrs.frozen(eq=False)
+class _Places:
+    """For each entry of the whole block, which rank has it (`rank`), and its entry in that rank's (`local`)."""
 
+    cut: ZigZag
+    rank: Tensor
+    local: Tensor
 
-def _own(
-    entries: list[int], places: Mapping[int, tuple[int, int]], cut: ZigZag
-) -> tuple[list[int], list[int]]:
-    """Return which of the entries are a rank's, and what they are in its own block."""
-    own = [(i, places[entry][1]) for i, entry in enumerate(entries) if places[entry][0] == cut.rank]
-    return [i for i, _ in own], [entry for _, entry in own]
+    @classmethod
+    def of(cls, cut: ZigZag, block: tuple[int, int]) -> "_Places":
+        positions, samples = block
+        rank, local = torch.empty(2, positions * cut.size, samples, dtype=torch.int64)
+        for part in cut.everyone():
+            own = list(part.positions(positions * cut.size))
+            rank[own] = part.rank
+            local[own] = torch.arange(positions * samples).view(positions, samples)
+        return cls(cut, rank.flatten(), local.flatten())
 
+    def own(self, entries: Tensor) -> Tensor:
+        """Return which of the entries are this rank's."""
+        return (self.rank[entries] == self.cut.rank).nonzero().squeeze(1)
 
-def _gathered(ranks: list[int], size: int) -> tuple[list[int], int]:
-    """Return where each row lies once its rank's, filled up to the most that any has, are gathered; and the most.
-
-    >>> _gathered([0, 1, 1, 0, 0], size=2)
-    ([0, 3, 4, 1, 2], 3)
-    """
-    most = max(collections.Counter(ranks).values(), default=0)
-    following = [itertools.count(rank * most) for rank in range(size)]
-    return [next(following[rank]) for rank in ranks], most
+    def gathered(self, entries: Tensor) -> tuple[Tensor, int]:
+        """Return where each lies once every rank's, filled up to the most that one has, are gathered; and the most."""
+        ranks = self.rank[entries]
+        counts = ranks.bincount(minlength=self.cut.size)
+        by_rank = ranks.argsort(stable=True)
+        starts = counts.cumsum(0) - counts
+        within = torch.empty_like(ranks)
+        within[by_rank] = torch.arange(len(ranks)) - starts[ranks[by_rank]]
+        most = int(counts.max())
+        return ranks * most + within, most
 
 
 def _incoming(rows: tuple[Counts, ...], places: Places, columns: Sequence[int], samples: int) -> list[int]:

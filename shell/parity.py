@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import attrs
 import torch
 
+from mimogrid.core.gradients import loss_scale
 from mimogrid.core.spec import GridSpec, JobSpec
-from mimogrid.core.steps import Step, step_of
+from mimogrid.core.steps import Step, aux_name, step_of
 from mimogrid.core.topology import parse
 from mimogrid.shell.collect import Tensors
 from mimogrid.shell.data import Loader
@@ -96,8 +97,10 @@ def on_one_process(job: Job, step: Step, groups: ModuleGroups, device: Device) -
         inputs |= {edge.source: rows[edge.source, name] for edge in module.inputs}
         outputs = networks[name](inputs, share)
         rows |= {(name, edge.target): outputs[edge.target] for edge in module.outputs}
-        if whole.units.get(name):
-            loss = loss + module.loss_weight * outputs["loss"] / whole.units[name]
+        if module.model.has_loss:
+            loss = loss + loss_scale(topology, name, whole.units[name]) * outputs["loss"]
+        if module.aux_loss:
+            loss = loss + module.aux_loss / whole.units[aux_name(name)] * outputs[aux_name(name)]
     if loss.requires_grad:
         loss.backward()
     return float(loss.detach()), {

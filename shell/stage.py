@@ -17,6 +17,7 @@ from mimogrid.core.samples import prefix_sums
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
 from mimogrid.core.schedule.lower import Program, link_of
 from mimogrid.core.seeds import Seeds, seeds_of
+from mimogrid.core.steps import aux_name
 from mimogrid.core.topology import Link, Module, StageInfo
 from mimogrid.shell.data import Loader
 from mimogrid.shell.groups import ModuleGroups
@@ -63,7 +64,7 @@ class StageRunner:
         self._lane = self._position["dp"]
 
     def begin(self, program: Program, loader: Loader, index: int = 0) -> None:
-        """Make ready for step `index`; `loss` and `answers` are those of the step from now on."""
+        """Make ready for step `index`; `loss`, `aux` and `answers` are those of the step from now on."""
         self._index = index
         self._loader = loader
         if self.network.training != program.order.training:
@@ -73,6 +74,7 @@ class StageRunner:
         self._topology = program.topology
         self._in_flight: dict[int, InFlight] = {}
         self.loss: torch.Tensor | None = None
+        self.aux: torch.Tensor | None = None
         self.answers: dict[int, torch.Tensor] = {}
 
     def compute(self, action: Compute) -> None:
@@ -106,6 +108,9 @@ class StageRunner:
         if "loss" in held.outputs:
             loss = held.outputs["loss"].detach()
             self.loss = loss if self.loss is None else self.loss + loss
+        if aux_name(self.module.name) in held.outputs:
+            aux = held.outputs.pop(aux_name(self.module.name))
+            self.aux = aux if self.aux is None else self.aux + aux
         if "logits" in held.outputs and self.groups.holders.rank() == 0:
             self.answers[microbatch] = held.outputs["logits"]
         if not trains:
@@ -124,7 +129,9 @@ class StageRunner:
             scale = loss_scale(self._topology, self.module.name, units)
             roots.append(held.outputs["loss"])
             gradients.append(torch.full_like(held.outputs["loss"], scale))
-        torch.autograd.backward(roots, gradients)
+        pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if r.requires_grad]
+        if pairs:  # A loss, or rows of the user's own, may hang on nothing that trains.
+            torch.autograd.backward(*zip(*pairs, strict=True))
         held.outputs.clear()
         held.inputs = {
             link.source.module: _gradient(held.inputs[link.source.module])

@@ -33,7 +33,7 @@ def train(job: Job, *, resume: str | None, transport: str | None, as_json: bool)
         if report is not None:
             print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
         else:
-            report = _first(job, "mimogrid.shell.train:in_world", transport, str(folder))
+            report = _first(job, "mimogrid.shell.train:in_world", transport, str(folder), resume)
     if as_json and report is not None:
         print(json.dumps(report))
     return 0

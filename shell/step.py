@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.errors import WorldError
+from mimogrid.core.gradients import loss_weight
 from mimogrid.core.rates import learning_rate
 from mimogrid.core.schedule.lower import Program, plan_step
-from mimogrid.core.steps import Step
+from mimogrid.core.steps import Step, aux_name
 from mimogrid.core.topology import Stage, Topology
 from mimogrid.shell import optimizer
 from mimogrid.shell.collect import Tensors, collect
@@ -39,8 +40,9 @@ T = TypeVar("T")
 class Outcome:
     """What a step came to, the same on every rank.
 
-    `losses` are those of each module, divided by their counts and without weights; `taken` is False where a
-    gradient or a loss was not finite, and then nothing was updated.
+    `losses` are those of each module, and as ``NAME.aux`` what spreads its tokens over experts, divided by
+    their counts and without weights; `taken` is False where a gradient or a loss was not finite, and then
+    nothing was updated.
     """
 
     loss: float
@@ -80,7 +82,7 @@ class Crew:
             )
             weights = named_weights(network)
             self.buffers[info.stage] = GradientBuffer(
-                module, module.grid.position(rank), info, weights, of_module
+                module, module.position(rank), info, weights, of_module
             )
         trained = (w for buffer in self.buffers.values() for w in buffer.weights.values())
         self.optimizer = optimizer.build(job.spec.optimizer, trained)
@@ -117,24 +119,33 @@ class Crew:
 
     def collect(self, tensors: Mapping[Stage, Tensors]) -> Tensors:
         """Put full tensors together on the first rank of the job; see `collect.collect`."""
-        return collect(self.stages, tensors, self._groups.by_ranks[self.topology.ranks])
+        return collect(self.stages, tensors, self.group)
 
     def weights(self) -> dict[Stage, Tensors]:
         """Return this rank's weights, stage by stage."""
         return {stage: named_weights(runner.network) for stage, runner in self.stages.items()}
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that host a module."""
+        return self._groups.by_ranks[self.topology.ranks]
+
+    @property
+    def steps_taken(self) -> int:
+        """How many steps the optimizer has taken."""
+        return optimizer.steps_taken(self.optimizer) if self.optimizer else 0
+
     def hand_over(self, value: T) -> list[T]:
         """Gather a value of every rank on the first rank of the job; the others get nothing."""
-        group = self._groups.by_ranks[self.topology.ranks]
+        group = self.group
         every: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
         dist.gather_object(value, every, group=group, group_dst=0)
         return every or []
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Gather a vector of each rank that hosts a module into [ranks, values], the same everywhere."""
-        ranks = self.topology.ranks
-        every = [torch.empty_like(values) for _ in ranks]
-        dist.all_gather(every, values, group=self._groups.by_ranks[ranks])
+        every = [torch.empty_like(values) for _ in self.topology.ranks]
+        dist.all_gather(every, values, group=self.group)
         return torch.stack(every)
 
 
@@ -174,10 +185,10 @@ class _Finish:
             name: float(total[1 + i]) / units if units else 0.0
             for i, (name, units) in enumerate(self.step.units.items())
         }
-        modules = self.crew.topology.modules
+        topology = self.crew.topology
         self.outcome = attrs.evolve(
             self.outcome,
-            loss=sum(modules[name].loss_weight * mean for name, mean in means.items()),
+            loss=sum(loss_weight(topology, name) * mean for name, mean in means.items()),
             losses=means,
             gradient_norm=float(total[0]) ** 0.5,
             taken=bool(total.isfinite().all()),
@@ -196,12 +207,17 @@ class _Finish:
         crew.optimizer.step()
 
     def _losses(self) -> dict[str, float]:
-        """This rank's part of each module's loss sum: under cp each has one, under tp all have the same."""
+        """This rank's part of each loss sum: under cp each has one, under tp all have the same.
+
+        Of an auxiliary loss every rank has a part of its own.
+        """
         losses = dict.fromkeys(self.step.units, 0.0)
         for runner in self.crew.stages.values():
             position = runner.module.grid.position(self.crew.rank)
             if runner.loss is not None and not position["tp"]:
-                losses[runner.module.name] = float(runner.loss)
+                losses[runner.module.name] += float(runner.loss)
+            if runner.aux is not None:
+                losses[aux_name(runner.module.name)] += float(runner.aux)
         return losses
 
     def _check_digests(self, digests: torch.Tensor) -> None:

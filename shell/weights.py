@@ -12,8 +12,10 @@ needed, and each rank keeps its part. So a model begins with the same weights un
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mimogrid.core.hashing import draw_bits
@@ -47,7 +49,7 @@ def layout_name(built: str, layers: range) -> str:
     inside = _LAYER.fullmatch(built)
     if inside:
         index, part, kind = inside.groups()
-        return f"layers.{layers[int(index)]}.{_MEGATRON_PARTS[part]}.{kind}"
+        return f"layers.{layers[int(index)]}.{_MEGATRON_PARTS.get(part, part)}.{kind}"
     owner, _, kind = built.rpartition(".")
     return f"{_MEGATRON_ENDS.get(owner, owner)}.{kind}"
 
@@ -61,7 +63,7 @@ def draw(parameter: Parameter, *, seed: int, module: str) -> Tensor:
 
 
 def shard(full: Tensor, parameter: Parameter, *, tp_rank: int, tp_size: int) -> Tensor:
-    """Return the part of a parameter that one tp rank holds."""
+    """Return the part of a parameter that one tp rank (of an expert's, one expert_tp rank) holds."""
     if parameter.tp_dim is None:
         return full
     return full.chunk(tp_size, dim=parameter.tp_dim)[tp_rank]
@@ -79,6 +81,23 @@ def shard_shape(parameter: Parameter, *, tp_size: int) -> tuple[int, ...]:
     return tuple(n // tp_size if d == parameter.tp_dim else n for d, n in enumerate(parameter.shape))
 
 
+class Shards(Protocol):
+    """The groups of a module over which its parameters are cut."""
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        """Ranks that hold the shards of one copy."""
+
+    @property
+    def expert_tp(self) -> dist.ProcessGroup:
+        """Ranks that hold the shards of the same experts; the rank alone where there are none."""
+
+
+def cut_over(parameter: Parameter, groups: Shards) -> dist.ProcessGroup:
+    """Return the ranks that hold the shards of a parameter."""
+    return groups.tp if parameter.expert is None else groups.expert_tp
+
+
 @torch.no_grad()
 def initialize(
     weights: Mapping[str, nn.Parameter],
@@ -86,11 +105,10 @@ def initialize(
     *,
     seed: int,
     module: str,
-    tp_rank: int,
-    tp_size: int,
+    groups: Shards,
 ) -> None:
     """Fill the local weights of a stage with this rank's part of their initial values."""
     for parameter in parameters:
-        weight = weights[parameter.name]
+        weight, over = weights[parameter.name], cut_over(parameter, groups)
         full = draw(parameter, seed=seed, module=module).to(weight.dtype)
-        weight.copy_(shard(full, parameter, tp_rank=tp_rank, tp_size=tp_size))
+        weight.copy_(shard(full, parameter, tp_rank=over.rank(), tp_size=over.size()))

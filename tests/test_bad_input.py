@@ -57,6 +57,11 @@ CASES = {
         "modules.a.feeds",
         ["in a cycle: a -> b -> a", "Take one of these edges out"],
     ),
+    "a module called like a tensor": (
+        ['modules.tokens={model="vit", feeds=["language"], options={layers=1, hidden=8, heads=2}}'],
+        "modules.tokens",
+        ["'tokens' is the name of a tensor that modules exchange", "Call it otherwise"],
+    ),
     "a module that feeds itself": (
         ['modules.language.feeds=["language"]'],
         "modules.language.feeds",
@@ -207,10 +212,7 @@ CASES = {
     ),
 }
 NOT_YET = [
-    "modules.language.grid.cp=2",
-    "modules.language.options.experts=4",
     "modules.language.chunks=2",
-    "modules.language.options.dropout=0.1",
     "precision=bf16",
     "schedule.name=interleaved",
     "schedule.name=auto",

@@ -336,17 +336,16 @@ def test_the_gradient_of_the_cross_entropy_is_the_difference_quotient(alone: Alo
 
 
 class Doubler(nn.Module):
-    """An own module: one linear layer, and a loss."""
+    """An own module: one linear layer."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
         self.linear = nn.Linear(features, width)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Rows, and the sum of their squares."""
+        """One row for each."""
         assert inputs["lengths"].sum() == len(inputs["rows"])
-        rows = self.linear(inputs["rows"])
-        return {"rows": rows, "loss": rows.square().sum()}
+        return {"rows": self.linear(inputs["rows"])}
 
 
 def doubler(*, width: int, features: int) -> nn.Module:
@@ -381,7 +380,7 @@ def test_an_own_module_is_wrapped_and_drawn_from_the_seed(
     step = step_with(topology, Sample(0, 0, {"own": 2}), Sample(1, 0, {"own": 1}))
     given = first({"rows": torch.randn(3, 4, dtype=torch.float64)}, whole_share(step, "own"))
     assert (3, 8) == tuple(given["head"].shape)
-    assert given["loss"].dtype == torch.float64
+    assert given["head"].dtype == torch.float64
 
 
 # -- the CPU in place of CUDA ------------------------------------------------------------------------------

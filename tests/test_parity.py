@@ -6,10 +6,11 @@ The notation of the jobs is that of `layouts`: ``name(tp,pp,dp)@offset``, of the
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 
-from layouts import PIPELINE_INSIDE, PIPELINE_LAST, job, layouts
+from layouts import MODELS, PIPELINE_INSIDE, PIPELINE_LAST, job, layouts
 from mimogrid.core.spec import DataSpec, JobSpec, ModuleSpec
 from mimogrid.shell import jobfile
 from mimogrid.shell.parity import TOLERANCE, Verdict
@@ -199,7 +200,7 @@ def test_shared_key_value_heads(verdict: Verdicts, kv_heads: int) -> None:
 )
 @pytest.mark.parametrize("order", [PIPELINE_LAST, PIPELINE_INSIDE])
 def test_tied_embeddings(verdict: Verdicts, grids: str, order: tuple[str, ...]) -> None:
-    """A weight that both ends of a module hold gets the sum of both gradients, also where both are one end."""
+    """A weight that both ends of a module hold gets the sum of both gradients; both may be one."""
     changes = {"lm": {"options": {"tied_embeddings": True}}}
     assert_same(verdict, job(grids, order=order, changes=changes))
 
@@ -208,7 +209,7 @@ def test_tied_embeddings(verdict: Verdicts, grids: str, order: tuple[str, ...]) 
 @pytest.mark.parametrize(
     "grids", ["enc(2,1,1)@0 lm(4,1,1)@2", "enc(2,2,1)@0 lm(2,2,1)@4", "mid(2,1,2)@0 lm(2,1,2)@4"]
 )
-def test_sequence_parallel(verdict: Verdicts, grids: str, tied: bool) -> None:  # noqa: FBT001
+def test_sequence_parallel(verdict: Verdicts, grids: str, tied: bool) -> None:
     """Between the linears each tp rank holds a part of the positions."""
     spec = job(grids, data={"sequence": 12}, changes={"lm": {"options": {"tied_embeddings": tied}}})
     assert_same(verdict, in_parts(spec))
@@ -216,8 +217,6 @@ def test_sequence_parallel(verdict: Verdicts, grids: str, tied: bool) -> None:  
 
 def in_parts(spec: JobSpec) -> JobSpec:
     """Return the spec with every module sequence parallel."""
-    import attrs
-
     modules = {
         name: attrs.evolve(m, grid=attrs.evolve(m.grid, sequence_parallel=True))
         for name, m in spec.modules.items()
@@ -281,7 +280,11 @@ def test_everything_may_be_absent(verdict: Verdicts) -> None:
 
 
 @pytest.mark.parametrize(
-    "grids", ["enc(1,1,2)@0 aud(1,1,1)@2 lm(2,2,1)@3", "enc(1,1,3)@0->mid,lm mid(1,1,1)@3 lm(1,1,2)@4->gen gen(1,1,1)@6"]
+    "grids",
+    [
+        "enc(1,1,2)@0 aud(1,1,1)@2 lm(2,2,1)@3",
+        "enc(1,1,3)@0->mid,lm mid(1,1,1)@3 lm(1,1,2)@4->gen gen(1,1,1)@6",
+    ],
 )
 def test_placeholders_among_the_text(verdict: Verdicts, grids: str) -> None:
     """Rows stand anywhere in the sequence, and tokens weigh 0, a quarter or a half."""
@@ -290,8 +293,6 @@ def test_placeholders_among_the_text(verdict: Verdicts, grids: str) -> None:
 
 def written(spec: JobSpec, **options: Any) -> JobSpec:
     """Return the spec with samples of `own.written`."""
-    import attrs
-
     drawn = {**spec.data.options, "size": spec.batch.global_size, **options}
     return attrs.evolve(spec, data=DataSpec(source="own:written", options=drawn))
 
@@ -327,7 +328,8 @@ def test_frozen_modules(verdict: Verdicts, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "trainable", [("embedding.weight",), ("layers.0.*",), ("layers.1.*",), ("output.weight", "embedding.weight")]
+    "trainable",
+    [("embedding.weight",), ("layers.0.*",), ("layers.1.*",), ("output.weight", "embedding.weight")],
 )
 def test_patterns_and_tied_embeddings(verdict: Verdicts, trainable: tuple[str, ...]) -> None:
     """A tied weight trains at both ends or at none."""
@@ -345,8 +347,6 @@ def own(function: str, *feeds: str, **options: Any) -> ModuleSpec:
 
 def test_modules_of_the_user(verdict: Verdicts) -> None:
     """An encoder of the user's feeds a language model, and that one's rows a loss of the user's."""
-    import attrs
-
     spec = job("enc(1,1,2)@0 lm(1,2,1)@2->gen gen(1,1,3)@4", changes={"gen": {"loss_weight": 0.5}})
     changed = {
         "enc": attrs.evolve(spec.modules["enc"], model="own:encoder", options={"width": 6, "features": 5}),
@@ -354,6 +354,22 @@ def test_modules_of_the_user(verdict: Verdicts) -> None:
     }
     data = attrs.evolve(spec.data, options={**spec.data.options, "features": {"enc": 5}})
     assert_same(verdict, attrs.evolve(spec, modules={**spec.modules, **changed}, data=data))
+
+
+def test_a_module_without_weights(verdict: Verdicts) -> None:
+    """Rows pass through a module of the user's that holds nothing to train, before and behind what trains."""
+    spec = job("enc(1,1,2)@0->mid mid(1,1,1)@2->gen gen(1,2,1)@3", changes={"enc": {"frozen": True}})
+    passing = attrs.evolve(spec.modules["mid"], model="own:passing", options={"width": 16})
+    for frozen in (True, False):
+        enc = attrs.evolve(spec.modules["enc"], frozen=frozen, options=attrs.evolve(MODELS["vit"], hidden=16))
+        modules = {**spec.modules, "enc": enc, "mid": passing}
+        assert_same(verdict, attrs.evolve(spec, modules=modules))
+
+
+def test_targets_that_are_called_alike(verdict: Verdicts) -> None:
+    """The projector of one edge may train and that of another, whose target's name begins alike, not."""
+    changes = {"enc": {"trainable": ("projector.lm2.*",)}}
+    assert_same(verdict, job("enc(1,1,2)@0->lm,lm2 lm(1,1,1)@2 lm2(1,1,1)@3", changes=changes))
 
 
 # -- precision, steps --------------------------------------------------------------------------------------

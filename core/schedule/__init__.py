@@ -1,0 +1,1 @@
+"""Schedules: orders of compute actions, lowered to programs, and walked."""

@@ -23,7 +23,6 @@ of the link's target module. Who exchanges what is in the route table (`routes`)
 """
 
 import enum
-import functools
 import re
 
 import attrs
@@ -71,6 +70,11 @@ class Send:
     def __str__(self) -> str:
         return f"{self.stage} SEND_{self.direction.value}{self.microbatch} -> {self.peer}"
 
+    @property
+    def at_source(self) -> bool:
+        """Whether the stage is at the source of the link: it sends activations."""
+        return self.direction is Direction.FORWARD
+
 
 @attrs.frozen(cache_hash=True)
 class Recv:
@@ -83,6 +87,11 @@ class Recv:
 
     def __str__(self) -> str:
         return f"{self.stage} RECV_{self.direction.value}{self.microbatch} <- {self.peer}"
+
+    @property
+    def at_source(self) -> bool:
+        """Whether the stage is at the source of the link: it receives gradients."""
+        return self.direction is Direction.BACKWARD
 
 
 @attrs.frozen(cache_hash=True)
@@ -134,8 +143,15 @@ class Update:
 Transfer = Send | Recv
 Action = Compute | Send | Recv | Wait | Reduce | Tie | Norm | Update
 
+_STAGE = r"[A-Za-z_][\w-]*\.\d+(?:\.\d+)?"
+_LINE = re.compile(
+    rf"(?:(?P<stage>{_STAGE}) )?"
+    r"(?:(?P<kind>[FBIW])(?P<compute>\d+)"
+    rf"|(?P<wait>WAIT_)?(?P<way>SEND|RECV)_(?P<direction>[FB])(?P<moved>\d+) (?:->|<-) (?P<peer>{_STAGE})"
+    r"|(?P<word>REDUCE|TIE|NORM|UPDATE))"
+)
 
-@functools.lru_cache(maxsize=1 << 16)
+
 def other_end(transfer: Transfer) -> Transfer:
     """Return what the peer posts for a transfer.
 
@@ -144,15 +160,6 @@ def other_end(transfer: Transfer) -> Transfer:
     """
     way = Recv if isinstance(transfer, Send) else Send
     return way(transfer.peer, transfer.direction, transfer.microbatch, transfer.stage)
-
-
-_STAGE = r"[A-Za-z_][\w-]*\.\d+(?:\.\d+)?"
-_LINE = re.compile(
-    rf"(?:(?P<stage>{_STAGE}) )?"
-    r"(?:(?P<kind>[FBIW])(?P<compute>\d+)"
-    rf"|(?P<wait>WAIT_)?(?P<way>SEND|RECV)_(?P<direction>[FB])(?P<moved>\d+) (?:->|<-) (?P<peer>{_STAGE})"
-    r"|(?P<word>REDUCE|TIE|NORM|UPDATE))"
-)
 
 
 def parse(line: str) -> Action:

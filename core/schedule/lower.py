@@ -13,7 +13,10 @@ of an answer that the peer could give only with the data in hand. So no wait rel
 buffers. Where no answer comes (nothing trains upstream), the wait stands where the order has let the peer
 consume the data, and bounds the queue.
 
-A lane without rows in a microbatch has no actions for it at all: absence is decided here, not by the executor.
+A lane without rows in a microbatch has no actions for it: absence is decided here, not by the executor.
+
+What rows do not change (which transfers may stand at which action) is worked out once per job and stage; a
+step adds the messages of the rank.
 """
 
 import bisect
@@ -68,14 +71,13 @@ class Program:
     def messages_of(self, rank: int, transfer: Transfer) -> tuple[Message, ...]:
         """Return the messages that a rank posts for a transfer, in order of rows."""
         link = link_of(self.topology, transfer)
-        side = self.routes.sent_by if at_source(transfer) else self.routes.sent_to
+        side = self.routes.sent_by if transfer.at_source else self.routes.sent_to
         return side(rank, link, transfer.microbatch)
 
-    def peers_of(self, rank: int, transfer: Transfer) -> Iterator[int]:
-        """Yield the ranks at the other ends of the messages that a rank posts for a transfer."""
-        leaves = at_source(transfer)
-        for message in self.messages_of(rank, transfer):
-            yield message.rank_target if leaves else message.rank_source
+    def peers_of(self, rank: int, transfer: Transfer) -> tuple[int, ...]:
+        """Return the ranks at the other ends of the messages that a rank posts for a transfer."""
+        messages = self.messages_of(rank, transfer)
+        return tuple(m.rank_target if transfer.at_source else m.rank_source for m in messages)
 
     def joint(self, rank: int, action: Action) -> tuple[int, ...]:
         """Return the ranks that an action starts together with; a lone rank for most."""
@@ -103,9 +105,9 @@ class Program:
             if info.trainable and len(self.joint(rank, Reduce(info.stage))) > 1:
                 yield Reduce(info.stage)
         for info in self.topology.stages_of(rank):
-            if (info.first or info.last) and not (info.first and info.last):
-                if any(p.copy and p.name in info.trainable for p in info.parameters):
-                    yield Tie(info.stage)
+            tied = any(p.copy and p.name in info.trainable for p in info.parameters)
+            if tied and info.first != info.last:
+                yield Tie(info.stage)
         yield Norm()
         yield Update()
 
@@ -121,23 +123,18 @@ def plan_step(step: Step, *, training: bool = True) -> Program:
     return Program(orders(step.topology)[training], Routes(step))
 
 
-def at_source(transfer: Transfer) -> bool:
-    """Whether who posts a transfer is at the source of its link: it sends activations or receives gradients."""
-    return isinstance(transfer, Send) == (transfer.direction is Direction.FORWARD)
-
-
 def link_of(topology: Topology, transfer: Transfer) -> Link:
     """Return the link that a transfer is on."""
     here, there = transfer.stage, transfer.peer
-    return topology.link_between[(here, there) if at_source(transfer) else (there, here)]
+    return topology.link_between[(here, there) if transfer.at_source else (there, here)]
 
 
 @attrs.frozen(eq=False)
 class _Option:
     """A transfer that a rank has if the step has messages for it: all of it that no row changes.
 
-    `leaves` says that the rank is at the link's source. `place` sorts the transfers of a step as their data is
-    made, the same at both ends; `peer_starts` is when the peer computes each microbatch of its own.
+    `leaves` says that the rank is at the link's source. `place` sorts the transfers of a step as their data
+    is made, the same at both ends; `peer_starts` is when the peer computes each microbatch of its own.
     """
 
     transfer: Transfer
@@ -161,7 +158,7 @@ class _Option:
 
 @attrs.frozen(eq=False)
 class _Turn:
-    """A compute action of a stage, where in the global order it starts, and what may be read and sent there."""
+    """A compute action of a stage, its place in the global order, and what may be read and sent there."""
 
     action: Compute
     start: int
@@ -289,9 +286,8 @@ class _Lowering:
         for info in topology.stages_of(self.rank):
             lane = topology.modules[info.stage.module].lane_of(self.rank)
             active = step.active(info.stage.module, lane)
-            for turn in _turns(topology, self.program.order, info.stage):
-                if turn.action.microbatch in active:
-                    turns.append((turn, lane))
+            own = _turns(topology, self.program.order, info.stage)
+            turns += [(turn, lane) for turn in own if turn.action.microbatch in active]
         return sorted(turns, key=lambda each: each[0].start)
 
     def _received(self, turns: list[tuple[_Turn, int]]) -> Iterator[_Mail]:
@@ -308,8 +304,9 @@ class _Lowering:
     def _sent(self, turns: list[tuple[_Turn, int]]) -> list[_Mail]:
         """Return what this rank sends, sorted by `place`: the peers receive it in the same order.
 
-        Each stands at the turn that makes the last of it. It stands later only where something has the earlier
-        place but is made later here, because this rank's part of the one is made before the parts of others.
+        Each stands at the turn that makes the last of it. It stands later only where something with an
+        earlier place is made later here, because this rank's part of the one is made before the parts of
+        others.
         """
         made: list[_Mail] = []
         for i, (turn, lane) in enumerate(turns):
@@ -339,7 +336,7 @@ def _by_turn(mails: list[_Mail], turns: int) -> list[list[_Mail]]:
 
 
 def _posts(received: list[_Mail], turns: int) -> list[list[_Mail]]:
-    """Return, per turn, the receives to post before it: in order of `place`, each one turn before it is read."""
+    """Return, per turn, the receives to post before it: by `place`, and one turn before they are read."""
     posts: list[list[_Mail]] = [[] for _ in range(turns)]
     slot = turns
     for mail in sorted(received, key=lambda mail: mail.option.place, reverse=True):

@@ -12,9 +12,10 @@ to the stage's depth, its distance to the loss along the deepest path, is 1F1B o
 samples, so it holds for modules with microbatches of their own. A stage without backward keeps its outputs
 until they are consumed, and its credit bounds that queue.
 
-Stages that share ranks must agree on one order. A list scheduler walks all sequences in unit time, starts what
-is ready in order of (microbatch, depth, name), and never runs two stages that share a rank at once. Its result
-is one global order: whatever the ranks do in it is free of deadlock, because it has been done once here.
+Stages that share ranks must agree on one order. A list scheduler walks all sequences in unit time, starts
+what is ready in order of (microbatch, depth, name), and never runs two stages that share a rank at once. Its
+result is one global order: whatever the ranks do in it is free of deadlock, because it has been done once
+here.
 
 Sources: PipeDream and Narayanan et al. 2021 (arXiv 2104.04473) for 1F1B; GPipe (arXiv 1811.06965).
 """

@@ -1,7 +1,7 @@
 """Listings: programs written out, rank by rank, and read back.
 
-A program is lowered lazily; a *listing* is what comes out, as a plain mapping from rank to actions. It is what
-`verify` judges, so a listing from anywhere (a text file, a test, another planner) can be judged.
+A program is lowered lazily; a *listing* is what comes out, as a plain mapping from rank to actions. It is
+what `verify` judges, so a listing from anywhere (a text file, a test, another planner) can be judged.
 
 >>> text = '''
 ... rank 0

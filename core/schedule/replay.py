@@ -1,18 +1,19 @@
 """Replay: the one walk over a program, without durations.
 
 Every rank works down its list. An action starts when what it waits for is there: a WAIT when both ends have
-posted the transfer (nothing is assumed to buffer), a joint action when all its ranks have reached it. The walk
-ends when every rank is through, or when none can go on; then it says who waits for whom. `verify` judges the
-end of the walk; a simulator adds a clock to it.
+posted the transfer (nothing is assumed to buffer), a joint action when all its ranks have reached it. The
+walk ends when every rank is through, or when none can go on; then it says who waits for whom. `verify`
+judges the end of the walk; a simulator adds a clock to it.
 
-Ranks with equal lists may also walk *in step*, as one: each action starts for all of them when it may start for
+Ranks with equal lists may also walk *in step*, as one: an action starts for all of them when it may start for
 every one of them, and a joint action when everybody who has it in his list has reached it. That asks for more
-than the ranks need, so if such a walk reaches the end, the ranks can all do the same one after the other: they
-get there, too. If it does not, nothing is said, and each rank must be let walk by itself.
+than the ranks need. So if such a walk reaches the end, the ranks by themselves can do the same actions in the
+same order, and get there, too. If it does not, nothing is said of them.
 """
 
 import collections
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -47,13 +48,38 @@ class Posting:
     other: int
 
 
+@attrs.frozen(eq=False)
+class Walkers:
+    """Who walks: lists, who is whose peer in a transfer, and who starts an action together."""
+
+    listing: Listing
+    peers: Callable[[int, Transfer], Iterable[int]]
+    joint: Callable[[int, Action], Sequence[int]]
+
+    @functools.cached_property
+    def twins(self) -> Mapping[Transfer, Transfer]:
+        """For every transfer of the lists, what the peer posts for it.
+
+        It is the value in the lists, if there is one: attrs values are slow to compare unless they are the
+        same.
+        """
+        actions = (action for actions in self.listing.values() for action in actions)
+        own = {action: action for action in actions if isinstance(action, Transfer)}
+        return {transfer: own.get(other_end(transfer), other_end(transfer)) for transfer in own}
+
+
 def replay(program: Program, listing: Listing) -> Replay:
     """Walk a listing of a program to its end, or to where it is stuck."""
-    return _Walk(listing, program.peers_of, program.joint).run()
+    return walk(alone(program, listing))
 
 
-def replay_in_step(program: Program, listing: Listing, alike: Iterable[Sequence[int]]) -> Replay:
-    """Walk a listing with sets of ranks that have equal lists in step; the first of each set stands for it.
+def alone(program: Program, listing: Listing) -> Walkers:
+    """Let every rank walk by itself."""
+    return Walkers(listing, program.peers_of, program.joint)
+
+
+def in_step(program: Program, listing: Listing, alike: Iterable[Sequence[int]]) -> Walkers:
+    """Let ranks with equal lists walk as one; the first of each set stands for it.
 
     Every rank of a joint action must have it in its list.
     """
@@ -64,10 +90,17 @@ def replay_in_step(program: Program, listing: Listing, alike: Iterable[Sequence[
         for action in dict.fromkeys(listing[first]):
             having[action].append(first)
 
-    def peers(first: int, transfer: Transfer) -> Iterable[int]:
-        return {leader[peer] for rank in members[first] for peer in program.peers_of(rank, transfer)}
+    @functools.cache
+    def peers(first: int, transfer: Transfer) -> tuple[int, ...]:
+        met = (leader[peer] for rank in members[first] for peer in program.peers_of(rank, transfer))
+        return tuple(dict.fromkeys(met))
 
-    return _Walk({first: listing[first] for first in members}, peers, lambda _, action: having[action]).run()
+    return Walkers({first: listing[first] for first in members}, peers, lambda _, action: having[action])
+
+
+def walk(walkers: Walkers) -> Replay:
+    """Walk to the end, or to where all are stuck."""
+    return _Walk(walkers).run()
 
 
 def postings(program: Program, rank: int, transfer: Transfer) -> Iterator[tuple[Posting, Posting]]:
@@ -86,22 +119,16 @@ class _Walk:
     walker and itself.
     """
 
-    def __init__(
-        self,
-        listing: Listing,
-        peers: Callable[[int, Transfer], Iterable[int]],
-        joint: Callable[[int, Action], Sequence[int]],
-    ) -> None:
-        self.listing = listing
-        self.peers = peers
-        self.joint = joint
-        self.position = dict.fromkeys(listing, 0)
+    def __init__(self, walkers: Walkers) -> None:
+        self.listing, self.peers, self.joint = walkers.listing, walkers.peers, walkers.joint
+        self.twins = walkers.twins
+        self.position = dict.fromkeys(self.listing, 0)
         self.posted: set[tuple[int, Transfer]] = set()
         self.met: dict[tuple[int, Action], set[int]] = collections.defaultdict(set)
         self.free: set[tuple[int, Action]] = set()
         self.sleeping: dict[Hashable, list[int]] = {}
         self.started: list[tuple[int, Action]] = []
-        self.ready = collections.deque(listing)
+        self.ready = collections.deque(self.listing)
 
     def run(self) -> Replay:
         """Let every walker go as far as it can, until none can."""
@@ -149,7 +176,7 @@ class _Walk:
     def _unposted(self, walker: int, transfer: Transfer) -> Iterator[tuple[int, Transfer]]:
         if (walker, transfer) not in self.posted:
             yield walker, transfer
-        theirs = other_end(transfer)
+        theirs = self.twins[transfer] if transfer in self.twins else other_end(transfer)
         for peer in self.peers(walker, transfer):
             if (peer, theirs) not in self.posted:
                 yield peer, theirs

@@ -5,12 +5,13 @@ its data lane, of its part of the positions under context or sequence parallelis
 left where plain tensor parallelism gives the same tokens to several ranks; padding is routed nowhere. Then
 
     route       logits = tokens * router, the `top_k` highest, weighted by the softmax over those chosen
-                (megatron's default; near-ties may fall either way where layouts round differently)
+                (megatron's default; of one alone, over all: else the router would learn nothing)
     dispatch    one row for every choice and every rank that holds a shard of the expert, all to all
     compute     expert by expert: up, GELU, down; a shard's result is a term of a sum over expert_tp
     combine     the rows back, summed with their weights
 
-No token is dropped. How many rows go where depends on the data, so ranks tell each other first; this is the
+No token is dropped. Where two logits are almost equal, layouts that round differently may choose differently;
+then a token's gradient is that of another choice, and no tolerance covers it. How many rows go where depends on the data, so ranks tell each other first; this is the
 only exchange of sizes there is. Ranks without a token take part in all of it.
 
 The auxiliary loss of a layer is, per sample, E * sum over experts of f * P: of the sample's choices the fraction
@@ -87,9 +88,7 @@ class Experts(nn.Module):
     router trains, here or on another rank.
     """
 
-    def __init__(
-        self, config: TransformerConfig, *, model: BuiltIn, company: Company, trains: bool
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *, model: BuiltIn, company: Company, trains: bool) -> None:
         super().__init__()
         self.company = company
         self.trains = trains
@@ -127,13 +126,14 @@ class Experts(nn.Module):
         logits_TE, _ = self.router(tokens_TH)
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
         highest_TK, chosen_TK = logits_TE.topk(self.top_k, dim=1)
-        weights_TK = highest_TK.softmax(dim=1).to(tokens_TH.dtype)
+        over = highest_TK if self.top_k > 1 else logits_TE
+        weights_TK = (highest_TK - over.logsumexp(dim=1, keepdim=True)).exp().to(tokens_TH.dtype)
         crossing = _crossing(chosen_TK, self.company)
         rows_CH = _Spread.apply(tokens_TH, crossing)  # type: ignore[no-untyped-call]
         rows_CH = self._computed(_exchanged(rows_CH, crossing), crossing)
         rows_CH = _exchanged(rows_CH, crossing.reverse())
         rows_CH = _Permuted.apply(rows_CH, crossing.back, crossing.order)  # type: ignore[no-untyped-call]
-        rows_TKH = rows_CH.view(len(tokens_TH), self.top_k, self.company.expert_tp, -1).sum(dim=2)
+        rows_TKH = rows_CH.view(*chosen_TK.shape, self.company.expert_tp, tokens_TH.shape[1]).sum(dim=2)
         mixed_TH = torch.bmm(weights_TK[:, None], rows_TKH).squeeze(1)
         return mixed_TH, logits_TE, chosen_TK
 

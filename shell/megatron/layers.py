@@ -94,14 +94,16 @@ class CoreAttention(nn.Module):
         """Attend to the keys of all ranks; causal, each of the two chunks to those up to its own."""
         both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp)
         if not self.causal:
-            return self._attend(query, *both.chunk(2, dim=-1), mask)
+            key, value = both.chunk(2, dim=-1)
+            return self._attend(query, key, value, mask)
         pieces = both.chunk(2 * self.cut.size)
         in_order = torch.cat([pieces[place] for place in self.cut.gathered()[: self.cut.chunks[-1] + 1]])
         mixed = []
         for part, chunk in zip(query.chunk(2), self.cut.chunks, strict=True):
             keys = (chunk + 1) * len(part)
+            key, value = in_order[:keys].chunk(2, dim=-1)
             earlier = _no_later_key(len(part), keys, query.device) if chunk else None
-            mixed.append(self._attend(part, *in_order[:keys].chunk(2, dim=-1), earlier))
+            mixed.append(self._attend(part, key, value, earlier))
         return torch.cat(mixed)
 
     def _attend(self, query_SBND: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -72,12 +72,12 @@ def test_parallel_encoders_hold_as_many_microbatches_as_they_are_deep():
 def test_an_encoder_that_is_slower_costs_what_the_textbook_warm_up_costs(
     forward, backward, microbatches, ratio
 ):
-    """The table of a toy simulation, for an encoder before four language stages."""
+    """A table of unit-time simulations, for an encoder before four language stages."""
     assert ratio == round(encoder_then_four(forward, backward, microbatches).ratio_to_limit, 3)
 
 
 def test_latency_does_not_amortise_over_microbatches():
-    """Eight stages, latency a quarter of a forward: 1.145 and 1.146 times the time without, at 16 and at 64."""
+    """Eight stages, a quarter of a forward: 1.145 times the time without it at 16, 1.146 at 64."""
     factors = [chain(8, m, edge=EdgeCosts(latency=0.25)).step_s / ((m + 7) * 3) for m in (16, 64)]
     assert [1.145, 1.146] == [round(factor, 3) for factor in factors]
 
@@ -172,6 +172,16 @@ def test_a_program_that_never_ends_is_not_timed():
         simulate(program, Costs(), stuck)
 
 
+def test_assumed_costs_count_the_gradients_that_are_wanted():
+    """Nothing where nothing before trains and all is frozen; for what is frozen later on, inputs only."""
+    topology = job("a vit > b; b block frozen > c; d vit frozen > c; c gpt pp2")
+    costs = {
+        name: (of.forward, of.input_gradient, of.weight_gradient)
+        for name, of in assumed(topology).stages.items()
+    }
+    assert {"a.0": (1, 1, 1), "b.0": (1, 1, 0), "d.0": (1, 0, 0), "c.0": (1, 1, 1), "c.1": (1, 1, 1)} == costs
+
+
 def test_costs_of_what_the_job_does_not_have_are_misfits():
     """The nearest name is told."""
     topology = job("vision vit > language; language gpt pp2")
@@ -188,8 +198,8 @@ def test_costs_of_what_the_job_does_not_have_are_misfits():
     assert ['stages."visio.0"', 'edges."a -> b"'] == [where for where, _ in places]
 
 
-def test_memory_grows_with_what_is_in_flight_and_shrinks_with_tp():
-    """Weights, gradients and moments are counted once; a microbatch more in flight takes its activations more."""
+def test_memory_grows_with_what_is_in_flight():
+    """Weights, gradients and moments count once; a microbatch more in flight takes its activations more."""
     step = step_with(job("vision vit > language; language gpt"))
     vision, language = (info.stage for info in step.topology.stages.values())
     none, one, two = (peak_bytes(step, {vision: n, language: 0})[0] for n in range(3))

@@ -52,7 +52,9 @@ def step_with(topology: Topology, rows: Mapping[str, Sequence[int]] | None = Non
     return step_of(
         topology,
         tuple(
-            Sample(id=i, length=length, rows={name: counts[i % len(counts)] for name, counts in given.items()})
+            Sample(
+                id=i, length=length, rows={name: counts[i % len(counts)] for name, counts in given.items()}
+            )
             for i in range(topology.spec.batch.global_size)
         ),
     )

@@ -5,8 +5,8 @@ feed, and how many microbatches they make for each of the job:
 
     enc(2,1,1)@0->mid,lm  mid(1,1,2)@2  lm(1,3,1)@4  aud(1,1,1)@7*2
 
-The first letters of a name say what the module is: `enc`, `img`, `aud` a vit, `mid` a block, `lm` a gpt, `gen`
-a regressor. Without an arrow, encoders and blocks feed `lm`. The models are tiny, of different widths, and
+The first letters of a name say what the module is: `enc`, `img`, `aud` a vit, `mid` a block, `lm` a gpt and
+`gen` a regressor. Without an arrow, encoders and blocks feed `lm`. The models are tiny, of different widths, and
 divide over tp = 4; a sequence is just long enough for the longest sample.
 """
 
@@ -103,11 +103,18 @@ def _module(found: re.Match[str], order: tuple[str, ...], microbatches: int) -> 
 def synthetic(modules: Mapping[str, ModuleSpec], **options: Any) -> DataSpec:
     """Return random data for modules; a sequence holds the longest sample and not one position more."""
     graph = graph_of(JobSpec(modules=modules, data=DataSpec(source=""), batch=BatchSpec(global_size=1)))
+    parts = math.lcm(*(_parts(modules[name].grid) for name in graph.texts))
     rows = {name: list(ROWS) for name in graph.sources} | dict(options.get("rows", {}))
     absent = dict.fromkeys(graph.sources, ABSENT) | dict(options.get("absent", {}))
     text = list(options.get("text", TEXT))
-    drawn = {"sequence": _longest(graph, rows, text), "rows": rows, "absent": absent}
+    sequence = options.get("sequence") or -(-_longest(graph, rows, text) // parts) * parts
+    drawn = {"sequence": sequence, "rows": rows, "absent": absent}
     return DataSpec(source="synthetic", options=drawn | ({"text": text} if graph.texts else {}))
+
+
+def _parts(grid: GridSpec) -> int:
+    """Into how many parts a grid cuts a sequence of text."""
+    return (grid.tp if grid.sequence_parallel else 1) * (2 * grid.cp if grid.cp > 1 else 1)
 
 
 def _longest(graph: Graph, rows: Mapping[str, list[int]], text: list[int]) -> int:
@@ -137,7 +144,7 @@ def layouts(draw: st.DrawFn) -> JobSpec:
     data = {
         "rows": {name: draw(st.sampled_from(([1, 3], [0, 4], [2, 2], [1, 1]))) for name in sources},
         "absent": {name: draw(st.sampled_from((0.0, 0.3, 0.8, 1.0))) for name in sources},
-        "text": draw(st.sampled_from(([1, 4], [1, 1], [3, 3]))),
+        "text": draw(st.sampled_from(([1, 4], [0, 2], [1, 1], [3, 3]))),
     }
     ends = [module.grid.offset + _size(module.grid) for module in modules.values()]
     return JobSpec(
@@ -158,7 +165,7 @@ def _feeders(name: str, feeds: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 
 def _size(grid: GridSpec) -> int:
-    return grid.tp * grid.dp * grid.pp
+    return grid.tp * grid.cp * grid.dp * grid.pp
 
 
 @st.composite
@@ -167,7 +174,7 @@ def _graphs(draw: st.DrawFn) -> tuple[dict[str, tuple[str, ...]], dict[str, str]
     count = draw(st.integers(1, 4))
     last = draw(st.sampled_from(("gpt", "gpt", "regressor")))
     kinds = [draw(st.sampled_from(("vit", "vit", "block", "gpt", "regressor"))) for _ in range(count - 1)]
-    kinds = sorted(kinds, key=("vit", "block", "gpt", "regressor").index) + [last]
+    kinds = [*sorted(kinds, key=("vit", "block", "gpt", "regressor").index), last]
     names = [f"{kind}{i}" for i, kind in enumerate(kinds)]
     feeds: dict[str, tuple[str, ...]] = {}
     for i, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -182,45 +189,29 @@ def _graphs(draw: st.DrawFn) -> tuple[dict[str, tuple[str, ...]], dict[str, str]
     }
 
 
+ORDERS = (PIPELINE_LAST, PIPELINE_INSIDE, ("dp", "tp", "cp", "pp"), ("pp", "dp", "cp", "tp"))
+FREEZING: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {},
+    {"frozen": True},
+    {"frozen": ("layers.0.*",)},
+    {"trainable": ("*norm*",)},
+    {"trainable": ("final_norm.bias",)},
+)
+
+
 @st.composite
 def _modules(draw: st.DrawFn, kind: str, feeds: tuple[str, ...], base: int) -> ModuleSpec:
-    tp, pp, dp = draw(
-        st.tuples(st.sampled_from((1, 1, 2, 4)), st.integers(1, 3), st.integers(1, 5)).filter(
-            lambda sizes: math.prod(sizes) <= RANKS
-        )
-    )
-    split = draw(st.none() | st.lists(st.integers(1, 2), min_size=pp, max_size=pp))
-    layers = sum(split) if split else pp * draw(st.integers(1, 2))
-    model = attrs.evolve(MODELS[kind], layers=layers, kv_heads=draw(st.sampled_from((tp, 4))))
+    grid = draw(_grids())
+    split = draw(st.none() | st.lists(st.integers(1, 2), min_size=grid.pp, max_size=grid.pp))
+    layers = sum(split) if split else grid.pp * draw(st.integers(1, 2))
+    model = attrs.evolve(MODELS[kind], layers=layers, kv_heads=draw(st.sampled_from((grid.tp, 4))))
     if isinstance(model, Gpt):
         model = attrs.evolve(model, tied_embeddings=draw(st.booleans()))
     if kind == "block":
         model = attrs.evolve(model, hidden=draw(st.sampled_from((8, 16))))
-    grid = GridSpec(
-        tp=tp,
-        pp=pp,
-        dp=dp,
-        offset=draw(st.integers(0, RANKS - tp * pp * dp)),
-        order=draw(
-            st.sampled_from(
-                (PIPELINE_LAST, PIPELINE_INSIDE, ("dp", "tp", "cp", "pp"), ("pp", "dp", "tp", "cp"))
-            )
-        ),
-    )
     own = draw(st.sampled_from([None, None, base * 2] + [base // n for n in (2, 3) if base % n == 0]))
-    freezing = draw(
-        st.sampled_from(
-            (
-                {},
-                {},
-                {},
-                {"frozen": True},
-                {"frozen": ("layers.0.*",)},
-                {"trainable": ("*norm*",)},
-                {"trainable": ("final_norm.bias",)},
-            )
-        )
-    )
     weight = {"loss_weight": draw(st.sampled_from((1.0, 0.25, 3.0)))} if model.has_loss else {}
     return ModuleSpec(
         model=kind,
@@ -229,6 +220,24 @@ def _modules(draw: st.DrawFn, kind: str, feeds: tuple[str, ...], base: int) -> M
         grid=grid,
         microbatches=own,
         split=tuple(split) if split else None,
-        **freezing,
+        recompute=draw(st.sampled_from(("none", "none", "none", "selective", "full"))),
+        **draw(st.sampled_from(FREEZING)),
         **weight,
+    )
+
+
+@st.composite
+def _grids(draw: st.DrawFn) -> GridSpec:
+    sizes = st.tuples(
+        st.sampled_from((1, 1, 2, 4)), st.sampled_from((1, 1, 1, 2)), st.integers(1, 3), st.integers(1, 5)
+    )
+    tp, cp, pp, dp = draw(sizes.filter(lambda drawn: math.prod(drawn) <= RANKS))
+    return GridSpec(
+        tp=tp,
+        cp=cp,
+        pp=pp,
+        dp=dp,
+        offset=draw(st.integers(0, RANKS - tp * cp * pp * dp)),
+        order=draw(st.sampled_from(ORDERS)),
+        sequence_parallel=tp > 1 and draw(st.booleans()),
     )

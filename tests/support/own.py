@@ -29,7 +29,7 @@ def describe(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class Encoder(nn.Module):
-    """Rows through two linear layers; of several feeders, their rows one feeder after the other, sample by sample."""
+    """Rows of the data through two linear layers."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
@@ -102,6 +102,12 @@ class Fragile(Encoder):
                 os._exit(3)
             case "overflow":
                 rows.register_hook(lambda gradient: gradient * torch.inf)
+            case "silent":
+                return {}
+            case "short":
+                return {"rows": rows[:1].sum(1, keepdim=True)}
+            case "judge":
+                return {"rows": rows, "loss": rows.sum()}
         return {"rows": rows}
 
 
@@ -155,7 +161,7 @@ class Written(Synthetic):
 
 
 def _every_other(count: int, total: int) -> tuple[int, ...]:
-    """`count` of `total` places, from the second on every other one while they last, then the first free ones."""
+    """`count` of `total` places: every other one from the second while they last, then the first free ones."""
     odd = list(range(1, total, 2))[:count]
     free = [place for place in range(total) if place not in odd]
     return tuple(sorted(odd + free[: count - len(odd)]))

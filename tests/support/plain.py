@@ -21,7 +21,7 @@ Data = Mapping[str, Mapping[str, Tensor]]
 
 
 def losses(topology: Topology, weights: Mapping[str, Weights], batch: Sequence[Data]) -> dict[str, Tensor]:
-    """Return the loss of every module that has one, summed over the batch."""
+    """Return every loss (those of modules by their names, auxiliary ones as ``NAME.aux``), summed over the batch."""
     found: dict[str, Tensor] = {}
     for data in batch:
         emitted: dict[str, dict[str, Tensor]] = {}
@@ -29,13 +29,16 @@ def losses(topology: Topology, weights: Mapping[str, Weights], batch: Sequence[D
             module, own = topology.modules[name], weights[name]
             # `topology.graph` names feeders in file order, as the rows of a sample come.
             fed = [emitted[feeder][name] for feeder in topology.graph.nodes[name].feeders]
-            rows = _stack(module.model, own, _enter(module, own, fed, data.get(name, {})))
+            aux: list[Tensor] = []
+            rows = _stack(module.model, own, _enter(module, own, fed, data.get(name, {})), aux)
             emitted[name] = {
                 edge.target: _linear(own, f"projector.{edge.target}", rows) if edge.projected else rows
                 for edge in module.outputs
             }
             if module.model.has_loss:
                 found[name] = found.get(name, 0) + _loss(module.model, own, rows, data[name])
+            if module.aux_loss:
+                found[f"{name}.aux"] = found.get(f"{name}.aux", 0) + sum(aux)
     return found
 
 
@@ -54,15 +57,39 @@ def _enter(module: Module, weights: Weights, fed: list[Tensor], data: Mapping[st
             return torch.cat(fed) if fed else data["rows"]
 
 
-def _stack(model: Transformer, weights: Weights, x: Tensor) -> Tensor:
+def _stack(model: Transformer, weights: Weights, x: Tensor, aux: list[Tensor] | None = None) -> Tensor:
     for layer in range(model.layers):
         prefix = f"layers.{layer}"
         normed = _norm(weights, f"{prefix}.attention_norm", x)
         x = x + _attention(model, weights, f"{prefix}.attention", normed)
         normed = _norm(weights, f"{prefix}.mlp_norm", x)
-        up = _gelu(_linear(weights, f"{prefix}.mlp.up", normed))
-        x = x + _linear(weights, f"{prefix}.mlp.down", up)
+        if model.experts:
+            mixed, term = _experts(model, weights, f"{prefix}.mlp", normed)
+            x = x + mixed
+            if aux is not None:
+                aux.append(term)
+        else:
+            x = x + _mlp(weights, f"{prefix}.mlp", normed)
     return _norm(weights, "final_norm", x)
+
+
+def _mlp(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return _linear(weights, f"{name}.down", _gelu(_linear(weights, f"{name}.up", x)))
+
+
+def _experts(model: Transformer, weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the chosen experts make of one sample's tokens, and how unevenly they were chosen."""
+    logits = x @ weights[f"{name}.router.weight"].T
+    shares, rows, choices = logits.softmax(dim=1), [], torch.zeros(model.experts, dtype=x.dtype)
+    for token, logit, share in zip(x, logits, shares, strict=True):
+        chosen = logit.argsort(descending=True)[: model.top_k].tolist()
+        mixture = logit[chosen].softmax(dim=0) if model.top_k > 1 else share[chosen]
+        choices[chosen] += 1 / (model.top_k * len(x))
+        made = [_mlp(weights, f"{name}.experts.{expert}", token) for expert in chosen]
+        rows.append(mixture @ torch.stack(made))
+    if not rows:
+        return x, x.sum()
+    return torch.stack(rows), model.experts * (choices @ shares.mean(dim=0))
 
 
 def _attention(model: Transformer, weights: Weights, name: str, x: Tensor) -> Tensor:

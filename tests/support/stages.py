@@ -27,11 +27,13 @@ class Alone:
     cp: dist.ProcessGroup
     dp: dist.ProcessGroup
     pp: dist.ProcessGroup
+    together: dist.ProcessGroup
+    expert_tp: dist.ProcessGroup
 
     @classmethod
     def of(cls, tp: dist.ProcessGroup, one: dist.ProcessGroup) -> "Alone":
         """All axes but tp are of size 1."""
-        return cls(tp, one, one, one)
+        return cls(tp, one, one, one, one, one)
 
 
 def topology_of(modules: Mapping[str, ModuleSpec], **facts: object) -> Topology:

@@ -1,0 +1,115 @@
+"""Metrics: what a rank counts over a run, and what its first rank writes down as steps are done."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import attrs
+from torch.utils.tensorboard import SummaryWriter
+
+from mimogrid.core.schedule.actions import Compute
+from mimogrid.core.steps import Step
+from mimogrid.shell.execute import Timed
+from mimogrid.shell.progress import Progress
+from mimogrid.shell.step import Outcome
+
+
+METRICS = "metrics.jsonl"
+SCALARS_EVERY = 10
+
+
+@attrs.define
+class Tally:
+    """What a rank has counted so far; losses reach back over resumes, throughput does not."""
+
+    begun: float = attrs.field(factory=time.perf_counter)
+    busy_ns: int = 0
+    step_ns: int = 0
+    samples: int = 0
+    tokens: int = 0
+    losses: list[float] = attrs.field(factory=list[float])
+    losses_by_module: dict[str, list[float]] = attrs.field(factory=dict[str, list[float]])
+    skipped: list[int] = attrs.field(factory=list[int])
+    last: tuple[Timed, ...] = ()
+
+    def add(self, index: int, step: Step, outcome: Outcome) -> None:
+        """Count a step."""
+        self.busy_ns += sum(
+            timed.end_ns - timed.begin_ns for timed in outcome.timeline if isinstance(timed.action, Compute)
+        )
+        self.step_ns += outcome.timeline[-1].end_ns - outcome.timeline[0].begin_ns
+        self.samples += len(step.samples)
+        self.tokens += tokens_of(step)
+        self.losses.append(outcome.loss)
+        for name, loss in outcome.losses.items():
+            self.losses_by_module.setdefault(name, []).append(loss)
+        if not outcome.taken:
+            self.skipped.append(index)
+        self.last = outcome.timeline
+
+    @property
+    def seconds(self) -> float:
+        """Time since the first step began."""
+        return time.perf_counter() - self.begun
+
+
+def recall(folder: Path, steps: int) -> Tally:
+    """Return a tally with the losses of the first steps of a run, and forget what its metrics say of later ones."""
+    tally, path = Tally(), folder / METRICS
+    if not path.is_file():
+        return tally
+    lines = path.read_text().splitlines(keepends=True)[:steps]
+    path.write_text("".join(lines))
+    for facts in map(json.loads, lines):
+        tally.losses.append(facts["loss"])
+        for name, loss in facts["losses"].items():
+            tally.losses_by_module.setdefault(name, []).append(loss)
+        if not facts["taken"]:
+            tally.skipped.append(facts["step"])
+    return tally
+
+
+@attrs.frozen(eq=False)
+class Keeper:
+    """Writes metrics as they come: a line each, scalars now and then, progress on the terminal."""
+
+    lines: TextIO
+    scalars: SummaryWriter
+    progress: Progress
+
+    def keep(self, index: int, outcome: Outcome, tally: Tally) -> None:
+        """Write one step."""
+        facts: dict[str, Any] = {
+            "step": index,
+            "loss": outcome.loss,
+            "losses": dict(outcome.losses),
+            "taken": outcome.taken,
+            "gradient_norm": outcome.gradient_norm,
+            "learning_rate": outcome.learning_rate,
+            "samples_per_s": tally.samples / tally.seconds,
+            "tokens_per_s": tally.tokens / tally.seconds,
+        }
+        self.lines.write(json.dumps(facts) + "\n")
+        if index % SCALARS_EVERY == 0:
+            for name in ("loss", "gradient_norm", "learning_rate", "samples_per_s", "tokens_per_s"):
+                self.scalars.add_scalar(name, facts[name], index)
+        self.progress.show(index + 1, facts)
+
+
+@contextlib.contextmanager
+def open_keeper(folder: Path, steps: int) -> Iterator[Keeper]:
+    """Open the files that metrics go to, and the progress on the terminal."""
+    with (
+        (folder / METRICS).open("a", encoding="utf-8") as lines,
+        contextlib.closing(SummaryWriter(str(folder / "tensorboard"))) as scalars,
+        Progress(steps) as progress,
+    ):
+        yield Keeper(lines, scalars, progress)
+
+
+def tokens_of(step: Step) -> int:
+    """Return the positions in use of all language sequences of a step."""
+    return sum(step.rows_start[name][-1] for name in step.topology.graph.texts)

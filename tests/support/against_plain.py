@@ -1,0 +1,71 @@
+"""Against plain: loss and gradients of a job's step in its world, and of the same step by `plain`, on one rank."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+import plain
+from mimogrid.core.gradients import loss_weight
+from mimogrid.core.steps import Step
+from mimogrid.shell.device import DTYPES
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.parity import Verdict, compare, full_gradients
+from mimogrid.shell.place import Place
+from mimogrid.shell.session import open_session
+from stages import full_weights
+
+
+def verdict_in_world(place: Place, job: Job, index: int = 0) -> Verdict | None:
+    """Run on every rank: compare one step; the first rank of the job returns the verdict."""
+    with open_session(place, job) as session:
+        if session.crew is None:
+            return None
+        step = job.step(index)
+        outcome = session.crew.run(index, step, step, update=False)
+        ours = full_gradients(session.crew)
+        if place.rank != job.topology.ranks[0]:
+            return None
+        loss, gradients = _plainly(job, step)
+        return compare((outcome.loss, loss), ours, gradients, precision=job.spec.precision)
+
+
+def _plainly(job: Job, step: Step) -> tuple[float, Mapping[str, Tensor]]:
+    topology, dtype = job.topology, DTYPES[job.spec.precision]
+    weights = full_weights(topology, dtype)
+    names = {name: _loads(job, name) for name in topology.modules}
+    batch = [
+        {name: _exact(job.source.load(sample.id, name), dtype) for name, wanted in names.items() if wanted}
+        for sample in step.samples
+    ]
+    losses = plain.losses(topology, weights, batch)
+    total = torch.zeros((), dtype=dtype)
+    for name, loss in losses.items():
+        total = total + loss_weight(topology, name) * loss / step.units[name]
+    total.backward()
+    return float(total), {
+        f"{module}.{name}": weight.grad
+        for module, own in weights.items()
+        for name, weight in own.items()
+        if weight.grad is not None
+    }
+
+
+def _loads(job: Job, name: str) -> bool:
+    """Whether a module reads anything from the data."""
+    return job.topology.graph.nodes[name].is_source or job.topology.modules[name].model.has_loss
+
+
+def _exact(loaded: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in loaded.items()}
+
+
+def norms_in_world(place: Place, job: Job) -> tuple[float, float] | None:
+    """Run on every rank: return the norm that clips, and the one of all full gradients (on the first rank)."""
+    with open_session(place, job) as session:
+        if session.crew is None:
+            return None
+        step = job.step(0)
+        outcome = session.crew.run(0, step, step, update=False)
+        squares = [float(g.double().square().sum()) for g in full_gradients(session.crew).values()]
+        return (outcome.gradient_norm, sum(squares) ** 0.5) if squares else None

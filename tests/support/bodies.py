@@ -1,0 +1,172 @@
+"""Bodies: what tests run on every rank of a world, ``bodies:function``. Each returns what it saw."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import attrs
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mimogrid.core.schedule.actions import Send, Transfer
+from mimogrid.core.schedule.lower import plan_step
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.parity import full_gradients, on_one_process
+from mimogrid.shell.place import Place
+from mimogrid.shell.session import Session, open_session
+from mimogrid.shell.transport import Transport
+
+
+@attrs.frozen
+class Taken:
+    """What a rank saw of a training step; `changed`: whether any of its weights did."""
+
+    loss: float
+    norm: float
+    taken: bool
+    changed: bool
+
+
+def train(place: Place, job: Job, steps: int) -> list[Taken] | None:
+    """Train some steps; an idle rank returns None."""
+    with open_session(place, job) as session:
+        return list(_steps(session, job, steps)) if session.crew else None
+
+
+def _steps(session: Session, job: Job, steps: int) -> Iterator[Taken]:
+    assert session.crew
+    for index in range(steps):
+        before = [w.detach().clone() for w in _weights(session)]
+        outcome = session.crew.run(index, job.step(index), job.step(index + 1))
+        same = all(torch.equal(a, b) for a, b in zip(before, _weights(session), strict=True))
+        yield Taken(outcome.loss, outcome.gradient_norm, outcome.taken, not same)
+
+
+def _weights(session: Session) -> Iterator[torch.Tensor]:
+    assert session.crew
+    for buffer in session.crew.buffers.values():
+        yield from buffer.weights.values()
+
+
+def gradients(place: Place, job: Job) -> tuple[float, Mapping[str, np.ndarray]] | None:
+    """Return loss and full gradients of the first step from the first rank."""
+    with open_session(place, job) as session:
+        if session.crew is None:
+            return None
+        step = job.step(0)
+        loss = session.crew.run(0, step, step, update=False).loss
+        found = full_gradients(session.crew)
+        return (loss, {name: g.numpy() for name, g in found.items()}) if found else None
+
+
+def norms(place: Place, job: Job) -> tuple[float, float] | None:
+    """Return the global norm as this rank knows it, and that of the gradients of one process."""
+    with open_session(place, job) as session:
+        if session.crew is None:
+            return None
+        step = job.step(0)
+        norm = session.crew.run(0, step, step).gradient_norm
+        _, alone = on_one_process(job, step, session.groups.alone(), session.device)
+        return norm, float(sum(g.square().sum() for g in alone.values())) ** 0.5
+
+
+def open_another(place: Place, job: Job, other: Job, rank: int) -> None:
+    """Open a session, on one rank that of another job; nothing may be open when it is refused."""
+    try:
+        with open_session(place, other if place.rank == rank else job):
+            pass
+    except BaseException:
+        assert not dist.is_initialized()
+        raise
+
+
+def leftovers(place: Place, job: Job) -> tuple[int, int]:
+    """Train a step and leave; return how many groups and threads there are then."""
+    train(place, job, 1)
+    groups = len(dist.distributed_c10d._world.pg_map)
+    return groups, threading.active_count() + _native_threads()
+
+
+def _native_threads() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Threads:"))
+
+
+# -- what is really sent -----------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Sent:
+    """What a rank sent in a step: messages and bytes by (sender, receiver) module, other calls by name."""
+
+    messages: Mapping[tuple[str, str], int]
+    bytes: Mapping[tuple[str, str], int]
+    planned: int
+    calls: Mapping[str, int]
+
+
+def sent(place: Place, job: Job) -> Sent | None:
+    """Count what a rank hands to gloo in the first step."""
+    with open_session(place, job) as session:
+        if session.crew is None:
+            return None
+        step = job.step(0)
+        with _counting() as (messages, volume, calls):
+            session.crew.run(0, step, step)
+        program = plan_step(step)
+        planned = sum(
+            _peer(message, place.rank) != place.rank
+            for action in program.of(place.rank)
+            if isinstance(action, Send)
+            for message in program.messages_of(place.rank, action)
+        )
+        return Sent(dict(messages), dict(volume), planned, dict(calls))
+
+
+def _peer(message: Any, rank: int) -> int:
+    return int(message.rank_target if message.rank_source == rank else message.rank_source)
+
+
+@contextmanager
+def _counting() -> Iterator[tuple[Counter[tuple[str, str]], Counter[tuple[str, str]], Counter[str]]]:
+    messages: Counter[tuple[str, str]] = Counter()
+    volume: Counter[tuple[str, str]] = Counter()
+    calls: Counter[str] = Counter()
+    current: list[tuple[str, str]] = []
+    isend, send = dist.isend, Transport.send
+
+    def counting_send(self: Transport, transfer: Transfer, payload: Any) -> None:
+        current[:] = [(transfer.stage.module, transfer.peer.module)]
+        send(self, transfer, payload)
+
+    def counting_isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        messages[current[0]] += 1
+        volume[current[0]] += tensor.numel() * tensor.element_size()
+        return isend(tensor, *args, **kwargs)
+
+    def counted(name: str) -> Any:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return patch.object(dist, name, call)
+
+    others = ("irecv", "send", "recv", "broadcast", "barrier", "all_gather_object", "batch_isend_irecv")
+    patches = [
+        patch.object(Transport, "send", counting_send),
+        patch.object(dist, "isend", counting_isend),
+        *map(counted, others),
+    ]
+    for each in patches:
+        each.start()
+    try:
+        yield messages, volume, calls
+    finally:
+        for each in patches:
+            each.stop()

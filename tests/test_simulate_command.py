@@ -1,0 +1,155 @@
+"""The command `simulate` and its costs files."""
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from mimogrid.core.costs import EdgeCosts, StageCosts
+from mimogrid.core.errors import PlanError
+from mimogrid.shell import costfile
+from mimogrid.shell.cli import main
+from mimogrid.shell.jobs import open_job
+
+
+JOB = """
+[modules.vision]
+model = "vit"
+feeds = ["language"]
+options = { layers = 2, hidden = 8, heads = 2 }
+
+[modules.language]
+model = "gpt"
+grid = { pp = 2 }
+options = { layers = 2, hidden = 8, heads = 2, vocab = 16 }
+
+[data]
+source = "synthetic"
+
+[batch]
+global_size = 8
+microbatches = 8
+"""
+
+COSTS = """
+[stages."vision.0"]
+forward = 1
+backward = 2.0
+[stages."language.0"]
+forward = 1.0
+backward = 2.0
+[stages."language.1"]
+forward = 1.0
+input_gradient = 1.5
+weight_gradient = 0.5
+[edges]
+latency = 0.25
+[edges."vision -> language"]
+bytes_per_s = 1e9
+overlap = false
+[machine]
+cores = 2
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """The path of a job file in the current folder, with a costs file beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "job.toml").write_text(JOB)
+    (tmp_path / "costs.toml").write_text(COSTS)
+    return tmp_path / "job.toml"
+
+
+def problems(job, text):
+    """What is wrong with a costs file."""
+    (job.parent / "costs.toml").write_text(text)
+    with pytest.raises(PlanError) as caught:
+        costfile.read(job.parent / "costs.toml", open_job(job).topology)
+    return {problem.where: f"{problem.message} {problem.remedy}" for problem in caught.value.problems}
+
+
+def test_a_costs_file_is_read(job):
+    """What holds on all edges holds on one that adds to it."""
+    costs = costfile.read(job.parent / "costs.toml", open_job(job).topology)
+    assert StageCosts(forward=1.0, input_gradient=1.5, weight_gradient=0.5) == costs.stages["language.1"]
+    assert 2.0 == costs.stages["language.1"].whole_backward
+    assert EdgeCosts(latency=0.25) == costs.edge
+    assert EdgeCosts(latency=0.25, bytes_per_s=1e9, overlap=False) == costs.edges["vision -> language"]
+    assert 2 == costs.cores
+
+
+def test_every_problem_of_a_costs_file_is_told(job):
+    """With its place, and the nearest name."""
+    found = problems(
+        job,
+        '[stages."vision.1"]\n[stages."language.0"]\nforward = -1.0\n'
+        '[edges."vision -> langage"]\n[machine]\ncores = 0\n',
+    )
+    assert {'stages."vision.1"', 'stages."language.0".forward', "machine.cores"} <= set(found)
+    assert "Did you mean 'vision -> language'?" in found['edges."vision -> langage"']
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "words"),
+    [
+        ("[stages.x]\nforwards = 1.0\n", "stages.x.forwards", "Did you mean 'forward'?"),
+        ("[edges]\nlatenci = 1.0\n", "edges.latenci", "Did you mean 'latency'?"),
+        ("[edges]\nbytes_per_s = 0\n", "edges.bytes_per_s", "more than 0"),
+        ('[stages."vision.0"]\nbackward = 1.0\nweight_gradient = 1.0\n', 'stages."vision.0"', "halves"),
+    ],
+)
+def test_a_wrong_value_of_a_costs_file_is_told(job, text, where, words):
+    """Like a wrong value of a job file."""
+    assert words in problems(job, text)[where]
+
+
+def test_a_costs_file_that_is_none(job, capsys):
+    """Not there, or no TOML: exit code 2 and the name of the file."""
+    assert 2 == main(["simulate", str(job), "--costs", "nowhere.toml"])
+    assert "nowhere.toml: cannot be read" in capsys.readouterr().err
+    (job.parent / "costs.toml").write_text("[stages")
+    assert 2 == main(["simulate", str(job), "--costs", "costs.toml"])
+    assert "is not TOML" in capsys.readouterr().err
+
+
+def test_simulate_says_what_a_program_wants_to_know(job, capsys):
+    """Without costs it assumes some, by layers, and says so."""
+    assert 0 == main(["simulate", str(job), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["costs"].startswith("assumed")
+    assert found["ratio_to_limit"] == found["step_time"] / found["limit"] >= 1
+    assert {"vision.0": 3, "language.0": 2, "language.1": 1} == found["peak_in_flight"]
+    assert {"warm_up", "edge", "slower_module", "drain"} == set(found["idle"])
+    assert sum(found["idle"].values()) == pytest.approx(found["bubble"] * 3 * found["step_time"])
+    assert {"0", "1", "2"} == set(found["peak_bytes"])
+
+
+def test_simulate_uses_the_costs_that_it_is_given(job, capsys):
+    """Three equal stages: (M + P - 1) * 3."""
+    equal = '[stages."{}"]\nforward = 1.0\nbackward = 2.0\n'
+    stages = ("vision.0", "language.0", "language.1")
+    (job.parent / "costs.toml").write_text("".join(map(equal.format, stages)))
+    assert 0 == main(["simulate", str(job), "--costs", "costs.toml", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (30.0, 30.0, "costs.toml") == (found["step_time"], found["limit"], found["costs"])
+
+
+def test_simulate_draws_for_people(job, capsys):
+    """A row per rank, the numbers, and which costs these are."""
+    assert 0 == main(["simulate", str(job)])
+    printed = capsys.readouterr().out
+    assert "rank 2  language.1 |" in printed
+    assert "x the limit" in printed
+    assert "Costs: assumed, as no --costs is given" in printed
+
+
+def test_simulate_writes_pictures(job, capsys):
+    """SVG that parses, JSON that Perfetto opens; a folder that is not there is the user's mistake."""
+    assert 0 == main(["simulate", str(job), "--svg", "a.svg", "--trace", "a.json"])
+    assert "{http://www.w3.org/2000/svg}svg" == ET.parse(job.parent / "a.svg").getroot().tag
+    assert json.loads((job.parent / "a.json").read_text())["traceEvents"]
+    assert 2 == main(["simulate", str(job), "--svg", "nowhere/a.svg"])
+    assert "cannot be written" in capsys.readouterr().err
