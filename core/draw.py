@@ -7,7 +7,7 @@ light cell, a backward a dark one, the gradient of inputs striped, that of weigh
 >>> from mimogrid.core.schedule.actions import parse
 >>> lines = [(0, "a.0 F0", 0, 1), (0, "a.0 B0", 2, 4), (1, "b.0 F0", 1, 2)]
 >>> print(text(Event(rank, parse(line), begin, end) for rank, line, begin, end in lines))
-rank 0  a.0 | F0    B0────
+rank 0  a.0 | F0    B0───
 rank 1  b.0 |    F0
 """
 
@@ -363,6 +363,8 @@ def _legend(inks: Mapping[str, _Ink], events: Sequence[Event], causes: set[str])
         entries += [(*fills[kind], f"{name} {KINDS[kind]}") for kind in KINDS if kind in kinds]
     if any(isinstance(e.action, Wait) and e.end_s > e.begin_s for e in events):
         entries.append(("", "", "in a WAIT"))
+    if any(isinstance(e.action, Reduce | Tie | Norm | Update) and e.end_s > e.begin_s for e in events):
+        entries.append((GREY, "", "reduce, agree, update"))
     return entries + [(SHADES[cause], "", f"idle: {TOLD[cause]}") for cause in SHADES if cause in causes]
 
 

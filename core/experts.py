@@ -1,9 +1,9 @@
 """Experts: where those of a module lie, and who computes together because of them.
 
 Inside each pipeline stage the ranks are numbered once more, in the order of the module's grid: expert_tp
-fastest, then ep, then expert_dp (`grid.Grid.regrouped`). Position e along ep holds the e-th block of the experts,
-each cut over expert_tp; expert_dp counts the copies. A token crosses to whoever holds its experts, so the ranks
-along (expert_tp, ep) compute together, and with them all that share their lanes:
+fastest, then ep, then expert_dp (`grid.Grid.regrouped`). Position e along ep holds the e-th block of the
+experts, each cut over expert_tp; expert_dp counts the copies. A token crosses to whoever holds its experts, so
+the ranks along (expert_tp, ep) compute together, and with them all that share their lanes:
 
 >>> grid = Grid((Axis("tp", 2), Axis("dp", 3)))
 >>> view = expert_view(grid, expert_tp=1, ep=3)

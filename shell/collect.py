@@ -1,6 +1,7 @@
 """Collecting: full tensors from their shards, by layout-independent names, on one rank.
 
-Each tensor is put together along tp (an expert's along expert_tp) and handed over by one rank alone, so names come once.
+Each tensor is put together along tp (an expert's along expert_tp) and handed over by one rank alone, so names
+come once.
 """
 
 from collections.abc import Mapping

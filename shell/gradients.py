@@ -1,7 +1,8 @@
 """Gradients: one flat buffer per stage, summed over the ranks that the gradient plan names.
 
 Every trainable parameter's gradient is a view of its stage's buffer: backward passes add into it, a reduction
-is one all-reduce (one more for what is partial over tp, and one for experts), and a parameter that a lane never touched counts as zeros there, not as absent.
+is one all-reduce (one more for what is partial over tp, and one for experts), and a parameter that a lane
+never touched counts as zeros there, not as absent.
 """
 
 from collections.abc import Mapping

@@ -131,7 +131,7 @@ class StageRunner:
             gradients.append(torch.full_like(held.outputs["loss"], scale))
         pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if r.requires_grad]
         if pairs:  # A loss, or rows of the user's own, may hang on nothing that trains.
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         held.outputs.clear()
         held.inputs = {
             link.source.module: _gradient(held.inputs[link.source.module])

@@ -261,7 +261,7 @@ def test_it_is_an_error_that_says_where_what_and_how_to_go_on(job, capsys, case)
         assert word in said
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "expert" not in case])
+@pytest.mark.parametrize("case", CASES)
 def test_one_mistake_is_one_error(job, capsys, case):
     """A mistake is not followed by its consequences."""
     overrides, where, _ = CASES[case]

@@ -148,3 +148,18 @@ def test_a_cut_layout_is_the_plain_model(pool: Pool, opened: Callable[[JobSpec],
     said = pool.run("against_plain:verdict_in_world", job.topology.world_size, job)
     (found,) = [one for one in said if one is not None]
     assert max(found.loss, found.gradients) <= TOLERANCE["fp64"], found
+
+
+@pytest.mark.parametrize(
+    "cuts", ["enc(1,1,1)@0 lm(1,1,1)@4 | enc.cp=4 lm.cp=4", "enc(2,1,1)@0 lm(2,2,1)@0 | lm.cp=2 lm.sp"]
+)
+def test_what_is_evaluated_is_whole(pool: Pool, opened: Callable[[JobSpec], Job], cuts: str) -> None:
+    """Every rank hears the same answers, and they are those of a layout that cuts nothing."""
+
+    def chosen(line: str) -> list[list[int]]:
+        job = opened(cut(line))
+        return pool.run("against_plain:chosen_in_world", job.topology.world_size, job)
+
+    (expected, _), found = chosen("enc(1,1,1)@0 lm(1,1,1)@1"), chosen(cuts)
+    assert len(set(expected)) > 1
+    assert [expected] * len(found) == found

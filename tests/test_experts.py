@@ -4,7 +4,9 @@ The notation of the jobs is that of `layouts`, ``name(tp,pp,dp)@offset``; behind
 of models and fields of modules that differ, ``lm.ep=2 lm.experts=4 lm.recompute=full lm.sp``.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -13,7 +15,7 @@ import pytest
 import layouts
 from mimogrid.core.spec import GridSpec, JobSpec
 from mimogrid.shell import jobfile
-from mimogrid.shell.jobs import Job
+from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.parity import TOLERANCE, Verdict
 
@@ -182,3 +184,32 @@ def test_the_norm_that_clips_counts_every_expert_once(
     said = pool.run("against_plain:norms_in_world", job.topology.world_size, job)
     ((clips, expected),) = [one for one in said if one is not None]
     assert clips == pytest.approx(expected, rel=1e-12)
+
+
+# -- runs --------------------------------------------------------------------------------------------------
+
+DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits" / "job.toml"
+EXPERTS = ["modules.language.options.experts=4", "modules.language.options.aux_loss=0.01"]
+ONE_WAY = ["modules.language.grid={dp=2, ep=2}", "modules.vision.grid={}"]
+OTHER_WAY = ["modules.language.grid={tp=2, expert_tp=2}", "modules.vision.grid={dp=2}"]
+
+
+@world
+def test_a_run_with_experts_goes_on_under_another_layout(pool: Pool, tmp_path: Path) -> None:
+    """Experts and their moments move; losses, the auxiliary one by its name, go on as if they had not."""
+
+    def train(folder: Path, *layout: str, resume: bool = False) -> Mapping[str, Any]:
+        settings = ["precision=fp64", "train.steps=6", "train.checkpoint_every=3", "train.evaluate=false"]
+        job = open_job(DIGITS, [*settings, *EXPERTS, *layout])
+        folder.mkdir(exist_ok=True)
+        arguments = (job, None, str(folder), str(folder) if resume else None)
+        reports = pool.run("mimogrid.shell.train:in_world", job.topology.world_size, *arguments)
+        return next(report for report in reports if report)
+
+    expected = train(tmp_path, *ONE_WAY)["losses_by_module"]
+    (tmp_path / "report.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    found = train(tmp_path, *OTHER_WAY, resume=True)["losses_by_module"]
+    assert {"language", "language.aux"} == set(expected) == set(found)
+    for name, losses in expected.items():
+        assert losses == pytest.approx(found[name], rel=1e-9)

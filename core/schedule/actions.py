@@ -164,12 +164,13 @@ def other_end(transfer: Transfer) -> Transfer:
 
 def parse(line: str) -> Action:
     """Read an action in its notation. Raises ValueError for anything else."""
-    found = _LINE.fullmatch(line.strip())
+    line = line.strip()
+    found = _LINE.fullmatch(line)
     if found is None:
         raise ValueError(f"'{line}' is no action; one looks like 'vision.0 SEND_F2 -> language.0'")
     stage = parse_stage(found["stage"]) if found["stage"] else None
     action = _joint(found["word"], stage) if stage is None or found["word"] else _of(found, stage)
-    if str(action) != line.strip():
+    if str(action) != line:
         raise ValueError(f"'{line}' is no action; did you mean '{action}'?")
     return action
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 
 import attrs
 
-from mimogrid.core.schedule.actions import Action, Send, Transfer, Wait, other_end
+from mimogrid.core.schedule.actions import Action, Send, Tie, Transfer, Wait, other_end
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
 
@@ -87,7 +87,7 @@ def in_step(program: Program, listing: Listing, alike: Iterable[Sequence[int]]) 
     leader = {rank: first for first, ranks in members.items() for rank in ranks}
     having: dict[Action, list[int]] = collections.defaultdict(list)
     for first in members:
-        for action in dict.fromkeys(listing[first]):
+        for action in dict.fromkeys(map(meeting, listing[first])):
             having[action].append(first)
 
     @functools.cache
@@ -95,7 +95,14 @@ def in_step(program: Program, listing: Listing, alike: Iterable[Sequence[int]]) 
         met = (leader[peer] for rank in members[first] for peer in program.peers_of(rank, transfer))
         return tuple(dict.fromkeys(met))
 
-    return Walkers({first: listing[first] for first in members}, peers, lambda _, action: having[action])
+    return Walkers(
+        {first: listing[first] for first in members}, peers, lambda _, action: having[meeting(action)]
+    )
+
+
+def meeting(action: Action) -> Action:
+    """Return the action by which the members of a joint action know it; a tie joins two stages, and has two names."""
+    return Tie(attrs.evolve(action.stage, pp=0, chunk=0)) if isinstance(action, Tie) else action
 
 
 def walk(walkers: Walkers) -> Replay:
@@ -160,17 +167,17 @@ class _Walk:
         group = self.joint(walker, action)
         if len(group) == 1:
             return None
-        if (walker, action) in self.free:
-            self.free.remove((walker, action))
+        if (walker, meeting(action)) in self.free:
+            self.free.remove((walker, meeting(action)))
             return None
-        meeting = (group[0], action)
-        met = self.met[meeting]
+        place = (group[0], meeting(action))
+        met = self.met[place]
         met.add(walker)
         if len(met) < len(group):
-            return meeting
-        del self.met[meeting]
-        self.free.update((other, action) for other in group if other != walker)
-        self.ready.extend(self.sleeping.pop(meeting, ()))
+            return place
+        del self.met[place]
+        self.free.update((other, place[1]) for other in group if other != walker)
+        self.ready.extend(self.sleeping.pop(place, ()))
         return None
 
     def _unposted(self, walker: int, transfer: Transfer) -> Iterator[tuple[int, Transfer]]:
@@ -187,6 +194,6 @@ class _Walk:
             owing = [other for other, _ in self._unposted(walker, action.transfer)]
         else:
             group = self.joint(walker, action)
-            met = self.met[group[0], action]
+            met = self.met[group[0], meeting(action)]
             owing = [other for other in group if other not in met]
         return Blocked(walker, action, tuple(dict.fromkeys(owing)))

@@ -1,8 +1,8 @@
 """Experts: the MLP of a layer whose tokens choose among many, on ranks that each hold some of them.
 
-Every token is routed by one rank and computed once, whatever the layout. A rank routes its own tokens: those of
-its data lane, of its part of the positions under context or sequence parallelism, and of its share of what is
-left where plain tensor parallelism gives the same tokens to several ranks; padding is routed nowhere. Then
+Every token is routed by one rank and computed once, whatever the layout. A rank routes its own tokens: those
+of its data lane, of its part of the positions under context or sequence parallelism, and of its share of what
+is left where plain tensor parallelism gives the same tokens to several ranks. Padding is routed nowhere. Then
 
     route       logits = tokens * router, the `top_k` highest, weighted by the softmax over those chosen
                 (megatron's default; of one alone, over all: else the router would learn nothing)
@@ -10,18 +10,18 @@ left where plain tensor parallelism gives the same tokens to several ranks; padd
     compute     expert by expert: up, GELU, down; a shard's result is a term of a sum over expert_tp
     combine     the rows back, summed with their weights
 
-No token is dropped. Where two logits are almost equal, layouts that round differently may choose differently;
-then a token's gradient is that of another choice, and no tolerance covers it. How many rows go where depends on the data, so ranks tell each other first; this is the
-only exchange of sizes there is. Ranks without a token take part in all of it.
+No token is dropped. How many rows go where depends on the data, so ranks tell each other first; it is the only
+exchange of sizes there is. Ranks without a token take part in all of it. Where two logits are almost equal,
+layouts that round differently may choose differently: that is another function, and no tolerance covers it.
 
-The auxiliary loss of a layer is, per sample, E * sum over experts of f * P: of the sample's choices the fraction
-f that fell on the expert (a constant for the gradient), and the mean P over the sample's tokens of its
-probability among all experts. It is a sum over tokens once f is known, so each rank has its own term and only
-counts are added up. Its gradient is attached in the forward, as megatron does: what leaves the layer brings it
-along in the backward, recomputed or not.
+The auxiliary loss of a layer is, per sample, E * sum over experts of f * P: of the sample's choices the
+fraction f that fell on the expert (a constant for the gradient), and the mean P over the sample's tokens of
+its probability among all experts. Once f is known it is a sum over tokens, so each rank has its own term and
+only counts are added up. Its gradient is attached in the forward, as megatron does: what leaves the layer
+brings it along in the backward, recomputed or not.
 
 Shapes in names: S positions, B samples, H hidden; T this rank's tokens, K choices, E experts; C rows to send
-(T * K * expert_tp); M ranks among which rows cross, L experts that one of them holds.
+(T * K * expert_tp); M ranks among which rows cross, L experts that one of them holds, X shards of an expert.
 """
 
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ class Company:
 
 @attrs.frozen(eq=False)
 class ExpertsSpec:
-    """What megatron's layer builds its MLP from. (Of a `ModuleSpec` it wants to know which of its own it is.)"""
+    """What megatron's layer builds its MLP from; of a `ModuleSpec` it asks which of megatron's own it is."""
 
     params: Mapping[str, object]
     module: type[nn.Module]
@@ -83,9 +83,9 @@ def experts_spec(model: BuiltIn, company: Company, *, trains: bool) -> ExpertsSp
 class Experts(nn.Module):
     """The MLP of one layer.
 
-    `scale` is what the auxiliary loss is multiplied by in the loss of the job; 0: there is none. `aux` is this
-    rank's term of it in the last forward, before that. `trains` says that any of the layer's experts or its
-    router trains, here or on another rank.
+    `scale` is what the auxiliary loss is multiplied by in the loss of the job; 0: there is none. `aux` is
+    this rank's term of it in the last forward, before that. `trains` says that any of the layer's experts or
+    its router trains, here or on another rank.
     """
 
     def __init__(self, config: TransformerConfig, *, model: BuiltIn, company: Company, trains: bool) -> None:
@@ -277,7 +277,7 @@ class _Exchanged(torch.autograd.Function):
         return _all_to_all(grad, ctx.back), None
 
 
-# What follows only moves rows. Written out, because the gradient of an index is a scatter with atomics on CUDA.
+# What follows only moves rows. Written out: the gradient of an index is a scatter, on CUDA in any order.
 
 
 class _Spread(torch.autograd.Function):

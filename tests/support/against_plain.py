@@ -69,3 +69,9 @@ def norms_in_world(place: Place, job: Job) -> tuple[float, float] | None:
         outcome = session.crew.run(0, step, step, update=False)
         squares = [float(g.double().square().sum()) for g in full_gradients(session.crew).values()]
         return (outcome.gradient_norm, sum(squares) ** 0.5) if squares else None
+
+
+def chosen_in_world(place: Place, job: Job) -> list[int] | None:
+    """Run on every rank: the likeliest token after each sample of the first step, by a forward-only program."""
+    with open_session(place, job) as session:
+        return session.crew and session.crew.choose(job.step(0), job.source)

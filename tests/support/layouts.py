@@ -211,6 +211,13 @@ def _modules(draw: st.DrawFn, kind: str, feeds: tuple[str, ...], base: int) -> M
         model = attrs.evolve(model, tied_embeddings=draw(st.booleans()))
     if kind == "block":
         model = attrs.evolve(model, hidden=draw(st.sampled_from((8, 16))))
+    if draw(st.integers(0, 3)) == 0:
+        experts = {
+            "experts": 4,
+            "top_k": draw(st.integers(1, 3)),
+            "aux_loss": draw(st.sampled_from((0.0, 0.1))),
+        }
+        model, grid = attrs.evolve(model, **experts), draw(_expert_grids(grid))
     own = draw(st.sampled_from([None, None, base * 2] + [base // n for n in (2, 3) if base % n == 0]))
     weight = {"loss_weight": draw(st.sampled_from((1.0, 0.25, 3.0)))} if model.has_loss else {}
     return ModuleSpec(
@@ -224,6 +231,15 @@ def _modules(draw: st.DrawFn, kind: str, feeds: tuple[str, ...], base: int) -> M
         **draw(st.sampled_from(FREEZING)),
         **weight,
     )
+
+
+@st.composite
+def _expert_grids(draw: st.DrawFn, grid: GridSpec) -> GridSpec:
+    """Draw how four experts lie over the ranks of a stage."""
+    ranks = grid.tp * grid.cp * grid.dp
+    legal = [(ep, tp) for ep in (1, 2, 4) for tp in (1, 2, 4) if ranks % (ep * tp) == 0]
+    ep, expert_tp = draw(st.sampled_from(legal))
+    return attrs.evolve(grid, ep=ep, expert_tp=expert_tp)
 
 
 @st.composite

@@ -21,7 +21,7 @@ Data = Mapping[str, Mapping[str, Tensor]]
 
 
 def losses(topology: Topology, weights: Mapping[str, Weights], batch: Sequence[Data]) -> dict[str, Tensor]:
-    """Return every loss (those of modules by their names, auxiliary ones as ``NAME.aux``), summed over the batch."""
+    """Return every loss, summed over the batch: a module's by its name, an auxiliary one as ``NAME.aux``."""
     found: dict[str, Tensor] = {}
     for data in batch:
         emitted: dict[str, dict[str, Tensor]] = {}
