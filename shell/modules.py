@@ -504,6 +504,23 @@ class OwnStage(StageModule):
         wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
         for name in wanted:
             if name not in given:
+                raise WorldError(f"module '{self.name}' returned {', '.join(given) or 'nothing'}, no '{name}'.")
+        if self.edges and tuple(given["rows"].shape) != (count, self.width):
+            raise WorldError(
+                f"module '{self.name}' returned rows of shape {tuple(given['rows'].shape)}; "
+                f"the plan is one row of width {self.width} for each that comes in, {(count, self.width)}."
+            )
+        if "loss" in given and not self.has_loss:
+            raise WorldError(
+                f"module '{self.name}' feeds others, so the plan gives it no loss; it returned one. "
+                "Put the loss into a module of its own that this one feeds."
+            )
+
+    def _check(self, given: Mapping[str, Tensor], count: int) -> None:
+        """Other ranks wait for exactly what the plan says that comes from here."""
+        wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
+        for name in wanted:
+            if name not in given:
                 raise WorldError(
                     f"module '{self.name}' returned {', '.join(given) or 'nothing'}, no '{name}'."
                 )

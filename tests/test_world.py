@@ -248,4 +248,4 @@ def test_nothing_stays_of_a_world(pool: Pool, opened: Opened) -> None:
     seen = [pool.run("bodies:leftovers", 4, opened_job) for _ in range(20)]
     assert {0} == {groups for world in seen for groups, _ in world}
     for first, last in zip(seen[2], seen[-1], strict=True):
-        assert first[1] == last[1]
+        assert first[1] >= last[1]
