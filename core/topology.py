@@ -312,7 +312,15 @@ def assemble(spec: JobSpec, source: SourceFacts) -> Topology:
             for edge in modules[feeder].outputs
             if edge.target == name
         )
-        modules[name] = _module(name, spec, graph, grids, models, depths, upstream)
+        modules[name] = _module(
+            name,
+            spec=spec,
+            graph=graph,
+            grids=grids,
+            models=models,
+            depths=depths,
+            trains_upstream=upstream,
+        )
     return Topology(
         spec=spec,
         source=source,
@@ -324,6 +332,7 @@ def assemble(spec: JobSpec, source: SourceFacts) -> Topology:
 
 def _module(
     name: str,
+    *,
     spec: JobSpec,
     graph: Graph,
     grids: Mapping[str, Grid],
@@ -344,7 +353,14 @@ def _module(
         loss_weight=written.loss_weight,
         inputs=tuple(edge for edge in edges if edge.target == name),
         outputs=outputs,
-        stages=_stages(name, written, models[name], outputs, depths[name], trains_upstream),
+        stages=_stages(
+            name,
+            written=written,
+            model=models[name],
+            outputs=outputs,
+            depth=depths[name],
+            trains_upstream=trains_upstream,
+        ),
     )
 
 
@@ -370,6 +386,7 @@ def _module_depths(graph: Graph, spec: JobSpec) -> Mapping[str, int]:
 
 def _stages(
     name: str,
+    *,
     written: ModuleSpec,
     model: BuiltIn | Own,
     outputs: tuple[Edge, ...],

@@ -54,7 +54,7 @@ def _traffic(routes: Routes, link: Link) -> EdgeTraffic:
     total = row_bytes * sum(message.rows for message in messages)
     crossing = [message for message in messages if message.rank_source != message.rank_target]
     receivers = [_ranks_per_lane(routes, link.target.module)]
-    if topology.stages[link.source].backward:
+    if topology.stages[link.source].trains_up_to(link):
         receivers.append(_ranks_per_lane(routes, link.source.module))
     return EdgeTraffic(
         source=link.edge.source,

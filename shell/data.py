@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from mimogrid.core.errors import WorldError
-from mimogrid.core.models import Block, Gpt, Regressor, Vit
+from mimogrid.core.models import Block, Gpt, Own, Regressor, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.steps import Share
 from mimogrid.core.topology import Module
@@ -50,8 +50,18 @@ class Loader:
                 return loaded
             case Regressor():
                 return self._load(module, share, ("targets",), share.lengths)
+            case Own() if module.inputs:
+                return self._load_all(module, share)
             case _:
                 return {}
+
+    def _load_all(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
+        """Whatever the source has for a module of the user's beside the rows that others feed it."""
+        columns: dict[str, list[torch.Tensor]] = {}
+        for sample in share.samples:
+            for name, tensor in self._source.load(sample.id, module.name).items():
+                columns.setdefault(name, []).append(tensor)
+        return {name: self._join(column) for name, column in columns.items()}
 
     def _load(
         self, module: Module, share: Share, names: tuple[str, ...], counts: tuple[int, ...]

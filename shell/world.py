@@ -46,12 +46,6 @@ class World:
             self.store.set(f"{what}/all", "")
         self.store.wait([f"{what}/all"])
 
-    def wait_for_all(self, what: str) -> None:
-        """Wait until every rank has come this far; one that left before would break the others' connecting."""
-        if self.store.add(f"{what}/count", 1) == self.size:
-            self.store.set(f"{what}/all", "")
-        self.store.wait([f"{what}/all"])
-
     def fails_first(self) -> bool:
         """Whether this rank is the first of the world to fail; others that fail only echo it."""
         try:

@@ -23,7 +23,9 @@ def _world() -> Iterator[None]:
         yield
 
 
-@given(st.permutations(NAMES), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 9), st.data())
+@given(
+    st.permutations(NAMES), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 9), st.data()
+)
 def test_groups_equal_megatrons(names: list[str], sizes: list[int], offset: int, data: st.DataObject) -> None:
     """For any shape, order of axes, offset and axes asked for, in any order, the groups and their members agree."""
     axes = tuple(Axis(name, size) for name, size in zip(names, sizes, strict=False))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import attrs
 import pytest
-from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import job, program_of, step_with
 
+from cases import CASES
+from jobs import job, program_of, step_with
 from mimogrid.core.digest import digest_of
 from mimogrid.core.gradients import counts_in_norm, is_written_by, loss_scale
 from mimogrid.core.rates import learning_rate
@@ -60,7 +60,7 @@ def test_one_rank_counts_each_shard_and_one_writes_each_parameter(case: str) -> 
 def test_experts_are_counted_once() -> None:
     """Experts over ep and expert_tp with copies: each shard of each expert once."""
     for text in ("l gpt tp2 dp4 ep2 expert_tp2 x4", "l gpt tp2 dp2 pp2 ep4 x8", "l gpt dp4 ep2 x2"):
-        shards, written = counted(job(text))
+        shards, written = counted(job(text, batch=16))
         assert {1} == set(shards.values()), text
         assert {1} == set(written.values()), text
 

@@ -3,11 +3,11 @@
 import itertools
 
 import pytest
-from cases import CASES
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import job, program_of
 
+from cases import CASES
+from jobs import job, program_of
 from mimogrid.core.groups import Ranks, channels_of, groups_of, in_slots
 from mimogrid.core.schedule.actions import Transfer
 from mimogrid.core.verify import listing_of

@@ -1,11 +1,11 @@
 """Notation: what prints as text is read back from it."""
 
 import pytest
-from cases import CASES
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import program_of
 
+from cases import CASES
+from jobs import program_of
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -98,9 +98,9 @@ def test_anything_else_is_an_error(text: str) -> None:
 
 def test_an_error_names_the_line() -> None:
     """Of a whole listing, the line that is wrong is named by its number."""
-    with pytest.raises(ValueError, match="line 3: 'v.0 X1' is no action"):
+    with pytest.raises(ValueError, match=r"line 3: 'v\.0 X1' is no action"):
         from_text("rank 0\n    v.0 F0\n    v.0 X1\n")
-    with pytest.raises(ValueError, match="line 1: 'v.0 F0' stands before any 'rank R'"):
+    with pytest.raises(ValueError, match=r"line 1: 'v\.0 F0' stands before any 'rank R'"):
         from_text("v.0 F0")
     with pytest.raises(ValueError, match="line 3"):
         from_text("rank 0\n    NORM\nrank 0\n")

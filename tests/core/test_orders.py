@@ -3,11 +3,11 @@
 import textwrap
 
 import pytest
-from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import job
 
+from cases import CASES
+from jobs import job
 from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.schedule.orders import credits_of, dependencies, order_of
 from mimogrid.core.topology import Topology

@@ -1,9 +1,9 @@
 """Roles: for every known layout and every rank, what it is, asked anywhere."""
 
 import pytest
+
 from cases import CASES
 from jobs import job
-
 from mimogrid.core.roles import ModuleLayout, role_of
 from mimogrid.core.topology import Topology
 

@@ -3,11 +3,11 @@
 import collections
 
 import pytest
-from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import job, step_with
 
+from cases import CASES
+from jobs import job, step_with
 from mimogrid.core.routes import Routes, lane_parts
 from mimogrid.core.samples import share
 from mimogrid.core.steps import Step
@@ -51,7 +51,7 @@ def owners(step: Step, module: Module, stage: Stage, rows: list[int]) -> list[tu
 @settings(max_examples=60, deadline=None)
 @given(grids(), grids(), ROWS)
 def test_every_row_goes_once_from_owner_to_owner(source: str, target: str, rows: list[int]) -> None:
-    """The pieces of all messages are what counting row by row gives: nothing lost, doubled, reordered or misled."""
+    """The pieces of all messages are what counting row by row gives: nothing lost, doubled or misled."""
     topology = job(f"v vit {source} > l; l gpt {target}", batch=SAMPLES)
     step = step_with(topology, {"v": rows})
     (seam,) = (link for link in topology.links if link.edge)
@@ -72,7 +72,7 @@ def test_every_row_goes_once_from_owner_to_owner(source: str, target: str, rows:
 @settings(max_examples=40, deadline=None)
 @given(grids(), grids(), ROWS)
 def test_parts_are_covered(source: str, target: str, rows: list[int]) -> None:
-    """What reaches a rank, sorted by where it begins, is the part of the rows that it shall hold; so is each message."""
+    """What reaches a rank, sorted, is the part of the rows that it shall hold, and each message is in order."""
     topology = job(f"v vit {source} > l; l gpt {target}", batch=SAMPLES)
     step = step_with(topology, {"v": rows})
     (seam,) = (link for link in topology.links if link.edge)
@@ -203,4 +203,4 @@ def test_a_rank_makes_its_own_messages_only() -> None:
 
 def made(routes: Routes) -> list[tuple[Link, int, int]]:
     """Return which lanes' messages exist by now."""
-    return list(routes._reaching)  # noqa: SLF001 -- what is not made has no public face
+    return list(routes._reaching)

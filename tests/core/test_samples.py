@@ -1,10 +1,12 @@
 """Samples and steps: who has which samples, and so which rows."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import job, step_with
 
+from jobs import job, step_with
 from mimogrid.core.errors import PlanError
 from mimogrid.core.samples import Sample, lane_samples, lanes_over, prefix_sums, share
 from mimogrid.core.steps import step_of
@@ -65,14 +67,14 @@ def test_rows_of_lanes_partition(rows: list[int]) -> None:
         ]
         assert 0 == intervals[0][0], name
         assert sum(rows) == intervals[-1][1], name
-        assert all(a[1] == b[0] for a, b in zip(intervals, intervals[1:], strict=False)), name
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(intervals)), name
 
 
 @given(st.lists(st.integers(0, 5), max_size=9))
 def test_prefix_sums(counts: list[int]) -> None:
     """Prefix sums begin at 0 and rise by the counts."""
     sums = prefix_sums(counts)
-    assert counts == [b - a for a, b in zip(sums, sums[1:], strict=False)]
+    assert counts == [b - a for a, b in itertools.pairwise(sums)]
     assert 0 == sums[0]
 
 

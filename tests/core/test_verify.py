@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 import pytest
-from cases import CASES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jobs import edited, program_of
 
+from cases import CASES
+from jobs import edited, program_of
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -232,7 +232,7 @@ class Oracle:
         for peer in self.program.peers_of(rank, transfer):
             yield (rank, peer) if sends else (peer, rank), sends, value
 
-    def matched(self, pair: tuple[int, int], sends: bool, value: Transfer) -> bool:  # noqa: FBT001
+    def matched(self, pair: tuple[int, int], sends: bool, value: Transfer) -> bool:
         """Whether both ends of a message are posted, and at the same place of their channel."""
         sent, received = self.channels[pair]
         mine = sent if sends else received
@@ -268,7 +268,7 @@ class Oracle:
                 pass
             case _:
                 yield from (a for a in own if isinstance(a, Compute) and a.kind is Kind.BACKWARD)
-                finish = [a for a in self.program.finish(rank)]
+                finish = list(self.program.finish(rank))
                 yield from finish[: finish.index(action)]
 
     def microbatches(self, rank: int, transfer: Transfer) -> set[int]:

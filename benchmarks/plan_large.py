@@ -1,0 +1,133 @@
+"""Plan large worlds: CPU time of every part of the plan, whole and per rank, by size of the world.
+
+    python benchmarks/plan_large.py              # about 100, 1,000 and 10,000 ranks
+    python benchmarks/plan_large.py 1000 --microbatches 26
+
+The job is two encoders in front of a language model, each on a grid of its own, with data lanes in ratios that do not
+divide and rows that are ragged and at times absent: no two lanes of an encoder need be alike. A plan that is linear
+in the world has about the same microseconds per rank in every column. `one rank` is what each rank does in every
+step of training: it lowers its own program.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+
+from mimogrid.core.groups import channels_of, groups_of
+from mimogrid.core.hashing import draw_integer
+from mimogrid.core.models import Gpt, Vit
+from mimogrid.core.roles import role_of
+from mimogrid.core.samples import Sample
+from mimogrid.core.schedule.lower import Program, plan_step
+from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.steps import Step, step_of
+from mimogrid.core.topology import Topology, parse
+from mimogrid.core.traffic import edge_traffic
+from mimogrid.core.verify import listing_of, verify
+
+
+Task = Callable[[], object]
+THERE = 7
+"""Of ten samples, so many have an image."""
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("ranks", type=int, nargs="*", default=[100, 1_000, 10_000])
+    parser.add_argument("--microbatches", type=int, default=4)
+    given = parser.parse_args()
+    columns = [measure(ranks, given.microbatches) for ranks in given.ranks]
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mimogrid", "attrs"))
+    print(f"{processor()}; Python {platform.python_version()}; {versions}")
+    print(f"{given.microbatches} microbatches; CPU milliseconds, and microseconds per rank\n")
+    print(f"{'':12}" + "".join(f"{count:>14,} ranks" for _, count in columns))
+    for part in columns[0][0]:
+        cells = ((seconds[part], seconds[part] / count * 1e6) for seconds, count in columns)
+        print(f"{part:12}" + "".join(f"{total * 1e3:10.1f} ms {each:6.1f}" for total, each in cells))
+
+
+def measure(ranks: int, microbatches: int) -> tuple[dict[str, float], int]:
+    """Return the seconds of every part for about so many ranks, and how many they are."""
+    scale = max(ranks // 100, 1)
+    spec = job(scale, microbatches)
+    facts = SourceFacts(sequence=64, features={"vision": 16, "audio": 16})
+    topology = parse(spec, facts)
+    step = step_of(topology, samples(spec))
+    program = plan_step(step)
+    middle = topology.ranks[len(topology.ranks) // 2]
+    tasks: dict[str, Task] = {
+        "parse": lambda: parse(spec, facts),
+        "roles": lambda: [role_of(topology, rank) for rank in topology.ranks],
+        "groups": lambda: groups_of(topology),
+        "channels": lambda: channels_of(topology),
+        "routes": lambda: edge_traffic(step),
+        "one rank": lambda: fresh(topology, step).of(middle),
+        "program": lambda: listing_of(fresh(topology, step)),
+        "verify": lambda: verify(program),
+    }
+    return {part: timed(task) for part, task in tasks.items()}, len(topology.ranks)
+
+
+def fresh(topology: Topology, step: Step) -> Program:
+    """Return the program of a step with nothing known of the step yet."""
+    return plan_step(Step(topology, step.samples))
+
+
+def job(scale: int, microbatches: int) -> JobSpec:
+    """Return a job of 100 ranks times `scale`."""
+    transformer = {"layers": 4, "hidden": 64, "heads": 4}
+    modules = {
+        "vision": ModuleSpec(
+            model="vit", options=Vit(**transformer), feeds=("language",), grid=GridSpec(tp=2, dp=10 * scale)
+        ),
+        "audio": ModuleSpec(
+            model="vit", options=Vit(**transformer), feeds=("language",), grid=GridSpec(pp=2, dp=8 * scale)
+        ),
+        "language": ModuleSpec(
+            model="gpt", options=Gpt(**transformer, vocab=64), grid=GridSpec(tp=4, dp=4 * scale, pp=4)
+        ),
+    }
+    return JobSpec(
+        modules=modules,
+        data=DataSpec(source="none"),
+        batch=BatchSpec(global_size=20 * scale * microbatches, microbatches=microbatches),
+    )
+
+
+def samples(spec: JobSpec) -> tuple[Sample, ...]:
+    """Draw ragged samples, some without an image."""
+    return tuple(
+        Sample(
+            id=i,
+            length=8,
+            rows={
+                "vision": draw_integer(0, i, "vision", 2, 6) * (draw_integer(0, i, "there", 1, 10) <= THERE),
+                "audio": draw_integer(0, i, "audio", 1, 4),
+            },
+        )
+        for i in range(spec.batch.global_size)
+    )
+
+
+def timed(task: Task) -> float:
+    """Return the CPU seconds of a task: the machine may be shared. The first of two runs fills what is kept per job."""
+    seconds: list[float] = []
+    for _ in range(2):
+        begin = time.process_time()
+        task()
+        seconds.append(time.process_time() - begin)
+    return min(seconds)
+
+
+def processor() -> str:
+    """Name the processor."""
+    with open("/proc/cpuinfo") as lines:
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
