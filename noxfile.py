@@ -72,3 +72,10 @@ def package(session: nox.Session) -> None:
     session.run("python", "-I", "-c", "import mimogrid.core, mimogrid.shell, mimogrid.adapters")
     session.run("python", "-I", "-m", "mimogrid", "--help")
     session.run("mimogrid", "--help")
+
+
+@nox.session(name="parity-long")
+def parity_long(session: nox.Session) -> None:
+    """Compare 2,000 random layouts with one process; takes some twenty minutes on two cores."""
+    arguments = session.posargs or ["--layouts", "2000", "--summary", "docs/parity-long.md"]
+    session.run("python", "tests/long/parity_long.py", *arguments, env={"PYTHONPATH": "tests/support"})

@@ -31,10 +31,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mimogrid.core.errors import WorldError
+from mimogrid.core.errors import PlanError, Problem, WorldError, nearest
 from mimogrid.core.hashing import draw_bits
-from mimogrid.core.layout import trainable_names
+from mimogrid.core.layout import matches_any, trainable_names
 from mimogrid.core.models import Block, BuiltIn, Gpt, Own, Parameter, Regressor, Vit
+from mimogrid.core.spec import ModuleSpec
 from mimogrid.core.steps import Share, aux_name
 from mimogrid.core.topology import UNKNOWN, Module, StageInfo, Topology
 from mimogrid.core.zigzag import ZigZag
@@ -175,10 +176,21 @@ def build_stage(
     initialize(weights, held, seed=topology.spec.seed, module=module.name, groups=groups)
     trainable = info.trainable
     if UNKNOWN in trainable:  # The names of an own module are known only now.
+        _check_patterns(written, module.name, tuple(weights))
         trainable = trainable_names(written, tuple(weights))
     for name, weight in weights.items():
         weight.requires_grad_(name in trainable)
     return stage
+
+
+def _check_patterns(written: ModuleSpec, module: str, names: tuple[str, ...]) -> None:
+    """Every pattern for an own module must match one of its parameters, as legality asks of built-in ones."""
+    frozen = written.frozen if isinstance(written.frozen, tuple) else ()
+    for key, patterns in (("frozen", frozen), ("trainable", written.trainable or ())):
+        for pattern in patterns:
+            if not any(matches_any(name, (pattern,)) for name in names):
+                fact = f"the pattern '{pattern}' matches no parameter of module '{module}'."
+                raise PlanError([Problem(f"modules.{module}.{key}", fact, nearest(pattern, names))])
 
 
 def _ep(groups: Groups) -> int:
@@ -480,6 +492,7 @@ class OwnStage(StageModule):
     def __init__(self, module: Module, info: StageInfo, network: nn.Module, *, dtype: torch.dtype) -> None:
         super().__init__(module, info, dtype=dtype)
         self.network = network
+        self.dtype = dtype
         self.feeders = tuple(edge.source for edge in module.inputs)
         self.has_loss = module.model.has_loss
         self.width = module.model.hidden or next((edge.width for edge in self.edges), 0)
@@ -504,23 +517,6 @@ class OwnStage(StageModule):
         wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
         for name in wanted:
             if name not in given:
-                raise WorldError(f"module '{self.name}' returned {', '.join(given) or 'nothing'}, no '{name}'.")
-        if self.edges and tuple(given["rows"].shape) != (count, self.width):
-            raise WorldError(
-                f"module '{self.name}' returned rows of shape {tuple(given['rows'].shape)}; "
-                f"the plan is one row of width {self.width} for each that comes in, {(count, self.width)}."
-            )
-        if "loss" in given and not self.has_loss:
-            raise WorldError(
-                f"module '{self.name}' feeds others, so the plan gives it no loss; it returned one. "
-                "Put the loss into a module of its own that this one feeds."
-            )
-
-    def _check(self, given: Mapping[str, Tensor], count: int) -> None:
-        """Other ranks wait for exactly what the plan says that comes from here."""
-        wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
-        for name in wanted:
-            if name not in given:
                 raise WorldError(
                     f"module '{self.name}' returned {', '.join(given) or 'nothing'}, no '{name}'."
                 )
@@ -528,6 +524,11 @@ class OwnStage(StageModule):
             raise WorldError(
                 f"module '{self.name}' returned rows of shape {tuple(given['rows'].shape)}; "
                 f"the plan is one row of width {self.width} for each that comes in, {(count, self.width)}."
+            )
+        if self.edges and given["rows"].dtype != self.dtype:
+            raise WorldError(
+                f"module '{self.name}' returned rows of {given['rows'].dtype}; the other end of its edges "
+                f"expects {self.dtype}, the precision of the job."
             )
         if "loss" in given and not self.has_loss:
             raise WorldError(
