@@ -68,11 +68,16 @@ def has_loss(module: ModuleSpec) -> bool:
     return module.options.has_loss
 
 
+def stages_of(module: ModuleSpec) -> int:
+    """Return into how many stages a module is cut: its pipeline ranks times the chunks that each has."""
+    return module.grid.pp * module.chunks
+
+
 def layer_ranges(module: ModuleSpec, layers: int) -> tuple[range, ...]:
-    """Return the layers of each stage: as `split` says, else in equal parts."""
-    pp = module.grid.pp
-    counts = module.split or (layers // pp,) * pp
-    starts = [sum(counts[:i]) for i in range(pp)]
+    """Return the layers of each stage, in order of depth: as `split` says, else in equal parts."""
+    stages = stages_of(module)
+    counts = module.split or (layers // stages,) * stages
+    starts = [sum(counts[:i]) for i in range(stages)]
     return tuple(range(start, start + n) for start, n in zip(starts, counts, strict=True))
 
 

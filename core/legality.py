@@ -22,6 +22,7 @@ from mimogrid.core.layout import (
     model_of,
     place,
     size_of,
+    stages_of,
 )
 from mimogrid.core.models import BuiltIn, Gpt, Own, Regressor, Transformer, Vit, projector
 from mimogrid.core.samples import Sample
@@ -256,20 +257,7 @@ def _cut(name: str, module: ModuleSpec) -> Iterator[Problem]:
     model, where = module.options, f"modules.{name}"
     if isinstance(model, Mapping):
         return
-    pp, layers = module.grid.pp, model.layers
-    if module.split is not None:
-        if len(module.split) != pp or sum(module.split) != layers or min(module.split) < 1:
-            yield Problem(
-                f"{where}.split",
-                f"split = {list(module.split)} is not {layers} layers over pp={pp} stages.",
-                f"Give {pp} positive numbers whose sum is {layers}.",
-            )
-    elif layers % pp:
-        yield Problem(
-            f"{where}.grid.pp",
-            f"module '{name}' splits {layers} layers over pp={pp}: {layers} is not a multiple of {pp}.",
-            f"Legal pp for {layers} layers: {_divisors(layers)}; or say split = [...] with {pp} numbers.",
-        )
+    yield from _stages(name, module, model.layers)
     if model.hidden % model.heads:
         yield Problem(
             f"{where}.options.heads",
@@ -288,6 +276,33 @@ def _cut(name: str, module: ModuleSpec) -> Iterator[Problem]:
             f"{where}.options.kv_heads",
             f"module '{name}' shares {model.kv_heads} key-value heads among {model.heads} heads.",
             f"Legal kv_heads: {_divisors(model.heads)}.",
+        )
+
+
+def _stages(name: str, module: ModuleSpec, layers: int) -> Iterator[Problem]:
+    """How many layers each stage has; a rank has a stage for each of its chunks."""
+    where, pp, stages = f"modules.{name}", module.grid.pp, stages_of(module)
+    over = f"pp={pp}" if module.chunks == 1 else f"pp={pp} * chunks={module.chunks} = {stages}"
+    if module.chunks > 1 and pp == 1:
+        yield Problem(
+            f"{where}.chunks",
+            f"module '{name}' has {module.chunks} chunks a rank on pp=1: there is nothing to interleave.",
+            "Use chunks = 1, or pp of 2 or more.",
+        )
+    if module.split is not None:
+        if len(module.split) != stages or sum(module.split) != layers or min(module.split) < 1:
+            yield Problem(
+                f"{where}.split",
+                f"split = {list(module.split)} is not {layers} layers over {over} stages.",
+                f"Give {stages} positive numbers whose sum is {layers}.",
+            )
+    elif layers % stages:
+        key = "grid.pp" if module.chunks == 1 else "chunks"
+        yield Problem(
+            f"{where}.{key}",
+            f"module '{name}' splits {layers} layers over {over}: {layers} is not a multiple of {stages}.",
+            f"Legal numbers of stages for {layers} layers: {_divisors(layers)}; "
+            f"or say split = [...] with {stages} numbers.",
         )
 
 
@@ -377,6 +392,13 @@ def _lanes(name: str, module: ModuleSpec, spec: JobSpec) -> Iterator[Problem]:
                 f"Legal counts for {size} samples: {_divisors(size)}.",
             )
         return
+    if module.chunks > 1 and count % module.grid.pp:
+        yield Problem(
+            f"modules.{name}.chunks",
+            f"module '{name}' interleaves {module.chunks} chunks over pp={module.grid.pp}, "
+            f"which {count} microbatches are not a multiple of.",
+            f"Use a number of microbatches that divides by {module.grid.pp}, or chunks = 1.",
+        )
     large, small = max(count, spec.batch.microbatches), min(count, spec.batch.microbatches)
     if large % small:
         yield Problem(
@@ -609,11 +631,8 @@ def _not_available_yet(spec: JobSpec) -> Iterator[Problem]:
     """What a job may ask for and this version does not do. The one place that says so; it gets shorter."""
     precision, name = spec.precision, spec.schedule.name
     yield from _not_yet("precision", f"'{precision}'", precision in {"bf16", "fp16"}, "fp32 or fp64")
-    schedules = {"interleaved", "zb-h1", "zb-h2", "auto"}
-    yield from _not_yet("schedule.name", f"'{name}'", name in schedules, "1f1b or gpipe")
-    for module_name, module in spec.modules.items():
-        where = f"modules.{module_name}"
-        yield from _not_yet(f"{where}.chunks", f"chunks={module.chunks}", module.chunks > 1, "1")
+    schedules = {"zb-h1", "zb-h2", "auto"}
+    yield from _not_yet("schedule.name", f"'{name}'", name in schedules, "1f1b, interleaved or gpipe")
 
 
 def _not_yet(where: str, what: str, wanted: bool, instead: str) -> Iterator[Problem]:

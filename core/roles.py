@@ -3,8 +3,49 @@
 A role names the modules that a rank hosts and where it stands in each. Nobody passes roles around: they
 follow from the topology, so a rank of a thousand can be asked about on a laptop, without a process group.
 
-    roles = role_of(topology, rank=1)
-    roles.is_first_stage("vision")          # True on a rank of vision's first stage, False elsewhere
+A vision encoder on two data lanes, ranks 0 and 1, in front of a language model of two stages, ranks 2 and 3:
+
+>>> from mimogrid.core.models import Gpt, Vit
+>>> from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+>>> from mimogrid.core.topology import parse
+>>> def planned(vision, language, **job):
+...     vit, gpt = Vit(layers=2, hidden=8, heads=2), Gpt(layers=2, hidden=8, heads=2, vocab=16)
+...     modules = {
+...         "vision": ModuleSpec(model="vit", options=vit, feeds=("language",), grid=vision),
+...         "language": ModuleSpec(model="gpt", options=gpt, grid=language),
+...     }
+...     data, batch = DataSpec(source="none"), BatchSpec(global_size=4)
+...     spec = JobSpec(modules=modules, data=data, batch=batch, **job)
+...     return parse(spec, SourceFacts(sequence=16, features={"vision": 4}))
+>>> topology = planned(GridSpec(dp=2), GridSpec(pp=2))
+>>> role = role_of(topology, rank=1)
+>>> role.layout.value, list(role.modules), role.modules["vision"].position
+('non_colocated', ['vision'], {'tp': 0, 'cp': 0, 'dp': 1, 'pp': 0})
+>>> role.has_modality_modules, role.modality_module_names, role.has_language_module
+(True, ('vision',), False)
+
+Both ends of the language model are asked about from anywhere, and a rank is in no stage of what it has not:
+
+>>> [role_of(topology, rank).is_first_stage("language") for rank in range(4)]
+[False, False, True, False]
+>>> [role_of(topology, rank).is_last_stage("language") for rank in range(4)]
+[False, False, False, True]
+
+Grids may share ranks, all or some. Here rank 1 has an encoder lane and the language model's first stage:
+
+>>> topology = planned(GridSpec(dp=2), GridSpec(pp=2, offset=1))
+>>> role = role_of(topology, rank=1)
+>>> role.layout.value, {name: info.pp for name, info in role.modules.items()}
+('colocated', {'vision': 0, 'language': 0})
+>>> role_of(planned(GridSpec(tp=2), GridSpec(tp=2, offset=0)), rank=1).layout.value
+'unified'
+
+And a rank in no grid has a role, too: it idles.
+
+>>> topology = planned(GridSpec(), GridSpec(), world_size=3)
+>>> role = role_of(topology, rank=2)
+>>> role.is_idle, list(role.modules), role.is_first_stage("vision")
+(True, [], False)
 
 The vocabulary (layout, stage information, rank role and its predicates) is that of Megatron-LM's pull
 request 3211; there a rank asks its process groups, serves one module, and cannot be idle.
@@ -106,8 +147,8 @@ def role_of(topology: Topology, rank: int) -> RankRole:
             info.stage.module: ModuleStageInfo(
                 module=info.stage.module,
                 pp=info.stage.pp,
-                is_first_stage=info.first,
-                is_last_stage=info.last,
+                is_first_stage=info.stage.pp == 0,
+                is_last_stage=info.stage.pp == topology.modules[info.stage.module].grid.extent("pp") - 1,
                 position=topology.modules[info.stage.module].position(rank),
             )
             for info in topology.stages_of(rank)

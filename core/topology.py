@@ -14,7 +14,15 @@ from mimogrid.core.errors import PlanError
 from mimogrid.core.experts import block_of, closures, expert_view
 from mimogrid.core.graph import Graph
 from mimogrid.core.grid import Grid
-from mimogrid.core.layout import edge_shape, graph_of, layer_ranges, model_of, place, trainable_names
+from mimogrid.core.layout import (
+    edge_shape,
+    graph_of,
+    layer_ranges,
+    model_of,
+    place,
+    stages_of,
+    trainable_names,
+)
 from mimogrid.core.legality import problems_of
 from mimogrid.core.models import (
     FIRST,
@@ -228,6 +236,12 @@ class Topology:
         return self.source.sequence or 0
 
     @functools.cached_property
+    def samples_per_microbatch(self) -> Mapping[str, int]:
+        """How many samples a microbatch of each module has."""
+        total = self.spec.batch.global_size
+        return {name: total // module.microbatches for name, module in self.modules.items()}
+
+    @functools.cached_property
     def edges(self) -> tuple[Edge, ...]:
         """Every edge, in file order of its source."""
         return tuple(edge for module in self.modules.values() for edge in module.outputs)
@@ -380,7 +394,7 @@ def _module_depths(graph: Graph, spec: JobSpec) -> Mapping[str, int]:
     depths: dict[str, int] = {}
     for name in reversed(graph.order):
         below = max((depths[target] for target in graph.nodes[name].feeds), default=0)
-        depths[name] = spec.modules[name].grid.pp + below
+        depths[name] = stages_of(spec.modules[name]) + below
     return depths
 
 
@@ -403,8 +417,8 @@ def _stages(
     trains = trainable_names(written, tuple(p.name for p in parameters))
     infos: list[StageInfo] = []
     ranges = layer_ranges(written, model.layers)
-    for pp, layers in enumerate(ranges):
-        first, last = pp == 0, pp == len(ranges) - 1
+    for i, layers in enumerate(ranges):
+        first, last = i == 0, i == len(ranges) - 1
         held = tuple(
             p
             for p in parameters
@@ -414,11 +428,11 @@ def _stages(
         if isinstance(model, Own) and written.frozen is not True:
             trainable |= {UNKNOWN}
         info = StageInfo(
-            stage=Stage(name, pp),
+            stage=Stage(name, i % written.grid.pp, chunk=i // written.grid.pp),
             layers=layers,
             first=first,
             last=last,
-            depth=depth - pp,
+            depth=depth - i,
             parameters=held,
             trainable=trainable,
             trains_upstream=trains_upstream,

@@ -212,9 +212,8 @@ CASES = {
     ),
 }
 NOT_YET = [
-    "modules.language.chunks=2",
     "precision=bf16",
-    "schedule.name=interleaved",
+    "schedule.name=zb-h1",
     "schedule.name=auto",
 ]
 

@@ -7,11 +7,10 @@ from unittest import mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.hyper_comm_grid import HyperCommGrid
 
 from mimogrid.core.grid import Axis, Grid
 
-
-megatron = pytest.importorskip("megatron.core.hyper_comm_grid")
 
 NAMES = ("tp", "cp", "dp", "pp", "ep")
 
@@ -30,7 +29,7 @@ def test_groups_equal_megatrons(names: list[str], sizes: list[int], offset: int,
     """For any shape, order of axes, offset and axes asked for, in any order, the groups and their members agree."""
     axes = tuple(Axis(name, size) for name, size in zip(names, sizes, strict=False))
     known = [axis.name for axis in axes]
-    theirs = megatron.HyperCommGrid(shape=[axis.size for axis in axes], dim_names=known, rank_offset=offset)
+    theirs = HyperCommGrid(shape=[axis.size for axis in axes], dim_names=known, rank_offset=offset)
     asked = data.draw(st.permutations(known))[: data.draw(st.integers(1, len(known)))]
     expected = tuple(tuple(group) for group in theirs.get_rank_enum(asked))
     assert expected == Grid(axes, offset=offset).ranks_along(asked)
@@ -39,6 +38,6 @@ def test_groups_equal_megatrons(names: list[str], sizes: list[int], offset: int,
 
 def test_a_name_alone_is_one_axis() -> None:
     """One axis may be asked for by its bare name, as there."""
-    theirs = megatron.HyperCommGrid(shape=[2, 3], dim_names=["tp", "dp"])
+    theirs = HyperCommGrid(shape=[2, 3], dim_names=["tp", "dp"])
     expected = tuple(tuple(group) for group in theirs.get_rank_enum("dp"))
     assert expected == Grid((Axis("tp", 2), Axis("dp", 3))).ranks_along("dp")

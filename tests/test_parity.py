@@ -389,6 +389,29 @@ def test_further_steps(verdict: Verdicts) -> None:
     assert_same(verdict, job("enc(1,1,3)@0 lm(2,2,1)@3"), steps=4)
 
 
+# -- chunks ------------------------------------------------------------------------------------------------
+
+INTERLEAVED = {
+    "a chain": ("lm(1,2,1)@0", {"lm": 4}, {}),
+    "behind an encoder": ("enc(1,1,2)@0 lm(2,2,1)@2", {"lm": 4}, {}),
+    "of an encoder too": ("enc(1,2,1)@0 lm(1,2,1)@2", {"enc": 4, "lm": 4}, {}),
+    "before a generator": ("enc(1,1,1)@0 lm(1,2,1)@1->gen gen(1,2,1)@3", {"lm": 6}, {}),
+    "tied over the ends": ("enc(1,1,1)@0 lm(2,2,1)@1", {"lm": 4}, {"tied_embeddings": True}),
+    "beside an encoder on the same ranks": ("enc(1,1,2)@0 lm(1,2,1)@0", {"lm": 4}, {}),
+}
+
+
+@pytest.mark.parametrize("case", INTERLEAVED)
+def test_interleaved_chunks(verdict: Verdicts, case: str) -> None:
+    """Several chunks of a module on a rank, in the interleaved order, train the same model."""
+    line, layers, options = INTERLEAVED[case]
+    changes: dict[str, dict[str, Any]] = {
+        name: {"chunks": count // 2, "options": {"layers": count}} for name, count in layers.items()
+    }
+    changes["lm"]["options"] |= options
+    assert_same(verdict, job(line, schedule="interleaved", changes=changes))
+
+
 # -- at random ---------------------------------------------------------------------------------------------
 
 

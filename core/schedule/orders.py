@@ -12,24 +12,34 @@ to the stage's depth, its distance to the loss along the deepest path, is 1F1B o
 samples, so it holds for modules with microbatches of their own. A stage without backward keeps its outputs
 until they are consumed, and its credit bounds that queue.
 
+A rank with several *chunks* of a module works on them as one *team*: through groups of as many microbatches as
+the pipeline has ranks, chunk after chunk forwards, and in opposite order backwards, with one credit for the
+forwards of all its chunks (interleaved 1F1B). Deeper modules make the first rank's credit grow by as much as
+they need before they give anything back.
+
 Stages that share ranks must agree on one order. A list scheduler walks all sequences in unit time, starts
 what is ready in order of (microbatch, depth, name), and never runs two stages that share a rank at once. Its
 result is one global order: whatever the ranks do in it is free of deadlock, because it has been done once
 here.
 
-Sources: PipeDream and Narayanan et al. 2021 (arXiv 2104.04473) for 1F1B; GPipe (arXiv 1811.06965).
+Sources: PipeDream and Narayanan et al. 2021 (arXiv 2104.04473) for 1F1B and its interleaving; GPipe (arXiv
+1811.06965).
 """
 
 import functools
 import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
 from mimogrid.core.routes import overlapping
 from mimogrid.core.schedule.actions import Compute, Direction, Kind
 from mimogrid.core.topology import Link, Stage, Topology
+
+
+Team = tuple[Stage, ...]
+"""The stages of one module on the same ranks, in order of depth: one, or one per chunk."""
 
 
 @attrs.frozen(eq=False)
@@ -77,46 +87,119 @@ def order_of(topology: Topology, *, training: bool = True) -> Order:
     gradients = frozenset(
         link for link in topology.links if training and stages[link.source].trains_up_to(link)
     )
-    credit = credits_of(topology)
-    sequences = {
-        stage: tuple(
-            stage_sequence(
-                stage,
-                microbatches=topology.modules[stage.module].microbatches,
-                credit=credit[stage],
-                backward=stage in backward,
-            )
-        )
-        for stage in stages
-    }
+    sequences, credit = _sequences(topology, backward)
     actions = _list_schedule(topology, sequences, credit, backward, gradients)
     return Order(training, tuple(actions), backward, gradients)
 
 
-def stage_sequence(stage: Stage, *, microbatches: int, credit: int, backward: bool) -> Iterator[Compute]:
-    """Yield a stage's actions: forwards while fewer than `credit` are in flight, else a backward."""
-    forwards = backwards = 0
-    while forwards < microbatches or (backward and backwards < microbatches):
-        if forwards < microbatches and (not backward or forwards - backwards < credit):
-            yield Compute(Kind.FORWARD, stage, forwards)
-            forwards += 1
-        else:
-            yield Compute(Kind.BACKWARD, stage, backwards)
-            backwards += 1
-
-
 def credits_of(topology: Topology) -> Mapping[Stage, int]:
-    """Return how many microbatches of its own each stage may have in flight."""
-    modules = topology.modules
-    if topology.spec.schedule.name == "gpipe":
-        return {stage: modules[stage.module].microbatches for stage in topology.stages}
-    total = topology.spec.batch.global_size
-    size = {stage: total // modules[stage.module].microbatches for stage in topology.stages}
-    in_flight: dict[Stage, int] = {}
-    for stage in sorted(topology.stages, key=lambda stage: topology.stages[stage].depth):
-        below = max((in_flight[link.target] for link in topology.links_from(stage)), default=0)
-        in_flight[stage] = math.ceil(below / size[stage]) * size[stage] + size[stage]
-    return {stage: samples // size[stage] for stage, samples in in_flight.items()}
+    """Return how many microbatches of its own each stage may have in flight, or its outputs waiting."""
+    return _sequences(topology, frozenset(s for s, info in topology.stages.items() if info.backward))[1]
+
+
+def _sequences(
+    topology: Topology, backward: frozenset[Stage]
+) -> tuple[dict[Team, tuple[Compute, ...]], dict[Stage, int]]:
+    """Return what each team does, and the credit of each stage, module by module from the loss on."""
+    credit: dict[Stage, int] = {}
+    sequences: dict[Team, tuple[Compute, ...]] = {}
+    for name in reversed(topology.graph.order):
+        for team in teams_of(topology, name):
+            sequences[team] = tuple(team_sequence(topology, team, credit, backward=backward))
+        team_of = {stage: team for team in sequences for stage in team}
+        for info in reversed(topology.modules[name].stages):
+            stage = info.stage
+            flying = most_in_flight(stage, sequences[team_of[stage]])
+            credit[stage] = flying if stage in backward else _queue(topology, stage, credit)
+    return sequences, credit
+
+
+def teams_of(topology: Topology, module: str) -> tuple[Team, ...]:
+    """Return the stages of a module, those on the same ranks together."""
+    teams: dict[int, list[Stage]] = {}
+    for info in topology.modules[module].stages:
+        teams.setdefault(info.stage.pp, []).append(info.stage)
+    return tuple(map(tuple, teams.values()))
+
+
+def team_sequence(
+    topology: Topology, team: Team, credit: Mapping[Stage, int], *, backward: frozenset[Stage]
+) -> Iterator[Compute]:
+    """Yield what a team does in order, given the credits of the modules nearer to the loss.
+
+    Where the first chunks train nothing, the others alone go backwards.
+    """
+    trained = tuple(stage for stage in team if stage in backward)
+    module = topology.modules[team[0].module]
+    pipeline = module.grid.extent("pp")
+    group = pipeline if len(team) > 1 else module.microbatches
+    forwards = list(_in_groups(Kind.FORWARD, team, group, module.microbatches))
+    backwards = list(_in_groups(Kind.BACKWARD, trained[::-1], group, module.microbatches))
+    if topology.spec.schedule.name == "gpipe" or not trained:
+        return (yield from (*forwards, *backwards))
+    ahead, most = 0, _credit(topology, team, credit, forwards, backwards)
+    while forwards or backwards:
+        goes_forward = bool(forwards) and (ahead < most or not backwards)
+        yield (forwards if goes_forward else backwards).pop(0)
+        ahead += 1 if goes_forward else -1
+    return None
+
+
+def _in_groups(kind: Kind, chunks: Team, group: int, microbatches: int) -> Iterator[Compute]:
+    """Yield one action per chunk and microbatch: a group of microbatches through all chunks, then the next."""
+    for first in range(0, microbatches, group):
+        for stage in chunks:
+            for microbatch in range(first, min(first + group, microbatches)):
+                yield Compute(kind, stage, microbatch)
+
+
+def _credit(
+    topology: Topology,
+    team: Team,
+    credit: Mapping[Stage, int],
+    forwards: list[Compute],
+    backwards: list[Compute],
+) -> int:
+    """Return how many forwards a team may be ahead of its backwards.
+
+    Before its last chunk goes back on a microbatch, it must have gone forward on as many more as the modules
+    below may have in flight; the teams before the last of the pipeline add what lies between.
+    """
+    last = topology.modules[team[0].module].stages[-1].stage
+    size = topology.samples_per_microbatch
+    below = max(
+        (
+            math.ceil(credit[link.target] * size[link.target.module] / size[last.module])
+            for link in topology.links_from(last)
+        ),
+        default=0,
+    )
+    forward = [i for i, action in enumerate(forwards) if action.stage.chunk == last.chunk]
+    backward = [i for i, action in enumerate(backwards) if action.stage.chunk == last.chunk]
+    furthest = len(forward) - 1
+    ahead = max(forward[min(j + below, furthest)] + 1 - i for j, i in enumerate(backward))
+    between = last.pp - team[0].pp
+    return ahead + (between if len(team) == 1 else 2 * between)
+
+
+def most_in_flight(stage: Stage, sequence: Iterable[Compute]) -> int:
+    """Return how many microbatches of a stage are in flight at most, from forward to backward."""
+    flying = most = 0
+    for action in sequence:
+        if action.stage == stage:
+            flying += 1 if action.kind is Kind.FORWARD else -1
+            most = max(most, flying)
+    return most
+
+
+def _queue(topology: Topology, stage: Stage, credit: Mapping[Stage, int]) -> int:
+    """Return how many outputs a stage without backward may have waiting: as many as it would have in flight."""
+    size = topology.samples_per_microbatch
+    below = (
+        math.ceil(credit[link.target] * size[link.target.module] / size[stage.module])
+        for link in topology.links_from(stage)
+    )
+    return max(below, default=0) + 1
 
 
 def dependencies(topology: Topology, action: Compute, gradients: frozenset[Link]) -> Iterator[Compute]:
@@ -137,7 +220,7 @@ def dependencies(topology: Topology, action: Compute, gradients: frozenset[Link]
 
 def _list_schedule(
     topology: Topology,
-    sequences: Mapping[Stage, tuple[Compute, ...]],
+    sequences: Mapping[Team, tuple[Compute, ...]],
     credit: Mapping[Stage, int],
     backward: frozenset[Stage],
     gradients: frozenset[Link],
@@ -149,10 +232,11 @@ def _list_schedule(
     position = dict.fromkeys(sequences, 0)
     finished: dict[Compute, int] = {}
     running: list[int] = []
-    busy_until = dict.fromkeys(sequences, 0)
+    busy_until = dict.fromkeys(topology.stages, 0)
+    team_of = {stage: team for team in sequences for stage in team}
     now = 0
-    while waiting := [s for s in sequences if position[s] < len(sequences[s])]:
-        heads = [sequences[s][position[s]] for s in waiting]
+    while waiting := [team for team in sequences if position[team] < len(sequences[team])]:
+        heads = [sequences[team][position[team]] for team in waiting]
         heads.sort(key=lambda a: (a.microbatch * duration[a.stage], rank_of[a.stage]))
         for action in heads:
             stage = action.stage
@@ -165,7 +249,7 @@ def _list_schedule(
                 scale = 1 if action.kind is Kind.FORWARD else 2
                 busy_until[stage] = finished[action] = now + scale * duration[stage]
                 heapq.heappush(running, finished[action])
-                position[stage] += 1
+                position[team_of[stage]] += 1
                 yield action
         assert running, f"the order is stuck before {', '.join(map(str, heads))}"
         now = heapq.heappop(running)

@@ -3,7 +3,7 @@
     vision vit tp2 dp2 @0 m8 frozen > language; language gpt pp2 order=tp,pp,cp,dp @4
 
 A module is its name and its model, then in any order: sizes of axes (`tp2`), `@` its offset, `m` microbatches of
-its own, `x` experts, `frozen`, `tied`, `sp`, the order of its axes, and last, after `>`, whom it feeds.
+its own, `chunks`, `x` experts, `frozen`, `tied`, `sp`, the order of its axes, and last, after `>`, whom it feeds.
 """
 
 import re
@@ -24,7 +24,7 @@ from mimogrid.core.topology import Topology, assemble
 
 SEQUENCE = 1 << 20
 """Long enough for any rows, and a multiple of what cuts it."""
-_SIZE = re.compile(r"(tp|cp|dp|pp|ep|expert_tp|m|x|width)(\d+)")
+_SIZE = re.compile(r"(tp|cp|dp|pp|ep|expert_tp|m|x|width|chunks)(\d+)")
 
 
 def job(
@@ -94,13 +94,14 @@ def _module(text: str) -> tuple[str, ModuleSpec]:
         grid=attrs.evolve(grid, **axes, sequence_parallel="sp" in flags),
         frozen="frozen" in flags,
         microbatches=sizes.get("m"),
+        chunks=sizes.get("chunks", 1),
     )
 
 
 def _model(kind: str, sizes: Mapping[str, int], flags: set[str]) -> BuiltIn:
     tp = sizes.get("tp", 1)
     common = {
-        "layers": sizes.get("pp", 1),
+        "layers": sizes.get("pp", 1) * sizes.get("chunks", 1),
         "heads": tp,
         "hidden": sizes.get("width", 8) * tp,
         "experts": sizes.get("x", 0),
