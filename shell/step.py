@@ -81,9 +81,7 @@ class Crew:
                 dtype=dtype,
             )
             weights = named_weights(network)
-            self.buffers[info.stage] = GradientBuffer(
-                module, module.position(rank), info, weights, of_module
-            )
+            self.buffers[info.stage] = GradientBuffer(module, module.position(rank), info, weights, of_module)
         trained = (w for buffer in self.buffers.values() for w in buffer.weights.values())
         self.optimizer = optimizer.build(job.spec.optimizer, trained)
 

@@ -110,7 +110,7 @@ def _sequences(
         for info in reversed(topology.modules[name].stages):
             stage = info.stage
             flying = most_in_flight(stage, sequences[team_of[stage]])
-            credit[stage] = flying if stage in backward else _queue(topology, stage, credit)
+            credit[stage] = flying if stage in backward else _below(topology, stage, credit) + 1
     return sequences, credit
 
 
@@ -136,13 +136,13 @@ def team_sequence(
     forwards = list(_in_groups(Kind.FORWARD, team, group, module.microbatches))
     backwards = list(_in_groups(Kind.BACKWARD, trained[::-1], group, module.microbatches))
     if topology.spec.schedule.name == "gpipe" or not trained:
-        return (yield from (*forwards, *backwards))
+        yield from (*forwards, *backwards)
+        return
     ahead, most = 0, _credit(topology, team, credit, forwards, backwards)
     while forwards or backwards:
         goes_forward = bool(forwards) and (ahead < most or not backwards)
         yield (forwards if goes_forward else backwards).pop(0)
         ahead += 1 if goes_forward else -1
-    return None
 
 
 def _in_groups(kind: Kind, chunks: Team, group: int, microbatches: int) -> Iterator[Compute]:
@@ -166,14 +166,7 @@ def _credit(
     below may have in flight; the teams before the last of the pipeline add what lies between.
     """
     last = topology.modules[team[0].module].stages[-1].stage
-    size = topology.samples_per_microbatch
-    below = max(
-        (
-            math.ceil(credit[link.target] * size[link.target.module] / size[last.module])
-            for link in topology.links_from(last)
-        ),
-        default=0,
-    )
+    below = _below(topology, last, credit)
     forward = [i for i, action in enumerate(forwards) if action.stage.chunk == last.chunk]
     backward = [i for i, action in enumerate(backwards) if action.stage.chunk == last.chunk]
     furthest = len(forward) - 1
@@ -192,14 +185,14 @@ def most_in_flight(stage: Stage, sequence: Iterable[Compute]) -> int:
     return most
 
 
-def _queue(topology: Topology, stage: Stage, credit: Mapping[Stage, int]) -> int:
-    """Return how many outputs a stage without backward may have waiting: as many as it would have in flight."""
+def _below(topology: Topology, stage: Stage, credit: Mapping[Stage, int]) -> int:
+    """Return how many microbatches of a stage cover what the stages that it feeds may have in flight."""
     size = topology.samples_per_microbatch
-    below = (
+    needs = (
         math.ceil(credit[link.target] * size[link.target.module] / size[stage.module])
         for link in topology.links_from(stage)
     )
-    return max(below, default=0) + 1
+    return max(needs, default=0)
 
 
 def dependencies(topology: Topology, action: Compute, gradients: frozenset[Link]) -> Iterator[Compute]:

@@ -3,8 +3,8 @@
 import textwrap
 
 import pytest
-from jobs import job, step_with
 
+from jobs import job, step_with
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.topology import Topology

@@ -301,7 +301,7 @@ def _(job: Table, name: str, draw: st.DrawFn) -> str:
 
 @way("an order of other axes")
 def _(job: Table, name: str, draw: st.DrawFn) -> str:
-    orders = (["tp", "dp"], ["tp", "tp", "dp", "pp"], [], ["tp", "cp", "dp", "ep"])
+    orders: tuple[list[str], ...] = (["tp", "dp"], ["tp", "tp", "dp", "pp"], [], ["tp", "cp", "dp", "ep"])
     return put(job, f"modules.{name}.grid.order", draw(st.sampled_from(orders)))
 
 
