@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(error.code or 0)
     try:
         return _run(given)
+    except KeyboardInterrupt:
+        print("mimogrid: interrupted", file=sys.stderr)
+        return 130  # what shells give for SIGINT
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- until the interpreter ends
         return 0

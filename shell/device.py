@@ -1,11 +1,14 @@
 """The device: chosen once per process, and named nowhere else.
 
-`cuda` with NCCL where a GPU is there, else `cpu` with gloo. The third choice, `host`, computes on CUDA and
-sends through pinned host memory with gloo, so that many ranks can share one GPU in a rehearsal.
+Under a launcher `cuda` with NCCL where a GPU is there, else `cpu` with gloo; a world of local processes is on
+the CPU. The third choice, `host`, computes on CUDA and sends through host memory with gloo, so that many ranks
+can share one GPU in a rehearsal.
 """
 
 import attrs
 import torch
+
+from mimogrid.shell.place import Place
 
 
 DTYPES = {
@@ -29,10 +32,11 @@ class Device:
         return self.torch.type == "cuda" and self.backend == "gloo"
 
 
-def choose(*, local_rank: int, transport: str | None = None) -> Device:
+def choose(place: Place, transport: str | None = None) -> Device:
     """Return this process's device; `transport="host"` asks for gloo beside CUDA."""
-    if not torch.cuda.is_available():
+    is_local = place.meeting is not None
+    if not torch.cuda.is_available() or (is_local and transport != "host"):
         return Device(torch.device("cpu"), "gloo")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return Device(device, "gloo" if transport == "host" else "nccl")

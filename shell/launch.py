@@ -70,7 +70,7 @@ class Pool:
             meeting = str(Path(folder) / "meeting")
             try:
                 for rank in range(size):
-                    task = Task(function, Place(rank, size, meeting), arguments)
+                    task = Task(function, Place(rank, size, meeting, local_rank=rank), arguments)
                     self._workers[rank][1].send(task)
                 return self._collect(self._workers[:size])
             except BaseException:

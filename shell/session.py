@@ -41,7 +41,7 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
     if place.size < needed:
         raise PlanError([_too_small(place.size, needed)])
     torch.set_num_threads(job.spec.train.threads)
-    device = devices.choose(local_rank=place.local_rank, transport=transport)
+    device = devices.choose(place, transport)
     store = _meet(place)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
