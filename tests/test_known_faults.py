@@ -300,15 +300,16 @@ def test_a_last_checkpoint_that_is_not_saved(pool: Pool, opened: Opened, tmp_pat
 def test_seeds_that_collide() -> None:
     """Two modules, or ranks that differ only in the experts they hold, drew the same dropout or weights."""
     topology = jobs.job("a vit dp4 > l; a0 vit dp4 @0 > l; l gpt tp2 cp2 dp2 pp2 ep4 x4", batch=48)
-    held: dict[Seeds, tuple[Any, ...]] = {}
+    held: dict[tuple[Any, ...], Seeds] = {}
     for rank, step, microbatch in itertools.product(topology.ranks, range(3), range(4)):
         for info in topology.stages_of(rank):
             position = topology.modules[info.stage.module].position(rank)
             seeds = seeds_of(0, info.stage, position, step=step, microbatch=microbatch)
-            held[seeds] = (info.stage, position["dp"], position["cp"], step, microbatch)
-    assert len({seeds.apart for seeds in held}) == len(held)
-    assert len({seeds.alike for seeds in held}) == len(set(held.values()))
-    assert not {seeds.apart for seeds in held} & {seeds.alike for seeds in held}
+            held[info.stage, position["dp"], position["cp"], step, microbatch, position["tp"]] = seeds
+    apart, alike = {seeds.apart for seeds in held.values()}, {seeds.alike for seeds in held.values()}
+    assert len(held) == len(apart)
+    assert len({place[:-1] for place in held}) == len(alike)
+    assert not apart & alike
     drawn = [
         draw(parameter, seed=0, module=name).numpy().tobytes()
         for name, module in topology.modules.items()
