@@ -297,11 +297,11 @@ def _stages(name: str, module: ModuleSpec, layers: int) -> Iterator[Problem]:
                 f"Give {stages} positive numbers whose sum is {layers}.",
             )
     elif layers % stages:
-        key = "grid.pp" if module.chunks == 1 else "chunks"
+        key, what = ("grid.pp", "pp") if module.chunks == 1 else ("chunks", "pp * chunks")
         yield Problem(
             f"{where}.{key}",
             f"module '{name}' splits {layers} layers over {over}: {layers} is not a multiple of {stages}.",
-            f"Legal numbers of stages for {layers} layers: {_divisors(layers)}; "
+            f"Legal {what} for {layers} layers: {_divisors(layers)}; "
             f"or say split = [...] with {stages} numbers.",
         )
 

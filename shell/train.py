@@ -153,6 +153,7 @@ class Run:
             steps=whole["steps"],
             loss=f"{whole['losses'][-1]:.4f}" if whole["losses"] else "none",
             accuracy=whole["accuracy"],
+            **whole["accuracy_text_only"],
             folder=str(folder),
         )
         return whole
