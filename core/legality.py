@@ -248,6 +248,7 @@ def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
         yield Problem(f"{where}.layers", f"is {model.layers:,}.", f"Use at most {LAYERS_MOST:,}.")
     yield from _at_least(f"{where}.experts", model.experts, 0, "0: a dense model.")
     yield from _finite(f"{where}.aux_loss", model.aux_loss)
+    yield from _above_zero(f"{where}.init_std", model.init_std)
     if not 0 <= model.dropout < 1:
         yield Problem(f"{where}.dropout", f"is {model.dropout}.", "Use 0 <= dropout < 1.")
 

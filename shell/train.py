@@ -148,12 +148,10 @@ class Run:
         report.draw(folder, crew.job, examined, ranks)
         whole = report.compose(crew, tally, training_s, examined, ranks)
         write_json(folder / REPORT, whole)
-        self.log.info(
-            "finished",
-            steps=whole["steps"],
-            loss=f"{whole['losses'][-1]:.4f}" if whole["losses"] else "none",
-            accuracy=whole["accuracy"],
-            **whole["accuracy_text_only"],
-            folder=str(folder),
-        )
+        facts = {"steps": whole["steps"]}
+        if whole["losses"]:
+            facts["loss"] = f"{whole['losses'][-1]:.4f}"
+        if examined:
+            facts |= {"accuracy": whole["accuracy"], **whole["accuracy_text_only"]}
+        self.log.info("finished", **facts, folder=str(self.folder))
         return whole
