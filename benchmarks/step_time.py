@@ -2,8 +2,8 @@
 
     python benchmarks/step_time.py [JOB] [--set KEY=VALUE ...] [--steps N]
 
-Own overhead is CPU time of the rank's main thread outside compute actions and transport: planning the step,
-lowering, the loop itself, agreement, clipping. The target is at most 3 % of the step for stages whose actions
+Own overhead is CPU time of the rank's main thread outside of computing (compute actions, norm, optimizer) and
+transport: planning the step, lowering, the loop itself, agreement. The target is at most 3 % of the step for stages whose actions
 take 5 ms or more. Without a job, one with such stages is used.
 
 Memory is the growth of the resident set from before the stages were built to its highest point, beside what
@@ -26,6 +26,7 @@ from mimogrid.core.schedule.actions import Action, Compute, Kind, Wait
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Stage
+from mimogrid.shell.gradients import GradientBuffer
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.place import Place
@@ -64,6 +65,9 @@ def in_world(place: Place, job: Job, steps: int) -> dict[str, Any]:
     """Measure one rank."""
     compute, transport = Meter(), Meter()
     compute.around(StageRunner, "compute")
+    compute.around(torch.optim.AdamW, "step")
+    compute.around(GradientBuffer, "clear", "scale", "norm_squared")
+    transport.around(GradientBuffer, "reduce", "tie")
     transport.around(Transport, "send", "receive", "wait")
     transport.around(Crew, "gather")
     before = _resident()
