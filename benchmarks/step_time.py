@@ -3,8 +3,8 @@
     python benchmarks/step_time.py [JOB] [--set KEY=VALUE ...] [--steps N]
 
 Own overhead is CPU time of the rank's main thread outside of computing (compute actions, norm, optimizer) and
-transport: planning the step, lowering, the loop itself, agreement. The target is at most 3 % of the step for stages whose actions
-take 5 ms or more. Without a job, one with such stages is used.
+transport: planning the step, lowering, the loop itself, agreement. The target is at most 3 % of the step for
+stages whose actions take 5 ms or more. Without a job, one with such stages is used.
 
 Memory is the growth of the resident set from before the stages were built to its highest point, beside what
 the schedule says is needed: weights, gradients, optimizer state, and the activations in flight.
