@@ -101,16 +101,12 @@ class Step:
         start, stop = self.rows_of(module, samples)
         return stop > start
 
-    def is_active(self, stage: Stage, lane: int, microbatch: int) -> bool:
-        """Whether a lane takes part in a microbatch.
+    def active(self, module: str, lane: int) -> frozenset[int]:
+        """Return the microbatches of a module that a lane takes part in.
 
         A lane without rows has nothing to compute; but where experts are spread over lanes, those lanes
         compute together, and one of them without rows runs along while any other has some.
         """
-        return microbatch in self.active(stage.module, lane)
-
-    def active(self, module: str, lane: int) -> frozenset[int]:
-        """Return the microbatches of a module that a lane takes part in."""
         if (module, lane) not in self._active:
             here = self.topology.modules[module]
             self._active[module, lane] = frozenset(
