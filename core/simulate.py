@@ -186,7 +186,8 @@ class _Graph:
 
     def _post(self, rank: int, transfer: Transfer, before: int) -> int:
         """Post one end of each message; the end that is posted second sets it on its way."""
-        edge = self.costs.on(link_of(self.program.topology, transfer))
+        link = link_of(self.program.topology, transfer)
+        edge = self.costs.on(link, link.edge)
         sizes = [self._size(message) for message in self.program.messages_of(rank, transfer)]
         holds_up = isinstance(transfer, Send) and not edge.overlap
         took = sum(edge.carry_s(size) + edge.latency for size in sizes if size) if holds_up else 0.0
@@ -341,7 +342,7 @@ def _data(
         elif action.kind is not Kind.FORWARD:
             needs(rank, action, rank, Compute(Kind.FORWARD, *own), 0.0)
     for link in topology.links:
-        edge = costs.on(link)
+        edge = costs.on(link, link.edge)
         for k in range(topology.modules[link.target.module].microbatches):
             for message in program.routes.messages(link, k):
                 source, target = message.rank_source, message.rank_target

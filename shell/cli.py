@@ -214,8 +214,8 @@ def show(job: Job, given: argparse.Namespace) -> int:
 def simulate(job: Job, given: argparse.Namespace) -> int:
     """Simulate step 0."""
     from mimogrid.core import draw  # noqa: PLC0415 -- only what is used
-    from mimogrid.core.costs import ASSUMED, assumed  # noqa: PLC0415
     from mimogrid.core.memory import peak_bytes  # noqa: PLC0415
+    from mimogrid.core.pricing import ASSUMED, assumed  # noqa: PLC0415
     from mimogrid.core.simulate import simulate as timed  # noqa: PLC0415
     from mimogrid.shell import costfile  # noqa: PLC0415
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import attrs
 
-from mimogrid.core.costs import Costs, EdgeCosts, StageCosts, misfits
+from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.pricing import misfits
 from mimogrid.core.topology import Topology
 from mimogrid.shell.tables import Fault, converted, new_converter
 

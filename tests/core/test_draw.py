@@ -10,7 +10,8 @@ import pytest
 
 from jobs import job, program_of
 from mimogrid.core import draw
-from mimogrid.core.costs import EdgeCosts, assumed
+from mimogrid.core.costs import EdgeCosts
+from mimogrid.core.pricing import assumed
 from mimogrid.core.schedule.actions import Compute, Wait, parse
 from mimogrid.core.simulate import simulate
 from mimogrid.core.timeline import Event

@@ -8,8 +8,9 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from jobs import job, program_of, step_with
-from mimogrid.core.costs import Costs, EdgeCosts, StageCosts, assumed, misfits
+from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.memory import peak_bytes
+from mimogrid.core.pricing import assumed, misfits
 from mimogrid.core.schedule.actions import Compute, parse
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.schedule.replay import replay

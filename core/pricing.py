@@ -1,0 +1,44 @@
+"""Pricing: the costs of a job that nobody has measured, and whether costs fit a job."""
+
+from collections.abc import Iterator
+
+from mimogrid.core.costs import Costs, StageCosts
+from mimogrid.core.errors import Problem, nearest
+from mimogrid.core.models import FIRST, Own
+from mimogrid.core.topology import StageInfo, Topology
+
+
+ASSUMED = (
+    "per microbatch a layer takes 1 s forward, and backward 1 s for each gradient that is wanted of it, "
+    "of its inputs and of its weights; sending takes no time"
+)
+"""What `assumed` assumes, in words."""
+
+
+def assumed(topology: Topology) -> Costs:
+    """Return costs for a job that nobody has measured: time goes by layers (see `ASSUMED`)."""
+    return Costs(stages={str(stage): _assumed(topology, info) for stage, info in topology.stages.items()})
+
+
+def _assumed(topology: Topology, info: StageInfo) -> StageCosts:
+    if isinstance(topology.modules[info.stage.module].model, Own):
+        trains = float(bool(info.trainable))
+        return StageCosts(forward=1.0, input_gradient=float(info.trains_upstream), weight_gradient=trains)
+    train = {p.layer for p in info.parameters if p.name in info.trainable}
+    before = info.trains_upstream or FIRST in train
+    inputs = sum(before or not train.isdisjoint(range(info.layers.start, layer)) for layer in info.layers)
+    weights = sum(layer in train for layer in info.layers)
+    return StageCosts(
+        forward=float(len(info.layers)), input_gradient=float(inputs), weight_gradient=float(weights)
+    )
+
+
+def misfits(costs: Costs, topology: Topology) -> Iterator[Problem]:
+    """Yield what costs say of things that the job does not have."""
+    stages = [str(stage) for stage in topology.stages]
+    links = list(dict.fromkeys(str(name) for link in topology.links for name in (link.edge or link, link)))
+    for table, named, known in (("stages", costs.stages, stages), ("edges", costs.edges, links)):
+        for name in named:
+            if name not in known:
+                kind = "stage" if table == "stages" else "edge"
+                yield Problem(f'{table}."{name}"', f"the job has no {kind} '{name}'.", nearest(name, known))
