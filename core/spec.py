@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from mimogrid.core.costs import Costs
 from mimogrid.core.models import BuiltIn
 
 
@@ -67,10 +68,14 @@ class BatchSpec:
 
 @attrs.frozen(kw_only=True)
 class ScheduleSpec:
-    """`[schedule]`."""
+    """`[schedule]`.
+
+    `memory_gb` is a cap per rank for orders that choose, and `costs` what they go by: how long things take.
+    """
 
     name: str = "1f1b"
     memory_gb: float | None = None
+    costs: Costs | None = None
 
 
 @attrs.frozen(kw_only=True)

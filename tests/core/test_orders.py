@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from cases import CASES
 from jobs import job
 from mimogrid.core.schedule.actions import Compute, Kind
-from mimogrid.core.schedule.orders import credits_of, dependencies, order_of
+from mimogrid.core.schedule.orders import order_of
+from mimogrid.core.schedule.work import work_of
 from mimogrid.core.topology import Topology
 
 
@@ -166,7 +167,7 @@ def test_credits_count_samples() -> None:
     """Who makes microbatches twice as large has as many in flight as cover what its readers hold, and one more."""
     topology = job("a vit m2 > l; b vit m8 > l; l gpt pp2", batch=16, microbatches=4)
     expected = {"a.0": 2, "b.0": 5, "l.0": 2, "l.1": 1}
-    assert expected == {str(stage): credit for stage, credit in credits_of(topology).items()}
+    assert expected == {str(stage): credit for stage, credit in order_of(topology).credits.items()}
 
 
 def test_an_encoder_with_twice_the_microbatches() -> None:
@@ -200,10 +201,12 @@ def test_every_order_is_complete_and_possible(
     order = order_of(topology, training=training)
     done: set[Compute] = set()
     flying = dict.fromkeys(topology.stages, 0)
-    credit = credits_of(topology)
+    credit = order.credits
+    work = work_of(topology, training=training, splits=False)
+    needs = {work.actions[i]: {work.actions[j] for j in needs} for i, needs in enumerate(work.needs)}
     for action in order.actions:
         assert action not in done
-        assert done.issuperset(dependencies(topology, action, order.gradients))
+        assert done >= needs[action]
         done.add(action)
         if action.stage in order.backward:
             flying[action.stage] += 1 if action.kind is Kind.FORWARD else -1

@@ -1,0 +1,169 @@
+"""Work: the compute actions of a step, numbered, with what each needs.
+
+Numbers, because a list scheduler touches each action a few times and there are many: those of a stage lie
+together, kind by kind, microbatch by microbatch.
+
+    forward        needs the forwards of the stages that feed it
+    backward       needs its forward, and the backwards of the stages that it feeds
+    I and W        the two halves of a backward that is split: I, the gradient of the inputs, needs what the
+                   backward needs, and is what the stages upstream need; W, that of the weights, needs its I
+
+A stage is split only where it has weights of linear layers to put off: the gradients of a built-in model that
+trains. A module of the user's own, and a frozen stage that only hands gradients on, go back in one piece.
+"""
+
+import collections
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+
+import attrs
+
+from mimogrid.core.models import Own
+from mimogrid.core.routes import overlapping
+from mimogrid.core.schedule.actions import Compute, Kind
+from mimogrid.core.topology import Link, Stage, Topology
+
+
+Team = tuple[Stage, ...]
+"""The stages of one module on the same ranks, in order of depth: one, or one per chunk."""
+
+
+@attrs.frozen(eq=False)
+class Work:
+    """The compute actions of a step.
+
+    Attributes:
+        topology: whose step it is.
+        backward: the stages that run a backward, those with something to train here or upstream.
+        gradients: the links on which gradients flow back.
+        split: those of `backward` that run it in two halves.
+    """
+
+    topology: Topology
+    backward: frozenset[Stage]
+    gradients: frozenset[Link]
+    split: frozenset[Stage]
+
+    @functools.cached_property
+    def actions(self) -> tuple[Compute, ...]:
+        """Every action; its index is its number."""
+        return tuple(
+            Compute(kind, stage, k)
+            for stage in self.topology.stages
+            for kind in self.kinds_of(stage)
+            for k in range(self.count(stage))
+        )
+
+    @functools.cached_property
+    def first(self) -> Mapping[tuple[Stage, Kind], int]:
+        """The number of a stage's first action of a kind; that of microbatch k is k further."""
+        return {(a.stage, a.kind): i for i, a in enumerate(self.actions) if a.microbatch == 0}
+
+    @functools.cached_property
+    def needs(self) -> tuple[tuple[int, ...], ...]:
+        """For every action, those whose results it needs."""
+        return tuple(tuple(self._needs(action)) for action in self.actions)
+
+    @functools.cached_property
+    def teams(self) -> tuple[Team, ...]:
+        """The stages by module and ranks, modules in file order."""
+        found: dict[tuple[str, int], list[Stage]] = {}
+        for stage in self.topology.stages:
+            found.setdefault((stage.module, stage.pp), []).append(stage)
+        return tuple(map(tuple, found.values()))
+
+    @functools.cached_property
+    def rivals(self) -> tuple[tuple[int, ...], ...]:
+        """Which teams cannot work beside each team, itself included, because they share a rank."""
+        modules = self.topology.modules
+        ranks = [
+            frozenset(
+                rank
+                for lane in range(modules[team[0].module].lanes)
+                for rank in modules[team[0].module].holders(team[0], lane)
+            )
+            for team in self.teams
+        ]
+        return tuple(
+            tuple(i for i, there in enumerate(ranks) if not here.isdisjoint(there)) for here in ranks
+        )
+
+    def kinds_of(self, stage: Stage) -> tuple[Kind, ...]:
+        """Return what a stage does with each microbatch, in order."""
+        if stage in self.split:
+            return (Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
+        return (Kind.FORWARD, Kind.BACKWARD) if stage in self.backward else (Kind.FORWARD,)
+
+    def count(self, stage: Stage) -> int:
+        """Return how many microbatches a stage has in a step."""
+        return self.topology.modules[stage.module].microbatches
+
+    def number(self, kind: Kind, stage: Stage, microbatch: int) -> int:
+        """Return the number of an action."""
+        return self.first[stage, kind] + microbatch
+
+    def goes_back(self, stage: Stage) -> Kind:
+        """Return the kind of action that hands gradients on."""
+        return Kind.INPUT_GRADIENT if stage in self.split else Kind.BACKWARD
+
+    def holds(self, action: int) -> int:
+        """By how much an action changes the microbatches that its stage has in flight, from forward to backward."""
+        stage, kind = self.actions[action].stage, self.actions[action].kind
+        if stage not in self.backward:
+            return 0
+        return (kind is Kind.FORWARD) - (kind is self.kinds_of(stage)[-1])
+
+    def in_flight(self, order: Iterable[int]) -> dict[Stage, int]:
+        """Return how many microbatches the stages with a backward have in flight at most, in some order."""
+        held: collections.Counter[Stage] = collections.Counter()
+        most: dict[Stage, int] = {}
+        for action in order:
+            stage = self.actions[action].stage
+            if stage in self.backward:
+                held[stage] += self.holds(action)
+                most[stage] = max(most.get(stage, 0), held[stage])
+        return most
+
+    def read_by(self, stage: Stage, microbatch: int) -> Iterator[int]:
+        """Yield the forwards that read what a stage's forward has made."""
+        for link in self.topology.links_from(stage):
+            for k in self._overlapping(stage, microbatch, link.target):
+                yield self.number(Kind.FORWARD, link.target, k)
+
+    def _needs(self, action: Compute) -> Iterator[int]:
+        stage, k = action.stage, action.microbatch
+        match action.kind:
+            case Kind.FORWARD:
+                for link in self.topology.links_into(stage):
+                    for j in self._overlapping(stage, k, link.source):
+                        yield self.number(Kind.FORWARD, link.source, j)
+            case Kind.WEIGHT_GRADIENT:
+                yield self.number(Kind.INPUT_GRADIENT, stage, k)
+            case _:
+                yield self.number(Kind.FORWARD, stage, k)
+                for link in self.topology.links_from(stage):
+                    if link in self.gradients:
+                        for j in self._overlapping(stage, k, link.target):
+                            yield self.number(self.goes_back(link.target), link.target, j)
+
+    def _overlapping(self, stage: Stage, microbatch: int, other: Stage) -> range:
+        return overlapping(microbatch, self.count(stage), self.count(other))
+
+
+def work_of(topology: Topology, *, training: bool, splits: bool) -> Work:
+    """Return the work of a step; where it `splits`, backwards are split as far as stages and costs allow."""
+    stages = topology.stages
+    backward = frozenset(s for s, info in stages.items() if training and info.backward)
+    gradients = frozenset(
+        link for link in topology.links if training and stages[link.source].trains_up_to(link)
+    )
+    split = frozenset(s for s in backward if splits and may_split(topology, s))
+    return Work(topology, backward, gradients, split)
+
+
+def may_split(topology: Topology, stage: Stage) -> bool:
+    """Whether a stage has weight gradients to put off; where the job's costs know only whole backwards it has none."""
+    costs = topology.spec.schedule.costs
+    whole = costs is not None and str(stage) in costs.stages and not costs.of(stage).splits
+    own = isinstance(topology.modules[stage.module].model, Own)
+    return bool(topology.stages[stage].trainable) and not own and not whole
