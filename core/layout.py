@@ -4,8 +4,9 @@ Where each module's ranks begin, which layers each stage has, what the graph of 
 """
 
 import fnmatch
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -79,6 +80,42 @@ def layer_ranges(module: ModuleSpec, layers: int) -> tuple[range, ...]:
     counts = module.split or (layers // stages,) * stages
     starts = [sum(counts[:i]) for i in range(stages)]
     return tuple(range(start, start + n) for start, n in zip(starts, counts, strict=True))
+
+
+def balanced(seconds: Sequence[float], parts: int) -> tuple[int, ...]:
+    """Cut a row of layers into parts, none empty, so that the slowest is as fast as it can be.
+
+    What makes no difference to that is taken from the front parts, where most microbatches are in flight.
+
+    >>> balanced([1, 1, 1, 1, 1, 3], 3)
+    (2, 3, 1)
+    """
+    starts = tuple(itertools.accumulate(seconds, initial=0.0))
+    spans = (starts[j] - starts[i] for i in range(len(starts)) for j in range(i + 1, len(starts)))
+    limits = sorted(set(spans))
+    low, high = 0, len(limits) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(seconds, limits[middle], parts)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    return _cut(seconds, limits[low], parts)
+
+
+def _cut(seconds: Sequence[float], limit: float, parts: int) -> tuple[int, ...]:
+    """Fill parts from the back up to a limit; each leaves one layer at least for every part before it."""
+    counts: list[int] = []
+    count, filled = 0, 0.0
+    slack = limit * 1e-9
+    for left in range(len(seconds), 0, -1):
+        layer = seconds[left - 1]
+        to_come = parts - len(counts) - 1
+        if count and (filled + layer > limit + slack or left <= to_come):
+            counts.append(count)
+            count, filled = 0, 0.0
+        count, filled = count + 1, filled + layer
+    return (*reversed([*counts, count]),)
 
 
 def trainable_names(module: ModuleSpec, names: tuple[str, ...]) -> frozenset[str]:

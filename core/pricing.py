@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from mimogrid.core.costs import Costs, StageCosts
 from mimogrid.core.errors import Problem, nearest
 from mimogrid.core.models import FIRST, Own
-from mimogrid.core.topology import StageInfo, Topology
+from mimogrid.core.topology import Module, StageInfo, Topology
 
 
 ASSUMED = (
@@ -21,16 +21,28 @@ def assumed(topology: Topology) -> Costs:
 
 
 def _assumed(topology: Topology, info: StageInfo) -> StageCosts:
-    if isinstance(topology.modules[info.stage.module].model, Own):
+    module = topology.modules[info.stage.module]
+    if isinstance(module.model, Own):
         trains = float(bool(info.trainable))
         return StageCosts(forward=1.0, input_gradient=float(info.trains_upstream), weight_gradient=trains)
-    train = {p.layer for p in info.parameters if p.name in info.trainable}
-    before = info.trains_upstream or FIRST in train
-    inputs = sum(before or not train.isdisjoint(range(info.layers.start, layer)) for layer in info.layers)
-    weights = sum(layer in train for layer in info.layers)
+    of_layers = assumed_of_layers(module)[info.layers.start : info.layers.stop]
     return StageCosts(
-        forward=float(len(info.layers)), input_gradient=float(inputs), weight_gradient=float(weights)
+        forward=sum(each.forward for each in of_layers),
+        input_gradient=sum(each.input_gradient or 0.0 for each in of_layers),
+        weight_gradient=sum(each.weight_gradient or 0.0 for each in of_layers),
     )
+
+
+def assumed_of_layers(module: Module) -> tuple[StageCosts, ...]:
+    """Return what is assumed of every layer of a built-in model, wherever it is cut into stages."""
+    train = {p.layer for p in module.parameters for info in module.stages if p.name in info.trainable}
+    before = module.stages[0].trains_upstream or FIRST in train
+    costs: list[StageCosts] = []
+    for layer in range(module.model.layers):
+        trains = layer in train
+        costs.append(StageCosts(forward=1.0, input_gradient=float(before), weight_gradient=float(trains)))
+        before = before or trains
+    return tuple(costs)
 
 
 def misfits(costs: Costs, topology: Topology) -> Iterator[Problem]:

@@ -39,19 +39,30 @@ class _File:
 
 def read(path: Path, topology: Topology) -> Costs:
     """Read the costs of a job. Raises PlanError with every problem of the file."""
+    costs, problems = costs_of(load(path, "Check --costs."))
+    problems += misfits(costs, topology) if costs else ()
+    if problems or costs is None:
+        raise PlanError(problems)
+    return costs
+
+
+def load(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the tables of a file. Raises PlanError, with a remedy for a file that is not there."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanError(
-            [Problem(str(path), f"cannot be read: {error.strerror}.", "Check --costs.")]
-        ) from None
+        raise PlanError([Problem(str(path), f"cannot be read: {error.strerror}.", remedy)]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlanError([Problem(str(path), f"is not TOML: {error}.", "Correct it there.")]) from None
+
+
+def costs_of(table: Mapping[str, Any], at: str = "") -> tuple[Costs | None, list[Problem]]:
+    """Return the costs that a table gives, if it can be read, and every problem with it; `at` is where it stands."""
     converter = new_converter()
     file = converted(converter, table, _File)
     faults = list(file.faults)
     if file.value is None:
-        raise PlanError(_problems(faults))
+        return None, _problems(faults, at)
     common = {key: value for key, value in file.value.edges.items() if not isinstance(value, dict)}
     edge = converted(converter, common, EdgeCosts, ("edges",))
     faults += edge.faults
@@ -67,14 +78,24 @@ def read(path: Path, topology: Topology) -> Costs:
         edges=edges,
         cores=file.value.machine.cores,
     )
-    problems = [*_problems(faults), *misfits(costs, topology), *_impossible(costs)]
-    if problems:
-        raise PlanError(problems)
-    return costs
+    impossible = [attrs.evolve(problem, where=at + problem.where) for problem in _impossible(costs)]
+    return costs, [*_problems(faults, at), *impossible]
 
 
-def _problems(faults: list[Fault]) -> list[Problem]:
-    return [Problem(fault.where, fault.message, fault.remedy) for fault in faults]
+def table_of(costs: Costs) -> dict[str, Any]:
+    """Return costs as the table that `costs_of` reads back; defaults are left out."""
+    converter = new_converter()
+    edges = {name: converter.unstructure(edge) for name, edge in costs.edges.items()}
+    table = {
+        "stages": {name: converter.unstructure(stage) for name, stage in costs.stages.items()},
+        "edges": converter.unstructure(costs.edge) | edges,
+        "machine": {} if costs.cores is None else {"cores": costs.cores},
+    }
+    return {key: value for key, value in table.items() if value}
+
+
+def _problems(faults: list[Fault], at: str) -> list[Problem]:
+    return [Problem(at + fault.where, fault.message, fault.remedy) for fault in faults]
 
 
 def _impossible(costs: Costs) -> Iterator[Problem]:

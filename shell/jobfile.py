@@ -20,9 +20,11 @@ import attrs
 from cattrs import Converter
 from cattrs.gen import override
 
+from mimogrid.core.costs import Costs
 from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.models import BUILT_IN
 from mimogrid.core.spec import GridSpec, JobSpec, ModuleSpec
+from mimogrid.shell import costfile
 from mimogrid.shell.tables import Fault, Wrong, converted, dotted, new_converter, shown, table_hook
 
 
@@ -92,7 +94,12 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> Reading:
             str(path), "the job file is empty.", "A job needs [modules.NAME], [data] and [batch]."
         )
         return Reading(None, (*problems, empty))
+    costs, of_costs = _take_costs(table, Path(path).parent)
+    problems += of_costs
     reading = _read_table(table)
+    if costs and reading.spec:
+        priced = attrs.evolve(reading.spec.schedule, costs=costs)
+        reading = attrs.evolve(reading, spec=attrs.evolve(reading.spec, schedule=priced))
     found = Reading(reading.spec, (), reading.doubtful, given)
     problems += [found.annotated(problem) for problem in reading.problems]
     return attrs.evolve(found, problems=tuple(problems))
@@ -104,6 +111,8 @@ def dump(spec: JobSpec) -> str:
 
     document = tomlkit.document()
     tables = CONVERTER.unstructure(spec)
+    if spec.schedule.costs:
+        tables["schedule"]["costs"] = costfile.table_of(spec.schedule.costs)
     for key, value in tables.items():
         if not isinstance(value, dict):
             document.add(key, value)
@@ -243,6 +252,26 @@ def _override_value(text: str) -> object:
     value = table["value"]
     is_toml = len(table) == 1 and isinstance(value, bool | int | float | str | list | dict)
     return value if is_toml else text
+
+
+# -- costs -------------------------------------------------------------------------------------------------
+
+
+def _take_costs(table: dict[str, Any], folder: Path) -> tuple[Costs | None, list[Problem]]:
+    """Take `schedule.costs` out of a job's tables: the tables of a costs file, or its path from the job's folder."""
+    schedule = table.get("schedule")
+    given = schedule.pop("costs", None) if isinstance(schedule, dict) else None
+    where = "schedule.costs"
+    try:
+        if isinstance(given, str):
+            where = str(folder / given)
+            given = costfile.load(folder / given, "Check schedule.costs.")
+        elif given is not None and not isinstance(given, dict):
+            remedy = 'Give the path of a costs file, or its tables: { stages."language.0" = {...} }.'
+            return None, [Problem(where, f"is {shown(given)}.", remedy)]
+    except PlanError as error:
+        return None, list(error.problems)
+    return (None, []) if given is None else costfile.costs_of(given, f"{where}.")
 
 
 # -- tables ------------------------------------------------------------------------------------------------

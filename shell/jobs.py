@@ -12,7 +12,9 @@ import attrs
 
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.legality import problems_of
+from mimogrid.core.pricing import misfits
 from mimogrid.core.samples import Sample
+from mimogrid.core.settle import settled
 from mimogrid.core.spec import JobSpec, ModuleSpec
 from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, parse
@@ -61,6 +63,7 @@ def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
         raise PlanError(reading.problems)
     spec, of_builders = with_builders(reading.spec)
     source, facts, of_source = open_source(spec)
+    spec = spec if of_source else settled(spec, facts)
     of_plan = [*of_builders, *of_source, *problems_of(spec, None if of_source else facts)]
     problems = [
         *reading.problems,
@@ -68,7 +71,10 @@ def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
     ]
     if problems:
         raise PlanError(problems)
-    return Job(whole, overrides, parse(spec, facts), source)
+    topology = parse(spec, facts)
+    if spec.schedule.costs and (strange := list(misfits(spec.schedule.costs, topology))):
+        raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)
+    return Job(whole, overrides, topology, source)
 
 
 def with_builders(spec: JobSpec) -> tuple[JobSpec, list[Problem]]:

@@ -29,7 +29,7 @@ class Rule:
         all_forwards_first: no backward before the last forward.
         splits: backwards are split where they can be.
         lead: how many more microbatches than the next stage a stage may have in flight.
-        extra: further microbatches in flight, by stage; the stages before it get as many more.
+        extra: further forwards ahead, by the first stage of a team; the stages before it get as many more.
         limit: a stage has no more of the job's microbatches in flight, unless those that it feeds need more.
     """
 
@@ -41,11 +41,11 @@ class Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    "gpipe": Rule(all_forwards_first=True),
     "1f1b": Rule(),
     "interleaved": Rule(),
     "zb-h1": Rule(splits=True),
     "zb-h2": Rule(splits=True, lead=2),
+    "gpipe": Rule(all_forwards_first=True),
 }
 """The orders that have names. Interleaved is 1F1B: what interleaves is that ranks have several chunks."""
 
@@ -71,11 +71,11 @@ def lines_of(work: Work, rule: Rule) -> Lines:
         ahead = 0
         trained: list[Team] = []
         for team in reversed([team for team in work.teams if team[0].module == name]):
-            line = Line(tuple(_forwards(work, team)), *_backwards(work, team))
-            if line.backwards:
+            line = Line(work.sequences[work.teams.index(team)])
+            if line.sequences.backwards:
                 ahead = _ahead(work, team, line, rule, credit=credit, behind=ahead)
                 line = attrs.evolve(line, credit=math.inf if rule.all_forwards_first else ahead)
-                credit |= work.in_flight(_strict(work, line))
+                credit |= _credits(work, team, line, ahead)
                 trained.append(team)
             lines[team] = line
         for team in trained:
@@ -87,41 +87,26 @@ def lines_of(work: Work, rule: Rule) -> Lines:
     return Lines(tuple(attrs.evolve(lines[t], room=_room(work, t, queues)) for t in work.teams), queues)
 
 
-def _forwards(work: Work, team: Team) -> Iterator[int]:
-    """A team's forwards, in order."""
-    return _in_groups(work, [(stage, Kind.FORWARD) for stage in team])
-
-
-def _backwards(work: Work, team: Team) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A team's backwards and its weight gradients, in order; chunks that train nothing have none."""
-    trained = [stage for stage in reversed(team) if stage in work.backward]
-    split = [stage for stage in trained if stage in work.split]
-    return (
-        tuple(_in_groups(work, [(stage, work.goes_back(stage)) for stage in trained])),
-        tuple(_in_groups(work, [(stage, Kind.WEIGHT_GRADIENT) for stage in split])),
-    )
-
-
-def _in_groups(work: Work, chunks: list[tuple[Stage, Kind]]) -> Iterator[int]:
-    """Yield one action per chunk and microbatch: a group of microbatches through all chunks, then the next."""
-    if not chunks:
-        return
-    module = work.topology.modules[chunks[0][0].module]
-    count = module.microbatches
-    group = module.grid.extent("pp") if len(module.stages) > module.grid.extent("pp") else count
-    for first in range(0, count, group):
-        for stage, kind in chunks:
-            for k in range(first, min(first + group, count)):
-                yield work.number(kind, stage, k)
+def _credits(work: Work, team: Team, line: Line, ahead: int) -> dict[Stage, int]:
+    """Return how many microbatches each stage of a team has in flight before it gives anything back."""
+    if len(team) == 1:
+        return {team[0]: min(ahead, work.count(team[0])) if line.credit == ahead else work.count(team[0])}
+    return work.in_flight(_strict(work, line))
 
 
 def _ahead(
     work: Work, team: Team, line: Line, rule: Rule, *, credit: Mapping[Stage, int], behind: int
 ) -> int:
-    """Return how many forwards a team may be ahead of its backwards, given the next team's number, if any."""
+    """Return how many forwards a team may be ahead of its backwards, given the next team's number, if any.
+
+    Ranks with chunks wait for each other both ways round. So there what comes on top is the same for all of
+    them, and only the last one's counts.
+    """
     first, interleaves = team[0], len(team) > 1
+    if behind and interleaves:
+        return behind + 2
     if behind:
-        ahead = behind + rule.lead * (2 if interleaves else 1)
+        ahead = behind + rule.lead
     else:
         ahead = _turned_around(work, team, line, credit) + (rule.lead - 1 if credit else 0)
     ahead += rule.extra.get(first, 0)
@@ -137,8 +122,8 @@ def _turned_around(work: Work, team: Team, line: Line, credit: Mapping[Stage, in
     """Return how many forwards the last team of a module does before what they make comes back."""
     last = team[-1]
     below = _below(work, last, credit)
-    forward = [i for i, action in enumerate(line.forwards) if work.actions[action].stage == last]
-    backward = [i for i, action in enumerate(line.backwards) if work.actions[action].stage == last]
+    forward = [i for i, action in enumerate(line.sequences.forwards) if work.actions[action].stage == last]
+    backward = [i for i, action in enumerate(line.sequences.backwards) if work.actions[action].stage == last]
     furthest = len(forward) - 1
     return max(forward[min(j + below, furthest)] + 1 - i for j, i in enumerate(backward))
 
@@ -155,7 +140,7 @@ def _below(work: Work, stage: Stage, credit: Mapping[Stage, int]) -> int:
 
 def _strict(work: Work, line: Line) -> Iterator[int]:
     """Yield forwards until the credit is used up, then a backward, each with its weights, before every other."""
-    forwards, backwards, ahead = list(line.forwards)[::-1], list(line.backwards)[::-1], 0
+    forwards, backwards, ahead = list(line.sequences.forwards)[::-1], list(line.sequences.backwards)[::-1], 0
     while forwards or backwards:
         goes_on = bool(forwards) and (ahead < line.credit or not backwards)
         action = (forwards if goes_on else backwards).pop()

@@ -30,14 +30,17 @@ Sources: PipeDream and Narayanan et al. 2021 (arXiv 2104.04473) for 1F1B and its
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.footprint import kept_bytes
 from mimogrid.core.schedule.actions import Compute, Direction, Kind
-from mimogrid.core.schedule.lines import RULES, Rule, lines_of
+from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
 from mimogrid.core.schedule.scheduler import TimedWork, schedule
-from mimogrid.core.schedule.work import Work, work_of
+from mimogrid.core.schedule.tuning import AUTO, GB, bytes_needed, tuned
+from mimogrid.core.schedule.work import Work, unit_seconds, work_of
 from mimogrid.core.topology import Link, Stage, Topology
 
 
@@ -94,27 +97,51 @@ class Order:
 
 
 def order_of(topology: Topology, *, training: bool = True) -> Order:
-    """Return the order that the job's schedule names; without `training`, forwards only."""
-    rule = RULES[topology.spec.schedule.name]
-    work = work_of(topology, training=training, splits=rule.splits)
-    return ordered(TimedWork(work, unit_seconds(work)), rule, training=training)
+    """Return the order that the job's schedule names; without `training`, forwards only.
+
+    Raises PlanError where training needs more than `schedule.memory_gb`.
+    """
+    name = topology.spec.schedule.name
+    if name == AUTO and training:
+        best = tuned(topology)
+        order = _order(best.timed.work, best.order, best.lines, training=True)
+    else:
+        rule = RULES.get(name, Rule())
+        work = work_of(topology, training=training, splits=rule.splits)
+        lines = lines_of(work, rule)
+        done = schedule(TimedWork(work, unit_seconds(work)), lines.teams)
+        order = _order(work, done, lines, training=training)
+    if training:
+        _check_memory(order, topology)
+    return order
 
 
-def ordered(timed: TimedWork, rule: Rule, *, training: bool) -> Order:
-    """Return the order that a rule makes of timed work."""
-    work, lines = timed.work, lines_of(timed.work, rule)
-    done = schedule(timed, lines.teams).order
+def _order(work: Work, order: Sequence[int], lines: Lines, *, training: bool) -> Order:
     return Order(
         training=training,
-        actions=tuple(work.actions[i] for i in done),
+        actions=tuple(work.actions[i] for i in order),
         backward=work.backward,
         split=work.split,
         gradients=work.gradients,
-        credits={**lines.queues, **work.in_flight(done)},
+        credits={**lines.queues, **work.in_flight(order)},
     )
 
 
-def unit_seconds(work: Work) -> tuple[float, ...]:
-    """A forward takes one unit per sample, and so does each half of a backward."""
-    size = work.topology.samples_per_microbatch
-    return tuple(size[a.stage.module] * (2.0 if a.kind is Kind.BACKWARD else 1.0) for a in work.actions)
+def _check_memory(order: Order, topology: Topology) -> None:
+    cap, name = topology.spec.schedule.memory_gb, topology.spec.schedule.name
+    if cap is None:
+        return
+    needed = bytes_needed(topology, order.credits)
+    rank = max(needed, key=needed.__getitem__)
+    if needed[rank] <= cap * GB:
+        return
+    stages = [info.stage for info in topology.stages_of(rank)]
+    kept = sum(kept_bytes(topology, stage) for stage in stages) / GB
+    flying = ", ".join(f"{order.credits[s]} of {s}" for s in stages if s in order.backward)
+    fact = (
+        f"{name} needs {needed[rank] / GB:.3g} GB on rank {rank}: {kept:.3g} GB for weights, gradients and "
+        f"moments, the rest for microbatches in flight ({flying or 'none'}); the cap is {cap:g} GB."
+    )
+    other = "" if name == AUTO else f" Or use {AUTO}, which looks for an order that fits."
+    remedy = f"Use smaller microbatches, recompute, or more tp, pp or ranks.{other}"
+    raise PlanError([Problem("schedule.memory_gb", fact, remedy)])

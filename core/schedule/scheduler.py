@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from mimogrid.core.schedule.actions import Kind
-from mimogrid.core.schedule.work import Work
+from mimogrid.core.schedule.work import Sequences, Work
 from mimogrid.core.topology import Stage
 
 
@@ -30,17 +30,13 @@ class Line:
     """A team's turns: its actions by kind, each in order, and by what rule it chooses among them.
 
     Attributes:
-        forwards: its forwards.
-        backwards: its backwards, whole ones and gradients of inputs.
-        weights: its weight gradients.
+        sequences: its actions.
         credit: how many forwards may be ahead of backwards.
         lag: how many weight gradients may be owed to gradients of inputs.
         room: before each forward of a stage without backward, those that must have read earlier outputs.
     """
 
-    forwards: tuple[int, ...]
-    backwards: tuple[int, ...] = ()
-    weights: tuple[int, ...] = ()
+    sequences: Sequences
     credit: float = math.inf
     lag: float = math.inf
     room: Mapping[int, tuple[int, ...]] = attrs.field(factory=dict[int, tuple[int, ...]])
@@ -55,14 +51,21 @@ class TimedWork:
     delay: Mapping[tuple[Stage, Stage], float] = attrs.field(factory=dict[tuple[Stage, Stage], float])
 
     @functools.cached_property
+    def sources(self) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """For every action, those that it needs, and how long their results are on the way."""
+        actions = self.work.actions
+        return tuple(
+            tuple((need, self.delay.get((actions[need].stage, action.stage), 0.0)) for need in needs)
+            for action, needs in zip(actions, self.work.needs, strict=True)
+        )
+
+    @functools.cached_property
     def followers(self) -> tuple[tuple[tuple[int, float], ...], ...]:
         """For every action, those that need it, and how long its result is on the way."""
-        actions = self.work.actions
-        found: list[list[tuple[int, float]]] = [[] for _ in actions]
-        for i, needs in enumerate(self.work.needs):
-            for need in needs:
-                between = (actions[need].stage, actions[i].stage)
-                found[need].append((i, self.delay.get(between, 0.0)))
+        found: list[list[tuple[int, float]]] = [[] for _ in self.sources]
+        for action, sources in enumerate(self.sources):
+            for need, delay in sources:
+                found[need].append((action, delay))
         return tuple(map(tuple, found))
 
     @functools.cached_property
@@ -94,17 +97,56 @@ class TimedWork:
         return tuple(team[action.stage] for action in self.work.actions)
 
 
-@attrs.frozen
-class Schedule:
-    """The actions in the order in which they start, and when the last one ends."""
-
-    order: tuple[int, ...]
-    end_s: float
-
-
-def schedule(timed: TimedWork, lines: Sequence[Line]) -> Schedule:
-    """Let every team work off its line."""
+def schedule(timed: TimedWork, lines: Sequence[Line]) -> tuple[int, ...]:
+    """Let every team work off its line; return all actions in the order in which they start."""
     return _Walk(timed, lines).run()
+
+
+def retimed(timed: TimedWork, order: Sequence[int], lines: Sequence[Line]) -> float:
+    """Return when an order ends whose ranks keep to it, whatever time it was made for.
+
+    As in a program, data sets out when it is made and its receive is posted: when the action before the one
+    that reads it is next.
+    """
+    teams = timed.work.teams
+    ends_s = [0.0] * len(order)
+    busy_until_s, posted_s = [0.0] * len(teams), [0.0] * len(teams)
+    for action in order:
+        team = timed.team_of[action]
+        begin_s = busy_until_s[team]
+        for need, delay in timed.sources[action]:
+            begin_s = max(begin_s, max(ends_s[need], posted_s[team]) + delay)
+        for reader in lines[team].room.get(action, ()):
+            begin_s = max(begin_s, ends_s[reader])
+        ends_s[action] = begin_s + timed.seconds[action]
+        for rival in timed.work.rivals[team]:
+            posted_s[rival] = busy_until_s[rival]
+            busy_until_s[rival] = max(busy_until_s[rival], ends_s[action])
+    return max(busy_until_s)
+
+
+def limit_s(timed: TimedWork, order: Sequence[int]) -> float:
+    """Return what no order of the same actions could beat; the one given says only what may follow what.
+
+    Of any team, and of its forwards or its other actions alone: the shortest way in to one of them, all their
+    work, the shortest way out.
+    """
+    heads, tails = [0.0] * len(order), [0.0] * len(order)
+    for action in order:
+        for follower, delay in timed.followers[action]:
+            heads[follower] = max(heads[follower], heads[action] + timed.seconds[action] + delay)
+    for action in reversed(order):
+        for follower, delay in timed.followers[action]:
+            tails[action] = max(tails[action], tails[follower] + timed.seconds[follower] + delay)
+    sets: dict[tuple[int, bool | None], list[int]] = {}
+    for action, team in enumerate(timed.team_of):
+        forward = timed.work.actions[action].kind is Kind.FORWARD
+        for key in ((team, None), (team, forward)):
+            sets.setdefault(key, []).append(action)
+    return max(
+        min(heads[i] for i in each) + sum(timed.seconds[i] for i in each) + min(tails[i] for i in each)
+        for each in sets.values()
+    )
 
 
 class _Turns:
@@ -113,10 +155,11 @@ class _Turns:
     def __init__(self, line: Line, work: Work) -> None:
         self.line = line
         self.ahead = self.owed = 0
-        self._returns = frozenset(i for i in line.forwards if work.actions[i].stage in work.backward)
-        self._owes = frozenset(i for i in line.backwards if work.actions[i].kind is Kind.INPUT_GRADIENT)
+        mine = line.sequences
+        self._returns = frozenset(i for i in mine.forwards if work.holds[i])
+        self._owes = frozenset(i for i in mine.backwards if not work.holds[i])
         self._forwards, self._backwards, self._weights = (
-            iter(each) for each in (line.forwards, line.backwards, line.weights)
+            iter(each) for each in (mine.forwards, mine.backwards, mine.weights)
         )
         self.forward = next(self._forwards, None)
         self.backward = next(self._backwards, None)
@@ -164,37 +207,31 @@ class _Walk:
                 for reader in readers:
                     self.makes_room.setdefault(reader, []).append(action)
 
-    def run(self) -> Schedule:
+    def run(self) -> tuple[int, ...]:
         """Go from event to event until nothing is left to happen."""
-        end_s = 0.0
         while self.events:
             now, team = heapq.heappop(self.events)
             teams = {team}
             while self.events and self.events[0][0] == now:
                 teams.add(heapq.heappop(self.events)[1])
-            end_s = now
             self._start_all(teams, now)
         assert len(self.order) == len(self.missing), f"the order is stuck after {len(self.order)} actions"
-        return Schedule(tuple(self.order), end_s)
+        return tuple(self.order)
 
     def _start_all(self, teams: set[int], now: float) -> None:
         """Start what these teams want and can start, the most urgent first."""
-        startable = [
-            (self.timed.priority[a], a, team) for team in teams if (a := self._next(team, now)) is not None
-        ]
-        startable.sort()
-        for _, action, team in startable:
-            if self._is_free(team, now):
+        startable: list[tuple[int, int, int]] = []
+        for team in teams:
+            if self.busy_until_s[team] <= now:
+                action = self._ready(team, now)
+                if action is not None:
+                    startable.append((self.timed.priority[action], action, team))
+        for _, action, team in sorted(startable):
+            if self.busy_until_s[team] <= now:
                 self._start(action, team, now)
 
-    def _is_free(self, team: int, now: float) -> bool:
-        busy = self.busy_until_s
-        return all(busy[rival] <= now for rival in self.timed.work.rivals[team])
-
-    def _next(self, team: int, now: float) -> int | None:
-        """Return the first of what a team wants that is ready, if its ranks are free."""
-        if not self._is_free(team, now):
-            return None
+    def _ready(self, team: int, now: float) -> int | None:
+        """Return the first of what a team wants that is ready."""
         for action in self.turns[team].wanted():
             if action is not None and not self.missing[action] and self.ready_s[action] <= now:
                 return action
@@ -205,8 +242,8 @@ class _Walk:
         end_s = now + timed.seconds[action]
         self.turns[team].start(action)
         self.order.append(action)
-        self.busy_until_s[team] = end_s
         for rival in timed.work.rivals[team]:
+            self.busy_until_s[rival] = max(self.busy_until_s[rival], end_s)
             heapq.heappush(self.events, (end_s, rival))
         for follower, delay in timed.followers[action]:
             self._give(follower, end_s + delay)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
+from mimogrid.core.costs import Costs
 from mimogrid.core.models import Own
 from mimogrid.core.routes import overlapping
 from mimogrid.core.schedule.actions import Compute, Kind
@@ -26,6 +27,15 @@ from mimogrid.core.topology import Link, Stage, Topology
 
 Team = tuple[Stage, ...]
 """The stages of one module on the same ranks, in order of depth: one, or one per chunk."""
+
+
+@attrs.frozen(eq=False)
+class Sequences:
+    """The actions of a team, each kind in order: forwards, backwards (whole or of inputs), weight gradients."""
+
+    forwards: tuple[int, ...]
+    backwards: tuple[int, ...]
+    weights: tuple[int, ...]
 
 
 @attrs.frozen(eq=False)
@@ -73,6 +83,11 @@ class Work:
         return tuple(map(tuple, found.values()))
 
     @functools.cached_property
+    def sequences(self) -> tuple[Sequences, ...]:
+        """The sequences of every team; chunks that train nothing have no backward."""
+        return tuple(map(self._sequences, self.teams))
+
+    @functools.cached_property
     def rivals(self) -> tuple[tuple[int, ...], ...]:
         """Which teams cannot work beside each team, itself included, because they share a rank."""
         modules = self.topology.modules
@@ -106,21 +121,23 @@ class Work:
         """Return the kind of action that hands gradients on."""
         return Kind.INPUT_GRADIENT if stage in self.split else Kind.BACKWARD
 
-    def holds(self, action: int) -> int:
-        """By how much an action changes the microbatches that its stage has in flight, from forward to backward."""
-        stage, kind = self.actions[action].stage, self.actions[action].kind
-        if stage not in self.backward:
-            return 0
-        return (kind is Kind.FORWARD) - (kind is self.kinds_of(stage)[-1])
+    @functools.cached_property
+    def holds(self) -> tuple[int, ...]:
+        """By how much each action changes the microbatches that its stage has in flight, forward to backward."""
+        changes: dict[tuple[Stage, Kind], int] = {}
+        for stage in self.backward:
+            kinds = self.kinds_of(stage)
+            changes |= {(stage, kinds[0]): 1, (stage, kinds[-1]): -1}
+        return tuple(changes.get((action.stage, action.kind), 0) for action in self.actions)
 
     def in_flight(self, order: Iterable[int]) -> dict[Stage, int]:
         """Return how many microbatches the stages with a backward have in flight at most, in some order."""
         held: collections.Counter[Stage] = collections.Counter()
         most: dict[Stage, int] = {}
         for action in order:
-            stage = self.actions[action].stage
-            if stage in self.backward:
-                held[stage] += self.holds(action)
+            if self.holds[action]:
+                stage = self.actions[action].stage
+                held[stage] += self.holds[action]
                 most[stage] = max(most.get(stage, 0), held[stage])
         return most
 
@@ -129,6 +146,30 @@ class Work:
         for link in self.topology.links_from(stage):
             for k in self._overlapping(stage, microbatch, link.target):
                 yield self.number(Kind.FORWARD, link.target, k)
+
+    def _sequences(self, team: Team) -> Sequences:
+        trained = [stage for stage in reversed(team) if stage in self.backward]
+        split = [stage for stage in trained if stage in self.split]
+        return Sequences(
+            forwards=tuple(self._in_groups([(stage, Kind.FORWARD) for stage in team])),
+            backwards=tuple(self._in_groups([(stage, self.goes_back(stage)) for stage in trained])),
+            weights=tuple(self._in_groups([(stage, Kind.WEIGHT_GRADIENT) for stage in split])),
+        )
+
+    def _in_groups(self, chunks: list[tuple[Stage, Kind]]) -> Iterator[int]:
+        """Yield one action per chunk and microbatch: a group of microbatches through all chunks, then the next.
+
+        A group has as many microbatches as the pipeline has ranks where they have several chunks.
+        """
+        if not chunks:
+            return
+        module = self.topology.modules[chunks[0][0].module]
+        count, pipeline = module.microbatches, module.grid.extent("pp")
+        group = pipeline if len(module.stages) > pipeline else count
+        for first in range(0, count, group):
+            for stage, kind in chunks:
+                for k in range(first, min(first + group, count)):
+                    yield self.number(kind, stage, k)
 
     def _needs(self, action: Compute) -> Iterator[int]:
         stage, k = action.stage, action.microbatch
@@ -167,3 +208,23 @@ def may_split(topology: Topology, stage: Stage) -> bool:
     whole = costs is not None and str(stage) in costs.stages and not costs.of(stage).splits
     own = isinstance(topology.modules[stage.module].model, Own)
     return bool(topology.stages[stage].trainable) and not own and not whole
+
+
+def unit_seconds(work: Work) -> tuple[float, ...]:
+    """Return unit times: a forward takes one unit per sample, and so does each half of a backward."""
+    size = work.topology.samples_per_microbatch
+    return tuple(size[a.stage.module] * (2.0 if a.kind is Kind.BACKWARD else 1.0) for a in work.actions)
+
+
+def seconds_of(action: Compute, costs: Costs) -> float:
+    """Return how long a compute action takes."""
+    of_stage = costs.of(action.stage)
+    match action.kind:
+        case Kind.FORWARD:
+            return of_stage.forward
+        case Kind.BACKWARD:
+            return of_stage.whole_backward
+        case Kind.INPUT_GRADIENT:
+            return of_stage.input_gradient or 0.0
+        case Kind.WEIGHT_GRADIENT:
+            return of_stage.weight_gradient or 0.0

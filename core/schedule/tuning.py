@@ -1,0 +1,216 @@
+"""Tuning: the order `auto`, found by trying orders on a clock.
+
+What is tried are rules (`lines`): first those that have names, then, from the best of them on, further
+microbatches in flight for one stage after the other, the stages with most to do first. Nearly balanced modules
+gain by this what a fixed warm-up depth loses: an encoder stage that takes 1.5 times as long as the stages of
+the language model needs four microbatches more than its depth to keep them fed. The same addition for all
+stages gives nothing.
+
+The clock is one walk of an order over the stages: all lanes of a stage at once, data on its way as long as its
+link's costs say for the largest samples, no limit on cores. A named order is tried as it would be run, so on
+that clock `auto` is no slower than any of them. How much is tried depends on the number of actions alone:
+every rank finds the same.
+
+Where there is a cap on memory, orders that exceed it on any rank do not count, and each named one is tried
+also with the largest limit on microbatches in flight that keeps it below.
+"""
+
+import collections
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from mimogrid.core.costs import Costs
+from mimogrid.core.footprint import hosts, kept_bytes, most_bytes_in_flight, most_message_bytes
+from mimogrid.core.pricing import assumed
+from mimogrid.core.schedule.actions import Kind
+from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
+from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule
+from mimogrid.core.schedule.work import Work, seconds_of, unit_seconds, work_of
+from mimogrid.core.topology import Stage, Topology
+
+
+AUTO = "auto"
+ACTIONS_TRIED = 300_000
+FEWEST_TRIALS, MOST_TRIALS = 12, 200
+"""Orders are tried until they have had so many actions together, a few seconds' worth."""
+
+GB = 10**9
+STEPS = (1, 2, 4)
+"""By how many microbatches a stage's credit is raised at once."""
+
+
+@attrs.frozen(eq=False)
+class Trial:
+    """An order that was tried.
+
+    Attributes:
+        rule: what made it.
+        timed: its work.
+        lines: the lines of its teams.
+        order: the numbers of its actions.
+        end_s: when it ends.
+        bytes_over: by how much it exceeds the cap on memory, on the rank where it is worst; 0 without a cap.
+    """
+
+    rule: Rule
+    timed: TimedWork
+    lines: Lines
+    order: tuple[int, ...]
+    end_s: float
+    bytes_over: float
+
+    @functools.cached_property
+    def in_flight(self) -> int:
+        """Microbatches in flight at most, summed over stages: the fewer, the better of two that are as fast."""
+        return sum(self.timed.work.in_flight(self.order).values())
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """The less, the better: what fits comes before what does not, then the faster."""
+        return max(0.0, self.bytes_over), self.end_s
+
+
+def tuned(topology: Topology) -> Trial:
+    """Return the best order for training that was found; it may exceed the cap if all do."""
+    bench = _Bench(topology)
+    trials = bench.all_named()
+    trials += [fit for trial in trials for fit in bench.limited(trial)]
+    trials.sort(key=lambda trial: trial.merit)
+    starts = [trial for trial in trials if not trial.rule.all_forwards_first][:2]
+    climbed = [bench.climb(start, share) for start, share in zip(starts, (0.6, 1.0), strict=False)]
+    tried = (*trials, *climbed)
+    least = min(trial.merit for trial in tried)
+    return min((trial for trial in tried if trial.merit == least), key=lambda trial: trial.in_flight)
+
+
+def best_named(topology: Topology) -> Trial:
+    """Return the best of the orders that have names."""
+    return min(_Bench(topology).all_named(), key=lambda trial: trial.merit)
+
+
+def bytes_needed(topology: Topology, in_flight: Mapping[Stage, int]) -> dict[int, float]:
+    """Return the bytes that the first rank of every set of stages that share ranks needs at most."""
+    return {
+        rank: sum(
+            kept_bytes(topology, stage) + in_flight.get(stage, 0) * most_bytes_in_flight(topology, stage)
+            for stage in stages
+        )
+        for rank, stages in hosts(topology)
+    }
+
+
+class _Bench:
+    """Tries orders of one job, as many as it may."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.costs = topology.spec.schedule.costs or assumed(topology)
+        self._works: dict[bool, TimedWork] = {}
+        size = len(self._timed(True).work.actions)
+        self.left = min(max(ACTIONS_TRIED // size, FEWEST_TRIALS), MOST_TRIALS)
+
+    def all_named(self) -> list[Trial]:
+        """Try every order that has a name."""
+        rules = list(RULES.values())
+        return [self.named(rule) for i, rule in enumerate(rules) if rule not in rules[:i]]
+
+    def named(self, rule: Rule) -> Trial:
+        """Try a rule as `orders` would run it: in unit time, then with these costs."""
+        timed = self._timed(rule.splits)
+        lines = lines_of(timed.work, rule)
+        unit = attrs.evolve(timed, seconds=unit_seconds(timed.work), delay={})
+        return self._trial(rule, lines, schedule(unit, lines.teams))
+
+    def limited(self, trial: Trial) -> Iterator[Trial]:
+        """Yield the trial of the same rule with the largest limit that fits, if that is below what it has."""
+        low, high = 0, max(trial.timed.work.in_flight(trial.order).values(), default=0)
+        if trial.bytes_over <= 0 or trial.rule.all_forwards_first:
+            return
+        found = None
+        while high - low > 1:
+            limit = (low + high) // 2
+            tried = self._try(attrs.evolve(trial.rule, limit=limit))
+            low, high = (limit, high) if tried.bytes_over <= 0 else (low, limit)
+            found = tried if found is None or tried.merit < found.merit else found
+        if found:
+            yield found
+
+    def climb(self, start: Trial, share: float) -> Trial:
+        """Raise the credit of one stage after the other as long as that helps; use a share of what is left."""
+        until = self.left * (1 - share)
+        best = min(start, self._try(start.rule), key=lambda trial: trial.merit)
+        limit, stages = limit_s(best.timed, best.order), self._heaviest_first(best.timed)
+        in_vain = 0
+        for stage in itertools.cycle(stages):
+            if in_vain == len(stages) or self.left <= until or best.end_s <= limit:
+                break
+            better = self._raised(best, stage)
+            best, in_vain = (better, 0) if better else (best, in_vain + 1)
+        return best
+
+    def _raised(self, best: Trial, stage: Stage) -> Trial | None:
+        """Return a better trial with a higher credit of a stage, if there is one."""
+        for step in STEPS:
+            extra = {**best.rule.extra, stage: best.rule.extra.get(stage, 0) + step}
+            trial = self._try(attrs.evolve(best.rule, extra=extra))
+            if trial.merit < best.merit:
+                return trial
+        return None
+
+    def _try(self, rule: Rule) -> Trial:
+        """Try a rule with these costs on the scheduler's own clock."""
+        self.left -= 1
+        timed = self._timed(rule.splits)
+        lines = lines_of(timed.work, rule)
+        return self._trial(rule, lines, schedule(timed, lines.teams))
+
+    def _trial(self, rule: Rule, lines: Lines, order: tuple[int, ...]) -> Trial:
+        timed, cap = self._timed(rule.splits), self.topology.spec.schedule.memory_gb
+        over = 0.0
+        if cap is not None:
+            over = max(bytes_needed(self.topology, timed.work.in_flight(order)).values()) - cap * GB
+        return Trial(rule, timed, lines, order, retimed(timed, order, lines.teams), over)
+
+    def _timed(self, splits: bool) -> TimedWork:
+        if splits not in self._works:
+            work = work_of(self.topology, training=True, splits=splits)
+            self._works[splits] = timed_by(work, self.costs)
+        return self._works[splits]
+
+    def _heaviest_first(self, timed: TimedWork) -> list[Stage]:
+        """The first stages of the teams with a credit of their own; those with most to do first, then the farthest."""
+        seconds: collections.defaultdict[Stage, float] = collections.defaultdict(float)
+        for action, took in zip(timed.work.actions, timed.seconds, strict=True):
+            seconds[action.stage] += took
+        depth = {stage: info.depth for stage, info in self.topology.stages.items()}
+        pipeline = {name: module.grid.extent("pp") for name, module in self.topology.modules.items()}
+        teams = [t for t in timed.work.teams if len(t) == 1 or t[0].pp == pipeline[t[0].module] - 1]
+        heads = [team[0] for team in teams]
+        return sorted(heads, key=lambda stage: (-seconds[stage], -depth[stage], stage))
+
+
+def timed_by(work: Work, costs: Costs) -> TimedWork:
+    """Return work with the time that costs give it; on an edge that does not overlap, who sends is held up."""
+    topology = work.topology
+    seconds = [seconds_of(action, costs) for action in work.actions]
+    delay: dict[tuple[Stage, Stage], float] = {}
+    for link in topology.links:
+        edge = costs.on(link, link.edge)
+        took = edge.carry_s(most_message_bytes(topology, link)) + edge.latency
+        ends = [(link.source, link.target, Kind.FORWARD)]
+        ends += [(link.target, link.source, work.goes_back(link.target))] if link in work.gradients else []
+        for here, there, kind in ends:
+            delay[here, there] = took if edge.overlap else 0.0
+            for k in range(0 if edge.overlap else work.count(here)):
+                seconds[work.number(kind, here, k)] += took * _peers(topology, here, there)
+    return TimedWork(work, tuple(seconds), delay)
+
+
+def _peers(topology: Topology, here: Stage, there: Stage) -> int:
+    """Return to how many ranks of another stage a rank sends, if all send to equally many."""
+    modules = (topology.modules[stage.module] for stage in (here, there))
+    ranks = [module.grid.size // module.grid.extent("pp") for module in modules]
+    return -(-ranks[1] // ranks[0])
