@@ -149,9 +149,8 @@ class StageRunner:
         }
 
     def _ledger(self, microbatch: int) -> AbstractContextManager[None]:
-        """Open the ledger for a microbatch, if the order leaves products to a second half."""
-        second = Compute(Kind.WEIGHT_GRADIENT, self.info.stage, microbatch)
-        if second not in self._program.order.index:
+        """Open the ledger for a microbatch, if there is a second half for its products."""
+        if self.info.stage not in self._program.order.split:
             return contextlib.nullcontext()
         return self.network.ledger.open(self._held(microbatch).products)
 

@@ -20,6 +20,7 @@ from mimogrid.core.verify import verify
 from mimogrid.shell import jobfile
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
+from mimogrid.shell.parity import Verdict
 
 
 pytestmark = pytest.mark.world
@@ -198,3 +199,22 @@ def test_nothing_else_is_kept(working: Working, layout: str) -> None:
         assert 0 == halves.saved
         assert halves.products[0] >= len(multiplied)
         assert 0 == halves.products[1]
+
+
+# -- schedules ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2"])
+@pytest.mark.parametrize(
+    "grids",
+    [
+        "lm(1,4,1)@0",
+        "enc(1,1,2)@0 lm(2,2,1)@2->gen gen(1,2,1)@6",
+        "enc(1,2,1)@0 aud(1,1,1)@2 lm(1,2,2)@3",
+        "enc(1,2,1)@0 lm(1,2,1)@0",
+    ],
+)
+def test_schedules_that_split(verdict: Callable[..., Verdict], grids: str, schedule: str) -> None:
+    """A layout whose schedule splits backwards is the model, in every step."""
+    found = verdict(job(grids, microbatches=6, schedule=schedule), steps=2)
+    assert found.passed, found

@@ -32,15 +32,16 @@ LAST = 1 << 30
 def halved(program: Program, delay: int) -> Program:
     """Return a program in which every stage that may be split has as many first halves before a second one."""
     order, topology = program.order, program.topology
-    actions = tuple(_halved(order, topology, delay))
-    return Program(attrs.evolve(order, actions=actions), Routes(program.routes.step))
+    split = frozenset(stage for stage in order.backward if _may_be_split(topology, stage))
+    actions = tuple(_halved(order, split, delay))
+    return Program(attrs.evolve(order, actions=actions, split=split), Routes(program.routes.step))
 
 
-def _halved(order: Order, topology: Topology, delay: int) -> Iterator[Compute]:
+def _halved(order: Order, split: frozenset[Stage], delay: int) -> Iterator[Compute]:
     left: dict[Stage, collections.deque[int]] = collections.defaultdict(collections.deque)
     for action in order.actions:
         stage = action.stage
-        if action.kind is not Kind.BACKWARD or not _may_be_split(topology, stage):
+        if action.kind is not Kind.BACKWARD or stage not in split:
             yield action
             continue
         yield attrs.evolve(action, kind=Kind.INPUT_GRADIENT)
