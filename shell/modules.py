@@ -40,6 +40,7 @@ from mimogrid.core.steps import Share, aux_name
 from mimogrid.core.topology import UNKNOWN, Module, StageInfo, Topology
 from mimogrid.core.zigzag import ZigZag
 from mimogrid.shell import builders
+from mimogrid.shell.ledger import Ledger
 from mimogrid.shell.loss import cross_entropy_sum, squared_error_sum
 from mimogrid.shell.megatron import (
     GPTModel,
@@ -51,7 +52,7 @@ from mimogrid.shell.megatron import (
     scatter_to_sequence_parallel_region,
 )
 from mimogrid.shell.megatron.experts import Company, ExpertsSpec, experts_spec
-from mimogrid.shell.megatron.layers import block_spec, config_of
+from mimogrid.shell.megatron.layers import Affine, block_spec, config_of
 from mimogrid.shell.packing import Deal, Packing, check_placeholders, pack_rows, pack_text
 from mimogrid.shell.weights import cut_over, initialize, layout_name, shard_shape
 
@@ -101,19 +102,22 @@ class StageModule(nn.Module):
     """One stage of a module on this rank.
 
     `draws` says that its forward draws random numbers in training, from the states of `megatron.draws`.
+    `ledger` is where all of its layers note their products for gradients of weights, while it is open.
     """
 
     draws = False
 
     def __init__(self, module: Module, info: StageInfo, *, dtype: torch.dtype) -> None:
         super().__init__()
+        ledger = Ledger()
         self.info = info
         self.name = module.name
         self.edges = module.outputs if info.last else ()
+        self.ledger = ledger
         # The prefix keeps a target named like a method of ModuleDict ("keys") legal.
         self.projectors = nn.ModuleDict(
             {
-                f"to_{edge.target}": nn.Linear(module.model.hidden, edge.width, dtype=dtype)
+                f"to_{edge.target}": Affine(module.model.hidden, edge.width, dtype=dtype, ledger=ledger)
                 for edge in self.edges
                 if edge.projected and module.model.hidden
             }
@@ -221,7 +225,7 @@ class _Context:
     dtype: torch.dtype
 
 
-def _expert_mlps(context: _Context, model: BuiltIn) -> list[ExpertsSpec]:
+def _expert_mlps(context: _Context, model: BuiltIn, ledger: Ledger) -> list[ExpertsSpec]:
     """Return what the MLPs of the layers are built from where they have experts; nothing where they are dense."""
     if not model.experts:
         return []
@@ -234,7 +238,10 @@ def _expert_mlps(context: _Context, model: BuiltIn) -> list[ExpertsSpec]:
         same_samples=(groups.tp, groups.cp),
     )
     trained = {name.split(".mlp.")[0] for name in info.trainable if ".mlp." in name}
-    return [experts_spec(model, company, trains=f"layers.{layer}" in trained) for layer in info.layers]
+    return [
+        experts_spec(model, company, trains=f"layers.{layer}" in trained, ledger=ledger)
+        for layer in info.layers
+    ]
 
 
 class TransformerStage(StageModule):
@@ -263,7 +270,11 @@ class TransformerStage(StageModule):
         )
         self.recomputes = context.recompute != "none" and bool(context.info.trainable)
         self.spec = block_spec(
-            model, layers=len(context.info.layers), tp=groups.tp.size(), mlps=_expert_mlps(context, model)
+            model,
+            layers=len(context.info.layers),
+            tp=groups.tp.size(),
+            ledger=self.ledger,
+            mlps=_expert_mlps(context, model, self.ledger),
         )
         self.aux_loss = context.module.aux_loss
         self.has_experts = bool(model.experts)
@@ -417,8 +428,9 @@ class TextStage(TransformerStage):
 
     def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
         """Return the weighted sum of cross entropies, or the logits."""
-        weight = self.network.shared_embedding_or_output_weight() if self.tied else None
-        logits_TV, _ = self.network.output_layer(rows_RH, weight=weight)
+        output = self.network.output_layer
+        weight = self.network.shared_embedding_or_output_weight() if self.tied else output.weight
+        logits_TV = self.ledger.multiply(lambda weight: output(rows_RH, weight=weight)[0], weight, rows_RH)
         if "labels" not in inputs:
             logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)
             return {"logits": self.join(logits_TV, packing)}
@@ -441,9 +453,9 @@ class RowsStage(TransformerStage):
         self.output: nn.Linear | None = None
         if info.first and isinstance(model, Vit):
             assert model.features is not None
-            self.input = nn.Linear(model.features, model.hidden, dtype=context.dtype)
+            self.input = Affine(model.features, model.hidden, dtype=context.dtype, ledger=self.ledger)
         if info.last and isinstance(model, Regressor):
-            self.output = nn.Linear(model.hidden, model.outputs, dtype=context.dtype)
+            self.output = Affine(model.hidden, model.outputs, dtype=context.dtype, ledger=self.ledger)
 
     @property
     def decoder(self) -> TransformerBlock:

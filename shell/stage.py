@@ -1,11 +1,16 @@
 """Stages at work: one module stage of this rank, with what it holds for each microbatch in flight.
 
-A stage gathers its inputs, runs its network forward or backward, and hands out what the program sends on.
+A stage gathers its inputs, runs its network forward or backward, and hands out what the program sends on. A
+backward comes whole or in two halves (see `ledger`): the first gives the gradients of the inputs, and what of
+the microbatch is not needed for the second goes with it.
+
 At a seam every rank receives an equal part of its lane's rows; the ranks along tp and cp then gather the
 whole among themselves, forward at the target and backward at the source.
 """
 
+import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import attrs
 import torch
@@ -21,6 +26,7 @@ from mimogrid.core.steps import aux_name
 from mimogrid.core.topology import Link, Module, StageInfo
 from mimogrid.shell.data import Loader
 from mimogrid.shell.groups import ModuleGroups
+from mimogrid.shell.ledger import Page, work_off
 from mimogrid.shell.megatron.draws import begin_draws
 from mimogrid.shell.modules import StageModule
 
@@ -33,12 +39,14 @@ class InFlight:
     """What a stage holds of a microbatch: inputs and outputs by name, and what has arrived for it.
 
     After the backward, the gradients of the inputs stand in their place. Rows arrive in pieces, each with
-    the row of the step at which it begins; hidden states arrive whole, at 0.
+    the row of the step at which it begins; hidden states arrive whole, at 0. `products` are those that the
+    first half of a backward leaves to the second.
     """
 
     inputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
     outputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
     arrived: Arrivals = attrs.field(factory=Arrivals)
+    products: Page = attrs.field(factory=Page)
 
 
 class StageRunner:
@@ -78,14 +86,14 @@ class StageRunner:
         self.answers: dict[int, torch.Tensor] = {}
 
     def compute(self, action: Compute) -> None:
-        """Run a microbatch forward or backward."""
+        """Run a microbatch forward, or backward in whole or in half."""
         match action.kind:
             case Kind.FORWARD:
                 self._forward(action.microbatch)
-            case Kind.BACKWARD:
+            case Kind.BACKWARD | Kind.INPUT_GRADIENT:
                 self._backward(action.microbatch)
-            case _:
-                raise AssertionError(action)
+            case Kind.WEIGHT_GRADIENT:
+                work_off(self._in_flight[action.microbatch].products)
 
     # -- forward and backward ------------------------------------------------------------------------------
 
@@ -103,7 +111,7 @@ class StageRunner:
         targets = self._loader.targets(self.module, share) if with_targets else {}
         if self.network.draws and self._program.order.training:
             begin_draws(self._seeds(microbatch), self._loader.device)
-        with torch.set_grad_enabled(trains):
+        with torch.set_grad_enabled(trains), self._ledger(microbatch):
             held.outputs = self.network(held.inputs | targets, share)
         if "loss" in held.outputs:
             loss = held.outputs["loss"].detach()
@@ -131,13 +139,20 @@ class StageRunner:
             gradients.append(torch.full_like(held.outputs["loss"], scale))
         pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if r.requires_grad]
         if pairs:  # A loss, or rows of the user's own, may hang on nothing that trains.
-            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+            with self._ledger(microbatch):
+                torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         held.outputs.clear()
         held.inputs = {
             link.source.module: _gradient(held.inputs[link.source.module])
             for link in self._topology.links_into(self.info.stage)
             if link in self._program.order.gradients
         }
+
+    def _ledger(self, microbatch: int) -> AbstractContextManager[None]:
+        """Open the ledger for a microbatch, if there is a second half for its products."""
+        if self.info.stage not in self._program.order.split:
+            return contextlib.nullcontext()
+        return self.network.ledger.open(self._held(microbatch).products)
 
     def last_tokens(self, microbatch: int, logits: torch.Tensor) -> tuple[range, torch.Tensor]:
         """Return which samples of the step a lane has in a microbatch, and the likeliest token after each.

@@ -323,6 +323,15 @@ def test_frozen_modules(verdict: Verdicts, changes: dict[str, Any]) -> None:
     assert_same(verdict, job(grids, changes=changes))
 
 
+@pytest.mark.parametrize("trainable", ["*.bias", "*.attention.qkv.bias", "*weight"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_biases_and_weights_apart(verdict: Verdicts, trainable: str, sequence_parallel: bool) -> None:
+    """Of a sharded layer the bias may train and the weight not, or the other way round."""
+    changes = {name: {"trainable": (trainable,)} for name in ("enc", "lm")}
+    spec = job("enc(2,1,1)@0 lm(2,2,1)@2", data={"sequence": 12}, changes=changes)
+    assert_same(verdict, in_parts(spec) if sequence_parallel else spec)
+
+
 @pytest.mark.parametrize(
     "trainable",
     [("embedding.weight",), ("layers.0.*",), ("layers.1.*",), ("output.weight", "embedding.weight")],

@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mimogrid.core.models import BuiltIn
+from mimogrid.shell.ledger import Ledger
 from mimogrid.shell.megatron import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -75,9 +76,10 @@ class ExpertsSpec:
     module: type[nn.Module]
 
 
-def experts_spec(model: BuiltIn, company: Company, *, trains: bool) -> ExpertsSpec:
+def experts_spec(model: BuiltIn, company: Company, *, trains: bool, ledger: Ledger) -> ExpertsSpec:
     """Return the specification of an `Experts`."""
-    return ExpertsSpec({"model": model, "company": company, "trains": trains}, Experts)
+    given = {"model": model, "company": company, "trains": trains, "ledger": ledger}
+    return ExpertsSpec(given, Experts)
 
 
 class Experts(nn.Module):
@@ -88,13 +90,15 @@ class Experts(nn.Module):
     its router trains, here or on another rank.
     """
 
-    def __init__(self, config: TransformerConfig, *, model: BuiltIn, company: Company, trains: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, model: BuiltIn, company: Company, trains: bool, ledger: Ledger
+    ) -> None:
         super().__init__()
         self.company = company
         self.trains = trains
         self.top_k = model.top_k
-        self.router = Linear(model.hidden, model.experts, config=config, bias=False)
-        self.experts = nn.ModuleDict({str(e): Expert(config, model, company) for e in company.held})
+        self.router = Linear(model.hidden, model.experts, config=config, bias=False, ledger=ledger)
+        self.experts = nn.ModuleDict({str(e): Expert(config, model, company, ledger) for e in company.held})
         self.scale = 0.0
         self.aux: Tensor | None = None
 
@@ -166,19 +170,23 @@ class Experts(nn.Module):
 class Expert(nn.Module):
     """This rank's shard of one expert, over expert_tp; its results are to be summed."""
 
-    def __init__(self, config: TransformerConfig, model: BuiltIn, company: Company) -> None:
+    def __init__(self, config: TransformerConfig, model: BuiltIn, company: Company, ledger: Ledger) -> None:
         super().__init__()
         width = model.ffn // company.expert_tp
         self.adds_bias = company.shard == 0
-        self.up = Linear(model.hidden, width, config=config, bias=True)
-        self.down = Linear(width, model.hidden, config=config, bias=True)
+        self.ledger = ledger
+        self.up = Linear(model.hidden, width, config=config, bias=True, ledger=ledger)
+        self.down = Linear(width, model.hidden, config=config, bias=True, ledger=ledger)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return a term for each row."""
         middle = functional.gelu(self.up(rows)[0])
-        bias = self.down.bias
+        of_down = self.down.bias
         # The sum has the bias once; every shard's copy of it has the whole gradient.
-        return functional.linear(middle, self.down.weight, bias if self.adds_bias else bias - bias.detach())
+        bias = of_down if self.adds_bias else of_down - of_down.detach()
+        return self.ledger.multiply(
+            lambda weight: functional.linear(middle, weight, bias), self.down.weight, middle
+        )
 
 
 # -- how rows cross ----------------------------------------------------------------------------------------

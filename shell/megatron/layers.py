@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from mimogrid.core.models import BuiltIn
 from mimogrid.core.zigzag import WHOLE, ZigZag
+from mimogrid.shell.ledger import Ledger
 
 
 NORM_EPS = 1e-5
@@ -173,23 +174,80 @@ def rotary_table(
     return torch.cat((angles, angles), dim=-1).cos().to(dtype), angles.sin().to(dtype)
 
 
-class Linear(nn.Linear):
+class Affine(nn.Linear):
+    """Torch's linear layer, its product for the weight's gradient in a ledger's hands."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        dtype: torch.dtype | None,
+        ledger: Ledger,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(input_size, output_size, bias=bias, dtype=dtype)
+        self.ledger = ledger
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: see `weights.initialize`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Return the product, and the bias with it."""
+        return self.ledger.multiply(
+            lambda weight: functional.linear(input, weight, self.bias), self.weight, input
+        )
+
+
+class Linear(Affine):
     """What megatron's tensor-parallel linears are on one rank: one operation instead of some eight.
 
     The bias is always added here; who would add it later gets none.
     """
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **_: object
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        bias: bool,
+        ledger: Ledger,
+        **_: object,
     ) -> None:
-        super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: see `weights.initialize`."""
+        super().__init__(input_size, output_size, dtype=config.params_dtype, ledger=ledger, bias=bias)
 
     def forward(self, input: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: A002
         """Return the product, and no bias."""
         return super().forward(input), None
+
+
+class _Sharded:
+    """What is ours of megatron's tensor-parallel linears: the ledger, and who adds the bias.
+
+    Megatron adds it inside the product, and there gives it no gradient if the weight wants none.
+    """
+
+    def __init__(self, *arguments: Any, ledger: Ledger, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ledger = ledger
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **how: Any) -> Tensor:  # noqa: A002
+        """Multiply; under sequence parallelism the input is this rank's part of the positions."""
+        multiply = super()._forward_impl  # type: ignore[misc]
+        parts = how["tp_group"] if how["sequence_parallel"] else None
+        product = self.ledger.multiply(
+            lambda weight: multiply(input=input, weight=weight, bias=None, **how), weight, input, parts=parts
+        )
+        return product if bias is None else product + bias
+
+
+class ColumnLinear(_Sharded, ColumnParallelLinear):  # type: ignore[misc]
+    """A linear layer whose outputs are cut over tp."""
+
+
+class RowLinear(_Sharded, RowParallelLinear):  # type: ignore[misc]
+    """A linear layer whose inputs are cut over tp."""
 
 
 class Norm(nn.LayerNorm):
@@ -252,20 +310,23 @@ def config_of(
 
 
 def block_spec(
-    model: BuiltIn, *, layers: int, tp: int, mlps: Sequence[Any] = ()
+    model: BuiltIn, *, layers: int, tp: int, ledger: Ledger, mlps: Sequence[Any] = ()
 ) -> TransformerBlockSubmodules:
     """Return the specification of a stack of layers and the norm behind it.
 
     `mlps` are those of the MLPs, layer by layer, where they are not dense ones.
     """
-    chosen = mlps or [_dense(model, tp)] * layers
+    column, row = (
+        ModuleSpec(module=linear, params={"ledger": ledger})
+        for linear in ((ColumnLinear, RowLinear) if tp > 1 else (Linear, Linear))
+    )
+    chosen = mlps or [_dense(model, column, row)] * layers
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, tp, mlp) for mlp in chosen], layer_norm=Norm
+        layer_specs=[_layer_spec(model, column, row, mlp) for mlp in chosen], layer_norm=Norm
     )
 
 
-def _dense(model: BuiltIn, tp: int) -> ModuleSpec:
-    column, row = (ColumnParallelLinear, RowParallelLinear) if tp > 1 else (Linear, Linear)
+def _dense(model: BuiltIn, column: ModuleSpec, row: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
         params={"ffn_hidden_size": model.ffn},
@@ -273,8 +334,7 @@ def _dense(model: BuiltIn, tp: int) -> ModuleSpec:
     )
 
 
-def _layer_spec(model: BuiltIn, tp: int, mlp: Any) -> ModuleSpec:
-    column, row = (ColumnParallelLinear, RowParallelLinear) if tp > 1 else (Linear, Linear)
+def _layer_spec(model: BuiltIn, column: ModuleSpec, row: ModuleSpec, mlp: Any) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding},
