@@ -212,10 +212,6 @@ CASES = {
     ),
 }
 NOT_YET = ["precision=bf16", "precision=fp16"]
-    "precision=bf16",
-    "schedule.name=zb-h1",
-    "schedule.name=auto",
-]
 
 
 @pytest.fixture
