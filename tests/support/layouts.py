@@ -151,7 +151,7 @@ def layouts(draw: st.DrawFn) -> JobSpec:
         modules=modules,
         data=synthetic(modules, **data),
         batch=BatchSpec(global_size=size, microbatches=base),
-        schedule=ScheduleSpec(name=draw(st.sampled_from(("1f1b", "gpipe")))),
+        schedule=ScheduleSpec(name=draw(st.sampled_from(("1f1b", "gpipe", "zb-h1", "zb-h2")))),
         optimizer=OptimizerSpec(),
         train=TrainSpec(),
         seed=draw(st.integers(0, 99)),
