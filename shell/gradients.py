@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mimogrid.core.gradients import counts_in_norm
+from mimogrid.core.gradients import counts_in_norm, is_written_by
 from mimogrid.core.shards import Part, Region, layout_of
 from mimogrid.core.topology import Module, StageInfo
 from mimogrid.shell.groups import ModuleGroups
@@ -68,14 +68,14 @@ class Buffer:
             weight.grad_dtype = dtype
             weight.grad = self.gradients[place].view_as(weight)
         self._is_lowered = main is not self.weights
-        self._main = main[self.own].clone() if self._is_lowered and shared else main[self.own]
+        self.main = main[self.own].clone() if self._is_lowered and shared else main[self.own]
         self.shards = tuple(self._shards())
 
     def _shards(self) -> Iterator[Shard]:
         for span in self.region.spans:
             start, stop = max(span.start, self.own.start), min(span.start + span.size, self.own.stop)
             if start < stop:
-                main = nn.Parameter(self._main[start - self.own.start : stop - self.own.start])
+                main = nn.Parameter(self.main[start - self.own.start : stop - self.own.start])
                 main.grad = self.gradients[start:stop]
                 yield Shard(Part(span.name, start - span.start, stop - span.start), main)
 
@@ -93,7 +93,7 @@ class Buffer:
     def publish(self) -> None:
         """Let the weights follow the main weights, on all lanes."""
         if self._is_lowered:
-            self.weights[self.own] = self._main
+            self.weights[self.own] = self.main
         if self.shared and self.group.size() > 1 and len(self.weights):
             parts = list(self.weights.chunk(self.region.lanes))
             dist.all_gather(parts, self.weights[self.own].clone(), group=self.group)
@@ -131,6 +131,8 @@ class StageBuffer:
         # Where lanes share the update, what counts is counted by whoever updates it.
         counter = {**position, **{axis: 0 for axis in LANES if shared and axis in position}}
         self.counted = frozenset(n for n in self.weights if counts_in_norm(counter, info, table.get(n)))
+        # Of those, who writes what there is one of for a parameter, however it is cut over tp.
+        self.written = frozenset(n for n in self.weights if is_written_by(counter, info, table.get(n)))
         self._counted = [part for buffer in self.buffers for part in buffer.parts(self.counted)]
 
     def clear(self) -> None:

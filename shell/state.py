@@ -94,8 +94,9 @@ def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, Piece]]:
                 kept = _gathered(buffer, span, kept)
             if shard and shard.part.start == 0 and span.name in of_stage.counted:
                 for name, tensor in kept.items():
-                    (piece,) = held.pieces(Part(span.name, 0, span.size), tensor)
-                    yield name, piece
+                    if tensor.dim() or span.name in of_stage.written:
+                        (piece,) = held.pieces(Part(span.name, 0, span.size), tensor)
+                        yield name, piece
 
 
 def _is_cut(buffer: Buffer, span: Span) -> bool:
