@@ -24,7 +24,7 @@ from mimogrid.core.layout import (
     size_of,
     stages_of,
 )
-from mimogrid.core.models import BuiltIn, Gpt, Own, Regressor, Transformer, Vit, projector
+from mimogrid.core.models import BuiltIn, Gpt, Regressor, Transformer, Vit, projector
 from mimogrid.core.optimizers import KINDS, REFUSED, kind_of, matches
 from mimogrid.core.samples import Sample
 from mimogrid.core.spec import (
@@ -129,9 +129,7 @@ def _optimizer(optimizer: OptimizerSpec) -> Iterator[Problem]:
     yield from _at_least(f"{where}.window", skip.window, 1)
     for key in ("norm", "loss"):
         if getattr(skip, key) and not 1 < getattr(skip, key) < math.inf:
-            yield Problem(
-                f"{where}.{key}", f"is {getattr(skip, key)}.", "Use a number above 1; 0: no limit."
-            )
+            yield Problem(f"{where}.{key}", f"is {getattr(skip, key)}.", "Use a number above 1; 0: no limit.")
 
 
 def _kind(optimizer: OptimizerSpec) -> Iterator[Problem]:

@@ -102,7 +102,9 @@ def states_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
     ((), ('momentum_buffer',))
     """
     arguments = arguments_of(optimizer)
-    return tuple(name for name, option in kind_of(optimizer).states.items() if not option or arguments[option])
+    return tuple(
+        name for name, option in kind_of(optimizer).states.items() if not option or arguments[option]
+    )
 
 
 # -- which parameter is updated how ------------------------------------------------------------------------

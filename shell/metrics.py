@@ -105,7 +105,6 @@ class Keeper:
                 self.scalars.add_scalar(name, facts[name], index)
         self.progress.show(index + 1, facts)
 
-
     def pass_over(self, index: int) -> None:
         """Write that a step was passed over."""
         self.lines.write(json.dumps({"step": index, "taken": False, "skipped": "listed"}) + "\n")

@@ -143,9 +143,7 @@ def compare(
     )
     loss = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-30) if losses[0] != losses[1] else 0.0
     gradients = worst[0].difference if worst else 0.0
-    return Verdict(
-        loss, gradients, tuple(worst), precision, TOLERANCE[precision] if limit is None else limit
-    )
+    return Verdict(loss, gradients, tuple(worst), precision, TOLERANCE[precision] if limit is None else limit)
 
 
 def _difference(

@@ -138,9 +138,7 @@ class Crew:
                 mine[where.start : where.stop] = tokens
         return [int(token) for token in self.gather(mine).sum(dim=0)]
 
-    def _begin(
-        self, program: Program, source: Loads, index: int = 0, *, loss_scale: float = 1.0
-    ) -> None:
+    def _begin(self, program: Program, source: Loads, index: int = 0, *, loss_scale: float = 1.0) -> None:
         loader = Loader(source, device=self.device.torch, dtype=DTYPES[self.job.spec.precision])
         for stage in self.stages.values():
             stage.begin(program, loader, index, loss_scale=loss_scale)
@@ -204,7 +202,7 @@ class _Finish:
             for buffer in buffers:
                 buffer.scale(1 / crew.watch.scale)
         terms = exact_terms(partial for buffer in buffers for partial in buffer.partials())
-        finite = all([buffer.is_finite for buffer in buffers])
+        finite = all(buffer.is_finite for buffer in buffers)
         mine = torch.tensor(
             [finite, *terms, *losses.values(), *_digest(self.following)],
             dtype=torch.float64,

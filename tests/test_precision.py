@@ -1,5 +1,6 @@
 """Half precision: bf16 and fp16 beside fp32 main weights, and steps that all ranks take or none."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,44 +11,21 @@ import pytest
 
 import layouts
 from mimogrid.core.spec import JobSpec, LossScaleSpec, OptimizerSpec, SkipSpec
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.launch import Pool
 from mimogrid.shell.parity import Verdict
-from updates import Seen, Spoilt, put_together
+from updates import Seen, Spoilt, assert_same, put_together
 
 
 pytestmark = pytest.mark.world
 
-Opened = Callable[[JobSpec], Job]
 Train = Callable[..., list[Seen]]
 
 GRIDS = "enc(1,1,2)@0 lm(2,1,1)@2"
-
-
-@pytest.fixture(scope="module")
-def train(pool: Pool, opened: Opened) -> Train:
-    """Train steps of a job; return what each rank that is not idle saw."""
-
-    def train(spec: JobSpec, steps: range = range(3), *arguments: Any) -> list[Seen]:
-        job = opened(spec)
-        said = pool.run("updates:train", job.topology.world_size, job, steps, *arguments)
-        return [seen for seen in said if seen is not None]
-
-    return train
 
 
 def job(precision: str, grids: str = GRIDS, **optimizer: Any) -> JobSpec:
     """A job whose optimizer has these settings."""
     rule = OptimizerSpec(**{"lr": 0.01, **optimizer})
     return layouts.job(grids, samples=4, precision=precision, optimizer=rule, data={"absent": {"enc": 0.0}})
-
-
-def assert_same(ours: list[Seen], theirs: list[Seen]) -> None:
-    """Everything that would be saved is bitwise the same."""
-    one, other = put_together(ours), put_together(theirs)
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        assert values.tobytes() == other[name].tobytes(), name
 
 
 # -- forward and backward ----------------------------------------------------------------------------------
@@ -149,7 +127,7 @@ def test_a_spike_is_skipped_by_all(train: Train, key: str) -> None:
     most = 1.0 + 1e-6
     spec = job("fp32", lr=1e-6, skip_above=SkipSpec(**{key: most}, window=1))
     said = train(spec, range(6))
-    expected = [True, *(later <= most * earlier for earlier, later in zip(series, series[1:], strict=False))]
+    expected = [True, *(later <= most * earlier for earlier, later in itertools.pairwise(series))]
     assert False in expected
     assert [expected] * 4 == [seen.taken for seen in said]
 

@@ -12,10 +12,10 @@ from mimogrid.core.groups import Ranks, Slot, channels_of, groups_of
 from mimogrid.core.samples import Sample
 from mimogrid.shell import checkpoint
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.optimizer import states_of
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.sources import Source
-from mimogrid.shell.optimizer import states_of
 from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
 from own import WithFacts, written
 
