@@ -8,6 +8,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import attrs
 
@@ -146,7 +147,7 @@ def _kind(optimizer: OptimizerSpec) -> Iterator[Problem]:
         "betas": kind.betas is None and optimizer.betas is not None,
         "eps": kind.eps is None and optimizer.eps is not None,
         "weight_decay": not kind.decays
-        and any(given.weight_decay for given in (optimizer, *optimizer.groups)),
+        and any((optimizer.weight_decay, *(group.weight_decay for group in optimizer.groups))),
     }
     for key in (key for key, wrong in untaken.items() if wrong):
         yield Problem(f"optimizer.{key}", f"{kind.name} takes no {key}.", "Leave it out.")
@@ -164,7 +165,7 @@ def _kind(optimizer: OptimizerSpec) -> Iterator[Problem]:
 
 def _is_like(value: object, default: object) -> bool:
     if isinstance(default, tuple):
-        pair = list[object](value) if isinstance(value, list | tuple) else []
+        pair = cast("list[object]", value) if isinstance(value, list | tuple) else []
         return len(pair) == len(default) and all(_is_like(v, 0.0) for v in pair)
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
@@ -221,7 +222,7 @@ def _train(train: TrainSpec) -> Iterator[Problem]:
         first, last = (entry, entry) if isinstance(entry, int) else entry
         if not 0 <= first <= last:
             remedy = "Steps count from 0; a range is [first, last], both included."
-            yield Problem("train.skip_steps", f"has {list((first, last))}.", remedy)
+            yield Problem("train.skip_steps", f"has [{first}, {last}].", remedy)
     if train.run_dir == "":
         yield Problem("train.run_dir", "is empty.", "Name a folder, or leave it out: runs/<job>-<n>.")
 

@@ -8,7 +8,7 @@ the core has no torch to ask; a test compares the two.
 
 import fnmatch
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
@@ -84,10 +84,9 @@ def kind_of(optimizer: OptimizerSpec) -> Kind:
 def arguments_of(optimizer: OptimizerSpec) -> Mapping[str, Any]:
     """Return what torch's class is called with, besides the parameters, rate and decay of each group."""
     kind = kind_of(optimizer)
-    found = dict(kind.options) | {
-        name: tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
-        for name, value in optimizer.options.items()
-    }
+    found: dict[str, Any] = dict(kind.options)
+    for name, value in optimizer.options.items():
+        found[name] = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
     if kind.betas is not None:
         found["betas"] = optimizer.betas or kind.betas
     if kind.eps is not None:

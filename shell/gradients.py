@@ -102,18 +102,19 @@ class Buffer:
 class StageBuffer:
     """The gradients, and what is updated by them, of one stage on this rank.
 
-    `full` are the weights as they were drawn, before they were rounded to the precision of the network.
+    `position` is the rank's (`Module.position`). `weights` are those of the network, and `full` what they were
+    drawn as, before they were rounded to its precision.
     """
 
     def __init__(
         self,
+        *,
         module: Module,
         position: Mapping[str, int],
         info: StageInfo,
         weights: Mapping[str, nn.Parameter],
         full: Mapping[str, torch.Tensor],
         groups: ModuleGroups,
-        *,
         shared: bool,
     ) -> None:
         self.weights = {name: weight for name, weight in weights.items() if weight.requires_grad}

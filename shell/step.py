@@ -95,12 +95,12 @@ class Crew:
                 dtype=dtype,
             )
             self.buffers[info.stage] = StageBuffer(
-                module,
-                module.position(rank),
-                info,
-                named_weights(network),
-                full,
-                of_module,
+                module=module,
+                position=module.position(rank),
+                info=info,
+                weights=named_weights(network),
+                full=full,
+                groups=of_module,
                 shared=rule.sharded,
             )
         shards = (
