@@ -7,7 +7,7 @@ legal values. A later aspect is asked only where the earlier ones left something
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import attrs
@@ -165,8 +165,8 @@ def _kind(optimizer: OptimizerSpec) -> Iterator[Problem]:
 
 def _is_like(value: object, default: object) -> bool:
     if isinstance(default, tuple):
-        pair = cast("list[object]", value) if isinstance(value, list | tuple) else []
-        return len(pair) == len(default) and all(_is_like(v, 0.0) for v in pair)
+        pair = tuple(cast("Iterable[object]", value)) if isinstance(value, list | tuple) else ()
+        return len(pair) == len(cast("tuple[object, ...]", default)) and all(_is_like(v, 0.0) for v in pair)
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
     return isinstance(value, int | float) and 0 <= value < math.inf

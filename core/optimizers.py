@@ -86,12 +86,17 @@ def arguments_of(optimizer: OptimizerSpec) -> Mapping[str, Any]:
     kind = kind_of(optimizer)
     found: dict[str, Any] = dict(kind.options)
     for name, value in optimizer.options.items():
-        found[name] = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+        found[name] = _as_argument(value)
     if kind.betas is not None:
         found["betas"] = optimizer.betas or kind.betas
     if kind.eps is not None:
         found["eps"] = kind.eps if optimizer.eps is None else optimizer.eps
     return found
+
+
+def _as_argument(value: object) -> object:
+    """A list of the job file is a tuple to torch."""
+    return tuple(cast("list[object]", value)) if isinstance(value, list) else value
 
 
 def states_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
