@@ -26,7 +26,7 @@ from mimogrid.core.schedule.actions import Action, Compute, Kind, Wait
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Stage
-from mimogrid.shell.gradients import GradientBuffer
+from mimogrid.shell.gradients import StageBuffer
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.place import Place
@@ -66,8 +66,8 @@ def in_world(place: Place, job: Job, steps: int) -> dict[str, Any]:
     compute, transport = Meter(), Meter()
     compute.around(StageRunner, "compute")
     compute.around(torch.optim.AdamW, "step")
-    compute.around(GradientBuffer, "clear", "scale", "norm_squared")
-    transport.around(GradientBuffer, "reduce", "tie")
+    compute.around(StageBuffer, "clear", "scale", "partials", "publish")
+    transport.around(StageBuffer, "reduce", "tie")
     transport.around(Transport, "send", "receive", "wait")
     transport.around(Crew, "gather")
     before = _resident()

@@ -16,7 +16,8 @@ The global norm counts every value once, and a checkpoint writes it once: of sev
 values, the first one does.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 from mimogrid.core.models import Parameter
 from mimogrid.core.topology import StageInfo, Topology
@@ -45,6 +46,37 @@ def counts_in_norm(position: Mapping[str, int], info: StageInfo, parameter: Para
     second_copy = parameter is not None and parameter.copy is not None and not info.first
     first_lane = position["dp"] == position["cp"] == 0
     return first_lane and not second_copy and (sharded or position["tp"] == 0)
+
+
+NORM_TERMS = 4
+
+
+def exact_terms(partials: Iterable[float]) -> tuple[float, ...]:
+    """Return a few floats whose sum is that of squares (0 or more) far beyond what one float can hold.
+
+    The sum of the terms of all ranks (`math.fsum`) is then the correctly rounded sum of all partials, whoever
+    held which and in whatever order: it does not change where lanes share what they used to repeat.
+
+    >>> math.fsum((*exact_terms([1.0, 1e-30]), *exact_terms([1e30]))) == math.fsum([1e30, 1e-30, 1.0])
+    True
+    """
+    rest = list(partials)
+    if not all(map(math.isfinite, rest)):
+        return (math.inf,) * NORM_TERMS
+    terms: list[float] = []
+    for _ in range(NORM_TERMS):
+        terms.append(sum_of_terms(rest))
+        rest.append(-terms[-1])
+    return tuple(terms)
+
+
+def sum_of_terms(terms: Iterable[float]) -> float:
+    """Return the correctly rounded sum of terms; infinite where it is too large, or one of them is."""
+    found = tuple(terms)
+    try:
+        return math.fsum(found) if all(map(math.isfinite, found)) else math.inf
+    except OverflowError:
+        return math.inf
 
 
 def is_written_by(position: Mapping[str, int], info: StageInfo, parameter: Parameter | None) -> bool:

@@ -7,7 +7,8 @@ legal values. A later aspect is asked only where the earlier ones left something
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import attrs
 
@@ -24,11 +25,14 @@ from mimogrid.core.layout import (
     size_of,
     stages_of,
 )
-from mimogrid.core.models import BuiltIn, Gpt, Own, Regressor, Transformer, Vit, projector
+from mimogrid.core.models import BuiltIn, Gpt, Regressor, Transformer, Vit, projector
+from mimogrid.core.optimizers import KINDS, REFUSED, kind_of, matches
 from mimogrid.core.samples import Sample
 from mimogrid.core.spec import (
     GridSpec,
+    GroupSpec,
     JobSpec,
+    LossScaleSpec,
     ModuleSpec,
     OptimizerSpec,
     SourceFacts,
@@ -38,8 +42,7 @@ from mimogrid.core.spec import (
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "auto")
-OPTIMIZERS = ("adamw",)
-DECAYS = ("constant", "cosine", "linear")
+DECAYS = ("constant", "cosine", "linear", "wsd")
 RECOMPUTES = ("none", "selective", "full")
 RANKS_MOST, LAYERS_MOST = 1_000_000, 10_000
 """Beyond these a number is a slip of the hand, and enumerating it would take all day."""
@@ -67,9 +70,9 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
             found += [*_lanes(name, module, spec), *_loss(name, module)]
     if whole:
         found += [*_world(spec), *_freezing(spec, source or SourceFacts()), *_own(spec)]
+        found += _groups(spec, source or SourceFacts())
     if whole and not wiring and source is not None:
         found += [*_data(spec, source), *_sequence(spec, source)]
-    found += _not_available_yet(spec)
     return tuple(found)
 
 
@@ -104,22 +107,108 @@ def _job(spec: JobSpec) -> Iterator[Problem]:
 
 
 def _optimizer(optimizer: OptimizerSpec) -> Iterator[Problem]:
-    yield from _one_of("optimizer.name", optimizer.name, OPTIMIZERS)
+    yield from _kind(optimizer)
     yield from _one_of("optimizer.decay", optimizer.decay, DECAYS)
     yield from _above_zero("optimizer.lr", optimizer.lr)
-    yield from _above_zero("optimizer.eps", optimizer.eps)
+    if optimizer.eps is not None:
+        yield from _above_zero("optimizer.eps", optimizer.eps)
     yield from _finite("optimizer.clip_norm", optimizer.clip_norm, "0 turns clipping off.")
     yield from _finite("optimizer.weight_decay", optimizer.weight_decay)
     yield from _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
-    fraction = optimizer.final_lr_fraction
-    if not 0 <= fraction <= 1:
-        yield Problem("optimizer.final_lr_fraction", f"is {fraction}.", "Use a number from 0 to 1.")
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
+    for key in ("final_lr_fraction", "decay_fraction"):
+        if not 0 <= getattr(optimizer, key) <= 1:
+            yield Problem(f"optimizer.{key}", f"is {getattr(optimizer, key)}.", "Use a number from 0 to 1.")
+    if not all(0 <= beta < 1 for beta in optimizer.betas or ()):
         yield Problem(
             "optimizer.betas",
-            f"is {list(optimizer.betas)}: each is how much of a running mean is kept.",
+            f"is {list(optimizer.betas or ())}: each is how much of a running mean is kept.",
             "Use numbers from 0 to below 1, such as [0.9, 0.95].",
         )
+    yield from _loss_scale(optimizer.loss_scale)
+    where, skip = "optimizer.skip_above", optimizer.skip_above
+    yield from _at_least(f"{where}.window", skip.window, 1)
+    for key in ("norm", "loss"):
+        if getattr(skip, key) and not 1 < getattr(skip, key) < math.inf:
+            yield Problem(f"{where}.{key}", f"is {getattr(skip, key)}.", "Use a number above 1; 0: no limit.")
+
+
+def _kind(optimizer: OptimizerSpec) -> Iterator[Problem]:
+    """The optimizer's class, and whether it takes what the job gives it."""
+    where, name = "optimizer.name", optimizer.name.lower()
+    if name in REFUSED:
+        yield Problem(where, f"'{optimizer.name}' {REFUSED[name]}.", f"Use one of {', '.join(KINDS)}.")
+    elif name not in KINDS:
+        yield Problem(where, f"'{optimizer.name}' is not known.", nearest(name, tuple(KINDS)))
+    if name not in KINDS:
+        return
+    kind = kind_of(optimizer)
+    untaken = {
+        "betas": kind.betas is None and optimizer.betas is not None,
+        "eps": kind.eps is None and optimizer.eps is not None,
+        "weight_decay": not kind.decays
+        and any((optimizer.weight_decay, *(group.weight_decay for group in optimizer.groups))),
+    }
+    for key in (key for key, wrong in untaken.items() if wrong):
+        yield Problem(f"optimizer.{key}", f"{kind.name} takes no {key}.", "Leave it out.")
+    for key, value in optimizer.options.items():
+        if key not in kind.options:
+            known = nearest(key, tuple(kind.options)) if kind.options else "It has none: leave it out."
+            yield Problem(f"optimizer.options.{key}", f"{kind.name} has no option '{key}'.", known)
+        elif not _is_like(value, kind.options[key]):
+            yield Problem(
+                f"optimizer.options.{key}",
+                f"is {value!r}; {kind.name} takes a value such as {kind.options[key]!r}.",
+                "Use a value of that kind.",
+            )
+
+
+def _is_like(value: object, default: object) -> bool:
+    if isinstance(default, tuple):
+        pair = tuple(cast("Iterable[object]", value)) if isinstance(value, list | tuple) else ()
+        return len(pair) == len(cast("tuple[object, ...]", default)) and all(_is_like(v, 0.0) for v in pair)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    return isinstance(value, int | float) and 0 <= value < math.inf
+
+
+def _loss_scale(rule: LossScaleSpec) -> Iterator[Problem]:
+    where = "optimizer.loss_scale"
+    for key in ("initial", "minimum"):
+        value = getattr(rule, key)
+        if not (0 < value < math.inf and math.frexp(value)[0] == 0.5):  # noqa: PLR2004
+            remedy = "Use a power of two, such as 65536: then scaling rounds nothing."
+            yield Problem(f"{where}.{key}", f"is {value}, not a power of two.", remedy)
+    for key, legal in (("growth", (2.0, 4.0)), ("backoff", (0.5, 0.25))):
+        if getattr(rule, key) not in legal:
+            remedy = f"Use {legal[0]} or {legal[1]}: then scaling rounds nothing."
+            yield Problem(f"{where}.{key}", f"is {getattr(rule, key)}.", remedy)
+    yield from _at_least(f"{where}.interval", rule.interval, 1)
+
+
+def _groups(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
+    """Every group must mean something; what own models hold is not known before they are built."""
+    known = [(module, name) for module in spec.modules for name in _names_of(module, spec, source)]
+    own = {name for name, module in spec.modules.items() if isinstance(module.options, Mapping)}
+    for i, group in enumerate(spec.optimizer.groups):
+        where = f"optimizer.groups[{i}]"
+        if group.lr is not None:
+            yield from _finite(f"{where}.lr", group.lr, "0 leaves the parameters as they are.")
+        if group.weight_decay is not None:
+            yield from _finite(f"{where}.weight_decay", group.weight_decay)
+        if not group.modules and not group.match:
+            yield Problem(where, "matches every parameter.", "Name modules = [...] or match = [...].")
+        strangers = [module for module in group.modules if module not in spec.modules]
+        for module in strangers:
+            remedy = nearest(module, tuple(spec.modules))
+            yield Problem(f"{where}.modules", f"no module is called '{module}'.", remedy)
+        if strangers or own & set(group.modules or spec.modules):
+            continue
+        for pattern in group.match:
+            alone = GroupSpec(modules=group.modules, match=(pattern,))
+            if not any(matches(alone, module, name) for module, name in known):
+                names = [f"{m}.{n}" for m, n in known if m in (group.modules or spec.modules)]
+                fact = f"the pattern '{pattern}' matches no parameter."
+                yield Problem(f"{where}.match", fact, _nearest_parameter(pattern, names))
 
 
 def _train(train: TrainSpec) -> Iterator[Problem]:
@@ -128,6 +217,11 @@ def _train(train: TrainSpec) -> Iterator[Problem]:
     yield from _at_least("train.keep_checkpoints", train.keep_checkpoints, 1)
     yield from _at_least("train.threads", train.threads, 1)
     yield from _above_zero("train.timeout_s", train.timeout_s)
+    for entry in train.skip_steps:
+        first, last = (entry, entry) if isinstance(entry, int) else entry
+        if not 0 <= first <= last:
+            remedy = "Steps count from 0; a range is [first, last], both included."
+            yield Problem("train.skip_steps", f"has [{first}, {last}].", remedy)
     if train.run_dir == "":
         yield Problem("train.run_dir", "is empty.", "Name a folder, or leave it out: runs/<job>-<n>.")
 
@@ -531,19 +625,12 @@ def _freezing(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
 
 def _patterns(name: str, module: ModuleSpec, spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
     """Every pattern must match something; what an own model holds is not known."""
-    model = model_of(name, spec, source)
-    if isinstance(model, Own):
+    if isinstance(module.options, Mapping):
         return
-    if isinstance(model, Vit) and model.features is None:
-        model = attrs.evolve(model, features=1)
     key, patterns = "trainable", module.trainable or ()
     if isinstance(module.frozen, tuple):
         key, patterns = "frozen", module.frozen
-    names = [parameter.name for parameter in model.parameters()] if patterns else []
-    for target in module.feeds:
-        if target in spec.modules:
-            width, projected = edge_shape(model, model_of(target, spec, source))
-            names += [p.name for p in projector(target, 1, width)] if projected else []
+    names = _names_of(name, spec, source) if patterns else []
     for pattern in patterns:
         if not any(matches_any(n, (pattern,)) for n in names):
             yield Problem(
@@ -551,6 +638,19 @@ def _patterns(name: str, module: ModuleSpec, spec: JobSpec, source: SourceFacts)
                 f"the pattern '{pattern}' matches no parameter of module '{name}'.",
                 _nearest_parameter(pattern, names),
             )
+
+
+def _names_of(name: str, spec: JobSpec, source: SourceFacts) -> list[str]:
+    """Return the parameters of a module, projectors included; of an own model these only."""
+    model = model_of(name, spec, source)
+    if isinstance(model, Vit) and model.features is None:
+        model = attrs.evolve(model, features=1)
+    names = [parameter.name for parameter in model.parameters()]
+    for target in spec.modules[name].feeds:
+        if target in spec.modules:
+            width, projected = edge_shape(model, model_of(target, spec, source))
+            names += [p.name for p in projector(target, 1, width)] if projected else []
+    return names
 
 
 def _nearest_parameter(pattern: str, names: list[str]) -> str:
@@ -623,17 +723,3 @@ def _divisors(number: int) -> str:
 
 def _even_heads(model: Transformer) -> str:
     return _divisors(model.hidden // 2) if model.hidden % 2 == 0 else "none (hidden is odd)"
-
-
-# -- not available yet -------------------------------------------------------------------------------------
-
-
-def _not_available_yet(spec: JobSpec) -> Iterator[Problem]:
-    """What a job may ask for and this version does not do. The one place that says so; it gets shorter."""
-    precision = spec.precision
-    yield from _not_yet("precision", f"'{precision}'", precision in {"bf16", "fp16"}, "fp32 or fp64")
-
-
-def _not_yet(where: str, what: str, wanted: bool, instead: str) -> Iterator[Problem]:
-    if wanted:
-        yield Problem(where, f"{what} is not available yet in this version.", f"Use {instead}.")

@@ -79,18 +79,61 @@ class ScheduleSpec:
 
 
 @attrs.frozen(kw_only=True)
+class GroupSpec:
+    """`[[optimizer.groups]]`: a rate and a decay for some parameters; None is that of the job.
+
+    A parameter belongs to the first group that it matches: by its module, and by a pattern of ``module.name``.
+    """
+
+    modules: tuple[str, ...] = ()
+    match: tuple[str, ...] = ()
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LossScaleSpec:
+    """`[optimizer] loss_scale`, in fp16: rises by `growth` after `interval` finite steps, falls by `backoff`."""
+
+    initial: float = 65536.0
+    growth: float = 2.0
+    backoff: float = 0.5
+    interval: int = 2000
+    minimum: float = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class SkipSpec:
+    """`[optimizer] skip_above`: multiples of the median over the last `window` steps; 0: no limit."""
+
+    norm: float = 0.0
+    loss: float = 0.0
+    window: int = 128
+
+
+@attrs.frozen(kw_only=True)
 class OptimizerSpec:
-    """`[optimizer]`. `decay` lowers the rate to `final_lr_fraction` of `lr` by the last step."""
+    """`[optimizer]`. `decay` lowers the rate to `final_lr_fraction` of `lr` by the last step.
+
+    `decay_fraction` is the part of the steps over which a "wsd" rate falls at the end. `betas` and `eps` are
+    those of the optimizer where None.
+    """
 
     name: str = "adamw"
     lr: float = 1e-3
     clip_norm: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
     weight_decay: float = 0.0
+    options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    groups: tuple[GroupSpec, ...] = ()
     warmup_steps: int = 0
     decay: str = "constant"
+    decay_fraction: float = 0.2
     final_lr_fraction: float = 0.0
+    sharded: bool = False
+    loss_scale: LossScaleSpec = LossScaleSpec()
+    skip_above: SkipSpec = SkipSpec()
 
 
 @attrs.frozen(kw_only=True)
@@ -98,7 +141,7 @@ class TrainSpec:
     """`[train]`. Time limits are seconds; `threads` is compute threads per CPU rank.
 
     A checkpoint is written every `checkpoint_every` steps (0: only at the end), and the newest
-    `keep_checkpoints` are kept.
+    `keep_checkpoints` are kept. The samples of `skip_steps` are passed over; of a range, both ends.
     """
 
     steps: int = 1
@@ -108,6 +151,7 @@ class TrainSpec:
     timeout_s: float = 600.0
     threads: int = 1
     evaluate: bool = True
+    skip_steps: tuple[int | tuple[int, int], ...] = ()
 
 
 @attrs.frozen(kw_only=True)

@@ -54,12 +54,11 @@ PARTIAL = ".partial"
 
 @attrs.frozen(eq=False)
 class Piece:
-    """A rank's part of a full tensor: where it begins in it, and whether this rank is the one that writes it."""
+    """A rank's part of a full tensor, and where it begins in it."""
 
     tensor: torch.Tensor
     full_shape: tuple[int, ...]
     offsets: tuple[int, ...]
-    writes: bool
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
@@ -67,7 +66,8 @@ class Piece:
         return ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.size())
 
 
-Pieces = Mapping[str, Piece]
+Pieces = Mapping[str, tuple[Piece, ...]]
+"""Of each tensor the parts that a rank has. In a file a name comes once: who writes has one part of it."""
 
 
 def save(
@@ -86,7 +86,7 @@ def save(
     dist.barrier(group)
     with _failures_as_errors(target):
         dcp.save(
-            {name: piece.tensor for name, piece in pieces.items() if piece.writes},
+            {name: piece.tensor for name, (piece,) in pieces.items()},
             storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
             planner=_Saving(pieces),
             process_group=group,
@@ -102,7 +102,7 @@ def load(checkpoint: Path, pieces: Pieces, group: dist.ProcessGroup) -> None:
     """Fill every piece from a checkpoint, whatever layout wrote it."""
     with _failures_as_errors(checkpoint):
         dcp.load(
-            {name: piece.tensor for name, piece in pieces.items()},
+            {name: parts[0].tensor for name, parts in pieces.items()},
             storage_reader=HuggingFaceStorageReader(str(checkpoint)),
             planner=_Loading(pieces),
             process_group=group,
@@ -196,12 +196,13 @@ class _Saving(DefaultSavePlanner):
         self._pieces = pieces
 
     def create_local_plan(self) -> SavePlan:
-        items = [_write_item(n, p) for n, p in self._pieces.items() if p.writes]
+        items = [_write_item(name, piece) for name, (piece,) in self._pieces.items()]
         self.plan = SavePlan(items, planner_data={})
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._pieces[write_item.index.fqn].tensor.detach().contiguous()
+        (piece,) = self._pieces[write_item.index.fqn]
+        return piece.tensor.contiguous()
 
 
 def _write_item(name: str, piece: Piece) -> WriteItem:
@@ -227,17 +228,19 @@ class _Loading(DefaultLoadPlanner):
         assert self.metadata is not None
         written = self.metadata.state_dict_metadata
         items: list[ReadItem] = []
-        for name, piece in self._pieces.items():
-            stored = written.get(name)
-            if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != piece.full_shape:
+        for name, parts in self._pieces.items():
+            stored, needed = written.get(name), parts[0].full_shape
+            if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != needed:
                 shape = list(stored.size) if isinstance(stored, TensorStorageMetadata) else "nothing"
-                message = f"has {shape} for '{name}', the job needs {list(piece.full_shape)}."
-                raise PlanError([Problem("checkpoint", message, "Load it into the model that wrote it.")])
-            items += create_read_items_for_chunk_list(name, stored, [piece.chunk])
+                message = f"has {shape} for '{name}', the job needs {list(needed)}."
+                remedy = "Load it into the model that wrote it, with the optimizer that wrote it."
+                raise PlanError([Problem("checkpoint", message, remedy)])
+            items += create_read_items_for_chunk_list(name, stored, [part.chunk for part in parts])
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        whole = self._pieces[read_item.dest_index.fqn].tensor.detach()
+        index = read_item.dest_index
+        whole = self._pieces[index.fqn][index.index or 0].tensor
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             whole = whole.narrow(dim, start, length)
         return whole

@@ -17,6 +17,10 @@ from mimogrid.core.steps import Share
 from mimogrid.core.topology import Module
 
 
+EXACT = frozenset({"loss_weights", "targets"})
+"""What losses are computed with in fp32 where the network computes in half precision."""
+
+
 class Loads(Protocol):
     """The half of a source that touches data."""
 
@@ -72,11 +76,17 @@ class Loader:
                 loaded = self._source.load(sample.id, module.name)
                 for name, column in columns.items():
                     column.append(_checked(loaded, name, sample, count, module.name))
-        return {name: self._join(column or [_nothing(name, module)]) for name, column in columns.items()}
+        return {
+            name: self._join(column or [_nothing(name, module)], exact=name in EXACT)
+            for name, column in columns.items()
+        }
 
-    def _join(self, column: list[torch.Tensor]) -> torch.Tensor:
-        joined = torch.cat(column)
-        dtype = self.dtype if joined.is_floating_point() else joined.dtype
+    def _join(self, column: list[torch.Tensor], *, exact: bool = False) -> torch.Tensor:
+        joined, dtype = torch.cat(column), self.dtype
+        if exact:
+            dtype = torch.promote_types(dtype, torch.float32)
+        if not joined.is_floating_point():
+            dtype = joined.dtype
         return joined.to(self.device, dtype, non_blocking=True)
 
 

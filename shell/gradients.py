@@ -1,85 +1,180 @@
-"""Gradients: one flat buffer per stage, summed over the ranks that the gradient plan names.
+"""Gradients: flat buffers per stage, summed over the ranks that the gradient plan names.
 
-Every trainable parameter's gradient is a view of its stage's buffer: backward passes add into it, a reduction
-is one all-reduce (one more for what is partial over tp, and one for experts), and a parameter that a lane
-never touched counts as zeros there, not as absent.
+Every trainable parameter's gradient is a view of a buffer of its stage, and so is the parameter itself: backward
+passes add into the one, a reduction is one all-reduce for each region (`core.shards`; one more for what is partial
+over tp), and a parameter that a lane never touched counts as zeros there, not as absent.
+
+In half precision the network computes with bf16 or fp16 weights, and beside them are fp32 *main* weights, which
+the optimizer updates and checkpoints hold. Gradients are added up in fp32 too: autograd raises each as it comes
+(`Tensor.grad_dtype`). In fp32 and fp64 the main weights are the weights.
+
+Where the data lanes share the update (ZeRO stage 1: Rajbhandari et al. 2020), a lane has the main weights of
+its own part of each region only, updates it, and the lanes gather the weights. The sum is an all-reduce there
+too: gloo makes its reduce-scatter out of one, and so both ways see the same bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from mimogrid.core.gradients import counts_in_norm
-from mimogrid.core.models import Parameter
+from mimogrid.core.gradients import counts_in_norm, is_written_by
+from mimogrid.core.shards import Part, Region, layout_of
 from mimogrid.core.topology import Module, StageInfo
 from mimogrid.shell.groups import ModuleGroups
 
 
-class GradientBuffer:
-    """The gradients of one stage on this rank."""
+LANES = ("dp", "cp", "expert_dp")
+"""The axes along which ranks hold the same values of a parameter."""
+
+
+@attrs.frozen(eq=False)
+class Shard:
+    """The values of a parameter that this rank updates: flat, with their gradient."""
+
+    part: Part
+    main: nn.Parameter
+
+
+class Buffer:
+    """One region on this rank: gradients, weights, and the main weights that this rank updates."""
 
     def __init__(
         self,
+        region: Region,
+        weights: Mapping[str, nn.Parameter],
+        full: Mapping[str, torch.Tensor],
+        group: dist.ProcessGroup,
+        *,
+        like: torch.Tensor,
+        shared: bool,
+    ) -> None:
+        self.region = region
+        self.group = group
+        self.shared = shared
+        self.lanes = range(group.rank(), group.rank() + 1) if shared else range(region.lanes)
+        self.own = slice(region.lane(self.lanes[0]).start, region.lane(self.lanes[-1]).stop)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.gradients = torch.zeros(region.size, dtype=dtype, device=like.device)
+        self.weights = torch.zeros(region.size, dtype=like.dtype, device=like.device)
+        main = torch.zeros_like(self.gradients) if dtype != like.dtype else self.weights
+        for span in region.spans:
+            weight, place = weights[span.name], slice(span.start, span.start + span.size)
+            main[place] = full[span.name].flatten()
+            self.weights[place] = main[place]
+            weight.data = self.weights[place].view_as(weight)
+            weight.grad_dtype = dtype
+            weight.grad = self.gradients[place].view_as(weight)
+        self._is_lowered = main is not self.weights
+        self.main = main[self.own].clone() if self._is_lowered and shared else main[self.own]
+        self.shards = tuple(self._shards())
+
+    def _shards(self) -> Iterator[Shard]:
+        for span in self.region.spans:
+            start, stop = max(span.start, self.own.start), min(span.start + span.size, self.own.stop)
+            if start < stop:
+                main = nn.Parameter(self.main[start - self.own.start : stop - self.own.start])
+                main.grad = self.gradients[start:stop]
+                yield Shard(Part(span.name, start - span.start, stop - span.start), main)
+
+    def parts(self, names: frozenset[str]) -> Iterator[torch.Tensor]:
+        """Yield the gradient of each lane's part of these parameters, of those lanes whose parts are updated here."""
+        starts = {span.name: span.start for span in self.region.spans}
+        for part in (part for lane in self.lanes for part in self.region.parts(lane)):
+            if part.name in names:
+                yield self.gradients[starts[part.name] + part.start : starts[part.name] + part.stop]
+
+    def reduce(self) -> None:
+        """Sum the gradients over the lanes."""
+        _all_reduce(self.gradients, self.group)
+
+    def publish(self) -> None:
+        """Let the weights follow the main weights, on all lanes."""
+        if self._is_lowered:
+            self.weights[self.own] = self.main
+        if self.shared and self.group.size() > 1 and len(self.weights):
+            parts = list(self.weights.chunk(self.region.lanes))
+            dist.all_gather(parts, self.weights[self.own].clone(), group=self.group)
+
+
+class StageBuffer:
+    """The gradients, and what is updated by them, of one stage on this rank.
+
+    `position` is the rank's (`Module.position`). `weights` are those of the network, and `full` what they were
+    drawn as, before they were rounded to its precision.
+    """
+
+    def __init__(
+        self,
+        *,
         module: Module,
         position: Mapping[str, int],
         info: StageInfo,
         weights: Mapping[str, nn.Parameter],
+        full: Mapping[str, torch.Tensor],
         groups: ModuleGroups,
+        shared: bool,
     ) -> None:
-        table = {parameter.name: parameter for parameter in info.parameters}
-        trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
-        # What is reduced alike lies together: partial ones first, experts last.
-        sections = {name: _section(module, table.get(name)) for name in trained}
-        self.weights = dict(sorted(trained.items(), key=lambda item: sections[item[0]]))
+        self.weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
         self._groups = groups
-        size = sum(weight.numel() for weight in self.weights.values())
+        layout = layout_of(module, info, {name: weight.numel() for name, weight in self.weights.items()})
         like = next(iter(weights.values()), torch.empty(0))  # A module of the user's may have none.
-        self._flat = torch.zeros(size, dtype=like.dtype, device=like.device)
-        start = 0
-        for weight in self.weights.values():
-            weight.grad = self._flat[start : start + weight.numel()].view_as(weight)
-            start += weight.numel()
-        sizes = [sum(w.numel() for n, w in trained.items() if sections[n] == section) for section in range(3)]
-        self._partial, _, self._experts = self._flat.split(sizes)
-        self._common = self._flat[: size - sizes[-1]]
-        self._tied = [name for name, p in table.items() if p.copy and name in self.weights]
-        self._counted = [
-            weight for name, weight in self.weights.items() if counts_in_norm(position, info, table.get(name))
-        ]
+        over = (groups.dp, groups.dp, groups.expert_dp)
+        self.buffers = tuple(
+            Buffer(region, self.weights, full, group, like=like, shared=shared)
+            for region, group in zip(layout.regions, over, strict=True)
+        )
+        self._common, self._tied, _ = self.buffers
+        self._partial = layout.partial
+        table = {parameter.name: parameter for parameter in info.parameters}
+        # Where lanes share the update, what counts is counted by whoever updates it.
+        counter = {**position, **{axis: 0 for axis in LANES if shared and axis in position}}
+        self.counted = frozenset(n for n in self.weights if counts_in_norm(counter, info, table.get(n)))
+        # Of those, who writes what there is one of for a parameter, however it is cut over tp.
+        self.written = frozenset(n for n in self.weights if is_written_by(counter, info, table.get(n)))
+        self._counted = [part for buffer in self.buffers for part in buffer.parts(self.counted)]
 
     def clear(self) -> None:
         """Set every gradient to zero."""
-        self._flat.zero_()
+        for buffer in self.buffers:
+            buffer.gradients.zero_()
 
     def reduce(self) -> None:
         """Sum over the data lanes, what is partial over tp, and experts over their copies."""
-        _all_reduce(self._partial, self._groups.tp)
-        _all_reduce(self._common, self._groups.dp)
-        _all_reduce(self._experts, self._groups.expert_dp)
+        _all_reduce(self._common.gradients[: self._partial], self._groups.tp)
+        for buffer in self.buffers:
+            buffer.reduce()
 
     def tie(self) -> None:
         """Sum tied weights over the two ends of the module."""
-        for name in self._tied:
-            gradient = self.weights[name].grad
-            assert gradient is not None
-            dist.all_reduce(gradient, group=self._groups.tie)
+        if len(self._tied.gradients):
+            dist.all_reduce(self._tied.gradients, group=self._groups.tie)
 
     def scale(self, factor: float) -> None:
         """Multiply every gradient by a factor."""
-        self._flat.mul_(factor)
+        for buffer in self.buffers:
+            buffer.gradients.mul_(factor)
 
-    def norm_squared(self) -> float:
-        """Return the sum of squares, in fp64, of the gradients that count here."""
-        partials = [w.grad.double().square().sum() for w in self._counted if w.grad is not None]
-        return float(torch.stack(partials).sum()) if partials else 0.0
+    @property
+    def is_finite(self) -> bool:
+        """Whether every gradient here is, counted in the norm or not."""
+        return all(bool(buffer.gradients.isfinite().all()) for buffer in self.buffers)
 
+    def partials(self) -> list[float]:
+        """Return the sums of squares whose total over all ranks is the square of the global norm.
 
-def _section(module: Module, parameter: Parameter | None) -> int:
-    if parameter is None:
-        return 1
-    return 2 if parameter.expert is not None else int(not module.is_partial(parameter))
+        There is one for each part of a parameter that some lane would update if they shared the update. So
+        they are the same numbers whether or not they do.
+        """
+        found = [part.double().square().sum() for part in self._counted]
+        return list(torch.stack(found).tolist()) if found else []
+
+    def publish(self) -> None:
+        """Let the weights follow the main weights, on all lanes."""
+        for buffer in self.buffers:
+            buffer.publish()
 
 
 def _all_reduce(gradients: torch.Tensor, group: dist.ProcessGroup) -> None:

@@ -23,7 +23,10 @@ SCALARS_EVERY = 10
 
 @attrs.define
 class Tally:
-    """What a rank has counted so far; losses reach back over resumes, throughput does not."""
+    """What a rank has counted so far; losses reach back over resumes, throughput does not.
+
+    A step that was passed over (`train.skip_steps`) has no loss, and is among those skipped.
+    """
 
     begun: float = attrs.field(factory=time.perf_counter)
     busy_ns: int = 0
@@ -64,11 +67,13 @@ def recall(folder: Path, steps: int) -> Tally:
     lines = path.read_text().splitlines(keepends=True)[:steps]
     path.write_text("".join(lines))
     for facts in map(json.loads, lines):
+        if not facts["taken"]:
+            tally.skipped.append(facts["step"])
+        if "loss" not in facts:
+            continue
         tally.losses.append(facts["loss"])
         for name, loss in facts["losses"].items():
             tally.losses_by_module.setdefault(name, []).append(loss)
-        if not facts["taken"]:
-            tally.skipped.append(facts["step"])
     return tally
 
 
@@ -87,6 +92,8 @@ class Keeper:
             "loss": outcome.loss,
             "losses": dict(outcome.losses),
             "taken": outcome.taken,
+            "skipped": outcome.skipped,
+            "loss_scale": outcome.loss_scale,
             "gradient_norm": outcome.gradient_norm,
             "learning_rate": outcome.learning_rate,
             "samples_per_s": tally.samples / tally.seconds,
@@ -97,6 +104,10 @@ class Keeper:
             for name in ("loss", "gradient_norm", "learning_rate", "samples_per_s", "tokens_per_s"):
                 self.scalars.add_scalar(name, facts[name], index)
         self.progress.show(index + 1, facts)
+
+    def pass_over(self, index: int) -> None:
+        """Write that a step was passed over."""
+        self.lines.write(json.dumps({"step": index, "taken": False, "skipped": "listed"}) + "\n")
 
 
 @contextlib.contextmanager

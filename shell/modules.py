@@ -103,9 +103,11 @@ class StageModule(nn.Module):
 
     `draws` says that its forward draws random numbers in training, from the states of `megatron.draws`.
     `ledger` is where all of its layers note their products for gradients of weights, while it is open.
+    `loss_scale` multiplies the gradients that it attaches by itself.
     """
 
     draws = False
+    loss_scale = 1.0
 
     def __init__(self, module: Module, info: StageInfo, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -160,7 +162,10 @@ def build_stage(
     device: torch.device,
     dtype: torch.dtype,
 ) -> StageModule:
-    """Build a stage with its initial weights; what the plan freezes takes no gradient."""
+    """Build a stage that computes in `dtype`, with its initial weights; what the plan freezes takes no gradient.
+
+    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that.
+    """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]
     stage: StageModule
@@ -173,7 +178,7 @@ def build_stage(
             stage = TextStage(context, model, sequence=topology.sequence)
         case model:
             stage = RowsStage(_Context(module, info, groups, written.recompute, dtype), model)
-    stage.to(device=device, dtype=dtype)
+    stage.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
     held = module.held(info, _ep(groups))
     _check(stage, held, groups)
     weights = named_weights(stage)
@@ -356,7 +361,7 @@ class TransformerStage(StageModule):
         if self.has_experts:
             routed["padding_mask"] = packing.tokens  # See `Experts.forward`.
             for layer in self.decoder.layers:
-                layer.mlp.scale = self.aux_loss / share.total
+                layer.mlp.scale = self.loss_scale * self.aux_loss / share.total
         hidden_SBH = self.decoder(hidden_states=hidden_SBH, attention_mask=packing.mask, **routed)
         if self.sequence_parallel:
             # What follows is computed alike on every tp rank, so its gradient is cut, not summed.

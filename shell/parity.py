@@ -12,6 +12,7 @@ import attrs
 import torch
 
 from mimogrid.core.gradients import loss_scale
+from mimogrid.core.optimizers import HALF
 from mimogrid.core.spec import GridSpec, JobSpec
 from mimogrid.core.steps import Step, aux_name, step_of
 from mimogrid.core.topology import parse
@@ -22,11 +23,14 @@ from mimogrid.shell.groups import ModuleGroups
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.modules import build_stage, named_weights
 from mimogrid.shell.place import Place
-from mimogrid.shell.session import open_session
-from mimogrid.shell.step import Crew
+from mimogrid.shell.session import Session, open_session
+from mimogrid.shell.step import Crew, Outcome
 
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
+"""How far a layout may be from one process in the same precision."""
+TIMES = 3.0
+"""How many times farther from fp32 a layout in half precision may be than one process in half precision is."""
 
 SHOWN = 8
 """How many of the worst parameters are shown."""
@@ -47,25 +51,30 @@ class Difference:
 
 @attrs.frozen
 class Verdict:
-    """What a comparison came to; `worst` holds the largest differences first."""
+    """What a comparison came to, and what is legal; `worst` holds the largest differences first."""
 
-    passed: bool
     loss: float
     gradients: float
     worst: tuple[Difference, ...]
     precision: str
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing differs by more than is legal."""
+        return max(self.loss, self.gradients) <= self.limit
 
     def as_json(self) -> dict[str, object]:
         """Return the verdict with its worst parameters, for a script."""
-        whole = attrs.asdict(self)
+        whole = {"passed": self.passed, **attrs.asdict(self)}
         return whole | {"worst": whole["worst"][:SHOWN]}
 
     def in_words(self) -> str:
         """Return the verdict with its worst parameters, for a person."""
-        limit = TOLERANCE[self.precision]
+        from_what = "from fp32, " if self.precision in HALF else ""
         lines = [
             f"{'passed' if self.passed else 'FAILED'}: loss differs by {self.loss:.2e}, gradients by at "
-            f"most {self.gradients:.2e} ({self.precision}: at most {limit:.0e} is legal)",
+            f"most {self.gradients:.2e} ({from_what}{self.precision}: at most {self.limit:.1e} is legal)",
             f"{'worst parameters':44} {'difference':>10} {'largest':>10} {'reference':>10}",
         ]
         lines += [
@@ -75,18 +84,24 @@ class Verdict:
         return "\n".join(lines)
 
 
-def on_one_process(job: Job, step: Step, groups: ModuleGroups, device: Device) -> tuple[float, Gradients]:
-    """Return loss and gradients of a step's samples on one process; `groups` hold this rank alone."""
+def on_one_process(
+    job: Job, step: Step, groups: ModuleGroups, device: Device, *, precision: str | None = None
+) -> tuple[float, Gradients]:
+    """Return loss and gradients of a step's samples on one process; `groups` hold this rank alone.
+
+    The precision is that of the job if None is given.
+    """
     topology = parse(_undivided(job.spec), job.topology.source)
     whole = step_of(topology, step.samples)
-    dtype = DTYPES[job.spec.precision]
+    dtype = DTYPES[precision or job.spec.precision]
     assert job.source is not None
     loader = Loader(job.source, device=device.torch, dtype=dtype)
     networks = {
-        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype)
+        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype).to(dtype)
         for name, module in topology.modules.items()
     }
-    loss = torch.zeros((), dtype=dtype, device=device.torch)
+    exact = torch.promote_types(dtype, torch.float32)
+    loss = torch.zeros((), dtype=exact, device=device.torch)
     rows: dict[tuple[str, str], torch.Tensor] = {}
     for name in topology.graph.order:
         module, share = topology.modules[name], whole.share(name, 0, 0)
@@ -111,8 +126,15 @@ def on_one_process(job: Job, step: Step, groups: ModuleGroups, device: Device) -
     }
 
 
-def compare(losses: tuple[float, float], ours: Gradients, reference: Gradients, *, precision: str) -> Verdict:
-    """Compare (ours, the reference's) loss and gradients."""
+def compare(
+    losses: tuple[float, float],
+    ours: Gradients,
+    reference: Gradients,
+    *,
+    precision: str,
+    limit: float | None = None,
+) -> Verdict:
+    """Compare (ours, the reference's) loss and gradients; `limit` is that of the precision if None is given."""
     largest = _largest_by_module(reference)
     names = sorted({*ours, *reference})
     worst = sorted(
@@ -121,8 +143,7 @@ def compare(losses: tuple[float, float], ours: Gradients, reference: Gradients, 
     )
     loss = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-30) if losses[0] != losses[1] else 0.0
     gradients = worst[0].difference if worst else 0.0
-    limit = TOLERANCE[precision]
-    return Verdict(max(loss, gradients) <= limit, loss, gradients, tuple(worst), precision)
+    return Verdict(loss, gradients, tuple(worst), precision, TOLERANCE[precision] if limit is None else limit)
 
 
 def _difference(
@@ -182,14 +203,37 @@ def in_world(place: Place, job: Job, steps: int) -> Verdict | None:
         verdicts = []
         for index in range(steps):
             step = job.step(index)
-            outcome = session.crew.run(index, step, step, update=False)
+            outcome = _scaled_to_fit(session.crew, index, step)
             ours = full_gradients(session.crew)
             if chief:
-                alone = session.groups.alone()
-                loss, reference = on_one_process(job, step, alone, session.device)
-                losses = (outcome.loss, loss)
-                verdicts.append(compare(losses, ours, reference, precision=job.spec.precision))
+                verdicts.append(_judged(session, job, step, outcome.loss, ours))
         return max(verdicts, key=lambda v: max(v.gradients, v.loss)) if verdicts else None
+
+
+def _scaled_to_fit(crew: Crew, index: int, step: Step) -> Outcome:
+    """Run a step without updating; in fp16 lower the loss scale until nothing overflows, as training would."""
+    while True:
+        outcome = crew.run(index, step, step, update=False)
+        lower = max(crew.watch.scale / 2, 1.0)
+        if outcome.taken or lower == crew.watch.scale:
+            return outcome
+        crew.watch = attrs.evolve(crew.watch, scale=lower)
+
+
+def _judged(session: Session, job: Job, step: Step, loss: float, ours: Gradients) -> Verdict:
+    """Compare with one process in the same precision.
+
+    In half precision sums in another order differ by as much as rounding does, so there both are compared
+    with fp32: the layout must not be much farther from it than the one process is.
+    """
+    precision, alone, device = job.spec.precision, session.groups.alone(), session.device
+    rounded = on_one_process(job, step, alone, device)
+    if precision not in HALF:
+        return compare((loss, rounded[0]), ours, rounded[1], precision=precision)
+    exact = on_one_process(job, step, alone, device, precision="fp32")
+    by_rounding = compare((rounded[0], exact[0]), rounded[1], exact[1], precision=precision, limit=math.inf)
+    limit = TIMES * max(by_rounding.loss, by_rounding.gradients)
+    return compare((loss, exact[0]), ours, exact[1], precision=precision, limit=limit)
 
 
 def full_gradients(crew: Crew) -> Gradients:

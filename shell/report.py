@@ -105,7 +105,7 @@ def compose(
     return {
         "layout": layout_of(crew.topology).value,
         "world_size": crew.topology.world_size,
-        "steps": len(tally.losses),
+        "steps": crew.job.spec.train.steps,
         "skipped_steps": tally.skipped,
         "losses": tally.losses,
         "losses_by_module": tally.losses_by_module,

@@ -71,9 +71,13 @@ class StageRunner:
         self._position = module.grid.position(rank)
         self._lane = self._position["dp"]
 
-    def begin(self, program: Program, loader: Loader, index: int = 0) -> None:
-        """Make ready for step `index`; `loss`, `aux` and `answers` are those of the step from now on."""
+    def begin(self, program: Program, loader: Loader, index: int = 0, *, loss_scale: float = 1.0) -> None:
+        """Make ready for step `index`; `loss`, `aux` and `answers` are those of the step from now on.
+
+        Every loss is multiplied by `loss_scale` before its backward.
+        """
         self._index = index
+        self.network.loss_scale = loss_scale
         self._loader = loader
         if self.network.training != program.order.training:
             self.network.train(program.order.training)
@@ -134,7 +138,7 @@ class StageRunner:
                 gradients.append(self._gather(held, link, Direction.BACKWARD, microbatch))
         if "loss" in held.outputs:
             units = self._step.units[self.module.name]
-            scale = loss_scale(self._topology, self.module.name, units)
+            scale = self.network.loss_scale * loss_scale(self._topology, self.module.name, units)
             roots.append(held.outputs["loss"])
             gradients.append(torch.full_like(held.outputs["loss"], scale))
         pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if r.requires_grad]

@@ -1,50 +1,150 @@
-"""State: what a run must keep to go on as if it had never stopped, as the pieces that a checkpoint holds."""
+"""State: what a run must keep to go on as if it had never stopped, as the pieces that a checkpoint holds.
+
+Weights are under ``module.parameter`` (trained ones as the main weights), what the optimizer keeps for each
+under ``optimizer.STATE.module.parameter``: of the parameter's shape, or one value. The rest is in the
+manifest: how many steps were taken, and what decisions hang on (`core.decision.Watch`).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import attrs
 import torch
+import torch.distributed as dist
 
+from mimogrid.core.decision import Watch
 from mimogrid.core.gradients import counts_in_norm
 from mimogrid.core.models import Parameter
-from mimogrid.shell.checkpoint import Piece
+from mimogrid.core.shards import Part, Span, boxes
+from mimogrid.core.topology import Stage
+from mimogrid.shell.checkpoint import Piece, Pieces
+from mimogrid.shell.gradients import Buffer, Shard
 from mimogrid.shell.groups import ModuleGroups
-from mimogrid.shell.optimizer import MOMENTS, set_steps_taken
+from mimogrid.shell.optimizer import begin_states, states_of
 from mimogrid.shell.step import Crew
 from mimogrid.shell.weights import cut_over
 
 
-def pieces_of(crew: Crew) -> dict[str, Piece]:
-    """Return this rank's weights as ``module.parameter``, and their moments as ``optimizer.MOMENT.module...``.
+def facts_of(crew: Crew) -> dict[str, Any]:
+    """Return what the manifest keeps of a run's state."""
+    return {"steps_taken": crew.steps_taken, "watch": attrs.asdict(crew.watch)}
 
-    Of several ranks that hold the same values one writes them; a rank that holds a copy still reads it.
+
+def pieces_to_save(crew: Crew) -> Pieces:
+    """Return what this rank writes; all ranks of the job call it together.
+
+    Of several ranks that hold the same values one writes them. A parameter that lanes share is put together on
+    the lane where it begins, so that files hold blocks of the full tensors and nothing else.
     """
-    pieces: dict[str, Piece] = {}
+    return {
+        **{name: (piece,) for name, piece, writes in _frozen(crew) if writes},
+        **{name: (piece,) for stage in crew.stages for name, piece in _joined(crew, stage)},
+    }
+
+
+def pieces_to_load(crew: Crew, facts: Mapping[str, Any]) -> Pieces:
+    """Return what this rank reads: its frozen weights, its main weights, and what the optimizer keeps."""
+    if crew.optimizer is not None and facts["steps_taken"]:
+        begin_states(crew.optimizer)
+    found: dict[str, tuple[Piece, ...]] = {name: (piece,) for name, piece, _ in _frozen(crew)}
+    for stage, buffer in ((s, b) for s, of_stage in crew.buffers.items() for b in of_stage.buffers):
+        held = _Held(crew, stage)
+        for shard in buffer.shards:
+            for name, tensor in _tensors(crew, stage, shard):
+                found[name] = tuple(held.pieces(shard.part, tensor))
+    return found
+
+
+def restore(crew: Crew, facts: Mapping[str, Any]) -> None:
+    """Take up the rest of a run's state, once its pieces are loaded."""
+    crew.steps_taken = facts["steps_taken"]
+    crew.watch = Watch.of(facts["watch"])
+    for buffer in crew.buffers.values():
+        buffer.publish()
+
+
+def _tensors(crew: Crew, stage: Stage, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what is kept of a shard, flat: as many values as it has, or one without a dim."""
+    full = f"{stage.module}.{shard.part.name}"
+    yield full, shard.main.detach()
+    for state, tensor in states_of(crew.optimizer, shard).items():
+        yield f"optimizer.{state}.{full}", tensor
+
+
+def _frozen(crew: Crew) -> Iterator[tuple[str, Piece, bool]]:
+    """Yield the weights that do not train, and whether this rank writes them."""
     for stage, weights in crew.weights().items():
-        runner = crew.stages[stage]
-        position = runner.module.position(crew.rank)
-        table = {parameter.name: parameter for parameter in runner.info.parameters}
+        held = _Held(crew, stage)
         for name, weight in weights.items():
-            parameter, full = table.get(name), f"{stage.module}.{name}"
-            # A tied copy on the same rank as the original would come under the same name: one is enough.
-            writes = counts_in_norm(position, runner.info, parameter)
-            piece = _piece(weight, parameter, runner.groups, writes=writes)
-            pieces[full] = piece
-            if crew.optimizer is not None and weight.requires_grad:
-                for moment in MOMENTS:
-                    state = crew.optimizer.state[weight][moment]
-                    pieces[f"optimizer.{moment}.{full}"] = attrs.evolve(piece, tensor=state)
-    return pieces
+            if name not in crew.buffers[stage].weights:
+                part = Part(name, 0, weight.numel())
+                (piece,) = held.pieces(part, weight.detach().reshape(-1))
+                yield f"{stage.module}.{name}", piece, held.counts(name)
 
 
-def restore(crew: Crew, *, steps_taken: int) -> None:
-    """Tell the optimizer how many steps it has taken, once its moments are loaded."""
-    if crew.optimizer is not None:
-        set_steps_taken(crew.optimizer, steps_taken)
+def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, Piece]]:
+    """Yield the whole parameters that this rank writes of a stage."""
+    held, of_stage = _Held(crew, stage), crew.buffers[stage]
+    for buffer in of_stage.buffers:
+        shards = {shard.part.name: shard for shard in buffer.shards}
+        for span in buffer.region.spans:
+            shard = shards.get(span.name)
+            kept = dict(_tensors(crew, stage, shard)) if shard else {}
+            if buffer.shared and _is_cut(buffer, span):
+                kept = _gathered(buffer, span, kept)
+            if shard and shard.part.start == 0 and span.name in of_stage.counted:
+                for name, tensor in kept.items():
+                    if tensor.dim() or span.name in of_stage.written:
+                        (piece,) = held.pieces(Part(span.name, 0, span.size), tensor)
+                        yield name, piece
 
 
-def _piece(tensor: torch.Tensor, parameter: Parameter | None, groups: ModuleGroups, *, writes: bool) -> Piece:
-    shape, offsets = list(tensor.shape), [0] * tensor.dim()
-    if parameter is not None and parameter.tp_dim is not None:
-        group, dim = cut_over(parameter, groups), parameter.tp_dim
-        offsets[dim] = group.rank() * shape[dim]
-        shape[dim] *= group.size()
-    return Piece(tensor, tuple(shape), tuple(offsets), writes)
+def _is_cut(buffer: Buffer, span: Span) -> bool:
+    each = buffer.region.size // buffer.region.lanes
+    return span.start // each != (span.start + span.size - 1) // each
+
+
+def _gathered(buffer: Buffer, span: Span, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put together what lanes have of a parameter; those that have none of it come along with nothing."""
+    every: list[Any] = [None] * buffer.group.size()
+    dist.all_gather_object(every, {name: tensor.cpu() for name, tensor in kept.items()}, group=buffer.group)
+    holders = [parts for parts in every if parts]
+    return {
+        name: torch.cat([parts[name] for parts in holders]) if tensor.dim() else tensor
+        for name, tensor in kept.items()
+    }
+
+
+class _Held:
+    """Where the parameters of a stage lie in the full ones, on this rank."""
+
+    def __init__(self, crew: Crew, stage: Stage) -> None:
+        runner = crew.stages[stage]
+        self._groups: ModuleGroups = runner.groups
+        self._info = runner.info
+        self._table = {parameter.name: parameter for parameter in runner.info.parameters}
+        self._shapes = {name: tuple(weight.shape) for name, weight in crew.weights()[stage].items()}
+        self._position = runner.module.position(crew.rank)
+
+    def counts(self, name: str) -> bool:
+        """Whether this rank is the one that writes a parameter that all lanes hold."""
+        return counts_in_norm(self._position, self._info, self._table.get(name))
+
+    def pieces(self, part: Part, tensor: torch.Tensor) -> Iterator[Piece]:
+        """Yield the places of values of a parameter, flat and in order, in the full one."""
+        shape = self._shapes[part.name]
+        parameter: Parameter | None = self._table.get(part.name)
+        if not tensor.dim():
+            yield Piece(tensor.view(1), (1,), (0,))
+            return
+        full, first = list(shape), [0] * len(shape)
+        if parameter is not None and parameter.tp_dim is not None:
+            group, dim = cut_over(parameter, self._groups), parameter.tp_dim
+            first[dim] = group.rank() * shape[dim]
+            full[dim] *= group.size()
+        begin = 0
+        for offsets, lengths in boxes(shape, part.start, part.stop):
+            block = tensor[begin : begin + torch.Size(lengths).numel()].view(lengths)
+            begin += block.numel()
+            there = tuple(a + b for a, b in zip(first, offsets, strict=True))
+            yield Piece(block, tuple(full), there)

@@ -14,8 +14,9 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from mimogrid.core.decision import Watch, decide
 from mimogrid.core.errors import WorldError
-from mimogrid.core.gradients import loss_weight
+from mimogrid.core.gradients import NORM_TERMS, exact_terms, loss_weight, sum_of_terms
 from mimogrid.core.rates import learning_rate
 from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.steps import Step, aux_name
@@ -25,7 +26,7 @@ from mimogrid.shell.collect import Tensors, collect
 from mimogrid.shell.data import Loader, Loads
 from mimogrid.shell.device import DTYPES, Device
 from mimogrid.shell.execute import Timed, execute
-from mimogrid.shell.gradients import GradientBuffer
+from mimogrid.shell.gradients import StageBuffer
 from mimogrid.shell.groups import Groups
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.modules import build_stage, named_weights
@@ -41,20 +42,30 @@ class Outcome:
     """What a step came to, the same on every rank.
 
     `losses` are those of each module, and as ``NAME.aux`` what spreads its tokens over experts, divided by
-    their counts and without weights; `taken` is False where a gradient or a loss was not finite, and then
-    nothing was updated.
+    their counts and without weights. `skipped` says why nothing was updated; "": the step was taken.
+    `loss_scale` is what the losses were multiplied by before their backward.
     """
 
     loss: float
     losses: Mapping[str, float]
     gradient_norm: float
     learning_rate: float
-    taken: bool
+    loss_scale: float
+    skipped: str
     timeline: tuple[Timed, ...]
+
+    @property
+    def taken(self) -> bool:
+        """Whether all ranks took the step; else none did."""
+        return not self.skipped
 
 
 class Crew:
-    """The stages of this rank, with weights, gradients and optimizer."""
+    """The stages of this rank, with weights, gradients and optimizer.
+
+    `steps_taken` counts the updates, and `watch` is what the decision on the next one hangs on; both are the
+    same on every rank.
+    """
 
     def __init__(self, job: Job, rank: int, groups: Groups, device: Device) -> None:
         assert job.source is not None
@@ -67,11 +78,14 @@ class Crew:
         self._transport = Transport(self.topology, groups, device)
         dtype = DTYPES[job.spec.precision]
         self.stages: dict[Stage, StageRunner] = {}
-        self.buffers: dict[Stage, GradientBuffer] = {}
+        self.buffers: dict[Stage, StageBuffer] = {}
+        rule = job.spec.optimizer
         for info in self.topology.stages_of(rank):
             module = self.topology.modules[info.stage.module]
             of_module = groups.of_module(module)
             network = build_stage(self.topology, info, of_module, device=device.torch, dtype=dtype)
+            full = {name: weight.detach() for name, weight in named_weights(network).items()}
+            network.to(dtype)
             self.stages[info.stage] = StageRunner(
                 rank=rank,
                 module=module,
@@ -80,10 +94,24 @@ class Crew:
                 groups=of_module,
                 dtype=dtype,
             )
-            weights = named_weights(network)
-            self.buffers[info.stage] = GradientBuffer(module, module.position(rank), info, weights, of_module)
-        trained = (w for buffer in self.buffers.values() for w in buffer.weights.values())
-        self.optimizer = optimizer.build(job.spec.optimizer, trained)
+            self.buffers[info.stage] = StageBuffer(
+                module=module,
+                position=module.position(rank),
+                info=info,
+                weights=named_weights(network),
+                full=full,
+                groups=of_module,
+                shared=rule.sharded,
+            )
+        shards = (
+            (stage.module, shard)
+            for stage, of_stage in self.buffers.items()
+            for buffer in of_stage.buffers
+            for shard in buffer.shards
+        )
+        self.optimizer = optimizer.build(rule, shards)
+        self.steps_taken = 0
+        self.watch = Watch.first(rule, job.spec.precision)
 
     def run(self, index: int, step: Step, following: Step, *, update: bool = True) -> Outcome:
         """Train one step; without `update`, stop at the gradients.
@@ -91,7 +119,7 @@ class Crew:
         `following` is the next step: the ranks agree on its samples in this one.
         """
         program = plan_step(step)
-        self._begin(program, self._source, index)
+        self._begin(program, self._source, index, loss_scale=self.watch.scale)
         for buffer in self.buffers.values():
             buffer.clear()
         finish = _Finish(self, index, step, following, update=update)
@@ -110,10 +138,10 @@ class Crew:
                 mine[where.start : where.stop] = tokens
         return [int(token) for token in self.gather(mine).sum(dim=0)]
 
-    def _begin(self, program: Program, source: Loads, index: int = 0) -> None:
+    def _begin(self, program: Program, source: Loads, index: int = 0, *, loss_scale: float = 1.0) -> None:
         loader = Loader(source, device=self.device.torch, dtype=DTYPES[self.job.spec.precision])
         for stage in self.stages.values():
-            stage.begin(program, loader, index)
+            stage.begin(program, loader, index, loss_scale=loss_scale)
 
     def collect(self, tensors: Mapping[Stage, Tensors]) -> Tensors:
         """Put full tensors together on the first rank of the job; see `collect.collect`."""
@@ -127,11 +155,6 @@ class Crew:
     def group(self) -> dist.ProcessGroup:
         """The ranks that host a module."""
         return self._groups.by_ranks[self.topology.ranks]
-
-    @property
-    def steps_taken(self) -> int:
-        """How many steps the optimizer has taken."""
-        return optimizer.steps_taken(self.optimizer) if self.optimizer else 0
 
     def hand_over(self, value: T) -> list[T]:
         """Gather a value of every rank on the first rank of the job; the others get nothing."""
@@ -156,8 +179,10 @@ class _Finish:
         self.step = step
         self.following = following
         spec = crew.job.spec
-        self.rate = learning_rate(spec.optimizer, step=index, steps=spec.train.steps)
-        self.outcome = Outcome(0.0, {}, 0.0, self.rate, taken=False, timeline=())
+        self.index = index
+        self.watch = crew.watch
+        rate = learning_rate(spec.optimizer, step=index, steps=spec.train.steps)
+        self.outcome = Outcome(0.0, {}, 0.0, rate, crew.watch.scale, skipped="", timeline=())
 
     def reduce(self, stage: Stage) -> None:
         """Sum a stage's gradients over its data lanes."""
@@ -168,41 +193,61 @@ class _Finish:
         self.crew.buffers[stage].tie()
 
     def agree(self) -> None:
-        """Let all ranks see norm, losses and finiteness of all, and compare what comes next."""
-        losses = self._losses()
-        squared = sum(buffer.norm_squared() for buffer in self.crew.buffers.values())
+        """Let all ranks see norm, losses and finiteness of all, and compare what comes next.
+
+        Also a value that does not count in the norm, because another rank holds a copy of it, must be finite.
+        """
+        crew, losses, buffers = self.crew, self._losses(), self.crew.buffers.values()
+        if crew.watch.scale != 1:
+            for buffer in buffers:
+                buffer.scale(1 / crew.watch.scale)
+        terms = exact_terms(partial for buffer in buffers for partial in buffer.partials())
+        finite = all(buffer.is_finite for buffer in buffers)
         mine = torch.tensor(
-            [squared, *losses.values(), *_digest(self.following)],
+            [finite, *terms, *losses.values(), *_digest(self.following)],
             dtype=torch.float64,
-            device=self.crew.device.torch,
+            device=crew.device.torch,
         )
-        every = self.crew.gather(mine).cpu()
-        self._check_digests(every[:, 1 + len(losses) :])
-        total = every[:, : 1 + len(losses)].sum(dim=0)
+        every = crew.gather(mine).cpu()
+        all_finite, all_terms, all_losses, digests = every.split([1, NORM_TERMS, len(losses), 2], dim=1)
+        self._check_digests(digests)
+        sums = all_losses.sum(dim=0).tolist()
         means = {
-            name: float(total[1 + i]) / units if units else 0.0
-            for i, (name, units) in enumerate(self.step.units.items())
+            name: total / units if units else 0.0
+            for total, (name, units) in zip(sums, self.step.units.items(), strict=True)
         }
-        topology = self.crew.topology
+        loss = sum(loss_weight(crew.topology, name) * mean for name, mean in means.items())
+        norm = sum_of_terms(all_terms.flatten().tolist()) ** 0.5
+        self.watch, skipped = decide(
+            crew.watch,
+            crew.job.spec.optimizer,
+            loss=loss,
+            norm=norm,
+            finite=bool(all_finite.all()),
+            half=crew.job.spec.precision == "fp16",
+        )
         self.outcome = attrs.evolve(
-            self.outcome,
-            loss=sum(loss_weight(topology, name) * mean for name, mean in means.items()),
-            losses=means,
-            gradient_norm=float(total[0]) ** 0.5,
-            taken=bool(total.isfinite().all()),
+            self.outcome, loss=loss, losses=means, gradient_norm=norm, skipped=skipped
         )
 
     def update(self) -> None:
         """Clip by the global norm and step; do nothing where the ranks agreed not to."""
-        crew, norm = self.crew, self.outcome.gradient_norm
-        limit = crew.job.spec.optimizer.clip_norm
-        if not self.updates or not self.outcome.taken or crew.optimizer is None:
+        crew, norm, spec = self.crew, self.outcome.gradient_norm, self.crew.job.spec
+        limit = spec.optimizer.clip_norm
+        if not self.updates:
+            return
+        crew.watch = self.watch
+        if not self.outcome.taken:
             return
         if limit and norm > limit:
             for buffer in crew.buffers.values():
                 buffer.scale(limit / norm)
-        optimizer.set_rate(crew.optimizer, self.rate)
-        crew.optimizer.step()
+        if crew.optimizer is not None:
+            optimizer.set_rates(crew.optimizer, spec.optimizer, step=self.index, steps=spec.train.steps)
+            crew.optimizer.step()
+        for buffer in crew.buffers.values():
+            buffer.publish()
+        crew.steps_taken += 1
 
     def _losses(self) -> dict[str, float]:
         """This rank's part of each loss sum: under cp each has one, under tp all have the same.

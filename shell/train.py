@@ -12,6 +12,7 @@ The first rank of the job writes all of it but checkpoints and logs, to which ev
 
 import contextlib
 import importlib.metadata
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import attrs
 from safetensors.torch import save_file
 from structlog.typing import FilteringBoundLogger
 
+from mimogrid.core.decision import is_passed_over
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.roles import role_of
 from mimogrid.shell import checkpoint, jobfile, report
@@ -29,7 +31,7 @@ from mimogrid.shell.metrics import Tally, open_keeper, recall
 from mimogrid.shell.place import Place
 from mimogrid.shell.runs import REPORT, claim, report_of, write_json
 from mimogrid.shell.session import Session, open_session
-from mimogrid.shell.state import pieces_of, restore
+from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
 from mimogrid.shell.step import Crew
 
 
@@ -97,8 +99,8 @@ class Run:
             self.log.warning("no whole checkpoint in this run: beginning at step 0", folder=str(self.folder))
             return 0
         facts = checkpoint.read_manifest(Path(saved))
-        checkpoint.load(Path(saved), pieces_of(self.crew), self.crew.group)
-        restore(self.crew, steps_taken=facts["steps_taken"])
+        checkpoint.load(Path(saved), pieces_to_load(self.crew, facts), self.crew.group)
+        restore(self.crew, facts)
         self.log.info("resuming", step=facts["step"], checkpoint=saved)
         return int(facts["step"])
 
@@ -109,31 +111,42 @@ class Run:
         tally = recall(self.folder, start) if self.chief else Tally()
         with contextlib.ExitStack() as stack:
             keeper = stack.enter_context(open_keeper(self.folder, steps)) if self.chief else None
-            following = job.step(start)
+            following = job.step(self._next(start))
             for index in range(start, steps):
-                step, following = following, job.step(index + 1)
-                outcome = crew.run(index, step, following)
-                tally.add(index, step, outcome)
-                if not outcome.taken:
-                    self.log.warning("step skipped: a loss or gradient was not finite", step=index)
-                if keeper:
-                    keeper.keep(index, outcome, tally)
+                if is_passed_over(job.spec.train, index):
+                    tally.skipped.append(index)
+                    self.log.info("step passed over: it is in train.skip_steps", step=index)
+                    if keeper:
+                        keeper.pass_over(index)
+                else:
+                    step, following = following, job.step(self._next(index + 1))
+                    outcome = crew.run(index, step, following)
+                    tally.add(index, step, outcome)
+                    if not outcome.taken:
+                        self.log.warning(f"step skipped: {outcome.skipped}", step=index)
+                    if keeper:
+                        keeper.keep(index, outcome, tally)
                 if index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
         return tally
+
+    def _next(self, index: int) -> int:
+        """Return the first step from `index` on that is not passed over."""
+        train = self.crew.job.spec.train
+        return next(step for step in itertools.count(index) if not is_passed_over(train, step))
 
     def save(self, step: int) -> None:
         """Write a checkpoint from which step `step` is the next."""
         spec = self.crew.job.spec
         facts = {
             "step": step,
-            "steps_taken": self.crew.steps_taken,
+            **facts_of(self.crew),
             "job": jobfile.dump(spec),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
         }
         folder = self.folder / CHECKPOINTS
         keep = spec.train.keep_checkpoints
-        checkpoint.save(folder, pieces_of(self.crew), facts, self.crew.group, keep=keep)
+        checkpoint.save(folder, pieces_to_save(self.crew), facts, self.crew.group, keep=keep)
 
     def finish(self, tally: Tally) -> dict[str, Any] | None:
         """Write the final weights, examine the model, and report."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # The core's tests run where there is no torch.
     from mimogrid.shell.jobs import Job
     from mimogrid.shell.launch import Pool
     from mimogrid.shell.parity import Verdict
+    from updates import Seen
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +51,15 @@ def verdict(pool: "Pool", opened: "Callable[[JobSpec], Job]") -> "Callable[[JobS
         return found
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def train(pool: "Pool", opened: "Callable[[JobSpec], Job]") -> "Callable[..., list[Seen]]":
+    """Train steps of a job (`updates.train`); return what each rank that is not idle saw."""
+
+    def train(spec: "JobSpec", steps: range = range(3), *arguments: Any) -> "list[Seen]":
+        job = opened(spec)
+        said = pool.run("updates:train", job.topology.world_size, job, steps, *arguments)
+        return [seen for seen in said if seen is not None]
+
+    return train

@@ -13,10 +13,13 @@ from mimogrid.core.spec import (
     BatchSpec,
     DataSpec,
     GridSpec,
+    GroupSpec,
     JobSpec,
+    LossScaleSpec,
     ModuleSpec,
     OptimizerSpec,
     ScheduleSpec,
+    SkipSpec,
     TrainSpec,
 )
 from mimogrid.shell import costfile
@@ -27,7 +30,20 @@ from mimogrid.shell.sources.synthetic import Options
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-TABLES = (JobSpec, ModuleSpec, GridSpec, DataSpec, BatchSpec, ScheduleSpec, OptimizerSpec, TrainSpec, Options)
+TABLES = (
+    JobSpec,
+    ModuleSpec,
+    GridSpec,
+    DataSpec,
+    BatchSpec,
+    ScheduleSpec,
+    OptimizerSpec,
+    GroupSpec,
+    LossScaleSpec,
+    SkipSpec,
+    TrainSpec,
+    Options,
+)
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

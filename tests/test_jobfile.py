@@ -13,10 +13,13 @@ from mimogrid.core.spec import (
     BatchSpec,
     DataSpec,
     GridSpec,
+    GroupSpec,
     JobSpec,
+    LossScaleSpec,
     ModuleSpec,
     OptimizerSpec,
     ScheduleSpec,
+    SkipSpec,
     TrainSpec,
 )
 from mimogrid.shell import jobfile
@@ -284,14 +287,33 @@ modules = st.sampled_from(sorted(options)).flatmap(
         width=st.none() | counts,
     )
 )
+groups = st.builds(
+    GroupSpec,
+    modules=st.lists(words, max_size=2).map(tuple),
+    match=st.lists(words, max_size=2).map(tuple),
+    lr=st.none() | numbers,
+)
 specs = st.builds(
     JobSpec,
     modules=st.dictionaries(names, modules, max_size=3),
     data=st.builds(DataSpec, source=words, options=options["zoo.eyes:build"]),
     batch=st.builds(BatchSpec, global_size=counts, microbatches=counts),
     schedule=st.builds(ScheduleSpec, name=words, memory_gb=st.none() | numbers),
-    optimizer=st.builds(OptimizerSpec, lr=numbers, betas=st.tuples(numbers, numbers)),
-    train=st.builds(TrainSpec, steps=counts, run_dir=st.none() | words),
+    optimizer=st.builds(
+        OptimizerSpec,
+        lr=numbers,
+        betas=st.none() | st.tuples(numbers, numbers),
+        options=options["zoo.eyes:build"],
+        groups=st.lists(groups, max_size=2).map(tuple),
+        loss_scale=st.builds(LossScaleSpec, initial=numbers),
+        skip_above=st.builds(SkipSpec, norm=numbers, window=counts),
+    ),
+    train=st.builds(
+        TrainSpec,
+        steps=counts,
+        run_dir=st.none() | words,
+        skip_steps=st.lists(counts | st.tuples(counts, counts), max_size=3).map(tuple),
+    ),
     seed=counts,
     world_size=st.none() | counts,
 )

@@ -77,6 +77,7 @@ def test_loss_is_divided_by_the_global_count() -> None:
 
 RATES = {
     "constant": [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0],
+    "wsd": [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.6625],
     "linear": [0.25, 0.5, 0.75, 1.0, 1.0, 0.775, 0.55, 0.325],
     "cosine": [
         0.25,
@@ -99,7 +100,7 @@ def test_rates(decay: str) -> None:
     assert pytest.approx(RATES[decay]) == found
 
 
-@given(st.integers(0, 20), st.integers(1, 20), st.sampled_from(["constant", "linear", "cosine"]))
+@given(st.integers(0, 20), st.integers(1, 20), st.sampled_from(["constant", "linear", "cosine", "wsd"]))
 def test_a_rate_is_between_nothing_and_the_peak(warmup: int, steps: int, decay: str) -> None:
     """No step has a rate of zero or above the job's, however short the run and long the warm-up."""
     optimizer = OptimizerSpec(lr=2.0, warmup_steps=warmup, decay=decay)

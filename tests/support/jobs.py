@@ -30,7 +30,7 @@ _SIZE = re.compile(r"(tp|cp|dp|pp|ep|expert_tp|m|x|width|chunks)(\d+)")
 def job(
     text: str, *, batch: int = 8, microbatches: int = 4, schedule: str = "1f1b", world: int | None = None
 ) -> Topology:
-    """Return the topology of a job in the notation above; what the core plans and no shell runs yet is legal."""
+    """Return the topology of a job in the notation above."""
     modules = dict(_module(line.strip()) for line in text.split(";"))
     spec = JobSpec(
         modules=modules,
@@ -40,7 +40,7 @@ def job(
         world_size=world,
     )
     facts = SourceFacts(sequence=SEQUENCE, features={n: 8 for n, m in modules.items() if m.model == "vit"})
-    problems = [p for p in problems_of(spec, facts) if "not available yet" not in p.message]
+    problems = problems_of(spec, facts)
     assert not problems, "\n".join(map(str, problems))
     return assemble(spec, facts)
 

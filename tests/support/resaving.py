@@ -6,7 +6,7 @@ from mimogrid.shell import checkpoint
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import open_session
-from mimogrid.shell.state import pieces_of, restore
+from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
 
 
 def in_world(place: Place, job: Job, saved: Path, folder: Path) -> None:
@@ -14,7 +14,7 @@ def in_world(place: Place, job: Job, saved: Path, folder: Path) -> None:
     with open_session(place, job) as session:
         assert session.crew is not None
         facts = checkpoint.read_manifest(saved)
-        checkpoint.load(saved, pieces_of(session.crew), session.crew.group)
-        restore(session.crew, steps_taken=facts["steps_taken"])
-        again = {**facts, "steps_taken": session.crew.steps_taken}
-        checkpoint.save(folder, pieces_of(session.crew), again, session.crew.group, keep=2)
+        checkpoint.load(saved, pieces_to_load(session.crew, facts), session.crew.group)
+        restore(session.crew, facts)
+        again = {**facts, **facts_of(session.crew)}
+        checkpoint.save(folder, pieces_to_save(session.crew), again, session.crew.group, keep=2)

@@ -12,10 +12,11 @@ from mimogrid.core.groups import Ranks, Slot, channels_of, groups_of
 from mimogrid.core.samples import Sample
 from mimogrid.shell import checkpoint
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.optimizer import states_of
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.sources import Source
-from mimogrid.shell.state import pieces_of, restore
+from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
 from own import WithFacts, written
 
 
@@ -109,8 +110,8 @@ def saved(place: Place, job: Job, folder: Path, steps: int) -> Kept:
         assert session.crew is not None
         for index in range(steps):
             session.crew.run(index, job.step(index), job.step(index + 1))
-        facts = {"step": steps, "steps_taken": session.crew.steps_taken}
-        checkpoint.save(folder, pieces_of(session.crew), facts, session.crew.group, keep=1)
+        facts = {"step": steps, **facts_of(session.crew)}
+        checkpoint.save(folder, pieces_to_save(session.crew), facts, session.crew.group, keep=1)
         return _kept(session)
 
 
@@ -120,15 +121,21 @@ def loaded(place: Place, job: Job, folder: Path) -> Kept:
         assert session.crew is not None
         newest = checkpoint.newest(folder)
         assert newest is not None
-        checkpoint.load(newest, pieces_of(session.crew), session.crew.group)
-        restore(session.crew, steps_taken=checkpoint.read_manifest(newest)["steps_taken"])
+        facts = checkpoint.read_manifest(newest)
+        checkpoint.load(newest, pieces_to_load(session.crew, facts), session.crew.group)
+        restore(session.crew, facts)
         return _kept(session)
 
 
 def _kept(session: Session) -> Kept:
     assert session.crew is not None
     assert session.crew.optimizer is not None
-    states = {name: session.crew.optimizer.state[w] for name, w in _weights(session).items()}
+    states = {
+        f"{stage.module}.{shard.part.name}": states_of(session.crew.optimizer, shard)
+        for stage, of_stage in session.crew.buffers.items()
+        for buffer in of_stage.buffers
+        for shard in buffer.shards
+    }
     return {
         name: (int(state["step"]), {k: v.numpy().copy() for k, v in state.items() if k != "step"})
         for name, state in states.items()

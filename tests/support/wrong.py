@@ -170,7 +170,7 @@ def _(job: Table, name: str, draw: st.DrawFn) -> str:
 UNKNOWN = {
     "precision": "fp23",
     "schedule.name": "1b1f",
-    "optimizer.name": "adam",
+    "optimizer.name": "adamv",
     "optimizer.decay": "cosin",
     "data.source": "synthetik",
 }

@@ -1,0 +1,107 @@
+"""Shards: the parts of lanes are all of every parameter, once; blocks of a tensor are what they cut."""
+
+import itertools
+import math
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cases import CASES
+from jobs import job
+from mimogrid.core.optimizers import states_of
+from mimogrid.core.shards import ALIGNMENT, boxes, lanes_of, layout_of, local_size, optimizer_bytes, region_of
+from mimogrid.core.spec import OptimizerSpec
+from mimogrid.core.topology import Topology, assemble
+
+
+sizes = st.lists(st.integers(1, 300), max_size=8).map(lambda found: {f"p{i}": n for i, n in enumerate(found)})
+
+
+@given(sizes, st.integers(1, 5))
+def test_parts_of_lanes_are_every_value_once(sizes: dict[str, int], lanes: int) -> None:
+    """In order of lanes, the parts of a parameter follow each other from its first value to its last."""
+    region = region_of(sizes, lanes=lanes)
+    ends = dict.fromkeys(sizes, 0)
+    for lane in range(lanes):
+        for part in region.parts(lane):
+            assert ends[part.name] == part.start
+            ends[part.name] = part.stop
+    assert sizes == ends
+
+
+@given(sizes, st.integers(1, 5))
+def test_lanes_have_equal_parts_and_cut_where_vectors_end(sizes: dict[str, int], lanes: int) -> None:
+    """Every cut is a multiple of the alignment from where the parameter begins."""
+    region = region_of(sizes, lanes=lanes)
+    assert {region.size / lanes} == {len(region.lane(lane)) for lane in range(lanes)}
+    for lane in range(lanes):
+        assert all(part.start % ALIGNMENT == 0 for part in region.parts(lane))
+
+
+@st.composite
+def _cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    shape = tuple(draw(st.lists(st.integers(1, 4), max_size=4)))
+    start = draw(st.integers(0, math.prod(shape) - 1))
+    return shape, start, draw(st.integers(start + 1, math.prod(shape)))
+
+
+@given(_cuts())
+def test_blocks_are_the_values_that_they_cut_in_order(cut: tuple[tuple[int, ...], int, int]) -> None:
+    """Block after block, row-major, the indices count from the first value to the last."""
+    shape, start, stop = cut
+    found = []
+    for offsets, lengths in boxes(shape, start, stop):
+        for index in itertools.product(*(range(o, o + n) for o, n in zip(offsets, lengths, strict=True))):
+            flat = 0
+            for i, extent in zip(index, shape, strict=True):
+                flat = flat * extent + i
+            found.append(flat)
+    assert list(range(start, stop)) == found
+
+
+@given(_cuts())
+def test_blocks_are_few(cut: tuple[tuple[int, ...], int, int]) -> None:
+    """At most two for each dim but the last, and one."""
+    shape, start, stop = cut
+    assert len(list(boxes(shape, start, stop))) <= max(2 * len(shape) - 1, 1)
+
+
+def _with(topology: Topology, **changes: object) -> Topology:
+    spec = topology.spec
+    rule = attrs.evolve(spec.optimizer, **{k: v for k, v in changes.items() if k != "precision"})
+    precision = str(changes.get("precision", spec.precision))
+    return assemble(attrs.evolve(spec, optimizer=rule, precision=precision), topology.source)
+
+
+@pytest.mark.parametrize("text", CASES.values(), ids=CASES)
+def test_lanes_that_share_keep_what_one_that_does_not_keeps_alone(text: str) -> None:
+    """Over the lanes of a region the bytes of the shared states add up to those that every lane kept."""
+    topology = job(text, batch=48)
+    whole, shared = _with(topology), _with(topology, sharded=True)
+    for module in topology.modules.values():
+        if module.experts or len(module.stages) > module.grid.extent("pp"):
+            continue
+        only = {rank for rank in module.grid.ranks if len(topology.stages_of(rank)) == 1}
+        for ranks in module.grid.ranks_along(("cp", "dp")):
+            if only >= set(ranks):
+                parts = [optimizer_bytes(shared, rank) for rank in ranks]
+                assert {sum(parts)} == {optimizer_bytes(whole, rank) for rank in ranks}
+
+
+def test_bytes_are_those_of_states_and_main_weights() -> None:
+    """Two moments of fp32 for each value, and in bf16 one main weight more with its padding."""
+    topology = job("l gpt dp2", batch=8)
+    module, (info,) = topology.modules["l"], topology.stages_of(0)
+    held = {p.name: local_size(module, p) for p in info.parameters}
+    layout = layout_of(module, info, held)
+    assert (0, 0, 0) == lanes_of(module, 0)
+    values = sum(held.values())
+    assert 2 * 4 * values == optimizer_bytes(_with(topology, precision="fp32"), 0)
+    main = sum(region.size for region in layout.regions)
+    assert values < main
+    assert 4 * (2 * values + main) == optimizer_bytes(_with(topology, precision="bf16"), 0)
+    plain = _with(topology, name="sgd")
+    assert () == states_of(OptimizerSpec(name="sgd"))
+    assert 0 == optimizer_bytes(plain, 0)

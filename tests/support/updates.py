@@ -1,0 +1,168 @@
+"""Updates: bodies that train some steps and tell what came of it: decisions, weights, what the optimizer keeps."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+
+from mimogrid.core.decision import is_passed_over
+from mimogrid.core.schedule.actions import Compute
+from mimogrid.shell import checkpoint
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.optimizer import states_of
+from mimogrid.shell.place import Place
+from mimogrid.shell.session import open_session
+from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.step import Crew
+
+
+@attrs.frozen
+class Spoilt:
+    """A gradient with one infinite value, on one rank in one step, before it is summed over any other."""
+
+    rank: int
+    step: int
+    module: str
+    name: str
+
+
+@attrs.frozen(eq=False)
+class Seen:
+    """What a rank saw of a run.
+
+    Attributes:
+        losses, norms, taken, scales: of each step that was run.
+        steps_taken, watch: at the end.
+        weights: those of the networks here, by stage and name.
+        pieces: what the rank would write into a checkpoint: full shape, offsets, values.
+        bytes: what the optimizer keeps for each value, and main weights.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    taken: list[bool]
+    scales: list[float]
+    steps_taken: int
+    watch: Mapping[str, Any]
+    weights: Mapping[str, np.ndarray]
+    pieces: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
+    bytes: int
+
+
+def train(  # noqa: PLR0917 -- a body is called by position
+    place: Place,
+    job: Job,
+    steps: range,
+    spoilt: Spoilt | None = None,
+    save: Path | None = None,
+    resume: Path | None = None,
+    samples: int | None = None,
+) -> Seen | None:
+    """Train steps; begin with the checkpoint in `resume`, and write one to `save` in the end.
+
+    Each step has its own samples, or those of step `samples`.
+    """
+    with open_session(place, job) as session:
+        crew = session.crew
+        if crew is None:
+            return None
+        if resume is not None:
+            newest = checkpoint.newest(resume)
+            assert newest is not None
+            facts = checkpoint.read_manifest(newest)
+            checkpoint.load(newest, pieces_to_load(crew, facts), crew.group)
+            restore(crew, facts)
+        outcomes = []
+        for index in steps:
+            if not is_passed_over(job.spec.train, index):
+                if spoilt and spoilt.step == index and spoilt.rank == place.rank:
+                    _spoil(crew, spoilt)
+                step = job.step(index if samples is None else samples)
+                outcomes.append(crew.run(index, step, step))
+        pieces = pieces_to_save(crew)
+        if save is not None:
+            facts = {"step": steps.stop, **facts_of(crew)}
+            checkpoint.save(save, pieces, facts, crew.group, keep=1)
+        return Seen(
+            losses=[outcome.loss for outcome in outcomes],
+            norms=[outcome.gradient_norm for outcome in outcomes],
+            taken=[outcome.taken for outcome in outcomes],
+            scales=[outcome.loss_scale for outcome in outcomes],
+            steps_taken=crew.steps_taken,
+            watch=attrs.asdict(crew.watch),
+            weights={
+                f"{stage}.{name}": _array(weight)
+                for stage, weights in crew.weights().items()
+                for name, weight in weights.items()
+            },
+            pieces={
+                name: (piece.full_shape, piece.offsets, _array(piece.tensor))
+                for name, (piece,) in pieces.items()
+            },
+            bytes=_bytes(crew),
+        )
+
+
+def _spoil(crew: Crew, spoilt: Spoilt) -> None:
+    """Let the next computation of the stage that holds the parameter leave an infinite value in its gradient."""
+    stage = next(s for s, buffer in crew.buffers.items() if spoilt.name in buffer.weights)
+    runner, gradient = crew.stages[stage], crew.buffers[stage].weights[spoilt.name].grad
+    compute = runner.compute
+    assert stage.module == spoilt.module
+    assert gradient is not None
+
+    def spoil(action: Compute) -> None:
+        compute(action)
+        gradient.view(-1)[-1] = torch.inf
+        runner.compute = compute  # type: ignore[method-assign]
+
+    runner.compute = spoil  # type: ignore[method-assign]
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    exact: np.ndarray = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy().copy()
+    return exact
+
+
+def _bytes(crew: Crew) -> int:
+    buffers = [buffer for of_stage in crew.buffers.values() for buffer in of_stage.buffers]
+    kept = sum(
+        state.numel() * state.element_size()
+        for buffer in buffers
+        for shard in buffer.shards
+        for state in states_of(crew.optimizer, shard).values()
+        if state.dim()
+    )
+    apart = sum(
+        buffer.main.untyped_storage().nbytes()
+        for buffer in buffers
+        if buffer.main.untyped_storage().data_ptr() != buffer.weights.untyped_storage().data_ptr()
+    )
+    return kept + apart
+
+
+def put_together(said: list[Any]) -> dict[str, np.ndarray]:
+    """Return the full tensors of what the ranks of a world would write; every value comes from exactly one."""
+    full: dict[str, np.ndarray] = {}
+    written: dict[str, np.ndarray] = {}
+    for seen in (seen for seen in said if seen is not None):
+        for name, (shape, offsets, values) in seen.pieces.items():
+            whole = full.setdefault(name, np.zeros(shape, values.dtype))
+            times = written.setdefault(name, np.zeros(shape, np.int64))
+            where = tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))
+            whole[where] = values
+            times[where] += 1
+    assert all((times == 1).all() for times in written.values())
+    return full
+
+
+def assert_same(ours: list[Any], theirs: list[Any]) -> None:
+    """Everything that the ranks of two worlds would write is bitwise the same."""
+    one, other = put_together(ours), put_together(theirs)
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        assert values.tobytes() == other[name].tobytes(), name
