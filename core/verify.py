@@ -2,14 +2,21 @@
 
 A listing is judged against the step that it is for, not against how it was made. It must hold
 
-- every forward of every active microbatch once, and its backward (or input and weight gradient) where due;
+- every forward of every active microbatch once, and its backward where due: whole, or the gradient of the
+  inputs and then that of the weights, one way or the other for a whole stage;
 - every message posted once by each end, waited for once by each end after that, and on every pair of ranks
   received in the order in which it is sent;
 - data before it is read: a receive is waited for before the compute action that needs it, a send is posted
   after the one that makes it;
 - each reduction, agreement and update once, after the last gradient;
+- no more in flight than the order's credits: a microbatch is, on a stage, from its forward to the end of its
+  backward; where there is none, its output is until every send of it has been waited for. That is so when
+  training and when evaluating: without a bound, a fast encoder would fill the memory in both;
 - an end: the walk of `replay`, in which nothing buffers and joint actions wait for all their ranks, gets
 there.
+
+It may also be asked for the `strict` walk, in which every pair of ranks has one queue for both directions. That
+is not due: the channels of a job are one per direction. What passes there, too, needs half as many.
 
 Ranks are *alike* if they owe the same and have equal lists. What is judged of one of them holds for all: the
 judgement reads nothing else. And they walk in step, as one. Who walks in step waits for more than who walks
@@ -22,6 +29,7 @@ other, each on all the lanes that have it, and that is a walk in step. So a worl
 no more than its different lists do.
 """
 
+import bisect
 import collections
 import itertools
 import operator
@@ -51,20 +59,35 @@ def listing_of(program: Program) -> Listing:
     return {rank: program.of(rank) for rank in program.topology.ranks}
 
 
-def verify(program: Program, listing: Listing | None = None) -> tuple[str, ...]:
-    """Return what is wrong with a listing of the program (or its own), in words; nothing: it is sound."""
+def verify(program: Program, listing: Listing | None = None, *, strict: bool = False) -> tuple[str, ...]:
+    """Return what is wrong with a listing of the program (or its own), in words; nothing: it is sound.
+
+    A `strict` verdict also asks that it gets through with one serial queue per pair of ranks.
+    """
     whole = _complete(program, listing)
-    duties = {rank: _duties(program, rank) for rank in program.topology.ranks}
-    alike: dict[tuple[_Duties, tuple[Action, ...]], list[int]] = collections.defaultdict(list)
-    for rank, duty in duties.items():
-        alike[duty, whole[rank]].append(rank)
-    return tuple(_faults(program, whole, [(duty, ranks) for (duty, _), ranks in alike.items()]))
+    return tuple(_faults(program, whole, _alike(program, whole), strict=strict))
 
 
-def verify_each(program: Program, listing: Listing | None = None) -> tuple[str, ...]:
+def verify_each(program: Program, listing: Listing | None = None, *, strict: bool = False) -> tuple[str, ...]:
     """Return what `verify` returns, with every rank judged and walking by itself."""
     whole = _complete(program, listing)
-    return tuple(_faults(program, whole, [(_duties(program, r), (r,)) for r in program.topology.ranks]))
+    each = [(_duties(program, rank), (rank,)) for rank in program.topology.ranks]
+    return tuple(_faults(program, whole, each, strict=strict))
+
+
+def in_flight(program: Program, listing: Listing | None = None) -> Mapping[Stage, int]:
+    """Return how many microbatches a stage has in flight at most on any rank, as its credit counts them.
+
+    The listing must be sound. A stage that keeps nothing for anybody has none in flight.
+    """
+    whole = _complete(program, listing)
+    alike = _alike(program, whole)
+    judge = _Judge(program, (whole[ranks[0]] for _, ranks in alike))
+    peaks = dict.fromkeys(program.topology.stages, 0)
+    for duties, ranks in alike:
+        for stage, _, count in judge.flights(duties, whole[ranks[0]]):
+            peaks[stage] = max(peaks[stage], count)
+    return peaks
 
 
 def _complete(program: Program, listing: Listing | None) -> dict[int, tuple[Action, ...]]:
@@ -73,10 +96,19 @@ def _complete(program: Program, listing: Listing | None) -> dict[int, tuple[Acti
     return {rank: tuple(given.get(rank, ())) for rank in dict.fromkeys((*hosts, *given))}
 
 
-def _faults(
-    program: Program, listing: Listing, alike: Sequence[tuple["_Duties", Sequence[int]]]
-) -> Iterator[str]:
-    judge = _Judge(program)
+_Alike = Sequence[tuple["_Duties", Sequence[int]]]
+
+
+def _alike(program: Program, listing: Listing) -> _Alike:
+    """Return the sets of ranks that owe the same and have equal lists."""
+    alike: dict[tuple[_Duties, tuple[Action, ...]], list[int]] = collections.defaultdict(list)
+    for rank in program.topology.ranks:
+        alike[_duties(program, rank), listing[rank]].append(rank)
+    return [(duties, ranks) for (duties, _), ranks in alike.items()]
+
+
+def _faults(program: Program, listing: Listing, alike: _Alike, *, strict: bool) -> Iterator[str]:
+    judge = _Judge(program, (listing[ranks[0]] for _, ranks in alike))
     found = [(rank, f"rank {rank} hosts no module but has actions") for rank in _idlers(program, listing)]
     for duties, ranks in alike:
         faults = tuple(judge.faults(duties, listing[ranks[0]]))
@@ -85,10 +117,10 @@ def _faults(
         yield from (fault for _, fault in sorted(found, key=operator.itemgetter(0)))
         return
     sound_in_step = len(alike) < len(listing) and not any(
-        _together(in_step(program, listing, [ranks for _, ranks in alike]))
+        _together(in_step(program, listing, [ranks for _, ranks in alike], strict=strict))
     )
     if not sound_in_step:
-        yield from _together(alone(program, listing))
+        yield from _together(alone(program, listing, strict=strict))
 
 
 def _idlers(program: Program, listing: Listing) -> Iterator[int]:
@@ -157,33 +189,53 @@ _FORTH_AND_BACK = (Direction.FORWARD, Direction.BACKWARD)
 
 @attrs.frozen
 class _Clause:
-    """A part of what a rank owes, by numbers: actions, and pairs whose first must come before their second.
+    """A part of what a rank owes, by numbers: actions in order, and pairs whose first must precede their second.
 
     A pair counts where the list has both.
     """
 
-    due: frozenset[int]
+    due: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...]
 
 
 class _Judge:
-    """Judges lists by themselves: is everything there, once, in an order that the data allows.
+    """Judges lists by themselves: is everything there, once, in an order that the data and the memory allow.
 
-    Actions go by numbers here (attrs values are slow to compare), and clauses are kept (ranks share them).
+    Actions go by numbers here (attrs values are slow to compare), and clauses are kept (ranks share them). A
+    stage is split if the lists have halves of its backward; where they have whole ones, too, if the order has it so.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, lists: Iterable[tuple[Action, ...]]) -> None:
         self.program = program
         self.actions: list[Action] = []
         self.numbers: dict[Action, int] = {}
-        self.of_compute: dict[tuple[Stage, int, bool, tuple[Action, ...]], _Clause] = {}
+        for actions in lists:
+            for action in actions:
+                self._number(action)
+        computed = [action for action in self.actions if isinstance(action, Compute)]
+        halves = {a.stage for a in computed if a.kind in {Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT}}
+        whole = {a.stage for a in computed if a.kind is Kind.BACKWARD}
+        self.split = (halves - whole) | (halves & program.order.split)
+        self.credits = program.order.credits
+        self.of_compute: dict[tuple[Stage, int, tuple[Action, ...]], _Clause] = {}
         self.of_transfer: dict[tuple[Stage, Link, int, tuple[int, ...]], _Clause] = {}
 
     def faults(self, duties: _Duties, actions: tuple[Action, ...]) -> Iterator[str]:
-        """Yield what is wrong with a list of actions."""
-        mine = [self._number(action) for action in actions]
+        """Yield what is wrong with a list of actions; what is in flight is told where all else is right."""
+        mine = [self.numbers[action] for action in actions]
         place = {number: i for i, number in enumerate(mine)}
-        clauses = tuple(self._clauses(duties, place))
+        wrong = tuple(self._disorder(duties, mine, place))
+        yield from wrong or self._excess(duties, place)
+
+    def flights(self, duties: _Duties, actions: tuple[Action, ...]) -> Iterator[tuple[Stage, int, int]]:
+        """Yield every forward after which something is in flight, as (stage, number of the action, how much is).
+
+        The actions are known to be those that are due.
+        """
+        return self._flights(duties, {self.numbers[action]: i for i, action in enumerate(actions)})
+
+    def _disorder(self, duties: _Duties, mine: Sequence[int], place: dict[int, int]) -> Iterator[str]:
+        clauses = tuple(self._clauses(duties))
         due = {number for clause in clauses for number in clause.due}
         if len(place) < len(mine):
             counts = collections.Counter(mine)
@@ -196,40 +248,79 @@ class _Judge:
                 if first in place and then in place and place[first] > place[then]:
                     yield f"'{self.actions[then]}' comes before '{self.actions[first]}', which it needs"
 
+    def _excess(self, duties: _Duties, place: Mapping[int, int]) -> Iterator[str]:
+        for stage, number, count in self._flights(duties, place):
+            if count > self.credits[stage]:
+                what = "microbatches in flight" if self._is_trained(stage) else "outputs that wait to be read"
+                yield f"'{self.actions[number]}' gives {stage} {count} {what}; it may have {self.credits[stage]}"
+                return
+
+    def _flights(self, duties: _Duties, place: Mapping[int, int]) -> Iterator[tuple[Stage, int, int]]:
+        for stage, spans in self._spans(duties).items():
+            ends = sorted(max(place[number] for number in last) for _, last in spans)
+            forwards = sorted((place[number], number) for number, _ in spans)
+            for i, (start, number) in enumerate(forwards, 1):
+                yield stage, number, i - bisect.bisect_left(ends, start)
+
+    def _spans(self, duties: _Duties) -> Mapping[Stage, Sequence[tuple[int, Sequence[int]]]]:
+        """Return, by stage, the action that takes up each microbatch, and those of which the last lets go of it."""
+        spans: dict[Stage, list[tuple[int, Sequence[int]]]] = {}
+        for stage, active in duties.stages:
+            due = {k: self._of_compute(stage, k, duties).due for k in active}
+            until: dict[int, list[int]] = {k: [numbers[-1]] for k, numbers in due.items()}
+            if not self._is_trained(stage):
+                until = collections.defaultdict(list)
+                for link, sent in duties.departures:
+                    for k, made in sent if link.source == stage else ():
+                        for j in made:
+                            until[j].append(self._of_transfer(stage, link, k, made).due[-1])
+            spans[stage] = [(due[k][0], last) for k, last in until.items()]
+        return spans
+
+    def _is_trained(self, stage: Stage) -> bool:
+        return stage in self.program.order.backward
+
     def _number(self, action: Action) -> int:
         number = self.numbers.setdefault(action, len(self.actions))
         if number == len(self.actions):
             self.actions.append(action)
         return number
 
-    def _clauses(self, duties: _Duties, place: Mapping[int, int]) -> Iterator[_Clause]:
+    def _clauses(self, duties: _Duties) -> Iterator[_Clause]:
         for stage, active in duties.stages:
             for k in sorted(active):
-                split = self._number(Compute(Kind.INPUT_GRADIENT, stage, k)) in place
-                key = (stage, k, split, duties.finish[:1])
-                if key not in self.of_compute:
-                    self.of_compute[key] = self._clause(*self._compute(*key))
-                yield self.of_compute[key]
-        arrivals = ((link.target, link, k, (k,)) for link, ks in duties.arrivals for k in ks)
-        departures = ((link.source, link, k, made) for link, ks in duties.departures for k, made in ks)
-        for ends in (*arrivals, *departures):
-            if ends not in self.of_transfer:
-                self.of_transfer[ends] = self._clause(*self._transfers(*ends))
-            yield self.of_transfer[ends]
+                yield self._of_compute(stage, k, duties)
+        for link, ks in duties.arrivals:
+            for k in ks:
+                yield self._of_transfer(link.target, link, k, (k,))
+        for link, sent in duties.departures:
+            for k, made in sent:
+                yield self._of_transfer(link.source, link, k, made)
         yield self._clause(duties.finish, itertools.pairwise(duties.finish))
+
+    def _of_compute(self, stage: Stage, k: int, duties: _Duties) -> _Clause:
+        key = (stage, k, duties.finish[:1])
+        if key not in self.of_compute:
+            self.of_compute[key] = self._clause(*self._compute(*key))
+        return self.of_compute[key]
+
+    def _of_transfer(self, stage: Stage, link: Link, k: int, own: tuple[int, ...]) -> _Clause:
+        key = (stage, link, k, own)
+        if key not in self.of_transfer:
+            self.of_transfer[key] = self._clause(*self._transfers(*key))
+        return self.of_transfer[key]
 
     def _clause(self, due: Iterable[Action], pairs: Iterable[_Pair]) -> _Clause:
         return _Clause(
-            frozenset(map(self._number, due)), tuple((self._number(a), self._number(b)) for a, b in pairs)
+            tuple(map(self._number, due)), tuple((self._number(a), self._number(b)) for a, b in pairs)
         )
 
-    def _compute(
-        self, stage: Stage, k: int, split: bool, finish: tuple[Action, ...]
-    ) -> tuple[list[Action], list[_Pair]]:
+    def _compute(self, stage: Stage, k: int, finish: tuple[Action, ...]) -> tuple[list[Action], list[_Pair]]:
         """One microbatch: its forward, then its backward, whole or in two, then what ends the step."""
         kinds = [Kind.FORWARD]
-        if stage in self.program.order.backward:
-            kinds += [Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT] if split else [Kind.BACKWARD]
+        if self._is_trained(stage):
+            halves = [Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT]
+            kinds += halves if stage in self.split else [Kind.BACKWARD]
         due: list[Action] = [Compute(kind, stage, k) for kind in kinds]
         return due, list(itertools.pairwise([*due, *finish]))
 
@@ -277,10 +368,10 @@ def _channels(walkers: Walkers) -> Iterator[str]:
     for rank, actions in walkers.listing.items():
         for action in actions:
             if isinstance(action, Send):
-                for peer in walkers.peers(rank, action):
+                for peer in walkers.others(rank, action):
                     sent[rank, peer].append(action)
             elif isinstance(action, Recv):
-                for peer in walkers.peers(rank, action):
+                for peer in walkers.others(rank, action):
                     received[peer, rank].append(walkers.twins[action])
     for (source, target), order in sent.items():
         if order != received[source, target]:
@@ -294,6 +385,15 @@ def _deadlock(blocked: tuple[Blocked, ...]) -> Iterator[str]:
     """Name one cycle of waits in words; ranks outside it only wait for those in it."""
     stuck = {block.rank: block for block in blocked}
     if not stuck:
+        return
+    jammed = next((block for block in blocked if block.heads), None)
+    if jammed and jammed.heads:
+        mine, theirs, peer = *jammed.heads, jammed.waits_for[0]
+        yield (
+            f"deadlock with one queue per pair of ranks: rank {jammed.rank} stands before '{jammed.action}'; in "
+            f"its queue with rank {peer} '{mine}' is next here and '{theirs}' is next there, and each "
+            "waits for what comes behind the other"
+        )
         return
     path: list[int] = []
     rank = next(iter(stuck))

@@ -34,6 +34,7 @@ mimogrid trains multimodal models with every module on its own grid of ranks.
     mimogrid check JOB     is the job right? what will run where? (needs no torch)
     mimogrid roles JOB     who does what: a table and a map of the ranks
     mimogrid show JOB      everything that each rank will do in a step, action by action
+    mimogrid verify JOB    the proof that this can be done: complete, in order, free of deadlock
     mimogrid simulate JOB  how long a step takes, who idles and why, as text or as a picture
     mimogrid train JOB     train it, here or under torchrun
     mimogrid parity JOB    compare it with the same model on one process
@@ -118,6 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     roles_parser = add("roles", roles, "who does what", of_rank)
     roles_parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the map of ranks into a file")
     add("show", show, "the program of each rank", of_rank)
+    verify_parser = add("verify", prove, "prove a program sound, without torch")
+    verify_parser.add_argument(
+        "--program",
+        type=Path,
+        metavar="FILE",
+        help="prove this one, as `show` prints it, instead of the job's own",
+    )
+    verify_parser.add_argument(
+        "--strict", action="store_true", help="one serial queue per pair of ranks must do, too"
+    )
     simulate_parser = add("simulate", simulate, "the timeline of a step, without running it")
     simulate_parser.add_argument("--costs", type=Path, metavar="FILE", help="seconds of stages and edges")
     simulate_parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline into a file")
@@ -208,6 +219,24 @@ def show(job: Job, given: argparse.Namespace) -> int:
         print(f"rank {rank}    # {hosted or 'idles: it is in no grid'}")
         for action in actions:
             print(f"    {action}")
+    return 0
+
+
+def prove(job: Job, given: argparse.Namespace) -> int:
+    """Verify the program of step 0, or one from a file, and say what is in it."""
+    from mimogrid.shell.verdict import verdict  # noqa: PLC0415 -- only what is used
+
+    found = verdict(_first_program(job), given.program, strict=given.strict)
+    if found.problems and not given.json:
+        raise PlanError(found.problems)
+    if found.problems:
+        problems = [attrs.asdict(problem) for problem in found.problems]
+        _print_json({"ok": False, "strict": found.strict, "problems": problems})
+        return 2
+    if given.json:
+        _print_json({"ok": True, **attrs.asdict(found)})
+    else:
+        print(found)
     return 0
 
 

@@ -85,7 +85,7 @@ def test_without_arguments_there_is_an_overview(capsys, arguments):
     """Nothing to do is no error: every command is named with what it is for."""
     assert 0 == main(arguments)
     overview = capsys.readouterr().out
-    for command in ("check", "roles", "show", "train", "parity"):
+    for command in ("check", "roles", "show", "verify", "train", "parity"):
         assert f"mimogrid {command} JOB" in overview
 
 
@@ -191,6 +191,72 @@ def test_show_prints_the_program(job, capsys):
     assert 0 == main(["show", str(job), "--rank", "0"])
     shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert ["rank 0    # vision.0", *told["0"]] == shown
+
+
+def test_verify_says_what_it_has_proved(job, capsys, tmp_path):
+    """Of the job's own program, and of one as `show` prints it, idle ranks included; there are its numbers, too."""
+    told = printed(capsys, "verify", job, "--set", "world_size=7")
+    assert (True, False, []) == (told["ok"], told["strict"], told["problems"])
+    shown = printed(capsys, "show", job, "--set", "world_size=7")["programs"]
+    actions = [action for own in shown.values() for action in own]
+    assert (6, len(actions)) == (told["ranks"], told["actions"])
+    assert {"vision.0": 3, "language.0": 2, "language.1": 1} == told["peak_in_flight"] == told["credits"]
+    main(["show", str(job), "--set", "world_size=7"])
+    written = tmp_path / "program.txt"
+    written.write_text(capsys.readouterr().out)
+    assert told == printed(capsys, "verify", job, "--program", written)
+    assert 0 == main(["verify", str(job)])
+    out = capsys.readouterr().out
+    assert (
+        f"6 ranks, {len(actions)} actions, {told['messages']} messages, {told['joint']} joint actions" in out
+    )
+    assert "language.0 2 of 2" in out
+    assert "one serial queue per pair of ranks: no" in out
+
+
+def test_verify_rejects_what_is_wrong(job, capsys, tmp_path):
+    """Every fault is a problem of the file it is in; a strict verdict counts where it is asked for."""
+    main(["show", str(job)])
+    lines = capsys.readouterr().out.splitlines()
+    lines.remove("    vision.0 F0")
+    path = tmp_path / "program.txt"
+    path.write_text("\n".join(lines))
+    assert 2 == main(["verify", str(job), "--program", str(path), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (False, False) == (told["ok"], told["strict"])
+    assert [(str(path), "rank 0: 'vision.0 F0' is missing.")] == [
+        (problem["where"], problem["message"]) for problem in told["problems"]
+    ]
+    assert 2 == main(["verify", str(job), "--strict"])
+    assert "deadlock with one queue per pair of ranks: rank " in capsys.readouterr().err
+    one = [
+        "--set=modules.language.grid.pp=1",
+        "--set=modules.language.grid.tp=1",
+        "--set=modules.vision.frozen=true",
+    ]
+    assert 0 == main(["verify", str(job), "--strict", *one])
+    assert "one serial queue per pair of ranks: yes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"rank 0\n\n    vision.0 G0  # no such thing\n", "line 3: 'vision.0 G0' is no action"),
+        (b"vision.0 F0", "line 1: 'vision.0 F0' stands before any 'rank R'"),
+        (b"rank 1\nrank 1\n", "line 2: rank 1 has a list already"),
+        (b"rank 0\n  \xff", "can't decode byte"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_program_that_cannot_be_read(job, capsys, tmp_path, content, message):
+    """Is a problem that names the file, and the line where there is one."""
+    path = tmp_path / "program.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert 2 == main(["verify", str(job), "--program", str(path)])
+    assert capsys.readouterr().err.startswith(f"{path}: ")
+    main(["verify", str(job), "--program", str(path), "--json"])
+    assert message in json.loads(capsys.readouterr().out)["problems"][0]["message"]
 
 
 def test_problems_come_as_json(job, capsys):

@@ -1,7 +1,8 @@
 """Listings: programs written out, rank by rank, and read back.
 
 A program is lowered lazily; a *listing* is what comes out, as a plain mapping from rank to actions. It is
-what `verify` judges, so a listing from anywhere (a text file, a test, another planner) can be judged.
+what `verify` judges, so a listing from anywhere (a text file, a test, another planner) can be judged. What follows
+a # is a comment.
 
 >>> text = '''
 ... rank 0
@@ -35,12 +36,15 @@ def from_text(text: str) -> Listing:
     """Read a listing. Raises ValueError, naming the line, for anything that is none."""
     listing: dict[int, list[Action]] = {}
     actions: list[Action] | None = None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, whole in enumerate(text.splitlines(), 1):
+        line = whole.partition("#")[0].strip()
         match line.split():
             case []:
                 pass
-            case ["rank", rank] if rank.isdigit() and int(rank) not in listing:
-                actions = listing.setdefault(int(rank), [])
+            case ["rank", rank] if rank.isdecimal():
+                if int(rank) in listing:
+                    raise ValueError(f"line {number}: rank {rank} has a list already")
+                actions = listing[int(rank)] = []
             case _ if actions is None:
                 raise ValueError(f"line {number}: '{line}' stands before any 'rank R'")
             case _:

@@ -24,11 +24,16 @@ from mimogrid.core.schedule.program import Listing
 
 @attrs.frozen
 class Blocked:
-    """A rank that cannot go on: the action it stands before, and the ranks that it waits for."""
+    """A rank that cannot go on: the action it stands before, and the ranks that it waits for.
+
+    `heads` are the first ends, its own and that of the first of those ranks, of a queue in which neither lets
+    the other pass.
+    """
 
     rank: int
     action: Action
     waits_for: tuple[int, ...]
+    heads: tuple[Transfer, Transfer] | None = None
 
 
 @attrs.frozen
@@ -50,11 +55,17 @@ class Posting:
 
 @attrs.frozen(eq=False)
 class Walkers:
-    """Who walks: lists, who is whose peer in a transfer, and who starts an action together."""
+    """Who walks: lists, who is at the other ends of a transfer, and who starts an action together.
+
+    `others` are the peers over the network: a message of a rank to itself stays with it. Whether the walk is
+    `strict` is for it to say.
+    """
 
     listing: Listing
     peers: Callable[[int, Transfer], Iterable[int]]
+    others: Callable[[int, Transfer], Iterable[int]]
     joint: Callable[[int, Action], Sequence[int]]
+    strict: bool = False
 
     @functools.cached_property
     def twins(self) -> Mapping[Transfer, Transfer]:
@@ -73,15 +84,22 @@ def replay(program: Program, listing: Listing) -> Replay:
     return walk(alone(program, listing))
 
 
-def alone(program: Program, listing: Listing) -> Walkers:
+def alone(program: Program, listing: Listing, *, strict: bool = False) -> Walkers:
     """Let every rank walk by itself."""
-    return Walkers(listing, program.peers_of, program.joint)
+
+    def others(rank: int, transfer: Transfer) -> Iterator[int]:
+        return (peer for peer in program.peers_of(rank, transfer) if peer != rank)
+
+    return Walkers(listing, program.peers_of, others, program.joint, strict)
 
 
-def in_step(program: Program, listing: Listing, alike: Iterable[Sequence[int]]) -> Walkers:
+def in_step(
+    program: Program, listing: Listing, alike: Iterable[Sequence[int]], *, strict: bool = False
+) -> Walkers:
     """Let ranks with equal lists walk as one; the first of each set stands for it.
 
-    Every rank of a joint action must have it in its list.
+    Every rank of a joint action must have it in its list. A queue between two ranks that walk as one never
+    passes anything here: both put the same ends into it.
     """
     members = {ranks[0]: ranks for ranks in alike}
     leader = {rank: first for first, ranks in members.items() for rank in ranks}
@@ -91,12 +109,17 @@ def in_step(program: Program, listing: Listing, alike: Iterable[Sequence[int]]) 
             having[action].append(first)
 
     @functools.cache
-    def peers(first: int, transfer: Transfer) -> tuple[int, ...]:
-        met = (leader[peer] for rank in members[first] for peer in program.peers_of(rank, transfer))
-        return tuple(dict.fromkeys(met))
+    def ends(first: int, transfer: Transfer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        met = [(rank, peer) for rank in members[first] for peer in program.peers_of(rank, transfer)]
+        others = (leader[peer] for rank, peer in met if peer != rank)
+        return tuple(dict.fromkeys(leader[peer] for _, peer in met)), tuple(dict.fromkeys(others))
 
     return Walkers(
-        {first: listing[first] for first in members}, peers, lambda _, action: having[meeting(action)]
+        {first: listing[first] for first in members},
+        lambda first, transfer: ends(first, transfer)[0],
+        lambda first, transfer: ends(first, transfer)[1],
+        lambda _, action: having[meeting(action)],
+        strict,
     )
 
 
@@ -123,12 +146,16 @@ class _Walk:
     """The walk's state: how far each walker is, what is posted, who has reached which joint action.
 
     An obstacle is known by what removes it: a posting by its walker and transfer, a joint action by its first
-    walker and itself.
+    walker and itself, the passing of a posting by its walker, the walker at the other end, and its transfer.
     """
 
     def __init__(self, walkers: Walkers) -> None:
         self.listing, self.peers, self.joint = walkers.listing, walkers.peers, walkers.joint
-        self.twins = walkers.twins
+        self.twins, self.others, self.strict = walkers.twins, walkers.others, walkers.strict
+        self.queued: dict[tuple[int, int], collections.deque[Transfer]] = collections.defaultdict(
+            collections.deque
+        )
+        self.passed: set[tuple[int, int, Transfer]] = set()
         self.position = dict.fromkeys(self.listing, 0)
         self.posted: set[tuple[int, Transfer]] = set()
         self.met: dict[tuple[int, Action], set[int]] = collections.defaultdict(set)
@@ -157,13 +184,28 @@ class _Walk:
             if isinstance(action, Transfer):
                 self.posted.add((walker, action))
                 self.ready.extend(self.sleeping.pop((walker, action), ()))
+                if self.strict:
+                    self._queue(walker, action)
+
+    def _queue(self, walker: int, transfer: Transfer) -> None:
+        """Put a posting into its queues; what stands first there passes, while its two ends belong together."""
+        for other in self.others(walker, transfer):
+            mine, theirs = self.queued[walker, other], self.queued[other, walker]
+            mine.append(transfer)
+            while mine and theirs and self.twins[mine[0]] == theirs[0]:
+                for end in ((walker, other, mine.popleft()), (other, walker, theirs.popleft())):
+                    self.passed.add(end)
+                    self.ready.extend(self.sleeping.pop(end, ()))
 
     def _obstacle(self, walker: int, action: Action) -> Hashable | None:
         """Return what an action still waits for, if anything."""
         if isinstance(action, Transfer):
             return None
         if isinstance(action, Wait):
-            return next(self._unposted(walker, action.transfer), None)
+            obstacle: Hashable = next(self._unposted(walker, action.transfer), None)
+            if obstacle is None and self.strict:
+                obstacle = next(self._queueing(walker, action.transfer), None)
+            return obstacle
         group = self.joint(walker, action)
         if len(group) == 1:
             return None
@@ -188,12 +230,21 @@ class _Walk:
             if (peer, theirs) not in self.posted:
                 yield peer, theirs
 
+    def _queueing(self, walker: int, transfer: Transfer) -> Iterator[tuple[int, int, Transfer]]:
+        for other in self.others(walker, transfer):
+            if (walker, other, transfer) not in self.passed:
+                yield walker, other, transfer
+
     def _blocked(self, walker: int) -> Blocked:
         action = self.listing[walker][self.position[walker]]
+        heads = None
         if isinstance(action, Wait):
             owing = [other for other, _ in self._unposted(walker, action.transfer)]
+            if not owing:
+                owing = [other for _, other, _ in self._queueing(walker, action.transfer)]
+                heads = (self.queued[walker, owing[0]][0], self.queued[owing[0], walker][0])
         else:
             group = self.joint(walker, action)
             met = self.met[group[0], meeting(action)]
             owing = [other for other in group if other not in met]
-        return Blocked(walker, action, tuple(dict.fromkeys(owing)))
+        return Blocked(walker, action, tuple(dict.fromkeys(owing)), heads)

@@ -7,14 +7,14 @@ its own, `chunks`, `x` experts, `frozen`, `tied`, `sp`, the order of its axes, a
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.legality import problems_of
 from mimogrid.core.models import Block, BuiltIn, Gpt, Regressor, Vit
 from mimogrid.core.samples import Sample
-from mimogrid.core.schedule.actions import parse
+from mimogrid.core.schedule.actions import Action, Compute, Kind, Send, parse
 from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.schedule.program import Listing
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, ScheduleSpec, SourceFacts
@@ -31,6 +31,20 @@ def job(
     text: str, *, batch: int = 8, microbatches: int = 4, schedule: str = "1f1b", world: int | None = None
 ) -> Topology:
     """Return the topology of a job in the notation above."""
+    spec, facts = _written(text, batch, microbatches, schedule, world)
+    problems = problems_of(spec, facts)
+    assert not problems, "\n".join(map(str, problems))
+    return assemble(spec, facts)
+
+
+def legal(text: str, *, schedule: str) -> bool:
+    """Whether a job is legal and all that it asks for is there."""
+    return not list(problems_of(*_written(text, 8, 4, schedule, None)))
+
+
+def _written(
+    text: str, batch: int, microbatches: int, schedule: str, world: int | None
+) -> tuple[JobSpec, SourceFacts]:
     modules = dict(_module(line.strip()) for line in text.split(";"))
     spec = JobSpec(
         modules=modules,
@@ -39,10 +53,9 @@ def job(
         schedule=ScheduleSpec(name=schedule),
         world_size=world,
     )
-    facts = SourceFacts(sequence=SEQUENCE, features={n: 8 for n, m in modules.items() if m.model == "vit"})
-    problems = problems_of(spec, facts)
-    assert not problems, "\n".join(map(str, problems))
-    return assemble(spec, facts)
+    return spec, SourceFacts(
+        sequence=SEQUENCE, features={n: 8 for n, m in modules.items() if m.model == "vit"}
+    )
 
 
 def step_with(topology: Topology, rows: Mapping[str, Sequence[int]] | None = None, *, text: int = 3) -> Step:
@@ -68,6 +81,24 @@ def program_of(text: str, rows: Mapping[str, Sequence[int]] | None = None, **opt
 def edited(listing: Listing, rank: int, *lines: str) -> Listing:
     """Return a listing in which a rank does these lines instead."""
     return {**listing, rank: tuple(map(parse, lines))}
+
+
+def halved(listing: Listing) -> Listing:
+    """Return a listing in which every backward is in two: a stage sends on between the two."""
+    return {rank: tuple(_halves(actions)) for rank, actions in listing.items()}
+
+
+def _halves(actions: Sequence[Action]) -> Iterator[Action]:
+    second: Compute | None = None
+    for action in actions:
+        if second and not isinstance(action, Send):
+            yield second
+            second = None
+        if isinstance(action, Compute) and action.kind is Kind.BACKWARD:
+            second = attrs.evolve(action, kind=Kind.WEIGHT_GRADIENT)
+            yield attrs.evolve(action, kind=Kind.INPUT_GRADIENT)
+        else:
+            yield action
 
 
 def _module(text: str) -> tuple[str, ModuleSpec]:

@@ -1,0 +1,352 @@
+"""Rehearsal: a listing carried out without tensors, as a second opinion to `verify`.
+
+What a stage would compute is a hash of all that it would be computed from, so two listings give the same result
+only if every number in them comes of the same work on the same data. Nothing here is shared with `replay`:
+
+- ranks take turns as a seed has it, and each does its next action or stays before it;
+- a channel of a pair of ranks gives the n-th receive the n-th send, whatever they are; neither is complete
+  without the other. With `serial`, both directions of a pair are one queue, in which the n-th operations of the
+  two ranks meet;
+- a collective gives its n-th call on one rank the n-th call of each other member, whatever they are;
+- what is not there cannot be read, and what nobody takes is left over; both are failures, as is a stage that
+  holds more than `room` allows.
+"""
+
+import collections
+import hashlib
+import random
+from collections.abc import Hashable, Iterator, Mapping
+
+from mimogrid.core.routes import Message, overlapping
+from mimogrid.core.schedule.actions import (
+    Action,
+    Compute,
+    Direction,
+    Kind,
+    Norm,
+    Recv,
+    Reduce,
+    Send,
+    Tie,
+    Transfer,
+    Update,
+    Wait,
+)
+from mimogrid.core.schedule.lower import Program, link_of
+from mimogrid.core.schedule.program import Listing
+from mimogrid.core.topology import Link, Stage
+
+
+Number = int
+MODULUS = 2**61 - 1
+
+
+class RehearsalError(Exception):
+    """What would hang, crash or mix up data."""
+
+
+def rehearse(
+    program: Program,
+    listing: Listing,
+    *,
+    seed: int = 0,
+    serial: bool = False,
+    room: Mapping[Stage, int] | None = None,
+) -> Mapping[Hashable, Number]:
+    """Return the weights of each stage on each rank after the step, and the answers of those that no one reads.
+
+    Raises RehearsalError where the listing does not get there.
+    """
+    world = _World(program, listing, serial=serial, room=room)
+    dice = random.Random(seed)
+    while any(rank.actions for rank in world.ranks.values()):
+        turn = [rank for rank in world.ranks.values() if rank.actions]
+        dice.shuffle(turn)
+        moved = [_moves(rank, dice.randint(1, 9)) for rank in turn]
+        if not any(moved):
+            raise RehearsalError("stuck before " + "; ".join(f"{r.number}: {r.actions[0]}" for r in turn))
+    world.nothing_is_left()
+    return {key: value for rank in world.ranks.values() for key, value in rank.results()}
+
+
+def _moves(rank: "_Rank", most: int) -> bool:
+    """Let a rank do up to so many actions; return whether it did any."""
+    moved = False
+    for _ in range(most):
+        if not rank.actions or not rank.do(rank.actions[0]):
+            return moved
+        rank.actions.popleft()
+        moved = True
+    return moved
+
+
+def of(*parts: object) -> Number:
+    """Return a number that is another one for other parts."""
+    return int.from_bytes(hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
+
+
+class _Post:
+    """One end of a message, put into a channel; whole once it has met its other end."""
+
+    def __init__(self, *, sends: bool, value: Number = 0) -> None:
+        self.sends, self.value, self.whole = sends, value, False
+
+
+class _World:
+    """What ranks share: channels and collectives."""
+
+    def __init__(
+        self, program: Program, listing: Listing, *, serial: bool, room: Mapping[Stage, int] | None
+    ) -> None:
+        self.program, self.serial, self.room = program, serial, room
+        self.ends: dict[Hashable, collections.deque[_Post]] = collections.defaultdict(collections.deque)
+        self.met: dict[tuple[tuple[int, ...], int], dict[int, tuple[str, Number]]] = {}
+        self.ranks = {number: _Rank(self, number, actions) for number, actions in listing.items()}
+
+    def put(self, here: int, there: int, post: _Post) -> None:
+        """Put one end of a message into its channel, and join what meets."""
+        way = None if self.serial else post.sends
+        mine, theirs = self.ends[here, there, way], self.ends[there, here, way if way is None else not way]
+        mine.append(post)
+        while mine and theirs and mine[0].sends != theirs[0].sends:
+            one, other = mine.popleft(), theirs.popleft()
+            one.whole = other.whole = True
+            one.value = other.value = (one if one.sends else other).value
+
+    def gather(
+        self, rank: "_Rank", members: tuple[int, ...], what: str, value: Number
+    ) -> list[Number] | None:
+        """Hand in a value; return those of all members once the last of them has come."""
+        if len(members) == 1:
+            return [value]
+        place = (members, rank.calls[members])
+        handed = self.met.setdefault(place, {})
+        handed[rank.number] = what, value
+        if len(handed) < len(members):
+            return None
+        if len({word for word, _ in handed.values()}) > 1:
+            raise RehearsalError(f"ranks {members} meet in different calls: {sorted(handed.items())}")
+        rank.calls[members] += 1
+        return [handed[member][1] for member in members]
+
+    def nothing_is_left(self) -> None:
+        """Raise where someone waits for a message or for a call that nobody makes."""
+        if any(self.ends.values()):
+            raise RehearsalError("messages are left over")
+        if any(len(handed) < len(members) for (members, _), handed in self.met.items()):
+            raise RehearsalError("calls are left over")
+
+
+class _Rank:
+    """One rank: what it has still to do, and what it holds."""
+
+    def __init__(self, world: _World, number: int, actions: tuple[Action, ...]) -> None:
+        self.world, self.program, self.number = world, world.program, number
+        self.topology = world.program.topology
+        self.actions = collections.deque(actions)
+        self.calls: collections.Counter[tuple[int, ...]] = collections.Counter()
+        self.pending: dict[Transfer, list[tuple[Message, _Post | None]]] = {}
+        self.inbox: dict[tuple[Link, Direction, int], list[Number]] = {}
+        self.home: dict[Hashable, Number] = {}
+        self.made: dict[tuple[Stage, Direction, int], Number] = {}
+        self.kept: dict[tuple[Stage, int], Number] = {}
+        self.halves: dict[tuple[Stage, int], Number] = {}
+        self.unread: dict[tuple[Stage, int], set[Transfer]] = {}
+        self.gradient: collections.Counter[Stage] = collections.Counter()
+        self.weights = {info.stage: of("weights", info.stage) for info in self.topology.stages_of(number)}
+        self.agreed: Number | None = None
+
+    def do(self, action: Action) -> bool:
+        """Do an action; return whether it got through."""
+        match action:
+            case Compute():
+                return self.compute(action)
+            case Send() | Recv():
+                return self.post(action)
+            case Wait():
+                return self.wait(action.transfer)
+            case Reduce() | Tie() | Norm():
+                return self.agree(action)
+            case Update():
+                return self.update()
+
+    # -- messages --
+
+    def post(self, transfer: Transfer) -> bool:
+        """Post all messages of a transfer."""
+        if transfer in self.pending:
+            raise RehearsalError(f"'{transfer}' is posted twice")
+        self.pending[transfer] = []
+        sends = isinstance(transfer, Send)
+        for message in self.messages(transfer):
+            there = message.rank_target if transfer.at_source else message.rank_source
+            post = _Post(sends=sends, value=self.payload(transfer, message) if sends else 0)
+            self.pending[transfer].append((message, None if there == self.number else post))
+            if there != self.number:
+                self.world.put(self.number, there, post)
+            elif sends:
+                self.home[self.key(transfer, message)] = post.value
+        return True
+
+    def messages(self, transfer: Transfer) -> tuple[Message, ...]:
+        """Return the messages of a transfer that this rank has an end of."""
+        ends = (transfer.stage, transfer.peer) if transfer.at_source else (transfer.peer, transfer.stage)
+        hosted = transfer.stage in self.weights
+        if not hosted or ends not in self.topology.link_between:
+            raise RehearsalError(f"rank {self.number} has no end of '{transfer}'")
+        return self.program.messages_of(self.number, transfer)
+
+    def payload(self, send: Send, message: Message) -> Number:
+        """Return what a message carries: rows of all microbatches that they come from."""
+        own = message.made_by if send.at_source else (send.microbatch,)
+        keys = [(send.stage, send.direction, k) for k in own]
+        if any(key not in self.made for key in keys):
+            raise RehearsalError(f"'{send}' has nothing to send")
+        return of(send.peer, send.microbatch, message.rank_source, *(self.made[key] for key in keys))
+
+    def key(self, transfer: Transfer, message: Message) -> Hashable:
+        """Name a message that stays here."""
+        return message.link, transfer.direction, message
+
+    def wait(self, transfer: Transfer) -> bool:
+        """Go on once all messages are complete, with what they brought."""
+        if transfer not in self.pending:
+            raise RehearsalError(f"'{transfer}' is waited for and not posted")
+        brought: list[Number] = []
+        for message, post in self.pending[transfer]:
+            home = self.key(transfer, message)
+            if (post is None and isinstance(transfer, Recv) and home not in self.home) or (
+                post and not post.whole
+            ):
+                return False
+            brought.append(post.value if post else self.home.get(home, 0))
+        del self.pending[transfer]
+        if isinstance(transfer, Recv):
+            link = link_of(self.topology, transfer)
+            self.inbox[link, transfer.direction, transfer.microbatch] = brought
+        for waiting in self.unread.values():
+            waiting.discard(transfer)
+        return True
+
+    # -- work --
+
+    def compute(self, action: Compute) -> bool:
+        """Do a forward or a backward together with all ranks that compute it."""
+        stage, k = action.stage, action.microbatch
+        if stage not in self.weights:
+            raise RehearsalError(f"rank {self.number} does not host {stage}")
+        if action.kind is Kind.FORWARD:
+            read = [self.weights[stage], *self.delivered(action)]
+        elif action.kind is Kind.WEIGHT_GRADIENT:
+            read = [self.keeps(self.halves, action)]
+        else:
+            read = [self.keeps(self.kept, action), *self.delivered(action)]
+        members = tuple(self.program.joint(self.number, action))
+        handed = self.world.gather(self, members, str(action), of(self.number, stage, k, *read))
+        if handed is not None:
+            self.computed(action, of(self.number, *handed))
+        return handed is not None
+
+    def keeps(self, store: Mapping[tuple[Stage, int], Number], action: Compute) -> Number:
+        """Return what is kept for an action."""
+        if (action.stage, action.microbatch) not in store:
+            raise RehearsalError(f"rank {self.number} keeps nothing for '{action}'")
+        return store[action.stage, action.microbatch]
+
+    def computed(self, action: Compute, value: Number) -> None:
+        """Keep what a compute action has made; add to a gradient, whose sum has no order."""
+        stage, place = action.stage, (action.stage, action.microbatch)
+        match action.kind:
+            case Kind.FORWARD:
+                self.kept[place] = self.made[stage, Direction.FORWARD, action.microbatch] = value
+                self.hold(*place)
+                return
+            case Kind.BACKWARD | Kind.INPUT_GRADIENT:
+                if place in self.halves:
+                    raise RehearsalError(f"'{action}' comes after another backward")
+                self.made[stage, Direction.BACKWARD, action.microbatch] = value
+                self.halves[place] = value
+        if action.kind is not Kind.INPUT_GRADIENT:
+            self.gradient[stage] = (self.gradient[stage] + self.halves.pop(place)) % MODULUS
+            del self.kept[place]
+
+    def hold(self, stage: Stage, k: int) -> None:
+        """Count what a stage holds now: what its backward will need, or what is still to be read elsewhere."""
+        if stage not in self.program.order.backward:
+            self.unread[stage, k] = {transfer for transfer, own in self.outgoing(stage) if k in own}
+            held = sum(bool(waiting) for (owner, _), waiting in self.unread.items() if owner == stage)
+        else:
+            held = sum(owner == stage for owner, _ in self.kept)
+        if self.world.room is not None and held > self.world.room[stage]:
+            raise RehearsalError(f"rank {self.number} holds {held} of {stage}")
+
+    def outgoing(self, stage: Stage) -> Iterator[tuple[Send, set[int]]]:
+        """Yield the sends of outputs that a stage has on this rank, with the microbatches they are of."""
+        for link in self.topology.links_from(stage):
+            for k in range(self.topology.modules[link.target.module].microbatches):
+                messages = self.program.routes.sent_by(self.number, link, k)
+                if messages:
+                    send = Send(stage, Direction.FORWARD, k, link.target)
+                    yield send, {j for message in messages for j in message.made_by}
+
+    def delivered(self, action: Compute) -> Iterator[Number]:
+        """Yield all that an action reads and that has come by message."""
+        stage, k, routes = action.stage, action.microbatch, self.program.routes
+        if action.kind is Kind.FORWARD:
+            for link in self.topology.links_into(stage):
+                if routes.sent_to(self.number, link, k):
+                    yield from self.arrived(link, Direction.FORWARD, k)
+            return
+        own = self.topology.modules[stage.module].microbatches
+        for link in self.topology.links_from(stage):
+            if link in self.program.order.gradients:
+                for j in overlapping(k, own, self.topology.modules[link.target.module].microbatches):
+                    messages = routes.sent_by(self.number, link, j)
+                    if any(k in message.made_by for message in messages):
+                        yield from self.arrived(link, Direction.BACKWARD, j)
+
+    def arrived(self, link: Link, direction: Direction, k: int) -> list[Number]:
+        """Return what has come on a link for a microbatch."""
+        if (link, direction, k) not in self.inbox:
+            raise RehearsalError(
+                f"rank {self.number} reads {direction.value}{k} of {link} before it has come"
+            )
+        return self.inbox[link, direction, k]
+
+    # -- the end of the step --
+
+    def agree(self, action: Reduce | Tie | Norm) -> bool:
+        """Sum gradients over the members of a joint action, or hand all that a rank has to all."""
+        if not isinstance(action, Norm) and action.stage not in self.weights:
+            raise RehearsalError(f"rank {self.number} does not host {action.stage}")
+        members = tuple(self.program.joint(self.number, action))
+        if self.number not in members:
+            raise RehearsalError(f"'{action}' is not for rank {self.number}")
+        what = f"TIE {action.stage.module}" if isinstance(action, Tie) else str(action)
+        mine = of(*sorted(self.gradient.items())) if isinstance(action, Norm) else self.gradient[action.stage]
+        handed = self.world.gather(self, members, what, mine)
+        if handed is None:
+            return False
+        if isinstance(action, Norm):
+            self.agreed = of("agreed", self.agreed, *handed)
+        else:
+            self.gradient[action.stage] = of(what.split()[0], *handed)
+        return True
+
+    def update(self) -> bool:
+        """Take the step that was agreed on."""
+        if self.agreed is None:
+            raise RehearsalError("a step is taken that nobody agreed on")
+        for stage, weights in self.weights.items():
+            self.weights[stage] = of("updated", weights, self.gradient[stage], self.agreed)
+        return True
+
+    def results(self) -> Iterator[tuple[Hashable, Number]]:
+        """Yield what is left: weights, and what was computed for nobody else."""
+        if self.pending:
+            raise RehearsalError(f"rank {self.number} never waits for {', '.join(map(str, self.pending))}")
+        for stage, weights in self.weights.items():
+            yield (self.number, stage), weights
+        for (stage, direction, k), value in self.made.items():
+            if direction is Direction.FORWARD and not self.topology.links_from(stage):
+                yield (self.number, stage, k), value
