@@ -15,7 +15,8 @@ stage: one message, all of it. The backward sends the same messages from target 
 value, and its transpose is read off it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import attrs
 
@@ -118,8 +119,13 @@ class Routes:
         """Return the messages into one lane of a link's target by the rank they reach, in order of rows."""
         place = (link, microbatch, lane)
         if place not in self._reaching:
-            found = self._seam if link.edge else self._hop
-            self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, lane))
+            first, move = self._like(link, microbatch)
+            if first != microbatch:
+                known = self.reaching(link, first, lane).items()
+                self._reaching[place] = {rank: tuple(map(move, messages)) for rank, messages in known}
+            else:
+                found = self._seam if link.edge else self._hop
+                self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, lane))
         return self._reaching[place]
 
     def leaving(self, link: Link, microbatch: int, lane: int) -> ByRank:
@@ -135,6 +141,25 @@ class Routes:
                 if m.rank_source in senders
             )
         return self._leaving[place]
+
+    def _like(self, link: Link, microbatch: int) -> tuple[int, Callable[[Message], Message]]:
+        """Return the first microbatch of a link that is alike, and how its messages become those of this one."""
+        step, modules = self.step, self.step.topology.modules
+        source, target = modules[link.source.module].microbatches, modules[link.target.module].microbatches
+        parts = math.gcd(source, target)
+        part, place = divmod(microbatch, target // parts)
+        first = step.alike(parts)[part]
+        later = (part - first) * (source // parts)
+        rows = 0
+        if link.edge:
+            starts, size = step.rows_start[link.edge.source], len(step.samples) // parts
+            rows = starts[part * size] - starts[first * size]
+
+        def move(message: Message) -> Message:
+            pieces = tuple(Piece(p.microbatch + later, p.start + rows, p.stop + rows) for p in message.pieces)
+            return Message(link, microbatch, message.rank_source, message.rank_target, message.lane, pieces)
+
+        return first * (target // parts) + place, move
 
     def _targets(self, link: Link, microbatch: int, lane: int) -> Iterable[int]:
         """The lanes of a link's target that share samples of its microbatch with a lane of its source."""

@@ -8,6 +8,7 @@ The global order of samples is one and independent of any module's grid: step s 
 s*G .. (s+1)*G-1, and a share of them is always a contiguous range.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -86,7 +87,4 @@ def prefix_sums(counts: Sequence[int]) -> tuple[int, ...]:
     >>> prefix_sums((4, 0, 3))
     (0, 4, 4, 7)
     """
-    sums = [0]
-    for count in counts:
-        sums.append(sums[-1] + count)
-    return tuple(sums)
+    return tuple(itertools.accumulate(counts, initial=0))

@@ -6,6 +6,9 @@ has in each microbatch, and so every shape of the step; a `Share` is that answer
 Rows are counted through the whole step: sample i of the step owns the rows ``rows_start[i] ..
 rows_start[i+1]`` of a module's output, whichever rank computes them. The share of a lane is therefore one
 interval of rows, and what one lane sends another is the overlap of two intervals (`routes`).
+
+Shapes follow from rows alone. So where microbatches are *alike*, their samples having the same rows one by one,
+what is known of the first holds for the others, and a step of like samples costs no more than one microbatch.
 """
 
 import functools
@@ -57,10 +60,43 @@ class Step:
     _active: dict[tuple[str, int], frozenset[int]] = attrs.field(
         factory=dict[tuple[str, int], frozenset[int]], init=False, repr=False
     )
+    _sets: dict[frozenset[int], frozenset[int]] = attrs.field(
+        factory=dict[frozenset[int], frozenset[int]], init=False, repr=False
+    )
+    _shapes: dict[tuple[str, int, int], tuple[int, int]] = attrs.field(
+        factory=dict[tuple[str, int, int], tuple[int, int]], init=False, repr=False
+    )
+    _alike: dict[int, tuple[int, ...]] = attrs.field(
+        factory=dict[int, tuple[int, ...]], init=False, repr=False
+    )
 
     @functools.cached_property
     def _rows_out(self) -> tuple[Mapping[str, int], ...]:
-        return tuple(self.topology.graph.rows_out(sample) for sample in self.samples)
+        """Per sample, the rows that every module emits; samples of which these are equal share one value."""
+        graph = self.topology.graph
+        sources = graph.sources
+        known: dict[tuple[int, ...], Mapping[str, int]] = {}
+        found: list[Mapping[str, int]] = []
+        for sample in self.samples:
+            key = (sample.length, *(sample.rows.get(name, 0) for name in sources))
+            if key not in known:
+                known[key] = graph.rows_out(sample)
+            found.append(known[key])
+        return tuple(found)
+
+    def alike(self, parts: int) -> tuple[int, ...]:
+        """Cut the step into equal parts; return, for each, the first whose samples have the same rows.
+
+        `parts` divides the number of samples.
+        """
+        if parts not in self._alike:
+            size = len(self.samples) // parts
+            of_sample = [id(rows) for rows in self._rows_out]
+            first: dict[tuple[int, ...], int] = {}
+            self._alike[parts] = tuple(
+                first.setdefault(tuple(of_sample[i * size : (i + 1) * size]), i) for i in range(parts)
+            )
+        return self._alike[parts]
 
     @functools.cached_property
     def rows_start(self) -> Mapping[str, tuple[int, ...]]:
@@ -109,11 +145,12 @@ class Step:
         """
         if (module, lane) not in self._active:
             here = self.topology.modules[module]
-            self._active[module, lane] = frozenset(
-                k
-                for k in range(here.microbatches)
-                if any(self.has_rows(module, other, k) for other in here.closure(lane))
-            )
+            firsts = self.alike(here.microbatches)
+            there = {
+                k for k in set(firsts) if any(self.has_rows(module, other, k) for other in here.closure(lane))
+            }
+            found = frozenset(k for k, first in enumerate(firsts) if first in there)
+            self._active[module, lane] = self._sets.setdefault(found, found)
         return self._active[module, lane]
 
     def hop_shape(self, stage: Stage, lane: int, microbatch: int) -> tuple[int, int, int]:
@@ -124,11 +161,21 @@ class Step:
         """
         module = self.topology.modules[stage.module]
         assert module.model.hidden is not None
-        share = self.share(stage.module, lane, microbatch)
-        if isinstance(module.model, Gpt):
-            return self.topology.sequence // module.cp, len(share.samples), module.model.hidden
-        present = [length for length in share.lengths if length]
-        return module.padded(max(present, default=0)) // module.cp, len(present), module.model.hidden
+        positions, samples = self.positions(stage.module, lane, microbatch)
+        return positions // module.cp, samples, module.model.hidden
+
+    def positions(self, module: str, lane: int, microbatch: int) -> tuple[int, int]:
+        """Return how many positions a lane computes of each sample, padding included, and of how many samples."""
+        here = self.topology.modules[module]
+        place = (module, lane, self.alike(here.microbatches)[microbatch])
+        if place not in self._shapes:
+            samples = here.samples(lane, microbatch, len(self.samples))
+            if isinstance(here.model, Gpt):
+                self._shapes[place] = self.topology.sequence, len(samples)
+            else:
+                present = [rows for i in samples if (rows := self._rows_out[i][module])]
+                self._shapes[place] = here.padded(max(present, default=0)), len(present)
+        return self._shapes[place]
 
     @functools.cached_property
     def units(self) -> Mapping[str, float]:

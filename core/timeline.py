@@ -75,9 +75,14 @@ def busy_s(events: Sequence[Event]) -> dict[int, float]:
     }
 
 
-def idles(events: Sequence[Event], flights: Iterable[Flight] = ()) -> tuple[Idle, ...]:
-    """Return when each rank computes nothing, and why. Without flights, no cause is *edge*."""
-    begin, end = span(events)
+def idles(
+    events: Sequence[Event], flights: Iterable[Flight] = (), *, whole: tuple[float, float] | None = None
+) -> tuple[Idle, ...]:
+    """Return when each rank computes nothing, and why. Without flights, no cause is *edge*.
+
+    The `whole` step lasts from the first event to the last, if these are the events of all ranks.
+    """
+    begin, end = whole or span(events)
     on_the_way = {
         (flight.transfer, rank, rank == flight.rank_source): flight.begin_s
         for flight in sorted(flights, key=lambda flight: flight.end_s)

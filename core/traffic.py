@@ -40,6 +40,17 @@ class EdgeTraffic:
     bytes_leader_broadcast: int
 
 
+def message_bytes(step: Step, message: Message) -> int:
+    """Return how large a message is, one way; nothing where it stays on its rank."""
+    if message.rank_source == message.rank_target:
+        return 0
+    value = VALUE_BYTES[step.topology.spec.precision]
+    if message.link.edge:
+        return message.rows * message.link.edge.width * value
+    positions, samples, hidden = step.hop_shape(message.link.target, message.lane, message.microbatch)
+    return positions * samples * hidden * value
+
+
 def edge_traffic(step: Step) -> tuple[EdgeTraffic, ...]:
     """Return the traffic of every edge, in the order of `topology.edges`."""
     routes = Routes(step)
