@@ -15,51 +15,46 @@ have agreed, each takes its step.
 """
 
 import collections
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from mimogrid.core.costs import Costs
 from mimogrid.core.fold import Classes
 from mimogrid.core.schedule.actions import Compute, Kind, Reduce, Update
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
+from mimogrid.core.topology import Stage
 from mimogrid.core.traffic import message_bytes
 
 
-Node = tuple[int, Compute]
-"""A compute action by the first of the ranks that share it."""
 Seconds = Callable[[int, Compute], float]
 """How long a compute action takes on a rank."""
 
 
 def limit_s(program: Program, costs: Costs, classes: Classes, listing: Listing, seconds_of: Seconds) -> float:
     """Return the bound, from the lists of the ranks that stand for their classes."""
-    at = _nodes(program, classes, listing)
-    seconds = {node: seconds_of(*node) for node in dict.fromkeys(at.values())}
-    before = _data(program, costs, classes, at)
+    nodes = _Nodes(program, classes, listing)
+    seconds = [seconds_of(*node) for node in nodes.known]
+    before = _data(program, costs, classes, nodes)
     order = _in_order(before)
-    heads = dict.fromkeys(order, 0.0)
-    tails = dict.fromkeys(order, 0.0)
-    for (rank, _), node in at.items():
-        summing = (costs.of(a.stage).reduce for a in listing[rank] if isinstance(a, Reduce))
-        tails[node] = max(tails[node], sum(summing))
+    heads = [0.0] * len(before)
+    tails = [0.0] * len(before)
+    for rank, actions in listing.items():
+        summing = sum(costs.of(action.stage).reduce for action in actions if isinstance(action, Reduce))
+        for node in nodes.of(rank):
+            tails[node] = max(tails[node], summing)
     for node in order:
         for other, on_the_way in before[node]:
             heads[node] = max(heads[node], heads[other] + seconds[other] + on_the_way)
     for node in reversed(order):
         for other, on_the_way in before[node]:
             tails[other] = max(tails[other], tails[node] + seconds[node] + on_the_way)
-    sets: dict[Hashable, list[Node]] = collections.defaultdict(list)
-    for (rank, action), node in at.items():
-        forward = action.kind is Kind.FORWARD
-        for key in ((rank,), (rank, forward), (rank, action.stage), (rank, action.stage, forward)):
-            sets[key].append(node)
     bounds = [
-        min(heads[n] for n in nodes) + sum(seconds[n] for n in nodes) + min(tails[n] for n in nodes)
-        for nodes in sets.values()
+        min(heads[n] for n in chosen) + sum(seconds[n] for n in chosen) + min(tails[n] for n in chosen)
+        for chosen in nodes.sets()
     ]
     if costs.cores is not None:
-        size = {rank: len(ranks) for rank, ranks in classes.members.items()}
-        bounds.append(sum(seconds[node] * size[rank] for (rank, _), node in at.items()) / costs.cores)
+        work = ((sum(seconds[n] for n in nodes.of(rank)), len(ranks)) for rank, ranks in classes.members.items())
+        bounds.append(sum(each * count for each, count in work) / costs.cores)
     updates = (update_s(program, costs, rank) for rank in listing if Update() in listing[rank][-1:])
     return max(bounds, default=0.0) + max(updates, default=0.0)
 
@@ -69,69 +64,91 @@ def update_s(program: Program, costs: Costs, rank: int) -> float:
     return sum(costs.of(info.stage).update for info in program.topology.stages_of(rank))
 
 
-def _nodes(program: Program, classes: Classes, listing: Listing) -> dict[Node, Node]:
-    """Return, for every compute action of every rank, the node that it is."""
-    first: dict[Hashable, int] = {}
-    at: dict[Node, Node] = {}
-    for rank, actions in listing.items():
-        for action in actions:
-            if isinstance(action, Compute):
-                place = (rank, action.stage)
-                if place not in first:
-                    first[place] = classes.met(program.joint(rank, action))[0]
-                at[rank, action] = (first[place], action)
-    return at
+class _Nodes:
+    """The compute actions by number; those that several ranks start together are one node.
+
+    Attributes:
+        known: every node by the first of its ranks.
+        at: per rank, stage and kind, the node of each microbatch.
+    """
+
+    def __init__(self, program: Program, classes: Classes, listing: Listing) -> None:
+        self.known: list[tuple[int, Compute]] = []
+        self.at: dict[tuple[int, Stage, Kind], dict[int, int]] = {}
+        numbers: dict[tuple[int, Compute], int] = {}
+        first: dict[tuple[int, Stage], int] = {}
+        for rank, actions in listing.items():
+            for action in actions:
+                if isinstance(action, Compute):
+                    place = rank, action.stage
+                    if place not in first:
+                        first[place] = classes.met(program.joint(rank, action))[0]
+                    node = first[place], action
+                    number = numbers.setdefault(node, len(self.known))
+                    if number == len(self.known):
+                        self.known.append(node)
+                    self.at.setdefault((*place, action.kind), {})[action.microbatch] = number
+
+    def of(self, rank: int) -> list[int]:
+        """Return the nodes of a rank."""
+        return [node for (other, _, _), found in self.at.items() if other == rank for node in found.values()]
+
+    def sets(self) -> Iterator[list[int]]:
+        """Yield the sets of nodes of one rank that are tried."""
+        sets: dict[Hashable, list[int]] = collections.defaultdict(list)
+        for (rank, stage, kind), found in self.at.items():
+            forward = kind is Kind.FORWARD
+            for key in ((rank,), (rank, forward), (rank, stage), (rank, stage, forward)):
+                sets[key] += found.values()
+        yield from sets.values()
 
 
-def _data(
-    program: Program, costs: Costs, classes: Classes, at: Mapping[Node, Node]
-) -> dict[Node, list[tuple[Node, float]]]:
+def _data(program: Program, costs: Costs, classes: Classes, nodes: _Nodes) -> list[list[tuple[int, float]]]:
     """Return, per node, those whose results it needs, and how long these are on the way."""
     topology, routes = program.topology, program.routes
-    before: dict[Node, list[tuple[Node, float]]] = {node: [] for node in at.values()}
+    before: list[list[tuple[int, float]]] = [[] for _ in nodes.known]
+    nothing: dict[int, int] = {}
 
-    def needs(rank: int, action: Compute, other_rank: int, other: Compute, on_the_way: float) -> None:
-        here, there = at.get((rank, action)), at.get((other_rank, other))
-        if here and there:
-            before[here].append((there, on_the_way))
+    def at(rank: int, stage: Stage, *kinds: Kind) -> dict[int, int]:
+        """The nodes of the first of these kinds that there are."""
+        return next((found for kind in kinds if (found := nodes.at.get((rank, stage, kind)))), nothing)
 
-    for rank, action in before:
-        own = (action.stage, action.microbatch)
-        if action.kind is Kind.WEIGHT_GRADIENT:
-            needs(rank, action, rank, Compute(Kind.INPUT_GRADIENT, *own), 0.0)
-        elif action.kind is not Kind.FORWARD:
-            needs(rank, action, rank, Compute(Kind.FORWARD, *own), 0.0)
-    into = ((rank, link) for rank in classes.members for info in topology.stages_of(rank) for link in topology.links_into(info.stage))
-    for rank, link in into:
-        edge = costs.on(link, link.edge)
-        for k in range(topology.modules[link.target.module].microbatches):
-            for message in routes.sent_to(rank, link, k):
-                source = classes.leader[message.rank_source]
-                size = message_bytes(routes.step, message)
-                on_the_way = edge.latency + edge.carry_s(size) if size else 0.0
-                for made in message.made_by:
-                    forward = Compute(Kind.FORWARD, link.source, made)
-                    needs(rank, Compute(Kind.FORWARD, link.target, k), source, forward, on_the_way)
-                    if link in program.order.gradients:
-                        for back in _GIVES:
-                            for given in _GIVES:
-                                to, of = Compute(back, link.source, made), Compute(given, link.target, k)
-                                needs(source, to, rank, of, on_the_way)
+    def needs(node: int | None, other: int | None, on_the_way: float) -> None:
+        if node is not None and other is not None:
+            before[node].append((other, on_the_way))
+
+    for (rank, stage, kind), found in nodes.at.items():
+        made_by = Kind.INPUT_GRADIENT if kind is Kind.WEIGHT_GRADIENT else Kind.FORWARD
+        for k, node in found.items() if kind is not Kind.FORWARD else ():
+            needs(node, at(rank, stage, made_by).get(k), 0.0)
+    for rank in classes.members:
+        for link in (link for info in topology.stages_of(rank) for link in topology.links_into(info.stage)):
+            edge, lane = costs.on(link, link.edge), topology.modules[link.target.module].lane_of(rank)
+            forwards, backwards = at(rank, link.target, Kind.FORWARD), at(rank, link.target, *_GIVES)
+            for k in range(topology.modules[link.target.module].microbatches):
+                for message in routes.reaching(link, k, lane).get(rank, ()):
+                    source = classes.leader[message.rank_source]
+                    size = message_bytes(routes.step, message)
+                    on_the_way = edge.latency + edge.carry_s(size) if size else 0.0
+                    for made in message.made_by:
+                        needs(forwards.get(k), at(source, link.source, Kind.FORWARD).get(made), on_the_way)
+                        if link in program.order.gradients:
+                            needs(at(source, link.source, *_GIVES).get(made), backwards.get(k), on_the_way)
     return before
 
 
 _GIVES = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
-"""What gives the gradient of inputs."""
+"""What gives the gradient of inputs: one of them."""
 
 
-def _in_order(before: Mapping[Node, Sequence[tuple[Node, float]]]) -> list[Node]:
+def _in_order(before: Sequence[Sequence[tuple[int, float]]]) -> list[int]:
     """Return the nodes so that each comes after those that it needs."""
-    missing = {node: len(others) for node, others in before.items()}
-    after: dict[Node, list[Node]] = collections.defaultdict(list)
-    for node, others in before.items():
+    missing = [len(others) for others in before]
+    after: list[list[int]] = [[] for _ in before]
+    for node, others in enumerate(before):
         for other, _ in others:
             after[other].append(node)
-    order = [node for node, count in missing.items() if not count]
+    order = [node for node, count in enumerate(missing) if not count]
     for node in order:
         for following in after[node]:
             missing[following] -= 1

@@ -274,7 +274,8 @@ class _Graph:
     ) -> None:
         self.program, self.costs, self.classes, self.seconds_of = program, costs, classes, seconds_of
         self.pieces = _Pieces()
-        self._peers: dict[tuple[int, Transfer], tuple[int, ...]] = {}
+        self._parcels: dict[tuple[int, Transfer], tuple[tuple[int, int], ...]] = {}
+        self._edges: dict[tuple[Stage, Stage], EdgeCosts] = {}
         self._joint: dict[Hashable, tuple[int, ...]] = {}
         walkers = Walkers(listing, self._peers_of, self._joint_of)
         self._twins = walkers.twins
@@ -317,12 +318,20 @@ class _Graph:
         return tuple(reversed(legs))
 
     def _peers_of(self, rank: int, transfer: Transfer) -> tuple[int, ...]:
+        """Who stands for the ranks at the other ends of a transfer."""
+        leader = self.classes.leader
+        return tuple(dict.fromkeys([leader[peer] for peer, _ in self._parcels_of(rank, transfer)]))
+
+    def _parcels_of(self, rank: int, transfer: Transfer) -> tuple[tuple[int, int], ...]:
+        """The ranks at the other ends of a transfer, with the bytes for each."""
         key = rank, transfer
-        if key not in self._peers:
-            leader = self.classes.leader
-            found = (leader[peer] for peer in self.program.peers_of(rank, transfer))
-            self._peers[key] = tuple(dict.fromkeys(found))
-        return self._peers[key]
+        if key not in self._parcels:
+            step, at_source = self.program.routes.step, transfer.at_source
+            self._parcels[key] = tuple(
+                (message.rank_target if at_source else message.rank_source, message_bytes(step, message))
+                for message in self.program.messages_of(rank, transfer)
+            )
+        return self._parcels[key]
 
     def _joint_of(self, rank: int, action: Action) -> tuple[int, ...]:
         """Who stands for those that start an action together; the same in every microbatch."""
@@ -330,6 +339,14 @@ class _Graph:
         if key not in self._joint:
             self._joint[key] = self.classes.met(self.program.joint(rank, action))
         return self._joint[key]
+
+    def _edge_of(self, transfer: Transfer) -> EdgeCosts:
+        """The costs of the link that a transfer is on."""
+        ends = transfer.stage, transfer.peer
+        if ends not in self._edges:
+            link = link_of(self.program.topology, transfer)
+            self._edges[ends] = self.costs.on(link, link.edge)
+        return self._edges[ends]
 
     def _place(self, rank: int, action: Action) -> int:
         """Make the piece of an action."""
@@ -367,16 +384,8 @@ class _Graph:
 
     def _post(self, rank: int, transfer: Transfer, before: int) -> int:
         """Post one end of each message."""
-        program, sends = self.program, isinstance(transfer, Send)
-        link = link_of(program.topology, transfer)
-        edge = self.costs.on(link, link.edge)
-        parcels = tuple(
-            (
-                message.rank_target if transfer.at_source else message.rank_source,
-                message_bytes(program.routes.step, message),
-            )
-            for message in program.messages_of(rank, transfer)
-        )
+        sends, parcels = isinstance(transfer, Send), self._parcels_of(rank, transfer)
+        edge = self._edge_of(transfer)
         holds_up = sends and not edge.overlap
         took = sum(edge.carry_s(size) + edge.latency for _, size in parcels if size) if holds_up else 0.0
         post = self.pieces.add((before,), took, (rank, transfer))

@@ -71,7 +71,7 @@ class Step:
     )
 
     @functools.cached_property
-    def _rows_out(self) -> tuple[Mapping[str, int], ...]:
+    def rows_out(self) -> tuple[Mapping[str, int], ...]:
         """Per sample, the rows that every module emits; samples of which these are equal share one value."""
         graph = self.topology.graph
         sources = graph.sources
@@ -91,7 +91,7 @@ class Step:
         """
         if parts not in self._alike:
             size = len(self.samples) // parts
-            of_sample = [id(rows) for rows in self._rows_out]
+            of_sample = [id(rows) for rows in self.rows_out]
             first: dict[tuple[int, ...], int] = {}
             self._alike[parts] = tuple(
                 first.setdefault(tuple(of_sample[i * size : (i + 1) * size]), i) for i in range(parts)
@@ -101,7 +101,7 @@ class Step:
     @functools.cached_property
     def rows_start(self) -> Mapping[str, tuple[int, ...]]:
         """Per module, where the rows that it emits for each sample begin, and their end."""
-        return {name: prefix_sums([rows[name] for rows in self._rows_out]) for name in self.topology.modules}
+        return {name: prefix_sums([rows[name] for rows in self.rows_out]) for name in self.topology.modules}
 
     def rows_of(self, module: str, samples: range) -> tuple[int, int]:
         """Return the interval of a module's rows that belongs to a range of samples."""
@@ -112,7 +112,7 @@ class Step:
         """Return a lane's part of a microbatch of a module."""
         chosen = self.topology.modules[module].samples(lane, microbatch, len(self.samples))
         node = self.topology.graph.nodes[module]
-        emitted = [self._rows_out[i] for i in chosen]
+        emitted = [self.rows_out[i] for i in chosen]
         samples = self.samples[chosen.start : chosen.stop]
         if node.is_source:
             rows = {module: tuple(sample.rows.get(module, 0) for sample in samples)}
@@ -173,7 +173,7 @@ class Step:
             if isinstance(here.model, Gpt):
                 self._shapes[place] = self.topology.sequence, len(samples)
             else:
-                present = [rows for i in samples if (rows := self._rows_out[i][module])]
+                present = [rows for i in samples if (rows := self.rows_out[i][module])]
                 self._shapes[place] = here.padded(max(present, default=0)), len(present)
         return self._shapes[place]
 
@@ -200,7 +200,7 @@ class Step:
             case Gpt():
                 return sample.length
             case Regressor(outputs=outputs):
-                return outputs * self._rows_out[index][module.name]
+                return outputs * self.rows_out[index][module.name]
             case Own():
                 return 1.0
             case _:
@@ -209,19 +209,20 @@ class Step:
 
 def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
     """Lay samples over a topology. Raises PlanError, naming the sample, where one does not fit."""
+    step = Step(topology, samples)
     problems = [
         problem
         for name in topology.graph.texts
-        for sample in samples
-        for problem in _misfits(topology, name, sample)
+        for sample, rows in zip(samples, step.rows_out, strict=True)
+        if sample.placeholders or rows[name] > topology.sequence
+        for problem in _misfits(topology, name, sample, rows[name])
     ]
     if problems:
         raise PlanError(problems)
-    return Step(topology, samples)
+    return step
 
 
-def _misfits(topology: Topology, name: str, sample: Sample) -> tuple[Problem, ...]:
-    length = topology.graph.rows_out(sample)[name]
+def _misfits(topology: Topology, name: str, sample: Sample, length: int) -> tuple[Problem, ...]:
     rows = length - sample.length
     where = f"sample {sample.id}"
     if length > topology.sequence:
