@@ -55,7 +55,9 @@ def measure(ranks: int, microbatches: int) -> dict[str, float]:
     spec = job(max(ranks // 100, 1), microbatches)
     topology = parse(spec, SourceFacts(sequence=64, features={"vision": 16, "audio": 16}))
     begin = time.process_time()
-    samples = tuple(Sample(id=i, length=8, rows={"vision": 4, "audio": 2}) for i in range(spec.batch.global_size))
+    samples = tuple(
+        Sample(id=i, length=8, rows={"vision": 4, "audio": 2}) for i in range(spec.batch.global_size)
+    )
     program = plan_step(step_of(topology, samples))
     costs = attrs.evolve(assumed(topology), edge=EdgeCosts(latency=1e-3, bytes_per_s=1e6))
     timeline = simulate(program, costs)

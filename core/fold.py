@@ -29,7 +29,7 @@ import attrs
 from mimogrid.core.costs import Costs
 from mimogrid.core.schedule.actions import Reduce, Tie
 from mimogrid.core.schedule.lower import Program
-from mimogrid.core.topology import Link, Stage
+from mimogrid.core.topology import Stage
 from mimogrid.core.traffic import message_bytes
 
 
@@ -137,33 +137,21 @@ def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]
     topology, routes = program.topology, program.routes
     numbers: dict[Hashable, int] = {}
     found: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
-    for place, (link, first, k) in enumerate(_first_microbatches(program)):
-        sized = math.isfinite(costs.on(link, link.edge).bytes_per_s)
-        for lane in range(topology.modules[link.target.module].lanes):
-            for messages in routes.reaching(link, k, lane).values():
-                for message in messages:
-                    size = message_bytes(routes.step, message)
-                    made = tuple(j - first for j in message.made_by)
-                    fact = (place, size if sized else size > 0, made)
-                    sent = numbers.setdefault((True, fact), len(numbers))
-                    received = numbers.setdefault((False, fact), len(numbers))
-                    found[message.rank_source].append((message.rank_target, sent))
-                    found[message.rank_target].append((message.rank_source, received))
-    return found
-
-
-def _first_microbatches(program: Program) -> Iterator[tuple[Link, int, int]]:
-    """Yield every link with the first of the microbatches of its target that are alike.
-
-    Between the two stands the first microbatch of its source that has samples of that part of the step.
-    """
-    topology, step = program.topology, program.routes.step
     for link in topology.links:
-        source, target = (topology.modules[s.module].microbatches for s in (link.source, link.target))
-        parts = math.gcd(source, target)
-        for part in sorted(set(step.alike(parts))):
-            for k in range(part * target // parts, (part + 1) * target // parts):
-                yield link, part * source // parts, k
+        sized = math.isfinite(costs.on(link, link.edge).bytes_per_s)
+        for k in routes.firsts(link):
+            before = routes.made_from(link, k)
+            for lane in range(topology.modules[link.target.module].lanes):
+                for messages in routes.reaching(link, k, lane).values():
+                    for message in messages:
+                        size = message_bytes(routes.step, message)
+                        made = tuple(j - before for j in message.made_by)
+                        fact = (link, k, size if sized else size > 0, made)
+                        sent = numbers.setdefault((True, fact), len(numbers))
+                        received = numbers.setdefault((False, fact), len(numbers))
+                        found[message.rank_source].append((message.rank_target, sent))
+                        found[message.rank_target].append((message.rank_source, received))
+    return found
 
 
 def _groups(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -53,7 +53,9 @@ def limit_s(program: Program, costs: Costs, classes: Classes, listing: Listing, 
         for chosen in nodes.sets()
     ]
     if costs.cores is not None:
-        work = ((sum(seconds[n] for n in nodes.of(rank)), len(ranks)) for rank, ranks in classes.members.items())
+        work = (
+            (sum(seconds[n] for n in nodes.of(rank)), len(ranks)) for rank, ranks in classes.members.items()
+        )
         bounds.append(sum(each * count for each, count in work) / costs.cores)
     updates = (update_s(program, costs, rank) for rank in listing if Update() in listing[rank][-1:])
     return max(bounds, default=0.0) + max(updates, default=0.0)

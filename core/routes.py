@@ -16,7 +16,7 @@ value, and its transpose is read off it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
@@ -119,10 +119,12 @@ class Routes:
         """Return the messages into one lane of a link's target by the rank they reach, in order of rows."""
         place = (link, microbatch, lane)
         if place not in self._reaching:
-            first, move = self._like(link, microbatch)
+            first = self.first(link, microbatch)
             if first != microbatch:
                 known = self.reaching(link, first, lane).items()
-                self._reaching[place] = {rank: tuple(map(move, messages)) for rank, messages in known}
+                self._reaching[place] = {
+                    rank: tuple(self._moved(m, microbatch) for m in messages) for rank, messages in known
+                }
             else:
                 found = self._seam if link.edge else self._hop
                 self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, lane))
@@ -142,24 +144,44 @@ class Routes:
             )
         return self._leaving[place]
 
-    def _like(self, link: Link, microbatch: int) -> tuple[int, Callable[[Message], Message]]:
-        """Return the first microbatch of a link that is alike, and how its messages become those of this one."""
-        step, modules = self.step, self.step.topology.modules
+    def first(self, link: Link, microbatch: int) -> int:
+        """Return the first microbatch of a link's target whose messages differ from these in their numbers only."""
+        parts, _, each = self._parts(link)
+        part, place = divmod(microbatch, each)
+        return self.step.alike(parts)[part] * each + place
+
+    def firsts(self, link: Link) -> tuple[int, ...]:
+        """Return the microbatches of a link's target that are the first of those that are alike."""
+        parts, _, each = self._parts(link)
+        return tuple(
+            part * each + place for part in sorted(set(self.step.alike(parts))) for place in range(each)
+        )
+
+    def made_from(self, link: Link, microbatch: int) -> int:
+        """Return the first microbatch of a link's source with samples of the part that a target's one is of."""
+        _, made, each = self._parts(link)
+        return microbatch // each * made
+
+    def _parts(self, link: Link) -> tuple[int, int, int]:
+        """Into how many parts the microbatches of both ends cut a step, and how many each end has in a part."""
+        modules = self.step.topology.modules
         source, target = modules[link.source.module].microbatches, modules[link.target.module].microbatches
         parts = math.gcd(source, target)
-        part, place = divmod(microbatch, target // parts)
-        first = step.alike(parts)[part]
-        later = (part - first) * (source // parts)
+        return parts, source // parts, target // parts
+
+    def _moved(self, message: Message, microbatch: int) -> Message:
+        """Return what becomes of a message in a microbatch that is alike."""
+        link = message.link
+        there, here = self.made_from(link, message.microbatch), self.made_from(link, microbatch)
         rows = 0
         if link.edge:
-            starts, size = step.rows_start[link.edge.source], len(step.samples) // parts
-            rows = starts[part * size] - starts[first * size]
-
-        def move(message: Message) -> Message:
-            pieces = tuple(Piece(p.microbatch + later, p.start + rows, p.stop + rows) for p in message.pieces)
-            return Message(link, microbatch, message.rank_source, message.rank_target, message.lane, pieces)
-
-        return first * (target // parts) + place, move
+            parts, made, _ = self._parts(link)
+            starts, size = self.step.rows_start[link.edge.source], len(self.step.samples) // parts
+            rows = starts[here // made * size] - starts[there // made * size]
+        pieces = tuple(
+            Piece(p.microbatch + here - there, p.start + rows, p.stop + rows) for p in message.pieces
+        )
+        return Message(link, microbatch, message.rank_source, message.rank_target, message.lane, pieces)
 
     def _targets(self, link: Link, microbatch: int, lane: int) -> Iterable[int]:
         """The lanes of a link's target that share samples of its microbatch with a lane of its source."""

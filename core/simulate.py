@@ -1,12 +1,12 @@
-"""Simulate: the walk of `replay` with a clock.
+r"""Simulate: the walk of `replay` with a clock.
 
 Replay gives an order in which every action of a program may start. Along it each action is hung behind what
 it waits for, which makes a graph of *pieces* of time, and the graph is timed:
 
     rank 0   F0 --- SEND_F0 .            F1                posting takes no time and does not block
-                             \\
+                             \
     channel                   carry --- arrive             bytes / bytes_per_s, in turn; then latency
-                             /               \\
+                             /               \
     rank 1   RECV_F0 -------'                 WAIT --- F0  blocks; joint actions hang behind all ranks
 
 Without a limit on cores a piece begins when the last of what it hangs behind has ended. With one, compute
@@ -28,7 +28,18 @@ from mimogrid.core.costs import Costs, EdgeCosts
 from mimogrid.core.fold import Classes, alone, classes_of
 from mimogrid.core.limit import limit_s, update_s
 from mimogrid.core.pace import Pace
-from mimogrid.core.schedule.actions import Action, Compute, Direction, Kind, Recv, Reduce, Send, Transfer, Update, Wait
+from mimogrid.core.schedule.actions import (
+    Action,
+    Compute,
+    Direction,
+    Kind,
+    Recv,
+    Reduce,
+    Send,
+    Transfer,
+    Update,
+    Wait,
+)
 from mimogrid.core.schedule.lower import Program, link_of
 from mimogrid.core.schedule.program import Listing
 from mimogrid.core.schedule.replay import Walkers, walk
@@ -133,7 +144,12 @@ class Timeline:
     @functools.cached_property
     def flights(self) -> tuple[Flight, ...]:
         """Every message on its way."""
-        return tuple(flight for rank in self.classes.leader for flight in self.flights_of(rank) if flight.rank_source == rank)
+        return tuple(
+            flight
+            for rank in self.classes.leader
+            for flight in self.flights_of(rank)
+            if flight.rank_source == rank
+        )
 
     @functools.cached_property
     def idles(self) -> tuple[Idle, ...]:
@@ -167,11 +183,19 @@ class Timeline:
     @functools.cached_property
     def _idles(self) -> Mapping[int, tuple[Idle, ...]]:
         whole = (0.0, self.step_s)
-        return {rank: idles(track.events, self.flights_of(rank), whole=whole) for rank, track in self.tracks.items()}
+        return {
+            rank: idles(track.events, self.flights_of(rank), whole=whole)
+            for rank, track in self.tracks.items()
+        }
 
 
 def simulate(
-    program: Program, costs: Costs, listing: Listing | None = None, *, pace: Pace | None = None, fold: bool = True
+    program: Program,
+    costs: Costs,
+    listing: Listing | None = None,
+    *,
+    pace: Pace | None = None,
+    fold: bool = True,
 ) -> Timeline:
     """Time a listing of the program (default: its own). Raises ValueError where it never ends.
 
@@ -179,7 +203,9 @@ def simulate(
     """
     ranks = program.topology.ranks
     folds = fold and listing is None and costs.cores is None
-    classes = classes_of(program, costs, pace.mark if pace else None) if folds else alone(tuple(listing or ranks))
+    classes = (
+        classes_of(program, costs, pace.mark if pace else None) if folds else alone(tuple(listing or ranks))
+    )
     lists = {rank: program.of(rank) if listing is None else listing[rank] for rank in classes.members}
     seconds_of = functools.partial(_seconds, program, costs, pace)
     graph = _Graph(program, costs, classes, lists, seconds_of)
@@ -236,7 +262,11 @@ class _Pieces:
         self.labels: list[tuple[int, Action] | None] = [None]
 
     def add(
-        self, behind: tuple[int, ...], seconds: float = 0.0, label: tuple[int, Action] | None = None, cores: int = 0
+        self,
+        behind: tuple[int, ...],
+        seconds: float = 0.0,
+        label: tuple[int, Action] | None = None,
+        cores: int = 0,
     ) -> int:
         """Add a piece; return its number."""
         if len(behind) == 1 and not seconds and not cores:
@@ -285,11 +315,15 @@ class _Graph:
             raise ValueError(f"rank {stuck.rank} never gets past '{stuck.action}'")
         self._last = dict.fromkeys(listing, 0)
         self._mail: dict[tuple[int, Transfer], _Mail] = {}
-        self._sent: dict[Hashable, collections.deque[tuple[Transfer, int]]] = collections.defaultdict(collections.deque)
+        self._sent: dict[Hashable, collections.deque[tuple[Transfer, int]]] = collections.defaultdict(
+            collections.deque
+        )
         self._channel: dict[Hashable, int] = {}
         self._met: dict[Hashable, int] = {}
         self._times: collections.Counter[tuple[int, Action]] = collections.Counter()
-        self._placed = [(rank, action, self._last[rank], self._place(rank, action)) for rank, action in walked.started]
+        self._placed = [
+            (rank, action, self._last[rank], self._place(rank, action)) for rank, action in walked.started
+        ]
 
     def tracks(self, clock: Clock) -> dict[int, Track]:
         """Return what each rank does when: a wait from when the rank gets there."""
@@ -302,7 +336,9 @@ class _Graph:
         for (rank, transfer), mail in self._mail.items():
             if -1 not in mail.arrived:
                 both = zip(mail.posted, mail.arrived, strict=True)
-                ways[rank][transfer] = tuple((max(ends[mail.post], ends[other]), ends[there]) for other, there in both)
+                ways[rank][transfer] = tuple(
+                    (max(ends[mail.post], ends[other]), ends[there]) for other, there in both
+                )
         return {rank: Track(tuple(events[rank]), ways[rank]) for rank in sorted(events)}
 
     def critical_path(self, clock: Clock) -> tuple[Leg, ...]:

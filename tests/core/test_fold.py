@@ -1,17 +1,13 @@
 """Folding: one rank stands for its class, and nothing is lost by it."""
 
-import attrs
-import pytest
-from hypothesis import given, note, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings
 
-from jobs import job, program_of, step_with
-from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
+from jobs import program_of
+from mimogrid.core.costs import Costs, EdgeCosts
 from mimogrid.core.fold import classes_of
-from mimogrid.core.pace import Pace
-from mimogrid.core.pricing import assumed
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
+from timed import timed_jobs
 
 
 def sizes(program, costs=None):
@@ -54,46 +50,11 @@ def test_a_world_of_like_lanes_has_no_more_classes_for_being_larger():
     assert [8 * size for size in few] == many
 
 
-seconds = st.integers(0, 6).map(lambda n: n / 4 + n / 7)
-LINES = [
-    "a vit {0} > z; z gpt {1}",
-    "a vit {0} frozen > z; b vit {1} > z; z gpt {2}",
-    "a vit {0} > m; m block {1} > z; z gpt {2}",
-    "a vit {0} > z, y; y regressor {1}; z gpt {2}",
-    "a vit {0} @0 > z; z gpt {1} @0",
-    "a vit {0} @0 > z; b vit {1} @0 > z; z gpt {2} @1",
-]
-GRIDS = ["dp4", "dp3", "dp2 tp2", "tp3", "tp2 sp", "cp2", "cp2 dp2", "dp2 pp2", "dp4 pp2", "tp2 dp4 ep4 x4", "dp4 m8"]
-GRIDS += ["dp2 m2", "pp2 chunks2 dp2", "dp2 tp2 pp2 order=tp,cp,pp,dp"]
-
-
-@st.composite
-def timed_jobs(draw):
-    """A job on any grids, with any rows and costs."""
-    line = draw(st.sampled_from(LINES)).format(*(draw(st.sampled_from(GRIDS)) for _ in range(3)))
-    schedule = "interleaved" if "chunks" in line else draw(st.sampled_from(["1f1b", "gpipe"]))
-    topology = job(line, batch=64, microbatches=4, schedule=schedule)
-    rows = st.lists(st.integers(0, 3), min_size=1, max_size=4)
-    given_rows = {n: draw(st.one_of(st.just([6]), rows)) for n in topology.graph.sources}
-    edge = EdgeCosts(
-        latency=draw(seconds),
-        bytes_per_s=draw(st.sampled_from([100.0, float("inf")])),
-        overlap=draw(st.booleans()),
-    )
-    names = map(str, topology.stages)
-    stages = {n: StageCosts(forward=draw(seconds), backward=draw(seconds), reduce=draw(seconds)) for n in names}
-    edges = {str(e): attrs.evolve(edge, overlap=not edge.overlap) for e in topology.edges if draw(st.booleans())}
-    note(f"{line} {given_rows} {schedule}")
-    step = step_with(topology, given_rows)
-    ragged, jitter = draw(st.sampled_from([(False, 0.0), (True, 0.0), (False, 0.25), (True, 0.25)]))
-    return Costs(stages=stages, edge=edge, edges=edges), Pace(step, ragged=ragged, jitter=jitter)
-
-
 @settings(max_examples=150, deadline=None)
 @given(timed_jobs())
-def test_a_folded_world_is_timed_like_the_whole_one(timed):
+def test_a_folded_world_is_timed_like_the_whole_one(drawn):
     """Every event, every message, and the limit: the same numbers, not nearly the same."""
-    costs, pace = timed
+    costs, pace = drawn
     program = plan_step(pace.step)
     folded = simulate(program, costs, pace=pace)
     whole = simulate(program, costs, pace=pace, fold=False)
