@@ -20,7 +20,7 @@ every rank walks, because all of them share the cores.
 import collections
 import functools
 import heapq
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -159,6 +159,16 @@ class Timeline:
             for rank, first in self.classes.leader.items()
             for idle in self._idles[first]
         )
+
+    def events_and_flights(
+        self, ranks: Iterable[int] | None = None
+    ) -> tuple[tuple[Event, ...], tuple[Flight, ...]]:
+        """Return what these ranks (default: all) do, and the messages between them and any others."""
+        if ranks is None:
+            return self.events, self.flights
+        chosen = list(ranks)
+        events = tuple(event for rank in chosen for event in self.events_of(rank))
+        return events, tuple(dict.fromkeys(flight for rank in chosen for flight in self.flights_of(rank)))
 
     def events_of(self, rank: int) -> tuple[Event, ...]:
         """Return what a rank does when, in order of its program."""

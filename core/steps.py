@@ -177,6 +177,11 @@ class Step:
                 self._shapes[place] = here.padded(max(present, default=0)), len(present)
         return self._shapes[place]
 
+    @property
+    def tokens(self) -> int:
+        """Positions in use of all language sequences: rows and text, without padding."""
+        return sum(self.rows_start[name][-1] for name in self.topology.graph.texts)
+
     @functools.cached_property
     def units(self) -> Mapping[str, float]:
         """Per loss, the count N that its sum is divided by: a sum over the whole step.
