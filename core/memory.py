@@ -81,7 +81,7 @@ def peaks(timeline: Timeline) -> dict[int, Level]:
     for rank in timeline.classes.leader:
         key = _like(timeline, rank)
         if key not in known:
-            known[key] = max(_levels(timeline, rank), key=lambda level: level.bytes)
+            known[key] = max(_levels(timeline, rank), key=lambda level: level.activations + level.buffers)
         found[rank] = known[key]
     return found
 
@@ -118,25 +118,30 @@ def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
     }
     sizes: dict[Hashable, int] = {}
     moved: dict[Transfer, int] = {}
-    level = Level(0.0, None, kept(step, rank), 0, 0)
-    yield level
+    always = kept(step, rank)
+    activations = buffers = 0
+    yield Level(0.0, None, always, 0, 0)
     for event in timeline.events_of(rank):
+        at = event.begin_s
         match event.action:
-            case Compute(kind=kind, stage=stage, microbatch=k) as action:
-                if last[stage] is Kind.FORWARD or kind not in {Kind.FORWARD, last[stage]}:
+            case Compute(kind=Kind.FORWARD, stage=stage, microbatch=k):
+                if last[stage] is Kind.FORWARD:
                     continue
-                saved = saved_bytes(step, stage, lanes[stage], k)
-                at, change = (event.begin_s, saved) if kind is Kind.FORWARD else (event.end_s, -saved)
-                level = attrs.evolve(level, at_s=at, action=action, activations=level.activations + change)
-            case Wait(transfer=transfer) as action:
-                size = moved.pop(transfer)
-                level = attrs.evolve(level, at_s=event.end_s, action=action, buffers=level.buffers - size)
-            case Send() | Recv() as action:
-                size = moved[action] = _moved_bytes(timeline.program, rank, action, sizes)
-                level = attrs.evolve(level, at_s=event.begin_s, action=action, buffers=level.buffers + size)
+                activations += saved_bytes(step, stage, lanes[stage], k)
+            case Compute(kind=kind, stage=stage, microbatch=k):
+                if kind is not last[stage]:
+                    continue
+                at = event.end_s
+                activations -= saved_bytes(step, stage, lanes[stage], k)
+            case Wait(transfer=transfer):
+                at = event.end_s
+                buffers -= moved.pop(transfer)
+            case Send() | Recv() as transfer:
+                moved[transfer] = _moved_bytes(timeline.program, rank, transfer, sizes)
+                buffers += moved[transfer]
             case _:
                 continue
-        yield level
+        yield Level(at, event.action, always, activations, buffers)
 
 
 def _size(module: Module, parameter: Parameter) -> float:

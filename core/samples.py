@@ -14,12 +14,9 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 
-def _no_placeholders() -> Mapping[str, tuple[int, ...]]:
-    return {}
-
-
-def _no_units() -> Mapping[str, float]:
-    return {}
+# Most samples have neither. One value for all: a step may have a million samples.
+_NO_PLACES: Mapping[str, tuple[int, ...]] = {}
+_NO_UNITS: Mapping[str, float] = {}
 
 
 @attrs.frozen
@@ -39,8 +36,8 @@ class Sample:
     id: int
     length: int
     rows: Mapping[str, int]
-    placeholders: Mapping[str, tuple[int, ...]] = attrs.field(factory=_no_placeholders)
-    units: Mapping[str, float] = attrs.field(factory=_no_units)
+    placeholders: Mapping[str, tuple[int, ...]] = _NO_PLACES
+    units: Mapping[str, float] = _NO_UNITS
 
 
 def share(index: int, parts: int, total: int) -> range:

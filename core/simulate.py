@@ -49,7 +49,7 @@ from mimogrid.core.timeline import (
     Flight,
     Idle,
     busy_s,
-    idles,
+    idles_of,
     peak_in_flight,
     sent_as,
 )
@@ -73,6 +73,14 @@ class Track:
 
     events: tuple[Event, ...]
     on_the_way: Mapping[Transfer, tuple[tuple[float, float], ...]]
+
+    def posted(self) -> dict[Transfer, float]:
+        """Return when both ends of the message of each transfer that arrives last had been posted."""
+        return {
+            transfer: max(ways, key=lambda way: way[::-1])[0] if len(ways) > 1 else ways[0][0]
+            for transfer, ways in self.on_the_way.items()
+            if ways
+        }
 
 
 @attrs.frozen(eq=False)
@@ -192,9 +200,8 @@ class Timeline:
 
     @functools.cached_property
     def _idles(self) -> Mapping[int, tuple[Idle, ...]]:
-        whole = (0.0, self.step_s)
         return {
-            rank: idles(track.events, self.flights_of(rank), whole=whole)
+            rank: tuple(idles_of(rank, track.events, track.posted(), whole=(0.0, self.step_s)))
             for rank, track in self.tracks.items()
         }
 
