@@ -93,6 +93,9 @@ class Routes:
 
     step: Step
     _reaching: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
+    _first: dict[Link, tuple[int, ...]] = attrs.field(
+        factory=dict[Link, tuple[int, ...]], init=False, repr=False
+    )
     _leaving: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
 
     def messages(self, link: Link, microbatch: int) -> tuple[Message, ...]:
@@ -146,9 +149,11 @@ class Routes:
 
     def first(self, link: Link, microbatch: int) -> int:
         """Return the first microbatch of a link's target whose messages differ from these in their numbers only."""
-        parts, _, each = self._parts(link)
-        part, place = divmod(microbatch, each)
-        return self.step.alike(parts)[part] * each + place
+        if link not in self._first:
+            parts, _, each = self._parts(link)
+            firsts = self.step.alike(parts)
+            self._first[link] = tuple(first * each + place for first in firsts for place in range(each))
+        return self._first[link][microbatch]
 
     def firsts(self, link: Link) -> tuple[int, ...]:
         """Return the microbatches of a link's target that are the first of those that are alike."""

@@ -53,7 +53,7 @@ from mimogrid.core.timeline import (
     peak_in_flight,
     sent_as,
 )
-from mimogrid.core.topology import Stage
+from mimogrid.core.topology import Link, Stage
 from mimogrid.core.traffic import message_bytes
 
 
@@ -321,8 +321,8 @@ class _Graph:
     ) -> None:
         self.program, self.costs, self.classes, self.seconds_of = program, costs, classes, seconds_of
         self.pieces = _Pieces()
-        self._parcels: dict[tuple[int, Transfer], tuple[tuple[int, int], ...]] = {}
-        self._edges: dict[tuple[Stage, Stage], EdgeCosts] = {}
+        self._parcels: dict[tuple[int, Link, bool, int], tuple[tuple[int, int], ...]] = {}
+        self._links: dict[tuple[Stage, Stage], tuple[Link, EdgeCosts]] = {}
         self._joint: dict[Hashable, tuple[int, ...]] = {}
         walkers = Walkers(listing, self._peers_of, self._joint_of)
         self._twins = walkers.twins
@@ -376,8 +376,9 @@ class _Graph:
         return tuple(dict.fromkeys([leader[peer] for peer, _ in self._parcels_of(rank, transfer)]))
 
     def _parcels_of(self, rank: int, transfer: Transfer) -> tuple[tuple[int, int], ...]:
-        """The ranks at the other ends of a transfer, with the bytes for each."""
-        key = rank, transfer
+        """The ranks at the other ends of a transfer, with the bytes for each; alike in microbatches that are alike."""
+        link, _ = self._on(transfer)
+        key = rank, link, transfer.at_source, self.program.routes.first(link, transfer.microbatch)
         if key not in self._parcels:
             step, at_source = self.program.routes.step, transfer.at_source
             self._parcels[key] = tuple(
@@ -393,13 +394,13 @@ class _Graph:
             self._joint[key] = self.classes.met(self.program.joint(rank, action))
         return self._joint[key]
 
-    def _edge_of(self, transfer: Transfer) -> EdgeCosts:
-        """The costs of the link that a transfer is on."""
+    def _on(self, transfer: Transfer) -> tuple[Link, EdgeCosts]:
+        """The link that a transfer is on, and its costs."""
         ends = transfer.stage, transfer.peer
-        if ends not in self._edges:
+        if ends not in self._links:
             link = link_of(self.program.topology, transfer)
-            self._edges[ends] = self.costs.on(link, link.edge)
-        return self._edges[ends]
+            self._links[ends] = link, self.costs.on(link, link.edge)
+        return self._links[ends]
 
     def _place(self, rank: int, action: Action) -> int:
         """Make the piece of an action."""
@@ -438,7 +439,7 @@ class _Graph:
     def _post(self, rank: int, transfer: Transfer, before: int) -> int:
         """Post one end of each message."""
         sends, parcels = isinstance(transfer, Send), self._parcels_of(rank, transfer)
-        edge = self._edge_of(transfer)
+        _, edge = self._on(transfer)
         holds_up = sends and not edge.overlap
         took = sum(edge.carry_s(size) + edge.latency for _, size in parcels if size) if holds_up else 0.0
         post = self.pieces.add((before,), took, (rank, transfer))

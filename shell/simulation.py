@@ -7,9 +7,11 @@ mimogrid simulate JOB --ragged --jitter 0.1  real shares of the data, uneven mac
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +85,24 @@ class Simulated:
 def run(job: Job, given: argparse.Namespace) -> int:
     """Run the command."""
     _check(given)
-    if given.schedule == ALL:
-        _tell_schedules(job, given)
-    elif given.compare:
-        _tell_jobs(job, given)
-    else:
-        _tell(job, given)
+    with without_collecting():
+        if given.schedule == ALL:
+            _tell_schedules(job, given)
+        elif given.compare:
+            _tell_jobs(job, given)
+        else:
+            _tell(job, given)
     return 0
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """Let no garbage collector look through the values of a large plan: none of them refers to a later one."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def under(job: Job, **changes: object) -> Job:
