@@ -25,7 +25,7 @@ from mimogrid.core.topology import Stage
 class Pace:
     """The factors of a step. `jitter` is the standard deviation of their logarithm."""
 
-    step: Step
+    step: Step = attrs.field(repr=False)
     ragged: bool = False
     jitter: float = 0.0
     seed: int = 0

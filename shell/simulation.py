@@ -20,7 +20,7 @@ import attrs
 from mimogrid.core import draw
 from mimogrid.core.breakdown import JITTER, RAGGED, idle_s, idle_s_by_rank, shares
 from mimogrid.core.costs import Costs
-from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.legality import SCHEDULES
 from mimogrid.core.memory import Level, peaks
 from mimogrid.core.pace import Pace
@@ -115,8 +115,8 @@ def _check(given: argparse.Namespace) -> None:
     """Raise PlanError for options that do not go together."""
     problems: list[Problem] = []
     if given.schedule not in {None, ALL, *SCHEDULES}:
-        known = ", ".join((*SCHEDULES, ALL))
-        problems.append(Problem("--schedule", f"'{given.schedule}' is none.", f"Known: {known}."))
+        remedy = nearest(given.schedule, (*SCHEDULES, ALL))
+        problems.append(Problem("--schedule", f"'{given.schedule}' is none.", remedy))
     for option, value, least in (
         ("--jitter", given.jitter, 0),
         ("--step", given.step, 0),
