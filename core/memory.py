@@ -7,23 +7,22 @@ from the table of parameters, exactly. Others come and go with the actions of a 
           F  ................  B  or W      what a forward keeps for its backward, until the last of that is through
           SEND  ........  WAIT  a send keeps its buffer until it is waited for
 
-What a forward keeps is an estimate: per layer and position the values that a pre-norm transformer layer saves
-(inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head the attention
-scores and their softmax. Temporary buffers and the allocator's losses are not in it, nor is a module of the user's
-own. A split backward gives nothing back before its second half.
+What a forward keeps is an estimate (`footprint`). Temporary buffers and the allocator's losses are not in it, nor is
+a module of the user's own. A split backward gives nothing back before its second half.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.models import BuiltIn, Own, Parameter
+from mimogrid.core.footprint import VALUE_BYTES, held_values, saved_values
+from mimogrid.core.models import Own
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
 from mimogrid.core.schedule.lower import Program, link_of
 from mimogrid.core.simulate import Timeline
 from mimogrid.core.steps import Step
-from mimogrid.core.topology import Module, Stage
-from mimogrid.core.traffic import VALUE_BYTES, message_bytes
+from mimogrid.core.topology import Stage
+from mimogrid.core.traffic import message_bytes
 
 
 @attrs.frozen
@@ -99,7 +98,7 @@ def kept(step: Step, rank: int) -> Kept:
     for info in topology.stages_of(rank):
         module = topology.modules[info.stage.module]
         for parameter in info.parameters:
-            size = _size(module, parameter)
+            size = held_values(module, parameter)
             weights += size
             trained += size * (parameter.name in info.trainable)
     return Kept(round(value * weights), round(value * trained), round(value * 2 * trained))
@@ -144,18 +143,6 @@ def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
         yield Level(at, event.action, always, activations, buffers)
 
 
-def _size(module: Module, parameter: Parameter) -> float:
-    size = 1.0
-    for extent in parameter.shape:
-        size *= extent
-    if parameter.expert is not None and module.experts:
-        size /= module.experts.extent("ep")
-        tp = module.experts.extent("expert_tp")
-    else:
-        tp = module.grid.extent("tp")
-    return size / tp if parameter.tp_dim is not None else size
-
-
 def saved_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
     """Return what a lane of a stage keeps of a microbatch for its backward, on each rank; 0 where there is none."""
     topology = step.topology
@@ -163,25 +150,8 @@ def saved_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
     if isinstance(module.model, Own) or not info.backward:
         return 0
     recompute = topology.spec.modules[module.name].recompute
-    shape = step.hop_shape(stage, lane, microbatch)
-    values = len(info.layers) * _of_layer(module, module.model, shape, recompute)
+    values = saved_values(module, info, step.hop_shape(stage, lane, microbatch), recompute)
     return round(VALUE_BYTES[topology.spec.precision] * values)
-
-
-def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recompute: str) -> float:
-    positions, samples, hidden = shape
-    tp = module.grid.extent("tp")
-    shared = tp if module.sequence_parallel else 1
-    tokens = positions * samples
-    keys = positions * module.grid.extent("cp")
-    middle = model.ffn * (model.top_k if model.experts else 1)
-    inputs = tokens * hidden
-    if recompute == "full":
-        return inputs / shared
-    qkv = (model.heads + 2 * model.kv_heads) * model.head_width
-    linear = tokens * (qkv + hidden + 2 * middle) / tp
-    scores = 0.0 if recompute == "selective" else 2 * tokens * keys * model.heads / tp
-    return 4 * inputs / shared + linear + scores
 
 
 def _moved_bytes(program: Program, rank: int, transfer: Transfer, known: dict[Hashable, int]) -> int:

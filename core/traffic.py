@@ -10,13 +10,10 @@ from collections.abc import Iterator
 
 import attrs
 
+from mimogrid.core.footprint import VALUE_BYTES
 from mimogrid.core.routes import Message, Routes
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Link
-
-
-VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of one value that crosses an edge, by the job's precision."""
 
 
 @attrs.frozen

@@ -11,8 +11,7 @@ import contextlib
 import gc
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -26,6 +25,7 @@ from mimogrid.core.memory import Level, peaks
 from mimogrid.core.pace import Pace
 from mimogrid.core.pricing import ASSUMED, assumed
 from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.settle import settled
 from mimogrid.core.simulate import Timeline, simulate
 from mimogrid.core.topology import parse
 from mimogrid.shell import costfile
@@ -47,7 +47,7 @@ class Simulated:
     """One simulated step of a job, and all that is told of it."""
 
     job: Job
-    costs: Costs
+    told_costs: str
     pace: Pace
     timeline: Timeline
     idle_by_rank: Mapping[int, Mapping[str, float]]
@@ -57,6 +57,11 @@ class Simulated:
     def name(self) -> str:
         """The job as people know it: its file with the folder."""
         return f"{self.job.path.parent.name}/{self.job.path.name}"
+
+    @property
+    def assumed(self) -> bool:
+        """Whether nobody has given any costs."""
+        return ASSUMED in self.told_costs
 
     @property
     def idle(self) -> dict[str, float]:
@@ -107,8 +112,9 @@ def without_collecting() -> Iterator[None]:
 
 def under(job: Job, **changes: object) -> Job:
     """Return a job with changes of its schedule. Raises PlanError where they are not legal for it."""
-    spec = attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes))
-    return attrs.evolve(job, topology=parse(spec, job.topology.source))
+    facts = job.topology.source
+    spec = settled(attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes)), facts)
+    return attrs.evolve(job, topology=parse(spec, facts))
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -152,15 +158,13 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _tell(job: Job, given: argparse.Namespace) -> None:
-    if given.schedule:
-        job = under(job, name=given.schedule)
-    costs = _costs(job, given.costs)
-    draws = [_simulated(job, costs, given, draw) for draw in range(given.draws)]
+    planned = _planned(job, given)
+    draws = [_simulated(planned, given, draw) for draw in range(given.draws)]
     found = draws[0]
     _draw(found, given)
     if given.json:
         steps = {"draws": [one.timeline.step_s for one in draws]} if given.draws > 1 else {}
-        print_json(_values(found, given) | steps)
+        print_json(_values(found) | steps)
         return
     timeline = found.timeline
     if _fits(timeline):
@@ -181,37 +185,56 @@ def _tell(job: Job, given: argparse.Namespace) -> None:
     parts = ", ".join(f"{part} {_bytes(size)}" for part, size in peak.parts.items() if size)
     when = f" at {peak.at_s:.6g} s in {peak.action}" if peak.action else ""
     print(f"Most memory: rank {rank}, {_bytes(peak.bytes)}{when} ({parts}).")
-    if given.costs and found.tokens_per_s:
+    if found.tokens_per_s and not found.assumed:
         print(f"{found.tokens_per_s:.6g} tokens/s, {found.samples_per_s:.6g} samples/s.")
-    print(f"Costs: {_told_costs(given)}.")
+    print(f"Costs: {found.told_costs}.")
 
 
-def _simulated(job: Job, costs: Costs, given: argparse.Namespace, draw: int = 0) -> Simulated:
+def _planned(
+    job: Job, given: argparse.Namespace, *, schedule: str | None = None, which: int = 0
+) -> "_Planned":
+    """Plan a job under the schedule and with the costs that are asked for; one costs file serves all jobs.
+
+    An order that goes by costs goes by these. Raises PlanError where anything is not legal.
+    """
+    schedule = schedule or given.schedule
+    if schedule:
+        job = under(job, name=schedule)
+    if given.costs:
+        path = given.costs[min(which, len(given.costs) - 1)]
+        costs = costfile.read(path, job.topology)
+        return _Planned(under(job, costs=costs), costs, str(path))
+    if job.spec.schedule.costs:
+        return _Planned(job, job.spec.schedule.costs, "schedule.costs of the job")
+    told = f"assumed, as no --costs is given: {ASSUMED}"
+    return _Planned(job, assumed(job.topology), told)
+
+
+@attrs.frozen(eq=False)
+class _Planned:
+    """A job with the costs of its stages and links, and where these are from."""
+
+    job: Job
+    costs: Costs
+    told_costs: str
+
+
+def _simulated(planned: _Planned, given: argparse.Namespace, draw: int = 0) -> Simulated:
     """Simulate a step: draw 0 as it is asked for, another one with the next seed and, if ragged, the next samples."""
+    job, costs = planned.job, planned.costs
     step = job.step(given.step + draw * given.ragged)
     pace = Pace(step, ragged=given.ragged, jitter=given.jitter, seed=given.seed + draw)
     timeline = simulate(plan_step(step), costs, pace=pace if given.ragged or given.jitter else None)
-    return Simulated(job, costs, pace, timeline, idle_s_by_rank(timeline, costs, pace), peaks(timeline))
+    return Simulated(
+        job, planned.told_costs, pace, timeline, idle_s_by_rank(timeline, costs, pace), peaks(timeline)
+    )
 
 
-def _costs(job: Job, paths: Sequence[Path], which: int = 0) -> Costs:
-    """Read the costs of a job; one file serves all jobs. Without any, costs are assumed."""
-    if not paths:
-        return assumed(job.topology)
-    return costfile.read(paths[min(which, len(paths) - 1)], job.topology)
-
-
-def _told_costs(given: argparse.Namespace) -> str:
-    if given.costs:
-        return ", ".join(map(str, given.costs))
-    return f"assumed, as no --costs is given: {ASSUMED}"
-
-
-def _values(found: Simulated, given: argparse.Namespace) -> dict[str, Any]:
+def _values(found: Simulated) -> dict[str, Any]:
     """What `--json` says of a simulated step."""
     timeline = found.timeline
     return {
-        "costs": _told_costs(given) if given.costs else f"assumed: {ASSUMED}",
+        "costs": found.told_costs,
         "schedule": found.job.spec.schedule.name,
         "step_time": timeline.step_s,
         "limit": timeline.limit_s,
@@ -305,16 +328,15 @@ def _draw(found: Simulated, given: argparse.Namespace) -> None:
 
 def _tell_schedules(job: Job, given: argparse.Namespace) -> None:
     """Tell of a job under every schedule, or why it cannot be under it."""
-    costs = _costs(job, given.costs)
     found: dict[str, Simulated | tuple[Problem, ...]] = {}
     for name in SCHEDULES:
         try:
-            found[name] = _simulated(under(job, name=name), costs, given)
+            found[name] = _simulated(_planned(job, given, schedule=name), given)
         except PlanError as error:
             found[name] = error.problems
     if given.json:
         values = {
-            name: _values(one, given)
+            name: _values(one)
             if isinstance(one, Simulated)
             else {"problems": [attrs.asdict(problem) for problem in one]}
             for name, one in found.items()
@@ -326,19 +348,18 @@ def _tell_schedules(job: Job, given: argparse.Namespace) -> None:
     for name, one in found.items():
         for problem in one if isinstance(one, tuple) else ():
             print(f"{name}: {problem.where}: {problem.message}")
-    print(f"Costs: {_told_costs(given)}.")
+    for told in dict.fromkeys(one.told_costs for one in legal.values()):
+        print(f"Costs: {told}.")
 
 
 def _tell_jobs(job: Job, given: argparse.Namespace) -> None:
     """Tell of two jobs side by side, and which is faster."""
     jobs = [job, open_job(given.compare)]
-    if given.schedule:
-        jobs = [under(one, name=given.schedule) for one in jobs]
-    found = [_simulated(one, _costs(one, given.costs, i), given) for i, one in enumerate(jobs)]
+    found = [_simulated(_planned(one, given, which=i), given) for i, one in enumerate(jobs)]
     speeds = [one.samples_per_s for one in found]
     ratio = speeds[0] / speeds[1] if speeds[0] and speeds[1] else None
     if given.json:
-        values = [{"job": str(one.job.path), "ranks": _ranks(one), **_values(one, given)} for one in found]
+        values = [{"job": str(one.job.path), "ranks": _ranks(one), **_values(one)} for one in found]
         print_json({"jobs": values, "ratio": ratio})
         return
     names = [one.name for one in found]
@@ -350,7 +371,8 @@ def _tell_jobs(job: Job, given: argparse.Namespace) -> None:
         faster = max(ratio, 1 / ratio)
         each = faster * _ranks(found[names.index(second)]) / _ranks(found[names.index(first)])
         print(f"{first} trains {faster:.3f} x as many samples a second as {second}, {each:.3f} x per rank.")
-    print(f"Costs: {_told_costs(given)}.")
+    for told in dict.fromkeys(one.told_costs for one in found):
+        print(f"Costs: {told}.")
 
 
 def _ranks(found: Simulated) -> int:
