@@ -77,7 +77,7 @@ class Track:
     def posted(self) -> dict[Transfer, float]:
         """Return when both ends of the message of each transfer that arrives last had been posted."""
         return {
-            transfer: max(ways, key=lambda way: way[::-1])[0] if len(ways) > 1 else ways[0][0]
+            transfer: max(ways, key=lambda way: way[::-1])[0]
             for transfer, ways in self.on_the_way.items()
             if ways
         }

@@ -110,7 +110,7 @@ def without_collecting() -> Iterator[None]:
         gc.enable()
 
 
-def under(job: Job, **changes: object) -> Job:
+def under(job: Job, **changes: Any) -> Job:
     """Return a job with changes of its schedule. Raises PlanError where they are not legal for it."""
     facts = job.topology.source
     spec = settled(attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes)), facts)
@@ -393,7 +393,7 @@ def _table(what: str, found: Mapping[str, Simulated]) -> None:
         "tokens/s",
         "per rank",
     )
-    rows = [heads]
+    rows: list[tuple[str, ...]] = [heads]
     for name, one in found.items():
         timeline = one.timeline
         speeds = (one.samples_per_s, one.tokens_per_s)

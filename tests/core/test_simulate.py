@@ -77,6 +77,18 @@ def test_interleaved_stages_take_the_time_of_the_closed_form(stages, chunks, mic
         assert min(2 * (stages - rank - 1) + (chunks - 1) * stages + 1, chunks * microbatches) == most
 
 
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 4), (4, 12), (3, 12)])
+def test_split_backwards_leave_the_bubble_of_the_closed_form(stages, microbatches):
+    """ZB-H1: (P - 1)(f + i - w) of idling on every rank; no order could leave less, as all ranks end together."""
+    text = f"language gpt pp{stages}"
+    program = program_of(text, batch=microbatches, microbatches=microbatches, schedule="zb-h1")
+    equal = StageCosts(forward=1.0, input_gradient=1.0, weight_gradient=1.0)
+    timeline = simulate(program, Costs(stages={str(stage): equal for stage in program.topology.stages}))
+    idle = {sum(causes.values()) for causes in timeline.idle_s_by_rank.values()}
+    assert {(stages - 1) * (1.0 + 1.0 - 1.0)} == idle
+    assert 1.0 == timeline.ratio_to_limit
+
+
 @pytest.mark.parametrize(("stages", "microbatches"), CHAINS)
 def test_1f1b_holds_as_many_microbatches_as_a_stage_is_deep(stages, microbatches):
     """min(M, distance to the loss); GPipe holds all of them."""

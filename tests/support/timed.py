@@ -9,6 +9,8 @@ from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pace import Pace
 
 
+SCHEDULES = ["1f1b", "gpipe", "zb-h1", "zb-h2"]
+BACKWARDS = [("backward",), ("input_gradient", "weight_gradient")]
 seconds = st.integers(0, 6).map(lambda n: n / 4 + n / 7)
 LINES = [
     "a vit {0} > z; z gpt {1}",
@@ -38,7 +40,7 @@ GRIDS += ["dp2 m2", "pp2 chunks2 dp2", "dp2 tp2 pp2 order=tp,cp,pp,dp"]
 def timed_jobs(draw):
     """A job on any grids, with any rows and costs."""
     line = draw(st.sampled_from(LINES)).format(*(draw(st.sampled_from(GRIDS)) for _ in range(3)))
-    schedule = "interleaved" if "chunks" in line else draw(st.sampled_from(["1f1b", "gpipe"]))
+    schedule = "interleaved" if "chunks" in line else draw(st.sampled_from(SCHEDULES))
     topology = job(line, batch=64, microbatches=4, schedule=schedule)
     rows = st.lists(st.integers(0, 3), min_size=1, max_size=4)
     given_rows = {n: draw(st.one_of(st.just([6]), rows)) for n in topology.graph.sources}
@@ -49,7 +51,10 @@ def timed_jobs(draw):
     )
     names = map(str, topology.stages)
     stages = {
-        n: StageCosts(forward=draw(seconds), backward=draw(seconds), reduce=draw(seconds)) for n in names
+        n: StageCosts(
+            **{key: draw(seconds) for key in ("forward", "reduce", *draw(st.sampled_from(BACKWARDS)))}
+        )
+        for n in names
     }
     edges = {
         str(e): attrs.evolve(edge, overlap=not edge.overlap) for e in topology.edges if draw(st.booleans())
