@@ -12,12 +12,18 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class StageCosts:
-    """Seconds per microbatch of a stage. The backward is given whole, or as its two halves."""
+    """Seconds of a stage: per microbatch, and at the end of a step.
+
+    The backward is given whole, or as its two halves. `reduce` is the sum of the gradients over data lanes where
+    there are several, `update` the step of the optimizer.
+    """
 
     forward: float = 0.0
     backward: float | None = None
     input_gradient: float | None = None
     weight_gradient: float | None = None
+    reduce: float = 0.0
+    update: float = 0.0
 
     @property
     def splits(self) -> bool:

@@ -23,5 +23,7 @@ def draw_uniform(seed: int, sample_id: int | str, field: str) -> float:
 
 
 def draw_integer(seed: int, sample_id: int | str, field: str, low: int, high: int) -> int:
-    """Return a draw from low..high, both included."""
+    """Return a draw from low..high, both included; where they are equal, nothing is left to draw."""
+    if low == high:
+        return low
     return low + draw_bits(seed, sample_id, field) % (high - low + 1)

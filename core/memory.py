@@ -1,77 +1,185 @@
-"""Memory: the bytes that a rank needs at most, as far as a plan can know them.
+"""Memory: the bytes that a rank holds over a step, as far as a plan can know them.
 
-Weights, gradients and the two moments of Adam follow from the table of parameters, exactly. What a microbatch
-in flight keeps for its backward is an estimate: per layer and position the values that a pre-norm transformer
-layer saves (inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head
-the attention scores and their softmax. Temporary buffers and the allocator's losses are not in it, nor is a
-module of the user's own.
+Some are there all the time: weights, gradients, and what the optimizer keeps, the two moments of Adam. They follow
+from the table of parameters, exactly. Others come and go with the actions of a rank's timeline:
+
+    RECV  .....  WAIT           a receive is given its buffer when it is posted; what has arrived, an action reads
+          F  ................  B  or W      what a forward keeps for its backward, until the last of that is through
+          SEND  ........  WAIT  a send keeps its buffer until it is waited for
+
+What a forward keeps is an estimate (`footprint`). Temporary buffers and the allocator's losses are not in it, nor is
+a module of the user's own. A split backward gives nothing back before its second half.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
-from mimogrid.core.models import BuiltIn, Own, Parameter
+import attrs
+
+from mimogrid.core.footprint import VALUE_BYTES, held_values, saved_values
+from mimogrid.core.models import Own
+from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
+from mimogrid.core.schedule.lower import Program, link_of
+from mimogrid.core.simulate import Timeline
 from mimogrid.core.steps import Step
-from mimogrid.core.topology import Module, Stage, StageInfo
-from mimogrid.core.traffic import VALUE_BYTES
+from mimogrid.core.topology import Stage
+from mimogrid.core.traffic import message_bytes
 
 
-def peak_bytes(step: Step, in_flight: Mapping[Stage, int]) -> dict[int, int]:
-    """Return the bytes that each rank needs at most, given how many microbatches its stages hold."""
-    topology = step.topology
-    value = VALUE_BYTES[topology.spec.precision]
-    found = dict.fromkeys(topology.ranks, 0)
-    for rank in found:
-        for info in topology.stages_of(rank):
-            module = topology.modules[info.stage.module]
-            lane = module.grid.position(rank)["dp"]
-            values = _kept(module, info) + in_flight.get(info.stage, 0) * _saved(step, module, info, lane)
-            found[rank] += round(value * values)
+@attrs.frozen
+class Kept:
+    """Bytes that a rank holds all the time."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@attrs.frozen
+class Level:
+    """From `at_s` on a rank holds these bytes, because `action` took some or gave some back."""
+
+    at_s: float
+    action: Action | None
+    kept: Kept
+    activations: int
+    buffers: int
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.kept.bytes + self.activations + self.buffers
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """What they are for."""
+        return attrs.asdict(self.kept) | {"activations": self.activations, "buffers": self.buffers}
+
+
+def levels(timeline: Timeline, rank: int) -> tuple[tuple[float, int], ...]:
+    """Return the bytes of a rank over time, (from when on, how many), in the order of its program.
+
+    Of several at one moment all but the last have no width, but they are there: a rank can run out of memory in one.
+    """
+    return tuple((level.at_s, level.bytes) for level in trace(timeline, rank))
+
+
+def trace(timeline: Timeline, rank: int) -> tuple[Level, ...]:
+    """Return what a rank holds over time, a level for every action that changes it."""
+    return tuple(_levels(timeline, rank))
+
+
+def peaks(timeline: Timeline) -> dict[int, Level]:
+    """Return the first of the highest levels of every rank. Ranks of one class that hold as much are asked once."""
+    known: dict[Hashable, Level] = {}
+    found: dict[int, Level] = {}
+    for rank in timeline.classes.leader:
+        key = _like(timeline, rank)
+        if key not in known:
+            known[key] = max(_levels(timeline, rank), key=lambda level: level.activations + level.buffers)
+        found[rank] = known[key]
     return found
 
 
-def _kept(module: Module, info: StageInfo) -> float:
-    """Values of weights, and of gradients and moments of those that train."""
-    return sum(
-        _size(module, parameter) * (4 if parameter.name in info.trainable else 1)
-        for parameter in info.parameters
-    )
+def peak_bytes(timeline: Timeline) -> dict[int, int]:
+    """Return the bytes that each rank holds at most."""
+    return {rank: level.bytes for rank, level in peaks(timeline).items()}
 
 
-def _size(module: Module, parameter: Parameter) -> float:
-    size = 1.0
-    for extent in parameter.shape:
-        size *= extent
-    if parameter.expert is not None and module.experts:
-        size /= module.experts.extent("ep")
-        tp = module.experts.extent("expert_tp")
-    else:
-        tp = module.grid.extent("tp")
-    return size / tp if parameter.tp_dim is not None else size
+def kept(step: Step, rank: int) -> Kept:
+    """Return what a rank holds all the time."""
+    topology = step.topology
+    value = VALUE_BYTES[topology.spec.precision]
+    weights = trained = 0.0
+    for info in topology.stages_of(rank):
+        module = topology.modules[info.stage.module]
+        for parameter in info.parameters:
+            size = held_values(module, parameter)
+            weights += size
+            trained += size * (parameter.name in info.trainable)
+    return Kept(round(value * weights), round(value * trained), round(value * 2 * trained))
 
 
-def _saved(step: Step, module: Module, info: StageInfo, lane: int) -> float:
-    """Values that the largest microbatch of a lane keeps until its backward, where there is one."""
+def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
+    step = timeline.program.routes.step
+    lanes = {
+        info.stage: step.topology.modules[info.stage.module].lane_of(rank)
+        for info in step.topology.stages_of(rank)
+    }
+    last = {
+        event.action.stage: event.action.kind
+        for event in timeline.events_of(rank)
+        if isinstance(event.action, Compute)
+    }
+    sizes: dict[Hashable, int] = {}
+    moved: dict[Transfer, int] = {}
+    always = kept(step, rank)
+    activations = buffers = 0
+    yield Level(0.0, None, always, 0, 0)
+    for event in timeline.events_of(rank):
+        at = event.begin_s
+        match event.action:
+            case Compute(kind=Kind.FORWARD, stage=stage, microbatch=k):
+                if last[stage] is Kind.FORWARD:
+                    continue
+                activations += saved_bytes(step, stage, lanes[stage], k)
+            case Compute(kind=kind, stage=stage, microbatch=k):
+                if kind is not last[stage]:
+                    continue
+                at = event.end_s
+                activations -= saved_bytes(step, stage, lanes[stage], k)
+            case Wait(transfer=transfer):
+                at = event.end_s
+                buffers -= moved.pop(transfer)
+            case Send() | Recv() as transfer:
+                moved[transfer] = _moved_bytes(timeline.program, rank, transfer, sizes)
+                buffers += moved[transfer]
+            case _:
+                continue
+        yield Level(at, event.action, always, activations, buffers)
+
+
+def saved_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
+    """Return what a lane of a stage keeps of a microbatch for its backward, on each rank; 0 where there is none."""
+    topology = step.topology
+    module, info = topology.modules[stage.module], topology.stages[stage]
     if isinstance(module.model, Own) or not info.backward:
-        return 0.0
-    recompute = step.topology.spec.modules[module.name].recompute
-    of_layer = (
-        _of_layer(module, module.model, step.hop_shape(info.stage, lane, k), recompute)
-        for k in range(module.microbatches)
-    )
-    return len(info.layers) * max(of_layer)
+        return 0
+    recompute = topology.spec.modules[module.name].recompute
+    values = saved_values(module, info, step.hop_shape(stage, lane, microbatch), recompute)
+    return round(VALUE_BYTES[topology.spec.precision] * values)
 
 
-def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recompute: str) -> float:
-    positions, samples, hidden = shape
-    tp = module.grid.extent("tp")
-    shared = tp if module.sequence_parallel else 1
-    tokens = positions * samples
-    keys = positions * module.grid.extent("cp")
-    middle = model.ffn * (model.top_k if model.experts else 1)
-    inputs = tokens * hidden
-    if recompute == "full":
-        return inputs / shared
-    qkv = (model.heads + 2 * model.kv_heads) * model.head_width
-    linear = tokens * (qkv + hidden + 2 * middle) / tp
-    scores = 0.0 if recompute == "selective" else 2 * tokens * keys * model.heads / tp
-    return 4 * inputs / shared + linear + scores
+def _moved_bytes(program: Program, rank: int, transfer: Transfer, known: dict[Hashable, int]) -> int:
+    """The bytes of a transfer; `known` are those of transfers that are alike."""
+    first = program.routes.first(link_of(program.topology, transfer), transfer.microbatch)
+    key = transfer.stage, transfer.peer, transfer.at_source, first
+    if key not in known:
+        messages = program.messages_of(rank, transfer)
+        known[key] = sum(message_bytes(program.routes.step, message) for message in messages)
+    return known[key]
+
+
+def _like(timeline: Timeline, rank: int) -> Hashable:
+    """What two ranks have in common only if they hold the same over time."""
+    first = timeline.classes.leader[rank]
+    if len(timeline.classes.members[first]) == 1:
+        return first
+    routes = timeline.program.routes
+    topology, step = routes.step.topology, routes.step
+    facts: list[Hashable] = [first]
+    for info in topology.stages_of(rank):
+        module = topology.modules[info.stage.module]
+        lane = module.lane_of(rank)
+        firsts = set(step.alike(module.microbatches))
+        facts += [step.positions(module.name, lane, k) for k in range(module.microbatches) if k in firsts]
+        for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
+            side = routes.reaching if link.target == info.stage else routes.leaving
+            for k in routes.firsts(link):
+                messages = side(link, k, lane).get(rank, ())
+                facts.append(sum(message_bytes(step, message) for message in messages))
+    return tuple(facts)

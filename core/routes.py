@@ -15,6 +15,7 @@ stage: one message, all of it. The backward sends the same messages from target 
 value, and its transpose is read off it.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
@@ -92,6 +93,9 @@ class Routes:
 
     step: Step
     _reaching: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
+    _first: dict[Link, tuple[int, ...]] = attrs.field(
+        factory=dict[Link, tuple[int, ...]], init=False, repr=False
+    )
     _leaving: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
 
     def messages(self, link: Link, microbatch: int) -> tuple[Message, ...]:
@@ -118,8 +122,15 @@ class Routes:
         """Return the messages into one lane of a link's target by the rank they reach, in order of rows."""
         place = (link, microbatch, lane)
         if place not in self._reaching:
-            found = self._seam if link.edge else self._hop
-            self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, lane))
+            first = self.first(link, microbatch)
+            if first != microbatch:
+                known = self.reaching(link, first, lane).items()
+                self._reaching[place] = {
+                    rank: tuple(self._moved(m, microbatch) for m in messages) for rank, messages in known
+                }
+            else:
+                found = self._seam if link.edge else self._hop
+                self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, lane))
         return self._reaching[place]
 
     def leaving(self, link: Link, microbatch: int, lane: int) -> ByRank:
@@ -135,6 +146,47 @@ class Routes:
                 if m.rank_source in senders
             )
         return self._leaving[place]
+
+    def first(self, link: Link, microbatch: int) -> int:
+        """Return the first microbatch of a link's target whose messages differ from these in their numbers only."""
+        if link not in self._first:
+            parts, _, each = self._parts(link)
+            firsts = self.step.alike(parts)
+            self._first[link] = tuple(first * each + place for first in firsts for place in range(each))
+        return self._first[link][microbatch]
+
+    def firsts(self, link: Link) -> tuple[int, ...]:
+        """Return the microbatches of a link's target that are the first of those that are alike."""
+        parts, _, each = self._parts(link)
+        return tuple(
+            part * each + place for part in sorted(set(self.step.alike(parts))) for place in range(each)
+        )
+
+    def made_from(self, link: Link, microbatch: int) -> int:
+        """Return the first microbatch of a link's source with samples of the part that a target's one is of."""
+        _, made, each = self._parts(link)
+        return microbatch // each * made
+
+    def _parts(self, link: Link) -> tuple[int, int, int]:
+        """Into how many parts the microbatches of both ends cut a step, and how many each end has in a part."""
+        modules = self.step.topology.modules
+        source, target = modules[link.source.module].microbatches, modules[link.target.module].microbatches
+        parts = math.gcd(source, target)
+        return parts, source // parts, target // parts
+
+    def _moved(self, message: Message, microbatch: int) -> Message:
+        """Return what becomes of a message in a microbatch that is alike."""
+        link = message.link
+        there, here = self.made_from(link, message.microbatch), self.made_from(link, microbatch)
+        rows = 0
+        if link.edge:
+            parts, made, _ = self._parts(link)
+            starts, size = self.step.rows_start[link.edge.source], len(self.step.samples) // parts
+            rows = starts[here // made * size] - starts[there // made * size]
+        pieces = tuple(
+            Piece(p.microbatch + here - there, p.start + rows, p.stop + rows) for p in message.pieces
+        )
+        return Message(link, microbatch, message.rank_source, message.rank_target, message.lane, pieces)
 
     def _targets(self, link: Link, microbatch: int, lane: int) -> Iterable[int]:
         """The lanes of a link's target that share samples of its microbatch with a lane of its source."""

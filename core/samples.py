@@ -8,17 +8,15 @@ The global order of samples is one and independent of any module's grid: step s 
 s*G .. (s+1)*G-1, and a share of them is always a contiguous range.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import attrs
 
 
-def _no_placeholders() -> Mapping[str, tuple[int, ...]]:
-    return {}
-
-
-def _no_units() -> Mapping[str, float]:
-    return {}
+# Most samples have neither. One value for all: a step may have a million samples.
+_NO_PLACES: Mapping[str, tuple[int, ...]] = {}
+_NO_UNITS: Mapping[str, float] = {}
 
 
 @attrs.frozen
@@ -38,8 +36,8 @@ class Sample:
     id: int
     length: int
     rows: Mapping[str, int]
-    placeholders: Mapping[str, tuple[int, ...]] = attrs.field(factory=_no_placeholders)
-    units: Mapping[str, float] = attrs.field(factory=_no_units)
+    placeholders: Mapping[str, tuple[int, ...]] = _NO_PLACES
+    units: Mapping[str, float] = _NO_UNITS
 
 
 def share(index: int, parts: int, total: int) -> range:
@@ -86,7 +84,4 @@ def prefix_sums(counts: Sequence[int]) -> tuple[int, ...]:
     >>> prefix_sums((4, 0, 3))
     (0, 4, 4, 7)
     """
-    sums = [0]
-    for count in counts:
-        sums.append(sums[-1] + count)
-    return tuple(sums)
+    return tuple(itertools.accumulate(counts, initial=0))

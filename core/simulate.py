@@ -1,4 +1,4 @@
-"""Simulate: the walk of `replay` with a clock.
+r"""Simulate: the walk of `replay` with a clock.
 
 Replay gives an order in which every action of a program may start. Along it each action is hung behind what
 it waits for, which makes a graph of *pieces* of time, and the graph is timed:
@@ -12,39 +12,96 @@ it waits for, which makes a graph of *pieces* of time, and the graph is timed:
 Without a limit on cores a piece begins when the last of what it hangs behind has ended. With one, compute
 actions that run at once share the cores evenly, and the graph is timed from event to event.
 
-`limit_s` is what no order could beat on these grids: on any rank, the shortest way in to any of a set of its
-compute actions, plus their work, plus the shortest way out, where ways follow the data alone. For equal
-stages on a chain this is (M + P - 1)(f + b), which 1F1B and GPipe reach.
+One rank of each class walks for all of it (`fold`). Each end of a message keeps its own book of what is on the way:
+the peer's postings are those of whoever stands for the peer, and both books come to the same. With a limit on cores
+every rank walks, because all of them share the cores.
 """
 
 import collections
+import functools
 import heapq
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.costs import Costs
-from mimogrid.core.routes import Message
-from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
+from mimogrid.core.costs import Costs, EdgeCosts
+from mimogrid.core.fold import Classes, alone, classes_of
+from mimogrid.core.limit import limit_s, update_s
+from mimogrid.core.pace import Pace
+from mimogrid.core.schedule.actions import (
+    Action,
+    Compute,
+    Direction,
+    Recv,
+    Reduce,
+    Send,
+    Transfer,
+    Update,
+    Wait,
+)
 from mimogrid.core.schedule.lower import Program, link_of
 from mimogrid.core.schedule.program import Listing
-from mimogrid.core.schedule.replay import postings, replay
-from mimogrid.core.timeline import Event, Flight, Idle, busy_s, idle_s, idles, peak_in_flight, sent_as
-from mimogrid.core.topology import Stage
-from mimogrid.core.traffic import VALUE_BYTES
+from mimogrid.core.schedule.replay import Walkers, walk
+from mimogrid.core.schedule.work import seconds_of
+from mimogrid.core.timeline import (
+    CAUSES,
+    Event,
+    Flight,
+    Idle,
+    busy_s,
+    idles_of,
+    peak_in_flight,
+    sent_as,
+)
+from mimogrid.core.topology import Link, Stage
+from mimogrid.core.traffic import message_bytes
 
 
 @attrs.frozen
-class Timeline:
-    """A simulated step: the events of every rank in order of its program, and what they come to."""
+class Leg:
+    """A part of the critical path: an action, or the way of a message, which is its `Send`, from begin to end."""
+
+    rank: int
+    action: Action
+    begin_s: float
+    end_s: float
+
+
+@attrs.frozen
+class Track:
+    """What one rank does when, and when each message of its transfers is on the way, in order of rows."""
 
     events: tuple[Event, ...]
-    flights: tuple[Flight, ...]
+    on_the_way: Mapping[Transfer, tuple[tuple[float, float], ...]]
+
+    def posted(self) -> dict[Transfer, float]:
+        """Return when both ends of the message of each transfer that arrives last had been posted."""
+        return {
+            transfer: max(ways, key=lambda way: way[::-1])[0]
+            for transfer, ways in self.on_the_way.items()
+            if ways
+        }
+
+
+@attrs.frozen(eq=False)
+class Timeline:
+    """A simulated step.
+
+    Attributes:
+        program: what was timed.
+        classes: which rank stands for which.
+        tracks: the track of every rank that stands for others.
+        step_s: when the last rank is through.
+        limit_s: a lower bound of `step_s` (`limit`).
+        critical_path: what the step waited for, from its begin to its end, one leg after the other.
+    """
+
+    program: Program
+    classes: Classes
+    tracks: Mapping[int, Track]
     step_s: float
     limit_s: float
-    busy_s: Mapping[int, float]
-    idles: tuple[Idle, ...]
-    peak_in_flight: Mapping[Stage, int]
+    critical_path: tuple[Leg, ...]
 
     @property
     def ratio_to_limit(self) -> float:
@@ -54,325 +111,409 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """The part of all ranks' time in which they compute nothing; ranks without a module do not count."""
-        whole = self.step_s * len(self.busy_s)
-        return 1 - sum(self.busy_s.values()) / whole if whole else 0.0
+        whole = self.step_s * len(self.classes.leader)
+        busy = sum(self._busy_s[rank] * len(ranks) for rank, ranks in self.classes.members.items())
+        return 1 - busy / whole if whole else 0.0
 
-    @property
+    @functools.cached_property
+    def busy_s(self) -> Mapping[int, float]:
+        """Return how long each rank computes."""
+        return {rank: self._busy_s[first] for rank, first in self.classes.leader.items()}
+
+    @functools.cached_property
     def idle_s(self) -> Mapping[str, float]:
         """Seconds of idling by cause, summed over ranks."""
-        return idle_s(self.idles)
+        total = dict.fromkeys(CAUSES, 0.0)
+        for rank, found in self._idles.items():
+            for idle in found:
+                total[idle.cause] += (idle.end_s - idle.begin_s) * len(self.classes.members[rank])
+        return total
+
+    @functools.cached_property
+    def idle_s_by_rank(self) -> Mapping[int, Mapping[str, float]]:
+        """Seconds of idling by rank and cause."""
+        found: dict[int, dict[str, float]] = {}
+        for rank, mine in self._idles.items():
+            found[rank] = dict.fromkeys(CAUSES, 0.0)
+            for idle in mine:
+                found[rank][idle.cause] += idle.end_s - idle.begin_s
+        return {rank: found[first] for rank, first in self.classes.leader.items()}
+
+    @functools.cached_property
+    def peak_in_flight(self) -> Mapping[Stage, int]:
+        """How many microbatches each stage holds at most on any rank."""
+        return peak_in_flight(event for track in self.tracks.values() for event in track.events)
+
+    @functools.cached_property
+    def events(self) -> tuple[Event, ...]:
+        """The events of every rank, in order of its program. In a large world these are many."""
+        return tuple(event for rank in self.classes.leader for event in self.events_of(rank))
+
+    @functools.cached_property
+    def flights(self) -> tuple[Flight, ...]:
+        """Every message on its way."""
+        return tuple(
+            flight
+            for rank in self.classes.leader
+            for flight in self.flights_of(rank)
+            if flight.rank_source == rank
+        )
+
+    @functools.cached_property
+    def idles(self) -> tuple[Idle, ...]:
+        """When each rank computes nothing, and why."""
+        return tuple(
+            attrs.evolve(idle, rank=rank)
+            for rank, first in self.classes.leader.items()
+            for idle in self._idles[first]
+        )
+
+    def events_and_flights(
+        self, ranks: Iterable[int] | None = None
+    ) -> tuple[tuple[Event, ...], tuple[Flight, ...]]:
+        """Return what these ranks (default: all) do, and the messages between them and any others."""
+        if ranks is None:
+            return self.events, self.flights
+        chosen = list(ranks)
+        events = tuple(event for rank in chosen for event in self.events_of(rank))
+        return events, tuple(dict.fromkeys(flight for rank in chosen for flight in self.flights_of(rank)))
+
+    def events_of(self, rank: int) -> tuple[Event, ...]:
+        """Return what a rank does when, in order of its program."""
+        first = self.classes.leader[rank]
+        events = self.tracks[first].events
+        if rank == first:
+            return events
+        return tuple(Event(rank, event.action, event.begin_s, event.end_s) for event in events)
+
+    def flights_of(self, rank: int) -> Iterator[Flight]:
+        """Yield the messages that a rank sends and receives."""
+        for transfer, ways in self.tracks[self.classes.leader[rank]].on_the_way.items():
+            sends = isinstance(transfer, Send)
+            for peer, (begin, end) in zip(self.program.peers_of(rank, transfer), ways, strict=True):
+                ends = (rank, peer) if sends else (peer, rank)
+                yield Flight(*ends, sent_as(transfer), begin, end)
+
+    @functools.cached_property
+    def _busy_s(self) -> Mapping[int, float]:
+        return {rank: busy_s(track.events).get(rank, 0.0) for rank, track in self.tracks.items()}
+
+    @functools.cached_property
+    def _idles(self) -> Mapping[int, tuple[Idle, ...]]:
+        return {
+            rank: tuple(idles_of(rank, track.events, track.posted(), whole=(0.0, self.step_s)))
+            for rank, track in self.tracks.items()
+        }
 
 
-def simulate(program: Program, costs: Costs, listing: Listing | None = None) -> Timeline:
-    """Time a listing of the program (default: its own). Raises ValueError where it never ends."""
-    if listing is None:
-        listing = {rank: program.of(rank) for rank in program.topology.ranks}
-    graph = _Graph(program, costs, listing)
+def simulate(
+    program: Program,
+    costs: Costs,
+    listing: Listing | None = None,
+    *,
+    pace: Pace | None = None,
+    fold: bool = True,
+) -> Timeline:
+    """Time a listing of the program (default: its own). Raises ValueError where it never ends.
+
+    With a `pace`, compute actions take longer or shorter than `costs` say. Without `fold`, every rank walks by itself.
+    """
+    ranks = program.topology.ranks
+    folds = fold and listing is None and costs.cores is None
+    classes = (
+        classes_of(program, costs, pace.mark if pace else None) if folds else alone(tuple(listing or ranks))
+    )
+    lists = {rank: program.of(rank) if listing is None else listing[rank] for rank in classes.members}
+    seconds = functools.partial(_seconds, program, costs, pace)
+    graph = _Graph(program, costs, classes, lists, seconds)
     clock = _unlimited(graph.pieces) if costs.cores is None else _shared(graph.pieces, costs.cores)
-    events = tuple(graph.events(clock))
-    flights = tuple(
-        Flight(source, target, transfer, clock[posted][0], clock[arrived][1])
-        for source, target, transfer, posted, arrived in graph.flights
-    )
+    tracks = graph.tracks(clock)
     return Timeline(
-        events=events,
-        flights=flights,
-        step_s=max((event.end_s for event in events), default=0.0),
-        limit_s=limit_s(program, costs, listing),
-        busy_s=dict.fromkeys(listing, 0.0) | busy_s(events),
-        idles=idles(events, flights),
-        peak_in_flight=peak_in_flight(events),
+        program=program,
+        classes=classes,
+        tracks=tracks,
+        step_s=max((track.events[-1].end_s for track in tracks.values() if track.events), default=0.0),
+        limit_s=limit_s(program, costs, classes, lists, seconds),
+        critical_path=graph.critical_path(clock),
     )
 
 
-def compute_s(action: Compute, costs: Costs) -> float:
-    """Return how long a compute action takes."""
-    of_stage = costs.of(action.stage)
-    match action.kind:
-        case Kind.FORWARD:
-            return of_stage.forward
-        case Kind.BACKWARD:
-            return of_stage.whole_backward
-        case Kind.INPUT_GRADIENT:
-            return of_stage.input_gradient or 0.0
-        case Kind.WEIGHT_GRADIENT:
-            return of_stage.weight_gradient or 0.0
-
-
-def message_bytes(program: Program, message: Message) -> int:
-    """Return how large a message is, one way; nothing where it stays on its rank."""
-    if message.rank_source == message.rank_target:
-        return 0
-    topology, step = program.topology, program.routes.step
-    value = VALUE_BYTES[topology.spec.precision]
-    if message.link.edge:
-        return message.rows * message.link.edge.width * value
-    positions, samples, hidden = step.hop_shape(message.link.target, message.lane, message.microbatch)
-    return positions * samples * hidden * value
+def _seconds(program: Program, costs: Costs, pace: Pace | None, rank: int, action: Compute) -> float:
+    mean = seconds_of(action, costs)
+    if pace is None:
+        return mean
+    return mean * pace.factor(action, program.topology.modules[action.stage.module].lane_of(rank))
 
 
 # -- the graph of pieces -----------------------------------------------------------------------------------
 
 
-@attrs.frozen
-class _Piece:
-    """It takes `seconds` once all that it hangs `behind` have ended; a compute action uses `cores`."""
+Clock = tuple[Sequence[float], Sequence[float]]
+"""When each piece begins, and when it ends."""
 
-    behind: tuple[int, ...]
-    seconds: float = 0.0
-    cores: int = 0
+
+class _Pieces:
+    """Pieces of time, by number: each takes its seconds once all that it hangs behind have ended.
+
+    A compute action uses `cores`. `labels` says whose time a piece is; the first piece is the begin of all.
+    """
+
+    def __init__(self) -> None:
+        self.behind: list[tuple[int, ...]] = [()]
+        self.seconds: list[float] = [0.0]
+        self.cores: list[int] = [0]
+        self.labels: list[tuple[int, Action] | None] = [None]
+
+    def add(
+        self,
+        behind: tuple[int, ...],
+        seconds: float = 0.0,
+        label: tuple[int, Action] | None = None,
+        cores: int = 0,
+    ) -> int:
+        """Add a piece; return its number."""
+        if len(behind) == 1 and not seconds and not cores:
+            return behind[0]
+        self.behind.append(behind)
+        self.seconds.append(seconds)
+        self.cores.append(cores)
+        self.labels.append(label)
+        return len(self.behind) - 1
+
+
+class _Mail:
+    """One end of the messages of a transfer: the peers with what each is sent, and the pieces of their ways."""
+
+    __slots__ = ("arrived", "edge", "parcels", "post", "posted")
+
+    def __init__(self, edge: EdgeCosts, parcels: tuple[tuple[int, int], ...], post: int) -> None:
+        self.edge = edge
+        self.parcels = parcels
+        self.post = post
+        self.posted: list[int] = [-1] * len(parcels)
+        self.arrived: list[int] = [-1] * len(parcels)
 
 
 class _Graph:
     """The pieces of a program, each after those that it hangs behind."""
 
-    def __init__(self, program: Program, costs: Costs, listing: Listing) -> None:
-        self.program = program
-        self.costs = costs
-        self.pieces: list[_Piece] = [_Piece(())]
-        self.flights: list[tuple[int, int, Send, int, int]] = []
-        self._walk = replay(program, listing)
-        if self._walk.blocked:
-            stuck = self._walk.blocked[0]
+    def __init__(
+        self,
+        program: Program,
+        costs: Costs,
+        classes: Classes,
+        listing: Listing,
+        seconds_of: Callable[[int, Compute], float],
+    ) -> None:
+        self.program, self.costs, self.classes, self.seconds_of = program, costs, classes, seconds_of
+        self.pieces = _Pieces()
+        self._parcels: dict[tuple[int, Link, bool, int], tuple[tuple[int, int], ...]] = {}
+        self._links: dict[tuple[Stage, Stage], tuple[Link, EdgeCosts]] = {}
+        self._joint: dict[Hashable, tuple[int, ...]] = {}
+        walkers = Walkers(listing, self._peers_of, self._peers_of, self._joint_of)
+        self._twins = walkers.twins
+        walked = walk(walkers)
+        if walked.blocked:
+            stuck = walked.blocked[0]
             raise ValueError(f"rank {stuck.rank} never gets past '{stuck.action}'")
         self._last = dict.fromkeys(listing, 0)
-        self._posted: dict[Hashable, int] = {}
-        self._arrived: dict[Hashable, int] = {}
+        self._mail: dict[tuple[int, Transfer], _Mail] = {}
+        self._sent: dict[Hashable, collections.deque[tuple[Transfer, int]]] = collections.defaultdict(
+            collections.deque
+        )
         self._channel: dict[Hashable, int] = {}
         self._met: dict[Hashable, int] = {}
         self._times: collections.Counter[tuple[int, Action]] = collections.Counter()
-        self._bytes: dict[Message, int] = {}
-        self._placed = [self._place(rank, action) for rank, action in self._walk.started]
+        self._placed = [
+            (rank, action, self._last[rank], self._place(rank, action)) for rank, action in walked.started
+        ]
 
-    def events(self, clock: Sequence[tuple[float, float]]) -> Iterator[Event]:
-        """Yield what each rank does when, rank by rank: a wait from when the rank gets there."""
-        of_rank: dict[int, list[Event]] = {rank: [] for rank in self._last}
-        for (rank, action), (before, piece) in zip(self._walk.started, self._placed, strict=True):
-            begin, end = clock[piece]
-            waits = isinstance(action, Wait)
-            of_rank[rank].append(Event(rank, action, clock[before][1] if waits else begin, end))
-        for rank in sorted(of_rank):
-            yield from of_rank[rank]
+    def tracks(self, clock: Clock) -> dict[int, Track]:
+        """Return what each rank does when: a wait from when the rank gets there."""
+        begins, ends = clock
+        events: dict[int, list[Event]] = {rank: [] for rank in self._last}
+        for rank, action, before, piece in self._placed:
+            waits = isinstance(action, Wait) or piece == before
+            events[rank].append(Event(rank, action, ends[before] if waits else begins[piece], ends[piece]))
+        ways: dict[int, dict[Transfer, tuple[tuple[float, float], ...]]] = {rank: {} for rank in self._last}
+        for (rank, transfer), mail in self._mail.items():
+            if -1 not in mail.arrived:
+                both = zip(mail.posted, mail.arrived, strict=True)
+                ways[rank][transfer] = tuple(
+                    (max(ends[mail.post], ends[other]), ends[there]) for other, there in both
+                )
+        return {rank: Track(tuple(events[rank]), ways[rank]) for rank in sorted(events)}
 
-    def _place(self, rank: int, action: Action) -> tuple[int, int]:
-        """Make the piece of an action; return the rank's piece before it, and it."""
+    def critical_path(self, clock: Clock) -> tuple[Leg, ...]:
+        """Follow what each piece waited for longest from the end back to the begin."""
+        begins, ends = clock
+        piece = max(self._last.values(), key=lambda last: ends[last], default=0)
+        legs: list[Leg] = []
+        while piece:
+            label = self.pieces.labels[piece]
+            if label and ends[piece] > begins[piece]:
+                legs.append(Leg(*label, begins[piece], ends[piece]))
+            piece = max(self.pieces.behind[piece], key=lambda other: ends[other])
+        return tuple(reversed(legs))
+
+    def _peers_of(self, rank: int, transfer: Transfer) -> tuple[int, ...]:
+        """Who stands for the ranks at the other ends of a transfer."""
+        leader = self.classes.leader
+        return tuple(dict.fromkeys([leader[peer] for peer, _ in self._parcels_of(rank, transfer)]))
+
+    def _parcels_of(self, rank: int, transfer: Transfer) -> tuple[tuple[int, int], ...]:
+        """The ranks at the other ends of a transfer, with the bytes for each; alike in microbatches that are alike."""
+        link, _ = self._on(transfer)
+        key = rank, link, transfer.at_source, self.program.routes.first(link, transfer.microbatch)
+        if key not in self._parcels:
+            step, at_source = self.program.routes.step, transfer.at_source
+            self._parcels[key] = tuple(
+                (message.rank_target if at_source else message.rank_source, message_bytes(step, message))
+                for message in self.program.messages_of(rank, transfer)
+            )
+        return self._parcels[key]
+
+    def _joint_of(self, rank: int, action: Action) -> tuple[int, ...]:
+        """Who stands for those that start an action together; the same in every microbatch."""
+        key = rank, type(action), getattr(action, "stage", None)
+        if key not in self._joint:
+            self._joint[key] = self.classes.met(self.program.joint(rank, action))
+        return self._joint[key]
+
+    def _on(self, transfer: Transfer) -> tuple[Link, EdgeCosts]:
+        """The link that a transfer is on, and its costs."""
+        ends = transfer.stage, transfer.peer
+        if ends not in self._links:
+            link = link_of(self.program.topology, transfer)
+            self._links[ends] = link, self.costs.on(link, link.edge)
+        return self._links[ends]
+
+    def _place(self, rank: int, action: Action) -> int:
+        """Make the piece of an action."""
         before = self._last[rank]
         match action:
             case Wait(transfer=transfer):
-                arrived = {self._arrived[_pair(m, t)] for m, t in postings(self.program, rank, transfer)}
-                piece = self._add(_Piece((before, *sorted(arrived))))
+                arrived = dict.fromkeys((before, *self._arrived(rank, transfer)))
+                piece = self.pieces.add(tuple(arrived))
             case Send() | Recv():
                 piece = self._post(rank, action, before)
             case _:
                 piece = self._join(rank, action)
         self._last[rank] = piece
-        return before, piece
-
-    def _add(self, piece: _Piece) -> int:
-        self.pieces.append(piece)
-        return len(self.pieces) - 1
+        return piece
 
     def _join(self, rank: int, action: Action) -> int:
         """One piece for all the ranks of a joint action, made when the walk gets to the first of them."""
-        ranks = self.program.joint(rank, action)
+        ranks = self._joint_of(rank, action)
         meeting = (ranks[0], action, self._times[rank, action])
         self._times[rank, action] += 1
         if meeting not in self._met:
-            seconds = compute_s(action, self.costs) if isinstance(action, Compute) else 0.0
             behind = tuple(dict.fromkeys(self._last[member] for member in ranks))
-            cores = len(ranks) if isinstance(action, Compute) else 0
-            self._met[meeting] = self._add(_Piece(behind, seconds, cores))
+            cores = 0
+            match action:
+                case Compute():
+                    seconds, cores = self.seconds_of(rank, action), len(ranks)
+                case Reduce(stage=stage):
+                    seconds = self.costs.of(stage).reduce
+                case Update():
+                    seconds = update_s(self.program, self.costs, rank)
+                case _:
+                    seconds = 0.0
+            self._met[meeting] = self.pieces.add(behind, seconds, (rank, action), cores)
         return self._met[meeting]
 
     def _post(self, rank: int, transfer: Transfer, before: int) -> int:
-        """Post one end of each message; the end that is posted second sets it on its way."""
-        link = link_of(self.program.topology, transfer)
-        edge = self.costs.on(link, link.edge)
-        sizes = [self._size(message) for message in self.program.messages_of(rank, transfer)]
-        holds_up = isinstance(transfer, Send) and not edge.overlap
-        took = sum(edge.carry_s(size) + edge.latency for size in sizes if size) if holds_up else 0.0
-        post = self._add(_Piece((before,), took))
-        for size, (mine, theirs) in zip(sizes, postings(self.program, rank, transfer), strict=True):
-            self._posted[mine, isinstance(transfer, Send)] = post
-            other = self._posted.get((theirs, not isinstance(transfer, Send)))
-            if other is None:
-                continue
-            pair = _pair(mine, theirs)
-            ends = (mine.by, mine.other) if isinstance(transfer, Send) else (mine.other, mine.by)
-            posted = carried = arrived = self._add(_Piece((post, other)))
-            if size and edge.overlap:
-                channel = (*ends, transfer.direction)
-                behind = (posted, self._channel.get(channel, 0))
-                carried = self._add(_Piece(behind, edge.carry_s(size)))
-                arrived = self._add(_Piece((carried,), edge.latency))
-                self._channel[channel] = carried
-            self._arrived[pair] = arrived
-            self.flights.append((*ends, sent_as(transfer), posted, arrived))
+        """Post one end of each message."""
+        sends, parcels = isinstance(transfer, Send), self._parcels_of(rank, transfer)
+        _, edge = self._on(transfer)
+        holds_up = sends and not edge.overlap
+        took = sum(edge.carry_s(size) + edge.latency for _, size in parcels if size) if holds_up else 0.0
+        post = self.pieces.add((before,), took, (rank, transfer))
+        self._mail[rank, transfer] = _Mail(edge, parcels, post)
+        if edge.overlap:
+            for i, (peer, size) in enumerate(parcels):
+                if size:
+                    self._sent[rank, peer, sends, transfer.direction].append((transfer, i))
         return post
 
-    def _size(self, message: Message) -> int:
-        if message not in self._bytes:
-            self._bytes[message] = message_bytes(self.program, message)
-        return self._bytes[message]
+    def _arrived(self, rank: int, transfer: Transfer) -> list[int]:
+        """Return the pieces at whose end the messages of a transfer are there, both ends being posted."""
+        mail, sends = self._mail[rank, transfer], isinstance(transfer, Send)
+        for i, (peer, size) in enumerate(mail.parcels):
+            if size and mail.edge.overlap:
+                channel = (rank, peer, sends, transfer.direction)
+                while mail.arrived[i] < 0:
+                    self._carry(channel, *self._sent[channel].popleft())
+            elif mail.arrived[i] < 0:
+                mail.posted[i] = self._other_post(peer, transfer)
+                mail.arrived[i] = self.pieces.add(tuple(dict.fromkeys((mail.post, mail.posted[i]))))
+        return mail.arrived
 
+    def _carry(self, channel: tuple[int, int, bool, Direction], transfer: Transfer, i: int) -> None:
+        """Send the next message of a channel on its way: it is carried after the one before it, and then arrives."""
+        rank, peer, sends, _ = channel
+        mail = self._mail[rank, transfer]
+        mail.posted[i] = self._other_post(peer, transfer)
+        behind = dict.fromkeys((mail.post, mail.posted[i], self._channel.get(channel, 0)))
+        label = (rank, transfer) if sends else (peer, sent_as(transfer))
+        carried = self.pieces.add(tuple(behind), mail.edge.carry_s(mail.parcels[i][1]), label)
+        self._channel[channel] = carried
+        mail.arrived[i] = self.pieces.add((carried,), mail.edge.latency, label)
 
-def _pair(mine: object, theirs: object) -> frozenset[object]:
-    """Both ends of a message, whoever asks."""
-    return frozenset((mine, theirs))
+    def _other_post(self, peer: int, transfer: Transfer) -> int:
+        return self._mail[self.classes.leader[peer], self._twins[transfer]].post
 
 
 # -- the clock ---------------------------------------------------------------------------------------------
 
 
-def _unlimited(pieces: Sequence[_Piece]) -> list[tuple[float, float]]:
+def _unlimited(pieces: _Pieces) -> Clock:
     """Return when each piece begins and ends if nothing holds it up but what it hangs behind."""
-    clock: list[tuple[float, float]] = []
-    for piece in pieces:
-        begin = max((clock[other][1] for other in piece.behind), default=0.0)
-        clock.append((begin, begin + piece.seconds))
-    return clock
+    begins: list[float] = []
+    ends: list[float] = []
+    for behind, seconds in zip(pieces.behind, pieces.seconds, strict=True):
+        begin = max([ends[other] for other in behind], default=0.0)
+        begins.append(begin)
+        ends.append(begin + seconds)
+    return begins, ends
 
 
-def _shared(pieces: Sequence[_Piece], cores: float) -> list[tuple[float, float]]:
+def _shared(pieces: _Pieces, cores: float) -> Clock:
     """Return when each piece begins and ends if those that compute share some cores evenly.
 
     All who compute go at one speed, so *progress*, the seconds of work that each has been given so far, is
     one number for all: whoever begins at progress p with work w ends at p + w.
     """
-    after: list[list[int]] = [[] for _ in pieces]
-    missing = [len(piece.behind) for piece in pieces]
-    for i, piece in enumerate(pieces):
-        for other in piece.behind:
+    count = len(pieces.behind)
+    after: list[list[int]] = [[] for _ in range(count)]
+    missing = [len(behind) for behind in pieces.behind]
+    for i, behind in enumerate(pieces.behind):
+        for other in behind:
             after[other].append(i)
-    clock = [(0.0, 0.0)] * len(pieces)
-    timed = [(piece.seconds, i) for i, piece in enumerate(pieces) if not piece.behind]
-    heapq.heapify(timed)
+    begins, ends = [0.0] * count, [0.0] * count
+    timed = [(0.0, 0)]
     computing: list[tuple[float, int]] = []
     now = progress = 0.0
     used = 0
     while timed or computing:
         speed = min(1.0, cores / used) if used else 1.0
-        ends = now + (computing[0][0] - progress) / speed if computing else None
-        if ends is not None and (not timed or ends <= timed[0][0]):
+        through = now + (computing[0][0] - progress) / speed if computing else None
+        if through is not None and (not timed or through <= timed[0][0]):
             work, i = heapq.heappop(computing)
-            now, progress = max(now, ends), max(progress, work)
-            used -= pieces[i].cores
+            now, progress = max(now, through), max(progress, work)
+            used -= pieces.cores[i]
         else:
             until, i = heapq.heappop(timed)
             progress += (until - now) * speed
             now = until
-        clock[i] = (clock[i][0], now)
+        ends[i] = now
         for following in after[i]:
             missing[following] -= 1
             if not missing[following]:
-                piece = pieces[following]
-                clock[following] = (now, now)
-                if piece.cores:
-                    used += piece.cores
-                    heapq.heappush(computing, (progress + piece.seconds, following))
+                begins[following] = now
+                if pieces.cores[following]:
+                    used += pieces.cores[following]
+                    heapq.heappush(computing, (progress + pieces.seconds[following], following))
                 else:
-                    heapq.heappush(timed, (now + piece.seconds, following))
-    return clock
-
-
-# -- the lower bound ---------------------------------------------------------------------------------------
-
-
-Node = tuple[int, Compute]
-"""A compute action by the first of the ranks that share it."""
-
-
-def limit_s(program: Program, costs: Costs, listing: Listing | None = None) -> float:
-    """Return a time that no order of the same compute actions could beat, whatever may be in flight.
-
-    The formulas for the slowest stage (all its work; all its forwards, then the way down and back; the way
-    down and back, then all its backwards) are this one bound over three sets of actions. Sets of a stage and
-    sets of all stages of a rank are tried.
-    """
-    if listing is None:
-        listing = {rank: program.of(rank) for rank in program.topology.ranks}
-    ranks_of = {
-        (ranks[0], action): ranks
-        for rank, actions in listing.items()
-        for action in actions
-        if isinstance(action, Compute) and (ranks := program.joint(rank, action))[0] == rank
-    }
-    seconds = {node: compute_s(node[1], costs) for node in ranks_of}
-    before = _data(program, costs, ranks_of)
-    order = _in_order(before)
-    heads = dict.fromkeys(order, 0.0)
-    tails = dict.fromkeys(order, 0.0)
-    for node in order:
-        for other, on_the_way in before[node]:
-            heads[node] = max(heads[node], heads[other] + seconds[other] + on_the_way)
-    for node in reversed(order):
-        for other, on_the_way in before[node]:
-            tails[other] = max(tails[other], tails[node] + seconds[node] + on_the_way)
-    sets: dict[Hashable, list[Node]] = collections.defaultdict(list)
-    for node, ranks in ranks_of.items():
-        forward = node[1].kind is Kind.FORWARD
-        for rank in ranks:
-            for key in ((rank,), (rank, forward), (rank, node[1].stage), (rank, node[1].stage, forward)):
-                sets[key].append(node)
-    bounds = [
-        min(heads[n] for n in nodes) + sum(seconds[n] for n in nodes) + min(tails[n] for n in nodes)
-        for nodes in sets.values()
-    ]
-    if costs.cores is not None:
-        bounds.append(sum(seconds[node] * len(ranks) for node, ranks in ranks_of.items()) / costs.cores)
-    return max(bounds, default=0.0)
-
-
-def _data(
-    program: Program, costs: Costs, ranks_of: Mapping[Node, tuple[int, ...]]
-) -> dict[Node, list[tuple[Node, float]]]:
-    """Return, per compute action, those whose results it needs, and how long these are on the way."""
-    topology = program.topology
-    before: dict[Node, list[tuple[Node, float]]] = {node: [] for node in ranks_of}
-    at = {(rank, node[1]): node for node, ranks in ranks_of.items() for rank in ranks}
-
-    def needs(rank: int, action: Compute, other_rank: int, other: Compute, on_the_way: float) -> None:
-        if (rank, action) in at and (other_rank, other) in at:
-            before[at[rank, action]].append((at[other_rank, other], on_the_way))
-
-    for rank, action in before:
-        own = (action.stage, action.microbatch)
-        if action.kind is Kind.WEIGHT_GRADIENT:
-            needs(rank, action, rank, Compute(Kind.INPUT_GRADIENT, *own), 0.0)
-        elif action.kind is not Kind.FORWARD:
-            needs(rank, action, rank, Compute(Kind.FORWARD, *own), 0.0)
-    for link in topology.links:
-        edge = costs.on(link, link.edge)
-        for k in range(topology.modules[link.target.module].microbatches):
-            for message in program.routes.messages(link, k):
-                source, target = message.rank_source, message.rank_target
-                size = message_bytes(program, message)
-                on_the_way = edge.latency + edge.carry_s(size) if size else 0.0
-                for made in message.made_by:
-                    there, here = (
-                        Compute(Kind.FORWARD, link.target, k),
-                        Compute(Kind.FORWARD, link.source, made),
-                    )
-                    needs(target, there, source, here, on_the_way)
-                    if link in program.order.gradients:
-                        for back in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
-                            for given in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
-                                to, of = Compute(back, link.source, made), Compute(given, link.target, k)
-                                needs(source, to, target, of, on_the_way)
-    return before
-
-
-def _in_order(before: Mapping[Node, Sequence[tuple[Node, float]]]) -> list[Node]:
-    """Return the nodes so that each comes after those that it needs."""
-    missing = {node: len(others) for node, others in before.items()}
-    after: dict[Node, list[Node]] = collections.defaultdict(list)
-    for node, others in before.items():
-        for other, _ in others:
-            after[other].append(node)
-    order = [node for node, count in missing.items() if not count]
-    for node in order:
-        for following in after[node]:
-            missing[following] -= 1
-            if not missing[following]:
-                order.append(following)
-    return order
+                    heapq.heappush(timed, (now + pieces.seconds[following], following))
+    return begins, ends

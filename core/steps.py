@@ -6,6 +6,9 @@ has in each microbatch, and so every shape of the step; a `Share` is that answer
 Rows are counted through the whole step: sample i of the step owns the rows ``rows_start[i] ..
 rows_start[i+1]`` of a module's output, whichever rank computes them. The share of a lane is therefore one
 interval of rows, and what one lane sends another is the overlap of two intervals (`routes`).
+
+Shapes follow from rows alone. So where microbatches are *alike*, their samples having the same rows one by one,
+what is known of the first holds for the others, and a step of like samples costs no more than one microbatch.
 """
 
 import functools
@@ -57,15 +60,48 @@ class Step:
     _active: dict[tuple[str, int], frozenset[int]] = attrs.field(
         factory=dict[tuple[str, int], frozenset[int]], init=False, repr=False
     )
+    _sets: dict[frozenset[int], frozenset[int]] = attrs.field(
+        factory=dict[frozenset[int], frozenset[int]], init=False, repr=False
+    )
+    _shapes: dict[tuple[str, int, int], tuple[int, int]] = attrs.field(
+        factory=dict[tuple[str, int, int], tuple[int, int]], init=False, repr=False
+    )
+    _alike: dict[int, tuple[int, ...]] = attrs.field(
+        factory=dict[int, tuple[int, ...]], init=False, repr=False
+    )
 
     @functools.cached_property
-    def _rows_out(self) -> tuple[Mapping[str, int], ...]:
-        return tuple(self.topology.graph.rows_out(sample) for sample in self.samples)
+    def rows_out(self) -> tuple[Mapping[str, int], ...]:
+        """Per sample, the rows that every module emits; samples of which these are equal share one value."""
+        graph = self.topology.graph
+        sources = graph.sources
+        known: dict[tuple[int, ...], Mapping[str, int]] = {}
+        found: list[Mapping[str, int]] = []
+        for sample in self.samples:
+            key = (sample.length, *(sample.rows.get(name, 0) for name in sources))
+            if key not in known:
+                known[key] = graph.rows_out(sample)
+            found.append(known[key])
+        return tuple(found)
+
+    def alike(self, parts: int) -> tuple[int, ...]:
+        """Cut the step into equal parts; return, for each, the first whose samples have the same rows.
+
+        `parts` divides the number of samples.
+        """
+        if parts not in self._alike:
+            size = len(self.samples) // parts
+            of_sample = [id(rows) for rows in self.rows_out]
+            first: dict[tuple[int, ...], int] = {}
+            self._alike[parts] = tuple(
+                first.setdefault(tuple(of_sample[i * size : (i + 1) * size]), i) for i in range(parts)
+            )
+        return self._alike[parts]
 
     @functools.cached_property
     def rows_start(self) -> Mapping[str, tuple[int, ...]]:
         """Per module, where the rows that it emits for each sample begin, and their end."""
-        return {name: prefix_sums([rows[name] for rows in self._rows_out]) for name in self.topology.modules}
+        return {name: prefix_sums([rows[name] for rows in self.rows_out]) for name in self.topology.modules}
 
     def rows_of(self, module: str, samples: range) -> tuple[int, int]:
         """Return the interval of a module's rows that belongs to a range of samples."""
@@ -76,7 +112,7 @@ class Step:
         """Return a lane's part of a microbatch of a module."""
         chosen = self.topology.modules[module].samples(lane, microbatch, len(self.samples))
         node = self.topology.graph.nodes[module]
-        emitted = [self._rows_out[i] for i in chosen]
+        emitted = [self.rows_out[i] for i in chosen]
         samples = self.samples[chosen.start : chosen.stop]
         if node.is_source:
             rows = {module: tuple(sample.rows.get(module, 0) for sample in samples)}
@@ -109,11 +145,12 @@ class Step:
         """
         if (module, lane) not in self._active:
             here = self.topology.modules[module]
-            self._active[module, lane] = frozenset(
-                k
-                for k in range(here.microbatches)
-                if any(self.has_rows(module, other, k) for other in here.closure(lane))
-            )
+            firsts = self.alike(here.microbatches)
+            there = {
+                k for k in set(firsts) if any(self.has_rows(module, other, k) for other in here.closure(lane))
+            }
+            found = frozenset(k for k, first in enumerate(firsts) if first in there)
+            self._active[module, lane] = self._sets.setdefault(found, found)
         return self._active[module, lane]
 
     def hop_shape(self, stage: Stage, lane: int, microbatch: int) -> tuple[int, int, int]:
@@ -124,11 +161,26 @@ class Step:
         """
         module = self.topology.modules[stage.module]
         assert module.model.hidden is not None
-        share = self.share(stage.module, lane, microbatch)
-        if isinstance(module.model, Gpt):
-            return self.topology.sequence // module.cp, len(share.samples), module.model.hidden
-        present = [length for length in share.lengths if length]
-        return module.padded(max(present, default=0)) // module.cp, len(present), module.model.hidden
+        positions, samples = self.positions(stage.module, lane, microbatch)
+        return positions // module.cp, samples, module.model.hidden
+
+    def positions(self, module: str, lane: int, microbatch: int) -> tuple[int, int]:
+        """Return how many positions a lane computes of each sample, padding included, and of how many samples."""
+        here = self.topology.modules[module]
+        place = (module, lane, self.alike(here.microbatches)[microbatch])
+        if place not in self._shapes:
+            samples = here.samples(lane, microbatch, len(self.samples))
+            if isinstance(here.model, Gpt):
+                self._shapes[place] = self.topology.sequence, len(samples)
+            else:
+                present = [rows for i in samples if (rows := self.rows_out[i][module])]
+                self._shapes[place] = here.padded(max(present, default=0)), len(present)
+        return self._shapes[place]
+
+    @property
+    def tokens(self) -> int:
+        """Positions in use of all language sequences: rows and text, without padding."""
+        return sum(self.rows_start[name][-1] for name in self.topology.graph.texts)
 
     @functools.cached_property
     def units(self) -> Mapping[str, float]:
@@ -153,7 +205,7 @@ class Step:
             case Gpt():
                 return sample.length
             case Regressor(outputs=outputs):
-                return outputs * self._rows_out[index][module.name]
+                return outputs * self.rows_out[index][module.name]
             case Own():
                 return 1.0
             case _:
@@ -162,19 +214,20 @@ class Step:
 
 def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
     """Lay samples over a topology. Raises PlanError, naming the sample, where one does not fit."""
+    step = Step(topology, samples)
     problems = [
         problem
         for name in topology.graph.texts
-        for sample in samples
-        for problem in _misfits(topology, name, sample)
+        for sample, rows in zip(samples, step.rows_out, strict=True)
+        if sample.placeholders or rows[name] > topology.sequence
+        for problem in _misfits(topology, name, sample, rows[name])
     ]
     if problems:
         raise PlanError(problems)
-    return Step(topology, samples)
+    return step
 
 
-def _misfits(topology: Topology, name: str, sample: Sample) -> tuple[Problem, ...]:
-    length = topology.graph.rows_out(sample)[name]
+def _misfits(topology: Topology, name: str, sample: Sample, length: int) -> tuple[Problem, ...]:
     rows = length - sample.length
     where = f"sample {sample.id}"
     if length > topology.sequence:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
+from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait, other_end
 from mimogrid.core.topology import Stage
 
 
@@ -78,14 +78,49 @@ def busy_s(events: Sequence[Event]) -> dict[int, float]:
 def idles(events: Sequence[Event], flights: Iterable[Flight] = ()) -> tuple[Idle, ...]:
     """Return when each rank computes nothing, and why. Without flights, no cause is *edge*."""
     begin, end = span(events)
-    on_the_way = {
-        (flight.transfer, rank, rank == flight.rank_source): flight.begin_s
-        for flight in sorted(flights, key=lambda flight: flight.end_s)
-        for rank in (flight.rank_source, flight.rank_target)
-    }
+    posted: dict[int, dict[Transfer, float]] = collections.defaultdict(dict)
+    for flight in sorted(flights, key=lambda flight: (flight.end_s, flight.begin_s)):
+        posted[flight.rank_source][flight.transfer] = flight.begin_s
+        posted[flight.rank_target][other_end(flight.transfer)] = flight.begin_s
     return tuple(
-        idle for rank, mine in by_rank(events).items() for idle in _idles(rank, mine, on_the_way, begin, end)
+        idle
+        for rank, mine in by_rank(events).items()
+        for idle in idles_of(rank, mine, posted[rank], whole=(begin, end))
     )
+
+
+def idles_of(
+    rank: int, events: Sequence[Event], posted: Mapping[Transfer, float], *, whole: tuple[float, float]
+) -> Iterator[Idle]:
+    """Yield when one rank computes nothing in the `whole` step, and why.
+
+    `posted` tells of its transfers when both ends of the last message to arrive had been posted.
+    """
+    begin, end = whole
+    forwards = [e for e in events if _is_forward(e.action)]
+    computes = [e for e in events if isinstance(e.action, Compute)]
+    backwards = [e for e in computes if not _is_forward(e.action)]
+    first = backwards or forwards
+    warm_until = first[0].begin_s if first else end
+    drains_from = max(warm_until, forwards[-1].end_s) if forwards else end
+    phases = (
+        (WARM_UP, begin, warm_until),
+        (SLOWER_MODULE, warm_until, drains_from),
+        (DRAIN, drains_from, end),
+    )
+    now = begin
+    for event in (*events, None):
+        edge = _edge_begin(event, posted) if event else None
+        if event and edge is None and not isinstance(event.action, Compute):
+            continue
+        until = (event.begin_s if edge is None else max(edge, event.begin_s)) if event else end
+        if now < until:
+            for cause, start, stop in phases:
+                if max(start, now) < min(stop, until):
+                    yield Idle(rank, cause, max(start, now), min(stop, until))
+        if event and edge is not None and event.end_s > max(until, now):
+            yield Idle(rank, EDGE, max(until, now), event.end_s)
+        now = max(now, event.end_s if event else end)
 
 
 def idle_s(found: Iterable[Idle]) -> dict[str, float]:
@@ -128,44 +163,13 @@ def sent_as(transfer: Transfer) -> Send:
     return transfer
 
 
-def _idles(
-    rank: int,
-    events: Sequence[Event],
-    on_the_way: Mapping[tuple[Send, int, bool], float],
-    begin: float,
-    end: float,
-) -> Iterator[Idle]:
-    forwards = [e for e in events if _is_forward(e.action)]
-    computes = [e for e in events if isinstance(e.action, Compute)]
-    backwards = [e for e in computes if not _is_forward(e.action)]
-    first = backwards or forwards
-    warm_until = first[0].begin_s if first else end
-    drains_from = max(warm_until, forwards[-1].end_s) if forwards else end
-    now = begin
-    for event in (*events, None):
-        edge = _edge_begin(event, rank, on_the_way) if event else None
-        if event and edge is None and not isinstance(event.action, Compute):
-            continue
-        until = (event.begin_s if edge is None else max(edge, event.begin_s)) if event else end
-        for cause, start, stop in (
-            (WARM_UP, begin, warm_until),
-            (SLOWER_MODULE, warm_until, drains_from),
-            (DRAIN, drains_from, end),
-        ):
-            if max(start, now) < min(stop, until):
-                yield Idle(rank, cause, max(start, now), min(stop, until))
-        if event and edge is not None and event.end_s > max(until, now):
-            yield Idle(rank, EDGE, max(until, now), event.end_s)
-        now = max(now, event.end_s if event else end)
-
-
-def _edge_begin(event: Event, rank: int, on_the_way: Mapping[tuple[Send, int, bool], float]) -> float | None:
+def _edge_begin(event: Event, posted: Mapping[Transfer, float]) -> float | None:
     """From when on an event is only the time that a message takes; None where it is anything else."""
     match event.action:
-        case Send() if event.end_s > event.begin_s and (event.action, rank, True) in on_the_way:
+        case Send() if event.end_s > event.begin_s and event.action in posted:
             return event.begin_s
         case Wait(transfer=transfer):
-            return on_the_way.get((sent_as(transfer), rank, isinstance(transfer, Send)))
+            return posted.get(transfer)
         case _:
             return None
 

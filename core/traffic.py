@@ -10,13 +10,10 @@ from collections.abc import Iterator
 
 import attrs
 
+from mimogrid.core.footprint import VALUE_BYTES
 from mimogrid.core.routes import Message, Routes
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Link
-
-
-VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of one value that crosses an edge, by the job's precision."""
 
 
 @attrs.frozen
@@ -38,6 +35,17 @@ class EdgeTraffic:
     bytes: int
     bytes_gathered: int
     bytes_leader_broadcast: int
+
+
+def message_bytes(step: Step, message: Message) -> int:
+    """Return how large a message is, one way; nothing where it stays on its rank."""
+    if message.rank_source == message.rank_target:
+        return 0
+    value = VALUE_BYTES[step.topology.spec.precision]
+    if message.link.edge:
+        return message.rows * message.link.edge.width * value
+    positions, samples, hidden = step.hop_shape(message.link.target, message.lane, message.microbatch)
+    return positions * samples * hidden * value
 
 
 def edge_traffic(step: Step) -> tuple[EdgeTraffic, ...]:

@@ -6,7 +6,6 @@ Exit codes: 0 done; 2 the job (or the command) is wrong, every problem listed; 1
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import warnings
@@ -25,6 +24,7 @@ from mimogrid.core.verify import verify
 from mimogrid.shell import start
 from mimogrid.shell.builders import PlanWarning
 from mimogrid.shell.jobs import Job, open_job
+from mimogrid.shell.output import print_json, write
 from mimogrid.shell.place import under_torchrun
 
 
@@ -129,16 +129,47 @@ def _parser() -> argparse.ArgumentParser:
     verify_parser.add_argument(
         "--strict", action="store_true", help="one serial queue per pair of ranks must do, too"
     )
-    simulate_parser = add("simulate", simulate, "the timeline of a step, without running it")
-    simulate_parser.add_argument("--costs", type=Path, metavar="FILE", help="seconds of stages and edges")
-    simulate_parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline into a file")
-    simulate_parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto")
+    _add_simulate_options(add("simulate", simulate, "the timeline of a step, without running it"))
     train_parser = add("train", train, "train a job")
     train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
     train_parser.add_argument("--transport", choices=["host"], help="move data through host memory")
     parity_parser = add("parity", parity, "compare a job's layout with one process")
     parity_parser.add_argument("--steps", type=int, default=1, metavar="K", help="steps to compare")
     return parser
+
+
+def _add_simulate_options(parser: argparse.ArgumentParser) -> None:
+    files = {
+        "--svg": "draw the timeline into a file",
+        "--trace": "write a trace for Perfetto",
+        "--compare": "another job, simulated beside this one; --set is for JOB alone",
+    }
+    for option, text in files.items():
+        parser.add_argument(option, type=Path, metavar="FILE", help=text)
+    parser.add_argument(
+        "--costs",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="seconds of stages and edges; a second one is for --compare",
+    )
+    parser.add_argument("--schedule", metavar="NAME", help="another schedule than the job's, or all")
+    parser.add_argument(
+        "--ragged", action="store_true", help="lanes take as long as what they have of the step's data"
+    )
+    parser.add_argument(
+        "--jitter",
+        type=float,
+        default=0.0,
+        metavar="SIGMA",
+        help="every compute action takes longer or shorter: the standard deviation of the logarithm",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="what the jitter is drawn from")
+    parser.add_argument("--step", type=int, default=0, metavar="K", help="the step whose samples are taken")
+    parser.add_argument(
+        "--draws", type=int, default=1, metavar="N", help="as many seeds, and steps if ragged"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,7 +194,7 @@ def check(job: Job, given: argparse.Namespace) -> int:
             raise PlanError(Problem("program", fault, remedy) for fault in faults)
         edges = edge_traffic(step)
     if given.json:
-        _print_json({"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]})
+        print_json({"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]})
     else:
         from mimogrid.shell import banner  # noqa: PLC0415 -- rich takes longer to import than to check a job
 
@@ -178,9 +209,9 @@ def roles(job: Job, given: argparse.Namespace) -> int:
     if given.svg:
         from mimogrid.core import draw  # noqa: PLC0415 -- only what is used
 
-        _write(given.svg, draw.rank_map_svg(topology))
+        write(given.svg, draw.rank_map_svg(topology))
     if given.json:
-        _print_json({"world_size": topology.world_size, "ranks": [_role_values(role) for role in chosen]})
+        print_json({"world_size": topology.world_size, "ranks": [_role_values(role) for role in chosen]})
     else:
         from mimogrid.shell import banner  # noqa: PLC0415
 
@@ -212,7 +243,7 @@ def show(job: Job, given: argparse.Namespace) -> int:
         rank: [str(action) for action in program.of(rank)] for rank in _ranks(job.topology, given.rank)
     }
     if given.json:
-        _print_json({"programs": programs})
+        print_json({"programs": programs})
         return 0
     for rank, actions in programs.items():
         hosted = ", ".join(str(info.stage) for info in job.topology.stages_of(rank))
@@ -231,63 +262,20 @@ def prove(job: Job, given: argparse.Namespace) -> int:
         raise PlanError(found.problems)
     if found.problems:
         problems = [attrs.asdict(problem) for problem in found.problems]
-        _print_json({"ok": False, "strict": found.strict, "problems": problems})
+        print_json({"ok": False, "strict": found.strict, "problems": problems})
         return 2
     if given.json:
-        _print_json({"ok": True, **attrs.asdict(found)})
+        print_json({"ok": True, **attrs.asdict(found)})
     else:
         print(found)
     return 0
 
 
 def simulate(job: Job, given: argparse.Namespace) -> int:
-    """Simulate step 0."""
-    from mimogrid.core import draw  # noqa: PLC0415 -- only what is used
-    from mimogrid.core.memory import peak_bytes  # noqa: PLC0415
-    from mimogrid.core.pricing import ASSUMED, assumed  # noqa: PLC0415
-    from mimogrid.core.simulate import simulate as timed  # noqa: PLC0415
-    from mimogrid.shell import costfile  # noqa: PLC0415
+    """Simulate a step."""
+    from mimogrid.shell import simulation  # noqa: PLC0415 -- only what is used
 
-    program = _first_program(job)
-    costs = costfile.read(given.costs, job.topology) if given.costs else assumed(job.topology)
-    timeline = timed(program, costs)
-    peaks = peak_bytes(program.routes.step, timeline.peak_in_flight)
-    summary = (
-        f"step {timeline.step_s:.6g} s, {timeline.ratio_to_limit:.3f} x the limit; "
-        f"ranks compute nothing in {timeline.bubble:.1%} of it"
-    )
-    if given.svg:
-        title = f"{job.path.parent.name}/{job.path.name}, {job.spec.schedule.name}: {summary}"
-        _write(given.svg, draw.svg(timeline.events, flights=timeline.flights, title=title))
-    if given.trace:
-        names = {
-            rank: " ".join(str(info.stage) for info in job.topology.stages_of(rank))
-            for rank in job.topology.ranks
-        }
-        _write(given.trace, json.dumps(draw.perfetto(timeline.events, names=names, program=program)))
-    if given.json:
-        _print_json(
-            {
-                "costs": str(given.costs) if given.costs else f"assumed: {ASSUMED}",
-                "step_time": timeline.step_s,
-                "limit": timeline.limit_s,
-                "ratio_to_limit": timeline.ratio_to_limit,
-                "bubble": timeline.bubble,
-                "idle": timeline.idle_s,
-                "busy": timeline.busy_s,
-                "peak_bytes": peaks,
-                "peak_in_flight": {str(stage): peak for stage, peak in timeline.peak_in_flight.items()},
-            }
-        )
-        return 0
-    print(draw.text(timeline.events), end="\n\n")
-    print(f"{summary}.")
-    idle = ", ".join(f"{draw.TOLD[cause]} {s:.4g} s" for cause, s in timeline.idle_s.items() if s)
-    print(f"Idle, summed over ranks: {idle or 'none'}.")
-    flying = ", ".join(f"{stage} {peak}" for stage, peak in timeline.peak_in_flight.items())
-    print(f"Microbatches in flight at most: {flying}.")
-    print(f"Costs: {given.costs or f'assumed, as no --costs is given: {ASSUMED}'}.")
-    return 0
+    return simulation.run(job, given)
 
 
 def train(job: Job, given: argparse.Namespace) -> int:
@@ -328,27 +316,12 @@ def _ranks(topology: Topology, rank: int | None) -> Sequence[int]:
 
 def _first_program(job: Job) -> Program:
     """The program of step 0. Raises PlanError where its samples are not known."""
-    if job.source is None:
-        remedy = "Import torch inside its load, and nowhere at the top level."
-        raise PlanError([Problem("data.source", "its samples are not known without torch.", remedy)])
     return plan_step(job.step(0))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        remedy = "Name a file in a folder that exists."
-        raise PlanError([Problem(str(path), f"cannot be written: {error.strerror}.", remedy)]) from None
 
 
 def _report(problems: Sequence[Problem], *, as_json: bool) -> None:
     if as_json:
-        _print_json({"ok": False, "problems": [attrs.asdict(problem) for problem in problems]})
+        print_json({"ok": False, "problems": [attrs.asdict(problem) for problem in problems]})
         return
     for problem in problems:
         print(problem, file=sys.stderr)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value))

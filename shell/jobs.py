@@ -45,8 +45,10 @@ class Job:
         return self.topology.spec
 
     def step(self, index: int) -> Step:
-        """Return one step of the job. Raises PlanError where a sample of it does not fit."""
-        assert self.source is not None
+        """Return one step of the job. Raises PlanError where its samples are not known, or one does not fit."""
+        if self.source is None:
+            remedy = "Import torch inside its load, and nowhere at the top level."
+            raise PlanError([Problem("data.source", "its samples are not known without torch.", remedy)])
         size = self.spec.batch.global_size
         return step_of(self.topology, _described(self.source, range(index * size, (index + 1) * size)))
 

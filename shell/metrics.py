@@ -45,7 +45,7 @@ class Tally:
         )
         self.step_ns += outcome.timeline[-1].end_ns - outcome.timeline[0].begin_ns
         self.samples += len(step.samples)
-        self.tokens += tokens_of(step)
+        self.tokens += step.tokens
         self.losses.append(outcome.loss)
         for name, loss in outcome.losses.items():
             self.losses_by_module.setdefault(name, []).append(loss)
@@ -119,8 +119,3 @@ def open_keeper(folder: Path, steps: int) -> Iterator[Keeper]:
         Progress(steps) as progress,
     ):
         yield Keeper(lines, scalars, progress)
-
-
-def tokens_of(step: Step) -> int:
-    """Return the positions in use of all language sequences of a step."""
-    return sum(step.rows_start[name][-1] for name in step.topology.graph.texts)

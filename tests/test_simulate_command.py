@@ -8,7 +8,8 @@ import pytest
 
 from mimogrid.core.costs import EdgeCosts, StageCosts
 from mimogrid.core.errors import PlanError
-from mimogrid.shell import costfile
+from mimogrid.core.legality import SCHEDULES
+from mimogrid.shell import costfile, simulation
 from mimogrid.shell.cli import main
 from mimogrid.shell.jobs import open_job
 
@@ -122,9 +123,15 @@ def test_simulate_says_what_a_program_wants_to_know(job, capsys):
     assert found["costs"].startswith("assumed")
     assert found["ratio_to_limit"] == found["step_time"] / found["limit"] >= 1
     assert {"vision.0": 3, "language.0": 2, "language.1": 1} == found["peak_in_flight"]
-    assert {"warm_up", "edge", "slower_module", "drain"} == set(found["idle"])
+    assert {"warm_up", "edge", "slower_module", "drain", "ragged", "jitter"} == set(found["idle"])
     assert sum(found["idle"].values()) == pytest.approx(found["bubble"] * 3 * found["step_time"])
-    assert {"0", "1", "2"} == set(found["peak_bytes"])
+    assert {"0", "1", "2"} == set(found["peak_bytes"]) == set(found["busy"]) == set(found["idle_by_rank"])
+    assert found["peak_bytes"] == {rank: peak["bytes"] for rank, peak in found["peaks"].items()}
+    assert found["step_time"] == sum(leg["end"] - leg["begin"] for leg in found["critical_path"])
+    assert found["step_time"] == sum(found["critical_path_shares"].values())
+    assert [[0], [1], [2]] == found["classes"]
+    assert 8 / found["step_time"] == found["samples_per_s"]
+    assert open_job(job).step(0).tokens / found["step_time"] == found["tokens_per_s"]
 
 
 def test_simulate_uses_the_costs_that_it_is_given(job, capsys):
@@ -153,3 +160,107 @@ def test_simulate_writes_pictures(job, capsys):
     assert json.loads((job.parent / "a.json").read_text())["traceEvents"]
     assert 2 == main(["simulate", str(job), "--svg", "nowhere/a.svg"])
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_every_schedule_is_told_with_its_reason(job, capsys):
+    """What is legal in numbers, and what is not in words."""
+    assert 0 == main(["simulate", str(job), "--schedule", "all", "--json"])
+    found = json.loads(capsys.readouterr().out)["schedules"]
+    assert set(SCHEDULES) == set(found)
+    assert {"vision.0": 8, "language.0": 8, "language.1": 8} == found["gpipe"]["peak_in_flight"]
+    assert found["1f1b"]["peak_in_flight"]["vision.0"] < 8
+    illegal = {name for name, value in found.items() if "problems" in value}
+    assert 0 == main(["simulate", str(job), "--schedule", "all"])
+    printed = capsys.readouterr().out.splitlines()
+    assert illegal == {line.split(":")[0] for line in printed if ": schedule.name: " in line}
+
+
+def test_another_schedule_than_the_jobs(job, capsys):
+    """And a name that is none is the user's mistake."""
+    assert 0 == main(["simulate", str(job), "--schedule", "gpipe", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert ("gpipe", 8) == (found["schedule"], found["peak_in_flight"]["vision.0"])
+    assert 2 == main(["simulate", str(job), "--schedule", "gpip"])
+    assert "--schedule: 'gpip' is none.\n    Did you mean 'gpipe'?" in capsys.readouterr().err
+
+
+def test_two_jobs_are_compared(job, capsys):
+    """--set is for the first alone, so a job can be compared with itself under other keys."""
+    command = ["simulate", str(job), "--compare", str(job), "--set", "modules.language.grid.pp=1"]
+    assert 0 == main([*command, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    first, second = found["jobs"]
+    assert (2, 3) == (first["ranks"], second["ranks"])
+    assert found["ratio"] == pytest.approx(second["step_time"] / first["step_time"])
+    assert 0 == main(command)
+    printed = capsys.readouterr().out
+    slower = min(found["jobs"], key=lambda one: one["samples_per_s"])
+    assert (
+        f"x as many samples a second as {job.parent.name}/job.toml ({'first' if slower is first else 'second'})"
+        in (printed)
+    )
+
+
+def test_each_of_two_jobs_has_costs_of_its_own(job, capsys):
+    """One file for both, or one for each."""
+    other = '[stages."language.0"]\nforward = 1.0\n'
+    (job.parent / "other.toml").write_text(other)
+    (job.parent / "small.toml").write_text(JOB.replace("pp = 2", "pp = 1"))
+    command = ["simulate", str(job), "--compare", "small.toml", "--costs", "costs.toml", "--json"]
+    assert 2 == main(command)
+    assert 'stages.\\"language.1\\"' in capsys.readouterr().out
+    assert 0 == main([*command, "--costs", "other.toml"])
+    assert 8.0 == json.loads(capsys.readouterr().out)["jobs"][1]["step_time"]
+
+
+def test_uneven_steps_are_drawn(job, capsys):
+    """The same seed draws the same, and draws are told with their median and spread."""
+
+    def simulated(*options):
+        assert 0 == main(["simulate", str(job), "--json", *options])
+        return json.loads(capsys.readouterr().out)
+
+    even, ragged, uneven = simulated(), simulated("--ragged"), simulated("--ragged", "--jitter", "0.2")
+    assert even["idle"] == {**ragged["idle"], "ragged": 0.0}
+    assert 0 != ragged["idle"]["ragged"] == uneven["idle"]["ragged"]
+    assert 0 == ragged["idle"]["jitter"] != uneven["idle"]["jitter"]
+    assert uneven == simulated("--ragged", "--jitter", "0.2")
+    assert uneven != simulated("--ragged", "--jitter", "0.2", "--seed", "1")
+    assert ragged != simulated("--ragged", "--step", "1")
+    drawn = simulated("--jitter", "0.2", "--draws", "3")
+    each = [simulated("--jitter", "0.2", "--seed", str(seed))["step_time"] for seed in range(3)]
+    assert each == drawn["draws"]
+    assert 0 == main(["simulate", str(job), "--jitter", "0.2", "--draws", "3"])
+    assert f"Of 3 draws: median {sorted(each)[1]:.6g} s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--draws", "2"], "--draws: would all be the same."),
+        (["--jitter", "-1"], "--jitter: is -1."),
+        (["--draws", "0"], "--draws: is 0."),
+        (["--step", "-1"], "--step: is -1."),
+        (["--schedule", "all", "--svg", "a.svg"], "--svg, --trace: draw one job under one schedule."),
+        (["--costs", "a.toml", "--costs", "b.toml"], "--costs: is given 2 times."),
+        (
+            ["--schedule", "all", "--compare", "job.toml"],
+            "--compare: two jobs are compared under one schedule.",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(job, capsys, options, words):
+    """Exit code 2, what is wrong, and the way out."""
+    assert 2 == main(["simulate", str(job), *options])
+    assert words in capsys.readouterr().err
+
+
+def test_a_world_too_large_to_draw_is_told_in_numbers(job, capsys, monkeypatch):
+    """The picture shows one rank of each class."""
+    monkeypatch.setattr(simulation, "DRAWN", 100)
+    options = ["--set", "modules.language.grid.dp=4", "--set", "batch.global_size=32", "--svg", "a.svg"]
+    assert 0 == main(["simulate", str(job), *options])
+    assert capsys.readouterr().out.startswith("9 ranks in 3 classes do ")
+    drawn = (job.parent / "a.svg").read_text()
+    assert "rank 1 " in drawn
+    assert "rank 2 " not in drawn

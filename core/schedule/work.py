@@ -217,7 +217,7 @@ def unit_seconds(work: Work) -> tuple[float, ...]:
 
 
 def seconds_of(action: Compute, costs: Costs) -> float:
-    """Return how long a compute action takes."""
+    """Return how long a compute action takes. Where the halves of a backward are not known, the first is all of it."""
     of_stage = costs.of(action.stage)
     match action.kind:
         case Kind.FORWARD:
@@ -225,6 +225,6 @@ def seconds_of(action: Compute, costs: Costs) -> float:
         case Kind.BACKWARD:
             return of_stage.whole_backward
         case Kind.INPUT_GRADIENT:
-            return of_stage.input_gradient or 0.0
+            return (of_stage.input_gradient or 0.0) if of_stage.splits else of_stage.whole_backward
         case Kind.WEIGHT_GRADIENT:
             return of_stage.weight_gradient or 0.0

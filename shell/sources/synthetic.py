@@ -75,7 +75,8 @@ class Synthetic:
         )
 
     def _rows(self, sample_id: int, name: str) -> int:
-        if draw_uniform(self.seed, sample_id, f"absent.{name}") < self.absent[name]:
+        chance = self.absent[name]
+        if chance and draw_uniform(self.seed, sample_id, f"absent.{name}") < chance:
             return 0
         return draw_integer(self.seed, sample_id, f"rows.{name}", *self.rows[name])
 

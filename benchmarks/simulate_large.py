@@ -1,0 +1,99 @@
+"""Simulate large worlds: CPU time, memory and classes of ranks, by size of the world.
+
+    python benchmarks/simulate_large.py              # about 100, 1,000 and 10,000 ranks, 512 microbatches
+    python benchmarks/simulate_large.py 1000 --microbatches 64
+
+The job is two encoders in front of a language model, each on a grid of its own, with data lanes in ratios that do not
+divide evenly; all samples are alike. Each world is simulated in a process of its own, from the samples' descriptions
+to the idle times and the peaks of memory of all ranks, with the costs assumed and finite bandwidth.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import attrs
+
+from mimogrid.core.costs import EdgeCosts
+from mimogrid.core.memory import peak_bytes
+from mimogrid.core.models import Gpt, Vit
+from mimogrid.core.pricing import assumed
+from mimogrid.core.samples import Sample
+from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.simulate import simulate
+from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.steps import step_of
+from mimogrid.core.topology import parse
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("ranks", type=int, nargs="*", default=[100, 1_000, 10_000])
+    parser.add_argument("--microbatches", type=int, default=512)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measure(given.ranks[0], given.microbatches)))
+        return
+    print(f"{given.microbatches} microbatches")
+    for ranks in given.ranks:
+        command = [sys.executable, __file__, str(ranks), "--microbatches", str(given.microbatches), "--one"]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        print(
+            f"{found['ranks']:>8,} ranks  {found['classes']:>4} classes  {found['samples']:>9,} samples  "
+            f"{found['seconds']:6.2f} s CPU  {found['bytes'] / 2**20:6.0f} MiB  "
+            f"ratio to the limit {found['ratio']:.4f}"
+        )
+
+
+def measure(ranks: int, microbatches: int) -> dict[str, float]:
+    """Simulate a world of about so many ranks; return what it took."""
+    spec = job(max(ranks // 100, 1), microbatches)
+    topology = parse(spec, SourceFacts(sequence=64, features={"vision": 16, "audio": 16}))
+    begin = time.process_time()
+    samples = tuple(
+        Sample(id=i, length=8, rows={"vision": 4, "audio": 2}) for i in range(spec.batch.global_size)
+    )
+    program = plan_step(step_of(topology, samples))
+    costs = attrs.evolve(assumed(topology), edge=EdgeCosts(latency=1e-3, bytes_per_s=1e6))
+    timeline = simulate(program, costs)
+    peaks = peak_bytes(timeline)
+    seconds = time.process_time() - begin
+    assert len(timeline.idle_s_by_rank) == len(peaks) == len(topology.ranks)
+    return {
+        "ranks": len(topology.ranks),
+        "classes": len(timeline.classes.members),
+        "samples": len(samples),
+        "seconds": seconds,
+        "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "ratio": timeline.ratio_to_limit,
+    }
+
+
+def job(scale: int, microbatches: int) -> JobSpec:
+    """Return a job of 100 ranks times `scale`."""
+    transformer = {"layers": 4, "hidden": 64, "heads": 4}
+    modules = {
+        "vision": ModuleSpec(
+            model="vit", options=Vit(**transformer), feeds=("language",), grid=GridSpec(tp=2, dp=10 * scale)
+        ),
+        "audio": ModuleSpec(
+            model="vit", options=Vit(**transformer), feeds=("language",), grid=GridSpec(pp=2, dp=8 * scale)
+        ),
+        "language": ModuleSpec(
+            model="gpt", options=Gpt(**transformer, vocab=64), grid=GridSpec(tp=4, dp=4 * scale, pp=4)
+        ),
+    }
+    return JobSpec(
+        modules=modules,
+        data=DataSpec(source="none"),
+        batch=BatchSpec(global_size=20 * scale * microbatches, microbatches=microbatches),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""The command ``simulate``: a step timed without running it, under one schedule, under all, or beside another job.
+
+mimogrid simulate JOB                        the timeline, who idles and why, memory, the critical path
+mimogrid simulate JOB --schedule all         a line per schedule, or why it cannot be
+mimogrid simulate JOB --compare OTHER        two jobs side by side
+mimogrid simulate JOB --ragged --jitter 0.1  real shares of the data, uneven machines; --draws 20 of them
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from mimogrid.core import draw
+from mimogrid.core.breakdown import JITTER, RAGGED, idle_s, idle_s_by_rank, shares
+from mimogrid.core.costs import Costs
+from mimogrid.core.errors import PlanError, Problem, nearest
+from mimogrid.core.legality import SCHEDULES
+from mimogrid.core.memory import Level, peaks
+from mimogrid.core.pace import Pace
+from mimogrid.core.pricing import ASSUMED, assumed
+from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.settle import settled
+from mimogrid.core.simulate import Timeline, simulate
+from mimogrid.core.topology import parse
+from mimogrid.shell import costfile
+from mimogrid.shell.jobs import Job, open_job
+from mimogrid.shell.output import print_json, write
+
+
+ALL = "all"
+PLACES = 4
+"""So many parts of the critical path are told one by one."""
+TOLD = {**draw.TOLD, RAGGED: "ragged data", JITTER: "jitter"}
+DRAWN = 200_000
+"""Pictures with more actions than these show one rank of each class."""
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+@attrs.frozen(eq=False)
+class Simulated:
+    """One simulated step of a job, and all that is told of it."""
+
+    job: Job
+    told_costs: str
+    pace: Pace
+    timeline: Timeline
+    idle_by_rank: Mapping[int, Mapping[str, float]]
+    peaks: Mapping[int, Level]
+
+    @property
+    def name(self) -> str:
+        """The job as people know it: its file with the folder."""
+        return f"{self.job.path.parent.name}/{self.job.path.name}"
+
+    @property
+    def assumed(self) -> bool:
+        """Whether nobody has given any costs."""
+        return ASSUMED in self.told_costs
+
+    @property
+    def idle(self) -> dict[str, float]:
+        """Seconds of idling by cause, summed over ranks."""
+        return idle_s(self.timeline, self.idle_by_rank)
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Samples a second, unless the step takes no time."""
+        return self._per_s(len(self.pace.step.samples))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Positions in use of language sequences a second, as training counts them."""
+        return self._per_s(self.pace.step.tokens)
+
+    @property
+    def peak(self) -> tuple[int, Level]:
+        """The rank that needs the most memory, and when."""
+        return max(self.peaks.items(), key=lambda peak: peak[1].bytes)
+
+    def _per_s(self, count: int) -> float | None:
+        return count / self.timeline.step_s if self.timeline.step_s else None
+
+
+def run(job: Job, given: argparse.Namespace) -> int:
+    """Run the command."""
+    _check(given)
+    with without_collecting():
+        if given.schedule == ALL:
+            _tell_schedules(job, given)
+        elif given.compare:
+            _tell_jobs(job, given)
+        else:
+            _tell(job, given)
+    return 0
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """Let no garbage collector look through the values of a large plan: none of them refers to a later one."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def under(job: Job, **changes: Any) -> Job:
+    """Return a job with changes of its schedule. Raises PlanError where they are not legal for it."""
+    facts = job.topology.source
+    spec = settled(attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes)), facts)
+    return attrs.evolve(job, topology=parse(spec, facts))
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raise PlanError for options that do not go together."""
+    problems: list[Problem] = []
+    if given.schedule not in {None, ALL, *SCHEDULES}:
+        remedy = nearest(given.schedule, (*SCHEDULES, ALL))
+        problems.append(Problem("--schedule", f"'{given.schedule}' is none.", remedy))
+    for option, value, least in (
+        ("--jitter", given.jitter, 0),
+        ("--step", given.step, 0),
+        ("--draws", given.draws, 1),
+    ):
+        if not least <= value < float("inf"):
+            problems.append(Problem(option, f"is {value:g}.", f"Use {least} or more."))
+    if given.draws > 1 and not (given.jitter or given.ragged):
+        problems.append(
+            Problem("--draws", "would all be the same.", "Add --jitter SIGMA, --ragged, or both.")
+        )
+    if given.draws > 1 and (given.schedule == ALL or given.compare):
+        problems.append(
+            Problem("--draws", "are of one job and one schedule.", "Leave out --compare and all.")
+        )
+    if given.compare and given.schedule == ALL:
+        problems.append(
+            Problem("--compare", "two jobs are compared under one schedule.", "Leave out --schedule all.")
+        )
+    if len(given.costs) > (2 if given.compare else 1):
+        problems.append(
+            Problem("--costs", f"is given {len(given.costs)} times.", "Give it once for each job.")
+        )
+    if (given.svg or given.trace) and (given.compare or given.schedule == ALL):
+        problems.append(
+            Problem("--svg, --trace", "draw one job under one schedule.", "Draw them one by one.")
+        )
+    if problems:
+        raise PlanError(problems)
+
+
+# -- one job -----------------------------------------------------------------------------------------------
+
+
+def _tell(job: Job, given: argparse.Namespace) -> None:
+    planned = _planned(job, given)
+    draws = [_simulated(planned, given, draw) for draw in range(given.draws)]
+    found = draws[0]
+    _draw(found, given)
+    if given.json:
+        steps = {"draws": [one.timeline.step_s for one in draws]} if given.draws > 1 else {}
+        print_json(_values(found) | steps)
+        return
+    timeline = found.timeline
+    if _fits(timeline):
+        print(draw.text(timeline.events), end="\n\n")
+    else:
+        print(f"{_many(timeline)}: too many to draw here; --svg draws one rank of each class.\n")
+    print(f"{_summary(timeline)}.")
+    if given.draws > 1:
+        seconds = sorted(one.timeline.step_s for one in draws)
+        told = f"median {statistics.median(seconds):.6g} s, {seconds[0]:.6g} to {seconds[-1]:.6g} s"
+        print(f"Of {given.draws} draws: {told}; what is told here is the first.")
+    idle = ", ".join(f"{TOLD[cause]} {s:.4g} s" for cause, s in found.idle.items() if s)
+    print(f"Idle, summed over ranks: {idle or 'none'}.")
+    print(f"Critical path: {_path(timeline) or 'nothing takes time'}.")
+    flying = ", ".join(f"{stage} {peak}" for stage, peak in timeline.peak_in_flight.items())
+    print(f"Microbatches in flight at most: {flying}.")
+    rank, peak = found.peak
+    parts = ", ".join(f"{part} {_bytes(size)}" for part, size in peak.parts.items() if size)
+    when = f" at {peak.at_s:.6g} s in {peak.action}" if peak.action else ""
+    print(f"Most memory: rank {rank}, {_bytes(peak.bytes)}{when} ({parts}).")
+    if found.tokens_per_s and not found.assumed:
+        print(f"{found.tokens_per_s:.6g} tokens/s, {found.samples_per_s:.6g} samples/s.")
+    print(f"Costs: {found.told_costs}.")
+
+
+def _planned(
+    job: Job, given: argparse.Namespace, *, schedule: str | None = None, which: int = 0
+) -> "_Planned":
+    """Plan a job under the schedule and with the costs that are asked for; one costs file serves all jobs.
+
+    An order that goes by costs goes by these. Raises PlanError where anything is not legal.
+    """
+    changes: dict[str, Any] = {"name": name} if (name := schedule or given.schedule) else {}
+    if given.costs:
+        path = given.costs[min(which, len(given.costs) - 1)]
+        costs = costfile.read(path, job.topology)
+        return _Planned(under(job, **changes, costs=costs), costs, str(path))
+    job = under(job, **changes)
+    if job.spec.schedule.costs:
+        return _Planned(job, job.spec.schedule.costs, "schedule.costs of the job")
+    told = f"assumed, as no --costs is given: {ASSUMED}"
+    return _Planned(job, assumed(job.topology), told)
+
+
+@attrs.frozen(eq=False)
+class _Planned:
+    """A job with the costs of its stages and links, and where these are from."""
+
+    job: Job
+    costs: Costs
+    told_costs: str
+
+
+def _simulated(planned: _Planned, given: argparse.Namespace, draw: int = 0) -> Simulated:
+    """Simulate a step: draw 0 as it is asked for, another one with the next seed and, if ragged, the next samples."""
+    job, costs = planned.job, planned.costs
+    step = job.step(given.step + draw * given.ragged)
+    pace = Pace(step, ragged=given.ragged, jitter=given.jitter, seed=given.seed + draw)
+    timeline = simulate(plan_step(step), costs, pace=pace if given.ragged or given.jitter else None)
+    return Simulated(
+        job, planned.told_costs, pace, timeline, idle_s_by_rank(timeline, costs, pace), peaks(timeline)
+    )
+
+
+def _values(found: Simulated) -> dict[str, Any]:
+    """What `--json` says of a simulated step."""
+    timeline = found.timeline
+    return {
+        "costs": found.told_costs,
+        "schedule": found.job.spec.schedule.name,
+        "step_time": timeline.step_s,
+        "limit": timeline.limit_s,
+        "ratio_to_limit": timeline.ratio_to_limit,
+        "bubble": timeline.bubble,
+        "samples_per_s": found.samples_per_s,
+        "tokens_per_s": found.tokens_per_s,
+        "idle": found.idle,
+        "idle_by_rank": found.idle_by_rank,
+        "busy": timeline.busy_s,
+        "peak_bytes": {rank: level.bytes for rank, level in found.peaks.items()},
+        "peaks": {
+            rank: {
+                "bytes": level.bytes,
+                "at": level.at_s,
+                "action": str(level.action) if level.action else None,
+                "parts": dict(level.parts),
+            }
+            for rank, level in found.peaks.items()
+        },
+        "peak_in_flight": {str(stage): peak for stage, peak in timeline.peak_in_flight.items()},
+        "critical_path": [
+            {"rank": leg.rank, "action": str(leg.action), "begin": leg.begin_s, "end": leg.end_s}
+            for leg in timeline.critical_path
+        ],
+        "critical_path_shares": shares(timeline),
+        "classes": list(timeline.classes.members.values()),
+    }
+
+
+def _summary(timeline: Timeline) -> str:
+    return (
+        f"step {timeline.step_s:.6g} s, {timeline.ratio_to_limit:.3f} x the limit; "
+        f"ranks compute nothing in {timeline.bubble:.1%} of it"
+    )
+
+
+def _path(timeline: Timeline) -> str:
+    found = [(place, seconds / timeline.step_s) for place, seconds in shares(timeline).items() if seconds]
+    told = [f"{place} {part:.1%}" for place, part in found[:PLACES]]
+    rest = sum(part for _, part in found[PLACES:])
+    return ", ".join(told + [f"others {rest:.1%}"] * (rest > 0))
+
+
+def _bytes(size: int) -> str:
+    """Write a number of bytes in short.
+
+    >>> _bytes(81_920), _bytes(12)
+    ('81.9 kB', '12 B')
+    """
+    factor, unit = next(((factor, unit) for factor, unit in UNITS if size >= factor), (1, "B"))
+    return f"{size / factor:.3g} {unit}"
+
+
+# -- pictures ----------------------------------------------------------------------------------------------
+
+
+def _fits(timeline: Timeline) -> bool:
+    """Whether there are few enough actions to draw those of every rank."""
+    return _actions(timeline) <= DRAWN
+
+
+def _actions(timeline: Timeline) -> int:
+    members = timeline.classes.members
+    return sum(len(track.events) * len(members[rank]) for rank, track in timeline.tracks.items())
+
+
+def _many(timeline: Timeline) -> str:
+    classes = timeline.classes
+    return (
+        f"{len(classes.leader):,} ranks in {len(classes.members):,} classes do {_actions(timeline):,} actions"
+    )
+
+
+def _draw(found: Simulated, given: argparse.Namespace) -> None:
+    """Write the pictures that are asked for; of a large world, one rank of each class."""
+    timeline, topology = found.timeline, found.job.topology
+    events, flights = timeline.events_and_flights(None if _fits(timeline) else timeline.classes.members)
+    if given.svg:
+        title = f"{found.name}, {found.job.spec.schedule.name}: {_summary(timeline)}"
+        write(given.svg, draw.svg(events, flights=flights, title=title))
+    if given.trace:
+        names = {
+            rank: " ".join(str(info.stage) for info in topology.stages_of(rank)) for rank in topology.ranks
+        }
+        write(given.trace, json.dumps(draw.perfetto(events, names=names, program=timeline.program)))
+
+
+# -- several -----------------------------------------------------------------------------------------------
+
+
+def _tell_schedules(job: Job, given: argparse.Namespace) -> None:
+    """Tell of a job under every schedule, or why it cannot be under it."""
+    found: dict[str, Simulated | tuple[Problem, ...]] = {}
+    for name in SCHEDULES:
+        try:
+            found[name] = _simulated(_planned(job, given, schedule=name), given)
+        except PlanError as error:
+            found[name] = error.problems
+    if given.json:
+        values = {
+            name: _values(one)
+            if isinstance(one, Simulated)
+            else {"problems": [attrs.asdict(problem) for problem in one]}
+            for name, one in found.items()
+        }
+        print_json({"schedules": values})
+        return
+    legal = {name: one for name, one in found.items() if isinstance(one, Simulated)}
+    _table("schedule", legal)
+    for name, one in found.items():
+        for problem in one if isinstance(one, tuple) else ():
+            print(f"{name}: {problem.where}: {problem.message}")
+    for told in dict.fromkeys(one.told_costs for one in legal.values()):
+        print(f"Costs: {told}.")
+
+
+def _tell_jobs(job: Job, given: argparse.Namespace) -> None:
+    """Tell of two jobs side by side, and which is faster."""
+    jobs = [job, open_job(given.compare)]
+    found = [_simulated(_planned(one, given, which=i), given) for i, one in enumerate(jobs)]
+    speeds = [one.samples_per_s for one in found]
+    ratio = speeds[0] / speeds[1] if speeds[0] and speeds[1] else None
+    if given.json:
+        values = [{"job": str(one.job.path), "ranks": _ranks(one), **_values(one)} for one in found]
+        print_json({"jobs": values, "ratio": ratio})
+        return
+    names = [one.name for one in found]
+    if names[0] == names[1]:
+        names = [f"{name} ({which})" for name, which in zip(names, ("first", "second"), strict=True)]
+    _table("job", dict(zip(names, found, strict=True)))
+    if ratio:
+        first, second = names if ratio >= 1 else names[::-1]
+        faster = max(ratio, 1 / ratio)
+        each = faster * _ranks(found[names.index(second)]) / _ranks(found[names.index(first)])
+        print(f"{first} trains {faster:.3f} x as many samples a second as {second}, {each:.3f} x per rank.")
+    for told in dict.fromkeys(one.told_costs for one in found):
+        print(f"Costs: {told}.")
+
+
+def _ranks(found: Simulated) -> int:
+    """How many ranks a job takes, those that idle included."""
+    return found.job.topology.world_size
+
+
+def _table(what: str, found: Mapping[str, Simulated]) -> None:
+    heads = (
+        what,
+        "step s",
+        "x limit",
+        "bubble",
+        "peak",
+        "in flight",
+        "samples/s",
+        "per rank",
+        "tokens/s",
+        "per rank",
+    )
+    rows: list[tuple[str, ...]] = [heads]
+    for name, one in found.items():
+        timeline = one.timeline
+        speeds = (one.samples_per_s, one.tokens_per_s)
+        told = [f"{speed / count:.4g}" if speed else "-" for speed in speeds for count in (1, _ranks(one))]
+        flying = max(timeline.peak_in_flight.values(), default=0)
+        numbers = (f"{timeline.step_s:.6g}", f"{timeline.ratio_to_limit:.3f}", f"{timeline.bubble:.1%}")
+        rows.append((name, *numbers, _bytes(one.peak[1].bytes), str(flying), *told))
+    wide = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    for row in rows:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, wide, strict=True))
+        )
+        print("  ".join((first, *others)))
