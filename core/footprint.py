@@ -1,17 +1,20 @@
-"""Footprint: the bytes that a stage keeps, and those of each microbatch that it has in flight.
+"""Footprint: the bytes that a rank keeps, and those of each microbatch that a stage has in flight.
 
-Weights, gradients and the two moments of Adam follow from the table of parameters, exactly. What a microbatch
+Weights, gradients and what the optimizer keeps follow from the table of parameters, exactly. What a microbatch
 in flight keeps for its backward is an estimate: per layer and position the values that a pre-norm transformer
 layer saves (inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head
 the attention scores and their softmax. Temporary buffers and the allocator's losses are not in it, nor is a
 module of the user's own.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 
-from mimogrid.core.models import BuiltIn, Gpt, Own, Parameter
+import attrs
+
+from mimogrid.core.models import BuiltIn, Gpt, Own
+from mimogrid.core.optimizers import MAIN_BYTES
 from mimogrid.core.samples import Sample
+from mimogrid.core.shards import local_size, optimizer_bytes
 from mimogrid.core.topology import Link, Module, Stage, StageInfo, Topology
 
 
@@ -19,21 +22,33 @@ VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one value, by the job's precision."""
 
 
-def kept_values(module: Module, info: StageInfo) -> float:
-    """Return how many values of weights a rank of a stage keeps, and of gradients and moments of what trains."""
-    return sum(
-        held_values(module, parameter) * (4 if parameter.name in info.trainable else 1)
-        for parameter in info.parameters
+@attrs.frozen
+class Kept:
+    """Bytes that a rank holds all the time."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def kept(topology: Topology, rank: int) -> Kept:
+    """Return what a rank holds all the time: its weights, and gradients and the optimizer's for those that train."""
+    precision = topology.spec.precision
+    weights = trained = 0
+    for info in topology.stages_of(rank):
+        module = topology.modules[info.stage.module]
+        for parameter in module.held(info, module.position(rank).get("ep", 0)):
+            size = local_size(module, parameter)
+            weights += size
+            trained += size * (parameter.name in info.trainable)
+    return Kept(
+        VALUE_BYTES[precision] * weights, MAIN_BYTES[precision] * trained, optimizer_bytes(topology, rank)
     )
-
-
-def held_values(module: Module, parameter: Parameter) -> float:
-    """Return how many values of a parameter a rank holds, on average over the ranks along ep."""
-    size = math.prod(parameter.shape)
-    if parameter.expert is not None and module.experts:
-        shards = module.experts.extent("expert_tp") if parameter.tp_dim is not None else 1
-        return size / module.experts.extent("ep") / shards
-    return size / (module.grid.extent("tp") if parameter.tp_dim is not None else 1)
 
 
 def saved_values(module: Module, info: StageInfo, shape: tuple[int, int, int], recompute: str) -> float:
@@ -75,12 +90,6 @@ def largest_shape(topology: Topology, module: Module) -> tuple[int, int, int]:
 def _most_rows(topology: Topology) -> Mapping[str, int]:
     source = topology.source
     return topology.graph.rows_out(Sample(id=0, length=source.length or 0, rows=source.rows))
-
-
-def kept_bytes(topology: Topology, stage: Stage) -> float:
-    """Return what a rank of a stage keeps all the time."""
-    module, info = topology.modules[stage.module], topology.stages[stage]
-    return VALUE_BYTES[topology.spec.precision] * kept_values(module, info)
 
 
 def most_bytes_in_flight(topology: Topology, stage: Stage) -> float:

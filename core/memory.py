@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.footprint import VALUE_BYTES, held_values, saved_values
+from mimogrid.core.footprint import VALUE_BYTES, Kept, kept, saved_values
 from mimogrid.core.models import Own
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
 from mimogrid.core.schedule.lower import Program, link_of
@@ -23,20 +23,6 @@ from mimogrid.core.simulate import Timeline
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Stage
 from mimogrid.core.traffic import message_bytes
-
-
-@attrs.frozen
-class Kept:
-    """Bytes that a rank holds all the time."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def bytes(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer
 
 
 @attrs.frozen
@@ -90,20 +76,6 @@ def peak_bytes(timeline: Timeline) -> dict[int, int]:
     return {rank: level.bytes for rank, level in peaks(timeline).items()}
 
 
-def kept(step: Step, rank: int) -> Kept:
-    """Return what a rank holds all the time."""
-    topology = step.topology
-    value = VALUE_BYTES[topology.spec.precision]
-    weights = trained = 0.0
-    for info in topology.stages_of(rank):
-        module = topology.modules[info.stage.module]
-        for parameter in info.parameters:
-            size = held_values(module, parameter)
-            weights += size
-            trained += size * (parameter.name in info.trainable)
-    return Kept(round(value * weights), round(value * trained), round(value * 2 * trained))
-
-
 def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
     step = timeline.program.routes.step
     lanes = {
@@ -117,7 +89,7 @@ def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
     }
     sizes: dict[Hashable, int] = {}
     moved: dict[Transfer, int] = {}
-    always = kept(step, rank)
+    always = kept(step.topology, rank)
     activations = buffers = 0
     yield Level(0.0, None, always, 0, 0)
     for event in timeline.events_of(rank):

@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.footprint import kept_bytes
+from mimogrid.core.footprint import kept
 from mimogrid.core.schedule.actions import Compute, Direction, Kind
 from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
 from mimogrid.core.schedule.scheduler import TimedWork, schedule
@@ -136,11 +136,11 @@ def _check_memory(order: Order, topology: Topology) -> None:
     if needed[rank] <= cap * GB:
         return
     stages = [info.stage for info in topology.stages_of(rank)]
-    kept = sum(kept_bytes(topology, stage) for stage in stages) / GB
     flying = ", ".join(f"{order.credits[s]} of {s}" for s in stages if s in order.backward)
+    always = kept(topology, rank).bytes / GB
     fact = (
-        f"{name} needs {needed[rank] / GB:.3g} GB on rank {rank}: {kept:.3g} GB for weights, gradients and "
-        f"moments, the rest for microbatches in flight ({flying or 'none'}); the cap is {cap:g} GB."
+        f"{name} needs {needed[rank] / GB:.3g} GB on rank {rank}: {always:.3g} GB for weights, gradients and "
+        f"optimizer, the rest for microbatches in flight ({flying or 'none'}); the cap is {cap:g} GB."
     )
     other = "" if name == AUTO else f" Or use {AUTO}, which looks for an order that fits."
     remedy = f"Use smaller microbatches, recompute, or more tp, pp or ranks.{other}"

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from mimogrid.core.costs import Costs
-from mimogrid.core.footprint import hosts, kept_bytes, most_bytes_in_flight, most_message_bytes
+from mimogrid.core.footprint import hosts, kept, most_bytes_in_flight, most_message_bytes
 from mimogrid.core.pricing import assumed
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
@@ -94,10 +94,8 @@ def best_named(topology: Topology) -> Trial:
 def bytes_needed(topology: Topology, in_flight: Mapping[Stage, int]) -> dict[int, float]:
     """Return the bytes that the first rank of every set of stages that share ranks needs at most."""
     return {
-        rank: sum(
-            kept_bytes(topology, stage) + in_flight.get(stage, 0) * most_bytes_in_flight(topology, stage)
-            for stage in stages
-        )
+        rank: kept(topology, rank).bytes
+        + sum(in_flight.get(stage, 0) * most_bytes_in_flight(topology, stage) for stage in stages)
         for rank, stages in hosts(topology)
     }
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 
 from jobs import program_of
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
-from mimogrid.core.memory import kept, levels, peak_bytes, peaks, saved_bytes, trace
+from mimogrid.core.footprint import kept
+from mimogrid.core.memory import levels, peak_bytes, peaks, saved_bytes, trace
 from mimogrid.core.pricing import assumed
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
@@ -26,17 +27,17 @@ def test_weights_gradients_and_moments_are_there_all_the_time():
         p.shape[0] * (p.shape[1] if len(p.shape) > 1 else 1)
         for p in timeline.program.topology.modules["vision"].parameters
     )
-    found = kept(timeline.program.routes.step, 0)
+    found = kept(timeline.program.topology, 0)
     assert (4 * values, 4 * values, 8 * values) == (found.weights, found.gradients, found.optimizer)
     frozen = timeline_of("vision vit frozen > language; language gpt frozen")
-    found = kept(frozen.program.routes.step, 0)
+    found = kept(frozen.program.topology, 0)
     assert (0, 0) == (found.gradients, found.optimizer)
 
 
 def test_tp_ranks_hold_less():
     """The matrices are cut, the norms are not."""
-    whole = kept(timeline_of("language gpt").program.routes.step, 0)
-    cut = kept(timeline_of("language gpt tp2 width4").program.routes.step, 0)
+    whole = kept(timeline_of("language gpt").program.topology, 0)
+    cut = kept(timeline_of("language gpt tp2 width4").program.topology, 0)
     assert whole.weights / 2 < cut.weights < whole.weights
 
 
