@@ -32,8 +32,9 @@ def settled(spec: JobSpec, source: SourceFacts) -> JobSpec:
         return even
     topology = assemble(even, source)
     fair = _with_splits(spec, {name: _fair(topology, name) for name in open_})
-    candidates = [even] if fair == even else [fair, even]
-    return min(candidates, key=lambda each: best_named(assemble(each, source)).merit)
+    if fair == even:
+        return even
+    return min((fair, even), key=lambda each: best_named(assemble(each, source)).merit)
 
 
 def _is_open(spec: JobSpec, name: str, module: ModuleSpec) -> bool:

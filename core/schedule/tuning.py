@@ -33,7 +33,7 @@ from mimogrid.core.topology import Stage, Topology
 
 
 AUTO = "auto"
-ACTIONS_TRIED = 300_000
+ACTIONS_TRIED = 200_000
 FEWEST_TRIALS, MOST_TRIALS = 12, 200
 """Orders are tried until they have had so many actions together, a few seconds' worth."""
 
@@ -138,9 +138,11 @@ class _Bench:
 
     def climb(self, start: Trial, share: float) -> Trial:
         """Raise the credit of one stage after the other as long as that helps; use a share of what is left."""
-        until = self.left * (1 - share)
+        until, limit = self.left * (1 - share), limit_s(start.timed, start.order)
+        if start.end_s <= limit:
+            return start
         best = min(start, self._try(start.rule), key=lambda trial: trial.merit)
-        limit, stages = limit_s(best.timed, best.order), self._heaviest_first(best.timed)
+        stages = self._heaviest_first(best.timed)
         in_vain = 0
         for stage in itertools.cycle(stages):
             if in_vain == len(stages) or self.left <= until or best.end_s <= limit:
