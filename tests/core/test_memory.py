@@ -91,6 +91,17 @@ def test_a_message_has_a_buffer_at_both_ends_until_it_is_waited_for():
     assert (3.0, 128, "vision.0 SEND_F0 -> language.0") in held[0]
 
 
+def test_ranks_of_one_class_hold_what_each_has_to_hold():
+    """Where messages take no time, a lane with more rows keeps the time of the others, and holds more."""
+    timeline = timeline_of("a vit dp4 > z; z gpt dp4", {"a": (2, 5, 2, 2)}, batch=16, microbatches=4)
+    assert [(0, 1, 2, 3), (4, 5, 6, 7)] == list(timeline.classes.members.values())
+    found = peak_bytes(timeline)
+    assert found[0] == found[2] == found[3] < found[1]
+    assert found[4] == found[6] == found[7] < found[5]
+    whole = peak_bytes(simulate(timeline.program, assumed(timeline.program.topology), fold=False))
+    assert whole == found
+
+
 @settings(max_examples=60, deadline=None)
 @given(timed_jobs())
 def test_a_folded_world_holds_what_the_whole_one_does(drawn):
