@@ -8,6 +8,7 @@ Any acyclic graph will do. Rows follow from a sample's description: a source rea
 {'vision': 4, 'language': 9}
 """
 
+import functools
 from collections.abc import Mapping
 
 import attrs
@@ -61,12 +62,12 @@ class Graph:
             ]
         return cls(nodes, tuple(order))
 
-    @property
+    @functools.cached_property
     def sources(self) -> tuple[str, ...]:
         """Modules whose rows come from the data."""
         return tuple(name for name, node in self.nodes.items() if node.is_source)
 
-    @property
+    @functools.cached_property
     def texts(self) -> tuple[str, ...]:
         """The language models."""
         return tuple(name for name, node in self.nodes.items() if node.reads_text)

@@ -5,14 +5,15 @@ from hypothesis import given, settings
 from jobs import program_of
 from mimogrid.core.costs import Costs, EdgeCosts
 from mimogrid.core.fold import classes_of
+from mimogrid.core.pace import Pace
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
 from timed import timed_jobs
 
 
-def sizes(program, costs=None):
+def sizes(program, costs=None, marks=None):
     """How many ranks each class has."""
-    return sorted(map(len, classes_of(program, costs or Costs()).members.values()))
+    return sorted(map(len, classes_of(program, costs or Costs(), marks).members.values()))
 
 
 def test_lanes_that_are_alike_are_one_class():
@@ -40,6 +41,14 @@ def test_sizes_count_where_they_take_time():
     program = program_of("a vit dp4 > z; z gpt dp4", {"a": (2, 5, 2, 2)}, batch=16, microbatches=4)
     assert [4, 4] == sizes(program)
     assert [1, 1, 3, 3] == sizes(program, Costs(edge=EdgeCosts(bytes_per_s=1e9)))
+
+
+def test_lanes_that_take_longer_than_others_are_apart():
+    """And so are those that they feed."""
+    program = program_of("a vit dp4 > z; z gpt dp4", {"a": (2, 5, 2, 2)}, batch=16, microbatches=4)
+    ragged, jitter = Pace(program.routes.step, ragged=True), Pace(program.routes.step, jitter=0.1)
+    assert [1, 1, 3, 3] == sizes(program, marks=ragged.mark)
+    assert [1] * 8 == sizes(program, marks=jitter.mark)
 
 
 def test_a_world_of_like_lanes_has_no_more_classes_for_being_larger():

@@ -204,3 +204,28 @@ def test_a_rank_makes_its_own_messages_only() -> None:
 def made(routes: Routes) -> list[tuple[Link, int, int]]:
     """Return which lanes' messages exist by now."""
     return list(routes._reaching)
+
+
+class _Unlike(Step):
+    """A step in which no two microbatches are alike."""
+
+    def alike(self, parts: int) -> tuple[int, ...]:
+        return tuple(range(parts))
+
+
+@settings(max_examples=100, deadline=None)
+@given(grids(), grids(), st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_what_is_known_of_like_microbatches_holds(source: str, target: str, rows: list[int]) -> None:
+    """Messages, shapes and who takes part, of samples whose rows repeat."""
+    topology = job(f"a vit {source} > z; z gpt {target}", batch=SAMPLES, microbatches=4)
+    step = step_with(topology, {"a": rows})
+    alike, unlike = Routes(step), Routes(_Unlike(topology, step.samples))
+    for link in topology.links:
+        module = topology.modules[link.target.module]
+        for k in range(module.microbatches):
+            assert unlike.messages(link, k) == alike.messages(link, k)
+            for lane in range(module.lanes):
+                assert unlike.step.hop_shape(link.target, lane, k) == step.hop_shape(link.target, lane, k)
+    for name, module in topology.modules.items():
+        for lane in range(module.lanes):
+            assert unlike.step.active(name, lane) == step.active(name, lane)

@@ -223,6 +223,14 @@ def test_bandwidth_is_bytes_over_time_and_a_channel_carries_one_message_after_th
     assert 1.0 == timeline.ratio_to_limit
 
 
+def test_a_channel_carries_one_message_after_the_other():
+    """The second of two messages of 8 s each, sent 1 s after the first, arrives 8 s after it."""
+    program = program_of("vision vit > language; language gpt", batch=4, microbatches=2, schedule="gpipe")
+    costs = Costs(stages={"vision.0": StageCosts(forward=1.0)}, edge=EdgeCosts(bytes_per_s=16.0))
+    forth = [flight for flight in simulate(program, costs).flights if flight.transfer.at_source]
+    assert [(1.0, 9.0), (2.0, 17.0)] == [(flight.begin_s, flight.end_s) for flight in forth]
+
+
 def test_without_overlap_a_sender_stands_still_while_it_sends():
     """The second forward begins when the first has arrived."""
     text = "vision vit > language; language gpt"
