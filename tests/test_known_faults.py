@@ -204,7 +204,9 @@ def test_loss_scalers_that_go_apart(train: Train, spoilt: Spoilt) -> None:
 
 def steps_of(said: list[Seen]) -> list[tuple[str, float]]:
     """What is kept once for each parameter."""
-    return [(name, values[2][0]) for seen in said for name, values in seen.pieces.items() if values[0] == (1,)]
+    return [
+        (name, values[2][0]) for seen in said for name, values in seen.pieces.items() if values[0] == (1,)
+    ]
 
 
 @world
