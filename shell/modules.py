@@ -35,7 +35,8 @@ from mimogrid.core.errors import PlanError, Problem, WorldError, nearest
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.layout import matches_any, trainable_names
 from mimogrid.core.models import Block, BuiltIn, Gpt, Own, Parameter, Regressor, Vit
-from mimogrid.core.spec import ModuleSpec
+from mimogrid.core.optimizers import matches
+from mimogrid.core.spec import GroupSpec, ModuleSpec, OptimizerSpec
 from mimogrid.core.steps import Share, aux_name
 from mimogrid.core.topology import UNKNOWN, Module, StageInfo, Topology
 from mimogrid.core.zigzag import ZigZag
@@ -187,6 +188,7 @@ def build_stage(
     if UNKNOWN in trainable:  # The names of an own module are known only now.
         _check_patterns(written, module.name, tuple(weights))
         trainable = trainable_names(written, tuple(weights))
+        _check_groups(topology.spec.optimizer, module.name, tuple(weights))
     for name, weight in weights.items():
         weight.requires_grad_(name in trainable)
     return stage
@@ -200,6 +202,18 @@ def _check_patterns(written: ModuleSpec, module: str, names: tuple[str, ...]) ->
             if not any(matches_any(name, (pattern,)) for name in names):
                 fact = f"the pattern '{pattern}' matches no parameter of module '{module}'."
                 raise PlanError([Problem(f"modules.{module}.{key}", fact, nearest(pattern, names))])
+
+
+def _check_groups(optimizer: OptimizerSpec, module: str, names: tuple[str, ...]) -> None:
+    """A pattern that is meant for an own module alone must match one of its parameters."""
+    for i, group in enumerate(optimizer.groups):
+        for pattern in group.match:
+            is_meant = group.modules == (module,) or pattern.startswith(f"{module}.")
+            alone = GroupSpec(modules=group.modules, match=(pattern,))
+            if is_meant and not any(matches(alone, module, name) for name in names):
+                fact = f"the pattern '{pattern}' matches no parameter of module '{module}'."
+                remedy = nearest(pattern, tuple(f"{module}.{name}" for name in names))
+                raise PlanError([Problem(f"optimizer.groups[{i}].match", fact, remedy)])
 
 
 def _ep(groups: Groups) -> int:

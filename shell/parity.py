@@ -3,6 +3,8 @@
 The reference is plain: one process, the whole batch at once, modules called one after the other in graph
 order, one backward. It shares the networks and the loading of samples with the layout, and nothing else: no
 routes, no program, no transport, no reduction.
+
+In half precision both are compared with the reference in fp32 (see `_judged`).
 """
 
 import math
@@ -21,7 +23,7 @@ from mimogrid.shell.data import Loader
 from mimogrid.shell.device import DTYPES, Device
 from mimogrid.shell.groups import ModuleGroups
 from mimogrid.shell.jobs import Job
-from mimogrid.shell.modules import build_stage, named_weights
+from mimogrid.shell.modules import StageModule, build_stage, named_weights
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.step import Crew, Outcome
@@ -85,13 +87,20 @@ class Verdict:
 
 
 def on_one_process(
-    job: Job, step: Step, groups: ModuleGroups, device: Device, *, precision: str | None = None
+    job: Job,
+    step: Step,
+    groups: ModuleGroups,
+    device: Device,
+    *,
+    precision: str | None = None,
+    microbatches: int = 1,
+    scale: float = 1.0,
 ) -> tuple[float, Gradients]:
     """Return loss and gradients of a step's samples on one process; `groups` hold this rank alone.
 
-    The precision is that of the job if None is given.
+    The precision is that of the job if None is given; `scale` multiplies losses during their backward.
     """
-    topology = parse(_undivided(job.spec), job.topology.source)
+    topology = parse(_undivided(job.spec, microbatches), job.topology.source)
     whole = step_of(topology, step.samples)
     dtype = DTYPES[precision or job.spec.precision]
     assert job.source is not None
@@ -100,11 +109,32 @@ def on_one_process(
         name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype).to(dtype)
         for name, module in topology.modules.items()
     }
-    exact = torch.promote_types(dtype, torch.float32)
-    loss = torch.zeros((), dtype=exact, device=device.torch)
+    for network in networks.values():
+        network.loss_scale = scale
+        for weight in named_weights(network).values():
+            weight.grad_dtype = torch.promote_types(dtype, torch.float32)
+    total = 0.0
+    for microbatch in range(microbatches):
+        loss = _loss(whole, microbatch, networks, loader)
+        total += float(loss.detach())
+        if loss.requires_grad:
+            loss.backward(torch.full_like(loss, scale))
+    return total, {
+        f"{name}.{weight}": parameter.grad / scale
+        for name, network in networks.items()
+        for weight, parameter in named_weights(network).items()
+        if parameter.grad is not None
+    }
+
+
+def _loss(whole: Step, microbatch: int, networks: Mapping[str, StageModule], loader: Loader) -> torch.Tensor:
+    """Return the loss of a microbatch, module after module."""
+    topology = whole.topology
+    exact = torch.promote_types(loader.dtype, torch.float32)
+    loss = torch.zeros((), dtype=exact, device=loader.device)
     rows: dict[tuple[str, str], torch.Tensor] = {}
     for name in topology.graph.order:
-        module, share = topology.modules[name], whole.share(name, 0, 0)
+        module, share = topology.modules[name], whole.share(name, 0, microbatch)
         if share.is_empty:
             rows |= {(name, edge.target): _no_rows(edge.width, loader) for edge in module.outputs}
             continue
@@ -116,14 +146,7 @@ def on_one_process(
             loss = loss + loss_scale(topology, name, whole.units[name]) * outputs["loss"]
         if module.aux_loss:
             loss = loss + module.aux_loss / whole.units[aux_name(name)] * outputs[aux_name(name)]
-    if loss.requires_grad:
-        loss.backward()
-    return float(loss.detach()), {
-        f"{name}.{weight}": parameter.grad
-        for name, network in networks.items()
-        for weight, parameter in named_weights(network).items()
-        if parameter.grad is not None
-    }
+    return loss
 
 
 def compare(
@@ -180,13 +203,13 @@ def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
     return largest
 
 
-def _undivided(spec: JobSpec) -> JobSpec:
-    """The same model on one rank: every grid of size 1, the whole batch at once."""
+def _undivided(spec: JobSpec, microbatches: int) -> JobSpec:
+    """The same model on one rank: every grid of size 1."""
     modules = {
         name: attrs.evolve(module, grid=GridSpec(offset=0), split=None, microbatches=None, chunks=1)
         for name, module in spec.modules.items()
     }
-    batch = attrs.evolve(spec.batch, microbatches=1)
+    batch = attrs.evolve(spec.batch, microbatches=microbatches)
     return attrs.evolve(spec, modules=modules, batch=batch, world_size=None)
 
 
@@ -224,13 +247,17 @@ def _judged(session: Session, job: Job, step: Step, loss: float, ours: Gradients
     """Compare with one process in the same precision.
 
     In half precision sums in another order differ by as much as rounding does, so there both are compared
-    with fp32: the layout must not be much farther from it than the one process is.
+    with fp32: the layout must not be much farther from it than the one process is with the same microbatches
+    and loss scale.
     """
     precision, alone, device = job.spec.precision, session.groups.alone(), session.device
-    rounded = on_one_process(job, step, alone, device)
     if precision not in HALF:
-        return compare((loss, rounded[0]), ours, rounded[1], precision=precision)
+        reference = on_one_process(job, step, alone, device)
+        return compare((loss, reference[0]), ours, reference[1], precision=precision)
+    assert session.crew
+    count, scale = job.spec.batch.microbatches, session.crew.watch.scale
     exact = on_one_process(job, step, alone, device, precision="fp32")
+    rounded = on_one_process(job, step, alone, device, microbatches=count, scale=scale)
     by_rounding = compare((rounded[0], exact[0]), rounded[1], exact[1], precision=precision, limit=math.inf)
     limit = TIMES * max(by_rounding.loss, by_rounding.gradients)
     return compare((loss, exact[0]), ours, exact[1], precision=precision, limit=limit)

@@ -22,7 +22,7 @@ from mimogrid.core.groups import channels_of
 from mimogrid.core.schedule.actions import Action, Recv, Send, Transfer, Wait
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.seeds import Seeds, seeds_of
-from mimogrid.core.spec import DataSpec, GridSpec, JobSpec, OptimizerSpec
+from mimogrid.core.spec import DataSpec, GridSpec, JobSpec, LossScaleSpec, OptimizerSpec
 from mimogrid.core.topology import Topology
 from mimogrid.core.verify import listing_of, verify
 from mimogrid.shell.jobs import Job
@@ -30,6 +30,7 @@ from mimogrid.shell.launch import Pool
 from mimogrid.shell.parity import TOLERANCE, Verdict
 from mimogrid.shell.weights import draw
 from traces import Kept, Trained
+from updates import Seen, Spoilt, put_together
 
 
 world = pytest.mark.world
@@ -37,6 +38,7 @@ world = pytest.mark.world
 SIZES = (1, 2, 3)
 Opened = Callable[[JobSpec], Job]
 Judged = Callable[[JobSpec], Verdict]
+Train = Callable[..., list[Seen]]
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,47 @@ def test_an_overflow_of_the_last_module_that_only_it_skips(pool: Pool, opened: O
     said: list[list[Taken]] = ran(pool, opened, "bodies:train", spec, 2)
     assert 5 == len(said)
     assert {(False, False)} == {(step.taken, step.changed) for rank in said for step in rank}
+
+
+@world
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        Spoilt(rank=0, step=1, module="enc", name="projector.lm.bias"),
+        Spoilt(rank=2, step=1, module="lm", name="embedding.weight"),
+        Spoilt(rank=3, step=1, module="lm", name="final_norm.weight"),
+    ],
+    ids=["first", "middle", "last"],
+)
+def test_loss_scalers_that_go_apart(train: Train, spoilt: Spoilt) -> None:
+    """Each module lowered its own scale after an overflow of its own, and the next gradients were of two scales."""
+    rule = OptimizerSpec(loss_scale=LossScaleSpec(initial=256.0))
+    spec = layouts.job("enc(1,1,2)@0 lm(1,2,1)@2", precision="fp16", optimizer=rule)
+    said = train(spec, range(4), spoilt)
+    assert [[True, False, True, True]] * 4 == [seen.taken for seen in said]
+    assert [[256.0, 256.0, 128.0, 128.0]] * 4 == [seen.scales for seen in said]
+    assert [(3, said[0].watch)] * 4 == [(seen.steps_taken, seen.watch) for seen in said]
+    assert {3.0} == {float(v) for name, v in steps_of(said) if name.startswith("optimizer.step.")}
+    assert 1 == len({tuple(seen.norms) for seen in said})
+
+
+def steps_of(said: list[Seen]) -> list[tuple[str, float]]:
+    """What is kept once for each parameter."""
+    return [
+        (name, values[2][0]) for seen in said for name, values in seen.pieces.items() if values[0] == (1,)
+    ]
+
+
+@world
+def test_names_that_know_the_precision(train: Train) -> None:
+    """A wrapper for half precision put itself into every name, and fp32 could not read what bf16 had saved."""
+    one, other = (
+        put_together(train(layouts.job("enc(1,1,2)@0 lm(1,2,1)@2", precision=precision), range(1)))
+        for precision in ("bf16", "fp32")
+    )
+    assert {name: (v.shape, v.dtype) for name, v in one.items()} == {
+        name: (v.shape, v.dtype) for name, v in other.items()
+    }
 
 
 # -- samples -----------------------------------------------------------------------------------------------
