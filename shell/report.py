@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import torch
 
+from mimogrid.core.decision import is_passed_over
 from mimogrid.core.draw import perfetto
 from mimogrid.core.roles import layout_of
 from mimogrid.core.schedule.lower import plan_step
@@ -83,7 +84,9 @@ def draw(
         rank: " ".join(str(info.stage) for info in job.topology.stages_of(rank))
         for rank in job.topology.ranks
     }
-    program = plan_step(job.step(job.spec.train.steps - 1)) if events else None
+    train = job.spec.train
+    last = max((step for step in range(train.steps) if not is_passed_over(train, step)), default=0)
+    program = plan_step(job.step(last)) if events else None
     write_json(folder / "trace.json", perfetto(events, names=stages, program=program))
     for questions, answers in list(examined.values())[:1]:
         draw_predictions(folder / "predictions.png", questions, answers)

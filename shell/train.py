@@ -2,7 +2,7 @@
 
     report.json          layout, steps, losses, held-out accuracy, throughput, busy fractions, peak memory
     metrics.jsonl        one line a step
-    weights.safetensors  the final weights, full tensors under names that do not depend on the layout
+    weights.safetensors  the final weights in the job's precision, full tensors under layout-independent names
     trace.json           the measured timeline of the last step, for Perfetto
     predictions.png      held-out samples with the answer given and the true one
     checkpoints/, logs/, tensorboard/

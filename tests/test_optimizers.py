@@ -209,6 +209,22 @@ def test_a_group_has_a_rate_and_a_decay_of_its_own(train: Train) -> None:
 
 
 @world
+def test_a_group_for_a_module_of_the_users_must_match_there(pool: Pool, opened: Opened) -> None:
+    """What such a module holds is known once it is built, and then a pattern for it is checked."""
+    spec = job("enc(1,1,2)@0 lm(1,1,1)@2", OptimizerSpec())
+    own = attrs.evolve(spec.modules["enc"], model="own:encoder", options={"width": 8, "features": 5})
+    data = attrs.evolve(spec.data, options={**spec.data.options, "features": {"enc": 5}})
+    for pattern, is_legal in (("enc.up.*", True), ("enc.up.wieght", False)):
+        rule = OptimizerSpec(groups=(GroupSpec(match=(pattern,), lr=0.1),))
+        spec = attrs.evolve(spec, modules={**spec.modules, "enc": own}, data=data, optimizer=rule)
+        if is_legal:
+            assert [True] == pool.run("updates:train", 3, opened(spec), range(1))[0].taken
+            continue
+        with pytest.raises(PlanError, match=r"'enc.up.wieght' matches no parameter of module 'enc'"):
+            pool.run("updates:train", 3, opened(spec), range(1))
+
+
+@world
 def test_listed_steps_are_passed_over(pool: Pool, opened: Opened, tmp_path: Path) -> None:
     """Samples of listed steps are read by nobody, nothing is updated, and metrics and report say so."""
     spec = job("enc(1,1,2)@0 lm(1,1,1)@2", OptimizerSpec(lr=0.01, decay="linear"))
