@@ -1,0 +1,233 @@
+"""Hosts: plain torch programs with a process group of their own that train a job inside it, ``hosts:function``."""
+
+import contextlib
+import datetime
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import random as megatron_random
+from torch import nn
+
+from mimogrid.adapters.torch_module import Embedded, Example
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.place import Place
+from mimogrid.shell.session import open_session
+from mimogrid.shell.step import Outcome
+
+
+TIMEOUT = datetime.timedelta(seconds=60)
+Arrays = Mapping[str, np.ndarray]
+
+
+@contextlib.contextmanager
+def host(place: Place) -> Iterator[None]:
+    """A process group of a program's own, as big as its world, with ranks that made different groups before."""
+    assert place.meeting
+    torch.set_num_threads(1)  # Sums are rounded otherwise on another number.
+    store = dist.FileStore(place.meeting, place.size)
+    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=TIMEOUT)
+    try:
+        dist.new_group([0, 1])
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@attrs.frozen
+class Trained:
+    """What a rank saw of some steps, and full weights (on the job's first rank)."""
+
+    losses: list[float]
+    by_module: list[Mapping[str, float]]
+    norms: list[float]
+    weights: Arrays
+
+
+def _trained(outcomes: list[Outcome | None], state: Mapping[str, torch.Tensor]) -> Trained:
+    kept = [outcome for outcome in outcomes if outcome]
+    assert all(outcome.taken for outcome in kept)
+    return Trained(
+        [outcome.loss for outcome in kept],
+        [outcome.losses for outcome in kept],
+        [outcome.gradient_norm for outcome in kept],
+        {name: tensor.numpy() for name, tensor in state.items()},
+    )
+
+
+# -- a plain loop ------------------------------------------------------------------------------------------
+
+
+def train(place: Place, job: Job, steps: int, options: Mapping[str, Any]) -> Trained:
+    """Train a job's own samples in a plain loop."""
+    with host(place), Embedded(job, **options) as embedded:
+        outcomes = [embedded.step() for _ in range(steps)]
+        return _trained(outcomes, embedded.state_dict())
+
+
+def by_itself(place: Place, job: Job, steps: int) -> Trained | None:
+    """Train the same in a world of the job's own, as the command does."""
+    with open_session(place, job) as session:
+        crew = session.crew
+        if crew is None:
+            return None
+        outcomes = [crew.run(index, job.step(index), job.step(index + 1)) for index in range(steps)]
+        return _trained([*outcomes], crew.collect(crew.weights()))
+
+
+def settings(place: Place, job: Job) -> tuple[list[Any], list[list[Any]], float]:
+    """Everything global that a host may have set: before, then in, between and after two lives of the job.
+
+    Last, what the host's own process group sums up when all is over.
+    """
+    with host(place):
+        torch.set_num_threads(2)
+        torch.manual_seed(5)
+        before = _settings()
+        seen = []
+        for _ in range(2):
+            embedded = Embedded(job)
+            seen.append(_settings()[:-1])
+            embedded.step()
+            seen.append(_settings()[:-1])
+            embedded.close()
+            embedded.close()
+            seen.append(_settings())
+        total = torch.ones(1) * place.rank
+        dist.all_reduce(total)
+        torch.set_num_threads(1)
+        return before, seen, float(total)
+
+
+def _settings() -> list[Any]:
+
+    return [
+        torch.get_num_threads(),
+        torch.get_num_interop_threads(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        list(warnings.filters),
+        dict(os.environ),
+        mappings.torch is torch,
+        megatron_random._CUDA_RNG_STATE_TRACKER is None,
+        parallel_state._GLOBAL_MEMORY_BUFFER is None,
+        len(dist.distributed_c10d._world.pg_map),
+    ]
+
+
+# -- what the host does itself -----------------------------------------------------------------------------
+
+
+def own_optimizer(place: Place, job: Job, steps: int) -> Trained:
+    """Let a program's own optimizer, clipping and schedule take the steps."""
+    spec = job.spec.optimizer
+    with host(place), Embedded(job, optimizer="host") as embedded:
+        weights = list(embedded.parameters())
+        made = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay}
+        optimizer = torch.optim.AdamW(weights or [nn.Parameter(torch.zeros(1))], **made, fused=True)
+        outcomes = []
+        for _ in range(steps):
+            outcome = embedded.step()
+            if outcome and outcome.gradient_norm > spec.clip_norm:
+                for weight in weights:
+                    assert weight.grad is not None
+                    weight.grad.mul_(spec.clip_norm / outcome.gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad()  # to None, which is torch's default
+            outcomes.append(outcome)
+        return _trained(outcomes, embedded.state_dict())
+
+
+def own_batches(place: Place, job: Job, source: Job, steps: int) -> Trained:
+    """Give each step its samples, drawn from another job's source."""
+    size = job.spec.batch.global_size
+    with host(place), Embedded(job) as embedded:
+        outcomes = [
+            embedded.step([_example(source, i) for i in range(step * size, (step + 1) * size)])
+            for step in range(steps)
+        ]
+        return _trained(outcomes, embedded.state_dict())
+
+
+class _Tensors(dict[str, Any]):
+    """Tensors that are loaded when they are asked for."""
+
+    def __init__(self, source: Job, sample_id: int) -> None:
+        super().__init__()
+        self.source, self.sample_id = source, sample_id
+
+    def __missing__(self, module: str) -> Any:
+        assert self.source.source
+        return self.source.source.load(self.sample_id, module)
+
+
+def _example(source: Job, sample_id: int) -> Example:
+    assert source.source
+    # Ids of the host's need not begin at 0.
+    sample = attrs.evolve(source.source.describe(sample_id), id=1000 + sample_id)
+    return Example(sample, _Tensors(source, sample_id))
+
+
+def unlike_batches(place: Place, job: Job, source: Job) -> None:
+    """Give one rank other samples than the rest."""
+    size = job.spec.batch.global_size
+    first = size if place.rank == 1 else 0
+    with host(place), Embedded(job) as embedded:
+        embedded.step([_example(source, i) for i in range(first, first + size)])
+
+
+def handed(place: Place, job: Job, steps: int) -> Trained:
+    """Hand over a network; other lanes begin with other weights, which must not count."""
+    from own import Encoder  # noqa: PLC0415
+
+    torch.manual_seed(place.rank)
+    with host(place), Embedded(job, modules={"enc": Encoder(8, 5)}) as embedded:
+        outcomes = [embedded.step() for _ in range(steps)]
+        return _trained(outcomes, embedded.state_dict())
+
+
+def resumed(place: Place, job: Job, other: Job, steps: int) -> tuple[Trained, Trained]:
+    """Train `steps` and save; load under another layout and go on. Returns the first part and the rest."""
+    with host(place):
+        with Embedded(job) as embedded:
+            begun = [embedded.step() for _ in range(steps)]
+            state = embedded.state_dict()
+        with Embedded(other) as embedded:
+            embedded.load_state_dict(state)
+            assert embedded.crew is None or embedded.index == steps
+            rest = [embedded.step() for _ in range(steps)]
+            return _trained(begun, state), _trained(rest, embedded.state_dict())
+
+
+def refused(place: Place, job: Job, options: Mapping[str, Any]) -> None:
+    """Enter with options that do not fit; the host's process group must live on."""
+    with host(place):
+        try:
+            Embedded(job, **options)
+        finally:
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            assert total == place.size
+
+
+def foreign_state(place: Place, job: Job) -> None:
+    """Load a state in which a name is misspelt; on every rank that is an error."""
+    with host(place), Embedded(job) as embedded:
+        state = embedded.state_dict()
+        if state:
+            state["enc.projector.wieght"] = state.pop("enc.layers.0.mlp.up.weight")
+        embedded.load_state_dict(state)
