@@ -10,8 +10,8 @@ A host is any program that calls ``torch.distributed.init_process_group`` and ha
 Every rank of the host's default process group makes one and calls the same methods in the same order; ranks
 that the job has no use for idle. Nothing of the host's is owned or changed: the process group stays as it is,
 and so do the number of threads, the default dtype, the settings of determinism, warnings, the environment and
-the random states. What an `Embedded` opens, its process groups, it closes. The numbers are those of `mimogrid train`; to
-the last bit where the host computes on as many threads (``train.threads``; torch's own default is all cores).
+the random states. What an `Embedded` opens, its process groups, it closes. The numbers are those of `mimogrid train`,
+to the last bit where the host computes on as many threads (``train.threads``; torch's default is all cores).
 
 A module of the job may be an object of the host's instead of something that is built by name:
 

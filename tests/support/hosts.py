@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import random
 import warnings
@@ -17,7 +18,9 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import nn
 
+from mimogrid.adapters.megatron import forward_backward_func, open_collections
 from mimogrid.adapters.torch_module import Embedded, Example
+from mimogrid.shell.device import Device
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import open_session
@@ -231,3 +234,57 @@ def foreign_state(place: Place, job: Job) -> None:
         if state:
             state["enc.projector.wieght"] = state.pop("enc.layers.0.mlp.up.weight")
         embedded.load_state_dict(state)
+
+
+# -- Megatron ----------------------------------------------------------------------------------------------
+
+
+def collections(place: Place, job: Job) -> tuple[dict[str, dict[str, list[int]]], int]:
+    """Return the ranks of every group of every module's collection, and how many groups are left over."""
+    with host(place), Embedded(job) as embedded:
+        before = len(dist.distributed_c10d._world.pg_map)
+        with open_collections(
+            job.topology, embedded.groups, embedded.world, Device(torch.device("cpu"), "gloo")
+        ) as opened:
+            seen = {
+                module: {
+                    name: dist.get_process_group_ranks(group)
+                    for name, group in vars(collection).items()
+                    if group is not None
+                }
+                for module, collection in opened.items()
+            }
+            for collection in opened.values():
+                dist.barrier(collection.mp)
+        return seen, len(dist.distributed_c10d._world.pg_map) - before
+
+
+def as_megatron(
+    place: Place, job: Job, steps: int, changes: Mapping[str, Any] | None = None
+) -> tuple[Trained, list[float]]:
+    """Train in a loop like that of Megatron-LM: a schedule function, called with what one is called with."""
+    size = job.spec.batch.global_size // job.spec.batch.microbatches
+
+    def microbatches() -> Iterator[list[Example]]:
+        for begin in itertools.count(0, size):
+            yield [_example(job, i) for i in range(begin, begin + size)]
+
+    with host(place):
+        forward_backward = forward_backward_func(job)
+        iterator, losses = microbatches(), []
+        for _ in range(steps):
+            reduced = forward_backward(
+                **{
+                    "forward_step_func": None,
+                    "data_iterator": iterator,
+                    "model": [],
+                    "num_microbatches": job.spec.batch.microbatches,
+                    "seq_length": job.topology.sequence,
+                    "micro_batch_size": size,
+                    **(changes or {}),
+                }
+            )
+            losses.append(sum(float(loss) for each in reduced for loss in each.values()))
+        state = forward_backward.embedded.state_dict()
+        forward_backward.embedded.close()
+        return _trained([], state), losses
