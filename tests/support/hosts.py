@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib.util
 import itertools
 import os
 import random
@@ -288,3 +289,18 @@ def as_megatron(
         state = forward_backward.embedded.state_dict()
         forward_backward.embedded.close()
         return _trained([], state), losses
+
+
+# -- examples ----------------------------------------------------------------------------------------------
+
+
+def example(place: Place, path: str, steps: int) -> list[float]:
+    """Run the main function of a program, as torchrun would start it."""
+    spec = importlib.util.spec_from_file_location("example", path)
+    assert spec
+    assert spec.loader
+    program = importlib.util.module_from_spec(spec)
+    with host(place):
+        spec.loader.exec_module(program)
+        losses: list[float] = program.main(steps)
+        return losses
