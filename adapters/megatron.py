@@ -537,6 +537,26 @@ class MimoStages(nn.Module):
         return input_ids_BS == self.special_token_ids[name]
 
 
+class ModalityNetwork(nn.Module):
+    """A modality of Megatron's as a module of a job: hand it to `Embedded` under the module's name.
+
+    Its only encoder gets the rows of all samples, end to end, as `argument`, and gives one row for each. The
+    projection is the modality's own, so in the job file the module is as wide as the language model.
+    """
+
+    def __init__(self, modality: nn.Module, argument: str) -> None:
+        super().__init__()
+        self.modality = modality
+        self.argument = argument
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the projected rows; see `shell.modules.OwnNetwork`."""
+        modality: Any = self.modality
+        (encoder,) = modality.encoders
+        outputs = modality.encode({encoder: {self.argument: inputs["rows"]}})
+        return {"rows": modality.project_embeddings(outputs, is_input=True)}
+
+
 def _continued(name: str, encoder: Any, hidden: Tensor | None) -> Tensor:
     """Run a later stage of an encoder on hidden states, which it takes as every stage of Megatron's does."""
     if not hasattr(encoder, "set_input_tensor"):

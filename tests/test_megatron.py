@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -361,6 +362,21 @@ def test_every_stage_of_an_encoder_runs() -> None:
         assert torch.equal(2 * ones, theirs(hidden_states=hidden["vision"]))
 
 
+def test_only_what_a_stage_needs_is_built() -> None:
+    """A projection on the last stage, encoders on all, and one encoder only where there are several stages."""
+    spec = specs.vision(specs.Doubling)
+    both = [
+        from_specs(specs.language(), {"vision": spec}, {}, role=role(vision=stage("vision", pp, 2)))
+        for pp in range(2)
+    ]
+    built = [model.modality_submodules["vision"] for model in both]
+    assert [0, 1] == [len(modality.input_projections) for modality in built]
+    assert [True, False] == [modality.encoders["eye"].pre_process for modality in built]
+    spec.submodules["encoders"]["ear"] = spec.submodules["encoders"]["eye"]
+    with pytest.raises(ValueError, match="one encoder runs through them"):
+        from_specs(specs.language(), {"vision": spec}, {}, role=role(vision=stage("vision", 0, 2)))
+
+
 @pytest.mark.usefixtures("cpu")
 def test_models_that_do_not_fit_are_refused() -> None:
     """A role of other modules, a rank in no grid, rows that do not match placeholders, none at all."""
@@ -448,6 +464,28 @@ def test_unequal_dp_scales_no_gradient(pool: Pool, opened: Opened, encoder: int,
     ratio = float((ours[name] / expected[name]).mean())
     assert 1 == pytest.approx(ratio, abs=1e-6)
     assert language / encoder != pytest.approx(ratio, abs=0.4)
+
+
+@pytest.mark.world
+def test_an_encoder_of_megatrons_trains_alike_on_any_lanes(pool: Pool, opened: Opened) -> None:
+    """Its gradients are those of one process, so two lanes of it before one of the language model change nothing."""
+
+    def trained(grids: str) -> Trained:
+        spec = layouts.job(grids, samples=4)
+        encoder = attrs.evolve(
+            spec.modules["enc"], model="mimogrid.shell.host:module", options={}, width=specs.HIDDEN
+        )
+        data = attrs.evolve(spec.data, options={**spec.data.options, "features": {"enc": specs.PIXELS}})
+        job = opened(attrs.evolve(spec, modules={**spec.modules, "enc": encoder}, data=data))
+        (found,) = (t for t in pool.run("hosts:own_modality", 3, job, 2) if t.weights)
+        return found
+
+    one, two = trained("enc(1,1,1)@0 lm(1,1,1)@1"), trained("enc(1,1,2)@0 lm(1,1,1)@2")
+    assert one.losses == pytest.approx(two.losses, rel=1e-12)
+    for name in ("modality.encoders.eye.linear.weight", "modality.input_projections.0.bias"):
+        np.testing.assert_allclose(
+            one.weights[f"enc.{name}"], two.weights[f"enc.{name}"], rtol=1e-6, atol=1e-9
+        )
 
 
 @pytest.mark.world

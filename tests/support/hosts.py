@@ -19,8 +19,15 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import nn
 
-from mimogrid.adapters.megatron import forward_backward_func, open_collections
+from mimogrid.adapters.megatron import (
+    ModalityNetwork,
+    forward_backward_func,
+    from_specs,
+    open_collections,
+)
 from mimogrid.adapters.torch_module import Embedded, Example
+from mimogrid.core.hashing import draw_bits
+from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
 from mimogrid.shell.device import Device
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.place import Place
@@ -195,10 +202,10 @@ def unlike_batches(place: Place, job: Job, source: Job) -> None:
 
 
 def handed(place: Place, job: Job, steps: int) -> Trained:
-    """Hand over a network; other lanes begin with other weights, which must not count."""
+    """Hand over a network as it would be built by name; on other lanes with other weights, which must not count."""
     from own import Encoder  # noqa: PLC0415
 
-    torch.manual_seed(place.rank)
+    torch.manual_seed(draw_bits(job.spec.seed, "enc", "own") % 2**63 + place.rank)
     with host(place), Embedded(job, modules={"enc": Encoder(8, 5)}) as embedded:
         outcomes = [embedded.step() for _ in range(steps)]
         return _trained(outcomes, embedded.state_dict())
@@ -289,6 +296,20 @@ def as_megatron(
         state = forward_backward.embedded.state_dict()
         forward_backward.embedded.close()
         return _trained([], state), losses
+
+
+def own_modality(place: Place, job: Job, steps: int) -> Trained:
+    """Train a job with an encoder that is specified for Megatron."""
+    import specs  # noqa: PLC0415 -- warns that it is experimental
+
+    torch.manual_seed(place.rank)  # the first lane's weights count
+    stage = ModuleStageInfo("vision", 0, is_first_stage=True, is_last_stage=True, position={})
+    role = RankRole(place.rank, ModuleLayout.NON_COLOCATED, {"vision": stage}, ("language",))
+    model = from_specs(specs.language(), {"vision": specs.vision(hidden=8)}, {"vision": 0}, role=role)
+    network = ModalityNetwork(model.modality_submodules["vision"], "pixels")
+    with host(place), Embedded(job, modules={"enc": network}) as embedded:
+        outcomes = [embedded.step() for _ in range(steps)]
+        return _trained(outcomes, embedded.state_dict())
 
 
 # -- examples ----------------------------------------------------------------------------------------------
