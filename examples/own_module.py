@@ -38,6 +38,7 @@ def main(steps: int = 60) -> list[float]:
     job = open_job(
         folder / "job.toml", ['modules.ears.model="mimogrid.shell.host:module"', "modules.ears.width=32"]
     )
+    torch.manual_seed(0)
     listener = Rows(nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.LayerNorm(64), nn.Linear(64, 32)))
     losses = []
 
