@@ -35,19 +35,22 @@ on every rank (no DistributedSampler), and ``collate_fn=list``.
 finished gradients in ``.grad``, summed over all ranks that have to be, not clipped. Every rank that holds a
 weight has the same gradient of it, so any optimizer that treats each weight (or each element) by itself does
 the same on all of them. ``outcome.gradient_norm`` is the norm over all modules and all ranks; where
-``outcome.taken`` is False, on every rank, some gradient or loss is not finite and the host lets the step go.
+``outcome.taken`` is False (on every rank) the host lets the step go; ``outcome.skipped`` says why. This is for
+fp32 and fp64, where the weights themselves are what is updated.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from mimogrid.core.decision import is_passed_over
 from mimogrid.core.digest import digest_of
 from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.models import Own
@@ -59,13 +62,15 @@ from mimogrid.shell.groups import Groups, open_groups
 from mimogrid.shell.host import Handed
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
-from mimogrid.shell.state import OPTIMIZER, gather, restore, scatter
+from mimogrid.shell.state import facts_of, gather, restore, scatter
 from mimogrid.shell.step import Crew, Outcome
 from mimogrid.shell.world import World, one_report, visit
 
 
-STEP, STEPS_TAKEN = "step", "steps_taken"
-"""What a state holds besides weights and moments: the number of the next step, and the optimizer's count."""
+WHOLE = ("fp32", "fp64")
+"""Precisions in which the weights themselves are updated."""
+FACTS = "facts"
+"""Under this name a state holds, besides tensors, the number of the next step and what decisions hang on."""
 
 
 @attrs.frozen(eq=False)
@@ -107,7 +112,7 @@ class Embedded:
         Raises PlanError where the job does not fit the host's world or the modules do not fit the job, and
         WorldError where another rank has another plan.
         """
-        _check(job, modules or {}, ranks)
+        _check(job, modules or {}, ranks, optimizer)
         self.job = job
         self.index = 0
         """The number of the next step."""
@@ -147,7 +152,8 @@ class Embedded:
         Raises PlanError where a sample does not fit the job, WorldError where the ranks were given different
         batches or what is loaded is not as described, and what a module raises; on the other ranks EchoError.
         """
-        index, self.index = self.index, self.index + 1
+        index = self.index if batch is not None else self._next(self.index)
+        self.index = index + 1
         if batch is not None and len(batch) != self.job.spec.batch.global_size:
             fact = f"the host gave {len(batch)} samples, a step takes {self.job.spec.batch.global_size}."
             raise PlanError([Problem("batch.global_size", fact, "Give every rank all samples of the step.")])
@@ -161,12 +167,18 @@ class Embedded:
             if batch is None:
                 upcoming = self._upcoming
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
-                self._upcoming = index + 1, self.job.step(index + 1)
+                following = self._next(index + 1)
+                self._upcoming = following, self.job.step(following)
                 return self.crew.run(index, step, self._upcoming[1])
             samples = tuple(attrs.evolve(example.sample, id=i) for i, example in enumerate(batch))
             step = step_of(self.job.topology, samples)
             self.crew.agree_on(step_of(self.job.topology, tuple(example.sample for example in batch)))
             return self.crew.run(index, step, step, source=_Batch(batch))
+
+    def _next(self, index: int) -> int:
+        """Return the first step from `index` on whose samples are not passed over (`train.skip_steps`)."""
+        train = self.job.spec.train
+        return next(step for step in itertools.count(index) if not is_passed_over(train, step))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the weights of this rank that are trained, by layout-independent name, ``module.parameter``.
@@ -182,38 +194,34 @@ class Embedded:
         for _, weight in self.named_parameters():
             yield weight
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return weights, moments and the number of the next step, on the CPU; all ranks call it.
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, what the optimizer keeps, and the number of the next step; all ranks call it.
 
-        The first rank of the job gets full tensors by layout-independent name, which any layout of the same
-        model can load; the others get nothing. Moments are there where the job's optimizer is.
+        The first rank of the job gets full tensors on the CPU by layout-independent name, which any layout of
+        the same model can load; the others get nothing. A host's optimizer keeps its own.
         """
         if self.crew is None:
             return {}
-        full = gather(self.crew)
+        full: dict[str, Any] = dict(gather(self.crew))
         if self.crew.group.rank() == 0:
-            full[STEP] = torch.tensor(self.index)
-            full[STEPS_TAKEN] = torch.tensor(self.crew.steps_taken)
+            full[FACTS] = {"step": self.index, **facts_of(self.crew)}
         return full
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Fill weights, moments and the number of the next step from what `state_dict` returned.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned; all ranks call it, and what the job's first one gives counts.
 
-        All ranks call it; what the first rank of the job gives counts. Mere weights (such as a run's
-        ``weights.safetensors``) leave moments and step as they are. Raises WorldError, before anything is
-        changed, where names or shapes are of another model.
+        Mere weights (such as a run's ``weights.safetensors``) leave all else as it is. Raises WorldError where
+        names or shapes are of another model; where they are those of a weight, before anything is changed.
         """
         if self.crew is None:
             return
-        told = torch.tensor([int(state.get(name, -1)) for name in (STEP, STEPS_TAKEN)])
-        step, steps_taken = map(int, self.crew.gather(told.to(self._device.torch))[0])
-        weights = {name: tensor for name, tensor in state.items() if name not in (STEP, STEPS_TAKEN)}
-        if self.crew.optimizer is None:
-            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(OPTIMIZER)}
-        scatter(self.crew, weights)
-        if step >= 0:
-            self.index = step
-            restore(self.crew, steps_taken=steps_taken)
+        told = [state.get(FACTS)]
+        dist.broadcast_object_list(told, group=self.crew.group, group_src=0)
+        tensors = {name: tensor for name, tensor in state.items() if name != FACTS}
+        scatter(self.crew, tensors, told[0])
+        if told[0] is not None:
+            restore(self.crew, told[0])
+            self.index = told[0]["step"]
 
     def close(self) -> None:
         """Destroy the process groups that were made for the job; the host's stay. May be called twice."""
@@ -256,8 +264,12 @@ def _same_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | None) -> None:
+def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | None, optimizer: str) -> None:
     problems: list[Problem] = []
+    if optimizer == "host" and (job.spec.precision not in WHOLE or job.spec.optimizer.sharded):
+        message = "the host updates the weights; in half precision or shared by lanes, they follow others."
+        remedy = "Take precision = 'fp32' and optimizer.sharded = false, or let the job update them."
+        problems.append(Problem("precision", message, remedy))
     needed = job.topology.world_size
     if ranks is not None and len(ranks) != needed:
         message = f"the host gives {len(ranks)} ranks, the job needs {needed}."

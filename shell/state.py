@@ -100,7 +100,9 @@ def scatter(crew: Crew, full: Mapping[str, torch.Tensor], facts: Mapping[str, An
     has: Any = [{name: (tuple(whole.shape), whole.dtype) for name, whole in full.items()} if first else None]
     dist.broadcast_object_list(has, group=crew.group, group_src=0)
     shapes: dict[str, tuple[int, ...]] = {name: shape for name, (shape, _) in has[0].items()}
-    _check(crew, pieces_to_load(crew, {"steps_taken": 0}), shapes, lambda name: not name.startswith(OPTIMIZER))
+    _check(
+        crew, pieces_to_load(crew, {"steps_taken": 0}), shapes, lambda name: not name.startswith(OPTIMIZER)
+    )
     pieces = pieces_to_load(crew, facts or {"steps_taken": 0})
     if facts is not None:
         _check(crew, pieces, shapes, lambda name: name.startswith(OPTIMIZER))

@@ -65,11 +65,8 @@ class Crew:
     """The stages of this rank, with weights, gradients and optimizer.
 
     `steps_taken` counts the updates, and `watch` is what the decision on the next one hangs on; both are the
-    same on every rank.
-    """
-
-    `given` are networks for modules of the user's own that are there already; `steps_itself` is False where
-    somebody else updates the weights.
+    same on every rank. `given` are networks for modules of the user's own that are there already;
+    `steps_itself` is False where somebody else updates the weights.
     """
 
     def __init__(

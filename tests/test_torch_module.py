@@ -137,6 +137,13 @@ def test_modules_that_do_not_fit_are_refused(pool: Pool, opened: Opened) -> None
         pool.run("hosts:refused", 4, opened(with_own_encoder("mimogrid.shell.host:module")), {})
 
 
+def test_a_host_updates_no_weights_that_follow_others(pool: Pool, opened: Opened) -> None:
+    """In half precision, or shared by lanes, what is updated is not the weights."""
+    for fields in ({"precision": "bf16"}, {"optimizer": attrs.evolve(ADAM, sharded=True)}):
+        with pytest.raises(PlanError, match="the host updates the weights"):
+            pool.run("hosts:refused", 4, opened(job(GRIDS, **fields)), {"optimizer": "host"})
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -155,8 +162,10 @@ def test_ranks_that_do_not_fit_are_refused(
 
 def test_a_state_loads_under_any_layout(pool: Pool, opened: Opened) -> None:
     """Full tensors by name: training goes on, on other grids, as the layout that wrote them would have."""
-    fields = {"optimizer": ADAM, "microbatches": 4, "samples": 3}
-    one, other = opened(job(GRIDS, **fields)), opened(job("enc(2,1,1)@0 lm(2,1,2)@0", **fields))
+    fields = {"microbatches": 4, "samples": 3}
+    shared = attrs.evolve(ADAM, sharded=True)
+    one = opened(job(GRIDS, optimizer=ADAM, **fields))
+    other = opened(job("enc(2,1,1)@0 lm(2,1,2)@0", optimizer=shared, **fields))
     straight = by_itself(pool, one, 2 * STEPS)
     for second, exact in ((one, True), (other, False)):
         said = pool.run("hosts:resumed", 4, one, second, STEPS)

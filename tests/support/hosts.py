@@ -70,7 +70,7 @@ def _trained(outcomes: list[Outcome | None], state: Mapping[str, torch.Tensor]) 
         [outcome.loss for outcome in kept],
         [outcome.losses for outcome in kept],
         [outcome.gradient_norm for outcome in kept],
-        {name: tensor.numpy() for name, tensor in state.items()},
+        {name: tensor.numpy() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)},
     )
 
 
@@ -148,7 +148,7 @@ def own_optimizer(place: Place, job: Job, steps: int) -> Trained:
     spec = job.spec.optimizer
     with host(place), Embedded(job, optimizer="host") as embedded:
         weights = list(embedded.parameters())
-        made = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay}
+        made = {"lr": spec.lr, "betas": (0.9, 0.95), "weight_decay": spec.weight_decay}  # the job's defaults
         optimizer = torch.optim.AdamW(weights or [nn.Parameter(torch.zeros(1))], **made, fused=True)
         outcomes = []
         for _ in range(steps):
