@@ -12,11 +12,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mimogrid.core.models import Gpt
+from mimogrid.shell.ledger import Ledger
 from mimogrid.shell.megatron.layers import block_spec
 
 
 IMAGE, HIDDEN, VOCAB, SEQUENCE, PIXELS = 30, 16, 32, 12, 5
-LAYER = block_spec(Gpt(layers=1, hidden=HIDDEN, heads=4, vocab=VOCAB), layers=1, tp=1).layer_specs[0]
+LAYER = block_spec(
+    Gpt(layers=1, hidden=HIDDEN, heads=4, vocab=VOCAB), layers=1, tp=1, ledger=Ledger()
+).layer_specs[0]
 
 
 def config(*, pp: int = 1, layers: int = 2, **changes: Any) -> TransformerConfig:
