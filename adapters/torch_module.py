@@ -10,8 +10,9 @@ A host is any program that calls ``torch.distributed.init_process_group`` and ha
 Every rank of the host's default process group makes one and calls the same methods in the same order; ranks
 that the job has no use for idle. Nothing of the host's is owned or changed: the process group stays as it is,
 and so do the number of threads, the default dtype, the settings of determinism, warnings, the environment and
-the random states. What an `Embedded` opens, its process groups, it closes. The numbers are those of `mimogrid train`,
-to the last bit where the host computes on as many threads (``train.threads``; torch's default is all cores).
+the random states. What an `Embedded` opens, its process groups, it closes. The numbers are those of `mimogrid
+train`, to the last bit where the host computes on as many threads (``train.threads``; torch's default is all
+cores).
 
 A module of the job may be an object of the host's instead of something that is built by name:
 
@@ -25,11 +26,11 @@ It keeps to `shell.modules.OwnNetwork`, and its grid has data lanes only. On eve
 weights of the first, as under torch's DistributedDataParallel.
 
 **Samples** come from the job's source, or from the host, step by step (a job that has none of its own names
-`mimogrid.shell.host:samples`). A host gives each rank the same
-`Example` objects in the same order: all samples of the step. Their descriptions are read on every rank, their
-tensors only where a rank needs them, module by module, so a mapping that loads when it is asked keeps every
-rank to its own share. With torch's DataLoader that is ``batch_size = global_size``, a sampler that is the same
-on every rank (no DistributedSampler), and ``collate_fn=list``.
+`mimogrid.shell.host:samples`). A host gives each rank the same `Example` objects in the same order: all samples
+of the step. Their descriptions are read on every rank, their tensors only where a rank needs them, module by
+module, so a mapping that loads when it is asked keeps every rank to its own share. With torch's DataLoader that
+is ``batch_size = global_size``, a sampler that is the same on every rank (no DistributedSampler), and
+``collate_fn=list``.
 
 **Updates** are the job's (its `[optimizer]`), or the host's: with ``optimizer="host"`` a step ends with the
 finished gradients in ``.grad``, summed over all ranks that have to be, not clipped. Every rank that holds a

@@ -1,6 +1,7 @@
 """A job inside the world of a plain torch program: the same numbers, and nothing of the program's touched."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -10,7 +11,7 @@ import pytest
 from hosts import Arrays, Trained
 from layouts import job
 from mimogrid.core.errors import PlanError, WorldError
-from mimogrid.core.spec import DataSpec, JobSpec, OptimizerSpec
+from mimogrid.core.spec import DataSpec, JobSpec, OptimizerSpec, TrainSpec
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
 
@@ -181,3 +182,16 @@ def test_a_state_of_another_model_is_refused(pool: Pool, opened: Opened) -> None
         pool.run("hosts:foreign_state", 4, opened(job(GRIDS)))
     assert "'enc.layers.0.mlp.up.weight' is missing" in str(refused.value)
     assert "'enc.projector.wieght' is of no module here" in str(refused.value)
+
+
+def test_steps_that_are_passed_over_take_no_samples(pool: Pool, opened: Opened, tmp_path: Path) -> None:
+    """The next step trains on the samples after them, as `mimogrid train` does."""
+    spec = job(GRIDS, optimizer=ADAM, train=TrainSpec(steps=4, skip_steps=(0, 2), evaluate=False))
+    opened_job = opened(spec)
+    (report,) = (
+        one
+        for one in pool.run("mimogrid.shell.train:in_world", 4, opened_job, None, str(tmp_path))
+        if one is not None
+    )
+    said = pool.run("hosts:train", 4, opened_job, 2, {})
+    assert [loss for loss in report["losses"] if loss is not None] == first(said).losses
