@@ -59,6 +59,15 @@ def _needs_only_core(file: Path) -> bool:
     )
 
 
+@nox.session(name="megatron-newest", venv_backend="venv", python="3.12", reuse_venv=True, default=False)
+def megatron_newest(session: nox.Session) -> None:
+    """Compare with the newest megatron-core, which needs a newer Python (and brings a torch of some gigabytes)."""
+    session.install("--editable", ".[train]", "hypothesis", "pytest>=9")
+    files = ("test_megatron.py", "test_megatron_grid.py", "test_modules.py", "test_torch_module.py")
+    # Of warnings that are errors elsewhere it gives many at import, and they are not ours to mend.
+    session.run("pytest", "-W", "default", *session.posargs, *(f"tests/{file}" for file in files))
+
+
 @nox.session(venv_backend="venv")
 def package(session: nox.Session) -> None:
     """Build sdist and wheel, and use the wheel away from the checkout, without torch."""

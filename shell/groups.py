@@ -1,7 +1,7 @@
 """Process groups: exactly those of the plan, created in its order, destroyed at the end."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch.distributed as dist
@@ -38,6 +38,9 @@ class ModuleGroups:
 class Groups:
     """Every group of this rank by its ranks, and the groups that carry messages.
 
+    `outside` says which rank of torch's default process group a rank of the job is; torch asks for it where a
+    message goes to a peer.
+
     With gloo one group carries all messages, kept apart by tags. NCCL has no tags and runs what shares a
     communicator one after the other, so there each ordered pair of ranks has a group of its own.
     """
@@ -45,6 +48,7 @@ class Groups:
     rank: int
     by_ranks: Mapping[Ranks, dist.ProcessGroup]
     channels: Mapping[Ranks, dist.ProcessGroup]
+    outside: Sequence[int]
 
     def of_module(self, module: Module) -> ModuleGroups:
         """Return a module's groups. The rank must host the module."""
@@ -86,35 +90,32 @@ def open_groups(topology: Topology, world: World, device: Device) -> Iterator[Gr
     """Create this rank's groups in the order of the plan; destroy them on exit."""
     opened: list[dist.ProcessGroup] = []
 
-    def create(slot: Slot, purpose: str) -> tuple[Ranks, dist.ProcessGroup]:
-        ranks = next((ranks for ranks in slot if world.rank in ranks), (world.rank,))
-        group = dist.new_group(
-            list(ranks),
-            timeout=world.timeout,
-            backend=device.backend,
-            use_local_synchronization=True,
-            group_desc=purpose,
-        )
-        opened.append(group)
-        return ranks, group
+    def create(slot: Slot, purpose: str) -> Mapping[Ranks, dist.ProcessGroup]:
+        made = world.make_groups(slot, backend=device.backend, purpose=purpose)
+        opened.extend(made.values())
+        return made
 
     try:
-        if world.rank not in topology.ranks:
-            yield Groups(world.rank, {}, {})
+        if world.rank not in topology.ranks and not world.is_visited:
+            yield Groups(world.rank, {}, {}, world.outside)
             return
-        by_ranks = dict(create(slot, "collective") for slot in reversed(groups_of(topology)))
-        yield Groups(world.rank, by_ranks, _channels(topology, device, create))
+        by_ranks: dict[Ranks, dist.ProcessGroup] = {}
+        for slot in reversed(groups_of(topology)):
+            by_ranks |= create(slot, "collective")
+        yield Groups(world.rank, by_ranks, _channels(topology, device, create), world.outside)
     finally:
         for group in reversed(opened):
             dist.destroy_process_group(group)
 
 
 def _channels(
-    topology: Topology, device: Device, create: Callable[[Slot, str], tuple[Ranks, dist.ProcessGroup]]
+    topology: Topology, device: Device, create: Callable[[Slot, str], Mapping[Ranks, dist.ProcessGroup]]
 ) -> Mapping[Ranks, dist.ProcessGroup]:
     pairs = channels_of(topology)
     if device.backend == "gloo":
-        _, carrier = create((topology.ranks,), "messages")
-        return dict.fromkeys(pairs, carrier)
-    forward = [(a, b) for a, b in pairs if a != b]
-    return dict(create(slot, "channel") for slot in in_slots(forward))
+        carriers = create((topology.ranks,), "messages")
+        return dict.fromkeys(pairs, carriers[topology.ranks]) if carriers else {}
+    channels: dict[Ranks, dist.ProcessGroup] = {}
+    for slot in in_slots((a, b) for a, b in pairs if a != b):
+        channels |= create(slot, "channel")
+    return channels

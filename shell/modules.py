@@ -162,17 +162,22 @@ def build_stage(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    given: nn.Module | None = None,
 ) -> StageModule:
     """Build a stage that computes in `dtype`, with its initial weights; what the plan freezes takes no gradient.
 
-    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that.
+    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that. The network of an own module may
+    be `given` instead of built: it is moved to the device, and begins on every data lane with the weights that
+    the first lane has.
     """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]
     stage: StageModule
     match module.model:
         case Own() as model:
-            network = _own_network(model, written.options, seed=topology.spec.seed, module=module.name)
+            network = given
+            if network is None:
+                network = _own_network(model, written.options, seed=topology.spec.seed, module=module.name)
             stage = OwnStage(module, info, network, dtype=dtype)
         case Gpt() as model:
             context = _Context(module, info, groups, written.recompute, dtype)
@@ -191,6 +196,9 @@ def build_stage(
         _check_groups(topology.spec.optimizer, module.name, tuple(weights))
     for name, weight in weights.items():
         weight.requires_grad_(name in trainable)
+    if given is not None:
+        for tensor in (*given.parameters(), *given.buffers()):
+            dist.broadcast(tensor.detach(), group=groups.dp, group_src=0)
     return stage
 
 

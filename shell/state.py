@@ -3,9 +3,12 @@
 Weights are under ``module.parameter`` (trained ones as the main weights), what the optimizer keeps for each
 under ``optimizer.STATE.module.parameter``: of the parameter's shape, or one value. The rest is in the
 manifest: how many steps were taken, and what decisions hang on (`core.decision.Watch`).
+
+A host that writes checkpoints of its own gets all of it from `gather`, as full tensors on one rank, and gives
+it back to `scatter`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.decision import Watch
+from mimogrid.core.errors import WorldError
 from mimogrid.core.gradients import counts_in_norm
 from mimogrid.core.models import Parameter
 from mimogrid.core.shards import Part, Span, boxes
@@ -23,6 +27,12 @@ from mimogrid.shell.groups import ModuleGroups
 from mimogrid.shell.optimizer import begin_states, states_of
 from mimogrid.shell.step import Crew
 from mimogrid.shell.weights import cut_over
+
+
+OPTIMIZER = "optimizer."
+"""Begins the name of what the optimizer keeps."""
+SHOWN = 5
+"""How many of the names that do not fit an error lists."""
 
 
 def facts_of(crew: Crew) -> dict[str, Any]:
@@ -63,12 +73,78 @@ def restore(crew: Crew, facts: Mapping[str, Any]) -> None:
         buffer.publish()
 
 
+def gather(crew: Crew) -> dict[str, torch.Tensor]:
+    """Put the pieces of all ranks together on the first rank of the job, on the CPU; the others get nothing."""
+    mine = [
+        (name, piece.full_shape, piece.offsets, piece.tensor.detach().cpu())
+        for name, pieces in pieces_to_save(crew).items()
+        for piece in pieces
+    ]
+    full: dict[str, torch.Tensor] = {}
+    for of_rank in crew.hand_over(mine):
+        for name, shape, offsets, block in of_rank:
+            whole = full.setdefault(name, torch.empty(shape, dtype=block.dtype))
+            whole[_within(offsets, block.shape)] = block
+    return full
+
+
+@torch.no_grad()
+def scatter(crew: Crew, full: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None) -> None:
+    """Fill the pieces of all ranks from full tensors that the first rank of the job has.
+
+    Without facts there are only weights, and what the optimizer keeps stays. One tensor after the other travels
+    to all ranks, so none but the first holds more than one. Raises WorldError on every rank where names or
+    shapes are not those of the job; where they are those of a weight, before anything is changed.
+    """
+    first = crew.group.rank() == 0
+    has: Any = [{name: (tuple(whole.shape), whole.dtype) for name, whole in full.items()} if first else None]
+    dist.broadcast_object_list(has, group=crew.group, group_src=0)
+    shapes: dict[str, tuple[int, ...]] = {name: shape for name, (shape, _) in has[0].items()}
+    _check(
+        crew, pieces_to_load(crew, {"steps_taken": 0}), shapes, lambda name: not name.startswith(OPTIMIZER)
+    )
+    pieces = pieces_to_load(crew, facts or {"steps_taken": 0})
+    if facts is not None:
+        _check(crew, pieces, shapes, lambda name: name.startswith(OPTIMIZER))
+    for name, (shape, dtype) in has[0].items():
+        whole = torch.empty(shape, dtype=dtype, device=crew.device.torch)
+        if first:
+            whole.copy_(full[name])
+        dist.broadcast(whole, group=crew.group, group_src=0)
+        for piece in pieces.get(name, ()):
+            piece.tensor.copy_(whole[_within(piece.offsets, piece.tensor.shape)])
+    for buffer in crew.buffers.values():
+        buffer.publish()
+
+
+def _check(
+    crew: Crew, pieces: Pieces, has: Mapping[str, tuple[int, ...]], concerns: Callable[[str], bool]
+) -> None:
+    """Compare names and shapes with what all ranks want; each computes the same from all of it."""
+    mine = {name: piece.full_shape for name, of_name in pieces.items() if concerns(name) for piece in of_name}
+    every: list[Any] = [None] * crew.group.size()
+    dist.all_gather_object(every, mine, group=crew.group)
+    wanted = {name: shape for wants in every for name, shape in wants.items()}
+    has = {name: shape for name, shape in has.items() if concerns(name)}
+    apart = sorted(name for name in wanted.keys() & has.keys() if wanted[name] != has[name])
+    facts = [f"'{name}' is missing" for name in sorted(wanted.keys() - has.keys())]
+    facts += [f"'{name}' is of no module here" for name in sorted(has.keys() - wanted.keys())]
+    facts += [f"'{name}' has shape {has[name]}, not {wanted[name]}" for name in apart]
+    if facts:
+        shown = "; ".join(facts[:SHOWN]) + (f"; and {len(facts) - SHOWN} more" if len(facts) > SHOWN else "")
+        raise WorldError(f"this state is of another job: {shown}.")
+
+
+def _within(offsets: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
+
+
 def _tensors(crew: Crew, stage: Stage, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what is kept of a shard, flat: as many values as it has, or one without a dim."""
     full = f"{stage.module}.{shard.part.name}"
     yield full, shard.main.detach()
     for state, tensor in states_of(crew.optimizer, shard).items():
-        yield f"optimizer.{state}.{full}", tensor
+        yield f"{OPTIMIZER}{state}.{full}", tensor
 
 
 def _frozen(crew: Crew) -> Iterator[tuple[str, Piece, bool]]:

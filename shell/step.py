@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import attrs
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from mimogrid.core.decision import Watch, decide
 from mimogrid.core.errors import WorldError
@@ -64,10 +65,20 @@ class Crew:
     """The stages of this rank, with weights, gradients and optimizer.
 
     `steps_taken` counts the updates, and `watch` is what the decision on the next one hangs on; both are the
-    same on every rank.
+    same on every rank. `given` are networks for modules of the user's own that are there already;
+    `steps_itself` is False where somebody else updates the weights.
     """
 
-    def __init__(self, job: Job, rank: int, groups: Groups, device: Device) -> None:
+    def __init__(
+        self,
+        job: Job,
+        rank: int,
+        groups: Groups,
+        device: Device,
+        *,
+        given: Mapping[str, nn.Module] | None = None,
+        steps_itself: bool = True,
+    ) -> None:
         assert job.source is not None
         self.job = job
         self._source = job.source
@@ -83,7 +94,14 @@ class Crew:
         for info in self.topology.stages_of(rank):
             module = self.topology.modules[info.stage.module]
             of_module = groups.of_module(module)
-            network = build_stage(self.topology, info, of_module, device=device.torch, dtype=dtype)
+            network = build_stage(
+                self.topology,
+                info,
+                of_module,
+                device=device.torch,
+                dtype=dtype,
+                given=(given or {}).get(module.name),
+            )
             full = {name: weight.detach() for name, weight in named_weights(network).items()}
             network.to(dtype)
             self.stages[info.stage] = StageRunner(
@@ -109,22 +127,31 @@ class Crew:
             for buffer in of_stage.buffers
             for shard in buffer.shards
         )
-        self.optimizer = optimizer.build(rule, shards)
+        self.steps_itself = steps_itself
+        self.optimizer = optimizer.build(rule, shards) if steps_itself else None
         self.steps_taken = 0
         self.watch = Watch.first(rule, job.spec.precision)
 
-    def run(self, index: int, step: Step, following: Step, *, update: bool = True) -> Outcome:
+    def run(
+        self, index: int, step: Step, following: Step, *, update: bool = True, source: Loads | None = None
+    ) -> Outcome:
         """Train one step; without `update`, stop at the gradients.
 
-        `following` is the next step: the ranks agree on its samples in this one.
+        `following` is the next step: the ranks agree on its samples in this one. `source` has the samples
+        where they are not the job's.
         """
         program = plan_step(step)
-        self._begin(program, self._source, index, loss_scale=self.watch.scale)
+        self._begin(program, source or self._source, index, loss_scale=self.watch.scale)
         for buffer in self.buffers.values():
             buffer.clear()
         finish = _Finish(self, index, step, following, update=update)
         timeline = execute(program.of(self.rank), self.stages, self._transport, finish)
         return attrs.evolve(finish.outcome, timeline=timeline)
+
+    def agree_on(self, step: Step) -> None:
+        """Compare what the ranks take the samples of a step to be. Raises WorldError where they differ."""
+        mine = torch.tensor(_digest(step), dtype=torch.float64, device=self.device.torch)
+        _check_digests(self, step, self.gather(mine).cpu())
 
     def choose(self, step: Step, source: Loads) -> list[int]:
         """Run a step forwards only; return the likeliest next token of every sample, on every rank."""
@@ -210,7 +237,7 @@ class _Finish:
         )
         every = crew.gather(mine).cpu()
         all_finite, all_terms, all_losses, digests = every.split([1, NORM_TERMS, len(losses), 2], dim=1)
-        self._check_digests(digests)
+        _check_digests(crew, self.following, digests)
         sums = all_losses.sum(dim=0).tolist()
         means = {
             name: total / units if units else 0.0
@@ -239,6 +266,9 @@ class _Finish:
         crew.watch = self.watch
         if not self.outcome.taken:
             return
+        crew.steps_taken += 1
+        if not crew.steps_itself:
+            return
         if limit and norm > limit:
             for buffer in crew.buffers.values():
                 buffer.scale(limit / norm)
@@ -247,7 +277,6 @@ class _Finish:
             crew.optimizer.step()
         for buffer in crew.buffers.values():
             buffer.publish()
-        crew.steps_taken += 1
 
     def _losses(self) -> dict[str, float]:
         """This rank's part of each loss sum: under cp each has one, under tp all have the same.
@@ -262,16 +291,6 @@ class _Finish:
             if runner.aux is not None:
                 losses[aux_name(runner.module.name)] += float(runner.aux)
         return losses
-
-    def _check_digests(self, digests: torch.Tensor) -> None:
-        ranks = self.crew.topology.ranks
-        differ = [r for r, row in zip(ranks, digests, strict=True) if not row.equal(digests[0])]
-        if differ:
-            ids = f"{self.following.samples[0].id}..{self.following.samples[-1].id}"
-            raise WorldError(
-                f"ranks {differ} describe samples {ids} differently than rank {ranks[0]}: a source's "
-                "describe must depend on nothing but the sample's id."
-            )
 
 
 class _Nothing:
@@ -295,3 +314,15 @@ def _digest(step: Step) -> tuple[float, float]:
     facts = [(s.id, s.length, s.rows, s.placeholders, s.units) for s in step.samples]
     half = hashlib.blake2b(repr(facts).encode(), digest_size=12).digest()
     return float(int.from_bytes(half[:6], "big")), float(int.from_bytes(half[6:], "big"))
+
+
+def _check_digests(crew: Crew, step: Step, digests: torch.Tensor) -> None:
+    """Compare the digests [ranks, 2] of what each rank takes the samples of a step to be."""
+    ranks = crew.topology.ranks
+    differ = [r for r, row in zip(ranks, digests, strict=True) if not row.equal(digests[0])]
+    if differ:
+        ids = f"{step.samples[0].id}..{step.samples[-1].id}"
+        raise WorldError(
+            f"ranks {differ} describe samples {ids} differently than rank {ranks[0]}: a source's "
+            "describe must depend on nothing but the sample's id."
+        )

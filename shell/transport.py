@@ -51,7 +51,7 @@ class Transport:
             outgoing = tensor.cpu() if self._device.stages_through_host else tensor
             work = dist.isend(
                 outgoing.contiguous(),
-                dst=peer,
+                dst=self._groups.outside[peer],
                 group=self._groups.channel(self._groups.rank, peer),
                 tag=self._tag(transfer),
             )
@@ -71,7 +71,7 @@ class Transport:
             if peer != self._groups.rank:
                 work = dist.irecv(
                     buffer,
-                    src=peer,
+                    src=self._groups.outside[peer],
                     group=self._groups.channel(peer, self._groups.rank),
                     tag=self._tag(transfer),
                 )

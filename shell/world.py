@@ -1,33 +1,64 @@
 """The world: processes that have found each other and agree on the plan.
 
-A world is joined once, compares the digest of the plan before any group is made, creates the planned groups,
-and closes whatever it opened. The store that brought the ranks together also tells a failure from its echoes:
-the first rank to fail says so there, and the others know that they were only cut off.
+A world compares the digest of the plan before any group is made, creates the planned groups, and closes
+whatever it opened. `join` makes one of processes that were started for the job; `visit` makes one inside a
+process group that belongs to a host, and leaves nothing behind there. The store that brought the ranks
+together also tells a failure from its echoes: the first rank to fail says so there, and the others know that
+they were only cut off.
 """
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch.distributed as dist
 
-from mimogrid.core.errors import EchoError, PlanError, WorldError
+from mimogrid.core.errors import EchoError, PlanError, Problem, WorldError
+from mimogrid.core.groups import Ranks, Slot
 
 
 @attrs.frozen(eq=False)
 class World:
-    """A joined world: this process's place in it, and the store that all share."""
+    """A joined world: this process's place in it, and the store that all share.
+
+    `outside` says, of every rank of this world, which rank of torch's default process group it is: the same
+    one, unless a host put the job elsewhere. In a visited world every rank calls for every group: where only
+    members call, torch names a group by how many its members have, and a host's may have different numbers.
+    """
 
     rank: int
     size: int
     store: dist.Store
     timeout: datetime.timedelta
+    outside: Sequence[int]
+    is_visited: bool = False
+
+    def make_groups(self, slot: Slot, *, backend: str, purpose: str) -> Mapping[Ranks, dist.ProcessGroup]:
+        """Make the groups of a slot; return the one that this rank is in, by its ranks.
+
+        Where the slot has none for it, the rank is alone in a group; in a visited world, only in the empty slot.
+        """
+        mine = next((ranks for ranks in slot if self.rank in ranks), (self.rank,))
+        wanted: Sequence[Ranks] = (mine,)
+        if self.is_visited:
+            wanted = slot or tuple((rank,) for rank in range(self.size))
+        made = {
+            ranks: dist.new_group(
+                [self.outside[rank] for rank in ranks],
+                timeout=self.timeout,
+                backend=backend,
+                use_local_synchronization=not self.is_visited,
+                group_desc=purpose,
+            )
+            for ranks in wanted
+        }
+        return {ranks: group for ranks, group in made.items() if self.rank in ranks}
 
     def agree_on(self, digest: str) -> None:
         """Compare the plan's digest over the world. Raises WorldError where a rank planned another job."""
         self.store.set(f"digest/{self.rank}", digest)
-        first = self.store.get("digest/0").decode()
+        first = self._hear("digest/0")
         if digest != first:
             raise WorldError(
                 f"rank {self.rank} planned another job than rank 0: digest {digest[:12]} against "
@@ -38,13 +69,13 @@ class World:
         """Return what rank 0 decides; the other ranks hear it."""
         if self.rank == 0:
             self.store.set(key, decide())
-        return str(self.store.get(key).decode())
+        return self._hear(key)
 
     def wait_for_all(self, what: str) -> None:
         """Wait until every rank is this far; one that left before would break the others' connecting."""
         if self.store.add(f"{what}/count", 1) == self.size:
             self.store.set(f"{what}/all", "")
-        self.store.wait([f"{what}/all"])
+        self.store.wait([f"{what}/all"], self.timeout)
 
     def fails_first(self) -> bool:
         """Whether this rank is the first of the world to fail; others that fail only echo it."""
@@ -53,6 +84,11 @@ class World:
         except RuntimeError:  # the store is gone with whoever kept it: somebody else failed before
             return False
         return first.decode() == str(self.rank)
+
+    def _hear(self, key: str) -> str:
+        # The store may be a host's, with a time limit of its own that is not ours to change.
+        self.store.wait([key], self.timeout)
+        return str(self.store.get(key).decode())
 
 
 @contextlib.contextmanager
@@ -78,7 +114,7 @@ def join(
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     store.set_timeout(timeout)
-    world = World(rank, size, store, timeout)
+    world = World(rank, size, store, timeout, range(size))
     world.agree_on(digest)
     dist.init_process_group(
         backend,
@@ -91,3 +127,29 @@ def join(
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def visit(*, ranks: Sequence[int], timeout_s: float, digest: str) -> World:
+    """Enter a world of some ranks of the default process group, which a host has initialized and keeps.
+
+    Every rank of the host's calls it, those that are not among `ranks` too: they come after the others and
+    idle. The ranks must ascend, because torch sorts the ranks of a group. Raises WorldError where the digests
+    of the plan differ, and where there is no process group.
+    """
+    if not dist.is_initialized():
+        raise WorldError("there is no process group: the host calls torch.distributed.init_process_group.")
+    size = dist.get_world_size()
+    if list(ranks) != sorted(set(ranks)) or any(rank not in range(size) for rank in ranks):
+        message = f"{list(ranks)} are not ascending ranks of the host's world 0..{size - 1}."
+        raise PlanError([Problem("ranks", message, "Name each rank of the host's once, in ascending order.")])
+    outside = (*ranks, *(rank for rank in range(size) if rank not in set(ranks)))
+    # Public functions do not lead to the store of a process group that somebody else initialized.
+    shared = dist.distributed_c10d._get_default_store()
+    me = dist.get_rank()
+    # Each visit has keys of its own: the n-th of a rank is the n-th of all.
+    nth = shared.add(f"mimogrid/visits/{me}", 1)
+    store = dist.PrefixStore(f"mimogrid/{nth}", shared)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    world = World(outside.index(me), size, store, timeout, outside, is_visited=True)
+    world.agree_on(digest)
+    return world

@@ -1,0 +1,64 @@
+"""Any nn.Module as an encoder, in a plain torch loop that owns its process group, its optimizer and its schedule.
+
+    torchrun --nproc-per-node 4 examples/own_module.py
+
+The job is that of examples/own, a listener on two data lanes before a language model on two pipeline stages;
+but the listener is an object made here, and so is the optimizer.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mimogrid.adapters.torch_module import Embedded
+from mimogrid.shell.jobs import open_job
+
+
+class Rows(nn.Module):
+    """What a job asks of a network: inputs by name to outputs by name. Around anything that maps rows to rows."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return one row for each that comes in."""
+        return {"rows": self.network(inputs["rows"])}
+
+
+def main(steps: int = 60) -> list[float]:
+    """Train; return the losses."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    folder = Path(__file__).parent / "own"
+    job = open_job(
+        folder / "job.toml", ['modules.ears.model="mimogrid.shell.host:module"', "modules.ears.width=32"]
+    )
+    torch.manual_seed(0)
+    listener = Rows(nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.LayerNorm(64), nn.Linear(64, 32)))
+    losses = []
+
+    with Embedded(job, modules={"ears": listener}, optimizer="host") as embedded:
+        optimizer = torch.optim.RAdam(embedded.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(steps):
+            outcome = embedded.step()  # the gradients are in .grad, finished
+            if outcome.taken:
+                optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(outcome.loss)
+            if dist.get_rank() == 0 and step % 20 == 19:
+                print(f"step {step + 1}: loss {outcome.loss:.4f}")
+    return losses
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)  # the ranks share this machine
+    main()
+    dist.destroy_process_group()
