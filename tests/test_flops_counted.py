@@ -1,7 +1,6 @@
 """The operations that the plan counts are those that torch counts in the networks that run."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +50,10 @@ def counted(alone: Alone, topology: Topology, step: Step) -> dict[str, tuple[int
                 torch.stack([output.sum() for output in outputs.values()]).sum().backward()
         found[name] = forward.get_total_flops(), backward.get_total_flops()
         wanted = topology.modules["language"].stages[0].trains_upstream
-        fed = {name: output.detach().requires_grad_(wanted) for output in outputs.values()}
+        fed = {
+            feeder: rows.detach().requires_grad_(wanted)
+            for feeder, rows in zip([name], outputs.values(), strict=True)
+        }
     return found
 
 
