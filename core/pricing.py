@@ -150,7 +150,14 @@ def on_machine(step: Step, machine: Machine) -> Costs:
     stages: dict[str, StageCosts] = {}
     for module in topology.modules.values():
         load = lane_load(module, lengths_of(step, module.name), topology.sequence)
-        parts = unit_costs(topology, module, load, machine)
+        parts = unit_costs(
+            module,
+            load,
+            machine,
+            flops=module_units(topology, module, load),
+            values=values_of_units(module),
+            repeats=topology.spec.modules[module.name].recompute == "full",
+        )
         for info in module.stages:
             stages[str(info.stage)] = joined(of_units(info, parts) if parts else ())
     edges = {str(link): machine.link(within=_is_near(topology, link, machine)) for link in topology.links}
@@ -185,28 +192,49 @@ def _of_lane(module: Module, lane: int, lengths: Sequence[int], sequence: int) -
     return whole * (1 / max(count, 1))
 
 
-def unit_costs(topology: Topology, module: Module, load: Load, machine: Machine) -> tuple[StageCosts, ...]:
+@attrs.frozen
+class Values:
+    """How many values of weights a rank holds; of these, how many train, without experts and of experts."""
+
+    held: float = 0.0
+    trained: float = 0.0
+    trained_experts: float = 0.0
+
+
+def unit_costs(
+    module: Module,
+    load: Load,
+    machine: Machine,
+    *,
+    flops: Sequence[Flops],
+    values: Sequence[Values],
+    repeats: bool,
+) -> tuple[StageCosts, ...]:
     """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a load of one lane.
 
-    Nothing for a module of the user's own.
+    `flops` and `values` are of these parts; `repeats` says that layers are computed anew in the backward, with
+    all that their ranks exchange. Nothing for a module of the user's own.
     """
     if isinstance(module.model, Own):
         return ()
-    recompute = topology.spec.modules[module.name].recompute == "full"
-    held, trained = _values(module)
-    last = module.model.layers + 1
-    return tuple(
-        _unit(
-            flops,
-            sums=_sums(module, module.model, load, machine, entry=i == 0, leaves=i == last),
-            shards=module.cp * (_tp(module) if _is_cut(module.model, i, last) else 1),
-            reads_s=held[i] * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
-            repeats=recompute and 0 < i < last,
-            machine=machine,
-            ends=(_reduce_s(module, trained[i], machine), _update_s(trained[i], machine)),
-        )
-        for i, flops in enumerate(module_units(topology, module, load))
-    )
+    model, last = module.model, module.model.layers + 1
+    kinds: dict[object, StageCosts] = {}  # most layers are alike
+    costs: list[StageCosts] = []
+    for i, (work, held) in enumerate(zip(flops, values, strict=True)):
+        in_layers = 0 < i < last
+        kind = work, held, in_layers, i == 0
+        if kind not in kinds:
+            kinds[kind] = _unit(
+                work,
+                sums=_sums(module, model, load, machine, entry=i == 0, leaves=i == last),
+                shards=module.cp * (_tp(module) if in_layers or isinstance(model, Gpt) else 1),
+                reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
+                repeats=repeats and in_layers,
+                machine=machine,
+                ends=(_reduce_s(module, held, machine), _update_s(held, machine)),
+            )
+        costs.append(kinds[kind])
+    return tuple(costs)
 
 
 def joined(parts: Iterable[StageCosts]) -> StageCosts:
@@ -250,11 +278,6 @@ def _unit(
 
 
 # -- what ranks hold and say to each other -----------------------------------------------------------------
-
-
-def _is_cut(model: BuiltIn, unit: int, last: int) -> bool:
-    """Whether tp ranks share a part: the layers, and what has a vocabulary; other ends each computes whole."""
-    return 0 < unit < last or isinstance(model, Gpt)
 
 
 def _tp(module: Module) -> int:
@@ -326,19 +349,20 @@ def _stage_ranks(grid: Grid) -> tuple[tuple[int, ...], ...]:
     return grid.ranks_along(tuple(axis.name for axis in grid.axes if axis.name != "pp"))
 
 
-def _values(module: Module) -> tuple[list[float], list[dict[bool, float]]]:
-    """Return, per part of a module, the values that a rank holds, and those that train: of experts (True), other."""
-    assert not isinstance(module.model, Own)
+def values_of_units(module: Module) -> tuple[Values, ...]:
+    """Return what a rank holds of each part of a module that no stage cuts (see `flops.units`)."""
+    if isinstance(module.model, Own):
+        return ()
     last = module.model.layers + 1
-    held = [0.0] * (last + 1)
-    trained = [{True: 0.0, False: 0.0} for _ in held]
+    held, trained, experts = ([0.0] * (last + 1) for _ in range(3))
     for info in module.stages:
         for parameter in info.parameters:
             size = _values_of(module, parameter)
             for unit in _units_with(parameter, info, last):
                 held[unit] += size
-                trained[unit][parameter.expert is not None] += size * (parameter.name in info.trainable)
-    return held, trained
+                if parameter.name in info.trainable:
+                    (trained if parameter.expert is None else experts)[unit] += size
+    return tuple(map(Values, held, trained, experts))
 
 
 def _units_with(parameter: Parameter, info: StageInfo, last: int) -> Iterator[int]:
@@ -360,17 +384,18 @@ def _values_of(module: Module, parameter: Parameter) -> float:
     return size / cut if parameter.tp_dim is not None else size
 
 
-def _reduce_s(module: Module, values: Mapping[bool, float], machine: Machine) -> float:
+def _reduce_s(module: Module, values: Values, machine: Machine) -> float:
     """Return the seconds that sum gradients over lanes; in buffers so large that latency does not count."""
     copies = 0.0
     if module.experts is not None:
-        copies = _moved_s(values[True] * machine.state_bytes, module.experts, ("expert_dp",), machine)
-    return 2 * (copies + _moved_s(values[False] * machine.state_bytes, module.grid, ("cp", "dp"), machine))
+        size = values.trained_experts * machine.state_bytes
+        copies = _moved_s(size, module.experts, ("expert_dp",), machine)
+    return 2 * (copies + _moved_s(values.trained * machine.state_bytes, module.grid, ("cp", "dp"), machine))
 
 
-def _update_s(values: Mapping[bool, float], machine: Machine) -> float:
-    count = math.fsum(values.values())
-    return count * ADAM_VALUES * machine.state_bytes / machine.accelerator.memory_bytes_per_s
+def _update_s(values: Values, machine: Machine) -> float:
+    size = (values.trained + values.trained_experts) * machine.state_bytes
+    return ADAM_VALUES * size / machine.accelerator.memory_bytes_per_s
 
 
 # -- costs and jobs ----------------------------------------------------------------------------------------
