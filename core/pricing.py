@@ -21,7 +21,7 @@ log2 n latencies per direction, as trees do.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
@@ -172,8 +172,8 @@ def lane_load(module: Module, lengths: Sequence[int], sequence: int) -> Load:
     return max((_of_lane(module, lane, lengths, sequence) for lane in range(module.lanes)), key=_size)
 
 
-def _size(load: Load) -> tuple[float, float]:
-    return load.positions, load.pairs
+def _size(load: Load) -> tuple[float, float, float]:
+    return load.positions, load.pairs, load.rows
 
 
 def _of_lane(module: Module, lane: int, lengths: Sequence[int], sequence: int) -> Load:
