@@ -33,8 +33,8 @@ from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-BUDGET = 24
-"""Layouts that are simulated at most, with the order that is usual for them."""
+BUDGET = 200_000
+"""Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
 SHOWN = 3
@@ -146,7 +146,7 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     )
     found = _Judged(question, main)
     least = found.candidates(walked, budget)
-    found.orders()
+    found.orders(2 * budget)
     own = found.judge(question.spec)
     ranked = sorted((f for f in found.layouts if f.kind == SLOWER), key=lambda f: f.step_s)
     best = ranked[0] if ranked else None
@@ -177,6 +177,7 @@ class _Judged:
     main: str
     layouts: list[Layout] = attrs.field(factory=list[Layout])
     simulated: int = 0
+    effort: int = 0
 
     def candidates(self, walked: Walk, budget: int) -> float:
         """Simulate candidates while their bounds promise anything; return the least bound of what is left."""
@@ -184,14 +185,14 @@ class _Judged:
         for candidate in walked.candidates:
             if candidate.bound >= best:
                 return best
-            if self.simulated >= budget:
+            if self.effort >= budget:
                 return min(candidate.bound, walked.passed)
             layout = self.judge(layout_of(self.question, self.main, candidate))
             if layout.kind == SLOWER:
                 best = min(best, layout.step_s)
         return walked.passed
 
-    def orders(self) -> None:
+    def orders(self, budget: int) -> None:
         """Try other orders on the best layouts without chunks; with chunks there is one order."""
         ranked = sorted((f for f in self.layouts if f.kind == SLOWER), key=lambda f: f.step_s)
         for layout in ranked[:REFINED]:
@@ -202,7 +203,7 @@ class _Judged:
                     continue
                 schedule = attrs.evolve(layout.spec.schedule, name=name)
                 other = attrs.evolve(layout.spec, schedule=schedule)
-                if not problems_of(other, self.question.facts):
+                if self.effort < budget and not problems_of(other, self.question.facts):
                     self.judge(other)
 
     def judge(self, spec: JobSpec) -> Layout:
@@ -227,7 +228,8 @@ class _Judged:
         costs = on_machine(step, question.machine)
         timeline = simulate(plan_step(step), costs)
         self.simulated += 1
-        peaks = peak_bytes(step, timeline.peak_in_flight)
+        self.effort += sum(len(timeline.events_of(rank)) for rank in timeline.classes.members)
+        peaks = peak_bytes(timeline)
         most = {n: max(peaks[rank] for rank in m.grid.ranks) for n, m in topology.modules.items()}
         largest = max(most, key=most.__getitem__)
         fits = most[largest] <= question.memory_bytes
@@ -303,7 +305,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
         question.spec,
         modules=modules,
         batch=BatchSpec(global_size=len(question.samples), microbatches=count),
-        schedule=attrs.evolve(question.spec.schedule, name=order),
+        schedule=attrs.evolve(question.spec.schedule, name=order, costs=None),
         world_size=question.gpus,
     )
 

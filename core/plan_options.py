@@ -14,7 +14,7 @@ of each stage. Alone on its ranks it takes at least, for each of these,
     head + microbatches * (forward + backward) + the longer of tail and reduction, + the slowest update
 
 where head is the way of the first microbatch to the rank and tail the way of the last gradient from it. What a rank
-keeps is priced likewise, from `memory.peak_bytes` asked once per shape with every layer on a stage of its own.
+keeps is priced likewise, from what `memory` says of a layer that is a stage of its own.
 """
 
 import itertools
@@ -25,12 +25,11 @@ import attrs
 
 from mimogrid.core.costs import StageCosts
 from mimogrid.core.errors import Problem
-from mimogrid.core.flops import Flops, Load, lengths_of, module_units, padded_load
-from mimogrid.core.grid import Axis, Grid
+from mimogrid.core.flops import Flops, Load, lengths_of, module_units, padded_load, real_load
 from mimogrid.core.legality import problems_of
-from mimogrid.core.memory import peak_bytes
+from mimogrid.core.memory import kept, saved_bytes
 from mimogrid.core.models import Gpt, Own
-from mimogrid.core.pricing import Machine, Values, joined, lane_load, unit_costs, values_of_units
+from mimogrid.core.pricing import Machine, Values, joined, unit_costs, values_of_units
 from mimogrid.core.samples import Sample
 from mimogrid.core.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
 from mimogrid.core.steps import Step, step_of
@@ -146,19 +145,15 @@ class Illegal:
     problem: Problem
 
 
-@attrs.define
-class Limit:
-    """Bounds above this are not worth looking at; `passed` is the least that was passed over for it."""
+@attrs.frozen
+class Way:
+    """What distinguishes an option of a module from others."""
 
-    seconds: float = math.inf
-    passed: float = math.inf
-
-    def allows(self, bound: float) -> bool:
-        """Whether a bound is worth looking at."""
-        if bound <= self.seconds:
-            return True
-        self.passed = min(self.passed, bound)
-        return False
+    shape: Shape
+    pp: int
+    chunks: int
+    dp: int
+    microbatches: int
 
 
 @attrs.frozen(eq=False)
@@ -182,10 +177,8 @@ class Menu:
         factory=dict[object, tuple[int, ...]], init=False, repr=False
     )
 
-    def options(
-        self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,), *, limit: Limit
-    ) -> Iterator[Option]:
-        """Yield every option on up to so many ranks, for so many microbatches, that may be within a limit."""
+    def ways(self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)) -> Iterator[Way]:
+        """Yield every way to lay the module out on up to so many ranks, for so many microbatches."""
         samples = len(self.lengths) // microbatches
         for shape in self.shapes:
             for pp, chunk in itertools.product(enough(self.layers, self.layers), chunks):
@@ -193,14 +186,21 @@ class Menu:
                 if chunk > 1 and (pp == 1 or pp * chunk > self.layers or microbatches % pp):
                     continue
                 for dp in enough(samples, ranks // each):
-                    if (shape.tp * shape.cp * dp) % shape.ep:
-                        continue
-                    seconds = self._seconds_of(shape, dp, microbatches)
-                    if limit.allows((seconds.forward[-1] + seconds.backward[-1]) * microbatches / pp):
-                        yield self.option(shape, pp=pp, chunks=chunk, dp=dp, microbatches=microbatches)
+                    if (shape.tp * shape.cp * dp) % shape.ep == 0:
+                        yield Way(shape, pp, chunk, dp, microbatches)
 
-    def option(self, shape: Shape, *, pp: int, chunks: int, dp: int, microbatches: int) -> Option:
-        """Return one option, priced."""
+    def least_s(self, way: Way) -> float:
+        """Return what a way takes at least, from its work alone."""
+        seconds = self._seconds_of(way.shape, way.dp, way.microbatches)
+        return (seconds.forward[-1] + seconds.backward[-1]) * way.microbatches / way.pp
+
+    def least_bytes(self, way: Way) -> float:
+        """Return what its fullest rank keeps at least, from the whole alone."""
+        return self.held(way.shape).kept[-1] / way.pp
+
+    def option(self, way: Way) -> Option:
+        """Return a way, priced."""
+        shape, pp, chunks, dp, microbatches = attrs.astuple(way, recurse=False)
         held = self.held(shape)
         seconds = self._seconds_of(shape, dp, microbatches)
         split = self._split(shape, pp * chunks)
@@ -257,8 +257,9 @@ class Menu:
 
     def _seconds_of(self, shape: Shape, dp: int, microbatches: int) -> "_Seconds":
         held = self.held(shape)
-        load = _load(held.module, self.lengths, dp, microbatches, held.topology.sequence)
-        if (shape, load) not in self._seconds:
+        samples = -(-(len(self.lengths) // microbatches) // dp)
+        if (shape, samples) not in self._seconds:
+            load = held.load * samples
             if load not in self._flops:
                 self._flops[load] = module_units(held.topology, held.module, load)
             parts = unit_costs(
@@ -269,8 +270,8 @@ class Menu:
                 values=held.values,
                 repeats=self.spec.modules[self.name].recompute == "full",
             )
-            self._seconds[shape, load] = _Seconds.of(_by_layer(parts))
-        return self._seconds[shape, load]
+            self._seconds[shape, samples] = _Seconds.of(_by_layer(parts))
+        return self._seconds[shape, samples]
 
     def _split(self, shape: Shape, stages: int) -> tuple[int, ...]:
         """Deal the layers so that the slowest stage is fastest, for one sample in each microbatch of a lane."""
@@ -432,6 +433,7 @@ class _Held:
 
     topology: Topology
     module: Module
+    load: Load
     values: tuple[Values, ...]
     kept: Sums
     flying: Sums
@@ -444,17 +446,15 @@ def _held(menu: Menu, shape: Shape) -> _Held:
     topology = assemble(spec, menu.facts)
     module = topology.modules[menu.name]
     step = step_of(topology, (menu.longest,) * spec.batch.global_size)
-    kept = peak_bytes(step, {})
-    full = peak_bytes(step, {info.stage: 1 for info in module.stages})
-    ranks = [module.grid.rank_at(pp=pp) for pp in range(menu.layers)]
     values = values_of_units(module)
     trained = _by_layer([StageCosts(forward=each.trained) for each in values])
     return _Held(
         topology=topology,
         module=module,
+        load=_load_of(module, menu.lengths, topology.sequence),
         values=values,
-        kept=_sums(kept[rank] for rank in ranks),
-        flying=_sums(full[rank] - kept[rank] for rank in ranks),
+        kept=_sums(kept(step, module.grid.rank_at(pp=pp)).bytes for pp in range(menu.layers)),
+        flying=_sums(saved_bytes(step, info.stage, 0, 0) for info in module.stages),
         trained=_sums(layer.forward for layer in trained),
     )
 
@@ -477,13 +477,13 @@ def _over(sums: Sums, spans: Iterable[tuple[int, int]]) -> float:
     return sum(sums[stop] - sums[start] for start, stop in spans)
 
 
-def _load(module: Module, lengths: tuple[int, ...], dp: int, microbatches: int, sequence: int) -> Load:
-    """Return the load of the fullest lane; where all samples are padded alike, without looking at each."""
+def _load_of(module: Module, lengths: tuple[int, ...], sequence: int) -> Load:
+    """Return the load of one sample: their mean, not padded but in a language model, which pads to `sequence`.
+
+    With ragged samples it is no more than what is priced in the end, where others wait for the longest.
+    """
     if isinstance(module.model, Own):
         return Load()
-    samples = -(-(len(lengths) // microbatches) // dp)
-    if isinstance(module.model, Gpt) or len(set(lengths)) == 1:
-        load = padded_load(module, lengths[:samples], sequence)
-        return attrs.evolve(load, rows=samples * sum(lengths) / len(lengths))
-    grid = Grid((Axis("cp", module.cp), Axis("tp", module.grid.extent("tp")), Axis("dp", dp)))
-    return lane_load(attrs.evolve(module, grid=grid, microbatches=microbatches), lengths, sequence)
+    if isinstance(module.model, Gpt):
+        return attrs.evolve(padded_load(module, (1,), sequence), rows=sum(lengths) / len(lengths))
+    return real_load(module.model, lengths) * (1 / len(lengths))

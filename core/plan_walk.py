@@ -17,19 +17,20 @@ every respect. The walk ends where no layout to come can be among the best `KEPT
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
 from mimogrid.core.graph import Graph
-from mimogrid.core.plan_options import CHUNKS, Limit, Menu, Option
+from mimogrid.core.plan_options import CHUNKS, Menu, Option, Way
 
 
 KEPT = 96
 """Layouts that are kept, by their bounds."""
 EACH = 3
 """Layouts that are kept for one option of the main module."""
-WORTH = 2.0
+WORTH = 1.5
 """Options of the main module with bounds above this many times the best one are not looked at."""
 
 BESIDE, ALL, FIRST = "beside", "all", "first"
@@ -105,7 +106,8 @@ class _Walker:
     ranks: int
     cap: float
     samples: int
-    limit: Limit = attrs.field(factory=Limit)
+    worth: float = math.inf
+    passed: float = math.inf
     looked_at: int = 0
     misses: list[Miss] = attrs.field(factory=list[Miss])
     fronts: dict[tuple[str, int], tuple[Option, ...]] = attrs.field(
@@ -114,51 +116,53 @@ class _Walker:
 
     def walk(self) -> Walk:
         kept: list[tuple[float, int, int, Candidate]] = []  # the worst on top
-        passed = math.inf
         number = itertools.count()
         for bound, main in self._mains():
-            threshold = -kept[0][0] if len(kept) == KEPT else math.inf
-            if bound >= threshold:
-                passed = min(passed, bound)
+            if len(kept) == KEPT and bound >= -kept[0][0]:
+                self.passed = min(self.passed, bound)
                 break
-            found = sorted(self._joined(main, bound), key=lambda c: (c.bound, c.ranks))
-            for candidate in found[EACH:]:
-                passed = min(passed, candidate.bound)
-            for candidate in found[:EACH]:
+            for candidate in self._joined(main, bound):
                 heapq.heappush(kept, (-candidate.bound, -candidate.ranks, -next(number), candidate))
             while len(kept) > KEPT:
-                passed = min(passed, -heapq.heappop(kept)[0])
+                self.passed = min(self.passed, -heapq.heappop(kept)[0])
         return Walk(
             candidates=tuple(entry[-1] for entry in sorted(kept, reverse=True, key=lambda e: e[:3])),
-            passed=min(passed, self.limit.passed),
+            passed=self.passed,
             misses=_chosen(self.misses),
             looked_at=self.looked_at,
         )
 
-    def _mains(self) -> list[tuple[float, Option]]:
-        """Return the options of the main module that fit, by their bounds."""
-        menu, found = self.menus[self.main], list[tuple[float, Option]]()
-        below = self._stages_below(self.main)
+    def _mains(self) -> Iterator[tuple[float, Option]]:
+        """Yield the options of the main module that fit, by their bounds, up to `WORTH` times the best."""
+        menu, below = self.menus[self.main], self._stages_below(self.main)
+        ways = [way for count in _divisors(self.samples) for way in menu.ways(count, self.ranks, CHUNKS)]
+        ordered = sorted(((menu.least_s(way), i) for i, way in enumerate(ways)))
+        found: list[tuple[float, int, int, Option]] = []
         best = math.inf
-        # Many small microbatches are nearly always best: what comes first sets the limit for the rest.
-        for count in sorted(_divisors(self.samples), reverse=True):
-            for option in menu.options(count, self.ranks, CHUNKS, limit=self.limit):
-                self.looked_at += 1
-                bound = option.bound()
-                most = option.bytes_at_most(below)
-                if max(most) > self.cap:
-                    self._missed(Candidate(bound, option, {}), self.main, most, 0.0)
-                    continue
-                found.append((bound, option))
+        for least, i in ordered:
+            if least > WORTH * best:
+                self.passed = min(self.passed, least)
+                break
+            if menu.least_bytes(ways[i]) > self.cap and self.misses:
+                continue
+            self.looked_at += 1
+            option = menu.option(ways[i])
+            bound, most = option.bound(), option.bytes_at_most(below)
+            if max(most) > self.cap:
+                self._missed(Candidate(bound, option, {}), self.main, most)
+            elif bound <= WORTH * best:
+                found.append((bound, option.ranks, i, option))
                 best = min(best, bound)
-                self.limit.seconds = WORTH * best
-        found.sort(key=lambda each: (each[0], each[1].ranks, str(each[1])))
-        return found
+            else:
+                self.passed = min(self.passed, bound)
+        self.worth = WORTH * best
+        found.sort(key=lambda each: each[:3])
+        return ((bound, option) for bound, _, _, option in found)
 
-    def _missed(self, candidate: Candidate, module: str, most: tuple[float, ...], more: float) -> None:
+    def _missed(self, candidate: Candidate, module: str, most: tuple[float, ...]) -> None:
         pp = max(range(len(most)), key=most.__getitem__)
-        self.misses.append(Miss(candidate.bound, candidate, module, pp, most[pp] + more))
-        if len(self.misses) > 4 * KEPT:
+        self.misses.append(Miss(candidate.bound, candidate, module, pp, most[pp]))
+        if len(self.misses) > 8 * KEPT:
             self.misses = list(_chosen(self.misses))
 
     def _stages_below(self, name: str) -> int:
@@ -167,21 +171,43 @@ class _Walker:
 
     # -- the other modules ---------------------------------------------------------------------------------
 
-    def _joined(self, main: Option, least: float) -> Iterator[Candidate]:
-        """Yield the layouts of the other modules around an option of the main one."""
+    def _joined(self, main: Option, least: float) -> list[Candidate]:
+        """Return the best layouts of the other modules around an option of the main one.
+
+        Choices of each module are in order of the bound with it alone, so that a choice that cannot be among the
+        best ends the search through those behind it.
+        """
         names = [name for name in self.graph.order if name != self.main]
-        choices = [self._choices(name, main) for name in names]
-        for chosen in itertools.product(*choices):
-            others = dict(zip(names, chosen, strict=True))
-            if main.ranks + sum(placed.ranks for placed in chosen) > self.ranks:
-                continue
-            self.looked_at += 1
-            candidate = Candidate(max(least, self._bound(main, others)), main, others)
-            crowded = self._crowded(candidate)
-            if crowded is None:
-                yield candidate
-            else:
-                self._missed(candidate, self.main, crowded, 0.0)
+        choices: list[list[tuple[float, Placed]]] = []
+        for name in names:
+            placed = self._choices(name, main)
+            bounds = [(self._bound(main, {name: each}), each.ranks, i) for i, each in enumerate(placed)]
+            choices.append([(bound, placed[i]) for bound, _, i in sorted(bounds)])
+        best: list[Candidate] = []
+
+        def join(chosen: dict[str, Placed], bound: float, room: int) -> None:
+            if len(chosen) == len(names):
+                self.looked_at += 1
+                candidate = Candidate(max(bound, self._bound(main, chosen)), main, dict(chosen))
+                crowded = self._crowded(candidate)
+                if crowded is not None:
+                    self._missed(candidate, self.main, crowded)
+                    return
+                best.append(candidate)
+                best.sort(key=lambda each: (each.bound, each.ranks))
+                if len(best) > EACH:
+                    self.passed = min(self.passed, best.pop().bound)
+                return
+            name = names[len(chosen)]
+            for alone, placed in choices[len(chosen)]:
+                if len(best) == EACH and max(bound, alone) >= best[-1].bound:
+                    self.passed = min(self.passed, max(bound, alone))
+                    break
+                if placed.ranks <= room:
+                    join({**chosen, name: placed}, max(bound, alone), room - placed.ranks)
+
+        join({}, least, self.ranks - main.ranks)
+        return best
 
     def _choices(self, name: str, main: Option) -> list[Placed]:
         """Return what a module may have: ranks that are left, or those of the main module."""
@@ -193,7 +219,7 @@ class _Walker:
                 continue
             most = option.bytes_at_most(below)
             if max(most) > self.cap:
-                self._missed(Candidate(main.bound(), main, {name: Placed(option)}), name, most, 0.0)
+                self._missed(Candidate(main.bound(), main, {name: Placed(option)}), name, most)
             else:
                 found.append(Placed(option))
         places = {ALL: main.ranks, FIRST: main.ranks // main.pp} if main.pp > 1 else {ALL: main.ranks}
@@ -204,17 +230,11 @@ class _Walker:
     def _front(self, name: str, microbatches: int) -> tuple[Option, ...]:
         """Return the options of a module that no other one beats in every respect."""
         if (name, microbatches) not in self.fronts:
-            room = self.ranks - 1
-            options = sorted(
-                self.menus[name].options(microbatches, room, limit=self.limit),
-                key=lambda o: (o.ranks, o.bound(), o.forward, str(o)),
-            )
+            menu = self.menus[name]
+            ways = menu.ways(microbatches, self.ranks - 1)
+            options = [menu.option(way) for way in ways if menu.least_s(way) <= self.worth]
             self.looked_at += len(options)
-            front: list[Option] = []
-            for option in options:
-                if not any(_beats(other, option) for other in front):
-                    front.append(option)
-            self.fronts[name, microbatches] = tuple(front)
+            self.fronts[name, microbatches] = _front(options)
         return self.fronts[name, microbatches]
 
     def _on(self, name: str, ranks: int, microbatches: int) -> Iterator[Option]:
@@ -228,7 +248,7 @@ class _Walker:
             for count in dict.fromkeys((microbatches, larger)):
                 dp = min(lanes, self.samples // count)
                 if (shape.tp * shape.cp * dp) % shape.ep == 0:
-                    yield menu.option(shape, pp=1, chunks=1, dp=dp, microbatches=count)
+                    yield menu.option(Way(shape, 1, 1, dp, count))
 
     def _bound(self, main: Option, others: Mapping[str, Placed]) -> float:
         """Return a time that no order of a layout beats."""
@@ -236,7 +256,9 @@ class _Walker:
         heads: dict[str, float] = {}
         tails: dict[str, float] = {}
         for name in self.graph.order:
-            feeders = self.graph.nodes[name].feeders
+            if name not in options:
+                continue
+            feeders = [feeder for feeder in self.graph.nodes[name].feeders if feeder in options]
             heads[name] = max((heads[f] + options[f].forward for f in feeders), default=0.0)
             tails[name] = max((tails[f] + options[f].backward for f in feeders), default=0.0)
         alone = max(option.bound(heads[name], tails[name]) for name, option in options.items())
@@ -279,16 +301,28 @@ class _Walker:
         return set(feeds).union(*(self._downstream(to) for to in feeds))
 
 
-def _beats(one: Option, other: Option) -> bool:
-    """Whether an option is no worse in anything: ranks, bytes, the way through it, its own bound."""
-    return (
-        one.ranks <= other.ranks
-        and one.bound() <= other.bound()
-        and one.forward <= other.forward
-        and one.backward <= other.backward
-        and max(one.bytes_at_most(0)) <= max(other.bytes_at_most(0))
-        and max(rank.flying for rank in one.bytes) <= max(rank.flying for rank in other.bytes)
+def _front(options: Iterable[Option]) -> tuple[Option, ...]:
+    """Return the options that no other one beats in ranks, bytes, the way through them and their own bound."""
+    rated = sorted(
+        (
+            (
+                option.ranks,
+                option.bound(),
+                option.forward,
+                option.backward,
+                max(option.bytes_at_most(0)),
+                max(rank.flying for rank in option.bytes),
+            ),
+            i,
+            option,
+        )
+        for i, option in enumerate(options)
     )
+    front: list[tuple[tuple[float, ...], Option]] = []
+    for rates, _, option in rated:
+        if not any(all(map(operator.le, other, rates)) for other, _ in front):
+            front.append((rates, option))
+    return tuple(option for _, option in front)
 
 
 def _chosen(misses: Iterable[Miss]) -> tuple[Miss, ...]:
