@@ -7,7 +7,10 @@ bound is above the best time: then nothing that was looked at is faster. A budge
 by how much the winner could be beaten at most. Other orders than 1F1B are tried on the best layouts, where they may
 save what the bound allows.
 
-Memory is estimated for 1F1B along the walk, and for each layout that is simulated counted with what is in flight when.
+Seconds are those of the samples as they are, spread evenly over lanes and microbatches; bytes are counted as if every
+sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few. Of a long step so many
+microbatches are simulated as fill the pipelines twice; the others go on at the pace of the busiest rank. Memory is estimated for 1F1B
+along the walk, and for each layout that is simulated counted with what is in flight when.
 GPUs that idle are paid for: the fastest layout of all is the one with most tokens per second and allocated GPU. The
 same job gives the same plan everywhere.
 """
@@ -33,7 +36,7 @@ from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-BUDGET = 200_000
+BUDGET = 60_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
@@ -115,14 +118,23 @@ class Question:
     gpus: int
     memory_bytes: float
 
-    def step(self, spec: JobSpec) -> Step:
-        """Return the step of a layout of the job, in the precision of the machine."""
-        return step_of(assemble(attrs.evolve(spec, precision=self.machine.precision), self.facts), self.samples)
+    def topology(self, spec: JobSpec) -> Topology:
+        """Return the topology of a layout of the job, in the precision of the machine."""
+        return assemble(attrs.evolve(spec, precision=self.machine.precision), self.facts)
+
+    @property
+    def largest(self) -> tuple[Sample, ...]:
+        """As many samples, each with the most rows and the longest text of any: what memory must be there for."""
+        names = dict.fromkeys(name for sample in self.samples for name in sample.rows)
+        rows = {name: max(sample.rows.get(name, 0) for sample in self.samples) for name in names}
+        length = max(sample.length for sample in self.samples)
+        room = self.facts.sequence - sum(rows.values()) if self.facts.sequence else length
+        return (Sample(id=0, length=min(length, max(room, 1)), rows=rows),) * len(self.samples)
 
 
 def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     """Search for the fastest layout."""
-    step = question.step(question.spec)
+    step = step_of(question.topology(question.spec), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
     menus = {
@@ -153,11 +165,11 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     others = [*_too_large(walked, question, best), *(f for f in found.layouts if f.kind == TOO_LARGE)][:SHOWN]
     illegal = [*_illegal(menus, question), *(f for f in found.layouts if f.kind == ILLEGAL)][:SHOWN]
     told = [_told(layout, best, own) for layout in ranked]
-    layouts = (*told, *(layout for layout in (*others, *illegal) if layout.spec != own.spec))
-    own = next((layout for layout in told if layout.spec == own.spec), own)
+    mine = next((layout for layout in told if layout.spec == own.spec), _mine(own))
+    rest = [layout for layout in (*others, *illegal) if layout.spec != own.spec]
     return Plan(
-        layouts=layouts if own in layouts else (*told, own, *layouts[len(told) :]),
-        own=own,
+        layouts=(*told, *([mine] if own.kind != SLOWER else []), *rest),
+        own=mine,
         main=main,
         looked_at=walked.looked_at,
         simulated=found.simulated,
@@ -220,13 +232,19 @@ class _Judged:
         problems = problems_of(spec, question.facts)
         if problems:
             return Layout(spec=spec, kind=ILLEGAL, reason=f"illegal: {problems[0]}")
-        step = question.step(spec)
-        topology = step.topology
+        topology = question.topology(spec)
         if topology.world_size > question.gpus:
             reason = f"needs {topology.world_size} GPUs of {question.gpus}"
             return Layout(spec=spec, kind=TOO_LARGE, reason=reason)
-        costs = on_machine(step, question.machine)
-        timeline = simulate(plan_step(step), costs)
+        step = step_of(topology, question.samples)
+        costs = on_machine(step, question.machine, spread=True)
+        short = _short(spec)
+        count, played = spec.batch.microbatches, short.batch.microbatches
+        samples = question.largest[: short.batch.global_size]
+        timeline = simulate(plan_step(step_of(question.topology(short), samples)), costs)
+        busy = {rank: seconds * count / played for rank, seconds in timeline.busy_s.items()}
+        more = max(timeline.busy_s.values(), default=0.0) * (count - played) / played
+        step_s = timeline.step_s + more
         self.simulated += 1
         self.effort += sum(len(timeline.events_of(rank)) for rank in timeline.classes.members)
         peaks = peak_bytes(timeline)
@@ -235,19 +253,40 @@ class _Judged:
         fits = most[largest] <= question.memory_bytes
         work = dict(_work(topology, costs))
         whole = math.fsum(work.values())
-        rates = 1 / (timeline.step_s * question.gpus) if timeline.step_s else 0.0
+        rates = 1 / (step_s * question.gpus) if step_s else 0.0
         return Layout(
             spec=spec,
             kind=SLOWER if fits else TOO_LARGE,
             reason="" if fits else _too_much(topology, largest, peaks, question.memory_bytes),
-            step_s=timeline.step_s,
+            step_s=step_s,
             tokens_per_s_per_gpu=tokens_of(step) * rates,
             active=len(topology.ranks),
-            bubble=1 - math.fsum(timeline.busy_s.values()) * rates,
+            bubble=1 - math.fsum(busy.values()) * rates,
             encoder_share=1 - work[self.main] / whole if whole else 0.0,
             peak_bytes=most,
-            limit_s=timeline.limit_s,
+            limit_s=timeline.limit_s + more,
         )
+
+
+def _short(spec: JobSpec) -> JobSpec:
+    """Return the job with fewer microbatches of the same size, enough to fill its pipelines twice and drain them.
+
+    GPipe holds all of them, so it is played whole.
+    """
+    count = spec.batch.microbatches
+    modules = spec.modules.values()
+    deep = 2 * sum(module.grid.pp for module in modules)
+    own = [module.microbatches or count for module in modules]
+    for few in range(deep, count):
+        whole = count % few == 0 and all(m * few % count == 0 for m in own)
+        if spec.schedule.name != "gpipe" and whole and all(m.chunks == 1 or few % m.grid.pp == 0 for m in modules):
+            shorter = {
+                name: attrs.evolve(m, microbatches=m.microbatches and m.microbatches * few // count)
+                for name, m in spec.modules.items()
+            }
+            batch = BatchSpec(global_size=spec.batch.global_size * few // count, microbatches=few)
+            return attrs.evolve(spec, modules=shorter, batch=batch)
+    return spec
 
 
 def tokens_of(step: Step) -> int:
@@ -356,11 +395,13 @@ def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:
 def _told(layout: Layout, best: Layout | None, own: Layout) -> Layout:
     """Say how a layout that fits stands to the best one."""
     assert best is not None
-    mine = "the job's own layout" if layout.spec == own.spec else ""
-    if layout is best:
-        return attrs.evolve(layout, kind=BEST, reason=": ".join(filter(None, [mine, "the fastest"])))
-    ratio = f"{layout.step_s / best.step_s:.2f} x slower"
-    return attrs.evolve(layout, reason=": ".join(filter(None, [mine, ratio])))
+    reason = "the fastest" if layout is best else f"{layout.step_s / best.step_s:.2f} x slower"
+    told = attrs.evolve(layout, kind=BEST if layout is best else SLOWER, reason=reason)
+    return _mine(told) if layout.spec == own.spec else told
+
+
+def _mine(layout: Layout) -> Layout:
+    return attrs.evolve(layout, reason=f"the job's own layout: {layout.reason}")
 
 
 def _too_large(walked: Walk, question: Question, best: Layout | None) -> Iterator[Layout]:

@@ -144,12 +144,15 @@ def of_accelerator(step: Step, gpu: str, efficiency: float = EFFICIENCY) -> Cost
     return on_machine(step, machine_of(gpu, step.topology.spec.precision, efficiency))
 
 
-def on_machine(step: Step, machine: Machine) -> Costs:
-    """Return the costs of a job on a machine."""
+def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
+    """Return the costs of a job on a machine.
+
+    With `spread`, for a step in which every microbatch has rows of every module: what is there is spread over all.
+    """
     topology = step.topology
     stages: dict[str, StageCosts] = {}
     for module in topology.modules.values():
-        load = lane_load(module, lengths_of(step, module.name), topology.sequence)
+        load = lane_load(module, lengths_of(step, module.name), topology.sequence, spread=spread)
         parts = unit_costs(
             module,
             load,
@@ -164,19 +167,22 @@ def on_machine(step: Step, machine: Machine) -> Costs:
     return Costs(stages=stages, edges=edges)
 
 
-def lane_load(module: Module, lengths: Sequence[int], sequence: int) -> Load:
+def lane_load(module: Module, lengths: Sequence[int], sequence: int, *, spread: bool = False) -> Load:
     """Return what the lane with most computes on in a microbatch, padded: the mean over those where it has any.
 
-    `lengths` are the positions of every sample of the step.
+    With `spread`, the mean over all. `lengths` are the positions of every sample of the step.
     """
-    return max((_of_lane(module, lane, lengths, sequence) for lane in range(module.lanes)), key=_size)
+    lanes = (_of_lane(module, lane, lengths, sequence, spread=spread) for lane in range(module.lanes))
+    return max(lanes, key=_size)
 
 
 def _size(load: Load) -> tuple[float, float, float]:
     return load.positions, load.pairs, load.rows
 
 
-def _of_lane(module: Module, lane: int, lengths: Sequence[int], sequence: int) -> Load:
+def _of_lane(
+    module: Module, lane: int, lengths: Sequence[int], sequence: int, *, spread: bool
+) -> Load:
     count, whole = 0, Load()
     for k in range(module.microbatches):
         chosen = lane_samples(
@@ -189,7 +195,7 @@ def _of_lane(module: Module, lane: int, lengths: Sequence[int], sequence: int) -
         share = lengths[chosen.start : chosen.stop]
         if any(share):
             count, whole = count + 1, whole + padded_load(module, share, sequence)
-    return whole * (1 / max(count, 1))
+    return whole * (1 / (module.microbatches if spread else max(count, 1)))
 
 
 @attrs.frozen
