@@ -279,7 +279,11 @@ def _short(spec: JobSpec) -> JobSpec:
     own = [module.microbatches or count for module in modules]
     for few in range(deep, count):
         whole = count % few == 0 and all(m * few % count == 0 for m in own)
-        if spec.schedule.name != "gpipe" and whole and all(m.chunks == 1 or few % m.grid.pp == 0 for m in modules):
+        if (
+            spec.schedule.name != "gpipe"
+            and whole
+            and all(m.chunks == 1 or few % m.grid.pp == 0 for m in modules)
+        ):
             shorter = {
                 name: attrs.evolve(m, microbatches=m.microbatches and m.microbatches * few // count)
                 for name, m in spec.modules.items()
@@ -291,7 +295,9 @@ def _short(spec: JobSpec) -> JobSpec:
 
 def tokens_of(step: Step) -> int:
     """Return the positions in use of all language sequences of a step; without text, of all that have a loss."""
-    names = step.topology.graph.texts or tuple(n for n, m in step.topology.modules.items() if m.model.has_loss)
+    names = step.topology.graph.texts or tuple(
+        n for n, m in step.topology.modules.items() if m.model.has_loss
+    )
     return sum(step.rows_start[name][-1] for name in names)
 
 
@@ -332,7 +338,9 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     modules = {
         name: attrs.evolve(
             module,
-            grid=attrs.evolve(options[name].grid, offset=offsets[name]) if name in options else GridSpec(offset=0),
+            grid=attrs.evolve(options[name].grid, offset=offsets[name])
+            if name in options
+            else GridSpec(offset=0),
             chunks=options[name].chunks if name in options else 1,
             split=_uneven(options.get(name)),
             microbatches=_own_count(options.get(name), count),
@@ -440,7 +448,11 @@ def _illegal(menus: Mapping[str, Menu], question: Question) -> Iterator[Layout]:
     for menu in menus.values():
         for each in menu.illegal:
             if each.shape.cp == each.shape.ep == 1 and each.shape.tp & (each.shape.tp - 1) == 0:
-                yield Layout(spec=_with_shape(question.spec, each), kind=ILLEGAL, reason=f"illegal: {each.problem.message}")
+                yield Layout(
+                    spec=_with_shape(question.spec, each),
+                    kind=ILLEGAL,
+                    reason=f"illegal: {each.problem.message}",
+                )
 
 
 def _with_shape(spec: JobSpec, illegal: Illegal) -> JobSpec:

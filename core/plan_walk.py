@@ -91,9 +91,7 @@ class Walk:
     looked_at: int
 
 
-def walk(
-    menus: Mapping[str, Menu], graph: Graph, main: str, *, ranks: int, cap: float, samples: int
-) -> Walk:
+def walk(menus: Mapping[str, Menu], graph: Graph, main: str, *, ranks: int, cap: float, samples: int) -> Walk:
     """Return the best layouts of a job on so many ranks of `cap` bytes, for so many samples in a step."""
     return _Walker(menus, graph, main, ranks, cap, samples).walk()
 

@@ -180,9 +180,7 @@ def _size(load: Load) -> tuple[float, float, float]:
     return load.positions, load.pairs, load.rows
 
 
-def _of_lane(
-    module: Module, lane: int, lengths: Sequence[int], sequence: int, *, spread: bool
-) -> Load:
+def _of_lane(module: Module, lane: int, lengths: Sequence[int], sequence: int, *, spread: bool) -> Load:
     count, whole = 0, Load()
     for k in range(module.microbatches):
         chosen = lane_samples(

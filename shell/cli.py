@@ -134,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     plan_parser = add("plan", plan, "the fastest layout on so many GPUs, and why the others are not")
     plan_parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs that are allocated")
     plan_parser.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as h100 or a100")
-    plan_parser.add_argument("--memory-gb", type=float, metavar="X", help="memory of each; default: all it has")
+    plan_parser.add_argument(
+        "--memory-gb", type=float, metavar="X", help="memory of each; default: all it has"
+    )
     plan_parser.add_argument(
         "--efficiency", type=float, default=0.5, metavar="E", help="part of its peak that a GPU reaches; 0.5"
     )

@@ -144,4 +144,3 @@ def _layout_values(layout: Layout, found: Plan) -> dict[str, Any]:
         "peak_bytes": max(layout.peak_bytes.values()) if runs else None,
         "peak_bytes_by_module": dict(layout.peak_bytes),
     }
-
