@@ -22,7 +22,7 @@ import attrs
 
 from mimogrid.core.costs import Costs
 from mimogrid.core.flops import model_flops
-from mimogrid.core.layout import graph_of, place
+from mimogrid.core.layout import place
 from mimogrid.core.legality import SCHEDULES, problems_of
 from mimogrid.core.memory import peak_bytes
 from mimogrid.core.plan_options import Illegal, Menu, Option, menu_of
@@ -36,7 +36,7 @@ from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-BUDGET = 60_000
+BUDGET = 250_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
