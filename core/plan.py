@@ -36,7 +36,7 @@ from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-BUDGET = 250_000
+BUDGET = 100_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
@@ -158,7 +158,7 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     )
     found = _Judged(question, main)
     least = found.candidates(walked, budget)
-    found.orders(2 * budget)
+    found.orders(budget + budget // 2)
     own = found.judge(question.spec)
     ranked = sorted((f for f in found.layouts if f.kind == SLOWER), key=lambda f: f.step_s)
     best = ranked[0] if ranked else None

@@ -26,8 +26,9 @@ import attrs
 from mimogrid.core.costs import StageCosts
 from mimogrid.core.errors import Problem
 from mimogrid.core.flops import Flops, Load, lengths_of, module_units, padded_load, real_load
+from mimogrid.core.footprint import kept
 from mimogrid.core.legality import problems_of
-from mimogrid.core.memory import kept, saved_bytes
+from mimogrid.core.memory import saved_bytes
 from mimogrid.core.models import Gpt, Own
 from mimogrid.core.pricing import Machine, Values, joined, unit_costs, values_of_units
 from mimogrid.core.samples import Sample
@@ -196,7 +197,8 @@ class Menu:
 
     def least_bytes(self, way: Way) -> float:
         """Return what its fullest rank keeps at least, from the whole alone."""
-        return self.held(way.shape).kept[-1] / way.pp
+        held = self.held(way.shape)
+        return (held.kept[-1] + (0 if self.spec.optimizer.sharded else held.optimizer[-1])) / way.pp
 
     def option(self, way: Way) -> Option:
         """Return a way, priced."""
@@ -206,6 +208,7 @@ class Menu:
         split = self._split(shape, pp * chunks)
         starts = tuple(itertools.accumulate(split, initial=0))
         samples = -(-(len(self.lengths) // microbatches) // dp)
+        owners = shape.cp * dp if self.spec.optimizer.sharded else 1
         times: list[RankTime] = []
         flying: list[RankBytes] = []
         for rank in range(pp):
@@ -224,7 +227,7 @@ class Menu:
             )
             flying.append(
                 RankBytes(
-                    kept=_over(held.kept, mine),
+                    kept=_over(held.kept, mine) + _over(held.optimizer, mine) / owners,
                     flying=_over(held.flying, mine) * samples / chunks,
                     depth=pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * pp + 1,
                 )
@@ -436,6 +439,7 @@ class _Held:
     load: Load
     values: tuple[Values, ...]
     kept: Sums
+    optimizer: Sums
     flying: Sums
     trained: Sums
 
@@ -447,13 +451,15 @@ def _held(menu: Menu, shape: Shape) -> _Held:
     module = topology.modules[menu.name]
     step = step_of(topology, (menu.longest,) * spec.batch.global_size)
     values = values_of_units(module)
+    always = [kept(topology, module.grid.rank_at(pp=pp)) for pp in range(menu.layers)]
     trained = _by_layer([StageCosts(forward=each.trained) for each in values])
     return _Held(
         topology=topology,
         module=module,
         load=_load_of(module, menu.lengths, topology.sequence),
         values=values,
-        kept=_sums(kept(step, module.grid.rank_at(pp=pp)).bytes for pp in range(menu.layers)),
+        kept=_sums(each.bytes - each.optimizer for each in always),
+        optimizer=_sums(each.optimizer for each in always),
         flying=_sums(saved_bytes(step, info.stage, 0, 0) for info in module.stages),
         trained=_sums(layer.forward for layer in trained),
     )
