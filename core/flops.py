@@ -30,6 +30,7 @@ Sources: Narayanan et al. 2021 (arXiv 2104.04473, appendix) for the layer; torch
 except that it does not halve causal attention.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -136,7 +137,7 @@ def model_flops(step: Step) -> Mapping[str, float]:
 def lengths_of(step: Step, module: str) -> tuple[int, ...]:
     """Return the positions of each sample in the layers of a module; for a language model, those in use."""
     starts = step.rows_start[module]
-    return tuple(b - a for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(b - a for a, b in itertools.pairwise(starts))
 
 
 def real_load(model: BuiltIn, lengths: Iterable[int]) -> Load:

@@ -1,16 +1,16 @@
 """Plan: the layouts of a job on so many GPUs, the fastest first, and why the others are not.
 
-What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`plan_options`); places beside each
-other or shared (`plan_walk`); the number of microbatches, so their size; the order. `plan_walk` gives layouts in order
-of their bounds, times that no order beats. They are simulated one after another with their true programs, until the next
-bound is above the best time: then nothing that was looked at is faster. A budget may end this earlier, and `gap` says
-by how much the winner could be beaten at most. Other orders than 1F1B are tried on the best layouts, where they may
-save what the bound allows.
+What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`plan_options`); places beside
+each other or shared (`plan_walk`); the number of microbatches, so their size; the order. `plan_walk` gives layouts in
+order of their bounds, times that no order beats. They are simulated one after another with their true programs,
+until the next bound is above the best time: then nothing that was looked at is faster. A budget may end this
+earlier, and `gap` says by how much the winner could be beaten at most. Other orders are tried on the best layouts.
 
-Seconds are those of the samples as they are, spread evenly over lanes and microbatches; bytes are counted as if every
-sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few. Of a long step so many
-microbatches are simulated as fill the pipelines twice; the others go on at the pace of the busiest rank. Memory is estimated for 1F1B
-along the walk, and for each layout that is simulated counted with what is in flight when.
+Seconds are those of the samples as they are, spread evenly over lanes and microbatches; bytes are counted as if
+every sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few. Of a long step so many
+microbatches are simulated as fill the pipelines twice; the others go on at the pace of the busiest rank. Memory is
+estimated for 1F1B along the walk, and for each layout that is simulated counted with what is in flight when.
+
 GPUs that idle are paid for: the fastest layout of all is the one with most tokens per second and allocated GPU. The
 same job gives the same plan everywhere.
 """
@@ -36,7 +36,7 @@ from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-BUDGET = 100_000
+BUDGET = 240_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""

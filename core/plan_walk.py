@@ -6,12 +6,12 @@ The *main* module, the one with most work, lies at rank 0. Every other one has o
     all        on the ranks of the main module, with as many lanes as there are samples for
     first      on those of the main module's first pipeline stage
 
-The bound of a layout is that of its slowest module (`plan_options`): the first microbatch comes through the modules that
-feed it, the last gradient goes back through them. Ranks with two modules do the work of both.
+The bound of a layout is that of its slowest module (`plan_options`): the first microbatch comes through the modules
+that feed it, the last gradient goes back through them. Ranks with two modules do the work of both.
 
-Options of the main module are walked in order of their bound alone, which bounds every layout with them; each is joined
-with options of the others. A module's options are left out where another takes no more ranks, bytes and seconds in
-every respect. The walk ends where no layout to come can be among the best `KEPT`.
+Options of the main module are walked in order of their bound alone, which bounds every layout with them; each is
+joined with options of the others. A module's options are left out where another takes no more ranks, bytes and
+seconds in every respect. The walk ends where no layout to come can be among the best `KEPT`.
 """
 
 import heapq

@@ -3,7 +3,7 @@
 The file is read, no weights are. Its sizes become options of the built-in model that the module names; options
 that stand beside `config` go before. What the built-in models do not have is mapped so that work and memory
 are the same: a gated MLP of three matrices, as Llama's, becomes one of two with 3/2 of the width, which has as many
-parameters and takes as many operations. RMS norms become layer norms, and learnt or relative positions rotary ones; neither
+parameters and takes as many operations. RMS norms become layer norms, and learnt positions rotary ones; neither
 weighs anything. So such a job can be planned, simulated and trained from scratch, and does not load the checkpoint.
 
 | `model_type` | as a `vit` | as a `gpt` |
@@ -52,18 +52,22 @@ def options_of(where: str, path: Path, model: str) -> dict[str, Any]:
     """Return the options of a built-in model from a config file. Raises PlanError."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError("it holds no table")
     except OSError as error:
         remedy = "Give its path from the folder of the job file."
         raise PlanError([Problem(where, f"{path} cannot be read: {error.strerror}.", remedy)]) from None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise PlanError([Problem(where, f"{path} is no JSON: {error}.", "Name a config.json.")]) from None
+    if not isinstance(config, dict):
+        raise PlanError([Problem(where, f"{path} holds no table.", "Name a config.json.")])
     readers = READERS.get(model, {})
     kind = str(config.get("model_type"))
     if kind not in readers:
         known = ", ".join(readers) or "none"
-        remedy = f"{nearest(kind, tuple(readers))} Known for a {model}: {known}." if readers else "Write its sizes."
+        remedy = (
+            f"{nearest(kind, tuple(readers))} Known for a {model}: {known}."
+            if readers
+            else "Write its sizes."
+        )
         raise PlanError([Problem(where, f"'{kind}' is no architecture that is known as a {model}.", remedy)])
     try:
         return readers[kind](config)

@@ -98,7 +98,7 @@ def test_what_is_written_beside_goes_before(tmp_path):
     [
         ({**LLAMA, "model_type": "lama"}, "Did you mean 'llama'.*Known for a gpt: llama, mistral"),
         ({"model_type": "llama"}, "has no 'num_attention_heads'"),
-        ([], "is no JSON"),
+        ([], "holds no table"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, config, fact):
