@@ -36,7 +36,7 @@ from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-BUDGET = 240_000
+BUDGET = 150_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
