@@ -36,6 +36,7 @@ mimogrid trains multimodal models with every module on its own grid of ranks.
     mimogrid show JOB      everything that each rank will do in a step, action by action
     mimogrid verify JOB    the proof that this can be done: complete, in order, free of deadlock
     mimogrid simulate JOB  how long a step takes, who idles and why, as text or as a picture
+    mimogrid plan JOB      the fastest layout on so many GPUs, and why the others are not
     mimogrid train JOB     train it, here or under torchrun
     mimogrid parity JOB    compare it with the same model on one process
 
@@ -130,6 +131,17 @@ def _parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="one serial queue per pair of ranks must do, too"
     )
     _add_simulate_options(add("simulate", simulate, "the timeline of a step, without running it"))
+    plan_parser = add("plan", plan, "the fastest layout on so many GPUs, and why the others are not")
+    plan_parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs that are allocated")
+    plan_parser.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as h100 or a100")
+    plan_parser.add_argument(
+        "--memory-gb", type=float, metavar="X", help="memory of each; default: all it has"
+    )
+    plan_parser.add_argument(
+        "--efficiency", type=float, default=0.5, metavar="E", help="part of its peak that a GPU reaches; 0.5"
+    )
+    plan_parser.add_argument("--precision", metavar="P", help="price another precision than the job's")
+    plan_parser.add_argument("--out", type=Path, metavar="FILE", help="write the best one as a job file")
     train_parser = add("train", train, "train a job")
     train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
     train_parser.add_argument("--transport", choices=["host"], help="move data through host memory")
@@ -276,6 +288,13 @@ def simulate(job: Job, given: argparse.Namespace) -> int:
     from mimogrid.shell import simulation  # noqa: PLC0415 -- only what is used
 
     return simulation.run(job, given)
+
+
+def plan(job: Job, given: argparse.Namespace) -> int:
+    """Search for the fastest layout."""
+    from mimogrid.shell import planning  # noqa: PLC0415 -- only what is used
+
+    return planning.run(job, given)
 
 
 def train(job: Job, given: argparse.Namespace) -> int:

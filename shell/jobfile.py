@@ -25,6 +25,7 @@ from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.models import BUILT_IN
 from mimogrid.core.spec import GridSpec, JobSpec, ModuleSpec
 from mimogrid.shell import costfile
+from mimogrid.shell.hf import lay_options
 from mimogrid.shell.tables import Fault, Wrong, converted, dotted, new_converter, shown, table_hook
 
 
@@ -95,7 +96,7 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> Reading:
         )
         return Reading(None, (*problems, empty))
     costs, of_costs = _take_costs(table, Path(path).parent)
-    problems += of_costs
+    problems += [*of_costs, *lay_options(table, Path(path).parent)]
     reading = _read_table(table)
     if costs and reading.spec:
         priced = attrs.evolve(reading.spec.schedule, costs=costs)

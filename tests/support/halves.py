@@ -34,7 +34,9 @@ def halved(program: Program, delay: int) -> Program:
     order, topology = program.order, program.topology
     split = frozenset(stage for stage in order.backward if _may_be_split(topology, stage))
     actions = tuple(_halved(order, split, delay))
-    return Program(attrs.evolve(order, actions=actions, split=split), Routes(program.routes.step))
+    more = {stage: most + delay * (stage in split) for stage, most in order.credits.items()}
+    whole = attrs.evolve(order, actions=actions, split=split, credits=more)
+    return Program(whole, Routes(program.routes.step))
 
 
 def _halved(order: Order, split: frozenset[Stage], delay: int) -> Iterator[Compute]:

@@ -1,0 +1,116 @@
+"""Accelerators: what a GPU can do at most, by name, from what its maker says.
+
+Peaks are of dense matrix products in a precision, without sparsity; fp32 is plain fp32, as tf32 is off here.
+Bandwidths are bytes per second in one direction, of one GPU: makers add both directions up, so these are half of
+what their sheets say for links. No sheet tells latencies: those are what messages of a few bytes commonly take, over a
+link of the node and over a network adapter. `per_node` is how many GPUs the maker's usual server holds.
+
+>>> ACCELERATORS["h100"].flops["bf16"] / 1e12, ACCELERATORS["h100"].memory_bytes / 1e9
+(989.4, 80.0)
+"""
+
+from collections.abc import Mapping
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Accelerator:
+    """One GPU in its usual server; `source` says where the numbers are from."""
+
+    name: str
+    flops: Mapping[str, float]
+    memory_bytes: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+    per_node: int
+    source: str
+    link_latency_s: float = 5e-6
+    network_latency_s: float = 1e-5
+
+
+def _peaks(**tera: float) -> Mapping[str, float]:
+    return {precision: value * 1e12 for precision, value in tera.items()}
+
+
+_HOPPER = _peaks(fp64=67.0, fp32=67.0, bf16=989.4, fp16=989.4, fp8=1978.9)
+_AMPERE = _peaks(fp64=19.5, fp32=19.5, bf16=312.0, fp16=312.0)
+
+_ALL = (
+    Accelerator(
+        name="h100",
+        flops=_HOPPER,
+        memory_bytes=80e9,
+        memory_bytes_per_s=3.35e12,
+        link_bytes_per_s=450e9,
+        network_bytes_per_s=50e9,
+        per_node=8,
+        source="NVIDIA H100 datasheet, SXM5 (NVLink 900 GB/s both ways); DGX H100: one 400 Gb/s adapter a GPU",
+    ),
+    Accelerator(
+        name="h200",
+        flops=_HOPPER,
+        memory_bytes=141e9,
+        memory_bytes_per_s=4.8e12,
+        link_bytes_per_s=450e9,
+        network_bytes_per_s=50e9,
+        per_node=8,
+        source="NVIDIA H200 datasheet, SXM (NVLink 900 GB/s both ways); DGX H200: one 400 Gb/s adapter a GPU",
+    ),
+    Accelerator(
+        name="b200",
+        flops=_peaks(fp64=37.0, fp32=75.0, bf16=2250.0, fp16=2250.0, fp8=4500.0),
+        memory_bytes=180e9,
+        memory_bytes_per_s=8e12,
+        link_bytes_per_s=900e9,
+        network_bytes_per_s=50e9,
+        per_node=8,
+        source="NVIDIA DGX B200 and HGX datasheets, an eighth of the node (NVLink 1.8 TB/s both ways); "
+        "one 400 Gb/s adapter a GPU",
+    ),
+    Accelerator(
+        name="a100",
+        flops=_AMPERE,
+        memory_bytes=80e9,
+        memory_bytes_per_s=2.039e12,
+        link_bytes_per_s=300e9,
+        network_bytes_per_s=25e9,
+        per_node=8,
+        source="NVIDIA A100 datasheet, 80 GB SXM4 (NVLink 600 GB/s both ways); DGX A100: one 200 Gb/s adapter a GPU",
+    ),
+    Accelerator(
+        name="a100-40gb",
+        flops=_AMPERE,
+        memory_bytes=40e9,
+        memory_bytes_per_s=1.555e12,
+        link_bytes_per_s=300e9,
+        network_bytes_per_s=25e9,
+        per_node=8,
+        source="NVIDIA A100 datasheet, 40 GB SXM4 (NVLink 600 GB/s both ways); DGX A100: one 200 Gb/s adapter a GPU",
+    ),
+    Accelerator(
+        name="l40s",
+        flops=_peaks(fp64=1.43, fp32=91.6, bf16=362.05, fp16=362.05, fp8=733.0),
+        memory_bytes=48e9,
+        memory_bytes_per_s=864e9,
+        link_bytes_per_s=32e9,
+        network_bytes_per_s=12.5e9,
+        per_node=8,
+        source="NVIDIA L40S datasheet (PCIe 4.0 x16, 64 GB/s both ways; no NVLink); network: 100 Gb/s a GPU, assumed",
+    ),
+    Accelerator(
+        name="mi300x",
+        flops=_peaks(fp64=163.4, fp32=163.4, bf16=1307.4, fp16=1307.4, fp8=2614.9),
+        memory_bytes=192e9,
+        memory_bytes_per_s=5.3e12,
+        link_bytes_per_s=448e9,
+        network_bytes_per_s=50e9,
+        per_node=8,
+        source="AMD Instinct MI300X datasheet (7 Infinity Fabric links of 128 GB/s both ways); "
+        "network: 400 Gb/s a GPU, assumed",
+    ),
+)
+
+ACCELERATORS: Mapping[str, Accelerator] = {accelerator.name: accelerator for accelerator in _ALL}
+"""Every accelerator that is known, by name."""

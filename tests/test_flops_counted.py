@@ -1,0 +1,91 @@
+"""The operations that the plan counts are those that torch counts in the networks that run."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimogrid.core.flops import Flops, share_flops
+from mimogrid.core.models import BuiltIn, Gpt, Vit
+from mimogrid.core.samples import Sample
+from mimogrid.core.spec import ModuleSpec
+from mimogrid.core.steps import Step
+from mimogrid.core.topology import Stage, Topology
+from mimogrid.shell.megatron import cpu
+from stages import CPU, Alone, batch_of, build, inputs_of, step_with, topology_of, whole_share
+
+
+VIT = Vit(layers=2, hidden=16, heads=4, kv_heads=2)
+GPT = Gpt(layers=2, hidden=32, heads=4, kv_heads=2, ffn=40, vocab=24)
+ROWS, TEXT = 6, 4
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    """A gloo world of one rank, with megatron on the CPU."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    world = dist.group.WORLD
+    with cpu.on_device(CPU):
+        yield Alone.of(tp=world, one=world)
+    dist.destroy_process_group()
+
+
+def counted(alone: Alone, topology: Topology, step: Step) -> dict[str, tuple[int, int]]:
+    """What torch counts forward and backward in each module."""
+    batch = batch_of(step)
+    found: dict[str, tuple[int, int]] = {}
+    fed: dict[str, Tensor] = {}
+    for name, [stage] in build(topology, alone).items():
+        reads = {**inputs_of(name, batch), **fed}
+        forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with sdpa_kernel(SDPBackend.MATH):
+            with forward:
+                outputs = stage(reads, whole_share(step, name))
+            with backward:
+                torch.stack([output.sum() for output in outputs.values()]).sum().backward()
+        found[name] = forward.get_total_flops(), backward.get_total_flops()
+        wanted = topology.modules["language"].stages[0].trains_upstream
+        fed = {
+            feeder: rows.detach().requires_grad_(wanted)
+            for feeder, rows in zip([name], outputs.values(), strict=True)
+        }
+    return found
+
+
+def unmasked(model: BuiltIn, length: int, samples: int) -> int:
+    """Operations of a causal attention's other half, which torch does not leave out of its count."""
+    pairs = length * length - length * (length + 1) // 2 if model.causal else 0
+    return model.layers * samples * 4 * pairs * model.hidden
+
+
+@pytest.mark.parametrize(
+    ("vision", "language"),
+    [
+        ({}, {}),
+        ({"trainable": ("projector.*",)}, {}),
+        ({"trainable": ("layers.1.*",)}, {"frozen": True}),
+        ({"trainable": ("layers.1.mlp.*",)}, {"trainable": ("layers.0.attention.out.*", "output.*")}),
+    ],
+)
+def test_torch_counts_the_same(alone, vision, language):
+    """In both directions, with whole and with partly frozen modules."""
+    topology = topology_of(
+        {
+            "vision": ModuleSpec(model="vit", options=VIT, feeds=("language",), **vision),
+            "language": ModuleSpec(model="gpt", options=GPT, **language),
+        },
+        sequence=ROWS + TEXT,
+        features={"vision": 5},
+    )
+    step = step_with(topology, *(Sample(id=i, length=TEXT, rows={"vision": ROWS}) for i in range(8)))
+    torch_counts = counted(alone, topology, step)
+    for name, model, length in (("vision", VIT, ROWS), ("language", GPT, ROWS + TEXT)):
+        planned: Flops = share_flops(topology, Stage(name, 0), whole_share(step, name))
+        more = unmasked(model, length, samples=8)
+        backward = planned.input_gradient + planned.weight_gradient
+        assert (planned.forward + more, backward + 2 * more) == torch_counts[name]
