@@ -27,6 +27,7 @@ from mimogrid.core.costs import StageCosts
 from mimogrid.core.errors import Problem
 from mimogrid.core.flops import Flops, Load, lengths_of, module_units, padded_load, real_load
 from mimogrid.core.footprint import kept
+from mimogrid.core.layout import balanced
 from mimogrid.core.legality import problems_of
 from mimogrid.core.memory import saved_bytes
 from mimogrid.core.models import Gpt, Own
@@ -324,42 +325,6 @@ def enough(things: int, most: int) -> tuple[int, ...]:
     """
     counts = {-(-things // each) for each in range(1, things + 1)}
     return tuple(sorted(count for count in counts if count <= most))
-
-
-def balanced(seconds: Sequence[float], parts: int) -> tuple[int, ...]:
-    """Cut a row of layers into parts, none empty, so that the slowest is as fast as it can be.
-
-    What makes no difference to that is taken from the front parts, where most microbatches are in flight.
-
-    >>> balanced([1, 1, 1, 1, 1, 3], 3)
-    (2, 3, 1)
-    """
-    starts = tuple(itertools.accumulate(seconds, initial=0.0))
-    spans = (starts[j] - starts[i] for i in range(len(starts)) for j in range(i + 1, len(starts)))
-    limits = sorted(set(spans))
-    low, high = 0, len(limits) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut(seconds, limits[middle], parts)) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    return _cut(seconds, limits[low], parts)
-
-
-def _cut(seconds: Sequence[float], limit: float, parts: int) -> tuple[int, ...]:
-    """Fill parts from the back up to a limit; each leaves one layer at least for every part before it."""
-    counts: list[int] = []
-    count, filled = 0, 0.0
-    slack = limit * 1e-9
-    for left in range(len(seconds), 0, -1):
-        layer = seconds[left - 1]
-        to_come = parts - len(counts) - 1
-        if count and (filled + layer > limit + slack or left <= to_come):
-            counts.append(count)
-            count, filled = 0, 0.0
-        count, filled = count + 1, filled + layer
-    return (*reversed([*counts, count]),)
 
 
 # -- shapes ------------------------------------------------------------------------------------------------
