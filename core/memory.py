@@ -139,7 +139,7 @@ def _moved_bytes(program: Program, rank: int, transfer: Transfer, known: dict[Ha
 def _like(timeline: Timeline, rank: int) -> Hashable:
     """What two ranks have in common only if they hold the same over time."""
     first = timeline.classes.leader[rank]
-    if len(timeline.classes.members[first]) == 1:
+    if timeline.by_lanes or len(timeline.classes.members[first]) == 1:
         return first
     routes = timeline.program.routes
     topology, step = routes.step.topology, routes.step

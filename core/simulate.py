@@ -43,6 +43,7 @@ from mimogrid.core.schedule.lower import Program, link_of
 from mimogrid.core.schedule.program import Listing
 from mimogrid.core.schedule.replay import Walkers, walk
 from mimogrid.core.schedule.work import seconds_of
+from mimogrid.core.thin import thinned
 from mimogrid.core.timeline import (
     CAUSES,
     Event,
@@ -55,6 +56,10 @@ from mimogrid.core.timeline import (
 )
 from mimogrid.core.topology import Link, Stage
 from mimogrid.core.traffic import message_bytes
+
+
+MANY = 512
+"""Ranks; of more, those of a lane are timed as one where that is exact."""
 
 
 @attrs.frozen
@@ -94,6 +99,7 @@ class Timeline:
         step_s: when the last rank is through.
         limit_s: a lower bound of `step_s` (`limit`).
         critical_path: what the step waited for, from its begin to its end, one leg after the other.
+        by_lanes: a rank stands for all of its lane (`thin`), and the messages of each are not known.
     """
 
     program: Program
@@ -102,6 +108,7 @@ class Timeline:
     step_s: float
     limit_s: float
     critical_path: tuple[Leg, ...]
+    by_lanes: bool = False
 
     @property
     def ratio_to_limit(self) -> float:
@@ -187,7 +194,9 @@ class Timeline:
         return tuple(Event(rank, event.action, event.begin_s, event.end_s) for event in events)
 
     def flights_of(self, rank: int) -> Iterator[Flight]:
-        """Yield the messages that a rank sends and receives."""
+        """Yield the messages that a rank sends and receives, where they are known."""
+        if self.by_lanes:
+            return
         for transfer, ways in self.tracks[self.classes.leader[rank]].on_the_way.items():
             sends = isinstance(transfer, Send)
             for peer, (begin, end) in zip(self.program.peers_of(rank, transfer), ways, strict=True):
@@ -220,6 +229,8 @@ def simulate(
     """
     ranks = program.topology.ranks
     folds = fold and listing is None and costs.cores is None
+    if folds and pace is None and len(ranks) > MANY and (thin := thinned(program, costs)):
+        return spread(simulate(thin.program, costs), program, thin.standing)
     classes = (
         classes_of(program, costs, pace.mark if pace else None) if folds else alone(tuple(listing or ranks))
     )
@@ -235,6 +246,33 @@ def simulate(
         step_s=max((track.events[-1].end_s for track in tracks.values() if track.events), default=0.0),
         limit_s=limit_s(program, costs, classes, lists, seconds),
         critical_path=graph.critical_path(clock),
+    )
+
+
+def spread(timeline: Timeline, program: Program, standing: Mapping[int, int]) -> Timeline:
+    """Return the timeline of a thin program as that of the whole one; `standing` says who stands for each rank."""
+    first: dict[int, int] = {}
+    for rank, stands in standing.items():
+        first[stands] = min(rank, first.get(stands, rank))
+    leader = {rank: first[timeline.classes.leader[stands]] for rank, stands in sorted(standing.items())}
+    members: dict[int, list[int]] = {rank: [rank] for rank in leader.values()}
+    for rank, stands in leader.items():
+        members[stands] += [rank] if rank != stands else []
+    tracks = {
+        first[rank]: Track(
+            tuple(Event(first[rank], event.action, event.begin_s, event.end_s) for event in track.events),
+            track.on_the_way,
+        )
+        for rank, track in timeline.tracks.items()
+    }
+    return Timeline(
+        program=program,
+        classes=Classes(leader, {rank: tuple(ranks) for rank, ranks in members.items()}),
+        tracks=tracks,
+        step_s=timeline.step_s,
+        limit_s=timeline.limit_s,
+        critical_path=tuple(attrs.evolve(leg, rank=first[leg.rank]) for leg in timeline.critical_path),
+        by_lanes=True,
     )
 
 

@@ -310,6 +310,8 @@ def _many(timeline: Timeline) -> str:
 
 def _draw(found: Simulated, given: argparse.Namespace) -> None:
     """Write the pictures that are asked for; of a large world, one rank of each class."""
+    if not given.svg and not given.trace:
+        return
     timeline, topology = found.timeline, found.job.topology
     events, flights = timeline.events_and_flights(None if _fits(timeline) else timeline.classes.members)
     if given.svg:
