@@ -166,6 +166,10 @@ def _add_simulate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="seconds of stages and edges; a second one is for --compare",
     )
+    parser.add_argument("--gpu", metavar="NAME", help="price FLOPs and bytes by an accelerator, such as h100")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.5, metavar="E", help="part of its peak that a GPU reaches; 0.5"
+    )
     parser.add_argument("--schedule", metavar="NAME", help="another schedule than the job's, or all")
     parser.add_argument(
         "--ragged", action="store_true", help="lanes take as long as what they have of the step's data"

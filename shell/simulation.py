@@ -23,7 +23,7 @@ from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.legality import SCHEDULES
 from mimogrid.core.memory import Level, peaks
 from mimogrid.core.pace import Pace
-from mimogrid.core.pricing import ASSUMED, assumed
+from mimogrid.core.pricing import ASSUMED, assumed, machine_of, on_machine
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.settle import settled
 from mimogrid.core.simulate import Timeline, simulate
@@ -142,6 +142,8 @@ def _check(given: argparse.Namespace) -> None:
         problems.append(
             Problem("--compare", "two jobs are compared under one schedule.", "Leave out --schedule all.")
         )
+    if given.costs and given.gpu:
+        problems.append(Problem("--gpu", "prices what --costs gives.", "Leave out one of them."))
     if len(given.costs) > (2 if given.compare else 1):
         problems.append(
             Problem("--costs", f"is given {len(given.costs)} times.", "Give it once for each job.")
@@ -202,6 +204,10 @@ def _planned(
         path = given.costs[min(which, len(given.costs) - 1)]
         costs = costfile.read(path, job.topology)
         return _Planned(under(job, **changes, costs=costs), costs, str(path))
+    if given.gpu:
+        machine = machine_of(given.gpu, job.spec.precision, given.efficiency)
+        costs = on_machine(job.step(given.step), machine)
+        return _Planned(under(job, **changes, costs=costs), costs, f"assumed: {machine}")
     job = under(job, **changes)
     if job.spec.schedule.costs:
         return _Planned(job, job.spec.schedule.costs, "schedule.costs of the job")

@@ -264,3 +264,29 @@ def test_a_world_too_large_to_draw_is_told_in_numbers(job, capsys, monkeypatch):
     drawn = (job.parent / "a.svg").read_text()
     assert "rank 1 " in drawn
     assert "rank 2 " not in drawn
+
+
+def test_an_accelerator_prices_a_job(job, capsys):
+    """FLOPs and bytes over a data sheet: the origin is told, and twice the efficiency is not slower."""
+
+    def told(efficiency):
+        assert 0 == main(["simulate", str(job), "--gpu", "h100", "--efficiency", str(efficiency), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    half, whole = told(0.4), told(0.8)
+    assert half["costs"].startswith("assumed: FLOPs at 40% of the")
+    assert 0 < whole["step_time"] <= half["step_time"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu", "h1000"], "Did you mean 'h100'?"),
+        (["--gpu", "h100", "--efficiency", "0"], "part of its peak"),
+        (["--gpu", "h100", "--costs", "costs.toml"], "prices what --costs gives"),
+    ],
+)
+def test_what_no_accelerator_can_price(job, capsys, options, words):
+    """Unknown names, impossible efficiencies and two sources of costs are refused."""
+    assert 2 == main(["simulate", str(job), *options])
+    assert words in capsys.readouterr().err
