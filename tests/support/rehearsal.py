@@ -5,8 +5,8 @@ only if every number in them comes of the same work on the same data. Nothing he
 
 - ranks take turns as a seed has it, and each does its next action or stays before it;
 - a channel of a pair of ranks gives the n-th receive the n-th send, whatever they are; neither is complete
-  without the other. With `serial`, both directions of a pair are one queue, in which the n-th operations of the
-  two ranks meet;
+  without the other, nor are the two ends of what a rank sends to itself. With `serial`, both directions of a
+  pair are one queue, in which the n-th operations of the two ranks meet;
 - a collective gives its n-th call on one rank the n-th call of each other member, whatever they are;
 - what is not there cannot be read, and what nobody takes is left over; both are failures, as is a stage that
   holds more than `room` allows.
@@ -31,6 +31,7 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Update,
     Wait,
+    other_end,
 )
 from mimogrid.core.schedule.lower import Program, link_of
 from mimogrid.core.schedule.program import Listing
@@ -147,6 +148,7 @@ class _Rank:
         self.calls: collections.Counter[tuple[int, ...]] = collections.Counter()
         self.pending: dict[Transfer, list[tuple[Message, _Post | None]]] = {}
         self.inbox: dict[tuple[Link, Direction, int], list[Number]] = {}
+        self.posted: set[Transfer] = set()
         self.home: dict[Hashable, Number] = {}
         self.made: dict[tuple[Stage, Direction, int], Number] = {}
         self.kept: dict[tuple[Stage, int], Number] = {}
@@ -177,6 +179,7 @@ class _Rank:
         if transfer in self.pending:
             raise RehearsalError(f"'{transfer}' is posted twice")
         self.pending[transfer] = []
+        self.posted.add(transfer)
         sends = isinstance(transfer, Send)
         for message in self.messages(transfer):
             there = message.rank_target if transfer.at_source else message.rank_source
@@ -214,12 +217,9 @@ class _Rank:
             raise RehearsalError(f"'{transfer}' is waited for and not posted")
         brought: list[Number] = []
         for message, post in self.pending[transfer]:
-            home = self.key(transfer, message)
-            if (post is None and isinstance(transfer, Recv) and home not in self.home) or (
-                post and not post.whole
-            ):
+            if not (post.whole if post else other_end(transfer) in self.posted):
                 return False
-            brought.append(post.value if post else self.home.get(home, 0))
+            brought.append(post.value if post else self.home.get(self.key(transfer, message), 0))
         del self.pending[transfer]
         if isinstance(transfer, Recv):
             link = link_of(self.topology, transfer)
