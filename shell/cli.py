@@ -223,9 +223,9 @@ def roles(job: Job, given: argparse.Namespace) -> int:
     topology = job.topology
     chosen = [role_of(topology, rank) for rank in _ranks(topology, given.rank)]
     if given.svg:
-        from mimogrid.core import draw  # noqa: PLC0415 -- only what is used
+        from mimogrid.core.draw.ranks import rank_map_svg  # noqa: PLC0415 -- only what is used
 
-        write(given.svg, draw.rank_map_svg(topology))
+        write(given.svg, [rank_map_svg(topology)])
     if given.json:
         print_json({"world_size": topology.world_size, "ranks": [_role_values(role) for role in chosen]})
     else:

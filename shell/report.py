@@ -12,14 +12,17 @@ import torch
 
 from mimogrid.core.decision import is_passed_over
 from mimogrid.core.draw import perfetto
+from mimogrid.core.draw.picture import above
+from mimogrid.core.draw.svg import svg
+from mimogrid.core.measured import mean_costs, measured
 from mimogrid.core.roles import layout_of
 from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.simulate import simulate
 from mimogrid.core.timeline import Event
 from mimogrid.shell.evaluate import Answer, Examined, Questions, examine
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.metrics import Tally
 from mimogrid.shell.pictures import draw_predictions
-from mimogrid.shell.runs import write_json
 from mimogrid.shell.step import Crew
 
 
@@ -78,18 +81,26 @@ def draw(
     examined: Examination,
     ranks: list[OfRank],
 ) -> None:
-    """Draw the measured timeline of the last step, and answers to held-out samples."""
+    """Draw the last step that was run below its plan, and answers to held-out samples."""
     events = [event for of_rank in ranks for event in of_rank.events]
-    stages = {
-        rank: " ".join(str(info.stage) for info in job.topology.stages_of(rank))
-        for rank in job.topology.ranks
-    }
-    train = job.spec.train
-    last = max((step for step in range(train.steps) if not is_passed_over(train, step)), default=0)
-    program = plan_step(job.step(last)) if events else None
-    write_json(folder / "trace.json", perfetto(events, names=stages, program=program))
+    if events:
+        _draw_step(folder, job, events)
     for questions, answers in list(examined.values())[:1]:
         draw_predictions(folder / "predictions.png", questions, answers)
+
+
+def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
+    """Draw a measured step; its plan has the job's costs, or else the means of what was measured."""
+    train = job.spec.train
+    last = max(step for step in range(train.steps) if not is_passed_over(train, step))
+    program = plan_step(job.step(last))
+    ran = measured(program, events)
+    planned = simulate(program, job.spec.schedule.costs or mean_costs(events))
+    with (folder / "trace.json").open("w", encoding="utf-8") as file:
+        file.writelines(perfetto.lines(ran))
+    costs = "the job's costs" if job.spec.schedule.costs else "the mean times of its actions"
+    title = f"step {last}: {ran.step_s:.4g} s measured, {planned.step_s:.4g} s planned with {costs}"
+    (folder / "timeline.svg").write_text(svg(above(planned, ran, title)), encoding="utf-8")
 
 
 def compose(

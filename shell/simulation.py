@@ -9,16 +9,18 @@ mimogrid simulate JOB --ragged --jitter 0.1  real shares of the data, uneven mac
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 
-from mimogrid.core import draw
 from mimogrid.core.breakdown import JITTER, RAGGED, idle_s, idle_s_by_rank, shares
 from mimogrid.core.costs import Costs
+from mimogrid.core.draw import perfetto, svg
+from mimogrid.core.draw.marks import in_bytes
+from mimogrid.core.draw.picture import picture
+from mimogrid.core.draw.text import WIDTH, text
 from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.legality import SCHEDULES
 from mimogrid.core.memory import Level, peaks
@@ -30,16 +32,15 @@ from mimogrid.core.simulate import Timeline, simulate
 from mimogrid.core.topology import parse
 from mimogrid.shell import costfile
 from mimogrid.shell.jobs import Job, open_job
-from mimogrid.shell.output import print_json, write
+from mimogrid.shell.output import print_json, terminal_width, write
 
 
 ALL = "all"
 PLACES = 4
 """So many parts of the critical path are told one by one."""
-TOLD = {**draw.TOLD, RAGGED: "ragged data", JITTER: "jitter"}
+TOLD = {**svg.TOLD, RAGGED: "ragged data", JITTER: "jitter"}
 DRAWN = 200_000
-"""Pictures with more actions than these show one rank of each class."""
-UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+"""Of a timeline with more actions than these, one rank of each class is told."""
 
 
 @attrs.frozen(eq=False)
@@ -148,10 +149,10 @@ def _check(given: argparse.Namespace) -> None:
         problems.append(
             Problem("--costs", f"is given {len(given.costs)} times.", "Give it once for each job.")
         )
-    if (given.svg or given.trace) and (given.compare or given.schedule == ALL):
-        problems.append(
-            Problem("--svg, --trace", "draw one job under one schedule.", "Draw them one by one.")
-        )
+    if (given.svg or given.trace) and given.schedule == ALL:
+        problems.append(Problem("--svg, --trace", "draw jobs under one schedule.", "Draw them one by one."))
+    if given.trace and given.compare:
+        problems.append(Problem("--trace", "is of one job.", "Write two traces, or draw both with --svg."))
     if problems:
         raise PlanError(problems)
 
@@ -163,16 +164,20 @@ def _tell(job: Job, given: argparse.Namespace) -> None:
     planned = _planned(job, given)
     draws = [_simulated(planned, given, draw) for draw in range(given.draws)]
     found = draws[0]
-    _draw(found, given)
+    _draw({found.name: found}, given)
     if given.json:
         steps = {"draws": [one.timeline.step_s for one in draws]} if given.draws > 1 else {}
         print_json(_values(found) | steps)
         return
     timeline = found.timeline
+    width = terminal_width(WIDTH)
     if _fits(timeline):
-        print(draw.text(timeline.events), end="\n\n")
+        print(text(timeline.events, width=width), end="\n\n")
     else:
-        print(f"{_many(timeline)}: too many to draw here; --svg draws one rank of each class.\n")
+        members = timeline.classes.members
+        events, _ = timeline.events_and_flights(members)
+        print(f"{_many(timeline)}; one rank of each class stands for the others.\n")
+        print(text(events, width=width, members=members), end="\n\n")
     print(f"{_summary(timeline)}.")
     if given.draws > 1:
         seconds = sorted(one.timeline.step_s for one in draws)
@@ -184,9 +189,9 @@ def _tell(job: Job, given: argparse.Namespace) -> None:
     flying = ", ".join(f"{stage} {peak}" for stage, peak in timeline.peak_in_flight.items())
     print(f"Microbatches in flight at most: {flying}.")
     rank, peak = found.peak
-    parts = ", ".join(f"{part} {_bytes(size)}" for part, size in peak.parts.items() if size)
+    parts = ", ".join(f"{part} {in_bytes(size)}" for part, size in peak.parts.items() if size)
     when = f" at {peak.at_s:.6g} s in {peak.action}" if peak.action else ""
-    print(f"Most memory: rank {rank}, {_bytes(peak.bytes)}{when} ({parts}).")
+    print(f"Most memory: rank {rank}, {in_bytes(peak.bytes)}{when} ({parts}).")
     if found.tokens_per_s and not found.assumed:
         print(f"{found.tokens_per_s:.6g} tokens/s, {found.samples_per_s:.6g} samples/s.")
     print(f"Costs: {found.told_costs}.")
@@ -284,16 +289,6 @@ def _path(timeline: Timeline) -> str:
     return ", ".join(told + [f"others {rest:.1%}"] * (rest > 0))
 
 
-def _bytes(size: int) -> str:
-    """Write a number of bytes in short.
-
-    >>> _bytes(81_920), _bytes(12)
-    ('81.9 kB', '12 B')
-    """
-    factor, unit = next(((factor, unit) for factor, unit in UNITS if size >= factor), (1, "B"))
-    return f"{size / factor:.3g} {unit}"
-
-
 # -- pictures ----------------------------------------------------------------------------------------------
 
 
@@ -314,20 +309,18 @@ def _many(timeline: Timeline) -> str:
     )
 
 
-def _draw(found: Simulated, given: argparse.Namespace) -> None:
+def _draw(found: Mapping[str, Simulated], given: argparse.Namespace) -> None:
     """Write the pictures that are asked for; of a large world, one rank of each class."""
-    if not given.svg and not given.trace:
-        return
-    timeline, topology = found.timeline, found.job.topology
-    events, flights = timeline.events_and_flights(None if _fits(timeline) else timeline.classes.members)
     if given.svg:
-        title = f"{found.name}, {found.job.spec.schedule.name}: {_summary(timeline)}"
-        write(given.svg, draw.svg(events, flights=flights, title=title))
+        pictures = (
+            picture(one.timeline, f"{name}, {one.job.spec.schedule.name}: {_summary(one.timeline)}")
+            for name, one in found.items()
+        )
+        write(given.svg, [svg.svg(*pictures)])
     if given.trace:
-        names = {
-            rank: " ".join(str(info.stage) for info in topology.stages_of(rank)) for rank in topology.ranks
-        }
-        write(given.trace, json.dumps(draw.perfetto(events, names=names, program=timeline.program)))
+        (one,) = found.values()
+        ranks = None if _fits(one.timeline) else one.timeline.classes.members
+        write(given.trace, perfetto.lines(one.timeline, ranks))
 
 
 # -- several -----------------------------------------------------------------------------------------------
@@ -365,13 +358,14 @@ def _tell_jobs(job: Job, given: argparse.Namespace) -> None:
     found = [_simulated(_planned(one, given, which=i), given) for i, one in enumerate(jobs)]
     speeds = [one.samples_per_s for one in found]
     ratio = speeds[0] / speeds[1] if speeds[0] and speeds[1] else None
+    names = [one.name for one in found]
+    if names[0] == names[1]:
+        names = [f"{name} ({which})" for name, which in zip(names, ("first", "second"), strict=True)]
+    _draw(dict(zip(names, found, strict=True)), given)
     if given.json:
         values = [{"job": str(one.job.path), "ranks": _ranks(one), **_values(one)} for one in found]
         print_json({"jobs": values, "ratio": ratio})
         return
-    names = [one.name for one in found]
-    if names[0] == names[1]:
-        names = [f"{name} ({which})" for name, which in zip(names, ("first", "second"), strict=True)]
     _table("job", dict(zip(names, found, strict=True)))
     if ratio:
         first, second = names if ratio >= 1 else names[::-1]
@@ -407,7 +401,7 @@ def _table(what: str, found: Mapping[str, Simulated]) -> None:
         told = [f"{speed / count:.4g}" if speed else "-" for speed in speeds for count in (1, _ranks(one))]
         flying = max(timeline.peak_in_flight.values(), default=0)
         numbers = (f"{timeline.step_s:.6g}", f"{timeline.ratio_to_limit:.3f}", f"{timeline.bubble:.1%}")
-        rows.append((name, *numbers, _bytes(one.peak[1].bytes), str(flying), *told))
+        rows.append((name, *numbers, in_bytes(one.peak[1].bytes), str(flying), *told))
     wide = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     for row in rows:
         first, *others = (

@@ -3,7 +3,8 @@
     report.json          layout, steps, losses, held-out accuracy, throughput, busy fractions, peak memory
     metrics.jsonl        one line a step
     weights.safetensors  the final weights in the job's precision, full tensors under layout-independent names
-    trace.json           the measured timeline of the last step, for Perfetto
+    timeline.svg         the measured timeline of the last step, below its plan
+    trace.json           the measured timeline, for Perfetto
     predictions.png      held-out samples with the answer given and the true one
     checkpoints/, logs/, tensorboard/
 
@@ -158,9 +159,9 @@ class Run:
         ranks = report.gather_ranks(crew, tally)
         if not self.chief:
             return None
-        report.draw(folder, crew.job, examined, ranks)
         whole = report.compose(crew, tally, training_s, examined, ranks)
         write_json(folder / REPORT, whole)
+        self._draw(examined, ranks)
         facts = {"steps": whole["steps"]}
         if whole["losses"]:
             facts["loss"] = f"{whole['losses'][-1]:.4f}"
@@ -168,3 +169,10 @@ class Run:
             facts |= {"accuracy": whole["accuracy"], **whole["accuracy_text_only"]}
         self.log.info("finished", **facts, folder=str(self.folder))
         return whole
+
+    def _draw(self, examined: report.Examination, ranks: list[report.OfRank]) -> None:
+        """Draw what was measured. The run is over and reported, so a picture that cannot be drawn is only told."""
+        try:
+            report.draw(self.folder, self.crew.job, examined, ranks)
+        except Exception as error:
+            self.log.warning(f"the pictures are not complete: {error!r}", folder=str(self.folder))

@@ -241,7 +241,8 @@ def test_uneven_steps_are_drawn(job, capsys):
         (["--jitter", "-1"], "--jitter: is -1."),
         (["--draws", "0"], "--draws: is 0."),
         (["--step", "-1"], "--step: is -1."),
-        (["--schedule", "all", "--svg", "a.svg"], "--svg, --trace: draw one job under one schedule."),
+        (["--schedule", "all", "--svg", "a.svg"], "--svg, --trace: draw jobs under one schedule."),
+        (["--compare", "job.toml", "--trace", "a.json"], "--trace: is of one job."),
         (["--costs", "a.toml", "--costs", "b.toml"], "--costs: is given 2 times."),
         (
             ["--schedule", "all", "--compare", "job.toml"],
@@ -255,15 +256,39 @@ def test_options_that_do_not_go_together(job, capsys, options, words):
     assert words in capsys.readouterr().err
 
 
-def test_a_world_too_large_to_draw_is_told_in_numbers(job, capsys, monkeypatch):
-    """The picture shows one rank of each class."""
+def test_a_world_too_large_to_draw_is_told_by_classes(job, capsys, monkeypatch):
+    """One rank of each stands for all, in text and in the trace."""
     monkeypatch.setattr(simulation, "DRAWN", 100)
-    options = ["--set", "modules.language.grid.dp=4", "--set", "batch.global_size=32", "--svg", "a.svg"]
+    options = ["--set", "modules.language.grid.dp=4", "--set", "batch.global_size=32", "--trace", "a.json"]
     assert 0 == main(["simulate", str(job), *options])
-    assert capsys.readouterr().out.startswith("9 ranks in 3 classes do ")
-    drawn = (job.parent / "a.svg").read_text()
-    assert "rank 1 " in drawn
-    assert "rank 2 " not in drawn
+    printed = capsys.readouterr().out
+    assert printed.startswith("9 ranks in 3 classes do ")
+    assert all(f"rank {ranks} " in printed for ranks in ("0", "1-4", "5-8"))
+    records = json.loads((job.parent / "a.json").read_text())["traceEvents"]
+    assert {0, 1, 5} == {record["pid"] for record in records}
+
+
+def test_two_jobs_are_drawn_on_one_scale(job, capsys):
+    """One above the other, each under its name; the slower one is as wide as the page."""
+    command = ["simulate", str(job), "--compare", str(job), "--set", "modules.language.grid.pp=1"]
+    assert 0 == main([*command, "--svg", "a.svg", "--json"])
+    steps = [found["step_time"] for found in json.loads(capsys.readouterr().out)["jobs"]]
+    picture = ET.parse(job.parent / "a.svg").getroot()
+    words = " ".join(found.text for found in picture.iter("{http://www.w3.org/2000/svg}text"))
+    for which in ("first", "second"):
+        assert f"job.toml ({which}), 1f1b: step " in words
+    assert len(set(steps)) == 2
+    dashed = [
+        float(found.get("d").split()[0].removeprefix("M"))
+        for found in picture.iter("{http://www.w3.org/2000/svg}path")
+        if "4 3" == found.get("stroke-dasharray")
+    ]
+    labels = [
+        float(found.get("x"))
+        for found in picture.iter("{http://www.w3.org/2000/svg}text")
+        if "0" == found.text and "10" == found.get("font-size")
+    ]
+    assert (dashed[0] - labels[0]) / (dashed[1] - labels[0]) == pytest.approx(steps[0] / steps[1], rel=1e-3)
 
 
 def test_an_accelerator_prices_a_job(job, capsys):

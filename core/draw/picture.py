@@ -1,0 +1,158 @@
+"""Picture: what a drawn timeline shows: which ranks, in which order, and whom each stands for.
+
+Up to `MOST` ranks each has a row. Of a larger world one rank of each class is drawn, which stands for all that live
+through the step alike. Of two timelines of one program, each rank of the first stands above itself in the second.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from mimogrid.core.memory import Level, trace
+from mimogrid.core.schedule.actions import Compute
+from mimogrid.core.simulate import Leg, Timeline
+from mimogrid.core.timeline import Event, Flight, Idle, idles_of
+from mimogrid.core.topology import Topology
+
+
+MOST = 64
+"""So many ranks, or classes of them, are drawn."""
+
+
+@attrs.frozen(eq=False)
+class Row:
+    """A rank of a timeline.
+
+    Attributes:
+        timeline: what it is a part of.
+        rank: whose row it is.
+        count: how many ranks it stands for, itself included.
+        told: which of several timelines this is, if there are several.
+        remembers: whether the memory of the rank is shown.
+    """
+
+    timeline: Timeline
+    rank: int
+    count: int = 1
+    told: str = ""
+    remembers: bool = True
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that the rank hosts."""
+        return tuple(dict.fromkeys(info.stage.module for info in self._topology.stages_of(self.rank)))
+
+    @property
+    def name(self) -> str:
+        """The rank with its stages and whom it stands for."""
+        stages = " ".join(str(info.stage) for info in self._topology.stages_of(self.rank))
+        return f"rank {self.rank}{f' x {self.count}' if self.count > 1 else ''}  {stages}"
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What the rank does when."""
+        return self.timeline.events_of(self.rank)
+
+    @property
+    def computes(self) -> Iterator[tuple[Event, Compute]]:
+        """What the rank computes when."""
+        return ((event, event.action) for event in self.events if isinstance(event.action, Compute))
+
+    @property
+    def idles(self) -> Iterator[Idle]:
+        """When the rank computes nothing, and why."""
+        track = self.timeline.tracks[self.timeline.classes.leader[self.rank]]
+        whole = (0.0, self.timeline.step_s)
+        return idles_of(self.rank, self.events, track.posted(), whole=whole)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """What the rank holds over time, if that is shown."""
+        return trace(self.timeline, self.rank) if self.remembers else ()
+
+    @property
+    def critical(self) -> Iterator[Leg]:
+        """What the rank adds to the critical path, by itself or together with others."""
+        program, classes = self.timeline.program, self.timeline.classes
+        leader = classes.leader[self.rank]
+        for leg in self.timeline.critical_path:
+            if leader in classes.met(program.joint(leg.rank, leg.action)):
+                yield leg
+
+    @property
+    def _topology(self) -> Topology:
+        return self.timeline.program.topology
+
+
+@attrs.frozen(eq=False)
+class Picture:
+    """Rows from top to bottom, and what is told of them.
+
+    Attributes:
+        title: what is shown.
+        rows: the ranks.
+        note: what is not shown.
+        arrows: whether messages are.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    note: str = ""
+    arrows: bool = True
+
+    @property
+    def groups(self) -> Iterator[tuple[tuple[str, ...], tuple[Row, ...]]]:
+        """Yield neighbours that host the same modules, with these."""
+        for modules, rows in itertools.groupby(self.rows, key=lambda row: row.modules):
+            yield modules, tuple(rows)
+
+    @property
+    def flights(self) -> Iterator[Flight]:
+        """Yield the messages between ranks that are drawn; those of a class between those that stand for it."""
+        if not self.arrows:
+            return
+        rows = {row.rank: row for row in self.rows}
+        for row in self.rows:
+            leader = row.timeline.classes.leader
+            known: set[Flight] = set()
+            for flight in row.timeline.flights_of(row.rank):
+                target = flight.rank_target if flight.rank_target in rows else leader[flight.rank_target]
+                drawn = attrs.evolve(flight, rank_target=target)
+                if flight.rank_source == row.rank and target in rows and target != row.rank:
+                    if drawn not in known:
+                        yield drawn
+                    known.add(drawn)
+
+
+def picture(timeline: Timeline, title: str = "") -> Picture:
+    """Return the picture of a timeline."""
+    chosen, note = _chosen(timeline)
+    return Picture(title, tuple(Row(timeline, rank, count) for rank, count in chosen.items()), note)
+
+
+def above(planned: Timeline, measured: Timeline, title: str = "") -> Picture:
+    """Return the picture of a plan above what came of it, rank by rank. Both are of one program."""
+    chosen, note = _chosen(planned)
+    rows = (
+        row
+        for rank, count in chosen.items()
+        for row in (Row(planned, rank, count, "planned", remembers=False), Row(measured, rank, 1, "measured"))
+    )
+    return Picture(title, tuple(rows), note, arrows=False)
+
+
+def _chosen(timeline: Timeline) -> tuple[Mapping[int, int], str]:
+    """Return the ranks that are drawn, with how many each stands for, and what is not drawn."""
+    classes = timeline.classes
+    if len(classes.leader) <= MOST:
+        return dict.fromkeys(classes.leader, 1), ""
+    counts = {rank: len(ranks) for rank, ranks in classes.members.items()}
+    chosen = dict(itertools.islice(counts.items(), MOST))
+    if len(counts) > MOST:
+        rest = sum(counts.values()) - sum(chosen.values())
+        return (
+            chosen,
+            f"of {len(counts):,} classes of ranks the first {MOST} are drawn; {rest:,} ranks are not",
+        )
+    return chosen, f"of {len(classes.leader):,} ranks, one of each class is drawn, and how many are like it"
