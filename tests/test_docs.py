@@ -72,6 +72,28 @@ def test_commands_print_what_the_page_says(page, capsys):
         assert expected == "".join(f"{line.rstrip()}\n" for line in lines)
 
 
+def commands_that_draw():
+    """The commands in blocks of the language `sh` that write a picture of the documents."""
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    return [line for line in lines if "--svg docs/pictures/" in line]
+
+
+@pytest.mark.parametrize("command", commands_that_draw())
+def test_pictures_are_what_the_commands_draw(command, tmp_path):
+    """To the last byte: whoever changes how things are drawn draws these anew."""
+    *given, picture = shlex.split(command)[1:]
+    assert 0 == main([*given, str(tmp_path / "drawn.svg")])
+    assert (ROOT / picture).read_text(encoding="utf-8") == (tmp_path / "drawn.svg").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_all_pictures_are_shown():
+    """No file is left from what a page once said."""
+    said = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not [path.name for path in (ROOT / "docs/pictures").iterdir() if path.name not in said]
+
+
 @named
 def test_jobs_and_costs_of_a_page_are_legal(page, tmp_path, capsys):
     """Every job in a page can be checked; a costs file is read with the job before it that it fits."""

@@ -44,7 +44,7 @@ def usual(trained: Trained) -> tuple[dict[str, Any], Path]:
 
 
 def test_a_run_leaves_all_that_the_design_names(trained: Trained) -> None:
-    """Report, metrics, weights, trace, picture, logs and TensorBoard events are there, and agree."""
+    """Report, metrics, weights, trace, pictures, logs and TensorBoard events are there, and agree."""
     report, folder = trained("train.steps=3")
     assert 3 == report["steps"] == len(report["losses"]) == len(report["losses_by_module"]["language"])
     assert report == json.loads((folder / "report.json").read_text())
@@ -57,6 +57,12 @@ def test_a_run_leaves_all_that_the_design_names(trained: Trained) -> None:
     assert 1 == len(list((folder / "tensorboard").glob("events.*")))
     names = {event["name"] for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
     assert {"vision.0 F0", "language.1 B3"} <= names
+    drawn = (folder / "timeline.svg").read_text()
+    assert all(
+        f"rank {rank}  {stage}  {which}<" in drawn
+        for rank, stage in ((0, "vision.0"), (3, "language.1"))
+        for which in ("planned", "measured")
+    )
 
 
 def test_final_weights_have_every_parameter_once_and_whole(trained: Trained) -> None:

@@ -137,14 +137,10 @@ def _arrows(timeline: Timeline, event: Event, transfer: Transfer, drawn: frozens
     sends, rank, leader = isinstance(transfer, Send), event.rank, timeline.classes.leader
     within = WITHIN * (event.end_s - event.begin_s)
     at = event.end_s - within if sends else event.begin_s + within
-    peers = (
-        peer if peer in drawn else leader[peer]
-        for peer in timeline.program.peers_of(rank, transfer)
-        if peer != rank
-    )
+    peers = (leader[peer] if peer not in drawn else peer for peer in _peers(timeline, rank, transfer))
     for peer in dict.fromkeys(peers):
         source, target = (rank, peer) if sends else (peer, rank)
-        if peer in drawn:
+        if peer in drawn and peer != rank:
             yield {
                 "ph": "s" if sends else "f",
                 **({} if sends else {"bp": "e"}),
@@ -155,6 +151,15 @@ def _arrows(timeline: Timeline, event: Event, transfer: Transfer, drawn: frozens
                 "tid": COMPUTING,
                 "ts": at * 1e6,
             }
+
+
+def _peers(timeline: Timeline, rank: int, transfer: Transfer) -> Iterator[int]:
+    """Yield who is at the other ends of a transfer; of a rank that stands for its lane, of all its lane."""
+    program = timeline.program
+    module = program.topology.modules[transfer.stage.module]
+    lane = module.holders(transfer.stage, module.lane_of(rank)) if timeline.by_lanes else (rank,)
+    for each in lane:
+        yield from (peer for peer in program.peers_of(each, transfer) if peer != each)
 
 
 def _counter(timeline: Timeline, rank: int) -> Iterator[Record]:

@@ -126,7 +126,8 @@ def _page(pictures: Sequence[Picture]) -> _Page:
     step_s = max((row.timeline.step_s for row in rows), default=0.0)
     font = min(11.0, cell * 0.76)
     names = (marks.width_of(_name(row, font), font) for row in rows)
-    left = MARGIN + 16 + max(names, default=0.0)
+    headings = (sum(w for _, _, w in _headed(row)) for row in rows)
+    left = MARGIN + 16 + max((*names, *headings), default=0.0)
     wanted = max(
         (
             (marks.width_of(str(action.microbatch), font) + 5) / (event.end_s - event.begin_s)
@@ -162,7 +163,7 @@ def _picture(page: _Page, picture: Picture, arrows: Sequence[Flight], top: float
     where: dict[int, float] = {}
     placed: list[tuple[Row, float]] = []
     for modules, rows in picture.groups:
-        headings += _heading(page, modules, rows, y)
+        headings += _heading(page, modules, rows[0], y)
         y += HEADING + 9
         for row, following in itertools.zip_longest(rows, rows[1:]):
             where.setdefault(row.rank, y)
@@ -180,20 +181,26 @@ def _picture(page: _Page, picture: Picture, arrows: Sequence[Flight], top: float
     return parts, y + 26
 
 
-def _heading(page: _Page, modules: tuple[str, ...], rows: Sequence[Row], y: float) -> Iterator[str]:
+def _heading(page: _Page, modules: tuple[str, ...], row: Row, y: float) -> Iterator[str]:
     """Each module with the sizes of its grid."""
-    x = MARGIN
-    topology = rows[0].timeline.program.topology
-    for name in modules:
-        grid = topology.modules[name].grid
-        sizes = ", ".join(f"{axis.name} {axis.size}" for axis in grid.axes if axis.size > 1)
-        base = y + HEADING
+    x, base = MARGIN, y + HEADING
+    for name, (_, sizes, width) in zip(modules, _headed(row), strict=True):
         yield marks.words(x, base, name, size=HEADING, fill=page.inks[name].dark, more=BOLD)
-        x += marks.width_of(name, HEADING * 1.08) + 8
+        after = x + marks.width_of(name, HEADING * 1.08) + 8
         if sizes:
-            yield marks.words(x, base, sizes, size=10, fill=GREY)
-            x += marks.width_of(sizes, 10) + 12
-    yield marks.line(f"M{max(x, MARGIN):.2f} {y + HEADING * 0.62:.2f}H{page.end:.2f}")
+            yield marks.words(after, base, sizes, size=AXIS, fill=GREY)
+        x += width
+    yield marks.line(f"M{max(x, page.left):.2f} {y + HEADING * 0.62:.2f}H{page.end:.2f}")
+
+
+def _headed(row: Row) -> Iterator[tuple[str, str, float]]:
+    """Yield the modules of a row, the sizes of their grids, and how wide a heading that makes."""
+    topology = row.timeline.program.topology
+    for name in row.modules:
+        axes = topology.modules[name].grid.axes
+        sizes = ", ".join(f"{axis.name} {axis.size}" for axis in axes if axis.size > 1)
+        width = marks.width_of(name, HEADING * 1.08) + 8
+        yield name, sizes, width + (marks.width_of(sizes, AXIS) + 12 if sizes else 0)
 
 
 def _axis(page: _Page, picture: Picture, top: float, bottom: float) -> Iterator[str]:

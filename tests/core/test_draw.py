@@ -19,7 +19,7 @@ from mimogrid.core.measured import measured
 from mimogrid.core.memory import peak_bytes
 from mimogrid.core.pricing import assumed
 from mimogrid.core.schedule.actions import Compute, Kind, Send
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate import MANY, simulate
 
 
 THREE = "vision vit dp2 pp2 > language; audio vit dp2 frozen > language; language gpt pp2 tp2"
@@ -363,15 +363,17 @@ def test_a_trace_tells_bytes():
     assert peak_bytes(timeline) == most
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_a_trace_has_an_arrow_per_message(folded):
-    """From within the action that made it to within the one that reads it."""
+@pytest.mark.parametrize(("folded", "many"), [(False, MANY), (True, MANY), (True, 0)])
+def test_a_trace_has_an_arrow_per_message(folded, many, monkeypatch):
+    """From within the action that made it to within the one that reads it; also where one stands for its lane."""
+    monkeypatch.setattr("mimogrid.core.simulate.MANY", many)
     _, timeline = timed(THREE, batch=16, microbatches=4, latency=0.25)
     found = traced(timeline, timeline.classes.members if folded else None)
     starts = {arrow["id"]: arrow for arrow in found if "s" == arrow["ph"]}
     ends = {arrow["id"]: arrow for arrow in found if "f" == arrow["ph"]}
     assert starts
     assert starts.keys() == ends.keys()
+    assert timeline.by_lanes is (not many)
     if not folded:
         assert len(timeline.flights) == len(starts)
     for i, start in starts.items():
