@@ -4,6 +4,8 @@ Up to `MOST` ranks each has a row. Of a larger world one rank of each class is d
 through the step alike. Of two timelines of one program, each rank of the first stands above itself in the second.
 """
 
+import collections
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 
@@ -28,13 +30,15 @@ class Row:
         timeline: what it is a part of.
         rank: whose row it is.
         count: how many ranks it stands for, itself included.
+        critical: what it adds to the critical path, by itself or together with others.
         told: which of several timelines this is, if there are several.
         remembers: whether the memory of the rank is shown.
     """
 
     timeline: Timeline
     rank: int
-    count: int = 1
+    count: int
+    critical: tuple[Leg, ...]
     told: str = ""
     remembers: bool = True
 
@@ -49,7 +53,7 @@ class Row:
         stages = " ".join(str(info.stage) for info in self._topology.stages_of(self.rank))
         return f"rank {self.rank}{f' x {self.count}' if self.count > 1 else ''}  {stages}"
 
-    @property
+    @functools.cached_property
     def events(self) -> tuple[Event, ...]:
         """What the rank does when."""
         return self.timeline.events_of(self.rank)
@@ -59,26 +63,17 @@ class Row:
         """What the rank computes when."""
         return ((event, event.action) for event in self.events if isinstance(event.action, Compute))
 
-    @property
-    def idles(self) -> Iterator[Idle]:
+    @functools.cached_property
+    def idles(self) -> tuple[Idle, ...]:
         """When the rank computes nothing, and why."""
         track = self.timeline.tracks[self.timeline.classes.leader[self.rank]]
         whole = (0.0, self.timeline.step_s)
-        return idles_of(self.rank, self.events, track.posted(), whole=whole)
+        return tuple(idles_of(self.rank, self.events, track.posted(), whole=whole))
 
-    @property
+    @functools.cached_property
     def levels(self) -> tuple[Level, ...]:
         """What the rank holds over time, if that is shown."""
         return trace(self.timeline, self.rank) if self.remembers else ()
-
-    @property
-    def critical(self) -> Iterator[Leg]:
-        """What the rank adds to the critical path, by itself or together with others."""
-        program, classes = self.timeline.program, self.timeline.classes
-        leader = classes.leader[self.rank]
-        for leg in self.timeline.critical_path:
-            if leader in classes.met(program.joint(leg.rank, leg.action)):
-                yield leg
 
     @property
     def _topology(self) -> Topology:
@@ -128,18 +123,33 @@ class Picture:
 def picture(timeline: Timeline, title: str = "") -> Picture:
     """Return the picture of a timeline."""
     chosen, note = _chosen(timeline)
-    return Picture(title, tuple(Row(timeline, rank, count) for rank, count in chosen.items()), note)
+    legs = _legs(timeline)
+    rows = (
+        Row(timeline, rank, count, tuple(legs[timeline.classes.leader[rank]]))
+        for rank, count in chosen.items()
+    )
+    return Picture(title, tuple(rows), note)
 
 
 def above(planned: Timeline, measured: Timeline, title: str = "") -> Picture:
     """Return the picture of a plan above what came of it, rank by rank. Both are of one program."""
     chosen, note = _chosen(planned)
-    rows = (
-        row
-        for rank, count in chosen.items()
-        for row in (Row(planned, rank, count, "planned", remembers=False), Row(measured, rank, 1, "measured"))
-    )
+    legs = _legs(planned)
+    rows: list[Row] = []
+    for rank, count in chosen.items():
+        critical = tuple(legs[planned.classes.leader[rank]])
+        rows.append(Row(planned, rank, count, critical, "planned", remembers=False))
+        rows.append(Row(measured, rank, 1, (), "measured"))
     return Picture(title, tuple(rows), note, arrows=False)
+
+
+def _legs(timeline: Timeline) -> Mapping[int, list[Leg]]:
+    """Return the legs of the critical path by whoever stands for those that take part in them."""
+    found: dict[int, list[Leg]] = collections.defaultdict(list)
+    for leg in timeline.critical_path:
+        for leader in timeline.classes.met(timeline.program.joint(leg.rank, leg.action)):
+            found[leader].append(leg)
+    return found
 
 
 def _chosen(timeline: Timeline) -> tuple[Mapping[int, int], str]:

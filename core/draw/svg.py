@@ -23,7 +23,7 @@ from mimogrid.core.schedule.actions import Compute, Direction, Kind, Norm, Reduc
 from mimogrid.core.timeline import DRAIN, EDGE, SLOWER_MODULE, WARM_UP, Flight
 
 
-SHADES = {WARM_UP: "#eceff3", SLOWER_MODULE: "dots", EDGE: "slants", DRAIN: "lines"}
+SHADES = {WARM_UP: "#f3f5f8", SLOWER_MODULE: "dots", EDGE: "slants", DRAIN: "lines"}
 """How idle time is shaded: differently without colour, too."""
 TOLD = {
     WARM_UP: "warm-up",
