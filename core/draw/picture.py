@@ -114,10 +114,9 @@ class Picture:
             for flight in row.timeline.flights_of(row.rank):
                 target = flight.rank_target if flight.rank_target in rows else leader[flight.rank_target]
                 drawn = attrs.evolve(flight, rank_target=target)
-                if flight.rank_source == row.rank and target in rows and target != row.rank:
-                    if drawn not in known:
-                        yield drawn
+                if target in rows and target != row.rank and drawn not in known:
                     known.add(drawn)
+                    yield drawn
 
 
 def picture(timeline: Timeline, title: str = "") -> Picture:

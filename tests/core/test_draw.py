@@ -243,11 +243,12 @@ def test_memory_stands_under_each_rank_with_its_peak():
 
 def test_the_critical_path_is_outlined_on_all_ranks_that_share_it():
     """Every compute action of it, on every rank that takes part."""
-    _, timeline = timed("language gpt pp2 tp2")
+    program = program_of("language gpt pp2 tp2")
+    timeline = simulate(program, assumed(program.topology), fold=False)
     assert timeline.critical_path
     assert all(isinstance(leg.action, Compute) for leg in timeline.critical_path)
-    outlines = drawn("language gpt pp2 tp2").iterfind(f".//{SVG}rect[@fill-opacity='0']")
-    assert 2 * len(timeline.critical_path) == len(list(outlines))
+    found = ET.fromstring(page.svg(picture.picture(timeline)))
+    assert 2 * len(timeline.critical_path) == len(found.findall(f".//{SVG}rect[@fill-opacity='0']"))
 
 
 def test_messages_are_arrows_from_rank_to_rank():
@@ -277,7 +278,7 @@ def test_a_page_of_many_microbatches_is_bounded():
         len(ET.tostring(drawn("vision vit > language; language gpt pp2", batch=n, microbatches=n)))
         for n in (1024, 2048)
     ]
-    assert sizes[1] < 1.3 * sizes[0]
+    assert sizes[1] < 1.05 * sizes[0]
 
 
 def test_a_plan_stands_above_what_came_of_it():
@@ -315,11 +316,15 @@ def test_the_map_shows_every_rank_once_in_each_module_that_it_hosts():
 
 def test_the_map_of_a_large_world_tells_of_blocks():
     """Ranks of one stage together, those that overlap and those that idle, each rank once per module."""
-    topology = job("vision vit dp64 > language; language gpt pp4 tp8 dp32 @0", batch=256, world=1100)
+    topology = job(
+        "vision vit dp64 > language; audio vit dp4 @64 > language; language gpt pp4 tp8 dp32 @0",
+        batch=256,
+        world=1100,
+    )
     found = ET.fromstring(rank_map_svg(topology))
     check_texts(found)
     blocks = [re.match(r"ranks ([\d,]+) to ([\d,]+): (.+)", tip).groups() for tip in tips(found)]
-    expected = [("0", "63", "vision.0")]
+    expected = [("0", "63", "vision.0"), ("64", "67", "audio.0")]
     expected += [(f"{256 * pp:,}", f"{256 * pp + 255:,}", f"language.{pp}") for pp in range(4)]
     assert expected == blocks
     words = [text.text for text in found.iter(f"{SVG}text")]
@@ -367,7 +372,7 @@ def test_a_trace_tells_bytes():
 def test_a_trace_has_an_arrow_per_message(folded, many, monkeypatch):
     """From within the action that made it to within the one that reads it; also where one stands for its lane."""
     monkeypatch.setattr("mimogrid.core.simulate.MANY", many)
-    _, timeline = timed(THREE, batch=16, microbatches=4, latency=0.25)
+    _, timeline = timed(WIDE, batch=48, microbatches=2, latency=0.25)
     found = traced(timeline, timeline.classes.members if folded else None)
     starts = {arrow["id"]: arrow for arrow in found if "s" == arrow["ph"]}
     ends = {arrow["id"]: arrow for arrow in found if "f" == arrow["ph"]}
