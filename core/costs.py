@@ -63,12 +63,14 @@ class Costs:
         edge: what holds on every link that `edges` does not name.
         edges: by the name of an edge (``vision -> language``) or of a link (``language.0 -> language.1``).
         cores: how many compute actions run at once at full speed, all ranks being on one host; None: all.
+        origin: where the numbers come from, in words; "" where nobody says so.
     """
 
     stages: Mapping[str, StageCosts] = attrs.field(factory=dict[str, StageCosts])
     edge: EdgeCosts = EdgeCosts()
     edges: Mapping[str, EdgeCosts] = attrs.field(factory=dict[str, EdgeCosts])
     cores: float | None = None
+    origin: str = attrs.field(default="", eq=False)
 
     def of(self, stage: object) -> StageCosts:
         """Return the costs of a stage; nothing where it is not named."""

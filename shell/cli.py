@@ -37,6 +37,7 @@ mimogrid trains multimodal models with every module on its own grid of ranks.
     mimogrid verify JOB    the proof that this can be done: complete, in order, free of deadlock
     mimogrid simulate JOB  how long a step takes, who idles and why, as text or as a picture
     mimogrid plan JOB      the fastest layout on so many GPUs, and why the others are not
+    mimogrid probe JOB     what its stages and edges cost on this machine, as a costs file for simulate
     mimogrid train JOB     train it, here or under torchrun
     mimogrid parity JOB    compare it with the same model on one process
 
@@ -86,7 +87,7 @@ def _opened(given: argparse.Namespace) -> Job:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PlanWarning)
         job = open_job(given.job, given.overrides)
-    if given.command not in {train, parity}:
+    if given.command not in {train, parity, probe}:
         for warning in caught:
             print(f"note: {warning.message}", file=sys.stderr)
     return job
@@ -145,6 +146,16 @@ def _parser() -> argparse.ArgumentParser:
     train_parser = add("train", train, "train a job")
     train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
     train_parser.add_argument("--transport", choices=["host"], help="move data through host memory")
+    probe_parser = add("probe", probe, "measure what a job costs on this machine, as a costs file")
+    probe_parser.add_argument("--out", type=Path, metavar="FILE", help="write the costs file there")
+    probe_parser.add_argument("--repeat", type=int, default=3, metavar="N", help="steps to measure")
+    probe_parser.add_argument(
+        "--microbatch-sizes",
+        type=_sizes,
+        default=(),
+        metavar="N,N,...",
+        help="measure microbatches of so many samples, too",
+    )
     parity_parser = add("parity", parity, "compare a job's layout with one process")
     parity_parser.add_argument("--steps", type=int, default=1, metavar="K", help="steps to compare")
     return parser
@@ -186,6 +197,14 @@ def _add_simulate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draws", type=int, default=1, metavar="N", help="as many seeds, and steps if ragged"
     )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """Read numbers with commas between them."""
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers, such as 1,2,4") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -305,6 +324,13 @@ def train(job: Job, given: argparse.Namespace) -> int:
     """Train the job."""
     with _torch_is_needed():
         return start.train(job, resume=given.resume, transport=given.transport, as_json=given.json)
+
+
+def probe(job: Job, given: argparse.Namespace) -> int:
+    """Measure what the job costs on this machine."""
+    sizes = given.microbatch_sizes
+    with _torch_is_needed():
+        return start.probe(job, repeat=given.repeat, sizes=sizes, out=given.out, as_json=given.json)
 
 
 def parity(job: Job, given: argparse.Namespace) -> int:

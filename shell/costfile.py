@@ -1,5 +1,6 @@
 """Costs files: TOML in, `Costs` out.
 
+origin = "probed on ..."   # where the numbers come from, in words; may be left out
 [stages."vision.0"]        # seconds per microbatch
 forward = 1.0
 backward = 2.0             # or input_gradient and weight_gradient
@@ -35,6 +36,7 @@ class _File:
     stages: Mapping[str, StageCosts] = attrs.field(factory=dict[str, StageCosts])
     edges: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     machine: _Machine = _Machine()
+    origin: str = ""
 
 
 def read(path: Path, topology: Topology) -> Costs:
@@ -77,6 +79,7 @@ def costs_of(table: Mapping[str, Any], at: str = "") -> tuple[Costs | None, list
         edge=edge.value or EdgeCosts(),
         edges=edges,
         cores=file.value.machine.cores,
+        origin=file.value.origin,
     )
     impossible = [attrs.evolve(problem, where=at + problem.where) for problem in _impossible(costs)]
     return costs, [*_problems(faults, at), *impossible]
@@ -87,6 +90,7 @@ def table_of(costs: Costs) -> dict[str, Any]:
     converter = new_converter()
     edges = {name: converter.unstructure(edge) for name, edge in costs.edges.items()}
     table = {
+        "origin": costs.origin,
         "stages": {name: converter.unstructure(stage) for name, stage in costs.stages.items()},
         "edges": converter.unstructure(costs.edge) | edges,
         "machine": {} if costs.cores is None else {"cores": costs.cores},

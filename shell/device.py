@@ -31,6 +31,16 @@ class Device:
         """Whether messages leave the device through host memory."""
         return self.torch.type == "cuda" and self.backend == "gloo"
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether what is asked of the device is done later than the asking returns."""
+        return self.torch.type == "cuda"
+
+    def finish(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.is_asynchronous:
+            torch.cuda.synchronize(self.torch)
+
 
 def choose(place: Place, transport: str | None = None) -> Device:
     """Return this process's device; `transport="host"` asks for gloo beside CUDA."""

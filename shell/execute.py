@@ -5,7 +5,7 @@ each action began and ended, which is the measured timeline.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import attrs
@@ -53,6 +53,13 @@ class Timed:
     action: Action
     begin_ns: int
     end_ns: int
+
+
+Runs = Callable[
+    [tuple[Action, ...], Mapping[Stage, StageRunner], Transport, Finisher],
+    tuple[Timed, ...],
+]
+"""Whatever runs a rank's program for one step and returns its timeline: `execute`, or who calls it."""
 
 
 def execute(

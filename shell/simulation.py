@@ -208,16 +208,22 @@ def _planned(
     if given.costs:
         path = given.costs[min(which, len(given.costs) - 1)]
         costs = costfile.read(path, job.topology)
-        return _Planned(under(job, **changes, costs=costs), costs, str(path))
+        return _Planned(under(job, **changes, costs=costs), costs, _from(costs, str(path)))
     if given.gpu:
         machine = machine_of(given.gpu, job.spec.precision, given.efficiency)
         costs = on_machine(job.step(given.step), machine)
         return _Planned(under(job, **changes, costs=costs), costs, f"assumed: {machine}")
     job = under(job, **changes)
     if job.spec.schedule.costs:
-        return _Planned(job, job.spec.schedule.costs, "schedule.costs of the job")
+        costs = job.spec.schedule.costs
+        return _Planned(job, costs, _from(costs, "schedule.costs of the job"))
     told = f"assumed, as no --costs is given: {ASSUMED}"
     return _Planned(job, assumed(job.topology), told)
+
+
+def _from(costs: Costs, place: str) -> str:
+    """Say where costs come from, and before that what they say of it themselves."""
+    return f"{costs.origin}, from {place}" if costs.origin else f"from {place}"
 
 
 @attrs.frozen(eq=False)

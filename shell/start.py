@@ -1,17 +1,20 @@
-"""Starting: `train` and `parity` as commands, in a world that torchrun made or in one of local processes.
+"""Starting: `train`, `parity` and `probe` as commands, in a world that torchrun made or in one of local processes.
 
 Nothing here imports torch: the processes that need it do, and a run folder is judged before any is started.
 """
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimogrid.core.errors import PlanError
+from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.legality import parity_problems
 from mimogrid.shell import runs
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
+from mimogrid.shell.output import print_json, write
 from mimogrid.shell.place import under_torchrun
 
 
@@ -47,6 +50,53 @@ def parity(job: Job, *, steps: int, as_json: bool) -> int:
     verdict: Verdict = _first(job, "mimogrid.shell.parity:in_world", steps)
     print(json.dumps(verdict.as_json()) if as_json else verdict.in_words())
     return 0 if verdict.passed else 1
+
+
+def probe(job: Job, *, repeat: int, sizes: Sequence[int], out: Path | None, as_json: bool) -> int:
+    """Measure what a job costs on this machine, and for other sizes of its microbatches. Returns the exit code."""
+    place = under_torchrun()
+    problems = list(_unmeasurable(repeat, sizes, out, alone=place is None))
+    if problems:
+        raise PlanError(problems)
+    if place is not None:
+        from mimogrid.shell.probe import in_world  # noqa: PLC0415 -- imports torch
+
+        mine = in_world(place, open_job(job.path, job.overrides), repeat)
+        if mine is None:  # another rank tells
+            return 0
+        found = [mine]
+    else:
+        jobs = [job, *(open_job(job.path, (*job.overrides, _of_size(job, size))) for size in sizes)]
+        found = [_first(one, "mimogrid.shell.probe:in_world", repeat) for one in jobs]
+    from mimogrid.shell.probe import in_json, in_text  # noqa: PLC0415 -- imports torch
+
+    own, *others = found
+    text = in_text(own, job, others)
+    if out:
+        write(out, text)
+    if as_json:
+        print_json(in_json(own, others))
+    elif not out:
+        print(text, end="")
+    return 0
+
+
+def _of_size(job: Job, size: int) -> str:
+    """Return what makes the microbatches of a job have so many samples."""
+    return f"batch.global_size={size * job.spec.batch.microbatches}"
+
+
+def _unmeasurable(repeat: int, sizes: Sequence[int], out: Path | None, *, alone: bool) -> Iterator[Problem]:
+    """Yield what is wrong with the options of `probe`."""
+    if repeat < 1:
+        yield Problem("--repeat", f"is {repeat}.", "Use 1 or more.")
+    if any(size < 1 for size in sizes):
+        yield Problem("--microbatch-sizes", f"has {min(sizes)}.", "Use numbers of samples from 1 on.")
+    if sizes and not alone:
+        remedy = "Start it without torchrun, or once for each size with --set batch.global_size=N."
+        yield Problem("--microbatch-sizes", "need a world for each size.", remedy)
+    if out and not out.parent.is_dir():
+        yield Problem(str(out), "cannot be written: no such folder.", "Name a file in a folder that exists.")
 
 
 def _first(job: Job, function: str, *arguments: Any) -> Any:

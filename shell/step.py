@@ -26,7 +26,7 @@ from mimogrid.shell import optimizer
 from mimogrid.shell.collect import Tensors, collect
 from mimogrid.shell.data import Loader, Loads
 from mimogrid.shell.device import DTYPES, Device
-from mimogrid.shell.execute import Timed, execute
+from mimogrid.shell.execute import Runs, Timed, execute
 from mimogrid.shell.gradients import StageBuffer
 from mimogrid.shell.groups import Groups
 from mimogrid.shell.jobs import Job
@@ -133,19 +133,26 @@ class Crew:
         self.watch = Watch.first(rule, job.spec.precision)
 
     def run(
-        self, index: int, step: Step, following: Step, *, update: bool = True, source: Loads | None = None
+        self,
+        index: int,
+        step: Step,
+        following: Step,
+        *,
+        update: bool = True,
+        source: Loads | None = None,
+        runs: Runs = execute,
     ) -> Outcome:
         """Train one step; without `update`, stop at the gradients.
 
         `following` is the next step: the ranks agree on its samples in this one. `source` has the samples
-        where they are not the job's.
+        where they are not the job's. `runs` runs the program.
         """
         program = plan_step(step)
         self._begin(program, source or self._source, index, loss_scale=self.watch.scale)
         for buffer in self.buffers.values():
             buffer.clear()
         finish = _Finish(self, index, step, following, update=update)
-        timeline = execute(program.of(self.rank), self.stages, self._transport, finish)
+        timeline = runs(program.of(self.rank), self.stages, self._transport, finish)
         return attrs.evolve(finish.outcome, timeline=timeline)
 
     def agree_on(self, step: Step) -> None:

@@ -141,7 +141,7 @@ def test_simulate_uses_the_costs_that_it_is_given(job, capsys):
     (job.parent / "costs.toml").write_text("".join(map(equal.format, stages)))
     assert 0 == main(["simulate", str(job), "--costs", "costs.toml", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert (30.0, 30.0, "costs.toml") == (found["step_time"], found["limit"], found["costs"])
+    assert (30.0, 30.0, "from costs.toml") == (found["step_time"], found["limit"], found["costs"])
 
 
 def test_simulate_draws_for_people(job, capsys):
