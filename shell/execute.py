@@ -1,11 +1,11 @@
 """Execute: one loop over a rank's program, one match.
 
 The executor does what the program says, in its order; it inserts, drops and decides nothing. It notes when
-each action began and ended, which is the measured timeline.
+each action began and ended, which is the measured timeline, and keeps the pulse by which others see where it is.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import attrs
@@ -22,6 +22,7 @@ from mimogrid.core.schedule.actions import (
     Wait,
 )
 from mimogrid.core.topology import Stage
+from mimogrid.shell.pulse import Pulse
 from mimogrid.shell.stage import StageRunner
 from mimogrid.shell.transport import Transport
 
@@ -55,21 +56,24 @@ class Timed:
     end_ns: int
 
 
+def busy_s(timeline: Iterable[Timed]) -> float:
+    """Return how many seconds of a timeline were spent computing."""
+    return sum(t.end_ns - t.begin_ns for t in timeline if isinstance(t.action, Compute)) / 1e9
+
+
 def execute(
     actions: tuple[Action, ...],
     stages: Mapping[Stage, StageRunner],
     transport: Transport,
     finisher: Finisher,
+    pulse: Pulse,
 ) -> tuple[Timed, ...]:
     """Run one rank's program for one step; return its timeline."""
     timeline: list[Timed] = []
-    for action in actions:
+    for index, action in enumerate(actions):
         begin = time.perf_counter_ns()
-        try:
-            _act(action, stages, transport, finisher)
-        except Exception as error:
-            error.add_note(f"while at '{action}', action {len(timeline) + 1} of {len(actions)} of the step")
-            raise
+        pulse.act(index, action)
+        _act(action, stages, transport, finisher)
         timeline.append(Timed(action, begin, time.perf_counter_ns()))
     return tuple(timeline)
 
