@@ -88,3 +88,10 @@ def parity_long(session: nox.Session) -> None:
     """Compare 2,000 random layouts with one process; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--layouts", "2000", "--summary", "docs/parity-long.md"]
     session.run("python", "tests/long/parity_long.py", *arguments, env={"PYTHONPATH": "tests/support"})
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Disturb a hundred runs and resume them; takes a quarter of an hour on two cores."""
+    arguments = session.posargs or ["--summary", "docs/faults-run.md"]
+    session.run("python", "tests/long/faults.py", *arguments, env={"PYTHONPATH": "tests/support"})

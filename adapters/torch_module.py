@@ -63,9 +63,11 @@ from mimogrid.shell.groups import Groups, open_groups
 from mimogrid.shell.host import Handed
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
+from mimogrid.shell.preemption import Wish
+from mimogrid.shell.pulse import Pulse
 from mimogrid.shell.state import facts_of, gather, restore, scatter
 from mimogrid.shell.step import Crew, Outcome
-from mimogrid.shell.world import World, one_report, visit
+from mimogrid.shell.world import World, first_failure, visit
 
 
 WHOLE = ("fp32", "fp64")
@@ -125,7 +127,7 @@ class Embedded:
                 timeout_s=job.spec.train.timeout_s,
                 digest=digest_of(job.topology, job.step(0)),
             )
-            stack.enter_context(one_report(self.world))
+            stack.enter_context(first_failure(self.world))
             self.groups = groups or stack.enter_context(open_groups(job.topology, self.world, self._device))
             with self._ours(), _same_environment():
                 self.crew = self._crew(modules or {}, steps_itself=optimizer == "job")
@@ -139,7 +141,16 @@ class Embedded:
         rank = self.world.rank
         if rank not in self.job.topology.ranks:
             return None
-        return Crew(self.job, rank, self.groups, self._device, given=modules, steps_itself=steps_itself)
+        return Crew(
+            self.job,
+            rank,
+            self.groups,
+            self._device,
+            pulse=Pulse(rank),
+            wish=Wish(),  # signals are the host's
+            given=modules,
+            steps_itself=steps_itself,
+        )
 
     @property
     def role(self) -> RankRole | None:
@@ -164,7 +175,7 @@ class Embedded:
             return None
         for weight, gradient in self._gradients:
             weight.grad = gradient
-        with one_report(self.world), self._ours():
+        with first_failure(self.world), self._ours():
             if batch is None:
                 upcoming = self._upcoming
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mimogrid.core.errors import PlanError, Problem, WorldError
+from mimogrid.core.faults import PUBLISHED, PUBLISHING, SAVING, WRITING
 
 
 MANIFEST = "manifest.json"
@@ -71,18 +72,26 @@ Pieces = Mapping[str, tuple[Piece, ...]]
 
 
 def save(
-    folder: Path, pieces: Pieces, facts: Mapping[str, Any], group: dist.ProcessGroup, *, keep: int
+    folder: Path,
+    pieces: Pieces,
+    facts: Mapping[str, Any],
+    group: dist.ProcessGroup,
+    *,
+    keep: int,
+    at: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write a checkpoint of the step that `facts` names, and let go of all but the newest `keep`.
 
-    Every rank of `group` calls it with its own pieces; its first rank publishes.
+    Every rank of `group` calls it with its own pieces; its first rank publishes. `at` hears of the moments.
     """
+    at(SAVING)
     target = folder / f"step-{facts['step']:08}"
     partial = target.with_name(target.name + PARTIAL)
     first = group.rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    at(WRITING)
     dist.barrier(group)
     with _failures_as_errors(target):
         dcp.save(
@@ -92,7 +101,9 @@ def save(
             process_group=group,
         )
     if first:
+        at(PUBLISHING)
         _publish(partial, target, facts)
+        at(PUBLISHED)
         for old in _published(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier(group)

@@ -1,7 +1,7 @@
 """The command line: ``mimogrid COMMAND JOB``.
 
-Exit codes: 0 done; 2 the job (or the command) is wrong, every problem listed; 1 a failure while running. With
-``--json`` one value goes to standard output and nothing else does.
+Exit codes: 0 done; 2 the job (or the command) is wrong, every problem listed; 1 a failure while running; 75 a run was
+asked to stop, and can be resumed. With ``--json`` one value goes to standard output and nothing else does.
 """
 
 import argparse

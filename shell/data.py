@@ -5,6 +5,7 @@ of a source module, tokens on the first of a language model, targets on the last
 loss.
 """
 
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -27,6 +28,26 @@ class Loads(Protocol):
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
         """Return a sample's tensors for a module; the first dim counts rows or positions."""
         ...
+
+
+class Clocked:
+    """A source that counts the seconds which loading takes."""
+
+    def __init__(self, source: Loads) -> None:
+        self._source = source
+        self._seconds = 0.0
+
+    def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+        """Return what the source does."""
+        begin = time.perf_counter()
+        loaded = self._source.load(sample_id, module)
+        self._seconds += time.perf_counter() - begin
+        return loaded
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 class Loader:

@@ -1,11 +1,11 @@
 """Execute: one loop over a rank's program, one match.
 
 The executor does what the program says, in its order; it inserts, drops and decides nothing. It notes when
-each action began and ended, which is the measured timeline.
+each action began and ended, which is the measured timeline, and keeps the pulse by which others see where it is.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import attrs
@@ -22,6 +22,7 @@ from mimogrid.core.schedule.actions import (
     Wait,
 )
 from mimogrid.core.topology import Stage
+from mimogrid.shell.pulse import Pulse
 from mimogrid.shell.stage import StageRunner
 from mimogrid.shell.transport import Transport
 
@@ -56,10 +57,15 @@ class Timed:
 
 
 Runs = Callable[
-    [tuple[Action, ...], Mapping[Stage, StageRunner], Transport, Finisher],
+    [tuple[Action, ...], Mapping[Stage, StageRunner], Transport, Finisher, Pulse],
     tuple[Timed, ...],
 ]
 """Whatever runs a rank's program for one step and returns its timeline: `execute`, or who calls it."""
+
+
+def busy_s(timeline: Iterable[Timed]) -> float:
+    """Return how many seconds of a timeline were spent computing."""
+    return sum(t.end_ns - t.begin_ns for t in timeline if isinstance(t.action, Compute)) / 1e9
 
 
 def execute(
@@ -67,16 +73,16 @@ def execute(
     stages: Mapping[Stage, StageRunner],
     transport: Transport,
     finisher: Finisher,
+    pulse: Pulse,
+    *,
+    first: int = 0,
 ) -> tuple[Timed, ...]:
-    """Run one rank's program for one step; return its timeline."""
+    """Run one rank's program for one step, or the part of it that begins with action `first`; return its timeline."""
     timeline: list[Timed] = []
-    for action in actions:
+    for index, action in enumerate(actions, first):
         begin = time.perf_counter_ns()
-        try:
-            _act(action, stages, transport, finisher)
-        except Exception as error:
-            error.add_note(f"while at '{action}', action {len(timeline) + 1} of {len(actions)} of the step")
-            raise
+        pulse.act(index, action)
+        _act(action, stages, transport, finisher)
         timeline.append(Timed(action, begin, time.perf_counter_ns()))
     return tuple(timeline)
 

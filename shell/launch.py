@@ -3,7 +3,8 @@
 A pool keeps its processes between worlds: they are forked from a server that has torch and megatron-core
 imported already, so a world starts in milliseconds. Each world meets over a file in a temporary folder.
 
-If a process raises or dies, the others are ended at once and `WorldError` carries the first failure.
+If a process raises, dies, or is found to have stopped, the others are ended at once, the stopped one included, and
+`WorldError` carries the first failure.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ from typing import Any
 
 import attrs
 
+from mimogrid.core.blame import BlamedError, Finding
 from mimogrid.core.errors import EchoError, PlanError, WorldError
+from mimogrid.shell import pulse
 from mimogrid.shell.place import Place
 
 
@@ -40,13 +43,13 @@ class Task:
 
 @attrs.frozen
 class Report:
-    """What a process says at the end of a task: its result, or the text of its failure."""
+    """What a process says at the end of a task: its result, or its failure; or how it `died`."""
 
     result: Any = None
     failure: str | None = None
-    plan_error: PlanError | None = None
+    error: PlanError | BlamedError | None = None
     is_echo: bool = False
-    is_death: bool = False
+    died: str | None = None
 
 
 class Pool:
@@ -72,13 +75,19 @@ class Pool:
                 for rank in range(size):
                     task = Task(function, Place(rank, size, meeting, local_rank=rank), arguments)
                     self._workers[rank][1].send(task)
-                return self._collect(self._workers[:size])
+                return self._collect(self._workers[:size], Path(folder))
             except BaseException:
                 self.close()
                 raise
 
+    def signal(self, number: int) -> None:
+        """Send a signal to every process of the pool."""
+        for process, _ in self._workers:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
     def close(self) -> None:
-        """End every process of the pool."""
+        """End every process of the pool; SIGKILL also ends those that are stopped."""
         for process, connection in self._workers:
             process.kill()
             connection.close()
@@ -99,7 +108,7 @@ class Pool:
         theirs.close()
         return process, ours
 
-    def _collect(self, workers: list[tuple[BaseProcess, Connection]]) -> list[Any]:
+    def _collect(self, workers: list[tuple[BaseProcess, Connection]], folder: Path) -> list[Any]:
         reports: dict[int, Report] = {}
         deadline: float | None = None
         while len(reports) < len(workers):
@@ -112,7 +121,7 @@ class Pool:
                 reports[rank] = _hear(rank, *workers[rank])
                 if reports[rank].failure and deadline is None:
                     deadline = time.monotonic() + GRACE_S
-        _raise_first_failure(reports)
+        _raise_first_failure(reports, folder)
         return [reports[rank].result for rank in range(len(workers))]
 
 
@@ -123,19 +132,27 @@ def _hear(rank: int, process: BaseProcess, connection: Connection) -> Report:
         process.join(timeout=GRACE_S)
         code = process.exitcode
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
-        return Report(failure=f"rank {rank} {how}", is_death=True)
+        return Report(failure=f"rank {rank} {how}", died=how)
     return report
 
 
-def _raise_first_failure(reports: dict[int, Report]) -> None:
+def _raise_first_failure(reports: dict[int, Report], folder: Path) -> None:
     """Raise the failure that is a cause; a closed connection is only the echo of another rank's.
 
-    A process that dies cannot claim to be the first, so the first to notice does; its death comes before that.
+    A process that dies cannot claim to be the first, so the first to notice does, and knows who died but not how.
+    If nobody has noticed, there is the dead rank's pulse in `folder`.
     """
-    failed = [report for report in reports.values() if report.failure]
-    if failed:
-        first = min(failed, key=lambda report: (not report.is_death, report.is_echo))
-        raise first.plan_error or WorldError(first.failure)
+    failed = {rank: report for rank, report in reports.items() if report.failure}
+    if not failed:
+        return
+    rank, first = min(failed.items(), key=lambda item: (item[1].died is None, item[1].is_echo))
+    if first.died is None:
+        raise first.error or WorldError(first.failure)
+    told = [report.error for report in failed.values() if isinstance(report.error, BlamedError)]
+    if noticed := [error for error in told if error.finding.about.rank == rank]:
+        raise noticed[0].told(rank, first.died)
+    seen = pulse.read(folder).get(rank)
+    raise BlamedError(Finding(seen, first.died, time.time())) if seen else WorldError(first.failure)
 
 
 def _work(connection: Connection, folder: str) -> None:
@@ -152,8 +169,8 @@ def _run(task: Task) -> Report:
     module, function = task.function.split(":")
     try:
         return Report(getattr(importlib.import_module(module), function)(task.place, *task.arguments))
-    except PlanError as error:
-        return Report(failure=str(error), plan_error=error)
+    except (PlanError, BlamedError) as error:
+        return Report(failure=str(error), error=error)
     except Exception as error:
         text = f"rank {task.place.rank} failed:\n{traceback.format_exc()}"
         return Report(failure=text, is_echo=isinstance(error, EchoError))

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.steps import Step
+from mimogrid.core.stragglers import Pace, Straggler, mean, stragglers
 from mimogrid.shell.execute import Timed
 from mimogrid.shell.progress import Progress
 from mimogrid.shell.step import Outcome
@@ -19,6 +20,28 @@ from mimogrid.shell.step import Outcome
 
 METRICS = "metrics.jsonl"
 SCALARS_EVERY = 10
+WINDOW = 64
+"""Steps over which a rank's pace is judged."""
+ABOVE = 1.5
+"""How many times as long as its peers a rank must take to be told of."""
+
+
+class Lag:
+    """Paces of a window of steps, at the end of which it tells who straggles.
+
+    One slow step says nothing: it may lie behind a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._window: list[Sequence[Pace]] = []
+
+    def after(self, paces: Sequence[Pace]) -> tuple[Straggler, ...]:
+        """Add a step's paces; return the stragglers of a window that is full, and begin another."""
+        self._window.append(paces)
+        if len(self._window) < WINDOW:
+            return ()
+        steps, self._window = self._window, []
+        return tuple(stragglers(mean(steps), above=ABOVE))
 
 
 @attrs.define
@@ -114,7 +137,7 @@ class Keeper:
 def open_keeper(folder: Path, steps: int) -> Iterator[Keeper]:
     """Open the files that metrics go to, and the progress on the terminal."""
     with (
-        (folder / METRICS).open("a", encoding="utf-8") as lines,
+        (folder / METRICS).open("a", encoding="utf-8", buffering=1) as lines,  # a checkpoint counts on them
         contextlib.closing(SummaryWriter(str(folder / "tensorboard"))) as scalars,
         Progress(steps) as progress,
     ):

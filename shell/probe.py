@@ -60,6 +60,7 @@ from mimogrid.shell.device import Device
 from mimogrid.shell.execute import Finisher, Timed, execute
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.place import Place
+from mimogrid.shell.pulse import Pulse
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.stage import StageRunner
 from mimogrid.shell.step import Crew
@@ -218,6 +219,7 @@ class Turns:
         stages: Mapping[Stage, StageRunner],
         transport: Transport,
         finisher: Finisher,
+        pulse: Pulse,
     ) -> tuple[Timed, ...]:
         """Run the program; return its timeline."""
         timeline: list[Timed] = []
@@ -227,7 +229,7 @@ class Turns:
                 dist.barrier(self.group)
             for action in actions[len(timeline) : len(timeline) + count]:
                 begin = self.clock.now()
-                timeline += execute((action,), stages, transport, finisher)
+                timeline += execute((action,), stages, transport, finisher, pulse, first=len(timeline))
                 self.readings[action] = self.clock.since(begin)
         return tuple(timeline)
 

@@ -1,16 +1,23 @@
 """Run folders: where a run writes, decided before anything starts.
 
-Without a name a new ``runs/<job>-<n>`` is made. A named folder must be empty, or be the run to resume.
+Without a name a new ``runs/<job>-<n>`` is made. A named folder must be empty, or be the run to resume: that which
+--resume names, or, where a launcher has restarted the ranks, that which they began.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.spec import JobSpec
 
 
 REPORT = "report.json"
+OF_A_RUN = {REPORT, "checkpoints", "heartbeats", "logs", "metrics.jsonl"}
+"""Some of these are in the folder of every run, however early it ended."""
 
 
 def claim(job: Path, named: str | None, resume: str | None) -> Path:
@@ -26,6 +33,29 @@ def claim(job: Path, named: str | None, resume: str | None) -> Path:
         remedy = f"Continue that run with --resume {named}, or name a folder that is new or empty."
         raise _refused(named, f"is not empty ({len(list(folder.iterdir()))} entries).", remedy)
     return _made(folder)
+
+
+def resumed_by_launcher(spec: JobSpec, resume: str | None) -> str | None:
+    """Return the run to resume under torchrun: the one that is named, or the one that ranks began before a restart.
+
+    Raises PlanError where torchrun is to restart ranks that could not find what they began.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if resume is None and restarts and spec.train.run_dir is None:
+        raise _refused("", "has no name, and torchrun is to restart its ranks.", "Name it: train.run_dir.")
+    has_begun = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return spec.train.run_dir if resume is None and has_begun else resume
+
+
+@attrs.frozen
+class Stopped:
+    """A run that was asked to stop: where it is, and the step that is next."""
+
+    folder: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"run '{self.folder}' was asked to stop, and is saved: step {self.step} is next."
 
 
 def report_of(folder: Path) -> dict[str, Any] | None:
@@ -45,11 +75,19 @@ def write_json(path: Path, value: object) -> None:
 
 
 def _resumed(folder: Path, named: str | None) -> Path:
-    if not folder.is_dir():
-        raise _refused(str(folder), "is no folder.", "Name the folder of a run after --resume.")
     if named is not None and Path(named).resolve() != folder.resolve():
         remedy = "Give one of the two, or the same folder twice."
         raise _refused(named, f"is named, and --resume names '{folder}'.", remedy)
+    if not folder.is_dir():
+        if named is None or folder.exists():
+            remedy = "Name the folder of a run after --resume; one that is also train.run_dir is made."
+            raise _refused(str(folder), "is no folder.", remedy)
+        return _made(folder)
+    entries = {path.name for path in folder.iterdir()}
+    if entries and not entries & OF_A_RUN:
+        raise _refused(
+            str(folder), "holds something, but no run.", "Name the folder of a run after --resume."
+        )
     return folder
 
 

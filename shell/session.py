@@ -5,8 +5,10 @@ session opened it closes, last first, also when a step fails.
 """
 
 import contextlib
+import datetime
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import attrs
 import torch
@@ -14,14 +16,19 @@ import torch.distributed as dist
 
 from mimogrid.core.digest import digest_of
 from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.faults import BUILDING, RENDEZVOUS
 from mimogrid.shell import device as devices
+from mimogrid.shell import faults
 from mimogrid.shell.device import Device
+from mimogrid.shell.failure import one_report
 from mimogrid.shell.groups import Groups, open_groups
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.place import Place
+from mimogrid.shell.preemption import Wish
+from mimogrid.shell.pulse import Pulse
 from mimogrid.shell.step import Crew
-from mimogrid.shell.world import World, join, one_report
+from mimogrid.shell.world import World, answer, ask, join
 
 
 @attrs.frozen(eq=False)
@@ -32,6 +39,8 @@ class Session:
     groups: Groups
     device: Device
     crew: Crew | None
+    pulse: Pulse
+    wish: Wish
 
 
 @contextlib.contextmanager
@@ -42,34 +51,48 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
         raise PlanError([_too_small(place.size, needed)])
     torch.set_num_threads(job.spec.train.threads)
     device = devices.choose(place, transport)
-    store = _meet(place)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(warnings.catch_warnings())
-        world = enter(
-            join(
-                store=store,
-                rank=place.rank,
-                size=place.size,
-                backend=device.backend,
-                timeout_s=job.spec.train.timeout_s,
-                digest=digest_of(job.topology, job.step(0)),
-            )
-        )
-        enter(one_report(world))
+        pulse = enter(_pulse(place))
+        world = _meet(place, datetime.timedelta(seconds=job.spec.train.timeout_s))
+        enter(one_report(world, pulse, job))
+        pulse.at(RENDEZVOUS)
+        if place.meeting is None:
+            answer(world)
+        enter(join(world, backend=device.backend, digest=digest_of(job.topology, job.step(0))))
+        pulse.at(BUILDING)
+        world.wait_for_all("joined")
         groups = enter(open_groups(job.topology, world, device))
         world.wait_for_all("connected")
         enter(on_device(device.torch, seed=job.spec.seed))
-        hosts = place.rank in job.topology.ranks
-        crew = Crew(job, place.rank, groups, device) if hosts else None
-        yield Session(world, groups, device, crew)
+        # Again, so that a failure is told before the groups are destroyed, which others see as a failure.
+        enter(one_report(world, pulse, job))
+        hosts, wish = place.rank in job.topology.ranks, Wish()
+        crew = Crew(job, place.rank, groups, device, pulse=pulse, wish=wish) if hosts else None
+        yield Session(world, groups, device, crew, pulse, wish)
 
 
-def _meet(place: Place) -> dist.Store:
+@contextlib.contextmanager
+def _pulse(place: Place) -> Iterator[Pulse]:
+    """Open this rank's pulse; a local world keeps its pulses where it meets."""
+    pulse = Pulse(place.rank, faults.from_environment(place.rank))
     if place.meeting:
-        return dist.FileStore(place.meeting, place.size)
-    store: dist.Store = next(dist.rendezvous("env://"))[0]
-    return store
+        pulse.keep_in(Path(place.meeting).parent)
+    try:
+        yield pulse
+    except BaseException:
+        pulse.close(well=False)
+        raise
+    pulse.close(well=True)
+
+
+def _meet(place: Place, timeout: datetime.timedelta) -> World:
+    if place.meeting:
+        store: dist.Store = dist.FileStore(place.meeting, place.size)
+        store.set_timeout(timeout)
+        return World(place.rank, place.size, store, timeout, range(place.size))
+    return ask(next(dist.rendezvous("env://", timeout=timeout))[0], place.rank, place.size, timeout)
 
 
 def _too_small(size: int, needed: int) -> Problem:

@@ -16,6 +16,7 @@ from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.output import print_json, write
 from mimogrid.shell.place import under_torchrun
+from mimogrid.shell.preemption import EXIT_CODE, passing_on
 
 
 if TYPE_CHECKING:
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 
 
 def train(job: Job, *, resume: str | None, transport: str | None, as_json: bool) -> int:
-    """Train a job to its end. Returns the exit code."""
+    """Train a job to its end, or until it is asked to stop. Returns the exit code."""
     place = under_torchrun()
     if place is not None:
         from mimogrid.shell.train import in_world  # noqa: PLC0415 -- imports torch
 
         job = open_job(job.path, job.overrides)  # again, now that sources that need torch can be opened
-        report = in_world(place, job, transport, folder=None, resume=resume)
+        report = in_world(
+            place, job, transport, folder=None, resume=runs.resumed_by_launcher(job.spec, resume)
+        )
     else:
         folder = runs.claim(job.path, job.spec.train.run_dir, resume)
         report = runs.report_of(folder)
@@ -37,6 +40,10 @@ def train(job: Job, *, resume: str | None, transport: str | None, as_json: bool)
             print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
         else:
             report = _first(job, "mimogrid.shell.train:in_world", transport, str(folder), resume)
+    if isinstance(report, runs.Stopped):
+        if place is None or place.rank == job.topology.ranks[0]:
+            print(report, file=sys.stderr)
+        return EXIT_CODE
     if as_json and report is not None:
         print(json.dumps(report))
     return 0
@@ -102,5 +109,5 @@ def _unmeasurable(repeat: int, sizes: Sequence[int], out: Path | None, *, alone:
 def _first(job: Job, function: str, *arguments: Any) -> Any:
     """Run a function on a world of local processes; return what the first rank of the job says."""
     size = job.topology.world_size
-    with Pool(size) as pool:
+    with Pool(size) as pool, passing_on(pool.signal):
         return next(r for r in pool.run(function, size, job, *arguments) if r is not None)

@@ -1,9 +1,9 @@
 """Steps on this rank: the stages it hosts, and what ends a step.
 
-Before anything is updated, all ranks gather one small record from each (gradient norm, losses, finiteness,
-and the digest of the samples that the next step will use). Every rank reads the same records in the same
-order, so all clip by the same norm, and all take the step or none does; and no two ranks go on to different
-samples.
+Before anything is updated, all ranks gather one small record from each (gradient norm, losses, finiteness, the
+digest of the samples that the next step will use, a wish to stop, how long it computed). Every rank reads the same
+records in the same order, so all clip by the same norm, and all take the step or none does; no two ranks go on to
+different samples, and all stop after the same step.
 """
 
 import hashlib
@@ -17,20 +17,24 @@ from torch import nn
 
 from mimogrid.core.decision import Watch, decide
 from mimogrid.core.errors import WorldError
+from mimogrid.core.faults import BETWEEN
 from mimogrid.core.gradients import NORM_TERMS, exact_terms, loss_weight, sum_of_terms
 from mimogrid.core.rates import learning_rate
 from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.steps import Step, aux_name
+from mimogrid.core.stragglers import Pace
 from mimogrid.core.topology import Stage, Topology
 from mimogrid.shell import optimizer
 from mimogrid.shell.collect import Tensors, collect
-from mimogrid.shell.data import Loader, Loads
+from mimogrid.shell.data import Clocked, Loader, Loads
 from mimogrid.shell.device import DTYPES, Device
-from mimogrid.shell.execute import Runs, Timed, execute
+from mimogrid.shell.execute import Runs, Timed, busy_s, execute
 from mimogrid.shell.gradients import StageBuffer
 from mimogrid.shell.groups import Groups
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.modules import build_stage, named_weights
+from mimogrid.shell.preemption import Wish
+from mimogrid.shell.pulse import Pulse
 from mimogrid.shell.stage import StageRunner
 from mimogrid.shell.transport import Transport
 
@@ -44,7 +48,8 @@ class Outcome:
 
     `losses` are those of each module, and as ``NAME.aux`` what spreads its tokens over experts, divided by
     their counts and without weights. `skipped` says why nothing was updated; "": the step was taken.
-    `loss_scale` is what the losses were multiplied by before their backward.
+    `loss_scale` is what the losses were multiplied by before their backward. `stops` says that a rank was asked
+    to stop, `paces` how long each was busy in the step before.
     """
 
     loss: float
@@ -53,6 +58,8 @@ class Outcome:
     learning_rate: float
     loss_scale: float
     skipped: str
+    stops: bool
+    paces: tuple[Pace, ...]
     timeline: tuple[Timed, ...]
 
     @property
@@ -76,15 +83,23 @@ class Crew:
         groups: Groups,
         device: Device,
         *,
+        pulse: Pulse,
+        wish: Wish,
         given: Mapping[str, nn.Module] | None = None,
         steps_itself: bool = True,
     ) -> None:
         assert job.source is not None
         self.job = job
-        self._source = job.source
+        self._source = Clocked(job.source)
         self.topology: Topology = job.topology
         self.rank = rank
         self.device = device
+        self.pulse = pulse
+        self.wish = wish
+        self.pace = (0.0, 0.0)
+        self.stages_by_rank = {
+            r: " ".join(str(info.stage) for info in self.topology.stages_of(r)) for r in self.topology.ranks
+        }
         self._groups = groups
         self._transport = Transport(self.topology, groups, device)
         dtype = DTYPES[job.spec.precision]
@@ -152,7 +167,11 @@ class Crew:
         for buffer in self.buffers.values():
             buffer.clear()
         finish = _Finish(self, index, step, following, update=update)
-        timeline = runs(program.of(self.rank), self.stages, self._transport, finish)
+        actions = program.of(self.rank)
+        self.pulse.begin(index, len(actions))
+        timeline = runs(actions, self.stages, self._transport, finish, self.pulse)
+        self.pulse.at(BETWEEN)
+        self.pace = (busy_s(timeline), self._source.lap())
         return attrs.evolve(finish.outcome, timeline=timeline)
 
     def agree_on(self, step: Step) -> None:
@@ -164,7 +183,9 @@ class Crew:
         """Run a step forwards only; return the likeliest next token of every sample, on every rank."""
         program = plan_step(step, training=False)
         self._begin(program, source)
-        execute(program.of(self.rank), self.stages, self._transport, _Nothing())
+        actions = program.of(self.rank)
+        self.pulse.begin(self.job.spec.train.steps, len(actions), training=False)
+        execute(actions, self.stages, self._transport, _Nothing(), self.pulse)
         mine = torch.zeros(len(step.samples), dtype=torch.float64, device=self.device.torch)
         for runner in self.stages.values():
             for microbatch, logits in runner.answers.items():
@@ -200,6 +221,7 @@ class Crew:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Gather a vector of each rank that hosts a module into [ranks, values], the same everywhere."""
         every = [torch.empty_like(values) for _ in self.topology.ranks]
+        self.pulse.wait()
         dist.all_gather(every, values, group=self.group)
         return torch.stack(every)
 
@@ -216,14 +238,16 @@ class _Finish:
         self.index = index
         self.watch = crew.watch
         rate = learning_rate(spec.optimizer, step=index, steps=spec.train.steps)
-        self.outcome = Outcome(0.0, {}, 0.0, rate, crew.watch.scale, skipped="", timeline=())
+        self.outcome = Outcome(0.0, {}, 0.0, rate, crew.watch.scale, "", stops=False, paces=(), timeline=())
 
     def reduce(self, stage: Stage) -> None:
         """Sum a stage's gradients over its data lanes."""
+        self.crew.pulse.wait()
         self.crew.buffers[stage].reduce()
 
     def tie(self, stage: Stage) -> None:
         """Sum the gradients of tied weights over the ends of a module."""
+        self.crew.pulse.wait()
         self.crew.buffers[stage].tie()
 
     def agree(self) -> None:
@@ -237,13 +261,15 @@ class _Finish:
                 buffer.scale(1 / crew.watch.scale)
         terms = exact_terms(partial for buffer in buffers for partial in buffer.partials())
         finite = all(buffer.is_finite for buffer in buffers)
+        digest, notes = _digest(self.following), (crew.wish.is_there, *crew.pace)
         mine = torch.tensor(
-            [finite, *terms, *losses.values(), *_digest(self.following)],
+            [finite, *terms, *losses.values(), *digest, *notes],
             dtype=torch.float64,
             device=crew.device.torch,
         )
         every = crew.gather(mine).cpu()
-        all_finite, all_terms, all_losses, digests = every.split([1, NORM_TERMS, len(losses), 2], dim=1)
+        sizes = [1, NORM_TERMS, len(losses), len(digest), len(notes)]
+        all_finite, all_terms, all_losses, digests, all_notes = every.split(sizes, dim=1)
         _check_digests(crew, self.following, digests)
         sums = all_losses.sum(dim=0).tolist()
         means = {
@@ -261,7 +287,16 @@ class _Finish:
             half=crew.job.spec.precision == "fp16",
         )
         self.outcome = attrs.evolve(
-            self.outcome, loss=loss, losses=means, gradient_norm=norm, skipped=skipped
+            self.outcome,
+            loss=loss,
+            losses=means,
+            gradient_norm=norm,
+            skipped=skipped,
+            stops=bool(all_notes[:, 0].any()),
+            paces=tuple(
+                Pace(rank, crew.stages_by_rank[rank], *pace)
+                for rank, pace in zip(crew.topology.ranks, all_notes[:, 1:].tolist(), strict=True)
+            ),
         )
 
     def update(self) -> None:

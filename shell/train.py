@@ -6,7 +6,7 @@
     timeline.svg         the measured timeline of the last step, below its plan
     trace.json           the measured timeline, for Perfetto
     predictions.png      held-out samples with the answer given and the true one
-    checkpoints/, logs/, tensorboard/
+    checkpoints/, logs/, tensorboard/, and under a launcher heartbeats/ (`pulse`)
 
 The first rank of the job writes all of it but checkpoints and logs, to which every rank adds its own.
 """
@@ -24,19 +24,21 @@ from structlog.typing import FilteringBoundLogger
 
 from mimogrid.core.decision import is_passed_over
 from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.faults import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.core.roles import role_of
 from mimogrid.shell import checkpoint, jobfile, report
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.log import open_log
-from mimogrid.shell.metrics import Tally, open_keeper, recall
+from mimogrid.shell.metrics import Lag, Tally, open_keeper, recall
 from mimogrid.shell.place import Place
-from mimogrid.shell.runs import REPORT, claim, report_of, write_json
+from mimogrid.shell.preemption import listening
+from mimogrid.shell.runs import REPORT, Stopped, claim, report_of, write_json
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
 from mimogrid.shell.step import Crew
 
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, HEARTBEATS = "checkpoints", "heartbeats"
 REFUSED = "refused: "
 """Begins what rank 0 tells the others where a run cannot begin."""
 
@@ -47,10 +49,11 @@ def in_world(
     transport: str | None,
     folder: str | None,
     resume: str | None = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any] | Stopped | None:
     """Train a job on every rank of its world; the first rank of the job returns the report.
 
-    Without a folder, rank 0 claims one and the others hear which; likewise for the checkpoint to resume from.
+    Without a folder, rank 0 claims one and the others hear which; likewise for the checkpoint to resume from. A run
+    that is asked to stop saves, and every rank returns `Stopped`.
     Raises PlanError where there is no folder, or only a damaged checkpoint.
     """
     with open_session(place, job, transport=transport) as session:
@@ -62,10 +65,14 @@ def in_world(
         if finished is not None or session.crew is None:
             return finished
         chief = place.rank == job.topology.ranks[0]
-        with open_log(path / "logs", role_of(job.topology, place.rank), speaks=chief) as log:
+        if place.meeting is None:
+            session.pulse.keep_in(path / HEARTBEATS)
+        role = role_of(job.topology, place.rank)
+        with open_log(path / "logs", role, speaks=chief) as log, listening(session.wish):
             run = Run(session, session.crew, path, log, chief)
             start = run.resume(saved) if resume is not None else 0
-            return run.finish(run.train(start))
+            tally = run.train(start)
+            return tally if isinstance(tally, Stopped) else run.finish(tally)
 
 
 def _hear(session: Session, key: str, decide: Callable[[], Path | str]) -> str:
@@ -99,21 +106,23 @@ class Run:
         if not saved:
             self.log.warning("no whole checkpoint in this run: beginning at step 0", folder=str(self.folder))
             return 0
+        self.session.pulse.at(LOADING)
         facts = checkpoint.read_manifest(Path(saved))
         checkpoint.load(Path(saved), pieces_to_load(self.crew, facts), self.crew.group)
         restore(self.crew, facts)
         self.log.info("resuming", step=facts["step"], checkpoint=saved)
         return int(facts["step"])
 
-    def train(self, start: int) -> Tally:
-        """Run the steps from `start`; the first rank keeps the metrics."""
+    def train(self, start: int) -> Tally | Stopped:
+        """Run the steps from `start`, until the last or a wish to stop; the first rank keeps the metrics."""
         crew, job = self.crew, self.crew.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
-        tally = recall(self.folder, start) if self.chief else Tally()
+        tally, lag = recall(self.folder, start) if self.chief else Tally(), Lag()
         with contextlib.ExitStack() as stack:
             keeper = stack.enter_context(open_keeper(self.folder, steps)) if self.chief else None
             following = job.step(self._next(start))
             for index in range(start, steps):
+                stops = False
                 if is_passed_over(job.spec.train, index):
                     tally.skipped.append(index)
                     self.log.info("step passed over: it is in train.skip_steps", step=index)
@@ -123,12 +132,18 @@ class Run:
                     step, following = following, job.step(self._next(index + 1))
                     outcome = crew.run(index, step, following)
                     tally.add(index, step, outcome)
+                    stops = outcome.stops and index + 1 < steps
+                    for straggler in lag.after(outcome.paces) if self.chief else ():
+                        self.log.warning(f"straggler: {straggler}", step=index)
                     if not outcome.taken:
                         self.log.warning(f"step skipped: {outcome.skipped}", step=index)
                     if keeper:
                         keeper.keep(index, outcome, tally)
-                if index + 1 == steps or (every and (index + 1) % every == 0):
+                if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
+                if stops:
+                    self.log.warning("asked to stop: saved", step=index + 1)
+                    return Stopped(str(self.folder), index + 1)
         return tally
 
     def _next(self, index: int) -> int:
@@ -147,10 +162,14 @@ class Run:
         }
         folder = self.folder / CHECKPOINTS
         keep = spec.train.keep_checkpoints
-        checkpoint.save(folder, pieces_to_save(self.crew), facts, self.crew.group, keep=keep)
+        at = self.session.pulse.at
+        checkpoint.save(folder, pieces_to_save(self.crew), facts, self.crew.group, keep=keep, at=at)
+        at(BETWEEN)
 
     def finish(self, tally: Tally) -> dict[str, Any] | None:
         """Write the final weights, examine the model, and report."""
+        self.session.pulse.at(FINISHING)
+        self.session.pulse.at(COLLECTING)
         crew, folder, training_s = self.crew, self.folder, tally.seconds
         weights = crew.collect(crew.weights())
         if self.chief:

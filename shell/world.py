@@ -1,7 +1,7 @@
 """The world: processes that have found each other and agree on the plan.
 
-A world compares the digest of the plan before any group is made, creates the planned groups, and closes
-whatever it opened. `join` makes one of processes that were started for the job; `visit` makes one inside a
+A world meets over a store, compares the digest of the plan before any group is made, creates the planned groups,
+and closes whatever it opened. `join` makes one of processes that were started for the job; `visit` makes one inside a
 process group that belongs to a host, and leaves nothing behind there. The store that brought the ranks
 together also tells a failure from its echoes: the first rank to fail says so there, and the others know that
 they were only cut off.
@@ -9,13 +9,28 @@ they were only cut off.
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import attrs
 import torch.distributed as dist
 
+from mimogrid.core.blame import BlamedError
 from mimogrid.core.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.groups import Ranks, Slot
+
+
+POLL_S = 0.02
+
+
+class AbsentError(WorldError):
+    """Ranks that did not come to where all the others are."""
+
+    def __init__(self, ranks: tuple[int, ...], what: str) -> None:
+        self.ranks = ranks
+        super().__init__(f"waited for '{what}', to which ranks {list(ranks)} had not come")
 
 
 @attrs.frozen(eq=False)
@@ -25,6 +40,7 @@ class World:
     `outside` says, of every rank of this world, which rank of torch's default process group it is: the same
     one, unless a host put the job elsewhere. In a visited world every rank calls for every group: where only
     members call, torch names a group by how many its members have, and a host's may have different numbers.
+    `name` tells a world from others that met over the same launcher's store.
     """
 
     rank: int
@@ -33,6 +49,7 @@ class World:
     timeout: datetime.timedelta
     outside: Sequence[int]
     is_visited: bool = False
+    name: str = ""
 
     def make_groups(self, slot: Slot, *, backend: str, purpose: str) -> Mapping[Ranks, dist.ProcessGroup]:
         """Make the groups of a slot; return the one that this rank is in, by its ranks.
@@ -58,6 +75,7 @@ class World:
     def agree_on(self, digest: str) -> None:
         """Compare the plan's digest over the world. Raises WorldError where a rank planned another job."""
         self.store.set(f"digest/{self.rank}", digest)
+        self.wait_for_all("met")
         first = self._hear("digest/0")
         if digest != first:
             raise WorldError(
@@ -66,65 +84,122 @@ class World:
             )
 
     def first_decides(self, key: str, decide: Callable[[], str]) -> str:
-        """Return what rank 0 decides; the other ranks hear it."""
+        """Return what rank 0 decides; the other ranks hear it. Raises AbsentError where it does not in time."""
         if self.rank == 0:
             self.store.set(key, decide())
         return self._hear(key)
 
     def wait_for_all(self, what: str) -> None:
-        """Wait until every rank is this far; one that left before would break the others' connecting."""
+        """Wait until every rank is this far; one that left before would break the others' connecting.
+
+        Raises AbsentError where some do not come in time.
+        """
+        self.store.set(f"{what}/{self.rank}", "")
         if self.store.add(f"{what}/count", 1) == self.size:
             self.store.set(f"{what}/all", "")
-        self.store.wait([f"{what}/all"], self.timeout)
-
-    def fails_first(self) -> bool:
-        """Whether this rank is the first of the world to fail; others that fail only echo it."""
-        try:
-            first: bytes = self.store.compare_set("failed", "", str(self.rank))
-        except RuntimeError:  # the store is gone with whoever kept it: somebody else failed before
-            return False
-        return first.decode() == str(self.rank)
+        self._await(
+            f"{what}/all", lambda: (r for r in range(self.size) if not self.store.check([f"{what}/{r}"]))
+        )
 
     def _hear(self, key: str) -> str:
-        # The store may be a host's, with a time limit of its own that is not ours to change.
-        self.store.wait([key], self.timeout)
+        """Return what rank 0 says."""
+        self._await(key, lambda: (0,))
         return str(self.store.get(key).decode())
+
+    def _await(self, key: str, owing: Callable[[], Iterable[int]]) -> None:
+        """Wait for a key; `owing` tells who has not come with it."""
+        try:
+            # The store may be a host's, with a time limit of its own that is not ours to change.
+            self.store.wait([key], self.timeout)
+        except RuntimeError as error:  # Which of its kinds depends on the store.
+            raise AbsentError(tuple(owing()), key) from error
+
+    def fails_first(self, folder: Path | None) -> bool:
+        """Whether this rank is the first of the world to fail; others that fail only echo it.
+
+        Where the store is gone with the rank that kept it, the first is the first to say so in a folder of all.
+        """
+        try:
+            first: bytes = self.store.compare_set("failed", "", str(self.rank))
+        except RuntimeError:
+            if folder is None:
+                return False
+            try:
+                (folder / f"failed-{self.name}").touch(exist_ok=False)
+            except FileExistsError:
+                return False
+            return True
+        return first.decode() == str(self.rank)
 
 
 @contextlib.contextmanager
-def one_report(world: World) -> Iterator[None]:
+def first_failure(world: World, folder: Path | None = None) -> Iterator[None]:
     """Let the first failure of the world through as it is, and turn those that it causes into `EchoError`."""
     try:
         yield
-    except PlanError:
+    except (PlanError, EchoError, BlamedError):
         raise
     except Exception as error:
-        if world.fails_first():
+        if world.fails_first(folder):
             raise
         raise EchoError(f"rank {world.rank} was cut off: another rank failed first") from error
 
 
+def ask(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> World:
+    """Return a world in a fresh part of a launcher's store, where the ranks of earlier attempts have left their keys.
+
+    torchrun keeps its store when it restarts ranks, and does not number the attempts alike on all nodes. So each
+    process leaves an id that is its own, and rank 0 answers each id with the name of the part (`answer`).
+    """
+    store.set_timeout(timeout)
+    me = uuid.uuid4().hex
+    store.set(f"hello/{rank}", me)
+    if rank == 0:
+        return World(rank, size, dist.PrefixStore(me, store), timeout, range(size), name=me)
+    try:
+        part = store.get(f"answer/{me}").decode()
+    except RuntimeError as error:
+        absent = AbsentError((0,), "rendezvous")
+        raise absent if rank == 1 else EchoError(str(absent)) from error  # one of them tells
+    return World(rank, size, dist.PrefixStore(part, store), timeout, range(size), name=part)
+
+
+def answer(world: World) -> None:
+    """On rank 0, tell every other rank the part of the store; a stale id is answered too, and nobody hears."""
+    if world.rank != 0:
+        world.store.set(f"heard/{world.rank}", "")
+        return
+    assert isinstance(world.store, dist.PrefixStore)
+    store, deadline = world.store.underlying_store, time.monotonic() + world.timeout.total_seconds()
+    answered, missing = set[str](), set(range(1, world.size))
+    while missing := {rank for rank in missing if not world.store.check([f"heard/{rank}"])}:
+        for rank in missing:
+            if store.check([f"hello/{rank}"]):
+                other = store.get(f"hello/{rank}").decode()
+                if other not in answered:
+                    answered.add(other)
+                    store.set(f"answer/{other}", world.name)
+        if time.monotonic() > deadline:
+            raise AbsentError(tuple(sorted(missing)), "rendezvous")
+        time.sleep(POLL_S)
+
+
 @contextlib.contextmanager
-def join(
-    *, store: dist.Store, rank: int, size: int, backend: str, timeout_s: float, digest: str
-) -> Iterator[World]:
-    """Enter a world over a store that all its ranks share; leave it on exit.
+def join(world: World, *, backend: str, digest: str) -> Iterator[None]:
+    """Join a world that has met; leave it on exit.
 
     Raises WorldError, before any group is made, where the digests of the plan differ.
     """
-    timeout = datetime.timedelta(seconds=timeout_s)
-    store.set_timeout(timeout)
-    world = World(rank, size, store, timeout, range(size))
     world.agree_on(digest)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("world", store),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
+        store=dist.PrefixStore("world", world.store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=world.timeout,
     )
     try:
-        yield world
+        yield
     finally:
         dist.destroy_process_group()
 

@@ -64,10 +64,11 @@ def failure(pool: Pool, opened_job: Job, steps: int = 2, seconds: float = 20) ->
 def test_a_rank_that_raises_ends_all(pool: Pool, opened: Opened, rank: int) -> None:
     """Its traceback comes once, nobody else's, within seconds; and the pool works again."""
     report = failure(pool, opened(fragile("raise", rank=rank)))
-    assert report.startswith(f"rank {rank} failed:")
-    assert report.count("ZeroDivisionError: the encoder broke on purpose") == 1
-    assert report.count("Traceback") == 1
-    assert "enc.0 F1" in report
+    line = report.splitlines()[0]
+    assert line.startswith(f"rank {rank} (host ")
+    assert "module enc, stage enc.0) failed at step 0 in 'enc.0 F1' (action " in line
+    assert line.endswith("ZeroDivisionError: the encoder broke on purpose")
+    assert 1 == report.count("Traceback")
     assert 4 == len(trained(pool, opened(job(GRIDS)), 1))
 
 
@@ -75,15 +76,18 @@ def test_a_rank_that_raises_late_ends_all(pool: Pool, opened: Opened) -> None:
     """Also in the second step, and also where others have nothing to send it."""
     spec = fragile("raise", rank=5, call=6, grids="enc(1,1,2)@4 lm(1,2,1)@0", microbatches=4, world_size=8)
     report = failure(pool, opened(spec))
-    assert report.startswith("rank 5 failed:")
+    assert report.startswith("rank 5 (host ")
+    assert " failed at step 1 in 'enc.0 F" in report
 
 
 @pytest.mark.parametrize(
-    ("event", "said"), [("kill", "rank 1 was killed by signal 9"), ("exit", "rank 1 exited with code 3")]
+    ("event", "said"), [("kill", "was killed by signal 9"), ("exit", "exited with code 3")]
 )
 def test_a_process_that_dies_is_named(pool: Pool, opened: Opened, event: str, said: str) -> None:
     """A death is reported as one, and not the closed connections that others see."""
-    assert failure(pool, opened(fragile(event))) == said
+    report = failure(pool, opened(fragile(event)))
+    assert report.startswith("rank 1 (host ")
+    assert f" {said} at step 0 in 'enc.0 F1' (action " in report
     assert 4 == len(trained(pool, opened(job(GRIDS)), 1))
 
 
@@ -125,8 +129,7 @@ def test_descriptions_of_later_steps_must_agree(pool: Pool, opened: Opened) -> N
 def test_what_is_loaded_must_be_as_described(pool: Pool, opened: Opened, wrong: str, said: str) -> None:
     """The error names the sample, or the samples of the share."""
     report = failure(pool, opened(lying(wrong, 5)))
-    assert said in report
-    assert "mimogrid.core.errors.WorldError" in report
+    assert said in report.splitlines()[0]
 
 
 @pytest.mark.parametrize(

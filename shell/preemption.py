@@ -1,0 +1,64 @@
+"""Preemption: a wish to stop, from a scheduler that wants the machine back.
+
+SIGTERM and SIGUSR1 are the same wish, to any rank. The rank hands it in with the next agreement on a step, so all ranks
+stop after the same step, save, and exit with `EXIT_CODE`, which is not 0: launchers restart on it. A second signal ends
+the process at once.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import FrameType
+
+import attrs
+
+
+EXIT_CODE = os.EX_TEMPFAIL
+"""75, "try again": what a process that was asked to stop exits with once all is saved."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SECOND_S = 2.0
+"""Signals closer than this are one: a scheduler signals a launcher and its children, and the launcher passes it on."""
+
+
+@attrs.define(eq=False)
+class Wish:
+    """Whether this process was asked to stop."""
+
+    asked_s: float | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it was."""
+        return self.asked_s is not None
+
+    def hear(self, number: int, _: FrameType | None) -> None:
+        """Note a signal; the second ends the process as if nobody had listened."""
+        now = time.monotonic()
+        if self.asked_s is None:
+            self.asked_s = now
+        elif now - self.asked_s > SECOND_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def listening(wish: Wish) -> AbstractContextManager[None]:
+    """Hear signals as a wish; afterwards they are what they were."""
+    return _handled(wish.hear)
+
+
+def passing_on(send: Callable[[int], None]) -> AbstractContextManager[None]:
+    """Give the signals that this process gets to those that it has started."""
+    return _handled(lambda number, _: send(number))
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

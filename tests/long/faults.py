@@ -1,0 +1,117 @@
+"""Every combination of harm, phase and rank: ``nox -s faults``.
+
+    python tests/long/faults.py [--seconds 1200] [--only PATTERN] [--summary FILE] [--record FILE]
+
+Each run is disturbed once and then resumed; it must end with the weights of a run that nothing happened to, to the
+bit, and a report must name the rank, the moment and what became of it. With a record, what it holds is not run again.
+"""
+
+import argparse
+import collections
+import fnmatch
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import harm
+from mimogrid.shell import jobfile
+from mimogrid.shell.jobs import open_job
+from mimogrid.shell.launch import Pool
+
+
+def main() -> int:
+    """Run the cases in turn; print what came of each. Returns 1 if one was not as it must be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin no case after this time")
+    parser.add_argument("--only", default="*", help="a shell pattern on the fault's line")
+    parser.add_argument("--summary", type=Path)
+    parser.add_argument("--record", type=Path, help="a file of JSON lines")
+    given = parser.parse_args()
+    lines = given.record.read_text().splitlines() if given.record and given.record.exists() else []
+    done = {entry["fault"]: entry for entry in map(json.loads, lines)}
+    begun = time.monotonic()
+    cases = [case for case in harm.cases() if fnmatch.fnmatchcase(str(case), given.only)]
+    with Pool(4) as pool, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "job.toml").write_text(jobfile.dump(harm.job()))
+        job = open_job(folder / "job.toml")
+        assert not harm.run(pool, job, folder / "whole").report
+        for i, case in enumerate(cases):
+            if str(case) in done or time.monotonic() - begun > given.seconds:
+                continue
+            entry = _entry(pool, job, folder / f"run-{i}", folder / "whole", case)
+            done[str(case)] = entry
+            print(
+                f"{entry['seconds']:5.1f} s  {case}: {entry['wrong'] or entry['line'] or 'went on'}",
+                flush=True,
+            )
+            if given.record:
+                with given.record.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+    wrong = [entry for entry in done.values() if entry["wrong"]]
+    print(f"{len(done)} of {len(cases)} combinations were run; {len(wrong)} were not as they must be")
+    if given.summary:
+        given.summary.write_text(_summary(list(done.values()), len(cases)))
+    return bool(wrong)
+
+
+def _entry(pool, job, folder, whole, case):
+    """Run one case; return what came of it."""
+    try:
+        ended, wrong = harm.judge(pool, job, folder, whole, case), ""
+    except AssertionError as error:
+        ended, wrong = harm.Ended("", 0.0, ""), str(error)
+    return {
+        "fault": str(case),
+        "harm": "slow" if case.goes_on else case.fault.harm.value,
+        "rank": case.fault.rank,
+        "phase": case.phase,
+        "seconds": ended.seconds,
+        "line": ended.line,
+        "wrong": wrong,
+    }
+
+
+HEAD = """# Runs that were disturbed
+
+`nox -s faults` disturbs a small run (an encoder on two data lanes, a language model on two pipeline stages, four ranks,
+six steps, a checkpoint every two, a time limit of {limit:g} s) once, in every phase, on the first rank and on the last:
+a rank raises (`fail`), is killed, is stopped with SIGSTOP, is late (sleeps for much longer than the limit), or is slow
+(sleeps for {short:g} s). What must be true then:
+
+- a slow rank delays the run and changes nothing;
+- otherwise all ranks end, and the one report names the rank, the step, the moment and what became of the rank;
+- the run that is resumed goes on from the newest checkpoint that was published, and ends with the weights and losses of
+  a run that nothing happened to, to the bit.
+
+"""
+
+
+def _summary(entries, planned):
+    """Return what came of it as a page in Markdown."""
+    harms = ("fail", "kill", "stop", "delay", "slow")
+    cells = collections.defaultdict(dict)
+    for entry in entries:
+        cells[entry["rank"], entry["phase"]][entry["harm"]] = (
+            "**wrong**" if entry["wrong"] else f"{entry['seconds']:.1f} s"
+        )
+    right = sum(not entry["wrong"] for entry in entries)
+    text = HEAD.format(limit=harm.LIMIT_S, short=harm.SHORT_S)
+    text += f"The last run: {len(entries)} of {planned} combinations, {right} of them as they must be, on "
+    text += f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}, torch "
+    text += f"{torch.__version__}. Seconds until the disturbed run had ended, start-up included:\n\n"
+    text += "| rank | phase | fail | kill | stop | late | slow |\n|---|---|---|---|---|---|---|\n"
+    for (rank, phase), row in cells.items():
+        text += f"| {rank} | {phase} | {' | '.join(row.get(name, '') for name in harms)} |\n"
+    text += "\nSome of the reports, first lines:\n\n```text\n"
+    first = {(entry["harm"]): entry["line"] for entry in reversed(entries) if entry["line"]}
+    return text + "\n".join(first[name] for name in harms if name in first) + "\n```\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

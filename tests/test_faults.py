@@ -1,0 +1,153 @@
+"""Faults: whatever befalls a rank, all end in time with one report that names it, and resuming is exact."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import harm
+from mimogrid.core.spec import JobSpec
+from mimogrid.shell.faults import VARIABLE
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.launch import Pool
+from mimogrid.shell.preemption import EXIT_CODE
+from mimogrid.shell.runs import Stopped
+
+
+pytestmark = pytest.mark.world
+
+Opened = Callable[[JobSpec], Job]
+CASES = [
+    "fail rank 0 step 3 at enc.0 B1",
+    "fail rank 3 step 3 at saving a checkpoint",
+    "kill rank 0 step 0 at building",
+    "kill rank 3 step 3 at lm.1 F0",
+    "kill rank 0 step 3 at enc.0 REDUCE",
+    "kill rank 0 step 3 at publishing a checkpoint",
+    "kill rank 0 step 3 at a checkpoint is published",
+    "stop rank 3 step 0 at rendezvous",
+    "stop rank 3 step 3 at lm.1 B1",
+    "stop rank 0 step 3 at NORM",
+    "delay rank 3 step 3 for 60 s at lm.1 B3",
+    "delay rank 0 step 3 for 0.4 s at UPDATE",
+]
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def job(opened: Opened) -> Job:
+    """The job that all of this happens to."""
+    return opened(harm.job())
+
+
+@pytest.fixture(scope="module")
+def whole(pool: Pool, job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert "" == harm.run(pool, job, folder).report
+    return folder
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_a_run_ends_with_the_right_report_or_goes_on(
+    pool: Pool, job: Job, whole: Path, tmp_path: Path, line: str
+) -> None:
+    """The report names rank, module, step and action; the resumed run ends with the same bits."""
+    (case,) = (case for case in harm.cases() if line == str(case))
+    ended = harm.judge(pool, job, tmp_path / "run", whole, case)
+    assert ended.seconds < 3 * harm.LIMIT_S + 20
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_that_is_asked_to_stop_stops_all_after_the_step(
+    pool: Pool, job: Job, whole: Path, tmp_path: Path, rank: int
+) -> None:
+    """All ranks stop at one step and save there, though no checkpoint was due; the resumed run is exact."""
+    said = pool.run("harm:asked", 4, job, str(tmp_path), rank, 2)
+    assert [Stopped(str(tmp_path), 3)] * 4 == said
+    assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
+    assert "" == harm.run(pool, job, tmp_path, resume=True).report
+    assert harm.left(whole) == harm.left(tmp_path)
+
+
+def test_a_launcher_that_is_asked_to_stop_passes_it_on(pool: Pool, opened: Opened, tmp_path: Path) -> None:
+    """The command saves and exits with a code that launchers restart on."""
+    job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    assert "" == harm.run(pool, job, whole).report
+    slow = {VARIABLE: "delay rank 1 step 2 for 2 s at UPDATE"}
+    command = [sys.executable, "-m", "mimogrid", "train", str(job.path), "--set", f"train.run_dir={folder}"]
+    with subprocess.Popen(command, env=os.environ | slow, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if line.startswith("step 1/"):
+                break
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert EXIT_CODE == process.returncode, said
+    assert "was asked to stop, and is saved" in said
+    assert "" == harm.run(pool, job, folder, resume=True).report
+    assert harm.left(whole) == harm.left(folder)
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
+    pool: Pool, opened: Opened, tmp_path: Path
+) -> None:
+    """The restarted ranks go on from the last checkpoint; one report says who died."""
+    job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    assert "" == harm.run(pool, job, whole).report
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "-m", "mimogrid", "train", str(job.path)]
+    limits = ["--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
+    environment = os.environ | {VARIABLE: "kill rank 1 step 3 at lm.0 B1"}
+    done = subprocess.run(
+        [*command, *limits], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert 0 == done.returncode, done.stderr
+    assert 1 == done.stderr.count("mimogrid: rank 1 (host "), done.stderr
+    assert "resuming  step 2" in done.stderr
+    assert harm.left(whole) == harm.left(folder)
+    assert not (folder / "heartbeats").exists()
+
+
+def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others(
+    opened: Opened, tmp_path: Path
+) -> None:
+    """Under a launcher that keeps no store of its own: the survivors agree over the run folder who tells."""
+    job = opened(harm.job("enc(1,1,1)@0 lm(1,2,1)@1"))
+    command = [
+        sys.executable,
+        "-m",
+        "mimogrid",
+        "train",
+        str(job.path),
+        "--set",
+        f"train.run_dir={tmp_path / 'run'}",
+    ]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
+    fault = {VARIABLE: "kill rank 0 step 3 at enc.0 B1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [*command, "--set", "train.timeout_s=60"],
+            env=os.environ | place | fault | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [-signal.SIGKILL, 1, 1] == [rank.returncode for rank in ranks], said
+    assert 1 == "".join(said).count("mimogrid: rank 0 (host "), said
+    assert "ended without a word at step 3 in 'enc.0 B1'" in "".join(said)
