@@ -215,6 +215,7 @@ def _train(train: TrainSpec) -> Iterator[Problem]:
     yield from _at_least("train.steps", train.steps, 0)
     yield from _at_least("train.checkpoint_every", train.checkpoint_every, 0, "0: only at the end.")
     yield from _at_least("train.keep_checkpoints", train.keep_checkpoints, 1)
+    yield from _at_least("train.keep_every", train.keep_every, 0, "0: none for ever.")
     yield from _at_least("train.threads", train.threads, 1)
     yield from _above_zero("train.timeout_s", train.timeout_s)
     for entry in train.skip_steps:

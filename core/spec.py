@@ -141,12 +141,15 @@ class TrainSpec:
     """`[train]`. Time limits are seconds; `threads` is compute threads per CPU rank.
 
     A checkpoint is written every `checkpoint_every` steps (0: only at the end), and the newest
-    `keep_checkpoints` are kept. The samples of `skip_steps` are passed over; of a range, both ends.
+    `keep_checkpoints` are kept, and those of steps that `keep_every` divides (0: none). The samples of
+    `skip_steps` are passed over; of a range, both ends.
     """
 
     steps: int = 1
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    checkpoint_async: bool = True
     run_dir: str | None = None
     timeout_s: float = 600.0
     threads: int = 1

@@ -1,22 +1,16 @@
 """Checkpoints: weights and optimizer state by layout-independent name, at full logical shape.
 
-    checkpoints/step-00000100/
-        manifest.json         step, job, versions, and the checksum of every other file; written last
-        shard-*.safetensors   what each rank holds and no other writes
-
-Tensors go through torch.distributed.checkpoint's planners and its safetensors storage, so that any layout reads
-what any other wrote: a piece carries its place in the full tensor. Nothing is pickled into a file. A checkpoint
-is written under another name and renamed when whole; whatever has no manifest never was one.
+What a folder holds is in `shell.manifest`. Tensors go through the planners of torch.distributed.checkpoint: they check
+that what ranks write covers every tensor exactly once, and find for what a rank needs the files that have it. So any
+layout reads what any other wrote: a piece carries its place in the full tensor. Files are what DCP's safetensors
+storage writes, and it is what reads them. Nothing is pickled into a file.
 
 What else a run needs follows from the step's number: samples, learning rate and random draws are functions of it.
 """
 
 import contextlib
-import hashlib
 import json
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -46,11 +37,22 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mimogrid.core.errors import PlanError, Problem, WorldError
-from mimogrid.core.faults import PUBLISHED, PUBLISHING, SAVING, WRITING
+from mimogrid.shell import tensorfile
+from mimogrid.shell.manifest import Place, Stored
+from mimogrid.shell.tensorfile import Entry
 
 
-MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls them."""
 
 
 @attrs.frozen(eq=False)
@@ -71,149 +73,59 @@ Pieces = Mapping[str, tuple[Piece, ...]]
 """Of each tensor the parts that a rank has. In a file a name comes once: who writes has one part of it."""
 
 
-def save(
-    folder: Path,
-    pieces: Pieces,
-    facts: Mapping[str, Any],
-    group: dist.ProcessGroup,
-    *,
-    keep: int,
-    at: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Write a checkpoint of the step that `facts` names, and let go of all but the newest `keep`.
-
-    Every rank of `group` calls it with its own pieces; its first rank publishes. `at` hears of the moments.
-    """
-    at(SAVING)
-    target = folder / f"step-{facts['step']:08}"
-    partial = target.with_name(target.name + PARTIAL)
-    first = group.rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    at(WRITING)
-    dist.barrier(group)
-    with _failures_as_errors(target):
-        dcp.save(
-            {name: piece.tensor for name, (piece,) in pieces.items()},
-            storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-            planner=_Saving(pieces),
-            process_group=group,
-        )
-    if first:
-        at(PUBLISHING)
-        _publish(partial, target, facts)
-        at(PUBLISHED)
-        for old in _published(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier(group)
+# -- writing -----------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: Path, pieces: Pieces, group: dist.ProcessGroup) -> None:
-    """Fill every piece from a checkpoint, whatever layout wrote it."""
-    with _failures_as_errors(checkpoint):
-        dcp.load(
-            {name: parts[0].tensor for name, parts in pieces.items()},
-            storage_reader=HuggingFaceStorageReader(str(checkpoint)),
-            planner=_Loading(pieces),
-            process_group=group,
-        )
+def items_of(pieces: Pieces) -> list[WriteItem]:
+    """Return what a rank writes, each item at its place in the full tensor."""
+    return [_write_item(name, piece) for name, (piece,) in pieces.items()]
 
 
-@contextlib.contextmanager
-def _failures_as_errors(checkpoint: Path) -> Iterator[None]:
-    """Turn a failure on any rank into a WorldError; torch's own is no Exception, and would end the process."""
-    try:
-        yield
-    except dcp.api.CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise WorldError(f"checkpoint '{checkpoint.name}' failed on rank {rank}: {cause}") from error
+def shard_name(rank: int) -> str:
+    """Return the name of the file that a rank of the job's group writes."""
+    return f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None. Raises PlanError for one that is damaged."""
-    published = _published(folder)
-    if not published:
-        return None
-    faults = list(damage(published[-1]))
-    if faults:
-        whole = next((c.name for c in reversed(published[:-1]) if not any(damage(c))), None)
-        remedy = (
-            f"Remove '{published[-1]}' to go on from {whole}."
-            if whole
-            else "No other checkpoint of this run is whole: begin a new run."
-        )
-        raise PlanError([Problem(str(published[-1]), fault, remedy) for fault in faults])
-    return published[-1]
+def index_of(plans: Sequence[list[WriteItem]]) -> dict[str, Stored]:
+    """Return the index of what all ranks write together; DCP's planner checks that nothing lacks or overlaps."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({}, is_coordinator=True)
+    agreed, _ = planner.create_global_plan([SavePlan(items, planner_data={}) for items in plans])
+    assert [len(items) for items in plans] == [len(plan.items) for plan in agreed], "written twice"
+    full: dict[str, tuple[str, tuple[int, ...]]] = {}
+    parts: dict[str, list[Place]] = {}
+    for rank, items in enumerate(plans):
+        for item in items:
+            name, data = item.index.fqn, item.tensor_data
+            assert data is not None
+            full[name] = DTYPES[data.properties.dtype], tuple(data.size)
+            place = Place(shard_name(rank), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+            parts.setdefault(name, []).append(place)
+    return {name: Stored(*full[name], tuple(places)) for name, places in parts.items()}
 
 
-def damage(checkpoint: Path) -> Iterator[str]:
-    """Yield what is wrong with the files of a checkpoint, by its manifest."""
-    for name, facts in read_manifest(checkpoint)["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            yield f"'{name}' is missing."
-        elif path.stat().st_size != facts["bytes"]:
-            yield f"'{name}' has {path.stat().st_size} bytes; {facts['bytes']} were written."
-        elif _checksum(path) != facts["sha256"]:
-            yield f"'{name}' is not what was written: its checksum differs."
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself."""
-    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
-    return manifest
-
-
-def _published(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"step-*[0-9]/{MANIFEST}"))
-
-
-def _publish(partial: Path, target: Path, facts: Mapping[str, Any]) -> None:
-    for path in partial.glob("*.safetensors"):
-        _settle_header(path)
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-        for path in sorted(partial.iterdir())
+def write_shard(
+    path: Path, items: Sequence[WriteItem], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Write what a rank has, from host memory; return size and checksum of the file. Raises OSError."""
+    places = {
+        item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets}
+        for item in items
+        if item.tensor_data
     }
-    manifest = {**facts, "files": files, "created": time.time()}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    metadata = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
+    return tensorfile.write(path, (entry_of(name, tensors[name]) for name in places), metadata)
 
 
-def _settle_header(path: Path) -> None:
-    """Sort the metadata of a file, which safetensors writes in random order: equal state is equal bytes."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        settled = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        assert len(settled) == size, f"the header of {path.name} changed its length"
-        file.seek(8)
-        file.write(settled)
+def entry_of(name: str, tensor: torch.Tensor) -> Entry:
+    """Return a tensor in host memory as it goes into a file."""
+    return Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), lambda: values_of(tensor))
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _Saving(DefaultSavePlanner):
-    """Plans to write the pieces that are this rank's to write, each at its place in the full tensor."""
-
-    def __init__(self, pieces: Pieces) -> None:
-        super().__init__()
-        self._pieces = pieces
-
-    def create_local_plan(self) -> SavePlan:
-        items = [_write_item(name, piece) for name, (piece,) in self._pieces.items()]
-        self.plan = SavePlan(items, planner_data={})
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        (piece,) = self._pieces[write_item.index.fqn]
-        return piece.tensor.contiguous()
+def values_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor in host memory."""
+    array: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _write_item(name: str, piece: Piece) -> WriteItem:
@@ -226,6 +138,35 @@ def _write_item(name: str, piece: Piece) -> WriteItem:
             size=torch.Size(piece.full_shape),
         ),
     )
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+def load(checkpoint: Path, pieces: Pieces, group: dist.ProcessGroup) -> None:
+    """Fill every piece from a checkpoint, whatever layout wrote it; joint over `group`.
+
+    Raises PlanError where it lacks a tensor, or has one of another shape.
+    """
+    with _failures_as_errors(checkpoint):
+        dcp.load(
+            {name: parts[0].tensor for name, parts in pieces.items()},
+            storage_reader=HuggingFaceStorageReader(str(checkpoint)),
+            planner=_Loading(pieces),
+            process_group=group,
+        )
+
+
+@contextlib.contextmanager
+def _failures_as_errors(checkpoint: Path) -> Iterator[None]:
+    """Turn a failure on any rank into an error of ours; torch's own is no Exception, and would end the process."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, PlanError):
+            raise cause from None
+        raise WorldError(f"checkpoint '{checkpoint.name}' failed on rank {rank}: {cause}") from error
 
 
 class _Loading(DefaultLoadPlanner):

@@ -40,6 +40,8 @@ mimogrid trains multimodal models with every module on its own grid of ranks.
     mimogrid probe JOB     what its stages and edges cost on this machine, as a costs file for simulate
     mimogrid train JOB     train it, here or under torchrun
     mimogrid parity JOB    compare it with the same model on one process
+    mimogrid inspect RUN   what is in its checkpoints, are they whole, which layouts fit?
+    mimogrid export RUN    its weights as safetensors, or as torch's distributed checkpoint
 
 JOB is a TOML file; begin with one from examples/. Any key can be overridden: --set train.steps=20.
 `mimogrid COMMAND --help` says more.
@@ -82,8 +84,13 @@ def _run(given: argparse.Namespace) -> int:
         return 1
 
 
-def _opened(given: argparse.Namespace) -> Job:
-    """Open the job before anything starts. What is not checked without torch is noted, unless it will be."""
+def _opened(given: argparse.Namespace) -> Job | None:
+    """Open the job, if the command has one, before anything starts.
+
+    What is not checked without torch is noted, unless it will be.
+    """
+    if given.job is None:
+        return None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PlanWarning)
         job = open_job(given.job, given.overrides)
@@ -158,7 +165,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity_parser = add("parity", parity, "compare a job's layout with one process")
     parity_parser.add_argument("--steps", type=int, default=1, metavar="K", help="steps to compare")
+    _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_checkpoint_commands(commands: Any) -> None:
+    """Commands that begin with what a run has left, and not with a job."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run, or of a checkpoint")
+    common.add_argument("--json", action="store_true", help="print one JSON value")
+    text = "what is in checkpoints, and which layouts fit, without torch"
+    inspect_parser = commands.add_parser("inspect", help=text, description=text, parents=[common])
+    inspect_parser.add_argument("--job", type=Path, metavar="JOB", help="a job: can it go on from there?")
+    inspect_parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    inspect_parser.set_defaults(command=inspect)
+    text = "the weights of a run for others"
+    export_parser = commands.add_parser("export", help=text, description=text, parents=[common])
+    export_parser.add_argument("--to", choices=["safetensors", "dcp"], required=True, help="the format")
+    export_parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; it must be new or empty")
+    export_parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="X", help="cut larger modules into several files"
+    )
+    export_parser.set_defaults(command=export, job=None)
 
 
 def _add_simulate_options(parser: argparse.ArgumentParser) -> None:
@@ -337,6 +365,21 @@ def parity(job: Job, given: argparse.Namespace) -> int:
     """Compare the job's layout with the same model on one process."""
     with _torch_is_needed():
         return start.parity(job, steps=given.steps, as_json=given.json)
+
+
+def inspect(job: Job | None, given: argparse.Namespace) -> int:
+    """Say what is in checkpoints."""
+    from mimogrid.shell import inspection  # noqa: PLC0415 -- only what is used
+
+    return inspection.run(job, given)
+
+
+def export(_: None, given: argparse.Namespace) -> int:
+    """Write the weights of a checkpoint for others."""
+    with _torch_is_needed():
+        from mimogrid.shell import export as exporting  # noqa: PLC0415 -- imports torch
+
+        return exporting.run(given)
 
 
 @contextlib.contextmanager

@@ -106,6 +106,16 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> Reading:
     return attrs.evolve(found, problems=tuple(problems))
 
 
+def parsed(text: str) -> JobSpec:
+    """Read what `dump` wrote. Raises PlanError."""
+    table = _parsed(text, "job")
+    costs, problems = _take_costs(table, Path())
+    reading = _read_table(table)
+    if problems or reading.problems or reading.spec is None:
+        raise PlanError([*problems, *reading.problems])
+    return attrs.evolve(reading.spec, schedule=attrs.evolve(reading.spec.schedule, costs=costs))
+
+
 def dump(spec: JobSpec) -> str:
     """Write a spec as a job file that `load` reads back to an equal spec; defaults are left out."""
     import tomlkit  # noqa: PLC0415  (slow to import, and few commands write)

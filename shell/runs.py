@@ -16,7 +16,8 @@ from mimogrid.core.spec import JobSpec
 
 
 REPORT = "report.json"
-OF_A_RUN = {REPORT, "checkpoints", "heartbeats", "logs", "metrics.jsonl"}
+CHECKPOINTS = "checkpoints"
+OF_A_RUN = {REPORT, CHECKPOINTS, "heartbeats", "logs", "metrics.jsonl"}
 """Some of these are in the folder of every run, however early it ended."""
 
 
@@ -29,6 +30,8 @@ def claim(job: Path, named: str | None, resume: str | None) -> Path:
     folder = Path(named)
     if folder.exists() and not folder.is_dir():
         raise _refused(named, "is a file.", "Name a folder that is new or empty.")
+    if folder.is_dir():
+        _check(folder)
     if folder.is_dir() and any(folder.iterdir()):
         remedy = f"Continue that run with --resume {named}, or name a folder that is new or empty."
         raise _refused(named, f"is not empty ({len(list(folder.iterdir()))} entries).", remedy)
@@ -83,12 +86,23 @@ def _resumed(folder: Path, named: str | None) -> Path:
             remedy = "Name the folder of a run after --resume; one that is also train.run_dir is made."
             raise _refused(str(folder), "is no folder.", remedy)
         return _made(folder)
+    _check(folder)
     entries = {path.name for path in folder.iterdir()}
     if entries and not entries & OF_A_RUN:
         raise _refused(
             str(folder), "holds something, but no run.", "Name the folder of a run after --resume."
         )
     return folder
+
+
+def _check(folder: Path) -> None:
+    """Raise PlanError where a run could not write: it would end at its first checkpoint."""
+    for path in (folder, folder / CHECKPOINTS):
+        if path.exists() and not path.is_dir():
+            raise _refused(str(folder), f"cannot be used: '{path}' is a file.", f"Put '{path}' aside.")
+        if path.exists() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            remedy = "Make it writable for this user, or name another: train.run_dir."
+            raise _refused(str(folder), f"cannot be used: '{path}' cannot be written.", remedy)
 
 
 def _fresh(parent: Path, stem: str) -> Path:

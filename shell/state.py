@@ -2,12 +2,14 @@
 
 Weights are under ``module.parameter`` (trained ones as the main weights), what the optimizer keeps for each
 under ``optimizer.STATE.module.parameter``: of the parameter's shape, or one value. The rest is in the
-manifest: how many steps were taken, and what decisions hang on (`core.decision.Watch`).
+manifest: how many steps were taken, and what decisions hang on (`core.decision.Watch`). Random draws have no state:
+each is a hash of the seed and of what it is for.
 
 A host that writes checkpoints of its own gets all of it from `gather`, as full tensors on one rank, and gives
 it back to `scatter`.
 """
 
+import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,16 +23,16 @@ from mimogrid.core.gradients import counts_in_norm
 from mimogrid.core.models import Parameter
 from mimogrid.core.shards import Part, Span, boxes
 from mimogrid.core.topology import Stage
+from mimogrid.shell import jobfile
 from mimogrid.shell.checkpoint import Piece, Pieces
 from mimogrid.shell.gradients import Buffer, Shard
 from mimogrid.shell.groups import ModuleGroups
+from mimogrid.shell.manifest import OPTIMIZER
 from mimogrid.shell.optimizer import begin_states, states_of
 from mimogrid.shell.step import Crew
 from mimogrid.shell.weights import cut_over
 
 
-OPTIMIZER = "optimizer."
-"""Begins the name of what the optimizer keeps."""
 SHOWN = 5
 """How many of the names that do not fit an error lists."""
 
@@ -38,6 +40,32 @@ SHOWN = 5
 def facts_of(crew: Crew) -> dict[str, Any]:
     """Return what the manifest keeps of a run's state."""
     return {"steps_taken": crew.steps_taken, "watch": attrs.asdict(crew.watch)}
+
+
+def manifest_of(crew: Crew, step: int) -> dict[str, Any]:
+    """Return what the manifest of a checkpoint says of a run: its state, and what made it. Step `step` is the next."""
+    spec = crew.job.spec
+    return {
+        "step": step,
+        **facts_of(crew),
+        "job": jobfile.dump(spec),
+        "layout": {
+            name: {
+                **{axis.name: axis.size for axis in module.grid.axes},
+                "ep": spec.modules[name].grid.ep,
+                "chunks": spec.modules[name].chunks,
+                "offset": module.grid.offset,
+            }
+            for name, module in crew.topology.modules.items()
+        },
+        "schedule": spec.schedule.name,
+        "precision": spec.precision,
+        "data": {"source": spec.data.source, "next_sample": step * spec.batch.global_size},
+        "random": {"seed": spec.seed, "next_step": step},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("mimogrid", "torch", "megatron-core")
+        },
+    }
 
 
 def pieces_to_save(crew: Crew) -> Pieces:

@@ -49,7 +49,7 @@ class Outcome:
     `losses` are those of each module, and as ``NAME.aux`` what spreads its tokens over experts, divided by
     their counts and without weights. `skipped` says why nothing was updated; "": the step was taken.
     `loss_scale` is what the losses were multiplied by before their backward. `stops` says that a rank was asked
-    to stop, `paces` how long each was busy in the step before.
+    to stop, `paces` how long each was busy in the step before. `all_saved`: see `Crew`.
     """
 
     loss: float
@@ -59,6 +59,7 @@ class Outcome:
     loss_scale: float
     skipped: str
     stops: bool
+    all_saved: bool
     paces: tuple[Pace, ...]
     timeline: tuple[Timed, ...]
 
@@ -72,8 +73,9 @@ class Crew:
     """The stages of this rank, with weights, gradients and optimizer.
 
     `steps_taken` counts the updates, and `watch` is what the decision on the next one hangs on; both are the
-    same on every rank. `given` are networks for modules of the user's own that are there already;
-    `steps_itself` is False where somebody else updates the weights.
+    same on every rank. `has_saved` is what this rank says in the next step about the save in flight, in a record
+    that all ranks exchange there anyway (`shell.saving`). `given` are networks for modules of the user's own that
+    are there already; `steps_itself` is False where somebody else updates the weights.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class Crew:
         self.optimizer = optimizer.build(rule, shards) if steps_itself else None
         self.steps_taken = 0
         self.watch = Watch.first(rule, job.spec.precision)
+        self.has_saved = True
 
     def run(
         self,
@@ -238,7 +241,9 @@ class _Finish:
         self.index = index
         self.watch = crew.watch
         rate = learning_rate(spec.optimizer, step=index, steps=spec.train.steps)
-        self.outcome = Outcome(0.0, {}, 0.0, rate, crew.watch.scale, "", stops=False, paces=(), timeline=())
+        self.outcome = Outcome(
+            0.0, {}, 0.0, rate, crew.watch.scale, "", stops=False, all_saved=False, paces=(), timeline=()
+        )
 
     def reduce(self, stage: Stage) -> None:
         """Sum a stage's gradients over its data lanes."""
@@ -263,13 +268,14 @@ class _Finish:
         finite = all(buffer.is_finite for buffer in buffers)
         digest, notes = _digest(self.following), (crew.wish.is_there, *crew.pace)
         mine = torch.tensor(
-            [finite, *terms, *losses.values(), *digest, *notes],
+            [finite, crew.has_saved, *terms, *losses.values(), *digest, *notes],
             dtype=torch.float64,
             device=crew.device.torch,
         )
         every = crew.gather(mine).cpu()
-        sizes = [1, NORM_TERMS, len(losses), len(digest), len(notes)]
-        all_finite, all_terms, all_losses, digests, all_notes = every.split(sizes, dim=1)
+        sizes = [2, NORM_TERMS, len(losses), len(digest), len(notes)]
+        flags, all_terms, all_losses, digests, all_notes = every.split(sizes, dim=1)
+        all_finite, all_saved = flags.bool().all(dim=0).tolist()
         _check_digests(crew, self.following, digests)
         sums = all_losses.sum(dim=0).tolist()
         means = {
@@ -283,7 +289,7 @@ class _Finish:
             crew.job.spec.optimizer,
             loss=loss,
             norm=norm,
-            finite=bool(all_finite.all()),
+            finite=all_finite,
             half=crew.job.spec.precision == "fp16",
         )
         self.outcome = attrs.evolve(
@@ -293,6 +299,7 @@ class _Finish:
             gradient_norm=norm,
             skipped=skipped,
             stops=bool(all_notes[:, 0].any()),
+            all_saved=all_saved,
             paces=tuple(
                 Pace(rank, crew.stages_by_rank[rank], *pace)
                 for rank, pace in zip(crew.topology.ranks, all_notes[:, 1:].tolist(), strict=True)

@@ -12,8 +12,8 @@ The first rank of the job writes all of it but checkpoints and logs, to which ev
 """
 
 import contextlib
-import importlib.metadata
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,20 @@ from mimogrid.core.decision import is_passed_over
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.faults import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.core.roles import role_of
-from mimogrid.shell import checkpoint, jobfile, report
+from mimogrid.shell import checkpoint, manifest, report
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.log import open_log
 from mimogrid.shell.metrics import Lag, Tally, open_keeper, recall
 from mimogrid.shell.place import Place
 from mimogrid.shell.preemption import listening
-from mimogrid.shell.runs import REPORT, Stopped, claim, report_of, write_json
+from mimogrid.shell.runs import CHECKPOINTS, REPORT, Stopped, claim, report_of, write_json
+from mimogrid.shell.saving import Saver, open_saver
 from mimogrid.shell.session import Session, open_session
-from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
 from mimogrid.shell.step import Crew
 
 
-CHECKPOINTS, HEARTBEATS = "checkpoints", "heartbeats"
+HEARTBEATS = "heartbeats"
 REFUSED = "refused: "
 """Begins what rank 0 tells the others where a run cannot begin."""
 
@@ -60,16 +61,26 @@ def in_world(
         path = Path(
             folder or _hear(session, "folder", lambda: claim(job.path, job.spec.train.run_dir, resume))
         )
-        saved = _hear(session, "checkpoint", lambda: checkpoint.newest(path / CHECKPOINTS) or "")
+        saved = _hear(session, "checkpoint", lambda: manifest.newest(path / CHECKPOINTS) or "")
         finished = report_of(path)
         if finished is not None or session.crew is None:
             return finished
         chief = place.rank == job.topology.ranks[0]
         if place.meeting is None:
             session.pulse.keep_in(path / HEARTBEATS)
-        role = role_of(job.topology, place.rank)
-        with open_log(path / "logs", role, speaks=chief) as log, listening(session.wish):
-            run = Run(session, session.crew, path, log, chief)
+        role, settings = role_of(job.topology, place.rank), job.spec.train
+        with (
+            open_log(path / "logs", role, speaks=chief) as log,
+            listening(session.wish),
+            open_saver(
+                path / CHECKPOINTS,
+                session.crew.group,
+                keep=settings.keep_checkpoints,
+                keep_every=settings.keep_every,
+                at=session.pulse.at,
+            ) as saver,
+        ):
+            run = Run(session, session.crew, path, log, saver, chief)
             start = run.resume(saved) if resume is not None else 0
             tally = run.train(start)
             return tally if isinstance(tally, Stopped) else run.finish(tally)
@@ -82,12 +93,11 @@ def _hear(session: Session, key: str, decide: Callable[[], Path | str]) -> str:
         try:
             return str(decide())
         except PlanError as error:
-            return REFUSED + "\n".join(f"{p.message}\n    {p.remedy}" for p in error.problems)
+            return REFUSED + json.dumps([attrs.astuple(problem) for problem in error.problems])
 
     answer = session.world.first_decides(key, decided)
     if answer.startswith(REFUSED):
-        message, _, remedy = answer.removeprefix(REFUSED).partition("\n    ")
-        raise PlanError([Problem("train.run_dir", message, remedy)])
+        raise PlanError(Problem(*problem) for problem in json.loads(answer.removeprefix(REFUSED)))
     return answer
 
 
@@ -99,6 +109,7 @@ class Run:
     crew: Crew
     folder: Path
     log: FilteringBoundLogger
+    saver: Saver
     chief: bool
 
     def resume(self, saved: str) -> int:
@@ -107,7 +118,7 @@ class Run:
             self.log.warning("no whole checkpoint in this run: beginning at step 0", folder=str(self.folder))
             return 0
         self.session.pulse.at(LOADING)
-        facts = checkpoint.read_manifest(Path(saved))
+        facts = manifest.read_manifest(Path(saved))
         checkpoint.load(Path(saved), pieces_to_load(self.crew, facts), self.crew.group)
         restore(self.crew, facts)
         self.log.info("resuming", step=facts["step"], checkpoint=saved)
@@ -130,7 +141,11 @@ class Run:
                         keeper.pass_over(index)
                 else:
                     step, following = following, job.step(self._next(index + 1))
+                    crew.has_saved = self.saver.is_ready
                     outcome = crew.run(index, step, following)
+                    if outcome.all_saved:
+                        self.saver.advance()
+                        self.session.pulse.at(BETWEEN)
                     tally.add(index, step, outcome)
                     stops = outcome.stops and index + 1 < steps
                     for straggler in lag.after(outcome.paces) if self.chief else ():
@@ -142,8 +157,10 @@ class Run:
                 if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:
+                    self.saver.settle()
                     self.log.warning("asked to stop: saved", step=index + 1)
                     return Stopped(str(self.folder), index + 1)
+            self.saver.settle()
         return tally
 
     def _next(self, index: int) -> int:
@@ -152,19 +169,13 @@ class Run:
         return next(step for step in itertools.count(index) if not is_passed_over(train, step))
 
     def save(self, step: int) -> None:
-        """Write a checkpoint from which step `step` is the next."""
-        spec = self.crew.job.spec
-        facts = {
-            "step": step,
-            **facts_of(self.crew),
-            "job": jobfile.dump(spec),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
-        }
-        folder = self.folder / CHECKPOINTS
-        keep = spec.train.keep_checkpoints
-        at = self.session.pulse.at
-        checkpoint.save(folder, pieces_to_save(self.crew), facts, self.crew.group, keep=keep, at=at)
-        at(BETWEEN)
+        """Begin to write a checkpoint from which step `step` is the next."""
+        if not self.saver.is_ready:
+            self.log.warning("waiting for the checkpoint before, which is still being written", step=step)
+        self.saver.begin(pieces_to_save(self.crew), manifest_of(self.crew, step))
+        if not self.crew.job.spec.train.checkpoint_async:
+            self.saver.settle()
+        self.session.pulse.at(BETWEEN)
 
     def finish(self, tally: Tally) -> dict[str, Any] | None:
         """Write the final weights, examine the model, and report."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,23 @@ import pytest
 from safetensors.torch import load_file
 
 from mimogrid.core.errors import PlanError
-from mimogrid.shell import checkpoint
+from mimogrid.shell import manifest
 from mimogrid.shell.jobs import open_job
 from mimogrid.shell.launch import Pool
 
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits" / "job.toml"
 STEPS, EVERY = 6, 4
+SETTINGS = [f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.evaluate=false"]
 OTHER_LAYOUTS = [
     ["modules.language.grid.pp=1", "modules.language.grid.tp=2", "modules.vision.grid.dp=3"],
     ["modules.vision.grid.offset=0", "modules.vision.grid.tp=2", "modules.language.grid.offset=1"],
+    [
+        "schedule.name=zb-h1",
+        "modules.vision.grid.pp=2",
+        "modules.language.grid.pp=1",
+        "optimizer.sharded=true",
+    ],
 ]
 
 Run = Callable[..., dict[str, Any]]
@@ -30,8 +38,7 @@ def run(pool: Pool) -> Run:
     """Train some steps of the digits job in a folder, or resume there."""
 
     def train(folder: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
-        settings = [f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.evaluate=false"]
-        job = open_job(DIGITS, [*settings, *overrides])
+        job = open_job(DIGITS, [*SETTINGS, *overrides])
         folder.mkdir(exist_ok=True)
         arguments = (job, None, str(folder), str(folder) if resume else None)
         reports = pool.run("mimogrid.shell.train:in_world", job.topology.world_size, *arguments)
@@ -69,7 +76,7 @@ def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(
         assert (whole[0] / name).read_bytes() == (stopped / name).read_bytes()
 
 
-@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS, ids=" ".join)
 def test_another_layout_goes_on_with_the_same_model(
     run: Run, whole: tuple[Path, dict[str, Any]], stopped: Path, layout: list[str]
 ) -> None:
@@ -80,48 +87,156 @@ def test_another_layout_goes_on_with_the_same_model(
     assert 1e-9 > max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
+def test_in_fp32_another_layout_goes_on_with_the_same_samples(run: Run, tmp_path: Path) -> None:
+    """Losses agree to 1e-6 for the steps after a checkpoint, from samples in the middle of an epoch on."""
+    steps = ["train.steps=24", "train.checkpoint_every=0"]
+    expected = run(tmp_path / "whole", *steps)["losses"]
+    run(tmp_path / "other", "train.steps=4")
+    (tmp_path / "other" / "report.json").unlink()
+    losses = run(tmp_path / "other", *steps, *OTHER_LAYOUTS[2], resume=True)["losses"]
+    assert 24 == len(losses)
+    assert pytest.approx(expected, rel=1e-6) == losses
+
+
+def test_chunks_go_on_with_what_stages_saved(run: Run, tmp_path: Path) -> None:
+    """Stages that are cut into interleaved chunks, under fewer and more data lanes, load what whole ones saved."""
+    deep = ["precision=fp64", "modules.language.options.layers=4"]
+    expected = run(tmp_path / "whole", *deep)["losses"]
+    run(tmp_path / "other", *deep, "train.steps=4")
+    (tmp_path / "other" / "report.json").unlink()
+    chunks = ["schedule.name=interleaved", "modules.language.chunks=2", "modules.vision.grid.dp=1"]
+    losses = run(tmp_path / "other", *deep, *chunks, resume=True)["losses"]
+    assert pytest.approx(expected, rel=1e-9) == losses
+
+
 def test_saving_what_was_loaded_gives_the_same_bytes(
     pool: Pool, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """Save, load, save: every file is equal but for the time in the manifest."""
     saved = whole[0] / "checkpoints" / f"step-{STEPS:08}"
-    job = open_job(DIGITS, ["precision=fp64"])
+    job = open_job(DIGITS, [*SETTINGS, "precision=fp64"])
     pool.run("resaving:in_world", 4, job, saved, tmp_path)
     again = tmp_path / saved.name
     files = sorted(path.name for path in saved.glob("shard-*"))
     assert files == sorted(path.name for path in again.glob("shard-*"))
     assert [(saved / f).read_bytes() for f in files] == [(again / f).read_bytes() for f in files]
-    ours, theirs = (checkpoint.read_manifest(c) | {"created": 0} for c in (saved, again))
+    ours, theirs = (manifest.read_manifest(c) | {"created": 0} for c in (saved, again))
     assert ours == theirs
 
 
-@pytest.mark.parametrize("harm", ["missing", "shorter", "changed"])
+def _rewrite(**changes: object) -> Callable[[Path], str]:
+    def harm(folder: Path) -> str:
+        path = folder / manifest.MANIFEST
+        facts = json.loads(path.read_text()) | changes
+        path.write_text(manifest.canonical({key: value for key, value in facts.items() if value is not None}))
+        return manifest.MANIFEST
+
+    return harm
+
+
+def _harm(act: Callable[[Path], object], name: str = "shard-*") -> Callable[[Path], str]:
+    def harm(folder: Path) -> str:
+        victim = next(folder.glob(name))
+        act(victim)
+        return victim.name
+
+    return harm
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _link(path: Path) -> None:
+    outside = path.parents[2] / "outside"
+    shutil.move(path, outside)
+    path.symlink_to(outside)
+
+
+def _empty(folder: Path) -> str:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return manifest.MANIFEST
+
+
+def _linked(folder: Path) -> str:
+    _link(folder)
+    return folder.name
+
+
+def _another(folder: Path) -> str:
+    (folder / "shard-9.safetensors").touch()
+    return "shard-9.safetensors"
+
+
+HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
+    "a shard is missing": (_harm(Path.unlink), "is missing"),
+    "a shard is shorter": (_harm(lambda p: p.write_bytes(p.read_bytes()[:-1])), "bytes"),
+    "a byte is another": (_harm(_flip), "checksum"),
+    "the index is another": (_harm(_flip, manifest.INDEX), "checksum"),
+    "a shard is a link": (_harm(_link), "link"),
+    "a shard too many": (_another, "not of this checkpoint"),
+    "no manifest": (_harm(Path.unlink, manifest.MANIFEST), "is missing"),
+    "a manifest that is no JSON": (_harm(lambda p: p.write_text("{"), manifest.MANIFEST), "is no JSON"),
+    "a manifest that is a list": (_harm(lambda p: p.write_text("[]"), manifest.MANIFEST), "no JSON object"),
+    "a manifest of bytes": (_harm(lambda p: p.write_bytes(b"\xff"), manifest.MANIFEST), "is no JSON"),
+    "another version": (_rewrite(version=99), "version 99"),
+    "no version": (_rewrite(version=None), "version None"),
+    "no list of files": (_rewrite(files=None), "lacks files"),
+    "files elsewhere": (_rewrite(files={"../x": {"bytes": 1, "sha256": ""}}), "lacks files"),
+    "an empty folder": (_empty, "is missing"),
+    "a folder that is a link": (_linked, "link"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path, harm: str
 ) -> None:
-    """What is wrong is said with the file's name, and the newest whole checkpoint is offered."""
+    """What is wrong is said with the file's name, and a command that goes on from the newest whole one."""
     shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
-    victim = next((tmp_path / "checkpoints" / f"step-{STEPS:08}").glob("shard-*"))
-    content = bytearray(victim.read_bytes())
-    if harm == "missing":
-        victim.unlink()
-    elif harm == "shorter":
-        victim.write_bytes(content[:-1])
-    else:
-        content[-1] ^= 1
-        victim.write_bytes(content)
+    act, said = HARMS[harm]
+    name = act(tmp_path / "checkpoints" / f"step-{STEPS:08}")
     with pytest.raises(PlanError) as refused:
-        checkpoint.newest(tmp_path / "checkpoints")
-    assert victim.name in str(refused.value)
-    assert f"step-{EVERY:08}" in str(refused.value)
+        manifest.newest(tmp_path / "checkpoints")
+    text = str(refused.value)
+    assert name in text
+    assert said in text
+    assert f"The newest whole one is step-{EVERY:08}" in text
+    command = refused.value.problems[0].remedy.partition("put aside what is damaged: ")[2]
+    assert not subprocess.run(command, shell=True, check=True).returncode
+    assert tmp_path / "checkpoints" / f"step-{EVERY:08}" == manifest.newest(tmp_path / "checkpoints")
+
+
+def test_where_all_are_damaged_nothing_is_offered(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The newest is refused, and that no other is whole is said."""
+    shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
+    for checkpoint in manifest.published(tmp_path / "checkpoints"):
+        _flip(checkpoint / manifest.INDEX)
+    with pytest.raises(PlanError, match="No checkpoint here is whole"):
+        manifest.newest(tmp_path / "checkpoints")
+
+
+def test_a_damaged_checkpoint_is_refused_before_training(run: Run, stopped: Path) -> None:
+    """Every rank hears what the first found, and that it was the checkpoint."""
+    victim = next((stopped / "checkpoints").glob("*/shard-*"))
+    _flip(victim)
+    with pytest.raises(PlanError) as refused:
+        run(stopped, "precision=fp64", resume=True)
+    (problem,) = refused.value.problems
+    assert str(victim.parent) == problem.where
+    assert victim.name in problem.message
 
 
 def test_what_was_not_published_is_not_seen(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """A folder without a manifest, or under its temporary name, is no checkpoint."""
+    """A folder under its temporary name is no checkpoint."""
     shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints" / f"step-{STEPS:08}"
-    newest.rename(newest.with_name(newest.name + checkpoint.PARTIAL))
-    assert tmp_path / "checkpoints" / f"step-{EVERY:08}" == checkpoint.newest(tmp_path / "checkpoints")
+    (newest / manifest.MANIFEST).unlink()
+    newest.rename(newest.with_name(newest.name + manifest.PARTIAL))
+    assert tmp_path / "checkpoints" / f"step-{EVERY:08}" == manifest.newest(tmp_path / "checkpoints")
 
 
 def test_a_run_without_a_checkpoint_begins_again(run: Run, stopped: Path) -> None:

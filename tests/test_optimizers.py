@@ -170,12 +170,14 @@ def test_an_update_that_lanes_share_is_bitwise_the_one_that_they_repeat(
 
 
 @world
-def test_what_lanes_share_loads_under_other_lanes(train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_lanes_share_loads_under_other_lanes(train: Train, tmp_path: Path, precision: str) -> None:
     """A checkpoint of three lanes that share the update is that of two, of one, and of none that share."""
     rule = OptimizerSpec(lr=0.01, sharded=True)
-    saved = put_together(train(job("enc(1,1,3)@0 lm(1,1,1)@3", rule, samples=6), range(2), None, tmp_path))
+    written = job("enc(1,1,3)@0 lm(1,1,1)@3", rule, samples=6, precision=precision)
+    saved = put_together(train(written, range(2), None, tmp_path))
     for grids, sharded in (("enc(1,1,2)@0 lm(2,1,1)@2", True), ("enc(2,1,1)@0 lm(1,2,2)@2", False)):
-        spec = job(grids, attrs.evolve(rule, sharded=sharded), samples=6)
+        spec = job(grids, attrs.evolve(rule, sharded=sharded), samples=6, precision=precision)
         loaded = put_together(train(spec, range(2, 2), None, None, tmp_path))
         assert saved.keys() == loaded.keys()
         for name, values in saved.items():

@@ -99,7 +99,9 @@ def cases() -> Iterator[Case]:
 def job(grids: str = "enc(1,1,2)@0 lm(1,2,1)@2") -> JobSpec:
     """Return a small job: an encoder on two data lanes, a language model on two stages, four ranks in all."""
     spec = written(grids, data={"absent": {"enc": 0.0}})
-    limits = TrainSpec(steps=STEPS, checkpoint_every=EVERY, evaluate=False, timeout_s=LIMIT_S)
+    limits = TrainSpec(
+        steps=STEPS, checkpoint_every=EVERY, checkpoint_async=False, evaluate=False, timeout_s=LIMIT_S
+    )
     return attrs.evolve(spec, train=limits)
 
 

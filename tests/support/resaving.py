@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from mimogrid.shell import checkpoint
+from mimogrid.shell import checkpoint, manifest, saving
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import open_session
-from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
 
 
 def in_world(place: Place, job: Job, saved: Path, folder: Path) -> None:
     """Load `saved`, and save what came of it in `folder`."""
     with open_session(place, job) as session:
         assert session.crew is not None
-        facts = checkpoint.read_manifest(saved)
+        facts = manifest.read_manifest(saved)
         checkpoint.load(saved, pieces_to_load(session.crew, facts), session.crew.group)
         restore(session.crew, facts)
-        again = {**facts, **facts_of(session.crew)}
-        checkpoint.save(folder, pieces_to_save(session.crew), again, session.crew.group, keep=2)
+        again = manifest_of(session.crew, facts["step"])
+        saving.save(folder, pieces_to_save(session.crew), again, session.crew.group, keep=2)

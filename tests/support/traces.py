@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mimogrid.core.groups import Ranks, Slot, channels_of, groups_of
 from mimogrid.core.samples import Sample
-from mimogrid.shell import checkpoint
+from mimogrid.shell import checkpoint, manifest, saving
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.optimizer import states_of
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.sources import Source
-from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
 from own import WithFacts, written
 
 
@@ -110,8 +110,8 @@ def saved(place: Place, job: Job, folder: Path, steps: int) -> Kept:
         assert session.crew is not None
         for index in range(steps):
             session.crew.run(index, job.step(index), job.step(index + 1))
-        facts = {"step": steps, **facts_of(session.crew)}
-        checkpoint.save(folder, pieces_to_save(session.crew), facts, session.crew.group, keep=1)
+        facts = manifest_of(session.crew, steps)
+        saving.save(folder, pieces_to_save(session.crew), facts, session.crew.group, keep=1)
         return _kept(session)
 
 
@@ -119,9 +119,9 @@ def loaded(place: Place, job: Job, folder: Path) -> Kept:
     """Load the newest checkpoint into new weights; return the optimizer's state."""
     with open_session(place, job) as session:
         assert session.crew is not None
-        newest = checkpoint.newest(folder)
+        newest = manifest.newest(folder)
         assert newest is not None
-        facts = checkpoint.read_manifest(newest)
+        facts = manifest.read_manifest(newest)
         checkpoint.load(newest, pieces_to_load(session.crew, facts), session.crew.group)
         restore(session.crew, facts)
         return _kept(session)

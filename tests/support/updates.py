@@ -10,12 +10,12 @@ import torch
 
 from mimogrid.core.decision import is_passed_over
 from mimogrid.core.schedule.actions import Compute
-from mimogrid.shell import checkpoint
+from mimogrid.shell import checkpoint, manifest, saving
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.optimizer import states_of
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import open_session
-from mimogrid.shell.state import facts_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
 from mimogrid.shell.step import Crew
 
 
@@ -70,9 +70,9 @@ def train(  # noqa: PLR0917 -- a body is called by position
         if crew is None:
             return None
         if resume is not None:
-            newest = checkpoint.newest(resume)
+            newest = manifest.newest(resume)
             assert newest is not None
-            facts = checkpoint.read_manifest(newest)
+            facts = manifest.read_manifest(newest)
             checkpoint.load(newest, pieces_to_load(crew, facts), crew.group)
             restore(crew, facts)
         outcomes = []
@@ -84,8 +84,8 @@ def train(  # noqa: PLR0917 -- a body is called by position
                 outcomes.append(crew.run(index, step, step))
         pieces = pieces_to_save(crew)
         if save is not None:
-            facts = {"step": steps.stop, **facts_of(crew)}
-            checkpoint.save(save, pieces, facts, crew.group, keep=1)
+            facts = manifest_of(crew, steps.stop)
+            saving.save(save, pieces, facts, crew.group, keep=1)
         return Seen(
             losses=[outcome.loss for outcome in outcomes],
             norms=[outcome.gradient_norm for outcome in outcomes],
