@@ -29,7 +29,7 @@ CUT_OFF = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "imeo
 def one_report(world: World, pulse: Pulse, job: Job) -> Iterator[None]:
     """Let the first failure of the world through as a `BlamedError`, and turn those that it causes into `EchoError`."""
     try:
-        with first_failure(world, pulse.folder):
+        with first_failure(world, lambda: pulse.folder):
             yield
     except (PlanError, EchoError, BlamedError):
         raise
@@ -41,16 +41,21 @@ def _explained(error: Exception, pulse: Pulse, job: Job) -> BlamedError:
     seen, now_s = pulse.sightings(), time.time()
     mine = seen[pulse.rank]
     if isinstance(error, AbsentError):
-        return BlamedError(find(mine.rank, seen, None, now_s=now_s, suspects=error.ranks), f"\n{error}")
+        finding = find(mine.rank, seen, None, now_s=now_s, suspects=error.ranks)
+        return BlamedError(_with_stages(finding, job), f"\n{error}")
     if _is_cut_off(error):
         finding = find(mine.rank, seen, _program(job, mine.index, mine.step), now_s=now_s)
         if finding.about.rank != mine.rank:
-            stages = tuple(info.stage for info in job.topology.stages_of(finding.about.rank))
-            return BlamedError(attrs.evolve(finding, stages=stages), f"\n{_last(error)}")
-    stages = tuple(info.stage for info in job.topology.stages_of(mine.rank))
+            return BlamedError(_with_stages(finding, job), f"\n{_last(error)}")
+    finding = _with_stages(Finding(mine, "failed", now_s), job)
     why = f": {error}" if isinstance(error, WorldError) else f": {type(error).__name__}: {error}"
     details = "" if isinstance(error, WorldError) else f"\n{''.join(traceback.format_exception(error))}"
-    return BlamedError(Finding(mine, "failed", now_s, stages), f"{why}{details.rstrip()}")
+    return BlamedError(finding, f"{why}{details.rstrip()}")
+
+
+def _with_stages(finding: Finding, job: Job) -> Finding:
+    infos = job.topology.stages_of(finding.about.rank)
+    return attrs.evolve(finding, stages=tuple(info.stage for info in infos))
 
 
 def _program(job: Job, index: int, step: int) -> Program | None:

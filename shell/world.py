@@ -133,14 +133,17 @@ class World:
 
 
 @contextlib.contextmanager
-def first_failure(world: World, folder: Path | None = None) -> Iterator[None]:
-    """Let the first failure of the world through as it is, and turn those that it causes into `EchoError`."""
+def first_failure(world: World, folder: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
+    """Let the first failure of the world through as it is, and turn those that it causes into `EchoError`.
+
+    `folder` names one that all ranks share, if there is one by the time of the failure.
+    """
     try:
         yield
     except (PlanError, EchoError, BlamedError):
         raise
     except Exception as error:
-        if world.fails_first(folder):
+        if world.fails_first(folder()):
             raise
         raise EchoError(f"rank {world.rank} was cut off: another rank failed first") from error
 

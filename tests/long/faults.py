@@ -109,8 +109,8 @@ def _summary(entries, planned):
     for (rank, phase), row in cells.items():
         text += f"| {rank} | {phase} | {' | '.join(row.get(name, '') for name in harms)} |\n"
     text += "\nSome of the reports, first lines:\n\n```text\n"
-    first = {(entry["harm"]): entry["line"] for entry in reversed(entries) if entry["line"]}
-    return text + "\n".join(first[name] for name in harms if name in first) + "\n```\n"
+    lines = [entry["line"] for entry in entries if entry["line"] and entry["phase"] == "steady"]
+    return text + "\n".join(lines) + "\n```\n"
 
 
 if __name__ == "__main__":
