@@ -122,7 +122,7 @@ def test_a_costs_file_holds_what_was_measured(probed, real, tmp_path):
     assert {"language.0"} == set(found.split)
     assert 0 < frozen.forward
     assert 0 == frozen.whole_backward == frozen.reduce
-    assert all(memory.peak > 0 for memory in found.memory.values())
+    assert all(memory.peak >= 0 < memory.planned for memory in found.memory.values())
 
 
 def test_every_size_of_microbatch_that_is_asked_for_is_measured(pool, real, capsys, monkeypatch, tmp_path):

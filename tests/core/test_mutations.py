@@ -200,7 +200,7 @@ NUMBER = st.integers(0, 9999)
 MUTATION = st.tuples(st.sampled_from(CHANGES), NUMBER, NUMBER, NUMBER, st.booleans())
 
 
-@settings(max_examples=400, deadline=None, phases=DRAWN)
+@settings(max_examples=260, deadline=None, phases=DRAWN)
 @given(
     st.sampled_from(sorted(JOBS)),
     st.booleans(),

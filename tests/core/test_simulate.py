@@ -356,7 +356,7 @@ def timed_jobs(draw):
     return plan_step(step_with(topology, rows)), Costs(stages=stages, edge=edge, cores=cores)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(timed_jobs())
 def test_no_step_beats_the_limit(drawn):
     """The bound is a bound for any graph, grid, absence, latency and number of cores."""
@@ -365,7 +365,7 @@ def test_no_step_beats_the_limit(drawn):
     assert timeline.ratio_to_limit >= 1 - 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(timed.timed_jobs())
 def test_no_uneven_step_beats_the_limit(drawn):
     """With chunks, experts, context and sequence parallelism, ragged lanes and jitter, either."""
