@@ -118,7 +118,8 @@ def test_a_costs_file_holds_what_was_measured(probed, real, tmp_path):
     assert found.costs == read
     assert read.origin.startswith("probed on ")
     trained, frozen = read.stages["language.0"], read.stages["vision.0"]
-    assert 0 < min(trained.forward, trained.input_gradient, trained.weight_gradient, trained.reduce)
+    assert 0 < min(trained.forward, trained.input_gradient, trained.weight_gradient)
+    assert 0 <= trained.reduce  # On a busy machine all of so short a sum may be others' time.
     assert {"language.0"} == set(found.split)
     assert 0 < frozen.forward
     assert 0 == frozen.whole_backward == frozen.reduce
