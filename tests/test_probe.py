@@ -119,11 +119,10 @@ def test_a_costs_file_holds_what_was_measured(probed, real, tmp_path):
     assert read.origin.startswith("probed on ")
     trained, frozen = read.stages["language.0"], read.stages["vision.0"]
     assert 0 < min(trained.forward, trained.input_gradient, trained.weight_gradient)
-    assert 0 <= trained.reduce  # On a busy machine all of so short a sum may be others' time.
     assert {"language.0"} == set(found.split)
     assert 0 < frozen.forward
     assert 0 == frozen.whole_backward == frozen.reduce
-    assert all(memory.peak >= 0 < memory.planned for memory in found.memory.values())
+    assert all(memory.planned > 0 for memory in found.memory.values())
 
 
 def test_every_size_of_microbatch_that_is_asked_for_is_measured(pool, real, capsys, monkeypatch, tmp_path):
