@@ -26,6 +26,7 @@ from mimogrid.core.schedule.actions import (
     Send,
     Tie,
     Wait,
+    WaitReduce,
     other_end,
     parse,
 )
@@ -196,8 +197,8 @@ def _is_owed(program: Program, peer: Sighting, action: Action, step: int) -> boo
     place = _part(program, peer.rank, action)
     if place is None or peer.index != place:
         return place is not None and peer.index < place
-    # A transfer is posted once its action is over. In a joint action a rank may have work to do before it waits.
-    return isinstance(action, Wait) or (isinstance(action, Reduce | Tie | Norm) and not peer.waits)
+    # What is posted is so once its action is over. In a joint action a rank may have work to do before it waits.
+    return isinstance(action, Wait | WaitReduce) or (isinstance(action, Tie | Norm) and not peer.waits)
 
 
 def _part(program: Program, peer: int, action: Action) -> int | None:
@@ -205,7 +206,7 @@ def _part(program: Program, peer: int, action: Action) -> int | None:
     if isinstance(action, Wait):
         wanted: Action = other_end(action.transfer)
         return next((i for i, a in enumerate(program.of(peer)) if a == wanted), None)
-    wanted = meeting(action)
+    wanted = action.posted if isinstance(action, WaitReduce) else meeting(action)
     return next((i for i, a in enumerate(program.of(peer)) if meeting(a) == wanted), None)
 
 
@@ -243,7 +244,7 @@ def _facts(action: Action) -> list[str]:
         case Wait(transfer=Send() | Recv() as transfer) | (Send() | Recv() as transfer):
             ends = (transfer.stage, transfer.peer) if transfer.at_source else (transfer.peer, transfer.stage)
             return [f"microbatch {transfer.microbatch}", f"edge {ends[0]} -> {ends[1]}"]
-        case Reduce() | Tie():
+        case Reduce() | WaitReduce() | Tie():
             return [f"stage {action.stage}"]
         case _:
             return []

@@ -27,7 +27,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 import attrs
 
 from mimogrid.core.costs import Costs
-from mimogrid.core.schedule.actions import Reduce, Tie
+from mimogrid.core.schedule.actions import Tie
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.topology import Stage
 from mimogrid.core.traffic import message_bytes
@@ -155,8 +155,11 @@ def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]
 
 
 def _groups(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the ranks that start an action together, with what tells this action from their others."""
+    """Yield the ranks that start an action together or share a sum, with what tells this from their others."""
     topology = program.topology
+    yield from dict.fromkeys(
+        (str(reduce), program.joint(rank, reduce)) for rank in topology.ranks for reduce in program.sums(rank)
+    )
     for module in topology.modules.values():
         closures = dict.fromkeys(module.closure(lane) for lane in range(module.lanes))
         for info in module.stages:
@@ -164,10 +167,6 @@ def _groups(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
                 for lanes in closures:
                     ranks = tuple(r for lane in lanes for r in module.holders(info.stage, lane))
                     yield f"{info.stage} computes", ranks
-        for ranks in module.grid.ranks_along(module.summed_over):
-            finish = set(program.finish(ranks[0]))
-            if any(Reduce(info.stage) in finish for info in module.stages):
-                yield f"{module.name} reduces", ranks
         for ranks in module.grid.ranks_along("pp"):
             if Tie(module.stages[0].stage) in set(program.finish(ranks[0])):
                 yield f"{module.name} ties", (ranks[0], ranks[-1])

@@ -15,6 +15,8 @@ from mimogrid.core.topology import Link, Module, Topology
 
 COLLECTIVE_AXES = (("tp",), ("cp",), ("tp", "cp"), ("cp", "dp"))
 """The axes of each module along which its ranks compute, gather rows, and reduce gradients."""
+PARTIAL_AXES = ("tp", "cp", "dp")
+"""The axes along which gradients are reduced that are partial along tp, in modules that have such."""
 EXPERT_AXES = (TOGETHER, ("expert_tp",), ("expert_dp",))
 """The axes of a module's experts along which tokens cross, shards are gathered, and gradients are reduced."""
 
@@ -60,6 +62,9 @@ def _uses(topology: Topology) -> Iterator[Ranks]:
     for axes in COLLECTIVE_AXES:
         for module in topology.modules.values():
             yield from module.grid.ranks_along(axes)
+    for module in topology.modules.values():
+        if any(module.is_partial(parameter) for parameter in module.parameters):
+            yield from module.grid.ranks_along(PARTIAL_AXES)
     for axes in EXPERT_AXES:
         for module in topology.modules.values():
             if module.experts:

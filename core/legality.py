@@ -112,6 +112,7 @@ def _optimizer(optimizer: OptimizerSpec) -> Iterator[Problem]:
     yield from _above_zero("optimizer.lr", optimizer.lr)
     if optimizer.eps is not None:
         yield from _above_zero("optimizer.eps", optimizer.eps)
+    yield from _above_zero("optimizer.bucket_mb", optimizer.bucket_mb)
     yield from _finite("optimizer.clip_norm", optimizer.clip_norm, "0 turns clipping off.")
     yield from _finite("optimizer.weight_decay", optimizer.weight_decay)
     yield from _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)

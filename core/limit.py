@@ -10,8 +10,8 @@ forwards and the others alone.
 
 The formulas for the slowest stage (all its work; all its forwards, then the way down and back; the way down and
 back, then all its backwards) are this one bound over three of the sets. For equal stages on a chain it is
-(M + P - 1)(f + b), which 1F1B and GPipe reach. After the last way out a rank sums its gradients, and when all ranks
-have agreed, each takes its step.
+(M + P - 1)(f + b), which 1F1B and GPipe reach. After the last way out of a stage that trains its gradients are summed,
+one bucket of a group after the other, and when all ranks have agreed, each takes its step.
 """
 
 import collections
@@ -22,6 +22,7 @@ from mimogrid.core.fold import Classes
 from mimogrid.core.schedule.actions import Compute, Kind, Reduce, Update
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
+from mimogrid.core.shards import share_of
 from mimogrid.core.topology import Stage
 from mimogrid.core.traffic import message_bytes
 
@@ -38,9 +39,9 @@ def limit_s(program: Program, costs: Costs, classes: Classes, listing: Listing, 
     order = _in_order(before)
     heads = [0.0] * len(before)
     tails = [0.0] * len(before)
-    for rank, actions in listing.items():
-        summing = sum(costs.of(action.stage).reduce for action in actions if isinstance(action, Reduce))
-        for node in nodes.of(rank):
+    for (rank, stage, kind), found in nodes.at.items():
+        summing = 0.0 if kind is Kind.FORWARD else _summing_s(program, costs, rank, stage)
+        for node in found.values():
             tails[node] = max(tails[node], summing)
     for node in order:
         for other, on_the_way in before[node]:
@@ -57,8 +58,25 @@ def limit_s(program: Program, costs: Costs, classes: Classes, listing: Listing, 
             (sum(seconds[n] for n in nodes.of(rank)), len(ranks)) for rank, ranks in classes.members.items()
         )
         bounds.append(sum(each * count for each, count in work) / costs.cores)
+    ends = [head + took for head, took in zip(heads, seconds, strict=True)]
+    bounds += _sums(program, costs, classes, nodes, ends)
     updates = (update_s(program, costs, rank) for rank in listing if Update() in listing[rank][-1:])
     return max(bounds, default=0.0) + max(updates, default=0.0)
+
+
+def _summing_s(program: Program, costs: Costs, rank: int, stage: Stage) -> float:
+    """Return how long the sums of a stage's gradients take on a rank at least: those of one group follow each other."""
+    seconds: dict[tuple[int, ...], float] = collections.defaultdict(float)
+    for reduce in program.sums(rank):
+        if reduce.stage == stage:
+            seconds[program.joint(rank, reduce)] += sum_s(program, costs, reduce)
+    return max(seconds.values(), default=0.0)
+
+
+def sum_s(program: Program, costs: Costs, reduce: Reduce) -> float:
+    """Return how long the sum of a bucket takes: its share of what those of the stage take."""
+    whole = costs.of(reduce.stage).reduce
+    return whole * share_of(program.topology, reduce.stage, reduce.bucket) if whole else 0.0
 
 
 def update_s(program: Program, costs: Costs, rank: int) -> float:
@@ -95,6 +113,15 @@ class _Nodes:
         """Return the nodes of a rank."""
         return [node for (other, _, _), found in self.at.items() if other == rank for node in found.values()]
 
+    def gradients(self, rank: int, stage: Stage) -> list[int]:
+        """Return the nodes of a rank that give gradients of a stage."""
+        return [
+            node
+            for (other, at, kind), found in self.at.items()
+            if (other, at) == (rank, stage) and kind is not Kind.FORWARD
+            for node in found.values()
+        ]
+
     def sets(self) -> Iterator[list[int]]:
         """Yield the sets of nodes of one rank that are tried."""
         sets: dict[Hashable, list[int]] = collections.defaultdict(list)
@@ -103,6 +130,20 @@ class _Nodes:
             for key in ((rank,), (rank, forward), (rank, stage), (rank, stage, forward)):
                 sets[key] += found.values()
         yield from sets.values()
+
+
+def _sums(
+    program: Program, costs: Costs, classes: Classes, nodes: _Nodes, ends: Sequence[float]
+) -> Iterator[float]:
+    """Yield when each group is through with its sums at the earliest: all of them, after the first gradient."""
+    for rank in classes.members:
+        groups: dict[tuple[int, ...], list[Reduce]] = collections.defaultdict(list)
+        for reduce in program.sums(rank):
+            groups[program.joint(rank, reduce)].append(reduce)
+        for sums in groups.values():
+            stages = dict.fromkeys(reduce.stage for reduce in sums)
+            complete = [max((ends[n] for n in nodes.gradients(rank, stage)), default=0.0) for stage in stages]
+            yield min(complete) + sum(sum_s(program, costs, reduce) for reduce in sums)
 
 
 def _data(program: Program, costs: Costs, classes: Classes, nodes: _Nodes) -> list[list[tuple[int, float]]]:

@@ -17,11 +17,11 @@ from mimogrid.core.schedule.actions import (
     Compute,
     Kind,
     Norm,
-    Reduce,
     Send,
     Transfer,
     Update,
     Wait,
+    WaitReduce,
     other_end,
 )
 from mimogrid.core.schedule.lower import Program
@@ -96,12 +96,15 @@ def on_one_clock(mine: Mapping[int, Sequence[Event]]) -> dict[int, list[Event]]:
 def mean_costs(events: Iterable[Event]) -> Costs:
     """Return the costs of what was measured: the mean of each kind of action of a stage; messages cost nothing.
 
-    Of a sum over lanes it is the shortest, that of the lane that came last: the others waited for it.
+    Of a sum over lanes it is the shortest wait for it, that of the lane that came last: the others waited for it, too.
+    What went on while the lanes computed is not in it.
     """
     computed: dict[Stage, dict[Kind, list[float]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)
     )
-    reduced: dict[Stage, list[float]] = collections.defaultdict(list)
+    reduced: dict[Stage, dict[int, list[float]]] = collections.defaultdict(
+        lambda: collections.defaultdict(list)
+    )
     updated: dict[Stage, list[float]] = collections.defaultdict(list)
     for found in by_rank(events).values():
         hosted = dict.fromkeys(event.action.stage for event in found if isinstance(event.action, Compute))
@@ -110,8 +113,8 @@ def mean_costs(events: Iterable[Event]) -> Costs:
             match event.action:
                 case Compute(kind=kind, stage=stage):
                     computed[stage][kind].append(seconds)
-                case Reduce(stage=stage):
-                    reduced[stage].append(seconds)
+                case WaitReduce(stage, bucket):
+                    reduced[stage][bucket].append(seconds)
                 case Update():
                     for stage in hosted:
                         updated[stage].append(seconds / len(hosted))
@@ -124,7 +127,7 @@ def mean_costs(events: Iterable[Event]) -> Costs:
                 backward=_mean(kinds, Kind.BACKWARD),
                 input_gradient=_mean(kinds, Kind.INPUT_GRADIENT),
                 weight_gradient=_mean(kinds, Kind.WEIGHT_GRADIENT),
-                reduce=min(reduced[stage], default=0.0),
+                reduce=sum(map(min, reduced[stage].values())),
                 update=statistics.fmean(updated[stage]) if updated[stage] else 0.0,
             )
             for stage, kinds in computed.items()

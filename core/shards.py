@@ -1,19 +1,25 @@
-"""Shards: how the parameters of a stage lie in flat buffers, and which part of these each data lane updates.
+"""Shards: how the parameters of a stage lie in flat buckets, and which part of these each data lane updates.
 
-What is summed over the same ranks lies in one region: `common` parameters, those that both ends of the module
-hold (`tied`; a region of their own, so that it is cut alike at both ends), and `experts`. In `common`, parameters
-with gradients that are partial over tp come first.
+What is summed over the same ranks may lie in one bucket (`Section`): common parameters; those whose gradients are
+partial along tp; those that both ends of the module hold (tied: one bucket of their own, cut alike at both ends);
+experts. Each bucket is summed in one call. It is cut off when it has `bucket_mb` of gradients, and buckets are
+numbered in the order in which a backward completes them: that with the last layers is the first.
 
-Every parameter begins at a multiple of `ALIGNMENT`, and a region is padded until its lanes have equal parts
+Every parameter begins at a multiple of `ALIGNMENT`, and a bucket is padded until its lanes have equal parts
 of such multiples. So however a parameter is cut, its values meet the same vector instructions as if it were
 whole, and an update of parts is bitwise the update of the whole. The cuts are the same whether or not the lanes
 share the update: one layout, of which a lane updates its own part or all.
 
->>> region = region_of({"a": 100, "b": 60}, lanes=2)
->>> region.size, [list(region.parts(lane)) for lane in (0, 1)]
+>>> bucket = bucket_of(Section.COMMON, {"a": 100, "b": 60}, lanes=2)
+>>> bucket.size, [list(bucket.parts(lane)) for lane in (0, 1)]
 (256, [[Part(name='a', start=0, stop=100)], [Part(name='b', start=0, stop=60)]])
+
+The idea of buckets is PyTorch's DistributedDataParallel's (Li et al., VLDB 2020); that each is cut for the lanes,
+ZeRO's (Rajbhandari et al. 2020).
 """
 
+import enum
+import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -21,11 +27,21 @@ import attrs
 
 from mimogrid.core.models import Parameter
 from mimogrid.core.optimizers import HALF, MAIN_BYTES, states_of
-from mimogrid.core.topology import Module, StageInfo, Topology
+from mimogrid.core.topology import UNKNOWN, Module, Stage, StageInfo, Topology
 
 
 ALIGNMENT = 64
 """Values; more than torch's kernels take at once on any CPU (two vectors of 512 bits in fp32 are 32)."""
+MEGA = 1_000_000
+
+
+class Section(enum.Enum):
+    """What the gradients of a bucket have in common: over which ranks they are summed."""
+
+    COMMON = "common"
+    PARTIAL = "partial along tp"
+    TIED = "tied"
+    EXPERTS = "experts"
 
 
 @attrs.frozen
@@ -47,15 +63,16 @@ class Part:
 
 
 @attrs.frozen
-class Region:
+class Bucket:
     """Parameters one after the other, cut into equal parts for `lanes`."""
 
+    section: Section
     spans: tuple[Span, ...]
     lanes: int
     size: int
 
     def lane(self, lane: int) -> range:
-        """Return which values of the region a lane has."""
+        """Return which values of the bucket a lane has."""
         each = self.size // self.lanes
         return range(lane * each, (lane + 1) * each)
 
@@ -68,64 +85,114 @@ class Region:
                 yield Part(span.name, start - span.start, stop - span.start)
 
 
-@attrs.frozen
-class Layout:
-    """The regions of a stage on a rank; the first `partial` values of `common` are partial over tp."""
-
-    common: Region
-    tied: Region
-    experts: Region
-    partial: int
-
-    @property
-    def regions(self) -> tuple[Region, Region, Region]:
-        """All three."""
-        return self.common, self.tied, self.experts
-
-
-def region_of(sizes: Mapping[str, int], *, lanes: int) -> Region:
+def bucket_of(section: Section, sizes: Mapping[str, int], *, lanes: int) -> Bucket:
     """Lay parameters of these sizes one after the other."""
     spans: list[Span] = []
     end = 0
     for name, size in sizes.items():
         spans.append(Span(name, end, size))
         end += _rounded(size, ALIGNMENT)
-    return Region(tuple(spans), lanes, _rounded(end, ALIGNMENT * lanes))
+    return Bucket(section, tuple(spans), lanes, _rounded(end, ALIGNMENT * lanes))
 
 
 def _rounded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def layout_of(module: Module, info: StageInfo, sizes: Mapping[str, int]) -> Layout:
-    """Lay out what trains of a stage on a rank; `sizes` are the values that the rank holds of each."""
-    table = {parameter.name: parameter for parameter in info.parameters}
-    sections: dict[str, list[str]] = {"partial": [], "whole": [], "tied": [], "experts": []}
-    for name in sizes:
-        sections[_section(module, table.get(name))].append(name)
-    lanes = module.grid.extent("dp") * module.grid.extent("cp")
-    copies = module.experts.extent("expert_dp") if module.experts else 1
+def layout_of(topology: Topology, info: StageInfo, sizes: Mapping[str, int]) -> tuple[Bucket, ...]:
+    """Deal what trains of a stage on a rank into buckets; `sizes` are the values that the rank holds of each.
 
-    def region(names: list[str], lanes: int) -> Region:
-        return region_of({name: sizes[name] for name in names}, lanes=lanes)
-
-    return Layout(
-        common=region(sections["partial"] + sections["whole"], lanes),
-        tied=region(sections["tied"], lanes),
-        experts=region(sections["experts"], copies),
-        partial=region(sections["partial"], 1).size,
+    What a module of the user's holds is known to who built it alone: it is one bucket, the last, whatever is in it.
+    """
+    module = topology.modules[info.stage.module]
+    place = {parameter.name: i for i, parameter in enumerate(info.parameters)}
+    sections: dict[Section, list[str]] = {}
+    for parameter in info.parameters:
+        if parameter.name in sizes:
+            sections.setdefault(_section(module, parameter), []).append(parameter.name)
+    room = _values_in_bucket(topology)
+    cut = [
+        (section, names)
+        for section, own in sections.items()
+        for names in ([own] if section is Section.TIED else _cut(own, sizes, room))
+    ]
+    cut.sort(key=lambda each: -place[each[1][0]])
+    if UNKNOWN in info.trainable:
+        cut.append((Section.COMMON, [name for name in sizes if name not in place]))
+    return tuple(
+        bucket_of(section, {name: sizes[name] for name in names}, lanes=_lanes(module, section))
+        for section, names in cut
     )
 
 
-def _section(module: Module, parameter: Parameter | None) -> str:
-    if parameter is None:  # Of a module of the user's.
-        return "whole"
+def _values_in_bucket(topology: Topology) -> int:
+    spec = topology.spec
+    return max(int(spec.optimizer.bucket_mb * MEGA / MAIN_BYTES[spec.precision]), 1)
+
+
+def _cut(names: list[str], sizes: Mapping[str, int], room: int) -> list[list[str]]:
+    """Cut names, which are in the order of a forward, from their end into runs of `room` values or a little more."""
+    runs: list[list[str]] = [[]]
+    held = 0
+    for name in reversed(names):
+        if held >= room:
+            runs.append([])
+            held = 0
+        runs[-1].append(name)
+        held += sizes[name]
+    return [run[::-1] for run in runs]
+
+
+def _section(module: Module, parameter: Parameter) -> Section:
     if parameter.expert is not None:
-        return "experts"
+        return Section.EXPERTS
     if parameter.copy is not None:
         assert not module.is_partial(parameter), parameter.name
-        return "tied"
-    return "partial" if module.is_partial(parameter) else "whole"
+        return Section.TIED
+    return Section.PARTIAL if module.is_partial(parameter) else Section.COMMON
+
+
+def _lanes(module: Module, section: Section) -> int:
+    if section is Section.EXPERTS:
+        assert module.experts is not None
+        return module.experts.extent("expert_dp")
+    return module.grid.extent("dp") * module.grid.extent("cp")
+
+
+# -- ranks -------------------------------------------------------------------------------------------------
+
+
+def lanes_of(module: Module, rank: int, section: Section) -> tuple[int, ...]:
+    """Return the ranks that hold the same values as one of them, the lanes of a bucket, in order."""
+    if section is Section.EXPERTS:
+        assert module.experts is not None
+        return module.experts.group_of(rank, ("expert_dp",))
+    return module.grid.group_of(rank, ("cp", "dp"))
+
+
+def shared_by(module: Module, rank: int, section: Section) -> tuple[int, ...]:
+    """Return the ranks over which the gradients of a section are summed."""
+    if section is Section.PARTIAL:
+        return module.grid.group_of(rank, ("tp", "cp", "dp"))
+    return lanes_of(module, rank, section)
+
+
+def buckets_of(topology: Topology, info: StageInfo, rank: int) -> tuple[Bucket, ...]:
+    """Return the buckets of a stage on a rank, as far as the plan knows its parameters."""
+    return _planned(topology, info.stage, topology.modules[info.stage.module].position(rank).get("ep", 0))
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(topology: Topology, stage: Stage, ep: int) -> tuple[Bucket, ...]:
+    module, info = topology.modules[stage.module], topology.stages[stage]
+    sizes = {p.name: local_size(module, p) for p in module.held(info, ep) if p.name in info.trainable}
+    return layout_of(topology, info, sizes)
+
+
+def share_of(topology: Topology, stage: Stage, bucket: int) -> float:
+    """Return which part of the sums of a stage a bucket is; where the plan knows no sizes, all are alike."""
+    sizes = [each.size for each in _planned(topology, stage, 0)]
+    return sizes[bucket] / sum(sizes) if all(sizes) else 1 / len(sizes)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------
@@ -141,21 +208,13 @@ def optimizer_bytes(topology: Topology, rank: int) -> int:
     total = 0
     for info in topology.stages_of(rank):
         module = topology.modules[info.stage.module]
-        held = module.held(info, module.position(rank).get("ep", 0))
-        sizes = {p.name: local_size(module, p) for p in held if p.name in info.trainable}
-        for region, lane in zip(layout_of(module, info, sizes).regions, lanes_of(module, rank), strict=True):
-            lanes = (lane,) if spec.optimizer.sharded else range(region.lanes)
-            values = sum(part.stop - part.start for lane in lanes for part in region.parts(lane))
-            main = sum(len(region.lane(lane)) for lane in lanes) if spec.precision in HALF else 0
+        for bucket in buckets_of(topology, info, rank):
+            own = (lanes_of(module, rank, bucket.section).index(rank),)
+            lanes = own if spec.optimizer.sharded else range(bucket.lanes)
+            values = sum(part.stop - part.start for lane in lanes for part in bucket.parts(lane))
+            main = sum(len(bucket.lane(lane)) for lane in lanes) if spec.precision in HALF else 0
             total += width * (states * values + main)
     return total
-
-
-def lanes_of(module: Module, rank: int) -> tuple[int, int, int]:
-    """Return which lane of each region a rank is."""
-    lane = module.grid.group_of(rank, ("cp", "dp")).index(rank)
-    copy = module.experts.group_of(rank, ("expert_dp",)).index(rank) if module.experts else 0
-    return lane, lane, copy
 
 
 def local_size(module: Module, parameter: Parameter) -> int:

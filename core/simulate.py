@@ -9,6 +9,9 @@ it waits for, which makes a graph of *pieces* of time, and the graph is timed:
                              /               \
     rank 1   RECV_F0 -------'                 WAIT --- F0  blocks; joint actions hang behind all ranks
 
+A sum of gradients begins when all who share it have posted it and the one before it in their group is done. It takes
+its time beside what they compute.
+
 Without a limit on cores a piece begins when the last of what it hangs behind has ended. With one, compute
 actions that run at once share the cores evenly, and the graph is timed from event to event.
 
@@ -26,7 +29,7 @@ import attrs
 
 from mimogrid.core.costs import Costs, EdgeCosts
 from mimogrid.core.fold import Classes, alone, classes_of
-from mimogrid.core.limit import limit_s, update_s
+from mimogrid.core.limit import limit_s, sum_s, update_s
 from mimogrid.core.pace import Pace
 from mimogrid.core.schedule.actions import (
     Action,
@@ -38,6 +41,7 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Update,
     Wait,
+    WaitReduce,
 )
 from mimogrid.core.schedule.lower import Program, link_of
 from mimogrid.core.schedule.program import Listing
@@ -360,6 +364,10 @@ class _Graph:
             collections.deque
         )
         self._channel: dict[Hashable, int] = {}
+        self._sums: dict[tuple[int, Reduce], int] = {}
+        self._unsummed: dict[tuple[int, ...], collections.deque[Reduce]] = collections.defaultdict(
+            collections.deque
+        )
         self._met: dict[Hashable, int] = {}
         self._times: collections.Counter[tuple[int, Action]] = collections.Counter()
         self._placed = [
@@ -371,7 +379,7 @@ class _Graph:
         begins, ends = clock
         events: dict[int, list[Event]] = {rank: [] for rank in self._last}
         for rank, action, before, piece in self._placed:
-            waits = isinstance(action, Wait) or piece == before
+            waits = isinstance(action, Wait | WaitReduce) or piece == before
             events[rank].append(Event(rank, action, ends[before] if waits else begins[piece], ends[piece]))
         ways: dict[int, dict[Transfer, tuple[tuple[float, float], ...]]] = {rank: {} for rank in self._last}
         for (rank, transfer), mail in self._mail.items():
@@ -413,7 +421,7 @@ class _Graph:
 
     def _joint_of(self, rank: int, action: Action) -> tuple[int, ...]:
         """Who stands for those that start an action together; the same in every microbatch."""
-        key = rank, type(action), getattr(action, "stage", None)
+        key = rank, type(action), getattr(action, "stage", None), getattr(action, "bucket", None)
         if key not in self._joint:
             self._joint[key] = self.classes.met(self.program.joint(rank, action))
         return self._joint[key]
@@ -435,6 +443,10 @@ class _Graph:
                 piece = self.pieces.add(tuple(arrived))
             case Send() | Recv():
                 piece = self._post(rank, action, before)
+            case Reduce():
+                piece = self._post_sum(rank, action, before)
+            case WaitReduce():
+                piece = self.pieces.add((before, self._summed(rank, action.posted)))
             case _:
                 piece = self._join(rank, action)
         self._last[rank] = piece
@@ -451,14 +463,31 @@ class _Graph:
             match action:
                 case Compute():
                     seconds, cores = self.seconds_of(rank, action), len(ranks)
-                case Reduce(stage=stage):
-                    seconds = self.costs.of(stage).reduce
                 case Update():
                     seconds = update_s(self.program, self.costs, rank)
                 case _:
                     seconds = 0.0
             self._met[meeting] = self.pieces.add(behind, seconds, (rank, action), cores)
         return self._met[meeting]
+
+    def _post_sum(self, rank: int, reduce: Reduce, before: int) -> int:
+        """Post a rank's part of a sum; the first of the group puts it into the group's queue."""
+        group = self._joint_of(rank, reduce)
+        if not any((member, reduce) in self._sums for member in group):
+            self._unsummed[group].append(reduce)
+        self._sums[rank, reduce] = before
+        return before
+
+    def _summed(self, rank: int, reduce: Reduce) -> int:
+        """Return the piece at whose end a sum is there: all have posted it, and it comes after those before it."""
+        group = self._joint_of(rank, reduce)
+        while (group, reduce) not in self._met:
+            following = self._unsummed[group].popleft()
+            behind = [self._channel.get(group, 0), *(self._sums[member, following] for member in group)]
+            seconds = sum_s(self.program, self.costs, following)
+            piece = self.pieces.add(tuple(dict.fromkeys(behind)), seconds, (rank, following))
+            self._channel[group] = self._met[group, following] = piece
+        return self._met[group, reduce]
 
     def _post(self, rank: int, transfer: Transfer, before: int) -> int:
         """Post one end of each message."""

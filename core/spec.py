@@ -116,7 +116,8 @@ class OptimizerSpec:
     """`[optimizer]`. `decay` lowers the rate to `final_lr_fraction` of `lr` by the last step.
 
     `decay_fraction` is the part of the steps over which a "wsd" rate falls at the end. `betas` and `eps` are
-    those of the optimizer where None.
+    those of the optimizer where None. `bucket_mb` is how many megabytes (1e6 bytes) of gradients are
+    summed in one call, or a little more.
     """
 
     name: str = "adamw"
@@ -132,6 +133,7 @@ class OptimizerSpec:
     decay_fraction: float = 0.2
     final_lr_fraction: float = 0.0
     sharded: bool = False
+    bucket_mb: float = 25.0
     loss_scale: LossScaleSpec = LossScaleSpec()
     skip_above: SkipSpec = SkipSpec()
 

@@ -153,14 +153,6 @@ class Module:
         """Return the lanes that compute together with a lane: those its experts are spread over."""
         return (lane,) if self.experts is None else closures(self.grid, self.experts)[lane]
 
-    @property
-    def summed_over(self) -> tuple[str, ...]:
-        """The axes over which gradients of the module are summed; along tp, those that are partial there.
-
-        The copies of an expert may lie along any of them.
-        """
-        return ("tp", "cp", "dp") if self.sequence_parallel or self.experts else ("cp", "dp")
-
     def is_partial(self, parameter: Parameter) -> bool:
         """Whether a parameter's gradient on one tp rank is a part of a sum over tp."""
         return parameter.routes or (parameter.partial and self.sequence_parallel)

@@ -8,7 +8,9 @@ A listing is judged against the step that it is for, not against how it was made
   received in the order in which it is sent;
 - data before it is read: a receive is waited for before the compute action that needs it, a send is posted
   after the one that makes it;
-- each reduction, agreement and update once, after the last gradient;
+- each sum of gradients posted once, after the last gradient of its stage, and waited for; agreement and update
+  once, after that;
+- what a group does together at one place on all its ranks: communicators match calls by their order;
 - no more in flight than the order's credits: a microbatch is, on a stage, from its forward to the end of its
   backward; where there is none, its output is until every send of it has been waited for. That is so when
   training and when evaluating: without a bound, a fast encoder would fill the memory in both;
@@ -31,6 +33,7 @@ no more than its different lists do.
 
 import bisect
 import collections
+import functools
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,9 +47,11 @@ from mimogrid.core.schedule.actions import (
     Direction,
     Kind,
     Recv,
+    Reduce,
     Send,
     Transfer,
     Wait,
+    WaitReduce,
 )
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
@@ -119,8 +124,41 @@ def _faults(program: Program, listing: Listing, alike: _Alike, *, strict: bool) 
     sound_in_step = len(alike) < len(listing) and not any(
         _together(in_step(program, listing, [ranks for _, ranks in alike], strict=strict))
     )
-    if not sound_in_step:
-        yield from _together(alone(program, listing, strict=strict))
+    stuck = () if sound_in_step else tuple(_together(alone(program, listing, strict=strict)))
+    yield from stuck or _mixed(program, listing, alike)
+
+
+def _mixed(program: Program, listing: Listing, alike: _Alike) -> Iterator[str]:
+    """Find groups whose ranks post a sum at different places among what else they do together.
+
+    That is: sums over the same ranks, and compute actions that all of them join, whose collectives may use the same
+    communicator.
+    """
+    first = {rank: ranks[0] for _, ranks in alike for rank in ranks}
+    calls = functools.cache(lambda rank, *what: _calls(listing[rank], *what))
+    found: dict[tuple[int, ...], tuple[int, tuple[Action, ...]]] = {}
+    for rank, leader in sorted(first.items()):
+        sums = {reduce: program.joint(rank, reduce) for reduce in program.sums(rank)}
+        stages = [info.stage for info in program.topology.stages_of(rank)]
+        joined = {stage: set(program.joint(rank, Compute(Kind.FORWARD, stage, 0))) for stage in stages}
+        for group in dict.fromkeys(sums.values()):
+            own = frozenset(reduce for reduce, ranks in sums.items() if ranks == group)
+            mine = calls(leader, own, frozenset(stage for stage in stages if joined[stage].issuperset(group)))
+            other, theirs = found.setdefault(group, (rank, mine))
+            if mine != theirs:
+                pairs = itertools.zip_longest(mine, theirs)
+                here, there = next((a, b) for a, b in pairs if a != b)
+                yield (
+                    f"rank {rank} comes to '{here}' when rank {other} comes to '{there}': a communicator of both "
+                    "would mix them up"
+                )
+
+
+def _calls(
+    actions: tuple[Action, ...], sums: frozenset[Reduce], stages: frozenset[Stage]
+) -> tuple[Action, ...]:
+    """Return which of a rank's actions are of some sums, or compute on some stages."""
+    return tuple(a for a in actions if a in sums or (isinstance(a, Compute) and a.stage in stages))
 
 
 def _idlers(program: Program, listing: Listing) -> Iterator[int]:
@@ -139,12 +177,14 @@ class _Duties:
         stages: its stages, with the microbatches that it computes.
         arrivals: the links into them, with the microbatches (of the link's target) that bring it anything.
         departures: the links out of them, likewise, each microbatch with those of its own that make the data.
+        sums: the sums of gradients that it has a part in.
         finish: the actions that end the step.
     """
 
     stages: tuple[tuple[Stage, frozenset[int]], ...]
     arrivals: tuple[tuple[Link, tuple[int, ...]], ...]
     departures: tuple[tuple[Link, tuple[tuple[int, tuple[int, ...]], ...]], ...]
+    sums: tuple[Reduce, ...]
     finish: tuple[Action, ...]
 
 
@@ -171,6 +211,7 @@ def _duties(program: Program, rank: int) -> _Duties:
             for stage, lane in lanes.items()
             for link in topology.links_from(stage)
         ),
+        program.sums(rank),
         tuple(program.finish(rank)),
     )
 
@@ -296,10 +337,19 @@ class _Judge:
         for link, sent in duties.departures:
             for k, made in sent:
                 yield self._of_transfer(link.source, link, k, made)
-        yield self._clause(duties.finish, itertools.pairwise(duties.finish))
+        yield self._finish(duties)
+
+    def _finish(self, duties: _Duties) -> _Clause:
+        """What ends the step: all sums, and then, once they are there, one action after the other."""
+        waits = [action for action in duties.finish if isinstance(action, WaitReduce)]
+        rest = [action for action in duties.finish if not isinstance(action, WaitReduce)]
+        pairs = [(wait.posted, wait) for wait in waits]
+        pairs += [(wait, action) for wait in waits for action in rest[:1]]
+        return self._clause((*duties.sums, *duties.finish), [*pairs, *itertools.pairwise(rest)])
 
     def _of_compute(self, stage: Stage, k: int, duties: _Duties) -> _Clause:
-        key = (stage, k, duties.finish[:1])
+        followers = tuple(reduce for reduce in duties.sums if reduce.stage == stage)
+        key = (stage, k, followers or duties.finish[:1])
         if key not in self.of_compute:
             self.of_compute[key] = self._clause(*self._compute(*key))
         return self.of_compute[key]
@@ -315,14 +365,16 @@ class _Judge:
             tuple(map(self._number, due)), tuple((self._number(a), self._number(b)) for a, b in pairs)
         )
 
-    def _compute(self, stage: Stage, k: int, finish: tuple[Action, ...]) -> tuple[list[Action], list[_Pair]]:
-        """One microbatch: its forward, then its backward, whole or in two, then what ends the step."""
+    def _compute(
+        self, stage: Stage, k: int, followers: tuple[Action, ...]
+    ) -> tuple[list[Action], list[_Pair]]:
+        """One microbatch: its forward, then its backward, whole or in two, then the sums, or else what ends the step."""
         kinds = [Kind.FORWARD]
         if self._is_trained(stage):
             halves = [Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT]
             kinds += halves if stage in self.split else [Kind.BACKWARD]
         due: list[Action] = [Compute(kind, stage, k) for kind in kinds]
-        return due, list(itertools.pairwise([*due, *finish]))
+        return due, [*itertools.pairwise(due), *((due[-1], follower) for follower in followers)]
 
     def _transfers(
         self, stage: Stage, link: Link, k: int, own: tuple[int, ...]

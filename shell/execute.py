@@ -20,6 +20,7 @@ from mimogrid.core.schedule.actions import (
     Tie,
     Update,
     Wait,
+    WaitReduce,
 )
 from mimogrid.core.topology import Stage
 from mimogrid.shell.pulse import Pulse
@@ -30,8 +31,12 @@ from mimogrid.shell.transport import Transport
 class Finisher(Protocol):
     """Whoever reduces gradients, agrees on the step and takes it."""
 
-    def reduce(self, stage: Stage) -> None:
-        """Sum a stage's gradients over its data lanes."""
+    def reduce(self, stage: Stage, bucket: int) -> None:
+        """Post the sum of a bucket of a stage's gradients; return at once."""
+        ...
+
+    def wait(self, stage: Stage, bucket: int) -> None:
+        """Block until that sum is there."""
         ...
 
     def tie(self, stage: Stage) -> None:
@@ -102,8 +107,10 @@ def _act(
             transport.wait(action.transfer)
         case Wait(transfer=Recv() as recv):
             stages[recv.stage].deliver(recv, transport.wait(recv))
-        case Reduce():
-            finisher.reduce(action.stage)
+        case Reduce(stage, bucket):
+            finisher.reduce(stage, bucket)
+        case WaitReduce(stage, bucket):
+            finisher.wait(stage, bucket)
         case Tie():
             finisher.tie(action.stage)
         case Norm():

@@ -1,15 +1,15 @@
 """Gradients: flat buffers per stage, summed over the ranks that the gradient plan names.
 
 Every trainable parameter's gradient is a view of a buffer of its stage, and so is the parameter itself: backward
-passes add into the one, a reduction is one all-reduce for each region (`core.shards`; one more for what is partial
-over tp), and a parameter that a lane never touched counts as zeros there, not as absent.
+passes add into the one, a sum is one all-reduce for each bucket (`core.shards`), posted and waited for where the
+program says, and a parameter that a lane never touched counts as zeros there, not as absent.
 
 In half precision the network computes with bf16 or fp16 weights, and beside them are fp32 *main* weights, which
 the optimizer updates and checkpoints hold. Gradients are added up in fp32 too: autograd raises each as it comes
 (`Tensor.grad_dtype`). In fp32 and fp64 the main weights are the weights.
 
 Where the data lanes share the update (ZeRO stage 1: Rajbhandari et al. 2020), a lane has the main weights of
-its own part of each region only, updates it, and the lanes gather the weights. The sum is an all-reduce there
+its own part of each bucket only, updates it, and the lanes gather the weights. The sum is an all-reduce there
 too: gloo makes its reduce-scatter out of one, and so both ways see the same bits.
 """
 
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from mimogrid.core.gradients import counts_in_norm, is_written_by
-from mimogrid.core.shards import Part, Region, layout_of
-from mimogrid.core.topology import Module, StageInfo
+from mimogrid.core.shards import Bucket, Part, Section, layout_of
+from mimogrid.core.topology import StageInfo, Topology
 from mimogrid.shell.groups import ModuleGroups
 
 
@@ -39,28 +39,31 @@ class Shard:
 
 
 class Buffer:
-    """One region on this rank: gradients, weights, and the main weights that this rank updates."""
+    """One bucket on this rank: gradients, weights, and the main weights that this rank updates."""
 
     def __init__(
         self,
-        region: Region,
+        bucket: Bucket,
         weights: Mapping[str, nn.Parameter],
         full: Mapping[str, torch.Tensor],
-        group: dist.ProcessGroup,
+        groups: ModuleGroups,
         *,
         like: torch.Tensor,
         shared: bool,
     ) -> None:
-        self.region = region
-        self.group = group
+        self.bucket = bucket
+        self.lane_group = groups.expert_dp if bucket.section is Section.EXPERTS else groups.dp
+        self._summing = groups.partial if bucket.section is Section.PARTIAL else self.lane_group
+        self._work: dist.Work | None = None
         self.shared = shared
-        self.lanes = range(group.rank(), group.rank() + 1) if shared else range(region.lanes)
-        self.own = slice(region.lane(self.lanes[0]).start, region.lane(self.lanes[-1]).stop)
+        lane = self.lane_group.rank()
+        self.lanes = range(lane, lane + 1) if shared else range(bucket.lanes)
+        self.own = slice(bucket.lane(self.lanes[0]).start, bucket.lane(self.lanes[-1]).stop)
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self.gradients = torch.zeros(region.size, dtype=dtype, device=like.device)
-        self.weights = torch.zeros(region.size, dtype=like.dtype, device=like.device)
+        self.gradients = torch.zeros(bucket.size, dtype=dtype, device=like.device)
+        self.weights = torch.zeros(bucket.size, dtype=like.dtype, device=like.device)
         main = torch.zeros_like(self.gradients) if dtype != like.dtype else self.weights
-        for span in region.spans:
+        for span in bucket.spans:
             weight, place = weights[span.name], slice(span.start, span.start + span.size)
             main[place] = full[span.name].flatten()
             self.weights[place] = main[place]
@@ -72,7 +75,7 @@ class Buffer:
         self.shards = tuple(self._shards())
 
     def _shards(self) -> Iterator[Shard]:
-        for span in self.region.spans:
+        for span in self.bucket.spans:
             start, stop = max(span.start, self.own.start), min(span.start + span.size, self.own.stop)
             if start < stop:
                 main = nn.Parameter(self.main[start - self.own.start : stop - self.own.start])
@@ -81,26 +84,33 @@ class Buffer:
 
     def parts(self, names: frozenset[str]) -> Iterator[torch.Tensor]:
         """Yield the gradient of each lane's part of these parameters, of those lanes whose parts are updated here."""
-        starts = {span.name: span.start for span in self.region.spans}
-        for part in (part for lane in self.lanes for part in self.region.parts(lane)):
+        starts = {span.name: span.start for span in self.bucket.spans}
+        for part in (part for lane in self.lanes for part in self.bucket.parts(lane)):
             if part.name in names:
                 yield self.gradients[starts[part.name] + part.start : starts[part.name] + part.stop]
 
     def reduce(self) -> None:
-        """Sum the gradients over the lanes."""
-        _all_reduce(self.gradients, self.group)
+        """Post the sum of the gradients over the ranks that share it; nobody touches them until it is there."""
+        if len(self.gradients):  # Own networks may have none.
+            self._work = dist.all_reduce(self.gradients, group=self._summing, async_op=True)
+
+    def wait(self) -> None:
+        """Block until the sum is there."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
 
     def publish(self) -> None:
         """Let the weights follow the main weights, on all lanes."""
         if self._is_lowered:
             self.weights[self.own] = self.main
-        if self.shared and self.group.size() > 1 and len(self.weights):
-            parts = list(self.weights.chunk(self.region.lanes))
-            dist.all_gather(parts, self.weights[self.own].clone(), group=self.group)
+        if self.shared and self.lane_group.size() > 1 and len(self.weights):
+            parts = list(self.weights.chunk(self.bucket.lanes))
+            dist.all_gather(parts, self.weights[self.own].clone(), group=self.lane_group)
 
 
 class StageBuffer:
-    """The gradients, and what is updated by them, of one stage on this rank.
+    """The gradients, and what is updated by them, of one stage on this rank: a buffer for each bucket.
 
     `position` is the rank's (`Module.position`). `weights` are those of the network, and `full` what they were
     drawn as, before they were rounded to its precision.
@@ -109,7 +119,7 @@ class StageBuffer:
     def __init__(
         self,
         *,
-        module: Module,
+        topology: Topology,
         position: Mapping[str, int],
         info: StageInfo,
         weights: Mapping[str, nn.Parameter],
@@ -119,15 +129,13 @@ class StageBuffer:
     ) -> None:
         self.weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
         self._groups = groups
-        layout = layout_of(module, info, {name: weight.numel() for name, weight in self.weights.items()})
+        sizes = {name: weight.numel() for name, weight in self.weights.items()}
         like = next(iter(weights.values()), torch.empty(0))  # A module of the user's may have none.
-        over = (groups.dp, groups.dp, groups.expert_dp)
         self.buffers = tuple(
-            Buffer(region, self.weights, full, group, like=like, shared=shared)
-            for region, group in zip(layout.regions, over, strict=True)
+            Buffer(bucket, self.weights, full, groups, like=like, shared=shared)
+            for bucket in layout_of(topology, info, sizes)
         )
-        self._common, self._tied, _ = self.buffers
-        self._partial = layout.partial
+        self._tied = [buffer for buffer in self.buffers if buffer.bucket.section is Section.TIED]
         table = {parameter.name: parameter for parameter in info.parameters}
         # Where lanes share the update, what counts is counted by whoever updates it.
         counter = {**position, **{axis: 0 for axis in LANES if shared and axis in position}}
@@ -141,16 +149,10 @@ class StageBuffer:
         for buffer in self.buffers:
             buffer.gradients.zero_()
 
-    def reduce(self) -> None:
-        """Sum over the data lanes, what is partial over tp, and experts over their copies."""
-        _all_reduce(self._common.gradients[: self._partial], self._groups.tp)
-        for buffer in self.buffers:
-            buffer.reduce()
-
     def tie(self) -> None:
         """Sum tied weights over the two ends of the module."""
-        if len(self._tied.gradients):
-            dist.all_reduce(self._tied.gradients, group=self._groups.tie)
+        for buffer in self._tied:
+            dist.all_reduce(buffer.gradients, group=self._groups.tie)
 
     def scale(self, factor: float) -> None:
         """Multiply every gradient by a factor."""
@@ -175,8 +177,3 @@ class StageBuffer:
         """Let the weights follow the main weights, on all lanes."""
         for buffer in self.buffers:
             buffer.publish()
-
-
-def _all_reduce(gradients: torch.Tensor, group: dist.ProcessGroup) -> None:
-    if len(gradients) and group.size() > 1:
-        dist.all_reduce(gradients, group=group)

@@ -7,7 +7,7 @@ import attrs
 import torch.distributed as dist
 
 from mimogrid.core.experts import TOGETHER
-from mimogrid.core.groups import Ranks, Slot, channels_of, groups_of, in_slots
+from mimogrid.core.groups import PARTIAL_AXES, Ranks, Slot, channels_of, groups_of, in_slots
 from mimogrid.core.topology import Module, Topology
 from mimogrid.shell.device import Device
 from mimogrid.shell.world import World
@@ -17,8 +17,8 @@ from mimogrid.shell.world import World
 class ModuleGroups:
     """The groups of one module that a rank is in; along an axis of size 1, the rank alone.
 
-    `holders` share a lane (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), and
-    `tie` joins the ends of the pipeline. Of the ranks that share experts `together` are those among whom
+    `holders` share a lane (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), `partial`
+    everyone whose gradients add up where they are partial along tp (None where none are), and `tie` joins the ends of the pipeline. Of the ranks that share experts `together` are those among whom
     tokens cross, `expert_tp` hold the shards of the same experts, and `expert_dp` the same shards. Networks
     are built one stage at a time, so their `pp` is the rank.
     """
@@ -26,6 +26,7 @@ class ModuleGroups:
     tp: dist.ProcessGroup
     cp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    partial: dist.ProcessGroup | None
     pp: dist.ProcessGroup
     holders: dist.ProcessGroup
     together: dist.ProcessGroup
@@ -65,6 +66,7 @@ class Groups:
             tp=along("tp"),
             cp=along("cp"),
             dp=along("cp", "dp"),
+            partial=self.by_ranks.get(module.grid.group_of(self.rank, PARTIAL_AXES)),
             pp=self.by_ranks[self.rank,],
             holders=along("tp", "cp"),
             together=among(*TOGETHER),
@@ -77,7 +79,16 @@ class Groups:
         """Return groups that hold this rank only."""
         me = self.by_ranks[self.rank,]
         return ModuleGroups(
-            tp=me, cp=me, dp=me, pp=me, holders=me, together=me, expert_tp=me, expert_dp=me, tie=None
+            tp=me,
+            cp=me,
+            dp=me,
+            partial=me,
+            pp=me,
+            holders=me,
+            together=me,
+            expert_tp=me,
+            expert_dp=me,
+            tie=None,
         )
 
     def channel(self, source: int, target: int) -> dist.ProcessGroup:

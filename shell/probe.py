@@ -48,6 +48,7 @@ from mimogrid.core.schedule.actions import (
     Tie,
     Update,
     Wait,
+    WaitReduce,
 )
 from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.schedule.replay import meeting, replay
@@ -248,7 +249,7 @@ def turns_of(program: Program) -> Mapping[int, tuple[int, ...]]:
         if isinstance(action, Update):  # all ranks take the step at once, as they do in training
             continue
         turn = len(turns)
-        if isinstance(action, Compute | Reduce | Tie | Norm):
+        if isinstance(action, Compute | WaitReduce | Tie | Norm):
             key = program.joint(rank, action), meeting(action)
             turn = turns.setdefault(key, len(turns) + 1)
         counts[rank][turn] += 1
@@ -301,12 +302,13 @@ def _in_turns(crew: Crew, jobs: Sequence[Job], repeat: int) -> list[Steps]:
 
 @attrs.frozen(kw_only=True)
 class OfRank:
-    """What a rank found: its own steps in turns, and those with backwards the other way, if there are any."""
+    """What a rank found: its own steps in turns, those with backwards the other way, if there are any, and sums."""
 
     rank: int
     host: str
     own: Steps
     others: Sequence[Steps]
+    sums: Mapping[Stage, float]
     core_s: float | None
     peak: int
 
@@ -360,7 +362,7 @@ def _cores(program: Program, ranks: Sequence[OfRank]) -> float | None:
                     in_turns += worked
                 case Send() | Recv():
                     in_turns += worked
-                case Reduce() | Tie() | Norm() | Update():
+                case Reduce() | WaitReduce() | Tie() | Norm() | Update():
                     together -= worked
                 case Wait():
                     pass
@@ -428,6 +430,26 @@ def _pinged(crew: Crew, program: Program, transport: Transport, send: Send, mess
     return EdgeCosts(latency=_rounded(latency), bytes_per_s=_rounded(rate))
 
 
+# -- sums --------------------------------------------------------------------------------------------------
+
+
+def _summing(crew: Crew, stage: Stage, repeat: int) -> float:
+    """Return how long all sums of a stage's gradients take, posted one after the other and then waited for."""
+    program = plan_step(crew.job.step(0))
+    buckets = [reduce.bucket for reduce in program.sums(crew.rank) if reduce.stage == stage]
+    seconds: list[float] = []
+    for _ in range(WARM_UP + repeat):
+        dist.barrier(crew.group)
+        begin = time.perf_counter()
+        for bucket in buckets:
+            crew.buffers[stage].buffers[bucket].reduce()
+        for bucket in buckets:
+            crew.buffers[stage].buffers[bucket].wait()
+        crew.device.finish()
+        seconds.append(time.perf_counter() - begin if buckets else 0.0)
+    return _usual(seconds[WARM_UP:])
+
+
 # -- on every rank -----------------------------------------------------------------------------------------
 
 
@@ -444,8 +466,17 @@ def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
         core_s = None if session.device.is_asynchronous else _core_seconds(crew, job, repeat)
         peak = _peak() - before
         edges = _edges(session, crew, program)
+        sums = {stage: _summing(crew, stage, repeat) for stage in crew.topology.stages}
         ranks = crew.hand_over(
-            OfRank(rank=crew.rank, host=platform.node(), own=own, others=others, core_s=core_s, peak=peak)
+            OfRank(
+                rank=crew.rank,
+                host=platform.node(),
+                own=own,
+                others=others,
+                sums=sums,
+                core_s=core_s,
+                peak=peak,
+            )
         )
         return _put_together(job, program, ranks, edges) if ranks else None
 
@@ -528,7 +559,7 @@ class _OfStage:
         return StageCosts(
             forward=_rounded(self._compute(Kind.FORWARD) or 0.0),
             **backward,
-            reduce=_rounded(self._longest(Reduce(self.stage)) + self._longest(Tie(self.stage))),
+            reduce=_rounded(max(of.sums[self.stage] for of in self.ranks) + self._longest(Tie(self.stage))),
             update=_rounded(max(self._ending(of) for of in self.holders)),
         )
 

@@ -191,7 +191,7 @@ def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, Piece]]:
     held, of_stage = _Held(crew, stage), crew.buffers[stage]
     for buffer in of_stage.buffers:
         shards = {shard.part.name: shard for shard in buffer.shards}
-        for span in buffer.region.spans:
+        for span in buffer.bucket.spans:
             shard = shards.get(span.name)
             kept = dict(_tensors(crew, stage, shard)) if shard else {}
             if buffer.shared and _is_cut(buffer, span):
@@ -204,14 +204,16 @@ def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, Piece]]:
 
 
 def _is_cut(buffer: Buffer, span: Span) -> bool:
-    each = buffer.region.size // buffer.region.lanes
+    each = buffer.bucket.size // buffer.bucket.lanes
     return span.start // each != (span.start + span.size - 1) // each
 
 
 def _gathered(buffer: Buffer, span: Span, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Put together what lanes have of a parameter; those that have none of it come along with nothing."""
-    every: list[Any] = [None] * buffer.group.size()
-    dist.all_gather_object(every, {name: tensor.cpu() for name, tensor in kept.items()}, group=buffer.group)
+    every: list[Any] = [None] * buffer.lane_group.size()
+    dist.all_gather_object(
+        every, {name: tensor.cpu() for name, tensor in kept.items()}, group=buffer.lane_group
+    )
     holders = [parts for parts in every if parts]
     return {
         name: torch.cat([parts[name] for parts in holders]) if tensor.dim() else tensor

@@ -130,7 +130,7 @@ class Crew:
                 dtype=dtype,
             )
             self.buffers[info.stage] = StageBuffer(
-                module=module,
+                topology=self.topology,
                 position=module.position(rank),
                 info=info,
                 weights=named_weights(network),
@@ -245,10 +245,14 @@ class _Finish:
             0.0, {}, 0.0, rate, crew.watch.scale, "", stops=False, all_saved=False, paces=(), timeline=()
         )
 
-    def reduce(self, stage: Stage) -> None:
-        """Sum a stage's gradients over its data lanes."""
+    def reduce(self, stage: Stage, bucket: int) -> None:
+        """Post the sum of a bucket of a stage's gradients."""
+        self.crew.buffers[stage].buffers[bucket].reduce()
+
+    def wait(self, stage: Stage, bucket: int) -> None:
+        """Block until the sum of a bucket is there."""
         self.crew.pulse.wait()
-        self.crew.buffers[stage].reduce()
+        self.crew.buffers[stage].buffers[bucket].wait()
 
     def tie(self, stage: Stage) -> None:
         """Sum the gradients of tied weights over the ends of a module."""
@@ -345,11 +349,15 @@ class _Finish:
 class _Nothing:
     """A program without training has nothing to finish."""
 
-    def reduce(self, stage: Stage) -> None:
+    def reduce(self, stage: Stage, bucket: int) -> None:
+        """Never called."""
+        raise AssertionError(stage, bucket)
+
+    wait = reduce
+
+    def tie(self, stage: Stage) -> None:
         """Never called."""
         raise AssertionError(stage)
-
-    tie = reduce
 
     def agree(self) -> None:
         """Never called."""

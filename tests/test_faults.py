@@ -27,7 +27,7 @@ CASES = [
     "fail rank 3 step 3 at saving a checkpoint",
     "kill rank 0 step 0 at building",
     "kill rank 3 step 3 at lm.1 F0",
-    "kill rank 0 step 3 at enc.0 REDUCE",
+    "kill rank 0 step 3 at enc.0 REDUCE0",
     "kill rank 0 step 3 at publishing a checkpoint",
     "kill rank 0 step 3 at a checkpoint is published",
     "stop rank 3 step 0 at rendezvous",

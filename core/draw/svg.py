@@ -19,7 +19,7 @@ from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, BOLD, GREY, MIDDLE, RIGHT, WHITE, Fill, Ink
 from mimogrid.core.draw.picture import Picture, Row
 from mimogrid.core.memory import Level
-from mimogrid.core.schedule.actions import Compute, Direction, Kind, Norm, Reduce, Send, Tie, Update
+from mimogrid.core.schedule.actions import Compute, Direction, Kind, Norm, Send, Tie, Update, WaitReduce
 from mimogrid.core.timeline import DRAIN, EDGE, SLOWER_MODULE, WARM_UP, Flight
 
 
@@ -245,7 +245,7 @@ def _row(page: _Page, row: Row, y: float) -> Iterator[str]:
     yield from _cells(page, row, y)
     for event in row.events:
         width = (event.end_s - event.begin_s) * page.scale
-        if isinstance(event.action, Reduce | Tie | Norm | Update) and width >= VISIBLE:
+        if isinstance(event.action, WaitReduce | Tie | Norm | Update) and width >= VISIBLE:
             thin = page.cell * 0.4
             box = marks.rect(page.x(event.begin_s), y + (page.cell - thin) / 2, width, thin, GREY)
             yield from marks.with_tip(str(event.action), [box])
@@ -420,7 +420,7 @@ def _legend(pictures: Sequence[Picture], page: _Page, stride: int) -> Iterator[_
     if told:
         yield _Entry(told)
     if any(
-        isinstance(e.action, Reduce | Tie | Norm | Update) and e.end_s > e.begin_s
+        isinstance(e.action, WaitReduce | Tie | Norm | Update) and e.end_s > e.begin_s
         for row in rows
         for e in row.events
     ):

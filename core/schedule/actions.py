@@ -18,7 +18,7 @@ True
 ``NORM`` and ``UPDATE``                agree on the gradient norm over the world; take the step
 =====================================  ====================================================================
 
-SEND and RECV post and return; only WAIT, and the joint actions, block. The microbatch of a transfer is that
+SEND, RECV and REDUCE post and return; only WAIT, and the joint actions, block. The microbatch of a transfer is that
 of the link's target module. Who exchanges what is in the route table (`routes`), not in the action.
 """
 
@@ -106,12 +106,29 @@ class Wait:
 
 @attrs.frozen(cache_hash=True)
 class Reduce:
-    """Sum a stage's weight gradients over its data lanes, and those that are partial along tp over tp."""
+    """Post the sum of one bucket of a stage's weight gradients over the ranks that share it."""
 
     stage: Stage
+    bucket: int
 
     def __str__(self) -> str:
-        return f"{self.stage} REDUCE"
+        return f"{self.stage} REDUCE{self.bucket}"
+
+
+@attrs.frozen(cache_hash=True)
+class WaitReduce:
+    """Block until the sum of a bucket that was posted is there."""
+
+    stage: Stage
+    bucket: int
+
+    def __str__(self) -> str:
+        return f"{self.stage} WAIT_REDUCE{self.bucket}"
+
+    @property
+    def posted(self) -> Reduce:
+        """What it waits for."""
+        return Reduce(self.stage, self.bucket)
 
 
 @attrs.frozen(cache_hash=True)
@@ -141,14 +158,15 @@ class Update:
 
 
 Transfer = Send | Recv
-Action = Compute | Send | Recv | Wait | Reduce | Tie | Norm | Update
+Action = Compute | Send | Recv | Wait | Reduce | WaitReduce | Tie | Norm | Update
 
 _STAGE = r"[A-Za-z_][\w-]*\.\d+(?:\.\d+)?"
 _LINE = re.compile(
     rf"(?:(?P<stage>{_STAGE}) )?"
     r"(?:(?P<kind>[FBIW])(?P<compute>\d+)"
     rf"|(?P<wait>WAIT_)?(?P<way>SEND|RECV)_(?P<direction>[FB])(?P<moved>\d+) (?:->|<-) (?P<peer>{_STAGE})"
-    r"|(?P<word>REDUCE|TIE|NORM|UPDATE))"
+    r"|(?P<sum>(?:WAIT_)?REDUCE)(?P<bucket>\d+)"
+    r"|(?P<word>TIE|NORM|UPDATE))"
 )
 
 
@@ -183,8 +201,6 @@ def parse_stage(text: str) -> Stage:
 
 def _joint(word: str | None, stage: Stage | None) -> Action:
     match word, stage:
-        case "REDUCE", Stage():
-            return Reduce(stage)
         case "TIE", Stage():
             return Tie(stage)
         case "NORM", None:
@@ -195,9 +211,11 @@ def _joint(word: str | None, stage: Stage | None) -> Action:
             raise ValueError(f"{word or 'a compute action'} with stage {stage} is no action")
 
 
-def _of(found: "re.Match[str]", stage: Stage) -> Compute | Send | Recv | Wait:
+def _of(found: "re.Match[str]", stage: Stage) -> Compute | Send | Recv | Wait | Reduce | WaitReduce:
     if found["kind"]:
         return Compute(Kind(found["kind"]), stage, int(found["compute"]))
+    if found["sum"]:
+        return (Reduce if found["sum"] == "REDUCE" else WaitReduce)(stage, int(found["bucket"]))
     way = Send if found["way"] == "SEND" else Recv
     transfer = way(stage, Direction(found["direction"]), int(found["moved"]), parse_stage(found["peer"]))
     return Wait(transfer) if found["wait"] else transfer

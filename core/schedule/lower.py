@@ -15,6 +15,10 @@ consume the data, and bounds the queue.
 
 A lane without rows in a microbatch has no actions for it: absence is decided here, not by the executor.
 
+The sums of a stage's gradients, bucket by bucket, are posted after the last turn of the whole order in which any of
+its lanes adds to them, whether or not this lane has that turn: so all lanes post them at one place among what else
+they do together. They go on while the rank computes for its other stages, and are waited for at the end.
+
 What rows do not change (which transfers may stand at which action) is worked out once per job and stage; a
 step adds the messages of the rank.
 """
@@ -40,10 +44,12 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Update,
     Wait,
+    WaitReduce,
 )
 from mimogrid.core.schedule.orders import Order, order_of
+from mimogrid.core.shards import buckets_of, shared_by
 from mimogrid.core.steps import Step
-from mimogrid.core.topology import Link, Stage, Topology
+from mimogrid.core.topology import Link, Stage, StageInfo, Topology
 
 
 @attrs.frozen(eq=False)
@@ -87,8 +93,9 @@ class Program:
                 module = modules[stage.module]
                 lanes = module.closure(module.grid.position(rank)["dp"])
                 return tuple(r for lane in lanes for r in module.holders(stage, lane))
-            case Reduce(stage=stage):
-                return modules[stage.module].grid.group_of(rank, modules[stage.module].summed_over)
+            case Reduce(stage, bucket) | WaitReduce(stage, bucket):
+                section = buckets_of(self.topology, self.topology.stages[stage], rank)[bucket].section
+                return shared_by(modules[stage.module], rank, section)
             case Tie(stage=stage):
                 pipeline = modules[stage.module].grid.group_of(rank, "pp")
                 return (pipeline[0], pipeline[-1])
@@ -97,13 +104,26 @@ class Program:
             case _:
                 return (rank,)
 
+    def sums(self, rank: int) -> tuple[Reduce, ...]:
+        """Return the sums of gradients that a rank has a part in, in the order in which it posts them."""
+        if not self.order.training:
+            return ()
+        found = (
+            Reduce(info.stage, bucket)
+            for info in sorted(self.topology.stages_of(rank), key=self.last_gradient)
+            for bucket in range(len(buckets_of(self.topology, info, rank)))
+        )
+        return tuple(reduce for reduce in found if len(self.joint(rank, reduce)) > 1)
+
+    def last_gradient(self, info: StageInfo) -> int:
+        """Return where in the global order the gradients of a stage are complete on all lanes."""
+        return self.order.index[self.order.of(info.stage)[-1]]
+
     def finish(self, rank: int) -> Iterator[Action]:
-        """Yield reductions, agreement and update, which end a program that trains."""
+        """Yield what ends a program that trains: all sums are there, and then agreement and update."""
         if not self.order.training:
             return
-        for info in self.topology.stages_of(rank):
-            if info.trainable and len(self.joint(rank, Reduce(info.stage))) > 1:
-                yield Reduce(info.stage)
+        yield from (WaitReduce(reduce.stage, reduce.bucket) for reduce in self.sums(rank))
         for info in self.topology.stages_of(rank):
             tied = any(p.copy and p.name in info.trainable for p in info.parameters)
             if tied and info.first != info.last:
@@ -267,8 +287,10 @@ class _Lowering:
         received, sent = list(self._received(turns)), self._sent(turns)
         posts, reads = _posts(received, len(turns)), _by_turn(received, len(turns))
         sends = _by_turn(sent, len(turns))
-        ends = _ends([turn.start for turn, _ in turns], received, sent)
+        starts = [turn.start for turn, _ in turns]
+        ends, sums = _ends(starts, received, sent), self._sums(starts)
         for i, (turn, _) in enumerate(turns):
+            yield from sums[i]
             for mail in posts[i]:
                 yield mail.option.transfer
             for mail in (*reads[i], *ends[i]):
@@ -276,8 +298,18 @@ class _Lowering:
             yield turn.action
             for mail in sends[i]:
                 yield mail.option.transfer
+        yield from sums[-1]
         for mail in ends[-1]:
             yield mail.option.wait
+
+    def _sums(self, starts: list[int]) -> list[list[Reduce]]:
+        """Return, per turn and for the end, the sums to post before it."""
+        program = self.program
+        sums: list[list[Reduce]] = [[] for _ in range(len(starts) + 1)]
+        for reduce in program.sums(self.rank):
+            complete = program.last_gradient(program.topology.stages[reduce.stage])
+            sums[bisect.bisect_right(starts, complete)].append(reduce)
+        return sums
 
     def _own_turns(self) -> list[tuple[_Turn, int]]:
         """Return this rank's turns, each with the lane that it has there."""

@@ -1,8 +1,8 @@
 """Replay: the one walk over a program, without durations.
 
 Every rank works down its list. An action starts when what it waits for is there: a WAIT when both ends have
-posted the transfer (nothing is assumed to buffer), a joint action when all its ranks have reached it. The
-walk ends when every rank is through, or when none can go on; then it says who waits for whom. `verify`
+posted the transfer (nothing is assumed to buffer), or all who share a sum have posted it; a joint action when all
+its ranks have reached it. The walk ends when every rank is through, or when none can go on; then it says who waits for whom. `verify`
 judges the end of the walk; a simulator adds a clock to it.
 
 Ranks with equal lists may also walk *in step*, as one: an action starts for all of them when it may start for
@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 
 import attrs
 
-from mimogrid.core.schedule.actions import Action, Send, Tie, Transfer, Wait, other_end
+from mimogrid.core.schedule.actions import Action, Reduce, Send, Tie, Transfer, Wait, WaitReduce, other_end
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
 
@@ -157,7 +157,7 @@ class _Walk:
         )
         self.passed: set[tuple[int, int, Transfer]] = set()
         self.position = dict.fromkeys(self.listing, 0)
-        self.posted: set[tuple[int, Transfer]] = set()
+        self.posted: set[tuple[int, Transfer | Reduce]] = set()
         self.met: dict[tuple[int, Action], set[int]] = collections.defaultdict(set)
         self.free: set[tuple[int, Action]] = set()
         self.sleeping: dict[Hashable, list[int]] = {}
@@ -181,10 +181,10 @@ class _Walk:
                 return
             self.position[walker] += 1
             self.started.append((walker, action))
-            if isinstance(action, Transfer):
+            if isinstance(action, Transfer | Reduce):
                 self.posted.add((walker, action))
                 self.ready.extend(self.sleeping.pop((walker, action), ()))
-                if self.strict:
+                if self.strict and isinstance(action, Transfer):
                     self._queue(walker, action)
 
     def _queue(self, walker: int, transfer: Transfer) -> None:
@@ -199,8 +199,10 @@ class _Walk:
 
     def _obstacle(self, walker: int, action: Action) -> Hashable | None:
         """Return what an action still waits for, if anything."""
-        if isinstance(action, Transfer):
+        if isinstance(action, Transfer | Reduce):
             return None
+        if isinstance(action, WaitReduce):
+            return next(self._unsummed(walker, action), None)
         if isinstance(action, Wait):
             obstacle: Hashable = next(self._unposted(walker, action.transfer), None)
             if obstacle is None and self.strict:
@@ -230,6 +232,10 @@ class _Walk:
             if (peer, theirs) not in self.posted:
                 yield peer, theirs
 
+    def _unsummed(self, walker: int, action: WaitReduce) -> Iterator[tuple[int, Reduce]]:
+        group = (walker, *self.joint(walker, action.posted))
+        return ((member, action.posted) for member in group if (member, action.posted) not in self.posted)
+
     def _queueing(self, walker: int, transfer: Transfer) -> Iterator[tuple[int, int, Transfer]]:
         for other in self.others(walker, transfer):
             if (walker, other, transfer) not in self.passed:
@@ -243,6 +249,8 @@ class _Walk:
             if not owing:
                 owing = [other for _, other, _ in self._queueing(walker, action.transfer)]
                 heads = (self.queued[walker, owing[0]][0], self.queued[owing[0], walker][0])
+        elif isinstance(action, WaitReduce):
+            owing = [member for member, _ in self._unsummed(walker, action)]
         else:
             group = self.joint(walker, action)
             met = self.met[group[0], meeting(action)]

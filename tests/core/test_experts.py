@@ -13,7 +13,7 @@ from mimogrid.core.gradients import counts_in_norm, is_written_by
 from mimogrid.core.grid import Axis, Grid
 from mimogrid.core.groups import groups_of
 from mimogrid.core.models import Gpt
-from mimogrid.core.schedule.actions import Compute, Reduce
+from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.topology import Topology
 from mimogrid.core.verify import verify
@@ -125,7 +125,7 @@ def test_what_is_no_expert_is_held_by_all(topology: Topology) -> None:
 @settings(deadline=None, max_examples=50)
 @given(spread())
 def test_every_group_that_experts_need_is_planned(topology: Topology) -> None:
-    """Tokens cross, shards are gathered, copies are reduced in groups that exist; a reduction spans them."""
+    """Tokens cross, shards are gathered, copies are reduced in groups that exist; sums are over them."""
     module = topology.modules["language"]
     assert module.experts is not None
     planned = {(rank,) for rank in module.grid.ranks} | {g for slot in groups_of(topology) for g in slot}
@@ -133,9 +133,11 @@ def test_every_group_that_experts_need_is_planned(topology: Topology) -> None:
     for rank in module.grid.ranks:
         for axes in (TOGETHER, ("expert_tp",), ("expert_dp",)):
             assert module.experts.group_of(rank, axes) in planned
-        reduction = Reduce(module.stages[module.position(rank)["pp"]].stage)
-        spans = {*module.experts.group_of(rank, "expert_dp"), *module.grid.group_of(rank, ("cp", "dp"))}
-        assert spans <= set(program.joint(rank, reduction))
+        sums = {program.joint(rank, reduce) for reduce in program.sums(rank)}
+        spans = {module.experts.group_of(rank, "expert_dp"), module.grid.group_of(rank, ("cp", "dp"))}
+        spans |= {module.grid.group_of(rank, ("tp", "cp", "dp"))}  # of a router
+        assert {group for group in spans if len(group) > 1} == sums
+        assert sums <= planned
 
 
 def test_a_router_is_partial_wherever_tp_deals_tokens() -> None:

@@ -7,7 +7,7 @@ from jobs import program_of
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.measured import mean_costs, measured, on_one_clock
 from mimogrid.core.pricing import assumed
-from mimogrid.core.schedule.actions import Norm, Reduce, Update, parse
+from mimogrid.core.schedule.actions import Norm, Update, WaitReduce, parse
 from mimogrid.core.simulate import simulate
 from mimogrid.core.timeline import EDGE, Event, by_rank
 
@@ -92,8 +92,8 @@ def test_a_mean_is_over_microbatches_and_lanes_and_a_sum_is_that_of_the_last_lan
         Event(0, parse("a.0 F0"), 0, 1),
         Event(1, parse("a.0 F0"), 0, 3),
         Event(0, parse("b.0 F0"), 1, 2),
-        Event(0, Reduce(stage), 2, 4),
-        Event(1, Reduce(stage), 3, 4),
+        Event(0, WaitReduce(stage, 0), 2, 4),
+        Event(1, WaitReduce(stage, 0), 3, 4),
         Event(0, Update(), 4, 5),
         Event(1, Update(), 4, 6),
     ]

@@ -28,6 +28,7 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Update,
     Wait,
+    WaitReduce,
     other_end,
 )
 from mimogrid.core.schedule.lower import Program, plan_step
@@ -159,6 +160,8 @@ def _others(action: Action, around: list[Action]) -> list[Action]:
         return [action.transfer, *(Wait(other) for other in _others(action.transfer, around))]
     if isinstance(action, Norm | Update):
         return [Update(), Norm()]
+    if isinstance(action, WaitReduce):
+        return [action.posted, *(WaitReduce(r.stage, r.bucket) for r in _others(action.posted, around))]
     others: list[Action] = [attrs.evolve(action, stage=stage) for stage in stages]
     if isinstance(action, Compute):
         others += [attrs.evolve(action, kind=kind) for kind in Kind]
@@ -166,7 +169,9 @@ def _others(action: Action, around: list[Action]) -> list[Action]:
         others += [Wait(action), other_end(action), attrs.evolve(action, peer=action.stage)]
         others += [attrs.evolve(action, direction=direction) for direction in Direction]
         others += [(Send if isinstance(action, Recv) else Recv)(**_fields(action))]
-    if not isinstance(action, Reduce | Tie):
+    if isinstance(action, Reduce):
+        others += [WaitReduce(action.stage, action.bucket), attrs.evolve(action, bucket=action.bucket + 1)]
+    elif not isinstance(action, Tie):
         others += [
             attrs.evolve(action, microbatch=k)
             for k in (action.microbatch + 1, action.microbatch - 1)
@@ -234,10 +239,8 @@ def same_work(listing: Listing, changed: Listing) -> bool:
 
 
 def _end(actions: tuple[Action, ...]) -> list[Action]:
-    """What a list does from its first reduction on; messages may still come and go there."""
-    ends = [isinstance(action, Reduce | Tie | Norm | Update) for action in actions]
-    first = ends.index(True) if True in ends else len(actions)
-    return [action for action in actions[first:] if not isinstance(action, Send | Recv | Wait)]
+    """The sums of a list and what ends it, in its order; computing and messages may stand between them."""
+    return [action for action in actions if isinstance(action, Reduce | WaitReduce | Tie | Norm | Update)]
 
 
 @settings(max_examples=100, deadline=None, phases=DRAWN)

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from cases import CASES
 from jobs import job
 from mimogrid.core.optimizers import states_of
-from mimogrid.core.shards import ALIGNMENT, boxes, lanes_of, layout_of, local_size, optimizer_bytes, region_of
+from mimogrid.core.shards import (
+    ALIGNMENT,
+    Section,
+    boxes,
+    bucket_of,
+    buckets_of,
+    lanes_of,
+    local_size,
+    optimizer_bytes,
+    share_of,
+    shared_by,
+)
 from mimogrid.core.spec import OptimizerSpec
 from mimogrid.core.topology import Topology, assemble
 
@@ -22,10 +33,10 @@ sizes = st.lists(st.integers(1, 300), max_size=8).map(lambda found: {f"p{i}": n 
 @given(sizes, st.integers(1, 5))
 def test_parts_of_lanes_are_every_value_once(sizes: dict[str, int], lanes: int) -> None:
     """In order of lanes, the parts of a parameter follow each other from its first value to its last."""
-    region = region_of(sizes, lanes=lanes)
+    bucket = bucket_of(Section.COMMON, sizes, lanes=lanes)
     ends = dict.fromkeys(sizes, 0)
     for lane in range(lanes):
-        for part in region.parts(lane):
+        for part in bucket.parts(lane):
             assert ends[part.name] == part.start
             ends[part.name] = part.stop
     assert sizes == ends
@@ -34,10 +45,10 @@ def test_parts_of_lanes_are_every_value_once(sizes: dict[str, int], lanes: int) 
 @given(sizes, st.integers(1, 5))
 def test_lanes_have_equal_parts_and_cut_where_vectors_end(sizes: dict[str, int], lanes: int) -> None:
     """Every cut is a multiple of the alignment from where the parameter begins."""
-    region = region_of(sizes, lanes=lanes)
-    assert {region.size / lanes} == {len(region.lane(lane)) for lane in range(lanes)}
+    bucket = bucket_of(Section.COMMON, sizes, lanes=lanes)
+    assert {bucket.size / lanes} == {len(bucket.lane(lane)) for lane in range(lanes)}
     for lane in range(lanes):
-        assert all(part.start % ALIGNMENT == 0 for part in region.parts(lane))
+        assert all(part.start % ALIGNMENT == 0 for part in bucket.parts(lane))
 
 
 @st.composite
@@ -77,7 +88,7 @@ def _with(topology: Topology, **changes: object) -> Topology:
 
 @pytest.mark.parametrize("text", CASES.values(), ids=CASES)
 def test_lanes_that_share_keep_what_one_that_does_not_keeps_alone(text: str) -> None:
-    """Over the lanes of a region the bytes of the shared states add up to those that every lane kept."""
+    """Over the lanes of a bucket the bytes of the shared states add up to those that every lane kept."""
     topology = job(text, batch=48)
     whole, shared = _with(topology), _with(topology, sharded=True)
     for module in topology.modules.values():
@@ -95,11 +106,10 @@ def test_bytes_are_those_of_states_and_main_weights() -> None:
     topology = job("l gpt dp2", batch=8)
     module, (info,) = topology.modules["l"], topology.stages_of(0)
     held = {p.name: local_size(module, p) for p in info.parameters}
-    layout = layout_of(module, info, held)
-    assert (0, 0, 0) == lanes_of(module, 0)
+    buckets = buckets_of(topology, info, 0)
     values = sum(held.values())
     assert 2 * 4 * values == optimizer_bytes(_with(topology, precision="fp32"), 0)
-    main = sum(region.size for region in layout.regions)
+    main = sum(bucket.size for bucket in buckets)
     assert values < main
     assert 4 * (2 * values + main) == optimizer_bytes(_with(topology, precision="bf16"), 0)
     plain = _with(topology, name="sgd")

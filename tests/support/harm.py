@@ -41,7 +41,7 @@ AT_RANK: dict[int, dict[str, str]] = {
         "send": "step 3 {}at enc.0 SEND_F2*",
         "steady": "step 3 {}at enc.0 B1",
         "drain": "step 3 {}at enc.0 B3",
-        "reduction": "step 3 {}at enc.0 REDUCE",
+        "reduction": "step 3 {}at enc.0 REDUCE0",
         "norm": "step 3 {}at NORM",
         "optimizer": "step 3 {}at UPDATE",
         "checkpoint": "step 3 {}at saving a checkpoint",

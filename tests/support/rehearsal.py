@@ -31,6 +31,7 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Update,
     Wait,
+    WaitReduce,
     other_end,
 )
 from mimogrid.core.schedule.lower import Program, link_of
@@ -114,6 +115,26 @@ class _World:
             one.whole = other.whole = True
             one.value = other.value = (one if one.sends else other).value
 
+    def post(
+        self, rank: "_Rank", members: tuple[int, ...], what: str, value: Number
+    ) -> tuple[tuple[int, ...], int]:
+        """Hand in a value for a call of a group, without waiting; return the call."""
+        if len(members) == 1:
+            raise RehearsalError(f"'{what}' is a sum over one rank")
+        call = (members, rank.calls[members])
+        rank.calls[members] += 1
+        self.met.setdefault(call, {})[rank.number] = what, value
+        return call
+
+    def handed(self, call: tuple[tuple[int, ...], int]) -> list[Number] | None:
+        """Return what all members have handed in for a call, once they have."""
+        handed, members = self.met[call], call[0]
+        if len(handed) < len(members):
+            return None
+        if len({word for word, _ in handed.values()}) > 1:
+            raise RehearsalError(f"ranks {members} meet in different calls: {sorted(handed.items())}")
+        return [handed[member][1] for member in members]
+
     def gather(
         self, rank: "_Rank", members: tuple[int, ...], what: str, value: Number
     ) -> list[Number] | None:
@@ -121,14 +142,10 @@ class _World:
         if len(members) == 1:
             return [value]
         place = (members, rank.calls[members])
-        handed = self.met.setdefault(place, {})
-        handed[rank.number] = what, value
-        if len(handed) < len(members):
-            return None
-        if len({word for word, _ in handed.values()}) > 1:
-            raise RehearsalError(f"ranks {members} meet in different calls: {sorted(handed.items())}")
-        rank.calls[members] += 1
-        return [handed[member][1] for member in members]
+        self.met.setdefault(place, {})[rank.number] = what, value
+        handed = self.handed(place)
+        rank.calls[members] += handed is not None
+        return handed
 
     def nothing_is_left(self) -> None:
         """Raise where someone waits for a message or for a call that nobody makes."""
@@ -155,6 +172,9 @@ class _Rank:
         self.halves: dict[tuple[Stage, int], Number] = {}
         self.unread: dict[tuple[Stage, int], set[Transfer]] = {}
         self.gradient: collections.Counter[Stage] = collections.Counter()
+        self.sums: dict[Reduce, tuple[tuple[int, ...], int]] = {}
+        self.summed: dict[Reduce, Number] = {}
+        self.computes: collections.Counter[tuple[int, ...]] = collections.Counter()
         self.weights = {info.stage: of("weights", info.stage) for info in self.topology.stages_of(number)}
         self.agreed: Number | None = None
 
@@ -167,7 +187,11 @@ class _Rank:
                 return self.post(action)
             case Wait():
                 return self.wait(action.transfer)
-            case Reduce() | Tie() | Norm():
+            case Reduce():
+                return self.post_sum(action)
+            case WaitReduce():
+                return self.wait_for_sum(action)
+            case Tie() | Norm():
                 return self.agree(action)
             case Update():
                 return self.update()
@@ -244,6 +268,7 @@ class _Rank:
         members = tuple(self.program.joint(self.number, action))
         handed = self.world.gather(self, members, str(action), of(self.number, stage, k, *read))
         if handed is not None:
+            self.computes[members] += 1
             self.computed(action, of(self.number, *handed))
         return handed is not None
 
@@ -267,6 +292,8 @@ class _Rank:
                 self.made[stage, Direction.BACKWARD, action.microbatch] = value
                 self.halves[place] = value
         if action.kind is not Kind.INPUT_GRADIENT:
+            if any(reduce.stage == stage for reduce in self.sums):
+                raise RehearsalError(f"'{action}' adds to a gradient that is being summed")
             self.gradient[stage] = (self.gradient[stage] + self.halves.pop(place)) % MODULUS
             del self.kept[place]
 
@@ -315,15 +342,42 @@ class _Rank:
 
     # -- the end of the step --
 
-    def agree(self, action: Reduce | Tie | Norm) -> bool:
-        """Sum gradients over the members of a joint action, or hand all that a rank has to all."""
+    def post_sum(self, reduce: Reduce) -> bool:
+        """Hand in a gradient, at a place among the computations that all members join."""
+        if reduce.stage not in self.weights or reduce in self.sums:
+            raise RehearsalError(f"'{reduce}' is not for rank {self.number}, or twice")
+        members = tuple(self.program.joint(self.number, reduce))
+        before = [n for ranks, n in sorted(self.computes.items()) if set(members) <= set(ranks)]
+        what = f"{reduce} after {before}"
+        self.sums[reduce] = self.world.post(self, members, what, self.gradient[reduce.stage])
+        return True
+
+    def wait_for_sum(self, wait: WaitReduce) -> bool:
+        """Go on once all members have handed in theirs."""
+        if wait.posted not in self.sums:
+            raise RehearsalError(f"'{wait}' waits for what is not posted")
+        handed = self.world.handed(self.sums[wait.posted])
+        if handed is not None:
+            self.summed[wait.posted] = of("sum", *handed)
+        return handed is not None
+
+    def result_of(self, stage: Stage) -> Number:
+        """Return the gradient of a stage, summed as far as it is."""
+        mine = [(reduce.bucket, value) for reduce, value in self.summed.items() if reduce.stage == stage]
+        return of(self.gradient[stage], *sorted(mine))
+
+    def agree(self, action: Tie | Norm) -> bool:
+        """Sum tied gradients over the members of a joint action, or hand all that a rank has to all."""
         if not isinstance(action, Norm) and action.stage not in self.weights:
             raise RehearsalError(f"rank {self.number} does not host {action.stage}")
         members = tuple(self.program.joint(self.number, action))
         if self.number not in members:
             raise RehearsalError(f"'{action}' is not for rank {self.number}")
         what = f"TIE {action.stage.module}" if isinstance(action, Tie) else str(action)
-        mine = of(*sorted(self.gradient.items())) if isinstance(action, Norm) else self.gradient[action.stage]
+        if isinstance(action, Norm):
+            mine = of(*((stage, self.result_of(stage)) for stage in self.weights))
+        else:
+            mine = self.result_of(action.stage)
         handed = self.world.gather(self, members, what, mine)
         if handed is None:
             return False
@@ -338,13 +392,15 @@ class _Rank:
         if self.agreed is None:
             raise RehearsalError("a step is taken that nobody agreed on")
         for stage, weights in self.weights.items():
-            self.weights[stage] = of("updated", weights, self.gradient[stage], self.agreed)
+            self.weights[stage] = of("updated", weights, self.result_of(stage), self.agreed)
         return True
 
     def results(self) -> Iterator[tuple[Hashable, Number]]:
         """Yield what is left: weights, and what was computed for nobody else."""
         if self.pending:
             raise RehearsalError(f"rank {self.number} never waits for {', '.join(map(str, self.pending))}")
+        if self.sums.keys() != self.summed.keys():
+            raise RehearsalError(f"rank {self.number} does not wait for all sums that it posted")
         for stage, weights in self.weights.items():
             yield (self.number, stage), weights
         for (stage, direction, k), value in self.made.items():
