@@ -368,7 +368,7 @@ class _Judge:
     def _compute(
         self, stage: Stage, k: int, followers: tuple[Action, ...]
     ) -> tuple[list[Action], list[_Pair]]:
-        """One microbatch: its forward, then its backward, whole or in two, then the sums, or else what ends the step."""
+        """One microbatch: its forward, then its backward, whole or in two, then sums, or else what ends the step."""
         kinds = [Kind.FORWARD]
         if self._is_trained(stage):
             halves = [Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT]

@@ -17,10 +17,11 @@ from mimogrid.shell.world import World
 class ModuleGroups:
     """The groups of one module that a rank is in; along an axis of size 1, the rank alone.
 
-    `holders` share a lane (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), `partial`
-    everyone whose gradients add up where they are partial along tp (None where none are), and `tie` joins the ends of the pipeline. Of the ranks that share experts `together` are those among whom
-    tokens cross, `expert_tp` hold the shards of the same experts, and `expert_dp` the same shards. Networks
-    are built one stage at a time, so their `pp` is the rank.
+    `holders` share a lane (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), and
+    `partial` everyone who has a part of a gradient that is partial along tp; None where none is. `tie` joins the ends
+    of the pipeline. Of the ranks that share experts `together` are those among whom tokens cross, `expert_tp` hold
+    the shards of the same experts, and `expert_dp` the same shards. Networks are built one stage at a time, so their
+    `pp` is the rank.
     """
 
     tp: dist.ProcessGroup

@@ -249,7 +249,7 @@ def turns_of(program: Program) -> Mapping[int, tuple[int, ...]]:
         if isinstance(action, Update):  # all ranks take the step at once, as they do in training
             continue
         turn = len(turns)
-        if isinstance(action, Compute | WaitReduce | Tie | Norm):
+        if isinstance(action, Compute | Tie | Norm):
             key = program.joint(rank, action), meeting(action)
             turn = turns.setdefault(key, len(turns) + 1)
         counts[rank][turn] += 1

@@ -7,7 +7,7 @@ import pytest
 
 import jobs
 from mimogrid.core.pricing import misfits
-from mimogrid.core.schedule.actions import Compute, Norm, Recv, Reduce, Send, Tie, Update, Wait, other_end
+from mimogrid.core.schedule.actions import Compute, Norm, Recv, Send, Tie, Update, Wait, WaitReduce, other_end
 from mimogrid.shell import costfile, start
 from mimogrid.shell.cli import main
 from mimogrid.shell.jobs import open_job
@@ -83,7 +83,7 @@ def test_one_action_computes_in_a_turn_and_none_waits_for_a_later_one(text, sche
         for turn, (begin, count) in enumerate(zip(begins, counts, strict=True)):
             for action in actions[begin : begin + count]:
                 turn_of[rank, action] = turn
-                if isinstance(action, Compute | Reduce | Tie | Norm):
+                if isinstance(action, Compute | Tie | Norm):
                     name = "tie" if isinstance(action, Tie) else action
                     owners.setdefault(turn, set()).add((program.joint(rank, action), name))
     assert set(range(1, 1 + len(owners))) == set(owners)
@@ -93,6 +93,8 @@ def test_one_action_computes_in_a_turn_and_none_waits_for_a_later_one(text, sche
             assert turn_of[rank, action.transfer] <= turn
             for peer in program.peers_of(rank, action.transfer):
                 assert turn_of[peer, other_end(action.transfer)] <= turn
+        if isinstance(action, WaitReduce):
+            assert all(turn_of[peer, action.posted] <= turn for peer in program.joint(rank, action))
         assert isinstance(action, Wait | Send | Recv) or turn
 
 

@@ -2,8 +2,8 @@
 
 Every rank works down its list. An action starts when what it waits for is there: a WAIT when both ends have
 posted the transfer (nothing is assumed to buffer), or all who share a sum have posted it; a joint action when all
-its ranks have reached it. The walk ends when every rank is through, or when none can go on; then it says who waits for whom. `verify`
-judges the end of the walk; a simulator adds a clock to it.
+its ranks have reached it. The walk ends when every rank is through, or when none can go on; then it says who
+waits for whom. `verify` judges the end of the walk; a simulator adds a clock to it.
 
 Ranks with equal lists may also walk *in step*, as one: an action starts for all of them when it may start for
 every one of them, and a joint action when everybody who has it in his list has reached it. That asks for more
@@ -13,11 +13,22 @@ same order, and get there, too. If it does not, nothing is said of them.
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.schedule.actions import Action, Reduce, Send, Tie, Transfer, Wait, WaitReduce, other_end
+from mimogrid.core.schedule.actions import (
+    Action,
+    Recv,
+    Reduce,
+    Send,
+    Tie,
+    Transfer,
+    Wait,
+    WaitReduce,
+    other_end,
+)
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing
 
@@ -199,15 +210,19 @@ class _Walk:
 
     def _obstacle(self, walker: int, action: Action) -> Hashable | None:
         """Return what an action still waits for, if anything."""
-        if isinstance(action, Transfer | Reduce):
-            return None
-        if isinstance(action, WaitReduce):
-            return next(self._unsummed(walker, action), None)
-        if isinstance(action, Wait):
-            obstacle: Hashable = next(self._unposted(walker, action.transfer), None)
-            if obstacle is None and self.strict:
-                obstacle = next(self._queueing(walker, action.transfer), None)
-            return obstacle
+        match action:
+            case Send() | Recv() | Reduce():
+                return None
+            case Wait(transfer=transfer):
+                queueing = self._queueing(walker, transfer) if self.strict else ()
+                return next(itertools.chain(self._unposted(walker, transfer), queueing), None)
+            case WaitReduce():
+                return next(self._unsummed(walker, action), None)
+            case _:
+                return self._absent(walker, action)
+
+    def _absent(self, walker: int, action: Action) -> Hashable | None:
+        """Return the meeting that a joint action waits for; None once the last member has come."""
         group = self.joint(walker, action)
         if len(group) == 1:
             return None

@@ -51,12 +51,14 @@ JOBS: dict[str, str] = {
     "zero bubble": "v vit frozen > l; l gpt pp3",
     "zero bubble, further ahead": "v vit > l; l gpt tp2 pp2",
     "encoder and chunks": "v vit > l; l gpt pp2 chunks2",
+    "lanes and chunks": "l gpt dp2 pp2 chunks2",
     "own microbatches": "v vit m2 > l; l gpt m4 pp2",
     "more of its own": "v vit m12 > l; l gpt m2 dp2",
     "counts that do not divide": "v vit dp2 m3 > a, b; a regressor m2 @2; b regressor m3 @2",
     "frozen": "v vit pp2 frozen > l; l gpt",
     "frozen behind": "v vit > l; l gpt pp2 frozen",
     "tied, tp": "v vit tp2 > l; l gpt tp2 tied pp2",
+    "sequence parallel": "l gpt tp2 sp pp2",
     "cp": "l gpt cp2 pp2",
     "experts": "v vit > l; l gpt dp2 ep2 x2",
     "skip edge": "v vit > m, l; m block > l; l gpt",
@@ -65,6 +67,7 @@ JOBS: dict[str, str] = {
 SCHEDULES = {
     "chunks": "interleaved",
     "encoder and chunks": "interleaved",
+    "lanes and chunks": "interleaved",
     "zero bubble": "zb-h1",
     "zero bubble, further ahead": "zb-h2",
 }
@@ -84,7 +87,7 @@ def known(name: str, *, ragged: bool, split: bool, training: bool = True) -> Kno
     """Return a job's program with what a rehearsal of it gives."""
     text = JOBS[name]
     microbatches, schedule = 6 if "m3" in text else 4, SCHEDULES.get(name, "1f1b")
-    topology = topology_of(text, batch=12, microbatches=microbatches, schedule=schedule)
+    topology = topology_of(text, batch=12, microbatches=microbatches, schedule=schedule, bucket_mb=0.002)
     step = step_with(topology, RAGGED if ragged else {})
     program = plan_step(step, training=training)
     own = listing_of(program)

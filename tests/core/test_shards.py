@@ -17,7 +17,6 @@ from mimogrid.core.shards import (
     boxes,
     bucket_of,
     buckets_of,
-    lanes_of,
     local_size,
     optimizer_bytes,
     share_of,
@@ -115,3 +114,54 @@ def test_bytes_are_those_of_states_and_main_weights() -> None:
     plain = _with(topology, name="sgd")
     assert () == states_of(OptimizerSpec(name="sgd"))
     assert 0 == optimizer_bytes(plain, 0)
+
+
+# -- buckets -----------------------------------------------------------------------------------------------
+
+SMALL = 0.001
+"""Megabytes of a bucket: 250 values in fp32."""
+
+
+@pytest.mark.parametrize(
+    "text", [*CASES.values(), "l gpt tp2 dp2 sp x2 tied pp2"], ids=[*CASES, "all sections"]
+)
+def test_buckets_hold_every_parameter_that_trains_once(text: str) -> None:
+    """And of one section only; those of a stage are as many, and as large, on all ranks that share a sum."""
+    topology = job(text, batch=48, bucket_mb=SMALL)
+    for rank in topology.ranks:
+        for info in topology.stages_of(rank):
+            module = topology.modules[info.stage.module]
+            buckets = buckets_of(topology, info, rank)
+            held = module.held(info, module.position(rank).get("ep", 0))
+            names = [span.name for bucket in buckets for span in bucket.spans]
+            assert sorted(p.name for p in held if p.name in info.trainable) == sorted(names)
+            for bucket in buckets:
+                for other in shared_by(module, rank, bucket.section):
+                    theirs = buckets_of(topology, info, other)
+                    assert [(b.section, b.size) for b in buckets] == [(b.section, b.size) for b in theirs]
+
+
+def test_a_bucket_is_full_once_it_has_its_megabytes() -> None:
+    """Without its first parameter it is not; only the last of a section may be smaller. Later layers come first."""
+    topology = job("l gpt dp2", bucket_mb=SMALL)
+    (info,) = topology.stages_of(0)
+    room = SMALL * 1e6 / 4
+    *full, last = (b for b in buckets_of(topology, info, 0) if b.section is Section.COMMON)
+    assert len(full) > 1
+    for bucket in full:
+        held = sum(span.size for span in bucket.spans)
+        assert held >= room > held - bucket.spans[0].size
+    assert sum(span.size for span in last.spans) - last.spans[0].size < room
+    order = [parameter.name for parameter in info.parameters]
+    ends = [order.index(bucket.spans[0].name) for bucket in (*full, last)]
+    assert sorted(ends, reverse=True) == ends
+
+
+@pytest.mark.parametrize("text", ["l gpt pp2 dp2", "l gpt tp2 sp pp2", "l gpt dp2 x2 ep2"])
+def test_shares_of_buckets_are_a_whole(text: str) -> None:
+    """So a sum takes as long in one bucket as in several."""
+    topology = job(text, bucket_mb=SMALL)
+    for stage, info in topology.stages.items():
+        rank = next(rank for rank in topology.ranks if info in topology.stages_of(rank))
+        count = len(buckets_of(topology, info, rank))
+        assert 1 == pytest.approx(sum(share_of(topology, stage, bucket) for bucket in range(count)))

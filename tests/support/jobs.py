@@ -17,7 +17,16 @@ from mimogrid.core.samples import Sample
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Send, parse
 from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.schedule.program import Listing
-from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, ScheduleSpec, SourceFacts
+from mimogrid.core.spec import (
+    BatchSpec,
+    DataSpec,
+    GridSpec,
+    JobSpec,
+    ModuleSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+    SourceFacts,
+)
 from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
@@ -28,10 +37,17 @@ _SIZE = re.compile(r"(tp|cp|dp|pp|ep|expert_tp|m|x|width|chunks)(\d+)")
 
 
 def job(
-    text: str, *, batch: int = 8, microbatches: int = 4, schedule: str = "1f1b", world: int | None = None
+    text: str,
+    *,
+    batch: int = 8,
+    microbatches: int = 4,
+    schedule: str = "1f1b",
+    world: int | None = None,
+    bucket_mb: float = 25.0,
 ) -> Topology:
     """Return the topology of a job in the notation above."""
     spec, facts = _written(text, batch, microbatches, schedule, world)
+    spec = attrs.evolve(spec, optimizer=OptimizerSpec(bucket_mb=bucket_mb))
     problems = problems_of(spec, facts)
     assert not problems, "\n".join(map(str, problems))
     return assemble(spec, facts)

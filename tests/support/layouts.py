@@ -152,7 +152,7 @@ def layouts(draw: st.DrawFn) -> JobSpec:
         data=synthetic(modules, **data),
         batch=BatchSpec(global_size=size, microbatches=base),
         schedule=ScheduleSpec(name=draw(st.sampled_from(("1f1b", "gpipe", "zb-h1", "zb-h2")))),
-        optimizer=OptimizerSpec(),
+        optimizer=OptimizerSpec(bucket_mb=draw(st.sampled_from((0.002, 25.0)))),
         train=TrainSpec(),
         seed=draw(st.integers(0, 99)),
         precision="fp64",

@@ -189,6 +189,12 @@ class _Rank:
                 return self.wait(action.transfer)
             case Reduce():
                 return self.post_sum(action)
+            case _:
+                return self.finish(action)
+
+    def finish(self, action: WaitReduce | Tie | Norm | Update) -> bool:
+        """Do what ends a step."""
+        match action:
             case WaitReduce():
                 return self.wait_for_sum(action)
             case Tie() | Norm():
