@@ -135,7 +135,16 @@ def _mixed(program: Program, listing: Listing, alike: _Alike) -> Iterator[str]:
     communicator.
     """
     first = {rank: ranks[0] for _, ranks in alike for rank in ranks}
-    calls = functools.cache(lambda rank, *what: _calls(listing[rank], *what))
+
+    @functools.cache
+    def calls(leader: int, sums: frozenset[Reduce], stages: frozenset[Stage]) -> tuple[Action, ...]:
+        """The actions of a rank that are of some sums, or compute on some stages."""
+        return tuple(
+            action
+            for action in listing[leader]
+            if action in sums or (isinstance(action, Compute) and action.stage in stages)
+        )
+
     found: dict[tuple[int, ...], tuple[int, tuple[Action, ...]]] = {}
     for rank, leader in sorted(first.items()):
         sums = {reduce: program.joint(rank, reduce) for reduce in program.sums(rank)}
@@ -152,13 +161,6 @@ def _mixed(program: Program, listing: Listing, alike: _Alike) -> Iterator[str]:
                     f"rank {rank} comes to '{here}' when rank {other} comes to '{there}': a communicator of both "
                     "would mix them up"
                 )
-
-
-def _calls(
-    actions: tuple[Action, ...], sums: frozenset[Reduce], stages: frozenset[Stage]
-) -> tuple[Action, ...]:
-    """Return which of a rank's actions are of some sums, or compute on some stages."""
-    return tuple(a for a in actions if a in sums or (isinstance(a, Compute) and a.stage in stages))
 
 
 def _idlers(program: Program, listing: Listing) -> Iterator[int]:
@@ -343,7 +345,7 @@ class _Judge:
         """What ends the step: all sums, and then, once they are there, one action after the other."""
         waits = [action for action in duties.finish if isinstance(action, WaitReduce)]
         rest = [action for action in duties.finish if not isinstance(action, WaitReduce)]
-        pairs = [(wait.posted, wait) for wait in waits]
+        pairs: list[_Pair] = [(wait.posted, wait) for wait in waits]
         pairs += [(wait, action) for wait in waits for action in rest[:1]]
         return self._clause((*duties.sums, *duties.finish), [*pairs, *itertools.pairwise(rest)])
 
