@@ -6,7 +6,7 @@ from pathlib import Path
 import attrs
 
 from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.schedule.actions import Send, Transfer, Wait
+from mimogrid.core.schedule.actions import Send, Transfer, Wait, WaitReduce
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.program import Listing, from_text
 from mimogrid.core.schedule.replay import meeting
@@ -76,7 +76,7 @@ def _counted(program: Program, listing: Listing, *, strict: bool) -> Verdict:
     met = {
         (members[0], meeting(action))
         for rank, action in placed
-        if not isinstance(action, Transfer | Wait) and len(members := program.joint(rank, action)) > 1
+        if not isinstance(action, Transfer | Wait | WaitReduce) and len(members := program.joint(rank, action)) > 1
     }
     return Verdict(
         problems=(),
