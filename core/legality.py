@@ -44,7 +44,8 @@ PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "auto")
 DECAYS = ("constant", "cosine", "linear", "wsd")
 RECOMPUTES = ("none", "selective", "full")
-RANKS_MOST, LAYERS_MOST = 1_000_000, 10_000
+RANKS_MOST, LAYERS_MOST, EXPERTS_MOST = 1_000_000, 10_000, 10_000
+SAMPLES_MOST, WIDTH_MOST = 10_000_000, 10_000_000
 """Beyond these a number is a slip of the hand, and enumerating it would take all day."""
 TENSORS = frozenset(
     "rows tokens labels loss_weights targets lengths loss logits prediction".split()  # noqa: SIM905
@@ -230,7 +231,11 @@ def _train(train: TrainSpec) -> Iterator[Problem]:
 
 def _batch(spec: JobSpec) -> Iterator[Problem]:
     size, count = spec.batch.global_size, spec.batch.microbatches
-    wrong = [*_at_least("batch.global_size", size, 1), *_at_least("batch.microbatches", count, 1)]
+    wrong = [
+        *_at_least("batch.global_size", size, 1),
+        *_at_most("batch.global_size", size, SAMPLES_MOST),
+        *_at_least("batch.microbatches", count, 1),
+    ]
     yield from wrong
     if not wrong and size % count:
         yield Problem(
@@ -325,6 +330,7 @@ def _grid_sizes(where: str, grid: GridSpec) -> Iterator[Problem]:
         yield Problem(where, f"{shape} is {size_of(grid):,} ranks.", f"Use at most {RANKS_MOST:,}.")
     if grid.offset is not None:
         yield from _at_least(f"{where}.offset", grid.offset, 0, "Ranks count from 0.")
+        yield from _at_most(f"{where}.offset", grid.offset, RANKS_MOST)
     if sorted(grid.order) != sorted(AXES):
         yield Problem(
             f"{where}.order",
@@ -340,9 +346,10 @@ def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
         value = getattr(model, key, None)
         if value is not None and value != defaults.get(key):
             yield from _at_least(f"{where}.{key}", value, 1)
-    if model.layers > LAYERS_MOST:
-        yield Problem(f"{where}.layers", f"is {model.layers:,}.", f"Use at most {LAYERS_MOST:,}.")
+            yield from _at_most(f"{where}.{key}", value, WIDTH_MOST)
+    yield from _at_most(f"{where}.layers", model.layers, LAYERS_MOST)
     yield from _at_least(f"{where}.experts", model.experts, 0, "0: a dense model.")
+    yield from _at_most(f"{where}.experts", model.experts, EXPERTS_MOST)
     yield from _finite(f"{where}.aux_loss", model.aux_loss)
     yield from _above_zero(f"{where}.init_std", model.init_std)
     if not 0 <= model.dropout < 1:
@@ -700,6 +707,11 @@ def _one_of(where: str, value: str, known: tuple[str, ...]) -> Iterator[Problem]
 def _at_least(where: str, value: float, least: int, remedy: str = "") -> Iterator[Problem]:
     if not value >= least:
         yield Problem(where, f"is {value}; it must be {least} or more.", remedy or f"Use {least} or more.")
+
+
+def _at_most(where: str, value: int, most: int) -> Iterator[Problem]:
+    if value > most:
+        yield Problem(where, f"is {value:,}.", f"Use at most {most:,}.")
 
 
 def _finite(where: str, value: float, remedy: str = "") -> Iterator[Problem]:

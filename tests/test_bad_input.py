@@ -117,6 +117,26 @@ CASES = {
         "modules.vision.grid",
         ["is 100,000,000 ranks", "at most 1,000,000"],
     ),
+    "an offset too large to be meant": (
+        ["modules.vision.grid.offset=1000000000000"],
+        "modules.vision.grid.offset",
+        ["is 1,000,000,000,000", "at most 1,000,000"],
+    ),
+    "more samples than anybody describes": (
+        ["batch.global_size=1000000000000"],
+        "batch.global_size",
+        ["is 1,000,000,000,000", "at most 10,000,000"],
+    ),
+    "more experts than anybody has": (
+        ["modules.language.options.experts=10001"],
+        "modules.language.options.experts",
+        ["is 10,001", "at most 10,000"],
+    ),
+    "a width too large to be meant": (
+        ["modules.language.options.vocab=9000000000000000000"],
+        "modules.language.options.vocab",
+        ["at most 10,000,000"],
+    ),
     "no module": (["modules={}"], "modules", ["the job has no module", "[modules.NAME]"]),
     "a module that nobody uses": (
         ["modules.vision.feeds=[]"],

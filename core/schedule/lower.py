@@ -58,6 +58,9 @@ class Program:
 
     order: Order
     routes: Routes
+    _sums: dict[int, tuple[Reduce, ...]] = attrs.field(
+        factory=dict[int, tuple[Reduce, ...]], init=False, repr=False
+    )
 
     @property
     def topology(self) -> Topology:
@@ -106,14 +109,17 @@ class Program:
 
     def sums(self, rank: int) -> tuple[Reduce, ...]:
         """Return the sums of gradients that a rank has a part in, in the order in which it posts them."""
-        if not self.order.training:
-            return ()
-        found = (
-            Reduce(info.stage, bucket)
-            for info in sorted(self.topology.stages_of(rank), key=self.last_gradient)
-            for bucket in range(len(buckets_of(self.topology, info, rank)))
-        )
-        return tuple(reduce for reduce in found if len(self.joint(rank, reduce)) > 1)
+        if rank not in self._sums:
+            found = (
+                Reduce(info.stage, bucket)
+                for info in sorted(self._trained(rank), key=self.last_gradient)
+                for bucket in range(len(buckets_of(self.topology, info, rank)))
+            )
+            self._sums[rank] = tuple(reduce for reduce in found if len(self.joint(rank, reduce)) > 1)
+        return self._sums[rank]
+
+    def _trained(self, rank: int) -> tuple[StageInfo, ...]:
+        return self.topology.stages_of(rank) if self.order.training else ()
 
     def last_gradient(self, info: StageInfo) -> int:
         """Return where in the global order the gradients of a stage are complete on all lanes."""
