@@ -58,7 +58,7 @@ from mimogrid.core.models import Own
 from mimogrid.core.roles import RankRole, role_of
 from mimogrid.core.samples import Sample
 from mimogrid.core.steps import Step, step_of
-from mimogrid.shell.device import Device
+from mimogrid.shell import device as devices
 from mimogrid.shell.groups import Groups, open_groups
 from mimogrid.shell.host import Handed
 from mimogrid.shell.jobs import Job
@@ -119,7 +119,7 @@ class Embedded:
         self.job = job
         self.index = 0
         """The number of the next step."""
-        self._device = Device(torch.device(device), "gloo" if torch.device(device).type == "cpu" else "nccl")
+        self._device = devices.of(torch.device(device))
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self.world: World = visit(

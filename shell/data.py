@@ -70,9 +70,10 @@ class Loader:
         """Return what the last stage of a module with a loss compares with."""
         match module.model:
             case Gpt():
-                loaded = self._load(module, share, ("labels", "loss_weights"), share.lengths)
-                _check_units(module, share, loaded["loss_weights"])
-                return loaded
+                columns = self._columns(module, share, ("labels", "loss_weights"), share.lengths)
+                # Before they go to the device: to read a value there is to wait for all that it computes.
+                _check_units(module, share, columns["loss_weights"])
+                return self._joined(module, columns)
             case Regressor():
                 return self._load(module, share, ("targets",), share.lengths)
             case Own() if module.inputs:
@@ -91,12 +92,20 @@ class Loader:
     def _load(
         self, module: Module, share: Share, names: tuple[str, ...], counts: tuple[int, ...]
     ) -> dict[str, torch.Tensor]:
+        return self._joined(module, self._columns(module, share, names, counts))
+
+    def _columns(
+        self, module: Module, share: Share, names: tuple[str, ...], counts: tuple[int, ...]
+    ) -> dict[str, list[torch.Tensor]]:
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for sample, count in zip(share.samples, counts, strict=True):
             if count:
                 loaded = self._source.load(sample.id, module.name)
                 for name, column in columns.items():
                     column.append(_checked(loaded, name, sample, count, module.name))
+        return columns
+
+    def _joined(self, module: Module, columns: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         return {
             name: self._join(column or [_nothing(name, module)], exact=name in EXACT)
             for name, column in columns.items()
@@ -140,10 +149,10 @@ def _checked(
     return loaded[name]
 
 
-def _check_units(module: Module, share: Share, weights: torch.Tensor) -> None:
+def _check_units(module: Module, share: Share, weights: list[torch.Tensor]) -> None:
     """The loss is divided by the described count, so the loaded weights must add up to it."""
     described = sum(sample.units.get(module.name, sample.length) for sample in share.samples)
-    loaded = float(weights.sum())
+    loaded = sum(float(of_sample.double().sum()) for of_sample in weights)
     if abs(described - loaded) > 1e-6 * max(1.0, abs(described)):
         ids = f"{share.samples[0].id}..{share.samples[-1].id}"
         raise WorldError(

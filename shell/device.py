@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from mimogrid.shell.place import Place
+from mimogrid.shell.streams import CudaStreams, Streams
 
 
 DTYPES = {
@@ -21,20 +22,19 @@ DTYPES = {
 
 @attrs.frozen
 class Device:
-    """Where tensors live, and what carries them between ranks."""
+    """Where tensors live, what carries them between ranks, and in which order things are done.
+
+    `stages_through_host` says that messages leave the device through host memory, and `is_asynchronous` that
+    what is asked of the device is done later than the asking returns. `connects_lazily`: the backend makes the
+    connections of a group when it is first used.
+    """
 
     torch: torch.device
     backend: str
-
-    @property
-    def stages_through_host(self) -> bool:
-        """Whether messages leave the device through host memory."""
-        return self.torch.type == "cuda" and self.backend == "gloo"
-
-    @property
-    def is_asynchronous(self) -> bool:
-        """Whether what is asked of the device is done later than the asking returns."""
-        return self.torch.type == "cuda"
+    streams: Streams = attrs.field(eq=False)
+    stages_through_host: bool = False
+    is_asynchronous: bool = False
+    connects_lazily: bool = False
 
     def finish(self) -> None:
         """Wait until the device has done all that was asked of it."""
@@ -42,11 +42,26 @@ class Device:
             torch.cuda.synchronize(self.torch)
 
 
+def of(where: torch.device, *, transport: str | None = None) -> Device:
+    """Return a device as the job sees it; `transport="host"` asks for gloo beside CUDA."""
+    if where.type == "cpu":
+        return Device(where, "gloo", Streams())
+    through_host = transport == "host"
+    return Device(
+        where,
+        "gloo" if through_host else "nccl",
+        CudaStreams(where),
+        stages_through_host=through_host,
+        is_asynchronous=True,
+        connects_lazily=not through_host,
+    )
+
+
 def choose(place: Place, transport: str | None = None) -> Device:
     """Return this process's device; `transport="host"` asks for gloo beside CUDA."""
     is_local = place.meeting is not None
     if not torch.cuda.is_available() or (is_local and transport != "host"):
-        return Device(torch.device("cpu"), "gloo")
+        return of(torch.device("cpu"))
     device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    return Device(device, "gloo" if transport == "host" else "nccl")
+    return of(device, transport=transport)

@@ -543,9 +543,11 @@ class OwnStage(StageModule):
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see `OwnNetwork`."""
         device = next(iter(inputs.values())).device
-        counts = {"lengths": torch.tensor(share.lengths, device=device)}
-        for feeder in self.feeders:
-            counts[f"lengths.{feeder}"] = torch.tensor(share.rows[feeder], device=device)
+        told = {
+            "lengths": share.lengths,
+            **{f"lengths.{feeder}": share.rows[feeder] for feeder in self.feeders},
+        }
+        counts = {name: torch.tensor(c).to(device, non_blocking=True) for name, c in told.items()}
         given = self.network({**inputs, **counts})
         self._check(given, sum(share.lengths))
         rows = self.emit(given["rows"]) if self.edges else {}

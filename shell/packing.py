@@ -196,9 +196,9 @@ def _pack_rows(
     keys = [p for part in cut.everyone() for p in part.positions(padded[0] * cut.size)]
     mask = None
     if any(length < len(keys) for length in present):
-        real = torch.tensor(keys, device=device) < torch.tensor(present, device=device)[:, None]
-        mask = torch.zeros(samples, len(keys), dtype=dtype, device=device).masked_fill_(~real, -math.inf)
-        mask = mask[:, None, None, :]
+        real = torch.tensor(keys) < torch.tensor(present)[:, None]
+        mask = torch.zeros(samples, len(keys), dtype=dtype).masked_fill_(~real, -math.inf)
+        mask = _moved(mask[:, None, None, :], device)
     valid = _entries([range(length) for length in lengths], columns, samples)
     incoming = _incoming(rows, places, columns, samples)
     return _packing(
@@ -269,7 +269,7 @@ def _packing(
         places = _Places.of(cut, block)
         of_rows, of_text, of_out = places.own(rows_in), places.own(text_in), places.own(out)
         order, most = places.gathered(out)
-        portion = Portion(of_rows.to(device), of_out.to(device), most, order.to(device))
+        portion = Portion(_moved(of_rows, device), _moved(of_out, device), most, _moved(order, device))
         text = text[of_text]
         rows_in, text_in, out = (
             places.local[whole[own]] for whole, own in ((rows_in, of_rows), (text_in, of_text), (out, of_out))
@@ -277,13 +277,18 @@ def _packing(
     return Packing(
         *block,
         padded=padded,
-        incoming=torch.cat((rows_in, text_in)).to(device),
-        text_tokens=text.to(device),
-        outgoing=out.to(device),
-        tokens=torch.tensor(deal.of(out.tolist(), padded), dtype=torch.int64, device=device),
+        incoming=_moved(torch.cat((rows_in, text_in)), device),
+        text_tokens=_moved(text, device),
+        outgoing=_moved(out, device),
+        tokens=_moved(torch.tensor(deal.of(out.tolist(), padded), dtype=torch.int64), device),
         mask=mask,
         portion=portion,
     )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the device, without waiting for what the device is at."""
+    return tensor.to(device, non_blocking=True)
 
 
 @attrs.frozen(eq=False)

@@ -14,11 +14,14 @@ import torch.distributed as dist
 
 from mimogrid.core.schedule.actions import Send, Transfer
 from mimogrid.core.schedule.lower import plan_step
+from mimogrid.shell import device as devices
+from mimogrid.shell.device import Device
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.parity import full_gradients, on_one_process
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.transport import Transport
+from ordered import OrderedStreams
 
 
 @attrs.frozen
@@ -170,3 +173,19 @@ def _counting() -> Iterator[tuple[Counter[tuple[str, str]], Counter[tuple[str, s
     finally:
         for each in patches:
             each.stop()
+
+
+# -- what waits for what -----------------------------------------------------------------------------------
+
+
+def ordered(
+    place: Place, job: Job, through_host: bool, without: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Train a step on streams that check; return which places ordered something, and what was wrong."""
+    streams = OrderedStreams(blocks_host=through_host, without=without)
+    device = Device(torch.device("cpu"), "gloo", streams, stages_through_host=through_host)
+    with patch.object(devices, "choose", lambda *_: device), open_session(place, job) as session:
+        assert session.crew
+        with streams.watching():
+            session.crew.run(0, job.step(0), job.step(1))
+    return tuple(streams.places), tuple(streams.wrong)

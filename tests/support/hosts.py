@@ -28,7 +28,7 @@ from mimogrid.adapters.megatron import (
 from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
-from mimogrid.shell.device import Device
+from mimogrid.shell import device as devices
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import open_session
@@ -252,7 +252,7 @@ def collections(place: Place, job: Job) -> tuple[dict[str, dict[str, list[int]]]
     with host(place), Embedded(job) as embedded:
         before = len(dist.distributed_c10d._world.pg_map)
         with open_collections(
-            job.topology, embedded.groups, embedded.world, Device(torch.device("cpu"), "gloo")
+            job.topology, embedded.groups, embedded.world, devices.of(torch.device("cpu"))
         ) as opened:
             seen = {
                 module: {

@@ -1,0 +1,75 @@
+"""Streams: nothing is used before it is there, and no memory is used again before its last use is over."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from layouts import job
+from mimogrid.core.spec import JobSpec
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.launch import Pool
+from mimogrid.shell.streams import Stream
+from ordered import OrderedStreams
+
+
+pytestmark = pytest.mark.world
+
+Opened = Callable[[JobSpec], Job]
+GRIDS = "enc(1,1,1)@0 lm(1,1,1)@1"
+
+
+def checked(
+    pool: Pool, opened: Opened, *, through_host: bool, without: str | None = None
+) -> tuple[set[str], set[str]]:
+    """The places that order something in a world, and what is wrong there."""
+    opened_job = opened(job(GRIDS))
+    said = pool.run("bodies:ordered", opened_job.topology.world_size, opened_job, through_host, without)
+    return {place for places, _ in said for place in places}, {text for _, wrong in said for text in wrong}
+
+
+def test_everything_is_ordered_and_nothing_too_much(pool: Pool, opened: Opened) -> None:
+    """A step uses nothing too early, on NCCL or through host memory; and without any one of its waits, it would."""
+    needed: dict[str, bool] = {}
+    for through_host in (False, True):
+        places, wrong = checked(pool, opened, through_host=through_host)
+        assert set() == wrong
+        for place in places:
+            _, wrong = checked(pool, opened, through_host=through_host, without=place)
+            needed[place] = needed.get(place, False) or bool(wrong)
+    # In sending and in receiving each: a stream that follows, memory that is kept, a wait; and a host that hears.
+    assert 7 == len(needed)
+    assert [] == [place for place, is_needed in needed.items() if not is_needed]
+
+
+@pytest.fixture
+def streams() -> OrderedStreams:
+    """Streams on which messages are NCCL's."""
+    return OrderedStreams(blocks_host=False)
+
+
+def test_reading_what_another_stream_writes_needs_an_event(streams: OrderedStreams) -> None:
+    """Without one it is told, with one it is right."""
+    with streams.watching():
+        tensor = torch.ones(2)
+        with streams.on(Stream.SEND):
+            tensor.sum()
+        assert ["send reads what compute may not have written yet"] == list(streams.wrong)
+        streams.wrong.clear()
+        tensor.add_(1)
+        assert ["compute writes over what send may still use"] == list(streams.wrong)
+
+
+def test_memory_is_taken_again_by_who_took_it(streams: OrderedStreams) -> None:
+    """A tensor that another stream reads is kept for that stream, or dropped too early."""
+    for kept in (False, True):
+        streams.wrong.clear()
+        with streams.watching():
+            tensor = torch.ones(2)
+            streams.follow(Stream.SEND, after=Stream.COMPUTE)
+            with streams.on(Stream.SEND):
+                tensor.sum()
+            if kept:
+                streams.keep(tensor, until=Stream.SEND)
+            del tensor
+        assert (not kept) == ("compute takes again what send may still use" in streams.wrong)
