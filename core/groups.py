@@ -4,9 +4,16 @@ A group is known by its ranks: two uses with equal ranks share one. Groups are m
 other; the groups of a slot are disjoint, so each rank makes exactly one in each slot (alone where it is in
 none) and nothing that it is not in. Two ranks can so never meet in different orders, and the number of calls
 does not grow with the world.
+
+Where a backend connects the ranks of a group only when they first use it, in the midst of a step they would come to
+that in different orders (a known deadlock of NCCL's communicators of two ranks). So each group is used once as soon
+as it is made, slot by slot: by the same argument everybody gets through.
 """
 
+import enum
 from collections.abc import Iterable, Iterator
+
+import attrs
 
 from mimogrid.core.experts import TOGETHER
 from mimogrid.core.routes import overlapping
@@ -22,6 +29,35 @@ EXPERT_AXES = (TOGETHER, ("expert_tp",), ("expert_dp",))
 
 Ranks = tuple[int, ...]
 Slot = tuple[Ranks, ...]
+
+
+class Purpose(enum.Enum):
+    """What a group is for: computing together, the messages of all, or the messages from one rank to another."""
+
+    COLLECTIVE = "collective"
+    MESSAGES = "messages"
+    CHANNEL = "channel"
+
+
+@attrs.frozen
+class Opening:
+    """Groups that are made, and used for the first time, at once. In a channel the sender stands first."""
+
+    purpose: Purpose
+    slot: Slot
+
+
+def openings_of(topology: Topology, *, has_tags: bool) -> tuple[Opening, ...]:
+    """Return every group of a job in the order in which all ranks make them.
+
+    With tags one group carries all messages. Without, what shares a communicator runs one after the other, so each
+    ordered pair of ranks has its own.
+    """
+    collectives = tuple(Opening(Purpose.COLLECTIVE, slot) for slot in reversed(groups_of(topology)))
+    if has_tags:
+        return (*collectives, Opening(Purpose.MESSAGES, (topology.ranks,)))
+    channels = in_slots((a, b) for a, b in channels_of(topology) if a != b)
+    return (*collectives, *(Opening(Purpose.CHANNEL, slot) for slot in channels))
 
 
 def groups_of(topology: Topology) -> tuple[Slot, ...]:

@@ -25,8 +25,8 @@ class Device:
     """Where tensors live, what carries them between ranks, and in which order things are done.
 
     `stages_through_host` says that messages leave the device through host memory, and `is_asynchronous` that
-    what is asked of the device is done later than the asking returns. `connects_lazily`: the backend makes the
-    connections of a group when it is first used.
+    what is asked of the device is done later than the asking returns. Of the backend, `has_tags` says that messages
+    which share a group are kept apart, and `connects_lazily` that a group is connected when it is first used.
     """
 
     torch: torch.device
@@ -34,6 +34,7 @@ class Device:
     streams: Streams = attrs.field(eq=False)
     stages_through_host: bool = False
     is_asynchronous: bool = False
+    has_tags: bool = True
     connects_lazily: bool = False
 
     def finish(self) -> None:
@@ -53,6 +54,7 @@ def of(where: torch.device, *, transport: str | None = None) -> Device:
         CudaStreams(where),
         stages_through_host=through_host,
         is_asynchronous=True,
+        has_tags=through_host,
         connects_lazily=not through_host,
     )
 

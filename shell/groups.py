@@ -1,13 +1,19 @@
-"""Process groups: exactly those of the plan, created in its order, destroyed at the end."""
+"""Process groups: exactly those of the plan, created in its order, destroyed at the end.
+
+Where a group is connected only when it is first used, it is used once as soon as it is made (`core.groups` has the
+order): ranks together by a sum of one number, a channel by a message of one number, posted as those of a step are,
+because NCCL makes other communicators for other ways of posting.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
+import torch
 import torch.distributed as dist
 
 from mimogrid.core.experts import TOGETHER
-from mimogrid.core.groups import PARTIAL_AXES, Ranks, Slot, channels_of, groups_of, in_slots
+from mimogrid.core.groups import PARTIAL_AXES, Opening, Purpose, Ranks, channels_of, openings_of
 from mimogrid.core.topology import Module, Topology
 from mimogrid.shell.device import Device
 from mimogrid.shell.world import World
@@ -43,8 +49,7 @@ class Groups:
     `outside` says which rank of torch's default process group a rank of the job is; torch asks for it where a
     message goes to a peer.
 
-    With gloo one group carries all messages, kept apart by tags. NCCL has no tags and runs what shares a
-    communicator one after the other, so there each ordered pair of ranks has a group of its own.
+    Which group carries which messages, see `core.groups.openings_of`.
     """
 
     rank: int
@@ -100,34 +105,48 @@ class Groups:
 @contextlib.contextmanager
 def open_groups(topology: Topology, world: World, device: Device) -> Iterator[Groups]:
     """Create this rank's groups in the order of the plan; destroy them on exit."""
+    made: dict[Purpose, dict[Ranks, dist.ProcessGroup]] = {purpose: {} for purpose in Purpose}
     opened: list[dist.ProcessGroup] = []
-
-    def create(slot: Slot, purpose: str) -> Mapping[Ranks, dist.ProcessGroup]:
-        made = world.make_groups(slot, backend=device.backend, purpose=purpose)
-        opened.extend(made.values())
-        return made
-
     try:
-        if world.rank not in topology.ranks and not world.is_visited:
-            yield Groups(world.rank, {}, {}, world.outside)
-            return
-        by_ranks: dict[Ranks, dist.ProcessGroup] = {}
-        for slot in reversed(groups_of(topology)):
-            by_ranks |= create(slot, "collective")
-        yield Groups(world.rank, by_ranks, _channels(topology, device, create), world.outside)
+        if world.rank in topology.ranks or world.is_visited:
+            for opening in openings_of(topology, has_tags=device.has_tags):
+                groups = world.make_groups(
+                    opening.slot, backend=device.backend, purpose=opening.purpose.value
+                )
+                opened.extend(groups.values())
+                made[opening.purpose] |= groups
+                if device.connects_lazily:
+                    _connect(opening, groups, world, device)
+        yield Groups(world.rank, made[Purpose.COLLECTIVE], _channels(topology, made), world.outside)
     finally:
         for group in reversed(opened):
             dist.destroy_process_group(group)
 
 
 def _channels(
-    topology: Topology, device: Device, create: Callable[[Slot, str], Mapping[Ranks, dist.ProcessGroup]]
+    topology: Topology, made: Mapping[Purpose, Mapping[Ranks, dist.ProcessGroup]]
 ) -> Mapping[Ranks, dist.ProcessGroup]:
-    pairs = channels_of(topology)
-    if device.backend == "gloo":
-        carriers = create((topology.ranks,), "messages")
-        return dict.fromkeys(pairs, carriers[topology.ranks]) if carriers else {}
-    channels: dict[Ranks, dist.ProcessGroup] = {}
-    for slot in in_slots((a, b) for a, b in pairs if a != b):
-        channels |= create(slot, "channel")
-    return channels
+    carriers = made[Purpose.MESSAGES]
+    if carriers:
+        return dict.fromkeys(channels_of(topology), carriers[topology.ranks])
+    return made[Purpose.CHANNEL]
+
+
+def _connect(
+    opening: Opening, groups: Mapping[Ranks, dist.ProcessGroup], world: World, device: Device
+) -> None:
+    """Use this rank's groups of an opening once. Raises WorldError where that takes longer than the world's timeout."""
+    for ranks, group in groups.items():
+        if len(ranks) == 1:
+            continue
+        number = torch.zeros(1, device=device.torch)
+        work: dist.Work | None
+        if opening.purpose is not Purpose.CHANNEL:
+            work = dist.all_reduce(number, group=group, async_op=True)
+        elif world.rank == ranks[0]:
+            work = dist.isend(number, dst=world.outside[ranks[1]], group=group)
+        else:
+            work = dist.irecv(number, src=world.outside[ranks[0]], group=group)
+        assert work is not None
+        what = f"rank {world.rank}: connecting ranks {list(ranks)} ({opening.purpose.value})"
+        device.streams.complete(work, world.timeout, what)

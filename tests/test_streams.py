@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from layouts import job
+from mimogrid.core.groups import Purpose, openings_of
 from mimogrid.core.spec import JobSpec
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
@@ -73,3 +74,26 @@ def test_memory_is_taken_again_by_who_took_it(streams: OrderedStreams) -> None:
                 streams.keep(tensor, until=Stream.SEND)
             del tensor
         assert (not kept) == ("compute takes again what send may still use" in streams.wrong)
+
+
+def test_groups_are_connected_when_they_are_made(pool: Pool, opened: Opened) -> None:
+    """Each rank uses each of its groups and channels once, as planned; and who waits in vain is told for what."""
+    spec = job("enc(2,1,1)@0 lm(1,2,1)@2")
+    opened_job = opened(spec)
+    said = pool.run("bodies:connected", opened_job.topology.world_size, opened_job)
+    openings = openings_of(opened_job.topology, has_tags=False)
+    for rank, (calls, _, _) in enumerate(said):
+        planned = [
+            (
+                "all_reduce" if o.purpose is Purpose.COLLECTIVE else ("irecv", "isend")[ranks[0] == rank],
+                len(ranks),
+            )
+            for o in openings
+            for ranks in o.slot
+            if rank in ranks and len(ranks) > 1
+        ]
+        assert planned == calls
+    assert {"all_reduce", "isend", "irecv"} == {name for calls, _, _ in said for name, _ in calls}
+    (usual,) = {taken.loss for of_rank in pool.run("bodies:train", 4, opened_job, 1) for taken in of_rank}
+    assert {usual} == {loss for _, loss, _ in said}
+    assert said[0][2] == "a message: not done in 0.1 s; some of its ranks have not come, or are gone."

@@ -1,6 +1,8 @@
 """Groups: all that will be needed exist, and nobody meets anybody in two orders."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from cases import CASES
 from jobs import job, program_of
-from mimogrid.core.groups import Ranks, channels_of, groups_of, in_slots
+from mimogrid.core.groups import Purpose, Ranks, channels_of, groups_of, in_slots, openings_of
 from mimogrid.core.schedule.actions import Transfer
 from mimogrid.core.verify import listing_of
 
@@ -27,12 +29,43 @@ def test_slots_are_disjoint_and_whole(groups: list[Ranks]) -> None:
 def test_members_make_their_groups_in_one_order(groups: list[Ranks]) -> None:
     """Ranks that make their groups slot by slot, each waiting for its members, all get through."""
     slots = in_slots(groups)
-    todo = {rank: [group for slot in slots for group in slot if rank in group] for rank in range(6)}
+    assert not stuck({rank: [g for slot in slots for g in slot if rank in g] for rank in range(6)})
+
+
+def stuck(todo: dict[int, list[Any]], ranks_of: Callable[[Any], Ranks] = lambda group: group) -> bool:
+    """Whether ranks that use their groups one after the other, each when all of its members have come, stop."""
+    todo = {rank: list(groups) for rank, groups in todo.items()}
     while any(todo.values()):
-        ready = {group for ranks in todo.values() for group in ranks[:1]}
-        made = next(g for g in ready if all(todo[rank][:1] == [g] for rank in g))
-        for rank in made:
+        ready = {group for groups in todo.values() for group in groups[:1]}
+        used = next((g for g in ready if all(todo[rank][:1] == [g] for rank in ranks_of(g))), None)
+        if used is None:
+            return True
+        for rank in ranks_of(used):
             todo[rank].pop(0)
+    return False
+
+
+@pytest.mark.parametrize("has_tags", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_connect_in_one_order(case: str, has_tags: bool) -> None:
+    """Every group is used once when it is made, and nobody waits in a circle; in two orders, two ranks would."""
+    topology = job(CASES[case], batch=48)
+    openings = openings_of(topology, has_tags=has_tags)
+    todo = {
+        rank: [(o.purpose, ranks) for o in openings for ranks in o.slot if rank in ranks and len(ranks) > 1]
+        for rank in topology.ranks
+    }
+    assert not stuck(todo, lambda use: use[1])
+    wanted = {(a, b) for a, b in channels_of(topology) if a != b}
+    channels = {ranks for uses in todo.values() for purpose, ranks in uses if purpose is Purpose.CHANNEL}
+    assert (set() if has_tags else wanted) == channels
+    both = [(a, b) for a, b in channels if (b, a) in channels]
+    if both:
+        one, other = ((Purpose.CHANNEL, pair) for pair in (min(both), min(both)[::-1]))
+        uses = todo[one[1][0]]
+        i, j = uses.index(one), uses.index(other)
+        uses[i], uses[j] = uses[j], uses[i]
+        assert stuck(todo, lambda use: use[1])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,5 +1,7 @@
 """Bodies: what tests run on every rank of a world, ``bodies:function``. Each returns what it saw."""
 
+import contextlib
+import datetime
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mimogrid.core.errors import WorldError
 from mimogrid.core.schedule.actions import Send, Transfer
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.shell import device as devices
@@ -189,3 +192,37 @@ def ordered(
         with streams.watching():
             session.crew.run(0, job.step(0), job.step(1))
     return tuple(streams.places), tuple(streams.wrong)
+
+
+def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str]:
+    """Train a step with a backend that has no tags and connects lazily, on gloo.
+
+    Return which calls connected this rank to how many ranks, the loss, and what is said of one who does not come.
+    """
+    device = attrs.evolve(devices.of(torch.device("cpu")), has_tags=False, connects_lazily=True)
+    calls: list[tuple[str, int]] = []
+
+    def noted(name: str) -> Any:
+        original = getattr(dist, name)
+
+        def call(*args: Any, group: dist.ProcessGroup, **kwargs: Any) -> Any:
+            calls.append((name, group.size()))
+            return original(*args, group=group, **kwargs)
+
+        return patch.object(dist, name, call)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(devices, "choose", lambda *_: device))
+        with noted("all_reduce"), noted("isend"), noted("irecv"):
+            session = stack.enter_context(open_session(place, job))
+        assert session.crew
+        loss = session.crew.run(0, job.step(0), job.step(1)).loss
+        said = ""
+        if place.rank == 0:
+            work = dist.irecv(torch.zeros(1), src=1, tag=1 << 20)
+            assert work is not None
+            try:
+                device.streams.complete(work, datetime.timedelta(seconds=0.1), "a message")
+            except WorldError as error:
+                said = str(error)
+    return calls, loss, said
