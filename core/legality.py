@@ -220,6 +220,12 @@ def _train(train: TrainSpec) -> Iterator[Problem]:
     yield from _at_least("train.keep_every", train.keep_every, 0, "0: none for ever.")
     yield from _at_least("train.threads", train.threads, 1)
     yield from _above_zero("train.timeout_s", train.timeout_s)
+    for step in train.profile.steps:
+        if step not in range(train.steps):
+            remedy = f"Name steps from 0 on, below train.steps = {train.steps}."
+            yield Problem("train.profile.steps", f"has {step}, which is no step of the run.", remedy)
+    for rank in train.profile.ranks:
+        yield from _at_least("train.profile.ranks", rank, 0)
     for entry in train.skip_steps:
         first, last = (entry, entry) if isinstance(entry, int) else entry
         if not 0 <= first <= last:

@@ -139,6 +139,14 @@ class OptimizerSpec:
 
 
 @attrs.frozen(kw_only=True)
+class ProfileSpec:
+    """`[train] profile`: the steps that are profiled, and the ranks that write down what they did."""
+
+    steps: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0,)
+
+
+@attrs.frozen(kw_only=True)
 class TrainSpec:
     """`[train]`. Time limits are seconds; `threads` is compute threads per CPU rank.
 
@@ -157,6 +165,7 @@ class TrainSpec:
     threads: int = 1
     evaluate: bool = True
     skip_steps: tuple[int | tuple[int, int], ...] = ()
+    profile: ProfileSpec = ProfileSpec()
 
 
 @attrs.frozen(kw_only=True)

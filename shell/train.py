@@ -6,6 +6,7 @@
     timeline.svg         the measured timeline of the last step, below its plan
     trace.json           the measured timeline, for Perfetto
     predictions.png      held-out samples with the answer given and the true one
+    profiles/            what torch did in the steps that the job wants profiled (`profiles`)
     checkpoints/, logs/, tensorboard/, and under a launcher heartbeats/ (`pulse`)
 
 The first rank of the job writes all of it but checkpoints and logs, to which every rank adds its own.
@@ -27,11 +28,13 @@ from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.faults import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.core.roles import role_of
 from mimogrid.shell import checkpoint, manifest, report
+from mimogrid.shell.execute import Runs
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.log import open_log
 from mimogrid.shell.metrics import Lag, Tally, open_keeper, recall
 from mimogrid.shell.place import Place
 from mimogrid.shell.preemption import listening
+from mimogrid.shell.profiles import runs_of
 from mimogrid.shell.runs import CHECKPOINTS, REPORT, Stopped, claim, report_of, write_json
 from mimogrid.shell.saving import Saver, open_saver
 from mimogrid.shell.session import Session, open_session
@@ -40,6 +43,7 @@ from mimogrid.shell.step import Crew
 
 
 HEARTBEATS = "heartbeats"
+PROFILES = "profiles"
 REFUSED = "refused: "
 """Begins what rank 0 tells the others where a run cannot begin."""
 
@@ -142,7 +146,7 @@ class Run:
                 else:
                     step, following = following, job.step(self._next(index + 1))
                     crew.has_saved = self.saver.is_ready
-                    outcome = crew.run(index, step, following)
+                    outcome = crew.run(index, step, following, runs=self._runs(index))
                     if outcome.all_saved:
                         self.saver.advance()
                         self.session.pulse.at(BETWEEN)
@@ -162,6 +166,11 @@ class Run:
                     return Stopped(str(self.folder), index + 1)
             self.saver.settle()
         return tally
+
+    def _runs(self, index: int) -> Runs:
+        """Return what runs the program of a step."""
+        crew, wanted = self.crew, self.crew.job.spec.train.profile
+        return runs_of(wanted, self.folder / PROFILES, crew.device, step=index, rank=crew.rank)
 
     def _next(self, index: int) -> int:
         """Return the first step from `index` on that is not passed over."""

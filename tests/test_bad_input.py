@@ -205,6 +205,11 @@ CASES = {
         "optimizer.skip_above.norm",
         ["is 0.5", "above 1"],
     ),
+    "profiled step beyond the last": (
+        ["train.steps=3", "train.profile.steps=[1, 3]"],
+        "train.profile.steps",
+        ["has 3", "train.steps = 3"],
+    ),
     "steps the wrong way round": (["train.skip_steps=[[4, 2]]"], "train.skip_steps", ["has [4, 2]"]),
     "a memory cap of zero": (["schedule.memory_gb=0"], "schedule.memory_gb", ["is 0.0", "above 0"]),
     "a negative seed": (["seed=-3"], "seed", ["is -3"]),

@@ -1,6 +1,8 @@
 """A run from the job file to what it leaves in its folder, in local worlds and under torchrun."""
 
+import itertools
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from mimogrid.core.schedule.lower import plan_step
 from mimogrid.shell.jobs import open_job
 from mimogrid.shell.launch import Pool
 
@@ -63,6 +66,26 @@ def test_a_run_leaves_all_that_the_design_names(trained: Trained) -> None:
         for rank, stage in ((0, "vision.0"), (3, "language.1"))
         for which in ("planned", "measured")
     )
+
+
+def test_a_profile_reads_like_the_program(trained: Trained) -> None:
+    """Its ranges are the actions of the program, in order and none within another; other steps and ranks have none."""
+    wanted = ("train.profile={steps = [1, 2], ranks = [0, 3]}", "train.steps=3", "train.evaluate=false")
+    _, folder = trained(*wanted)
+    job = open_job(DIGITS)
+    written = {path.name: json.loads(path.read_text()) for path in (folder / "profiles").iterdir()}
+    assert {f"step-{step}-rank-{rank}.json" for step in (1, 2) for rank in (0, 3)} == set(written)
+    for name, trace in written.items():
+        step, rank = map(int, re.findall(r"\d+", name))
+        planned = list(map(str, plan_step(job.step(step)).of(rank)))
+        ranges = sorted(
+            (event["ts"], event["ts"] + event["dur"], event["name"])
+            for event in trace["traceEvents"]
+            if event.get("cat") == "user_annotation" and event["name"] in planned
+        )
+        assert planned == [name for _, _, name in ranges]
+        assert all(end <= begin for (_, end, _), (begin, _, _) in itertools.pairwise(ranges))
+        assert any(event["name"] == "aten::mm" for event in trace["traceEvents"])
 
 
 def test_final_weights_have_every_parameter_once_and_whole(trained: Trained) -> None:
