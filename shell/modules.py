@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mimogrid.core.engines import FP8_MULTIPLE, TRANSFORMER_ENGINE, Choice, choose
 from mimogrid.core.errors import PlanError, Problem, WorldError, nearest
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.layout import matches_any, trainable_names
@@ -48,6 +49,7 @@ from mimogrid.shell.megatron import (
     ProcessGroupCollection,
     TransformerBlock,
     copy_to_tensor_model_parallel_region,
+    engine,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -104,11 +106,12 @@ class StageModule(nn.Module):
 
     `draws` says that its forward draws random numbers in training, from the states of `megatron.draws`.
     `ledger` is where all of its layers note their products for gradients of weights, while it is open.
-    `loss_scale` multiplies the gradients that it attaches by itself.
+    `loss_scale` multiplies the gradients that it attaches by itself. `layers_by` says whose layers it has.
     """
 
     draws = False
     loss_scale = 1.0
+    layers_by: Choice | None = None
 
     def __init__(self, module: Module, info: StageInfo, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -172,6 +175,11 @@ def build_stage(
     """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]
+
+    def context() -> _Context:
+        choice = choose(module.name, topology.spec, missing=engine.missing(device))
+        return _Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
+
     stage: StageModule
     match module.model:
         case Own() as model:
@@ -180,10 +188,9 @@ def build_stage(
                 network = _own_network(model, written.options, seed=topology.spec.seed, module=module.name)
             stage = OwnStage(module, info, network, dtype=dtype)
         case Gpt() as model:
-            context = _Context(module, info, groups, written.recompute, dtype)
-            stage = TextStage(context, model, sequence=topology.sequence)
+            stage = TextStage(context(), model, sequence=topology.sequence)
         case model:
-            stage = RowsStage(_Context(module, info, groups, written.recompute, dtype), model)
+            stage = RowsStage(context(), model)
     stage.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
     held = module.held(info, _ep(groups))
     _check(stage, held, groups)
@@ -250,6 +257,8 @@ class _Context:
     groups: Groups
     recompute: str
     dtype: torch.dtype
+    layers: Choice
+    fp8: str
 
 
 def _expert_mlps(context: _Context, model: BuiltIn, ledger: Ledger) -> list[ExpertsSpec]:
@@ -271,6 +280,14 @@ def _expert_mlps(context: _Context, model: BuiltIn, ledger: Ledger) -> list[Expe
     ]
 
 
+def _block_spec(context: _Context, model: BuiltIn, ledger: Ledger) -> Any:
+    layers = len(context.info.layers)
+    if context.layers.engine == TRANSFORMER_ENGINE:
+        return engine.engine_spec(model, layers=layers)
+    mlps = _expert_mlps(context, model, ledger)
+    return block_spec(model, layers=layers, tp=context.groups.tp.size(), ledger=ledger, mlps=mlps)
+
+
 class TransformerStage(StageModule):
     """What the stages of all built-in models share: a stack of layers on a packed block."""
 
@@ -282,6 +299,9 @@ class TransformerStage(StageModule):
         self.sequence_parallel = context.module.sequence_parallel and groups.tp.size() > 1
         # What S must be a multiple of: its parts under sp, and two chunks of it under cp.
         self.multiple = (groups.tp.size() if self.sequence_parallel else 1) * len(self.cut.chunks)
+        if context.fp8 != "none":
+            self.multiple *= FP8_MULTIPLE
+        self.layers_by = context.layers
         self.feeders = tuple(edge.source for edge in context.module.inputs)
         self.hidden = model.hidden
         self.dropout = model.dropout
@@ -294,15 +314,10 @@ class TransformerStage(StageModule):
             sequence_parallel=self.sequence_parallel,
             recompute=context.recompute,
             dtype=context.dtype,
+            more=engine.config_of_fp8(context.fp8),
         )
         self.recomputes = context.recompute != "none" and bool(context.info.trainable)
-        self.spec = block_spec(
-            model,
-            layers=len(context.info.layers),
-            tp=groups.tp.size(),
-            ledger=self.ledger,
-            mlps=_expert_mlps(context, model, self.ledger),
-        )
+        self.spec = _block_spec(context, model, self.ledger)
         self.aux_loss = context.module.aux_loss
         self.has_experts = bool(model.experts)
         self.deal = Deal(groups.tp.rank(), groups.tp.size(), by_position=self.sequence_parallel)

@@ -84,10 +84,23 @@ def in_world(
                 at=session.pulse.at,
             ) as saver,
         ):
+            _tell_layers(session.crew, log)
             run = Run(session, session.crew, path, log, saver, chief)
             start = run.resume(saved) if resume is not None else 0
             tally = run.train(start)
             return tally if isinstance(tally, Stopped) else run.finish(tally)
+
+
+def _tell_layers(crew: Crew, log: FilteringBoundLogger) -> None:
+    """Say in one line whose layers the stages of this rank have."""
+    choices = {stage.module: runner.network.layers_by for stage, runner in crew.stages.items()}
+    told = {
+        name: f"{choice.engine} ({choice.reason})" if choice.reason else choice.engine
+        for name, choice in choices.items()
+        if choice
+    }
+    if told:
+        log.info("layers", **told)
 
 
 def _hear(session: Session, key: str, decide: Callable[[], Path | str]) -> str:

@@ -29,13 +29,16 @@ _MEGATRON_PARTS = {
     "pre_mlp_layernorm": "mlp_norm",
     "mlp.linear_fc1": "mlp.up",
     "mlp.linear_fc2": "mlp.down",
+    # Of transformer-engine, which makes one layer of a norm and what reads it.
+    "self_attention.linear_qkv.layer_norm": "attention_norm",
+    "mlp.linear_fc1.layer_norm": "mlp_norm",
 }
 _MEGATRON_ENDS = {
     "decoder.final_layernorm": "final_norm",
     "embedding.word_embeddings": "embedding",
     "output_layer": "output",
 }
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)[._](weight|bias)")
 
 
 def layout_name(built: str, layers: range) -> str:
@@ -43,6 +46,8 @@ def layout_name(built: str, layers: range) -> str:
 
     >>> layout_name("decoder.layers.1.self_attention.linear_qkv.weight", range(4, 6))
     'layers.5.attention.qkv.weight'
+    >>> layout_name("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", range(4, 6))
+    'layers.5.attention_norm.weight'
     >>> layout_name("output_layer.weight", range(4, 6))
     'output.weight'
     """

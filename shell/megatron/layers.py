@@ -10,7 +10,8 @@ Shapes in names: S positions, B samples, N heads, D head width.
 import contextlib
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -267,11 +268,12 @@ def config_of(
     sequence_parallel: bool,
     recompute: str,
     dtype: torch.dtype,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
     """Return megatron's configuration of `layers` layers of a model.
 
     Whatever the pipeline, megatron hears of a module with just these layers on a pipeline of one: what it
-    works out for itself about stages drops layers of a `TransformerBlock`.
+    works out for itself about stages drops layers of a `TransformerBlock`. `more` is what else it should hear.
     """
     with warnings.catch_warnings():
         # Meant for transformer-engine: its fused attention has nothing to recompute.
@@ -305,7 +307,7 @@ def config_of(
             apply_rope_fusion=False,
             cuda_graph_scope=[],
             gradient_accumulation_fusion=False,
-            **_RECOMPUTE[recompute],
+            **{**_RECOMPUTE[recompute], **more},
         )
 
 

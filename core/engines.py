@@ -1,0 +1,102 @@
+"""Engines: whose layers compute a built-in module, the shell's own (local) ones or transformer-engine's.
+
+Both hold the same parameters under the same names, so a checkpoint of one loads into the other. Local layers run on
+any device, in any precision, and round nothing; transformer-engine's are faster in half precision on CUDA, and the only
+ones that multiply in fp8. A module's `layers` asks for one of them, or lets the machine decide:
+
+>>> from mimogrid.core.models import Vit
+>>> from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec
+>>> module = ModuleSpec(model="vit", options=Vit(layers=1, hidden=8, heads=2))
+>>> job = JobSpec(modules={"v": module}, data=DataSpec(source="-"), batch=BatchSpec(global_size=1), precision="bf16")
+>>> choose("v", job, missing="")
+Choice(engine='transformer_engine', reason='')
+>>> choose("v", job, missing="there is no CUDA device")
+Choice(engine='local', reason='there is no CUDA device')
+"""
+
+from collections.abc import Iterator
+
+import attrs
+
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.models import BuiltIn
+from mimogrid.core.optimizers import HALF
+from mimogrid.core.spec import JobSpec, ModuleSpec
+
+
+AUTO, LOCAL, TRANSFORMER_ENGINE = "auto", "local", "transformer_engine"
+LAYERS = (AUTO, LOCAL, TRANSFORMER_ENGINE)
+FORMATS = ("none", "hybrid", "e4m3")
+"""Formats of fp8: `hybrid` is e4m3 forward and e5m2 backward."""
+FP8_MULTIPLE = 16
+"""What the sizes of a product in fp8 are a multiple of."""
+_SPLITTING = ("zb-h1", "zb-h2", "auto")
+
+
+@attrs.frozen
+class Choice:
+    """Whose layers a module gets on a machine; the `reason` where transformer-engine's were possible by its job."""
+
+    engine: str
+    reason: str
+
+
+def choose(name: str, spec: JobSpec, *, missing: str) -> Choice:
+    """Return whose layers a module gets where transformer-engine lacks what `missing` says; "": nothing.
+
+    Raises PlanError where the job asks for what is not there.
+    """
+    module, where = spec.modules[name], f"modules.{name}"
+    if module.layers == LOCAL:
+        return Choice(LOCAL, "the job asks for local layers")
+    against = list(_objections(module, spec))
+    if module.layers == AUTO and spec.precision not in HALF:
+        against.append(f"in {spec.precision} local layers are as good")
+    if not missing and not against:
+        return Choice(TRANSFORMER_ENGINE, "")
+    if module.layers == TRANSFORMER_ENGINE:
+        remedy = 'Install mimogrid[gpu] on a machine with CUDA, or use layers = "auto".'
+        raise PlanError([Problem(f"{where}.layers", f"asks for transformer-engine, but {missing}.", remedy)])
+    if module.fp8 != "none":
+        remedy = 'Install mimogrid[gpu] on a machine with CUDA, or use fp8 = "none".'
+        raise PlanError([Problem(f"{where}.fp8", f"needs transformer-engine, but {missing}.", remedy)])
+    return Choice(LOCAL, "; ".join(filter(None, (missing, *against))))
+
+
+def engine_problems(name: str, spec: JobSpec) -> Iterator[Problem]:
+    """Yield what no machine could do."""
+    module, where = spec.modules[name], f"modules.{name}"
+    asks_for_fp8 = module.fp8 != "none"
+    if module.layers == TRANSFORMER_ENGINE or asks_for_fp8:
+        key = "fp8" if asks_for_fp8 else "layers"
+        for fact in _objections(module, spec):
+            remedy = 'Leave out fp8, and use layers = "auto" or "local".'
+            yield Problem(f"{where}.{key}", f"transformer-engine cannot compute this module: {fact}.", remedy)
+    if not asks_for_fp8:
+        return
+    if module.layers == LOCAL:
+        remedy = 'Use layers = "auto" or "transformer_engine".'
+        yield Problem(f"{where}.fp8", "local layers do not multiply in fp8.", remedy)
+    if spec.precision != "bf16":
+        fact = f"multiplies in fp8 what is otherwise bf16, and the precision is {spec.precision}."
+        yield Problem(f"{where}.fp8", fact, 'Use precision = "bf16".')
+    if isinstance(module.options, BuiltIn):
+        for size in ("hidden", "ffn"):
+            value, parts = getattr(module.options, size), module.grid.tp
+            if value % (FP8_MULTIPLE * parts):
+                fact = f"needs sizes in multiples of {FP8_MULTIPLE}; {size} is {value} over tp = {parts}."
+                yield Problem(f"{where}.fp8", fact, f"Use a multiple of {FP8_MULTIPLE * parts}.")
+    if module.grid.cp > 1:
+        yield Problem(f"{where}.fp8", "does not go with context parallelism yet.", "Use cp = 1.")
+
+
+def _objections(module: ModuleSpec, spec: JobSpec) -> Iterator[str]:
+    """Yield why transformer-engine's layers cannot compute a module."""
+    if not isinstance(module.options, BuiltIn):
+        yield "it is not a built-in model"
+    elif module.options.experts:
+        yield "its layers have experts"
+    if spec.precision == "fp64":
+        yield "it knows no fp64"
+    if spec.schedule.name in _SPLITTING:
+        yield f"schedule '{spec.schedule.name}' may split its backward in two"

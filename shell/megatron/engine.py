@@ -1,0 +1,62 @@
+"""The engine: layers of transformer-engine, by megatron-core's own specification.
+
+The specification is megatron's, with one change: attention itself is the shell's core attention, which turns its
+inputs as local layers do and calls torch's fused kernels. So both kinds of layers compute the same function. What
+differs is that a norm and the linear layer behind it are one, and in which arithmetic products are computed.
+
+In fp8 each product scales by the largest value of the tensors at hand. Nothing is remembered from step to step, so
+there is no state beside the weights: what transformer-engine keeps as `_extra_state` is no weight, and not saved.
+"""
+
+import functools
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from mimogrid.core.models import BuiltIn
+from mimogrid.shell.megatron.layers import CoreAttention, Norm
+
+
+FP8_RECIPE = "tensorwise"
+
+
+@functools.cache
+def missing(device: torch.device) -> str:
+    """Return what a process lacks for transformer-engine's layers; "": nothing."""
+    if device.type != "cuda":
+        return f"modules compute on {device.type}"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer-engine is not installed"
+    return ""
+
+
+def config_of_fp8(fp8: str) -> dict[str, Any]:
+    """Return what megatron's configuration says of fp8; its block opens transformer-engine's autocast by it."""
+    return {} if fp8 == "none" else {"fp8": fp8, "fp8_recipe": FP8_RECIPE}
+
+
+def layer_of_megatron() -> ModuleSpec:
+    """Return megatron's specification of a dense layer of transformer-engine's."""
+    with warnings.catch_warnings():
+        # megatron-core 0.16.1 importing its own deprecated names.
+        warnings.filterwarnings("ignore", message=r"The 'megatron\.core\.transformer\.custom_layers")
+        from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: PLC0415 -- slow, and for CUDA alone
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+    return get_gpt_layer_with_transformer_engine_spec()
+
+
+def engine_spec(model: BuiltIn, *, layers: int) -> TransformerBlockSubmodules:
+    """Return the specification of a stack of layers and the norm behind it."""
+    layer = layer_of_megatron()
+    attention = layer.submodules.self_attention
+    attention.params = {"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding}
+    attention.submodules.core_attention = CoreAttention
+    layer.submodules.mlp.params = {**layer.submodules.mlp.params, "ffn_hidden_size": model.ffn}
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
