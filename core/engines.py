@@ -2,7 +2,7 @@
 
 Both hold the same parameters under the same names, so a checkpoint of one loads into the other. Local layers run on
 any device, in any precision, and round nothing; transformer-engine's are faster in half precision on CUDA, and the only
-ones that multiply in fp8. A module's `layers` asks for one of them, or lets the machine decide:
+ones that multiply in fp8. A module's `engine` asks for one of them, or lets the machine decide:
 
 >>> from mimogrid.core.models import Vit
 >>> from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec
@@ -25,7 +25,7 @@ from mimogrid.core.spec import JobSpec, ModuleSpec
 
 
 AUTO, LOCAL, TRANSFORMER_ENGINE = "auto", "local", "transformer_engine"
-LAYERS = (AUTO, LOCAL, TRANSFORMER_ENGINE)
+ENGINES = (AUTO, LOCAL, TRANSFORMER_ENGINE)
 FORMATS = ("none", "hybrid", "e4m3")
 """Formats of fp8: `hybrid` is e4m3 forward and e5m2 backward."""
 FP8_MULTIPLE = 16
@@ -47,16 +47,16 @@ def choose(name: str, spec: JobSpec, *, missing: str) -> Choice:
     Raises PlanError where the job asks for what is not there.
     """
     module, where = spec.modules[name], f"modules.{name}"
-    if module.layers == LOCAL:
+    if module.engine == LOCAL:
         return Choice(LOCAL, "the job asks for local layers")
     against = list(_objections(module, spec))
-    if module.layers == AUTO and spec.precision not in HALF:
+    if module.engine == AUTO and spec.precision not in HALF:
         against.append(f"in {spec.precision} local layers are as good")
     if not missing and not against:
         return Choice(TRANSFORMER_ENGINE, "")
-    if module.layers == TRANSFORMER_ENGINE:
-        remedy = 'Install mimogrid[gpu] on a machine with CUDA, or use layers = "auto".'
-        raise PlanError([Problem(f"{where}.layers", f"asks for transformer-engine, but {missing}.", remedy)])
+    if module.engine == TRANSFORMER_ENGINE:
+        remedy = 'Install mimogrid[gpu] on a machine with CUDA, or use engine = "auto".'
+        raise PlanError([Problem(f"{where}.engine", f"asks for transformer-engine, but {missing}.", remedy)])
     if module.fp8 != "none":
         remedy = 'Install mimogrid[gpu] on a machine with CUDA, or use fp8 = "none".'
         raise PlanError([Problem(f"{where}.fp8", f"needs transformer-engine, but {missing}.", remedy)])
@@ -67,15 +67,15 @@ def engine_problems(name: str, spec: JobSpec) -> Iterator[Problem]:
     """Yield what no machine could do."""
     module, where = spec.modules[name], f"modules.{name}"
     asks_for_fp8 = module.fp8 != "none"
-    if module.layers == TRANSFORMER_ENGINE or asks_for_fp8:
-        key = "fp8" if asks_for_fp8 else "layers"
+    if module.engine == TRANSFORMER_ENGINE or asks_for_fp8:
+        key = "fp8" if asks_for_fp8 else "engine"
         for fact in _objections(module, spec):
-            remedy = 'Leave out fp8, and use layers = "auto" or "local".'
+            remedy = 'Leave out fp8, and use engine = "auto" or "local".'
             yield Problem(f"{where}.{key}", f"transformer-engine cannot compute this module: {fact}.", remedy)
     if not asks_for_fp8:
         return
-    if module.layers == LOCAL:
-        remedy = 'Use layers = "auto" or "transformer_engine".'
+    if module.engine == LOCAL:
+        remedy = 'Use engine = "auto" or "transformer_engine".'
         yield Problem(f"{where}.fp8", "local layers do not multiply in fp8.", remedy)
     if spec.precision != "bf16":
         fact = f"multiplies in fp8 what is otherwise bf16, and the precision is {spec.precision}."

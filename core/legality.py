@@ -12,7 +12,7 @@ from typing import cast
 
 import attrs
 
-from mimogrid.core.engines import FORMATS, LAYERS, engine_problems
+from mimogrid.core.engines import ENGINES, FORMATS, engine_problems
 from mimogrid.core.errors import Problem, nearest
 from mimogrid.core.graph import Graph, find_cycle
 from mimogrid.core.layout import (
@@ -66,7 +66,7 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
     for name, module in spec.modules.items():
         sizes = list(_sizes(name, module))
         found += [*sizes, *_one_of(f"modules.{name}.recompute", module.recompute, RECOMPUTES)]
-        found += _one_of(f"modules.{name}.layers", module.layers, LAYERS)
+        found += _one_of(f"modules.{name}.engine", module.engine, ENGINES)
         found += _one_of(f"modules.{name}.fp8", module.fp8, FORMATS)
         found += engine_problems(name, spec)
         whole = whole and not sizes

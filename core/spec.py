@@ -47,7 +47,7 @@ class ModuleSpec:
     split: tuple[int, ...] | None = None
     loss_weight: float = 1.0
     recompute: str = "none"
-    layers: str = "auto"
+    engine: str = "auto"
     fp8: str = "none"
     width: int | None = None
 

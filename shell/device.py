@@ -2,7 +2,7 @@
 
 Under a launcher `cuda` with NCCL where a GPU is there, else `cpu` with gloo; a world of local processes is on
 the CPU. The third choice, `host`, computes on CUDA and sends through host memory with gloo, so that many ranks
-can share one GPU in a rehearsal.
+can share one GPU in a rehearsal. `nccl` asks a world of local processes for a GPU each.
 """
 
 import attrs
@@ -60,9 +60,9 @@ def of(where: torch.device, *, transport: str | None = None) -> Device:
 
 
 def choose(place: Place, transport: str | None = None) -> Device:
-    """Return this process's device; `transport="host"` asks for gloo beside CUDA."""
+    """Return this process's device for a transport: "host", "nccl", or None for what is usual at the place."""
     is_local = place.meeting is not None
-    if not torch.cuda.is_available() or (is_local and transport != "host"):
+    if not torch.cuda.is_available() or (is_local and transport is None):
         return of(torch.device("cpu"))
     device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

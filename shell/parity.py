@@ -100,9 +100,10 @@ def on_one_process(
 
     The precision is that of the job if None is given; `scale` multiplies losses during their backward.
     """
-    topology = parse(_undivided(job.spec, microbatches), job.topology.source)
+    spec = _undivided(job.spec, microbatches, precision or job.spec.precision)
+    topology = parse(spec, job.topology.source)
     whole = step_of(topology, step.samples)
-    dtype = DTYPES[precision or job.spec.precision]
+    dtype = DTYPES[spec.precision]
     assert job.source is not None
     loader = Loader(job.source, device=device.torch, dtype=dtype)
     networks = {
@@ -203,23 +204,24 @@ def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
     return largest
 
 
-def _undivided(spec: JobSpec, microbatches: int) -> JobSpec:
-    """The same model on one rank: every grid of size 1."""
+def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:
+    """The same model on one rank: every grid of size 1, and nothing in fp8 if the precision is another."""
+    fp8 = {} if precision == spec.precision else {"fp8": "none"}
     modules = {
-        name: attrs.evolve(module, grid=GridSpec(offset=0), split=None, microbatches=None, chunks=1)
+        name: attrs.evolve(module, grid=GridSpec(offset=0), split=None, microbatches=None, chunks=1, **fp8)
         for name, module in spec.modules.items()
     }
     batch = attrs.evolve(spec.batch, microbatches=microbatches)
-    return attrs.evolve(spec, modules=modules, batch=batch, world_size=None)
+    return attrs.evolve(spec, modules=modules, batch=batch, world_size=None, precision=precision)
 
 
 def _no_rows(width: int, loader: Loader) -> torch.Tensor:
     return torch.empty(0, width, dtype=loader.dtype, device=loader.device)
 
 
-def in_world(place: Place, job: Job, steps: int) -> Verdict | None:
+def in_world(place: Place, job: Job, steps: int, transport: str | None = None) -> Verdict | None:
     """Run on every rank: compare some steps of a job; the first rank of the job returns the verdict."""
-    with open_session(place, job) as session:
+    with open_session(place, job, transport=transport) as session:
         if session.crew is None:
             return None
         chief = place.rank == job.topology.ranks[0]

@@ -43,7 +43,7 @@ def test_the_machine_decides_in_half_precision(precision: str) -> None:
         ({"schedule": "zb-h1"}, "zb-h1"),
         ({"options": Gpt(layers=1, hidden=32, heads=2, vocab=8, experts=2)}, "experts"),
         ({"options": {}}, "not a built-in model"),
-        ({"layers": "local"}, "asks for local"),
+        ({"engine": "local"}, "asks for local"),
     ],
 )
 def test_local_layers_where_the_others_cannot(fields: dict[str, Any], reason: str) -> None:
@@ -53,7 +53,7 @@ def test_local_layers_where_the_others_cannot(fields: dict[str, Any], reason: st
     assert reason in choice.reason
 
 
-@pytest.mark.parametrize("fields", [{"layers": "transformer_engine"}, {"fp8": "hybrid"}])
+@pytest.mark.parametrize("fields", [{"engine": "transformer_engine"}, {"fp8": "hybrid"}])
 def test_what_is_asked_for_and_missing_is_an_error(fields: dict[str, Any]) -> None:
     """It names the key, what is missing, and the way out."""
     spec = job(**fields)
@@ -68,10 +68,10 @@ def test_what_is_asked_for_and_missing_is_an_error(fields: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("fields", "fact"),
     [
-        ({"layers": "transformer_engine", "precision": "fp64"}, "no fp64"),
-        ({"layers": "transformer_engine", "schedule": "zb-h2"}, "zb-h2"),
-        ({"layers": "transformer_engine", "options": {}}, "not a built-in model"),
-        ({"fp8": "hybrid", "layers": "local"}, "local layers do not"),
+        ({"engine": "transformer_engine", "precision": "fp64"}, "no fp64"),
+        ({"engine": "transformer_engine", "schedule": "zb-h2"}, "zb-h2"),
+        ({"engine": "transformer_engine", "options": {}}, "not a built-in model"),
+        ({"fp8": "hybrid", "engine": "local"}, "local layers do not"),
         ({"fp8": "hybrid", "precision": "fp32"}, "precision is fp32"),
         ({"fp8": "e4m3", "precision": "fp16"}, "precision is fp16"),
         ({"fp8": "hybrid", "grid": GridSpec(tp=4)}, "hidden is 32 over tp = 4"),
@@ -81,6 +81,6 @@ def test_what_is_asked_for_and_missing_is_an_error(fields: dict[str, Any]) -> No
 def test_what_no_machine_could_do_is_refused(fields: dict[str, Any], fact: str) -> None:
     """With where it stands in the job file, and why."""
     problems = list(engine_problems("m", job(**fields)))
-    key = "fp8" if "fp8" in fields else "layers"
+    key = "fp8" if "fp8" in fields else "engine"
     assert {f"modules.m.{key}"} == {problem.where for problem in problems}
     assert any(fact in problem.message for problem in problems)
