@@ -90,6 +90,13 @@ def parity_long(session: nox.Session) -> None:
     session.run("python", "tests/long/parity_long.py", *arguments, env={"PYTHONPATH": "tests/support"})
 
 
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Run the checks that need a CUDA device, and print what they measured (`gpu.json`)."""
+    # The newest megatron-core warns at import of what is not ours to mend.
+    session.run("pytest", "-W", "default", "-s", "tests/gpu/test_gpu.py", *session.posargs)
+
+
 @nox.session
 def faults(session: nox.Session) -> None:
     """Disturb a hundred runs and resume them; takes a quarter of an hour on two cores."""

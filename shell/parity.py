@@ -206,9 +206,15 @@ def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
 
 def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:
     """The same model on one rank: every grid of size 1, and nothing in fp8 if the precision is another."""
-    fp8 = {} if precision == spec.precision else {"fp8": "none"}
     modules = {
-        name: attrs.evolve(module, grid=GridSpec(offset=0), split=None, microbatches=None, chunks=1, **fp8)
+        name: attrs.evolve(
+            module,
+            grid=GridSpec(offset=0),
+            split=None,
+            microbatches=None,
+            chunks=1,
+            fp8=module.fp8 if precision == spec.precision else "none",
+        )
         for name, module in spec.modules.items()
     }
     batch = attrs.evolve(spec.batch, microbatches=microbatches)

@@ -9,9 +9,9 @@ from mimogrid.shell.session import open_session
 from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
 
 
-def in_world(place: Place, job: Job, saved: Path, folder: Path) -> None:
+def in_world(place: Place, job: Job, saved: Path, folder: Path, transport: str | None = None) -> None:
     """Load `saved`, and save what came of it in `folder`."""
-    with open_session(place, job) as session:
+    with open_session(place, job, transport=transport) as session:
         assert session.crew is not None
         facts = manifest.read_manifest(saved)
         checkpoint.load(saved, pieces_to_load(session.crew, facts), session.crew.group)

@@ -1,0 +1,36 @@
+"""What ``nox -s gpu`` runs on a GPU holds on the CPU."""
+
+from pathlib import Path
+
+import pytest
+
+import devices_checked as checks
+from devices_checked import Opened, Where
+from mimogrid.shell.launch import Pool
+
+
+pytestmark = pytest.mark.world
+CPU = Where(shared=None, own=None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parity(pool: Pool, opened: Opened, precision: str) -> None:
+    """Worlds of eight, four and one."""
+    assert 3 == len(checks.parity(pool, opened, CPU, precision))
+
+
+def test_runs(pool: Pool, tmp_path: Path) -> None:
+    """A run learns, and its checkpoints go from device to device."""
+    checks.digits(pool, CPU, tmp_path / "digits", 5)
+    checks.checkpoints(pool, CPU, tmp_path)
+
+
+def test_worlds_leave_nothing(pool: Pool, opened: Opened) -> None:
+    """No memory, no group."""
+    assert {"bytes_left": 0} == checks.leaks(pool, opened, CPU)
+
+
+def test_programs(pool: Pool, opened: Opened) -> None:
+    """They run in two parts, and on local layers."""
+    checks.unsynchronized(pool, opened, CPU)
+    checks.layers(pool, opened, CPU, "CoreAttention")
