@@ -16,10 +16,12 @@ SUMMARY = Path("gpu.json")
 
 @pytest.fixture(scope="session")
 def summary() -> Iterator[dict[str, Any]]:
-    """What each test found; written to `gpu.json` and printed at the end."""
+    """What each test found; written to `gpu.json` and printed at the end. Without a GPU no test is run."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     engine = importlib.util.find_spec("transformer_engine") is not None
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "transformer_engine": engine,
@@ -28,9 +30,3 @@ def summary() -> Iterator[dict[str, Any]]:
     text = json.dumps(found, indent=2)
     SUMMARY.write_text(text + "\n")
     print(f"\n{text}")  # noqa: T201 -- what `nox -s gpu` is for
-
-
-@pytest.fixture(autouse=True)
-def _needs_cuda() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
