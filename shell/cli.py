@@ -152,7 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     plan_parser.add_argument("--out", type=Path, metavar="FILE", help="write the best one as a job file")
     train_parser = add("train", train, "train a job")
     train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
-    train_parser.add_argument("--transport", choices=["host"], help="move data through host memory")
+    train_parser.add_argument(
+        "--transport",
+        choices=["host", "nccl"],
+        help="move data through host memory, or give each local rank a GPU of its own",
+    )
     probe_parser = add("probe", probe, "measure what a job costs on this machine, as a costs file")
     probe_parser.add_argument("--out", type=Path, metavar="FILE", help="write the costs file there")
     probe_parser.add_argument("--repeat", type=int, default=3, metavar="N", help="steps to measure")

@@ -8,6 +8,7 @@ can share one GPU in a rehearsal. `nccl` asks a world of local processes for a G
 import attrs
 import torch
 
+from mimogrid.core.errors import PlanError, Problem
 from mimogrid.shell.place import Place
 from mimogrid.shell.streams import CudaStreams, Streams
 
@@ -60,10 +61,17 @@ def of(where: torch.device, *, transport: str | None = None) -> Device:
 
 
 def choose(place: Place, transport: str | None = None) -> Device:
-    """Return this process's device for a transport: "host", "nccl", or None for what is usual at the place."""
+    """Return this process's device for a transport: "host", "nccl", or None for what is usual at the place.
+
+    Raises PlanError where NCCL is asked for more ranks of a host than it has GPUs.
+    """
     is_local = place.meeting is not None
     if not torch.cuda.is_available() or (is_local and transport is None):
         return of(torch.device("cpu"))
-    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    there = torch.cuda.device_count()
+    if transport == "nccl" and place.local_rank >= there:
+        fact = f"gives each rank a GPU of its own; this host has {there}, and a rank {place.local_rank}."
+        raise PlanError([Problem("--transport nccl", fact, "Start fewer ranks, or use --transport host.")])
+    device = torch.device("cuda", place.local_rank % there)
     torch.cuda.set_device(device)
     return of(device, transport=transport)

@@ -1,16 +1,20 @@
 """Streams: nothing is used before it is there, and no memory is used again before its last use is over."""
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from layouts import job
+from mimogrid.core.errors import PlanError
 from mimogrid.core.groups import Purpose, openings_of
 from mimogrid.core.spec import JobSpec
+from mimogrid.shell import device as devices
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
-from mimogrid.shell.streams import Stream
+from mimogrid.shell.place import Place
+from mimogrid.shell.streams import Stream, Streams
 from ordered import OrderedStreams
 
 
@@ -97,3 +101,25 @@ def test_groups_are_connected_when_they_are_made(pool: Pool, opened: Opened) -> 
     (usual,) = {taken.loss for of_rank in pool.run("bodies:train", 4, opened_job, 1) for taken in of_rank}
     assert {usual} == {loss for _, loss, _ in said}
     assert said[0][2] == "a message: not done in 0.1 s; some of its ranks have not come, or are gone."
+
+
+def test_a_gpu_for_each_rank_or_one_for_all() -> None:
+    """Ranks share GPUs through host memory; NCCL refuses to, and says so before it is asked."""
+    with (
+        patch.object(torch.cuda, "is_available", lambda: True),
+        patch.object(torch.cuda, "device_count", lambda: 2),
+        patch.object(torch.cuda, "set_device", lambda _: None),
+        patch.object(devices, "CudaStreams", lambda _: Streams()),
+    ):
+        fourth = Place(3, 4, "meeting", local_rank=3)
+        assert "cpu" == devices.choose(fourth).torch.type
+        shared = devices.choose(fourth, "host")
+        assert (torch.device("cuda", 1), "gloo", True) == (
+            shared.torch,
+            shared.backend,
+            shared.stages_through_host,
+        )
+        own = devices.choose(Place(1, 2, "meeting", local_rank=1), "nccl")
+        assert ("nccl", False, True) == (own.backend, own.has_tags, own.connects_lazily)
+        with pytest.raises(PlanError, match="this host has 2"):
+            devices.choose(fourth, "nccl")
