@@ -12,6 +12,7 @@ losses and norms are compared first.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -356,6 +357,8 @@ def main() -> None:
                 found["jobs"].append(measure(arguments, model, sequence))
             except torch.cuda.OutOfMemoryError as error:
                 found["jobs"].append({"model": model, "sequence": sequence, "failed": str(error)})
+            gc.collect()  # before the next model needs the memory of this one
+            if arguments.device == "cuda":
                 torch.cuda.empty_cache()
             print(json.dumps(found["jobs"][-1], indent=2), flush=True)
     if arguments.json:
