@@ -1,0 +1,100 @@
+"""Megatron's networks in a job's program: the numbers of Megatron's own model on one process, in fp64."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from megatron.core.hyper_comm_grid import HyperCommGrid
+
+import megatrons
+import specs
+from megatrons import Seen
+from mimogrid.adapters.megatron import job_of
+from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.launch import Pool
+
+
+Opened = Callable[[JobSpec], Job]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world() -> Iterator[None]:
+    """Give Megatron's grids a world to fit in, without a process group."""
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "4096"}):
+        yield
+
+
+DATA = {
+    "sequence": 16,
+    "rows": {"vision": [1, 4]},
+    "absent": {"vision": 0.3},
+    "text": [2, 5],
+    "features": {"vision": specs.PIXELS},
+}
+
+
+def job_for(
+    opened: Opened, config: Mapping[str, Any], vision: Mapping[str, int], language: Mapping[str, int], **fields: Any
+) -> Job:
+    """A job of the model on these grids, with random samples."""
+    end = int(np.prod(list(vision.values())))
+    grids = {
+        "vision": HyperCommGrid(list(vision.values()), list(vision)),
+        "language": HyperCommGrid(list(language.values()), list(language), rank_offset=end),
+    }
+    spec = job_of(
+        megatrons.config_of(**config),
+        grids,
+        batch=BatchSpec(global_size=12, microbatches=4),
+        data=DataSpec(source="synthetic", options=DATA),
+        precision="fp64",
+        **fields,
+    )
+    return opened(spec)
+
+
+def first(said: list[Seen]) -> Seen:
+    """What the job's first rank saw: the one that has gradients and weights."""
+    (found,) = [one for one in said if one.state]
+    return found
+
+
+def compare(pool: Pool, job: Job, config: Mapping[str, Any], whole: Mapping[str, Any]) -> tuple[Seen, list[Seen]]:
+    """Run both; losses, gradients, logits and weights are to be the same."""
+    with megatrons.alone():
+        expected = megatrons.expected(job, megatrons.config_of(**whole))
+    said = pool.run("megatrons:trained", job.topology.world_size, job, config, expected.state, {})
+    seen = first(said)
+    for one in said:
+        assert [expected.losses[0]] * 2 == pytest.approx(one.losses, rel=1e-12)
+    assert expected.state.keys() == seen.state.keys()
+    for name, weight in expected.state.items():
+        assert np.array_equal(weight, seen.state[name]), name
+    ours = {name: gradient for name, gradient in seen.gradients.items()}
+    assert len(expected.gradients) == len(ours)
+    for name, gradient in expected.gradients.items():
+        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
+        np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+    return expected, said
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("vision", "language"),
+    [
+        ({"dp": 2}, {"pp": 2}),
+        ({"dp": 1}, {"tp": 2, "pp": 2}),
+    ],
+)
+def test_a_language_model_of_megatrons_trains_in_stages(
+    pool: Pool, opened: Opened, vision: Mapping[str, int], language: Mapping[str, int]
+) -> None:
+    """Losses, gradients and logits are those of Megatron's own model on one process; its state dict loads by name."""
+    common = {"layers": 4, "language": {"position_embedding_type": "learned_absolute", "max_sequence_length": 16}}
+    config = {**common, "pp": language["pp"], "tp": language.get("tp", 1)}
+    job = job_for(opened, config, vision, language)
+    compare(pool, job, config, common)
