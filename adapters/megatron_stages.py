@@ -273,30 +273,35 @@ class ModalityNetwork(nn.Module):
         self, modality: nn.Module, argument: str | Arrange, *, stage: ModuleStageInfo | None = None
     ) -> None:
         super().__init__()
-        self.modality = modality
+        # Under its own name it would stand in the names of all parameters, which are to be Megatron's.
+        self._modality = (modality,)
+        for part, network in modality.named_children():
+            self.add_module(part, network)
         self.argument = argument
         self.stage = stage or ModuleStageInfo("", 0, is_first_stage=True, is_last_stage=True, position={})
         parts: Any = modality
         problems = list(_unable_modality(parts, self.stage))
         if problems:
             raise PlanError(problems)
-        ((self._key, self._encoder),) = parts.encoders.items()
+        (self._key,) = parts.encoders
 
     def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
         """Return what each parameter is; see `table_of`."""
-        return {f"modality.{key}": p for key, p in table_of(self.modality, info, tp=tp).items()}
+        return table_of(self._modality[0], info, tp=tp)
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share | None = None) -> Mapping[str, Tensor]:
         """Return the projected rows, or hidden states; see `shell.modules.OwnNetwork` and `HostNetwork`."""
-        modality, first, last = self.modality, self.stage.is_first_stage, self.stage.is_last_stage
+        first, last = self.stage.is_first_stage, self.stage.is_last_stage
+        modality: Any = self._modality[0]
+        encoder: Any = modality.encoders[self._key]
         said = (
-            self._encoder(**self._arguments(inputs["rows"], share))
+            encoder(**self._arguments(inputs["rows"], share))
             if first
-            else continued(self.stage.module, self._encoder, inputs[self.stage.module])
+            else continued(self.stage.module, encoder, inputs[self.stage.module])
         )
         if not last:
             return {self.stage.module: said}
-        return {"rows": modality.project_embeddings([self._flat(said, share)], is_input=True)}
+        return {"rows": modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)}
 
     def _arguments(self, rows_RF: Tensor, share: Share | None) -> Mapping[str, Any]:
         if isinstance(self.argument, str):
@@ -304,9 +309,9 @@ class ModalityNetwork(nn.Module):
         assert share is not None, "a module of the host's gets its rows as one argument"
         return self.argument(rows_RF, share)
 
-    def _flat(self, said: Tensor, share: Share | None) -> Tensor:
+    def _flat(self, said: Tensor, share: Share | None, encoder: nn.Module) -> Tensor:
         """Return rows [R, H], sample after sample."""
-        by_position = isinstance(self._encoder, TransformerBlock) or not self.stage.is_first_stage
+        by_position = isinstance(encoder, TransformerBlock) or not self.stage.is_first_stage
         if said.dim() == _ROWS or not by_position:
             return said.reshape(-1, said.shape[-1])
         assert share is not None, "a module of the host's gives rows"

@@ -482,7 +482,7 @@ def test_an_encoder_of_megatrons_trains_alike_on_any_lanes(pool: Pool, opened: O
 
     one, two = trained("enc(1,1,1)@0 lm(1,1,1)@1"), trained("enc(1,1,2)@0 lm(1,1,1)@2")
     assert one.losses == pytest.approx(two.losses, rel=1e-12)
-    for name in ("modality.encoders.eye.linear.weight", "modality.input_projections.0.bias"):
+    for name in ("encoders.eye.linear.weight", "input_projections.0.bias"):
         np.testing.assert_allclose(
             one.weights[f"enc.{name}"], two.weights[f"enc.{name}"], rtol=1e-6, atol=1e-9
         )

@@ -116,7 +116,7 @@ def expected(job: Job, config: MimoModelConfig) -> Seen:
     gradients = {name: w.grad.numpy() for name, w in model.named_parameters() if w.grad is not None}
     used = [row[: int(n)] for row, n in zip(logits.detach(), _lengths(job), strict=True)]
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    return Seen([float(loss)], gradients, [torch.cat(used).numpy()], state)
+    return Seen([loss.item()], gradients, [torch.cat(used).numpy()], state)
 
 
 def _lengths(job: Job) -> list[int]:
