@@ -725,6 +725,9 @@ def forward_backward_func(
         if role is None or role.is_idle:
             return {}
         if not built:
+            for collection in collections.values():
+                # A stage would begin by summing tied weights over it, on CUDA. The job ties its own way.
+                collection.embd = None
             made = from_specs(
                 model.language_model_spec,
                 model.modality_submodules_spec,

@@ -74,6 +74,7 @@ def compare(pool: Pool, job: Job, config: Mapping[str, Any], whole: Mapping[str,
     assert expected.state.keys() == seen.state.keys()
     for name, weight in expected.state.items():
         assert np.array_equal(weight, seen.state[name]), name
+    assert_same_logits(job, expected, said)
     ours = {name: gradient for name, gradient in seen.gradients.items()}
     assert len(expected.gradients) == len(ours)
     for name, gradient in expected.gradients.items():
@@ -82,19 +83,59 @@ def compare(pool: Pool, job: Job, config: Mapping[str, Any], whole: Mapping[str,
     return expected, said
 
 
+def assert_same_logits(job: Job, expected: Seen, said: list[Seen]) -> None:
+    """Lane by lane, microbatch by microbatch, the logits of all tokens in order."""
+    module = job.topology.modules["language"]
+    lanes: dict[int, list[np.ndarray]] = {}
+    for rank, seen in enumerate(said):
+        if seen.logits:
+            lanes[module.lane_of(rank)] = seen.logits
+    assert [*range(module.lanes)] == sorted(lanes)
+    step, (logits,) = job.step(0), expected.logits
+    starts = step.rows_start["language"]
+    for lane, found in lanes.items():
+        for k, each in enumerate(found):
+            samples = module.samples(lane, k, len(step.samples))
+            np.testing.assert_allclose(
+                logits[starts[samples.start] : starts[samples.stop]], each, rtol=1e-9, atol=1e-11
+            )
+
+
+LEARNED = {"position_embedding_type": "learned_absolute"}
+PARTS = {"scatter_embedding_sequence_parallel": False}
+TIED = {"share_embeddings_and_output_weights": True}
+
+
 @pytest.mark.world
 @pytest.mark.parametrize(
-    ("vision", "language"),
+    ("vision", "language", "transformer", "options"),
     [
-        ({"dp": 2}, {"pp": 2}),
-        ({"dp": 1}, {"tp": 2, "pp": 2}),
+        ({"dp": 2}, {"pp": 2}, {}, LEARNED),
+        ({"dp": 1}, {"tp": 2, "pp": 2}, {}, LEARNED),
+        ({"dp": 3}, {"tp": 2, "dp": 2}, {"sequence_parallel": True}, PARTS | LEARNED),
+        ({"dp": 1}, {"tp": 2, "pp": 2}, {"sequence_parallel": True}, PARTS),
+        ({"dp": 1}, {"cp": 2, "pp": 2}, {}, LEARNED),
+        ({"dp": 2}, {"tp": 2, "cp": 2}, {"sequence_parallel": True}, PARTS),
+        ({"dp": 1}, {"pp": 3}, {"num_layers_in_first_pipeline_stage": 1}, {}),
+        ({"dp": 1}, {"tp": 2, "pp": 2}, {"num_query_groups": 2, "add_bias_linear": False}, {}),
+        ({"dp": 1}, {"dp": 2}, {}, TIED),
+        ({"dp": 1}, {"tp": 2, "pp": 2}, {}, TIED),
     ],
 )
 def test_a_language_model_of_megatrons_trains_in_stages(
-    pool: Pool, opened: Opened, vision: Mapping[str, int], language: Mapping[str, int]
+    pool: Pool,
+    opened: Opened,
+    vision: Mapping[str, int],
+    language: Mapping[str, int],
+    transformer: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
     """Losses, gradients and logits are those of Megatron's own model on one process; its state dict loads by name."""
-    common = {"layers": 4, "language": {"position_embedding_type": "learned_absolute", "max_sequence_length": 16}}
-    config = {**common, "pp": language["pp"], "tp": language.get("tp", 1)}
-    job = job_for(opened, config, vision, language)
-    compare(pool, job, config, common)
+    common = {"layers": 5 if "num_layers_in_first_pipeline_stage" in transformer else 4, "language": {"max_sequence_length": 16, **options}}
+    cut = {"pp": language.get("pp", 1), "tp": language.get("tp", 1), **transformer}
+    job = job_for(opened, {**common, **cut}, vision, language)
+    inside = {key: value for key, value in transformer.items() if key not in ONLY_IN_PARTS}
+    compare(pool, job, {**common, **cut}, {**common, **inside})
+
+
+ONLY_IN_PARTS = ("sequence_parallel", "num_layers_in_first_pipeline_stage")

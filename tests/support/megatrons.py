@@ -28,11 +28,18 @@ PLACEHOLDER = 99
 """The special token of images; no token of text."""
 
 
-def config_of(*, layers: int, language: Mapping[str, Any], pp: int = 1, tp: int = 1, **transformer: Any) -> MimoModelConfig:
-    """Specify the model for a language model on these sizes."""
-    layer = block_spec(
-        Gpt(layers=1, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB), layers=1, tp=tp, ledger=Ledger()
-    ).layer_specs[0]
+def config_of(
+    *,
+    layers: int,
+    language: Mapping[str, Any],
+    pp: int = 1,
+    tp: int = 1,
+    here: int | None = None,
+    **transformer: Any,
+) -> MimoModelConfig:
+    """Specify the model; `here` are the layers of the language model's stage for which it is to be built."""
+    gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
+    layer = block_spec(gpt, layers=layers if here is None else here, tp=tp, ledger=Ledger())
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
     return specs.model_config(language_model_spec=text, special_token_ids={"vision": PLACEHOLDER})
@@ -131,9 +138,11 @@ def trained(
     options: Mapping[str, Any],
 ) -> Seen:
     """Evaluate the first step of a job, then take it, with networks of the model and the weights of a whole one."""
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
     with host(place):
+        made = config_of(**config, here=hosted.get("language", 0))
         function = forward_backward_func(
-            job, config_of(**config), encoder_inputs={"vision": "pixels"}, optimizer="host", **options
+            job, made, encoder_inputs={"vision": "pixels"}, optimizer="host", **options
         )
         embedded = function.embedded
         function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
