@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
@@ -76,6 +77,7 @@ def table_of(network: nn.Module, info: StageInfo, *, tp: int, tied: bool = False
     """
     _check_marks(network, info, tp)
     names, found = dict(whole_names(network)), {}
+    gated = {f"{name}.linear_fc1" for name, part in network.named_modules() if isinstance(part, MLP) and part.config.gated_linear_unit}
     for key, weight in network.named_parameters():
         name = names[key]
         copy = LAST if tied and name in (EMBEDDING, OUTPUT) else None
@@ -86,6 +88,7 @@ def table_of(network: nn.Module, info: StageInfo, *, tp: int, tied: bool = False
             shape=tuple(size * tp if d == dim else size for d, size in enumerate(weight.shape)),
             layer=int(inside[2]) if inside else FIRST if info.first else LAST,
             tp_dim=dim,
+            tp_blocks=2 if key.rpartition(".")[0] in gated else 1,
             partial=getattr(weight, "sequence_parallel", False),
             copy=copy,
         )

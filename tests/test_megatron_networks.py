@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from megatron.core.hyper_comm_grid import HyperCommGrid
 
+from torch.nn.functional import silu
+
 import megatrons
 import specs
 from megatrons import Seen
@@ -118,6 +120,7 @@ TIED = {"share_embeddings_and_output_weights": True}
         ({"dp": 2}, {"tp": 2, "cp": 2}, {"sequence_parallel": True}, PARTS),
         ({"dp": 1}, {"pp": 3}, {"num_layers_in_first_pipeline_stage": 1}, {}),
         ({"dp": 1}, {"tp": 2, "pp": 2}, {"num_query_groups": 2, "add_bias_linear": False}, {}),
+        ({"dp": 1}, {"tp": 2, "dp": 2}, {"gated_linear_unit": True, "activation_func": silu}, {}),
         ({"dp": 1}, {"dp": 2}, {}, TIED),
         ({"dp": 1}, {"tp": 2, "pp": 2}, {}, TIED),
     ],
