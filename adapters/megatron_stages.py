@@ -46,8 +46,19 @@ from mimogrid.shell.megatron import (
 from mimogrid.shell.packing import Packing, check_placeholders, pack_rows, pack_text
 
 
-Arrange = Callable[[Tensor, Share], Mapping[str, Any]]
-"""Rows [R, F] of a share, sample after sample, to the arguments of an encoder."""
+Arrange = Callable[[Tensor | None, Share], Mapping[str, Any]]
+"""Rows [R, F] of a share, sample after sample, to the arguments of an encoder; None: to those of a later stage."""
+
+
+def block_of(rows_RF: Tensor, share: Share) -> tuple[Tensor, Tensor | None]:
+    """Return rows as a block [S, B, F] as long as the longest sample that has any, and its mask.
+
+    The mask [B, 1, 1, S] is added to attention scores: minus infinity for what is padding; None: nothing is.
+    """
+    packing = pack_rows(share, multiple=1, dtype=rows_RF.dtype, device=rows_RF.device)
+    block = rows_RF.new_zeros(packing.positions * packing.samples, rows_RF.shape[-1])
+    block = block.index_copy(0, packing.incoming, rows_RF)
+    return block.view(packing.positions, packing.samples, -1), packing.mask
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _IN_LAYER = re.compile(r"(.*\blayers)\.(\d+)(\..+)")
@@ -300,15 +311,17 @@ class ModalityNetwork(nn.Module):
         said = (
             encoder(**self._arguments(inputs["rows"], share))
             if first
-            else continued(self.stage.module, encoder, inputs[self.stage.module])
+            else continued(
+                self.stage.module, encoder, inputs[self.stage.module], self._arguments(None, share)
+            )
         )
         if not last:
             return {self.stage.module: said}
         return {"rows": modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)}
 
-    def _arguments(self, rows_RF: Tensor, share: Share | None) -> Mapping[str, Any]:
+    def _arguments(self, rows_RF: Tensor | None, share: Share | None) -> Mapping[str, Any]:
         if isinstance(self.argument, str):
-            return {self.argument: rows_RF}
+            return {} if rows_RF is None else {self.argument: rows_RF}
         assert share is not None, "a module of the host's gets its rows as one argument"
         return self.argument(rows_RF, share)
 
@@ -340,7 +353,9 @@ def _unable_modality(modality: Any, stage: ModuleStageInfo) -> Iterator[Problem]
         yield Problem(where, fact, "Use pp = 1, or sequence_parallel=False for this encoder.")
 
 
-def continued(name: str, encoder: Any, hidden: Tensor | None) -> Tensor:
+def continued(
+    name: str, encoder: Any, hidden: Tensor | None, arguments: Mapping[str, Any] | None = None
+) -> Tensor:
     """Run a later stage of an encoder on hidden states, which it takes as every stage of Megatron's does."""
     if not hasattr(encoder, "set_input_tensor"):
         raise TypeError(
@@ -348,4 +363,5 @@ def continued(name: str, encoder: Any, hidden: Tensor | None) -> Tensor:
             "Give it set_input_tensor(hidden), or a grid with pp = 1."
         )
     encoder.set_input_tensor(hidden)
-    return encoder(hidden_states=None, attention_mask=None)  # type: ignore[no-any-return]
+    given = {"hidden_states": None, "attention_mask": None, **(arguments or {})}
+    return encoder(**given)  # type: ignore[no-any-return]

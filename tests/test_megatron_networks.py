@@ -68,7 +68,7 @@ def first(said: list[Seen]) -> Seen:
 def compare(pool: Pool, job: Job, config: Mapping[str, Any], whole: Mapping[str, Any]) -> tuple[Seen, list[Seen]]:
     """Run both; losses, gradients, logits and weights are to be the same."""
     with megatrons.alone():
-        expected = megatrons.expected(job, megatrons.config_of(**whole))
+        expected = megatrons.expected(job, whole)
     said = pool.run("megatrons:trained", job.topology.world_size, job, config, expected.state, {})
     seen = first(said)
     for one in said:
@@ -142,3 +142,25 @@ def test_a_language_model_of_megatrons_trains_in_stages(
 
 
 ONLY_IN_PARTS = ("sequence_parallel", "num_layers_in_first_pipeline_stage")
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("vision", "language"),
+    [
+        ({"pp": 2}, {"dp": 2}),
+        ({"tp": 2, "pp": 2}, {"tp": 2}),
+        ({"dp": 2, "pp": 2}, {"pp": 2}),
+    ],
+)
+def test_an_encoder_of_megatrons_trains_in_stages(
+    pool: Pool, opened: Opened, vision: Mapping[str, int], language: Mapping[str, int]
+) -> None:
+    """Every stage runs its layers, rows find their samples, and padding is not looked at."""
+    whole = {"layers": 2, "language": {"max_sequence_length": 16}}
+    eye = {"layers": 4}
+    cut = {"pp": language.get("pp", 1), "tp": language.get("tp", 1)}
+    cut_eye = {**eye, "pp": vision["pp"], "tp": vision.get("tp", 1)}
+    config = {**whole, **cut, "eye": cut_eye}
+    job = job_for(opened, config, vision, language)
+    compare(pool, job, config, {**whole, "eye": eye})

@@ -9,18 +9,24 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 import specs
 from hosts import host
 from mimogrid.adapters.megatron import forward_backward_func
+from mimogrid.adapters.megatron_stages import block_of
 from mimogrid.core.hashing import draw_bits
-from mimogrid.core.models import Gpt
+from mimogrid.core.models import Gpt, Vit
+from mimogrid.core.samples import Sample
+from mimogrid.core.steps import Share
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.ledger import Ledger
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
+from mimogrid.shell.packing import pack_rows
 from mimogrid.shell.place import Place
 
 
@@ -34,15 +40,32 @@ def config_of(
     language: Mapping[str, Any],
     pp: int = 1,
     tp: int = 1,
-    here: int | None = None,
+    here: Mapping[str, int] | None = None,
+    eye: Mapping[str, int] | None = None,
     **transformer: Any,
 ) -> MimoModelConfig:
-    """Specify the model; `here` are the layers of the language model's stage for which it is to be built."""
+    """Specify the model; `here` are the layers of the stages for which it is to be built, if not of all.
+
+    `eye` are sizes of an encoder that is a transformer; without any it is one linear layer.
+    """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
-    layer = block_spec(gpt, layers=layers if here is None else here, tp=tp, ledger=Ledger())
+    layer = block_spec(gpt, layers=layers if here is None else here.get("language", 0), tp=tp, ledger=Ledger())
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
-    return specs.model_config(language_model_spec=text, special_token_ids={"vision": PLACEHOLDER})
+    vision = specs.vision(hidden=8)
+    if eye is not None:
+        vit = Vit(layers=eye["layers"], hidden=specs.HIDDEN, heads=4, features=specs.PIXELS)
+        built = vit.layers if here is None else here.get("vision", 0)
+        stack = block_spec(vit, layers=built, tp=eye.get("tp", 1), ledger=Ledger())
+        sizes = specs.config(
+            pp=eye.get("pp", 1), layers=vit.layers, tensor_model_parallel_size=eye.get("tp", 1)
+        )
+        vision = specs.vision(Patches, in_features=specs.HIDDEN, transformer_config=sizes, spec=stack)
+    return specs.model_config(
+        language_model_spec=text,
+        modality_submodules_spec={"vision": vision},
+        special_token_ids={"vision": PLACEHOLDER},
+    )
 
 
 @contextlib.contextmanager
@@ -71,35 +94,81 @@ def whole(config: MimoModelConfig) -> nn.Module:
     names = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp", "tp_cp", "tp_ep")
     collection = ProcessGroupCollection(**dict.fromkeys(names, dist.group.WORLD))
     collection.embd = collection.pos_embd = None
-    config.language_model_spec.params["pg_collection"] = collection
+    encoder = config.modality_submodules_spec["vision"].submodules["encoders"]["eye"]
+    for spec in (config.language_model_spec, *([encoder] if encoder.module is Patches else [])):
+        spec.params["pg_collection"] = collection
     model = MimoModel(config).double()
     model.load_state_dict(drawn(model.state_dict()), strict=False)
     return model
 
 
-def batch_of(job: Job) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """All samples of the first step as one batch of Megatron's, with labels and weights [B, S]."""
+class Patches(nn.Module):
+    """An encoder in stages: pixels [S, B, P] into a transformer block."""
+
+    def __init__(
+        self,
+        transformer_config: TransformerConfig,
+        spec: Any,
+        pg_collection: Any,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pre_process = pre_process
+        if pre_process:
+            self.input = nn.Linear(specs.PIXELS, transformer_config.hidden_size)
+        self.decoder = TransformerBlock(
+            transformer_config,
+            spec,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+        )
+
+    def set_input_tensor(self, hidden: Tensor) -> None:
+        """Take what the stage before sent."""
+        self.decoder.set_input_tensor(hidden)
+
+    def forward(
+        self,
+        hidden_states: None = None,
+        attention_mask: Tensor | None = None,
+        pixels: Tensor | None = None,
+    ) -> Tensor:
+        """Return [S, B, H]."""
+        first = self.input(pixels) if self.pre_process else None
+        return self.decoder(hidden_states=first, attention_mask=attention_mask)
+
+
+def arranged(rows: Tensor | None, share: Share) -> Mapping[str, Any]:
+    """Return the arguments of a stage of `Patches`."""
+    if rows is None:
+        mask = pack_rows(share, multiple=1, dtype=torch.float64, device=torch.device("cpu")).mask
+        return {"attention_mask": mask}
+    pixels, mask = block_of(rows, share)
+    return {"pixels": pixels, "attention_mask": mask}
+
+
+def batch_of(job: Job, sample: Sample, *, by_position: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """One sample as a batch of Megatron's, with labels and weights [S]."""
     assert job.source
-    step = job.step(0)
-    size = (len(step.samples), job.topology.sequence)
-    tokens, labels = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
-    weights = torch.zeros(size, dtype=torch.float64)
-    pixels = []
-    for i, sample in enumerate(step.samples):
-        text = job.source.load(sample.id, "language")
-        count = len(text["tokens"])
-        tokens[i, :count] = text["tokens"].masked_fill(text["tokens"] < 0, PLACEHOLDER)
-        labels[i, :count] = text["labels"]
-        weights[i, :count] = text["loss_weights"]
-        if sample.rows.get("vision"):
-            pixels.append(job.source.load(sample.id, "vision")["rows"].double())
+    text = job.source.load(sample.id, "language")
+    sequence = job.topology.sequence
+    tokens, labels, weights = (
+        nn.functional.pad(text[name], (0, sequence - len(text[name]))) for name in ("tokens", "labels", "loss_weights")
+    )
+    inputs = None
+    if sample.rows.get("vision"):
+        pixels = job.source.load(sample.id, "vision")["rows"].double()
+        inputs = {"vision": {"eye": {"pixels": pixels[:, None] if by_position else pixels}}}
     batch = {
-        "input_ids": tokens,
-        "position_ids": torch.arange(size[1]).expand(size),
+        "input_ids": tokens.masked_fill(tokens < 0, PLACEHOLDER)[None],
+        "position_ids": torch.arange(sequence)[None],
         "attention_mask": None,
-        "modality_inputs": {"vision": {"eye": {"pixels": torch.cat(pixels)}}},
+        "modality_inputs": inputs,
     }
-    return batch, labels, weights
+    return batch, labels, weights.double()
 
 
 @attrs.frozen
@@ -112,22 +181,22 @@ class Seen:
     state: Mapping[str, Any]
 
 
-def expected(job: Job, config: MimoModelConfig) -> Seen:
+def expected(job: Job, config: Mapping[str, Any]) -> Seen:
     """What one process comes to; inside `alone`."""
-    model = whole(config)
-    batch, labels, weights = batch_of(job)
-    logits, _ = model(**batch)
-    each = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    loss = (each * weights.flatten()).sum() / weights.sum()
+    eye = config.get("eye")
+    model, step = whole(config_of(**config)), job.step(0)
+    total, said = torch.zeros((), dtype=torch.float64), []
+    for sample, rows in zip(step.samples, step.rows_out, strict=True):
+        # One by one: Megatron flattens what a transformer block returns position by position, not sample by sample.
+        batch, labels, weights = batch_of(job, sample, by_position=eye is not None)
+        logits, _ = model(**batch)
+        total = total + (nn.functional.cross_entropy(logits[0], labels, reduction="none") * weights).sum()
+        said.append(logits[0, : rows["language"]].detach())
+    loss = total / sum(sample.length for sample in step.samples)
     loss.backward()
     gradients = {name: w.grad.numpy() for name, w in model.named_parameters() if w.grad is not None}
-    used = [row[: int(n)] for row, n in zip(logits.detach(), _lengths(job), strict=True)]
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    return Seen([loss.item()], gradients, [torch.cat(used).numpy()], state)
-
-
-def _lengths(job: Job) -> list[int]:
-    return [rows["language"] for rows in job.step(0).rows_out]
+    return Seen([loss.item()], gradients, [torch.cat(said).numpy()], state)
 
 
 def trained(
@@ -140,9 +209,10 @@ def trained(
     """Evaluate the first step of a job, then take it, with networks of the model and the weights of a whole one."""
     hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
     with host(place):
-        made = config_of(**config, here=hosted.get("language", 0))
+        made = config_of(**config, here=hosted)
+        eye = arranged if config.get("eye") else "pixels"
         function = forward_backward_func(
-            job, made, encoder_inputs={"vision": "pixels"}, optimizer="host", **options
+            job, made, encoder_inputs={"vision": eye}, optimizer="host", **options
         )
         embedded = function.embedded
         function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
