@@ -437,11 +437,22 @@ def test_a_loop_for_megatron_trains_a_job(pool: Pool, opened: Opened) -> None:
 
 @pytest.mark.world
 def test_a_loop_that_asks_for_more_is_refused(pool: Pool, opened: Opened) -> None:
-    """With everything that does not fit."""
+    """With everything that does not fit: other counts, another model, logits of a training step."""
     job = opened(layouts.job("enc(1,1,2)@0 lm(1,2,1)@2"))
+    changes = {"num_microbatches": 7, "collect_non_loss_data": True, "model": [torch.nn.Identity()]}
     with pytest.raises(PlanError) as refused:
-        pool.run("hosts:as_megatron", 4, job, 1, {"num_microbatches": 7, "forward_only": True})
-    assert ["batch.microbatches", "schedule"] == [problem.where for problem in refused.value.problems]
+        pool.run("hosts:as_megatron", 4, job, 1, changes)
+    assert ["batch.microbatches", "model", "schedule"] == [p.where for p in refused.value.problems]
+
+
+@pytest.mark.world
+def test_evaluating_trains_nothing(pool: Pool, opened: Opened) -> None:
+    """Dropout rests, weights stay, and samples that were not given are still to come."""
+    job = opened(layouts.job("enc(1,1,2)@0 lm(1,2,1)@2", changes={"lm": {"options": {"dropout": 0.5}}}))
+    for losses, again, taken, expected in pool.run("hosts:evaluated", 4, job):
+        assert losses == again
+        assert losses["lm"] > 0
+        assert taken == expected
 
 
 # -- where Megatron's own arithmetic is wrong --------------------------------------------------------------
