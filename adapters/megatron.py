@@ -7,7 +7,7 @@ For programs written for megatron-core (0.16 and 0.19), piece by piece:
 | `HyperCommGrid` and its views | `core.grid.Grid` | `from_hyper_comm_grid`, `to_hyper_comm_grid` |
 | `RankRole` of pull request 3211, asked of process groups | the same answers for any rank, anywhere | `role_of_grids` |
 | `ProcessGroupCollection` of a module | the groups of a job, and what these lack | `open_collections` |
-| `MimoModelConfig` with its grids | a job file | `job_of` |
+| `MimoModelConfig` with its grids | a job, or its file | `open_job_of`, `job_of`, `job_file_of` |
 | `MimoModel` | the same parts, those of this rank's stages | `from_specs` |
 | such a model | networks that a job's program calls, stage by stage | `networks_of` |
 | its state dict | weights of such a job, whatever its grids | `ForwardBackward.load_state_dict` |
@@ -23,7 +23,9 @@ import contextlib
 import copy
 import inspect
 import itertools
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -34,6 +36,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from mimogrid.adapters.megatron_stages import (
@@ -48,15 +51,17 @@ from mimogrid.adapters.torch_module import Embedded, Example, Networks
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.grid import Axis, Grid
 from mimogrid.core.groups import Ranks, groups_of, in_slots
-from mimogrid.core.models import Gpt, Vit
+from mimogrid.core.models import BuiltIn, Gpt, Vit
 from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole, role_of
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.topology import Module, Topology
 from mimogrid.shell import jobfile
 from mimogrid.shell.device import Device
 from mimogrid.shell.groups import Groups
-from mimogrid.shell.jobs import Job
+from mimogrid.shell.jobs import Job, open_job
+from mimogrid.shell.ledger import Ledger
 from mimogrid.shell.megatron import ProcessGroupCollection
+from mimogrid.shell.megatron.layers import block_spec
 from mimogrid.shell.step import Outcome
 from mimogrid.shell.world import World
 
@@ -258,8 +263,9 @@ def job_of(
 
     The language model becomes a `gpt`. A modality with one transformer (whose specification has a
     `TransformerConfig` among its parameters) becomes a `vit` of that size, any other a network of the host's
-    that emits rows as wide as the language model. The networks are ours, of the same sizes. Without `data` the
-    samples are the host's, too. `fields` are further ones of the job.
+    that emits rows as wide as the language model. The plan counts by these sizes; the networks are Megatron's
+    where `forward_backward_func` is given a model. Without `data` the samples are the host's, too. `fields` are
+    further ones of the job.
 
     Raises ValueError for keys that do not match, and PlanError with everything that a job cannot say.
     """
@@ -284,6 +290,14 @@ def job_of(
 def job_file_of(config: Any, grids: Mapping[str, HyperCommGrid] | None = None, **arguments: Any) -> str:
     """Return the text of the job file; see `job_of`."""
     return jobfile.dump(job_of(config, grids, **arguments))
+
+
+def open_job_of(config: Any, grids: Mapping[str, HyperCommGrid] | None = None, **arguments: Any) -> Job:
+    """Open the job; see `job_of`. Raises PlanError with everything that is wrong with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "job.toml")
+        path.write_text(job_file_of(config, grids, **arguments))
+        return open_job(path)
 
 
 def _grid_spec(name: str, grid: HyperCommGrid, problems: list[Problem]) -> GridSpec:
@@ -352,6 +366,18 @@ def _modality(spec: MegatronSpec, grid: GridSpec, width: int) -> ModuleSpec:
 # -- models ------------------------------------------------------------------------------------------------
 
 
+def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpec:
+    """Return megatron-core's layer with an attention and a norm that run on the CPU, and in any dtype.
+
+    They are those of the job's own networks: a layer norm, and attention that turns queries and keys by itself, so
+    the model has ``position_embedding_type="none"`` (or learned ones besides). For a causal or any other attention.
+    """
+    sizes = {**_sizes(config), "experts": 0}
+    model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
+    # On one rank too the linear layers are megatron's: ours have no place in its checkpoints.
+    return block_spec(model, layers=1, tp=2, ledger=Ledger()).layer_specs[0]
+
+
 def from_specs(
     language_model_spec: MegatronSpec,
     modality_submodules_spec: Mapping[str, MegatronSpec],
@@ -386,7 +412,7 @@ def from_specs(
     language = None
     if role.has_language_module:
         language = _built(language_model_spec, role.modules[LANGUAGE], collections.get(LANGUAGE))
-    return MimoStages(role, submodules, language, special_token_ids)
+    return MimoStages(role, submodules, language, special_token_ids, collections)
 
 
 def _built(spec: MegatronSpec, info: ModuleStageInfo, collection: ProcessGroupCollection | None) -> nn.Module:
@@ -448,13 +474,36 @@ class MimoStages(nn.Module):
         modality_submodules: Mapping[str, nn.Module],
         language_model: nn.Module | None,
         special_token_ids: Mapping[str, int],
+        collections: Mapping[str, ProcessGroupCollection],
     ) -> None:
         super().__init__()
         self.role = role
+        self.collections = dict(collections)
         self.special_token_ids = dict(special_token_ids)
         self.modality_submodules = nn.ModuleDict(dict(modality_submodules))
         self.language_model = language_model
         self.input_tensors: Mapping[str, Tensor] = {}
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return what Megatron's distributed checkpoints hold of this rank's parts, by the names that it gives."""
+        found: dict[str, Any] = {}
+        for module in self.role.modules:
+            is_language = module == LANGUAGE
+            part = self.language_model if is_language else self.modality_submodules[module]
+            name = "language_model" if is_language else f"modality_submodules.{module}"
+            groups = self.collections.get(module)
+            # Otherwise Megatron's global state is asked who else holds the same.
+            known = {} if groups is None else {"dp_cp_group": groups.dp_cp}
+            found |= sharded_state_dict_default(
+                part,
+                f"{prefix}{name}.",
+                sharded_offsets,
+                {**(metadata or {}), **known},
+                **({} if groups is None else {"tp_group": groups.tp}),
+            )
+        return found
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take what earlier stages sent: tensors by the name of the module that made them.

@@ -59,7 +59,7 @@ from torch import nn
 
 from mimogrid.core.decision import is_passed_over
 from mimogrid.core.digest import digest_of
-from mimogrid.core.errors import PlanError, Problem, nearest
+from mimogrid.core.errors import PlanError, Problem, WorldError, nearest
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.models import BuiltIn, Own
 from mimogrid.core.roles import RankRole, role_of
@@ -168,6 +168,7 @@ class Embedded:
         rank = self.world.rank
         if rank not in self.job.topology.ranks:
             return None
+        self._agree_on(modules)
         return Crew(
             self.job,
             rank,
@@ -178,6 +179,20 @@ class Embedded:
             given=modules,
             steps_itself=steps_itself,
         )
+
+    def _agree_on(self, modules: Networks) -> None:
+        """All ranks of a module have a network of the host's for it, or none has: else they would wait for ever."""
+        ranks = self.job.topology.ranks
+        every: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(every, sorted(modules), group=self.groups.by_ranks[ranks])
+        given = dict(zip(ranks, every, strict=True))
+        for name, module in self.job.topology.modules.items():
+            without = [rank for rank in module.grid.ranks if name not in given[rank]]
+            if 0 < len(without) < module.grid.size:
+                raise WorldError(
+                    f"the host gave a network for '{name}' on some ranks, and none on {without}. "
+                    f"Give one on each rank that hosts it: {list(module.grid.ranks)}."
+                )
 
     @property
     def role(self) -> RankRole | None:

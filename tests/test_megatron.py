@@ -28,6 +28,7 @@ from mimogrid.adapters.megatron import (
     from_specs,
     job_file_of,
     job_of,
+    layer_spec,
     role_of_grids,
     to_hyper_comm_grid,
 )
@@ -343,6 +344,37 @@ def test_stages_together_are_the_whole() -> None:
     assert ["language"] == [*hidden]
     last.set_input_tensor([{"language": [hidden["language"]]}])
     assert torch.equal(expected, last(**without)[0])
+
+
+@pytest.mark.usefixtures("cpu")
+def test_checkpoints_of_megatron_have_the_names_of_the_parts() -> None:
+    """What the stages would write and read together is, name by name and place by place, what the whole would."""
+
+    def shards(model: Any) -> set[tuple[Any, ...]]:
+        held = model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()
+        return {(s.key, s.global_shape, s.global_offset) for s in held if hasattr(s, "global_shape")}
+
+    spec, tokens = {"vision": specs.vision(hidden=8)}, {"vision": specs.IMAGE}
+    layer = layer_spec(specs.config())
+    alone = {"vision": collection(), "language": collection()}
+    whole = from_specs(
+        specs.language(transformer_layer_spec=layer),
+        spec,
+        tokens,
+        role=role(vision=stage("vision"), language=stage("language")),
+        collections=alone,
+    )
+    parts = [from_specs(specs.language(transformer_layer_spec=layer), spec, tokens, role=role(vision=stage("vision")), collections=alone)]
+    for pp in range(2):
+        place = role(language=stage("language", pp, 2))
+        groups = {"language": collection(pp, 2)}
+        parts.append(from_specs(specs.language(pp=2, transformer_layer_spec=layer), spec, tokens, role=place, collections=groups))
+    found = [shards(part) for part in parts]
+    assert shards(whole) == set.union(*found)
+    assert sum(map(len, found)) == len(set.union(*found))
+    keys = {key for key, *_ in shards(whole)}
+    assert "language_model.decoder.layers.1.mlp.linear_fc1.weight" in keys
+    assert "modality_submodules.vision.input_projections.0.weight" in keys
 
 
 def test_every_stage_of_an_encoder_runs() -> None:
