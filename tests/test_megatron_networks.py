@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
+import attrs
 import numpy as np
 import pytest
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -15,6 +16,7 @@ import megatrons
 import specs
 from megatrons import Seen
 from mimogrid.adapters.megatron import job_of
+from mimogrid.core.errors import PlanError, WorldError
 from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
@@ -164,3 +166,67 @@ def test_an_encoder_of_megatrons_trains_in_stages(
     config = {**whole, **cut, "eye": cut_eye}
     job = job_for(opened, config, vision, language)
     compare(pool, job, config, {**whole, "eye": eye})
+
+
+@pytest.mark.world
+def test_a_model_that_is_there_trains(pool: Pool, opened: Opened) -> None:
+    """Megatron's own `MimoModel`, built by the program itself, is what comes out changed."""
+    config = {"layers": 2, "language": {"max_sequence_length": 16}}
+    job = job_for(opened, config, {"dp": 1}, {"dp": 1})
+    with megatrons.alone():
+        expected = megatrons.expected(job, config)
+    name = "language_model.decoder.layers.1.mlp.linear_fc2.weight"
+    for rank, (losses, before, after) in enumerate(pool.run("megatrons:its_own", 2, job, config, expected.state)):
+        assert expected.losses == pytest.approx(losses, rel=1e-12)
+        assert bool(rank) == (name in after)
+        changed = {key for key in after if not np.array_equal(before[key], after[key])}
+        assert changed == set(after)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        ({"pp": 1}, {}, r"has layers \[0, 1, 2, 3\], the plan \["),
+        ({"pp": 2, "language": TIED}, {}, "ties its embeddings, the plan does not tie them"),
+        ({"pp": 2}, {"recompute": "full"}, "which a host's network decides for itself"),
+        ({"pp": 2}, {"frozen": ("layers.0.*",)}, "has patterns for the parameters of the built-in model"),
+        ({"pp": 2}, {"options": {"experts": 2}}, "how a host's network sums their gradients is not known"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(
+    pool: Pool, opened: Opened, config: Mapping[str, Any], options: Mapping[str, Any], said: str
+) -> None:
+    """With the numbers, before anything is computed."""
+    common = {"layers": 4, "pp": 2, "language": {"max_sequence_length": 16}}
+    job = job_for(opened, common, {"dp": 1}, {"pp": 2})
+    module = job.spec.modules["language"]
+    changes = {**options, "options": attrs.evolve(module.options, **options.get("options", {}))}
+    modules = {**job.spec.modules, "language": attrs.evolve(module, **changes)}
+    job = opened(attrs.evolve(job.spec, modules=modules))
+    made = {**common, **config, "language": {**common["language"], **config.get("language", {})}}
+    with pytest.raises(PlanError, match=said):
+        pool.run("megatrons:trained", 3, job, made, {}, {})
+
+
+@pytest.mark.world
+def test_networks_on_some_ranks_only_are_refused(pool: Pool, opened: Opened) -> None:
+    """Ranks with other networks would compute another model together."""
+    config = {"layers": 2, "language": {"max_sequence_length": 16}}
+    job = job_for(opened, config, {"dp": 1}, {"dp": 2})
+    with pytest.raises(WorldError, match=r"a network for 'language' on some ranks, and none on \[2\]"):
+        pool.run("megatrons:on_some", 3, job, config)
+
+
+@pytest.mark.world
+def test_copies_begin_alike(pool: Pool, opened: Opened) -> None:
+    """Whatever each rank draws: along dp, along tp what is whole there, and at both ends what is tied."""
+    config = {"layers": 2, "pp": 2, "tp": 2, "language": {"max_sequence_length": 16, **TIED, **LEARNED}}
+    job = job_for(opened, config, {"dp": 1}, {"tp": 2, "dp": 1, "pp": 2})
+    said = pool.run("megatrons:begun", job.topology.world_size, job, config)
+    positions = "model.embedding.position_embeddings.weight"
+    assert np.array_equal(said[1][positions], said[2][positions])
+    for tp in range(2):
+        first, last = said[1 + tp], said[3 + tp]
+        assert np.array_equal(first["model.embedding.word_embeddings.weight"], last["model.output_layer.weight"])
+        assert first["model.embedding.word_embeddings.weight"].any()

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import attrs
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 import specs
 from hosts import host
-from mimogrid.adapters.megatron import forward_backward_func
+from mimogrid.adapters import torch_module
+from mimogrid.adapters.megatron import forward_backward_func, networks_of
 from mimogrid.adapters.megatron_stages import block_of
+from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.samples import Sample
@@ -44,12 +47,12 @@ def config_of(
     eye: Mapping[str, int] | None = None,
     **transformer: Any,
 ) -> MimoModelConfig:
-    """Specify the model; `here` are the layers of the stages for which it is to be built, if not of all.
+    """Specify the model; `here` are the layers of the stages for which it is to be built, where there are several.
 
     `eye` are sizes of an encoder that is a transformer; without any it is one linear layer.
     """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
-    layer = block_spec(gpt, layers=layers if here is None else here.get("language", 0), tp=tp, ledger=Ledger())
+    layer = block_spec(gpt, layers=layers if here is None or pp == 1 else here.get("language", 0), tp=tp, ledger=Ledger())
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
     vision = specs.vision(hidden=8)
@@ -89,15 +92,21 @@ def drawn(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def whole(config: MimoModelConfig) -> nn.Module:
-    """Megatron's own model with all of it on one process, in fp64, with weights drawn by name."""
+def with_groups(config: MimoModelConfig, alone: dist.ProcessGroup) -> MimoModelConfig:
+    """Give the transformers a group of one for everything."""
     names = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp", "tp_cp", "tp_ep")
-    collection = ProcessGroupCollection(**dict.fromkeys(names, dist.group.WORLD))
+    collection = ProcessGroupCollection(**dict.fromkeys(names, alone))
     collection.embd = collection.pos_embd = None
     encoder = config.modality_submodules_spec["vision"].submodules["encoders"]["eye"]
     for spec in (config.language_model_spec, *([encoder] if encoder.module is Patches else [])):
         spec.params["pg_collection"] = collection
-    model = MimoModel(config).double()
+    return config
+
+
+def whole(config: MimoModelConfig) -> nn.Module:
+    """Megatron's own model with all of it on one process, in fp64, with weights drawn by name."""
+    assert dist.group.WORLD is not None
+    model = MimoModel(with_groups(config, dist.group.WORLD)).double()
     model.load_state_dict(drawn(model.state_dict()), strict=False)
     return model
 
@@ -243,3 +252,66 @@ def trained(
             {name: tensor.numpy() for name, tensor in state.items()},
         )
 
+
+
+def its_own(
+    place: Place, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any]
+) -> tuple[list[float], Mapping[str, Any], Mapping[str, Any]]:
+    """Train a `MimoModel` that is there; return losses, and its weights on this rank before and after the step."""
+    with host(place), on_device(torch.device("cpu")):
+        alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
+        model = MimoModel(with_groups(config_of(**config), alone))
+        mine = "modality_submodules" if place.rank == 0 else "language_model"
+        function = forward_backward_func(job, model, encoder_inputs={"vision": "pixels"})
+        function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        before = _held(model, mine)
+        losses = function(
+            forward_step_func=None,
+            data_iterator=None,
+            model=[model],
+            num_microbatches=job.spec.batch.microbatches,
+            seq_length=job.topology.sequence,
+            micro_batch_size=1,
+        )
+        after = _held(model, mine)
+        function.embedded.close()
+        return [float(each["lm loss"]) for each in losses], before, after
+
+
+def _held(model: nn.Module, begin: str) -> Mapping[str, Any]:
+    return {
+        name: weight.detach().clone().numpy()
+        for name, weight in model.named_parameters()
+        if name.startswith(begin)
+    }
+
+
+def on_some(place: Place, job: Job, config: Mapping[str, Any]) -> None:
+    """Give a network of the language model's on rank 1 and none on rank 2."""
+    with host(place):
+        alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
+
+        def networks(embedded: Embedded) -> Mapping[str, nn.Module]:
+            model = MimoModel(with_groups(config_of(**config), alone))
+            made = networks_of(model, job, place.rank, {"vision": "pixels"})
+            return {} if place.rank == place.size - 1 else made
+
+        Embedded(job, networks)
+
+
+def begun(place: Place, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return this rank's weights of the language model as they begin, each rank having drawn its own."""
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    with host(place):
+        with mock.patch.object(torch_module, "draw_bits", lambda *_: place.rank):
+            function = forward_backward_func(
+                job, config_of(**config, here=hosted), encoder_inputs={"vision": "pixels"}
+            )
+        stages = function.embedded.crew.stages.values()
+        weights = {
+            name.removeprefix("network."): weight.detach().numpy().copy()
+            for runner in stages
+            for name, weight in runner.network.named_parameters()
+        }
+        function.embedded.close()
+        return weights
