@@ -63,7 +63,15 @@ def _needs_only_core(file: Path) -> bool:
 def megatron_newest(session: nox.Session) -> None:
     """Compare with the newest megatron-core, which needs a newer Python (and brings a torch of some gigabytes)."""
     session.install("--editable", ".[train]", "hypothesis", "pytest>=9")
-    names = ("megatron", "megatron_grid", "megatron_networks", "modules", "experts", "torch_module", "examples")
+    names = (
+        "megatron",
+        "megatron_grid",
+        "megatron_networks",
+        "modules",
+        "experts",
+        "torch_module",
+        "examples",
+    )
     # Of warnings that are errors elsewhere it gives many at import, and they are not ours to mend.
     session.run("pytest", "-W", "default", *session.posargs, *(f"tests/test_{name}.py" for name in names))
 

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
@@ -357,8 +357,8 @@ def _modality(spec: MegatronSpec, grid: GridSpec, width: int) -> ModuleSpec:
         if isinstance(value, TransformerConfig)
     ]
     if len(encoders) == len(configs) == 1:
-        model = Vit(**_sizes(configs[0]))
-        return ModuleSpec(model="vit", options=model, feeds=(LANGUAGE,), **_cut(configs[0], grid))
+        vit = Vit(**_sizes(configs[0]))
+        return ModuleSpec(model="vit", options=vit, feeds=(LANGUAGE,), **_cut(configs[0], grid))
     model = "mimogrid.shell.host:module"
     return ModuleSpec(model=model, options={}, feeds=(LANGUAGE,), grid=grid, width=width)
 
@@ -566,14 +566,15 @@ class MimoStages(nn.Module):
         first, last = self.role.is_first_stage(name), self.role.is_last_stage(name)
         if (inputs if first else hidden) is None:
             return None
-        if first and last:
+        if first and last and not any(isinstance(e, TransformerBlock) for e in submodule.encoders.values()):
             outputs = submodule.encode(inputs)
         else:
             ((key, encoder),) = submodule.encoders.items()
             output = encoder(**inputs[key]) if inputs is not None else continued(name, encoder, hidden)
             if not last:
                 return output
-            outputs = [output.reshape(-1, output.shape[-1])]
+            # Sample by sample; as it lies, [S, B, H] would give samples each other's rows.
+            outputs = [(output.transpose(0, 1) if output.dim() > 2 else output).reshape(-1, output.shape[-1])]  # noqa: PLR2004
         rows: Tensor | None = submodule.project_embeddings(outputs, is_input=True) if outputs else None
         return rows
 

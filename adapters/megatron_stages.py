@@ -60,6 +60,7 @@ def block_of(rows_RF: Tensor, share: Share) -> tuple[Tensor, Tensor | None]:
     block = block.index_copy(0, packing.incoming, rows_RF)
     return block.view(packing.positions, packing.samples, -1), packing.mask
 
+
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _IN_LAYER = re.compile(r"(.*\blayers)\.(\d+)(\..+)")
 
@@ -73,7 +74,9 @@ def whole_names(network: nn.Module) -> Iterator[tuple[str, str]]:
     Megatron counts the layers of a stage from 0; each of them knows its number in the whole.
     """
     numbers = {
-        name: layer.layer_number - 1 for name, layer in network.named_modules() if hasattr(layer, "layer_number")
+        name: layer.layer_number - 1
+        for name, layer in network.named_modules()
+        if hasattr(layer, "layer_number")
     }
     for key in network.state_dict():
         inside = _IN_LAYER.fullmatch(key)
@@ -88,12 +91,17 @@ def table_of(network: nn.Module, info: StageInfo, *, tp: int, tied: bool = False
     """
     _check_marks(network, info, tp)
     names, found = dict(whole_names(network)), {}
-    gated = {f"{name}.linear_fc1" for name, part in network.named_modules() if isinstance(part, MLP) and part.config.gated_linear_unit}
+    gated = {
+        f"{name}.linear_fc1"
+        for name, part in network.named_modules()
+        if isinstance(part, MLP) and part.config.gated_linear_unit
+    }
     for key, weight in network.named_parameters():
         name = names[key]
         copy = LAST if tied and name in (EMBEDDING, OUTPUT) else None
         inside = _IN_LAYER.fullmatch(name)
-        dim = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
+        marks: Any = weight
+        dim: int | None = marks.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
         found[key] = Parameter(
             name=EMBEDDING if copy else name,
             shape=tuple(size * tp if d == dim else size for d, size in enumerate(weight.shape)),
@@ -112,7 +120,9 @@ def _check_marks(network: nn.Module, info: StageInfo, tp: int) -> None:
         weight = getattr(module, "weight", None)
         if tp > 1 and is_cut and weight is not None and not hasattr(weight, "partition_dim"):
             fact = f"'{name}.weight' of '{info.stage}' is cut over tp={tp} and does not say along which dim."
-            remedy = "Build it with perform_initialization=True: megatron-core marks weights as it draws them."
+            remedy = (
+                "Build it with perform_initialization=True: megatron-core marks weights as it draws them."
+            )
             raise PlanError([Problem(f"modules.{info.stage.module}", fact, remedy)])
 
 
@@ -133,7 +143,11 @@ def to_job_state(state: Mapping[str, Tensor], language: str) -> dict[str, Tensor
         name = _WRAPPERS.sub("", key)
         if not name.startswith(_HEADS) or not isinstance(tensor, Tensor):
             continue
-        name = name.removeprefix(_HEADS[1]) if name.startswith(_HEADS[1]) else f"{language}.{name[len(_HEADS[0]):]}"
+        name = (
+            name.removeprefix(_HEADS[1])
+            if name.startswith(_HEADS[1])
+            else f"{language}.{name[len(_HEADS[0]) :]}"
+        )
         stacked = _STACKED.fullmatch(name)
         if stacked is None:
             found[name] = tensor
@@ -202,7 +216,9 @@ class LanguageStage(nn.Module):
         if gpt.post_process:
             return self._judged(said.transpose(0, 1), inputs, packing)
         if self.sequence_parallel:
-            said = gather_from_sequence_parallel_region(said, tensor_parallel_output_grad=False, group=self.tp)
+            said = gather_from_sequence_parallel_region(
+                said, tensor_parallel_output_grad=False, group=self.tp
+            )
         return {self.name: said}
 
     def _embedded(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
@@ -213,7 +229,7 @@ class LanguageStage(nn.Module):
         text_T = inputs["tokens"].index_select(0, packing.text_tokens)
         entries = packing.incoming[len(packing.incoming) - len(text_T) :]
         positions_T = self._positions(entries.device).index_select(0, entries // packing.samples)
-        text_TH = gpt.embedding(input_ids=text_T[None], position_ids=positions_T[None]).squeeze(1)
+        text_TH: Tensor = gpt.embedding(input_ids=text_T[None], position_ids=positions_T[None]).squeeze(1)
         rows = [inputs[feeder] for feeder in share.rows]
         if rows and packing.portion is not None:
             rows_RH = copy_to_tensor_model_parallel_region(torch.cat(rows), group=self.cp)
@@ -256,9 +272,13 @@ def _unable(gpt: Any, where: str, sequence: int) -> Iterator[Problem]:
     if config.virtual_pipeline_model_parallel_size:
         yield Problem(where, "is cut into virtual stages.", "Leave virtual_pipeline_model_parallel_size out.")
     if gpt.position_embedding_type == "mrope":
-        yield Problem(where, "turns by mrope, whose positions a job does not know.", "Use rope, or learned ones.")
+        yield Problem(
+            where, "turns by mrope, whose positions a job does not know.", "Use rope, or learned ones."
+        )
     if tp > 1 and not gpt.parallel_output:
-        yield Problem(where, "gathers its logits.", "Leave parallel_output at True; the loss is cut as they are.")
+        yield Problem(
+            where, "gathers its logits.", "Leave parallel_output at True; the loss is cut as they are."
+        )
     scatters = gpt.pre_process and getattr(gpt.embedding, "scatter_to_sequence_parallel", False)
     if tp > 1 and config.sequence_parallel and scatters:
         fact = "cuts the embeddings of text before rows are put among them."

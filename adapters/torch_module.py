@@ -364,7 +364,9 @@ def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | No
             remedy = nearest(name, tuple(job.topology.modules))
             problems.append(Problem("modules", f"the job has no module '{name}'.", remedy))
         else:
-            problems += _misfits(name, job.topology.modules[name].model, job.spec.modules[name], modules[name])
+            problems += _misfits(
+                name, job.topology.modules[name].model, job.spec.modules[name], modules[name]
+            )
     if problems:
         raise PlanError(problems)
 
@@ -375,7 +377,9 @@ def _misfits(name: str, model: BuiltIn | Own, written: ModuleSpec, network: nn.M
         return
     where = f"modules.{name}"
     if not hasattr(network, "table"):
-        message = f"is built in ('{written.model}'); a network was handed over for it that has no table of weights."
+        message = (
+            f"is built in ('{written.model}'); a network was handed over for it that has no table of weights."
+        )
         remedy = "Set model = 'mimogrid.shell.host:module' and the width of its rows, or see shell.modules.HostNetwork."
         yield Problem(f"{where}.model", message, remedy)
     if model.experts:

@@ -38,6 +38,7 @@ class Eye(nn.Module):
         self.layers = nn.Sequential(nn.Linear(FEATURES, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, patches):
+        """Return a row for each patch."""
         return self.layers(patches)
 
 

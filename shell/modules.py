@@ -629,15 +629,17 @@ class HostStage(StageModule):
     ) -> None:
         table: Mapping[str, Parameter] = network.table(info, tp=tp)  # type: ignore[operator]
         if len({edge.width for edge in module.outputs}) > 1:
-            fact = f"feeds {len(module.outputs)} modules of unlike widths; a host's network gives rows of one."
+            fact = (
+                f"feeds {len(module.outputs)} modules of unlike widths; a host's network gives rows of one."
+            )
             remedy = "Make them alike, or put the projections into modules between."
             raise PlanError([Problem(f"modules.{module.name}.feeds", fact, remedy)])
         known = tuple({parameter.name: parameter for parameter in table.values()}.values())
         _check_table(info, known)
-        trainable = {table[built].name for built, weight in network.named_parameters() if weight.requires_grad}
-        info = attrs.evolve(
-            info, parameters=known, trainable=frozenset(trainable if info.trainable else ())
-        )
+        trainable = {
+            table[built].name for built, weight in network.named_parameters() if weight.requires_grad
+        }
+        info = attrs.evolve(info, parameters=known, trainable=frozenset(trainable if info.trainable else ()))
         super().__init__(attrs.evolve(module, outputs=()), info, dtype=dtype)
         self._table = table
         assert not isinstance(module.model, Own)
@@ -668,7 +670,7 @@ class HostStage(StageModule):
     def _planned(self, share: Share) -> dict[str, tuple[int, ...]]:
         """Other ranks wait for exactly these."""
         if self.info.last:
-            return {"rows": (sum(share.lengths), edge.width) for edge in self.edges}
+            return {"rows": (sum(share.lengths), self.edges[0].width)} if self.edges else {}
         hidden = self.module.model.hidden
         assert hidden is not None
         if isinstance(self.module.model, Gpt):
@@ -689,7 +691,9 @@ def _check_table(info: StageInfo, known: Sequence[Parameter]) -> None:
     ties = [any(parameter.copy for parameter in of) for of in (known, info.parameters)]
     if ties[0] != ties[1]:
         does, plans = ("ties" if each else "does not tie" for each in ties)
-        fact = f"the network that the host gave for '{info.stage}' {does} its embeddings, the plan {plans} them."
+        fact = (
+            f"the network that the host gave for '{info.stage}' {does} its embeddings, the plan {plans} them."
+        )
         raise PlanError([Problem(where, fact, f"Set options.tied_embeddings = {str(ties[0]).lower()}.")])
 
 

@@ -364,11 +364,27 @@ def test_checkpoints_of_megatron_have_the_names_of_the_parts() -> None:
         role=role(vision=stage("vision"), language=stage("language")),
         collections=alone,
     )
-    parts = [from_specs(specs.language(transformer_layer_spec=layer), spec, tokens, role=role(vision=stage("vision")), collections=alone)]
+    parts = [
+        from_specs(
+            specs.language(transformer_layer_spec=layer),
+            spec,
+            tokens,
+            role=role(vision=stage("vision")),
+            collections=alone,
+        )
+    ]
     for pp in range(2):
         place = role(language=stage("language", pp, 2))
         groups = {"language": collection(pp, 2)}
-        parts.append(from_specs(specs.language(pp=2, transformer_layer_spec=layer), spec, tokens, role=place, collections=groups))
+        parts.append(
+            from_specs(
+                specs.language(pp=2, transformer_layer_spec=layer),
+                spec,
+                tokens,
+                role=place,
+                collections=groups,
+            )
+        )
     found = [shards(part) for part in parts]
     assert shards(whole) == set.union(*found)
     assert sum(map(len, found)) == len(set.union(*found))
@@ -392,6 +408,19 @@ def test_every_stage_of_an_encoder_runs() -> None:
     if "hidden_states" in inspect.signature(spec["vision"].module.forward).parameters:
         theirs = spec["vision"].module.from_spec(spec["vision"], is_first_stage=False, is_last_stage=True)
         assert torch.equal(2 * ones, theirs(hidden_states=hidden["vision"]))
+
+
+def test_rows_leave_an_encoder_sample_by_sample() -> None:
+    """Of two samples of two positions the second row is the first sample's second; Megatron's is the other sample's."""
+    spec = {"vision": specs.vision(specs.Doubling, projected=False)}
+    hidden_SBH = torch.tensor([[0.0, 10.0], [1.0, 11.0]])[:, :, None]
+    last = from_specs(specs.language(), spec, {}, role=role(vision=stage("vision", 1, 2)))
+    last.set_input_tensor({"vision": hidden_SBH})
+    rows, _ = last(input_ids=None)
+    assert [0, 2, 20, 22] == rows["vision"].flatten().tolist()
+    theirs = spec["vision"].module.from_spec(spec["vision"])
+    (flat,) = theirs.encode({"eye": {"pixels": hidden_SBH}})
+    assert [0, 20, 2, 22] == flat.flatten().tolist()
 
 
 def test_only_what_a_stage_needs_is_built() -> None:

@@ -9,7 +9,6 @@ import attrs
 import numpy as np
 import pytest
 from megatron.core.hyper_comm_grid import HyperCommGrid
-
 from torch.nn.functional import silu
 
 import megatrons
@@ -17,7 +16,7 @@ import specs
 from megatrons import Seen
 from mimogrid.adapters.megatron import job_of
 from mimogrid.core.errors import PlanError, WorldError
-from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec
+from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, ScheduleSpec
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
 
@@ -42,7 +41,11 @@ DATA = {
 
 
 def job_for(
-    opened: Opened, config: Mapping[str, Any], vision: Mapping[str, int], language: Mapping[str, int], **fields: Any
+    opened: Opened,
+    config: Mapping[str, Any],
+    vision: Mapping[str, int],
+    language: Mapping[str, int],
+    **fields: Any,
 ) -> Job:
     """A job of the model on these grids, with random samples."""
     end = int(np.prod(list(vision.values())))
@@ -67,7 +70,9 @@ def first(said: list[Seen]) -> Seen:
     return found
 
 
-def compare(pool: Pool, job: Job, config: Mapping[str, Any], whole: Mapping[str, Any]) -> tuple[Seen, list[Seen]]:
+def compare(
+    pool: Pool, job: Job, config: Mapping[str, Any], whole: Mapping[str, Any]
+) -> tuple[Seen, list[Seen]]:
     """Run both; losses, gradients, logits and weights are to be the same."""
     with megatrons.alone():
         expected = megatrons.expected(job, whole)
@@ -79,7 +84,7 @@ def compare(pool: Pool, job: Job, config: Mapping[str, Any], whole: Mapping[str,
     for name, weight in expected.state.items():
         assert np.array_equal(weight, seen.state[name]), name
     assert_same_logits(job, expected, said)
-    ours = {name: gradient for name, gradient in seen.gradients.items()}
+    ours = dict(seen.gradients)
     assert len(expected.gradients) == len(ours)
     for name, gradient in expected.gradients.items():
         mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
@@ -112,31 +117,34 @@ TIED = {"share_embeddings_and_output_weights": True}
 
 @pytest.mark.world
 @pytest.mark.parametrize(
-    ("vision", "language", "transformer", "options"),
+    ("grids", "transformer", "options"),
     [
-        ({"dp": 2}, {"pp": 2}, {}, LEARNED),
-        ({"dp": 1}, {"tp": 2, "pp": 2}, {}, LEARNED),
-        ({"dp": 3}, {"tp": 2, "dp": 2}, {"sequence_parallel": True}, PARTS | LEARNED),
-        ({"dp": 1}, {"tp": 2, "pp": 2}, {"sequence_parallel": True}, PARTS),
-        ({"dp": 1}, {"cp": 2, "pp": 2}, {}, LEARNED),
-        ({"dp": 2}, {"tp": 2, "cp": 2}, {"sequence_parallel": True}, PARTS),
-        ({"dp": 1}, {"pp": 3}, {"num_layers_in_first_pipeline_stage": 1}, {}),
-        ({"dp": 1}, {"tp": 2, "pp": 2}, {"num_query_groups": 2, "add_bias_linear": False}, {}),
-        ({"dp": 1}, {"tp": 2, "dp": 2}, {"gated_linear_unit": True, "activation_func": silu}, {}),
-        ({"dp": 1}, {"dp": 2}, {}, TIED),
-        ({"dp": 1}, {"tp": 2, "pp": 2}, {}, TIED),
+        (({"dp": 2}, {"pp": 2}), {}, LEARNED),
+        (({"dp": 1}, {"tp": 2, "pp": 2}), {}, LEARNED),
+        (({"dp": 3}, {"tp": 2, "dp": 2}), {"sequence_parallel": True}, PARTS | LEARNED),
+        (({"dp": 1}, {"tp": 2, "pp": 2}), {"sequence_parallel": True}, PARTS),
+        (({"dp": 1}, {"cp": 2, "pp": 2}), {}, LEARNED),
+        (({"dp": 2}, {"tp": 2, "cp": 2}), {"sequence_parallel": True}, PARTS),
+        (({"dp": 1}, {"pp": 3}), {"num_layers_in_first_pipeline_stage": 1}, {}),
+        (({"dp": 1}, {"tp": 2, "pp": 2}), {"num_query_groups": 2, "add_bias_linear": False}, {}),
+        (({"dp": 1}, {"tp": 2, "dp": 2}), {"gated_linear_unit": True, "activation_func": silu}, {}),
+        (({"dp": 1}, {"dp": 2}), {}, TIED),
+        (({"dp": 1}, {"tp": 2, "pp": 2}), {}, TIED),
     ],
 )
 def test_a_language_model_of_megatrons_trains_in_stages(
     pool: Pool,
     opened: Opened,
-    vision: Mapping[str, int],
-    language: Mapping[str, int],
+    grids: tuple[Mapping[str, int], Mapping[str, int]],
     transformer: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> None:
     """Losses, gradients and logits are those of Megatron's own model on one process; its state dict loads by name."""
-    common = {"layers": 5 if "num_layers_in_first_pipeline_stage" in transformer else 4, "language": {"max_sequence_length": 16, **options}}
+    vision, language = grids
+    common = {
+        "layers": 5 if "num_layers_in_first_pipeline_stage" in transformer else 4,
+        "language": {"max_sequence_length": 16, **options},
+    }
     cut = {"pp": language.get("pp", 1), "tp": language.get("tp", 1), **transformer}
     job = job_for(opened, {**common, **cut}, vision, language)
     inside = {key: value for key, value in transformer.items() if key not in ONLY_IN_PARTS}
@@ -169,6 +177,16 @@ def test_an_encoder_of_megatrons_trains_in_stages(
 
 
 @pytest.mark.world
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1"])
+def test_any_order_trains_networks_of_megatrons(pool: Pool, opened: Opened, schedule: str) -> None:
+    """Also one that splits backwards, which these networks do in the first half."""
+    whole = {"layers": 2, "language": {"max_sequence_length": 16}}
+    config = {**whole, "pp": 2}
+    job = job_for(opened, config, {"dp": 1}, {"pp": 2}, schedule=ScheduleSpec(name=schedule))
+    compare(pool, job, config, whole)
+
+
+@pytest.mark.world
 def test_a_model_that_is_there_trains(pool: Pool, opened: Opened) -> None:
     """Megatron's own `MimoModel`, built by the program itself, is what comes out changed."""
     config = {"layers": 2, "language": {"max_sequence_length": 16}}
@@ -176,7 +194,9 @@ def test_a_model_that_is_there_trains(pool: Pool, opened: Opened) -> None:
     with megatrons.alone():
         expected = megatrons.expected(job, config)
     name = "language_model.decoder.layers.1.mlp.linear_fc2.weight"
-    for rank, (losses, before, after) in enumerate(pool.run("megatrons:its_own", 2, job, config, expected.state)):
+    for rank, (losses, before, after) in enumerate(
+        pool.run("megatrons:its_own", 2, job, config, expected.state)
+    ):
         assert expected.losses == pytest.approx(losses, rel=1e-12)
         assert bool(rank) == (name in after)
         changed = {key for key in after if not np.array_equal(before[key], after[key])}
@@ -228,5 +248,7 @@ def test_copies_begin_alike(pool: Pool, opened: Opened) -> None:
     assert np.array_equal(said[1][positions], said[2][positions])
     for tp in range(2):
         first, last = said[1 + tp], said[3 + tp]
-        assert np.array_equal(first["model.embedding.word_embeddings.weight"], last["model.output_layer.weight"])
+        assert np.array_equal(
+            first["model.embedding.word_embeddings.weight"], last["model.output_layer.weight"]
+        )
         assert first["model.embedding.word_embeddings.weight"].any()

@@ -52,7 +52,9 @@ def config_of(
     `eye` are sizes of an encoder that is a transformer; without any it is one linear layer.
     """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
-    layer = block_spec(gpt, layers=layers if here is None or pp == 1 else here.get("language", 0), tp=tp, ledger=Ledger())
+    layer = block_spec(
+        gpt, layers=layers if here is None or pp == 1 else here.get("language", 0), tp=tp, ledger=Ledger()
+    )
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
     vision = specs.vision(hidden=8)
@@ -165,7 +167,8 @@ def batch_of(job: Job, sample: Sample, *, by_position: bool) -> tuple[dict[str, 
     text = job.source.load(sample.id, "language")
     sequence = job.topology.sequence
     tokens, labels, weights = (
-        nn.functional.pad(text[name], (0, sequence - len(text[name]))) for name in ("tokens", "labels", "loss_weights")
+        nn.functional.pad(text[name], (0, sequence - len(text[name])))
+        for name in ("tokens", "labels", "loss_weights")
     )
     inputs = None
     if sample.rows.get("vision"):
@@ -204,7 +207,9 @@ def expected(job: Job, config: Mapping[str, Any]) -> Seen:
     loss = total / sum(sample.length for sample in step.samples)
     loss.backward()
     gradients = {name: w.grad.numpy() for name, w in model.named_parameters() if w.grad is not None}
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    state = {
+        name: tensor.numpy() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)
+    }
     return Seen([loss.item()], gradients, [torch.cat(said).numpy()], state)
 
 
@@ -251,7 +256,6 @@ def trained(
             [each["logits"].detach().numpy() for each in logits],
             {name: tensor.numpy() for name, tensor in state.items()},
         )
-
 
 
 def its_own(
@@ -303,7 +307,7 @@ def begun(place: Place, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any
     """Return this rank's weights of the language model as they begin, each rank having drawn its own."""
     hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
     with host(place):
-        with mock.patch.object(torch_module, "draw_bits", lambda *_: place.rank):
+        with mock.patch.object(torch_module, "draw_bits", return_value=place.rank):
             function = forward_backward_func(
                 job, config_of(**config, here=hosted), encoder_inputs={"vision": "pixels"}
             )
