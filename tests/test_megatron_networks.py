@@ -16,7 +16,8 @@ import specs
 from megatrons import Seen
 from mimogrid.adapters.megatron import job_of
 from mimogrid.core.errors import PlanError, WorldError
-from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, ScheduleSpec
+from mimogrid.core.shards import buckets_of
+from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, OptimizerSpec, ScheduleSpec
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
 
@@ -174,6 +175,22 @@ def test_an_encoder_of_megatrons_trains_in_stages(
     config = {**whole, **cut, "eye": cut_eye}
     job = job_for(opened, config, vision, language)
     compare(pool, job, config, {**whole, "eye": eye})
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    "options", [{"add_bias_linear": False}, {"gated_linear_unit": True, "activation_func": silu}]
+)
+def test_gradients_are_summed_in_the_plans_buckets(
+    pool: Pool, opened: Opened, options: Mapping[str, Any]
+) -> None:
+    """In as many as the built-in model has, whatever the network has to sum: none is left out."""
+    whole = {"layers": 2, "language": {"max_sequence_length": 16, **PARTS, **LEARNED}, **options}
+    config = {**whole, "tp": 2, "sequence_parallel": True}
+    small = OptimizerSpec(bucket_mb=0.001)
+    job = job_for(opened, config, {"dp": 2}, {"tp": 2, "dp": 2}, optimizer=small)
+    assert len(buckets_of(job.topology, job.topology.modules["language"].stages[0], 2)) > 3
+    compare(pool, job, config, whole)
 
 
 @pytest.mark.world
