@@ -7,8 +7,10 @@ For programs written for megatron-core (0.16 and 0.19), piece by piece:
 | `HyperCommGrid` and its views | `core.grid.Grid` | `from_hyper_comm_grid`, `to_hyper_comm_grid` |
 | `RankRole` of pull request 3211, asked of process groups | the same answers for any rank, anywhere | `role_of_grids` |
 | `ProcessGroupCollection` of a module | the groups of a job, and what these lack | `open_collections` |
-| `MimoModelConfig` with its grids | a job file | `job_of` |
+| `MimoModelConfig` with its grids | a job, or its file | `open_job_of`, `job_of`, `job_file_of` |
 | `MimoModel` | the same parts, those of this rank's stages | `from_specs` |
+| such a model | networks that a job's program calls, stage by stage | `networks_of` |
+| its state dict | weights of such a job, whatever its grids | `ForwardBackward.load_state_dict` |
 | `forward_backward_func` | one step of a job's program | `forward_backward_func` |
 
 A module's name is its key in Megatron's maps, and that of the language model is `LANGUAGE`. Axes go by the same
@@ -21,30 +23,46 @@ import contextlib
 import copy
 import inspect
 import itertools
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from mimogrid.adapters.torch_module import Embedded, Example
+from mimogrid.adapters.megatron_stages import (
+    Arrange,
+    LanguageStage,
+    ModalityNetwork,
+    continued,
+    to_job_state,
+    to_megatron_state,
+)
+from mimogrid.adapters.torch_module import Embedded, Example, Networks
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.grid import Axis, Grid
 from mimogrid.core.groups import Ranks, groups_of, in_slots
-from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
+from mimogrid.core.models import BuiltIn, Gpt, Vit
+from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole, role_of
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.topology import Module, Topology
 from mimogrid.shell import jobfile
 from mimogrid.shell.device import Device
 from mimogrid.shell.groups import Groups
-from mimogrid.shell.jobs import Job
+from mimogrid.shell.jobs import Job, open_job
+from mimogrid.shell.ledger import Ledger
 from mimogrid.shell.megatron import ProcessGroupCollection
+from mimogrid.shell.megatron.layers import block_spec
+from mimogrid.shell.step import Outcome
 from mimogrid.shell.world import World
 
 
@@ -245,8 +263,9 @@ def job_of(
 
     The language model becomes a `gpt`. A modality with one transformer (whose specification has a
     `TransformerConfig` among its parameters) becomes a `vit` of that size, any other a network of the host's
-    that emits rows as wide as the language model. The networks are ours, of the same sizes. Without `data` the
-    samples are the host's, too. `fields` are further ones of the job.
+    that emits rows as wide as the language model. The plan counts by these sizes; the networks are Megatron's
+    where `forward_backward_func` is given a model. Without `data` the samples are the host's, too. `fields` are
+    further ones of the job.
 
     Raises ValueError for keys that do not match, and PlanError with everything that a job cannot say.
     """
@@ -262,7 +281,7 @@ def job_of(
         name: _modality(spec, placed[name], language.hidden)
         for name, spec in config.modality_submodules_spec.items()
     }
-    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, grid=placed[LANGUAGE])
+    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **_cut(params["config"], placed[LANGUAGE]))
     options = {"sequence": params["max_sequence_length"]}
     data = data or DataSpec(source="mimogrid.shell.host:samples", options=options)
     return JobSpec(modules=modules, data=data, batch=batch, **fields)
@@ -271,6 +290,14 @@ def job_of(
 def job_file_of(config: Any, grids: Mapping[str, HyperCommGrid] | None = None, **arguments: Any) -> str:
     """Return the text of the job file; see `job_of`."""
     return jobfile.dump(job_of(config, grids, **arguments))
+
+
+def open_job_of(config: Any, grids: Mapping[str, HyperCommGrid] | None = None, **arguments: Any) -> Job:
+    """Open the job; see `job_of`. Raises PlanError with everything that is wrong with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "job.toml")
+        path.write_text(job_file_of(config, grids, **arguments))
+        return open_job(path)
 
 
 def _grid_spec(name: str, grid: HyperCommGrid, problems: list[Problem]) -> GridSpec:
@@ -288,6 +315,15 @@ def _grid_spec(name: str, grid: HyperCommGrid, problems: list[Problem]) -> GridS
         sizes |= {"ep": experts.extent("ep"), "expert_tp": experts.extent("expert_tp")}
     whole = (*given, *(axis for axis in order if axis not in given))
     return GridSpec(**sizes, offset=base.offset, order=whole)
+
+
+def _cut(config: TransformerConfig, grid: GridSpec) -> dict[str, Any]:
+    """Return how a transformer is cut: what a grid of Megatron's does not say, its configuration does."""
+    config = copy.copy(config)
+    config.pipeline_model_parallel_size = grid.pp
+    layers = [get_num_layers_to_build(config, pp_rank=pp) for pp in range(grid.pp)]
+    split = tuple(layers) if len(set(layers)) > 1 else None
+    return {"grid": attrs.evolve(grid, sequence_parallel=config.sequence_parallel), "split": split}
 
 
 def _sizes(config: TransformerConfig) -> dict[str, Any]:
@@ -321,12 +357,25 @@ def _modality(spec: MegatronSpec, grid: GridSpec, width: int) -> ModuleSpec:
         if isinstance(value, TransformerConfig)
     ]
     if len(encoders) == len(configs) == 1:
-        return ModuleSpec(model="vit", options=Vit(**_sizes(configs[0])), feeds=(LANGUAGE,), grid=grid)
+        vit = Vit(**_sizes(configs[0]))
+        return ModuleSpec(model="vit", options=vit, feeds=(LANGUAGE,), **_cut(configs[0], grid))
     model = "mimogrid.shell.host:module"
     return ModuleSpec(model=model, options={}, feeds=(LANGUAGE,), grid=grid, width=width)
 
 
 # -- models ------------------------------------------------------------------------------------------------
+
+
+def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpec:
+    """Return megatron-core's layer with an attention and a norm that run on the CPU, and in any dtype.
+
+    They are those of the job's own networks: a layer norm, and attention that turns queries and keys by itself, so
+    the model has ``position_embedding_type="none"`` (or learned ones besides). For a causal or any other attention.
+    """
+    sizes = {**_sizes(config), "experts": 0}
+    model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
+    # On one rank too the linear layers are megatron's: ours have no place in its checkpoints.
+    return block_spec(model, layers=1, tp=2, ledger=Ledger()).layer_specs[0]
 
 
 def from_specs(
@@ -363,7 +412,7 @@ def from_specs(
     language = None
     if role.has_language_module:
         language = _built(language_model_spec, role.modules[LANGUAGE], collections.get(LANGUAGE))
-    return MimoStages(role, submodules, language, special_token_ids)
+    return MimoStages(role, submodules, language, special_token_ids, collections)
 
 
 def _built(spec: MegatronSpec, info: ModuleStageInfo, collection: ProcessGroupCollection | None) -> nn.Module:
@@ -425,13 +474,36 @@ class MimoStages(nn.Module):
         modality_submodules: Mapping[str, nn.Module],
         language_model: nn.Module | None,
         special_token_ids: Mapping[str, int],
+        collections: Mapping[str, ProcessGroupCollection],
     ) -> None:
         super().__init__()
         self.role = role
+        self.collections = dict(collections)
         self.special_token_ids = dict(special_token_ids)
         self.modality_submodules = nn.ModuleDict(dict(modality_submodules))
         self.language_model = language_model
         self.input_tensors: Mapping[str, Tensor] = {}
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return what Megatron's distributed checkpoints hold of this rank's parts, by the names that it gives."""
+        found: dict[str, Any] = {}
+        for module in self.role.modules:
+            is_language = module == LANGUAGE
+            part = self.language_model if is_language else self.modality_submodules[module]
+            name = "language_model" if is_language else f"modality_submodules.{module}"
+            groups = self.collections.get(module)
+            # Otherwise Megatron's global state is asked who else holds the same.
+            known = {} if groups is None else {"dp_cp_group": groups.dp_cp}
+            found |= sharded_state_dict_default(
+                part,
+                f"{prefix}{name}.",
+                sharded_offsets,
+                {**(metadata or {}), **known},
+                **({} if groups is None else {"tp_group": groups.tp}),
+            )
+        return found
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take what earlier stages sent: tensors by the name of the module that made them.
@@ -494,14 +566,15 @@ class MimoStages(nn.Module):
         first, last = self.role.is_first_stage(name), self.role.is_last_stage(name)
         if (inputs if first else hidden) is None:
             return None
-        if first and last:
+        if first and last and not any(isinstance(e, TransformerBlock) for e in submodule.encoders.values()):
             outputs = submodule.encode(inputs)
         else:
             ((key, encoder),) = submodule.encoders.items()
-            output = encoder(**inputs[key]) if inputs is not None else _continued(name, encoder, hidden)
+            output = encoder(**inputs[key]) if inputs is not None else continued(name, encoder, hidden)
             if not last:
                 return output
-            outputs = [output.reshape(-1, output.shape[-1])]
+            # Sample by sample; as it lies, [S, B, H] would give samples each other's rows.
+            outputs = [(output.transpose(0, 1) if output.dim() > 2 else output).reshape(-1, output.shape[-1])]  # noqa: PLR2004
         rows: Tensor | None = submodule.project_embeddings(outputs, is_input=True) if outputs else None
         return rows
 
@@ -537,35 +610,45 @@ class MimoStages(nn.Module):
         return input_ids_BS == self.special_token_ids[name]
 
 
-class ModalityNetwork(nn.Module):
-    """A modality of Megatron's as a module of a job: hand it to `Embedded` under the module's name.
+# -- a model as networks of a job --------------------------------------------------------------------------
 
-    Its only encoder gets the rows of all samples, end to end, as `argument`, and gives one row for each. The
-    projection is the modality's own, so in the job file the module is as wide as the language model.
+
+def networks_of(
+    model: nn.Module, job: Job, rank: int, encoder_inputs: Mapping[str, str | Arrange] | None = None
+) -> dict[str, nn.Module]:
+    """Return the parts of a rank's `MimoStages` or `MimoModel` as the networks that a job's program calls.
+
+    `encoder_inputs` says of each modality which argument of its encoder takes the rows of a microbatch, or what
+    makes arguments of them. Raises PlanError for what a program cannot call (`megatron_stages`), and for parts
+    that the rank should have and the model has not.
     """
+    topology, inputs = job.topology, encoder_inputs or {}
+    role = role_of(topology, rank)
+    parts: Any = model
+    networks: dict[str, nn.Module] = {}
+    for name, info in role.modules.items():
+        if name == LANGUAGE and parts.language_model is not None:
+            gpt = _unwrapped(parts.language_model)
+            networks[name] = LanguageStage(gpt, sequence=topology.sequence, name=name)
+        elif name in parts.modality_submodules and name in inputs:
+            modality = _unwrapped(parts.modality_submodules[name])
+            networks[name] = ModalityNetwork(modality, inputs[name], stage=info)
+        elif name in parts.modality_submodules:
+            fact = "has an encoder, and nothing says which of its arguments takes the rows."
+            remedy = f"Name it: encoder_inputs={{'{name}': 'ARGUMENT'}}."
+            raise PlanError([Problem(f"modules.{name}", fact, remedy)])
+        else:
+            fact = f"is hosted by rank {rank}, whose model has no part of it."
+            remedy = "Build the model on the grids that the job has."
+            raise PlanError([Problem(f"modules.{name}", fact, remedy)])
+    return networks
 
-    def __init__(self, modality: nn.Module, argument: str) -> None:
-        super().__init__()
-        self.modality = modality
-        self.argument = argument
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the projected rows; see `shell.modules.OwnNetwork`."""
-        modality: Any = self.modality
-        (encoder,) = modality.encoders
-        outputs = modality.encode({encoder: {self.argument: inputs["rows"]}})
-        return {"rows": modality.project_embeddings(outputs, is_input=True)}
-
-
-def _continued(name: str, encoder: Any, hidden: Tensor | None) -> Tensor:
-    """Run a later stage of an encoder on hidden states, which it takes as every stage of Megatron's does."""
-    if not hasattr(encoder, "set_input_tensor"):
-        raise TypeError(
-            f"modality '{name}' is cut into stages, and {type(encoder).__name__} takes no hidden states. "
-            "Give it set_input_tensor(hidden), or a grid with pp = 1."
-        )
-    encoder.set_input_tensor(hidden)
-    return encoder(hidden_states=None, attention_mask=None)  # type: ignore[no-any-return]
+def _unwrapped(module: Any) -> nn.Module:
+    """Return what Megatron's wrappers (`Float16Module`, `DistributedDataParallel`) hold."""
+    while hasattr(module, "module") and isinstance(module.module, nn.Module):
+        module = module.module
+    return module  # type: ignore[no-any-return]
 
 
 # -- the training loop -------------------------------------------------------------------------------------
@@ -574,12 +657,14 @@ def _continued(name: str, encoder: Any, hidden: Tensor | None) -> Tensor:
 class ForwardBackward:
     """A step of a job, called as Megatron's schedule functions are.
 
-    `embedded` is the job in the world that Megatron initialized. Its program is what runs: the networks are
-    those of the job, and `forward_step_func` and `model` are not called.
+    `embedded` is the job in the world that Megatron initialized. Its program is what runs, with the networks of
+    `model`; where that is None, the job's own. `forward_step_func` is not called: the program has the data, and
+    the loss is the cross entropy of the tokens by their weights.
     """
 
-    def __init__(self, embedded: Embedded) -> None:
+    def __init__(self, embedded: Embedded, model: nn.Module | None = None) -> None:
         self.embedded = embedded
+        self.model = model
 
     def __call__(
         self,
@@ -605,35 +690,103 @@ class ForwardBackward:
         Gradients come out finished: summed over all ranks that have to be and divided by the global counts, so
         there is no `finalize_model_grads_func` to call. A job that updates its weights itself has done so.
 
-        Raises PlanError where the number of microbatches is not the job's, and for what is not done here:
-        `forward_only`, `collect_non_loss_data`.
+        With `forward_only` nothing but the losses comes out, of networks in evaluation mode. With
+        `collect_non_loss_data` besides, it is what the loss would judge: on one rank of each data lane of the
+        last stage, for every microbatch the logits [tokens, V] of that lane, sample after sample, as
+        ``{"logits": ...}``; nothing on other ranks. Megatron returns losses on the last stage only, one for every
+        microbatch; their mean is the mean over tokens only where all have as many, and here it is always.
+
+        Raises PlanError where the number of microbatches is not the job's, where another model is to be trained
+        than the one that is embedded, and for `collect_non_loss_data` in training.
         """
-        planned = self.embedded.job.spec.batch.microbatches
-        problems = []
-        if num_microbatches != planned:
-            fact = f"the loop asks for {num_microbatches} microbatches, the job has {planned}."
-            problems.append(Problem("batch.microbatches", fact, f"Set it to {num_microbatches}."))
-        for name, asked in (("forward_only", forward_only), ("collect_non_loss_data", collect_non_loss_data)):
-            if asked:
-                fact = f"the loop asks for {name}, which a job's program does not do."
-                problems.append(Problem("schedule", fact, "Evaluate with Megatron's own functions."))
+        job = self.embedded.job
+        problems = list(self._misfits(model, num_microbatches))
+        if collect_non_loss_data and not forward_only:
+            fact = "the loop asks for collect_non_loss_data of a training step, whose logits are not kept."
+            problems.append(Problem("schedule", fact, "Ask with forward_only=True."))
         if problems:
             raise PlanError(problems)
         batch = None
         if data_iterator is not None:
-            batch = [example for _ in range(planned) for example in next(data_iterator)]
-        outcome = self.embedded.step(batch)
-        if outcome is None:
+            batch = [example for _ in range(num_microbatches) for example in next(data_iterator)]
+        if collect_non_loss_data:
+            return [{"logits": logits} for logits in self.embedded.answers(batch)]
+        losses = self.embedded.evaluate(batch) if forward_only else _losses(self.embedded.step(batch))
+        if losses is None:
             return []
-        losses = {"lm loss": outcome.losses[LANGUAGE]} if LANGUAGE in outcome.losses else {}
-        others = {f"{name} loss": loss for name, loss in outcome.losses.items() if name != LANGUAGE}
-        return [{name: torch.tensor(loss) for name, loss in {**losses, **others}.items()}]
+        names = sorted(losses, key=lambda name: name != LANGUAGE)
+        said = {("lm loss" if name == LANGUAGE else f"{name} loss"): losses[name] for name in names}
+        exact = torch.float64 if job.spec.precision == "fp64" else torch.float32
+        return [{name: torch.tensor(loss, dtype=exact) for name, loss in said.items()}]
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the weights of a whole `MimoModel`, by Megatron's names; all ranks call it, the first one's count.
+
+        See `megatron_stages.to_job_state`. For a job with networks of a model; raises WorldError where names or
+        shapes are of another.
+        """
+        self.embedded.load_state_dict(to_job_state(state, LANGUAGE))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights of the whole model by Megatron's names, on the job's first rank; all ranks call it."""
+        return to_megatron_state(self.embedded.state_dict(), LANGUAGE, self.embedded.job.topology.modules)
+
+    def _misfits(self, model: Any, microbatches: int) -> Iterator[Problem]:
+        planned = self.embedded.job.spec.batch.microbatches
+        if microbatches != planned:
+            fact = f"the loop asks for {microbatches} microbatches, the job has {planned}."
+            yield Problem("batch.microbatches", fact, f"Set it to {microbatches}.")
+        asked = [_unwrapped(m) for m in (model if isinstance(model, list) else [model]) if m is not None]
+        if any(m is not self.model for m in asked):
+            fact = f"the loop trains a {type(asked[0]).__name__} that the job's program does not call."
+            yield Problem("model", fact, "Say so before: forward_backward_func(job, model=model).")
 
 
-def forward_backward_func(job: Job | Embedded, **options: Any) -> ForwardBackward:
+def _losses(outcome: Outcome | None) -> Mapping[str, float] | None:
+    return None if outcome is None else outcome.losses
+
+
+def forward_backward_func(
+    job: Job | Embedded,
+    model: Any = None,
+    *,
+    encoder_inputs: Mapping[str, str | Arrange] | None = None,
+    **options: Any,
+) -> ForwardBackward:
     """Return a drop-in for what megatron-core's `get_forward_backward_func` returns.
 
     A job is embedded in the process group that Megatron initialized, with these options (`Embedded`); who
     calls this closes it: ``function.embedded.close()``.
+
+    `model` is what trains: a `MimoStages` or `MimoModel` that this rank has built (None on a rank in no grid), or a
+    `MimoModelConfig`, of which this rank's part is built here, over the job's groups; it is then
+    ``function.model``. Without one the job builds its own networks, of the sizes that the job says. For
+    `encoder_inputs` see `networks_of`.
     """
-    return ForwardBackward(job if isinstance(job, Embedded) else Embedded(job, **options))
+    if isinstance(job, Embedded):
+        return ForwardBackward(job)
+    built: list[nn.Module] = [_unwrapped(model)] if isinstance(model, nn.Module) else []
+
+    def networks(embedded: Embedded) -> Networks:
+        collections = embedded.enter(
+            open_collections(job.topology, embedded.groups, embedded.world, embedded.device)
+        )
+        role = embedded.role
+        if role is None or role.is_idle:
+            return {}
+        if not built:
+            for collection in collections.values():
+                # A stage would begin by summing tied weights over it, on CUDA. The job ties its own way.
+                collection.embd = None
+            made = from_specs(
+                model.language_model_spec,
+                model.modality_submodules_spec,
+                model.special_token_ids or {},
+                role=role,
+                collections=collections,
+            )
+            built.append(made)
+        return networks_of(built[0], job, role.rank, encoder_inputs)
+
+    embedded = Embedded(job, **options) if model is None else Embedded(job, networks, **options)
+    return ForwardBackward(embedded, *built)

@@ -25,6 +25,11 @@ A module of the job may be an object of the host's instead of something that is 
 It keeps to `shell.modules.OwnNetwork`, and its grid has data lanes only. On every lane it begins with the
 weights of the first, as under torch's DistributedDataParallel.
 
+A module with a built-in model may be computed by networks of the host's, too, one for each stage, on any grid
+(`shell.modules.HostNetwork`). The plan is that of the built-in model: layers, heads, tokens, costs; the
+parameters are the networks' own. Such networks often need the job's process groups, so instead of a mapping
+`modules` may be a function that is called with the `Embedded` once these are open, and returns the mapping.
+
 **Samples** come from the job's source, or from the host, step by step (a job that has none of its own names
 `mimogrid.shell.host:samples`). A host gives each rank the same `Example` objects in the same order: all samples
 of the step. Their descriptions are read on every rank, their tensors only where a rank needs them, module by
@@ -43,8 +48,9 @@ fp32 and fp64, where the weights themselves are what is updated.
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeVar
 
 import attrs
 import torch
@@ -53,10 +59,13 @@ from torch import nn
 
 from mimogrid.core.decision import is_passed_over
 from mimogrid.core.digest import digest_of
-from mimogrid.core.errors import PlanError, Problem, nearest
-from mimogrid.core.models import Own
+from mimogrid.core.errors import PlanError, Problem, WorldError, nearest
+from mimogrid.core.hashing import draw_bits
+from mimogrid.core.models import BuiltIn, Own
 from mimogrid.core.roles import RankRole, role_of
 from mimogrid.core.samples import Sample
+from mimogrid.core.seeds import SEEDS
+from mimogrid.core.spec import ModuleSpec
 from mimogrid.core.steps import Step, step_of
 from mimogrid.shell import device as devices
 from mimogrid.shell.groups import Groups, open_groups
@@ -69,6 +78,9 @@ from mimogrid.shell.state import facts_of, gather, restore, scatter
 from mimogrid.shell.step import Crew, Outcome
 from mimogrid.shell.world import World, first_failure, visit
 
+
+T = TypeVar("T")
+Networks = Mapping[str, nn.Module]
 
 WHOLE = ("fp32", "fp64")
 """Precisions in which the weights themselves are updated."""
@@ -94,7 +106,7 @@ class Embedded:
     def __init__(
         self,
         job: Job,
-        modules: Mapping[str, nn.Module] | None = None,
+        modules: "Networks | Callable[[Embedded], Networks] | None" = None,
         groups: Groups | None = None,
         *,
         ranks: Sequence[int] | None = None,
@@ -105,7 +117,7 @@ class Embedded:
 
         Args:
             job: The job; the same on every rank.
-            modules: Networks of the host's for modules of the user's own, by name.
+            modules: Networks of the host's by the names of the modules that this rank hosts, or what builds them.
             groups: The planned groups, where the host has opened them already (`shell.groups.open_groups`);
                 they stay open.
             ranks: The ranks of the host's on which the job's lie, ascending; else the first ones.
@@ -115,11 +127,11 @@ class Embedded:
         Raises PlanError where the job does not fit the host's world or the modules do not fit the job, and
         WorldError where another rank has another plan.
         """
-        _check(job, modules or {}, ranks, optimizer)
+        _check(job, {} if callable(modules) else modules or {}, ranks, optimizer)
         self.job = job
         self.index = 0
         """The number of the next step."""
-        self._device = devices.of(torch.device(device))
+        self.device = devices.of(torch.device(device))
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self.world: World = visit(
@@ -128,8 +140,11 @@ class Embedded:
                 digest=digest_of(job.topology, job.step(0)),
             )
             stack.enter_context(first_failure(self.world))
-            self.groups = groups or stack.enter_context(open_groups(job.topology, self.world, self._device))
+            self.groups = groups or stack.enter_context(open_groups(job.topology, self.world, self.device))
+            self._closing = stack
             with self._ours(), _same_environment():
+                if callable(modules):
+                    modules = self._built(modules)
                 self.crew = self._crew(modules or {}, steps_itself=optimizer == "job")
             self._closing = stack.pop_all()
         # Optimizers like to set gradients to None; ours are views of one buffer and are put back.
@@ -137,20 +152,47 @@ class Embedded:
         self._gradients = [(w, w.grad) for buffer in buffers for w in buffer.weights.values()]
         self._upcoming: tuple[int, Step] | None = None
 
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """Open something that is closed with this; for what builds `modules`."""
+        return self._closing.enter_context(context)
+
+    def _built(self, build: "Callable[[Embedded], Networks]") -> "Networks":
+        """Let the host build its networks, with draws that follow from the job and the stages of this rank."""
+        stages = [str(info.stage) for info in self.job.topology.stages_of(self.world.rank)]
+        torch.manual_seed(draw_bits(self.job.spec.seed, " ".join(stages), "host") % SEEDS)
+        networks = build(self)
+        _check(self.job, networks, None, "job")
+        return networks
+
     def _crew(self, modules: Mapping[str, nn.Module], *, steps_itself: bool) -> Crew | None:
         rank = self.world.rank
         if rank not in self.job.topology.ranks:
             return None
+        self._agree_on(modules)
         return Crew(
             self.job,
             rank,
             self.groups,
-            self._device,
+            self.device,
             pulse=Pulse(rank),
             wish=Wish(),  # signals are the host's
             given=modules,
             steps_itself=steps_itself,
         )
+
+    def _agree_on(self, modules: Networks) -> None:
+        """All ranks of a module have a network of the host's for it, or none has: else they would wait for ever."""
+        ranks = self.job.topology.ranks
+        every: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(every, sorted(modules), group=self.groups.by_ranks[ranks])
+        given = dict(zip(ranks, every, strict=True))
+        for name, module in self.job.topology.modules.items():
+            without = [rank for rank in module.grid.ranks if name not in given[rank]]
+            if 0 < len(without) < module.grid.size:
+                raise WorldError(
+                    f"the host gave a network for '{name}' on some ranks, and none on {without}. "
+                    f"Give one on each rank that hosts it: {list(module.grid.ranks)}."
+                )
 
     @property
     def role(self) -> RankRole | None:
@@ -166,11 +208,7 @@ class Embedded:
         """
         index = self.index if batch is not None else self._next(self.index)
         self.index = index + 1
-        if batch is not None and len(batch) != self.job.spec.batch.global_size:
-            fact = f"the host gave {len(batch)} samples, a step takes {self.job.spec.batch.global_size}."
-            raise PlanError([Problem("batch.global_size", fact, "Give every rank all samples of the step.")])
-        if batch is None and isinstance(self.job.source, Handed):
-            self.job.source.load(index, "")
+        self._check_batch(batch, index)
         if self.crew is None:
             return None
         for weight, gradient in self._gradients:
@@ -182,10 +220,42 @@ class Embedded:
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
                 return self.crew.run(index, step, self._upcoming[1])
-            samples = tuple(attrs.evolve(example.sample, id=i) for i, example in enumerate(batch))
-            step = step_of(self.job.topology, samples)
-            self.crew.agree_on(step_of(self.job.topology, tuple(example.sample for example in batch)))
-            return self.crew.run(index, step, step, source=_Batch(batch))
+            step, source = self._given(self.crew, batch)
+            return self.crew.run(index, step, step, source=source)
+
+    def evaluate(self, batch: Sequence[Example] | None = None) -> Mapping[str, float] | None:
+        """Return each module's loss of a batch, or of the job's own next samples, which stay the next; train nothing.
+
+        Networks are in evaluation mode. The losses are the same on every rank; an idle one returns None.
+        """
+        self._check_batch(batch, self._next(self.index))
+        if self.crew is None:
+            return None
+        with first_failure(self.world), self._ours():
+            return self.crew.judge(*self._given(self.crew, batch))
+
+    def answers(self, batch: Sequence[Example] | None = None) -> tuple[torch.Tensor, ...]:
+        """Return the logits [tokens, V] of each microbatch, on the first rank of each lane of a last stage."""
+        self._check_batch(batch, self._next(self.index))
+        if self.crew is None:
+            return ()
+        with first_failure(self.world), self._ours():
+            return self.crew.answer(*self._given(self.crew, batch))
+
+    def _check_batch(self, batch: Sequence[Example] | None, index: int) -> None:
+        if batch is not None and len(batch) != self.job.spec.batch.global_size:
+            fact = f"the host gave {len(batch)} samples, a step takes {self.job.spec.batch.global_size}."
+            raise PlanError([Problem("batch.global_size", fact, "Give every rank all samples of the step.")])
+        if batch is None and isinstance(self.job.source, Handed):
+            self.job.source.load(index, "")
+
+    def _given(self, crew: Crew, batch: Sequence[Example] | None) -> "tuple[Step, _Batch | None]":
+        """Lay a batch over the job; compare what the ranks were given."""
+        if batch is None:
+            return self.job.step(self._next(self.index)), None
+        crew.agree_on(step_of(self.job.topology, tuple(example.sample for example in batch)))
+        samples = tuple(attrs.evolve(example.sample, id=i) for i, example in enumerate(batch))
+        return step_of(self.job.topology, samples), _Batch(batch)
 
     def _next(self, index: int) -> int:
         """Return the first step from `index` on whose samples are not passed over (`train.skip_steps`)."""
@@ -248,8 +318,8 @@ class Embedded:
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
         """Let megatron-core work on this device, and draw without the host's random states noticing."""
-        cuda = [self._device.torch] if self._device.torch.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), on_device(self._device.torch, seed=self.job.spec.seed):
+        cuda = [self.device.torch] if self.device.torch.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), on_device(self.device.torch, seed=self.job.spec.seed):
             yield
 
 
@@ -293,9 +363,35 @@ def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | No
         if name not in job.topology.modules:
             remedy = nearest(name, tuple(job.topology.modules))
             problems.append(Problem("modules", f"the job has no module '{name}'.", remedy))
-        elif not isinstance(job.topology.modules[name].model, Own):
-            message = f"is built in ('{job.spec.modules[name].model}'); a network was handed over for it."
-            remedy = "Set model = 'mimogrid.shell.host:module' and the width of its rows."
-            problems.append(Problem(f"modules.{name}.model", message, remedy))
+        else:
+            problems += _misfits(
+                name, job.topology.modules[name].model, job.spec.modules[name], modules[name]
+            )
     if problems:
         raise PlanError(problems)
+
+
+def _misfits(name: str, model: BuiltIn | Own, written: ModuleSpec, network: nn.Module) -> Iterator[Problem]:
+    """Say what of a built-in module a network of the host's cannot take over."""
+    if isinstance(model, Own):
+        return
+    where = f"modules.{name}"
+    if not hasattr(network, "table"):
+        message = (
+            f"is built in ('{written.model}'); a network was handed over for it that has no table of weights."
+        )
+        remedy = "Set model = 'mimogrid.shell.host:module' and the width of its rows, or see shell.modules.HostNetwork."
+        yield Problem(f"{where}.model", message, remedy)
+    if model.experts:
+        message = "has experts; how a host's network sums their gradients is not known."
+        yield Problem(f"{where}.options.experts", message, "Let the job build this module.")
+    if written.recompute != "none":
+        message = f"is '{written.recompute}', which a host's network decides for itself."
+        yield Problem(f"{where}.recompute", message, "Leave it out, and configure the network.")
+    if written.chunks > 1:
+        message = f"is {written.chunks}; a host gives one network for each pipeline rank."
+        yield Problem(f"{where}.chunks", message, "Use chunks = 1.")
+    for key, value in (("trainable", written.trainable), ("frozen", written.frozen)):
+        if isinstance(value, tuple):
+            message = "has patterns for the parameters of the built-in model; the host's network has others."
+            yield Problem(f"{where}.{key}", message, "Leave it out, and set requires_grad in the network.")

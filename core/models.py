@@ -32,6 +32,8 @@ class Parameter:
         constant: the initial value where `std` is 0.
         tp_dim: the dim that tensor parallelism shards; None: every tp rank holds all of it. For a parameter of
             an expert it is sharded over expert_tp.
+        tp_blocks: how many equal blocks lie one after the other along that dim, each sharded by itself (2 where
+            the gates of a layer and what they open are one weight).
         partial: its gradient on one tp rank is a partial sum under sequence parallelism.
         routes: it chooses experts. Tp ranks deal the tokens among them for that, so its gradient is always
             partial.
@@ -45,6 +47,7 @@ class Parameter:
     std: float = 0.0
     constant: float = 0.0
     tp_dim: int | None = None
+    tp_blocks: int = 1
     partial: bool = False
     routes: bool = False
     copy: str | None = None

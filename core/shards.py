@@ -103,6 +103,8 @@ def layout_of(topology: Topology, info: StageInfo, sizes: Mapping[str, int]) -> 
     """Deal what trains of a stage on a rank into buckets; `sizes` are the values that the rank holds of each.
 
     What a module of the user's holds is known to who built it alone: it is one bucket, the last, whatever is in it.
+    Where a network of the host's has other parameters than the plan has for the stage, they are dealt into the
+    plan's buckets: those are what the program sums.
     """
     module = topology.modules[info.stage.module]
     place = {parameter.name: i for i, parameter in enumerate(info.parameters)}
@@ -110,6 +112,12 @@ def layout_of(topology: Topology, info: StageInfo, sizes: Mapping[str, int]) -> 
     for parameter in info.parameters:
         if parameter.name in sizes:
             sections.setdefault(_section(module, parameter), []).append(parameter.name)
+    if info.parameters != topology.stages[info.stage].parameters:
+        planned = _planned(topology, info.stage, 0)
+        return tuple(
+            bucket_of(bucket.section, {name: sizes[name] for name in names}, lanes=bucket.lanes)
+            for bucket, names in zip(planned, _dealt(planned, sections, sizes), strict=True)
+        )
     room = _values_in_bucket(topology)
     cut = [
         (section, names)
@@ -141,6 +149,25 @@ def _cut(names: list[str], sizes: Mapping[str, int], room: int) -> list[list[str
         runs[-1].append(name)
         held += sizes[name]
     return [run[::-1] for run in runs]
+
+
+def _dealt(
+    planned: tuple[Bucket, ...], sections: Mapping[Section, list[str]], sizes: Mapping[str, int]
+) -> Iterator[list[str]]:
+    """Deal names, which are in the order of a forward, from their end into as many buckets of a section as are planned.
+
+    Each gets an equal part of what is left, or a little more; where there is too little, the later ones are empty.
+    """
+    assert set(sections) <= {bucket.section for bucket in planned}, "a section that the plan does not sum"
+    left = {section: [*names] for section, names in sections.items()}
+    for i, bucket in enumerate(planned):
+        names = left.setdefault(bucket.section, [])
+        to_come = sum(other.section is bucket.section for other in planned[i:])
+        room = sum(sizes[name] for name in names) / to_come
+        run: list[str] = []
+        while names and (to_come == 1 or sum(sizes[name] for name in run) < room):
+            run.append(names.pop())
+        yield run[::-1]
 
 
 def _section(module: Module, parameter: Parameter) -> Section:

@@ -8,25 +8,21 @@ The task: say which of four colours an image has.
 """
 
 import os
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
-from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
-from mimogrid.adapters.megatron import forward_backward_func, job_file_of  # mimogrid
+from mimogrid.adapters.megatron import forward_backward_func, layer_spec, open_job_of  # mimogrid
 from mimogrid.adapters.torch_module import Example  # mimogrid
 from mimogrid.core.samples import Sample  # mimogrid
 from mimogrid.core.spec import BatchSpec, DataSpec, OptimizerSpec  # mimogrid
-from mimogrid.shell.jobs import open_job  # mimogrid
 
 
 IMAGE_TOKEN, QUESTION, COLOURS = -1, 4, 4
@@ -34,28 +30,54 @@ SEQUENCE, PATCHES, FEATURES = 8, 4, 6
 MICROBATCHES, MICRO_BATCH = 4, 8
 
 
+class Eye(nn.Module):
+    """Patches [R, F] of all images to as many rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(FEATURES, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, patches):
+        """Return a row for each patch."""
+        return self.layers(patches)
+
+
 def model_config() -> MimoModelConfig:
     """Specify the model as for Megatron."""
-    layer = get_gpt_layer_local_spec()
-    eye = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=4, **PLAIN)
-    text = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **PLAIN)
-    encoder = ModuleSpec(CLIPViTModel, {"transformer_config": eye, "transformer_layer_spec": layer})
+    text = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+        **ON_CPU,
+    )
     language = {
         "config": text,
-        "transformer_layer_spec": layer,
+        "transformer_layer_spec": layer_spec(text),  # mimogrid: one that runs on the CPU; on CUDA, Megatron's
+        "position_embedding_type": "none",  # that layer has rotary ones
         "vocab_size": 8,
         "max_sequence_length": SEQUENCE,
     }
+    projection = ModuleSpec(nn.Linear, {"in_features": 16, "out_features": 32})
+    parts = {"encoders": {"eye": ModuleSpec(Eye, {"width": 16})}, "input_projections": [projection]}
     return MimoModelConfig(
         language_model_spec=ModuleSpec(GPTModel, language),
-        modality_submodules_spec={
-            "vision": ModuleSpec(VisionModalitySubmodules, submodules={"encoders": {"eye": encoder}})
-        },
+        modality_submodules_spec={"vision": ModuleSpec(VisionModalitySubmodules, submodules=parts)},
         special_token_ids={"vision": IMAGE_TOKEN},
     )
 
 
-PLAIN = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "cuda_graph_scope": []}
+ON_CPU = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "use_cpu_initialization": True,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+    "cuda_graph_scope": [],
+}
 
 
 def module_grids() -> dict[str, HyperCommGrid]:
@@ -88,7 +110,7 @@ def microbatches():
 
 
 def forward_step(data_iterator, model):
-    """Megatron's schedules call this for every microbatch; a job's program has no need of it."""
+    """Megatron's schedules call this for every microbatch; a job's program calls the networks itself."""
     raise AssertionError
 
 
@@ -99,27 +121,22 @@ def main(iterations: int = 30) -> list[float]:
     config, grids = model_config(), module_grids()
 
     # Was: model = MimoModel(config); forward_backward = get_forward_backward_func()
-    job_file = job_file_of(  # mimogrid
+    job = open_job_of(  # mimogrid
         config,
         grids,
         batch=BatchSpec(global_size=MICROBATCHES * MICRO_BATCH, microbatches=MICROBATCHES),
-        data=DataSpec(
-            source="mimogrid.shell.host:samples",
-            options={"sequence": SEQUENCE, "features": {"vision": FEATURES}},
-        ),
+        data=DataSpec(source="mimogrid.shell.host:samples", options={"sequence": SEQUENCE}),
         optimizer=OptimizerSpec(lr=3e-3),
     )
-    with tempfile.TemporaryDirectory() as folder:  # mimogrid
-        path = Path(folder, "job.toml")
-        path.write_text(job_file)
-        forward_backward = forward_backward_func(open_job(path))
+    forward_backward = forward_backward_func(job, config, encoder_inputs={"vision": "patches"})  # mimogrid
+    model = forward_backward.model  # this rank's part of it, with Megatron's names
     data_iterator, losses = microbatches(), []
 
     for iteration in range(iterations):
         losses_reduced = forward_backward(
             forward_step_func=forward_step,
             data_iterator=data_iterator,
-            model=[],
+            model=[model],
             num_microbatches=MICROBATCHES,
             seq_length=SEQUENCE,
             micro_batch_size=MICRO_BATCH,
@@ -129,6 +146,17 @@ def main(iterations: int = 30) -> list[float]:
         if dist.get_rank() == 0 and iteration % 10 == 9:
             print(f"iteration {iteration + 1}: lm loss {losses[-1]:.4f}")
 
+    evaluated = forward_backward(
+        forward_step_func=forward_step,
+        data_iterator=data_iterator,
+        model=[model],
+        num_microbatches=MICROBATCHES,
+        seq_length=SEQUENCE,
+        micro_batch_size=MICRO_BATCH,
+        forward_only=True,
+    )
+    if dist.get_rank() == 0:
+        print(f"evaluated: lm loss {float(evaluated[0]['lm loss']):.4f}")
     forward_backward.embedded.close()  # mimogrid
     return losses
 

@@ -87,6 +87,10 @@ class Groups(Protocol):
     def expert_tp(self) -> dist.ProcessGroup:
         """Ranks that hold the shards of the same experts; else the rank alone."""
 
+    @property
+    def tie(self) -> dist.ProcessGroup | None:
+        """The two ends of the pipeline, where both hold a weight."""
+
 
 class OwnNetwork(Protocol):
     """What a builder of the user's returns: an `nn.Module` with this forward.
@@ -99,6 +103,26 @@ class OwnNetwork(Protocol):
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return rows, a loss, or both."""
+
+
+class HostNetwork(Protocol):
+    """A network of the host's for one stage of a built-in module: an `nn.Module` with this forward.
+
+    The plan counts layers, heads and tokens as those of the built-in model; what they compute, and with which
+    parameters, is the network's own affair. Under tp and cp it talks over groups of its own, or the job's.
+    """
+
+    def __call__(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
+        """Compute the stage for a share; see the table at the top of this file.
+
+        What it gives to others it gives as ``rows``, for each sample as many as came in: projections are its own.
+        """
+
+    def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
+        """Return what each parameter of the stage is, by its name in the network; `tp` ranks hold its shards.
+
+        Names are the same whatever the layout, so a layer's has its number in the whole module.
+        """
 
 
 class StageModule(nn.Module):
@@ -169,9 +193,9 @@ def build_stage(
 ) -> StageModule:
     """Build a stage that computes in `dtype`, with its initial weights; what the plan freezes takes no gradient.
 
-    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that. The network of an own module may
-    be `given` instead of built: it is moved to the device, and begins on every data lane with the weights that
-    the first lane has.
+    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that. The network may be `given` instead
+    of built (`OwnNetwork`, `HostNetwork`): it is moved to the device, and begins on every data lane with the
+    weights that the first lane has. `StageModule.info` of such a stage tells of the parameters that it has.
     """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]
@@ -187,16 +211,19 @@ def build_stage(
             if network is None:
                 network = _own_network(model, written.options, seed=topology.spec.seed, module=module.name)
             stage = OwnStage(module, info, network, dtype=dtype)
+        case model if given is not None:
+            stage = HostStage(topology, module, info, given, tp=groups.tp.size(), dtype=dtype)
         case Gpt() as model:
             stage = TextStage(context(), model, sequence=topology.sequence)
         case model:
             stage = RowsStage(context(), model)
     stage.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
-    held = module.held(info, _ep(groups))
+    held = module.held(stage.info, _ep(groups))
     _check(stage, held, groups)
     weights = named_weights(stage)
-    initialize(weights, held, seed=topology.spec.seed, module=module.name, groups=groups)
-    trainable = info.trainable
+    if not isinstance(stage, HostStage):
+        initialize(weights, held, seed=topology.spec.seed, module=module.name, groups=groups)
+    trainable = stage.info.trainable
     if UNKNOWN in trainable:  # The names of an own module are known only now.
         _check_patterns(written, module.name, tuple(weights))
         trainable = trainable_names(written, tuple(weights))
@@ -204,9 +231,20 @@ def build_stage(
     for name, weight in weights.items():
         weight.requires_grad_(name in trainable)
     if given is not None:
-        for tensor in (*given.parameters(), *given.buffers()):
-            dist.broadcast(tensor.detach(), group=groups.dp, group_src=0)
+        _begin_alike(stage, given, groups)
     return stage
+
+
+def _begin_alike(stage: StageModule, given: nn.Module, groups: Groups) -> None:
+    """Give all copies of a weight the values of the first: along dp, along tp where it is whole, at both ends."""
+    for tensor in (*given.parameters(), *given.buffers()):
+        dist.broadcast(tensor.detach(), group=groups.dp, group_src=0)
+    weights = named_weights(stage)
+    for parameter in stage.info.parameters:
+        if parameter.name in weights and parameter.tp_dim is None:
+            dist.broadcast(weights[parameter.name].detach(), group=groups.tp, group_src=0)
+        if parameter.copy is not None and stage.info.first != stage.info.last:
+            dist.broadcast(weights[parameter.name].detach(), group=groups.tie, group_src=0)
 
 
 def _check_patterns(written: ModuleSpec, module: str, names: tuple[str, ...]) -> None:
@@ -591,6 +629,89 @@ class OwnStage(StageModule):
                 f"module '{self.name}' feeds others, so the plan gives it no loss; it returned one. "
                 "Put the loss into a module of its own that this one feeds."
             )
+
+
+class HostStage(StageModule):
+    """A stage of a built-in module that a network of the host's computes; projections are the network's, too."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        module: Module,
+        info: StageInfo,
+        network: nn.Module,
+        *,
+        tp: int,
+        dtype: torch.dtype,
+    ) -> None:
+        table: Mapping[str, Parameter] = network.table(info, tp=tp)  # type: ignore[operator]
+        if len({edge.width for edge in module.outputs}) > 1:
+            fact = (
+                f"feeds {len(module.outputs)} modules of unlike widths; a host's network gives rows of one."
+            )
+            remedy = "Make them alike, or put the projections into modules between."
+            raise PlanError([Problem(f"modules.{module.name}.feeds", fact, remedy)])
+        known = tuple({parameter.name: parameter for parameter in table.values()}.values())
+        _check_table(info, known)
+        trainable = {
+            table[built].name for built, weight in network.named_parameters() if weight.requires_grad
+        }
+        info = attrs.evolve(info, parameters=known, trainable=frozenset(trainable if info.trainable else ()))
+        super().__init__(attrs.evolve(module, outputs=()), info, dtype=dtype)
+        self._table = table
+        assert not isinstance(module.model, Own)
+        self.edges = module.outputs if info.last else ()
+        self.network = network
+        self.module = module
+        self.sequence = topology.sequence
+        self.dtype = dtype
+        self.draws = module.model.dropout > 0
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        return self._table[built.removeprefix("network.")].name
+
+    def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """Compute the stage for a share; see `HostNetwork`."""
+        given = dict(self.network(inputs, share))
+        for name, shape in self._planned(share).items():
+            seen = (tuple(given[name].shape), given[name].dtype) if name in given else "nothing"
+            if seen != (shape, self.dtype):
+                raise WorldError(
+                    f"the network that the host gave for '{self.info.stage}' returned {seen} for '{name}'; "
+                    f"the plan is {(shape, self.dtype)}."
+                )
+        emitted = {edge.target: given["rows"] for edge in self.edges}
+        return emitted | {name: tensor for name, tensor in given.items() if name != "rows"}
+
+    def _planned(self, share: Share) -> dict[str, tuple[int, ...]]:
+        """Other ranks wait for exactly these."""
+        if self.info.last:
+            return {"rows": (sum(share.lengths), self.edges[0].width)} if self.edges else {}
+        hidden = self.module.model.hidden
+        assert hidden is not None
+        if isinstance(self.module.model, Gpt):
+            return {self.name: (self.sequence // self.module.cp, len(share.samples), hidden)}
+        present = [rows for rows in share.lengths if rows]
+        positions = self.module.padded(max(present, default=0)) // self.module.cp
+        return {self.name: (positions, len(present), hidden)}
+
+
+def _check_table(info: StageInfo, known: Sequence[Parameter]) -> None:
+    """A host's network has the layers that the plan gives the stage, and ties its ends where the plan does."""
+    where = f"modules.{info.stage.module}"
+    layers = sorted({parameter.layer for parameter in known if isinstance(parameter.layer, int)})
+    if layers != list(info.layers):
+        fact = f"the network that the host gave for '{info.stage}' has layers {layers}, the plan {[*info.layers]}."
+        remedy = "Build it for this stage: as many layers, in as many stages, as the module has in the job."
+        raise PlanError([Problem(where, fact, remedy)])
+    ties = [any(parameter.copy for parameter in of) for of in (known, info.parameters)]
+    if ties[0] != ties[1]:
+        does, plans = ("ties" if each else "does not tie" for each in ties)
+        fact = (
+            f"the network that the host gave for '{info.stage}' {does} its embeddings, the plan {plans} them."
+        )
+        raise PlanError([Problem(where, fact, f"Set options.tied_embeddings = {str(ties[0]).lower()}.")])
 
 
 def _own_network(model: Own, options: Any, *, seed: int, module: str) -> nn.Module:

@@ -71,11 +71,21 @@ class StageRunner:
         self._position = module.grid.position(rank)
         self._lane = self._position["dp"]
 
-    def begin(self, program: Program, loader: Loader, index: int = 0, *, loss_scale: float = 1.0) -> None:
+    def begin(
+        self,
+        program: Program,
+        loader: Loader,
+        index: int = 0,
+        *,
+        loss_scale: float = 1.0,
+        judges: bool = True,
+    ) -> None:
         """Make ready for step `index`; `loss`, `aux` and `answers` are those of the step from now on.
 
-        Every loss is multiplied by `loss_scale` before its backward.
+        Every loss is multiplied by `loss_scale` before its backward. A stage that `judges` compares with targets;
+        else it keeps what it would have judged.
         """
+        self._judges = judges
         self._index = index
         self.network.loss_scale = loss_scale
         self._loader = loader
@@ -111,7 +121,7 @@ class StageRunner:
             incoming = self._gather(held, link, Direction.FORWARD, microbatch)
             incoming.requires_grad_(link in self._program.order.gradients)
             held.inputs[link.source.module] = incoming
-        with_targets = self._program.order.training and self.info.last
+        with_targets = self._judges and self.info.last
         targets = self._loader.targets(self.module, share) if with_targets else {}
         if self.network.draws and self._program.order.training:
             begin_draws(self._seeds(microbatch), self._loader.device)

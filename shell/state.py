@@ -75,8 +75,8 @@ def pieces_to_save(crew: Crew) -> Pieces:
     the lane where it begins, so that files hold blocks of the full tensors and nothing else.
     """
     return {
-        **{name: (piece,) for name, piece, writes in _frozen(crew) if writes},
-        **{name: (piece,) for stage in crew.stages for name, piece in _joined(crew, stage)},
+        **{name: pieces for name, pieces, writes in _frozen(crew) if writes},
+        **{name: pieces for stage in crew.stages for name, pieces in _joined(crew, stage)},
     }
 
 
@@ -84,7 +84,7 @@ def pieces_to_load(crew: Crew, facts: Mapping[str, Any]) -> Pieces:
     """Return what this rank reads: its frozen weights, its main weights, and what the optimizer keeps."""
     if crew.optimizer is not None and facts["steps_taken"]:
         begin_states(crew.optimizer)
-    found: dict[str, tuple[Piece, ...]] = {name: (piece,) for name, piece, _ in _frozen(crew)}
+    found: dict[str, tuple[Piece, ...]] = {name: pieces for name, pieces, _ in _frozen(crew)}
     for stage, buffer in ((s, b) for s, of_stage in crew.buffers.items() for b in of_stage.buffers):
         held = _Held(crew, stage)
         for shard in buffer.shards:
@@ -175,18 +175,18 @@ def _tensors(crew: Crew, stage: Stage, shard: Shard) -> Iterator[tuple[str, torc
         yield f"{OPTIMIZER}{state}.{full}", tensor
 
 
-def _frozen(crew: Crew) -> Iterator[tuple[str, Piece, bool]]:
+def _frozen(crew: Crew) -> Iterator[tuple[str, tuple[Piece, ...], bool]]:
     """Yield the weights that do not train, and whether this rank writes them."""
     for stage, weights in crew.weights().items():
         held = _Held(crew, stage)
         for name, weight in weights.items():
             if name not in crew.buffers[stage].weights:
                 part = Part(name, 0, weight.numel())
-                (piece,) = held.pieces(part, weight.detach().reshape(-1))
-                yield f"{stage.module}.{name}", piece, held.counts(name)
+                pieces = tuple(held.pieces(part, weight.detach().reshape(-1)))
+                yield f"{stage.module}.{name}", pieces, held.counts(name)
 
 
-def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, Piece]]:
+def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, tuple[Piece, ...]]]:
     """Yield the whole parameters that this rank writes of a stage."""
     held, of_stage = _Held(crew, stage), crew.buffers[stage]
     for buffer in of_stage.buffers:
@@ -199,8 +199,7 @@ def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, Piece]]:
             if shard and shard.part.start == 0 and span.name in of_stage.counted:
                 for name, tensor in kept.items():
                     if tensor.dim() or span.name in of_stage.written:
-                        (piece,) = held.pieces(Part(span.name, 0, span.size), tensor)
-                        yield name, piece
+                        yield name, tuple(held.pieces(Part(span.name, 0, span.size), tensor))
 
 
 def _is_cut(buffer: Buffer, span: Span) -> bool:
@@ -219,6 +218,26 @@ def _gathered(buffer: Buffer, span: Span, kept: Mapping[str, torch.Tensor]) -> d
         name: torch.cat([parts[name] for parts in holders]) if tensor.dim() else tensor
         for name, tensor in kept.items()
     }
+
+
+def _spread(
+    block: torch.Tensor,
+    shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    parameter: Parameter,
+    group: dist.ProcessGroup,
+) -> Iterator[Piece]:
+    """Yield where a block of a shard lies in the full parameter: apart, where it reaches into several `tp_blocks`."""
+    dim = parameter.tp_dim
+    assert dim is not None
+    each = shape[dim] // parameter.tp_blocks
+    full = tuple(size * group.size() if d == dim else size for d, size in enumerate(shape))
+    start, stop = offsets[dim], offsets[dim] + block.shape[dim]
+    for i in range(start // each, -(-stop // each)):
+        first, last = max(start, i * each), min(stop, (i + 1) * each)
+        moved = first + (i * (group.size() - 1) + group.rank()) * each
+        there = tuple(moved if d == dim else offset for d, offset in enumerate(offsets))
+        yield Piece(block.narrow(dim, first - start, last - first), full, there)
 
 
 class _Held:
@@ -243,14 +262,11 @@ class _Held:
         if not tensor.dim():
             yield Piece(tensor.view(1), (1,), (0,))
             return
-        full, first = list(shape), [0] * len(shape)
-        if parameter is not None and parameter.tp_dim is not None:
-            group, dim = cut_over(parameter, self._groups), parameter.tp_dim
-            first[dim] = group.rank() * shape[dim]
-            full[dim] *= group.size()
         begin = 0
         for offsets, lengths in boxes(shape, part.start, part.stop):
             block = tensor[begin : begin + torch.Size(lengths).numel()].view(lengths)
             begin += block.numel()
-            there = tuple(a + b for a, b in zip(first, offsets, strict=True))
-            yield Piece(block, tuple(full), there)
+            if parameter is None or parameter.tp_dim is None:
+                yield Piece(block, shape, offsets)
+            else:
+                yield from _spread(block, shape, offsets, parameter, cut_over(parameter, self._groups))

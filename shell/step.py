@@ -124,7 +124,7 @@ class Crew:
             self.stages[info.stage] = StageRunner(
                 rank=rank,
                 module=module,
-                info=info,
+                info=network.info,
                 network=network,
                 groups=of_module,
                 dtype=dtype,
@@ -132,7 +132,7 @@ class Crew:
             self.buffers[info.stage] = StageBuffer(
                 topology=self.topology,
                 position=module.position(rank),
-                info=info,
+                info=network.info,
                 weights=named_weights(network),
                 full=full,
                 groups=of_module,
@@ -184,11 +184,7 @@ class Crew:
 
     def choose(self, step: Step, source: Loads) -> list[int]:
         """Run a step forwards only; return the likeliest next token of every sample, on every rank."""
-        program = plan_step(step, training=False)
-        self._begin(program, source)
-        actions = program.of(self.rank)
-        self.pulse.begin(self.job.spec.train.steps, len(actions), training=False)
-        execute(actions, self.stages, self._transport, _Nothing(), self.pulse)
+        self._only_forwards(step, source)
         mine = torch.zeros(len(step.samples), dtype=torch.float64, device=self.device.torch)
         for runner in self.stages.values():
             for microbatch, logits in runner.answers.items():
@@ -196,10 +192,41 @@ class Crew:
                 mine[where.start : where.stop] = tokens
         return [int(token) for token in self.gather(mine).sum(dim=0)]
 
-    def _begin(self, program: Program, source: Loads, index: int = 0, *, loss_scale: float = 1.0) -> None:
+    def judge(self, step: Step, source: Loads | None = None) -> Mapping[str, float]:
+        """Run a step forwards only; return each module's loss divided by its count, on every rank."""
+        self._only_forwards(step, source or self._source, judges=True)
+        mine = torch.tensor([*_losses(self, step).values()], dtype=torch.float64, device=self.device.torch)
+        means = _means(step, self.gather(mine).sum(dim=0).tolist())
+        return {name: mean for name, mean in means.items() if name in self.topology.modules}
+
+    def answer(self, step: Step, source: Loads | None = None) -> tuple[torch.Tensor, ...]:
+        """Run a step forwards only; return what this rank has to say of each microbatch of its lane.
+
+        These are the logits [T, V], sample after sample, on the first rank of a lane of a last stage.
+        """
+        self._only_forwards(step, source or self._source)
+        said = (runner.answers for runner in self.stages.values())
+        return tuple(answers[microbatch] for answers in said for microbatch in sorted(answers))
+
+    def _only_forwards(self, step: Step, source: Loads, *, judges: bool = False) -> None:
+        program = plan_step(step, training=False)
+        self._begin(program, source, judges=judges)
+        actions = program.of(self.rank)
+        self.pulse.begin(self.job.spec.train.steps, len(actions), training=False)
+        execute(actions, self.stages, self._transport, _Nothing(), self.pulse)
+
+    def _begin(
+        self,
+        program: Program,
+        source: Loads,
+        index: int = 0,
+        *,
+        loss_scale: float = 1.0,
+        judges: bool = True,
+    ) -> None:
         loader = Loader(source, device=self.device.torch, dtype=DTYPES[self.job.spec.precision])
         for stage in self.stages.values():
-            stage.begin(program, loader, index, loss_scale=loss_scale)
+            stage.begin(program, loader, index, loss_scale=loss_scale, judges=judges)
 
     def collect(self, tensors: Mapping[Stage, Tensors]) -> Tensors:
         """Put full tensors together on the first rank of the job; see `collect.collect`."""
@@ -264,7 +291,7 @@ class _Finish:
 
         Also a value that does not count in the norm, because another rank holds a copy of it, must be finite.
         """
-        crew, losses, buffers = self.crew, self._losses(), self.crew.buffers.values()
+        crew, losses, buffers = self.crew, _losses(self.crew, self.step), self.crew.buffers.values()
         if crew.watch.scale != 1:
             for buffer in buffers:
                 buffer.scale(1 / crew.watch.scale)
@@ -281,11 +308,7 @@ class _Finish:
         flags, all_terms, all_losses, digests, all_notes = every.split(sizes, dim=1)
         all_finite, all_saved = flags.bool().all(dim=0).tolist()
         _check_digests(crew, self.following, digests)
-        sums = all_losses.sum(dim=0).tolist()
-        means = {
-            name: total / units if units else 0.0
-            for total, (name, units) in zip(sums, self.step.units.items(), strict=True)
-        }
+        means = _means(self.step, all_losses.sum(dim=0).tolist())
         loss = sum(loss_weight(crew.topology, name) * mean for name, mean in means.items())
         norm = sum_of_terms(all_terms.flatten().tolist()) ** 0.5
         self.watch, skipped = decide(
@@ -331,19 +354,28 @@ class _Finish:
         for buffer in crew.buffers.values():
             buffer.publish()
 
-    def _losses(self) -> dict[str, float]:
-        """This rank's part of each loss sum: under cp each has one, under tp all have the same.
 
-        Of an auxiliary loss every rank has a part of its own.
-        """
-        losses = dict.fromkeys(self.step.units, 0.0)
-        for runner in self.crew.stages.values():
-            position = runner.module.grid.position(self.crew.rank)
-            if runner.loss is not None and not position["tp"]:
-                losses[runner.module.name] += float(runner.loss)
-            if runner.aux is not None:
-                losses[aux_name(runner.module.name)] += float(runner.aux)
-        return losses
+def _losses(crew: Crew, step: Step) -> dict[str, float]:
+    """This rank's part of each loss sum: under cp each has one, under tp all have the same.
+
+    Of an auxiliary loss every rank has a part of its own.
+    """
+    losses = dict.fromkeys(step.units, 0.0)
+    for runner in crew.stages.values():
+        position = runner.module.grid.position(crew.rank)
+        if runner.loss is not None and not position["tp"]:
+            losses[runner.module.name] += float(runner.loss)
+        if runner.aux is not None:
+            losses[aux_name(runner.module.name)] += float(runner.aux)
+    return losses
+
+
+def _means(step: Step, sums: list[float]) -> dict[str, float]:
+    """Divide the sums of losses by their counts; a loss without anything to judge is 0."""
+    return {
+        name: total / units if units else 0.0
+        for total, (name, units) in zip(sums, step.units.items(), strict=True)
+    }
 
 
 class _Nothing:

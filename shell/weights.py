@@ -71,14 +71,17 @@ def shard(full: Tensor, parameter: Parameter, *, tp_rank: int, tp_size: int) -> 
     """Return the part of a parameter that one tp rank (of an expert's, one expert_tp rank) holds."""
     if parameter.tp_dim is None:
         return full
-    return full.chunk(tp_size, dim=parameter.tp_dim)[tp_rank]
+    blocks = full.chunk(parameter.tp_blocks, dim=parameter.tp_dim)
+    parts = [block.chunk(tp_size, dim=parameter.tp_dim)[tp_rank] for block in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=parameter.tp_dim)
 
 
 def unshard(shards: Sequence[Tensor], parameter: Parameter) -> Tensor:
     """Return the whole parameter from what the tp ranks hold, in their order."""
     if parameter.tp_dim is None:
         return shards[0]
-    return torch.cat(tuple(shards), dim=parameter.tp_dim)
+    blocks = zip(*(part.chunk(parameter.tp_blocks, dim=parameter.tp_dim) for part in shards), strict=True)
+    return torch.cat([part for of_block in blocks for part in of_block], dim=parameter.tp_dim)
 
 
 def shard_shape(parameter: Parameter, *, tp_size: int) -> tuple[int, ...]:

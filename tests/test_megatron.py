@@ -28,6 +28,7 @@ from mimogrid.adapters.megatron import (
     from_specs,
     job_file_of,
     job_of,
+    layer_spec,
     role_of_grids,
     to_hyper_comm_grid,
 )
@@ -345,6 +346,53 @@ def test_stages_together_are_the_whole() -> None:
     assert torch.equal(expected, last(**without)[0])
 
 
+@pytest.mark.usefixtures("cpu")
+def test_checkpoints_of_megatron_have_the_names_of_the_parts() -> None:
+    """What the stages would write and read together is, name by name and place by place, what the whole would."""
+
+    def shards(model: Any) -> set[tuple[Any, ...]]:
+        held = model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()
+        return {(s.key, s.global_shape, s.global_offset) for s in held if hasattr(s, "global_shape")}
+
+    spec, tokens = {"vision": specs.vision(hidden=8)}, {"vision": specs.IMAGE}
+    layer = layer_spec(specs.config())
+    alone = {"vision": collection(), "language": collection()}
+    whole = from_specs(
+        specs.language(transformer_layer_spec=layer),
+        spec,
+        tokens,
+        role=role(vision=stage("vision"), language=stage("language")),
+        collections=alone,
+    )
+    parts = [
+        from_specs(
+            specs.language(transformer_layer_spec=layer),
+            spec,
+            tokens,
+            role=role(vision=stage("vision")),
+            collections=alone,
+        )
+    ]
+    for pp in range(2):
+        place = role(language=stage("language", pp, 2))
+        groups = {"language": collection(pp, 2)}
+        parts.append(
+            from_specs(
+                specs.language(pp=2, transformer_layer_spec=layer),
+                spec,
+                tokens,
+                role=place,
+                collections=groups,
+            )
+        )
+    found = [shards(part) for part in parts]
+    assert shards(whole) == set.union(*found)
+    assert sum(map(len, found)) == len(set.union(*found))
+    keys = {key for key, *_ in shards(whole)}
+    assert "language_model.decoder.layers.1.mlp.linear_fc1.weight" in keys
+    assert "modality_submodules.vision.input_projections.0.weight" in keys
+
+
 def test_every_stage_of_an_encoder_runs() -> None:
     """Two stages that double make 4 of 1. Megatron's later stages only project: there it is 2."""
     spec = {"vision": specs.vision(specs.Doubling, projected=False)}
@@ -360,6 +408,19 @@ def test_every_stage_of_an_encoder_runs() -> None:
     if "hidden_states" in inspect.signature(spec["vision"].module.forward).parameters:
         theirs = spec["vision"].module.from_spec(spec["vision"], is_first_stage=False, is_last_stage=True)
         assert torch.equal(2 * ones, theirs(hidden_states=hidden["vision"]))
+
+
+def test_rows_leave_an_encoder_sample_by_sample() -> None:
+    """Of two samples of two positions the second row is the first sample's second; Megatron's is the other sample's."""
+    spec = {"vision": specs.vision(specs.Doubling, projected=False)}
+    hidden_SBH = torch.tensor([[0.0, 10.0], [1.0, 11.0]])[:, :, None]
+    last = from_specs(specs.language(), spec, {}, role=role(vision=stage("vision", 1, 2)))
+    last.set_input_tensor({"vision": hidden_SBH})
+    rows, _ = last(input_ids=None)
+    assert [0, 2, 20, 22] == rows["vision"].flatten().tolist()
+    theirs = spec["vision"].module.from_spec(spec["vision"])
+    (flat,) = theirs.encode({"eye": {"pixels": hidden_SBH}})
+    assert [0, 20, 2, 22] == flat.flatten().tolist()
 
 
 def test_only_what_a_stage_needs_is_built() -> None:
@@ -437,11 +498,22 @@ def test_a_loop_for_megatron_trains_a_job(pool: Pool, opened: Opened) -> None:
 
 @pytest.mark.world
 def test_a_loop_that_asks_for_more_is_refused(pool: Pool, opened: Opened) -> None:
-    """With everything that does not fit."""
+    """With everything that does not fit: other counts, another model, logits of a training step."""
     job = opened(layouts.job("enc(1,1,2)@0 lm(1,2,1)@2"))
+    changes = {"num_microbatches": 7, "collect_non_loss_data": True, "model": [torch.nn.Identity()]}
     with pytest.raises(PlanError) as refused:
-        pool.run("hosts:as_megatron", 4, job, 1, {"num_microbatches": 7, "forward_only": True})
-    assert ["batch.microbatches", "schedule"] == [problem.where for problem in refused.value.problems]
+        pool.run("hosts:as_megatron", 4, job, 1, changes)
+    assert ["batch.microbatches", "model", "schedule"] == [p.where for p in refused.value.problems]
+
+
+@pytest.mark.world
+def test_evaluating_trains_nothing(pool: Pool, opened: Opened) -> None:
+    """Dropout rests, weights stay, and samples that were not given are still to come."""
+    job = opened(layouts.job("enc(1,1,2)@0 lm(1,2,1)@2", changes={"lm": {"options": {"dropout": 0.5}}}))
+    for losses, again, taken, expected in pool.run("hosts:evaluated", 4, job):
+        assert losses == again
+        assert losses["lm"] > 0
+        assert taken == expected
 
 
 # -- where Megatron's own arithmetic is wrong --------------------------------------------------------------
@@ -482,7 +554,7 @@ def test_an_encoder_of_megatrons_trains_alike_on_any_lanes(pool: Pool, opened: O
 
     one, two = trained("enc(1,1,1)@0 lm(1,1,1)@1"), trained("enc(1,1,2)@0 lm(1,1,1)@2")
     assert one.losses == pytest.approx(two.losses, rel=1e-12)
-    for name in ("modality.encoders.eye.linear.weight", "modality.input_projections.0.bias"):
+    for name in ("encoders.eye.linear.weight", "input_projections.0.bias"):
         np.testing.assert_allclose(
             one.weights[f"enc.{name}"], two.weights[f"enc.{name}"], rtol=1e-6, atol=1e-9
         )

@@ -70,10 +70,18 @@ class Company:
 
 @attrs.frozen(eq=False)
 class ExpertsSpec:
-    """What megatron's layer builds its MLP from; of a `ModuleSpec` it asks which of megatron's own it is."""
+    """What megatron's layer builds its MLP from; of a `ModuleSpec` it asks which of megatron's own it is.
 
-    params: Mapping[str, object]
+    megatron-core 0.16 builds it as it builds a `ModuleSpec`; 0.19 calls it, and says besides the configuration
+    what only its own MLPs ask for (groups, a name, whether the layer predicts several tokens).
+    """
+
+    params: Mapping[str, Any]
     module: type[nn.Module]
+
+    def __call__(self, *, config: TransformerConfig, **_: object) -> nn.Module:
+        """Return the module."""
+        return self.module(config, **self.params)
 
 
 def experts_spec(model: BuiltIn, company: Company, *, trains: bool, ledger: Ledger) -> ExpertsSpec:

@@ -298,6 +298,21 @@ def as_megatron(
         return _trained([], state), losses
 
 
+def evaluated(place: Place, job: Job) -> tuple[Mapping[str, float], Mapping[str, float], float, float]:
+    """Evaluate twice and step; beside it, step without having evaluated."""
+    with host(place):
+        with Embedded(job) as embedded:
+            first, second = embedded.evaluate(), embedded.evaluate()
+            taken = embedded.step()
+        with Embedded(job) as embedded:
+            expected = embedded.step()
+    assert first is not None
+    assert second is not None
+    assert taken is not None
+    assert expected is not None
+    return first, second, taken.loss, expected.loss
+
+
 def own_modality(place: Place, job: Job, steps: int) -> Trained:
     """Train a job with an encoder that is specified for Megatron."""
     import specs  # noqa: PLC0415 -- warns that it is experimental

@@ -85,11 +85,13 @@ def language(*, pp: int = 1, **params: Any) -> ModuleSpec:
     return ModuleSpec(module=GPTModel, params=made | params)
 
 
-def vision(encoder: type = Pixels, *, projected: bool = True, **params: Any) -> ModuleSpec:
+def vision(
+    encoder: type = Pixels, *, projected: bool = True, in_features: int = 8, **params: Any
+) -> ModuleSpec:
     """Images through one encoder, projected to the language model's width."""
     parts: dict[str, Any] = {"encoders": {"eye": ModuleSpec(module=encoder, params=params)}}
     if projected:
-        linear = ModuleSpec(module=nn.Linear, params={"in_features": 8, "out_features": HIDDEN})
+        linear = ModuleSpec(module=nn.Linear, params={"in_features": in_features, "out_features": HIDDEN})
         parts["input_projections"] = [linear]
     return ModuleSpec(module=VisionModalitySubmodules, params={}, submodules=parts)
 

@@ -29,6 +29,7 @@ class Alone:
     pp: dist.ProcessGroup
     together: dist.ProcessGroup
     expert_tp: dist.ProcessGroup
+    tie: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, tp: dist.ProcessGroup, one: dist.ProcessGroup) -> "Alone":

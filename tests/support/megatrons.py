@@ -1,0 +1,321 @@
+"""Megatrons: a small `MimoModel` on one process and in a job's program, with the same weights and samples."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import attrs
+import torch
+import torch.distributed as dist
+from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+import specs
+from hosts import host
+from mimogrid.adapters import torch_module
+from mimogrid.adapters.megatron import forward_backward_func, networks_of
+from mimogrid.adapters.megatron_stages import block_of
+from mimogrid.adapters.torch_module import Embedded
+from mimogrid.core.hashing import draw_bits
+from mimogrid.core.models import Gpt, Vit
+from mimogrid.core.samples import Sample
+from mimogrid.core.steps import Share
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.ledger import Ledger
+from mimogrid.shell.megatron import ProcessGroupCollection
+from mimogrid.shell.megatron.cpu import on_device
+from mimogrid.shell.megatron.layers import block_spec
+from mimogrid.shell.packing import pack_rows
+from mimogrid.shell.place import Place
+
+
+PLACEHOLDER = 99
+"""The special token of images; no token of text."""
+
+
+def config_of(
+    *,
+    layers: int,
+    language: Mapping[str, Any],
+    pp: int = 1,
+    tp: int = 1,
+    here: Mapping[str, int] | None = None,
+    eye: Mapping[str, int] | None = None,
+    **transformer: Any,
+) -> MimoModelConfig:
+    """Specify the model; `here` are the layers of the stages for which it is to be built, where there are several.
+
+    `eye` are sizes of an encoder that is a transformer; without any it is one linear layer.
+    """
+    gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
+    layer = block_spec(
+        gpt, layers=layers if here is None or pp == 1 else here.get("language", 0), tp=tp, ledger=Ledger()
+    )
+    config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
+    text = specs.language(config=config, transformer_layer_spec=layer, **language)
+    vision = specs.vision(hidden=8)
+    if eye is not None:
+        vit = Vit(layers=eye["layers"], hidden=specs.HIDDEN, heads=4, features=specs.PIXELS)
+        built = vit.layers if here is None else here.get("vision", 0)
+        stack = block_spec(vit, layers=built, tp=eye.get("tp", 1), ledger=Ledger())
+        sizes = specs.config(
+            pp=eye.get("pp", 1), layers=vit.layers, tensor_model_parallel_size=eye.get("tp", 1)
+        )
+        vision = specs.vision(Patches, in_features=specs.HIDDEN, transformer_config=sizes, spec=stack)
+    return specs.model_config(
+        language_model_spec=text,
+        modality_submodules_spec={"vision": vision},
+        special_token_ids={"vision": PLACEHOLDER},
+    )
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A world of one process on the CPU, in fp64 where nothing else is said."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with on_device(torch.device("cpu")):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def drawn(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Draw weights from their names alone, in fp64."""
+    found = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            generator = torch.Generator().manual_seed(draw_bits(0, name, "weight") % 2**63)
+            found[name] = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.2
+    return found
+
+
+def with_groups(config: MimoModelConfig, alone: dist.ProcessGroup) -> MimoModelConfig:
+    """Give the transformers a group of one for everything."""
+    names = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp", "tp_cp", "tp_ep")
+    collection = ProcessGroupCollection(**dict.fromkeys(names, alone))
+    collection.embd = collection.pos_embd = None
+    encoder = config.modality_submodules_spec["vision"].submodules["encoders"]["eye"]
+    for spec in (config.language_model_spec, *([encoder] if encoder.module is Patches else [])):
+        spec.params["pg_collection"] = collection
+    return config
+
+
+def whole(config: MimoModelConfig) -> nn.Module:
+    """Megatron's own model with all of it on one process, in fp64, with weights drawn by name."""
+    assert dist.group.WORLD is not None
+    model = MimoModel(with_groups(config, dist.group.WORLD)).double()
+    model.load_state_dict(drawn(model.state_dict()), strict=False)
+    return model
+
+
+class Patches(nn.Module):
+    """An encoder in stages: pixels [S, B, P] into a transformer block."""
+
+    def __init__(
+        self,
+        transformer_config: TransformerConfig,
+        spec: Any,
+        pg_collection: Any,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pre_process = pre_process
+        if pre_process:
+            self.input = nn.Linear(specs.PIXELS, transformer_config.hidden_size)
+        self.decoder = TransformerBlock(
+            transformer_config,
+            spec,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+        )
+
+    def set_input_tensor(self, hidden: Tensor) -> None:
+        """Take what the stage before sent."""
+        self.decoder.set_input_tensor(hidden)
+
+    def forward(
+        self,
+        hidden_states: None = None,
+        attention_mask: Tensor | None = None,
+        pixels: Tensor | None = None,
+    ) -> Tensor:
+        """Return [S, B, H]."""
+        first = self.input(pixels) if self.pre_process else None
+        return self.decoder(hidden_states=first, attention_mask=attention_mask)
+
+
+def arranged(rows: Tensor | None, share: Share) -> Mapping[str, Any]:
+    """Return the arguments of a stage of `Patches`."""
+    if rows is None:
+        mask = pack_rows(share, multiple=1, dtype=torch.float64, device=torch.device("cpu")).mask
+        return {"attention_mask": mask}
+    pixels, mask = block_of(rows, share)
+    return {"pixels": pixels, "attention_mask": mask}
+
+
+def batch_of(job: Job, sample: Sample, *, by_position: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """One sample as a batch of Megatron's, with labels and weights [S]."""
+    assert job.source
+    text = job.source.load(sample.id, "language")
+    sequence = job.topology.sequence
+    tokens, labels, weights = (
+        nn.functional.pad(text[name], (0, sequence - len(text[name])))
+        for name in ("tokens", "labels", "loss_weights")
+    )
+    inputs = None
+    if sample.rows.get("vision"):
+        pixels = job.source.load(sample.id, "vision")["rows"].double()
+        inputs = {"vision": {"eye": {"pixels": pixels[:, None] if by_position else pixels}}}
+    batch = {
+        "input_ids": tokens.masked_fill(tokens < 0, PLACEHOLDER)[None],
+        "position_ids": torch.arange(sequence)[None],
+        "attention_mask": None,
+        "modality_inputs": inputs,
+    }
+    return batch, labels, weights.double()
+
+
+@attrs.frozen
+class Seen:
+    """What a rank saw: losses, full gradients by Megatron's names (first rank), logits of its lane (last stage)."""
+
+    losses: list[float]
+    gradients: Mapping[str, Any]
+    logits: list[Any]
+    state: Mapping[str, Any]
+
+
+def expected(job: Job, config: Mapping[str, Any]) -> Seen:
+    """What one process comes to; inside `alone`."""
+    eye = config.get("eye")
+    model, step = whole(config_of(**config)), job.step(0)
+    total, said = torch.zeros((), dtype=torch.float64), []
+    for sample, rows in zip(step.samples, step.rows_out, strict=True):
+        # One by one: Megatron flattens what a transformer block returns position by position, not sample by sample.
+        batch, labels, weights = batch_of(job, sample, by_position=eye is not None)
+        logits, _ = model(**batch)
+        total = total + (nn.functional.cross_entropy(logits[0], labels, reduction="none") * weights).sum()
+        said.append(logits[0, : rows["language"]].detach())
+    loss = total / sum(sample.length for sample in step.samples)
+    loss.backward()
+    gradients = {name: w.grad.numpy() for name, w in model.named_parameters() if w.grad is not None}
+    state = {
+        name: tensor.numpy() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)
+    }
+    return Seen([loss.item()], gradients, [torch.cat(said).numpy()], state)
+
+
+def trained(
+    place: Place,
+    job: Job,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Seen:
+    """Evaluate the first step of a job, then take it, with networks of the model and the weights of a whole one."""
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    with host(place):
+        made = config_of(**config, here=hosted)
+        eye = arranged if config.get("eye") else "pixels"
+        function = forward_backward_func(
+            job, made, encoder_inputs={"vision": eye}, optimizer="host", **options
+        )
+        embedded = function.embedded
+        function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        arguments: dict[str, Any] = {
+            "forward_step_func": None,
+            "data_iterator": None,
+            "model": [function.model] if function.model else [],
+            "num_microbatches": job.spec.batch.microbatches,
+            "seq_length": job.topology.sequence,
+            "micro_batch_size": 1,
+        }
+        evaluated = function(**arguments, forward_only=True)
+        logits = function(**arguments, forward_only=True, collect_non_loss_data=True)
+        losses = function(**arguments)
+        crew, gradients = embedded.crew, {}
+        if crew is not None:
+            of_stage = {
+                stage: {name: w.grad for name, w in buffer.weights.items()}
+                for stage, buffer in crew.buffers.items()
+            }
+            gradients = crew.collect(of_stage)
+        state = function.state_dict()
+        embedded.close()
+        return Seen(
+            [float(each["lm loss"]) for each in (*losses, *evaluated)],
+            {name: gradient.numpy() for name, gradient in gradients.items()},
+            [each["logits"].detach().numpy() for each in logits],
+            {name: tensor.numpy() for name, tensor in state.items()},
+        )
+
+
+def its_own(
+    place: Place, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any]
+) -> tuple[list[float], Mapping[str, Any], Mapping[str, Any]]:
+    """Train a `MimoModel` that is there; return losses, and its weights on this rank before and after the step."""
+    with host(place), on_device(torch.device("cpu")):
+        alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
+        model = MimoModel(with_groups(config_of(**config), alone))
+        mine = "modality_submodules" if place.rank == 0 else "language_model"
+        function = forward_backward_func(job, model, encoder_inputs={"vision": "pixels"})
+        function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        before = _held(model, mine)
+        losses = function(
+            forward_step_func=None,
+            data_iterator=None,
+            model=[model],
+            num_microbatches=job.spec.batch.microbatches,
+            seq_length=job.topology.sequence,
+            micro_batch_size=1,
+        )
+        after = _held(model, mine)
+        function.embedded.close()
+        return [float(each["lm loss"]) for each in losses], before, after
+
+
+def _held(model: nn.Module, begin: str) -> Mapping[str, Any]:
+    return {
+        name: weight.detach().clone().numpy()
+        for name, weight in model.named_parameters()
+        if name.startswith(begin)
+    }
+
+
+def on_some(place: Place, job: Job, config: Mapping[str, Any]) -> None:
+    """Give a network of the language model's on rank 1 and none on rank 2."""
+    with host(place):
+        alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
+
+        def networks(embedded: Embedded) -> Mapping[str, nn.Module]:
+            model = MimoModel(with_groups(config_of(**config), alone))
+            made = networks_of(model, job, place.rank, {"vision": "pixels"})
+            return {} if place.rank == place.size - 1 else made
+
+        Embedded(job, networks)
+
+
+def begun(place: Place, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return this rank's weights of the language model as they begin, each rank having drawn its own."""
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    with host(place):
+        with mock.patch.object(torch_module, "draw_bits", return_value=place.rank):
+            function = forward_backward_func(
+                job, config_of(**config, here=hosted), encoder_inputs={"vision": "pixels"}
+            )
+        stages = function.embedded.crew.stages.values()
+        weights = {
+            name.removeprefix("network."): weight.detach().numpy().copy()
+            for runner in stages
+            for name, weight in runner.network.named_parameters()
+        }
+        function.embedded.close()
+        return weights
