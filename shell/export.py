@@ -29,9 +29,8 @@ from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.spec import ModuleSpec
 from mimogrid.shell import jobfile, manifest, tensorfile
 from mimogrid.shell.checkpoint import DTYPES, values_of
-from mimogrid.shell.manifest import OPTIMIZER, PARTIAL, Stored, canonical
+from mimogrid.shell.manifest import CHECKPOINTS, OPTIMIZER, PARTIAL, Stored, canonical
 from mimogrid.shell.output import print_json
-from mimogrid.shell.runs import CHECKPOINTS
 from mimogrid.shell.tensorfile import Entry
 
 
@@ -124,7 +123,7 @@ def _write_safetensors(folder: Path, weights: Weights, checkpoint: Path, bytes_m
     files = {
         module: _write_module(folder, module, weights, names, bytes_most) for module, names in modules.items()
     }
-    spec = jobfile.parsed(facts["job"])
+    spec = jobfile.recorded(facts["job"], checkpoint / manifest.MANIFEST)
     config = {
         **{key: facts[key] for key in ("step", "steps_taken", "precision", "versions", "job")},
         "modules": {

@@ -23,13 +23,14 @@ from typing import Any
 import attrs
 
 from mimogrid.core.errors import PlanError, Problem
-from mimogrid.shell.runs import CHECKPOINTS
 from mimogrid.shell.tensorfile import checksum, size_of, write_text
 
 
 OPTIMIZER = "optimizer."
 """Begins the names of what the optimizer keeps; those of weights begin with their module."""
 VERSION = 1
+CHECKPOINTS = "checkpoints"
+"""Where they lie in the folder of a run."""
 MANIFEST, INDEX, PARTIAL = "manifest.json", "index.json", ".partial"
 _NAME = re.compile(r"step-\d{8,}")
 
