@@ -134,7 +134,8 @@ class Run:
         """Run the steps from `start`, until the last or a wish to stop; the first rank keeps the metrics."""
         crew, job = self.crew, self.crew.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
-        tally, lag = recall(self.folder, start) if self.chief else Tally(), Lag()
+        tally = recall(self.folder, start) if self.chief else Tally()
+        lag = Lag(job.spec.schedule.costs)
         with contextlib.ExitStack() as stack:
             keeper = stack.enter_context(open_keeper(self.folder, steps)) if self.chief else None
             following = job.step(self._next(start))
@@ -154,12 +155,13 @@ class Run:
                         self.session.pulse.at(BETWEEN)
                     tally.add(index, step, outcome)
                     stops = outcome.stops and index + 1 < steps
-                    for straggler in lag.after(outcome.paces) if self.chief else ():
+                    lagging = lag.after(step, outcome.paces) if self.chief else ()
+                    for straggler in lagging:
                         self.log.warning(f"straggler: {straggler}", step=index)
                     if not outcome.taken:
                         self.log.warning(f"step skipped: {outcome.skipped}", step=index)
                     if keeper:
-                        keeper.keep(index, outcome, tally)
+                        keeper.keep(index, outcome, tally, lagging)
                 if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:
