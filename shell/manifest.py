@@ -243,10 +243,13 @@ def publish(
 
 
 def prune(checkpoints: Path, *, keep: int, keep_every: int) -> None:
-    """Let go of all but the newest `keep`, and those of steps that `keep_every` divides."""
+    """Let go of all but the newest `keep`, and those of steps that `keep_every` divides.
+
+    Each loses its name first: what is cut off while it is removed would else look damaged.
+    """
     for old in published(checkpoints)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
 
 def clear(checkpoints: Path) -> None:

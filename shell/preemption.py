@@ -2,7 +2,7 @@
 
 SIGTERM and SIGUSR1 are the same wish, to any rank. The rank hands it in with the next agreement on a step, so all ranks
 stop after the same step, save, and exit with `EXIT_CODE`, which is not 0: launchers restart on it. A second signal ends
-the process at once.
+the process at once, for it may hang; but not while it saves what it was asked to save: that is what both want.
 """
 
 import contextlib
@@ -25,21 +25,26 @@ SECOND_S = 2.0
 
 @attrs.define(eq=False)
 class Wish:
-    """Whether this process was asked to stop."""
+    """Whether this process was asked to stop, and whether that is being done."""
 
     asked_s: float | None = None
+    is_granted: bool = False
 
     @property
     def is_there(self) -> bool:
         """Whether it was."""
         return self.asked_s is not None
 
+    def grant(self) -> None:
+        """Hear no more signals: the world has agreed to stop, and is about to save."""
+        self.is_granted = True
+
     def hear(self, number: int, _: FrameType | None) -> None:
         """Note a signal; the second ends the process as if nobody had listened."""
         now = time.monotonic()
         if self.asked_s is None:
             self.asked_s = now
-        elif now - self.asked_s > SECOND_S:
+        elif now - self.asked_s > SECOND_S and not self.is_granted:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -162,6 +162,8 @@ class Run:
                         self.log.warning(f"step skipped: {outcome.skipped}", step=index)
                     if keeper:
                         keeper.keep(index, outcome, tally, lagging)
+                if stops:
+                    self.session.wish.grant()
                 if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:

@@ -13,11 +13,14 @@ import attrs
 import pytest
 
 import harm
+import sweep
 from mimogrid.core.costs import Costs, StageCosts
+from mimogrid.core.errors import WorldError
 from mimogrid.core.faults import parse
 from mimogrid.core.spec import JobSpec
+from mimogrid.shell import manifest
 from mimogrid.shell.faults import VARIABLE
-from mimogrid.shell.jobs import Job
+from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.preemption import EXIT_CODE
 from mimogrid.shell.runs import Stopped
@@ -124,6 +127,41 @@ def test_a_rank_that_is_asked_to_stop_stops_all_after_the_step(
     assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
     assert "" == harm.run(pool, job, tmp_path, resume=True).report
     assert harm.left(whole) == harm.left(tmp_path)
+
+
+@pytest.mark.parametrize("during_the_save", [False, True])
+def test_a_second_signal_ends_a_step_and_does_not_end_the_save(
+    pool: Pool, job: Job, whole: Path, tmp_path: Path, during_the_save: bool
+) -> None:
+    """Whoever hangs in a step can be ended by it; what is being saved is saved. Either way the run goes on exactly."""
+    beside = open_job(job.path, ["train.checkpoint_async=true", "train.timeout_s=20"])
+    if during_the_save:
+        said = pool.run("sweep:asked_twice", 4, beside, str(tmp_path), during_the_save)
+        assert [Stopped(str(tmp_path), 3)] * 4 == said
+        newest = 3
+    else:
+        with pytest.raises(WorldError, match="killed by signal 15"):
+            pool.run("sweep:asked_twice", 4, beside, str(tmp_path), during_the_save)
+        newest = 2
+    published = manifest.published(tmp_path / "checkpoints")
+    assert not published or newest == manifest.step_of(published[-1])
+    assert bool(published) or not during_the_save
+    assert "" == harm.run(pool, job, tmp_path, resume=True).report
+    assert harm.left(whole) == harm.left(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the sweep's smaller job that nothing happened to."""
+    return sweep.uninterrupted(pool, "epochs", tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.mark.parametrize("case", sweep.some(), ids=str)
+def test_a_run_that_is_interrupted_anywhere_ends_the_same(
+    pool: Pool, uninterrupted: Path, tmp_path: Path, case: sweep.Case
+) -> None:
+    """A few cases of the sweep; `nox -s faults` runs all."""
+    sweep.judge(pool, case, tmp_path, uninterrupted)
 
 
 def test_a_launcher_that_is_asked_to_stop_passes_it_on(pool: Pool, opened: Opened, tmp_path: Path) -> None:
