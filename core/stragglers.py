@@ -6,12 +6,13 @@ costs, ranks of one stage do alike work, and each is compared with the median of
 its stage has nobody to be compared with.
 
 >>> paces = [Pace(0, "lm.0", 1.0), Pace(1, "lm.0", 1.1), Pace(2, "lm.0", 2.5, load_s=0.2)]
->>> [str(s) for s in stragglers(paces, above=1.5)]
-['rank 2 (module lm, stage lm.0) computes for 2.5 s a step, 2.3 times the median of its peers, 1.1 s: it computes more slowly']
+>>> (found,) = stragglers(paces, above=1.5)
+>>> print(found)
+rank 2 (module lm, stage lm.0) computes for 2.5 s a step, 2.3 times the median of its peers, 1.1 s: it computes slowly
 """
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
@@ -83,7 +84,7 @@ def _cause(pace: Pace, peers: list[Pace], expected_s: float) -> str:
     """Say whether loading explains the greater part of what a rank takes longer."""
     usual = statistics.median_low(p.load_s for p in peers) if len(peers) > 1 else 0.0
     loads = pace.load_s - usual > 0.5 * (pace.busy_s - expected_s)
-    return "it waits for its data" if loads else "it computes more slowly"
+    return "it waits for its data" if loads else "it computes slowly"
 
 
 def mean(steps: Sequence[Sequence[Pace]]) -> Iterator[Pace]:

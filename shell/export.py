@@ -11,7 +11,6 @@ when it is whole.
 """
 
 import argparse
-import gc
 import json
 import warnings
 from collections.abc import Mapping
@@ -92,19 +91,15 @@ class Weights:
     def full(self, name: str) -> torch.Tensor:
         """Return a whole tensor."""
         stored = self.stored[name]
-        if len(stored.parts) == 1:
-            return self._part(name, stored.parts[0].file)
         whole = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
         for part in stored.parts:
-            where = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))
-            whole[where] = self._part(name, part.file)
+            there = whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))]
+            block = there if there.is_contiguous() else torch.empty_like(there)
+            found = self.files[part.file][name]
+            tensorfile.read_into(self.checkpoint / part.file, found, values_of(block))
+            if block is not there:
+                there.copy_(block)
         return whole
-
-    def _part(self, name: str, file: str) -> torch.Tensor:
-        found = self.files[file][name]
-        part = torch.empty(found.shape, dtype=_TORCH[found.dtype])
-        tensorfile.read_into(self.checkpoint / file, found, values_of(part))
-        return part
 
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -207,15 +202,17 @@ def _write_dcp(folder: Path, weights: Weights) -> None:
 
 
 class _Streaming(DefaultSavePlanner):
-    """Gives torch a tensor when it writes it."""
+    """Gives torch a tensor when it writes it. Torch keeps all tensors of a file, so each lets go of its values then."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self._weights = weights
+        self._written = torch.empty(0)
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        gc.collect(1)  # What torch pickled before is in a cycle with its tensor, which would stay till the end.
-        return self._weights.full(index.fqn)
+        self._written.untyped_storage().resize_(0)
+        self._written = self._weights.full(index.fqn).clone()  # memory that numpy has seen cannot be let go
+        return self._written
 
     def transform_object(self, write_item: WriteItem, object: torch.Tensor) -> torch.Tensor:  # noqa: A002
         return object

@@ -21,7 +21,16 @@ from mimogrid.core.spec import GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.topology import Topology
 from mimogrid.shell import jobfile
 from mimogrid.shell.jobs import Job
-from mimogrid.shell.manifest import MANIFEST, OPTIMIZER, Stored, damage, located, read_index, read_manifest, way_out
+from mimogrid.shell.manifest import (
+    MANIFEST,
+    OPTIMIZER,
+    Stored,
+    damage,
+    located,
+    read_index,
+    read_manifest,
+    way_out,
+)
 from mimogrid.shell.output import print_json
 
 

@@ -230,9 +230,8 @@ def damage(checkpoint: Path) -> Iterator[str]:
         yield from (problem.message for problem in error.problems)
         return
     found = [fault for name, facts in files.items() for fault in _damage_of(checkpoint / name, facts)]
-    for path in sorted(checkpoint.iterdir()):
-        if path.name not in {MANIFEST, *files}:
-            found.append(f"'{path.name}' is not of this checkpoint: its manifest does not name it.")
+    more = sorted(path.name for path in checkpoint.iterdir() if path.name not in {MANIFEST, *files})
+    found += [f"'{name}' is not of this checkpoint: its manifest does not name it." for name in more]
     yield from found or _untruths(checkpoint, files)
 
 
@@ -277,7 +276,10 @@ def _contradiction(tensor: str, stored: Stored, place: Place, header: Mapping[st
         told = f"{stored.dtype} {list(place.shape)}"
         return f"has {found.dtype} {list(found.shape)} for '{tensor}', '{INDEX}' says {told}."
     ends = (offset + n for offset, n in zip(place.offsets, place.shape, strict=True))
-    if any(end > full for end, full in zip(ends, stored.shape, strict=True)) or min(place.offsets, default=0) < 0:
+    if (
+        any(end > full for end, full in zip(ends, stored.shape, strict=True))
+        or min(place.offsets, default=0) < 0
+    ):
         return f"has a part of '{tensor}' at {list(place.offsets)}, outside of {list(stored.shape)}."
     return None
 

@@ -115,9 +115,7 @@ class Keeper:
     scalars: SummaryWriter
     progress: Progress
 
-    def keep(
-        self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()
-    ) -> None:
+    def keep(self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()) -> None:
         """Write one step, and who was found to straggle after it."""
         facts: dict[str, Any] = {
             "step": index,

@@ -52,7 +52,9 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
         folder = _empty(named)
     with (folder / RECORD).open("a+", encoding="utf-8") as record:
         _lock(record.fileno(), folder)
-        if resume is None and os.fstat(record.fileno()).st_size:  # Somebody else has found it empty, too, and was faster.
+        if (
+            resume is None and os.fstat(record.fileno()).st_size
+        ):  # Somebody else has found it empty, too, and was faster.
             raise _refused(str(folder), "has just been taken by another run.", _ELSEWHERE)
         record.truncate(0)
         record.write(json.dumps({"job": jobfile.dump(job.spec)}) + "\n")
@@ -231,7 +233,9 @@ def _recorded_text(path: Path) -> str:
         text = json.loads(path.read_text(encoding="utf-8"))["job"]
     except (OSError, ValueError, KeyError, TypeError):
         message = "says of no job that can be read."
-        raise PlanError([Problem(str(path), message, "Name another folder: there is no checkpoint in it.")]) from None
+        raise PlanError(
+            [Problem(str(path), message, "Name another folder: there is no checkpoint in it.")]
+        ) from None
     return str(text)
 
 

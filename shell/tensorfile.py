@@ -63,6 +63,7 @@ def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> 
             values = entry.values()
             assert len(values) == size_of(entry.dtype, entry.shape), entry.name
             put(values)
+            del values  # before there are others
         flush(file.fileno(), file.flush)
     return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
 
@@ -86,7 +87,7 @@ def header_of(path: Path) -> dict[str, Found]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_MOST):
+        if length > min(size - 8, HEADER_MOST):
             raise ValueError(f"says that its header has {length} bytes, of {size} in all")
         try:
             table = json.loads(file.read(length))

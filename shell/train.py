@@ -30,10 +30,10 @@ from mimogrid.core.roles import role_of
 from mimogrid.shell import checkpoint, jobfile, manifest, report
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.log import open_log
+from mimogrid.shell.manifest import CHECKPOINTS
 from mimogrid.shell.metrics import Lag, Tally, open_keeper, recall
 from mimogrid.shell.place import Place
 from mimogrid.shell.preemption import listening
-from mimogrid.shell.manifest import CHECKPOINTS
 from mimogrid.shell.runs import REPORT, Stopped, claimed, report_of, write_json
 from mimogrid.shell.saving import Saver, open_saver
 from mimogrid.shell.session import Session, open_session
@@ -46,7 +46,7 @@ REFUSED = "refused: "
 """Begins what rank 0 tells the others where a run cannot begin."""
 
 
-def in_world(
+def in_world(  # noqa: PLR0917 -- a body is called by position
     place: Place,
     job: Job,
     transport: str | None,
@@ -62,8 +62,7 @@ def in_world(
     """
     with contextlib.ExitStack() as held, open_session(place, job, transport=transport) as session:
         path = Path(
-            folder
-            or _hear(session, "folder", lambda: held.enter_context(claimed(job, resume, changed)))
+            folder or _hear(session, "folder", lambda: held.enter_context(claimed(job, resume, changed)))
         )
         saved = _hear(session, "checkpoint", lambda: manifest.newest(path / CHECKPOINTS) or "")
         finished = report_of(path)

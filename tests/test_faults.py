@@ -77,7 +77,7 @@ def test_a_run_ends_with_the_right_report_or_goes_on(
 
 
 EVEN = Costs(stages=dict.fromkeys(("enc.0", "lm.0", "lm.1"), StageCosts(forward=1.0, backward=2.0)))
-SLOWLY, WAITING = "it computes more slowly", "it waits for its data"
+SLOWLY, WAITING = "it computes slowly", "it waits for its data"
 STRAGGLERS = [
     ("delay rank 1 every step for 0.04 s at enc.0 B*", None, "enc.0", "the median of its peers", SLOWLY),
     ("delay rank 1 every step for 0.02 s at reading data", None, "enc.0", "the median of its peers", WAITING),

@@ -9,7 +9,7 @@ def test_a_rank_is_compared_with_those_of_its_stages() -> None:
     """A stage that is slower than another has no straggler; a rank that is slower than its peers is one."""
     paces = [Pace(0, "v.0", 1.0), Pace(1, "v.0", 1.1), Pace(2, "v.0", 1.7), Pace(3, "l.0", 9.0)]
     (found,) = stragglers(paces, above=1.5)
-    assert (2, 1.1, "it computes more slowly") == (found.pace.rank, found.expected_s, found.cause)
+    assert (2, 1.1, "it computes slowly") == (found.pace.rank, found.expected_s, found.cause)
 
 
 def test_a_rank_alone_at_its_stage_is_compared_with_its_prediction() -> None:
@@ -43,7 +43,7 @@ def test_loading_is_named_where_it_makes_the_difference() -> None:
     peers = [Pace(0, "v.0", 1.0, load_s=0.5), Pace(1, "v.0", 3.0, load_s=2.0)]
     assert ["it waits for its data"] == [s.cause for s in stragglers(peers, above=1.5)]
     peers[1] = Pace(1, "v.0", 3.0, load_s=1.4)
-    assert ["it computes more slowly"] == [s.cause for s in stragglers(peers, above=1.5)]
+    assert ["it computes slowly"] == [s.cause for s in stragglers(peers, above=1.5)]
 
 
 def test_paces_are_averaged_rank_by_rank() -> None:
