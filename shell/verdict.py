@@ -76,7 +76,8 @@ def _counted(program: Program, listing: Listing, *, strict: bool) -> Verdict:
     met = {
         (members[0], meeting(action))
         for rank, action in placed
-        if not isinstance(action, Transfer | Wait | WaitReduce) and len(members := program.joint(rank, action)) > 1
+        if not isinstance(action, Transfer | Wait | WaitReduce)
+        and len(members := program.joint(rank, action)) > 1
     }
     return Verdict(
         problems=(),
