@@ -9,9 +9,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import attrs
 
@@ -49,21 +49,37 @@ class Wish:
             os.kill(os.getpid(), number)
 
 
-def listening(wish: Wish) -> AbstractContextManager[None]:
-    """Hear signals as a wish; afterwards they are what they were."""
-    return _handled(wish.hear)
+@contextlib.contextmanager
+def listening(wish: Wish) -> Iterator[None]:
+    """Hear signals as a wish; afterwards they are what they were.
 
-
-def passing_on(send: Callable[[int], None]) -> AbstractContextManager[None]:
-    """Give the signals that this process gets to those that it has started."""
-    return _handled(lambda number, _: send(number))
+    After a failure they are still heard: a launcher that has seen another rank die signals this one at once, which is
+    about to say why, and end.
+    """
+    before = _handle(wish.hear)
+    try:
+        yield
+    except BaseException:
+        wish.is_granted = False  # There is nothing left to save: a second signal ends the process.
+        raise
+    _restore(before)
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+def passing_on(send: Callable[[int], None]) -> Iterator[None]:
+    """Give the signals that this process gets to those that it has started."""
+    before = _handle(lambda number, _: send(number))
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        _restore(before)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Install a handler; return what was there."""
+    return {number: signal.signal(number, handler) for number in SIGNALS}
+
+
+def _restore(before: Mapping[int, Any]) -> None:
+    for number, earlier in before.items():
+        signal.signal(number, earlier)
