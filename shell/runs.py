@@ -52,9 +52,8 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
         folder = _empty(named)
     with (folder / RECORD).open("a+", encoding="utf-8") as record:
         _lock(record.fileno(), folder)
-        if (
-            resume is None and os.fstat(record.fileno()).st_size
-        ):  # Somebody else has found it empty, too, and was faster.
+        has_record = os.fstat(record.fileno()).st_size > 0
+        if resume is None and has_record:  # Somebody else has found the folder empty, too, and was faster.
             raise _refused(str(folder), "has just been taken by another run.", _ELSEWHERE)
         record.truncate(0)
         record.write(json.dumps({"job": jobfile.dump(job.spec)}) + "\n")
