@@ -107,6 +107,6 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Disturb a hundred runs and resume them; takes a quarter of an hour on two cores."""
+    """Disturb and interrupt two hundred runs and resume them; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--summary", "docs/faults-run.md"]
     session.run("python", "tests/long/faults.py", *arguments, env={"PYTHONPATH": "tests/support"})

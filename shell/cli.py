@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     plan_parser.add_argument("--out", type=Path, metavar="FILE", help="write the best one as a job file")
     train_parser = add("train", train, "train a job")
     train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
+    _add_changed(train_parser)
     train_parser.add_argument(
         "--transport",
         choices=["host", "nccl"],
@@ -182,6 +183,7 @@ def _add_checkpoint_commands(commands: Any) -> None:
     inspect_parser = commands.add_parser("inspect", help=text, description=text, parents=[common])
     inspect_parser.add_argument("--job", type=Path, metavar="JOB", help="a job: can it go on from there?")
     inspect_parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    _add_changed(inspect_parser)
     inspect_parser.set_defaults(command=inspect)
     text = "the weights of a run for others"
     export_parser = commands.add_parser("export", help=text, description=text, parents=[common])
@@ -191,6 +193,11 @@ def _add_checkpoint_commands(commands: Any) -> None:
         "--max-shard-gb", type=float, default=5.0, metavar="X", help="cut larger modules into several files"
     )
     export_parser.set_defaults(command=export, job=None)
+
+
+def _add_changed(parser: argparse.ArgumentParser) -> None:
+    text = "this key of the job may differ from that of the run: it is meant; repeatable"
+    parser.add_argument("--changed", action="append", default=[], metavar="KEY", help=text)
 
 
 def _add_simulate_options(parser: argparse.ArgumentParser) -> None:
@@ -355,7 +362,13 @@ def plan(job: Job, given: argparse.Namespace) -> int:
 def train(job: Job, given: argparse.Namespace) -> int:
     """Train the job."""
     with _torch_is_needed():
-        return start.train(job, resume=given.resume, transport=given.transport, as_json=given.json)
+        return start.train(
+            job,
+            resume=given.resume,
+            changed=given.changed,
+            transport=given.transport,
+            as_json=given.json,
+        )
 
 
 def probe(job: Job, given: argparse.Namespace) -> int:

@@ -6,12 +6,13 @@ loss.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 
 from mimogrid.core.errors import WorldError
+from mimogrid.core.faults import READING
 from mimogrid.core.models import Block, Gpt, Own, Regressor, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.steps import Share
@@ -31,15 +32,17 @@ class Loads(Protocol):
 
 
 class Clocked:
-    """A source that counts the seconds which loading takes."""
+    """A source that counts the seconds which loading takes. `at` hears of the moment."""
 
-    def __init__(self, source: Loads) -> None:
+    def __init__(self, source: Loads, at: Callable[[str], None]) -> None:
         self._source = source
+        self._at = at
         self._seconds = 0.0
 
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
         """Return what the source does."""
         begin = time.perf_counter()
+        self._at(READING)
         loaded = self._source.load(sample_id, module)
         self._seconds += time.perf_counter() - begin
         return loaded

@@ -6,20 +6,19 @@
                   as name. It pickles its metadata: that is torch's format. We write it and never read it.
 
 Weights are what the optimizer updates: fp32 where the network computes in half precision. One tensor at a time is in
-memory, put together from its parts. The folder gets its name when it is whole.
+memory, put together from its parts, and no file is mapped: pages that were read would stay. The folder gets its name
+when it is whole.
 """
 
 import argparse
-import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from safetensors import safe_open
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -29,10 +28,9 @@ from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.spec import ModuleSpec
 from mimogrid.shell import jobfile, manifest, tensorfile
 from mimogrid.shell.checkpoint import DTYPES, values_of
-from mimogrid.shell.manifest import OPTIMIZER, PARTIAL, Stored, canonical
+from mimogrid.shell.manifest import CHECKPOINTS, OPTIMIZER, PARTIAL, Stored, canonical
 from mimogrid.shell.output import print_json
-from mimogrid.shell.runs import CHECKPOINTS
-from mimogrid.shell.tensorfile import Entry
+from mimogrid.shell.tensorfile import Entry, Found
 
 
 FORMATS = ("safetensors", "dcp")
@@ -60,11 +58,11 @@ def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int) -> list[str
     try:
         manifest.remove([partial])
         partial.mkdir(parents=True)
-        with _open(checkpoint, index) as weights:
-            if to == "dcp":
-                _write_dcp(partial, weights)
-            else:
-                _write_safetensors(partial, weights, checkpoint, bytes_most)
+        weights = _weights(checkpoint, index)
+        if to == "dcp":
+            _write_dcp(partial, weights)
+        else:
+            _write_safetensors(partial, weights, checkpoint, bytes_most)
         partial.replace(out)
     except (OSError, dcp.api.CheckpointException) as error:
         manifest.remove([partial])
@@ -84,33 +82,32 @@ def _beside(checkpoint: Path, to: str) -> Path:
 
 @attrs.frozen(eq=False)
 class Weights:
-    """The weights of a checkpoint, put together one by one."""
+    """The weights of a checkpoint, put together one by one; files by their name."""
 
+    checkpoint: Path
     stored: Mapping[str, Stored]
-    files: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Found]]
 
     def full(self, name: str) -> torch.Tensor:
         """Return a whole tensor."""
         stored = self.stored[name]
-        if len(stored.parts) == 1:
-            whole: torch.Tensor = self.files[stored.parts[0].file].get_tensor(name)
-            return whole
         whole = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
         for part in stored.parts:
-            where = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))
-            whole[where] = self.files[part.file].get_tensor(name)
+            there = whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))]
+            block = there if there.is_contiguous() else torch.empty_like(there)
+            found = self.files[part.file][name]
+            tensorfile.read_into(self.checkpoint / part.file, found, values_of(block))
+            if block is not there:
+                there.copy_(block)
         return whole
 
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
-@contextlib.contextmanager
-def _open(checkpoint: Path, index: Mapping[str, Stored]) -> Iterator[Weights]:
+def _weights(checkpoint: Path, index: Mapping[str, Stored]) -> Weights:
     names = {part.file for stored in index.values() for part in stored.parts}
-    with contextlib.ExitStack() as stack:
-        opened = {n: stack.enter_context(safe_open(checkpoint / n, framework="pt")) for n in sorted(names)}
-        yield Weights(index, opened)
+    return Weights(checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names})
 
 
 # -- safetensors -------------------------------------------------------------------------------------------
@@ -124,7 +121,7 @@ def _write_safetensors(folder: Path, weights: Weights, checkpoint: Path, bytes_m
     files = {
         module: _write_module(folder, module, weights, names, bytes_most) for module, names in modules.items()
     }
-    spec = jobfile.parsed(facts["job"])
+    spec = jobfile.recorded(facts["job"], checkpoint / manifest.MANIFEST)
     config = {
         **{key: facts[key] for key in ("step", "steps_taken", "precision", "versions", "job")},
         "modules": {
@@ -205,14 +202,17 @@ def _write_dcp(folder: Path, weights: Weights) -> None:
 
 
 class _Streaming(DefaultSavePlanner):
-    """Gives torch a tensor when it writes it."""
+    """Gives torch a tensor when it writes it. Torch keeps all tensors of a file, so each lets go of its values then."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self._weights = weights
+        self._written = torch.empty(0)
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self._weights.full(index.fqn)
+        self._written.untyped_storage().resize_(0)
+        self._written = self._weights.full(index.fqn).clone()  # memory that numpy has seen cannot be let go
+        return self._written
 
     def transform_object(self, write_item: WriteItem, object: torch.Tensor) -> torch.Tensor:  # noqa: A002
         return object

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from mimogrid.core.changes import refused
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.legality import problems_of
 from mimogrid.core.models import Own
@@ -20,7 +21,16 @@ from mimogrid.core.spec import GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.topology import Topology
 from mimogrid.shell import jobfile
 from mimogrid.shell.jobs import Job
-from mimogrid.shell.manifest import OPTIMIZER, Stored, damage, located, read_index, read_manifest, way_out
+from mimogrid.shell.manifest import (
+    MANIFEST,
+    OPTIMIZER,
+    Stored,
+    damage,
+    located,
+    read_index,
+    read_manifest,
+    way_out,
+)
 from mimogrid.shell.output import print_json
 
 
@@ -40,8 +50,13 @@ def run(job: Job | None, given: argparse.Namespace) -> int:
     ]
     contents = contents_of(whole) if whole else None
     if job is not None and whole is not None:
-        misfits = list(misfits_of(job.topology, read_manifest(whole), read_index(whole)))
+        facts = read_manifest(whole)
+        misfits = list(misfits_of(job.topology, facts, read_index(whole)))
         problems += [Problem(str(whole), misfit, _REMEDY) for misfit in misfits]
+        before = jobfile.recorded(facts["job"], whole / MANIFEST)
+        for change in refused(before, job.spec, accepted=given.changed):
+            message = f"is {change.after!r}; {whole.name} has {change.before!r}."
+            problems.append(Problem(change.key, message, f"If it is meant: --changed {change.key}."))
     if given.json:
         state = [{"name": c.name, "whole": not said, "faults": said} for c, said in faults.items()]
         told = [attrs.asdict(problem) for problem in problems]
@@ -79,7 +94,7 @@ def contents_of(checkpoint: Path) -> dict[str, Any]:
             module["parameters"] += 1
             module["bytes"] += stored.bytes
             module["dtypes"] = sorted({*module["dtypes"], stored.dtype})
-    fits = layouts_of(jobfile.parsed(facts["job"]))
+    fits = layouts_of(jobfile.recorded(facts["job"], checkpoint / MANIFEST))
     for name, module in modules.items():
         module["written_by"] = facts["layout"].get(name)
         module["fits"] = fits.get(name)

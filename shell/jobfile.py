@@ -116,6 +116,15 @@ def parsed(text: str) -> JobSpec:
     return attrs.evolve(reading.spec, schedule=attrs.evolve(reading.spec.schedule, costs=costs))
 
 
+def recorded(text: object, where: Path) -> JobSpec:
+    """Read the job that a run or a checkpoint says it is of. Raises PlanError with the name of the file."""
+    try:
+        return parsed(str(text))
+    except PlanError as error:
+        message = f"holds a job that cannot be read: {error.problems[0].message}"
+        raise _file_error(where, message, "Use the mimogrid that wrote it.") from None
+
+
 def dump(spec: JobSpec) -> str:
     """Write a spec as a job file that `load` reads back to an equal spec; defaults are left out."""
     import tomlkit  # noqa: PLC0415  (slow to import, and few commands write)

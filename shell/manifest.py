@@ -11,25 +11,27 @@ Nothing here needs torch.
 """
 
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from mimogrid.core.errors import PlanError, Problem
-from mimogrid.shell.runs import CHECKPOINTS
-from mimogrid.shell.tensorfile import checksum, size_of, write_text
+from mimogrid.shell.tensorfile import Found, checksum, header_of, size_of, write_text
 
 
 OPTIMIZER = "optimizer."
 """Begins the names of what the optimizer keeps; those of weights begin with their module."""
 VERSION = 1
+CHECKPOINTS = "checkpoints"
+"""Where they lie in the folder of a run."""
 MANIFEST, INDEX, PARTIAL = "manifest.json", "index.json", ".partial"
 _NAME = re.compile(r"step-\d{8,}")
 
@@ -77,13 +79,31 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         message = f"'{MANIFEST}' is of version {version!r}; this mimogrid reads {VERSION}."
         remedy = "Use the mimogrid that wrote it."
         raise PlanError([Problem(str(checkpoint), message, remedy)])
-    names = manifest.get("files")
-    if not isinstance(names, dict) or any(Path(name).name != name for name in names):
-        manifest.pop("files", None)
-    lacking = [key for key in ("step", "steps_taken", "watch", "job", "files") if key not in manifest]
+    lacking = [key for key, is_right in _NEEDED.items() if not is_right(manifest.get(key))]
     if lacking:
         raise PlanError([Problem(str(checkpoint), f"'{MANIFEST}' lacks {', '.join(lacking)}.", _OTHER)])
     return manifest
+
+
+def _is_list_of_files(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        Path(name).name == name and isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys()
+        for name, facts in value.items()
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+_NEEDED: Mapping[str, Callable[[object], bool]] = {
+    "step": _is_count,
+    "steps_taken": _is_count,
+    "watch": lambda value: isinstance(value, dict),
+    "job": lambda value: isinstance(value, str),
+    "files": _is_list_of_files,
+}
+"""What a manifest must say, and what that looks like."""
 
 
 @attrs.frozen
@@ -111,14 +131,18 @@ class Stored:
 
 def read_index(checkpoint: Path) -> dict[str, Stored]:
     """Return the tensors of a checkpoint by name. Raises PlanError."""
-    return {
-        name: Stored(
-            facts["dtype"],
-            tuple(facts["shape"]),
-            tuple(Place(p["file"], tuple(p["offsets"]), tuple(p["shape"])) for p in facts["parts"]),
-        )
-        for name, facts in _read(checkpoint / INDEX).items()
-    }
+    try:
+        return {
+            name: Stored(
+                facts["dtype"],
+                tuple(facts["shape"]),
+                tuple(Place(p["file"], tuple(p["offsets"]), tuple(p["shape"])) for p in facts["parts"]),
+            )
+            for name, facts in _read(checkpoint / INDEX).items()
+        }
+    except (KeyError, TypeError) as error:
+        message = f"'{INDEX}' does not say what is in the files: {error!r}."
+        raise PlanError([Problem(str(checkpoint), message, _OTHER)]) from None
 
 
 def index_text(tensors: Mapping[str, Stored]) -> str:
@@ -205,11 +229,59 @@ def damage(checkpoint: Path) -> Iterator[str]:
     except PlanError as error:
         yield from (problem.message for problem in error.problems)
         return
-    for name, facts in files.items():
-        yield from _damage_of(checkpoint / name, facts)
-    for path in sorted(checkpoint.iterdir()):
-        if path.name not in {MANIFEST, *files}:
-            yield f"'{path.name}' is not of this checkpoint: its manifest does not name it."
+    found = [fault for name, facts in files.items() for fault in _damage_of(checkpoint / name, facts)]
+    more = sorted(path.name for path in checkpoint.iterdir() if path.name not in {MANIFEST, *files})
+    found += [f"'{name}' is not of this checkpoint: its manifest does not name it." for name in more]
+    yield from found or _untruths(checkpoint, files)
+
+
+def _untruths(checkpoint: Path, files: Iterable[str]) -> Iterator[str]:
+    """Yield where files that are as they were written do not fit together; of each file the first that is wrong.
+
+    Whoever wrote such a checkpoint, nothing of it is read: no index leads out of its folder, no header out of its file.
+    """
+    try:
+        index = read_index(checkpoint)
+    except PlanError as error:
+        yield from (problem.message for problem in error.problems)
+        return
+    headers: dict[str, Mapping[str, Found]] = {}
+    for name in files:
+        if name.endswith(".safetensors"):
+            try:
+                headers[name] = header_of(checkpoint / name)
+            except ValueError as error:
+                yield f"'{name}' {error}."
+                return
+    wrong: dict[str, str] = {}
+    for tensor, stored in index.items():
+        for place in stored.parts:
+            if place.file not in headers:
+                message = f"names '{place.file}' for '{tensor}'; no file of this checkpoint with tensors is called so."
+                wrong.setdefault(INDEX, f"'{INDEX}' {message}")
+            elif (said := _contradiction(tensor, stored, place, headers[place.file])) is not None:
+                wrong.setdefault(place.file, f"'{place.file}' {said}")
+        if sum(math.prod(place.shape) for place in stored.parts) != math.prod(stored.shape):
+            message = f"has parts of '{tensor}' that are not {list(stored.shape)} together."
+            wrong.setdefault(INDEX, f"'{INDEX}' {message}")
+    yield from wrong.values()
+
+
+def _contradiction(tensor: str, stored: Stored, place: Place, header: Mapping[str, Found]) -> str | None:
+    """Return what a file says of a part of a tensor, where that is not what the index says."""
+    found = header.get(tensor)
+    if found is None:
+        return f"has no '{tensor}', '{INDEX}' says it has."
+    if (found.dtype, found.shape) != (stored.dtype, place.shape):
+        told = f"{stored.dtype} {list(place.shape)}"
+        return f"has {found.dtype} {list(found.shape)} for '{tensor}', '{INDEX}' says {told}."
+    ends = (offset + n for offset, n in zip(place.offsets, place.shape, strict=True))
+    if (
+        any(end > full for end, full in zip(ends, stored.shape, strict=True))
+        or min(place.offsets, default=0) < 0
+    ):
+        return f"has a part of '{tensor}' at {list(place.offsets)}, outside of {list(stored.shape)}."
+    return None
 
 
 def _damage_of(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
@@ -242,10 +314,13 @@ def publish(
 
 
 def prune(checkpoints: Path, *, keep: int, keep_every: int) -> None:
-    """Let go of all but the newest `keep`, and those of steps that `keep_every` divides."""
+    """Let go of all but the newest `keep`, and those of steps that `keep_every` divides.
+
+    Each loses its name first: what is cut off while it is removed would else look damaged.
+    """
     for old in published(checkpoints)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
 
 def clear(checkpoints: Path) -> None:

@@ -3,14 +3,17 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import attrs
 from torch.utils.tensorboard import SummaryWriter
 
+from mimogrid.core.costs import Costs
 from mimogrid.core.schedule.actions import Compute
+from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.simulate import simulate
 from mimogrid.core.steps import Step
 from mimogrid.core.stragglers import Pace, Straggler, mean, stragglers
 from mimogrid.shell.execute import Timed
@@ -32,16 +35,20 @@ class Lag:
     One slow step says nothing: it may lie behind a checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, costs: Costs | None) -> None:
+        self._costs = costs
+        self._predicted: Mapping[int, float] | None = None
         self._window: list[Sequence[Pace]] = []
 
-    def after(self, paces: Sequence[Pace]) -> tuple[Straggler, ...]:
+    def after(self, step: Step, paces: Sequence[Pace]) -> tuple[Straggler, ...]:
         """Add a step's paces; return the stragglers of a window that is full, and begin another."""
         self._window.append(paces)
         if len(self._window) < WINDOW:
             return ()
+        if self._costs is not None and self._predicted is None:  # A plan foretells the same of every step.
+            self._predicted = simulate(plan_step(step), self._costs).busy_s
         steps, self._window = self._window, []
-        return tuple(stragglers(mean(steps), above=ABOVE))
+        return tuple(stragglers(list(mean(steps)), above=ABOVE, predicted=self._predicted))
 
 
 @attrs.define
@@ -108,8 +115,8 @@ class Keeper:
     scalars: SummaryWriter
     progress: Progress
 
-    def keep(self, index: int, outcome: Outcome, tally: Tally) -> None:
-        """Write one step."""
+    def keep(self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()) -> None:
+        """Write one step, and who was found to straggle after it."""
         facts: dict[str, Any] = {
             "step": index,
             "loss": outcome.loss,
@@ -122,6 +129,8 @@ class Keeper:
             "samples_per_s": tally.samples / tally.seconds,
             "tokens_per_s": tally.tokens / tally.seconds,
         }
+        if lagging:
+            facts["stragglers"] = [_told(straggler) for straggler in lagging]
         self.lines.write(json.dumps(facts) + "\n")
         if index % SCALARS_EVERY == 0:
             for name in ("loss", "gradient_norm", "learning_rate", "samples_per_s", "tokens_per_s"):
@@ -131,6 +140,21 @@ class Keeper:
     def pass_over(self, index: int) -> None:
         """Write that a step was passed over."""
         self.lines.write(json.dumps({"step": index, "taken": False, "skipped": "listed"}) + "\n")
+
+
+def _told(straggler: Straggler) -> dict[str, Any]:
+    """Return what a line of metrics says of a straggler."""
+    pace = straggler.pace
+    return {
+        "rank": pace.rank,
+        "modules": straggler.modules,
+        "stages": pace.stages.split(),
+        "busy_s": pace.busy_s,
+        "load_s": pace.load_s,
+        "expected_s": straggler.expected_s,
+        "standard": straggler.standard,
+        "cause": straggler.cause,
+    }
 
 
 @contextlib.contextmanager

@@ -2,16 +2,16 @@
 
 SIGTERM and SIGUSR1 are the same wish, to any rank. The rank hands it in with the next agreement on a step, so all ranks
 stop after the same step, save, and exit with `EXIT_CODE`, which is not 0: launchers restart on it. A second signal ends
-the process at once.
+the process at once, for it may hang; but not while it saves what it was asked to save: that is what both want.
 """
 
 import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import attrs
 
@@ -25,40 +25,61 @@ SECOND_S = 2.0
 
 @attrs.define(eq=False)
 class Wish:
-    """Whether this process was asked to stop."""
+    """Whether this process was asked to stop, and whether that is being done."""
 
     asked_s: float | None = None
+    is_granted: bool = False
 
     @property
     def is_there(self) -> bool:
         """Whether it was."""
         return self.asked_s is not None
 
+    def grant(self) -> None:
+        """Hear no more signals: the world has agreed to stop, and is about to save."""
+        self.is_granted = True
+
     def hear(self, number: int, _: FrameType | None) -> None:
         """Note a signal; the second ends the process as if nobody had listened."""
         now = time.monotonic()
         if self.asked_s is None:
             self.asked_s = now
-        elif now - self.asked_s > SECOND_S:
+        elif now - self.asked_s > SECOND_S and not self.is_granted:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
-def listening(wish: Wish) -> AbstractContextManager[None]:
-    """Hear signals as a wish; afterwards they are what they were."""
-    return _handled(wish.hear)
+@contextlib.contextmanager
+def listening(wish: Wish) -> Iterator[None]:
+    """Hear signals as a wish; afterwards they are what they were.
 
-
-def passing_on(send: Callable[[int], None]) -> AbstractContextManager[None]:
-    """Give the signals that this process gets to those that it has started."""
-    return _handled(lambda number, _: send(number))
+    After a failure they are still heard: a launcher that has seen another rank die signals this one at once, which is
+    about to say why, and end.
+    """
+    before = _handle(wish.hear)
+    try:
+        yield
+    except BaseException:
+        wish.is_granted = False  # There is nothing left to save: a second signal ends the process.
+        raise
+    _restore(before)
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+def passing_on(send: Callable[[int], None]) -> Iterator[None]:
+    """Give the signals that this process gets to those that it has started."""
+    before = _handle(lambda number, _: send(number))
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        _restore(before)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Install a handler; return what was there."""
+    return {number: signal.signal(number, handler) for number in SIGNALS}
+
+
+def _restore(before: Mapping[int, Any]) -> None:
+    for number, earlier in before.items():
+        signal.signal(number, earlier)

@@ -17,10 +17,11 @@ them, and agreement, optimizer and the planning of a step are `update`. They are
 as at the end of every step.
 """
 
+import contextlib
+import ctypes
 import math
 import os
 import platform
-import resource
 import statistics
 import time
 from collections import defaultdict
@@ -189,13 +190,28 @@ class Clock:
         Linux tells how long a thread has waited for a core; elsewhere nobody does, and the machine must be quiet.
         """
         self.device.finish()
-        now = time.perf_counter()
-        return now - _waited_for_a_core(), now if self.device.is_asynchronous else time.thread_time()
+        now = _at_work()
+        return now, time.perf_counter() if self.device.is_asynchronous else time.thread_time()
 
     def since(self, begin: tuple[float, float]) -> Reading:
         """Return what has passed since `now` gave `begin`."""
         lasted, worked = (there - here for here, there in zip(begin, self.now(), strict=True))
         return Reading(max(lasted, 0.0), worked)
+
+
+def _at_work() -> float:
+    """Return the clock, less what this thread has waited for a core until that very moment.
+
+    Who loses the core between the two readings would have waited by one and not by the other: a wait longer than the
+    action makes it last nothing. So both are read until no wait has come between.
+    """
+    before = _waited_for_a_core()
+    while True:
+        now = time.perf_counter()
+        waited = _waited_for_a_core()
+        if waited == before:
+            return now - waited
+        before = waited
 
 
 def _waited_for_a_core() -> float:
@@ -455,7 +471,7 @@ def _summing(crew: Crew, stage: Stage, repeat: int) -> float:
 
 def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
     """Measure a job on every rank of its world; the first rank of the job returns what was found."""
-    before = _resident()
+    before = _fresh_peak()
     with open_session(place, job) as session:
         crew = session.crew
         if crew is None:
@@ -481,13 +497,22 @@ def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
         return _put_together(job, program, ranks, edges) if ranks else None
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
+def _fresh_peak() -> int:
+    """Give back what was freed, and forget the peak of what was resident; return what is resident now.
+
+    A process that has run another job before would else reuse its memory, and remember its peak.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not every C library can, nor may everybody
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _peak()
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the most bytes that were resident at once."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 # -- putting it together -----------------------------------------------------------------------------------

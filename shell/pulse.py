@@ -72,6 +72,11 @@ class Pulse:
         if self._fault:
             self._strike(moment)
 
+    def within(self, moment: str) -> None:
+        """Let a fault strike within an action, which stays on record."""
+        if self._fault:
+            self._strike(moment)
+
     def wait(self) -> None:
         """Note that this rank has done its own part of a joint action, and waits for the others."""
         _WAITS.pack_into(self._map, _CHANGING_AT, 1)
@@ -98,7 +103,9 @@ class Pulse:
 
     def _strike(self, doing: str) -> None:
         if self._fault and self._fault.strikes(rank=self.rank, step=self._step, doing=doing):
-            fault, self._fault = self._fault, None
+            fault = self._fault
+            if fault.step is not None:
+                self._fault = None
             strike(fault)
 
 

@@ -23,23 +23,24 @@ if TYPE_CHECKING:
     from mimogrid.shell.parity import Verdict
 
 
-def train(job: Job, *, resume: str | None, transport: str | None, as_json: bool) -> int:
+def train(
+    job: Job, *, resume: str | None, changed: Sequence[str], transport: str | None, as_json: bool
+) -> int:
     """Train a job to its end, or until it is asked to stop. Returns the exit code."""
     place = under_torchrun()
     if place is not None:
         from mimogrid.shell.train import in_world  # noqa: PLC0415 -- imports torch
 
         job = open_job(job.path, job.overrides)  # again, now that sources that need torch can be opened
-        report = in_world(
-            place, job, transport, folder=None, resume=runs.resumed_by_launcher(job.spec, resume)
-        )
+        begun = runs.resumed_by_launcher(job.spec, resume)
+        report = in_world(place, job, transport, folder=None, resume=begun, changed=changed)
     else:
-        folder = runs.claim(job.path, job.spec.train.run_dir, resume)
-        report = runs.report_of(folder)
-        if report is not None:
-            print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
-        else:
-            report = _first(job, "mimogrid.shell.train:in_world", transport, str(folder), resume)
+        with runs.claimed(job, resume, changed) as folder:
+            report = runs.report_of(folder)
+            if report is not None:
+                print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
+            else:
+                report = _first(job, "mimogrid.shell.train:in_world", transport, str(folder), resume)
     if isinstance(report, runs.Stopped):
         if place is None or place.rank == job.topology.ranks[0]:
             print(report, file=sys.stderr)

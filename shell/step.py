@@ -92,7 +92,7 @@ class Crew:
     ) -> None:
         assert job.source is not None
         self.job = job
-        self._source = Clocked(job.source)
+        self._source = Clocked(job.source, pulse.within)
         self.topology: Topology = job.topology
         self.rank = rank
         self.device = device

@@ -15,7 +15,7 @@ The first rank of the job writes all of it but checkpoints and logs, to which ev
 import contextlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ import attrs
 from safetensors.torch import save_file
 from structlog.typing import FilteringBoundLogger
 
+from mimogrid.core.changes import changes
 from mimogrid.core.decision import is_passed_over
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.faults import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.core.roles import role_of
-from mimogrid.shell import checkpoint, manifest, report
+from mimogrid.shell import checkpoint, jobfile, manifest, report
 from mimogrid.shell.execute import Runs
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.log import open_log
+from mimogrid.shell.manifest import CHECKPOINTS
 from mimogrid.shell.metrics import Lag, Tally, open_keeper, recall
 from mimogrid.shell.place import Place
 from mimogrid.shell.preemption import listening
 from mimogrid.shell.profiles import runs_of
-from mimogrid.shell.runs import CHECKPOINTS, REPORT, Stopped, claim, report_of, write_json
+from mimogrid.shell.runs import REPORT, Stopped, claimed, report_of, write_json
 from mimogrid.shell.saving import Saver, open_saver
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
@@ -48,22 +50,23 @@ REFUSED = "refused: "
 """Begins what rank 0 tells the others where a run cannot begin."""
 
 
-def in_world(
+def in_world(  # noqa: PLR0917 -- a body is called by position
     place: Place,
     job: Job,
     transport: str | None,
     folder: str | None,
     resume: str | None = None,
+    changed: Sequence[str] = (),
 ) -> dict[str, Any] | Stopped | None:
     """Train a job on every rank of its world; the first rank of the job returns the report.
 
-    Without a folder, rank 0 claims one and the others hear which; likewise for the checkpoint to resume from. A run
-    that is asked to stop saves, and every rank returns `Stopped`.
+    Without a folder, rank 0 claims one and the others hear which; likewise for the checkpoint to resume from, from
+    which the keys `changed` may differ. A run that is asked to stop saves, and every rank returns `Stopped`.
     Raises PlanError where there is no folder, or only a damaged checkpoint.
     """
-    with open_session(place, job, transport=transport) as session:
+    with contextlib.ExitStack() as held, open_session(place, job, transport=transport) as session:
         path = Path(
-            folder or _hear(session, "folder", lambda: claim(job.path, job.spec.train.run_dir, resume))
+            folder or _hear(session, "folder", lambda: held.enter_context(claimed(job, resume, changed)))
         )
         saved = _hear(session, "checkpoint", lambda: manifest.newest(path / CHECKPOINTS) or "")
         finished = report_of(path)
@@ -138,14 +141,17 @@ class Run:
         facts = manifest.read_manifest(Path(saved))
         checkpoint.load(Path(saved), pieces_to_load(self.crew, facts), self.crew.group)
         restore(self.crew, facts)
-        self.log.info("resuming", step=facts["step"], checkpoint=saved)
+        before = jobfile.recorded(facts["job"], Path(saved, manifest.MANIFEST))
+        keys = [change.key for change in changes(before, self.crew.job.spec)]
+        self.log.info("resuming", step=facts["step"], checkpoint=saved, changed=", ".join(keys) or "nothing")
         return int(facts["step"])
 
     def train(self, start: int) -> Tally | Stopped:
         """Run the steps from `start`, until the last or a wish to stop; the first rank keeps the metrics."""
         crew, job = self.crew, self.crew.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
-        tally, lag = recall(self.folder, start) if self.chief else Tally(), Lag()
+        tally = recall(self.folder, start) if self.chief else Tally()
+        lag = Lag(job.spec.schedule.costs)
         with contextlib.ExitStack() as stack:
             keeper = stack.enter_context(open_keeper(self.folder, steps)) if self.chief else None
             following = job.step(self._next(start))
@@ -165,12 +171,15 @@ class Run:
                         self.session.pulse.at(BETWEEN)
                     tally.add(index, step, outcome)
                     stops = outcome.stops and index + 1 < steps
-                    for straggler in lag.after(outcome.paces) if self.chief else ():
+                    lagging = lag.after(step, outcome.paces) if self.chief else ()
+                    for straggler in lagging:
                         self.log.warning(f"straggler: {straggler}", step=index)
                     if not outcome.taken:
                         self.log.warning(f"step skipped: {outcome.skipped}", step=index)
                     if keeper:
-                        keeper.keep(index, outcome, tally)
+                        keeper.keep(index, outcome, tally, lagging)
+                if stops:
+                    self.session.wish.grant()
                 if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:

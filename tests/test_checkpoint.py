@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mimogrid.core.errors import PlanError
-from mimogrid.shell import manifest
+from mimogrid.shell import manifest, tensorfile
 from mimogrid.shell.jobs import open_job
 from mimogrid.shell.launch import Pool
 
@@ -155,6 +155,56 @@ def _link(path: Path) -> None:
     path.symlink_to(outside)
 
 
+def _forge(edit: Callable[[Path], object], name: str = "shard-*") -> Callable[[Path], str]:
+    """Change a file, and let the manifest say that this is what was written."""
+
+    def harm(folder: Path) -> str:
+        victim = next(folder.glob(name))
+        edit(victim)
+        files = json.loads((folder / manifest.MANIFEST).read_text())["files"]
+        files[victim.name] = {"bytes": victim.stat().st_size, "sha256": tensorfile.checksum(victim)}
+        _rewrite(files=files)(folder)
+        return victim.name
+
+    return harm
+
+
+def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Change what the header of a shard says."""
+
+    def edit(path: Path) -> None:
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+    return edit
+
+
+def _lie(key: str, value: object) -> Callable[[Path], object]:
+    """Say something else of the first tensor."""
+    return _header(
+        lambda header: next(of for n, of in header.items() if n != "__metadata__").update({key: value})
+    )
+
+
+def _index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Change what the index says of the first tensor."""
+
+    def edit(path: Path) -> None:
+        index = json.loads(path.read_text())
+        change(next(iter(index.values())))
+        path.write_text(manifest.canonical(index))
+
+    return edit
+
+
+def _lead_to(file: str) -> Callable[[Path], str]:
+    return _forge(_index(lambda of: of["parts"][0].update(file=file)), manifest.INDEX)
+
+
 def _empty(folder: Path) -> str:
     shutil.rmtree(folder)
     folder.mkdir()
@@ -186,6 +236,40 @@ HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
     "no version": (_rewrite(version=None), "version None"),
     "no list of files": (_rewrite(files=None), "lacks files"),
     "files elsewhere": (_rewrite(files={"../x": {"bytes": 1, "sha256": ""}}), "lacks files"),
+    "files that are numbers": (_rewrite(files={"index.json": 3}), "lacks files"),
+    "a step that is none": (_rewrite(step="6"), "lacks step"),
+    "a job that is none": (_rewrite(job=["pickle"]), "lacks job"),
+    "an index that leads out": (
+        _lead_to("../step-00000004/shard-00001-model-00001-of-00001.safetensors"),
+        "../",
+    ),
+    "an index that leads anywhere": (_lead_to("/etc/passwd"), "names '/etc/passwd'"),
+    "an index of its manifest": (_lead_to("manifest.json"), "names 'manifest.json'"),
+    "an index without parts": (_forge(_index(lambda of: of.pop("parts")), manifest.INDEX), "does not say"),
+    "an index with a gap": (_forge(_index(lambda of: of["parts"].clear()), manifest.INDEX), "together"),
+    "an index of another shape": (
+        _forge(_index(lambda of: of["parts"][0].update(shape=[3])), manifest.INDEX),
+        "together",
+    ),
+    "an index that is no JSON": (_forge(lambda p: p.write_text("{"), manifest.INDEX), "is no JSON"),
+    "a header that is too long": (
+        _forge(lambda p: p.write_bytes((1 << 40).to_bytes(8, "little") + p.read_bytes()[8:])),
+        "header has 1099511627776 bytes",
+    ),
+    "a header that is no JSON": (
+        _forge(lambda p: p.write_bytes(p.read_bytes()[:8] + b"!" + p.read_bytes()[9:])),
+        "a header that is none",
+    ),
+    "a header of a larger tensor": (_forge(_lie("shape", [1 << 40])), "has the bytes"),
+    "a header of a negative size": (_forge(_lie("shape", [-1, -64])), "no count"),
+    "a header of unknown values": (_forge(_lie("dtype", "PICKLE")), "has the bytes"),
+    "a header of other values": (_forge(_lie("data_offsets", [0, 1 << 50])), "has the bytes"),
+    "a header without a tensor": (_forge(_header(dict.popitem)), "tensors end at"),
+    "values beyond what the header says": (
+        _forge(lambda p: p.write_bytes(p.read_bytes() + b"more")),
+        "says that its tensors end at",
+    ),
+    "a file of eight bytes": (_forge(lambda p: p.write_bytes(b"1")), "of 1 in all"),
     "an empty folder": (_empty, "is missing"),
     "a folder that is a link": (_linked, "link"),
 }

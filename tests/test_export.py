@@ -146,9 +146,8 @@ FITTING = {
     ],
     "colocated, shared updates": ["modules.language.grid.offset=0", "optimizer.sharded=true"],
     "in half precision": ["precision=bf16"],
-    "an optimizer that keeps the same": ["optimizer.name=adam"],
-    "frozen": ["modules.vision.frozen=true"],
 }
+MEANT = {"optimizer.name": "adam", "modules.vision.frozen": "true", "seed": "7"}
 NOT_FITTING = {
     "wider": (["modules.vision.options.hidden=128"], "'vision.input.bias', the job needs [128]"),
     "deeper": (["modules.language.options.layers=4"], "has no 'language.layers.2."),
@@ -161,6 +160,18 @@ def test_a_job_that_fits(run: Path, capsys: pytest.CaptureFixture[str], override
     """Every legal layout of the same model can go on from it."""
     assert 0 == cli.main(["inspect", str(run), "--job", str(DIGITS), *given(overrides)])
     assert "fits" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("key", "value"), MEANT.items())
+def test_a_job_that_trains_otherwise_fits_where_that_is_meant(
+    run: Path, capsys: pytest.CaptureFixture[str], key: str, value: str
+) -> None:
+    """The tensors are the same: the key must be named."""
+    command = ["inspect", str(run), "--job", str(DIGITS), *given([f"{key}={value}"])]
+    assert 2 == cli.main(command)
+    assert f"--changed {key}" in capsys.readouterr().err
+    assert 0 == cli.main([*command, "--changed", key])
+    assert 2 == cli.main([*command, "--changed", "data"])
 
 
 @pytest.mark.parametrize(("overrides", "said"), NOT_FITTING.values(), ids=NOT_FITTING)

@@ -1,5 +1,6 @@
 """Faults: whatever befalls a rank, all end in time with one report that names it, and resuming is exact."""
 
+import json
 import os
 import signal
 import socket
@@ -8,12 +9,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import pytest
 
 import harm
+import sweep
+from mimogrid.core.costs import Costs, StageCosts
+from mimogrid.core.errors import WorldError
+from mimogrid.core.faults import parse
 from mimogrid.core.spec import JobSpec
+from mimogrid.shell import manifest
 from mimogrid.shell.faults import VARIABLE
-from mimogrid.shell.jobs import Job
+from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.preemption import EXIT_CODE
 from mimogrid.shell.runs import Stopped
@@ -69,6 +76,47 @@ def test_a_run_ends_with_the_right_report_or_goes_on(
     assert ended.seconds < 3 * harm.LIMIT_S + 20
 
 
+EVEN = Costs(stages=dict.fromkeys(("enc.0", "lm.0", "lm.1"), StageCosts(forward=1.0, backward=2.0)))
+SLOWLY, WAITING = "it computes slowly", "it waits for its data"
+STRAGGLERS = [
+    ("delay rank 1 every step for 0.04 s at enc.0 B*", None, "enc.0", "the median of its peers", SLOWLY),
+    ("delay rank 1 every step for 0.02 s at reading data", None, "enc.0", "the median of its peers", WAITING),
+    ("delay rank 3 every step for 0.04 s at lm.1 F*", EVEN, "lm.1", "what its costs foretell", SLOWLY),
+    ("delay rank 3 every step for 0.02 s at reading data", EVEN, "lm.1", "what its costs foretell", WAITING),
+]
+
+
+@pytest.mark.parametrize(("line", "costs", "stage", "standard", "cause"), STRAGGLERS)
+def test_a_rank_that_is_always_slow_is_told_of(  # noqa: PLR0917 -- fixtures and cases
+    pool: Pool,
+    opened: Opened,
+    tmp_path: Path,
+    line: str,
+    costs: Costs | None,
+    stage: str,
+    standard: str,
+    cause: str,
+) -> None:
+    """Once per window, in one line of the log and in the metrics: rank, module, stage, by how much, and why."""
+    spec, window = harm.job(), 6
+    limits = attrs.evolve(spec.train, steps=window + 2, checkpoint_every=0, timeout_s=60.0)
+    slow = opened(attrs.evolve(spec, train=limits, schedule=attrs.evolve(spec.schedule, costs=costs)))
+    tmp_path.joinpath("run").mkdir()
+    pool.run("harm:watched", 4, slow, str(tmp_path / "run"), line, window)
+    rank, module = parse(line).rank, stage.partition(".")[0]
+    log = map(json.loads, (tmp_path / "run" / "logs" / "rank-0.jsonl").read_text().splitlines())
+    first, *_ = [entry["event"] for entry in log if entry["event"].startswith("straggler")]
+    assert first.startswith(f"straggler: rank {rank} (module {module}, stage {stage}) computes for ")
+    assert f" times {standard}, " in first
+    assert first.endswith(f": {cause}")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [window - 1] == [step["step"] for step in steps if "stragglers" in step]
+    record, *_ = steps[window - 1]["stragglers"]
+    told = (rank, [module], [stage], standard, cause)
+    assert told == tuple(record[key] for key in ("rank", "modules", "stages", "standard", "cause"))
+    assert record["busy_s"] > 1.5 * record["expected_s"] > 0
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_rank_that_is_asked_to_stop_stops_all_after_the_step(
     pool: Pool, job: Job, whole: Path, tmp_path: Path, rank: int
@@ -79,6 +127,41 @@ def test_a_rank_that_is_asked_to_stop_stops_all_after_the_step(
     assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
     assert "" == harm.run(pool, job, tmp_path, resume=True).report
     assert harm.left(whole) == harm.left(tmp_path)
+
+
+@pytest.mark.parametrize("during_the_save", [False, True])
+def test_a_second_signal_ends_a_step_and_does_not_end_the_save(
+    pool: Pool, job: Job, whole: Path, tmp_path: Path, during_the_save: bool
+) -> None:
+    """Whoever hangs in a step can be ended by it; what is being saved is saved. Either way the run goes on exactly."""
+    beside = open_job(job.path, ["train.checkpoint_async=true", "train.timeout_s=20"])
+    if during_the_save:
+        said = pool.run("sweep:asked_twice", 4, beside, str(tmp_path), during_the_save)
+        assert [Stopped(str(tmp_path), 3)] * 4 == said
+        newest = 3
+    else:
+        with pytest.raises(WorldError, match="killed by signal 15"):
+            pool.run("sweep:asked_twice", 4, beside, str(tmp_path), during_the_save)
+        newest = 2
+    published = manifest.published(tmp_path / "checkpoints")
+    assert not published or newest == manifest.step_of(published[-1])
+    assert bool(published) or not during_the_save
+    assert "" == harm.run(pool, job, tmp_path, resume=True).report
+    assert harm.left(whole) == harm.left(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the sweep's smaller job that nothing happened to."""
+    return sweep.uninterrupted(pool, "epochs", tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.mark.parametrize("case", sweep.some(), ids=str)
+def test_a_run_that_is_interrupted_anywhere_ends_the_same(
+    pool: Pool, uninterrupted: Path, tmp_path: Path, case: sweep.Case
+) -> None:
+    """A few cases of the sweep; `nox -s faults` runs all."""
+    sweep.judge(pool, case, tmp_path, uninterrupted)
 
 
 def test_a_launcher_that_is_asked_to_stop_passes_it_on(pool: Pool, opened: Opened, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import jobs
 from mimogrid.core.pricing import misfits
 from mimogrid.core.schedule.actions import Compute, Norm, Recv, Send, Tie, Update, Wait, WaitReduce, other_end
-from mimogrid.shell import costfile, start
+from mimogrid.shell import costfile, probe, start
 from mimogrid.shell.cli import main
 from mimogrid.shell.jobs import open_job
 from mimogrid.shell.probe import in_text, turns_of
@@ -40,6 +40,17 @@ source = "synthetic"
 [batch]
 global_size = 4
 microbatches = 2
+"""
+LARGE = """
+[modules.language]
+model = "gpt"
+options = { layers = 1, hidden = 256, heads = 2, vocab = 16 }
+
+[data]
+source = "synthetic"
+
+[batch]
+global_size = 2
 """
 
 
@@ -124,7 +135,37 @@ def test_a_costs_file_holds_what_was_measured(probed, real, tmp_path):
     assert {"language.0"} == set(found.split)
     assert 0 < frozen.forward
     assert 0 == frozen.whole_backward == frozen.reduce
-    assert all(memory.planned > 0 for memory in found.memory.values())
+
+
+def test_memory_is_what_the_job_takes_and_not_one_before_it(probed, tmp_path):
+    """In processes that have run a larger job, a smaller one grows by its own weights, gradients and moments."""
+    (tmp_path / "job.toml").write_text(LARGE)
+    large, small = (
+        probed(open_job(tmp_path / "job.toml", [f"modules.language.options.ffn={ffn}"])).memory[0]
+        for ffn in (1 << 13, 1 << 11)
+    )
+    assert large.planned > 3 * small.planned
+    assert small.planned < small.peak < large.planned < large.peak
+
+
+def test_a_wait_for_a_core_is_not_counted_however_it_falls(monkeypatch):
+    """Also one that comes between the two readings: what lasted 1 s has lasted 1 s."""
+    seconds, waited, losing = 0.0, 0.0, {1, 4, 5}
+    readings = 0
+
+    def waits():
+        nonlocal readings, seconds, waited
+        readings += 1
+        if readings in losing:
+            seconds, waited = seconds + 7, waited + 7
+        return waited
+
+    monkeypatch.setattr(probe, "_waited_for_a_core", waits)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: seconds)
+    begin = probe._at_work()
+    seconds += 1
+    assert 1 == probe._at_work() - begin
+    assert 7 * len(losing) == waited
 
 
 def test_every_size_of_microbatch_that_is_asked_for_is_measured(pool, real, capsys, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_a_disk_that_became_read_only(pool: Pool, run: Run, disk: Path) -> None:
     assert "Make the folder writable" in report
     assert before == contents(disk)
     with pytest.raises(PlanError, match="cannot be written"):
-        runs.claim(DIGITS, None, str(disk))
+        enter(runs.claimed(job(), disk))
 
 
 def test_a_file_where_a_folder_is_needed(pool: Pool, tmp_path: Path) -> None:
@@ -182,7 +183,13 @@ def test_a_file_where_a_folder_is_needed(pool: Pool, tmp_path: Path) -> None:
     assert f"{tmp_path}/checkpoints" in report
     assert "Put aside what is there" in report
     with pytest.raises(PlanError, match=f"'{tmp_path}/checkpoints' is a file"):
-        runs.claim(DIGITS, None, str(tmp_path))
+        enter(runs.claimed(job(), tmp_path))
+
+
+def enter(context: AbstractContextManager[object]) -> None:
+    """Enter a context, and leave it again."""
+    with context:
+        pass
 
 
 def contents(folder: Path) -> dict[str, bytes]:

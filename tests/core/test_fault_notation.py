@@ -13,7 +13,7 @@ faults = st.builds(
     lambda harm, rank, step, moment, s: Fault(harm, rank, step, moment, s if harm is Harm.DELAY else 0.0),
     st.sampled_from(Harm),
     st.integers(0, 9999),
-    st.integers(0, 10**9),
+    st.none() | st.integers(0, 10**9),
     moments,
     seconds,
 )
@@ -31,6 +31,7 @@ def test_printing_then_parsing_is_the_identity(fault: Fault) -> None:
         "",
         "maim rank 1 step 2 at NORM",
         "kill rank 1 at NORM",
+        "kill rank 1 every step 3 at NORM",
         "delay rank 1 step 2 at NORM",
         "kill rank 1 step 2 for 3 s at NORM",
         "stop rank 1 step 2 at ",

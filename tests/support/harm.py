@@ -21,7 +21,7 @@ from layouts import job as written
 from mimogrid.core.errors import WorldError
 from mimogrid.core.faults import Fault, Harm, parse
 from mimogrid.core.spec import JobSpec, TrainSpec
-from mimogrid.shell import train
+from mimogrid.shell import metrics, train
 from mimogrid.shell.faults import VARIABLE
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
@@ -109,6 +109,12 @@ def in_world(place: Place, job: Job, folder: str, resume: str | None, fault: str
     """Train with a fault ("": none)."""
     with patch.dict(os.environ, {VARIABLE: fault} if fault else {}):
         return train.in_world(place, job, None, folder, resume)
+
+
+def watched(place: Place, job: Job, folder: str, fault: str, window: int) -> Any:
+    """Train with a fault; who straggles is told after so many steps."""
+    with patch.object(metrics, "WINDOW", window):
+        return in_world(place, job, folder, None, fault)
 
 
 def run(pool: Pool, job: Job, folder: Path, fault: str = "", *, resume: bool = False) -> Ended:
