@@ -3,7 +3,8 @@
 A run is what it computes: which model, from which samples, by which rule. A key is *free* where it decides only where
 and in which order that is computed, how long, and what is kept of it:
 
-    free    grids, chunks, split, recompute, microbatches, world_size, [schedule], optimizer.sharded, precision, [train]
+    free    grids, chunks, split, recompute, microbatches, world_size, [schedule], [train], optimizer.sharded and
+            bucket_mb, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step takes the samples that follow those of the step before), [optimizer], seed
 
@@ -68,13 +69,20 @@ def _essence(spec: JobSpec) -> JobSpec:
         spec,
         modules={
             name: attrs.evolve(
-                module, grid=GridSpec(), chunks=1, split=None, microbatches=None, recompute="none"
+                module,
+                grid=GridSpec(),
+                chunks=1,
+                split=None,
+                microbatches=None,
+                recompute="none",
+                engine="",
+                fp8="",
             )
             for name, module in spec.modules.items()
         },
         batch=attrs.evolve(spec.batch, microbatches=1),
         schedule=ScheduleSpec(),
-        optimizer=attrs.evolve(spec.optimizer, sharded=False),
+        optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0),
         train=TrainSpec(),
         precision="",
         world_size=None,
