@@ -365,9 +365,8 @@ class _Graph:
         )
         self._channel: dict[Hashable, int] = {}
         self._sums: dict[tuple[int, Reduce], int] = {}
-        self._unsummed: dict[tuple[int, ...], collections.deque[Reduce]] = collections.defaultdict(
-            collections.deque
-        )
+        self._unsummed: dict[Hashable, collections.deque[Reduce]] = collections.defaultdict(collections.deque)
+        self._queues: dict[tuple[int, Reduce], Hashable] = {}
         self._met: dict[Hashable, int] = {}
         self._times: collections.Counter[tuple[int, Action]] = collections.Counter()
         self._placed = [
@@ -472,22 +471,29 @@ class _Graph:
 
     def _post_sum(self, rank: int, reduce: Reduce, before: int) -> int:
         """Post a rank's part of a sum; the first of the group puts it into the group's queue."""
-        group = self._joint_of(rank, reduce)
-        if not any((member, reduce) in self._sums for member in group):
-            self._unsummed[group].append(reduce)
+        if not any((member, reduce) in self._sums for member in self._joint_of(rank, reduce)):
+            self._unsummed[self._queue_of(rank, reduce)].append(reduce)
         self._sums[rank, reduce] = before
         return before
 
     def _summed(self, rank: int, reduce: Reduce) -> int:
         """Return the piece at whose end a sum is there: all have posted it, and it comes after those before it."""
-        group = self._joint_of(rank, reduce)
-        while (group, reduce) not in self._met:
-            following = self._unsummed[group].popleft()
-            behind = [self._channel.get(group, 0), *(self._sums[member, following] for member in group)]
+        group, queue = self._joint_of(rank, reduce), self._queue_of(rank, reduce)
+        while (queue, reduce) not in self._met:
+            following = self._unsummed[queue].popleft()
+            behind = [self._channel.get(queue, 0), *(self._sums[member, following] for member in group)]
             seconds = sum_s(self.program, self.costs, following)
             piece = self.pieces.add(tuple(dict.fromkeys(behind)), seconds, (rank, following))
-            self._channel[group] = self._met[group, following] = piece
-        return self._met[group, reduce]
+            self._channel[queue] = self._met[queue, following] = piece
+        return self._met[queue, reduce]
+
+    def _queue_of(self, rank: int, reduce: Reduce) -> Hashable:
+        """Name the group of a sum: different groups may have the same ranks standing for them."""
+        if (rank, reduce) not in self._queues:
+            ranks = self.program.joint(rank, reduce)
+            first = next(sum_ for sum_ in self.program.sums(rank) if self.program.joint(rank, sum_) == ranks)
+            self._queues[rank, reduce] = (self._joint_of(rank, reduce), first)
+        return self._queues[rank, reduce]
 
     def _post(self, rank: int, transfer: Transfer, before: int) -> int:
         """Post one end of each message."""

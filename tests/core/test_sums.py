@@ -83,6 +83,15 @@ def test_sums_of_a_chunk_go_on_while_another_is_computed() -> None:
     assert step_s() == step_s(late=1.5) < step_s(early=1.5)
 
 
+def test_groups_that_one_rank_stands_for_do_not_wait_for_each_other() -> None:
+    """Rank 0 stands for all four, so for two groups of `a` and for that of `z`, which sum side by side."""
+    planned = program_of("a vit dp2 tp2 @0 > z; z gpt dp4 @0", batch=4, microbatches=1)
+    costs = Costs(stages={name: StageCosts(forward=1.0, backward=2.0, reduce=9.0) for name in ("a.0", "z.0")})
+    folded, whole = simulate(planned, costs), simulate(planned, costs, fold=False)
+    assert 1 == len(folded.classes.members)
+    assert whole.step_s == folded.step_s == 1 + 1 + 2 + 2 + 9
+
+
 def test_two_ranks_that_post_sums_in_another_order() -> None:
     """No walk gets stuck in that: a communicator would add up what does not belong together."""
     planned = program("l gpt dp2")

@@ -171,10 +171,10 @@ def asked(place: Place, job: Job, folder: str, rank: int, step: int) -> Any:
     """Train; in one step one rank gets a signal that asks it to stop."""
     run_step = Crew.run
 
-    def disturbed(crew: Crew, index: int, *arguments: Any) -> Outcome:
+    def disturbed(crew: Crew, index: int, *arguments: Any, **named: Any) -> Outcome:
         if (crew.rank, index) == (rank, step):
             os.kill(os.getpid(), signal.SIGUSR1)
-        return run_step(crew, index, *arguments)
+        return run_step(crew, index, *arguments, **named)
 
     with patch.object(Crew, "run", disturbed):
         return train.in_world(place, job, None, folder)
