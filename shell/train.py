@@ -87,7 +87,8 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
                 at=session.pulse.at,
             ) as saver,
         ):
-            _tell_layers(session.crew, log)
+            if session.device.is_asynchronous:  # a CPU has no choice
+                _tell_layers(session.crew, log)
             run = Run(session, session.crew, path, log, saver, chief)
             start = run.resume(saved) if resume is not None else 0
             tally = run.train(start)
