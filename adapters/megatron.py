@@ -56,13 +56,13 @@ from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole, role_of
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.topology import Module, Topology
 from mimogrid.shell import jobfile
+from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.device import Device
 from mimogrid.shell.groups import Groups
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.ledger import Ledger
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.layers import block_spec
-from mimogrid.shell.step import Outcome
 from mimogrid.shell.world import World
 
 

@@ -68,6 +68,7 @@ from mimogrid.core.seeds import SEEDS
 from mimogrid.core.spec import ModuleSpec
 from mimogrid.core.steps import Step, step_of
 from mimogrid.shell import device as devices
+from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.groups import Groups, open_groups
 from mimogrid.shell.host import Handed
 from mimogrid.shell.jobs import Job
@@ -75,7 +76,7 @@ from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.preemption import Wish
 from mimogrid.shell.pulse import Pulse
 from mimogrid.shell.state import facts_of, gather, restore, scatter
-from mimogrid.shell.step import Crew, Outcome
+from mimogrid.shell.step import Crew
 from mimogrid.shell.world import World, first_failure, visit
 
 

@@ -18,10 +18,11 @@ import attrs
 import torch.distributed as dist
 
 from mimogrid.shell import train
+from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.place import Place
-from mimogrid.shell.step import Crew, Outcome
+from mimogrid.shell.step import Crew
 
 
 MEMORY_ALLOWED = 24 << 20

@@ -16,9 +16,9 @@ from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.steps import Step
 from mimogrid.core.stragglers import Pace, Straggler, mean, stragglers
+from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.execute import Timed
 from mimogrid.shell.progress import Progress
-from mimogrid.shell.step import Outcome
 
 
 METRICS = "metrics.jsonl"

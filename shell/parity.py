@@ -18,6 +18,7 @@ from mimogrid.core.optimizers import HALF
 from mimogrid.core.spec import GridSpec, JobSpec
 from mimogrid.core.steps import Step, aux_name, step_of
 from mimogrid.core.topology import parse
+from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.collect import Tensors
 from mimogrid.shell.data import Loader
 from mimogrid.shell.device import DTYPES, Device
@@ -26,7 +27,7 @@ from mimogrid.shell.jobs import Job
 from mimogrid.shell.modules import StageModule, build_stage, named_weights
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
-from mimogrid.shell.step import Crew, Outcome
+from mimogrid.shell.step import Crew
 
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}

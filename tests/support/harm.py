@@ -22,11 +22,12 @@ from mimogrid.core.errors import WorldError
 from mimogrid.core.faults import Fault, Harm, parse
 from mimogrid.core.spec import JobSpec, TrainSpec
 from mimogrid.shell import metrics, train
+from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.faults import VARIABLE
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.place import Place
-from mimogrid.shell.step import Crew, Outcome
+from mimogrid.shell.step import Crew
 
 
 STEPS, EVERY, LIMIT_S = 6, 2, 3.0

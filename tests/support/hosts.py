@@ -29,10 +29,10 @@ from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
 from mimogrid.shell import device as devices
+from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import open_session
-from mimogrid.shell.step import Outcome
 
 
 TIMEOUT = datetime.timedelta(seconds=60)
