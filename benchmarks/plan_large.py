@@ -3,10 +3,9 @@
     python benchmarks/plan_large.py              # about 100, 1,000 and 10,000 ranks
     python benchmarks/plan_large.py 1000 --microbatches 26
 
-The job is two encoders in front of a language model, each on a grid of its own, with data lanes in ratios that do not
-divide and rows that are ragged and at times absent: no two lanes of an encoder need be alike. A plan that is linear
-in the world has about the same microseconds per rank in every column. `one rank` is what each rank does in every
-step of training: it lowers its own program.
+The job is that of `large`, with rows that are ragged and at times absent: no two lanes of an encoder need be
+alike. A plan that is linear in the world has about the same microseconds per rank in every column. `one rank` is
+what each rank does in every step of training: it lowers its own program.
 """
 
 import argparse
@@ -15,13 +14,13 @@ import platform
 import time
 from collections.abc import Callable
 
+import large
 from mimogrid.core.groups import channels_of, groups_of
 from mimogrid.core.hashing import draw_integer
-from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.roles import role_of
 from mimogrid.core.samples import Sample
 from mimogrid.core.schedule.lower import Program, plan_step
-from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.spec import JobSpec
 from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, parse
 from mimogrid.core.traffic import edge_traffic
@@ -51,15 +50,13 @@ def main() -> None:
 
 def measure(ranks: int, microbatches: int) -> tuple[dict[str, float], int]:
     """Return the seconds of every part for about so many ranks, and how many they are."""
-    scale = max(ranks // 100, 1)
-    spec = job(scale, microbatches)
-    facts = SourceFacts(sequence=64, features={"vision": 16, "audio": 16})
-    topology = parse(spec, facts)
+    spec = large.job(ranks, microbatches)
+    topology = parse(spec, large.FACTS)
     step = step_of(topology, samples(spec))
     program = plan_step(step)
     middle = topology.ranks[len(topology.ranks) // 2]
     tasks: dict[str, Task] = {
-        "parse": lambda: parse(spec, facts),
+        "parse": lambda: parse(spec, large.FACTS),
         "roles": lambda: [role_of(topology, rank) for rank in topology.ranks],
         "groups": lambda: groups_of(topology),
         "channels": lambda: channels_of(topology),
@@ -74,27 +71,6 @@ def measure(ranks: int, microbatches: int) -> tuple[dict[str, float], int]:
 def fresh(topology: Topology, step: Step) -> Program:
     """Return the program of a step with nothing known of the step yet."""
     return plan_step(Step(topology, step.samples))
-
-
-def job(scale: int, microbatches: int) -> JobSpec:
-    """Return a job of 100 ranks times `scale`."""
-    transformer = {"layers": 4, "hidden": 64, "heads": 4}
-    modules = {
-        "vision": ModuleSpec(
-            model="vit", options=Vit(**transformer), feeds=("language",), grid=GridSpec(tp=2, dp=10 * scale)
-        ),
-        "audio": ModuleSpec(
-            model="vit", options=Vit(**transformer), feeds=("language",), grid=GridSpec(pp=2, dp=8 * scale)
-        ),
-        "language": ModuleSpec(
-            model="gpt", options=Gpt(**transformer, vocab=64), grid=GridSpec(tp=4, dp=4 * scale, pp=4)
-        ),
-    }
-    return JobSpec(
-        modules=modules,
-        data=DataSpec(source="none"),
-        batch=BatchSpec(global_size=20 * scale * microbatches, microbatches=microbatches),
-    )
 
 
 def samples(spec: JobSpec) -> tuple[Sample, ...]:

@@ -3,8 +3,7 @@
     python benchmarks/simulate_large.py              # about 100, 1,000 and 10,000 ranks, 512 microbatches
     python benchmarks/simulate_large.py 1000 --microbatches 64
 
-The job is two encoders in front of a language model, each on a grid of its own, with data lanes in ratios that do not
-divide evenly; all samples are alike. Each world is simulated in a process of its own, from the samples' descriptions
+The job is that of `large`; all samples are alike. Each world is simulated in a process of its own, from the samples' descriptions
 to the idle times and the peaks of memory of all ranks, with the costs assumed and finite bandwidth.
 """
 
@@ -18,14 +17,13 @@ import time
 
 import attrs
 
+import large
 from mimogrid.core.costs import EdgeCosts
 from mimogrid.core.memory import peak_bytes
-from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.pricing import assumed
 from mimogrid.core.samples import Sample
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
-from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.steps import step_of
 from mimogrid.core.topology import parse
 
@@ -53,8 +51,8 @@ def main() -> None:
 
 def measure(ranks: int, microbatches: int) -> dict[str, float]:
     """Simulate a world of about so many ranks; return what it took."""
-    spec = job(max(ranks // 100, 1), microbatches)
-    topology = parse(spec, SourceFacts(sequence=64, features={"vision": 16, "audio": 16}))
+    spec = large.job(ranks, microbatches)
+    topology = parse(spec, large.FACTS)
     gc.disable()  # as the command does
     begin = time.process_time()
     samples = tuple(
@@ -74,27 +72,6 @@ def measure(ranks: int, microbatches: int) -> dict[str, float]:
         "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "ratio": timeline.ratio_to_limit,
     }
-
-
-def job(scale: int, microbatches: int) -> JobSpec:
-    """Return a job of 100 ranks times `scale`."""
-    transformer = {"layers": 4, "hidden": 64, "heads": 4}
-    modules = {
-        "vision": ModuleSpec(
-            model="vit", options=Vit(**transformer), feeds=("language",), grid=GridSpec(tp=2, dp=10 * scale)
-        ),
-        "audio": ModuleSpec(
-            model="vit", options=Vit(**transformer), feeds=("language",), grid=GridSpec(pp=2, dp=8 * scale)
-        ),
-        "language": ModuleSpec(
-            model="gpt", options=Gpt(**transformer, vocab=64), grid=GridSpec(tp=4, dp=4 * scale, pp=4)
-        ),
-    }
-    return JobSpec(
-        modules=modules,
-        data=DataSpec(source="none"),
-        batch=BatchSpec(global_size=20 * scale * microbatches, microbatches=microbatches),
-    )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from mimogrid.core.footprint import VALUE_BYTES
 from mimogrid.core.grid import Grid
 from mimogrid.core.models import FIRST, LAST, BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.samples import lane_samples
+from mimogrid.core.shards import local_size
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Link, Module, StageInfo, Topology
 
@@ -380,12 +381,8 @@ def _units_with(parameter: Parameter, info: StageInfo, last: int) -> Iterator[in
 
 def _values_of(module: Module, parameter: Parameter) -> float:
     """Return how many values of a parameter a rank holds; of an expert, the mean over ranks."""
-    size = float(math.prod(parameter.shape))
-    cut = _tp(module)
-    if parameter.expert is not None and module.experts:
-        size /= module.experts.extent("ep")
-        cut = module.experts.extent("expert_tp")
-    return size / cut if parameter.tp_dim is not None else size
+    size = local_size(module, parameter)
+    return size / module.experts.extent("ep") if parameter.expert is not None and module.experts else size
 
 
 def _reduce_s(module: Module, values: Values, machine: Machine) -> float:
