@@ -3,8 +3,9 @@
     python benchmarks/simulate_large.py              # about 100, 1,000 and 10,000 ranks, 512 microbatches
     python benchmarks/simulate_large.py 1000 --microbatches 64
 
-The job is that of `large`; all samples are alike. Each world is simulated in a process of its own, from the samples' descriptions
-to the idle times and the peaks of memory of all ranks, with the costs assumed and finite bandwidth.
+The job is that of `large`; all samples are alike. Each world is simulated in a process of its own, from the
+samples' descriptions to the idle times and the peaks of memory of all ranks, with the costs assumed and finite
+bandwidth.
 """
 
 import argparse

@@ -117,6 +117,25 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_every_page_is_linked():
+    """Whoever starts at the README finds every page, every decision among them."""
+    found, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        found.add(page)
+        links = re.findall(r"\]\(([^)#]+\.md)[^)]*\)", page.read_text(encoding="utf-8"))
+        ahead += {(page.parent / link).resolve() for link in links if "://" not in link} - found
+    assert not set(PAGES) - found
+
+
+def test_decisions_are_numbered():
+    """From 1 on, without a gap, in the name of the page and in its title."""
+    pages = sorted((ROOT / "docs/decisions").glob("0*.md"))
+    assert [*range(1, len(pages) + 1)] == [int(page.name[:4]) for page in pages]
+    for page in pages:
+        assert page.read_text(encoding="utf-8").startswith(f"# {int(page.name[:4])}. "), page.name
+
+
 def test_files_shown_are_the_files():
     """What a page shows of an example is what runs."""
     shown = [*blocks(ROOT / "docs/own-modules.md", "python"), *blocks(ROOT / "docs/own-modules.md", "toml")]
