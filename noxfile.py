@@ -1,4 +1,4 @@
-"""Every check that CI runs: ``nox``; one of them: ``nox -s types``.
+"""Every check of minutes: ``nox``; one of them: ``nox -s types``. Longer ones run only by name: ``nox --list``.
 
 ``make lint`` and ``make types`` come here. ``lint``, ``types`` and ``tests`` use the environment that nox
 runs in, because a second torch takes minutes; ``core`` and ``package`` make environments of their own,
@@ -91,7 +91,7 @@ def package(session: nox.Session) -> None:
     session.run("mimogrid", "--help")
 
 
-@nox.session(name="parity-long")
+@nox.session(name="parity-long", default=False)
 def parity_long(session: nox.Session) -> None:
     """Compare 2,000 random layouts with one process; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--layouts", "2000", "--summary", "docs/parity-long.md"]
@@ -105,7 +105,7 @@ def gpu(session: nox.Session) -> None:
     session.run("pytest", "-W", "default", "-s", "tests/gpu/test_gpu.py", *session.posargs)
 
 
-@nox.session
+@nox.session(default=False)
 def faults(session: nox.Session) -> None:
     """Disturb and interrupt two hundred runs and resume them; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--summary", "docs/faults-run.md"]

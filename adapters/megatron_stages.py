@@ -128,7 +128,7 @@ def _check_marks(network: nn.Module, info: StageInfo, tp: int) -> None:
 
 _WRAPPERS = re.compile(r"(?<![^.])module\.")
 _STACKED = re.compile(r"(.*\blayers)\.(?!\d+\.)(.+)")
-_HEADS = ("language_model.", "modality_submodules.")
+_LANGUAGE, _MODALITIES = "language_model.", "modality_submodules."
 
 
 def to_job_state(state: Mapping[str, Tensor], language: str) -> dict[str, Tensor]:
@@ -141,13 +141,12 @@ def to_job_state(state: Mapping[str, Tensor], language: str) -> dict[str, Tensor
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = _WRAPPERS.sub("", key)
-        if not name.startswith(_HEADS) or not isinstance(tensor, Tensor):
+        if not name.startswith((_LANGUAGE, _MODALITIES)) or not isinstance(tensor, Tensor):
             continue
-        name = (
-            name.removeprefix(_HEADS[1])
-            if name.startswith(_HEADS[1])
-            else f"{language}.{name[len(_HEADS[0]) :]}"
-        )
+        if name.startswith(_LANGUAGE):
+            name = f"{language}.{name.removeprefix(_LANGUAGE)}"
+        else:
+            name = name.removeprefix(_MODALITIES)
         stacked = _STACKED.fullmatch(name)
         if stacked is None:
             found[name] = tensor
@@ -162,7 +161,7 @@ def to_megatron_state(state: Mapping[str, Any], language: str, modules: Collecti
     for key, tensor in state.items():
         module, _, name = key.partition(".")
         if module in modules:
-            head = _HEADS[0] if module == language else f"{_HEADS[1]}{module}."
+            head = _LANGUAGE if module == language else f"{_MODALITIES}{module}."
             found[f"{head}{name}"] = tensor
     return found
 

@@ -124,6 +124,16 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
+    _add_planning_commands(add, of_rank)
+    _add_running_commands(add)
+    _add_checkpoint_commands(commands)
+    return parser
+
+
+def _add_planning_commands(
+    add: Callable[..., argparse.ArgumentParser], of_rank: argparse.ArgumentParser
+) -> None:
+    """Commands that need no torch and no world; `add` makes one that begins with a job."""
     add("check", check, "parse and verify a job, without torch")
     roles_parser = add("roles", roles, "who does what", of_rank)
     roles_parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the map of ranks into a file")
@@ -150,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan_parser.add_argument("--precision", metavar="P", help="price another precision than the job's")
     plan_parser.add_argument("--out", type=Path, metavar="FILE", help="write the best one as a job file")
+
+
+def _add_running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands that start a world of ranks, or join one; `add` makes one that begins with a job."""
     train_parser = add("train", train, "train a job")
     train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
     _add_changed(train_parser)
@@ -170,8 +184,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity_parser = add("parity", parity, "compare a job's layout with one process")
     parity_parser.add_argument("--steps", type=int, default=1, metavar="K", help="steps to compare")
-    _add_checkpoint_commands(commands)
-    return parser
 
 
 def _add_checkpoint_commands(commands: Any) -> None:

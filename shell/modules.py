@@ -199,24 +199,7 @@ def build_stage(
     """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]
-
-    def context() -> _Context:
-        choice = choose(module.name, topology.spec, missing=engine.missing(device))
-        return _Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
-
-    stage: StageModule
-    match module.model:
-        case Own() as model:
-            network = given
-            if network is None:
-                network = _own_network(model, written.options, seed=topology.spec.seed, module=module.name)
-            stage = OwnStage(module, info, network, dtype=dtype)
-        case model if given is not None:
-            stage = HostStage(topology, module, info, given, tp=groups.tp.size(), dtype=dtype)
-        case Gpt() as model:
-            stage = TextStage(context(), model, sequence=topology.sequence)
-        case model:
-            stage = RowsStage(context(), model)
+    stage = _stage(topology, info, groups, device=device, dtype=dtype, given=given)
     stage.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
     held = module.held(stage.info, _ep(groups))
     _check(stage, held, groups)
@@ -233,6 +216,32 @@ def build_stage(
     if given is not None:
         _begin_alike(stage, given, groups)
     return stage
+
+
+def _stage(
+    topology: Topology,
+    info: StageInfo,
+    groups: Groups,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    given: nn.Module | None,
+) -> StageModule:
+    """Return a stage as its class makes it: on which device and in which precision is not said yet."""
+    module, spec = topology.modules[info.stage.module], topology.spec
+    written = spec.modules[module.name]
+    if isinstance(module.model, Own):
+        own = given
+        if own is None:
+            own = _own_network(module.model, written.options, seed=spec.seed, module=module.name)
+        return OwnStage(module, info, own, dtype=dtype)
+    if given is not None:
+        return HostStage(topology, module, info, given, tp=groups.tp.size(), dtype=dtype)
+    choice = choose(module.name, spec, missing=engine.missing(device))
+    context = _Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
+    if isinstance(module.model, Gpt):
+        return TextStage(context, module.model, sequence=topology.sequence)
+    return RowsStage(context, module.model)
 
 
 def _begin_alike(stage: StageModule, given: nn.Module, groups: Groups) -> None:

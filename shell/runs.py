@@ -150,7 +150,7 @@ def _made(folder: Path, *, fresh: bool = False) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)
     except FileExistsError:
-        raise
+        raise  # Somebody else was faster: `_fresh` takes the next number.
     except OSError as error:
         remedy = "Name a folder that can be written: train.run_dir."
         raise _refused(str(folder), f"cannot be made: {error.strerror}.", remedy) from None

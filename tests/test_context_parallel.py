@@ -11,15 +11,14 @@ import pytest
 
 from layouts import job as job_of
 from mimogrid.core.spec import JobSpec
-from mimogrid.shell import jobfile
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
-from mimogrid.shell.parity import TOLERANCE, Verdict
+from mimogrid.shell.parity import TOLERANCE
+from verdicts import Verdicts, assert_same
 
 
 pytestmark = pytest.mark.world
 
-Verdicts = Callable[..., Verdict]
 SEQUENCE = 32
 
 
@@ -37,13 +36,6 @@ def cut(line: str, *, rows: Mapping[str, tuple[int, int]] | None = None, **optio
         modules[name] = attrs.evolve(modules[name], grid=attrs.evolve(modules[name].grid, **change))
     data_spec = attrs.evolve(spec.data, options=data_options)
     return attrs.evolve(spec, modules=modules, data=data_spec)
-
-
-def assert_same(verdict: Verdicts, spec: JobSpec) -> None:
-    """The layout of a spec is the same as one process."""
-    found = verdict(spec)
-    assert found.passed, (found, jobfile.dump(spec))
-    assert max(found.loss, found.gradients) <= TOLERANCE["fp64"]
 
 
 CASES = [

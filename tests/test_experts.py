@@ -14,15 +14,13 @@ import pytest
 
 import layouts
 from mimogrid.core.spec import GridSpec, JobSpec
-from mimogrid.shell import jobfile
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
-from mimogrid.shell.parity import TOLERANCE, Verdict
+from mimogrid.shell.parity import TOLERANCE
+from verdicts import Verdicts, assert_same
 
 
 world = pytest.mark.world
-
-Verdicts = Callable[..., Verdict]
 
 
 def spread(line: str, *, absent: Mapping[str, float] | None = None, **options: Any) -> JobSpec:
@@ -50,13 +48,6 @@ def _changed(module: Any, key: str, value: str) -> Any:
         number = float(value) if key == "aux_loss" else int(value)
         return attrs.evolve(module, options=attrs.evolve(module.options, **{key: number}))
     return attrs.evolve(module, **{key: tuple(value.split(",")) if key == "trainable" else value})
-
-
-def assert_same(verdict: Verdicts, spec: JobSpec) -> None:
-    """The layout of a spec is the same as one process."""
-    found = verdict(spec)
-    assert found.passed, (found, jobfile.dump(spec))
-    assert max(found.loss, found.gradients) <= TOLERANCE["fp64"]
 
 
 # -- layouts -----------------------------------------------------------------------------------------------

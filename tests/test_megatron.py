@@ -11,7 +11,6 @@ import attrs
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -21,6 +20,7 @@ from megatron.core.pipeline_parallel import schedules
 import layouts
 import specs
 from hosts import Trained
+from megatrons import alone
 from mimogrid.adapters.megatron import (
     EXPERT_VIEW,
     ForwardBackward,
@@ -39,7 +39,6 @@ from mimogrid.core.spec import BatchSpec, JobSpec
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.megatron import ProcessGroupCollection
-from mimogrid.shell.megatron.cpu import on_device
 
 
 Opened = Callable[[JobSpec], Job]
@@ -265,12 +264,8 @@ def collection(pp: int = 0, stages: int = 1) -> Any:
 @pytest.fixture
 def cpu() -> Iterator[None]:
     """Let megatron-core run here, in a world of one; without any it takes no group that it is given."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with on_device(torch.device("cpu")):
-            yield
-    finally:
-        dist.destroy_process_group()
+    with alone():
+        yield
 
 
 def fill(model: torch.nn.Module) -> None:

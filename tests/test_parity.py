@@ -3,7 +3,6 @@
 The notation of the jobs is that of `layouts`: ``name(tp,pp,dp)@offset``, of the ranks 0 to 7.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -13,19 +12,10 @@ from hypothesis import HealthCheck, given, note, settings
 from layouts import MODELS, PIPELINE_INSIDE, PIPELINE_LAST, job, layouts
 from mimogrid.core.spec import DataSpec, JobSpec, ModuleSpec
 from mimogrid.shell import jobfile
-from mimogrid.shell.parity import TOLERANCE, Verdict
+from verdicts import Verdicts, assert_same
 
 
 pytestmark = pytest.mark.world
-
-Verdicts = Callable[..., Verdict]
-
-
-def assert_same(verdict: Verdicts, spec: JobSpec, *, steps: int = 1) -> None:
-    """The layout of a spec is the same as one process."""
-    found = verdict(spec, steps=steps)
-    assert found.passed, (found, jobfile.dump(spec))
-    assert max(found.loss, found.gradients) <= TOLERANCE[spec.precision]
 
 
 # -- grids -------------------------------------------------------------------------------------------------
