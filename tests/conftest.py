@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 
 if TYPE_CHECKING:  # The core's tests run where there is no torch.
@@ -13,6 +14,11 @@ if TYPE_CHECKING:  # The core's tests run where there is no torch.
     from mimogrid.shell.launch import Pool
     from mimogrid.shell.parity import Verdict
     from updates import Seen
+
+
+# What is tested is what is computed, and not how long that takes where much else runs.
+settings.register_profile("without a clock", settings(), deadline=None)
+settings.load_profile("without a clock")
 
 
 @pytest.fixture(scope="session")

@@ -414,7 +414,7 @@ def test_interleaved_chunks(verdict: Verdicts, case: str) -> None:
 # -- at random ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts())
 def test_any_layout_is_the_model(verdict: Verdicts, spec: JobSpec) -> None:
     """Whatever graph, grids, offsets, shares, microbatches, splits and freezing a job has."""

@@ -57,7 +57,7 @@ def test_lanes_whose_experts_are_spread_over_each_other_compute_together(
     assert tuple(expected) == closures(grid, expert_view(grid, expert_tp=expert_tp, ep=ep))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(spread())
 def test_what_computes_together_starts_together(topology: Topology) -> None:
     """Whoever tokens may cross to is a member of the joint action, and it of the same one."""
@@ -86,7 +86,7 @@ def test_a_lane_without_rows_runs_along() -> None:
 # -- shards ------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(spread())
 def test_every_shard_of_an_expert_is_held_by_its_copies_and_counted_once(topology: Topology) -> None:
     """Of the ranks that hold it one enters the norm; of the ranks with any shard of it one writes it."""
@@ -110,7 +110,7 @@ def test_every_shard_of_an_expert_is_held_by_its_copies_and_counted_once(topolog
     assert dict.fromkeys(((name, 0) for name in names), 1) == written
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(spread())
 def test_what_is_no_expert_is_held_by_all(topology: Topology) -> None:
     """Experts are spread; norms, attention and routers are not."""
@@ -122,7 +122,7 @@ def test_what_is_no_expert_is_held_by_all(topology: Topology) -> None:
         assert [p.name for p in info.parameters if p.expert is None] == held
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(spread())
 def test_every_group_that_experts_need_is_planned(topology: Topology) -> None:
     """Tokens cross, shards are gathered, copies are reduced in groups that exist; sums are over them."""

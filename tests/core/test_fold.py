@@ -59,7 +59,7 @@ def test_a_world_of_like_lanes_has_no_more_classes_for_being_larger():
     assert [8 * size for size in few] == many
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(timed_jobs())
 def test_a_folded_world_is_timed_like_the_whole_one(drawn):
     """Every event, every message, and the limit: the same numbers, not nearly the same."""

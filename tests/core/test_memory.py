@@ -104,7 +104,7 @@ def test_ranks_of_one_class_hold_what_each_has_to_hold():
     assert whole == found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(timed_jobs())
 def test_a_folded_world_holds_what_the_whole_one_does(drawn):
     """At every moment and on every rank; in the end no more than in the beginning."""

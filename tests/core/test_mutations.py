@@ -208,7 +208,7 @@ NUMBER = st.integers(0, 9999)
 MUTATION = st.tuples(st.sampled_from(CHANGES), NUMBER, NUMBER, NUMBER, st.booleans())
 
 
-@settings(max_examples=260, deadline=None, phases=DRAWN)
+@settings(max_examples=260, phases=DRAWN)
 @given(
     st.sampled_from(sorted(JOBS)),
     st.booleans(),
@@ -246,7 +246,7 @@ def _end(actions: tuple[Action, ...]) -> list[Action]:
     return [action for action in actions if isinstance(action, Reduce | WaitReduce | Tie | Norm | Update)]
 
 
-@settings(max_examples=100, deadline=None, phases=DRAWN)
+@settings(max_examples=100, phases=DRAWN)
 @given(
     st.sampled_from(sorted(JOBS)),
     st.booleans(),

@@ -189,7 +189,7 @@ def test_colocated_stages_take_turns() -> None:
     assert ["v.0 F0", "l.0 F0", "l.0 B0", "v.0 F1"] == list(map(str, order_of(topology).actions))[:4]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(sorted(CASES)), st.sampled_from(["1f1b", "gpipe"]), st.sampled_from([4, 8]), st.booleans()
 )

@@ -92,7 +92,7 @@ def test_what_the_data_costs_is_told_apart_from_what_the_pipeline_costs():
     assert (3.0, 0.0) == (found[RAGGED], found[JITTER])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(timed_jobs())
 def test_causes_add_up_to_all_idling(drawn):
     """Rank by rank, and over all ranks; what is not uneven has no loss to it."""

@@ -48,7 +48,7 @@ def owners(step: Step, module: Module, stage: Stage, rows: list[int]) -> list[tu
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(grids(), grids(), ROWS)
 def test_every_row_goes_once_from_owner_to_owner(source: str, target: str, rows: list[int]) -> None:
     """The pieces of all messages are what counting row by row gives: nothing lost, doubled or misled."""
@@ -69,7 +69,7 @@ def test_every_row_goes_once_from_owner_to_owner(source: str, target: str, rows:
     assert expected == [moved[row] for row in sorted(moved)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(grids(), grids(), ROWS)
 def test_parts_are_covered(source: str, target: str, rows: list[int]) -> None:
     """What reaches a rank, sorted, is the part of the rows that it shall hold, and each message is in order."""
@@ -89,7 +89,7 @@ def test_parts_are_covered(source: str, target: str, rows: list[int]) -> None:
                 assert part.stop - part.start == sum(message.rows for message in messages)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(grids(), grids(), ROWS)
 def test_both_ends_see_the_same_messages(source: str, target: str, rows: list[int]) -> None:
     """What leaves the ranks is what reaches the ranks, as the same values; so backward is the transpose."""
@@ -116,7 +116,7 @@ def ranks_of(module: Module, stage: Stage) -> list[int]:
     return [rank for lane in range(module.lanes) for rank in module.holders(stage, lane)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(grids(), ROWS)
 def test_hops_are_one_message_per_holder(grid: str, rows: list[int]) -> None:
     """Between two stages of a module each rank hands on to the one at its position, where its lane has rows."""
@@ -213,7 +213,7 @@ class _Unlike(Step):
         return tuple(range(parts))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(grids(), grids(), st.lists(st.integers(0, 3), min_size=1, max_size=5))
 def test_what_is_known_of_like_microbatches_holds(source: str, target: str, rows: list[int]) -> None:
     """Messages, shapes and who takes part, of samples whose rows repeat."""

@@ -155,7 +155,7 @@ def test_layers_that_are_frozen_are_split_by_forward_and_backward(encoder, langu
 quarters = st.integers(0, 12).map(lambda n: n / 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(quarters, quarters), min_size=2, max_size=5), st.integers(1, 6), quarters)
 def test_the_limit_of_a_chain_is_the_formula(stages, microbatches, latency):
     """Of every stage: all its work; all forwards, then down and back; down and back, then all backwards.
@@ -362,7 +362,7 @@ def timed_jobs(draw):
     return plan_step(step_with(topology, rows)), Costs(stages=stages, edge=edge, cores=cores)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(timed_jobs())
 def test_no_step_beats_the_limit(drawn):
     """The bound is a bound for any graph, grid, absence, latency and number of cores."""
@@ -371,7 +371,7 @@ def test_no_step_beats_the_limit(drawn):
     assert timeline.ratio_to_limit >= 1 - 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(timed.timed_jobs())
 def test_no_uneven_step_beats_the_limit(drawn):
     """With chunks, experts, context and sequence parallelism, ragged lanes and jitter, either."""
@@ -380,7 +380,7 @@ def test_no_uneven_step_beats_the_limit(drawn):
     assert timeline.ratio_to_limit >= 1 - 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(timed_jobs())
 def test_the_critical_path_fills_the_step(drawn):
     """One leg begins when the one before it ends, and each is an action of its rank, or what it has posted."""
@@ -400,7 +400,7 @@ def test_the_critical_path_fills_the_step(drawn):
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(timed_jobs())
 def test_the_simulated_order_is_the_program(drawn):
     """Each rank's events are its program, in order, one after the other; no time is lost or counted twice."""

@@ -28,7 +28,7 @@ def whole(text: str, schedule: str, rows: list[int]) -> Program:
     return plan_step(step_with(topology, dict.fromkeys(topology.graph.sources, rows)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.data(),
     st.sampled_from(JOBS),

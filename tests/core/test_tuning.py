@@ -83,7 +83,7 @@ def costs_for(topology: Topology) -> st.SearchStrategy[Costs]:
     return st.builds(Costs, stages=stages, edge=edge)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(sorted(CASES)), st.sampled_from([4, 8]))
 def test_never_slower_than_the_best_named_order(data: st.DataObject, case: str, microbatches: int) -> None:
     """Whatever things cost, `auto` takes no longer than any order that has a name."""

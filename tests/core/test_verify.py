@@ -75,7 +75,7 @@ def worlds(draw: st.DrawFn) -> str:
     return graph.format(*grids)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     worlds(),
     st.sampled_from(["1f1b", "gpipe", "zb-h1", "zb-h2"]),
@@ -87,7 +87,7 @@ def test_any_world_is_sound(text: str, schedule: str, rows: list[int]) -> None:
     assert () == verify(program) == verify_each(program)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(worlds(), st.data())
 def test_both_ways_agree_on_broken_lowering(text: str, data: st.DataObject) -> None:
     """Break every rank of a stage in the same way, as wrong lowering would: folded and unfolded say the same."""

@@ -65,7 +65,7 @@ def test_what_cannot_be_put_off_is_not_split() -> None:
     assert {Kind.FORWARD, Kind.BACKWARD} == kinds["l.0"] == kinds["l.1"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(CASES)), st.sampled_from(["zb-h1", "zb-h2", "auto"]), st.sampled_from([4, 8]))
 def test_any_graph_is_sound(case: str, schedule: str, microbatches: int) -> None:
     """Over any graph, chunks and shared ranks included, programs with split backwards are complete and end."""
