@@ -227,7 +227,7 @@ def _stage(
     dtype: torch.dtype,
     given: nn.Module | None,
 ) -> StageModule:
-    """Return a stage as its class makes it: on which device and in which precision is not said yet."""
+    """Return a stage of the network given, or of the layers of its engine, wherever torch allocates them."""
     module, spec = topology.modules[info.stage.module], topology.spec
     written = spec.modules[module.name]
     if isinstance(module.model, Own):
