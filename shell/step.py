@@ -136,6 +136,7 @@ class Crew:
                 weights=named_weights(network),
                 full=full,
                 groups=of_module,
+                streams=device.streams,
                 shared=rule.sharded,
             )
         shards = (
@@ -277,7 +278,7 @@ class _Finish:
         self.crew.buffers[stage].buffers[bucket].reduce()
 
     def wait(self, stage: Stage, bucket: int) -> None:
-        """Block until the sum of a bucket is there."""
+        """Let what follows happen after the sum of a bucket."""
         self.crew.pulse.wait()
         self.crew.buffers[stage].buffers[bucket].wait()
 
