@@ -32,6 +32,7 @@ from mimogrid.shell.execute import Runs, Timed, busy_s, execute
 from mimogrid.shell.gradients import StageBuffer
 from mimogrid.shell.groups import Groups
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.megatron import engine
 from mimogrid.shell.modules import build_stage, named_weights
 from mimogrid.shell.preemption import Wish
 from mimogrid.shell.pulse import Pulse
@@ -108,6 +109,8 @@ class Crew:
         self.stages: dict[Stage, StageRunner] = {}
         self.buffers: dict[Stage, StageBuffer] = {}
         rule = job.spec.optimizer
+        built = {info.stage.module for info in self.topology.stages_of(rank)} - (given or {}).keys()
+        engine.agree(built, self.topology, self.group, device.torch)
         for info in self.topology.stages_of(rank):
             module = self.topology.modules[info.stage.module]
             of_module = groups.of_module(module)

@@ -21,6 +21,7 @@ from mimogrid.shell import device as devices
 from mimogrid.shell.device import Device
 from mimogrid.shell.execute import Timed, execute
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.megatron import engine
 from mimogrid.shell.parity import full_gradients, on_one_process
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
@@ -89,6 +90,13 @@ def open_another(place: Place, job: Job, other: Job, rank: int) -> None:
     except BaseException:
         assert not dist.is_initialized()
         raise
+
+
+def with_engine(place: Place, job: Job, rank: int) -> None:
+    """Open a session where one rank's machine has transformer-engine, as far as it can tell."""
+    here = "" if place.rank == rank else "transformer-engine is not installed"
+    with patch.object(engine, "missing", lambda _: here), open_session(place, job):
+        pass
 
 
 def leftovers(place: Place, job: Job) -> tuple[int, int]:
