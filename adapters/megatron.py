@@ -706,7 +706,8 @@ class ForwardBackward:
             fact = "has a loss function of its own, which the job's program would not call."
             remedy = (
                 "Pass None where the loss is the cross entropy of the labels by loss_weights; "
-                "where it is another, make the language model a module of your own, which returns it (docs/own-modules.md)."
+                "where it is another, make the language model a module of your own, which returns it "
+                "(docs/own-modules.md)."
             )
             problems.append(Problem("forward_step_func", fact, remedy))
         if collect_non_loss_data and not forward_only:
