@@ -658,8 +658,8 @@ class ForwardBackward:
     """A step of a job, called as Megatron's schedule functions are.
 
     `embedded` is the job in the world that Megatron initialized. Its program is what runs, with the networks of
-    `model`; where that is None, the job's own. `forward_step_func` is not called: the program has the data, and
-    the loss is the cross entropy of the tokens by their weights.
+    `model`; where that is None, the job's own. There is no `forward_step_func`: the program has the data, and the
+    loss is the cross entropy of the tokens by their weights, summed and divided by the counts of the whole step.
     """
 
     def __init__(self, embedded: Embedded, model: nn.Module | None = None) -> None:
@@ -669,7 +669,7 @@ class ForwardBackward:
     def __call__(
         self,
         *,
-        forward_step_func: Any,
+        forward_step_func: None,
         data_iterator: Iterator[Sequence[Example]] | None,
         model: Any,
         num_microbatches: int,
@@ -696,11 +696,20 @@ class ForwardBackward:
         ``{"logits": ...}``; nothing on other ranks. Megatron returns losses on the last stage only, one for every
         microbatch; their mean is the mean over tokens only where all have as many, and here it is always.
 
-        Raises PlanError where the number of microbatches is not the job's, where another model is to be trained
-        than the one that is embedded, and for `collect_non_loss_data` in training.
+        Raises PlanError for a `forward_step_func`, whose loss would not be the one that trains, where the number of
+        microbatches is not the job's, where another model is to be trained than the one that is embedded, and for
+        `collect_non_loss_data` in training.
         """
         job = self.embedded.job
         problems = list(self._misfits(model, num_microbatches))
+        if forward_step_func is not None:
+            fact = "has a loss function of its own, which the job's program would not call."
+            remedy = (
+                "Pass None where the loss is the cross entropy of the labels by loss_weights; "
+                "where it is another, make the language model a module of your own, which returns it "
+                "(docs/own-modules.md)."
+            )
+            problems.append(Problem("forward_step_func", fact, remedy))
         if collect_non_loss_data and not forward_only:
             fact = "the loop asks for collect_non_loss_data of a training step, whose logits are not kept."
             problems.append(Problem("schedule", fact, "Ask with forward_only=True."))

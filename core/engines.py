@@ -14,7 +14,7 @@ Choice(engine='transformer_engine', reason='')
 Choice(engine='local', reason='there is no CUDA device')
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import attrs
 
@@ -61,6 +61,28 @@ def choose(name: str, spec: JobSpec, *, missing: str) -> Choice:
         remedy = 'Install mimogrid[gpu] on a machine with CUDA, or use fp8 = "none".'
         raise PlanError([Problem(f"{where}.fp8", f"needs transformer-engine, but {missing}.", remedy)])
     return Choice(LOCAL, "; ".join(filter(None, (missing, *against))))
+
+
+def unlike(choices: Mapping[int, Mapping[str, Choice]]) -> Iterator[str]:
+    """Yield which modules ranks would compute with different layers; `choices` are by rank and module.
+
+    >>> there, not_there = Choice(TRANSFORMER_ENGINE, ""), Choice(LOCAL, "transformer-engine is not installed")
+    >>> list(unlike({0: {"v": there}, 1: {"l": not_there}, 2: {"l": not_there}}))
+    []
+    >>> print(*unlike({0: {"l": there}, 1: {"l": not_there}, 2: {"l": not_there}}))
+    modules.l: transformer_engine on ranks [0], local on ranks [1, 2] (transformer-engine is not installed)
+    """
+    for name in sorted({name for chosen in choices.values() for name in chosen}):
+        ranks: dict[Choice, list[int]] = {}
+        for rank, chosen in sorted(choices.items()):
+            if name in chosen:
+                ranks.setdefault(chosen[name], []).append(rank)
+        if len({choice.engine for choice in ranks}) > 1:
+            found = (
+                f"{choice.engine} on ranks {on}" + (f" ({choice.reason})" if choice.reason else "")
+                for choice, on in ranks.items()
+            )
+            yield f"modules.{name}: {', '.join(found)}"
 
 
 def engine_problems(name: str, spec: JobSpec) -> Iterator[Problem]:

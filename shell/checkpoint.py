@@ -10,7 +10,7 @@ What else a run needs follows from the step's number: samples, learning rate and
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +70,32 @@ class Piece:
 
 
 Pieces = Mapping[str, tuple[Piece, ...]]
-"""Of each tensor the parts that a rank has. In a file a name comes once: who writes has one part of it."""
+"""Of each tensor the parts that a rank has: several, where a shard is of several blocks (`Parameter.tp_blocks`)."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------
 
 
 def items_of(pieces: Pieces) -> list[WriteItem]:
-    """Return what a rank writes, each item at its place in the full tensor."""
-    return [_write_item(name, piece) for name, (piece,) in pieces.items()]
+    """Return what a rank writes, each item at its place in the full tensor, in the order of the pieces."""
+    return [
+        _write_item(name, part, piece)
+        for name, of_name in pieces.items()
+        for part, piece in enumerate(of_name)
+    ]
 
 
-def shard_name(rank: int) -> str:
-    """Return the name of the file that a rank of the job's group writes."""
-    return f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+def shard_name(rank: int, part: int = 0, parts: int = 1) -> str:
+    """Return the name of one of the files that a rank of the job's group writes."""
+    return f"shard-{rank + 1:05}-model-{part + 1:05}-of-{parts:05}.safetensors"
+
+
+def files_of(rank: int, items: Iterable[WriteItem]) -> dict[str, list[WriteItem]]:
+    """Deal what a rank writes to files. In a file a name comes once, so what has several parts is in several."""
+    of_part: dict[int, list[WriteItem]] = {}
+    for item in items:
+        of_part.setdefault(item.index.index or 0, []).append(item)
+    return {shard_name(rank, part, len(of_part)): found for part, found in sorted(of_part.items())}
 
 
 def index_of(plans: Sequence[list[WriteItem]]) -> dict[str, Stored]:
@@ -94,27 +106,29 @@ def index_of(plans: Sequence[list[WriteItem]]) -> dict[str, Stored]:
     assert [len(items) for items in plans] == [len(plan.items) for plan in agreed], "written twice"
     full: dict[str, tuple[str, tuple[int, ...]]] = {}
     parts: dict[str, list[Place]] = {}
-    for rank, items in enumerate(plans):
-        for item in items:
-            name, data = item.index.fqn, item.tensor_data
-            assert data is not None
-            full[name] = DTYPES[data.properties.dtype], tuple(data.size)
-            place = Place(shard_name(rank), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-            parts.setdefault(name, []).append(place)
+    files = (file for rank, items in enumerate(plans) for file in files_of(rank, items).items())
+    for file, item in ((file, item) for file, items in files for item in items):
+        name, data = item.index.fqn, item.tensor_data
+        assert data is not None
+        full[name] = DTYPES[data.properties.dtype], tuple(data.size)
+        place = Place(file, tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+        parts.setdefault(name, []).append(place)
     return {name: Stored(*full[name], tuple(places)) for name, places in parts.items()}
 
 
 def write_shard(
-    path: Path, items: Sequence[WriteItem], tensors: Mapping[str, torch.Tensor]
+    path: Path, items: Sequence[WriteItem], tensors: Mapping[MetadataIndex, torch.Tensor]
 ) -> dict[str, Any]:
-    """Write what a rank has, from host memory; return size and checksum of the file. Raises OSError."""
+    """Write a file of a rank's, from host memory; return its size and checksum. Raises OSError."""
     places = {
         item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets}
         for item in items
         if item.tensor_data
     }
+    assert len(items) == len(places), "a name twice in a file"
     metadata = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
-    return tensorfile.write(path, (entry_of(name, tensors[name]) for name in places), metadata)
+    entries = (entry_of(item.index.fqn, tensors[item.index]) for item in items)
+    return tensorfile.write(path, entries, metadata)
 
 
 def entry_of(name: str, tensor: torch.Tensor) -> Entry:
@@ -128,9 +142,9 @@ def values_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _write_item(name: str, piece: Piece) -> WriteItem:
+def _write_item(name: str, part: int, piece: Piece) -> WriteItem:
     return WriteItem(
-        index=MetadataIndex(name, torch.Size(piece.offsets)),
+        index=MetadataIndex(name, torch.Size(piece.offsets), part),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
             chunk=piece.chunk,

@@ -11,6 +11,10 @@ the optimizer updates and checkpoints hold. Gradients are added up in fp32 too: 
 Where the data lanes share the update (ZeRO stage 1: Rajbhandari et al. 2020), a lane has the main weights of
 its own part of each bucket only, updates it, and the lanes gather the weights. The sum is an all-reduce there
 too: gloo makes its reduce-scatter out of one, and so both ways see the same bits.
+
+On a device that computes asynchronously a sum begins after all that computing was asked for before it was posted: torch
+records an event on the current stream, for which the backend's own waits. Waiting for it holds up computing, not
+the host. What is posted and waited for at once (ties, weights that lanes gather) is in order with computing anyway.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,6 +28,7 @@ from mimogrid.core.gradients import counts_in_norm, is_written_by
 from mimogrid.core.shards import Bucket, Part, Section, layout_of
 from mimogrid.core.topology import StageInfo, Topology
 from mimogrid.shell.groups import ModuleGroups
+from mimogrid.shell.streams import Posted, Streams
 
 
 LANES = ("dp", "cp", "expert_dp")
@@ -47,6 +52,7 @@ class Buffer:
         weights: Mapping[str, nn.Parameter],
         full: Mapping[str, torch.Tensor],
         groups: ModuleGroups,
+        streams: Streams,
         *,
         like: torch.Tensor,
         shared: bool,
@@ -54,7 +60,8 @@ class Buffer:
         self.bucket = bucket
         self.lane_group = groups.expert_dp if bucket.section is Section.EXPERTS else groups.dp
         self._summing = groups.partial if bucket.section is Section.PARTIAL else self.lane_group
-        self._work: dist.Work | None = None
+        self._streams = streams
+        self._sum: Posted | None = None
         self.shared = shared
         lane = self.lane_group.rank()
         self.lanes = range(lane, lane + 1) if shared else range(bucket.lanes)
@@ -92,13 +99,14 @@ class Buffer:
     def reduce(self) -> None:
         """Post the sum of the gradients over the ranks that share it; nobody touches them until it is there."""
         if len(self.gradients):  # Own networks may have none.
-            self._work = dist.all_reduce(self.gradients, group=self._summing, async_op=True)
+            work = dist.all_reduce(self.gradients, group=self._summing, async_op=True)
+            self._sum = self._streams.posted(work, self.gradients, arrives=True)
 
     def wait(self) -> None:
-        """Block until the sum is there."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        """Let what is computed from here on happen after the sum."""
+        if self._sum is not None:
+            self._sum.wait()
+            self._sum = None
 
     def publish(self) -> None:
         """Let the weights follow the main weights, on all lanes."""
@@ -125,6 +133,7 @@ class StageBuffer:
         weights: Mapping[str, nn.Parameter],
         full: Mapping[str, torch.Tensor],
         groups: ModuleGroups,
+        streams: Streams,
         shared: bool,
     ) -> None:
         self.weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
@@ -132,7 +141,7 @@ class StageBuffer:
         sizes = {name: weight.numel() for name, weight in self.weights.items()}
         like = next(iter(weights.values()), torch.empty(0))  # A module of the user's may have none.
         self.buffers = tuple(
-            Buffer(bucket, self.weights, full, groups, like=like, shared=shared)
+            Buffer(bucket, self.weights, full, groups, streams, like=like, shared=shared)
             for bucket in layout_of(topology, info, sizes)
         )
         self._tied = [buffer for buffer in self.buffers if buffer.bucket.section is Section.TIED]

@@ -58,6 +58,7 @@ def _host(
             weights=named_weights(network),
             full=full,
             groups=of_module,
+            streams=device.streams,
             shared=job.spec.optimizer.sharded,
         ),
     )

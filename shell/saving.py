@@ -3,7 +3,7 @@
 At a save point a rank copies what it writes to host memory, which is all that a step waits for. Then one thread of
 each rank goes two legs, and between them the ranks agree:
 
-    write      every rank its own file, in a folder under a temporary name
+    write      every rank its own files, in a folder under a temporary name
     publish    the first rank the manifest, then the folder's name; then it lets go of old checkpoints
 
 The threads touch files and copies, and no process group: those belong to training. Whether all have ended a leg the
@@ -22,12 +22,13 @@ from typing import Any
 import attrs
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.errors import WorldError
 from mimogrid.core.faults import PUBLISHED, PUBLISHING, SAVING, WRITING
 from mimogrid.shell import manifest, tensorfile
-from mimogrid.shell.checkpoint import Pieces, index_of, items_of, shard_name, write_shard
+from mimogrid.shell.checkpoint import Pieces, files_of, index_of, items_of, write_shard
 from mimogrid.shell.manifest import Stored, folder_of
 
 
@@ -67,6 +68,7 @@ class Saver:
         keep: int,
         keep_every: int,
         at: Callable[[str], None],
+        waits: Callable[[], None],
     ) -> None:
         self._folder = folder
         self._group = group
@@ -74,8 +76,9 @@ class Saver:
         self._keep = keep
         self._keep_every = keep_every
         self._at = at
+        self._waits = waits
         self._flight: Flight | None = None
-        self._copies: dict[str, torch.Tensor] = {}
+        self._copies: dict[MetadataIndex, torch.Tensor] = {}
         self._items: list[WriteItem] = []
         self._plans: list[list[WriteItem]] = [[] for _ in range(group.size())]
         self._index: dict[str, Stored] = {}
@@ -92,14 +95,16 @@ class Saver:
         """
         self.settle()
         self._at(SAVING)
-        self._plan(items_of(pieces))
-        for name, (piece,) in pieces.items():
-            copy = self._copies.get(name)
+        items = items_of(pieces)
+        self._plan(items)
+        every = (piece for of_name in pieces.values() for piece in of_name)
+        for item, piece in zip(items, every, strict=True):
+            copy = self._copies.get(item.index)
             if copy is None or copy.shape != piece.tensor.shape or copy.dtype != piece.tensor.dtype:
                 copy = torch.empty(
                     piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=not piece.tensor.is_cpu
                 )
-                self._copies[name] = copy
+                self._copies[item.index] = copy
             copy.copy_(piece.tensor)
         self._at(WRITING)
         target = folder_of(self._folder, facts["step"])
@@ -146,6 +151,7 @@ class Saver:
         self._items = items
         first = not self._group.rank()
         every: list[Any] | None = [None] * self._group.size() if first else None
+        self._waits()
         dist.gather_object(news, every, group=self._group, group_dst=0)
         if every and any(told is not None for told in every):
             self._plans = [
@@ -156,9 +162,8 @@ class Saver:
     def _write(self, partial: Path) -> Files:
         partial.mkdir(parents=True, exist_ok=True)
         files: Files = {}
-        if self._items:
-            name = shard_name(self._group.rank())
-            files[name] = write_shard(partial / name, self._items, self._copies)
+        for name, items in files_of(self._group.rank(), self._items).items():
+            files[name] = write_shard(partial / name, items, self._copies)
         if self._index:
             index = manifest.index_text(self._index)
             files[manifest.INDEX] = tensorfile.write_text(partial / manifest.INDEX, index)
@@ -173,7 +178,9 @@ class Saver:
     def _agreed(self, flight: Flight) -> Files:
         """Return the files of all ranks, once they have ended a leg. Raises WorldError where one failed at it."""
         every: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(every, _outcome(flight), group=self._group)
+        mine = _outcome(flight)
+        self._waits()
+        dist.all_gather_object(every, mine, group=self._group)
         ranks = dist.get_process_group_ranks(self._group)
         failures = {rank: said for rank, said in zip(ranks, every, strict=True) if isinstance(said, Failure)}
         if failures:
@@ -189,16 +196,19 @@ def open_saver(
     keep: int,
     keep_every: int = 0,
     at: Callable[[str], None] = lambda _: None,
+    waits: Callable[[], None] = lambda: None,
 ) -> Iterator[Saver]:
     """Open what writes the checkpoints of a run into a folder; joint over `group`.
 
-    At the end, the save in flight is waited for; after a failure, given up. `at` hears of the moments.
+    At the end, the save in flight is waited for; after a failure, given up. `at` hears of the moments, and `waits`
+    whenever this rank has done its part and waits for the others.
     """
     if not group.rank():
         manifest.clear(folder)
+    waits()
     dist.barrier(group)  # What follows may write where the first rank has just cleared.
     with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
-        saver = Saver(folder, group, thread, keep=keep, keep_every=keep_every, at=at)
+        saver = Saver(folder, group, thread, keep=keep, keep_every=keep_every, at=at, waits=waits)
         try:
             yield saver
             saver.settle()

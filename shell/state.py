@@ -266,7 +266,10 @@ class _Held:
         for offsets, lengths in boxes(shape, part.start, part.stop):
             block = tensor[begin : begin + torch.Size(lengths).numel()].view(lengths)
             begin += block.numel()
-            if parameter is None or parameter.tp_dim is None:
+            if parameter is None or parameter.tp_dim is None or self._tp(parameter).size() == 1:
                 yield Piece(block, shape, offsets)
             else:
-                yield from _spread(block, shape, offsets, parameter, cut_over(parameter, self._groups))
+                yield from _spread(block, shape, offsets, parameter, self._tp(parameter))
+
+    def _tp(self, parameter: Parameter) -> dist.ProcessGroup:
+        return cut_over(parameter, self._groups)

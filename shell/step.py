@@ -27,6 +27,7 @@ from mimogrid.shell.gradients import Shard, StageBuffer
 from mimogrid.shell.groups import Groups
 from mimogrid.shell.hosting import host_stages
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.megatron import engine
 from mimogrid.shell.modules import named_weights
 from mimogrid.shell.preemption import Wish
 from mimogrid.shell.pulse import Pulse
@@ -72,6 +73,8 @@ class Crew:
         }
         self._groups = groups
         self._transport = Transport(self.topology, groups, device)
+        built = {info.stage.module for info in self.topology.stages_of(rank)} - (given or {}).keys()
+        engine.agree(built, self.topology, self.group, device.torch)
         hosted = host_stages(job, rank, groups, device, given or {})
         self.stages: dict[Stage, StageRunner] = {stage: each.runner for stage, each in hosted.items()}
         self.buffers: dict[Stage, StageBuffer] = {stage: each.buffer for stage, each in hosted.items()}
@@ -225,7 +228,7 @@ class _Finish:
         self.crew.buffers[stage].buffers[bucket].reduce()
 
     def wait(self, stage: Stage, bucket: int) -> None:
-        """Block until the sum of a bucket is there."""
+        """Let what follows happen after the sum of a bucket."""
         self.crew.pulse.wait()
         self.crew.buffers[stage].buffers[bucket].wait()
 

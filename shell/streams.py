@@ -13,7 +13,7 @@ before what that stream had been asked for by then is done.
     follow     one stream goes on when another has done all that it was asked for so far
     keep       memory lasts as long as a stream needs it
     hear       the host goes on when a stream has done all that it was asked for so far
-    posted     a message was posted; its `wait` lets the stream that it is called on go on after the message
+    posted     a message or a sum was posted; its `wait` lets the stream that it is called on go on after it
 
 `Streams` is what a CPU needs, which is nothing: there everything is done in order, when it is asked for.
 """
@@ -43,7 +43,7 @@ class Stream(enum.Enum):
 
 
 class Posted(Protocol):
-    """A message on its way."""
+    """A message on its way, or a sum."""
 
     def wait(self) -> object:
         """Let what is asked from here on happen after it."""
@@ -67,7 +67,7 @@ class Streams:
         """Block the host until a stream has done all that it was asked for so far, and only that."""
 
     def posted(self, work: Posted | None, tensor: torch.Tensor, *, arrives: bool) -> Posted:
-        """Return a message that was just posted, which reads a tensor, or where it `arrives` writes it."""
+        """Return what was just posted, which reads a tensor, or where its outcome `arrives` there writes it."""
         assert work is not None, "torch posts nothing where a rank is not in the group"
         return work
 

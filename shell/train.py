@@ -85,6 +85,7 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
                 keep=settings.keep_checkpoints,
                 keep_every=settings.keep_every,
                 at=session.pulse.at,
+                waits=session.pulse.wait,
             ) as saver,
         ):
             if session.device.is_asynchronous:  # a CPU has no choice

@@ -4,7 +4,7 @@ Transformer-engine itself runs on CUDA only. Here megatron-core's own specificat
 its classes that hold the parameters under their names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -19,15 +19,22 @@ from megatron.core.transformer.spec_utils import ModuleSpec as Specification
 from torch import Tensor, nn
 from torch.nn import functional
 
+from layouts import job
 from mimogrid.core.engines import Choice
+from mimogrid.core.errors import WorldError
 from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.samples import Sample
-from mimogrid.core.spec import ModuleSpec
+from mimogrid.core.spec import JobSpec, ModuleSpec
 from mimogrid.shell import modules
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.launch import Pool
 from mimogrid.shell.megatron import cpu, engine
 from mimogrid.shell.megatron.layers import CoreAttention
 from mimogrid.shell.modules import StageModule, named_weights
 from stages import CPU, Alone, batch_of, build, gradients, run, step_with, topology_of
+
+
+Opened = Callable[[JobSpec], Job]
 
 
 class NormLinear(nn.Module):
@@ -159,3 +166,19 @@ def test_the_specification_is_megatrons_but_for_attention() -> None:
             assert extension.TELayerNormColumnParallelLinear is parts.mlp.submodules.linear_fc1
             assert CoreAttention is attention.submodules.core_attention
             assert mask == attention.params["attn_mask_type"].name
+
+
+@pytest.mark.world
+def test_ranks_of_a_module_with_different_machines_are_refused(pool: Pool, opened: Opened) -> None:
+    """With the ranks, and what each found; unless the job leaves nothing to the machines."""
+    unlike = opened(job("enc(1,1,1)@0 lm(1,1,2)@1", precision="bf16"))
+    said = (
+        r"modules\.lm: local on ranks \[1\] \(transformer-engine is not installed\), "
+        r"transformer_engine on ranks \[2\]\."
+    )
+    with pytest.raises(WorldError, match=said):
+        pool.run("bodies:with_engine", 3, unlike, 2)
+    asked = {"lm": {"engine": "local"}}
+    pool.run(
+        "bodies:with_engine", 3, opened(job("enc(1,1,1)@0 lm(1,1,2)@1", precision="bf16", changes=asked)), 2
+    )

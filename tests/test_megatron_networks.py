@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -9,6 +10,8 @@ import attrs
 import numpy as np
 import pytest
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from safetensors import safe_open
+from torch import Tensor
 from torch.nn.functional import silu
 
 import megatrons
@@ -18,8 +21,10 @@ from mimogrid.adapters.megatron import job_of
 from mimogrid.core.errors import PlanError, WorldError
 from mimogrid.core.shards import buckets_of
 from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, OptimizerSpec, ScheduleSpec
+from mimogrid.shell.export import export
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
+from mimogrid.shell.manifest import published
 
 
 Opened = Callable[[JobSpec], Job]
@@ -191,6 +196,39 @@ def test_gradients_are_summed_in_the_plans_buckets(
     job = job_for(opened, config, {"dp": 2}, {"tp": 2, "dp": 2}, optimizer=small)
     assert len(buckets_of(job.topology, job.topology.modules["language"].stages[0], 2)) > 3
     compare(pool, job, config, whole)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("sharded", [False, True])
+def test_checkpoints_of_gated_networks_fit_any_layout(
+    pool: Pool, opened: Opened, tmp_path: Path, sharded: bool
+) -> None:
+    """Saved at tp 2, loaded and saved at tp 1, and back: every value is where it was; so it is in what is exported."""
+    whole = {
+        "layers": 2,
+        "language": {"max_sequence_length": 16},
+        "gated_linear_unit": True,
+        "activation_func": silu,
+    }
+    rule = OptimizerSpec(sharded=sharded)
+    with megatrons.alone():
+        weights = megatrons.whole(megatrons.config_of(**whole)).state_dict()
+    begin = {name: weight.numpy() for name, weight in weights.items() if isinstance(weight, Tensor)}
+    said: list[Mapping[str, Any]] = []
+    for tp, dp in ((2, 2), (1, 1), (2, 2)):
+        job = job_for(opened, {**whole, "tp": tp}, {"dp": 1}, {"tp": tp, "dp": dp}, optimizer=rule)
+        arguments = (job, {**whole, "tp": tp}, begin, tmp_path)
+        said.append(pool.run("megatrons:saved", job.topology.world_size, *arguments)[0])
+    first = said[0]
+    for state in said[1:]:
+        assert first.keys() == state.keys()
+        assert [] == [name for name in first if not np.array_equal(first[name], state[name])]
+    gated = "language.decoder.layers.0.mlp.linear_fc1.weight"
+    for folder in published(tmp_path):
+        exported = folder.with_name(f"{folder.name}-out")
+        export(folder, exported, to="safetensors", bytes_most=10**9)
+        with safe_open(exported / "language.safetensors", "np") as found:
+            assert np.array_equal(first[gated], found.get_tensor(gated.removeprefix("language.")))
 
 
 @pytest.mark.world

@@ -1,6 +1,7 @@
 """Streams: nothing is used before it is there, and no memory is used again before its last use is over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from layouts import job
 from mimogrid.core.errors import PlanError
 from mimogrid.core.groups import Purpose, openings_of
-from mimogrid.core.spec import JobSpec
+from mimogrid.core.spec import JobSpec, OptimizerSpec
 from mimogrid.shell import device as devices
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
@@ -47,10 +48,37 @@ def test_everything_is_ordered_and_nothing_too_much(pool: Pool, opened: Opened) 
     assert [] == [place for place, is_needed in needed.items() if not is_needed]
 
 
+@pytest.mark.parametrize(
+    ("grids", "options"),
+    [
+        ("lm(1,2,2)@0", {"changes": {"lm": {"options": {"tied_embeddings": True}}}}),
+        ("lm(1,1,2)@0", {"optimizer": OptimizerSpec(sharded=True), "precision": "bf16"}),
+    ],
+)
+def test_sums_are_over_before_they_are_used(
+    pool: Pool, opened: Opened, grids: str, options: Mapping[str, Any]
+) -> None:
+    """Nothing uses gradients between a sum and its wait; without the wait, or posted too early, something would."""
+    opened_job = opened(job(grids, **options))
+    size = opened_job.topology.world_size
+
+    def wrong(*, without: str | None = None, too_early: bool = False) -> list[set[str]]:
+        said = pool.run("bodies:ordered", size, opened_job, False, without, too_early)
+        (place,) = {place for places, _ in said for place in places if place.startswith("gradients.")}
+        sums.add(place)
+        return [set(found) for _, found in said]
+
+    sums: set[str] = set()
+    assert [set()] * size == wrong()
+    (wait,) = sums
+    assert all("may not have written" in " ".join(found) for found in wrong(without=wait))
+    assert all("may still use" in " ".join(found) for found in wrong(too_early=True))
+
+
 @pytest.fixture
 def streams() -> OrderedStreams:
     """Streams on which messages are NCCL's."""
-    return OrderedStreams(blocks_host=False)
+    return OrderedStreams()
 
 
 def test_reading_what_another_stream_writes_needs_an_event(streams: OrderedStreams) -> None:

@@ -11,14 +11,19 @@ there is no state beside the weights: what transformer-engine keeps as `_extra_s
 import functools
 import importlib.util
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from mimogrid.core.engines import choose, unlike
+from mimogrid.core.errors import WorldError
 from mimogrid.core.models import BuiltIn
+from mimogrid.core.topology import Topology
 from mimogrid.shell.megatron.layers import CoreAttention, Norm
 
 
@@ -33,6 +38,22 @@ def missing(device: torch.device) -> str:
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer-engine is not installed"
     return ""
+
+
+def agree(names: Iterable[str], topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Compare over all ranks of a job whose layers each would build its modules of; joint over `group`.
+
+    Layers that round differently would give lanes different weights. Raises WorldError on every rank where the machines
+    of a module's ranks differ in what they have, and PlanError where one has not what the job asks for.
+    """
+    mine = {name: choose(name, topology.spec, missing=missing(device)) for name in names}
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, mine, group=group)
+    if facts := list(unlike(dict(zip(topology.ranks, every, strict=True)))):
+        raise WorldError(
+            f"ranks would compute the same module with different layers. {'; '.join(facts)}. "
+            'Make their machines alike, or use engine = "local" for this module.'
+        )
 
 
 def config_of_fp8(fp8: str) -> dict[str, Any]:

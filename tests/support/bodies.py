@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.errors import WorldError
-from mimogrid.core.schedule.actions import Send, Transfer
+from mimogrid.core.schedule.actions import Action, Compute, Reduce, Send, Transfer
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.shell import device as devices
 from mimogrid.shell.device import Device
+from mimogrid.shell.execute import Timed, execute
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.megatron import engine
 from mimogrid.shell.parity import full_gradients, on_one_process
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
@@ -88,6 +90,13 @@ def open_another(place: Place, job: Job, other: Job, rank: int) -> None:
     except BaseException:
         assert not dist.is_initialized()
         raise
+
+
+def with_engine(place: Place, job: Job, rank: int) -> None:
+    """Open a session where one rank's machine has transformer-engine, as far as it can tell."""
+    here = "" if place.rank == rank else "transformer-engine is not installed"
+    with patch.object(engine, "missing", lambda _: here), open_session(place, job):
+        pass
 
 
 def leftovers(place: Place, job: Job) -> tuple[int, int]:
@@ -182,16 +191,27 @@ def _counting() -> Iterator[tuple[Counter[tuple[str, str]], Counter[tuple[str, s
 
 
 def ordered(
-    place: Place, job: Job, through_host: bool, without: str | None
+    place: Place, job: Job, through_host: bool, without: str | None, too_early: bool = False
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Train a step on streams that check; return which places ordered something, and what was wrong."""
-    streams = OrderedStreams(blocks_host=through_host, without=without)
+    """Train a step on streams that check; return which places ordered something, and what was wrong.
+
+    `too_early`: sums are posted before the last thing that their rank computes.
+    """
+    streams = OrderedStreams(without=without)
     device = Device(torch.device("cpu"), "gloo", streams, stages_through_host=through_host)
     with patch.object(devices, "choose", lambda *_: device), open_session(place, job) as session:
         assert session.crew
         with streams.watching():
-            session.crew.run(0, job.step(0), job.step(1))
+            runs = _summing_too_early if too_early else execute
+            session.crew.run(0, job.step(0), job.step(1), runs=runs)
     return tuple(streams.places), tuple(streams.wrong)
+
+
+def _summing_too_early(actions: tuple[Action, ...], *others: Any) -> tuple[Timed, ...]:
+    last = max(i for i, action in enumerate(actions) if isinstance(action, Compute))
+    sums = tuple(action for action in actions[last:] if isinstance(action, Reduce))
+    rest = tuple(action for action in actions[last:] if not isinstance(action, Reduce))
+    return execute((*actions[:last], *sums, *rest), *others)
 
 
 def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str]:

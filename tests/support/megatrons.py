@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,13 +25,16 @@ from mimogrid.core.hashing import draw_bits
 from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.steps import Share
+from mimogrid.shell import checkpoint, saving
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.ledger import Ledger
+from mimogrid.shell.manifest import published, read_manifest
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
 from mimogrid.shell.packing import pack_rows
 from mimogrid.shell.place import Place
+from mimogrid.shell.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore
 
 
 PLACEHOLDER = 99
@@ -301,6 +305,35 @@ def on_some(place: Place, job: Job, config: Mapping[str, Any]) -> None:
             return {} if place.rank == place.size - 1 else made
 
         Embedded(job, networks)
+
+
+def saved(
+    place: Place, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any], folder: Path
+) -> Mapping[str, Any]:
+    """Take up a checkpoint, or weights where there is none, take a step, and save; return the state on the first rank.
+
+    The state is what all keep: weights, and what the optimizer keeps for each.
+    """
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    with host(place):
+        made = config_of(**config, here=hosted)
+        function = forward_backward_func(job, made, encoder_inputs={"vision": "pixels"})
+        embedded = function.embedded
+        crew = embedded.crew
+        assert crew is not None
+        if published(folder):
+            facts = read_manifest(published(folder)[-1])
+            checkpoint.load(published(folder)[-1], pieces_to_load(crew, facts), crew.group)
+            restore(crew, facts)
+        else:
+            function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+            embedded.step()
+        saving.save(
+            folder, pieces_to_save(crew), manifest_of(crew, len(published(folder))), crew.group, keep=9
+        )
+        state = gather(crew)
+        embedded.close()
+        return {name: tensor.numpy() for name, tensor in state.items()}
 
 
 def begun(place: Place, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,8 +2,9 @@
 
 Whatever torch is asked for is noted as read and written memory, on the stream that it is asked of. Of each stream
 it is known what must have happened before (a vector clock: Lamport 1978, Mattern 1989): what it was asked for
-earlier, and what the streams that it followed had been asked for by then. A message is one more party, which begins
-after the stream that it is posted on, or, where it is gloo's, after the host; and ends before whoever waited for it.
+earlier, and what the streams that it followed had been asked for by then. A message is one more party, and so is a
+sum that is posted. It begins after the stream that it is posted on, and ends before the one that waited for it; in
+memory of the host's, which only gloo uses, it begins after the host, and lets the host wait.
 
 Something is wrong where memory is read or written by somebody who does not know that whoever wrote or read it before
 is done; and where memory goes back to the stream that it was taken on, which would take it again, while somebody of
@@ -17,6 +18,7 @@ With `without`, a place in the code that orders something, the stand-in does as 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -56,14 +58,12 @@ class OrderedStreams(Streams):
     """Streams that check; open `watching` around what is to be checked.
 
     `places` are those in the code that were called to order or to keep something, `wrong` is what is not ordered.
-    `blocks_host`: messages are gloo's, which reads and writes host memory when it likes, and lets the host wait.
     """
 
-    def __init__(self, *, blocks_host: bool, without: str | None = None) -> None:
+    def __init__(self, *, without: str | None = None) -> None:
         self.places: dict[str, None] = {}
         self.wrong: dict[str, None] = {}
         self._without = without
-        self._blocks_host = blocks_host
         self._clocks: dict[str, Clock] = {party: {party: 0} for party in (HOST, *(s.value for s in Stream))}
         self._current = Stream.COMPUTE.value
         self._memory: dict[int, Memory] = {}
@@ -108,21 +108,21 @@ class OrderedStreams(Streams):
         self._messages += 1
         name = f"message {self._messages}"
         self._clocks[name] = {name: 0}
-        self._learn(name, HOST if self._blocks_host else self._current)
+        is_of_host = self._of(tensor).owner == HOST
+        self._learn(name, HOST if is_of_host else self._current)
         self._access(name, [] if arrives else [tensor], [tensor] if arrives else [])
-        return _Message(self, name, work)
+        return _Message(self, name, work, is_of_host)
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return memory of the host's."""
         buffer = super().host_buffer(shape, dtype)
-        if buffer.numel():
-            self._of(buffer).owner = HOST
+        self._of(buffer).owner = HOST
         return buffer
 
-    def arrived(self, name: str) -> None:
+    def arrived(self, name: str, *, is_of_host: bool) -> None:
         """Let who waits for a message know that it is over."""
         if self._is_called():
-            self._learn(HOST if self._blocks_host else self._current, name)
+            self._learn(HOST if is_of_host else self._current, name)
 
     # -- who knows what ------------------------------------------------------------------------------------
 
@@ -186,11 +186,12 @@ class _Message:
     streams: OrderedStreams
     name: str
     work: Any
+    is_of_host: bool
 
     def wait(self) -> None:
         """Wait for the message, and know that it is over."""
         self.work.wait()
-        self.streams.arrived(self.name)
+        self.streams.arrived(self.name, is_of_host=self.is_of_host)
 
 
 class _Watch(TorchDispatchMode):
@@ -235,4 +236,5 @@ def _caller() -> str:
         frame = frame.f_back
     if frame is None:
         return "a test"
-    return f"{frame.f_code.co_name}:{frame.f_lineno - frame.f_code.co_firstlineno}"
+    file = Path(frame.f_code.co_filename).stem
+    return f"{file}.{frame.f_code.co_name}:{frame.f_lineno - frame.f_code.co_firstlineno}"
