@@ -144,10 +144,10 @@ def culprit(me: int, seen: Sightings, program: Program | None, suspects: Iterabl
         return unseen[0]
     if program and seen[me].index >= 0 and (last := _end_of_waits(me, seen, program)) is not None:
         return last
-    # Outside of programs all wait for the one that has come least far, or is at something of its own.
+    # Outside of programs all wait for the one that has come least far, has not done its part, or is at something else.
     alike = seen[me].doing
     return min(
-        others, key=lambda s: (s.step, s.index < 0, s.doing == alike, s.since_s), default=seen[me]
+        others, key=lambda s: (s.step, s.index < 0, s.waits, s.doing == alike, s.since_s), default=seen[me]
     ).rank
 
 

@@ -67,6 +67,14 @@ def test_between_steps_the_one_that_came_least_far_is_to_blame() -> None:
     assert 3 == culprit(0, {**saving, 3: seen(3, -1, since_s=9.0)}, None)
 
 
+def test_at_one_moment_the_one_that_waits_for_nobody_is_to_blame() -> None:
+    """All are saving; three have done their part of it, and were there before the one that has not."""
+    for late in LISTING:
+        saving = {r: seen(r, -1, doing="saving", since_s=1.0, waits=r != late) for r in LISTING}
+        saving[late] = seen(late, -1, doing="saving", since_s=2.0)
+        assert {late} == {culprit(rank, saving, None) for rank in LISTING if rank != late}
+
+
 def test_one_that_never_came_is_named_without_a_sighting() -> None:
     """Those who are missing are known before anything is known of them."""
     finding = find(0, {0: seen(0, -1, doing="rendezvous")}, None, now_s=4.0, suspects=(3,))
