@@ -11,7 +11,7 @@ What a forward keeps is an estimate (`footprint`). Temporary buffers and the all
 a module of the user's own. A split backward gives nothing back before its second half.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -76,25 +76,47 @@ def peak_bytes(timeline: Timeline) -> dict[int, int]:
     return {rank: level.bytes for rank, level in peaks(timeline).items()}
 
 
+def most_bytes(program: Program, rank: int) -> int:
+    """Return the bytes that a rank holds at most; only the order of its actions counts, not when they are."""
+    held = max((change.activations + change.buffers for change in _changes(program, rank)), default=0)
+    return kept(program.topology, rank).bytes + held
+
+
 def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
-    step = timeline.program.routes.step
+    events = timeline.events_of(rank)
+    always = kept(timeline.program.topology, rank)
+    yield Level(0.0, None, always, 0, 0)
+    for change in _changes(timeline.program, rank, [event.action for event in events]):
+        event = events[change.place]
+        at = event.begin_s if change.takes else event.end_s
+        yield Level(at, event.action, always, change.activations, change.buffers)
+
+
+@attrs.frozen
+class _Change:
+    """After the action at a place, which takes bytes as it begins or gives some back as it ends, this is held."""
+
+    place: int
+    takes: bool
+    activations: int
+    buffers: int
+
+
+def _changes(program: Program, rank: int, actions: Sequence[Action] | None = None) -> Iterator[_Change]:
+    """Yield how what a rank holds changes along its actions (default: those of its program)."""
+    actions = program.of(rank) if actions is None else actions
+    step = program.routes.step
     lanes = {
         info.stage: step.topology.modules[info.stage.module].lane_of(rank)
         for info in step.topology.stages_of(rank)
     }
-    last = {
-        event.action.stage: event.action.kind
-        for event in timeline.events_of(rank)
-        if isinstance(event.action, Compute)
-    }
+    last = {action.stage: action.kind for action in actions if isinstance(action, Compute)}
     sizes: dict[Hashable, int] = {}
     moved: dict[Transfer, int] = {}
-    always = kept(step.topology, rank)
     activations = buffers = 0
-    yield Level(0.0, None, always, 0, 0)
-    for event in timeline.events_of(rank):
-        at = event.begin_s
-        match event.action:
+    for place, action in enumerate(actions):
+        takes = True
+        match action:
             case Compute(kind=Kind.FORWARD, stage=stage, microbatch=k):
                 if last[stage] is Kind.FORWARD:
                     continue
@@ -102,17 +124,17 @@ def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
             case Compute(kind=kind, stage=stage, microbatch=k):
                 if kind is not last[stage]:
                     continue
-                at = event.end_s
+                takes = False
                 activations -= saved_bytes(step, stage, lanes[stage], k)
             case Wait(transfer=transfer):
-                at = event.end_s
+                takes = False
                 buffers -= moved.pop(transfer)
             case Send() | Recv() as transfer:
-                moved[transfer] = _moved_bytes(timeline.program, rank, transfer, sizes)
+                moved[transfer] = _moved_bytes(program, rank, transfer, sizes)
                 buffers += moved[transfer]
             case _:
                 continue
-        yield Level(at, event.action, always, activations, buffers)
+        yield _Change(place, takes, activations, buffers)
 
 
 def saved_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:

@@ -22,24 +22,32 @@ import attrs
 
 from mimogrid.core.costs import Costs
 from mimogrid.core.flops import model_flops
+from mimogrid.core.errors import PlanError
 from mimogrid.core.layout import place
 from mimogrid.core.legality import SCHEDULES, problems_of
-from mimogrid.core.memory import peak_bytes
+from mimogrid.core.lockstep import crews_of, limit_s, lockstep
+from mimogrid.core.memory import most_bytes, saved_bytes
 from mimogrid.core.plan_options import Illegal, Menu, Option, menu_of
 from mimogrid.core.plan_walk import BESIDE, Candidate, Miss, Walk, walk
 from mimogrid.core.pricing import Machine, on_machine
+from mimogrid.core.routes import Routes
 from mimogrid.core.samples import Sample
-from mimogrid.core.schedule.lower import plan_step
-from mimogrid.core.simulate import simulate
+from mimogrid.core.schedule.lower import Program
+from mimogrid.core.schedule.orders import Order, order_of
+from mimogrid.core.schedule.tuning import AUTO
+from mimogrid.core.schedule.work import work_of
 from mimogrid.core.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
 from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-BUDGET = 150_000
+INTERLEAVED = "interleaved"
+BUDGET = 300_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
+TOLD = 8
+"""Layouts that fit and are told."""
 SHOWN = 3
 """Layouts that are told of those that do not fit, and of those that are illegal."""
 
@@ -158,9 +166,11 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     )
     found = _Judged(question, main)
     least = found.candidates(walked, budget)
-    found.orders(budget + budget // 2)
-    own = found.judge(question.spec)
-    ranked = sorted((f for f in found.layouts if f.kind == SLOWER), key=lambda f: f.step_s)
+    found.confirm(budget + budget // 2)
+    found.orders(2 * budget)
+    found.confirm(2 * budget)
+    own = found.own(question.spec)
+    ranked = found.told
     best = ranked[0] if ranked else None
     others = [*_too_large(walked, question, best), *(f for f in found.layouts if f.kind == TOO_LARGE)][:SHOWN]
     illegal = [*_illegal(menus, question), *(f for f in found.layouts if f.kind == ILLEGAL)][:SHOWN]
@@ -183,13 +193,15 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
 
 @attrs.define(eq=False)
 class _Judged:
-    """Layouts that were looked at closely."""
+    """Layouts that were looked at closely: at first for a short step, those that matter for the whole one."""
 
     question: Question
     main: str
     layouts: list[Layout] = attrs.field(factory=list[Layout])
+    whole: set[int] = attrs.field(factory=set[int])
     simulated: int = 0
     effort: int = 0
+    _orders: dict[object, Order] = attrs.field(factory=dict[object, Order])
 
     def candidates(self, walked: Walk, budget: int) -> float:
         """Simulate candidates while their bounds promise anything; return the least bound of what is left."""
@@ -199,33 +211,65 @@ class _Judged:
                 return best
             if self.effort >= budget:
                 return min(candidate.bound, walked.passed)
-            layout = self.judge(layout_of(self.question, self.main, candidate))
+            layout = self.layouts[self.judge(layout_of(self.question, self.main, candidate))]
             if layout.kind == SLOWER:
                 best = min(best, layout.step_s)
         return walked.passed
 
     def orders(self, budget: int) -> None:
-        """Try other orders on the best layouts without chunks; with chunks there is one order."""
-        ranked = sorted((f for f in self.layouts if f.kind == SLOWER), key=lambda f: f.step_s)
-        for layout in ranked[:REFINED]:
-            if layout.step_s <= layout.limit_s or any(m.chunks > 1 for m in layout.spec.modules.values()):
+        """Try other orders on the best layouts."""
+        for i in self._ranked()[:REFINED]:
+            layout = self.layouts[i]
+            if layout.step_s <= layout.limit_s:
                 continue
             for name in SCHEDULES:
-                if name in {layout.spec.schedule.name, "interleaved", "auto"}:
-                    continue
-                schedule = attrs.evolve(layout.spec.schedule, name=name)
-                other = attrs.evolve(layout.spec, schedule=schedule)
-                if self.effort < budget and not problems_of(other, self.question.facts):
+                other = self._under(layout.spec, name)
+                if other is not None and self.effort < budget:
                     self.judge(other)
 
-    def judge(self, spec: JobSpec) -> Layout:
-        """Simulate a layout, unless it has been, and count its memory."""
-        for layout in self.layouts:
+    def _under(self, spec: JobSpec, name: str) -> JobSpec | None:
+        """Return a layout under another order, unless that is illegal, or the same."""
+        if name in {spec.schedule.name, INTERLEAVED, AUTO}:
+            return None
+        other = attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, name=name))
+        return None if problems_of(other, self.question.facts) else other
+
+    def confirm(self, budget: int) -> None:
+        """Weigh the best layouts, and time them for the whole step; the very best in any case."""
+        while True:
+            ranked = self._ranked()[:TOLD]
+            if not ranked or (self.effort >= budget and ranked[0] in self.whole):
+                return
+            i = next((i for i in ranked if i not in self.whole), None)
+            if i is None:
+                return
+            self.layouts[i] = self._confirmed(self.layouts[i])
+            self.whole.add(i)
+
+    @property
+    def told(self) -> list[Layout]:
+        """The layouts that were confirmed, the fastest first."""
+        return [self.layouts[i] for i in self._ranked() if i in self.whole]
+
+    def _ranked(self) -> list[int]:
+        fits = (i for i, layout in enumerate(self.layouts) if layout.kind == SLOWER)
+        return sorted(fits, key=lambda i: self.layouts[i].step_s)
+
+    def own(self, spec: JobSpec) -> Layout:
+        """Judge the job's own layout, and confirm it."""
+        i = self.judge(spec)
+        if self.layouts[i].kind == SLOWER and i not in self.whole:
+            self.layouts[i] = self._confirmed(self.layouts[i])
+            self.whole.add(i)
+        return self.layouts[i]
+
+    def judge(self, spec: JobSpec) -> int:
+        """Time a layout for a short step, unless it has been; return its number."""
+        for i, layout in enumerate(self.layouts):
             if layout.spec == spec:
-                return layout
-        layout = self._judged(spec)
-        self.layouts.append(layout)
-        return layout
+                return i
+        self.layouts.append(self._judged(spec))
+        return len(self.layouts) - 1
 
     def _judged(self, spec: JobSpec) -> Layout:
         question = self.question
@@ -236,36 +280,91 @@ class _Judged:
         if topology.world_size > question.gpus:
             reason = f"needs {topology.world_size} GPUs of {question.gpus}"
             return Layout(spec=spec, kind=TOO_LARGE, reason=reason)
-        step = step_of(topology, question.samples)
-        costs = on_machine(step, question.machine, spread=True)
-        short = _short(spec)
-        count, played = spec.batch.microbatches, short.batch.microbatches
-        samples = question.largest[: short.batch.global_size]
-        timeline = simulate(plan_step(step_of(question.topology(short), samples)), costs)
-        busy = {rank: seconds * count / played for rank, seconds in timeline.busy_s.items()}
-        more = max(timeline.busy_s.values(), default=0.0) * (count - played) / played
-        step_s = timeline.step_s + more
-        self.simulated += 1
-        self.effort += sum(len(timeline.events_of(rank)) for rank in timeline.classes.members)
-        peaks = peak_bytes(timeline)
+        try:
+            return self._timed(spec, topology, _short(spec))
+        except PlanError as error:
+            return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
+
+    def _confirmed(self, layout: Layout) -> Layout:
+        """Return a layout with its time for the whole step and its memory, which the short one shows."""
+        question, spec = self.question, layout.spec
+        topology = question.topology(spec)
+        timed = self._timed(spec, topology, spec)
+        peaks = self._peaks(_short(spec))
         most = {n: max(peaks[rank] for rank in m.grid.ranks) for n, m in topology.modules.items()}
         largest = max(most, key=most.__getitem__)
         fits = most[largest] <= question.memory_bytes
+        return attrs.evolve(
+            timed,
+            kind=SLOWER if fits else TOO_LARGE,
+            reason="" if fits else _too_much(topology, largest, peaks, question.memory_bytes),
+            peak_bytes=most,
+        )
+
+    def _timed(self, spec: JobSpec, topology: Topology, played: JobSpec) -> Layout:
+        """Time so many microbatches of a layout as are `played`; the others go on at the pace of the busiest rank."""
+        question = self.question
+        step = step_of(topology, question.samples)
+        costs = on_machine(step, question.machine, spread=True)
+        program = self._program(played)
+        timed = lockstep(program, costs)
+        self.simulated += 1
+        self.effort += sum(len(beats) for beats in timed.beats)
+        count, short = spec.batch.microbatches, played.batch.microbatches
+        more = max(timed.busy_s, default=0.0) * (count - short) / short
+        step_s = timed.step_s + more
+        busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.crews, strict=True))
         work = dict(_work(topology, costs))
         whole = math.fsum(work.values())
         rates = 1 / (step_s * question.gpus) if step_s else 0.0
         return Layout(
             spec=spec,
-            kind=SLOWER if fits else TOO_LARGE,
-            reason="" if fits else _too_much(topology, largest, peaks, question.memory_bytes),
+            kind=SLOWER,
+            reason="",
             step_s=step_s,
             tokens_per_s_per_gpu=tokens_of(step) * rates,
             active=len(topology.ranks),
-            bubble=1 - math.fsum(busy.values()) * rates,
+            bubble=1 - busy * count / short * rates,
             encoder_share=1 - work[self.main] / whole if whole else 0.0,
-            peak_bytes=most,
-            limit_s=timeline.limit_s + more,
+            limit_s=limit_s(program, costs, timed) + more,
         )
+
+    def _program(self, played: JobSpec) -> Program:
+        """Return the program of a step with the largest samples."""
+        topology = self.question.topology(played)
+        step = step_of(topology, self.question.largest[: played.batch.global_size])
+        return Program(self._order(topology), Routes(step))
+
+    def _order(self, topology: Topology) -> Order:
+        """Return the order of a layout; it is the same for all with as many stages on as many ranks in common."""
+        schedule = topology.spec.schedule
+        if schedule.name == AUTO or schedule.memory_gb is not None:
+            return order_of(topology)
+        work = work_of(topology, training=True, splits=True)
+        counts = tuple(module.microbatches for module in topology.modules.values())
+        key = schedule.name, tuple(topology.stages), counts, work.backward, work.gradients, work.split, work.rivals
+        if key not in self._orders:
+            self._orders[key] = order_of(topology)
+        return self._orders[key]
+
+    def _peaks(self, played: JobSpec) -> dict[int, int]:
+        """Return what each rank holds at most; of those that host the same stages the one with most samples counts."""
+        program = self._program(played)
+        topology, step = program.topology, program.routes.step
+        peaks: dict[int, int] = {}
+        for ranks in crews_of(topology):
+            stages = topology.stages_of(ranks[0])
+            lanes = [topology.modules[info.stage.module] for info in stages]
+
+            def saved(rank: int) -> int:
+                return sum(
+                    saved_bytes(step, info.stage, module.lane_of(rank), 0)
+                    for info, module in zip(stages, lanes, strict=True)
+                )
+
+            peak = most_bytes(program, max(ranks, key=saved))
+            peaks |= dict.fromkeys(ranks, peak)
+        return peaks
 
 
 def _short(spec: JobSpec) -> JobSpec:
