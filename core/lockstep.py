@@ -15,17 +15,16 @@ of a crew have peers of different crews. Modules that share all of their ranks, 
 
 import collections
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.costs import Costs
 from mimogrid.core.routes import overlapping
-from mimogrid.core.schedule import scheduler
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Reduce
 from mimogrid.core.schedule.lower import Program
-from mimogrid.core.schedule.scheduler import TimedWork
-from mimogrid.core.schedule.work import seconds_of, work_of
+from mimogrid.core.schedule.orders import Order
+from mimogrid.core.schedule.work import seconds_of
 from mimogrid.core.topology import Link, Stage, Topology
 from mimogrid.core.traffic import message_bytes
 
@@ -77,19 +76,82 @@ def lockstep(program: Program, costs: Costs) -> Lockstep:
 
 
 def limit_s(program: Program, costs: Costs, timed: Lockstep) -> float:
-    """Return a time that no order of the same actions beats, from what stages need of each other and ranks have to do."""
-    work = work_of(program.topology, training=program.order.training, splits=bool(program.order.split))
-    seconds = tuple(seconds_of(action, costs) for action in work.actions)
-    number = {action: i for i, action in enumerate(work.actions)}
-    ways = scheduler.limit_s(TimedWork(work, seconds), [number[a] for a in program.order.actions])
-    updates = (costs.of(stage).update for stage in program.topology.stages)
-    return max(ways, *timed.busy_s) + max(updates, default=0.0)
+    """Return a time that no order beats: on every rank the shortest way in, its work, the shortest way out.
+
+    Ways are those of one microbatch from stage to stage; what is on its way takes no time here.
+    """
+    topology, order = program.topology, program.order
+    ins: dict[Stage, float] = {}
+    outs: dict[Stage, float] = {}
+    for name in topology.graph.order:
+        for info in topology.modules[name].stages:
+            feeders = [link for link in topology.links_into(info.stage)]
+            back = [link.source for link in feeders if link in order.gradients]
+            ins[info.stage] = max(
+                (ins[link.source] + costs.of(link.source).forward for link in feeders), default=0.0
+            )
+            outs[info.stage] = max((outs[source] + _gives_s(order, costs, source) for source in back), default=0.0)
+    bounds = [0.0]
+    for beats, busy in zip(timed.beats, timed.busy_s, strict=True):
+        stages = {beat.action.stage for beat in beats}
+        ends = stages <= order.backward and not stages & order.split
+        way_out = min((outs[stage] for stage in stages), default=0.0) if ends else 0.0
+        bounds.append(min((ins[stage] for stage in stages), default=0.0) + busy + way_out)
+    updates = (costs.of(stage).update for stage in topology.stages)
+    return max(bounds) + max(updates, default=0.0)
 
 
-_Way = tuple[int, float, float]
-"""From which crew a message comes, how long it occupies its channel, and how long it takes to arrive after that."""
-_Text = tuple[int, int, Direction]
-"""A message of all ranks: the number of its link, the microbatch of the link's target, the direction."""
+def _gives_s(order: Order, costs: Costs, stage: Stage) -> float:
+    """Return how long a stage takes for the gradients of its inputs."""
+    kind = Kind.INPUT_GRADIENT if stage in order.split else Kind.BACKWARD
+    return seconds_of(Compute(kind, stage, 0), costs)
+
+
+_Ends = list[float]
+"""When each crew has done something."""
+
+
+@attrs.frozen
+class _Way:
+    """From which crew messages come, on which channel, how long they occupy it and take to arrive after that."""
+
+    crew: int
+    channel: int
+    carry_s: float
+    latency: float
+
+
+@attrs.frozen(eq=False)
+class _Mail:
+    """What the ranks of two stages say to each other in one direction.
+
+    Attributes:
+        ways: per target microbatch that others are like (`firsts` says which) and reading crew.
+        made: when each crew of the makers has made its part, by the makers' microbatch.
+        makers: by the microbatch of the link's target, those of the makers that its messages are made in.
+        texts: by the readers' microbatch, those of the link's target that they read.
+        answered: senders need not wait for it.
+        there: what has arrived and is read once more.
+    """
+
+    ways: Mapping[int, Mapping[int, Sequence[_Way]]]
+    firsts: Sequence[int]
+    made: Sequence[_Ends]
+    makers: Sequence[range]
+    texts: Sequence[range]
+    answered: bool
+    there: dict[tuple[int, int], float] = attrs.field(factory=dict[tuple[int, int], float], init=False)
+
+
+@attrs.frozen(eq=False)
+class _Part:
+    """One kind of action of a stage: who does it, how long it takes, what it reads, and where its ends are noted."""
+
+    crews: tuple[int, ...]
+    seconds: float
+    reads: tuple[_Mail, ...]
+    made: list[_Ends] | None
+    joint: bool
 
 
 class _Walk:
@@ -98,140 +160,130 @@ class _Walk:
     def __init__(self, program: Program, costs: Costs) -> None:
         self.program, self.costs, self.topology = program, costs, program.topology
         self.crews = crews_of(self.topology)
-        of_rank = {rank: i for i, ranks in enumerate(self.crews) for rank in ranks}
+        self.of_rank = {rank: i for i, ranks in enumerate(self.crews) for rank in ranks}
         self.hosts: dict[Stage, tuple[int, ...]] = {}
+        self.made: dict[tuple[Stage, Direction], list[_Ends]] = {}
         for module in self.topology.modules.values():
             for info in module.stages:
                 ranks = (r for lane in range(module.lanes) for r in module.holders(info.stage, lane))
-                self.hosts[info.stage] = tuple(sorted({of_rank[rank] for rank in ranks}))
-        self.ways = [_ways(program, costs, link, of_rank) for link in self.topology.links]
-        self.numbers = {link: i for i, link in enumerate(self.topology.links)}
-        self.last = [0.0] * len(self.crews)
-        """When the last action of each crew ended."""
-        self.before = list(self.last)
-        """When the one before that ended."""
-        self.held = list(self.last)
-        """Until when sends that nobody answers are on the way."""
-        self.made: dict[tuple[Stage, Direction, int], dict[int, float]] = {}
-        self.free: collections.defaultdict[tuple[int, int, object, Direction], float] = (
-            collections.defaultdict(float)
-        )
-        self.there: dict[tuple[_Text, int], float] = {}
+                self.hosts[info.stage] = tuple(sorted({self.of_rank[rank] for rank in ranks}))
+                for way in Direction:
+                    self.made[info.stage, way] = [[0.0] * len(self.crews) for _ in range(module.microbatches)]
+        self.channels: dict[Hashable, int] = {}
+        mail = {
+            (link, way): self._mail(link, way) for link in self.topology.links for way in Direction
+        }
+        self.parts = {stage: {kind: self._part(stage, kind, mail) for kind in Kind} for stage in self.hosts}
+        self.free = [0.0] * len(self.channels)
+        self.last, self.before, self.held = ([0.0] * len(self.crews) for _ in range(3))
+        """When each crew's last action ended, the one before that, and sends that nobody answers."""
 
     def run(self) -> Lockstep:
         """Go through the order, then through what ends a step."""
         beats: list[list[Beat]] = [[] for _ in self.crews]
-        seconds: dict[tuple[Stage, Kind], float] = {}
+        last, before, held = self.last, self.before, self.held
         for action in self.program.order.actions:
-            stage, kind = action.stage, action.kind
-            if (stage, kind) not in seconds:
-                seconds[stage, kind] = seconds_of(action, self.costs)
-            hosts = self.hosts[stage]
-            begins = self._begins(action, hosts)
-            ends: dict[int, float] = {}
-            for crew, begin in zip(hosts, begins, strict=True):
-                end = ends[crew] = begin + seconds[stage, kind]
+            part, k = self.parts[action.stage][action.kind], action.microbatch
+            begins: list[float] = []
+            for crew in part.crews:
+                begin = max(last[crew], held[crew])
+                for mail in part.reads:
+                    for text in mail.texts[k]:
+                        begin = max(begin, self._arrives(mail, text, crew))
+                begins.append(begin)
+            if part.joint:
+                begins = [max(begins)] * len(begins)
+            for crew, begin in zip(part.crews, begins, strict=True):
+                end = begin + part.seconds
                 beats[crew].append(Beat(action, begin, end))
-                self.before[crew], self.last[crew] = self.last[crew], end
-            if kind is not Kind.WEIGHT_GRADIENT:
-                way = Direction.FORWARD if kind is Kind.FORWARD else Direction.BACKWARD
-                self.made[stage, way, action.microbatch] = ends
+                before[crew], last[crew] = last[crew], end
+                if part.made is not None:
+                    part.made[k][crew] = end
         return Lockstep(self.crews, tuple(map(tuple, beats)), self._finish())
 
-    def _begins(self, action: Compute, hosts: Sequence[int]) -> list[float]:
-        texts = tuple(self._reads(action))
-        begins = [
-            max(self.last[crew], self.held[crew], *(self._arrives(text, crew) for text in texts))
-            if texts
-            else max(self.last[crew], self.held[crew])
-            for crew in hosts
-        ]
-        if self.topology.modules[action.stage.module].experts is not None:
-            begins = [max(begins)] * len(begins)
-        return begins
+    def _arrives(self, mail: _Mail, text: int, crew: int) -> float:
+        """Return when a crew has what others send it."""
+        known = mail.there.get((text, crew))
+        if known is not None:
+            return known
+        latest, posted, free = 0.0, self.before[crew], self.free
+        makers = [mail.made[j] for j in mail.makers[text]]
+        for way in mail.ways[mail.firsts[text]].get(crew, ()):
+            arrived = posted
+            for made in makers:
+                arrived = max(arrived, made[way.crew])
+            if way.carry_s or way.latency:
+                arrived = free[way.channel] = max(arrived, free[way.channel]) + way.carry_s
+                arrived += way.latency
+            if not mail.answered:
+                self.held[way.crew] = max(self.held[way.crew], arrived)
+            latest = max(latest, arrived)
+        mail.there[text, crew] = latest
+        return latest
 
-    def _reads(self, action: Compute) -> Iterator[_Text]:
-        """Yield what an action needs to be there."""
-        topology, k = self.topology, action.microbatch
-        if action.kind is Kind.FORWARD:
-            for link in topology.links_into(action.stage):
-                yield self.numbers[link], k, Direction.FORWARD
-        elif action.kind is not Kind.WEIGHT_GRADIENT:
-            for link in topology.links_from(action.stage):
-                if link in self.program.order.gradients:
-                    for target_k in self._met(link, k, forward=True):
-                        yield self.numbers[link], target_k, Direction.BACKWARD
+    def _part(self, stage: Stage, kind: Kind, mail: Mapping[tuple[Link, Direction], _Mail]) -> _Part:
+        """Return what is always the same of a stage's actions of a kind."""
+        reads: tuple[_Mail, ...] = ()
+        made: list[_Ends] | None = None
+        if kind is Kind.FORWARD:
+            made = self.made[stage, Direction.FORWARD]
+            reads = tuple(mail[link, Direction.FORWARD] for link in self.topology.links_into(stage))
+        elif kind is not Kind.WEIGHT_GRADIENT:
+            made = self.made[stage, Direction.BACKWARD]
+            answers = (link for link in self.topology.links_from(stage) if link in self.program.order.gradients)
+            reads = tuple(mail[link, Direction.BACKWARD] for link in answers)
+        return _Part(
+            crews=self.hosts[stage],
+            seconds=seconds_of(Compute(kind, stage, 0), self.costs),
+            reads=reads,
+            made=made,
+            joint=self.topology.modules[stage.module].experts is not None,
+        )
 
-    def _met(self, link: Link, k: int, *, forward: bool) -> range:
-        """The microbatches at the other end of a link that share samples with one at this end."""
-        modules = self.topology.modules
-        counts = modules[link.source.module].microbatches, modules[link.target.module].microbatches
-        return overlapping(k, *(counts if forward else counts[::-1]))
+    def _mail(self, link: Link, direction: Direction) -> _Mail:
+        forward = direction is Direction.FORWARD
+        modules, routes = self.topology.modules, self.program.routes
+        source, target = modules[link.source.module].microbatches, modules[link.target.module].microbatches
+        of_source = [overlapping(k, target, source) for k in range(target)]
+        own = [range(k, k + 1) for k in range(target)]
+        return _Mail(
+            ways={k: self._ways(link, k, direction) for k in routes.firsts(link)},
+            firsts=[routes.first(link, k) for k in range(target)],
+            made=self.made[link.source if forward else link.target, direction],
+            makers=of_source if forward else own,
+            texts=own if forward else [overlapping(k, source, target) for k in range(source)],
+            answered=link in self.program.order.gradients,
+        )
 
-    def _arrives(self, text: _Text, crew: int) -> float:
-        """Return when a crew has what others send it; they send all of it at once."""
-        if (text, crew) not in self.there:
-            number, k, direction = text
-            link = self.topology.links[number]
-            forward = direction is Direction.FORWARD
-            makers = (
-                [self.made[link.source, direction, j] for j in self._met(link, k, forward=False)]
-                if forward
-                else [self.made[link.target, direction, k]]
-            )
-            answered = link in self.program.order.gradients
-            latest = 0.0
-            first = self.program.routes.first(link, k)
-            for source, carry_s, latency in self.ways[number][first, forward].get(crew, ()):
-                channel = (source, crew, link.edge, direction)
-                arrived = max(self.before[crew], *(made[source] for made in makers))
-                if carry_s or latency:
-                    arrived = self.free[channel] = max(arrived, self.free[channel]) + carry_s
-                    arrived += latency
-                if not answered:
-                    self.held[source] = max(self.held[source], arrived)
-                latest = max(latest, arrived)
-            self.there[text, crew] = latest
-        return self.there[text, crew]
+    def _ways(self, link: Link, k: int, direction: Direction) -> dict[int, list[_Way]]:
+        """Return the ways to each crew; of several messages from one crew to another the largest counts."""
+        routes, edge = self.program.routes, self.costs.on(link, link.edge)
+        forward = direction is Direction.FORWARD
+        most: dict[tuple[int, int], int] = {}
+        for lane in range(self.topology.modules[link.target.module].lanes):
+            for messages in routes.reaching(link, k, lane).values():
+                for message in messages:
+                    ends = self.of_rank[message.rank_source], self.of_rank[message.rank_target]
+                    pair = ends if forward else ends[::-1]
+                    most[pair] = max(message_bytes(routes.step, message), most.get(pair, 0))
+        found: dict[int, list[_Way]] = collections.defaultdict(list)
+        for (here, there), size in most.items():
+            channel = self.channels.setdefault((here, there, link.edge, direction), len(self.channels))
+            takes = (edge.carry_s(size), edge.latency) if size else (0.0, 0.0)
+            found[there].append(_Way(here, channel, *takes))
+        return found
 
     def _finish(self) -> float:
         """Sum gradients, agree, and take the step."""
         last = [max(both) for both in zip(self.last, self.held, strict=True)]
         topology, training = self.topology, self.program.order.training
         updates = [0.0] * len(last)
-        for stage, hosts in self.hosts.items() if training else ():
+        for stage, crews in self.hosts.items() if training else ():
             rank = topology.modules[stage.module].holders(stage, 0)[0]
             if Reduce(stage) in tuple(self.program.finish(rank)):
-                end = max(last[crew] for crew in hosts) + self.costs.of(stage).reduce
-                for crew in hosts:
+                end = max(last[crew] for crew in crews) + self.costs.of(stage).reduce
+                for crew in crews:
                     last[crew] = end
-            for crew in hosts:
+            for crew in crews:
                 updates[crew] += self.costs.of(stage).update
         return max(last, default=0.0) + max(updates, default=0.0)
-
-
-def _ways(
-    program: Program, costs: Costs, link: Link, of_rank: Mapping[int, int]
-) -> dict[tuple[int, bool], dict[int, list[_Way]]]:
-    """Return, per microbatch of a link's target that others are like and per direction, the ways to each crew.
-
-    Of several messages from one crew to another the largest counts.
-    """
-    routes, lanes = program.routes, range(program.topology.modules[link.target.module].lanes)
-    edge = costs.on(link, link.edge)
-    found: dict[tuple[int, bool], dict[int, list[_Way]]] = {}
-    for k in routes.firsts(link):
-        most: dict[tuple[int, int], int] = {}
-        for lane in lanes:
-            for messages in routes.reaching(link, k, lane).values():
-                for message in messages:
-                    pair = of_rank[message.rank_source], of_rank[message.rank_target]
-                    most[pair] = max(message_bytes(routes.step, message), most.get(pair, 0))
-        forth: dict[int, list[_Way]] = collections.defaultdict(list)
-        back: dict[int, list[_Way]] = collections.defaultdict(list)
-        for (source, target), size in most.items():
-            takes = (edge.carry_s(size), edge.latency) if size else (0.0, 0.0)
-            forth[target].append((source, *takes))
-            back[source].append((target, *takes))
-        found[k, True], found[k, False] = forth, back
-    return found

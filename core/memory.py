@@ -82,6 +82,14 @@ def most_bytes(program: Program, rank: int) -> int:
     return kept(program.topology, rank).bytes + held
 
 
+def bytes_in_flight(program: Program, rank: int) -> int:
+    """Return the bytes that a rank holds at most, but for messages: the compute actions of its order are enough."""
+    stages = {info.stage for info in program.topology.stages_of(rank)}
+    computed = [action for action in program.order.actions if action.stage in stages]
+    held = max((change.activations for change in _changes(program, rank, computed)), default=0)
+    return kept(program.topology, rank).bytes + held
+
+
 def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
     events = timeline.events_of(rank)
     always = kept(timeline.program.topology, rank)

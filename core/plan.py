@@ -26,7 +26,7 @@ from mimogrid.core.errors import PlanError
 from mimogrid.core.layout import place
 from mimogrid.core.legality import SCHEDULES, problems_of
 from mimogrid.core.lockstep import crews_of, limit_s, lockstep
-from mimogrid.core.memory import most_bytes, saved_bytes
+from mimogrid.core.memory import bytes_in_flight, most_bytes, saved_bytes
 from mimogrid.core.plan_options import Illegal, Menu, Option, menu_of
 from mimogrid.core.plan_walk import BESIDE, Candidate, Miss, Walk, walk
 from mimogrid.core.pricing import Machine, on_machine
@@ -46,7 +46,9 @@ BUDGET = 300_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
-TOLD = 8
+LOWERED = 4
+"""What lowering an action costs, in actions that are simulated."""
+TOLD = 6
 """Layouts that fit and are told."""
 SHOWN = 3
 """Layouts that are told of those that do not fit, and of those that are illegal."""
@@ -289,17 +291,13 @@ class _Judged:
         """Return a layout with its time for the whole step and its memory, which the short one shows."""
         question, spec = self.question, layout.spec
         topology = question.topology(spec)
-        timed = self._timed(spec, topology, spec)
         peaks = self._peaks(_short(spec))
-        most = {n: max(peaks[rank] for rank in m.grid.ranks) for n, m in topology.modules.items()}
+        most = {name: size for name, (_, size) in peaks.items()}
         largest = max(most, key=most.__getitem__)
-        fits = most[largest] <= question.memory_bytes
-        return attrs.evolve(
-            timed,
-            kind=SLOWER if fits else TOO_LARGE,
-            reason="" if fits else _too_much(topology, largest, peaks, question.memory_bytes),
-            peak_bytes=most,
-        )
+        if most[largest] <= question.memory_bytes:
+            return attrs.evolve(self._timed(spec, topology, spec), peak_bytes=most)
+        reason = _too_much(topology, largest, *peaks[largest], question.memory_bytes)
+        return attrs.evolve(layout, kind=TOO_LARGE, reason=reason, peak_bytes=most)
 
     def _timed(self, spec: JobSpec, topology: Topology, played: JobSpec) -> Layout:
         """Time so many microbatches of a layout as are `played`; the others go on at the pace of the busiest rank."""
@@ -347,23 +345,23 @@ class _Judged:
             self._orders[key] = order_of(topology)
         return self._orders[key]
 
-    def _peaks(self, played: JobSpec) -> dict[int, int]:
-        """Return what each rank holds at most; of those that host the same stages the one with most samples counts."""
+    def _peaks(self, played: JobSpec) -> dict[str, tuple[int, int]]:
+        """Return, per module, the rank that holds most of those with it, and how many bytes that is.
+
+        Of ranks that host the same stages the one with most samples counts; of several such the one that keeps most
+        for microbatches in flight is lowered, and its messages are counted.
+        """
         program = self._program(played)
-        topology, step = program.topology, program.routes.step
-        peaks: dict[int, int] = {}
-        for ranks in crews_of(topology):
-            stages = topology.stages_of(ranks[0])
-            lanes = [topology.modules[info.stage.module] for info in stages]
-
-            def saved(rank: int) -> int:
-                return sum(
-                    saved_bytes(step, info.stage, module.lane_of(rank), 0)
-                    for info, module in zip(stages, lanes, strict=True)
-                )
-
-            peak = most_bytes(program, max(ranks, key=saved))
-            peaks |= dict.fromkeys(ranks, peak)
+        topology = program.topology
+        kept_most = {rank: bytes_in_flight(program, rank) for rank in (_fullest(program, ranks) for ranks in crews_of(topology))}
+        peaks: dict[str, tuple[int, int]] = {}
+        known: dict[int, int] = {}
+        for name, module in topology.modules.items():
+            rank = max((rank for rank in kept_most if rank in module.grid), key=lambda rank: (kept_most[rank], -rank))
+            if rank not in known:
+                known[rank] = most_bytes(program, rank)
+                self.effort += LOWERED * sum(len(program.order.of(i.stage)) for i in topology.stages_of(rank))
+            peaks[name] = rank, known[rank]
         return peaks
 
 
@@ -409,11 +407,22 @@ def _work(topology: Topology, costs: Costs) -> Iterator[tuple[str, float]]:
         yield name, each * module.microbatches * ranks
 
 
-def _too_much(topology: Topology, module: str, peaks: Mapping[int, int], cap: float) -> str:
-    grid = topology.modules[module].grid
-    rank = max(grid.ranks, key=lambda rank: (peaks[rank], -rank))
-    stage = f"{module}.{grid.position_along('pp', rank)}"
-    return f"does not fit: {needs(stage, peaks[rank], cap)}"
+def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, cap: float) -> str:
+    stage = f"{module}.{topology.modules[module].grid.position_along('pp', rank)}"
+    return f"does not fit: {needs(stage, size_bytes, cap)}"
+
+
+def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
+    """Return the rank, of some that host the same stages, that keeps most of a microbatch."""
+    step = program.routes.step
+    stages = [info.stage for info in program.topology.stages_of(ranks[0])]
+    modules = [program.topology.modules[stage.module] for stage in stages]
+
+    def saved(rank: int) -> int:
+        lanes = (module.lane_of(rank) for module in modules)
+        return sum(saved_bytes(step, stage, lane, 0) for stage, lane in zip(stages, lanes, strict=True))
+
+    return max(ranks, key=saved)
 
 
 def needs(what: str, size_bytes: float, cap: float) -> str:
