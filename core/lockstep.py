@@ -9,8 +9,9 @@ be lowered: what a rank posts and waits for stands, in `lower`, at fixed places 
     a message    is carried once both ends have posted it, in turn with others on its way, and arrives a latency later
     a send       that no answer comes for is waited for before the next action after it has been read
 
-A crew never waits for less than its ranks do, so the time is that of `simulate`, or more: more only where the ranks
-of a crew have peers of different crews. Modules that share all of their ranks, or none, have no such crews.
+A crew never waits for less than its ranks do, so the time is that of `simulate`, or more: more where the ranks of a
+crew have peers of different crews, as in modules that share some of their ranks, and where `lower` posts a receive
+earlier, because one behind it must be posted earlier.
 """
 
 import collections
@@ -90,7 +91,9 @@ def limit_s(program: Program, costs: Costs, timed: Lockstep) -> float:
             ins[info.stage] = max(
                 (ins[link.source] + costs.of(link.source).forward for link in feeders), default=0.0
             )
-            outs[info.stage] = max((outs[source] + _gives_s(order, costs, source) for source in back), default=0.0)
+            outs[info.stage] = max(
+                (outs[source] + _gives_s(order, costs, source) for source in back), default=0.0
+            )
     bounds = [0.0]
     for beats, busy in zip(timed.beats, timed.busy_s, strict=True):
         stages = {beat.action.stage for beat in beats}
@@ -170,9 +173,7 @@ class _Walk:
                 for way in Direction:
                     self.made[info.stage, way] = [[0.0] * len(self.crews) for _ in range(module.microbatches)]
         self.channels: dict[Hashable, int] = {}
-        mail = {
-            (link, way): self._mail(link, way) for link in self.topology.links for way in Direction
-        }
+        mail = {(link, way): self._mail(link, way) for link in self.topology.links for way in Direction}
         self.parts = {stage: {kind: self._part(stage, kind, mail) for kind in Kind} for stage in self.hosts}
         self.free = [0.0] * len(self.channels)
         self.last, self.before, self.held = ([0.0] * len(self.crews) for _ in range(3))
@@ -230,7 +231,9 @@ class _Walk:
             reads = tuple(mail[link, Direction.FORWARD] for link in self.topology.links_into(stage))
         elif kind is not Kind.WEIGHT_GRADIENT:
             made = self.made[stage, Direction.BACKWARD]
-            answers = (link for link in self.topology.links_from(stage) if link in self.program.order.gradients)
+            answers = (
+                link for link in self.topology.links_from(stage) if link in self.program.order.gradients
+            )
             reads = tuple(mail[link, Direction.BACKWARD] for link in answers)
         return _Part(
             crews=self.hosts[stage],

@@ -41,7 +41,6 @@ from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-INTERLEAVED = "interleaved"
 BUDGET = 300_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
@@ -50,6 +49,13 @@ LOWERED = 4
 """What lowering an action costs, in actions that are simulated."""
 TOLD = 6
 """Layouts that fit and are told."""
+ONE = frozenset({"1f1b", "interleaved"})
+"""Two names of one order: what interleaves is that ranks have several chunks."""
+WHOLE = frozenset({"gpipe", AUTO})
+TUNED = 2
+"""On how many of the best layouts `auto` is tried."""
+TUNED_AT_MOST = 6_000
+"""Actions of a step, of all stages: `auto` tries orders of a larger one for too long."""
 SHOWN = 3
 """Layouts that are told of those that do not fit, and of those that are illegal."""
 
@@ -168,9 +174,9 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     )
     found = _Judged(question, main)
     least = found.candidates(walked, budget)
-    found.confirm(budget + budget // 2)
-    found.orders(2 * budget)
-    found.confirm(2 * budget)
+    found.confirm(0)
+    found.orders(budget // 2)
+    found.confirm(budget // 3)
     own = found.own(question.spec)
     ranked = found.told
     best = ranked[0] if ranked else None
@@ -204,6 +210,7 @@ class _Judged:
     simulated: int = 0
     effort: int = 0
     _orders: dict[object, Order] = attrs.field(factory=dict[object, Order])
+    """By all that an order depends on."""
 
     def candidates(self, walked: Walk, budget: int) -> float:
         """Simulate candidates while their bounds promise anything; return the least bound of what is left."""
@@ -219,28 +226,47 @@ class _Judged:
         return walked.passed
 
     def orders(self, budget: int) -> None:
-        """Try other orders on the best layouts."""
+        """Try other orders on the best layouts, and on those that are small enough the one that `auto` finds."""
+        until = self.effort + budget
         for i in self._ranked()[:REFINED]:
             layout = self.layouts[i]
             if layout.step_s <= layout.limit_s:
                 continue
             for name in SCHEDULES:
                 other = self._under(layout.spec, name)
-                if other is not None and self.effort < budget:
+                if other is not None and self.effort < until:
                     self.judge(other)
+        for i in self._ranked()[:TUNED]:
+            layout = self.layouts[i]
+            actions = 2 * sum(
+                len(m.stages) * m.microbatches for m in self.question.topology(layout.spec).modules.values()
+            )
+            if actions <= TUNED_AT_MOST and layout.step_s > layout.limit_s:
+                self.judge(self._tuned(layout.spec))
+
+    def _tuned(self, spec: JobSpec) -> JobSpec:
+        """Return a layout under `auto`, whose order goes by costs: so they stand in the job."""
+        step = step_of(self.question.topology(spec), self.question.samples)
+        schedule = attrs.evolve(
+            spec.schedule,
+            name=AUTO,
+            costs=on_machine(step, self.question.machine, spread=True),
+        )
+        return attrs.evolve(spec, schedule=schedule)
 
     def _under(self, spec: JobSpec, name: str) -> JobSpec | None:
         """Return a layout under another order, unless that is illegal, or the same."""
-        if name in {spec.schedule.name, INTERLEAVED, AUTO}:
+        if name in ONE | {AUTO, spec.schedule.name}:
             return None
         other = attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, name=name))
         return None if problems_of(other, self.question.facts) else other
 
     def confirm(self, budget: int) -> None:
         """Weigh the best layouts, and time them for the whole step; the very best in any case."""
+        until = self.effort + budget
         while True:
             ranked = self._ranked()[:TOLD]
-            if not ranked or (self.effort >= budget and ranked[0] in self.whole):
+            if not ranked or (self.effort >= until and ranked[0] in self.whole):
                 return
             i = next((i for i in ranked if i not in self.whole), None)
             if i is None:
@@ -336,11 +362,19 @@ class _Judged:
     def _order(self, topology: Topology) -> Order:
         """Return the order of a layout; it is the same for all with as many stages on as many ranks in common."""
         schedule = topology.spec.schedule
-        if schedule.name == AUTO or schedule.memory_gb is not None:
-            return order_of(topology)
         work = work_of(topology, training=True, splits=True)
         counts = tuple(module.microbatches for module in topology.modules.values())
-        key = schedule.name, tuple(topology.stages), counts, work.backward, work.gradients, work.split, work.rivals
+        key = (
+            schedule.name,
+            tuple(topology.stages),
+            counts,
+            work.backward,
+            work.gradients,
+            work.split,
+            work.rivals,
+        )
+        if schedule.name == AUTO or schedule.memory_gb is not None:
+            key = *key, shown(topology.spec), tuple(module.split for module in topology.spec.modules.values())
         if key not in self._orders:
             self._orders[key] = order_of(topology)
         return self._orders[key]
@@ -353,11 +387,16 @@ class _Judged:
         """
         program = self._program(played)
         topology = program.topology
-        kept_most = {rank: bytes_in_flight(program, rank) for rank in (_fullest(program, ranks) for ranks in crews_of(topology))}
+        kept_most = {
+            rank: bytes_in_flight(program, rank)
+            for rank in (_fullest(program, ranks) for ranks in crews_of(topology))
+        }
         peaks: dict[str, tuple[int, int]] = {}
         known: dict[int, int] = {}
         for name, module in topology.modules.items():
-            rank = max((rank for rank in kept_most if rank in module.grid), key=lambda rank: (kept_most[rank], -rank))
+            rank = max(
+                (rank for rank in kept_most if rank in module.grid), key=lambda rank: (kept_most[rank], -rank)
+            )
             if rank not in known:
                 known[rank] = most_bytes(program, rank)
                 self.effort += LOWERED * sum(len(program.order.of(i.stage)) for i in topology.stages_of(rank))
@@ -368,7 +407,7 @@ class _Judged:
 def _short(spec: JobSpec) -> JobSpec:
     """Return the job with fewer microbatches of the same size, enough to fill its pipelines twice and drain them.
 
-    GPipe holds all of them, so it is played whole.
+    GPipe holds all of them, and `auto` finds another order for fewer, so these are played whole.
     """
     count = spec.batch.microbatches
     modules = spec.modules.values()
@@ -377,7 +416,7 @@ def _short(spec: JobSpec) -> JobSpec:
     for few in range(deep, count):
         whole = count % few == 0 and all(m * few % count == 0 for m in own)
         if (
-            spec.schedule.name != "gpipe"
+            spec.schedule.name not in WHOLE
             and whole
             and all(m.chunks == 1 or few % m.grid.pp == 0 for m in modules)
         ):
