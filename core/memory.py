@@ -4,18 +4,20 @@ Some are there all the time: weights, gradients, and what the optimizer keeps, t
 from the table of parameters, exactly. Others come and go with the actions of a rank's timeline:
 
     RECV  .....  WAIT           a receive is given its buffer when it is posted; what has arrived, an action reads
-          F  ................  B  or W      what a forward keeps for its backward, until the last of that is through
+          F  ................  B  or I      what a forward keeps for its backward, until that is through
+          I  ................  W            what the gradients of weights are made of, inputs and gradients of outputs
           SEND  ........  WAIT  a send keeps its buffer until it is waited for
 
 What a forward keeps is an estimate (`footprint`). Temporary buffers and the allocator's losses are not in it, nor is
-a module of the user's own. A split backward gives nothing back before its second half.
+a module of the user's own.
 """
 
+import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.footprint import VALUE_BYTES, Kept, kept, saved_values
+from mimogrid.core.footprint import VALUE_BYTES, Kept, kept, noted_values, saved_values
 from mimogrid.core.models import Own
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
 from mimogrid.core.schedule.lower import Program, link_of
@@ -84,8 +86,9 @@ def most_bytes(program: Program, rank: int) -> int:
 
 def bytes_in_flight(program: Program, rank: int) -> int:
     """Return the bytes that a rank holds at most, but for messages: the compute actions of its order are enough."""
-    stages = {info.stage for info in program.topology.stages_of(rank)}
-    computed = [action for action in program.order.actions if action.stage in stages]
+    order = program.order
+    lists = [order.of(info.stage) for info in program.topology.stages_of(rank)]
+    computed = lists[0] if len(lists) == 1 else sorted(itertools.chain(*lists), key=order.index.__getitem__)
     held = max((change.activations for change in _changes(program, rank, computed)), default=0)
     return kept(program.topology, rank).bytes + held
 
@@ -129,11 +132,14 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
                 if last[stage] is Kind.FORWARD:
                     continue
                 activations += saved_bytes(step, stage, lanes[stage], k)
-            case Compute(kind=kind, stage=stage, microbatch=k):
-                if kind is not last[stage]:
-                    continue
+            case Compute(kind=Kind.INPUT_GRADIENT, stage=stage, microbatch=k):
                 takes = False
+                activations += noted_bytes(step, stage, lanes[stage], k)
                 activations -= saved_bytes(step, stage, lanes[stage], k)
+            case Compute(kind=kind, stage=stage, microbatch=k):
+                takes = False
+                left = saved_bytes if kind is Kind.BACKWARD else noted_bytes
+                activations -= left(step, stage, lanes[stage], k)
             case Wait(transfer=transfer):
                 takes = False
                 buffers -= moved.pop(transfer)
@@ -153,6 +159,16 @@ def saved_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
         return 0
     recompute = topology.spec.modules[module.name].recompute
     values = saved_values(module, info, step.hop_shape(stage, lane, microbatch), recompute)
+    return round(VALUE_BYTES[topology.spec.precision] * values)
+
+
+def noted_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
+    """Return what a lane of a stage keeps between the halves of a split backward, on each rank."""
+    topology = step.topology
+    module, info = topology.modules[stage.module], topology.stages[stage]
+    if isinstance(module.model, Own):
+        return 0
+    values = noted_values(module, info, step.hop_shape(stage, lane, microbatch))
     return round(VALUE_BYTES[topology.spec.precision] * values)
 
 

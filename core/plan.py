@@ -24,7 +24,7 @@ from mimogrid.core.costs import Costs
 from mimogrid.core.flops import model_flops
 from mimogrid.core.errors import PlanError
 from mimogrid.core.layout import place
-from mimogrid.core.legality import SCHEDULES, problems_of
+from mimogrid.core.legality import RECOMPUTES, SCHEDULES, problems_of
 from mimogrid.core.lockstep import crews_of, limit_s, lockstep
 from mimogrid.core.memory import bytes_in_flight, most_bytes, saved_bytes
 from mimogrid.core.plan_options import Illegal, Menu, Option, menu_of
@@ -153,30 +153,21 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     step = step_of(question.topology(question.spec), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
-    menus = {
-        name: menu_of(
-            name,
-            step=step,
-            machine=question.machine,
-            ranks=question.gpus,
-            spec=question.spec,
-            facts=question.facts,
-        )
-        for name in question.spec.modules
-    }
-    walked = walk(
-        menus,
-        step.topology.graph,
-        main,
-        ranks=question.gpus,
-        cap=question.memory_bytes,
-        samples=len(question.samples),
-    )
+    menus = _menus(question, step)
+    walked = _walked(question, step, menus, main)
     found = _Judged(question, main)
     least = found.candidates(walked, budget)
-    found.confirm(0)
+    looked_at = walked.looked_at
+    for other in _recomputing(question, main):
+        best_s = min((found.layouts[i].step_s for i in found.confirm(1, 0)), default=math.inf)
+        if any(miss.bound < best_s for miss in walked.misses):
+            more_step = step_of(other.topology(other.spec), other.samples)
+            more = _walked(other, more_step, _menus(other, more_step), main, below=best_s)
+            least = min(least, found.candidates(more, budget, other))
+            looked_at += more.looked_at
+    found.confirm(REFINED, budget // 3)
     found.orders(budget // 2)
-    found.confirm(budget // 3)
+    found.confirm(TOLD, budget // 3)
     own = found.own(question.spec)
     ranked = found.told
     best = ranked[0] if ranked else None
@@ -189,11 +180,49 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
         layouts=(*told, *([mine] if own.kind != SLOWER else []), *rest),
         own=mine,
         main=main,
-        looked_at=walked.looked_at,
+        looked_at=looked_at,
         simulated=found.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
         nearest_miss="" if best else _nearest(walked, found.layouts, question),
     )
+
+
+def _menus(question: Question, step: Step) -> dict[str, Menu]:
+    return {
+        name: menu_of(
+            name,
+            step=step,
+            machine=question.machine,
+            ranks=question.gpus,
+            spec=question.spec,
+            facts=question.facts,
+        )
+        for name in question.spec.modules
+    }
+
+
+def _walked(
+    question: Question, step: Step, menus: Mapping[str, Menu], main: str, *, below: float = math.inf
+) -> Walk:
+    return walk(
+        menus,
+        step.topology.graph,
+        main,
+        ranks=question.gpus,
+        cap=question.memory_bytes,
+        samples=len(question.samples),
+        below=below,
+    )
+
+
+def _recomputing(question: Question, main: str) -> Iterator[Question]:
+    """Yield the question with more and more recomputed in the main module."""
+    module = question.spec.modules[main]
+    if isinstance(module.options, Mapping):
+        return
+    for level in RECOMPUTES[RECOMPUTES.index(module.recompute) + 1 :]:
+        modules = {**question.spec.modules, main: attrs.evolve(module, recompute=level)}
+        yield attrs.evolve(question, spec=attrs.evolve(question.spec, modules=modules))
 
 
 # -- judging layouts by simulation -------------------------------------------------------------------------
@@ -212,15 +241,16 @@ class _Judged:
     _orders: dict[object, Order] = attrs.field(factory=dict[object, Order])
     """By all that an order depends on."""
 
-    def candidates(self, walked: Walk, budget: int) -> float:
+    def candidates(self, walked: Walk, budget: int, question: Question | None = None) -> float:
         """Simulate candidates while their bounds promise anything; return the least bound of what is left."""
-        best = math.inf
+        until = self.effort + budget
+        best = min((layout.step_s for layout in self.layouts if layout.kind == SLOWER), default=math.inf)
         for candidate in walked.candidates:
             if candidate.bound >= best:
                 return best
-            if self.effort >= budget:
+            if self.effort >= until:
                 return min(candidate.bound, walked.passed)
-            layout = self.layouts[self.judge(layout_of(self.question, self.main, candidate))]
+            layout = self.layouts[self.judge(layout_of(question or self.question, self.main, candidate))]
             if layout.kind == SLOWER:
                 best = min(best, layout.step_s)
         return walked.passed
@@ -261,16 +291,17 @@ class _Judged:
         other = attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, name=name))
         return None if problems_of(other, self.question.facts) else other
 
-    def confirm(self, budget: int) -> None:
-        """Weigh the best layouts, and time them for the whole step; the very best in any case."""
+    def confirm(self, count: int, budget: int) -> list[int]:
+        """Weigh so many of the best layouts, and time them for the whole step; the very best in any case.
+
+        Return the numbers of those best ones that were confirmed.
+        """
         until = self.effort + budget
         while True:
-            ranked = self._ranked()[:TOLD]
-            if not ranked or (self.effort >= until and ranked[0] in self.whole):
-                return
+            ranked = self._ranked()[:count]
             i = next((i for i in ranked if i not in self.whole), None)
-            if i is None:
-                return
+            if i is None or (self.effort >= until and ranked[0] in self.whole):
+                return [i for i in ranked if i in self.whole]
             self.layouts[i] = self._confirmed(self.layouts[i])
             self.whole.add(i)
 
@@ -540,6 +571,7 @@ def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:
     module, grid = spec.modules[name], spec.modules[name].grid
     sizes = [f"{axis}={size}" for axis in ("tp", "cp", "ep", "pp", "dp") if (size := getattr(grid, axis)) > 1]
     more = [f"chunks={module.chunks}"] * (module.chunks > 1) + ["uneven"] * (module.split is not None)
+    more += [f"recompute={module.recompute}"] * (module.recompute != "none")
     own = [f"m={module.microbatches}"] * (module.microbatches is not None)
     return " ".join([name, *(sizes or ["tp=1"]), *more, *own, f"@{offset}"])
 

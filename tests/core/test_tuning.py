@@ -117,10 +117,16 @@ def big(name: str, cap: float | None = None) -> Topology:
 
 def test_a_cap_on_memory_is_kept() -> None:
     """The less memory there is, the fewer microbatches in flight, down to an order that just fits."""
-    needs = {name: max(bytes_needed(big(name), order_of(big(name)).credits).values()) for name in NAMED}
+    orders = {name: order_of(big(name)) for name in NAMED}
+    needs = {
+        name: max(bytes_needed(big(name), order.credits, order.split).values())
+        for name, order in orders.items()
+    }
     cap = 0.9 * needs["1f1b"] / 1e9
     order = order_of(big("auto", cap))
-    assert max(bytes_needed(big("auto"), order.credits).values()) <= cap * 1e9 < min(needs.values())
+    assert (
+        max(bytes_needed(big("auto"), order.credits, order.split).values()) <= cap * 1e9 < min(needs.values())
+    )
     assert tuned(big("auto", cap)).end_s > tuned(big("auto")).end_s
 
 
