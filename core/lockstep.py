@@ -86,7 +86,7 @@ def limit_s(program: Program, costs: Costs, timed: Lockstep) -> float:
     outs: dict[Stage, float] = {}
     for name in topology.graph.order:
         for info in topology.modules[name].stages:
-            feeders = [link for link in topology.links_into(info.stage)]
+            feeders = topology.links_into(info.stage)
             back = [link.source for link in feeders if link in order.gradients]
             ins[info.stage] = max(
                 (ins[link.source] + costs.of(link.source).forward for link in feeders), default=0.0
@@ -266,8 +266,8 @@ class _Walk:
         for lane in range(self.topology.modules[link.target.module].lanes):
             for messages in routes.reaching(link, k, lane).values():
                 for message in messages:
-                    ends = self.of_rank[message.rank_source], self.of_rank[message.rank_target]
-                    pair = ends if forward else ends[::-1]
+                    source, target = self.of_rank[message.rank_source], self.of_rank[message.rank_target]
+                    pair = (source, target) if forward else (target, source)
                     most[pair] = max(message_bytes(routes.step, message), most.get(pair, 0))
         found: dict[int, list[_Way]] = collections.defaultdict(list)
         for (here, there), size in most.items():

@@ -1,15 +1,17 @@
 """Plan: the layouts of a job on so many GPUs, the fastest first, and why the others are not.
 
 What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`plan_options`); places beside
-each other or shared (`plan_walk`); the number of microbatches, so their size; the order. `plan_walk` gives layouts in
-order of their bounds, times that no order beats. They are simulated one after another with their true programs,
-until the next bound is above the best time: then nothing that was looked at is faster. A budget may end this
-earlier, and `gap` says by how much the winner could be beaten at most. Other orders are tried on the best layouts.
+each other or shared (`plan_walk`); the number of microbatches, so their size; the order; more recomputation of the main
+module where memory keeps out what would be faster. `plan_walk` gives layouts in order of their bounds, times that no
+order beats. They are simulated one after another by crews of like ranks (`lockstep`), until the next bound is above the
+best time: then nothing that was looked at is faster. A budget may end this earlier, and `gap` says by how much the
+winner could be beaten at most. Other orders are tried on the best layouts.
 
 Seconds are those of the samples as they are, spread evenly over lanes and microbatches; bytes are counted as if
-every sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few. Of a long step so many
-microbatches are simulated as fill the pipelines twice; the others go on at the pace of the busiest rank. Memory is
-estimated for 1F1B along the walk, and for each layout that is simulated counted with what is in flight when.
+every sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few dozen crews. At first so
+many microbatches of a long step are simulated as fill the pipelines twice; the others go on at the pace of the busiest
+rank. What is told in the end is confirmed: all microbatches are simulated, and of each module the rank that holds most
+is lowered, so that its messages count, too. Memory is estimated for 1F1B along the walk.
 
 GPUs that idle are paid for: the fastest layout of all is the one with most tokens per second and allocated GPU. The
 same job gives the same plan everywhere.
@@ -21,8 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 
 from mimogrid.core.costs import Costs
-from mimogrid.core.flops import model_flops
 from mimogrid.core.errors import PlanError
+from mimogrid.core.flops import model_flops
 from mimogrid.core.layout import place
 from mimogrid.core.legality import RECOMPUTES, SCHEDULES, problems_of
 from mimogrid.core.lockstep import crews_of, limit_s, lockstep
@@ -395,7 +397,7 @@ class _Judged:
         schedule = topology.spec.schedule
         work = work_of(topology, training=True, splits=True)
         counts = tuple(module.microbatches for module in topology.modules.values())
-        key = (
+        key: tuple[object, ...] = (
             schedule.name,
             tuple(topology.stages),
             counts,

@@ -51,7 +51,7 @@ ORDERS = st.sampled_from(["1f1b", "gpipe", "zb-h1", "zb-h2"])
 @settings(max_examples=15, deadline=None)
 @given(st.data(), st.sampled_from(APART), ORDERS)
 def test_the_same_time_apart(data: st.DataObject, text: str, schedule: str) -> None:
-    """Where modules share no ranks and messages take no time, a crew takes as long as its ranks do by themselves, at work and in all."""
+    """Where modules share no ranks and messages take no time, a crew takes as long as its ranks do alone."""
     program, costs = priced(data, text, schedule, edge=EdgeCosts())
     expected, found = simulate(program, costs, fold=False), lockstep(program, costs)
     assert expected.step_s == pytest.approx(found.step_s)
