@@ -8,6 +8,8 @@ be lowered: what a rank posts and waits for stands, in `lower`, at fixed places 
     a receive    is posted when the compute action before the one that reads it is next
     a message    is carried once both ends have posted it, in turn with others on its way, and arrives a latency later
     a send       that no answer comes for is waited for before the next action after it has been read
+    a sum        of a stage's gradients begins when all its ranks have posted it, which they do when the last compute
+                 action of the stage in the whole order is behind them, and the sum before it in their group is done
 
 A crew never waits for less than its ranks do, so the time is that of `simulate`, or more: more where the ranks of a
 crew have peers of different crews, as in modules that share some of their ranks, and where `lower` posts a receive
@@ -16,16 +18,18 @@ earlier, because one behind it must be posted earlier.
 
 import collections
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.costs import Costs
+from mimogrid.core.limit import sum_s, summing_s
 from mimogrid.core.routes import overlapping
-from mimogrid.core.schedule.actions import Compute, Direction, Kind, Reduce
+from mimogrid.core.schedule.actions import Compute, Direction, Kind
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.orders import Order
 from mimogrid.core.schedule.work import seconds_of
+from mimogrid.core.shards import Section, buckets_of, shared_by
 from mimogrid.core.topology import Link, Stage, Topology
 from mimogrid.core.traffic import message_bytes
 
@@ -94,12 +98,20 @@ def limit_s(program: Program, costs: Costs, timed: Lockstep) -> float:
             outs[info.stage] = max(
                 (outs[source] + _gives_s(order, costs, source) for source in back), default=0.0
             )
+    tails = {
+        stage: max(
+            summing_s(program, costs, topology.modules[stage.module].holders(stage, 0)[0], stage),
+            0.0 if stage in order.split else way,
+        )
+        if stage in order.backward
+        else 0.0
+        for stage, way in outs.items()
+    }
     bounds = [0.0]
     for beats, busy in zip(timed.beats, timed.busy_s, strict=True):
         stages = {beat.action.stage for beat in beats}
-        ends = stages <= order.backward and not stages & order.split
-        way_out = min((outs[stage] for stage in stages), default=0.0) if ends else 0.0
-        bounds.append(min((ins[stage] for stage in stages), default=0.0) + busy + way_out)
+        way_in = min((ins[stage] for stage in stages), default=0.0)
+        bounds.append(way_in + busy + min((tails[stage] for stage in stages), default=0.0))
     updates = (costs.of(stage).update for stage in topology.stages)
     return max(bounds) + max(updates, default=0.0)
 
@@ -176,14 +188,16 @@ class _Walk:
         mail = {(link, way): self._mail(link, way) for link in self.topology.links for way in Direction}
         self.parts = {stage: {kind: self._part(stage, kind, mail) for kind in Kind} for stage in self.hosts}
         self.free = [0.0] * len(self.channels)
-        self.last, self.before, self.held = ([0.0] * len(self.crews) for _ in range(3))
-        """When each crew's last action ended, the one before that, and sends that nobody answers."""
+        self.last, self.before, self.held, self.summed = ([0.0] * len(self.crews) for _ in range(4))
+        """When each crew's last action ended, the one before that, sends that nobody answers, and its sums."""
+        self.summing: dict[tuple[int, ...], float] = collections.defaultdict(float)
 
     def run(self) -> Lockstep:
         """Go through the order, then through what ends a step."""
         beats: list[list[Beat]] = [[] for _ in self.crews]
         last, before, held = self.last, self.before, self.held
-        for action in self.program.order.actions:
+        order = self.program.order
+        for action in order.actions:
             part, k = self.parts[action.stage][action.kind], action.microbatch
             begins: list[float] = []
             for crew in part.crews:
@@ -200,6 +214,8 @@ class _Walk:
                 before[crew], last[crew] = last[crew], end
                 if part.made is not None:
                     part.made[k][crew] = end
+            if order.training and action is order.of(action.stage)[-1]:
+                self._post_sums(action.stage)
         return Lockstep(self.crews, tuple(map(tuple, beats)), self._finish())
 
     def _arrives(self, mail: _Mail, text: int, crew: int) -> float:
@@ -276,17 +292,32 @@ class _Walk:
             found[there].append(_Way(here, channel, *takes))
         return found
 
+    def _post_sums(self, stage: Stage) -> None:
+        """Sum the gradients of a stage: each group when the last of its crews posts its part."""
+        for group, crews, seconds in self._sums_of(stage):
+            posted = max(self.last[crew] for crew in crews)
+            end = self.summing[group] = max(posted, self.summing[group]) + seconds
+            for crew in crews:
+                self.summed[crew] = max(self.summed[crew], end)
+
+    def _sums_of(self, stage: Stage) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
+        """Yield the groups that sum gradients of a stage, with their crews, and how long all buckets take."""
+        module = self.topology.modules[stage.module]
+        ranks = [rank for lane in range(module.lanes) for rank in module.holders(stage, lane)]
+        buckets = buckets_of(self.topology, self.topology.stages[stage], ranks[0])
+        seconds: dict[Section, float] = collections.defaultdict(float)
+        for reduce in self.program.sums(ranks[0]):
+            if reduce.stage == stage:
+                seconds[buckets[reduce.bucket].section] += sum_s(self.program, self.costs, reduce)
+        for section, takes in seconds.items():
+            for group in {shared_by(module, rank, section) for rank in ranks}:
+                yield group, {self.of_rank[rank] for rank in group}, takes
+
     def _finish(self) -> float:
-        """Sum gradients, agree, and take the step."""
-        last = [max(both) for both in zip(self.last, self.held, strict=True)]
-        topology, training = self.topology, self.program.order.training
-        updates = [0.0] * len(last)
-        for stage, crews in self.hosts.items() if training else ():
-            rank = topology.modules[stage.module].holders(stage, 0)[0]
-            if Reduce(stage) in tuple(self.program.finish(rank)):
-                end = max(last[crew] for crew in crews) + self.costs.of(stage).reduce
-                for crew in crews:
-                    last[crew] = end
+        """Wait for sends and sums, agree, and take the step."""
+        waited = map(max, self.last, self.held, self.summed)
+        updates = [0.0] * len(self.crews)
+        for stage, crews in self.hosts.items() if self.program.order.training else ():
             for crew in crews:
                 updates[crew] += self.costs.of(stage).update
-        return max(last, default=0.0) + max(updates, default=0.0)
+        return max(waited, default=0.0) + max(updates, default=0.0)
