@@ -36,7 +36,7 @@ from mimogrid.core.routes import Routes
 from mimogrid.core.samples import Sample
 from mimogrid.core.schedule.lower import Program
 from mimogrid.core.schedule.orders import Order, order_of
-from mimogrid.core.schedule.tuning import AUTO
+from mimogrid.core.schedule.tuning import AUTO, GB
 from mimogrid.core.schedule.work import work_of
 from mimogrid.core.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
 from mimogrid.core.steps import Step, step_of
@@ -277,11 +277,12 @@ class _Judged:
                 self.judge(self._tuned(layout.spec))
 
     def _tuned(self, spec: JobSpec) -> JobSpec:
-        """Return a layout under `auto`, whose order goes by costs: so they stand in the job."""
+        """Return a layout under `auto`, whose order goes by costs and a cap on memory: so they stand in the job."""
         step = step_of(self.question.topology(spec), self.question.samples)
         schedule = attrs.evolve(
             spec.schedule,
             name=AUTO,
+            memory_gb=self.question.memory_bytes / GB,
             costs=on_machine(step, self.question.machine, spread=True),
         )
         return attrs.evolve(spec, schedule=schedule)
