@@ -116,12 +116,13 @@ def test_what_is_told_is_what_a_simulation_tells(gpus):
 
 
 def test_orders_are_tried_on_the_best_layouts():
-    """Those with split backwards and `auto`, whose costs stand in the job; none twice under two names."""
+    """Those with split backwards and `auto`, whose costs and cap stand in the job; none twice under two names."""
     layouts = [layout for layout in plan(question(gpus=4, batch=32)).layouts if layout.step_s]
     names = {layout.spec.schedule.name for layout in layouts}
     assert names & {"zb-h1", "zb-h2", "auto"}
     for layout in layouts:
         assert (layout.spec.schedule.name == "auto") == (layout.spec.schedule.costs is not None)
+        assert (layout.spec.schedule.name == "auto") == (layout.spec.schedule.memory_gb is not None)
         chunks = any(module.chunks > 1 for module in layout.spec.modules.values())
         assert not (chunks and layout.spec.schedule.name == "1f1b")
 
