@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.models import BuiltIn, Gpt, Own
+from mimogrid.core.models import LAST, BuiltIn, Gpt, Own
 from mimogrid.core.optimizers import MAIN_BYTES
 from mimogrid.core.samples import Sample
 from mimogrid.core.shards import local_size, optimizer_bytes
@@ -77,6 +77,32 @@ def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recom
     return 4 * inputs / shared + linear + scores
 
 
+def noted_values(module: Module, info: StageInfo, shape: tuple[int, int, int]) -> float:
+    """Return how many values a stage keeps of a microbatch between the halves of a split backward.
+
+    They are what the products for the gradients of weights read (`shell/ledger.py`): the input of every matrix that
+    trains, and the gradient of its output. Recomputation does not make them fewer. `shape` is as in `saved_values`.
+    """
+    model = module.model
+    if isinstance(model, Own):
+        return 0.0
+    positions, samples, hidden = shape
+    tokens, tp = positions * samples, module.grid.extent("tp")
+    shared = tp if module.sequence_parallel else 1
+    middle = model.ffn * (model.top_k if model.experts else 1)
+    qkv = (model.heads + 2 * model.kv_heads) * model.head_width
+    trained = {p.layer for p in info.parameters if p.name in info.trainable and len(p.shape) > 1}
+    layers = sum(layer in trained for layer in info.layers)
+    # Outputs that ranks along tp sum have a whole gradient on each of them.
+    each = 2 * tokens * hidden / shared + 2 * tokens * hidden + tokens * (qkv + hidden + 2 * middle) / tp
+    head = (
+        tokens * (hidden + model.vocab / tp)
+        if isinstance(model, Gpt) and info.last and LAST in trained
+        else 0.0
+    )
+    return layers * each + head
+
+
 # -- for the largest sample of the source ------------------------------------------------------------------
 
 
@@ -92,11 +118,14 @@ def _most_rows(topology: Topology) -> Mapping[str, int]:
     return topology.graph.rows_out(Sample(id=0, length=source.length or 0, rows=source.rows))
 
 
-def most_bytes_in_flight(topology: Topology, stage: Stage) -> float:
-    """Return what a rank of a stage keeps for a microbatch in flight, at most."""
+def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = False) -> float:
+    """Return what a rank of a stage keeps for a microbatch in flight, at most; more if its backward is `split`."""
     module, info = topology.modules[stage.module], topology.stages[stage]
     recompute = topology.spec.modules[stage.module].recompute
-    values = saved_values(module, info, largest_shape(topology, module), recompute)
+    shape = largest_shape(topology, module)
+    values = saved_values(module, info, shape, recompute)
+    if split:
+        values = max(values, noted_values(module, info, shape))
     return VALUE_BYTES[topology.spec.precision] * values
 
 

@@ -40,7 +40,7 @@ def limit_s(program: Program, costs: Costs, classes: Classes, listing: Listing, 
     heads = [0.0] * len(before)
     tails = [0.0] * len(before)
     for (rank, stage, kind), found in nodes.at.items():
-        summing = 0.0 if kind is Kind.FORWARD else _summing_s(program, costs, rank, stage)
+        summing = 0.0 if kind is Kind.FORWARD else summing_s(program, costs, rank, stage)
         for node in found.values():
             tails[node] = max(tails[node], summing)
     for node in order:
@@ -64,7 +64,7 @@ def limit_s(program: Program, costs: Costs, classes: Classes, listing: Listing, 
     return max(bounds, default=0.0) + max(updates, default=0.0)
 
 
-def _summing_s(program: Program, costs: Costs, rank: int, stage: Stage) -> float:
+def summing_s(program: Program, costs: Costs, rank: int, stage: Stage) -> float:
     """Return how long the sums of a stage's gradients take on a rank at least: those of one group follow each other."""
     seconds: dict[tuple[int, ...], float] = collections.defaultdict(float)
     for reduce in program.sums(rank):

@@ -4,18 +4,20 @@ Some are there all the time: weights, gradients, and what the optimizer keeps, t
 from the table of parameters, exactly. Others come and go with the actions of a rank's timeline:
 
     RECV  .....  WAIT           a receive is given its buffer when it is posted; what has arrived, an action reads
-          F  ................  B  or W      what a forward keeps for its backward, until the last of that is through
+          F  ................  B  or I      what a forward keeps for its backward, until that is through
+          I  ................  W            what the gradients of weights are made of, inputs and gradients of outputs
           SEND  ........  WAIT  a send keeps its buffer until it is waited for
 
 What a forward keeps is an estimate (`footprint`). Temporary buffers and the allocator's losses are not in it, nor is
-a module of the user's own. A split backward gives nothing back before its second half.
+a module of the user's own.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.footprint import VALUE_BYTES, Kept, kept, saved_values
+from mimogrid.core.footprint import VALUE_BYTES, Kept, kept, noted_values, saved_values
 from mimogrid.core.models import Own
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
 from mimogrid.core.schedule.lower import Program, link_of
@@ -76,43 +78,77 @@ def peak_bytes(timeline: Timeline) -> dict[int, int]:
     return {rank: level.bytes for rank, level in peaks(timeline).items()}
 
 
+def most_bytes(program: Program, rank: int) -> int:
+    """Return the bytes that a rank holds at most; only the order of its actions counts, not when they are."""
+    held = max((change.activations + change.buffers for change in _changes(program, rank)), default=0)
+    return kept(program.topology, rank).bytes + held
+
+
+def bytes_in_flight(program: Program, rank: int) -> int:
+    """Return the bytes that a rank holds at most, but for messages: the compute actions of its order are enough."""
+    order = program.order
+    lists = [order.of(info.stage) for info in program.topology.stages_of(rank)]
+    computed = lists[0] if len(lists) == 1 else sorted(itertools.chain(*lists), key=order.index.__getitem__)
+    held = max((change.activations for change in _changes(program, rank, computed)), default=0)
+    return kept(program.topology, rank).bytes + held
+
+
 def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
-    step = timeline.program.routes.step
+    events = timeline.events_of(rank)
+    always = kept(timeline.program.topology, rank)
+    yield Level(0.0, None, always, 0, 0)
+    for change in _changes(timeline.program, rank, [event.action for event in events]):
+        event = events[change.place]
+        at = event.begin_s if change.takes else event.end_s
+        yield Level(at, event.action, always, change.activations, change.buffers)
+
+
+@attrs.frozen
+class _Change:
+    """After the action at a place, which takes bytes as it begins or gives some back as it ends, this is held."""
+
+    place: int
+    takes: bool
+    activations: int
+    buffers: int
+
+
+def _changes(program: Program, rank: int, actions: Sequence[Action] | None = None) -> Iterator[_Change]:
+    """Yield how what a rank holds changes along its actions (default: those of its program)."""
+    actions = program.of(rank) if actions is None else actions
+    step = program.routes.step
     lanes = {
         info.stage: step.topology.modules[info.stage.module].lane_of(rank)
         for info in step.topology.stages_of(rank)
     }
-    last = {
-        event.action.stage: event.action.kind
-        for event in timeline.events_of(rank)
-        if isinstance(event.action, Compute)
-    }
+    last = {action.stage: action.kind for action in actions if isinstance(action, Compute)}
     sizes: dict[Hashable, int] = {}
     moved: dict[Transfer, int] = {}
-    always = kept(step.topology, rank)
     activations = buffers = 0
-    yield Level(0.0, None, always, 0, 0)
-    for event in timeline.events_of(rank):
-        at = event.begin_s
-        match event.action:
+    for place, action in enumerate(actions):
+        takes = True
+        match action:
             case Compute(kind=Kind.FORWARD, stage=stage, microbatch=k):
                 if last[stage] is Kind.FORWARD:
                     continue
                 activations += saved_bytes(step, stage, lanes[stage], k)
-            case Compute(kind=kind, stage=stage, microbatch=k):
-                if kind is not last[stage]:
-                    continue
-                at = event.end_s
+            case Compute(kind=Kind.INPUT_GRADIENT, stage=stage, microbatch=k):
+                takes = False
+                activations += noted_bytes(step, stage, lanes[stage], k)
                 activations -= saved_bytes(step, stage, lanes[stage], k)
+            case Compute(kind=kind, stage=stage, microbatch=k):
+                takes = False
+                left = saved_bytes if kind is Kind.BACKWARD else noted_bytes
+                activations -= left(step, stage, lanes[stage], k)
             case Wait(transfer=transfer):
-                at = event.end_s
+                takes = False
                 buffers -= moved.pop(transfer)
             case Send() | Recv() as transfer:
-                moved[transfer] = _moved_bytes(timeline.program, rank, transfer, sizes)
+                moved[transfer] = _moved_bytes(program, rank, transfer, sizes)
                 buffers += moved[transfer]
             case _:
                 continue
-        yield Level(at, event.action, always, activations, buffers)
+        yield _Change(place, takes, activations, buffers)
 
 
 def saved_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
@@ -123,6 +159,16 @@ def saved_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
         return 0
     recompute = topology.spec.modules[module.name].recompute
     values = saved_values(module, info, step.hop_shape(stage, lane, microbatch), recompute)
+    return round(VALUE_BYTES[topology.spec.precision] * values)
+
+
+def noted_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
+    """Return what a lane of a stage keeps between the halves of a split backward, on each rank."""
+    topology = step.topology
+    module, info = topology.modules[stage.module], topology.stages[stage]
+    if isinstance(module.model, Own):
+        return 0
+    values = noted_values(module, info, step.hop_shape(stage, lane, microbatch))
     return round(VALUE_BYTES[topology.spec.precision] * values)
 
 

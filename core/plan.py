@@ -1,15 +1,17 @@
 """Plan: the layouts of a job on so many GPUs, the fastest first, and why the others are not.
 
 What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`plan_options`); places beside
-each other or shared (`plan_walk`); the number of microbatches, so their size; the order. `plan_walk` gives layouts in
-order of their bounds, times that no order beats. They are simulated one after another with their true programs,
-until the next bound is above the best time: then nothing that was looked at is faster. A budget may end this
-earlier, and `gap` says by how much the winner could be beaten at most. Other orders are tried on the best layouts.
+each other or shared (`plan_walk`); the number of microbatches, so their size; the order; more recomputation of the main
+module where memory keeps out what would be faster. `plan_walk` gives layouts in order of their bounds, times that no
+order beats. They are simulated one after another by crews of like ranks (`lockstep`), until the next bound is above the
+best time: then nothing that was looked at is faster. A budget may end this earlier, and `gap` says by how much the
+winner could be beaten at most. Other orders are tried on the best layouts.
 
 Seconds are those of the samples as they are, spread evenly over lanes and microbatches; bytes are counted as if
-every sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few. Of a long step so many
-microbatches are simulated as fill the pipelines twice; the others go on at the pace of the busiest rank. Memory is
-estimated for 1F1B along the walk, and for each layout that is simulated counted with what is in flight when.
+every sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few dozen crews. At first so
+many microbatches of a long step are simulated as fill the pipelines twice; the others go on at the pace of the busiest
+rank. What is told in the end is confirmed: all microbatches are simulated, and of each module the rank that holds most
+is lowered, so that its messages count, too. Memory is estimated for 1F1B along the walk.
 
 GPUs that idle are paid for: the fastest layout of all is the one with most tokens per second and allocated GPU. The
 same job gives the same plan everywhere.
@@ -21,25 +23,41 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 
 from mimogrid.core.costs import Costs
+from mimogrid.core.errors import PlanError
 from mimogrid.core.flops import model_flops
 from mimogrid.core.layout import place
-from mimogrid.core.legality import SCHEDULES, problems_of
-from mimogrid.core.memory import peak_bytes
+from mimogrid.core.legality import RECOMPUTES, SCHEDULES, problems_of
+from mimogrid.core.lockstep import crews_of, limit_s, lockstep
+from mimogrid.core.memory import bytes_in_flight, most_bytes, saved_bytes
 from mimogrid.core.plan_options import Illegal, Menu, Option, menu_of
 from mimogrid.core.plan_walk import BESIDE, Candidate, Miss, Walk, walk
 from mimogrid.core.pricing import Machine, on_machine
+from mimogrid.core.routes import Routes
 from mimogrid.core.samples import Sample
-from mimogrid.core.schedule.lower import plan_step
-from mimogrid.core.simulate import simulate
+from mimogrid.core.schedule.lower import Program
+from mimogrid.core.schedule.orders import Order, order_of
+from mimogrid.core.schedule.tuning import AUTO, GB
+from mimogrid.core.schedule.work import work_of
 from mimogrid.core.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
 from mimogrid.core.steps import Step, step_of
 from mimogrid.core.topology import Topology, assemble
 
 
-BUDGET = 150_000
+BUDGET = 300_000
 """Actions that are simulated before no further layout is begun; ranks that live alike count once."""
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
+LOWERED = 4
+"""What lowering an action costs, in actions that are simulated."""
+TOLD = 6
+"""Layouts that fit and are told."""
+ONE = frozenset({"1f1b", "interleaved"})
+"""Two names of one order: what interleaves is that ranks have several chunks."""
+WHOLE = frozenset({"gpipe", AUTO})
+TUNED = 2
+"""On how many of the best layouts `auto` is tried."""
+TUNED_AT_MOST = 6_000
+"""Actions of a step, of all stages: `auto` tries orders of a larger one for too long."""
 SHOWN = 3
 """Layouts that are told of those that do not fit, and of those that are illegal."""
 
@@ -137,30 +155,23 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     step = step_of(question.topology(question.spec), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
-    menus = {
-        name: menu_of(
-            name,
-            step=step,
-            machine=question.machine,
-            ranks=question.gpus,
-            spec=question.spec,
-            facts=question.facts,
-        )
-        for name in question.spec.modules
-    }
-    walked = walk(
-        menus,
-        step.topology.graph,
-        main,
-        ranks=question.gpus,
-        cap=question.memory_bytes,
-        samples=len(question.samples),
-    )
+    menus = _menus(question, step)
+    walked = _walked(question, step, menus, main)
     found = _Judged(question, main)
     least = found.candidates(walked, budget)
-    found.orders(budget + budget // 2)
-    own = found.judge(question.spec)
-    ranked = sorted((f for f in found.layouts if f.kind == SLOWER), key=lambda f: f.step_s)
+    looked_at = walked.looked_at
+    for other in _recomputing(question, main):
+        best_s = min((found.layouts[i].step_s for i in found.confirm(1, 0)), default=math.inf)
+        if any(miss.bound < best_s for miss in walked.misses):
+            more_step = step_of(other.topology(other.spec), other.samples)
+            more = _walked(other, more_step, _menus(other, more_step), main, below=best_s)
+            least = min(least, found.candidates(more, budget, other))
+            looked_at += more.looked_at
+    found.confirm(REFINED, budget // 3)
+    found.orders(budget // 2)
+    found.confirm(TOLD, budget // 3)
+    own = found.own(question.spec)
+    ranked = found.told
     best = ranked[0] if ranked else None
     others = [*_too_large(walked, question, best), *(f for f in found.layouts if f.kind == TOO_LARGE)][:SHOWN]
     illegal = [*_illegal(menus, question), *(f for f in found.layouts if f.kind == ILLEGAL)][:SHOWN]
@@ -171,11 +182,49 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
         layouts=(*told, *([mine] if own.kind != SLOWER else []), *rest),
         own=mine,
         main=main,
-        looked_at=walked.looked_at,
+        looked_at=looked_at,
         simulated=found.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
         nearest_miss="" if best else _nearest(walked, found.layouts, question),
     )
+
+
+def _menus(question: Question, step: Step) -> dict[str, Menu]:
+    return {
+        name: menu_of(
+            name,
+            step=step,
+            machine=question.machine,
+            ranks=question.gpus,
+            spec=question.spec,
+            facts=question.facts,
+        )
+        for name in question.spec.modules
+    }
+
+
+def _walked(
+    question: Question, step: Step, menus: Mapping[str, Menu], main: str, *, below: float = math.inf
+) -> Walk:
+    return walk(
+        menus,
+        step.topology.graph,
+        main,
+        ranks=question.gpus,
+        cap=question.memory_bytes,
+        samples=len(question.samples),
+        below=below,
+    )
+
+
+def _recomputing(question: Question, main: str) -> Iterator[Question]:
+    """Yield the question with more and more recomputed in the main module."""
+    module = question.spec.modules[main]
+    if isinstance(module.options, Mapping):
+        return
+    for level in RECOMPUTES[RECOMPUTES.index(module.recompute) + 1 :]:
+        modules = {**question.spec.modules, main: attrs.evolve(module, recompute=level)}
+        yield attrs.evolve(question, spec=attrs.evolve(question.spec, modules=modules))
 
 
 # -- judging layouts by simulation -------------------------------------------------------------------------
@@ -183,49 +232,106 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
 
 @attrs.define(eq=False)
 class _Judged:
-    """Layouts that were looked at closely."""
+    """Layouts that were looked at closely: at first for a short step, those that matter for the whole one."""
 
     question: Question
     main: str
     layouts: list[Layout] = attrs.field(factory=list[Layout])
+    whole: set[int] = attrs.field(factory=set[int])
     simulated: int = 0
     effort: int = 0
+    _orders: dict[object, Order] = attrs.field(factory=dict[object, Order])
+    """By all that an order depends on."""
 
-    def candidates(self, walked: Walk, budget: int) -> float:
+    def candidates(self, walked: Walk, budget: int, question: Question | None = None) -> float:
         """Simulate candidates while their bounds promise anything; return the least bound of what is left."""
-        best = math.inf
+        until = self.effort + budget
+        best = min((layout.step_s for layout in self.layouts if layout.kind == SLOWER), default=math.inf)
         for candidate in walked.candidates:
             if candidate.bound >= best:
                 return best
-            if self.effort >= budget:
+            if self.effort >= until:
                 return min(candidate.bound, walked.passed)
-            layout = self.judge(layout_of(self.question, self.main, candidate))
+            layout = self.layouts[self.judge(layout_of(question or self.question, self.main, candidate))]
             if layout.kind == SLOWER:
                 best = min(best, layout.step_s)
         return walked.passed
 
     def orders(self, budget: int) -> None:
-        """Try other orders on the best layouts without chunks; with chunks there is one order."""
-        ranked = sorted((f for f in self.layouts if f.kind == SLOWER), key=lambda f: f.step_s)
-        for layout in ranked[:REFINED]:
-            if layout.step_s <= layout.limit_s or any(m.chunks > 1 for m in layout.spec.modules.values()):
+        """Try other orders on the best layouts, and on those that are small enough the one that `auto` finds."""
+        until = self.effort + budget
+        for i in self._ranked()[:REFINED]:
+            layout = self.layouts[i]
+            if layout.step_s <= layout.limit_s:
                 continue
             for name in SCHEDULES:
-                if name in {layout.spec.schedule.name, "interleaved", "auto"}:
-                    continue
-                schedule = attrs.evolve(layout.spec.schedule, name=name)
-                other = attrs.evolve(layout.spec, schedule=schedule)
-                if self.effort < budget and not problems_of(other, self.question.facts):
+                other = self._under(layout.spec, name)
+                if other is not None and self.effort < until:
                     self.judge(other)
+        for i in self._ranked()[:TUNED]:
+            layout = self.layouts[i]
+            actions = 2 * sum(
+                len(m.stages) * m.microbatches for m in self.question.topology(layout.spec).modules.values()
+            )
+            if actions <= TUNED_AT_MOST and layout.step_s > layout.limit_s:
+                self.judge(self._tuned(layout.spec))
 
-    def judge(self, spec: JobSpec) -> Layout:
-        """Simulate a layout, unless it has been, and count its memory."""
-        for layout in self.layouts:
+    def _tuned(self, spec: JobSpec) -> JobSpec:
+        """Return a layout under `auto`, whose order goes by costs and a cap on memory: so they stand in the job."""
+        step = step_of(self.question.topology(spec), self.question.samples)
+        schedule = attrs.evolve(
+            spec.schedule,
+            name=AUTO,
+            memory_gb=self.question.memory_bytes / GB,
+            costs=on_machine(step, self.question.machine, spread=True),
+        )
+        return attrs.evolve(spec, schedule=schedule)
+
+    def _under(self, spec: JobSpec, name: str) -> JobSpec | None:
+        """Return a layout under another order, unless that is illegal, or the same."""
+        if name in ONE | {AUTO, spec.schedule.name}:
+            return None
+        other = attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, name=name))
+        return None if problems_of(other, self.question.facts) else other
+
+    def confirm(self, count: int, budget: int) -> list[int]:
+        """Weigh so many of the best layouts, and time them for the whole step; the very best in any case.
+
+        Return the numbers of those best ones that were confirmed.
+        """
+        until = self.effort + budget
+        while True:
+            ranked = self._ranked()[:count]
+            i = next((i for i in ranked if i not in self.whole), None)
+            if i is None or (self.effort >= until and ranked[0] in self.whole):
+                return [i for i in ranked if i in self.whole]
+            self.layouts[i] = self._confirmed(self.layouts[i])
+            self.whole.add(i)
+
+    @property
+    def told(self) -> list[Layout]:
+        """The layouts that were confirmed, the fastest first."""
+        return [self.layouts[i] for i in self._ranked() if i in self.whole]
+
+    def _ranked(self) -> list[int]:
+        fits = (i for i, layout in enumerate(self.layouts) if layout.kind == SLOWER)
+        return sorted(fits, key=lambda i: self.layouts[i].step_s)
+
+    def own(self, spec: JobSpec) -> Layout:
+        """Judge the job's own layout, and confirm it."""
+        i = self.judge(spec)
+        if self.layouts[i].kind == SLOWER and i not in self.whole:
+            self.layouts[i] = self._confirmed(self.layouts[i])
+            self.whole.add(i)
+        return self.layouts[i]
+
+    def judge(self, spec: JobSpec) -> int:
+        """Time a layout for a short step, unless it has been; return its number."""
+        for i, layout in enumerate(self.layouts):
             if layout.spec == spec:
-                return layout
-        layout = self._judged(spec)
-        self.layouts.append(layout)
-        return layout
+                return i
+        self.layouts.append(self._judged(spec))
+        return len(self.layouts) - 1
 
     def _judged(self, spec: JobSpec) -> Layout:
         question = self.question
@@ -236,42 +342,106 @@ class _Judged:
         if topology.world_size > question.gpus:
             reason = f"needs {topology.world_size} GPUs of {question.gpus}"
             return Layout(spec=spec, kind=TOO_LARGE, reason=reason)
+        try:
+            return self._timed(spec, topology, _short(spec))
+        except PlanError as error:
+            return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
+
+    def _confirmed(self, layout: Layout) -> Layout:
+        """Return a layout with its time for the whole step and its memory, which the short one shows."""
+        question, spec = self.question, layout.spec
+        topology = question.topology(spec)
+        peaks = self._peaks(_short(spec))
+        most = {name: size for name, (_, size) in peaks.items()}
+        largest = max(most, key=most.__getitem__)
+        if most[largest] <= question.memory_bytes:
+            return attrs.evolve(self._timed(spec, topology, spec), peak_bytes=most)
+        reason = _too_much(topology, largest, *peaks[largest], question.memory_bytes)
+        return attrs.evolve(layout, kind=TOO_LARGE, reason=reason, peak_bytes=most)
+
+    def _timed(self, spec: JobSpec, topology: Topology, played: JobSpec) -> Layout:
+        """Time so many microbatches of a layout as are `played`; the others go on at the pace of the busiest rank."""
+        question = self.question
         step = step_of(topology, question.samples)
         costs = on_machine(step, question.machine, spread=True)
-        short = _short(spec)
-        count, played = spec.batch.microbatches, short.batch.microbatches
-        samples = question.largest[: short.batch.global_size]
-        timeline = simulate(plan_step(step_of(question.topology(short), samples)), costs)
-        busy = {rank: seconds * count / played for rank, seconds in timeline.busy_s.items()}
-        more = max(timeline.busy_s.values(), default=0.0) * (count - played) / played
-        step_s = timeline.step_s + more
+        program = self._program(played)
+        timed = lockstep(program, costs)
         self.simulated += 1
-        self.effort += sum(len(timeline.events_of(rank)) for rank in timeline.classes.members)
-        peaks = peak_bytes(timeline)
-        most = {n: max(peaks[rank] for rank in m.grid.ranks) for n, m in topology.modules.items()}
-        largest = max(most, key=most.__getitem__)
-        fits = most[largest] <= question.memory_bytes
+        self.effort += sum(len(beats) for beats in timed.beats)
+        count, short = spec.batch.microbatches, played.batch.microbatches
+        more = max(timed.busy_s, default=0.0) * (count - short) / short
+        step_s = timed.step_s + more
+        busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.crews, strict=True))
         work = dict(_work(topology, costs))
         whole = math.fsum(work.values())
         rates = 1 / (step_s * question.gpus) if step_s else 0.0
         return Layout(
             spec=spec,
-            kind=SLOWER if fits else TOO_LARGE,
-            reason="" if fits else _too_much(topology, largest, peaks, question.memory_bytes),
+            kind=SLOWER,
+            reason="",
             step_s=step_s,
             tokens_per_s_per_gpu=tokens_of(step) * rates,
             active=len(topology.ranks),
-            bubble=1 - math.fsum(busy.values()) * rates,
+            bubble=1 - busy * count / short * rates,
             encoder_share=1 - work[self.main] / whole if whole else 0.0,
-            peak_bytes=most,
-            limit_s=timeline.limit_s + more,
+            limit_s=limit_s(program, costs, timed) + more,
         )
+
+    def _program(self, played: JobSpec) -> Program:
+        """Return the program of a step with the largest samples."""
+        topology = self.question.topology(played)
+        step = step_of(topology, self.question.largest[: played.batch.global_size])
+        return Program(self._order(topology), Routes(step))
+
+    def _order(self, topology: Topology) -> Order:
+        """Return the order of a layout; it is the same for all with as many stages on as many ranks in common."""
+        schedule = topology.spec.schedule
+        work = work_of(topology, training=True, splits=True)
+        counts = tuple(module.microbatches for module in topology.modules.values())
+        key: tuple[object, ...] = (
+            schedule.name,
+            tuple(topology.stages),
+            counts,
+            work.backward,
+            work.gradients,
+            work.split,
+            work.rivals,
+        )
+        if schedule.name == AUTO or schedule.memory_gb is not None:
+            key = *key, shown(topology.spec), tuple(module.split for module in topology.spec.modules.values())
+        if key not in self._orders:
+            self._orders[key] = order_of(topology)
+        return self._orders[key]
+
+    def _peaks(self, played: JobSpec) -> dict[str, tuple[int, int]]:
+        """Return, per module, the rank that holds most of those with it, and how many bytes that is.
+
+        Of ranks that host the same stages the one with most samples counts; of several such the one that keeps most
+        for microbatches in flight is lowered, and its messages are counted.
+        """
+        program = self._program(played)
+        topology = program.topology
+        kept_most = {
+            rank: bytes_in_flight(program, rank)
+            for rank in (_fullest(program, ranks) for ranks in crews_of(topology))
+        }
+        peaks: dict[str, tuple[int, int]] = {}
+        known: dict[int, int] = {}
+        for name, module in topology.modules.items():
+            rank = max(
+                (rank for rank in kept_most if rank in module.grid), key=lambda rank: (kept_most[rank], -rank)
+            )
+            if rank not in known:
+                known[rank] = most_bytes(program, rank)
+                self.effort += LOWERED * sum(len(program.order.of(i.stage)) for i in topology.stages_of(rank))
+            peaks[name] = rank, known[rank]
+        return peaks
 
 
 def _short(spec: JobSpec) -> JobSpec:
     """Return the job with fewer microbatches of the same size, enough to fill its pipelines twice and drain them.
 
-    GPipe holds all of them, so it is played whole.
+    GPipe holds all of them, and `auto` finds another order for fewer, so these are played whole.
     """
     count = spec.batch.microbatches
     modules = spec.modules.values()
@@ -280,7 +450,7 @@ def _short(spec: JobSpec) -> JobSpec:
     for few in range(deep, count):
         whole = count % few == 0 and all(m * few % count == 0 for m in own)
         if (
-            spec.schedule.name != "gpipe"
+            spec.schedule.name not in WHOLE
             and whole
             and all(m.chunks == 1 or few % m.grid.pp == 0 for m in modules)
         ):
@@ -310,11 +480,22 @@ def _work(topology: Topology, costs: Costs) -> Iterator[tuple[str, float]]:
         yield name, each * module.microbatches * ranks
 
 
-def _too_much(topology: Topology, module: str, peaks: Mapping[int, int], cap: float) -> str:
-    grid = topology.modules[module].grid
-    rank = max(grid.ranks, key=lambda rank: (peaks[rank], -rank))
-    stage = f"{module}.{grid.position_along('pp', rank)}"
-    return f"does not fit: {needs(stage, peaks[rank], cap)}"
+def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, cap: float) -> str:
+    stage = f"{module}.{topology.modules[module].grid.position_along('pp', rank)}"
+    return f"does not fit: {needs(stage, size_bytes, cap)}"
+
+
+def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
+    """Return the rank, of some that host the same stages, that keeps most of a microbatch."""
+    step = program.routes.step
+    stages = [info.stage for info in program.topology.stages_of(ranks[0])]
+    modules = [program.topology.modules[stage.module] for stage in stages]
+
+    def saved(rank: int) -> int:
+        lanes = (module.lane_of(rank) for module in modules)
+        return sum(saved_bytes(step, stage, lane, 0) for stage, lane in zip(stages, lanes, strict=True))
+
+    return max(ranks, key=saved)
 
 
 def needs(what: str, size_bytes: float, cap: float) -> str:
@@ -393,6 +574,7 @@ def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:
     module, grid = spec.modules[name], spec.modules[name].grid
     sizes = [f"{axis}={size}" for axis in ("tp", "cp", "ep", "pp", "dp") if (size := getattr(grid, axis)) > 1]
     more = [f"chunks={module.chunks}"] * (module.chunks > 1) + ["uneven"] * (module.split is not None)
+    more += [f"recompute={module.recompute}"] * (module.recompute != "none")
     own = [f"m={module.microbatches}"] * (module.microbatches is not None)
     return " ".join([name, *(sizes or ["tp=1"]), *more, *own, f"@{offset}"])
 

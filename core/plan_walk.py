@@ -91,9 +91,21 @@ class Walk:
     looked_at: int
 
 
-def walk(menus: Mapping[str, Menu], graph: Graph, main: str, *, ranks: int, cap: float, samples: int) -> Walk:
-    """Return the best layouts of a job on so many ranks of `cap` bytes, for so many samples in a step."""
-    return _Walker(menus, graph, main, ranks, cap, samples).walk()
+def walk(
+    menus: Mapping[str, Menu],
+    graph: Graph,
+    main: str,
+    *,
+    ranks: int,
+    cap: float,
+    samples: int,
+    below: float = math.inf,
+) -> Walk:
+    """Return the best layouts of a job on so many ranks of `cap` bytes, for so many samples in a step.
+
+    Only those whose bounds are `below` some seconds are of interest.
+    """
+    return _Walker(menus, graph, main, ranks, cap, samples, below).walk()
 
 
 @attrs.define(eq=False)
@@ -104,6 +116,7 @@ class _Walker:
     ranks: int
     cap: float
     samples: int
+    below: float
     worth: float = math.inf
     passed: float = math.inf
     looked_at: int = 0
@@ -138,7 +151,7 @@ class _Walker:
         found: list[tuple[float, int, int, Option]] = []
         best = math.inf
         for least, i in ordered:
-            if least > WORTH * best:
+            if least > min(WORTH * best, self.below):
                 self.passed = min(self.passed, least)
                 break
             if menu.least_bytes(ways[i]) > self.cap and self.misses:
@@ -148,12 +161,12 @@ class _Walker:
             bound, most = option.bound(), option.bytes_at_most(below)
             if max(most) > self.cap:
                 self._missed(Candidate(bound, option, {}), self.main, most)
-            elif bound <= WORTH * best:
+            elif bound <= min(WORTH * best, self.below):
                 found.append((bound, option.ranks, i, option))
                 best = min(best, bound)
             else:
                 self.passed = min(self.passed, bound)
-        self.worth = WORTH * best
+        self.worth = min(WORTH * best, self.below)
         found.sort(key=lambda each: each[:3])
         return ((bound, option) for bound, _, _, option in found)
 

@@ -226,18 +226,22 @@ def simulate(
     *,
     pace: Pace | None = None,
     fold: bool = True,
+    told: Callable[[Classes], None] | None = None,
 ) -> Timeline:
     """Time a listing of the program (default: its own). Raises ValueError where it never ends.
 
     With a `pace`, compute actions take longer or shorter than `costs` say. Without `fold`, every rank walks by itself.
+    `told` is who stands for whom before they walk: the more classes there are, the longer that takes.
     """
     ranks = program.topology.ranks
     folds = fold and listing is None and costs.cores is None
     if folds and pace is None and len(ranks) > MANY and (thin := thinned(program, costs)):
-        return spread(simulate(thin.program, costs), program, thin.standing)
+        return spread(simulate(thin.program, costs, told=told), program, thin.standing)
     classes = (
         classes_of(program, costs, pace.mark if pace else None) if folds else alone(tuple(listing or ranks))
     )
+    if told is not None:
+        told(classes)
     lists = {rank: program.of(rank) if listing is None else listing[rank] for rank in classes.members}
     seconds = functools.partial(_seconds, program, costs, pace)
     graph = _Graph(program, costs, classes, lists, seconds)

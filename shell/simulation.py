@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import gc
 import statistics
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,13 +23,14 @@ from mimogrid.core.draw.marks import in_bytes
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.text import WIDTH, text
 from mimogrid.core.errors import PlanError, Problem, nearest
+from mimogrid.core.fold import Classes
 from mimogrid.core.legality import SCHEDULES
 from mimogrid.core.memory import Level, peaks
 from mimogrid.core.pace import Pace
 from mimogrid.core.pricing import ASSUMED, assumed, machine_of, on_machine
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.settle import settled
-from mimogrid.core.simulate import Timeline, simulate
+from mimogrid.core.simulate import MANY, Timeline, simulate
 from mimogrid.core.topology import parse
 from mimogrid.shell import costfile
 from mimogrid.shell.jobs import Job, open_job
@@ -240,10 +242,22 @@ def _simulated(planned: _Planned, given: argparse.Namespace, draw: int = 0) -> S
     job, costs = planned.job, planned.costs
     step = job.step(given.step + draw * given.ragged)
     pace = Pace(step, ragged=given.ragged, jitter=given.jitter, seed=given.seed + draw)
-    timeline = simulate(plan_step(step), costs, pace=pace if given.ragged or given.jitter else None)
+    paced = pace if given.ragged or given.jitter else None
+    timeline = simulate(plan_step(step), costs, pace=paced, told=_tell_classes)
     return Simulated(
         job, planned.told_costs, pace, timeline, idle_s_by_rank(timeline, costs, pace), peaks(timeline)
     )
+
+
+def _tell_classes(classes: Classes) -> None:
+    """Say beforehand what takes minutes: that many ranks are timed one by one."""
+    count = len(classes.members)
+    if count > MANY:
+        print(
+            f"Timing {len(classes.leader):,} ranks in {count:,} classes of ranks that live through the step alike; "
+            "each class is walked, which takes minutes.",
+            file=sys.stderr,
+        )
 
 
 def _values(found: Simulated) -> dict[str, Any]:

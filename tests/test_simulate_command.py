@@ -315,3 +315,12 @@ def test_what_no_accelerator_can_price(job, capsys, options, words):
     """Unknown names, impossible efficiencies and two sources of costs are refused."""
     assert 2 == main(["simulate", str(job), *options])
     assert words in capsys.readouterr().err
+
+
+def test_many_classes_are_told_beforehand(job, monkeypatch, capsys):
+    """Beside the answer it says how many ranks have to be walked, where they are many."""
+    assert main(["simulate", str(job)]) == 0
+    assert "" == capsys.readouterr().err
+    monkeypatch.setattr(simulation, "MANY", 2)
+    assert main(["simulate", str(job)]) == 0
+    assert "Timing 3 ranks in 3 classes" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 
+from mimogrid.core.routes import overlapping
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.scheduler import Line
 from mimogrid.core.schedule.work import Team, Work
@@ -114,7 +115,7 @@ def _ahead(
         return ahead
     topology = work.topology
     samples = rule.limit * topology.spec.batch.global_size // topology.spec.batch.microbatches
-    least = max(1, _below(work, first, credit))
+    least = max(1, _bound_to(work, first, credit))
     return max(least, min(ahead, int(samples // topology.samples_per_microbatch[first.module])))
 
 
@@ -136,6 +137,22 @@ def _below(work: Work, stage: Stage, credit: Mapping[Stage, int]) -> int:
         for link in work.topology.links_from(stage)
     )
     return max(needs, default=0)
+
+
+def _bound_to(work: Work, stage: Stage, credit: Mapping[Stage, int]) -> int:
+    """Return with how many microbatches in flight a stage gets all its gradients back; with fewer it is stuck.
+
+    A stage that it feeds gives the last gradient of a microbatch back only when it is `credit` forwards further. What
+    these read may lie in one microbatch more than would hold as many samples: the window need not begin where one does.
+    """
+    least = 0
+    for link in work.topology.links_from(stage):
+        own, theirs = work.count(stage), work.count(link.target)
+        for k in range(own):
+            last = overlapping(k, own, theirs)[-1]
+            furthest = min(last + credit[link.target], theirs) - 1
+            least = max(least, overlapping(furthest, theirs, own)[-1] + 1 - k)
+    return least
 
 
 def _strict(work: Work, line: Line) -> Iterator[int]:

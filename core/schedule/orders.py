@@ -131,7 +131,7 @@ def _check_memory(order: Order, topology: Topology) -> None:
     cap, name = topology.spec.schedule.memory_gb, topology.spec.schedule.name
     if cap is None:
         return
-    needed = bytes_needed(topology, order.credits)
+    needed = bytes_needed(topology, order.credits, order.split)
     rank = max(needed, key=needed.__getitem__)
     if needed[rank] <= cap * GB:
         return

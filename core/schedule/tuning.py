@@ -18,7 +18,7 @@ also with the largest limit on microbatches in flight that keeps it below.
 import collections
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import attrs
 
@@ -91,11 +91,19 @@ def best_named(topology: Topology) -> Trial:
     return min(_Bench(topology).all_named(), key=lambda trial: trial.merit)
 
 
-def bytes_needed(topology: Topology, in_flight: Mapping[Stage, int]) -> dict[int, float]:
-    """Return the bytes that the first rank of every set of stages that share ranks needs at most."""
+def bytes_needed(
+    topology: Topology, in_flight: Mapping[Stage, int], split: Collection[Stage]
+) -> dict[int, float]:
+    """Return the bytes that the first rank of every set of stages that share ranks needs at most.
+
+    The stages in `split` run their backward in two halves, and keep what the second one needs.
+    """
     return {
         rank: kept(topology, rank).bytes
-        + sum(in_flight.get(stage, 0) * most_bytes_in_flight(topology, stage) for stage in stages)
+        + sum(
+            in_flight.get(stage, 0) * most_bytes_in_flight(topology, stage, split=stage in split)
+            for stage in stages
+        )
         for rank, stages in hosts(topology)
     }
 
@@ -171,7 +179,10 @@ class _Bench:
         timed, cap = self._timed(rule.splits), self.topology.spec.schedule.memory_gb
         over = 0.0
         if cap is not None:
-            over = max(bytes_needed(self.topology, timed.work.in_flight(order)).values()) - cap * GB
+            over = (
+                max(bytes_needed(self.topology, timed.work.in_flight(order), timed.work.split).values())
+                - cap * GB
+            )
         return Trial(rule, timed, lines, order, retimed(timed, order, lines.teams), over)
 
     def _timed(self, splits: bool) -> TimedWork:

@@ -75,3 +75,11 @@ def test_a_folded_world_is_timed_like_the_whole_one(drawn):
     assert whole.busy_s == folded.busy_s
     assert whole.idle_s_by_rank == folded.idle_s_by_rank
     assert whole.peak_in_flight == folded.peak_in_flight
+
+
+def test_who_walks_is_told_beforehand():
+    """The classes that are told are those that the timeline goes by."""
+    told = []
+    program = program_of("a vit dp8 > z; z gpt dp8 pp2", batch=64)
+    timeline = simulate(program, Costs(), told=told.append)
+    assert [timeline.classes] == told

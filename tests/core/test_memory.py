@@ -2,15 +2,18 @@
 
 import itertools
 
+import attrs
 from hypothesis import given, settings
 
 from jobs import program_of
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
-from mimogrid.core.footprint import kept
-from mimogrid.core.memory import levels, peak_bytes, peaks, saved_bytes, trace
+from mimogrid.core.footprint import kept, most_bytes_in_flight
+from mimogrid.core.memory import levels, noted_bytes, peak_bytes, peaks, saved_bytes, trace
 from mimogrid.core.pricing import assumed
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
+from mimogrid.core.steps import step_of
+from mimogrid.core.topology import assemble
 from timed import timed_jobs
 
 
@@ -118,3 +121,32 @@ def test_a_folded_world_holds_what_the_whole_one_does(drawn):
         assert found == levels(whole, rank)
         assert found[0][1] == found[-1][1] == min(size for _, size in found)
         assert all(a <= b for (a, _), (b, _) in itertools.pairwise(found))
+
+
+def test_a_split_backward_keeps_inputs_and_gradients_of_products():
+    """Between its halves: of every matrix [out, in] that trains as many values a position as out + in."""
+    timeline = timeline_of("language gpt pp2", batch=4, microbatches=4, schedule="zb-h1")
+    step = timeline.program.routes.step
+    for info in timeline.program.topology.modules["language"].stages:
+        positions, samples, _ = step.hop_shape(info.stage, 0, 0)
+        matrices = [p for p in info.parameters if len(p.shape) == 2 and p.layer != "first"]
+        values = positions * samples * sum(sum(p.shape) for p in matrices)
+        assert 4 * values == noted_bytes(step, info.stage, 0, 0)
+        rank = info.stage.pp
+        left = [level for level in trace(timeline, rank) if str(level.action).endswith(("I0", "W0"))]
+        assert left[0].activations >= noted_bytes(step, info.stage, 0, 0)
+        assert 0 == trace(timeline, rank)[-1].activations
+
+
+def test_recomputation_does_not_shrink_what_is_left_to_the_second_half():
+    """Full recomputation keeps little between forward and backward, and all between the two halves."""
+    program = program_of("language gpt pp2", batch=4, microbatches=4, schedule="zb-h1")
+    spec = program.topology.spec
+    modules = {name: attrs.evolve(m, recompute="full") for name, m in spec.modules.items()}
+    topology = assemble(attrs.evolve(spec, modules=modules), program.topology.source)
+    step = step_of(topology, program.routes.step.samples)
+    for stage in topology.stages:
+        assert noted_bytes(program.routes.step, stage, 0, 0) == noted_bytes(step, stage, 0, 0)
+        assert saved_bytes(step, stage, 0, 0) < noted_bytes(step, stage, 0, 0)
+        whole = most_bytes_in_flight(topology, stage)
+        assert whole < most_bytes_in_flight(topology, stage, split=True)

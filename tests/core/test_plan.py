@@ -6,6 +6,7 @@ import attrs
 import pytest
 
 from mimogrid.core.legality import problems_of
+from mimogrid.core.memory import peak_bytes
 from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.plan import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, plan
 from mimogrid.core.plan_options import balanced, enough
@@ -93,6 +94,37 @@ def test_where_nothing_fits_the_nearest_miss_is_named():
     assert found.best is None
     assert "short by" in found.nearest_miss
     assert "language" in found.nearest_miss or "vision" in found.nearest_miss
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_what_is_told_is_what_a_simulation_tells(gpus):
+    """The time of each layout is that of its whole program with every rank, or a little more; so is its memory."""
+    asked = question(gpus=gpus, batch=32)
+    for layout in plan(asked).layouts:
+        if layout.kind in {BEST, SLOWER}:
+            costs = on_machine(
+                step_of(asked.topology(layout.spec), asked.samples), asked.machine, spread=True
+            )
+            program = plan_step(step_of(asked.topology(layout.spec), asked.largest))
+            timeline = simulate(program, costs, fold=False)
+            assert timeline.step_s <= layout.step_s * (1 + 1e-9)
+            assert timeline.step_s == pytest.approx(layout.step_s, rel=0.03)
+            peaks = peak_bytes(timeline)
+            for name, module in asked.topology(layout.spec).modules.items():
+                most = max(peaks[rank] for rank in module.grid.ranks)
+                assert most == pytest.approx(layout.peak_bytes[name], rel=0.02)
+
+
+def test_orders_are_tried_on_the_best_layouts():
+    """Those with split backwards and `auto`, whose costs and cap stand in the job; none twice under two names."""
+    layouts = [layout for layout in plan(question(gpus=4, batch=32)).layouts if layout.step_s]
+    names = {layout.spec.schedule.name for layout in layouts}
+    assert names & {"zb-h1", "zb-h2", "auto"}
+    for layout in layouts:
+        assert (layout.spec.schedule.name == "auto") == (layout.spec.schedule.costs is not None)
+        assert (layout.spec.schedule.name == "auto") == (layout.spec.schedule.memory_gb is not None)
+        chunks = any(module.chunks > 1 for module in layout.spec.modules.values())
+        assert not (chunks and layout.spec.schedule.name == "1f1b")
 
 
 def test_idle_gpus_are_paid_for():

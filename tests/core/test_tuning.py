@@ -14,9 +14,9 @@ from mimogrid.core.pricing import assumed
 from mimogrid.core.schedule.lines import RULES, Rule, lines_of
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.schedule.orders import order_of
-from mimogrid.core.schedule.scheduler import limit_s, retimed, schedule
+from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule
 from mimogrid.core.schedule.tuning import bytes_needed, timed_by, tuned
-from mimogrid.core.schedule.work import work_of
+from mimogrid.core.schedule.work import unit_seconds, work_of
 from mimogrid.core.settle import settled
 from mimogrid.core.simulate import simulate
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, ScheduleSpec, SourceFacts
@@ -117,10 +117,16 @@ def big(name: str, cap: float | None = None) -> Topology:
 
 def test_a_cap_on_memory_is_kept() -> None:
     """The less memory there is, the fewer microbatches in flight, down to an order that just fits."""
-    needs = {name: max(bytes_needed(big(name), order_of(big(name)).credits).values()) for name in NAMED}
+    orders = {name: order_of(big(name)) for name in NAMED}
+    needs = {
+        name: max(bytes_needed(big(name), order.credits, order.split).values())
+        for name, order in orders.items()
+    }
     cap = 0.9 * needs["1f1b"] / 1e9
     order = order_of(big("auto", cap))
-    assert max(bytes_needed(big("auto"), order.credits).values()) <= cap * 1e9 < min(needs.values())
+    assert (
+        max(bytes_needed(big("auto"), order.credits, order.split).values()) <= cap * 1e9 < min(needs.values())
+    )
     assert tuned(big("auto", cap)).end_s > tuned(big("auto")).end_s
 
 
@@ -170,3 +176,40 @@ def test_layers_that_do_not_divide_are_cut_all_the_same() -> None:
     spec = attrs.evolve(half_frozen("auto"), modules={"l": attrs.evolve(five, grid=GridSpec(pp=3))})
     assert 5 == sum(settled(spec, facts).modules["l"].split or ())
     assert half_frozen("auto", (1, 1, 1, 45)) == settled(half_frozen("auto", (1, 1, 1, 45)), facts)
+
+
+CAPPED = (
+    "v vit dp2 m4 > l; l gpt pp4 dp2",
+    "v vit dp2 m2 > l; l gpt pp2 dp2 chunks2",
+    "v vit dp2 m4 > l; a vit dp2 m2 @0 > l; l gpt pp4 @0",
+    "v vit pp2 m4 > l; l gpt pp2 > g; g regressor m16",
+    "v vit dp2 m16 frozen > l; l gpt pp3",
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(CAPPED), st.floats(0.0, 1.1))
+def test_any_cap_gives_an_order_or_an_error(text: str, part: float) -> None:
+    """Between what is kept anyway and what an order without a cap needs, `auto` fits or says that nothing does."""
+    topology = job(text, microbatches=8, batch=64)
+    always = max(bytes_needed(topology, {}, ()).values())
+    free = order_of(topology)
+    most = max(bytes_needed(topology, free.credits, free.split).values())
+    cap = always + part * (most - always)
+    try:
+        order = order_of(priced(topology, "auto", cap=cap / 1e9))
+    except PlanError as error:
+        where = {problem.where for problem in error.problems}
+    else:
+        where = set[str]()
+        assert max(bytes_needed(topology, order.credits, order.split).values()) <= cap * (1 + 1e-9)
+    assert where <= {"schedule.memory_gb"}
+
+
+@given(st.sampled_from(CAPPED), st.integers(1, 8), st.booleans())
+def test_any_limit_gives_an_order(text: str, limit: int, splits: bool) -> None:
+    """However few microbatches may be in flight, as many are as the stages that are fed ask for."""
+    work = work_of(job(text, microbatches=8, batch=64), training=True, splits=splits)
+    timed = TimedWork(work, unit_seconds(work))
+    order = schedule(timed, lines_of(work, Rule(splits=splits, limit=limit)).teams)
+    assert list(range(len(work.actions))) == sorted(order)
