@@ -55,7 +55,7 @@ train: venv ## Train the example: real images, on CPU.
 	"$(BIN)/mimogrid" train examples/digits/job.toml
 
 test: venv ## Run every test that needs no GPU, and the examples in docstrings.
-	"$(BIN)/pytest" -m "not gpu"
+	"$(BIN)/pytest" -m "not gpu" --numprocesses 2 --dist loadfile
 
 lint: venv ## Check format, style, spelling and layers.
 	$(NOX) --session lint

@@ -37,7 +37,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test that needs no GPU, and the examples in docstrings."""
-    session.run("pytest", "-m", "not gpu", *session.posargs)
+    session.run("pytest", "-m", "not gpu", "--numprocesses", "2", "--dist", "loadfile", *session.posargs)
 
 
 @nox.session(venv_backend="venv", reuse_venv=True)

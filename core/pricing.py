@@ -54,11 +54,15 @@ ADAM_VALUES = 7
 
 @attrs.frozen(kw_only=True)
 class Machine:
-    """Accelerators of one kind, and which part of their peaks they reach."""
+    """Accelerators of one kind, and which part of their peaks they reach.
+
+    `measured` has modules that take so many times as long as follows from that; the others are taken at their word.
+    """
 
     accelerator: Accelerator
     precision: str
     efficiency: float = EFFICIENCY
+    measured: tuple[tuple[str, float], ...] = ()
 
     @property
     def flops(self) -> float:
@@ -74,6 +78,10 @@ class Machine:
     def state_bytes(self) -> int:
         """Bytes of a value that is summed or kept by the optimizer: never fewer than those of fp32."""
         return max(self.value_bytes, VALUE_BYTES["fp32"])
+
+    def times(self, module: str) -> float:
+        """Return how many times as long as assumed a module takes."""
+        return dict(self.measured).get(module, 1.0)
 
     def link(self, *, within: bool) -> EdgeCosts:
         """Return what a message costs, within a node or between two."""
@@ -102,6 +110,28 @@ def machine_of(gpu: str, precision: str, efficiency: float = EFFICIENCY) -> Mach
         message = f"is {efficiency}: the part of its peak that an accelerator reaches."
         raise PlanError([Problem("--efficiency", message, "Use a number above 0 and up to 1, such as 0.5.")])
     return Machine(accelerator=ACCELERATORS[gpu], precision=precision, efficiency=efficiency)
+
+
+def measured_on(machine: Machine, step: Step, costs: Costs) -> Machine:
+    """Return the machine on which the modules of a job take as long as its costs say.
+
+    Of each module all stages count, forward and backward: how it is cut may then be another. What nobody assumes
+    anything of (a module of the user's own), or what took no time, stays as it is.
+    """
+    assumed_costs = on_machine(step, attrs.evolve(machine, measured=()))
+    found: list[tuple[str, float]] = []
+    for name, module in step.topology.modules.items():
+        stages = [info.stage for info in module.stages]
+        took, should = (
+            math.fsum(_whole_s(each.of(stage)) for stage in stages) for each in (costs, assumed_costs)
+        )
+        if took and should:
+            found.append((name, took / should))
+    return attrs.evolve(machine, measured=tuple(found))
+
+
+def _whole_s(costs: StageCosts) -> float:
+    return costs.forward + costs.whole_backward
 
 
 # -- by layers ---------------------------------------------------------------------------------------------
@@ -236,6 +266,7 @@ def unit_costs(
                 reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
                 repeats=repeats and in_layers,
                 machine=machine,
+                times=machine.times(module.name),
                 ends=(_reduce_s(module, held, machine), _update_s(held, machine)),
             )
         costs.append(kinds[kind])
@@ -262,9 +293,10 @@ def _unit(
     reads_s: float,
     repeats: bool,
     machine: Machine,
+    times: float,
     ends: tuple[float, float],
 ) -> StageCosts:
-    """Put the seconds of a part together. What is computed anew goes before the first gradient."""
+    """Put the seconds of a part together, `times` as many. What is computed anew goes before the first gradient."""
 
     def seconds(operations: float, least: float) -> float:
         return max(operations / shards / machine.flops, least) if operations else 0.0
@@ -278,7 +310,11 @@ def _unit(
     elif weights:
         weights += again
     return StageCosts(
-        forward=forward, input_gradient=inputs, weight_gradient=weights, reduce=ends[0], update=ends[1]
+        forward=times * forward,
+        input_gradient=times * inputs,
+        weight_gradient=times * weights,
+        reduce=ends[0],
+        update=ends[1],
     )
 
 

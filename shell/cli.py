@@ -159,6 +159,12 @@ def _add_planning_commands(
         "--efficiency", type=float, default=0.5, metavar="E", help="part of its peak that a GPU reaches; 0.5"
     )
     plan_parser.add_argument("--precision", metavar="P", help="price another precision than the job's")
+    plan_parser.add_argument(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help="how long the modules of the job took, as `probe` writes it",
+    )
     plan_parser.add_argument("--out", type=Path, metavar="FILE", help="write the best one as a job file")
 
 

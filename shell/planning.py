@@ -9,8 +9,8 @@ from rich.table import Table
 
 from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.plan import BEST, SLOWER, Layout, Plan, Question, plan, shown
-from mimogrid.core.pricing import machine_of
-from mimogrid.shell import jobfile
+from mimogrid.core.pricing import machine_of, measured_on
+from mimogrid.shell import costfile, jobfile
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.output import print_json, write
 
@@ -56,6 +56,8 @@ def _question(job: Job, given: argparse.Namespace) -> Question:
         problems.append(Problem("--precision", message, nearest(machine.precision, known)))
     if problems:
         raise PlanError(problems)
+    if given.costs:
+        machine = measured_on(machine, job.step(0), costfile.read(given.costs, job.topology))
     memory = machine.accelerator.memory_bytes if given.memory_gb is None else given.memory_gb * 1e9
     return Question(
         spec=job.spec,
@@ -83,6 +85,9 @@ def _tell(found: Plan, question: Question, given: argparse.Namespace) -> None:
     peak = f"{question.memory_bytes / 1e9:.4g} GB each"
     print(f"{question.gpus} x {given.gpu}, {peak}; all of them count, those that idle too.")
     print(f"Assumed: {question.machine}.")
+    if question.machine.measured:
+        times = ", ".join(f"{name} {times:,.4g}" for name, times in question.machine.measured)
+        print(f"But modules take as long as {given.costs} says, so many times what is assumed: {times}.")
     print(f"'others' is the part of all computing that is not of module '{found.main}'.")
     looked = f"{found.looked_at:,} layouts looked at, {found.simulated} simulated"
     if found.best is None:
@@ -115,6 +120,7 @@ def _cells(layout: Layout) -> tuple[str, ...]:
 def _values(found: Plan, question: Question, given: argparse.Namespace) -> dict[str, Any]:
     return {
         "costs": f"assumed: {question.machine}",
+        "measured": dict(question.machine.measured),
         "gpus": question.gpus,
         "gpu": given.gpu,
         "memory_bytes": question.memory_bytes,

@@ -5,10 +5,11 @@ import pytest
 
 import jobs
 from mimogrid.core.accelerators import ACCELERATORS
+from mimogrid.core.costs import Costs
 from mimogrid.core.errors import PlanError
 from mimogrid.core.flops import stage_flops
 from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.pricing import LINK_EFFICIENCY, of_accelerator
+from mimogrid.core.pricing import LINK_EFFICIENCY, machine_of, measured_on, of_accelerator, on_machine
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
@@ -19,6 +20,7 @@ LAYERS, HIDDEN, SEQUENCE, PATCHES = 4, 4096, 512, 256
 GPT = Gpt(layers=LAYERS, hidden=HIDDEN, heads=32, vocab=32000)
 VIT = Vit(layers=2, hidden=1024, heads=16, features=588)
 H100 = ACCELERATORS["h100"]
+SECONDS = ("forward", "input_gradient", "weight_gradient")
 
 
 def step_of(batch=8, microbatches=4, vision=None, **language):
@@ -87,6 +89,26 @@ def test_lanes_pay_for_the_sum_of_their_gradients():
     bandwidth = H100.link_bytes_per_s * LINK_EFFICIENCY
     assert 2 * weights * 4 / 2 / bandwidth == pytest.approx(lanes.of("language.0").reduce)
     assert 7 * weights * 4 / H100.memory_bytes_per_s == pytest.approx(lanes.of("language.0").update)
+
+
+def test_a_module_takes_as_long_as_it_was_measured_to_however_it_is_cut():
+    """Twice and three times what is assumed on one rank stay so on two stages; what took no time stays as assumed."""
+    step, machine = step_of(), machine_of("h100", "fp32")
+    assumed_costs = on_machine(step, machine)
+    found = {
+        name: attrs.evolve(of_stage, **{key: times * getattr(of_stage, key) for key in SECONDS})
+        for (name, of_stage), times in zip(assumed_costs.stages.items(), (2.0, 3.0), strict=True)
+    }
+    measured = measured_on(machine, step, Costs(stages=found))
+    assert {
+        name.split(".")[0]: pytest.approx(times) for name, times in zip(found, (2.0, 3.0), strict=True)
+    } == dict(measured.measured)
+    cut = step_of(grid=GridSpec(pp=2))
+    for name, of_stage in on_machine(cut, measured).stages.items():
+        plain = on_machine(cut, machine).of(name)
+        assert measured.times(name.split(".")[0]) * plain.forward == pytest.approx(of_stage.forward)
+        assert plain.update == of_stage.update
+    assert () == measured_on(machine, step, Costs()).measured
 
 
 def test_frozen_modules_update_nothing():
