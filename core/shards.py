@@ -46,7 +46,7 @@ class Section(enum.Enum):
 
 @attrs.frozen
 class Span:
-    """Where a parameter lies in a region."""
+    """Where a parameter lies in a bucket."""
 
     name: str
     start: int
