@@ -1,1 +1,1 @@
-"""Adapters: mimogrid inside other frameworks, one file per host."""
+"""Adapters: mimogrid inside other frameworks, one file or package per host."""

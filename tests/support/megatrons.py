@@ -18,8 +18,7 @@ from torch import Tensor, nn
 import specs
 from hosts import host
 from mimogrid.adapters import torch_module
-from mimogrid.adapters.megatron import forward_backward_func, networks_of
-from mimogrid.adapters.megatron_stages import block_of
+from mimogrid.adapters.megatron import block_of, forward_backward_func, networks_of
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.models import Gpt, Vit

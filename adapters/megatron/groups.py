@@ -1,0 +1,93 @@
+"""A `ProcessGroupCollection` for each module of a job: the job's own groups, and what Megatron wants besides."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch.distributed as dist
+
+from mimogrid.core.groups import Ranks, groups_of, in_slots
+from mimogrid.core.topology import Module, Topology
+from mimogrid.shell.device import Device
+from mimogrid.shell.groups import Groups
+from mimogrid.shell.megatron import ProcessGroupCollection
+from mimogrid.shell.world import World
+
+
+_ALONG = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "pp": ("pp",),
+    "dp": ("dp",),
+    "mp": ("tp", "pp"),
+    "tp_cp": ("tp", "cp"),
+    "dp_cp": ("cp", "dp"),
+    "intra_dp_cp": ("cp", "dp"),
+    "tp_dp_cp": ("tp", "cp", "dp"),
+    "intra_dist_opt": ("tp", "cp", "dp", "pp"),
+}
+"""Along which axes of a module's grid Megatron wants a group, by the name it has in a collection."""
+_ALONG_EXPERTS = {
+    "ep": ("ep",),
+    "expt_tp": ("expert_tp",),
+    "expt_dp": ("expert_dp",),
+    "intra_expt_dp": ("expert_dp",),
+    "tp_ep": ("expert_tp", "ep"),
+    "tp_ep_pp": ("expert_tp", "ep", "pp"),
+}
+_DENSE = {"expt_tp": "tp", "expt_dp": "dp_cp", "intra_expt_dp": "dp_cp", "tp_ep": "tp", "tp_ep_pp": "mp"}
+"""What stands for the groups of experts where a module has none; Megatron asks for them all the same."""
+
+
+@contextlib.contextmanager
+def open_collections(
+    topology: Topology, groups: Groups, world: World, device: Device
+) -> Iterator[Mapping[str, ProcessGroupCollection]]:
+    """Return a collection for each module that this rank hosts; all ranks of the world call it.
+
+    Of the groups those of the job are used where their ranks are the same. The others (pp, mp, dp beside cp)
+    are made here, and destroyed on exit. `embd` joins the two ends of the pipeline and `pos_embd` is the
+    first; other ranks have None.
+    """
+    planned = {ranks for slot in groups_of(topology) for ranks in slot}
+    lacking = [ranks for ranks in _wanted(topology) if len(ranks) > 1 and ranks not in planned]
+    by_ranks = dict(groups.by_ranks)
+    opened: list[dist.ProcessGroup] = []
+    try:
+        for slot in in_slots(lacking):
+            made = world.make_groups(slot, backend=device.backend, purpose="megatron")
+            opened.extend(made.values())
+            by_ranks |= {ranks: group for ranks, group in made.items() if ranks not in by_ranks}
+        hosted = [module for module in topology.modules.values() if world.rank in module.grid]
+        yield {module.name: _collection(module, world.rank, by_ranks) for module in hosted}
+    finally:
+        for group in reversed(opened):
+            dist.destroy_process_group(group)
+
+
+def _wanted(topology: Topology) -> Iterator[Ranks]:
+    for module in topology.modules.values():
+        for axes in _ALONG.values():
+            yield from module.grid.ranks_along(axes)
+        for axes in _ALONG_EXPERTS.values() if module.experts else ():
+            yield from module.experts.ranks_along(axes)  # type: ignore[union-attr]
+        yield from map(_ends, module.grid.ranks_along("pp"))
+
+
+def _ends(pipeline: Ranks) -> Ranks:
+    return tuple(dict.fromkeys((pipeline[0], pipeline[-1])))
+
+
+def _collection(
+    module: Module, rank: int, by_ranks: Mapping[Ranks, dist.ProcessGroup]
+) -> ProcessGroupCollection:
+    found = {name: by_ranks[module.grid.group_of(rank, axes)] for name, axes in _ALONG.items()}
+    if module.experts:
+        experts = module.experts
+        found |= {name: by_ranks[experts.group_of(rank, axes)] for name, axes in _ALONG_EXPERTS.items()}
+    else:
+        found |= {"ep": by_ranks[rank,]} | {name: found[dense] for name, dense in _DENSE.items()}
+    pipeline = module.grid.group_of(rank, "pp")
+    collection = ProcessGroupCollection(**found)
+    collection.embd = by_ranks[_ends(pipeline)] if rank in _ends(pipeline) else None
+    collection.pos_embd = by_ranks[rank,] if rank == pipeline[0] else None
+    return collection

@@ -1,0 +1,133 @@
+"""The job of a `MimoModelConfig` and its grids: as a value, as a file, opened."""
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mimogrid.adapters.megatron.grids import EXPERT_VIEW, LANGUAGE, check_keys, from_hyper_comm_grid
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.models import Gpt, Vit
+from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec
+from mimogrid.shell import jobfile
+from mimogrid.shell.jobs import Job, open_job
+
+
+def job_of(
+    config: Any,
+    grids: Mapping[str, HyperCommGrid] | None = None,
+    *,
+    batch: BatchSpec,
+    data: DataSpec | None = None,
+    **fields: Any,
+) -> JobSpec:
+    """Return the job of a `MimoModelConfig` on its grids (its `module_to_grid_map`, unless given).
+
+    The language model becomes a `gpt`. A modality with one transformer (whose specification has a
+    `TransformerConfig` among its parameters) becomes a `vit` of that size, any other a network of the host's
+    that emits rows as wide as the language model. The plan counts by these sizes; the networks are Megatron's
+    where `forward_backward_func` is given a model. Without `data` the samples are the host's, too. `fields` are
+    further ones of the job.
+
+    Raises ValueError for keys that do not match, and PlanError with everything that a job cannot say.
+    """
+    grids = grids or config.module_to_grid_map
+    check_keys(grids, config.modality_submodules_spec)
+    problems: list[Problem] = []
+    placed = {name: _grid_spec(name, grid, problems) for name, grid in grids.items()}
+    params = config.language_model_spec.params
+    language = _language(params, problems)
+    if problems:
+        raise PlanError(problems)
+    modules = {
+        name: _modality(spec, placed[name], language.hidden)
+        for name, spec in config.modality_submodules_spec.items()
+    }
+    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **_cut(params["config"], placed[LANGUAGE]))
+    options = {"sequence": params["max_sequence_length"]}
+    data = data or DataSpec(source="mimogrid.shell.host:samples", options=options)
+    return JobSpec(modules=modules, data=data, batch=batch, **fields)
+
+
+def job_file_of(config: Any, grids: Mapping[str, HyperCommGrid] | None = None, **arguments: Any) -> str:
+    """Return the text of the job file; see `job_of`."""
+    return jobfile.dump(job_of(config, grids, **arguments))
+
+
+def open_job_of(config: Any, grids: Mapping[str, HyperCommGrid] | None = None, **arguments: Any) -> Job:
+    """Open the job; see `job_of`. Raises PlanError with everything that is wrong with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "job.toml")
+        path.write_text(job_file_of(config, grids, **arguments))
+        return open_job(path)
+
+
+def _grid_spec(name: str, grid: HyperCommGrid, problems: list[Problem]) -> GridSpec:
+    base, order = from_hyper_comm_grid(grid), GridSpec().order
+    where = f"modules.{name}.grid"
+    for axis in base.axes:
+        if axis.name not in order and axis.size > 1:
+            fact = f"the axis '{axis.name}' of size {axis.size} has no counterpart."
+            problems.append(Problem(where, fact, f"Axes are {', '.join(order)}; experts lie in a view."))
+    known = [axis for axis in base.axes if axis.name in order]
+    given = tuple(axis.name for axis in known)
+    sizes: dict[str, Any] = {axis.name: axis.size for axis in known}
+    if EXPERT_VIEW in vars(grid).get("_views", {}):
+        experts = from_hyper_comm_grid(grid, EXPERT_VIEW)
+        sizes |= {"ep": experts.extent("ep"), "expert_tp": experts.extent("expert_tp")}
+    whole = (*given, *(axis for axis in order if axis not in given))
+    return GridSpec(**sizes, offset=base.offset, order=whole)
+
+
+def _cut(config: TransformerConfig, grid: GridSpec) -> dict[str, Any]:
+    """Return how a transformer is cut: what a grid of Megatron's does not say, its configuration does."""
+    config = copy.copy(config)
+    config.pipeline_model_parallel_size = grid.pp
+    layers = [get_num_layers_to_build(config, pp_rank=pp) for pp in range(grid.pp)]
+    split = tuple(layers) if len(set(layers)) > 1 else None
+    return {"grid": attrs.evolve(grid, sequence_parallel=config.sequence_parallel), "split": split}
+
+
+def sizes_of(config: TransformerConfig) -> dict[str, Any]:
+    """Return the options that a `gpt` and a `vit` of a job share, as Megatron's configuration says them."""
+    experts = config.num_moe_experts or 0
+    return {
+        "layers": config.num_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_query_groups,
+        "ffn": config.ffn_hidden_size,
+        "dropout": config.hidden_dropout,
+        **({"experts": experts, "top_k": config.moe_router_topk} if experts else {}),
+    }
+
+
+def _language(params: Mapping[str, Any], problems: list[Problem]) -> Gpt:
+    tied = bool(params.get("share_embeddings_and_output_weights", False))
+    config = params["config"]
+    if config.hidden_dropout != config.attention_dropout:
+        fact = f"drops {config.hidden_dropout} of hidden states and {config.attention_dropout} of attention."
+        problems.append(Problem(f"modules.{LANGUAGE}.options.dropout", fact, "Make them the same."))
+    return Gpt(**sizes_of(config), vocab=params["vocab_size"], tied_embeddings=tied)
+
+
+def _modality(spec: MegatronSpec, grid: GridSpec, width: int) -> ModuleSpec:
+    encoders = list((spec.submodules or {}).get("encoders", {}).values())
+    configs = [
+        value
+        for encoder in encoders
+        for value in (encoder.params or {}).values()
+        if isinstance(value, TransformerConfig)
+    ]
+    if len(encoders) == len(configs) == 1:
+        vit = Vit(**sizes_of(configs[0]))
+        return ModuleSpec(model="vit", options=vit, feeds=(LANGUAGE,), **_cut(configs[0], grid))
+    model = "mimogrid.shell.host:module"
+    return ModuleSpec(model=model, options={}, feeds=(LANGUAGE,), grid=grid, width=width)

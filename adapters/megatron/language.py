@@ -1,0 +1,151 @@
+"""A stage of Megatron's `GPTModel` as a stage of a job: what its program calls in place of the one it would build.
+
+The model computes what it always does; around it are the places of rows and tokens in its block, and the loss.
+Between stages hidden states are whole on every tensor-parallel rank: under Megatron's sequence parallelism the
+model takes its part of the positions and gives all of them back.
+
+The loss is ours: cross entropy in the precision of the logits, summed with its weights and never averaged.
+Megatron's own rounds to fp32, and divides by counts of one rank.
+
+Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mimogrid.adapters.megatron.parameters import table_of
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.models import Parameter
+from mimogrid.core.steps import Share
+from mimogrid.core.topology import StageInfo
+from mimogrid.core.zigzag import WHOLE, ZigZag
+from mimogrid.shell.loss import cross_entropy_sum
+from mimogrid.shell.megatron import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from mimogrid.shell.packing import Packing, check_placeholders, pack_text
+
+
+class LanguageStage(nn.Module):
+    """A stage of a `GPTModel` as a stage of a `gpt` of a job (`shell.modules.HostNetwork`).
+
+    `sequence` is the length of the job's sequences, `name` the module's in the job.
+    """
+
+    def __init__(self, model: nn.Module, *, sequence: int, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.sequence = sequence
+        gpt: Any = model
+        self.tp: dist.ProcessGroup = gpt.pg_collection.tp
+        self.cp: dist.ProcessGroup = gpt.pg_collection.cp
+        self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp.size() > 1 else WHOLE
+        self.sequence_parallel: bool = gpt.config.sequence_parallel and self.tp.size() > 1
+        problems = list(_unable(gpt, f"modules.{name}", sequence))
+        if problems:
+            raise PlanError(problems)
+
+    def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
+        """Return what each parameter is; see `table_of`."""
+        gpt: Any = self.model
+        tied = gpt.share_embeddings_and_output_weights
+        return {f"model.{key}": p for key, p in table_of(self.model, info, tp=tp, tied=tied).items()}
+
+    def forward(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
+        """Compute the stage; see the table at the top of `shell.modules`."""
+        gpt: Any = self.model
+        device = next(iter(inputs.values())).device
+        packing = pack_text(share, sequence=self.sequence, multiple=1, device=device, cut=self.cut)
+        hidden_SBH = self._embedded(inputs, share, packing) if gpt.pre_process else inputs[self.name]
+        if self.sequence_parallel:
+            hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp)
+        if not gpt.pre_process:
+            gpt.set_input_tensor(hidden_SBH)
+        said: Tensor = gpt(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=hidden_SBH if gpt.pre_process else None,
+        )
+        gpt.set_input_tensor(None)
+        if gpt.post_process:
+            return self._judged(said.transpose(0, 1), inputs, packing)
+        if self.sequence_parallel:
+            said = gather_from_sequence_parallel_region(
+                said, tensor_parallel_output_grad=False, group=self.tp
+            )
+        return {self.name: said}
+
+    def _embedded(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+        """Return [S, B, H]: embeddings of the text, and the feeders' rows at their placeholders."""
+        gpt: Any = self.model
+        if inputs["tokens"].device.type == "cpu":
+            check_placeholders(inputs["tokens"], share, packing)
+        text_T = inputs["tokens"].index_select(0, packing.text_tokens)
+        entries = packing.incoming[len(packing.incoming) - len(text_T) :]
+        positions_T = self._positions(entries.device).index_select(0, entries // packing.samples)
+        text_TH: Tensor = gpt.embedding(input_ids=text_T[None], position_ids=positions_T[None]).squeeze(1)
+        rows = [inputs[feeder] for feeder in share.rows]
+        if rows and packing.portion is not None:
+            rows_RH = copy_to_tensor_model_parallel_region(torch.cat(rows), group=self.cp)
+            rows = [rows_RH.index_select(0, packing.portion.incoming)]
+        block = text_TH.new_zeros(packing.positions * packing.samples, text_TH.shape[-1])
+        block = block.index_copy(0, packing.incoming, torch.cat([*rows, text_TH]))
+        return block.view(packing.positions, packing.samples, -1)
+
+    def _positions(self, device: torch.device) -> Tensor:
+        """Return which position of the sequence each of this rank's is."""
+        return torch.tensor(tuple(self.cut.positions(self.sequence)), dtype=torch.int64, device=device)
+
+    def _judged(
+        self, logits_SBV: Tensor, inputs: Mapping[str, Tensor], packing: Packing
+    ) -> dict[str, Tensor]:
+        """Return the weighted sum of cross entropies, or the logits of all tokens."""
+        logits_TV = logits_SBV.flatten(0, 1).index_select(0, packing.outgoing)
+        portion = packing.portion
+        if "labels" in inputs:
+            labels_T, weights_T = inputs["labels"], inputs["loss_weights"]
+            if portion is not None:
+                labels_T, weights_T = (t.index_select(0, portion.outgoing) for t in (labels_T, weights_T))
+            return {"loss": cross_entropy_sum(logits_TV, labels_T, weights_T, self.tp)}
+        logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)
+        if portion is not None and portion.most:
+            logits_TV = nn.functional.pad(logits_TV, (0, 0, 0, portion.most - len(logits_TV)))
+            logits_TV = gather_from_sequence_parallel_region(logits_TV, group=self.cp)
+            logits_TV = logits_TV.index_select(0, portion.order)
+        return {"logits": logits_TV}
+
+
+def _unable(gpt: Any, where: str, sequence: int) -> Iterator[Problem]:
+    """Say what a `GPTModel` cannot be in a job's program."""
+    tp = gpt.pg_collection.tp.size()
+    config = gpt.config
+    if config.num_moe_experts:
+        yield Problem(where, "has experts, which only the job's own networks have.", "Let the job build it.")
+    if config.mtp_num_layers:
+        yield Problem(where, "predicts several tokens at once.", "Leave mtp_num_layers out.")
+    if config.virtual_pipeline_model_parallel_size:
+        yield Problem(where, "is cut into virtual stages.", "Leave virtual_pipeline_model_parallel_size out.")
+    if gpt.position_embedding_type == "mrope":
+        yield Problem(
+            where, "turns by mrope, whose positions a job does not know.", "Use rope, or learned ones."
+        )
+    if tp > 1 and not gpt.parallel_output:
+        yield Problem(
+            where, "gathers its logits.", "Leave parallel_output at True; the loss is cut as they are."
+        )
+    scatters = gpt.pre_process and getattr(gpt.embedding, "scatter_to_sequence_parallel", False)
+    if tp > 1 and config.sequence_parallel and scatters:
+        fact = "cuts the embeddings of text before rows are put among them."
+        yield Problem(where, fact, "Build it with scatter_embedding_sequence_parallel=False.")
+    if sequence > gpt.max_sequence_length:
+        fact = f"has {gpt.max_sequence_length} positions, the job sequences of {sequence}."
+        yield Problem(where, fact, f"Build it with max_sequence_length={sequence}, or shorten the sequence.")

@@ -1,0 +1,129 @@
+"""A modality of Megatron's as a module of a job: its encoder over the rows of a microbatch, and its projection.
+
+Shapes in names: S positions, B samples, H hidden, R rows, F features.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from mimogrid.adapters.megatron.parameters import table_of
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.models import Parameter
+from mimogrid.core.roles import ModuleStageInfo
+from mimogrid.core.steps import Share
+from mimogrid.core.topology import StageInfo
+from mimogrid.shell.packing import pack_rows
+
+
+Arrange = Callable[[Tensor | None, Share], Mapping[str, Any]]
+"""Rows [R, F] of a share, sample after sample, to the arguments of an encoder; None: to those of a later stage."""
+
+
+def block_of(rows_RF: Tensor, share: Share) -> tuple[Tensor, Tensor | None]:
+    """Return rows as a block [S, B, F] as long as the longest sample that has any, and its mask.
+
+    The mask [B, 1, 1, S] is added to attention scores: minus infinity for what is padding; None: nothing is.
+    """
+    packing = pack_rows(share, multiple=1, dtype=rows_RF.dtype, device=rows_RF.device)
+    block = rows_RF.new_zeros(packing.positions * packing.samples, rows_RF.shape[-1])
+    block = block.index_copy(0, packing.incoming, rows_RF)
+    return block.view(packing.positions, packing.samples, -1), packing.mask
+
+
+class ModalityNetwork(nn.Module):
+    """A modality of Megatron's as a module of a job: hand it to `Embedded` under the module's name.
+
+    Its encoder gets the rows of all samples, end to end, as `argument`, or whatever a function makes of them, and
+    gives one row for each. In the job the module is one of the host's, as wide as the language model, or a `vit`:
+    then the modality may be a stage of several (`stage`, `shell.modules.HostNetwork`). Its projection is its own.
+
+    What an encoder returns with three dims is [S, B, H] from a `TransformerBlock` and where there are several
+    stages, [B, S, H] otherwise. Rows leave it sample after sample: Megatron flattens both as they lie, and so gives
+    samples each other's rows.
+    """
+
+    def __init__(
+        self, modality: nn.Module, argument: str | Arrange, *, stage: ModuleStageInfo | None = None
+    ) -> None:
+        super().__init__()
+        # Under its own name it would stand in the names of all parameters, which are to be Megatron's.
+        self._modality = (modality,)
+        for part, network in modality.named_children():
+            self.add_module(part, network)
+        self.argument = argument
+        self.stage = stage or ModuleStageInfo("", 0, is_first_stage=True, is_last_stage=True, position={})
+        parts: Any = modality
+        problems = list(_unable_modality(parts, self.stage))
+        if problems:
+            raise PlanError(problems)
+        (self._key,) = parts.encoders
+
+    def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
+        """Return what each parameter is; see `table_of`."""
+        return table_of(self._modality[0], info, tp=tp)
+
+    def forward(self, inputs: Mapping[str, Tensor], share: Share | None = None) -> Mapping[str, Tensor]:
+        """Return the projected rows, or hidden states; see `shell.modules.OwnNetwork` and `HostNetwork`."""
+        first, last = self.stage.is_first_stage, self.stage.is_last_stage
+        modality: Any = self._modality[0]
+        encoder: Any = modality.encoders[self._key]
+        said = (
+            encoder(**self._arguments(inputs["rows"], share))
+            if first
+            else continued(
+                self.stage.module, encoder, inputs[self.stage.module], self._arguments(None, share)
+            )
+        )
+        if not last:
+            return {self.stage.module: said}
+        return {"rows": modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)}
+
+    def _arguments(self, rows_RF: Tensor | None, share: Share | None) -> Mapping[str, Any]:
+        if isinstance(self.argument, str):
+            return {} if rows_RF is None else {self.argument: rows_RF}
+        assert share is not None, "a module of the host's gets its rows as one argument"
+        return self.argument(rows_RF, share)
+
+    def _flat(self, said: Tensor, share: Share | None, encoder: nn.Module) -> Tensor:
+        """Return rows [R, H], sample after sample."""
+        by_position = isinstance(encoder, TransformerBlock) or not self.stage.is_first_stage
+        if said.dim() == _ROWS or not by_position:
+            return said.reshape(-1, said.shape[-1])
+        assert share is not None, "a module of the host's gives rows"
+        packing = pack_rows(share, multiple=1, dtype=said.dtype, device=said.device)
+        return said.flatten(0, 1).index_select(0, packing.outgoing)
+
+
+_ROWS = 2
+"""Dims of rows."""
+
+
+def _unable_modality(modality: Any, stage: ModuleStageInfo) -> Iterator[Problem]:
+    """Say what a modality cannot be in a job's program."""
+    where = f"modules.{stage.module}"
+    if len(modality.encoders) != 1:
+        fact = f"has {len(modality.encoders)} encoders; of a job's module the rows go through one."
+        yield Problem(where, fact, "Make each of them a module.")
+        return
+    (encoder,) = modality.encoders.values()
+    cut = not (stage.is_first_stage and stage.is_last_stage)
+    if cut and getattr(getattr(encoder, "config", None), "sequence_parallel", False):
+        fact = "has several stages that hand on parts of the positions (sequence_parallel)."
+        yield Problem(where, fact, "Use pp = 1, or sequence_parallel=False for this encoder.")
+
+
+def continued(
+    name: str, encoder: Any, hidden: Tensor | None, arguments: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Run a later stage of an encoder on hidden states, which it takes as every stage of Megatron's does."""
+    if not hasattr(encoder, "set_input_tensor"):
+        raise TypeError(
+            f"modality '{name}' is cut into stages, and {type(encoder).__name__} takes no hidden states. "
+            "Give it set_input_tensor(hidden), or a grid with pp = 1."
+        )
+    encoder.set_input_tensor(hidden)
+    given = {"hidden_states": None, "attention_mask": None, **(arguments or {})}
+    return encoder(**given)  # type: ignore[no-any-return]

@@ -1,0 +1,51 @@
+"""The parts of a rank's `MimoStages` or `MimoModel` as networks that a job's program calls, stage by stage."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mimogrid.adapters.megatron.grids import LANGUAGE
+from mimogrid.adapters.megatron.language import LanguageStage
+from mimogrid.adapters.megatron.modality import Arrange, ModalityNetwork
+from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.roles import role_of
+from mimogrid.shell.jobs import Job
+
+
+def networks_of(
+    model: nn.Module, job: Job, rank: int, encoder_inputs: Mapping[str, str | Arrange] | None = None
+) -> dict[str, nn.Module]:
+    """Return the parts of a rank's `MimoStages` or `MimoModel` as the networks that a job's program calls.
+
+    `encoder_inputs` says of each modality which argument of its encoder takes the rows of a microbatch, or what
+    makes arguments of them. Raises PlanError for what a program cannot call (see there), and for parts
+    that the rank should have and the model has not.
+    """
+    topology, inputs = job.topology, encoder_inputs or {}
+    role = role_of(topology, rank)
+    parts: Any = model
+    networks: dict[str, nn.Module] = {}
+    for name, info in role.modules.items():
+        if name == LANGUAGE and parts.language_model is not None:
+            gpt = unwrapped(parts.language_model)
+            networks[name] = LanguageStage(gpt, sequence=topology.sequence, name=name)
+        elif name in parts.modality_submodules and name in inputs:
+            modality = unwrapped(parts.modality_submodules[name])
+            networks[name] = ModalityNetwork(modality, inputs[name], stage=info)
+        elif name in parts.modality_submodules:
+            fact = "has an encoder, and nothing says which of its arguments takes the rows."
+            remedy = f"Name it: encoder_inputs={{'{name}': 'ARGUMENT'}}."
+            raise PlanError([Problem(f"modules.{name}", fact, remedy)])
+        else:
+            fact = f"is hosted by rank {rank}, whose model has no part of it."
+            remedy = "Build the model on the grids that the job has."
+            raise PlanError([Problem(f"modules.{name}", fact, remedy)])
+    return networks
+
+
+def unwrapped(module: Any) -> nn.Module:
+    """Return what Megatron's wrappers (`Float16Module`, `DistributedDataParallel`) hold."""
+    while hasattr(module, "module") and isinstance(module.module, nn.Module):
+        module = module.module
+    return module  # type: ignore[no-any-return]

@@ -1,0 +1,270 @@
+"""The parts of a `MimoModel` that a rank has: built selectively, and called as Megatron's schedules call it.
+
+Shapes in names: S positions, B samples, H hidden, R rows.
+"""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor, nn
+
+from mimogrid.adapters.megatron.grids import LANGUAGE
+from mimogrid.adapters.megatron.jobs import sizes_of
+from mimogrid.adapters.megatron.modality import continued
+from mimogrid.core.models import BuiltIn, Gpt, Vit
+from mimogrid.core.roles import ModuleStageInfo, RankRole
+from mimogrid.shell.ledger import Ledger
+from mimogrid.shell.megatron import ProcessGroupCollection
+from mimogrid.shell.megatron.layers import block_spec
+
+
+def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpec:
+    """Return megatron-core's layer with an attention and a norm that run on the CPU, and in any dtype.
+
+    They are those of the job's own networks: a layer norm, and attention that turns queries and keys by itself, so
+    the model has ``position_embedding_type="none"`` (or learned ones besides). For a causal or any other attention.
+    """
+    sizes = {**sizes_of(config), "experts": 0}
+    model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
+    # On one rank too the linear layers are megatron's: ours have no place in its checkpoints.
+    return block_spec(model, layers=1, tp=2, ledger=Ledger()).layer_specs[0]
+
+
+def from_specs(
+    language_model_spec: MegatronSpec,
+    modality_submodules_spec: Mapping[str, MegatronSpec],
+    special_token_ids: Mapping[str, int],
+    *,
+    role: RankRole,
+    collections: Mapping[str, ProcessGroupCollection] | None = None,
+) -> "MimoStages":
+    """Build what this rank hosts of a model that is specified for Megatron's `MimoModel`.
+
+    Nothing is built for modules of other ranks, projections only on a modality's last stage, embedding and
+    output layer of the language model only on its ends. `collections` give each module its groups; without
+    them Megatron's global state does. Its configurations must say the size of pp themselves, as ever there.
+
+    Raises ValueError where the role is of other modules or a modality that is cut into stages has several
+    encoders, RuntimeError where the rank is in no grid.
+    """
+    known = {LANGUAGE, *modality_submodules_spec}
+    if not known.issuperset(role.modules):
+        raise ValueError(
+            f"the role names modules that are not specified. Missing: {sorted(set(role.modules) - known)}, "
+            f"known: {sorted(known)}"
+        )
+    if role.is_idle:
+        raise RuntimeError(f"rank {role.rank} is in no module's grid: it idles, and has no model.")
+    collections = collections or {}
+    submodules = {
+        name: _modality_of(spec, role.modules[name], collections.get(name))
+        for name, spec in modality_submodules_spec.items()
+        if name in role.modules
+    }
+    language = None
+    if role.has_language_module:
+        language = _built(language_model_spec, role.modules[LANGUAGE], collections.get(LANGUAGE))
+    return MimoStages(role, submodules, language, special_token_ids, collections)
+
+
+def _built(spec: MegatronSpec, info: ModuleStageInfo, collection: ProcessGroupCollection | None) -> nn.Module:
+    """Build a network for a stage; it is told of the stage as far as its constructor asks."""
+    told: dict[str, Any] = {"pre_process": info.is_first_stage, "post_process": info.is_last_stage}
+    if collection is not None:
+        told["pg_collection"] = collection
+    asked = inspect.signature(spec.module.__init__).parameters
+    spec = copy.copy(spec)
+    spec.params = {**(spec.params or {}), **{name: value for name, value in told.items() if name in asked}}
+    return build_module(spec)  # type: ignore[no-any-return]
+
+
+def _modality_of(
+    spec: MegatronSpec, info: ModuleStageInfo, collection: ProcessGroupCollection | None
+) -> nn.Module:
+    parts = spec.submodules or {}
+    if not (info.is_first_stage and info.is_last_stage) and len(parts.get("encoders", {})) != 1:
+        raise ValueError(
+            f"modality '{info.module}' is cut into stages: one encoder runs through them, "
+            f"not {sorted(parts.get('encoders', {}))}"
+        )
+
+    def named(kind: str) -> dict[str, nn.Module]:
+        return {name: _built(part, info, collection) for name, part in parts.get(kind, {}).items()}
+
+    def listed(kind: str, *, wanted: bool) -> list[nn.Module]:
+        return [_built(part, info, collection) for part in parts.get(kind, ())] if wanted else []
+
+    stage = {"is_first_stage": info.is_first_stage, "is_last_stage": info.is_last_stage}
+    asked = inspect.signature(spec.module.__init__).parameters
+    return spec.module(  # type: ignore[no-any-return]
+        encoders=named("encoders"),
+        decoders=named("decoders"),
+        input_projections=listed("input_projections", wanted=info.is_last_stage),
+        output_projections=listed("output_projections", wanted=info.is_first_stage),
+        **{name: value for name, value in stage.items() if name in asked},
+        **(spec.params or {}),
+    )
+
+
+class MimoStages(nn.Module):
+    """The parts of a multimodal model that one rank has, called as Megatron's schedules call its `MimoModel`.
+
+    Parameters have the names that they have there (``language_model.*``, ``modality_submodules.NAME.*``), so a
+    state dict of the one loads into the other.
+
+    | the rank hosts | forward returns, beside `loss_mask` |
+    |---|---|
+    | modalities only | the output of each by its name: rows [R, H] from a last stage, else hidden states |
+    | a stage of the language model that is not its last | its hidden states by the name `LANGUAGE` |
+    | the last stage of the language model | what that model returns |
+    | both | the same as the language model's; without its last stage, all outputs by name |
+    """
+
+    def __init__(
+        self,
+        role: RankRole,
+        modality_submodules: Mapping[str, nn.Module],
+        language_model: nn.Module | None,
+        special_token_ids: Mapping[str, int],
+        collections: Mapping[str, ProcessGroupCollection],
+    ) -> None:
+        super().__init__()
+        self.role = role
+        self.collections = dict(collections)
+        self.special_token_ids = dict(special_token_ids)
+        self.modality_submodules = nn.ModuleDict(dict(modality_submodules))
+        self.language_model = language_model
+        self.input_tensors: Mapping[str, Tensor] = {}
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return what Megatron's distributed checkpoints hold of this rank's parts, by the names that it gives."""
+        found: dict[str, Any] = {}
+        for module in self.role.modules:
+            is_language = module == LANGUAGE
+            part = self.language_model if is_language else self.modality_submodules[module]
+            name = "language_model" if is_language else f"modality_submodules.{module}"
+            groups = self.collections.get(module)
+            # Otherwise Megatron's global state is asked who else holds the same.
+            known = {} if groups is None else {"dp_cp_group": groups.dp_cp}
+            found |= sharded_state_dict_default(
+                part,
+                f"{prefix}{name}.",
+                sharded_offsets,
+                {**(metadata or {}), **known},
+                **({} if groups is None else {"tp_group": groups.tp}),
+            )
+        return found
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take what earlier stages sent: tensors by the name of the module that made them.
+
+        A single tensor is for the language model. Megatron's schedules wrap either into a list.
+        """
+        given = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if given is None or isinstance(given, Tensor):
+            given = {} if given is None else {LANGUAGE: given}
+        self.input_tensors = {
+            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in given.items()
+        }
+
+    def forward(  # noqa: PLR0917 -- the order is Megatron's
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        modality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> tuple[Any, Tensor | None]:
+        """Run the stages of this rank; see the table above, and `MimoModel.forward` for the arguments.
+
+        Raises ValueError where rows and placeholders do not match, RuntimeError where a modality has
+        placeholders and no input.
+        """
+        outputs: dict[str, Tensor] = {}
+        for name in self.role.modality_module_names:
+            output = self._modality(name, (modality_inputs or {}).get(name))
+            if output is not None:
+                outputs[name] = output
+            elif input_ids is not None and self._places(input_ids, name).any():
+                raise RuntimeError(f"there are placeholders for '{name}', and no input")
+        if self.language_model is None:
+            return outputs, loss_mask
+        received = {name: tensor for name, tensor in self.input_tensors.items() if name != LANGUAGE}
+        embedded, hidden = None, self.input_tensors.get(LANGUAGE)
+        if self.role.is_first_stage(LANGUAGE):
+            assert input_ids is not None
+            embedded = self._embed(input_ids, position_ids, {**received, **outputs})
+        elif hidden is not None:
+            language: Any = self.language_model
+            language.set_input_tensor(hidden)
+        said = self.language_model(
+            input_ids=None,
+            position_ids=None,
+            decoder_input=embedded,
+            labels=labels,
+            attention_mask=attention_mask,
+        )
+        return (said if self.role.is_last_stage(LANGUAGE) else {**outputs, LANGUAGE: said}), loss_mask
+
+    def _modality(self, name: str, inputs: Mapping[str, Any] | None) -> Tensor | None:
+        """Run this rank's stage of a modality: every stage runs its layers, not only the first."""
+        submodule: Any = self.modality_submodules[name]
+        hidden = self.input_tensors.get(name)
+        if inputs is not None and hidden is not None:
+            raise ValueError(f"'{name}' got inputs from the data and from an earlier stage")
+        first, last = self.role.is_first_stage(name), self.role.is_last_stage(name)
+        if (inputs if first else hidden) is None:
+            return None
+        if first and last and not any(isinstance(e, TransformerBlock) for e in submodule.encoders.values()):
+            outputs = submodule.encode(inputs)
+        else:
+            ((key, encoder),) = submodule.encoders.items()
+            output = encoder(**inputs[key]) if inputs is not None else continued(name, encoder, hidden)
+            if not last:
+                return output
+            # Sample by sample; as it lies, [S, B, H] would give samples each other's rows.
+            outputs = [(output.transpose(0, 1) if output.dim() > 2 else output).reshape(-1, output.shape[-1])]  # noqa: PLR2004
+        rows: Tensor | None = submodule.project_embeddings(outputs, is_input=True) if outputs else None
+        return rows
+
+    def _embed(
+        self, input_ids_BS: Tensor, position_ids_BS: Tensor | None, rows: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return [S, B, H]: embeddings of the text, and each modality's rows at its placeholders, in order."""
+        text = torch.ones_like(input_ids_BS, dtype=torch.bool)
+        for token in self.special_token_ids.values():
+            text &= input_ids_BS != token
+        positions = position_ids_BS[text][None] if position_ids_BS is not None else None
+        model: Any = self.language_model
+        embedded = model.embedding(input_ids=input_ids_BS[text][None], position_ids=positions).squeeze(1)
+        places = torch.full_like(input_ids_BS, -1)
+        places[text] = torch.arange(len(embedded), device=places.device)
+        parts, begin = [embedded], len(embedded)
+        for name, rows_RH in rows.items():
+            if name not in self.special_token_ids:
+                raise ValueError(f"there is no special token for modality '{name}'")
+            where = self._places(input_ids_BS, name)
+            if int(where.sum()) != len(rows_RH):
+                raise ValueError(f"'{name}' has {int(where.sum())} placeholders and {len(rows_RH)} rows")
+            places[where] = torch.arange(begin, begin + len(rows_RH), device=places.device)
+            parts, begin = [*parts, rows_RH], begin + len(rows_RH)
+        if (places < 0).any():
+            lacking = sorted(n for n in self.special_token_ids if n not in rows)
+            raise ValueError(f"there are placeholders without rows, of {lacking}")
+        return torch.cat(parts)[places].transpose(0, 1).contiguous()
+
+    def _places(self, input_ids_BS: Tensor, name: str) -> Tensor:
+        if name not in self.special_token_ids:
+            return torch.zeros_like(input_ids_BS, dtype=torch.bool)
+        return input_ids_BS == self.special_token_ids[name]
