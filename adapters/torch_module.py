@@ -72,6 +72,7 @@ from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.groups import Groups, open_groups
 from mimogrid.shell.host import Handed
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.preemption import Wish
 from mimogrid.shell.pulse import Pulse
@@ -201,8 +202,12 @@ class Embedded:
         rank, topology = self.world.rank, self.job.topology
         return role_of(topology, rank) if rank < topology.world_size else None
 
-    def step(self, batch: Sequence[Example] | None = None) -> Outcome | None:
+    def step(
+        self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy
+    ) -> Outcome | None:
         """Train one step, on a batch or on the job's own next samples; an idle rank returns None.
+
+        `loss` is that of language models: any sum over tokens of what the last stage predicts.
 
         Raises PlanError where a sample does not fit the job, WorldError where the ranks were given different
         batches or what is loaded is not as described, and what a module raises; on the other ranks EchoError.
@@ -220,11 +225,13 @@ class Embedded:
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
-                return self.crew.run(index, step, self._upcoming[1])
+                return self.crew.run(index, step, self._upcoming[1], loss=loss)
             step, source = self._given(self.crew, batch)
-            return self.crew.run(index, step, step, source=source)
+            return self.crew.run(index, step, step, source=source, loss=loss)
 
-    def evaluate(self, batch: Sequence[Example] | None = None) -> Mapping[str, float] | None:
+    def evaluate(
+        self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy
+    ) -> Mapping[str, float] | None:
         """Return each module's loss of a batch, or of the job's own next samples, which stay the next; train nothing.
 
         Networks are in evaluation mode. The losses are the same on every rank; an idle one returns None.
@@ -233,7 +240,7 @@ class Embedded:
         if self.crew is None:
             return None
         with first_failure(self.world), self._ours():
-            return self.crew.judge(*self._given(self.crew, batch))
+            return self.crew.judge(*self._given(self.crew, batch), loss)
 
     def answers(self, batch: Sequence[Example] | None = None) -> tuple[torch.Tensor, ...]:
         """Return the logits [tokens, V] of each microbatch, on the first rank of each lane of a last stage."""

@@ -3,11 +3,13 @@
     torchrun --nproc-per-node 4 examples/megatron_mimo.py
 
 A vision encoder on two data lanes (ranks 0 and 1) feeds a language model on two pipeline stages (ranks 2 and 3):
-specifications, special tokens, grids and the call of the schedule are Megatron's. What is mimogrid's is marked.
+specifications, special tokens, grids, forward step, loss and the call of the schedule are Megatron's. What is
+mimogrid's is marked.
 The task: say which of four colours an image has.
 """
 
 import os
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,9 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from mimogrid.adapters.megatron import forward_backward_func, layer_spec, open_job_of  # mimogrid
-from mimogrid.adapters.torch_module import Example  # mimogrid
-from mimogrid.core.samples import Sample  # mimogrid
-from mimogrid.core.spec import BatchSpec, DataSpec, OptimizerSpec  # mimogrid
+from mimogrid.core.spec import BatchSpec, OptimizerSpec  # mimogrid
 
 
 IMAGE_TOKEN, QUESTION, COLOURS = -1, 4, 4
@@ -89,28 +89,41 @@ def module_grids() -> dict[str, HyperCommGrid]:
 
 
 def microbatches():
-    """Yield the samples of each microbatch, of all data lanes, the same on every rank."""
+    """Yield the arguments of the model for each microbatch: its whole, on every rank the same."""
     generator = torch.Generator().manual_seed(0)
-    number = 0
     while True:
-        examples = []
-        for _ in range(MICRO_BATCH):
-            colour = int(torch.randint(COLOURS, (), generator=generator))
-            patches = torch.randn(PATCHES, FEATURES, generator=generator) * 0.1
-            patches[:, colour] += 1
-            tokens = torch.tensor([IMAGE_TOKEN] * PATCHES + [QUESTION, colour])
-            labels = torch.tensor([0] * PATCHES + [colour, 0])
-            weights = torch.tensor([0.0] * PATCHES + [1.0, 0.0])
-            # mimogrid: a sample says how long it is; one token of it counts in the loss.
-            sample = Sample(id=number, length=2, rows={"vision": PATCHES}, units={"language": 1.0})
-            text = {"tokens": tokens, "labels": labels, "loss_weights": weights}
-            examples.append(Example(sample, {"vision": {"rows": patches}, "language": text}))
-            number += 1
-        yield examples
+        colours = torch.randint(COLOURS, (MICRO_BATCH,), generator=generator)
+        patches = torch.randn(MICRO_BATCH, PATCHES, FEATURES, generator=generator) * 0.1
+        patches[torch.arange(MICRO_BATCH), :, colours] += 1
+        tokens = torch.full((MICRO_BATCH, SEQUENCE), QUESTION)
+        tokens[:, :PATCHES] = IMAGE_TOKEN
+        labels, loss_mask = torch.zeros_like(tokens), torch.zeros(MICRO_BATCH, SEQUENCE)
+        labels[:, PATCHES] = colours
+        loss_mask[:, PATCHES] = 1
+        yield {
+            "input_ids": tokens,
+            "position_ids": torch.arange(SEQUENCE).expand_as(tokens),
+            "attention_mask": None,
+            "loss_mask": loss_mask,
+            "labels": labels,
+            "modality_inputs": {"vision": {"eye": {"patches": patches.flatten(0, 1)}}},
+        }
+
+
+def loss_func(loss_mask, output):
+    """Return the sum of the losses of a microbatch, how many tokens they are of, and what is reported."""
+    loss, tokens = (output.float() * loss_mask).sum(), loss_mask.sum()
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens])}
+
+
+def forward_step(data_iterator, model):
+    """Run the model on a microbatch."""
+    output, loss_mask = model(**next(data_iterator))
+    return output, partial(loss_func, loss_mask)
 
 
 def main(iterations: int = 30) -> list[float]:
-    """Train; return the losses."""
+    """Train; return the losses, on the rank of the last stage."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     config, grids = model_config(), module_grids()
@@ -120,40 +133,39 @@ def main(iterations: int = 30) -> list[float]:
         config,
         grids,
         batch=BatchSpec(global_size=MICROBATCHES * MICRO_BATCH, microbatches=MICROBATCHES),
-        data=DataSpec(source="mimogrid.shell.host:samples", options={"sequence": SEQUENCE}),
         optimizer=OptimizerSpec(lr=3e-3),
     )
-    forward_backward = forward_backward_func(job, config, encoder_inputs={"vision": "patches"})  # mimogrid
+    forward_backward = forward_backward_func(job, config)  # mimogrid
     model = forward_backward.model  # this rank's part of it, with Megatron's names
-    data_iterator, losses = microbatches(), []
+    step = {
+        "forward_step_func": forward_step,
+        "data_iterator": microbatches(),
+        "model": [model],
+        "num_microbatches": MICROBATCHES,
+        "seq_length": SEQUENCE,
+        "micro_batch_size": MICRO_BATCH,
+    }
 
+    losses = []
     for iteration in range(iterations):
-        losses_reduced = forward_backward(
-            forward_step_func=None,  # mimogrid: the program has the data, and the loss
-            data_iterator=data_iterator,
-            model=[model],
-            num_microbatches=MICROBATCHES,
-            seq_length=SEQUENCE,
-            micro_batch_size=MICRO_BATCH,
-        )
+        losses_reduced = forward_backward(**step)
         # Was: finalize_model_grads(...); optimizer.step(). The step has ended with both.  mimogrid
-        losses.append(float(losses_reduced[0]["lm loss"]))
-        if dist.get_rank() == 0 and iteration % 10 == 9:
-            print(f"iteration {iteration + 1}: lm loss {losses[-1]:.4f}")
+        if losses_reduced:
+            losses.append(mean_of(losses_reduced))
+            if iteration % 10 == 9:
+                print(f"iteration {iteration + 1}: lm loss {losses[-1]:.4f}")
 
-    evaluated = forward_backward(
-        forward_step_func=None,
-        data_iterator=data_iterator,
-        model=[model],
-        num_microbatches=MICROBATCHES,
-        seq_length=SEQUENCE,
-        micro_batch_size=MICRO_BATCH,
-        forward_only=True,
-    )
-    if dist.get_rank() == 0:
-        print(f"evaluated: lm loss {float(evaluated[0]['lm loss']):.4f}")
+    evaluated = forward_backward(**step, forward_only=True)
+    if evaluated:
+        print(f"evaluated: lm loss {mean_of(evaluated):.4f}")
     forward_backward.embedded.close()  # mimogrid
     return losses
+
+
+def mean_of(losses_reduced) -> float:
+    """Return the mean over the tokens of all microbatches; there is one data lane."""
+    total, tokens = torch.stack([each["lm loss"] for each in losses_reduced]).sum(dim=0)
+    return float(total / tokens)
 
 
 if __name__ == "__main__":

@@ -61,13 +61,17 @@ class Loader:
         self.device = device
         self.dtype = dtype
 
-    def inputs(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
-        """Return what the first stage of a module reads from the data, sample after sample."""
+    def inputs(self, module: Module, share: Share, *, entire: bool = False) -> dict[str, torch.Tensor]:
+        """Return what the first stage of a module reads from the data, sample after sample.
+
+        A source module reads its rows; `entire`: and whatever else its samples have for it.
+        """
         if isinstance(module.model, Gpt):
             return self._load(module, share, ("tokens",), share.lengths)
         if module.inputs:
             return {}
-        return self._load(module, share, ("rows",), share.rows[module.name])
+        columns = self._columns(module, share, ("rows",), share.rows[module.name], entire=entire)
+        return self._joined(module, columns)
 
     def targets(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
         """Return what the last stage of a module with a loss compares with."""
@@ -98,14 +102,23 @@ class Loader:
         return self._joined(module, self._columns(module, share, names, counts))
 
     def _columns(
-        self, module: Module, share: Share, names: tuple[str, ...], counts: tuple[int, ...]
+        self,
+        module: Module,
+        share: Share,
+        names: tuple[str, ...],
+        counts: tuple[int, ...],
+        *,
+        entire: bool = False,
     ) -> dict[str, list[torch.Tensor]]:
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for sample, count in zip(share.samples, counts, strict=True):
             if count:
                 loaded = self._source.load(sample.id, module.name)
-                for name, column in columns.items():
-                    column.append(_checked(loaded, name, sample, count, module.name))
+                for name in names:
+                    columns[name].append(_checked(loaded, name, sample, count, module.name))
+                for name in loaded if entire else ():
+                    if name not in names:
+                        columns.setdefault(name, []).append(loaded[name])
         return columns
 
     def _joined(self, module: Module, columns: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -6,28 +6,62 @@ Shapes in names: T tokens, V vocabulary entries of this tp rank, P the pair of t
 and the sum of exponentials.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mimogrid.core.steps import Share
 
-def cross_entropy_sum(
-    logits_TV: Tensor,
-    labels_T: Tensor,
-    weights_T: Tensor,
-    group: dist.ProcessGroup,
-) -> Tensor:
-    """Return the sum over tokens of weight times cross entropy; each rank of `group` holds a part of V.
 
-    A token of weight 0 may have any label.
+@attrs.frozen(eq=False)
+class Predictions:
+    """What the last stage of a language model says of the tokens of its share, and what it was to say.
+
+    Attributes:
+        logits: [T, V], sample after sample. Under tp V is this rank's part of the vocabulary, under cp T are
+            this rank's positions.
+        labels: [T].
+        weights: [T], by how much each token counts; together they are the units of the samples.
+        share: whose tokens these are.
+        tp: the ranks that hold the parts of V.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    weights: Tensor
+    share: Share
+    tp: dist.ProcessGroup
+
+    def cross_entropies(self) -> Tensor:
+        """Return the cross entropy of each token [T], the same on every rank of `tp`."""
+        return cross_entropies(self.logits, self.labels, self.tp)
+
+
+Loss = Callable[[Predictions], Tensor]
+"""A loss of a language model: a sum over tokens, a scalar on each rank that holds some. The gradient is divided
+by the units of the whole step."""
+
+
+def weighted_cross_entropy(predictions: Predictions) -> Tensor:
+    """Return the sum over tokens of weight times cross entropy: the loss of a job that is given no other."""
+    losses_T = predictions.cross_entropies()
+    return torch.dot(predictions.weights.to(losses_T.dtype), losses_T)
+
+
+def cross_entropies(logits_TV: Tensor, labels_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the cross entropy of each token [T]; each rank of `group` holds a part of V.
+
+    Where a token's gradient is 0 its label may be any number.
     """
     exact = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    loss: Tensor = _CrossEntropySum.apply(exact, labels_T, weights_T.to(exact.dtype), group)  # type: ignore[no-untyped-call]
-    return loss
+    losses: Tensor = _CrossEntropies.apply(exact, labels_T, group)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def squared_error_sum(prediction: Tensor, targets: Tensor) -> Tensor:
@@ -36,7 +70,7 @@ def squared_error_sum(prediction: Tensor, targets: Tensor) -> Tensor:
     return functional.mse_loss(prediction.to(exact), targets.to(exact), reduction="sum")
 
 
-class _CrossEntropySum(torch.autograd.Function):
+class _CrossEntropies(torch.autograd.Function):
     """Two all-reduces forward (a maximum, a sum), none backward."""
 
     @staticmethod
@@ -44,7 +78,6 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx: Any,
         logits_TV: Tensor,
         labels_T: Tensor,
-        weights_T: Tensor,
         group: dist.ProcessGroup,
     ) -> Tensor:
         tokens, entries = logits_TV.shape
@@ -62,14 +95,13 @@ class _CrossEntropySum(torch.autograd.Function):
         if group.size() > 1:
             dist.all_reduce(sums_PT, group=group)
         labelled_T, total_T = sums_PT.unbind()
-        ctx.save_for_backward(exponentials_TV, total_T, index_T1, here_T, weights_T)
-        return torch.dot(weights_T, total_T.log() - labelled_T)
+        ctx.save_for_backward(exponentials_TV, total_T, index_T1, here_T)
+        return total_T.log() - labelled_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        exponentials_TV, total_T, index_T1, here_T, weights_T = ctx.saved_tensors
-        scale_T = weights_T * grad
-        grad_TV = exponentials_TV * (scale_T / total_T)[:, None]
-        grad_TV.scatter_add_(1, index_T1, -(scale_T * here_T)[:, None])
-        return grad_TV, None, None, None
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
+        exponentials_TV, total_T, index_T1, here_T = ctx.saved_tensors
+        grad_TV = exponentials_TV * (grad_T / total_T)[:, None]
+        grad_TV.scatter_add_(1, index_T1, -(grad_T * here_T)[:, None])
+        return grad_TV, None, None

@@ -43,7 +43,7 @@ from mimogrid.core.topology import UNKNOWN, Module, StageInfo, Topology
 from mimogrid.core.zigzag import ZigZag
 from mimogrid.shell import builders
 from mimogrid.shell.ledger import Ledger
-from mimogrid.shell.loss import cross_entropy_sum, squared_error_sum
+from mimogrid.shell.loss import Loss, Predictions, squared_error_sum, weighted_cross_entropy
 from mimogrid.shell.megatron import (
     GPTModel,
     ProcessGroupCollection,
@@ -96,9 +96,9 @@ class OwnNetwork(Protocol):
     """What a builder of the user's returns: an `nn.Module` with this forward.
 
     The builder is called with the module's options as keywords. Inputs are what a first stage gets (see the
-    table above), targets included where there are any, and row counts per sample as int64 tensors:
-    ``lengths``, and ``lengths.FEEDER`` for each feeder. Outputs are ``rows`` [R, width] if the module feeds
-    another, and ``loss`` (a sum, not a mean) if it has one.
+    table above), whatever else the samples have for the module by its name, end to end (targets, the sizes of
+    images), and row counts per sample as int64 tensors: ``lengths``, and ``lengths.FEEDER`` for each feeder.
+    Outputs are ``rows`` [R, width] if the module feeds another, and ``loss`` (a sum, not a mean) if it has one.
     """
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -116,6 +116,7 @@ class HostNetwork(Protocol):
         """Compute the stage for a share; see the table at the top of this file.
 
         What it gives to others it gives as ``rows``, for each sample as many as came in: projections are its own.
+        A loss is what the network's attribute ``loss`` makes of its predictions (`shell.loss.Loss`); it is set before.
         """
 
     def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
@@ -129,13 +130,17 @@ class StageModule(nn.Module):
     """One stage of a module on this rank.
 
     `draws` says that its forward draws random numbers in training, from the states of `megatron.draws`.
+    `reads_entire` says that it gets all that the samples of a source module have for it, not only the rows.
     `ledger` is where all of its layers note their products for gradients of weights, while it is open.
-    `loss_scale` multiplies the gradients that it attaches by itself. `layers_by` says whose layers it has.
+    `loss_scale` multiplies the gradients that it attaches by itself. `layers_by` says whose layers it has. `loss` is
+    what the last stage of a language model computes.
     """
 
     draws = False
+    reads_entire = False
     loss_scale = 1.0
     layers_by: Choice | None = None
+    loss: Loss = staticmethod(weighted_cross_entropy)
 
     def __init__(self, module: Module, info: StageInfo, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -383,7 +388,7 @@ class TransformerStage(StageModule):
             return {self.name: hidden_SBH, **aux}
         rows_RH = hidden_SBH.flatten(0, 1).index_select(0, packing.outgoing)
         emitted = {target: self.join(rows, packing) for target, rows in self.emit(rows_RH).items()}
-        return {**emitted, **self.finish(rows_RH, inputs, packing), **aux}
+        return {**emitted, **self.finish(rows_RH, inputs, packing, share), **aux}
 
     @property
     def decoder(self) -> TransformerBlock:
@@ -398,7 +403,9 @@ class TransformerStage(StageModule):
         """Return the block that the first layer reads."""
         raise NotImplementedError
 
-    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
+    def finish(
+        self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
+    ) -> dict[str, Tensor]:
         """Return what a last stage gives besides rows: a loss, or what the loss would judge."""
         raise NotImplementedError
 
@@ -515,8 +522,10 @@ class TextStage(TransformerStage):
         rows = [self.take(_joined(inputs, self.feeders), packing)] if self.feeders else []
         return self.block_of(torch.cat([*rows, text_TH]), packing.incoming, packing)
 
-    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
-        """Return the weighted sum of cross entropies, or the logits."""
+    def finish(
+        self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
+    ) -> dict[str, Tensor]:
+        """Return the loss, or the logits."""
         output = self.network.output_layer
         weight = self.network.shared_embedding_or_output_weight() if self.tied else output.weight
         logits_TV = self.ledger.multiply(lambda weight: output(rows_RH, weight=weight)[0], weight, rows_RH)
@@ -525,7 +534,7 @@ class TextStage(TransformerStage):
             return {"logits": self.join(logits_TV, packing)}
         labels_T = self.take_target(inputs["labels"], packing)
         weights_T = self.take_target(inputs["loss_weights"], packing)
-        return {"loss": cross_entropy_sum(logits_TV, labels_T, weights_T, self.tp)}
+        return {"loss": self.loss(Predictions(logits_TV, labels_T, weights_T, share, self.tp))}
 
 
 class RowsStage(TransformerStage):
@@ -567,7 +576,9 @@ class RowsStage(TransformerStage):
         rows_RH = self.input(self.take(rows, packing))
         return self.block_of(rows_RH, packing.incoming, packing)
 
-    def finish(self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
+    def finish(
+        self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
+    ) -> dict[str, Tensor]:
         """Return the sum of squared errors, or the prediction; nothing from an encoder."""
         if self.output is None:
             return {}
@@ -589,6 +600,7 @@ class OwnStage(StageModule):
     """The only stage of a module of the user's. Whether it draws, only its author knows."""
 
     draws = True
+    reads_entire = True
 
     def __init__(self, module: Module, info: StageInfo, network: nn.Module, *, dtype: torch.dtype) -> None:
         super().__init__(module, info, dtype=dtype)
@@ -643,6 +655,8 @@ class OwnStage(StageModule):
 class HostStage(StageModule):
     """A stage of a built-in module that a network of the host's computes; projections are the network's, too."""
 
+    reads_entire = True
+
     def __init__(
         self,
         topology: Topology,
@@ -682,7 +696,10 @@ class HostStage(StageModule):
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see `HostNetwork`."""
-        given = dict(self.network(inputs, share))
+        network: Any = self.network
+        if "labels" in inputs:
+            network.loss = self.loss
+        given = dict(network(inputs, share))
         for name, shape in self._planned(share).items():
             seen = (tuple(given[name].shape), given[name].dtype) if name in given else "nothing"
             if seen != (shape, self.dtype):

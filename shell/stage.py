@@ -9,6 +9,7 @@ whole among themselves, forward at the target and backward at the source.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
@@ -27,6 +28,7 @@ from mimogrid.core.topology import Link, Module, StageInfo
 from mimogrid.shell.data import Loader
 from mimogrid.shell.groups import ModuleGroups
 from mimogrid.shell.ledger import Page, work_off
+from mimogrid.shell.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.megatron.draws import begin_draws
 from mimogrid.shell.modules import StageModule
 
@@ -78,14 +80,17 @@ class StageRunner:
         index: int = 0,
         *,
         loss_scale: float = 1.0,
-        judges: bool = True,
+        loss: Loss | None = weighted_cross_entropy,
     ) -> None:
         """Make ready for step `index`; `loss`, `aux` and `answers` are those of the step from now on.
 
-        Every loss is multiplied by `loss_scale` before its backward. A stage that `judges` compares with targets;
-        else it keeps what it would have judged.
+        Every loss is multiplied by `loss_scale` before its backward; that of a language model is `loss`. Without one
+        nothing is compared with targets: a last stage keeps what it would have judged.
         """
-        self._judges = judges
+        self._judges = loss is not None
+        if loss is not None:
+            # A loss may be a module, which the network would take for a part of itself.
+            self.network.loss = functools.partial(loss)
         self._index = index
         self.network.loss_scale = loss_scale
         self._loader = loader
@@ -116,7 +121,7 @@ class StageRunner:
         held = self._held(microbatch)
         trains = self.info.stage in self._program.order.backward
         if self.info.first:
-            held.inputs |= self._loader.inputs(self.module, share)
+            held.inputs |= self._loader.inputs(self.module, share, entire=self.network.reads_entire)
         for link in self._topology.links_into(self.info.stage):
             incoming = self._gather(held, link, Direction.FORWARD, microbatch)
             incoming.requires_grad_(link in self._program.order.gradients)

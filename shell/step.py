@@ -27,6 +27,7 @@ from mimogrid.shell.gradients import Shard, StageBuffer
 from mimogrid.shell.groups import Groups
 from mimogrid.shell.hosting import host_stages
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.modules import named_weights
 from mimogrid.shell.preemption import Wish
@@ -99,15 +100,16 @@ class Crew:
         *,
         update: bool = True,
         source: Loads | None = None,
+        loss: Loss = weighted_cross_entropy,
         runs: Runs = execute,
     ) -> Outcome:
         """Train one step; without `update`, stop at the gradients.
 
         `following` is the next step: the ranks agree on its samples in this one. `source` has the samples
-        where they are not the job's. `runs` runs the program.
+        where they are not the job's. `loss` is that of language models. `runs` runs the program.
         """
         program = plan_step(step)
-        self._begin(program, source or self._source, index, loss_scale=self.watch.scale)
+        self._begin(program, source or self._source, index, loss_scale=self.watch.scale, loss=loss)
         for buffer in self.buffers.values():
             buffer.clear()
         finish = _Finish(self, index, step, following, update=update)
@@ -134,9 +136,11 @@ class Crew:
                 mine[where.start : where.stop] = tokens
         return [int(token) for token in self.gather(mine).sum(dim=0)]
 
-    def judge(self, step: Step, source: Loads | None = None) -> Mapping[str, float]:
+    def judge(
+        self, step: Step, source: Loads | None = None, loss: Loss = weighted_cross_entropy
+    ) -> Mapping[str, float]:
         """Run a step forwards only; return each module's loss divided by its count, on every rank."""
-        self._only_forwards(step, source or self._source, judges=True)
+        self._only_forwards(step, source or self._source, loss=loss)
         mine = torch.tensor([*self.losses(step).values()], dtype=torch.float64, device=self.device.torch)
         means = means_of(step, self.gather(mine).sum(dim=0).tolist())
         return {name: mean for name, mean in means.items() if name in self.topology.modules}
@@ -150,9 +154,9 @@ class Crew:
         said = (runner.answers for runner in self.stages.values())
         return tuple(answers[microbatch] for answers in said for microbatch in sorted(answers))
 
-    def _only_forwards(self, step: Step, source: Loads, *, judges: bool = False) -> None:
+    def _only_forwards(self, step: Step, source: Loads, *, loss: Loss | None = None) -> None:
         program = plan_step(step, training=False)
-        self._begin(program, source, judges=judges)
+        self._begin(program, source, loss=loss)
         actions = program.of(self.rank)
         self.pulse.begin(self.job.spec.train.steps, len(actions), training=False)
         execute(actions, self.stages, self._transport, _NoFinish(), self.pulse)
@@ -164,11 +168,11 @@ class Crew:
         index: int = 0,
         *,
         loss_scale: float = 1.0,
-        judges: bool = True,
+        loss: Loss | None,
     ) -> None:
         loader = Loader(source, device=self.device.torch, dtype=DTYPES[self.job.spec.precision])
         for stage in self.stages.values():
-            stage.begin(program, loader, index, loss_scale=loss_scale, judges=judges)
+            stage.begin(program, loader, index, loss_scale=loss_scale, loss=loss)
 
     def collect(self, tensors: Mapping[Stage, Tensors]) -> Tensors:
         """Put full tensors together on the first rank of the job; see `collect.collect`."""

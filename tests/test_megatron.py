@@ -493,17 +493,16 @@ def test_a_loop_for_megatron_trains_a_job(pool: Pool, opened: Opened) -> None:
 
 @pytest.mark.world
 def test_a_loop_that_asks_for_more_is_refused(pool: Pool, opened: Opened) -> None:
-    """With everything that does not fit: other counts, another model or loss, logits of a training step."""
+    """With everything that does not fit: other counts, another model, logits of a training step."""
     job = opened(layouts.job("enc(1,1,2)@0 lm(1,2,1)@2"))
     changes = {
         "num_microbatches": 7,
         "collect_non_loss_data": True,
         "model": [torch.nn.Identity()],
-        "forward_step_func": max,
     }
     with pytest.raises(PlanError) as refused:
         pool.run("hosts:as_megatron", 4, job, 1, changes)
-    wrong = ["batch.microbatches", "model", "forward_step_func", "schedule"]
+    wrong = ["batch.microbatches", "model", "schedule"]
     assert wrong == [p.where for p in refused.value.problems]
 
 

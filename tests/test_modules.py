@@ -17,7 +17,7 @@ from mimogrid.core.models import Block, Gpt, Regressor, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.spec import GridSpec, ModuleSpec
 from mimogrid.core.topology import Topology
-from mimogrid.shell.loss import cross_entropy_sum
+from mimogrid.shell.loss import cross_entropies
 from mimogrid.shell.megatron import cpu
 from mimogrid.shell.modules import StageModule, build_stage, named_weights
 from mimogrid.shell.weights import shard
@@ -317,7 +317,7 @@ def test_a_cross_entropy_of_weight_zero_may_have_any_label(alone: Alone) -> None
     logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([2, -1, 99])
     weights = torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64)
-    loss = cross_entropy_sum(logits, labels, weights, alone.tp)
+    loss = weights @ cross_entropies(logits, labels, alone.tp)
     loss.backward()
     assert logits.grad is not None
     expected = -0.5 * logits.detach()[0].log_softmax(0)[2]
@@ -329,7 +329,7 @@ def test_the_gradient_of_the_cross_entropy_is_the_difference_quotient(alone: Alo
     """Analytic and numeric gradients agree."""
     logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     labels, weights = torch.tensor([1, 0, 4]), torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: cross_entropy_sum(x, labels, weights, alone.tp), (logits,))
+    assert torch.autograd.gradcheck(lambda x: weights @ cross_entropies(x, labels, alone.tp), (logits,))
 
 
 # -- modules of the user's ---------------------------------------------------------------------------------

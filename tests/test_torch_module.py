@@ -97,6 +97,13 @@ def test_the_host_may_give_the_samples(pool: Pool, opened: Opened) -> None:
     assert same(expected.weights, seen.weights)
 
 
+@pytest.mark.parametrize("grids", ["enc(2,1,1)@0 lm(2,1,1)@2", "enc(1,1,2)@0 lm(1,2,1)@2"])
+def test_the_host_may_give_the_loss(pool: Pool, opened: Opened, grids: str) -> None:
+    """What it returns is what trains: thrice the job's own loss has thrice its gradients."""
+    for own, other in pool.run("hosts:own_losses", 4, opened(job(grids, precision="fp64"))):
+        assert np.multiply(own, 3) == pytest.approx(other, rel=1e-12)
+
+
 def test_batches_must_be_the_same_on_every_rank(pool: Pool, opened: Opened) -> None:
     """Otherwise each rank would wait for rows that no other means to send."""
     spec = job(GRIDS)

@@ -33,8 +33,8 @@ def job_of(
     The language model becomes a `gpt`. A modality with one transformer (whose specification has a
     `TransformerConfig` among its parameters) becomes a `vit` of that size, any other a network of the host's
     that emits rows as wide as the language model. The plan counts by these sizes; the networks are Megatron's
-    where `forward_backward_func` is given a model. Without `data` the samples are the host's, too. `fields` are
-    further ones of the job.
+    where `forward_backward_func` is given a model. Without `data` the samples are the host's, too, their rows as wide
+    as the encoder that reads them. `fields` are further ones of the job.
 
     Raises ValueError for keys that do not match, and PlanError with everything that a job cannot say.
     """
@@ -50,9 +50,11 @@ def job_of(
         name: _modality(spec, placed[name], language.hidden)
         for name, spec in config.modality_submodules_spec.items()
     }
-    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **_cut(params["config"], placed[LANGUAGE]))
-    options = {"sequence": params["max_sequence_length"]}
+    # What an encoder of Megatron's reads is its own affair; the plan needs some width, to count by.
+    features = {name: spec.options.hidden for name, spec in modules.items() if isinstance(spec.options, Vit)}
+    options = {"sequence": params["max_sequence_length"], "features": features}
     data = data or DataSpec(source="mimogrid.shell.host:samples", options=options)
+    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **_cut(params["config"], placed[LANGUAGE]))
     return JobSpec(modules=modules, data=data, batch=batch, **fields)
 
 

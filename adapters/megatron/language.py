@@ -23,7 +23,7 @@ from mimogrid.core.models import Parameter
 from mimogrid.core.steps import Share
 from mimogrid.core.topology import StageInfo
 from mimogrid.core.zigzag import WHOLE, ZigZag
-from mimogrid.shell.loss import cross_entropy_sum
+from mimogrid.shell.loss import Loss, Predictions, weighted_cross_entropy
 from mimogrid.shell.megatron import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -44,6 +44,7 @@ class LanguageStage(nn.Module):
         self.model = model
         self.name = name
         self.sequence = sequence
+        self.loss: Loss = weighted_cross_entropy
         gpt: Any = model
         self.tp: dist.ProcessGroup = gpt.pg_collection.tp
         self.cp: dist.ProcessGroup = gpt.pg_collection.cp
@@ -77,7 +78,7 @@ class LanguageStage(nn.Module):
         )
         gpt.set_input_tensor(None)
         if gpt.post_process:
-            return self._judged(said.transpose(0, 1), inputs, packing)
+            return self._judged(said.transpose(0, 1), inputs, packing, share)
         if self.sequence_parallel:
             said = gather_from_sequence_parallel_region(
                 said, tensor_parallel_output_grad=False, group=self.tp
@@ -106,16 +107,16 @@ class LanguageStage(nn.Module):
         return torch.tensor(tuple(self.cut.positions(self.sequence)), dtype=torch.int64, device=device)
 
     def _judged(
-        self, logits_SBV: Tensor, inputs: Mapping[str, Tensor], packing: Packing
+        self, logits_SBV: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
     ) -> dict[str, Tensor]:
-        """Return the weighted sum of cross entropies, or the logits of all tokens."""
+        """Return the loss, or the logits of all tokens."""
         logits_TV = logits_SBV.flatten(0, 1).index_select(0, packing.outgoing)
         portion = packing.portion
         if "labels" in inputs:
             labels_T, weights_T = inputs["labels"], inputs["loss_weights"]
             if portion is not None:
                 labels_T, weights_T = (t.index_select(0, portion.outgoing) for t in (labels_T, weights_T))
-            return {"loss": cross_entropy_sum(logits_TV, labels_T, weights_T, self.tp)}
+            return {"loss": self.loss(Predictions(logits_TV, labels_T, weights_T, share, self.tp))}
         logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)
         if portion is not None and portion.most:
             logits_TV = nn.functional.pad(logits_TV, (0, 0, 0, portion.most - len(logits_TV)))

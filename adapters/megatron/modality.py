@@ -36,9 +36,10 @@ def block_of(rows_RF: Tensor, share: Share) -> tuple[Tensor, Tensor | None]:
 class ModalityNetwork(nn.Module):
     """A modality of Megatron's as a module of a job: hand it to `Embedded` under the module's name.
 
-    Its encoder gets the rows of all samples, end to end, as `argument`, or whatever a function makes of them, and
-    gives one row for each. In the job the module is one of the host's, as wide as the language model, or a `vit`:
-    then the modality may be a stage of several (`stage`, `shell.modules.HostNetwork`). Its projection is its own.
+    Its encoder gets the rows of all samples, end to end, as `argument`, or whatever a function makes of them;
+    without either, by their names, the tensors that the samples have besides rows. It gives one row for each. In the
+    job the module is one of the host's, as wide as the language model, or a `vit`: then the modality may be a stage
+    of several (`stage`, `shell.modules.HostNetwork`). Its projection is its own.
 
     What an encoder returns with three dims is [S, B, H] from a `TransformerBlock` and where there are several
     stages, [B, S, H] otherwise. Rows leave it sample after sample: Megatron flattens both as they lie, and so gives
@@ -46,7 +47,7 @@ class ModalityNetwork(nn.Module):
     """
 
     def __init__(
-        self, modality: nn.Module, argument: str | Arrange, *, stage: ModuleStageInfo | None = None
+        self, modality: nn.Module, argument: str | Arrange | None, *, stage: ModuleStageInfo | None = None
     ) -> None:
         super().__init__()
         # Under its own name it would stand in the names of all parameters, which are to be Megatron's.
@@ -71,21 +72,34 @@ class ModalityNetwork(nn.Module):
         modality: Any = self._modality[0]
         encoder: Any = modality.encoders[self._key]
         said = (
-            encoder(**self._arguments(inputs["rows"], share))
+            encoder(**self._arguments(inputs, share))
             if first
-            else continued(
-                self.stage.module, encoder, inputs[self.stage.module], self._arguments(None, share)
-            )
+            else continued(self.stage.module, encoder, inputs[self.stage.module], self._arguments({}, share))
         )
         if not last:
             return {self.stage.module: said}
         return {"rows": modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)}
 
-    def _arguments(self, rows_RF: Tensor | None, share: Share | None) -> Mapping[str, Any]:
+    def _arguments(self, inputs: Mapping[str, Tensor], share: Share | None) -> Mapping[str, Any]:
+        """Return what the encoder is called with; inputs are empty on a later stage."""
+        if self.argument is None:
+            return self._by_name(inputs)
         if isinstance(self.argument, str):
-            return {} if rows_RF is None else {self.argument: rows_RF}
+            return {self.argument: inputs["rows"]} if inputs else {}
         assert share is not None, "a module of the host's gets its rows as one argument"
-        return self.argument(rows_RF, share)
+        return self.argument(inputs.get("rows"), share)
+
+    def _by_name(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        counts = ("rows", "lengths")
+        named = {name: tensor for name, tensor in inputs.items() if name.partition(".")[0] not in counts}
+        if inputs and not named:
+            name = self.stage.module
+            fact = "has an encoder, and nothing says which of its arguments takes the rows."
+            remedy = (
+                f"Name it, encoder_inputs={{'{name}': 'ARGUMENT'}}, or give samples a tensor of that name."
+            )
+            raise PlanError([Problem(f"modules.{name}", fact, remedy)])
+        return named
 
     def _flat(self, said: Tensor, share: Share | None, encoder: nn.Module) -> Tensor:
         """Return rows [R, H], sample after sample."""

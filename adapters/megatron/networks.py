@@ -18,9 +18,10 @@ def networks_of(
 ) -> dict[str, nn.Module]:
     """Return the parts of a rank's `MimoStages` or `MimoModel` as the networks that a job's program calls.
 
-    `encoder_inputs` says of each modality which argument of its encoder takes the rows of a microbatch, or what
-    makes arguments of them. Raises PlanError for what a program cannot call (see there), and for parts
-    that the rank should have and the model has not.
+    `encoder_inputs` says of a modality which argument of its encoder takes the rows of a microbatch, or what makes
+    arguments of them; without it the encoder gets the samples' tensors by name. Raises PlanError for what a
+    program cannot call (`LanguageStage`, `ModalityNetwork`), and for parts that the rank should have and the model
+    has not.
     """
     topology, inputs = job.topology, encoder_inputs or {}
     role = role_of(topology, rank)
@@ -30,13 +31,9 @@ def networks_of(
         if name == LANGUAGE and parts.language_model is not None:
             gpt = unwrapped(parts.language_model)
             networks[name] = LanguageStage(gpt, sequence=topology.sequence, name=name)
-        elif name in parts.modality_submodules and name in inputs:
-            modality = unwrapped(parts.modality_submodules[name])
-            networks[name] = ModalityNetwork(modality, inputs[name], stage=info)
         elif name in parts.modality_submodules:
-            fact = "has an encoder, and nothing says which of its arguments takes the rows."
-            remedy = f"Name it: encoder_inputs={{'{name}': 'ARGUMENT'}}."
-            raise PlanError([Problem(f"modules.{name}", fact, remedy)])
+            modality = unwrapped(parts.modality_submodules[name])
+            networks[name] = ModalityNetwork(modality, inputs.get(name), stage=info)
         else:
             fact = f"is hosted by rank {rank}, whose model has no part of it."
             remedy = "Build the model on the grids that the job has."

@@ -6,6 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimogrid.adapters.megatron.batches import Batch, examples_of
+from mimogrid.adapters.megatron.forward_step import (
+    ForwardStep,
+    HostLoss,
+    Microbatch,
+    first_of,
+    microbatches_of,
+)
 from mimogrid.adapters.megatron.grids import LANGUAGE
 from mimogrid.adapters.megatron.groups import open_collections
 from mimogrid.adapters.megatron.modality import Arrange
@@ -14,27 +22,39 @@ from mimogrid.adapters.megatron.stages import from_specs
 from mimogrid.adapters.megatron.states import to_job_state, to_megatron_state
 from mimogrid.adapters.torch_module import Embedded, Example, Networks
 from mimogrid.core.errors import PlanError, Problem
+from mimogrid.core.models import Gpt
+from mimogrid.core.topology import Module
 from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.world import first_failure
 
 
 class ForwardBackward:
     """A step of a job, called as Megatron's schedule functions are.
 
     `embedded` is the job in the world that Megatron initialized. Its program is what runs, with the networks of
-    `model`; where that is None, the job's own. There is no `forward_step_func`: the program has the data, and the
-    loss is the cross entropy of the tokens by their weights, summed and divided by the counts of the whole step.
+    `model`; where that is None, the job's own. `special_token_ids` are those of the modalities, and `rows_of` says
+    which argument of a modality's encoder is the rows that its module reads (`batches`).
     """
 
-    def __init__(self, embedded: Embedded, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        embedded: Embedded,
+        model: nn.Module | None = None,
+        *,
+        special_token_ids: Mapping[str, int] | None = None,
+        rows_of: Mapping[str, str | Arrange] | None = None,
+    ) -> None:
         self.embedded = embedded
         self.model = model
+        self.special_token_ids = special_token_ids or {}
+        self.rows_of = rows_of or {}
 
     def __call__(
         self,
         *,
-        forward_step_func: None,
-        data_iterator: Iterator[Sequence[Example]] | None,
+        forward_step_func: ForwardStep | None,
+        data_iterator: Any,
         model: Any,
         num_microbatches: int,
         seq_length: int,
@@ -47,49 +67,98 @@ class ForwardBackward:
         p2p_communicator: Any = None,
         pg_collection: Any = None,
         force_all_reduce: bool | None = False,
-    ) -> list[dict[str, Tensor]]:
-        """Run a step; return one dictionary of losses, the same on every rank of the job, and none where it idles.
+    ) -> list[Any]:
+        """Run a step; return what its loss functions report, microbatch by microbatch, on the ranks of the last stage.
 
-        An iterator gives, microbatch by microbatch, all of its samples; without one they are the job's own.
+        `forward_step_func` is called on every rank of the job, once for each microbatch, before the program starts,
+        with `data_iterator` and what stands for this rank's model (`forward_step`). It calls that with a whole
+        microbatch, all samples of all data lanes, the same on every rank, and returns what comes back and a loss
+        function. Where it is None, the iterator gives all samples of a microbatch as `Example`s, or there is none and
+        they are the job's own; the loss is the cross entropy of the labels by their weights, and every rank of the
+        job gets one dictionary of losses, each a mean over the tokens of the step.
+
         Gradients come out finished: summed over all ranks that have to be and divided by the global counts, so
         there is no `finalize_model_grads_func` to call. A job that updates its weights itself has done so.
 
         With `forward_only` nothing but the losses comes out, of networks in evaluation mode. With
-        `collect_non_loss_data` besides, it is what the loss would judge: on one rank of each data lane of the
-        last stage, for every microbatch the logits [tokens, V] of that lane, sample after sample, as
-        ``{"logits": ...}``; nothing on other ranks. Megatron returns losses on the last stage only, one for every
-        microbatch; their mean is the mean over tokens only where all have as many, and here it is always.
+        `collect_non_loss_data` besides, it is what the loss functions return of an output with
+        ``non_loss_data=True``; without a `forward_step_func` it is what the loss would judge: on one rank of each
+        data lane of the last stage, for every microbatch the logits [tokens, V] of that lane, sample after sample, as
+        ``{"logits": ...}``; nothing on other ranks.
 
-        Raises PlanError for a `forward_step_func`, whose loss would not be the one that trains, where the number of
+        Raises PlanError for what a job's program cannot do (`forward_step`, `batches`), where the number of
         microbatches is not the job's, where another model is to be trained than the one that is embedded, and for
-        `collect_non_loss_data` in training.
+        `collect_non_loss_data` in training; WorldError where a loss function counts other tokens than its mask.
         """
-        job = self.embedded.job
         problems = list(self._misfits(model, num_microbatches))
-        if forward_step_func is not None:
-            fact = "has a loss function of its own, which the job's program would not call."
-            remedy = (
-                "Pass None where the loss is the cross entropy of the labels by loss_weights; "
-                "where it is another, make the language model a module of your own, which returns it "
-                "(docs/own-modules.md)."
-            )
-            problems.append(Problem("forward_step_func", fact, remedy))
         if collect_non_loss_data and not forward_only:
             fact = "the loop asks for collect_non_loss_data of a training step, whose logits are not kept."
             problems.append(Problem("schedule", fact, "Ask with forward_only=True."))
         if problems:
             raise PlanError(problems)
+        if forward_step_func is not None:
+            asked = self._asked(forward_step_func, first_of(data_iterator))
+            return self._by_host(asked, forward_only=forward_only, collects=collect_non_loss_data)
         batch = None
         if data_iterator is not None:
-            batch = [example for _ in range(num_microbatches) for example in next(data_iterator)]
+            given = first_of(data_iterator)
+            batch = [example for _ in range(num_microbatches) for example in next(given)]
         if collect_non_loss_data:
             return [{"logits": logits} for logits in self.embedded.answers(batch)]
-        losses = self.embedded.evaluate(batch) if forward_only else _losses(self.embedded.step(batch))
+        return self._in_words(
+            self.embedded.evaluate(batch) if forward_only else _losses(self.embedded.step(batch))
+        )
+
+    # -- with a forward step of the host's ---------------------------------------------------------------------
+
+    def _asked(self, forward_step: ForwardStep, data_iterator: Any) -> list[Microbatch]:
+        job = self.embedded.job
+        return microbatches_of(
+            forward_step,
+            data_iterator,
+            self.model,
+            _language(job),
+            rank=self.embedded.world.rank,
+            total=job.spec.batch.global_size,
+        )
+
+    def _by_host(self, asked: Sequence[Microbatch], *, forward_only: bool, collects: bool) -> list[Any]:
+        """Run a step on what the host's forward step said, with its loss functions."""
+        embedded = self.embedded
+        if embedded.crew is None:
+            return []
+        loss = HostLoss(asked, embedded.job.spec.batch.global_size, collects=collects)
+        with first_failure(embedded.world):
+            batch = [example for each in asked for example in self._examples(each.batch)]
+        if forward_only:
+            embedded.evaluate(batch, loss=loss)
+        else:
+            embedded.step(batch, loss=loss)
+        with first_failure(embedded.world):
+            loss.check()
+        return loss.reports
+
+    def _examples(self, batch: Batch) -> list[Example]:
+        job = self.embedded.job
+        language = _language(job)
+        return examples_of(
+            batch,
+            language,
+            self.special_token_ids,
+            samples=job.spec.batch.global_size // language.microbatches,
+            sequence=job.topology.sequence,
+            rows_of=self.rows_of,
+        )
+
+    # -- with the job's own loss ---------------------------------------------------------------------------------
+
+    def _in_words(self, losses: Mapping[str, float] | None) -> list[dict[str, Tensor]]:
+        """Return losses by the names that Megatron's programs give them."""
         if losses is None:
             return []
         names = sorted(losses, key=lambda name: name != LANGUAGE)
         said = {("lm loss" if name == LANGUAGE else f"{name} loss"): losses[name] for name in names}
-        exact = torch.float64 if job.spec.precision == "fp64" else torch.float32
+        exact = torch.float64 if self.embedded.job.spec.precision == "fp64" else torch.float32
         return [{name: torch.tensor(loss, dtype=exact) for name, loss in said.items()}]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -105,7 +174,7 @@ class ForwardBackward:
         return to_megatron_state(self.embedded.state_dict(), LANGUAGE, self.embedded.job.topology.modules)
 
     def _misfits(self, model: Any, microbatches: int) -> Iterator[Problem]:
-        planned = self.embedded.job.spec.batch.microbatches
+        planned = _language(self.embedded.job).microbatches
         if microbatches != planned:
             fact = f"the loop asks for {microbatches} microbatches, the job has {planned}."
             yield Problem("batch.microbatches", fact, f"Set it to {microbatches}.")
@@ -113,6 +182,15 @@ class ForwardBackward:
         if any(m is not self.model for m in asked):
             fact = f"the loop trains a {type(asked[0]).__name__} that the job's program does not call."
             yield Problem("model", fact, "Say so before: forward_backward_func(job, model=model).")
+
+
+def _language(job: Job) -> Module:
+    """Return the language model of a job. Raises PlanError where it has none, or several."""
+    found = [module for module in job.topology.modules.values() if isinstance(module.model, Gpt)]
+    if len(found) != 1:
+        fact = f"the job has {len(found)} language models; Megatron's schedules know one."
+        raise PlanError([Problem("modules", fact, "Step the job by itself (`Embedded`).")])
+    return found[0]
 
 
 def _losses(outcome: Outcome | None) -> Mapping[str, float] | None:
@@ -124,6 +202,7 @@ def forward_backward_func(
     model: Any = None,
     *,
     encoder_inputs: Mapping[str, str | Arrange] | None = None,
+    special_token_ids: Mapping[str, int] | None = None,
     **options: Any,
 ) -> ForwardBackward:
     """Return a drop-in for what megatron-core's `get_forward_backward_func` returns.
@@ -133,11 +212,15 @@ def forward_backward_func(
 
     `model` is what trains: a `MimoStages` or `MimoModel` that this rank has built (None on a rank in no grid), or a
     `MimoModelConfig`, of which this rank's part is built here, over the job's groups; it is then
-    ``function.model``. Without one the job builds its own networks, of the sizes that the job says. For
-    `encoder_inputs` see `networks_of`.
+    ``function.model``. Without one the job builds its own networks, of the sizes that the job says, and a forward
+    step's batches have the `special_token_ids` that are given here. For `encoder_inputs` see `networks_of`.
     """
+    told: dict[str, Any] = {
+        "special_token_ids": special_token_ids or getattr(model, "special_token_ids", None),
+        "rows_of": encoder_inputs,
+    }
     if isinstance(job, Embedded):
-        return ForwardBackward(job)
+        return ForwardBackward(job, **told)
     built: list[nn.Module] = [unwrapped(model)] if isinstance(model, nn.Module) else []
 
     def networks(embedded: Embedded) -> Networks:
@@ -162,4 +245,4 @@ def forward_backward_func(
         return networks_of(built[0], job, role.rank, encoder_inputs)
 
     embedded = Embedded(job, **options) if model is None else Embedded(job, networks, **options)
-    return ForwardBackward(embedded, *built)
+    return ForwardBackward(embedded, *built, **told)

@@ -31,6 +31,7 @@ from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
 from mimogrid.shell import device as devices
 from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.loss import Predictions, weighted_cross_entropy
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import open_session
 
@@ -172,6 +173,33 @@ def own_batches(place: Place, job: Job, source: Job, steps: int) -> Trained:
             for step in range(steps)
         ]
         return _trained(outcomes, embedded.state_dict())
+
+
+def own_losses(place: Place, job: Job) -> list[tuple[float, float]]:
+    """Take the first step twice, with the job's loss and with thrice that; return loss and gradient norm."""
+    found = []
+    for loss in (weighted_cross_entropy, Thrice()):
+        there = attrs.evolve(place, meeting=f"{place.meeting}-{len(found)}")
+        with host(there), Embedded(job, optimizer="host") as embedded:
+            outcome = embedded.step(loss=loss)
+            assert outcome is not None
+            assert not any(isinstance(part, Thrice) for part in parts_of(embedded))
+            found.append((outcome.loss, outcome.gradient_norm))
+    return found
+
+
+def parts_of(embedded: Embedded) -> Iterator[nn.Module]:
+    """Yield all networks of this rank, part by part."""
+    for runner in embedded.crew.stages.values() if embedded.crew else ():
+        yield from runner.network.modules()
+
+
+class Thrice(nn.Module):
+    """A loss of the host's; a module, which must not become a part of the network."""
+
+    def forward(self, predictions: Predictions) -> torch.Tensor:
+        """Return three times the loss of the job."""
+        return 3 * (predictions.cross_entropies() * predictions.weights).sum()
 
 
 class _Tensors(dict[str, Any]):

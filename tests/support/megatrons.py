@@ -48,6 +48,7 @@ def config_of(
     tp: int = 1,
     here: Mapping[str, int] | None = None,
     eye: Mapping[str, int] | None = None,
+    images: bool = False,
     **transformer: Any,
 ) -> MimoModelConfig:
     """Specify the model; `here` are the layers of the stages for which it is to be built, where there are several.
@@ -60,7 +61,7 @@ def config_of(
     )
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
-    vision = specs.vision(hidden=8)
+    vision = specs.vision(specs.Images if images else specs.Pixels, hidden=8)
     if eye is not None:
         vit = Vit(layers=eye["layers"], hidden=specs.HIDDEN, heads=4, features=specs.PIXELS)
         built = vit.layers if here is None else here.get("vision", 0)

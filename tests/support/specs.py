@@ -52,6 +52,18 @@ class Pixels(nn.Module):
         return self.linear(pixels)
 
 
+class Images(nn.Module):
+    """An encoder of images [N, 2, P], each with a brightness [N]: two rows [2 N, H]."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(PIXELS, hidden)
+
+    def forward(self, images: Tensor, brightness: Tensor) -> Tensor:
+        """Return [2 N, H]."""
+        return self.linear(images * brightness[:, None, None]).flatten(0, 1)
+
+
 class Doubling(nn.Module):
     """An encoder of which every stage doubles what comes in: pixels on the first, hidden states later."""
 

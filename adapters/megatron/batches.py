@@ -1,0 +1,249 @@
+"""Batches: what a program calls its `MimoModel` with, as samples of a job.
+
+A batch is a whole microbatch, all data lanes together, the same on every rank; each rank then loads what its
+stages need of it. What a sample is follows from the token ids: positions with a modality's special token take its
+rows, all others are text.
+
+The tensors of a modality are cut along their first dim: N items of a microbatch with R rows in all are R / N rows
+each (patches of an image), and where that does not deal whole items to samples, one for each sample that has any.
+
+Shapes in names: B samples, S positions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from mimogrid.adapters.torch_module import Example
+from mimogrid.core.errors import PlanError, Problem, nearest
+from mimogrid.core.samples import Sample
+from mimogrid.core.topology import Module
+
+
+Arguments = Mapping[str, Mapping[str, Any]]
+"""What the encoders of a modality are called with, by encoder and by argument."""
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """The arguments of `MimoModel.forward` for one microbatch.
+
+    `labels` [B, S] may be missing where the loss is one of logits. Without `loss_mask` [B, S] every position counts.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    loss_mask: Tensor | None = None
+    labels: Tensor | None = None
+    modality_inputs: Mapping[str, Arguments | None] | None = None
+    packing_kwargs: Any = None
+
+    @property
+    def weights(self) -> Tensor:
+        """How much each position counts [B, S], on the CPU."""
+        ones = torch.ones_like(self.input_ids, dtype=torch.float32)
+        return (ones if self.loss_mask is None else self.loss_mask).cpu()
+
+
+def examples_of(
+    batch: Batch,
+    language: Module,
+    tokens: Mapping[str, int],
+    *,
+    samples: int,
+    sequence: int,
+    rows_of: Mapping[str, str | Callable[..., Any]],
+) -> list[Example]:
+    """Return the samples of a batch for a job whose language model is `language`.
+
+    `tokens` are the special tokens by modality. `rows_of` says of a modality which of its tensors are the rows that
+    the job's module reads; otherwise its only one is, if it has one row for each. The others go by their names.
+
+    Raises PlanError with everything that the batch says and the job cannot: shapes, positions that do not count
+    up, masks that are not causal, modalities that the job or the batch lacks.
+    """
+    problems = list(_misfits(batch, samples=samples, sequence=sequence, cp=language.cp))
+    feeders = [edge.source for edge in language.inputs]
+    problems += _strangers(batch, feeders, tokens)
+    if problems:
+        raise PlanError(problems)
+    ids_BS = batch.input_ids.cpu()
+    places = {name: _places(ids_BS, tokens[name]) for name in feeders}
+    parts = {name: _parts_of(batch, name, places[name], rows_of.get(name)) for name in feeders}
+    text = _text(batch, ids_BS, [tokens[name] for name in feeders])
+    return [
+        Example(
+            _sample(i, ids_BS.shape[1], {name: places[name][i] for name in feeders}, language.name, units),
+            {language.name: {key: column[i] for key, column in text.items()}}
+            | {name: of_samples[i] for name, of_samples in parts.items() if places[name][i]},
+        )
+        for i, units in enumerate(batch.weights.double().sum(dim=1).tolist())
+    ]
+
+
+def _sample(
+    i: int, positions: int, places: Mapping[str, Sequence[int]], language: str, units: float
+) -> Sample:
+    """Describe a sample; whose leading positions take its rows, feeder after feeder, need not say so."""
+    order = tuple(place for of_feeder in places.values() for place in of_feeder)
+    leading = order == tuple(range(len(order)))
+    return Sample(
+        id=i,
+        length=positions - len(order),
+        rows={name: len(of_feeder) for name, of_feeder in places.items()},
+        placeholders={} if leading else {language: order},
+        units={language: units},
+    )
+
+
+def _places(ids_BS: Tensor, token: int) -> list[list[int]]:
+    """Return, for each sample, the positions of a token."""
+    found: list[list[int]] = [[] for _ in ids_BS]
+    for sample, position in (ids_BS == token).nonzero().tolist():
+        found[sample].append(position)
+    return found
+
+
+def _text(batch: Batch, ids_BS: Tensor, special: Sequence[int]) -> dict[str, Tensor]:
+    """Return what the language model reads, [B, S] each; -1 at placeholders."""
+    is_special = torch.isin(ids_BS, torch.tensor(special, dtype=ids_BS.dtype))
+    labels = torch.zeros_like(ids_BS) if batch.labels is None else batch.labels.cpu()
+    return {
+        "tokens": ids_BS.masked_fill(is_special, -1),
+        "labels": labels,
+        "loss_weights": batch.weights,
+    }
+
+
+# -- modalities --------------------------------------------------------------------------------------------
+
+
+def _parts_of(
+    batch: Batch, name: str, places: Sequence[Sequence[int]], rows_of: str | Callable[..., Any] | None
+) -> list[dict[str, Tensor]]:
+    """Return the tensors of a modality, sample by sample."""
+    counts = [len(of_sample) for of_sample in places]
+    arguments = {
+        argument: value
+        for of_encoder in ((batch.modality_inputs or {}).get(name) or {}).values()
+        for argument, value in of_encoder.items()
+        if value is not None
+    }
+    whole: dict[str, Tensor] = {}
+    for argument, value in arguments.items() if any(counts) else ():
+        where = f"modality_inputs.{name}.{argument}"
+        if not isinstance(value, Tensor):
+            fact = f"is a {type(value).__name__}; the items of a tensor can be dealt to samples, this cannot."
+            raise PlanError([Problem(where, fact, "Give it to the encoder as it is built.")])
+        whole[argument] = value
+    cut = {
+        argument: _cut(value, counts, f"modality_inputs.{name}.{argument}")
+        for argument, value in whole.items()
+    }
+    rows = _rows(whole, cut, counts, rows_of)
+    return [{**{a: parts[i] for a, parts in cut.items()}, "rows": rows[i]} for i in range(len(counts))]
+
+
+def _rows(
+    whole: Mapping[str, Tensor],
+    cut: Mapping[str, Sequence[Tensor]],
+    counts: Sequence[int],
+    rows_of: str | Callable[..., Any] | None,
+) -> Sequence[Tensor]:
+    """Return the rows of each sample; of no width where an encoder makes them of something else."""
+    if isinstance(rows_of, str) and rows_of in cut:
+        return cut[rows_of]
+    if len(cut) == 1:
+        ((argument, only),) = cut.items()
+        if len(whole[argument]) == sum(counts):
+            return only
+    return [torch.empty(count, 0) for count in counts]
+
+
+def _cut(value: Tensor, counts: Sequence[int], where: str) -> Sequence[Tensor]:
+    """Deal the items of a tensor to samples, in proportion to their rows, or one to each that has rows."""
+    items, rows = len(value), sum(counts)
+    if all(items * count % rows == 0 for count in counts):
+        sizes = [items * count // rows for count in counts]
+    elif items == sum(1 for count in counts if count):
+        sizes = [int(count > 0) for count in counts]
+    else:
+        raise PlanError([_uneven(items, counts, where)])
+    parts: Sequence[Tensor] = value.split(sizes)
+    return parts
+
+
+def _uneven(items: int, counts: Sequence[int], where: str) -> Problem:
+    fact = (
+        f"has {items} items for {sum(counts)} placeholders, which are not as many for each: "
+        f"the samples have {_some(counts)}."
+    )
+    remedy = "Give one item for each row or sample, or hand the samples over as `Example`s with tensors of their own."
+    return Problem(where, fact, remedy)
+
+
+# -- what a job cannot say ---------------------------------------------------------------------------------
+
+
+def _misfits(batch: Batch, *, samples: int, sequence: int, cp: int) -> Iterator[Problem]:
+    """Say where the shapes are not those of the job, or say more than shapes do."""
+    shape = tuple(batch.input_ids.shape)
+    if len(shape) != 2 or shape[0] != samples:  # noqa: PLR2004 -- [B, S]
+        fact = f"has the shape {shape}; a microbatch of the job has {samples} samples, of all its data lanes."
+        yield Problem("input_ids", fact, "Give every rank the whole microbatch, [samples, positions].")
+        return
+    if shape[1] > sequence or (cp > 1 and shape[1] != sequence):
+        fact = f"has {shape[1]} positions, the job sequences of {sequence}."
+        yield Problem("input_ids", fact, "Cut or pad it, or open the job with another max_sequence_length.")
+    for name in ("labels", "loss_mask", "position_ids"):
+        tensor = getattr(batch, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            fact = f"has the shape {tuple(tensor.shape)}, input_ids has {shape}."
+            yield Problem(name, fact, "Give one value for each position.")
+    counted = torch.arange(shape[1]).expand(shape)
+    if batch.position_ids is not None and not torch.equal(batch.position_ids.cpu(), counted):
+        yield Problem(
+            "position_ids", "do not count up from 0, as a job's positions do.", "Leave them out, or count up."
+        )
+    mask = batch.attention_mask
+    if mask is not None and not _is_causal(mask.cpu()):
+        fact = f"of shape {tuple(mask.shape)} is not the causal one, which a job has."
+        yield Problem(
+            "attention_mask", fact, "Leave it out; what is padding is left out of the loss by loss_mask."
+        )
+    if batch.packing_kwargs is not None:
+        fact = "packs several samples into a sequence; a job's samples have one each."
+        yield Problem("packing_kwargs", fact, "Leave it out, and give each sample a row of input_ids.")
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask [..., S, S] hides (True) what comes later, and nothing else, as Megatron's causal ones do."""
+    if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:  # noqa: PLR2004
+        return False
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool).triu(1)
+    return bool((mask == later).all())
+
+
+def _strangers(batch: Batch, feeders: Sequence[str], tokens: Mapping[str, int]) -> Iterator[Problem]:
+    """Say which modalities the batch has and the job lacks, or the other way round."""
+    for name in feeders:
+        if name not in tokens:
+            fact = f"feeds the language model, and has no special token; there are those of {sorted(tokens)}."
+            yield Problem(f"modules.{name}", fact, "Name it: special_token_ids={...}.")
+            continue
+        has_rows = bool((batch.input_ids == tokens[name]).any())
+        given = (batch.modality_inputs or {}).get(name)
+        if has_rows and not given:
+            fact = f"there are placeholders for '{name}', and no input."
+            yield Problem(f"modality_inputs.{name}", fact, "Give its encoder's arguments.")
+    for name in (batch.modality_inputs or {}).keys() - set(feeders):
+        yield Problem("modality_inputs", f"the job has no modality '{name}'.", nearest(name, tuple(feeders)))
+
+
+def _some(counts: Sequence[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, counts[:most]))
+    return f"{shown}, ..." if len(counts) > most else shown

@@ -1,0 +1,193 @@
+"""A program's `forward_step_func`: asked beforehand what it computes, and for its loss when the output is there.
+
+Megatron calls the function wherever a stage is to run, and it calls the model. Here the program knows what runs
+when, and needs the samples before it starts. So the function is called once for each microbatch as the step begins,
+with a model that writes down what it is called with (`Asked`) and returns a promise of its output; the loss function
+that it returns is called on the ranks of the last stage as soon as the output of a microbatch is there.
+
+The loss function is given what Megatron's would be: of the samples of this rank's data lane, and of its positions
+under context parallelism, the loss of each [b, s], or logits [b, s, V / tp] where the batch has no labels. It returns
+``(sum, number of tokens, report)``. The number must be the sum of the loss mask that the model returned with
+its output: by the sum of all of them gradients are divided, which has to be known before the first backward.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from mimogrid.adapters.megatron.batches import Batch
+from mimogrid.core.errors import PlanError, Problem, WorldError
+from mimogrid.core.samples import share
+from mimogrid.core.topology import Module
+from mimogrid.core.zigzag import ZigZag
+from mimogrid.shell.loss import Predictions
+
+
+LossFunction = Callable[..., Any]
+ForwardStep = Callable[[Any, Any], tuple[Any, LossFunction]]
+
+
+class Promise:
+    """The output of the model, which is there only when the loss function is called."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            "the output of the model is not there yet: return it as it is, "
+            "and compute with it in the loss function."
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = __float__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
+        """Refuse to be computed with."""
+        cls()._refuse()
+
+
+class Asked:
+    """The model of a rank, which writes down what it is called with; all else is asked of the model itself."""
+
+    def __init__(self, model: nn.Module | None, part_of: Callable[[Tensor], Tensor]) -> None:
+        self._model = model
+        self._part_of = part_of
+        self.batch: Batch | None = None
+        self.output = Promise()
+
+    def __call__(self, *arguments: Any, **named: Any) -> tuple[Promise, Tensor | None]:
+        """Return a promise, and which part of the loss mask belongs to it, as `MimoModel` does."""
+        if self.batch is not None:
+            raise TypeError("forward_step_func called the model twice; a microbatch goes through it once.")
+        batch = self.batch = Batch(*arguments, **named)
+        if not isinstance(batch.input_ids, Tensor):
+            raise TypeError("forward_step_func called the model without input_ids; every rank gives them.")
+        return self.output, None if batch.loss_mask is None else self._part_of(batch.loss_mask)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+@attrs.frozen(eq=False)
+class Microbatch:
+    """What a forward step said of a microbatch: what the model is called with, and the loss of what comes out."""
+
+    batch: Batch
+    loss: LossFunction
+
+
+def microbatches_of(
+    forward_step: ForwardStep,
+    data_iterator: Any,
+    model: nn.Module | None,
+    language: Module,
+    *,
+    rank: int,
+    total: int,
+) -> list[Microbatch]:
+    """Call a forward step for each microbatch of a step with `total` samples, and return what it said.
+
+    Raises PlanError where it returned anything but the model's output and a loss function.
+    """
+    found = []
+    for microbatch in range(language.microbatches):
+        asked = Asked(model, _part(language, rank, microbatch, total))
+        output, loss = forward_step(data_iterator, asked)
+        if output is not asked.output or asked.batch is None or not callable(loss):
+            fact = f"returned a {type(output).__name__} and a {type(loss).__name__}, not what the model returned."
+            remedy = (
+                "Return (output of the model, loss function); what is computed of the output goes into that."
+            )
+            raise PlanError([Problem("forward_step_func", fact, remedy)])
+        found.append(Microbatch(asked.batch, loss))
+    return found
+
+
+def _part(language: Module, rank: int, microbatch: int, total: int) -> Callable[[Tensor], Tensor]:
+    """Return what takes this rank's part out of a tensor [B, S] of a microbatch; all of it on other modules' ranks."""
+    if rank not in language.grid:
+        return lambda whole: whole
+    position = language.grid.position(rank)
+    begin = share(microbatch, language.microbatches, total).start
+    samples = language.samples(position["dp"], microbatch, total)
+    lane = slice(samples.start - begin, samples.stop - begin)
+    cut = ZigZag(position["cp"], language.cp)
+
+    def part(whole: Tensor) -> Tensor:
+        of_lane = whole[lane]
+        if language.cp == 1:
+            return of_lane
+        return of_lane[:, torch.tensor(tuple(cut.positions(whole.shape[1])), device=whole.device)]
+
+    return part
+
+
+class HostLoss:
+    """The loss of a step (`shell.loss.Loss`) as a program's loss functions say it, microbatch by microbatch.
+
+    `reports` is what they reported, in order of the microbatches, on the ranks of the last stage. Whether they
+    count tokens as the loss mask does is known only when the device has computed both, so until `check` a loss that
+    does not is no number, and the step is not taken.
+    """
+
+    def __init__(self, microbatches: Sequence[Microbatch], total: int, *, collects: bool = False) -> None:
+        self._microbatches = microbatches
+        self._of_sample = [m for m in range(len(microbatches)) for _ in share(m, len(microbatches), total)]
+        self._collects = collects
+        self._reports: dict[int, Any] = {}
+        self._counts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def reports(self) -> list[Any]:
+        """What the loss functions reported."""
+        return [self._reports[microbatch] for microbatch in sorted(self._reports)]
+
+    def __call__(self, predictions: Predictions) -> Tensor:
+        """Return the sum of losses of a microbatch on this rank."""
+        samples = predictions.share.samples
+        if not samples:
+            return predictions.cross_entropies().sum()
+        microbatch = self._of_sample[samples[0].id]
+        said = self._microbatches[microbatch]
+        logits = said.batch.labels is None
+        flat = predictions.logits if logits else predictions.cross_entropies()
+        output: Tensor = flat.unflatten(0, (len(samples), -1))
+        if self._collects:
+            self._reports[microbatch] = said.loss(output, non_loss_data=True)
+            return output.new_zeros(())
+        loss, count, self._reports[microbatch] = _parts(said.loss(output))
+        planned = predictions.weights.sum()
+        counted = torch.as_tensor(count, device=planned.device).to(planned.dtype)
+        self._counts[microbatch] = counted, planned
+        alike = (counted - planned).abs() <= 1e-6 * planned.clamp(min=1)
+        return loss.reshape(()) * torch.where(alike, 1.0, torch.nan)
+
+    def check(self) -> None:
+        """Raise WorldError where a loss function counted other tokens than the loss mask; asks the device."""
+        for microbatch, (counted, planned) in sorted(self._counts.items()):
+            if not torch.isclose(counted, planned, rtol=1e-6, atol=1e-6):
+                raise WorldError(
+                    f"microbatch {microbatch}: the loss function counts {float(counted):g} tokens on this rank, "
+                    f"the loss mask {float(planned):g}. Gradients are divided by what the loss mask of all samples "
+                    "adds up to, so the step was not taken. Return the sum of the mask that the model returns."
+                )
+
+
+def _parts(said: Any) -> tuple[Tensor, Any, Any]:
+    """Return sum, count and report."""
+    match said:
+        case (Tensor() as loss, count, report) if loss.numel() == 1:
+            return loss, count, report
+        case (_, Mapping()):
+            fact = "returns a mean and a report; the mean of a lane's microbatch is not that of the step's tokens."
+        case _:
+            fact = f"returns a {type(said).__name__}, which is not a sum, a number of tokens and a report."
+    remedy = "Return (sum of losses * loss_mask, loss_mask.sum(), report), as for calculate_per_token_loss."
+    raise PlanError([Problem("loss_func", fact, remedy)])
+
+
+def first_of(data_iterator: Any) -> Any:
+    """Return the iterator; Megatron's loop has one for each virtual stage, which all give the same."""
+    return data_iterator[0] if isinstance(data_iterator, list) else data_iterator

@@ -1,0 +1,189 @@
+"""Loops: a forward step and a loss function as a program for Megatron has them, here and in a job's program."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import megatrons
+import specs
+from hosts import host
+from mimogrid.adapters.megatron import forward_backward_func
+from mimogrid.adapters.megatron.batches import Batch, examples_of
+from mimogrid.shell.jobs import Job
+from mimogrid.shell.place import Place
+
+
+SEQUENCE, SAMPLES, MICROBATCHES = 16, 12, 4
+ROWS = (4, 2, 0, 6)
+"""Placeholders of one sample after the other."""
+
+
+def batches(*, labels: bool = True, images: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield microbatches: all of their samples, placeholders among the text, some tokens half or not counted."""
+    generator = torch.Generator().manual_seed(3)
+    size = SAMPLES // MICROBATCHES
+    for microbatch in range(2 * MICROBATCHES):
+        counts = [ROWS[(microbatch + i) % len(ROWS)] for i in range(size)]
+        ids = torch.randint(0, specs.IMAGE, (size, SEQUENCE), generator=generator)
+        for sample, count in zip(ids, counts, strict=True):
+            sample[torch.randperm(SEQUENCE, generator=generator)[:count]] = megatrons.PLACEHOLDER
+        mask = torch.randint(0, 3, ids.shape, generator=generator) / 2
+        pixels = torch.randn(sum(counts), specs.PIXELS, dtype=torch.float64, generator=generator)
+        eye = {"pixels": pixels}
+        if images:
+            brightness = torch.rand(sum(counts) // 2, dtype=torch.float64, generator=generator)
+            eye = {"images": pixels.view(-1, 2, specs.PIXELS), "brightness": brightness}
+        yield {
+            "input_ids": ids,
+            "position_ids": torch.arange(SEQUENCE).expand_as(ids),
+            "attention_mask": None,
+            "loss_mask": mask,
+            **({"labels": ids.roll(-1, dims=1) % specs.VOCAB} if labels else {}),
+            "modality_inputs": {"vision": {"eye": eye}},
+        }
+
+
+def of_losses(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A loss that no cross entropy is: powers of the losses [B, S] of the labels."""
+    loss = (output**1.5 * loss_mask).sum()
+    return loss, loss_mask.sum(), {"lm loss": torch.stack([loss.detach(), loss_mask.sum()])}
+
+
+def of_logits(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A loss of logits [B, S, V], which has no labels."""
+    loss = ((output.tanh() ** 2).sum(dim=-1) * loss_mask).sum()
+    return loss, loss_mask.sum(), {"lm loss": torch.stack([loss.detach(), loss_mask.sum()])}
+
+
+def step_with(loss: Any) -> Any:
+    """Return a forward step as a program for `MimoModel` has it."""
+
+    def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+        output, loss_mask = model(**next(data_iterator))
+        return output, partial(loss, loss_mask)
+
+    return forward_step
+
+
+@attrs.frozen
+class Stepped:
+    """What a step and an evaluation reported on a rank, and the gradients by Megatron's names (first rank)."""
+
+    reports: list[list[float]]
+    evaluated: list[list[float]]
+    gradients: Mapping[str, Any]
+
+
+STEP: Mapping[str, Any] = {
+    "num_microbatches": MICROBATCHES,
+    "seq_length": SEQUENCE,
+    "micro_batch_size": SAMPLES // MICROBATCHES,
+}
+
+
+class InFull(nn.Module):
+    """`MimoModel` with losses in the precision of its logits; its own are rounded to fp32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels: Tensor | None = None, **batch: Any) -> tuple[Tensor, Tensor]:
+        """Return losses [B, S], or logits [B, S, V] where there are no labels."""
+        logits, loss_mask = self.model(**batch)
+        output = logits if labels is None else cross_entropy(logits.mT, labels, reduction="none")
+        return output, loss_mask
+
+
+def expected(config: Mapping[str, Any], loss: Any, options: Mapping[str, Any]) -> tuple[Stepped, Any]:
+    """What Megatron's model on one process comes to, whose gradients are divided by all tokens; and its weights."""
+    whole = megatrons.whole(megatrons.config_of(**config))
+    model, iterator, forward_step = InFull(whole), batches(**options), step_with(loss)
+    reports, total, count = [], torch.zeros((), dtype=torch.float64), 0.0
+    for _ in range(MICROBATCHES):
+        output, loss_func = forward_step(iterator, model)
+        of_microbatch, tokens, report = loss_func(output)
+        total, count = total + of_microbatch, count + float(tokens)
+        reports.append(report["lm loss"].tolist())
+    (total / count).backward()
+    gradients = {name: w.grad.numpy() for name, w in whole.named_parameters() if w.grad is not None}
+    weights = {n: t.numpy() for n, t in whole.state_dict().items() if isinstance(t, Tensor)}
+    return Stepped(reports, reports, gradients), weights
+
+
+def stepped(  # noqa: PLR0917 -- what a pool calls has no keywords
+    place: Place,
+    job: Job,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    loss: Any,
+    options: Mapping[str, Any],
+    encoder_inputs: Mapping[str, str] | None,
+) -> Stepped:
+    """Evaluate the first samples in a job's program, then train on them."""
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    with host(place):
+        made = megatrons.config_of(**config, here=hosted)
+        function = forward_backward_func(job, made, encoder_inputs=encoder_inputs, optimizer="host")
+        function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        arguments = {**STEP, "forward_step_func": step_with(loss), "model": [function.model]}
+        evaluated = function(**arguments, data_iterator=batches(**options), forward_only=True)
+        reports = function(**arguments, data_iterator=[batches(**options)])
+        crew = function.embedded.crew
+        assert crew is not None
+        of_stage = {
+            stage: {name: w.grad for name, w in buffer.weights.items()}
+            for stage, buffer in crew.buffers.items()
+        }
+        gradients = crew.collect(of_stage)
+        function.embedded.close()
+        return Stepped(
+            [report["lm loss"].tolist() for report in reports],
+            [report["lm loss"].tolist() for report in evaluated],
+            {name: gradient.numpy() for name, gradient in gradients.items()},
+        )
+
+
+def of_tokens(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss that a job has of its own."""
+    loss = torch.dot(loss_mask.flatten().to(output.dtype), output.flatten())
+    return loss, loss_mask.sum(), {}
+
+
+def both_ways(place: Place, job: Job) -> tuple[list[Any], list[Any]]:
+    """Take a step on a forward step of the program's, and the same one on samples; return gradients of both."""
+    found = []
+    for forward_step in (step_with(of_tokens), None):
+        with host(attrs.evolve(place, meeting=f"{place.meeting}-{len(found)}")):
+            tokens = {"vision": megatrons.PLACEHOLDER}
+            function = forward_backward_func(job, special_token_ids=tokens, optimizer="host")
+            language = job.topology.modules["language"]
+            size = {"samples": SAMPLES // MICROBATCHES, "sequence": SEQUENCE, "rows_of": {}}
+            samples = (examples_of(Batch(**batch), language, tokens, **size) for batch in batches())
+            iterator = samples if forward_step is None else batches()
+            function(**STEP, forward_step_func=forward_step, data_iterator=iterator, model=None)
+            found.append([w.grad.tolist() for w in function.embedded.parameters() if w.grad is not None])
+            function.embedded.close()
+    return found[0], found[1]
+
+
+def miscounted(place: Place, job: Job, config: Mapping[str, Any]) -> None:
+    """Count every position, whatever the mask says; no weight may change for it."""
+
+    def loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
+        return (output * loss_mask).sum(), loss_mask.numel(), {}
+
+    with host(place):
+        hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+        function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
+        before = [weight.detach().clone() for weight in function.embedded.parameters()]
+        try:
+            step = step_with(loss)
+            function(**STEP, forward_step_func=step, data_iterator=batches(), model=[function.model])
+        finally:
+            assert all(map(torch.equal, before, function.embedded.parameters()))
