@@ -67,6 +67,7 @@ def megatron_newest(session: nox.Session) -> None:
         "megatron",
         "megatron_grid",
         "megatron_networks",
+        "forward_step",
         "modules",
         "experts",
         "torch_module",
