@@ -119,7 +119,15 @@ def open_groups(topology: Topology, world: World, device: Device) -> Iterator[Gr
                     _connect(opening, groups, world, device)
         yield Groups(world.rank, made[Purpose.COLLECTIVE], _channels(topology, made), world.outside)
     finally:
-        for group in reversed(opened):
+        destroy(opened)
+
+
+def destroy(groups: Sequence[dist.ProcessGroup]) -> None:
+    """Destroy groups, the last one first."""
+    for group in reversed(groups):
+        with contextlib.suppress(
+            ValueError
+        ):  # A host that failed has destroyed its world, and these with it.
             dist.destroy_process_group(group)
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from mimogrid.core.groups import Ranks, groups_of, in_slots
 from mimogrid.core.topology import Module, Topology
 from mimogrid.shell.device import Device
-from mimogrid.shell.groups import Groups
+from mimogrid.shell.groups import Groups, destroy
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.world import World
 
@@ -60,8 +60,7 @@ def open_collections(
         hosted = [module for module in topology.modules.values() if world.rank in module.grid]
         yield {module.name: _collection(module, world.rank, by_ranks) for module in hosted}
     finally:
-        for group in reversed(opened):
-            dist.destroy_process_group(group)
+        destroy(opened)
 
 
 def _wanted(topology: Topology) -> Iterator[Ranks]:
