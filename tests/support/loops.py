@@ -182,6 +182,8 @@ def miscounted(place: Place, job: Job, config: Mapping[str, Any]) -> tuple[str, 
     with host(place):
         hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
         function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
+        for weight in function.embedded.parameters():
+            nn.init.normal_(weight, std=0.1)
         before = [weight.detach().clone() for weight in function.embedded.parameters()]
         said, step = "", step_with(loss)
         try:
