@@ -72,6 +72,7 @@ def megatron_newest(session: nox.Session) -> None:
         "experts",
         "torch_module",
         "examples",
+        "gpu_benchmark",
     )
     # Of warnings that are errors elsewhere it gives many at import, and they are not ours to mend.
     session.run("pytest", "-W", "default", *session.posargs, *(f"tests/test_{name}.py" for name in names))

@@ -1,9 +1,5 @@
 """What ``nox -s gpu`` runs on a GPU holds on the CPU."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,18 +34,3 @@ def test_programs(pool: Pool, opened: Opened) -> None:
     """They run in two parts, and on local layers."""
     checks.unsynchronized(pool, opened, CPU)
     checks.layers(pool, opened, CPU, "CoreAttention")
-
-
-def test_a_step_beside_megatrons(tmp_path: Path) -> None:
-    """The benchmark runs without a GPU, and MimoModel has the same loss and gradient norm on the same networks."""
-    program = Path(__file__).parents[1] / "benchmarks" / "gpu" / "step.py"
-    options = ("--tiny", "--device", "cpu", "--precision", "fp32", "--pairs", "1", "--steps", "1")
-    command = [sys.executable, "-W", "ignore", str(program), *options, "--json", str(tmp_path / "step.json")]
-    subprocess.run(command, check=True, env=os.environ, capture_output=True, timeout=200)
-    (found,) = json.loads((tmp_path / "step.json").read_text())["jobs"]
-    assert 0 < found["mfu"] < 1
-    beside = found["mimo_model"]
-    if "skipped" in beside:
-        pytest.skip(beside["skipped"])
-    for ours, theirs in (beside["loss"], beside["gradient_norm"]):
-        assert pytest.approx(theirs, rel=1e-5) == ours

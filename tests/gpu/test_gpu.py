@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarked
 import devices_checked as checks
 from devices_checked import Opened, Where
 from mimogrid.shell.launch import Pool
@@ -50,3 +51,13 @@ def test_nothing_waits_for_the_device(pool: Pool, opened: Opened, summary: Summa
 def test_layers_of_transformer_engine(pool: Pool, opened: Opened, summary: Summary) -> None:
     """In bf16 modules are made of them."""
     summary["layers"] = checks.layers(pool, opened, GPU, "TELayerNormColumnParallelLinear")
+
+
+def test_steps_are_measured(summary: Summary, tmp_path: Path) -> None:
+    """The benchmark runs here, on one rank and on four, and megatron-core comes to the same."""
+    found = benchmarked.run("cuda", tmp_path / "found.json")
+    summary["benchmark"] = found
+    benchmarked.check_alone(found)
+    benchmarked.check_overhead(found["overhead"])
+    if "skipped" not in found["apart"]:
+        benchmarked.check_beside(found["apart"])
