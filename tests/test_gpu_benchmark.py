@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import benchmarked
+from mimogrid.shell.launch import Pool
 
 
 pytestmark = pytest.mark.world
@@ -34,3 +35,8 @@ def test_apart(found: dict[str, Any]) -> None:
 def test_overhead(found: dict[str, Any]) -> None:
     """The messages that are timed alone are those of the plan."""
     benchmarked.check_overhead(found["overhead"])
+
+
+def test_messages_of_megatrons_are_copies(pool: Pool) -> None:
+    """Through host memory a message is what its tensor was when it was posted."""
+    assert [[1.0] * 3, [0.0] * 3] == pool.run("benchmarked:exchange", 2)

@@ -9,6 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from hosts import host
+from mimogrid.shell.device import Device
+from mimogrid.shell.place import Place
+from mimogrid.shell.streams import Streams
+
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "step.py"
 COMMIT = "the one under test"
@@ -57,3 +65,22 @@ def check_overhead(found: dict[str, Any]) -> None:
     for each in found["by_rank"]:
         spent = (each["posting_s"], each["waiting_s"], each["computing_s"])
         assert 0 < min(spent)
+
+
+def exchange(place: Place) -> list[float]:
+    """Swap tensors with the other rank through host memory, as Megatron's messages are carried; return what came.
+
+    The tensor is overwritten as soon as it is posted, and what comes goes into one that wants a gradient.
+    """
+    sys.path.insert(0, str(PROGRAM.parent))
+    from carried import Staged  # noqa: PLC0415 -- no part of a package
+
+    posts = Staged(Device(torch.device("cpu"), "gloo", Streams(), stages_through_host=True))
+    with host(place):
+        group, other = dist.group.WORLD, 1 - place.rank
+        mine, came = torch.full((3,), float(place.rank)), torch.full((3,), -1.0, requires_grad=True)
+        posted = [posts.isend(mine, other, group), posts.irecv(came, other, group)]
+        mine.fill_(-2.0)
+        for each in posted:
+            each.wait()
+        return list(came.tolist())
