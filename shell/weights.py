@@ -10,8 +10,10 @@ needed, and each rank keeps its part. So a model begins with the same weights un
 (torch.Size([2, 2]), True)
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -106,7 +108,10 @@ def cut_over(parameter: Parameter, groups: Shards) -> dist.ProcessGroup:
     return groups.tp if parameter.expert is None else groups.expert_tp
 
 
-@torch.no_grad()
+DRAWERS = 8
+"""How many parameters are drawn at a time at most: each is whole, in fp64, while it is."""
+
+
 def initialize(
     weights: Mapping[str, nn.Parameter],
     parameters: Sequence[Parameter],
@@ -115,8 +120,16 @@ def initialize(
     module: str,
     groups: Shards,
 ) -> None:
-    """Fill the local weights of a stage with this rank's part of their initial values."""
-    for parameter in parameters:
+    """Fill the local weights of a stage with this rank's part of their initial values, on as many cores as there are.
+
+    One core draws some ten million values a second, of which a model has thousands of millions.
+    """
+
+    @torch.no_grad()  # which is a thread's own
+    def fill(parameter: Parameter) -> None:
         weight, over = weights[parameter.name], cut_over(parameter, groups)
         full = draw(parameter, seed=seed, module=module).to(weight.dtype)
         weight.copy_(shard(full, parameter, tp_rank=over.rank(), tp_size=over.size()))
+
+    with ThreadPoolExecutor(max_workers=min(DRAWERS, os.cpu_count() or 1)) as drawers:
+        list(drawers.map(fill, parameters))  # which raises what a drawer raised
