@@ -1,6 +1,5 @@
 """Reports: what a finished run says of itself, in numbers and pictures."""
 
-import importlib.metadata
 import platform
 import resource
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from mimogrid.shell.jobs import Job
 from mimogrid.shell.metrics import Tally
 from mimogrid.shell.pictures import draw_predictions
 from mimogrid.shell.step import Crew
+from mimogrid.shell.versions import versions
 
 
 READ_COUNT, OTHER_COUNT = 1280, 128
@@ -132,9 +132,5 @@ def compose(
         "busy_fraction": {str(of.rank): of.busy_fraction for of in ranks},
         "peak_bytes": {str(of.rank): of.peak_bytes for of in ranks},
         "machine": platform.platform(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "megatron-core": importlib.metadata.version("megatron-core"),
-        },
+        "versions": versions(),
     }

@@ -9,7 +9,6 @@ A host that writes checkpoints of its own gets all of it from `gather`, as full 
 it back to `scatter`.
 """
 
-import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from mimogrid.shell.groups import ModuleGroups
 from mimogrid.shell.manifest import OPTIMIZER
 from mimogrid.shell.optimizer import begin_states, states_of
 from mimogrid.shell.step import Crew
+from mimogrid.shell.versions import versions
 from mimogrid.shell.weights import cut_over
 
 
@@ -62,9 +62,7 @@ def manifest_of(crew: Crew, step: int) -> dict[str, Any]:
         "precision": spec.precision,
         "data": {"source": spec.data.source, "next_sample": step * spec.batch.global_size},
         "random": {"seed": spec.seed, "next_step": step},
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("mimogrid", "torch", "megatron-core")
-        },
+        "versions": versions(),
     }
 
 
