@@ -31,7 +31,7 @@ from mimogrid.core.simulate import simulate
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.place import Place
-from mimogrid.shell.probe import Probed
+from mimogrid.shell.probe.results import Probed
 from mimogrid.shell.session import open_session
 
 

@@ -76,7 +76,7 @@ def probe(job: Job, *, repeat: int, sizes: Sequence[int], out: Path | None, as_j
     else:
         jobs = [job, *(open_job(job.path, (*job.overrides, _of_size(job, size))) for size in sizes)]
         found = [_first(one, "mimogrid.shell.probe:in_world", repeat) for one in jobs]
-    from mimogrid.shell.probe import in_json, in_text  # noqa: PLC0415 -- imports torch
+    from mimogrid.shell.probe.results import in_json, in_text  # noqa: PLC0415 -- imports torch
 
     own, *others = found
     text = in_text(own, job, others)

@@ -8,10 +8,12 @@ import pytest
 import jobs
 from mimogrid.core.pricing import misfits
 from mimogrid.core.schedule.actions import Compute, Norm, Recv, Send, Tie, Update, Wait, WaitReduce, other_end
-from mimogrid.shell import costfile, probe, start
+from mimogrid.shell import costfile, start
 from mimogrid.shell.cli import main
 from mimogrid.shell.jobs import open_job
-from mimogrid.shell.probe import in_text, turns_of
+from mimogrid.shell.probe import clock
+from mimogrid.shell.probe.results import in_text
+from mimogrid.shell.probe.turns import turns_of
 
 
 ROOT = Path(__file__).parents[1]
@@ -160,11 +162,11 @@ def test_a_wait_for_a_core_is_not_counted_however_it_falls(monkeypatch):
             seconds, waited = seconds + 7, waited + 7
         return waited
 
-    monkeypatch.setattr(probe, "_waited_for_a_core", waits)
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: seconds)
-    begin = probe._at_work()
+    monkeypatch.setattr(clock, "_waited_for_a_core", waits)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: seconds)
+    begin = clock._at_work()
     seconds += 1
-    assert 1 == probe._at_work() - begin
+    assert 1 == clock._at_work() - begin
     assert 7 * len(losing) == waited
 
 
