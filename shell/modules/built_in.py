@@ -1,0 +1,145 @@
+"""Built-in models as stages: those that read tokens, and those that read rows only.
+
+Shapes are named as in `shell.modules`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mimogrid.core.models import Block, Gpt, Regressor, Vit
+from mimogrid.core.steps import Share
+from mimogrid.shell.loss import Predictions, squared_error_sum
+from mimogrid.shell.megatron import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
+from mimogrid.shell.megatron.layers import Affine
+from mimogrid.shell.modules.transformer import Context, TransformerStage
+from mimogrid.shell.packing import Packing, check_placeholders, pack_rows, pack_text
+from mimogrid.shell.weights import layout_name
+
+
+class TextStage(TransformerStage):
+    """A stage of a `gpt`."""
+
+    def __init__(self, context: Context, model: Gpt, *, sequence: int) -> None:
+        super().__init__(context, model)
+        info = context.info
+        self.sequence = sequence
+        self.tied = model.tied_embeddings
+        self.network = GPTModel(
+            self.config,
+            self.spec,
+            vocab_size=model.vocab,
+            max_sequence_length=sequence,
+            pre_process=info.first,
+            post_process=info.last,
+            share_embeddings_and_output_weights=self.tied,
+            position_embedding_type="none",  # The core attention turns what it gets.
+            scatter_embedding_sequence_parallel=False,  # Rows are put among the tokens first.
+            pg_collection=self.collection,
+        )
+        assert len(self.decoder.layers) == len(info.layers)
+        # Hidden states are an argument here, not state that `set_input_tensor` leaves behind.
+        self.decoder.pre_process = True
+        if info.last and self.sequence_parallel:
+            # The output projection reads whole rows (see `decode`), not a part of the positions.
+            self.network.output_layer.sequence_parallel = False
+            self.network.output_layer.allreduce_dgrad = True
+
+    @property
+    def decoder(self) -> TransformerBlock:
+        """The layers."""
+        return self.network.decoder
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        name = layout_name(built.removeprefix("network."), self.info.layers)
+        return "embedding.weight" if self.tied and name == "output.weight" else name
+
+    def pack(self, share: Share, device: torch.device) -> Packing:
+        """Return where the rows of a share lie."""
+        return pack_text(
+            share, sequence=self.sequence, multiple=self.multiple, device=device, cut=self.cut, deal=self.deal
+        )
+
+    def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+        """Return token embeddings with the feeders' rows at their placeholders."""
+        tokens_T = inputs["tokens"]
+        if tokens_T.device.type == "cpu":
+            check_placeholders(tokens_T, share, packing)
+        text_T = tokens_T.index_select(0, packing.text_tokens)
+        text_TH = self.network.embedding.word_embeddings(text_T)
+        text_TH = functional.dropout(text_TH, self.dropout, training=self.training and self.draws)
+        rows = [self.take(_joined(inputs, self.feeders), packing)] if self.feeders else []
+        return self.block_of(torch.cat([*rows, text_TH]), packing.incoming, packing)
+
+    def finish(
+        self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
+    ) -> dict[str, Tensor]:
+        """Return the loss, or the logits."""
+        output = self.network.output_layer
+        weight = self.network.shared_embedding_or_output_weight() if self.tied else output.weight
+        logits_TV = self.ledger.multiply(lambda weight: output(rows_RH, weight=weight)[0], weight, rows_RH)
+        if "labels" not in inputs:
+            logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)
+            return {"logits": self.join(logits_TV, packing)}
+        labels_T = self.take_target(inputs["labels"], packing)
+        weights_T = self.take_target(inputs["loss_weights"], packing)
+        return {"loss": self.loss(Predictions(logits_TV, labels_T, weights_T, share, self.tp))}
+
+
+class RowsStage(TransformerStage):
+    """A stage of a `vit`, a `block` or a `regressor`."""
+
+    def __init__(self, context: Context, model: Vit | Block | Regressor) -> None:
+        super().__init__(context, model)
+        info = context.info
+        self.network = TransformerBlock(
+            self.config, self.spec, post_process=info.last, pg_collection=self.collection
+        )
+        assert len(self.decoder.layers) == len(info.layers)
+        self.input: nn.Module = nn.Identity()
+        self.output: nn.Linear | None = None
+        if info.first and isinstance(model, Vit):
+            assert model.features is not None
+            self.input = Affine(model.features, model.hidden, dtype=context.dtype, ledger=self.ledger)
+        if info.last and isinstance(model, Regressor):
+            self.output = Affine(model.hidden, model.outputs, dtype=context.dtype, ledger=self.ledger)
+
+    @property
+    def decoder(self) -> TransformerBlock:
+        """The layers."""
+        return self.network
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        return layout_name(built.replace("network.", "decoder.", 1), self.info.layers)
+
+    def pack(self, share: Share, device: torch.device) -> Packing:
+        """Return where the rows of a share lie."""
+        return pack_rows(
+            share, multiple=self.multiple, dtype=self.dtype, device=device, cut=self.cut, deal=self.deal
+        )
+
+    def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+        """Return the incoming rows, sample by sample."""
+        rows = _joined(inputs, self.feeders or ("rows",))
+        rows_RH = self.input(self.take(rows, packing))
+        return self.block_of(rows_RH, packing.incoming, packing)
+
+    def finish(
+        self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
+    ) -> dict[str, Tensor]:
+        """Return the sum of squared errors, or the prediction; nothing from an encoder."""
+        if self.output is None:
+            return {}
+        prediction = self.output(rows_RH)
+        if "targets" not in inputs:
+            return {"prediction": self.join(prediction, packing)}
+        return {"loss": squared_error_sum(prediction, self.take_target(inputs["targets"], packing))}
+
+
+def _joined(inputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Return inputs one after the other."""
+    return inputs[names[0]] if len(names) == 1 else torch.cat([inputs[name] for name in names])

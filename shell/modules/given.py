@@ -1,0 +1,199 @@
+"""Given: stages whose network somebody else has written, checked against the plan in every forward.
+
+Other ranks wait for exactly the rows that the plan says that come from here, so a network that returns others is
+stopped before they hang.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from mimogrid.core.errors import PlanError, Problem, WorldError, nearest
+from mimogrid.core.hashing import draw_bits
+from mimogrid.core.layout import matches_any
+from mimogrid.core.models import Gpt, Own, Parameter
+from mimogrid.core.optimizers import matches
+from mimogrid.core.spec import GroupSpec, ModuleSpec, OptimizerSpec
+from mimogrid.core.steps import Share
+from mimogrid.core.topology import Module, StageInfo, Topology
+from mimogrid.shell import builders
+from mimogrid.shell.modules.interface import StageModule
+
+
+class OwnStage(StageModule):
+    """The only stage of a module of the user's. Whether it draws, only its author knows."""
+
+    draws = True
+    reads_entire = True
+
+    def __init__(self, module: Module, info: StageInfo, network: nn.Module, *, dtype: torch.dtype) -> None:
+        super().__init__(module, info, dtype=dtype)
+        self.network = network
+        self.dtype = dtype
+        self.feeders = tuple(edge.source for edge in module.inputs)
+        self.has_loss = module.model.has_loss
+        self.width = module.model.hidden or next((edge.width for edge in self.edges), 0)
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        return built.removeprefix("network.")
+
+    def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """Compute the stage for a share; see `OwnNetwork`."""
+        device = next(iter(inputs.values())).device
+        told = {
+            "lengths": share.lengths,
+            **{f"lengths.{feeder}": share.rows[feeder] for feeder in self.feeders},
+        }
+        counts = {name: torch.tensor(c).to(device, non_blocking=True) for name, c in told.items()}
+        given = self.network({**inputs, **counts})
+        self._check(given, sum(share.lengths))
+        rows = self.emit(given["rows"]) if self.edges else {}
+        return rows | {name: tensor for name, tensor in given.items() if name != "rows"}
+
+    def _check(self, given: Mapping[str, Tensor], count: int) -> None:
+        """Other ranks wait for exactly what the plan says that comes from here."""
+        wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
+        for name in wanted:
+            if name not in given:
+                raise WorldError(
+                    f"module '{self.name}' returned {', '.join(given) or 'nothing'}, no '{name}'."
+                )
+        if self.edges and tuple(given["rows"].shape) != (count, self.width):
+            raise WorldError(
+                f"module '{self.name}' returned rows of shape {tuple(given['rows'].shape)}; "
+                f"the plan is one row of width {self.width} for each that comes in, {(count, self.width)}."
+            )
+        if self.edges and given["rows"].dtype != self.dtype:
+            raise WorldError(
+                f"module '{self.name}' returned rows of {given['rows'].dtype}; the other end of its edges "
+                f"expects {self.dtype}, the precision of the job."
+            )
+        if "loss" in given and not self.has_loss:
+            raise WorldError(
+                f"module '{self.name}' feeds others, so the plan gives it no loss; it returned one. "
+                "Put the loss into a module of its own that this one feeds."
+            )
+
+
+class HostStage(StageModule):
+    """A stage of a built-in module that a network of the host's computes; projections are the network's, too."""
+
+    reads_entire = True
+
+    def __init__(
+        self,
+        topology: Topology,
+        module: Module,
+        info: StageInfo,
+        network: nn.Module,
+        *,
+        tp: int,
+        dtype: torch.dtype,
+    ) -> None:
+        table: Mapping[str, Parameter] = network.table(info, tp=tp)  # type: ignore[operator]
+        if len({edge.width for edge in module.outputs}) > 1:
+            fact = (
+                f"feeds {len(module.outputs)} modules of unlike widths; a host's network gives rows of one."
+            )
+            remedy = "Make them alike, or put the projections into modules between."
+            raise PlanError([Problem(f"modules.{module.name}.feeds", fact, remedy)])
+        known = tuple({parameter.name: parameter for parameter in table.values()}.values())
+        _check_table(info, known)
+        trainable = {
+            table[built].name for built, weight in network.named_parameters() if weight.requires_grad
+        }
+        info = attrs.evolve(info, parameters=known, trainable=frozenset(trainable if info.trainable else ()))
+        super().__init__(attrs.evolve(module, outputs=()), info, dtype=dtype)
+        self._table = table
+        assert not isinstance(module.model, Own)
+        self.edges = module.outputs if info.last else ()
+        self.network = network
+        self.module = module
+        self.sequence = topology.sequence
+        self.dtype = dtype
+        self.draws = module.model.dropout > 0
+
+    def weight_name(self, built: str) -> str:
+        """Return the layout-independent name of a parameter from its name in this module."""
+        return self._table[built.removeprefix("network.")].name
+
+    def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """Compute the stage for a share; see `HostNetwork`."""
+        network: Any = self.network
+        if "labels" in inputs:
+            network.loss = self.loss
+        given = dict(network(inputs, share))
+        for name, shape in self._planned(share).items():
+            seen = (tuple(given[name].shape), given[name].dtype) if name in given else "nothing"
+            if seen != (shape, self.dtype):
+                raise WorldError(
+                    f"the network that the host gave for '{self.info.stage}' returned {seen} for '{name}'; "
+                    f"the plan is {(shape, self.dtype)}."
+                )
+        emitted = {edge.target: given["rows"] for edge in self.edges}
+        return emitted | {name: tensor for name, tensor in given.items() if name != "rows"}
+
+    def _planned(self, share: Share) -> dict[str, tuple[int, ...]]:
+        """Other ranks wait for exactly these."""
+        if self.info.last:
+            return {"rows": (sum(share.lengths), self.edges[0].width)} if self.edges else {}
+        hidden = self.module.model.hidden
+        assert hidden is not None
+        if isinstance(self.module.model, Gpt):
+            return {self.name: (self.sequence // self.module.cp, len(share.samples), hidden)}
+        present = [rows for rows in share.lengths if rows]
+        positions = self.module.padded(max(present, default=0)) // self.module.cp
+        return {self.name: (positions, len(present), hidden)}
+
+
+def _check_table(info: StageInfo, known: Sequence[Parameter]) -> None:
+    """A host's network has the layers that the plan gives the stage, and ties its ends where the plan does."""
+    where = f"modules.{info.stage.module}"
+    layers = sorted({parameter.layer for parameter in known if isinstance(parameter.layer, int)})
+    if layers != list(info.layers):
+        fact = f"the network that the host gave for '{info.stage}' has layers {layers}, the plan {[*info.layers]}."
+        remedy = "Build it for this stage: as many layers, in as many stages, as the module has in the job."
+        raise PlanError([Problem(where, fact, remedy)])
+    ties = [any(parameter.copy for parameter in of) for of in (known, info.parameters)]
+    if ties[0] != ties[1]:
+        does, plans = ("ties" if each else "does not tie" for each in ties)
+        fact = (
+            f"the network that the host gave for '{info.stage}' {does} its embeddings, the plan {plans} them."
+        )
+        raise PlanError([Problem(where, fact, f"Set options.tied_embeddings = {str(ties[0]).lower()}.")])
+
+
+def own_network(model: Own, options: Any, *, seed: int, module: str) -> nn.Module:
+    """Build a module of the user's with initial weights that follow from the seed and its name."""
+    build = builders.find(model.path, where=f"modules.{module}.model").load()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(draw_bits(seed, module, "own") % 2**63)
+        network = build(**options)
+    assert isinstance(network, nn.Module), model.path
+    return network
+
+
+def check_patterns(written: ModuleSpec, module: str, names: tuple[str, ...]) -> None:
+    """Every pattern for an own module must match one of its parameters, as legality asks of built-in ones."""
+    frozen = written.frozen if isinstance(written.frozen, tuple) else ()
+    for key, patterns in (("frozen", frozen), ("trainable", written.trainable or ())):
+        for pattern in patterns:
+            if not any(matches_any(name, (pattern,)) for name in names):
+                fact = f"the pattern '{pattern}' matches no parameter of module '{module}'."
+                raise PlanError([Problem(f"modules.{module}.{key}", fact, nearest(pattern, names))])
+
+
+def check_groups(optimizer: OptimizerSpec, module: str, names: tuple[str, ...]) -> None:
+    """A pattern that is meant for an own module alone must match one of its parameters."""
+    for i, group in enumerate(optimizer.groups):
+        for pattern in group.match:
+            is_meant = group.modules == (module,) or pattern.startswith(f"{module}.")
+            alone = GroupSpec(modules=group.modules, match=(pattern,))
+            if is_meant and not any(matches(alone, module, name) for name in names):
+                fact = f"the pattern '{pattern}' matches no parameter of module '{module}'."
+                remedy = nearest(pattern, tuple(f"{module}.{name}" for name in names))
+                raise PlanError([Problem(f"optimizer.groups[{i}].match", fact, remedy)])
