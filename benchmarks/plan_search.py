@@ -13,7 +13,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from mimogrid.core.plan import Question, plan
+from mimogrid.core.plan import plan
+from mimogrid.core.plan.question import Question
 from mimogrid.core.pricing import machine_of
 from mimogrid.shell.jobs import open_job
 

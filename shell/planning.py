@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mimogrid.core.errors import PlanError, Problem, nearest
-from mimogrid.core.plan import BEST, SLOWER, Layout, Plan, Question, plan, shown
+from mimogrid.core.plan import Plan, plan
+from mimogrid.core.plan.layouts import shown
+from mimogrid.core.plan.question import BEST, SLOWER, Layout, Question
 from mimogrid.core.pricing import machine_of, measured_on
 from mimogrid.shell import costfile, jobfile
 from mimogrid.shell.jobs import Job

@@ -8,8 +8,9 @@ import pytest
 from mimogrid.core.legality import problems_of
 from mimogrid.core.memory import peak_bytes
 from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.plan import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, plan
-from mimogrid.core.plan_options import balanced, enough
+from mimogrid.core.plan import plan
+from mimogrid.core.plan.options import balanced, enough
+from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
 from mimogrid.core.pricing import machine_of, on_machine
 from mimogrid.core.samples import Sample
 from mimogrid.core.schedule.lower import plan_step

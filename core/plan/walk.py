@@ -6,7 +6,7 @@ The *main* module, the one with most work, lies at rank 0. Every other one has o
     all        on the ranks of the main module, with as many lanes as there are samples for
     first      on those of the main module's first pipeline stage
 
-The bound of a layout is that of its slowest module (`plan_options`): the first microbatch comes through the modules
+The bound of a layout is that of its slowest module (`options`): the first microbatch comes through the modules
 that feed it, the last gradient goes back through them. Ranks with two modules do the work of both.
 
 Options of the main module are walked in order of their bound alone, which bounds every layout with them; each is
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import attrs
 
 from mimogrid.core.graph import Graph
-from mimogrid.core.plan_options import CHUNKS, Menu, Option, Way
+from mimogrid.core.plan.options import CHUNKS, Menu, Option, Way
 
 
 KEPT = 96

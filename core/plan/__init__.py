@@ -1,0 +1,165 @@
+"""Plan: the layouts of a job on so many GPUs, the fastest first, and why the others are not.
+
+What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`options`); places beside each
+other or shared (`walk`); the number of microbatches, so their size; the order; more recomputation of the main module
+where memory keeps out what would be faster. `walk` gives layouts in order of their bounds, times that no order beats.
+They are simulated one after another (`evaluation`), until the next bound is above the best time: then nothing that was
+looked at is faster. A budget may end this earlier, and `gap` says by how much the winner could be beaten at most. Other
+orders are tried on the best layouts (`search`). Memory is estimated for 1F1B along the walk.
+
+GPUs that idle are paid for: the fastest layout of all is the one with most tokens per second and allocated GPU. The
+same job gives the same plan everywhere.
+"""
+
+import math
+from collections.abc import Mapping
+
+import attrs
+
+from mimogrid.core.flops import model_flops
+from mimogrid.core.legality import RECOMPUTES
+from mimogrid.core.plan.evaluation import Evaluator
+from mimogrid.core.plan.options import Menu, menu_of
+from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
+from mimogrid.core.plan.reasons import compared, illegal, marked_own, nearest_miss, too_large
+from mimogrid.core.plan.search import REFINED, Search
+from mimogrid.core.plan.walk import Walk, walk
+from mimogrid.core.steps import Step, step_of
+
+
+BUDGET = 300_000
+"""Actions that are simulated before no further layout is begun; ranks that live alike count once."""
+TOLD = 6
+"""Layouts that fit and are told."""
+SHOWN = 3
+"""Layouts that are told of those that do not fit, and of those that are illegal."""
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What a search found.
+
+    Attributes:
+        layouts: those that can run, the fastest first, the job's own among them; then the largest ones that would be
+            fast and do not fit, then illegal ones.
+        own: the job's own layout.
+        main: the module that the others lie around.
+        looked_at: options and layouts that were priced by their bounds.
+        simulated: programs that were simulated.
+        gap: the winner takes at most this part longer than any layout that was looked at.
+        nearest_miss: where nothing fits, what comes closest, in words; else empty.
+    """
+
+    layouts: tuple[Layout, ...]
+    own: Layout
+    main: str
+    looked_at: int
+    simulated: int
+    gap: float
+    nearest_miss: str
+
+    @property
+    def best(self) -> Layout | None:
+        """The winner, if anything fits."""
+        return next((layout for layout in self.layouts if layout.kind == BEST), None)
+
+
+def plan(question: Question, *, budget: int = BUDGET) -> Plan:
+    """Search for the fastest layout; `budget` is how many actions are simulated before no further layout is begun."""
+    step = step_of(question.topology(question.spec), question.samples)
+    work = model_flops(step)
+    main = max(work, key=work.__getitem__)
+    menus = _menus(question, step)
+    walked = _walked(question, step, menus, main)
+    search = Search(Evaluator(question, main))
+    least = search.candidates(walked, question, budget)
+    least_recomputing, looked_at = _recomputing(search, walked, budget)
+    least = min(least, least_recomputing)
+    search.confirm(REFINED, budget // 3)
+    search.orders(budget // 2)
+    search.confirm(TOLD, budget // 3)
+    own = search.own(question.spec)
+    ranked = search.told
+    best = ranked[0] if ranked else None
+    told = [compared(layout, best, own) for layout in ranked]
+    mine = next((layout for layout in told if layout.spec == own.spec), marked_own(own))
+    others = _that_cannot_run(question, menus, walked, search)
+    return Plan(
+        layouts=(
+            *told,
+            *([mine] if own.kind != SLOWER else []),
+            *(layout for layout in others if layout.spec != own.spec),
+        ),
+        own=mine,
+        main=main,
+        looked_at=walked.looked_at + looked_at,
+        simulated=search.evaluator.simulated,
+        gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
+        nearest_miss="" if best else nearest_miss(walked, search.layouts, question),
+    )
+
+
+def _that_cannot_run(
+    question: Question, menus: Mapping[str, Menu], walked: Walk, search: Search
+) -> list[Layout]:
+    """Return some layouts that would be fast and do not fit, then some illegal ones."""
+    best = next(iter(search.told), None)
+    found = {
+        kind: [layout for layout in search.layouts if layout.kind == kind] for kind in (TOO_LARGE, ILLEGAL)
+    }
+    return [
+        *[*too_large(walked, question, best), *found[TOO_LARGE]][:SHOWN],
+        *[*illegal(menus, question), *found[ILLEGAL]][:SHOWN],
+    ]
+
+
+def _menus(question: Question, step: Step) -> dict[str, Menu]:
+    """Return the options of every module."""
+    return {
+        name: menu_of(
+            name,
+            step=step,
+            machine=question.machine,
+            ranks=question.gpus,
+            spec=question.spec,
+            facts=question.facts,
+        )
+        for name in question.spec.modules
+    }
+
+
+def _walked(
+    question: Question, step: Step, menus: Mapping[str, Menu], main: str, *, below: float = math.inf
+) -> Walk:
+    """Return the layouts that take less than `below` seconds by their bounds."""
+    return walk(
+        menus,
+        step.topology.graph,
+        main,
+        ranks=question.gpus,
+        cap=question.memory_bytes,
+        samples=len(question.samples),
+        below=below,
+    )
+
+
+def _recomputing(search: Search, walked: Walk, budget: int) -> tuple[float, int]:
+    """Search with more and more of the main module recomputed, while that may let fit what is faster.
+
+    Return the least bound of what is left, and how many options and layouts were looked at.
+    """
+    question, main = search.evaluator.question, search.evaluator.main
+    module = question.spec.modules[main]
+    least, looked_at = math.inf, 0
+    if isinstance(module.options, Mapping):
+        return least, looked_at
+    for level in RECOMPUTES[RECOMPUTES.index(module.recompute) + 1 :]:
+        best_s = min((search.layouts[i].step_s for i in search.confirm(1, 0)), default=math.inf)
+        if any(miss.bound < best_s for miss in walked.misses):
+            modules = {**question.spec.modules, main: attrs.evolve(module, recompute=level)}
+            other = attrs.evolve(question, spec=attrs.evolve(question.spec, modules=modules))
+            step = step_of(other.topology(other.spec), other.samples)
+            more = _walked(other, step, _menus(other, step), main, below=best_s)
+            least = min(least, search.candidates(more, other, budget))
+            looked_at += more.looked_at
+    return least, looked_at

@@ -1,0 +1,225 @@
+"""Evaluation: one layout, timed by simulation and weighed.
+
+Seconds are those of the samples as they are, spread evenly over lanes and microbatches; bytes are counted as if every
+sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few dozen crews (`lockstep`).
+
+At first so many microbatches of a long step are simulated as fill the pipelines twice; the others go on at the pace of
+the busiest rank. A layout that is told in the end is confirmed: all microbatches are simulated, and of each module the
+rank that holds most is lowered, so that its messages count, too.
+"""
+
+import math
+from collections.abc import Iterator
+
+import attrs
+
+from mimogrid.core.costs import Costs
+from mimogrid.core.errors import PlanError
+from mimogrid.core.legality import problems_of
+from mimogrid.core.lockstep import crews_of, limit_s, lockstep
+from mimogrid.core.memory import bytes_in_flight, most_bytes, saved_bytes
+from mimogrid.core.plan.layouts import shown
+from mimogrid.core.plan.question import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
+from mimogrid.core.pricing import on_machine
+from mimogrid.core.routes import Routes
+from mimogrid.core.schedule.lower import Program
+from mimogrid.core.schedule.orders import Order, order_of
+from mimogrid.core.schedule.tuning import AUTO
+from mimogrid.core.schedule.work import work_of
+from mimogrid.core.spec import BatchSpec, JobSpec
+from mimogrid.core.steps import Step, step_of
+from mimogrid.core.topology import Topology
+
+
+LOWERED = 4
+"""What lowering an action costs, in actions that are simulated."""
+WHOLE = frozenset({"gpipe", AUTO})
+"""Orders of which a short step says nothing: GPipe holds all microbatches, and `auto` finds another order for fewer."""
+
+
+@attrs.define(eq=False)
+class Evaluator:
+    """Times and weighs layouts of a job around its `main` module; `effort` counts actions that it simulated."""
+
+    question: Question
+    main: str
+    simulated: int = 0
+    effort: int = 0
+    _orders: dict[object, Order] = attrs.field(factory=dict[object, Order])
+    """By all that an order depends on."""
+
+    def tried(self, spec: JobSpec) -> Layout:
+        """Time a layout for a short step, and say whether it is legal and fits."""
+        question = self.question
+        problems = problems_of(spec, question.facts)
+        if problems:
+            return Layout(spec=spec, kind=ILLEGAL, reason=f"illegal: {problems[0]}")
+        topology = question.topology(spec)
+        if topology.world_size > question.gpus:
+            reason = f"needs {topology.world_size} GPUs of {question.gpus}"
+            return Layout(spec=spec, kind=TOO_LARGE, reason=reason)
+        try:
+            return self._timed(spec, topology, _shortened(spec))
+        except PlanError as error:
+            return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
+
+    def confirmed(self, layout: Layout) -> Layout:
+        """Return a layout with its time for the whole step and its memory, which the short one shows."""
+        question, spec = self.question, layout.spec
+        topology = question.topology(spec)
+        peaks = self._peaks(_shortened(spec))
+        most = {name: size for name, (_, size) in peaks.items()}
+        largest = max(most, key=most.__getitem__)
+        if most[largest] <= question.memory_bytes:
+            return attrs.evolve(self._timed(spec, topology, spec), peak_bytes=most)
+        reason = _too_much(topology, largest, *peaks[largest], question.memory_bytes)
+        return attrs.evolve(layout, kind=TOO_LARGE, reason=reason, peak_bytes=most)
+
+    def _timed(self, spec: JobSpec, topology: Topology, played: JobSpec) -> Layout:
+        """Time so many microbatches of a layout as are `played`; the others go on at the pace of the busiest rank."""
+        question = self.question
+        step = step_of(topology, question.samples)
+        costs = on_machine(step, question.machine, spread=True)
+        program = self._program(played)
+        timed = lockstep(program, costs)
+        self.simulated += 1
+        self.effort += sum(len(beats) for beats in timed.beats)
+        count, short = spec.batch.microbatches, played.batch.microbatches
+        more = max(timed.busy_s, default=0.0) * (count - short) / short
+        step_s = timed.step_s + more
+        busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.crews, strict=True))
+        work = dict(_work(topology, costs))
+        whole = math.fsum(work.values())
+        rates = 1 / (step_s * question.gpus) if step_s else 0.0
+        return Layout(
+            spec=spec,
+            kind=SLOWER,
+            reason="",
+            step_s=step_s,
+            tokens_per_s_per_gpu=_tokens_of(step) * rates,
+            active=len(topology.ranks),
+            bubble=1 - busy * count / short * rates,
+            encoder_share=1 - work[self.main] / whole if whole else 0.0,
+            limit_s=limit_s(program, costs, timed) + more,
+        )
+
+    def _program(self, played: JobSpec) -> Program:
+        """Return the program of a step with the largest samples."""
+        topology = self.question.topology(played)
+        step = step_of(topology, self.question.largest[: played.batch.global_size])
+        return Program(self._order(topology), Routes(step))
+
+    def _order(self, topology: Topology) -> Order:
+        """Return the order of a layout; it is the same for all with as many stages on as many ranks in common."""
+        schedule = topology.spec.schedule
+        work = work_of(topology, training=True, splits=True)
+        counts = tuple(module.microbatches for module in topology.modules.values())
+        key: tuple[object, ...] = (
+            schedule.name,
+            tuple(topology.stages),
+            counts,
+            work.backward,
+            work.gradients,
+            work.split,
+            work.rivals,
+        )
+        if schedule.name == AUTO or schedule.memory_gb is not None:
+            key = *key, shown(topology.spec), tuple(module.split for module in topology.spec.modules.values())
+        if key not in self._orders:
+            self._orders[key] = order_of(topology)
+        return self._orders[key]
+
+    def _peaks(self, played: JobSpec) -> dict[str, tuple[int, int]]:
+        """Return, per module, the rank that holds most of those with it, and how many bytes that is.
+
+        Of ranks that host the same stages the one with most samples counts; of several such the one that keeps most
+        for microbatches in flight is lowered, and its messages are counted.
+        """
+        program = self._program(played)
+        topology = program.topology
+        kept_most = {
+            rank: bytes_in_flight(program, rank)
+            for rank in (_fullest(program, ranks) for ranks in crews_of(topology))
+        }
+        peaks: dict[str, tuple[int, int]] = {}
+        known: dict[int, int] = {}
+        for name, module in topology.modules.items():
+            hosts = [rank for rank in kept_most if rank in module.grid]
+            rank = max(hosts, key=lambda rank: (kept_most[rank], -rank))
+            if rank not in known:
+                known[rank] = most_bytes(program, rank)
+                self.effort += LOWERED * sum(len(program.order.of(i.stage)) for i in topology.stages_of(rank))
+            peaks[name] = rank, known[rank]
+        return peaks
+
+
+def _shortened(spec: JobSpec) -> JobSpec:
+    """Return the job with fewer microbatches of the same size, enough to fill its pipelines twice and drain them."""
+    count, modules = spec.batch.microbatches, spec.modules.values()
+    deep = 2 * sum(module.grid.pp for module in modules)
+    fitting = (few for few in range(deep, count) if _divides(few, spec))
+    few = count if spec.schedule.name in WHOLE else next(fitting, count)
+    if few == count:
+        return spec
+    shorter = {
+        name: attrs.evolve(m, microbatches=m.microbatches and m.microbatches * few // count)
+        for name, m in spec.modules.items()
+    }
+    batch = BatchSpec(global_size=spec.batch.global_size * few // count, microbatches=few)
+    return attrs.evolve(spec, modules=shorter, batch=batch)
+
+
+def _divides(few: int, spec: JobSpec) -> bool:
+    """Whether a step is so many microbatches over and over, for every module, and these fill its chunks."""
+    count, modules = spec.batch.microbatches, spec.modules.values()
+    return (
+        count % few == 0
+        and all((module.microbatches or count) * few % count == 0 for module in modules)
+        and all(module.chunks == 1 or few % module.grid.pp == 0 for module in modules)
+    )
+
+
+def _tokens_of(step: Step) -> int:
+    """Return the positions in use of all language sequences of a step; without text, of all that have a loss."""
+    names = step.topology.graph.texts or tuple(
+        n for n, m in step.topology.modules.items() if m.model.has_loss
+    )
+    return sum(step.rows_start[name][-1] for name in names)
+
+
+def _work(topology: Topology, costs: Costs) -> Iterator[tuple[str, float]]:
+    """Yield the seconds that all ranks of each module compute in a step."""
+    for name, module in topology.modules.items():
+        stages = [costs.of(info.stage) for info in module.stages]
+        ranks = module.grid.size // module.grid.extent("pp")
+        each = math.fsum(stage.forward + stage.whole_backward for stage in stages)
+        yield name, each * module.microbatches * ranks
+
+
+def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, cap: float) -> str:
+    """Say of the rank of a module that holds most by how much that is too much."""
+    stage = f"{module}.{topology.modules[module].grid.position_along('pp', rank)}"
+    return f"does not fit: {needs(stage, size_bytes, cap)}"
+
+
+def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
+    """Return the rank, of some that host the same stages, that keeps most of a microbatch."""
+    step = program.routes.step
+    stages = [info.stage for info in program.topology.stages_of(ranks[0])]
+    modules = [program.topology.modules[stage.module] for stage in stages]
+
+    def saved(rank: int) -> int:
+        lanes = (module.lane_of(rank) for module in modules)
+        return sum(saved_bytes(step, stage, lane, 0) for stage, lane in zip(stages, lanes, strict=True))
+
+    return max(ranks, key=saved)
+
+
+def needs(what: str, size_bytes: float, cap: float) -> str:
+    """Say by how much something is too large.
+
+    >>> needs("language.0", 93.1e9, 80e9)
+    'language.0 needs 93.1 GB of 80.0 GB per GPU, short by 13.1 GB'
+    """
+    short = (size_bytes - cap) / 1e9
+    return f"{what} needs {size_bytes / 1e9:.1f} GB of {cap / 1e9:.1f} GB per GPU, short by {short:.1f} GB"
