@@ -18,7 +18,8 @@ from mimogrid.core.costs import Costs
 from mimogrid.core.pace import Pace
 from mimogrid.core.schedule.actions import Compute, Recv, Send
 from mimogrid.core.schedule.lower import link_of
-from mimogrid.core.simulate import Leg, Timeline, simulate
+from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.tracks import Leg, Timeline
 from mimogrid.core.timeline import CAUSES
 
 

@@ -25,7 +25,7 @@ from mimogrid.core.schedule.actions import (
     other_end,
 )
 from mimogrid.core.schedule.lower import Program
-from mimogrid.core.simulate import Timeline, Track
+from mimogrid.core.simulate.tracks import Timeline, Track
 from mimogrid.core.timeline import Event, by_rank, span
 from mimogrid.core.topology import Stage
 

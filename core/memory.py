@@ -21,7 +21,7 @@ from mimogrid.core.footprint import VALUE_BYTES, Kept, kept, noted_values, saved
 from mimogrid.core.models import Own
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
 from mimogrid.core.schedule.lower import Program, link_of
-from mimogrid.core.simulate import Timeline
+from mimogrid.core.simulate.tracks import Timeline
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Stage
 from mimogrid.core.traffic import message_bytes

@@ -30,7 +30,8 @@ from mimogrid.core.pace import Pace
 from mimogrid.core.pricing import ASSUMED, assumed, machine_of, on_machine
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.settle import settled
-from mimogrid.core.simulate import MANY, Timeline, simulate
+from mimogrid.core.simulate import MANY, simulate
+from mimogrid.core.simulate.tracks import Timeline
 from mimogrid.core.topology import parse
 from mimogrid.shell import costfile
 from mimogrid.shell.jobs import Job, open_job

@@ -15,7 +15,7 @@ from mimogrid.core.draw.marks import LETTERS
 from mimogrid.core.memory import trace
 from mimogrid.core.schedule.actions import Action, Compute, Recv, Send, Transfer, Wait
 from mimogrid.core.schedule.lower import link_of
-from mimogrid.core.simulate import Timeline
+from mimogrid.core.simulate.tracks import Timeline
 from mimogrid.core.timeline import Event, sent_as
 from mimogrid.core.traffic import message_bytes
 

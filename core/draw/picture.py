@@ -13,7 +13,7 @@ import attrs
 
 from mimogrid.core.memory import Level, trace
 from mimogrid.core.schedule.actions import Compute
-from mimogrid.core.simulate import Leg, Timeline
+from mimogrid.core.simulate.tracks import Leg, Timeline
 from mimogrid.core.timeline import Event, Flight, Idle, idles_of
 from mimogrid.core.topology import Topology
 

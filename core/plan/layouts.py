@@ -31,7 +31,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
 
 
 def _laid_out(module: ModuleSpec, option: Option, offset: int, count: int) -> ModuleSpec:
-    """Return a module with an option at an offset, in a job of so many microbatches; what goes by itself is not written."""
+    """Return a module with an option at an offset, in a job of so many microbatches; defaults are not written."""
     return attrs.evolve(
         module,
         grid=attrs.evolve(option.grid, offset=offset),

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from jobs import job, step_with
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.schedule.lower import Program, plan_step
-from mimogrid.core.simulate import simulate, spread
+from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.tracks import spread
 from mimogrid.core.thin import thinned
 
 

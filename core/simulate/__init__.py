@@ -1,0 +1,75 @@
+"""Simulate: the walk of `replay` with a clock.
+
+Replay gives an order in which every action of a program may start. Along it each action is hung behind what it waits
+for, which makes a `graph` of *pieces* of time: those of a rank behind each other, a joint action behind all of its
+ranks, a wait behind messages (`channels`) or sums of gradients (`sums`). Then the graph is timed (`pieces`).
+
+One rank of each class walks for all of it (`fold`). With a limit on cores every rank walks, because all of them share
+the cores.
+"""
+
+import functools
+from collections.abc import Callable
+
+from mimogrid.core.costs import Costs
+from mimogrid.core.fold import Classes, alone, classes_of
+from mimogrid.core.limit import limit_s
+from mimogrid.core.pace import Pace
+from mimogrid.core.schedule.actions import Compute
+from mimogrid.core.schedule.lower import Program
+from mimogrid.core.schedule.program import Listing
+from mimogrid.core.schedule.work import seconds_of
+from mimogrid.core.simulate.graph import Graph
+from mimogrid.core.simulate.pieces import shared, unlimited
+from mimogrid.core.simulate.tracks import Timeline, spread
+from mimogrid.core.thin import thinned
+
+
+MANY = 512
+"""Ranks; of more, those of a lane are timed as one where that is exact (`thin`)."""
+
+
+def simulate(
+    program: Program,
+    costs: Costs,
+    listing: Listing | None = None,
+    *,
+    pace: Pace | None = None,
+    fold: bool = True,
+    told: Callable[[Classes], None] | None = None,
+) -> Timeline:
+    """Time a listing of the program (default: its own). Raises ValueError where it never ends.
+
+    With a `pace`, compute actions take longer or shorter than `costs` say. Without `fold`, every rank walks by itself.
+    `told` is who stands for whom before they walk: the more classes there are, the longer that takes.
+    """
+    ranks = program.topology.ranks
+    folds = fold and listing is None and costs.cores is None
+    if folds and pace is None and len(ranks) > MANY and (thin := thinned(program, costs)):
+        return spread(simulate(thin.program, costs, told=told), program, thin.standing)
+    classes = (
+        classes_of(program, costs, pace.mark if pace else None) if folds else alone(tuple(listing or ranks))
+    )
+    if told is not None:
+        told(classes)
+    lists = {rank: program.of(rank) if listing is None else listing[rank] for rank in classes.members}
+    seconds = functools.partial(_seconds, program, costs, pace)
+    graph = Graph(program, costs, classes, lists, seconds)
+    clock = unlimited(graph.pieces) if costs.cores is None else shared(graph.pieces, costs.cores)
+    tracks = graph.tracks(clock)
+    return Timeline(
+        program=program,
+        classes=classes,
+        tracks=tracks,
+        step_s=max((track.events[-1].end_s for track in tracks.values() if track.events), default=0.0),
+        limit_s=limit_s(program, costs, classes, lists, seconds),
+        critical_path=graph.critical_path(clock),
+    )
+
+
+def _seconds(program: Program, costs: Costs, pace: Pace | None, rank: int, action: Compute) -> float:
+    """Return how long a compute action takes on a rank."""
+    mean = seconds_of(action, costs)
+    if pace is None:
+        return mean
+    return mean * pace.factor(action, program.topology.modules[action.stage.module].lane_of(rank))

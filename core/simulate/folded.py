@@ -1,0 +1,55 @@
+"""Folded: a program as a rank sees it that stands for others, and whose peers do, too.
+
+What is found once holds for all microbatches that are alike, so it is kept: a walk asks millions of times.
+"""
+
+from collections.abc import Hashable
+
+from mimogrid.core.costs import Costs, EdgeCosts
+from mimogrid.core.fold import Classes
+from mimogrid.core.schedule.actions import Action, Transfer
+from mimogrid.core.schedule.lower import Program, link_of
+from mimogrid.core.topology import Link, Stage
+from mimogrid.core.traffic import message_bytes
+
+
+class Folded:
+    """Whom a rank exchanges what with, and whom it starts an action with, by those who stand for them."""
+
+    def __init__(self, program: Program, costs: Costs, classes: Classes) -> None:
+        self.program, self.costs, self.classes = program, costs, classes
+        self._parcels: dict[tuple[int, Link, bool, int], tuple[tuple[int, int], ...]] = {}
+        self._links: dict[tuple[Stage, Stage], tuple[Link, EdgeCosts]] = {}
+        self._joint: dict[Hashable, tuple[int, ...]] = {}
+
+    def peers(self, rank: int, transfer: Transfer) -> tuple[int, ...]:
+        """Return who stands for the ranks at the other ends of a transfer."""
+        leader = self.classes.leader
+        return tuple(dict.fromkeys([leader[peer] for peer, _ in self.parcels(rank, transfer)]))
+
+    def parcels(self, rank: int, transfer: Transfer) -> tuple[tuple[int, int], ...]:
+        """Return the ranks at the other ends of a transfer, with the bytes for each."""
+        link, _ = self.link(transfer)
+        key = rank, link, transfer.at_source, self.program.routes.first(link, transfer.microbatch)
+        if key not in self._parcels:
+            step, at_source = self.program.routes.step, transfer.at_source
+            self._parcels[key] = tuple(
+                (message.rank_target if at_source else message.rank_source, message_bytes(step, message))
+                for message in self.program.messages_of(rank, transfer)
+            )
+        return self._parcels[key]
+
+    def joint(self, rank: int, action: Action) -> tuple[int, ...]:
+        """Return who stands for those that start an action together; the same in every microbatch."""
+        key = rank, type(action), getattr(action, "stage", None), getattr(action, "bucket", None)
+        if key not in self._joint:
+            self._joint[key] = self.classes.met(self.program.joint(rank, action))
+        return self._joint[key]
+
+    def link(self, transfer: Transfer) -> tuple[Link, EdgeCosts]:
+        """Return the link that a transfer is on, and its costs."""
+        ends = transfer.stage, transfer.peer
+        if ends not in self._links:
+            link = link_of(self.program.topology, transfer)
+            self._links[ends] = link, self.costs.on(link, link.edge)
+        return self._links[ends]

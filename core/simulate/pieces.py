@@ -1,0 +1,95 @@
+"""Pieces of time, each behind others, and a clock that says when each begins and ends.
+
+Without a limit on cores a piece begins when the last of what it hangs behind has ended. With one, compute
+actions that run at once share the cores evenly, and the graph is timed from event to event.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+from mimogrid.core.schedule.actions import Action
+
+
+Clock = tuple[Sequence[float], Sequence[float]]
+"""When each piece begins, and when it ends."""
+
+
+class Pieces:
+    """Pieces of time, by number: each takes its seconds once all that it hangs behind have ended.
+
+    A compute action uses `cores`. `labels` says whose time a piece is; the first piece is the begin of all.
+    """
+
+    def __init__(self) -> None:
+        self.behind: list[tuple[int, ...]] = [()]
+        self.seconds: list[float] = [0.0]
+        self.cores: list[int] = [0]
+        self.labels: list[tuple[int, Action] | None] = [None]
+
+    def add(
+        self,
+        behind: tuple[int, ...],
+        seconds: float = 0.0,
+        label: tuple[int, Action] | None = None,
+        cores: int = 0,
+    ) -> int:
+        """Add a piece; return its number."""
+        if len(behind) == 1 and not seconds and not cores:
+            return behind[0]
+        self.behind.append(behind)
+        self.seconds.append(seconds)
+        self.cores.append(cores)
+        self.labels.append(label)
+        return len(self.behind) - 1
+
+
+def unlimited(pieces: Pieces) -> Clock:
+    """Return when each piece begins and ends if nothing holds it up but what it hangs behind."""
+    begins: list[float] = []
+    ends: list[float] = []
+    for behind, seconds in zip(pieces.behind, pieces.seconds, strict=True):
+        begin = max([ends[other] for other in behind], default=0.0)
+        begins.append(begin)
+        ends.append(begin + seconds)
+    return begins, ends
+
+
+def shared(pieces: Pieces, cores: float) -> Clock:
+    """Return when each piece begins and ends if those that compute share some cores evenly.
+
+    All who compute go at one speed, so *progress*, the seconds of work that each has been given so far, is
+    one number for all: whoever begins at progress p with work w ends at p + w.
+    """
+    count = len(pieces.behind)
+    after: list[list[int]] = [[] for _ in range(count)]
+    missing = [len(behind) for behind in pieces.behind]
+    for i, behind in enumerate(pieces.behind):
+        for other in behind:
+            after[other].append(i)
+    begins, ends = [0.0] * count, [0.0] * count
+    timed = [(0.0, 0)]
+    computing: list[tuple[float, int]] = []
+    now = progress = 0.0
+    used = 0
+    while timed or computing:
+        speed = min(1.0, cores / used) if used else 1.0
+        through = now + (computing[0][0] - progress) / speed if computing else None
+        if through is not None and (not timed or through <= timed[0][0]):
+            work, i = heapq.heappop(computing)
+            now, progress = max(now, through), max(progress, work)
+            used -= pieces.cores[i]
+        else:
+            until, i = heapq.heappop(timed)
+            progress += (until - now) * speed
+            now = until
+        ends[i] = now
+        for following in after[i]:
+            missing[following] -= 1
+            if not missing[following]:
+                begins[following] = now
+                if pieces.cores[following]:
+                    used += pieces.cores[following]
+                    heapq.heappush(computing, (progress + pieces.seconds[following], following))
+                else:
+                    heapq.heappush(timed, (now + pieces.seconds[following], following))
+    return begins, ends
