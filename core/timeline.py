@@ -20,6 +20,12 @@ from mimogrid.core.topology import Stage
 
 WARM_UP, DRAIN, EDGE, SLOWER_MODULE = "warm_up", "drain", "edge", "slower_module"
 CAUSES: tuple[str, ...] = (WARM_UP, EDGE, SLOWER_MODULE, DRAIN)
+CAUSES_IN_WORDS = {
+    WARM_UP: "warm-up",
+    SLOWER_MODULE: "waits for a slower stage",
+    EDGE: "waits for a message",
+    DRAIN: "drain",
+}
 
 
 @attrs.frozen

@@ -18,9 +18,10 @@ import attrs
 
 from mimogrid.core.breakdown import JITTER, RAGGED, idle_s, idle_s_by_rank, shares
 from mimogrid.core.costs import Costs
-from mimogrid.core.draw import perfetto, svg
+from mimogrid.core.draw import perfetto
 from mimogrid.core.draw.marks import in_bytes
 from mimogrid.core.draw.picture import picture
+from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
 from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.fold import Classes
@@ -32,6 +33,7 @@ from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.settle import settled
 from mimogrid.core.simulate import MANY, simulate
 from mimogrid.core.simulate.tracks import Timeline
+from mimogrid.core.timeline import CAUSES_IN_WORDS
 from mimogrid.core.topology import parse
 from mimogrid.shell import costfile
 from mimogrid.shell.jobs import Job, open_job
@@ -41,7 +43,7 @@ from mimogrid.shell.output import print_json, terminal_width, write
 ALL = "all"
 PLACES = 4
 """So many parts of the critical path are told one by one."""
-TOLD = {**svg.TOLD, RAGGED: "ragged data", JITTER: "jitter"}
+TOLD = {**CAUSES_IN_WORDS, RAGGED: "ragged data", JITTER: "jitter"}
 DRAWN = 200_000
 """Of a timeline with more actions than these, one rank of each class is told."""
 
@@ -337,7 +339,7 @@ def _draw(found: Mapping[str, Simulated], given: argparse.Namespace) -> None:
             picture(one.timeline, f"{name}, {one.job.spec.schedule.name}: {_summary(one.timeline)}")
             for name, one in found.items()
         )
-        write(given.svg, [svg.svg(*pictures)])
+        write(given.svg, [svg(*pictures)])
     if given.trace:
         (one,) = found.values()
         ranks = None if _fits(one.timeline) else one.timeline.classes.members

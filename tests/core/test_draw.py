@@ -11,9 +11,10 @@ import pytest
 
 from jobs import job, program_of
 from mimogrid.core.costs import EdgeCosts
-from mimogrid.core.draw import marks, perfetto, picture
-from mimogrid.core.draw import svg as page
+from mimogrid.core.draw import marks, page, perfetto, picture
+from mimogrid.core.draw.arrows import MOST_ARROWS
 from mimogrid.core.draw.ranks import rank_map_svg
+from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import text as in_text
 from mimogrid.core.measured import measured
 from mimogrid.core.memory import peak_bytes
@@ -38,7 +39,7 @@ def timed(text, latency=0.0, **options):
 def drawn(text, **options):
     """The picture of a simulated timeline, parsed."""
     _, timeline = timed(text, **options)
-    return ET.fromstring(page.svg(picture.picture(timeline, "a title")))
+    return ET.fromstring(svg(picture.picture(timeline, "a title")))
 
 
 def tips(found):
@@ -188,8 +189,8 @@ def test_texts_lie_on_the_page_and_not_on_each_other(text, options):
     """From 1 to 160 ranks, by a generous estimate of how wide letters are."""
     _, timeline = timed(text, **options)
     check_texts(drawn(text, **options))
-    check_texts(ET.fromstring(page.svg(picture.above(timeline, timeline, "a title " * 30))))
-    check_texts(ET.fromstring(page.svg(*(picture.picture(timeline, "a title") for _ in range(2)))))
+    check_texts(ET.fromstring(svg(picture.above(timeline, timeline, "a title " * 30))))
+    check_texts(ET.fromstring(svg(*(picture.picture(timeline, "a title") for _ in range(2)))))
 
 
 def check_texts(found):
@@ -221,13 +222,13 @@ def box(found):
 def test_an_empty_timeline_is_a_page():
     """Nothing computes, nothing fails."""
     assert "" == in_text([])
-    ET.fromstring(page.svg(picture.picture(measured(program_of("language gpt"), []))))
+    ET.fromstring(svg(picture.picture(measured(program_of("language gpt"), []))))
 
 
 def test_words_of_the_user_are_escaped():
     """A title is text, not markup."""
     _, timeline = timed("language gpt")
-    assert "<b>" not in page.svg(picture.picture(timeline, "<b>"))
+    assert "<b>" not in svg(picture.picture(timeline, "<b>"))
 
 
 def test_memory_stands_under_each_rank_with_its_peak():
@@ -247,7 +248,7 @@ def test_the_critical_path_is_outlined_on_all_ranks_that_share_it():
     timeline = simulate(program, assumed(program.topology), fold=False)
     assert timeline.critical_path
     assert all(isinstance(leg.action, Compute) for leg in timeline.critical_path)
-    found = ET.fromstring(page.svg(picture.picture(timeline)))
+    found = ET.fromstring(svg(picture.picture(timeline)))
     assert 2 * len(timeline.critical_path) == len(found.findall(f".//{SVG}rect[@fill-opacity='0']"))
 
 
@@ -258,7 +259,7 @@ def test_messages_are_arrows_from_rank_to_rank():
     arrows = [tip for tip in tips(drawn(THREE, batch=4, microbatches=2, latency=0.5)) if "SEND" in tip]
     assert sorted(f"{f.transfer}, rank {f.rank_source} to {f.rank_target}" for f in between) == sorted(arrows)
     many = drawn(WIDE, batch=768, microbatches=32)
-    assert 0 < sum("SEND" in tip for tip in tips(many)) <= page.MOST_ARROWS
+    assert 0 < sum("SEND" in tip for tip in tips(many)) <= MOST_ARROWS
     assert any("microbatches" in (text.text or "") for text in many.iter(f"{SVG}text"))
 
 
@@ -285,7 +286,7 @@ def test_a_plan_stands_above_what_came_of_it():
     """Rank by rank, on one scale, and each tells its own times."""
     program, planned = timed(THREE, batch=4, microbatches=2)
     late = [attrs.evolve(e, begin_s=2 * e.begin_s + 5, end_s=2 * e.end_s + 5) for e in planned.events]
-    found = ET.fromstring(page.svg(picture.above(planned, measured(program, late))))
+    found = ET.fromstring(svg(picture.above(planned, measured(program, late))))
     told = [text.text for text in found.iter(f"{SVG}text") if text.text.startswith("rank ")]
     assert [
         f"rank {rank}  {' '.join(str(i.stage) for i in program.topology.stages_of(rank))}  {which}"

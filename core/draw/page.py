@@ -1,0 +1,142 @@
+"""Page: where things are on a drawn page. One scale of time and one of memory hold for all rows of all its pictures.
+
+All lengths are in pixels.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import attrs
+
+from mimogrid.core.draw import marks
+from mimogrid.core.draw.marks import Ink
+from mimogrid.core.draw.picture import Picture, Row
+
+
+WIDEST, NARROWEST, MARGIN = 1500.0, 640.0, 16.0
+"""How long a step is drawn at most and at least; what is left free around the page."""
+LONGEST_NAME = 300.0
+TITLE, HEADING, LEGEND, AXIS = 14.0, 11.5, 11.0, 10.0
+"""Sizes of letters."""
+SIZES = ((16, (20.0, 16.0, 8.0)), (40, (15.0, 11.0, 6.0)), (math.inf, (11.0, 7.0, 4.0)))
+"""Heights of a cell, of the memory under it and of the gap to the next row, by how many rows there are at most."""
+SMALL, VISIBLE = 3.0, 0.7
+"""A narrower cell has neither border nor tip; and what is narrower yet is merged with what follows."""
+
+
+@attrs.frozen
+class Page:
+    """What is common to all rows of a page; lengths in pixels.
+
+    Attributes:
+        inks: per module, its colours.
+        chunks: per module, on how many chunks a rank computes.
+        left: where time begins; names stand before it.
+        long: how long the longest step is drawn.
+        step_s: the longest step.
+        most_bytes: what any rank holds at most.
+        right: room behind the longest step, for what a rank holds at most.
+        cell: height of an action.
+        strip: height of the memory under it.
+        gap: from there to the next row.
+    """
+
+    inks: Mapping[str, Ink]
+    chunks: Mapping[str, int]
+    left: float
+    long: float
+    step_s: float
+    most_bytes: int
+    right: float
+    cell: float
+    strip: float
+    gap: float
+
+    @property
+    def width(self) -> float:
+        """From edge to edge."""
+        return self.left + self.long + self.right
+
+    @property
+    def end(self) -> float:
+        """Where the longest step ends."""
+        return self.left + self.long
+
+    @property
+    def font(self) -> float:
+        """The size of names and numbers."""
+        return round(_font(self.cell), 1)
+
+    @property
+    def small(self) -> float:
+        """The size of what is told beside a strip."""
+        return _small(self.cell)
+
+    @property
+    def scale(self) -> float:
+        """Pixels a second."""
+        return self.long / self.step_s if self.step_s else 0.0
+
+    def x(self, seconds: float) -> float:
+        """Where a moment of a step is."""
+        return self.left + seconds * self.scale
+
+    def height(self, row: Row) -> float:
+        """Of its cells and its memory."""
+        return self.cell + (1 + self.strip if row.remembers else 0)
+
+
+def page_of(pictures: Sequence[Picture]) -> Page:
+    """Return a page on which all pictures have room."""
+    rows = [row for picture in pictures for row in picture.rows]
+    topologies = {id(row.timeline): row.timeline.program.topology for row in rows}.values()
+    modules = {name: module for topology in topologies for name, module in topology.modules.items()}
+    chunks: dict[str, int] = {}
+    for topology in topologies:
+        for name, module in topology.modules.items():
+            chunks[name] = max(chunks.get(name, 1), module.stages[-1].stage.chunk + 1)
+    cell, strip, gap = next(size for most, size in SIZES if len(rows) <= most)
+    step_s = max((row.timeline.step_s for row in rows), default=0.0)
+    font = _font(cell)
+    names = (marks.width_of(name_of(row, font), font) for row in rows)
+    headings = (sum(w for _, _, w in headed(row)) for row in rows)
+    left = MARGIN + 16 + max((*names, *headings), default=0.0)
+    long = min(max(_readable(rows, font) * step_s, NARROWEST), WIDEST)
+    most = max((level.bytes for row in rows for level in row.levels), default=0)
+    right = 10 + marks.width_of("9.99 MB", _small(cell)) + MARGIN
+    return Page(marks.inks_of(modules), chunks, left, long, step_s, most, right, cell, strip, gap)
+
+
+def _readable(rows: Sequence[Row], font: float) -> float:
+    """Return how many pixels a second make the number of every action fit into its cell."""
+    wanted = (
+        (marks.width_of(str(action.microbatch), font) + 5) / (event.end_s - event.begin_s)
+        for row in rows
+        for event, action in row.computes
+        if event.end_s > event.begin_s
+    )
+    return max(wanted, default=1.0)
+
+
+def _font(cell: float) -> float:
+    return min(11.0, cell * 0.76)
+
+
+def _small(cell: float) -> float:
+    return 9.5 if cell > 11 else 7.5  # noqa: PLR2004
+
+
+def name_of(row: Row, font: float) -> str:
+    """Return what stands before a row, cut to fit."""
+    told = f"{row.name}  {row.told}" if row.told else row.name
+    return marks.cut(told, font, LONGEST_NAME)
+
+
+def headed(row: Row) -> Iterator[tuple[str, str, float]]:
+    """Yield the modules of a row, the sizes of their grids, and how wide a heading that makes."""
+    topology = row.timeline.program.topology
+    for name in row.modules:
+        axes = topology.modules[name].grid.axes
+        sizes = ", ".join(f"{axis.name} {axis.size}" for axis in axes if axis.size > 1)
+        width = marks.width_of(name, HEADING * 1.08) + 8
+        yield name, sizes, width + (marks.width_of(sizes, AXIS) + 12 if sizes else 0)
