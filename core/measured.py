@@ -17,6 +17,7 @@ from mimogrid.core.schedule.actions import (
     Compute,
     Kind,
     Norm,
+    Recv,
     Send,
     Transfer,
     Update,
@@ -35,33 +36,14 @@ def measured(program: Program, events: Iterable[Event]) -> Timeline:
     mine = on_one_clock(by_rank(events))
     begin, end = span([event for found in mine.values() for event in found])
     moved = {rank: [_later(event, -begin) for event in found] for rank, found in mine.items()}
-    posted = {
-        (rank, event.action): event.begin_s
-        for rank, found in moved.items()
-        for event in found
-        if isinstance(event.action, Transfer)
-    }
-    waited = {
-        (rank, event.action.transfer): event.end_s
-        for rank, found in moved.items()
-        for event in found
-        if isinstance(event.action, Wait)
-    }
-
-    def way(rank: int, transfer: Transfer, peer: int) -> tuple[float, float]:
-        ends = (rank, transfer), (peer, other_end(transfer))
-        begin_s = max(posted[each] for each in ends)
-        return begin_s, max(begin_s, waited[ends[isinstance(transfer, Send)]])
-
+    ways = _Ways.of(program, moved)
     tracks = {
         rank: Track(
             tuple(found),
             {
-                event.action: tuple(
-                    way(rank, event.action, peer) for peer in program.peers_of(rank, event.action)
-                )
-                for event in found
-                if isinstance(event.action, Transfer)
+                each.action: ways.of_rank(rank, each.action)
+                for each in found
+                if isinstance(each.action, Transfer)
             },
         )
         for rank, found in moved.items()
@@ -74,6 +56,39 @@ def measured(program: Program, events: Iterable[Event]) -> Timeline:
         limit_s=0.0,
         critical_path=(),
     )
+
+
+@attrs.frozen(eq=False)
+class _Ways:
+    """When each rank posted each of its transfers, and when it had waited for it."""
+
+    program: Program
+    posted: Mapping[tuple[int, Transfer], float]
+    waited: Mapping[tuple[int, Transfer], float]
+
+    @classmethod
+    def of(cls, program: Program, events: Mapping[int, Sequence[Event]]) -> "_Ways":
+        posted: dict[tuple[int, Transfer], float] = {}
+        waited: dict[tuple[int, Transfer], float] = {}
+        for rank, found in events.items():
+            for event in found:
+                match event.action:
+                    case Send() | Recv():
+                        posted[rank, event.action] = event.begin_s
+                    case Wait(transfer=transfer):
+                        waited[rank, transfer] = event.end_s
+                    case _:
+                        pass
+        return cls(program, posted, waited)
+
+    def of_rank(self, rank: int, transfer: Transfer) -> tuple[tuple[float, float], ...]:
+        """Return, for each message of a transfer, from when to when it was on its way, as far as ranks could tell."""
+        return tuple(self._way(rank, transfer, peer) for peer in self.program.peers_of(rank, transfer))
+
+    def _way(self, rank: int, transfer: Transfer, peer: int) -> tuple[float, float]:
+        ends = (rank, transfer), (peer, other_end(transfer))
+        begin_s = max(self.posted[each] for each in ends)
+        return begin_s, max(begin_s, self.waited[ends[isinstance(transfer, Send)]])
 
 
 def on_one_clock(mine: Mapping[int, Sequence[Event]]) -> dict[int, list[Event]]:
@@ -99,40 +114,45 @@ def mean_costs(events: Iterable[Event]) -> Costs:
     Of a sum over lanes it is the shortest wait for it, that of the lane that came last: the others waited for it, too.
     What went on while the lanes computed is not in it.
     """
-    computed: dict[Stage, dict[Kind, list[float]]] = collections.defaultdict(
-        lambda: collections.defaultdict(list)
-    )
-    reduced: dict[Stage, dict[int, list[float]]] = collections.defaultdict(
-        lambda: collections.defaultdict(list)
-    )
-    updated: dict[Stage, list[float]] = collections.defaultdict(list)
-    for found in by_rank(events).values():
-        hosted = dict.fromkeys(event.action.stage for event in found if isinstance(event.action, Compute))
-        for event in found:
+    found: dict[Stage, _Seconds] = collections.defaultdict(_Seconds)
+    for mine in by_rank(events).values():
+        hosted = dict.fromkeys(event.action.stage for event in mine if isinstance(event.action, Compute))
+        for event in mine:
             seconds = event.end_s - event.begin_s
             match event.action:
                 case Compute(kind=kind, stage=stage):
-                    computed[stage][kind].append(seconds)
+                    found[stage].computed[kind].append(seconds)
                 case WaitReduce(stage, bucket):
-                    reduced[stage][bucket].append(seconds)
+                    found[stage].reduced[bucket].append(seconds)
                 case Update():
                     for stage in hosted:
-                        updated[stage].append(seconds / len(hosted))
+                        found[stage].updated.append(seconds / len(hosted))
                 case _:
                     pass
-    return Costs(
-        stages={
-            str(stage): StageCosts(
-                forward=_mean(kinds, Kind.FORWARD) or 0.0,
-                backward=_mean(kinds, Kind.BACKWARD),
-                input_gradient=_mean(kinds, Kind.INPUT_GRADIENT),
-                weight_gradient=_mean(kinds, Kind.WEIGHT_GRADIENT),
-                reduce=sum(map(min, reduced[stage].values())),
-                update=statistics.fmean(updated[stage]) if updated[stage] else 0.0,
-            )
-            for stage, kinds in computed.items()
-        }
+    return Costs(stages={str(stage): of.costs() for stage, of in found.items() if of.computed})
+
+
+@attrs.frozen(eq=False)
+class _Seconds:
+    """What was measured of a stage: its compute actions by kind, waits for its sums by bucket, parts of updates."""
+
+    computed: dict[Kind, list[float]] = attrs.field(
+        factory=lambda: collections.defaultdict[Kind, list[float]](list)
     )
+    reduced: dict[int, list[float]] = attrs.field(
+        factory=lambda: collections.defaultdict[int, list[float]](list)
+    )
+    updated: list[float] = attrs.field(factory=list[float])
+
+    def costs(self) -> StageCosts:
+        return StageCosts(
+            forward=_mean(self.computed, Kind.FORWARD) or 0.0,
+            backward=_mean(self.computed, Kind.BACKWARD),
+            input_gradient=_mean(self.computed, Kind.INPUT_GRADIENT),
+            weight_gradient=_mean(self.computed, Kind.WEIGHT_GRADIENT),
+            reduce=sum(map(min, self.reduced.values())),
+            update=statistics.fmean(self.updated) if self.updated else 0.0,
+        )
 
 
 def _mean(kinds: Mapping[Kind, Sequence[float]], kind: Kind) -> float | None:

@@ -253,21 +253,28 @@ def unit_costs(
     if isinstance(module.model, Own):
         return ()
     model, last = module.model, module.model.layers + 1
+    times = machine.times(module.name)
     kinds: dict[object, StageCosts] = {}  # most layers are alike
     costs: list[StageCosts] = []
     for i, (work, held) in enumerate(zip(flops, values, strict=True)):
         in_layers = 0 < i < last
         kind = work, held, in_layers, i == 0
         if kind not in kinds:
-            kinds[kind] = _unit(
+            shards = module.cp * (_tp(module) if in_layers or isinstance(model, Gpt) else 1)
+            forward, inputs, weights = _computing_s(
                 work,
-                sums=_sums(module, model, load, machine, entry=i == 0, leaves=i == last),
-                shards=module.cp * (_tp(module) if in_layers or isinstance(model, Gpt) else 1),
-                reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
-                repeats=repeats and in_layers,
                 machine=machine,
-                times=machine.times(module.name),
-                ends=(_reduce_s(module, held, machine), _update_s(held, machine)),
+                shards=shards,
+                reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
+                sums=_sums(module, model, load, machine, entry=i == 0, leaves=i == last),
+                repeats=repeats and in_layers,
+            )
+            kinds[kind] = StageCosts(
+                forward=times * forward,
+                input_gradient=times * inputs,
+                weight_gradient=times * weights,
+                reduce=_reduce_s(module, held, machine),
+                update=_update_s(held, machine),
             )
         costs.append(kinds[kind])
     return tuple(costs)
@@ -285,37 +292,26 @@ def joined(parts: Iterable[StageCosts]) -> StageCosts:
     )
 
 
-def _unit(
-    flops: Flops,
-    *,
-    sums: tuple[float, float],
-    shards: int,
-    reads_s: float,
-    repeats: bool,
-    machine: Machine,
-    times: float,
-    ends: tuple[float, float],
-) -> StageCosts:
-    """Put the seconds of a part together, `times` as many. What is computed anew goes before the first gradient."""
+def _computing_s(
+    flops: Flops, *, machine: Machine, shards: int, reads_s: float, sums: tuple[float, float], repeats: bool
+) -> tuple[float, float, float]:
+    """Return the seconds of a forward, of the gradients of inputs, and of those of weights.
+
+    Each takes at least as long as it takes to read the weights. `sums` are the seconds of those over ranks, forward and
+    backward. What is computed anew goes before the first gradient.
+    """
 
     def seconds(operations: float, least: float) -> float:
         return max(operations / shards / machine.flops, least) if operations else 0.0
 
     forward_sums, backward_sums = sums
-    forward = seconds(flops.forward, reads_s) + forward_sums
     inputs, weights = seconds(flops.input_gradient, reads_s), seconds(flops.weight_gradient, reads_s)
     again = seconds(flops.recomputed, 0.0) + (forward_sums if repeats and flops.recomputed else 0.0)
     if inputs:
         inputs += backward_sums + again
     elif weights:
         weights += again
-    return StageCosts(
-        forward=times * forward,
-        input_gradient=times * inputs,
-        weight_gradient=times * weights,
-        reduce=ends[0],
-        update=ends[1],
-    )
+    return seconds(flops.forward, reads_s) + forward_sums, inputs, weights
 
 
 # -- what ranks hold and say to each other -----------------------------------------------------------------

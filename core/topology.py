@@ -6,7 +6,7 @@ into, each with its layers and its distance to the loss.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import attrs
 
@@ -399,26 +399,16 @@ def _stages(
     depth: int,
     trains_upstream: bool,
 ) -> tuple[StageInfo, ...]:
-    projectors = [
-        parameter
-        for edge in outputs
-        if edge.projected and model.hidden
-        for parameter in projector(edge.target, model.hidden, edge.width, std=model.init_std)
-    ]
-    parameters = (*model.parameters(), *projectors)
+    """Return the stages of a module, the first one `depth` stages from the end; what trains before it is known."""
+    parameters = (*model.parameters(), *_projectors(model, outputs))
     trains = trainable_names(written, tuple(p.name for p in parameters))
+    if isinstance(model, Own) and written.frozen is not True:
+        trains |= {UNKNOWN}
     infos: list[StageInfo] = []
     ranges = layer_ranges(written, model.layers)
     for i, layers in enumerate(ranges):
         first, last = i == 0, i == len(ranges) - 1
-        held = tuple(
-            p
-            for p in parameters
-            if p.layer in layers or (first and p.layer == FIRST) or (last and LAST in (p.layer, p.copy))
-        )
-        trainable = frozenset(p.name for p in held if p.name in trains)
-        if isinstance(model, Own) and written.frozen is not True:
-            trainable |= {UNKNOWN}
+        held = tuple(p for p in parameters if _is_held(p, layers, first=first, last=last))
         info = StageInfo(
             stage=Stage(name, i % written.grid.pp, chunk=i // written.grid.pp),
             layers=layers,
@@ -426,12 +416,28 @@ def _stages(
             last=last,
             depth=depth - i,
             parameters=held,
-            trainable=trainable,
+            trainable=trains & {UNKNOWN, *(p.name for p in held)},
             trains_upstream=trains_upstream,
         )
         infos.append(info)
         trains_upstream = info.backward
     return tuple(infos)
+
+
+def _projectors(model: BuiltIn | Own, outputs: tuple[Edge, ...]) -> Iterator[Parameter]:
+    """Yield the parameters of the projections to other modules."""
+    for edge in outputs:
+        if edge.projected and model.hidden:
+            yield from projector(edge.target, model.hidden, edge.width, std=model.init_std)
+
+
+def _is_held(parameter: Parameter, layers: range, *, first: bool, last: bool) -> bool:
+    """Whether a stage with these layers has a parameter, or a copy of it."""
+    return (
+        parameter.layer in layers
+        or (first and parameter.layer == FIRST)
+        or (last and LAST in (parameter.layer, parameter.copy))
+    )
 
 
 @functools.lru_cache(maxsize=1 << 16)

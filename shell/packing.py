@@ -29,7 +29,6 @@ from mimogrid.core.zigzag import WHOLE, ZigZag
 
 
 Counts = tuple[int, ...]
-Places = tuple[tuple[int, ...], ...]
 
 
 @attrs.frozen(eq=False)
@@ -117,32 +116,14 @@ def pack_rows(
     deal: Deal = ALL,
 ) -> Packing:
     """Pack an encoder's share: as long as its longest sample; samples without rows are left out."""
-    return _pack_rows(
-        rows=tuple(share.rows.values()),
-        lengths=share.lengths,
-        places=share.placeholders,
-        multiple=multiple,
-        dtype=dtype,
-        device=device,
-        cut=cut,
-        deal=deal,
-    )
+    return _pack_rows(_Places.of(share), _Ranks(multiple, cut, deal, device), dtype)
 
 
 def pack_text(
     share: Share, *, sequence: int, multiple: int, device: torch.device, cut: ZigZag = WHOLE, deal: Deal = ALL
 ) -> Packing:
     """Pack a language model's share: every sample, `sequence` positions each, rows at their placeholders."""
-    return _pack_text(
-        rows=tuple(share.rows.values()),
-        lengths=share.lengths,
-        places=share.placeholders,
-        sequence=sequence,
-        multiple=multiple,
-        device=device,
-        cut=cut,
-        deal=deal,
-    )
+    return _pack_text(_Places.of(share), _Ranks(multiple, cut, deal, device), sequence)
 
 
 def check_placeholders(tokens: Tensor, share: Share, packing: Packing) -> None:
@@ -172,116 +153,112 @@ def _shown(positions: Sequence[int], most: int = 8) -> str:
     return f"{shown}, ..." if len(positions) > most else shown or "none"
 
 
+@attrs.frozen
+class _Places:
+    """What of a share its packing depends on: rows of each feeder and of all, sample by sample, and where they lie."""
+
+    fed: tuple[Counts, ...]
+    lengths: Counts
+    placeholders: tuple[Counts, ...]
+
+    @classmethod
+    def of(cls, share: Share) -> "_Places":
+        return cls(tuple(share.rows.values()), share.lengths, share.placeholders)
+
+    def entries(self, columns: Sequence[int], samples: int) -> tuple[list[int], list[int]]:
+        """Return the entries of the rows that come in, and those of the rows that the module emits."""
+        whole = _entries([range(length) for length in self.lengths], columns, samples)
+        return self._incoming(columns, samples), whole
+
+    def _incoming(self, columns: Sequence[int], samples: int) -> list[int]:
+        """Return the entries of the rows, feeder after feeder; each feeder's are a block of a sample's places."""
+        starts = [0] * len(self.placeholders)
+        entries: list[int] = []
+        for counts in self.fed:
+            blocks = [p[a : a + n] for p, a, n in zip(self.placeholders, starts, counts, strict=True)]
+            entries += _entries(blocks, columns, samples)
+            starts = [a + n for a, n in zip(starts, counts, strict=True)]
+        return entries
+
+
+@attrs.frozen
+class _Ranks:
+    """How ranks share a block: what S must be a multiple of, the parts along cp, the tokens that tp ranks route."""
+
+    multiple: int
+    cut: ZigZag
+    deal: Deal
+    device: torch.device
+
+
 # Few shares are packed twice in training, but all in evaluation, and by each stage that a rank hosts.
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_rows(
-    *,
-    rows: tuple[Counts, ...],
-    lengths: Counts,
-    places: Places,
-    multiple: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    cut: ZigZag,
-    deal: Deal,
-) -> Packing:
-    present = [length for length in lengths if length]
+def _pack_rows(places: _Places, ranks: _Ranks, dtype: torch.dtype) -> Packing:
+    cut, multiple = ranks.cut, ranks.multiple
+    present = [length for length in places.lengths if length]
     longest, samples = max(present, default=0), len(present)
     # Only what is cut over cp is handed on with its padding, so that the next stage cuts it alike.
     positions = longest if cut.size == 1 else _round_up(longest, multiple * cut.size) // cut.size
     padded = max(_round_up(positions, multiple), multiple), max(samples, 1)
-    columns = list(itertools.accumulate((length > 0 for length in lengths), initial=0))
+    columns = list(itertools.accumulate((length > 0 for length in places.lengths), initial=0))
     keys = [p for part in cut.everyone() for p in part.positions(padded[0] * cut.size)]
     mask = None
     if any(length < len(keys) for length in present):
         real = torch.tensor(keys) < torch.tensor(present)[:, None]
         mask = torch.zeros(samples, len(keys), dtype=dtype).masked_fill_(~real, -math.inf)
-        mask = _moved(mask[:, None, None, :], device)
-    valid = _entries([range(length) for length in lengths], columns, samples)
-    incoming = _incoming(rows, places, columns, samples)
-    return _packing(
-        block=(positions, samples),
-        padded=padded,
-        incoming=incoming,
-        outgoing=valid,
-        text_tokens=[],
-        mask=mask,
-        cut=cut,
-        deal=deal,
-        device=device,
-    )
+        mask = _moved(mask[:, None, None, :], ranks.device)
+    incoming, outgoing = places.entries(columns, samples)
+    return attrs.evolve(_packing(ranks, (positions, samples), padded, incoming, outgoing), mask=mask)
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_text(
-    *,
-    rows: tuple[Counts, ...],
-    lengths: Counts,
-    places: Places,
-    sequence: int,
-    multiple: int,
-    device: torch.device,
-    cut: ZigZag,
-    deal: Deal,
-) -> Packing:
-    samples = len(lengths)
+def _pack_text(places: _Places, ranks: _Ranks, sequence: int) -> Packing:
+    samples = len(places.lengths)
     columns = range(samples)
-    valid = _entries([range(length) for length in lengths], columns, samples)
-    taken = set(_entries(places, columns, samples))
-    text_tokens = [token for token, entry in enumerate(valid) if entry not in taken]
-    incoming = _incoming(rows, places, columns, samples)
-    positions = sequence // cut.size
-    padded = _round_up(positions, multiple), samples
-    assert cut.size == 1 or padded[0] == positions, "the plan makes the parts of a sequence divide"
-    return _packing(
-        block=(positions, samples),
-        padded=padded,
-        incoming=incoming,
-        outgoing=valid,
-        text_tokens=text_tokens,
-        mask=None,
-        cut=cut,
-        deal=deal,
-        device=device,
-    )
+    incoming, outgoing = places.entries(columns, samples)
+    taken = set(_entries(places.placeholders, columns, samples))
+    text_tokens = [token for token, entry in enumerate(outgoing) if entry not in taken]
+    positions = sequence // ranks.cut.size
+    padded = _round_up(positions, ranks.multiple), samples
+    assert ranks.cut.size == 1 or padded[0] == positions, "the plan makes the parts of a sequence divide"
+    return _packing(ranks, (positions, samples), padded, incoming, outgoing, text_tokens=text_tokens)
 
 
 def _packing(
-    *,
+    ranks: _Ranks,
     block: tuple[int, int],
     padded: tuple[int, int],
     incoming: list[int],
     outgoing: list[int],
-    text_tokens: list[int],
-    mask: Tensor | None,
-    cut: ZigZag,
-    deal: Deal,
-    device: torch.device,
+    *,
+    text_tokens: Sequence[int] = (),
 ) -> Packing:
-    """Return the packing of entries of whole samples; under cp, of those in this rank's part of them."""
+    """Return the packing, without a mask, of entries of whole samples; under cp, of those in this rank's part."""
+    cut, device = ranks.cut, ranks.device
     rows_in, out, text = (
         torch.tensor(numbers, dtype=torch.int64) for numbers in (incoming, outgoing, text_tokens)
     )
     text_in, portion = out[text], None
     if cut.size > 1:
-        places = _Places.of(cut, block)
-        of_rows, of_text, of_out = places.own(rows_in), places.own(text_in), places.own(out)
-        order, most = places.gathered(out)
+        parts = _Parts.of(cut, block)
+        of_rows, of_text, of_out = parts.own(rows_in), parts.own(text_in), parts.own(out)
+        order, most = parts.gathered(out)
         portion = Portion(_moved(of_rows, device), _moved(of_out, device), most, _moved(order, device))
         text = text[of_text]
         rows_in, text_in, out = (
-            places.local[whole[own]] for whole, own in ((rows_in, of_rows), (text_in, of_text), (out, of_out))
+            parts.local[whole[own]] for whole, own in ((rows_in, of_rows), (text_in, of_text), (out, of_out))
         )
+    routed = torch.tensor(ranks.deal.of(out.tolist(), padded), dtype=torch.int64)
     return Packing(
         *block,
         padded=padded,
         incoming=_moved(torch.cat((rows_in, text_in)), device),
         text_tokens=_moved(text, device),
         outgoing=_moved(out, device),
-        tokens=_moved(torch.tensor(deal.of(out.tolist(), padded), dtype=torch.int64), device),
-        mask=mask,
+        tokens=_moved(routed, device),
+        mask=None,
         portion=portion,
     )
 
@@ -292,7 +269,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @attrs.frozen(eq=False)
-class _Places:
+class _Parts:
     """For each entry of the whole block, which rank has it (`rank`), and its entry in that rank's (`local`)."""
 
     cut: ZigZag
@@ -300,7 +277,7 @@ class _Places:
     local: Tensor
 
     @classmethod
-    def of(cls, cut: ZigZag, block: tuple[int, int]) -> "_Places":
+    def of(cls, cut: ZigZag, block: tuple[int, int]) -> "_Parts":
         positions, samples = block
         rank, local = torch.empty(2, positions * cut.size, samples, dtype=torch.int64)
         for part in cut.everyone():
@@ -325,18 +302,8 @@ class _Places:
         return ranks * most + within, most
 
 
-def _incoming(rows: tuple[Counts, ...], places: Places, columns: Sequence[int], samples: int) -> list[int]:
-    """Entries of the rows, feeder after feeder; each feeder's are a block of a sample's places."""
-    starts = [0] * len(places)
-    entries: list[int] = []
-    for counts in rows:
-        blocks = [p[a : a + n] for p, a, n in zip(places, starts, counts, strict=True)]
-        entries += _entries(blocks, columns, samples)
-        starts = [a + n for a, n in zip(starts, counts, strict=True)]
-    return entries
-
-
 def _entries(places: Sequence[Sequence[int]], columns: Sequence[int], samples: int) -> list[int]:
+    """Return the entries of positions, sample by sample; each sample is in a column of so many."""
     return [
         position * samples + column
         for column, positions in zip(columns, places, strict=False)

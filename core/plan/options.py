@@ -203,48 +203,48 @@ class Menu:
 
     def option(self, way: Way) -> Option:
         """Return a way, priced."""
-        shape, pp, chunks, dp, microbatches = attrs.astuple(way, recurse=False)
-        held = self.held(shape)
-        seconds = self._seconds_of(shape, dp, microbatches)
+        shape, pp, chunks = way.shape, way.pp, way.chunks
+        seconds = self._seconds_of(shape, way.dp, way.microbatches)
         split = self._split(shape, pp * chunks)
         starts = tuple(itertools.accumulate(split, initial=0))
-        samples = -(-(len(self.lengths) // microbatches) // dp)
-        owners = shape.cp * dp if self.spec.optimizer.sharded else 1
-        times: list[RankTime] = []
-        flying: list[RankBytes] = []
-        for rank in range(pp):
-            mine = [(starts[i], starts[i + 1]) for i in range(rank, pp * chunks, pp)]
-            sums = _over(held.trained, mine) * self.machine.state_bytes
-            copies = shape.cp * dp
-            within = shape.tp * copies <= self.machine.accelerator.per_node
-            times.append(
-                RankTime(
-                    head=seconds.forward[starts[rank]],
-                    work=_over(seconds.forward, mine) + _over(seconds.backward, mine),
-                    tail=seconds.backward[starts[rank]],
-                    reduce=self.machine.link(within=within).carry_s(2 * sums * (copies - 1) / copies),
-                    update=_over(seconds.update, mine),
-                )
-            )
-            flying.append(
-                RankBytes(
-                    kept=_over(held.kept, mine) + _over(held.optimizer, mine) / owners,
-                    flying=_over(held.flying, mine) * samples / chunks,
-                    depth=pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * pp + 1,
-                )
-            )
+        mine = [[(starts[i], starts[i + 1]) for i in range(rank, pp * chunks, pp)] for rank in range(pp)]
         return Option(
             module=self.name,
             shape=shape,
             pp=pp,
             chunks=chunks,
-            dp=dp,
-            microbatches=microbatches,
+            dp=way.dp,
+            microbatches=way.microbatches,
             split=split,
             forward=seconds.forward[-1],
             backward=seconds.backward[-1],
-            times=tuple(times),
-            bytes=tuple(flying),
+            times=tuple(self._time(way, parts) for parts in mine),
+            bytes=tuple(self._bytes(way, rank, parts) for rank, parts in enumerate(mine)),
+        )
+
+    def _time(self, way: Way, parts: Sequence[tuple[int, int]]) -> RankTime:
+        """Return the seconds of a rank with these ranges of layers, its first one first."""
+        shape, first, copies = way.shape, parts[0][0], way.shape.cp * way.dp
+        seconds = self._seconds_of(shape, way.dp, way.microbatches)
+        sums = _over(self.held(shape).trained, parts) * self.machine.state_bytes
+        within = shape.tp * copies <= self.machine.accelerator.per_node
+        return RankTime(
+            head=seconds.forward[first],
+            work=_over(seconds.forward, parts) + _over(seconds.backward, parts),
+            tail=seconds.backward[first],
+            reduce=self.machine.link(within=within).carry_s(2 * sums * (copies - 1) / copies),
+            update=_over(seconds.update, parts),
+        )
+
+    def _bytes(self, way: Way, rank: int, parts: Sequence[tuple[int, int]]) -> RankBytes:
+        """Return the bytes of the rank at a position along pp, with these ranges of layers."""
+        held, pp, chunks = self.held(way.shape), way.pp, way.chunks
+        samples = -(-(len(self.lengths) // way.microbatches) // way.dp)
+        owners = way.shape.cp * way.dp if self.spec.optimizer.sharded else 1
+        return RankBytes(
+            kept=_over(held.kept, parts) + _over(held.optimizer, parts) / owners,
+            flying=_over(held.flying, parts) * samples / chunks,
+            depth=pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * pp + 1,
         )
 
     @property
