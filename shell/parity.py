@@ -17,7 +17,7 @@ from mimogrid.core.gradients import loss_scale
 from mimogrid.core.optimizers import HALF
 from mimogrid.core.spec import GridSpec, JobSpec
 from mimogrid.core.steps import Step, aux_name, step_of
-from mimogrid.core.topology import parse
+from mimogrid.core.topology import Topology, parse
 from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.collect import Tensors
 from mimogrid.shell.data import Loader
@@ -107,14 +107,9 @@ def on_one_process(
     dtype = DTYPES[spec.precision]
     assert job.source is not None
     loader = Loader(job.source, device=device.torch, dtype=dtype)
-    networks = {
-        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype).to(dtype)
-        for name, module in topology.modules.items()
-    }
+    networks = _networks(topology, groups, device, dtype)
     for network in networks.values():
         network.loss_scale = scale
-        for weight in named_weights(network).values():
-            weight.grad_dtype = torch.promote_types(dtype, torch.float32)
     total = 0.0
     for microbatch in range(microbatches):
         loss = _loss(whole, microbatch, networks, loader)
@@ -127,6 +122,20 @@ def on_one_process(
         for weight, parameter in named_weights(network).items()
         if parameter.grad is not None
     }
+
+
+def _networks(
+    topology: Topology, groups: ModuleGroups, device: Device, dtype: torch.dtype
+) -> dict[str, StageModule]:
+    """Build every module as one stage, with gradients as exact as those that training sums."""
+    networks = {
+        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype).to(dtype)
+        for name, module in topology.modules.items()
+    }
+    for network in networks.values():
+        for weight in named_weights(network).values():
+            weight.grad_dtype = torch.promote_types(dtype, torch.float32)
+    return networks
 
 
 def _loss(whole: Step, microbatch: int, networks: Mapping[str, StageModule], loader: Loader) -> torch.Tensor:

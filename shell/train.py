@@ -28,12 +28,15 @@ from mimogrid.core.decision import is_passed_over
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.faults import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.core.roles import role_of
+from mimogrid.core.steps import Step
+from mimogrid.core.stragglers import Straggler
 from mimogrid.shell import checkpoint, jobfile, manifest, report
+from mimogrid.shell.agreement import Outcome
 from mimogrid.shell.execute import Runs
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.log import open_log
 from mimogrid.shell.manifest import CHECKPOINTS
-from mimogrid.shell.metrics import Lag, Tally, open_keeper, recall
+from mimogrid.shell.metrics import Keeper, Lag, Tally, open_keeper, recall
 from mimogrid.shell.place import Place
 from mimogrid.shell.preemption import listening
 from mimogrid.shell.profiles import runs_of
@@ -150,7 +153,7 @@ class Run:
 
     def train(self, start: int) -> Tally | Stopped:
         """Run the steps from `start`, until the last or a wish to stop; the first rank keeps the metrics."""
-        crew, job = self.crew, self.crew.job
+        job = self.crew.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
         tally = recall(self.folder, start) if self.chief else Tally()
         lag = Lag(job.spec.schedule.costs)
@@ -160,36 +163,51 @@ class Run:
             for index in range(start, steps):
                 stops = False
                 if is_passed_over(job.spec.train, index):
-                    tally.skipped.append(index)
-                    self.log.info("step passed over: it is in train.skip_steps", step=index)
-                    if keeper:
-                        keeper.pass_over(index)
+                    self._pass_over(index, tally, keeper)
                 else:
                     step, following = following, job.step(self._next(index + 1))
-                    crew.has_saved = self.saver.is_ready
-                    outcome = crew.run(index, step, following, runs=self._runs(index))
-                    if outcome.all_saved:
-                        self.saver.advance()
-                        self.session.pulse.at(BETWEEN)
+                    outcome = self._step(index, step, following)
                     tally.add(index, step, outcome)
-                    stops = outcome.stops and index + 1 < steps
                     lagging = lag.after(step, outcome.paces) if self.chief else ()
-                    for straggler in lagging:
-                        self.log.warning(f"straggler: {straggler}", step=index)
-                    if not outcome.taken:
-                        self.log.warning(f"step skipped: {outcome.skipped}", step=index)
+                    self._warn(index, outcome, lagging)
                     if keeper:
                         keeper.keep(index, outcome, tally, lagging)
+                    stops = outcome.stops and index + 1 < steps
                 if stops:
                     self.session.wish.grant()
                 if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:
-                    self.saver.settle()
-                    self.log.warning("asked to stop: saved", step=index + 1)
-                    return Stopped(str(self.folder), index + 1)
+                    return self._stopped(index + 1)
             self.saver.settle()
         return tally
+
+    def _step(self, index: int, step: Step, following: Step) -> Outcome:
+        """Run a step, and let the save in flight go on where all ranks have come as far."""
+        self.crew.has_saved = self.saver.is_ready
+        outcome = self.crew.run(index, step, following, runs=self._runs(index))
+        if outcome.all_saved:
+            self.saver.advance()
+            self.session.pulse.at(BETWEEN)
+        return outcome
+
+    def _pass_over(self, index: int, tally: Tally, keeper: Keeper | None) -> None:
+        tally.skipped.append(index)
+        self.log.info("step passed over: it is in train.skip_steps", step=index)
+        if keeper:
+            keeper.pass_over(index)
+
+    def _warn(self, index: int, outcome: Outcome, lagging: Sequence[Straggler]) -> None:
+        for straggler in lagging:
+            self.log.warning(f"straggler: {straggler}", step=index)
+        if not outcome.taken:
+            self.log.warning(f"step skipped: {outcome.skipped}", step=index)
+
+    def _stopped(self, step: int) -> Stopped:
+        """Wait for the last checkpoint, from which `step` is the next."""
+        self.saver.settle()
+        self.log.warning("asked to stop: saved", step=step)
+        return Stopped(str(self.folder), step)
 
     def _runs(self, index: int) -> Runs:
         """Return what runs the program of a step."""
