@@ -14,6 +14,7 @@ from mimogrid.core.errors import PlanError
 from mimogrid.shell import manifest, tensorfile
 from mimogrid.shell.jobs import open_job
 from mimogrid.shell.launch import Pool
+from running import trained
 
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits" / "job.toml"
@@ -38,11 +39,7 @@ def run(pool: Pool) -> Run:
     """Train some steps of the digits job in a folder, or resume there."""
 
     def train(folder: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
-        job = open_job(DIGITS, [*SETTINGS, *overrides])
-        folder.mkdir(exist_ok=True)
-        arguments = (job, None, str(folder), str(folder) if resume else None)
-        reports = pool.run("mimogrid.shell.train:in_world", job.topology.world_size, *arguments)
-        return next(report for report in reports if report)
+        return trained(pool, open_job(DIGITS, [*SETTINGS, *overrides]), folder, resume=resume)
 
     return train
 

@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.extensions import transformer_engine as extension
 from megatron.core.extensions import transformer_engine_spec_provider as provider
 from megatron.core.models.gpt import gpt_layer_specs
@@ -28,10 +27,10 @@ from mimogrid.core.spec import JobSpec, ModuleSpec
 from mimogrid.shell import modules
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
-from mimogrid.shell.megatron import cpu, engine
+from mimogrid.shell.megatron import engine
 from mimogrid.shell.megatron.layers import CoreAttention
 from mimogrid.shell.modules import StageModule, named_weights
-from stages import CPU, Alone, batch_of, build, gradients, run, step_with, topology_of
+from stages import Alone, batch_of, build, gradients, run, step_with, topology_of, world_of_one
 
 
 Opened = Callable[[JobSpec], Job]
@@ -101,11 +100,8 @@ def with_stand_ins() -> Specification:
 @pytest.fixture
 def alone() -> Iterator[Alone]:
     """A world of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert dist.group.WORLD
-    with cpu.on_device(CPU):
-        yield Alone.of(dist.group.WORLD, dist.group.WORLD)
-    dist.destroy_process_group()
+    with world_of_one() as groups:
+        yield groups
 
 
 def test_both_engines_hold_and_compute_the_same(alone: Alone) -> None:

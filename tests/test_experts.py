@@ -17,6 +17,7 @@ from mimogrid.core.spec import GridSpec, JobSpec
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.parity import TOLERANCE
+from running import trained
 from verdicts import Verdicts, assert_same
 
 
@@ -192,10 +193,7 @@ def test_a_run_with_experts_goes_on_under_another_layout(pool: Pool, tmp_path: P
     def train(folder: Path, *layout: str, resume: bool = False) -> Mapping[str, Any]:
         settings = ["precision=fp64", "train.steps=6", "train.checkpoint_every=3", "train.evaluate=false"]
         job = open_job(DIGITS, [*settings, *EXPERTS, *layout])
-        folder.mkdir(exist_ok=True)
-        arguments = (job, None, str(folder), str(folder) if resume else None)
-        reports = pool.run("mimogrid.shell.train:in_world", job.topology.world_size, *arguments)
-        return next(report for report in reports if report)
+        return trained(pool, job, folder, resume=resume)
 
     expected = train(tmp_path, *ONE_WAY)["losses_by_module"]
     (tmp_path / "report.json").unlink()

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,8 +14,7 @@ from mimogrid.core.samples import Sample
 from mimogrid.core.spec import ModuleSpec
 from mimogrid.core.steps import Step
 from mimogrid.core.topology import Stage, Topology
-from mimogrid.shell.megatron import cpu
-from stages import CPU, Alone, batch_of, build, inputs_of, step_with, topology_of, whole_share
+from stages import Alone, batch_of, build, inputs_of, step_with, topology_of, whole_share, world_of_one
 
 
 VIT = Vit(layers=2, hidden=16, heads=4, kv_heads=2)
@@ -25,14 +23,10 @@ ROWS, TEXT = 6, 4
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
-    """A gloo world of one rank, with megatron on the CPU."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    world = dist.group.WORLD
-    with cpu.on_device(CPU):
-        yield Alone.of(tp=world, one=world)
-    dist.destroy_process_group()
+def alone() -> Iterator[Alone]:
+    """A world of one."""
+    with world_of_one() as groups:
+        yield groups
 
 
 def counted(alone: Alone, topology: Topology, step: Step) -> dict[str, tuple[int, int]]:

@@ -33,6 +33,7 @@ from stages import (
     step_with,
     topology_of,
     whole_share,
+    world_of_one,
 )
 
 
@@ -40,16 +41,12 @@ CLOSE = 1e-12
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
-    """A gloo world of one rank, with megatron on the CPU."""
+def alone() -> Iterator[Alone]:
+    """A world of one, on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    store = dist.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    world = dist.group.WORLD
-    with cpu.on_device(CPU):
-        yield Alone.of(tp=world, one=world)
-    dist.destroy_process_group()
+    with world_of_one() as groups:
+        yield groups
     torch.set_num_threads(threads)
 
 

@@ -1,5 +1,6 @@
 """Saving: it does not hold up training, is cut off at any moment without a trace, and fails in clear words."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from mimogrid.core.errors import PlanError, WorldError
 from mimogrid.shell import manifest, runs
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
+from running import trained
 
 
 pytestmark = pytest.mark.world
@@ -38,13 +40,7 @@ def job(*overrides: str) -> Job:
 @pytest.fixture(scope="module")
 def run(pool: Pool) -> Run:
     """Train in a folder to the end, or go on there."""
-
-    def train(opened: Job, folder: Path, *, resume: bool = False) -> dict[str, Any]:
-        arguments = (opened, None, str(folder), str(folder) if resume else None)
-        said = pool.run("mimogrid.shell.train:in_world", opened.topology.world_size, *arguments)
-        return next(report for report in said if report)
-
-    return train
+    return functools.partial(trained, pool)
 
 
 @pytest.fixture(scope="module")

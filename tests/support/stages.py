@@ -1,6 +1,7 @@
 """Stages: a whole topology of stages chained by hand in one process, for tests of the modules alone."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -12,6 +13,7 @@ from mimogrid.core.samples import Sample
 from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.steps import Share, Step, step_of
 from mimogrid.core.topology import Topology, parse
+from mimogrid.shell.megatron import cpu
 from mimogrid.shell.modules import StageModule, build_stage, named_weights
 from mimogrid.shell.weights import draw
 
@@ -35,6 +37,19 @@ class Alone:
     def of(cls, tp: dist.ProcessGroup, one: dist.ProcessGroup) -> "Alone":
         """All axes but tp are of size 1."""
         return cls(tp, one, one, one, one, one)
+
+
+@contextlib.contextmanager
+def world_of_one() -> Iterator[Alone]:
+    """A gloo world of one rank, with megatron on the CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.group.WORLD
+    assert world is not None
+    try:
+        with cpu.on_device(CPU):
+            yield Alone.of(tp=world, one=world)
+    finally:
+        dist.destroy_process_group()
 
 
 def topology_of(modules: Mapping[str, ModuleSpec], **facts: object) -> Topology:
