@@ -1,6 +1,6 @@
 """Plan: the layouts of a job on so many GPUs, the fastest first, and why the others are not.
 
-What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`options`); places beside each
+What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`menu`); places beside each
 other or shared (`walk`); the number of microbatches, so their size; the order; more recomputation of the main module
 where memory keeps out what would be faster. `walk` gives layouts in order of their bounds, times that no order beats.
 They are simulated one after another (`evaluation`), until the next bound is above the best time: then nothing that was
@@ -19,7 +19,7 @@ import attrs
 from mimogrid.core.flops import model_flops
 from mimogrid.core.legality import RECOMPUTES
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.options import Menu, menu_of
+from mimogrid.core.plan.menu import Menu, menu_of
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
 from mimogrid.core.plan.reasons import compared, illegal, marked_own, nearest_miss, too_large
 from mimogrid.core.plan.search import REFINED, Search

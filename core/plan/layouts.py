@@ -15,12 +15,12 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     """Return the job with the layout of a candidate; modules that it does not name lie at rank 0, on one rank."""
     options = {main: candidate.main} | {name: placed.option for name, placed in candidate.others.items()}
     offsets = _offsets(question, candidate)
-    count = candidate.main.microbatches
+    count = candidate.main.way.microbatches
     modules = {
         name: _laid_out(module, options[name], offsets[name], count) if name in options else _alone(module)
         for name, module in question.spec.modules.items()
     }
-    order = "interleaved" if candidate.main.chunks > 1 else "1f1b"
+    order = "interleaved" if candidate.main.way.chunks > 1 else "1f1b"
     return attrs.evolve(
         question.spec,
         modules=modules,
@@ -34,10 +34,10 @@ def _laid_out(module: ModuleSpec, option: Option, offset: int, count: int) -> Mo
     """Return a module with an option at an offset, in a job of so many microbatches; defaults are not written."""
     return attrs.evolve(
         module,
-        grid=attrs.evolve(option.grid, offset=offset),
-        chunks=option.chunks,
+        grid=attrs.evolve(option.way.grid, offset=offset),
+        chunks=option.way.chunks,
         split=None if len(set(option.split)) == 1 else option.split,
-        microbatches=None if option.microbatches == count else option.microbatches,
+        microbatches=None if option.way.microbatches == count else option.way.microbatches,
     )
 
 
@@ -48,12 +48,12 @@ def _alone(module: ModuleSpec) -> ModuleSpec:
 def _offsets(question: Question, candidate: Candidate) -> Mapping[str, int]:
     """Lay modules behind each other, those with most tp first, each beginning at a multiple of it if there is room."""
     beside = [(name, p.option) for name, p in candidate.others.items() if p.place == BESIDE]
-    beside.sort(key=lambda each: -each[1].shape.tp * each[1].shape.cp)
+    beside.sort(key=lambda each: -each[1].way.shape.ranks)
     room = question.gpus - candidate.ranks
     offsets = {candidate.main.module: 0} | {n: 0 for n, p in candidate.others.items() if p.place != BESIDE}
     end = candidate.main.ranks
     for name, option in beside:
-        gap = -end % (option.shape.tp * option.shape.cp)
+        gap = -end % option.way.shape.ranks
         gap = gap if gap <= room else 0
         offsets[name], room, end = end + gap, room - gap, end + gap + option.ranks
     return offsets

@@ -6,7 +6,7 @@ import attrs
 
 from mimogrid.core.plan.evaluation import needs
 from mimogrid.core.plan.layouts import layout_of
-from mimogrid.core.plan.options import Illegal, Menu
+from mimogrid.core.plan.menu import Illegal, Menu
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
 from mimogrid.core.plan.walk import Miss, Walk
 from mimogrid.core.spec import JobSpec
@@ -32,7 +32,7 @@ def too_large(walked: Walk, question: Question, best: Layout | None) -> Iterator
         if best is not None and miss.bound >= best.step_s:
             continue
         option = miss.candidate.main
-        if (kind := f"{option.shape} {option.pp}") not in told:
+        if (kind := f"{option.way.shape} {option.way.pp}") not in told:
             told.add(kind)
             yield Layout(
                 spec=layout_of(question, option.module, miss.candidate),

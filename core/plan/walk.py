@@ -23,7 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import attrs
 
 from mimogrid.core.graph import Graph
-from mimogrid.core.plan.options import CHUNKS, Menu, Option, Way
+from mimogrid.core.plan.menu import CHUNKS, Menu
+from mimogrid.core.plan.options import Option, Way
 
 
 KEPT = 96
@@ -222,7 +223,7 @@ class _Walker:
 
     def _choices(self, name: str, main: Option) -> list[Placed]:
         """Return what a module may have: ranks that are left, or those of the main module."""
-        room, count = self.ranks - main.ranks, main.microbatches
+        room, count = self.ranks - main.ranks, main.way.microbatches
         below = main.depth if self.main in self._downstream(name) else self._stages_below(name)
         found: list[Placed] = []
         for option in self._front(name, count):
@@ -233,7 +234,7 @@ class _Walker:
                 self._missed(Candidate(main.bound(), main, {name: Placed(option)}), name, most)
             else:
                 found.append(Placed(option))
-        places = {ALL: main.ranks, FIRST: main.ranks // main.pp} if main.pp > 1 else {ALL: main.ranks}
+        places = {ALL: main.ranks, FIRST: main.ranks // main.way.pp} if main.way.pp > 1 else {ALL: main.ranks}
         for place, ranks in places.items():
             found += [Placed(option, place) for option in self._on(name, ranks, count)]
         return found
@@ -252,13 +253,13 @@ class _Walker:
         """Yield options of one stage on so many ranks: with the microbatches of the job, or larger ones."""
         menu = self.menus[name]
         for shape in menu.shapes:
-            lanes, left = divmod(ranks, shape.tp * shape.cp)
+            lanes, left = divmod(ranks, shape.ranks)
             if left:
                 continue
             larger = next(m for m in _down_from(microbatches) if self.samples // m >= lanes or m == 1)
             for count in dict.fromkeys((microbatches, larger)):
                 dp = min(lanes, self.samples // count)
-                if (shape.tp * shape.cp * dp) % shape.ep == 0:
+                if dp % shape.lanes == 0:
                     yield menu.option(Way(shape, 1, 1, dp, count))
 
     def _bound(self, main: Option, others: Mapping[str, Placed]) -> float:
@@ -280,12 +281,12 @@ class _Walker:
         for pp, time in enumerate(main.times):
             guests = [p.option for p in others.values() if p.place == ALL or (p.place == FIRST and pp == 0)]
             # Guests with few lanes leave the ranks behind them alone; ranks of stages are in order.
-            first = pp * main.ranks // main.pp
+            first = pp * main.ranks // main.way.pp
             guests = [guest for guest in guests if guest.ranks > first]
             if guests:
                 yield (
-                    main.microbatches * time.work
-                    + sum(guest.microbatches * guest.times[0].work for guest in guests)
+                    main.way.microbatches * time.work
+                    + sum(guest.way.microbatches * guest.times[0].work for guest in guests)
                     + time.update
                     + sum(guest.times[0].update for guest in guests)
                 )
@@ -300,10 +301,10 @@ class _Walker:
         for placed in guests:
             rank = placed.option.bytes[0]
             # Fewer, larger microbatches: what flies below is counted in those of the main module.
-            ratio = main.microbatches / placed.option.microbatches
-            flying = min(1 + math.ceil(main.depth / ratio), placed.option.microbatches)
-            for pp in range(main.pp):
-                if placed.option.ranks > pp * main.ranks // main.pp:
+            ratio = main.way.microbatches / placed.option.way.microbatches
+            flying = min(1 + math.ceil(main.depth / ratio), placed.option.way.microbatches)
+            for pp in range(main.way.pp):
+                if placed.option.ranks > pp * main.ranks // main.way.pp:
                     most[pp] += rank.kept + rank.flying * flying
         return tuple(most) if max(most) > self.cap else None
 

@@ -5,11 +5,12 @@ import itertools
 import attrs
 import pytest
 
+from mimogrid.core.layout import balanced
 from mimogrid.core.legality import problems_of
 from mimogrid.core.memory import peak_bytes
 from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.plan import plan
-from mimogrid.core.plan.options import balanced, enough
+from mimogrid.core.plan.menu import enough
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
 from mimogrid.core.pricing import machine_of, on_machine
 from mimogrid.core.samples import Sample

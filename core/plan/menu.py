@@ -1,0 +1,169 @@
+"""Menu: every way to lay one module out that makes a difference, each priced when it is asked for.
+
+    shapes    which are legal is asked of `legality`, whose reasons are kept
+    stages    of L layers no stage needs more than L/p rounded up, so p is the least that allows it. Layers are dealt so
+              that the slowest stage is as fast as it can be, forward and backward together; frozen layers are light,
+              the head is heavy, and the deal says so
+    lanes     likewise: of k samples in a microbatch no lane needs more than k/dp rounded up
+
+So of ways that differ in nothing but idle ranks one is looked at.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import attrs
+
+from mimogrid.core.errors import Problem
+from mimogrid.core.flops import lengths_of
+from mimogrid.core.legality import problems_of
+from mimogrid.core.plan.options import Option, RankBytes, RankTime, Shape, Way
+from mimogrid.core.plan.prices import Prices, alone, over
+from mimogrid.core.pricing import Machine
+from mimogrid.core.spec import JobSpec, SourceFacts
+from mimogrid.core.steps import Step
+
+
+CHUNKS = (1, 2, 4)
+"""Chunks per rank that are tried."""
+
+
+@attrs.frozen
+class Illegal:
+    """A shape that a module cannot have, and why."""
+
+    module: str
+    shape: Shape
+    problem: Problem
+
+
+@attrs.frozen(eq=False)
+class Menu:
+    """The options of one module of a job: shapes that are legal, with what their layers cost."""
+
+    prices: Prices
+    shapes: tuple[Shape, ...]
+    illegal: tuple[Illegal, ...]
+
+    def ways(self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)) -> Iterator[Way]:
+        """Yield every way to lay the module out on up to so many ranks, for so many microbatches."""
+        layers, samples = self.prices.layers, self.prices.samples // microbatches
+        for shape in self.shapes:
+            for pp, chunk in itertools.product(enough(layers, layers), chunks):
+                each = shape.ranks * pp
+                if chunk > 1 and (pp == 1 or pp * chunk > layers or microbatches % pp):
+                    continue
+                for dp in enough(samples, ranks // each):
+                    if dp % shape.lanes == 0:
+                        yield Way(shape, pp, chunk, dp, microbatches)
+
+    def least_s(self, way: Way) -> float:
+        """Return what a way takes at least, from its work alone."""
+        seconds = self.prices.seconds(way)
+        return (seconds.forward[-1] + seconds.backward[-1]) * way.microbatches / way.pp
+
+    def least_bytes(self, way: Way) -> float:
+        """Return what its fullest rank keeps at least, from the whole alone."""
+        held = self.prices.held(way.shape)
+        return (held.kept[-1] + (0 if self.prices.spec.optimizer.sharded else held.optimizer[-1])) / way.pp
+
+    def option(self, way: Way) -> Option:
+        """Return a way, priced."""
+        pp, chunks = way.pp, way.chunks
+        seconds = self.prices.seconds(way)
+        split = self.prices.split(way.shape, pp * chunks)
+        starts = tuple(itertools.accumulate(split, initial=0))
+        mine = [[(starts[i], starts[i + 1]) for i in range(rank, pp * chunks, pp)] for rank in range(pp)]
+        return Option(
+            module=self.prices.name,
+            way=way,
+            split=split,
+            forward=seconds.forward[-1],
+            backward=seconds.backward[-1],
+            times=tuple(self._time(way, parts) for parts in mine),
+            bytes=tuple(self._bytes(way, rank, parts) for rank, parts in enumerate(mine)),
+        )
+
+    def _time(self, way: Way, parts: Sequence[tuple[int, int]]) -> RankTime:
+        """Return the seconds of a rank with these ranges of layers, its first one first."""
+        shape, first, copies = way.shape, parts[0][0], way.shape.cp * way.dp
+        seconds = self.prices.seconds(way)
+        sums = over(self.prices.held(shape).trained, parts) * self.prices.machine.state_bytes
+        within = shape.tp * copies <= self.prices.machine.accelerator.per_node
+        return RankTime(
+            head=seconds.forward[first],
+            work=over(seconds.forward, parts) + over(seconds.backward, parts),
+            tail=seconds.backward[first],
+            reduce=self.prices.machine.link(within=within).carry_s(2 * sums * (copies - 1) / copies),
+            update=over(seconds.update, parts),
+        )
+
+    def _bytes(self, way: Way, rank: int, parts: Sequence[tuple[int, int]]) -> RankBytes:
+        """Return the bytes of the rank at a position along pp, with these ranges of layers."""
+        held, pp, chunks = self.prices.held(way.shape), way.pp, way.chunks
+        samples = self.prices.samples_at_most(way)
+        owners = way.shape.cp * way.dp if self.prices.spec.optimizer.sharded else 1
+        return RankBytes(
+            kept=over(held.kept, parts) + over(held.optimizer, parts) / owners,
+            flying=over(held.flying, parts) * samples / chunks,
+            depth=pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * pp + 1,
+        )
+
+
+def menu_of(
+    name: str, *, step: Step, machine: Machine, ranks: int, spec: JobSpec, facts: SourceFacts
+) -> Menu:
+    """Return the menu of a module on up to so many ranks, for the samples of a step.
+
+    `spec` is the job whose legality is asked; the topology of the step says in which precision bytes count.
+    """
+    shapes: list[Shape] = []
+    illegal: list[Illegal] = []
+    for shape in _shapes(spec, name, min(machine.accelerator.per_node, ranks)):
+        problem = _problem(spec, facts, name, shape)
+        if problem is None:
+            shapes.append(shape)
+        else:
+            illegal.append(Illegal(name, shape, problem))
+    lengths = lengths_of(step, name)
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    prices = Prices(
+        spec=step.topology.spec,
+        facts=step.topology.source,
+        lengths=lengths,
+        longest=step.samples[longest],
+        machine=machine,
+        name=name,
+    )
+    return Menu(prices, tuple(shapes), tuple(illegal))
+
+
+def enough(things: int, most: int) -> tuple[int, ...]:
+    """Return into how many parts, up to `most`, it makes sense to deal things: fewer would make none larger.
+
+    >>> enough(8, 6)
+    (1, 2, 3, 4)
+    >>> enough(8, 8)
+    (1, 2, 3, 4, 8)
+    """
+    counts = {-(-things // each) for each in range(1, things + 1)}
+    return tuple(sorted(count for count in counts if count <= most))
+
+
+def _shapes(spec: JobSpec, name: str, ranks: int) -> Iterator[Shape]:
+    """Yield the shapes that one might wish for: tp and cp within a node, experts over what they divide by."""
+    options = spec.modules[name].options
+    if isinstance(options, Mapping):
+        yield Shape()
+        return
+    parts = [ep for ep in range(1, options.experts + 1) if options.experts % ep == 0] or [1]
+    for tp, power, ep in itertools.product(range(1, ranks + 1), range(ranks.bit_length()), parts):
+        if tp * 2**power <= ranks:
+            yield Shape(tp, 2**power, ep, sequence_parallel=tp > 1)
+
+
+def _problem(spec: JobSpec, facts: SourceFacts, name: str, shape: Shape) -> Problem | None:
+    """Return why a module cannot have a shape, if it cannot, whatever else is chosen."""
+    probe = alone(spec, name, shape, pp=1)
+    mine = (f"modules.{name}.grid", f"modules.{name}.options", "data.options.sequence")
+    return next((p for p in problems_of(probe, facts) if p.where.startswith(mine)), None)
