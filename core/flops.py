@@ -38,7 +38,7 @@ from typing import TypeVar
 import attrs
 
 from mimogrid.core.models import PROJECTOR, BuiltIn, Gpt, Own, Regressor, Vit
-from mimogrid.core.steps import Share, Step
+from mimogrid.core.steps import Step
 from mimogrid.core.topology import Edge, Module, Stage, StageInfo, Topology
 
 
@@ -107,15 +107,6 @@ class Load:
 # -- of a step ---------------------------------------------------------------------------------------------
 
 
-def share_flops(topology: Topology, stage: Stage, share: Share) -> Flops:
-    """Return what a stage computes for one share: one lane's part of a microbatch."""
-    module = topology.modules[stage.module]
-    if isinstance(module.model, Own):
-        return Flops()
-    parts = module_units(topology, module, real_load(module.model, share.lengths))
-    return sum_of(of_units(topology.stages[stage], parts))
-
-
 def stage_flops(step: Step) -> Mapping[Stage, Flops]:
     """Return what each stage computes in a microbatch, all lanes together: the mean over the step."""
     return {
@@ -158,6 +149,7 @@ def padded_load(module: Module, lengths: Sequence[int], sequence: int) -> Load:
 
 
 def _mean(step: Step, module: Module) -> Load:
+    """Return the load of a microbatch of a module, all lanes together: the mean over the step."""
     if isinstance(module.model, Own):
         return Load()
     return real_load(module.model, lengths_of(step, module.name)) * (1 / module.microbatches)
@@ -234,6 +226,7 @@ class _Product:
 
 
 def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[tuple[_Product, ...]]:
+    """Yield the products of what enters, of each layer, and of what leaves."""
     yield tuple(_entry(model, load))
     for layer in range(model.layers):
         yield tuple(_layer(model, load, f"layers.{layer}."))

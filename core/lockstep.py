@@ -98,15 +98,7 @@ def limit_s(program: Program, costs: Costs, timed: Lockstep) -> float:
             outs[info.stage] = max(
                 (outs[source] + _gives_s(order, costs, source) for source in back), default=0.0
             )
-    tails = {
-        stage: max(
-            summing_s(program, costs, topology.modules[stage.module].holders(stage, 0)[0], stage),
-            0.0 if stage in order.split else way,
-        )
-        if stage in order.backward
-        else 0.0
-        for stage, way in outs.items()
-    }
+    tails = {stage: _tail_s(program, costs, stage, way) for stage, way in outs.items()}
     bounds = [0.0]
     for beats, busy in zip(timed.beats, timed.busy_s, strict=True):
         stages = {beat.action.stage for beat in beats}
@@ -114,6 +106,15 @@ def limit_s(program: Program, costs: Costs, timed: Lockstep) -> float:
         bounds.append(way_in + busy + min((tails[stage] for stage in stages), default=0.0))
     updates = (costs.of(stage).update for stage in topology.stages)
     return max(bounds) + max(updates, default=0.0)
+
+
+def _tail_s(program: Program, costs: Costs, stage: Stage, way: float) -> float:
+    """Return the seconds after the last action of a stage: sums of gradients, or gradients of inputs on their way."""
+    order, module = program.order, program.topology.modules[stage.module]
+    if stage not in order.backward:
+        return 0.0
+    summing = summing_s(program, costs, module.holders(stage, 0)[0], stage)
+    return max(summing, 0.0 if stage in order.split else way)
 
 
 def _gives_s(order: Order, costs: Costs, stage: Stage) -> float:
@@ -195,17 +196,11 @@ class _Walk:
     def run(self) -> Lockstep:
         """Go through the order, then through what ends a step."""
         beats: list[list[Beat]] = [[] for _ in self.crews]
-        last, before, held = self.last, self.before, self.held
+        last, before = self.last, self.before
         order = self.program.order
         for action in order.actions:
             part, k = self.parts[action.stage][action.kind], action.microbatch
-            begins: list[float] = []
-            for crew in part.crews:
-                begin = max(last[crew], held[crew])
-                for mail in part.reads:
-                    for text in mail.texts[k]:
-                        begin = max(begin, self._arrives(mail, text, crew))
-                begins.append(begin)
+            begins = [self._begin(part, k, crew) for crew in part.crews]
             if part.joint:
                 begins = [max(begins)] * len(begins)
             for crew, begin in zip(part.crews, begins, strict=True):
@@ -217,6 +212,14 @@ class _Walk:
             if order.training and action is order.of(action.stage)[-1]:
                 self._post_sums(action.stage)
         return Lockstep(self.crews, tuple(map(tuple, beats)), self._finish())
+
+    def _begin(self, part: _Part, k: int, crew: int) -> float:
+        """Return when a crew can begin with microbatch k: it is free, and has all that it reads."""
+        begin = max(self.last[crew], self.held[crew])
+        for mail in part.reads:
+            for text in mail.texts[k]:
+                begin = max(begin, self._arrives(mail, text, crew))
+        return begin
 
     def _arrives(self, mail: _Mail, text: int, crew: int) -> float:
         """Return when a crew has what others send it."""
@@ -260,6 +263,7 @@ class _Walk:
         )
 
     def _mail(self, link: Link, direction: Direction) -> _Mail:
+        """Return what is always the same of the messages over a link in a direction."""
         forward = direction is Direction.FORWARD
         modules, routes = self.topology.modules, self.program.routes
         source, target = modules[link.source.module].microbatches, modules[link.target.module].microbatches

@@ -22,7 +22,7 @@ HALF = frozenset({"bf16", "fp16"})
 
 
 @attrs.frozen
-class Kind:
+class OptimizerKind:
     """A class of torch's.
 
     Attributes:
@@ -50,22 +50,23 @@ _RMSPROP_STATES = {"square_avg": "", "momentum_buffer": "momentum", "grad_avg": 
 _RPROP = {"etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0)}
 _NADAM = {"momentum_decay": 0.004, "decoupled_weight_decay": False}
 
-KINDS: Mapping[str, Kind] = {
+KINDS: Mapping[str, OptimizerKind] = {
     kind.name.lower(): kind
     for kind in (
-        Kind("AdamW", {"amsgrad": False}, _AMSGRAD, _BETAS, 1e-8),
-        Kind("Adam", {"amsgrad": False}, _AMSGRAD, _BETAS, 1e-8),
-        Kind("SGD", _SGD, {"momentum_buffer": "momentum"}),
-        Kind("NAdam", _NADAM, _ADAM, _BETAS, 1e-8),
-        Kind("RAdam", {"decoupled_weight_decay": False}, _ADAM, _BETAS, 1e-8),
-        Kind("Adamax", {}, {"exp_avg": "", "exp_inf": ""}, _BETAS, 1e-8),
-        Kind("RMSprop", _RMSPROP, _RMSPROP_STATES, eps=1e-8),
-        Kind("Adagrad", {"lr_decay": 0.0, "initial_accumulator_value": 0.0}, {"sum": ""}, eps=1e-10),
-        Kind("Adadelta", {"rho": 0.9}, {"square_avg": "", "acc_delta": ""}, eps=1e-6),
-        Kind("ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, {"ax": ""}),
-        Kind("Rprop", _RPROP, {"prev": "", "step_size": ""}, decays=False),
+        OptimizerKind("AdamW", {"amsgrad": False}, _AMSGRAD, _BETAS, 1e-8),
+        OptimizerKind("Adam", {"amsgrad": False}, _AMSGRAD, _BETAS, 1e-8),
+        OptimizerKind("SGD", _SGD, {"momentum_buffer": "momentum"}),
+        OptimizerKind("NAdam", _NADAM, _ADAM, _BETAS, 1e-8),
+        OptimizerKind("RAdam", {"decoupled_weight_decay": False}, _ADAM, _BETAS, 1e-8),
+        OptimizerKind("Adamax", {}, {"exp_avg": "", "exp_inf": ""}, _BETAS, 1e-8),
+        OptimizerKind("RMSprop", _RMSPROP, _RMSPROP_STATES, eps=1e-8),
+        OptimizerKind("Adagrad", {"lr_decay": 0.0, "initial_accumulator_value": 0.0}, {"sum": ""}, eps=1e-10),
+        OptimizerKind("Adadelta", {"rho": 0.9}, {"square_avg": "", "acc_delta": ""}, eps=1e-6),
+        OptimizerKind("ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, {"ax": ""}),
+        OptimizerKind("Rprop", _RPROP, {"prev": "", "step_size": ""}, decays=False),
     )
 }
+"""Those that can run, by their names in a job file."""
 
 REFUSED: Mapping[str, str] = {
     "adafactor": "keeps sums of rows and columns, which ranks that hold parts of a matrix do not have",
@@ -76,7 +77,7 @@ REFUSED: Mapping[str, str] = {
 """Classes of torch's that cannot run here, and why."""
 
 
-def kind_of(optimizer: OptimizerSpec) -> Kind:
+def kind_of(optimizer: OptimizerSpec) -> OptimizerKind:
     """Return what is known of the job's optimizer; its name is legal."""
     return KINDS[optimizer.name.lower()]
 
@@ -95,7 +96,7 @@ def arguments_of(optimizer: OptimizerSpec) -> Mapping[str, Any]:
 
 
 def _as_argument(value: object) -> object:
-    """A list of the job file is a tuple to torch."""
+    """Return a value of the job file as torch takes it: a list as a tuple."""
     return tuple(cast("list[object]", value)) if isinstance(value, list) else value
 
 

@@ -1,7 +1,7 @@
 """Pricing: the costs of a job that nobody has measured, and whether costs fit a job.
 
 Two assumptions stand in for a measurement. By layers (`assumed`) every layer takes a second: enough to see the shape
-of a schedule. On an accelerator (`of_accelerator`) seconds follow from what the job does:
+of a schedule. On an accelerator (`on_machine`) seconds follow from what the job does:
 
     products       operations (`flops`, padding included, as it is computed) over ranks, at a part of the peak
     weights        never faster than reading those of the rank once
@@ -168,11 +168,6 @@ def assumed_of_layers(module: Module) -> tuple[StageCosts, ...]:
 
 
 # -- on an accelerator -------------------------------------------------------------------------------------
-
-
-def of_accelerator(step: Step, gpu: str, efficiency: float = EFFICIENCY) -> Costs:
-    """Return the costs of a job on accelerators of a kind, by name. Raises PlanError for an unknown one."""
-    return on_machine(step, machine_of(gpu, step.topology.spec.precision, efficiency))
 
 
 def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:

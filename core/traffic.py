@@ -55,6 +55,7 @@ def edge_traffic(step: Step) -> tuple[EdgeTraffic, ...]:
 
 
 def _traffic(routes: Routes, link: Link) -> EdgeTraffic:
+    """Count what crosses an edge forward, and backward where the source trains up to it."""
     assert link.edge
     topology = routes.step.topology
     messages = tuple(_messages(routes, link))
@@ -75,10 +76,12 @@ def _traffic(routes: Routes, link: Link) -> EdgeTraffic:
 
 
 def _messages(routes: Routes, link: Link) -> Iterator[Message]:
+    """Yield the messages over a link in a step, one way."""
     for microbatch in range(routes.step.topology.modules[link.target.module].microbatches):
         yield from routes.messages(link, microbatch)
 
 
 def _ranks_per_lane(routes: Routes, module: str) -> int:
+    """Return how many ranks receive a lane's rows."""
     grid = routes.step.topology.modules[module].grid
     return grid.extent("tp") * grid.extent("cp")

@@ -28,7 +28,11 @@ from mimogrid.core.steps import Share
 from mimogrid.core.zigzag import WHOLE, ZigZag
 
 
+SHOWN = 8
+"""Positions that an error names."""
+
 Counts = tuple[int, ...]
+"""Rows of each sample, or positions in one."""
 
 
 @attrs.frozen(eq=False)
@@ -148,9 +152,9 @@ def check_placeholders(tokens: Tensor, share: Share, packing: Packing) -> None:
             )
 
 
-def _shown(positions: Sequence[int], most: int = 8) -> str:
-    shown = ", ".join(map(str, positions[:most]))
-    return f"{shown}, ..." if len(positions) > most else shown or "none"
+def _shown(positions: Sequence[int]) -> str:
+    shown = ", ".join(map(str, positions[:SHOWN]))
+    return f"{shown}, ..." if len(positions) > SHOWN else shown or "none"
 
 
 @attrs.frozen

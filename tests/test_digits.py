@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mimogrid.shell.sources.digits import COPY, COUNT, STOP, digits, pools
+from mimogrid.shell.sources.digits import COPY, COUNT, STOP, TEXT_MOST, digits, pools
 
 
 torch = pytest.importorskip("torch")
@@ -36,7 +36,7 @@ def test_describe_agrees_with_load(source):
         assert sample.units["language"] == text["loss_weights"].sum()
         assert [True] * placeholders + [False] * sample.length == (text["tokens"] < 0).tolist()
         assert positions[0] <= source.sequence
-        assert sample.length <= source.length_most
+        assert sample.length <= TEXT_MOST
 
 
 @pytest.mark.parametrize("source", [SOURCE, *HELD_OUT.values()], ids=["train", *HELD_OUT])

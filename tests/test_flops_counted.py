@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimogrid.core.flops import Flops, share_flops
+from mimogrid.core.flops import stage_flops
 from mimogrid.core.models import BuiltIn, Gpt, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.spec import ModuleSpec
@@ -79,7 +79,7 @@ def test_torch_counts_the_same(alone, vision, language):
     step = step_with(topology, *(Sample(id=i, length=TEXT, rows={"vision": ROWS}) for i in range(8)))
     torch_counts = counted(alone, topology, step)
     for name, model, length in (("vision", VIT, ROWS), ("language", GPT, ROWS + TEXT)):
-        planned: Flops = share_flops(topology, Stage(name, 0), whole_share(step, name))
+        planned = stage_flops(step)[Stage(name, 0)]
         more = unmasked(model, length, samples=8)
         backward = planned.input_gradient + planned.weight_gradient
         assert (planned.forward + more, backward + 2 * more) == torch_counts[name]

@@ -85,7 +85,6 @@ class Digits:
     vocab = len(WORDS)
     features = SIDE * BAND + ROWS_MOST
     rows_most = ROWS_MOST
-    length_most = TEXT_MOST
     stop = STOP
     tasks = ("read", "copy", "count")
 

@@ -1,10 +1,12 @@
 """Floating point operations are those that a hand counts from real rows and tokens."""
 
+import itertools
+
 import attrs
 import pytest
 
 import jobs
-from mimogrid.core.flops import model_flops, share_flops, stage_flops, sum_of
+from mimogrid.core.flops import model_flops, module_units, of_units, real_load, stage_flops, sum_of
 from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.topology import Stage, parse
@@ -123,13 +125,11 @@ def test_shares_of_a_microbatch_add_up_to_its_mean():
     topology = jobs.job("v vit dp2 > l; l gpt pp2", batch=8, microbatches=2)
     step = jobs.step_with(topology, {"v": (1, 4, 0, 3, 2, 2, 5, 0)})
     for stage, mean in stage_flops(step).items():
-        lanes = topology.modules[stage.module].lanes
-        shares = [
-            share_flops(topology, stage, step.share(stage.module, lane, k))
-            for lane in range(lanes)
-            for k in range(2)
-        ]
-        assert sum_of(shares) * 0.5 == mean
+        module = topology.modules[stage.module]
+        shares = [step.share(module.name, lane, k) for lane in range(module.lanes) for k in range(2)]
+        loads = [real_load(module.model, share.lengths) for share in shares]
+        parts = [of_units(topology.stages[stage], module_units(topology, module, load)) for load in loads]
+        assert sum_of(itertools.chain.from_iterable(parts)) * 0.5 == mean
 
 
 def test_a_step_of_all_microbatches_is_what_mfu_counts():

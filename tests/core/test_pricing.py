@@ -9,7 +9,7 @@ from mimogrid.core.costs import Costs
 from mimogrid.core.errors import PlanError
 from mimogrid.core.flops import stage_flops
 from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.pricing import LINK_EFFICIENCY, machine_of, measured_on, of_accelerator, on_machine
+from mimogrid.core.pricing import EFFICIENCY, LINK_EFFICIENCY, machine_of, measured_on, on_machine
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
@@ -36,6 +36,11 @@ def step_of(batch=8, microbatches=4, vision=None, **language):
     )
     topology = parse(spec, SourceFacts(sequence=SEQUENCE))
     return jobs.step_with(topology, {"vision": (PATCHES,)}, text=SEQUENCE - PATCHES)
+
+
+def of_accelerator(step, gpu, efficiency=EFFICIENCY):
+    """The costs of a job on accelerators of a kind, by name."""
+    return on_machine(step, machine_of(gpu, step.topology.spec.precision, efficiency))
 
 
 def test_products_take_their_operations_over_what_the_accelerator_reaches():
