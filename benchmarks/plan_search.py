@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mimogrid.core.plan import plan
 from mimogrid.core.plan.question import Question
-from mimogrid.core.pricing import machine_of
+from mimogrid.core.pricing.machine import machine_of
 from mimogrid.shell.jobs import open_job
 
 

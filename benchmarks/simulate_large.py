@@ -21,7 +21,7 @@ import attrs
 import large
 from mimogrid.core.costs import EdgeCosts
 from mimogrid.core.memory import peak_bytes
-from mimogrid.core.pricing import assumed
+from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.samples import Sample
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate

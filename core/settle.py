@@ -15,7 +15,7 @@ import attrs
 
 from mimogrid.core.layout import balanced, stages_of
 from mimogrid.core.legality import problems_of
-from mimogrid.core.pricing import assumed_of_layers
+from mimogrid.core.pricing.assumed import assumed_of_layers
 from mimogrid.core.samples import share
 from mimogrid.core.schedule.tuning import AUTO, best_named
 from mimogrid.core.spec import JobSpec, ModuleSpec, SourceFacts

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mimogrid.core.pricing import EFFICIENCY
+from mimogrid.core.pricing.machine import EFFICIENCY
 from mimogrid.shell import commands
 
 

@@ -21,7 +21,7 @@ import attrs
 
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.pricing import misfits
+from mimogrid.core.misfits import misfits
 from mimogrid.core.topology import Topology
 from mimogrid.shell.tables import Fault, converted, new_converter
 

@@ -12,7 +12,7 @@ import attrs
 
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.legality import problems_of
-from mimogrid.core.pricing import misfits
+from mimogrid.core.misfits import misfits
 from mimogrid.core.samples import Sample
 from mimogrid.core.settle import settled
 from mimogrid.core.spec import JobSpec, ModuleSpec

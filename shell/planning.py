@@ -11,7 +11,8 @@ from mimogrid.core.errors import PlanError, Problem, nearest
 from mimogrid.core.plan import Plan, plan
 from mimogrid.core.plan.layouts import shown
 from mimogrid.core.plan.question import BEST, SLOWER, Layout, Question
-from mimogrid.core.pricing import machine_of, measured_on
+from mimogrid.core.pricing import measured_on
+from mimogrid.core.pricing.machine import machine_of
 from mimogrid.shell import costfile, jobfile
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.output import print_json, write

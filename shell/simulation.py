@@ -28,7 +28,9 @@ from mimogrid.core.fold import Classes
 from mimogrid.core.legality import SCHEDULES
 from mimogrid.core.memory import Level, peaks
 from mimogrid.core.pace import Pace
-from mimogrid.core.pricing import ASSUMED, assumed, machine_of, on_machine
+from mimogrid.core.pricing import on_machine
+from mimogrid.core.pricing.assumed import ASSUMED, assumed
+from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.settle import settled
 from mimogrid.core.simulate import MANY, simulate

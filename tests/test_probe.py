@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import jobs
-from mimogrid.core.pricing import misfits
+from mimogrid.core.misfits import misfits
 from mimogrid.core.schedule.actions import Compute, Norm, Recv, Send, Tie, Update, Wait, WaitReduce, other_end
 from mimogrid.shell import costfile, start
 from mimogrid.shell.cli import main

@@ -19,7 +19,7 @@ from mimogrid.core.flops import lengths_of
 from mimogrid.core.legality import problems_of
 from mimogrid.core.plan.options import Option, RankBytes, RankTime, Shape, Way
 from mimogrid.core.plan.prices import Prices, alone, over
-from mimogrid.core.pricing import Machine
+from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.spec import JobSpec, SourceFacts
 from mimogrid.core.steps import Step
 

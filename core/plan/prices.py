@@ -1,6 +1,6 @@
 """Prices: what the layers of a module cost in a shape, layer by layer, in seconds and in bytes.
 
-They come from the same table as the costs of a job (`pricing.unit_costs`), and from what `memory` says of a layer that
+They come from the same table as the costs of a job (`pricing.units`), and from what `memory` says of a layer that
 is a stage of its own. As sums from the first layer on, they price any stage by two of them.
 """
 
@@ -16,7 +16,8 @@ from mimogrid.core.layout import balanced
 from mimogrid.core.memory import saved_bytes
 from mimogrid.core.models import Gpt, Own
 from mimogrid.core.plan.options import Shape, Way
-from mimogrid.core.pricing import Machine, Values, joined, unit_costs, values_of_units
+from mimogrid.core.pricing.machine import Machine
+from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
 from mimogrid.core.samples import Sample
 from mimogrid.core.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
 from mimogrid.core.steps import step_of

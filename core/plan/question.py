@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.pricing import Machine
+from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.samples import Sample
 from mimogrid.core.spec import JobSpec, SourceFacts
 from mimogrid.core.topology import Topology, assemble

@@ -24,7 +24,7 @@ import attrs
 
 from mimogrid.core.costs import Costs
 from mimogrid.core.footprint import hosts, kept, most_bytes_in_flight, most_message_bytes
-from mimogrid.core.pricing import assumed
+from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
 from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule

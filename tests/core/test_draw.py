@@ -18,7 +18,7 @@ from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import text as in_text
 from mimogrid.core.measured import measured
 from mimogrid.core.memory import peak_bytes
-from mimogrid.core.pricing import assumed
+from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.schedule.actions import Compute, Kind, Send
 from mimogrid.core.simulate import MANY, simulate
 

@@ -6,7 +6,7 @@ import pytest
 from jobs import program_of
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.measured import mean_costs, measured, on_one_clock
-from mimogrid.core.pricing import assumed
+from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.schedule.actions import Norm, Update, WaitReduce, parse
 from mimogrid.core.simulate import simulate
 from mimogrid.core.timeline import EDGE, Event, by_rank

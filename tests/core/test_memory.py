@@ -9,7 +9,7 @@ from jobs import program_of
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.footprint import kept, most_bytes_in_flight
 from mimogrid.core.memory import levels, noted_bytes, peak_bytes, peaks, saved_bytes, trace
-from mimogrid.core.pricing import assumed
+from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.steps import step_of

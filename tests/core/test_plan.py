@@ -12,7 +12,8 @@ from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.plan import plan
 from mimogrid.core.plan.menu import enough
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
-from mimogrid.core.pricing import machine_of, on_machine
+from mimogrid.core.pricing import on_machine
+from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.samples import Sample
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate

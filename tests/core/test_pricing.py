@@ -9,7 +9,8 @@ from mimogrid.core.costs import Costs
 from mimogrid.core.errors import PlanError
 from mimogrid.core.flops import stage_flops
 from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.pricing import EFFICIENCY, LINK_EFFICIENCY, machine_of, measured_on, on_machine
+from mimogrid.core.pricing import measured_on, on_machine
+from mimogrid.core.pricing.machine import EFFICIENCY, LINK_EFFICIENCY, machine_of
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts

@@ -11,7 +11,8 @@ import timed
 from jobs import job, program_of, step_with
 from mimogrid.core.breakdown import shares
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
-from mimogrid.core.pricing import assumed, misfits
+from mimogrid.core.misfits import misfits
+from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.schedule.actions import Compute, Kind, Reduce, Send, parse
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.schedule.replay import replay

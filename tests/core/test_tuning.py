@@ -10,7 +10,7 @@ from jobs import job, step_with
 from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.errors import PlanError
 from mimogrid.core.models import Gpt
-from mimogrid.core.pricing import assumed
+from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.schedule.lines import RULES, Rule, lines_of
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.schedule.orders import order_of

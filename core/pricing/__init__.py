@@ -1,0 +1,103 @@
+"""Pricing: the costs of a job that nobody has measured.
+
+Seconds on an accelerator follow from what the job does:
+
+    products       operations (`flops`, padding included, as it is computed) over ranks, at a part of the peak
+    weights        never faster than reading those of the rank once
+    tp, cp, ep     inside the compute action: two sums over tp per layer and direction, the keys and values that cp
+                   gathers, the tokens that cross to experts and back
+    links          bytes over the bandwidth of the node, or of the network where any of their ranks is in another
+    reduce         the sum of gradients over data lanes: each byte twice over the slowest link
+    update         Adam reads and writes weights, gradients and moments: memory bandwidth
+
+Of a microbatch the lane that has most counts, since the others wait for it in the end; of microbatches their mean.
+A module of the user's own takes no time. Where not even the accelerator is known, time goes by layers (`assumed`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import attrs
+
+from mimogrid.core.costs import Costs, StageCosts
+from mimogrid.core.flops import Load, lengths_of, module_units, of_units, padded_load
+from mimogrid.core.pricing.collectives import is_near
+from mimogrid.core.pricing.machine import Machine
+from mimogrid.core.pricing.units import joined, unit_costs, values_of_units
+from mimogrid.core.samples import lane_samples
+from mimogrid.core.steps import Step
+from mimogrid.core.topology import Module
+
+
+def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
+    """Return the costs of a job on a machine.
+
+    With `spread`, for a step in which every microbatch has rows of every module: what is there is spread over all.
+    """
+    topology = step.topology
+    stages: dict[str, StageCosts] = {}
+    for module in topology.modules.values():
+        load = _lane_load(module, lengths_of(step, module.name), topology.sequence, spread=spread)
+        parts = unit_costs(
+            module,
+            load,
+            machine,
+            flops=module_units(topology, module, load),
+            values=values_of_units(module),
+            repeats=topology.spec.modules[module.name].recompute == "full",
+        )
+        for info in module.stages:
+            stages[str(info.stage)] = joined(of_units(info, parts) if parts else ())
+    edges = {str(link): machine.link(within=is_near(topology, link, machine)) for link in topology.links}
+    return Costs(stages=stages, edges=edges)
+
+
+def measured_on(machine: Machine, step: Step, costs: Costs) -> Machine:
+    """Return the machine on which the modules of a job take as long as its costs say.
+
+    Of each module all stages count, forward and backward: how it is cut may then be another. What nobody assumes
+    anything of (a module of the user's own), or what took no time, stays as it is.
+    """
+    assumed_costs = on_machine(step, attrs.evolve(machine, measured=()))
+    found: list[tuple[str, float]] = []
+    for name, module in step.topology.modules.items():
+        stages = [info.stage for info in module.stages]
+        took, should = (
+            math.fsum(_whole_s(each.of(stage)) for stage in stages) for each in (costs, assumed_costs)
+        )
+        if took and should:
+            found.append((name, took / should))
+    return attrs.evolve(machine, measured=tuple(found))
+
+
+def _whole_s(costs: StageCosts) -> float:
+    return costs.forward + costs.whole_backward
+
+
+def _lane_load(module: Module, lengths: Sequence[int], sequence: int, *, spread: bool = False) -> Load:
+    """Return what the lane with most computes on in a microbatch, padded: the mean over those where it has any.
+
+    With `spread`, the mean over all. `lengths` are the positions of every sample of the step.
+    """
+    lanes = (_of_lane(module, lane, lengths, sequence, spread=spread) for lane in range(module.lanes))
+    return max(lanes, key=_size)
+
+
+def _size(load: Load) -> tuple[float, float, float]:
+    return load.positions, load.pairs, load.rows
+
+
+def _of_lane(module: Module, lane: int, lengths: Sequence[int], sequence: int, *, spread: bool) -> Load:
+    count, whole = 0, Load()
+    for k in range(module.microbatches):
+        chosen = lane_samples(
+            lane=lane,
+            lanes=module.lanes,
+            microbatch=k,
+            microbatches=module.microbatches,
+            total=len(lengths),
+        )
+        share = lengths[chosen.start : chosen.stop]
+        if any(share):
+            count, whole = count + 1, whole + padded_load(module, share, sequence)
+    return whole * (1 / (module.microbatches if spread else max(count, 1)))

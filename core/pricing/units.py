@@ -1,0 +1,176 @@
+"""Units: what the parts of a module that no stage cuts (`flops.units`) cost on a machine, for a load of one lane.
+
+So they price any way to cut the module, by sums over them (`joined`).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import attrs
+
+from mimogrid.core.costs import StageCosts
+from mimogrid.core.flops import Flops, Load
+from mimogrid.core.models import FIRST, LAST, BuiltIn, Gpt, Own, Parameter
+from mimogrid.core.pricing.collectives import all_reduce_s, gather_s, moved_s
+from mimogrid.core.pricing.machine import Machine
+from mimogrid.core.shards import local_size
+from mimogrid.core.topology import Module, StageInfo
+
+
+ADAM_VALUES = 7
+"""Values that an update reads (weight, gradient, two moments) and writes (weight, two moments)."""
+
+
+@attrs.frozen
+class Values:
+    """How many values of weights a rank holds; of these, how many train, without experts and of experts."""
+
+    held: float = 0.0
+    trained: float = 0.0
+    trained_experts: float = 0.0
+
+
+def unit_costs(
+    module: Module,
+    load: Load,
+    machine: Machine,
+    *,
+    flops: Sequence[Flops],
+    values: Sequence[Values],
+    repeats: bool,
+) -> tuple[StageCosts, ...]:
+    """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a load of one lane.
+
+    `flops` and `values` are of these parts; `repeats` says that layers are computed anew in the backward, with
+    all that their ranks exchange. Nothing for a module of the user's own.
+    """
+    if isinstance(module.model, Own):
+        return ()
+    model, last = module.model, module.model.layers + 1
+    times = machine.times(module.name)
+    kinds: dict[object, StageCosts] = {}  # most layers are alike
+    costs: list[StageCosts] = []
+    for i, (work, held) in enumerate(zip(flops, values, strict=True)):
+        in_layers = 0 < i < last
+        kind = work, held, in_layers, i == 0
+        if kind not in kinds:
+            shards = module.cp * (_tp(module) if in_layers or isinstance(model, Gpt) else 1)
+            forward, inputs, weights = _computing_s(
+                work,
+                machine=machine,
+                shards=shards,
+                reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
+                sums=_sums(module, model, load, machine, entry=i == 0, leaves=i == last),
+                repeats=repeats and in_layers,
+            )
+            kinds[kind] = StageCosts(
+                forward=times * forward,
+                input_gradient=times * inputs,
+                weight_gradient=times * weights,
+                reduce=_reduce_s(module, held, machine),
+                update=_update_s(held, machine),
+            )
+        costs.append(kinds[kind])
+    return tuple(costs)
+
+
+def joined(parts: Iterable[StageCosts]) -> StageCosts:
+    """Return the costs of a stage that consists of these parts."""
+    parts = tuple(parts)
+    return StageCosts(
+        forward=math.fsum(part.forward for part in parts),
+        input_gradient=math.fsum(part.input_gradient or 0.0 for part in parts),
+        weight_gradient=math.fsum(part.weight_gradient or 0.0 for part in parts),
+        reduce=math.fsum(part.reduce for part in parts),
+        update=math.fsum(part.update for part in parts),
+    )
+
+
+def _computing_s(
+    flops: Flops, *, machine: Machine, shards: int, reads_s: float, sums: tuple[float, float], repeats: bool
+) -> tuple[float, float, float]:
+    """Return the seconds of a forward, of the gradients of inputs, and of those of weights.
+
+    Each takes at least as long as it takes to read the weights. `sums` are the seconds of those over ranks, forward and
+    backward. What is computed anew goes before the first gradient.
+    """
+
+    def seconds(operations: float, least: float) -> float:
+        return max(operations / shards / machine.flops, least) if operations else 0.0
+
+    forward_sums, backward_sums = sums
+    inputs, weights = seconds(flops.input_gradient, reads_s), seconds(flops.weight_gradient, reads_s)
+    again = seconds(flops.recomputed, 0.0) + (forward_sums if repeats and flops.recomputed else 0.0)
+    if inputs:
+        inputs += backward_sums + again
+    elif weights:
+        weights += again
+    return seconds(flops.forward, reads_s) + forward_sums, inputs, weights
+
+
+def _tp(module: Module) -> int:
+    return module.grid.extent("tp")
+
+
+def _sums(
+    module: Module, model: BuiltIn, load: Load, machine: Machine, *, entry: bool, leaves: bool
+) -> tuple[float, float]:
+    """Return the seconds of what ranks of a lane exchange in a part, forward and backward."""
+    block = load.positions / module.cp * model.hidden * machine.value_bytes
+    tp = all_reduce_s(block, module.grid, ("tp",), machine)
+    if entry or leaves:
+        # Forward the embedding is summed, backward the gradient of what the head reads.
+        return (tp * entry, tp * leaves) if isinstance(model, Gpt) else (0.0, 0.0)
+    keys = load.positions * 2 * model.kv_heads * model.head_width / _tp(module) * machine.value_bytes
+    both = 2 * tp + gather_s(keys, module.grid, ("cp",), machine)
+    if module.experts is not None:
+        tokens = block * model.top_k / _tp(module)
+        both += 2 * gather_s(tokens, module.experts, ("expert_tp", "ep"), machine)
+    return both, both
+
+
+def values_of_units(module: Module) -> tuple[Values, ...]:
+    """Return what a rank holds of each part of a module that no stage cuts (see `flops.units`)."""
+    if isinstance(module.model, Own):
+        return ()
+    last = module.model.layers + 1
+    held, trained, experts = ([0.0] * (last + 1) for _ in range(3))
+    for info in module.stages:
+        for parameter in info.parameters:
+            size = _values_of(module, parameter)
+            for unit in _units_with(parameter, info, last):
+                held[unit] += size
+                if parameter.name in info.trainable:
+                    (trained if parameter.expert is None else experts)[unit] += size
+    return tuple(map(Values, held, trained, experts))
+
+
+def _units_with(parameter: Parameter, info: StageInfo, last: int) -> Iterator[int]:
+    """Yield in which parts a stage has a parameter."""
+    if isinstance(parameter.layer, int):
+        yield 1 + parameter.layer
+    if parameter.layer == FIRST and info.first:
+        yield 0
+    if LAST in (parameter.layer, parameter.copy) and info.last:
+        yield last
+
+
+def _values_of(module: Module, parameter: Parameter) -> float:
+    """Return how many values of a parameter a rank holds; of an expert, the mean over ranks."""
+    size = local_size(module, parameter)
+    return size / module.experts.extent("ep") if parameter.expert is not None and module.experts else size
+
+
+def _reduce_s(module: Module, values: Values, machine: Machine) -> float:
+    """Return the seconds that sum gradients over lanes; in buffers so large that latency does not count."""
+    copies = 0.0
+    if module.experts is not None:
+        size = values.trained_experts * machine.state_bytes
+        copies = moved_s(size, module.experts, ("expert_dp",), machine)
+    return 2 * (copies + moved_s(values.trained * machine.state_bytes, module.grid, ("cp", "dp"), machine))
+
+
+def _update_s(values: Values, machine: Machine) -> float:
+    """Return the seconds in which an optimizer goes over what a rank updates."""
+    size = (values.trained + values.trained_experts) * machine.state_bytes
+    return ADAM_VALUES * size / machine.accelerator.memory_bytes_per_s
