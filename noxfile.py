@@ -63,19 +63,10 @@ def _needs_only_core(file: Path) -> bool:
 def megatron_newest(session: nox.Session) -> None:
     """Compare with the newest megatron-core, which needs a newer Python (and brings a torch of some gigabytes)."""
     session.install("--editable", ".[train]", "hypothesis", "pytest>=9")
-    names = (
-        "megatron",
-        "megatron_grid",
-        "megatron_networks",
-        "forward_step",
-        "modules",
-        "experts",
-        "torch_module",
-        "examples",
-        "gpu_benchmark",
-    )
-    # Of warnings that are errors elsewhere it gives many at import, and they are not ours to mend.
-    session.run("pytest", "-W", "default", *session.posargs, *(f"tests/test_{name}.py" for name in names))
+    # The core needs no torch, and the pages are of the locked versions. Of warnings that are errors elsewhere
+    # megatron-core gives many at import, and they are not ours to mend.
+    others = ("--ignore", "tests/core", "--ignore", "tests/test_docs.py")
+    session.run("pytest", "-W", "default", *others, *(session.posargs or ["tests"]))
 
 
 @nox.session(venv_backend="venv")

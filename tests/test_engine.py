@@ -4,6 +4,7 @@ Transformer-engine itself runs on CUDA only. Here megatron-core's own specificat
 its classes that hold the parameters under their names.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -87,10 +88,15 @@ def megatrons() -> Specification:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
 
 
+def linears_of(mlp: Any) -> Any:
+    """The linears of an MLP, of its specification (megatron-core 0.16) or of what builds it (0.19)."""
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+
+
 def with_stand_ins() -> Specification:
     """The same with the stand-ins."""
     layer = megatrons()
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention, mlp = layer.submodules.self_attention.submodules, linears_of(layer.submodules.mlp)
     for owner, names in ((attention, ("linear_qkv", "linear_proj")), (mlp, ("linear_fc1", "linear_fc2"))):
         for name in names:
             setattr(owner, name, STAND_INS[getattr(owner, name)])
@@ -159,7 +165,7 @@ def test_the_specification_is_megatrons_but_for_attention() -> None:
             parts, attention = layer.submodules, layer.submodules.self_attention
             assert IdentityOp is parts.input_layernorm is parts.pre_mlp_layernorm
             assert extension.TELayerNormColumnParallelLinear is attention.submodules.linear_qkv
-            assert extension.TELayerNormColumnParallelLinear is parts.mlp.submodules.linear_fc1
+            assert extension.TELayerNormColumnParallelLinear is linears_of(parts.mlp).linear_fc1
             assert CoreAttention is attention.submodules.core_attention
             assert mask == attention.params["attn_mask_type"].name
 
