@@ -1,13 +1,17 @@
 """CPU: what megatron-core cannot do without CUDA, and what stands in for it.
 
-Nothing of torch is patched. A few of megatron's own module globals are replaced while `on_device` is open,
-and only on CPU:
+Nothing of torch is patched. A few of megatron's own module globals are replaced while `on_device` is open. On every
+device:
+
+- Its random-state tracker. On CUDA it is one of its own class, which has the state that sequence parallelism asks for;
+  without that it would be a host's, or empty. On the CPU it is one that forks the CPU's generator.
+- Its global memory buffer, which only its own `initialize_model_parallel` would make.
+
+And on the CPU alone:
 
 - The name ``torch`` in three of its files. Its sequence-parallel mappings and its buffer allocate on
   ``torch.cuda.current_device()``; there, and nowhere else, that is the CPU.
-- Its random-state tracker, which forks the CUDA generators. The one here forks the CPU's.
 - The two functions by which recomputation saves and restores the CUDA generator's state.
-- Its global memory buffer, which only its own `initialize_model_parallel` would make.
 - A flag that says "already warned" about CUDA_DEVICE_MAX_CONNECTIONS, which orders CUDA kernels.
 - Two collectives that it took from torch by names that torch 2.13 calls deprecated, at every call.
 
@@ -93,15 +97,31 @@ class CpuRandomStates:
 
 @contextlib.contextmanager
 def on_device(device: torch.device, *, seed: int = 0) -> Iterator[None]:
-    """Let megatron's modules be built and run on `device` while open; does nothing unless that is the CPU.
+    """Let megatron's modules be built and run on `device` while open.
 
     Forward *and* backward need it: sequence parallelism and recomputation work in both.
     """
-    if device.type != "cpu":
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER", _random_states(device, seed)))
+        stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
+        stack.enter_context(_replaced(parallel_state, "_GLOBAL_MEMORY_BUFFER", None))
+        parallel_state._set_global_memory_buffer()
+        if device.type == "cpu":
+            stack.enter_context(_without_cuda())
         yield
-        return
+
+
+def _random_states(device: torch.device, seed: int) -> Any:
+    if device.type == "cpu":
+        return CpuRandomStates({"model-parallel-rng": seed})
+    tracker = random.CudaRNGStatesTracker()
+    tracker.add("model-parallel-rng", seed)
+    return tracker
+
+
+@contextlib.contextmanager
+def _without_cuda() -> Iterator[None]:
     stand_in = _torch_without_cuda()
-    tracker = CpuRandomStates({"model-parallel-rng": seed})
     warned = layers.linear_with_grad_accumulation_and_async_allreduce
     with contextlib.ExitStack() as stack:
         for module in _ON_CUDA_DEVICE:
@@ -110,12 +130,8 @@ def on_device(device: torch.device, *, seed: int = 0) -> Iterator[None]:
             for module in (layers, mappings):
                 function = getattr(dist, new, getattr(module, old))  # Older torch has the old one only.
                 stack.enter_context(_replaced(module, old, function))
-        stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER", tracker))
-        stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
         stack.enter_context(_replaced(random, "_get_cuda_rng_state", _get_state))
         stack.enter_context(_replaced(random, "_set_cuda_rng_state", _set_state))
-        stack.enter_context(_replaced(parallel_state, "_GLOBAL_MEMORY_BUFFER", None))
-        parallel_state._set_global_memory_buffer()
         stack.enter_context(_replaced(warned, "warned", True))
         yield
 
