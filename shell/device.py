@@ -66,9 +66,12 @@ def choose(place: Place, transport: str | None = None) -> Device:
     Raises PlanError where NCCL is asked for more ranks of a host than it has GPUs.
     """
     is_local = place.meeting is not None
-    if not torch.cuda.is_available() or (is_local and transport is None):
+    if is_local and transport is None:
         return of(torch.device("cpu"))
-    there = torch.cuda.device_count()
+    assert not torch.cuda._is_in_bad_fork(), "a local world on CUDA needs a pool that may use it"
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there and transport != "nccl":
+        return of(torch.device("cpu"))
     if transport == "nccl" and place.local_rank >= there:
         fact = f"gives each rank a GPU of its own; this host has {there}, and a rank {place.local_rank}."
         raise PlanError([Problem("--transport nccl", fact, "Start fewer ranks, or use --transport host.")])

@@ -3,6 +3,9 @@
 A pool keeps its processes between worlds: they are forked from a server that has torch and megatron-core
 imported already, so a world starts in milliseconds. Each world meets over a file in a temporary folder.
 
+Processes that may use CUDA each import for themselves. Importing megatron-core asks the CUDA driver whether there is a
+GPU; and what is forked from a process that has asked it anything is told that there is none.
+
 If a process raises, dies, or is found to have stopped, the others are ended at once, the stopped one included, and
 `WorldError` carries the first failure.
 """
@@ -16,6 +19,7 @@ import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -53,12 +57,16 @@ class Report:
 
 
 class Pool:
-    """Processes that run worlds, one at a time, of up to `size` ranks."""
+    """Processes that run worlds, one at a time, of up to `size` ranks; `may_use_cuda`: on GPUs, too."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, may_use_cuda: bool = False) -> None:
         self._size = size
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["mimogrid.shell.preload"])
+        self._context: ForkServerContext | SpawnContext
+        if may_use_cuda:
+            self._context = multiprocessing.get_context("spawn")
+        else:
+            self._context = multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload(["mimogrid.shell.preload"])
         self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def run(self, function: str, size: int, *arguments: Any) -> list[Any]:

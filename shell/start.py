@@ -40,7 +40,8 @@ def train(
             if report is not None:
                 print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
             else:
-                report = _first(job, "mimogrid.shell.train:in_world", transport, str(folder), resume)
+                body, arguments = "mimogrid.shell.train:in_world", (transport, str(folder), resume)
+                report = _first(job, body, *arguments, may_use_cuda=transport is not None)
     if isinstance(report, runs.Stopped):
         if place is None or place.rank == job.topology.ranks[0]:
             print(report, file=sys.stderr)
@@ -107,8 +108,8 @@ def _unmeasurable(repeat: int, sizes: Sequence[int], out: Path | None, *, alone:
         yield Problem(str(out), "cannot be written: no such folder.", "Name a file in a folder that exists.")
 
 
-def _first(job: Job, function: str, *arguments: Any) -> Any:
+def _first(job: Job, function: str, *arguments: Any, may_use_cuda: bool = False) -> Any:
     """Run a function on a world of local processes; return what the first rank of the job says."""
     size = job.topology.world_size
-    with Pool(size) as pool, passing_on(pool.signal):
+    with Pool(size, may_use_cuda=may_use_cuda) as pool, passing_on(pool.signal):
         return next(r for r in pool.run(function, size, job, *arguments) if r is not None)

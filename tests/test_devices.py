@@ -13,6 +13,12 @@ pytestmark = pytest.mark.world
 CPU = Where(shared=None, own=None)
 
 
+def test_ranks_are_on_the_cpu(pool: Pool, opened: Opened) -> None:
+    """Unless they are told otherwise."""
+    every = {("cpu", "gloo")}
+    assert {"shared": every, "own": every} == checks.kinds(pool, opened, CPU)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_parity(pool: Pool, opened: Opened, precision: str) -> None:
     """Worlds of eight, four and one."""

@@ -151,3 +151,5 @@ def test_a_gpu_for_each_rank_or_one_for_all() -> None:
         assert ("nccl", False, True) == (own.backend, own.has_tags, own.connects_lazily)
         with pytest.raises(PlanError, match="this host has 2"):
             devices.choose(fourth, "nccl")
+    with pytest.raises(PlanError, match="this host has 0"):
+        devices.choose(Place(0, 1, "meeting"), "nccl")

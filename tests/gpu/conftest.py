@@ -1,4 +1,4 @@
-"""A GPU, or a reason why there is none; and a summary of what was measured."""
+"""A GPU, or a reason why there is none; processes that may use it; and a summary of what was measured."""
 
 import importlib.util
 import json
@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from mimogrid.shell.launch import Pool
+
 
 SUMMARY = Path("gpu.json")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Eight processes that may use CUDA."""
+    with Pool(8, may_use_cuda=True) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,13 @@ GPU = Where(shared="host", own="nccl")
 Summary = dict[str, Any]
 
 
+def test_ranks_are_on_the_gpu(pool: Pool, opened: Opened, summary: Summary) -> None:
+    """All of them, those that share it too; else what follows would say nothing."""
+    found = checks.kinds(pool, opened, GPU)
+    assert {"shared": {("cuda", "gloo")}, "own": {("cuda", "nccl")}} == found
+    summary["ranks_on"] = "cuda"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_parity(pool: Pool, opened: Opened, summary: Summary, precision: str) -> None:
     """Worlds of four and eight ranks through host memory, and of one with NCCL; fp32 without TF32."""

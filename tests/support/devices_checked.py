@@ -49,6 +49,16 @@ def first(said: Sequence[Any]) -> Any:
     return next(one for one in said if one is not None)
 
 
+def kinds(pool: Pool, opened: Opened, where: Where) -> dict[str, set[tuple[str, str]]]:
+    """Return on which devices ranks compute, and with which backend they talk."""
+    found = {}
+    for name, layout, transport in (("shared", WORLDS[1], where.shared), ("own", ALONE, where.own)):
+        opened_job = opened(job(layout))
+        size = opened_job.topology.world_size
+        found[name] = set(pool.run("devices_checked:kind", size, opened_job, transport))
+    return found
+
+
 def parity(pool: Pool, opened: Opened, where: Where, precision: str) -> dict[str, Any]:
     """Layouts have the loss and gradients of one process: to 1e-5 in fp32, within its own rounding in bf16."""
     found: dict[str, Any] = {}
@@ -123,6 +133,14 @@ def layers(pool: Pool, opened: Opened, where: Where, expected: str) -> dict[str,
 
 
 # -- what runs on every rank -------------------------------------------------------------------------------
+
+
+def kind(place: Place, opened: Job, transport: str | None) -> tuple[str, str]:
+    """Return on which device a rank computes, and with which backend it talks."""
+    with open_session(place, opened, transport=transport) as session:
+        assert session.crew
+        (weight, *_) = (w for buffer in session.crew.buffers.values() for w in buffer.weights.values())
+        return weight.device.type, session.device.backend
 
 
 def come_and_go(place: Place, opened: Job, transport: str | None, times: int) -> list[tuple[int, int]]:
