@@ -17,6 +17,8 @@ from mimogrid.core.models import Block, Gpt, Own, Regressor, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.steps import Share
 from mimogrid.core.topology import Module
+from mimogrid.shell.device import sent
+from mimogrid.shell.packing import check_placeholders
 
 
 EXACT = frozenset({"loss_weights", "targets"})
@@ -67,7 +69,10 @@ class Loader:
         A source module reads its rows; `entire`: and whatever else its samples have for it.
         """
         if isinstance(module.model, Gpt):
-            return self._load(module, share, ("tokens",), share.lengths)
+            columns = self._columns(module, share, ("tokens",), share.lengths)
+            # Before they go to the device: to read a value there is to wait for all that it computes.
+            check_placeholders(columns["tokens"], share)
+            return self._joined(module, columns)
         if module.inputs:
             return {}
         columns = self._columns(module, share, ("rows",), share.rows[module.name], entire=entire)
@@ -78,7 +83,6 @@ class Loader:
         match module.model:
             case Gpt():
                 columns = self._columns(module, share, ("labels", "loss_weights"), share.lengths)
-                # Before they go to the device: to read a value there is to wait for all that it computes.
                 _check_units(module, share, columns["loss_weights"])
                 return self._joined(module, columns)
             case Regressor():
@@ -133,7 +137,7 @@ class Loader:
             dtype = torch.promote_types(dtype, torch.float32)
         if not joined.is_floating_point():
             dtype = joined.dtype
-        return joined.to(self.device, dtype, non_blocking=True)
+        return sent(joined.to(dtype), self.device)
 
 
 def _nothing(name: str, module: Module) -> torch.Tensor:

@@ -171,7 +171,8 @@ class StageBuffer:
     @property
     def is_finite(self) -> bool:
         """Whether every gradient here is, counted in the norm or not."""
-        return all(bool(buffer.gradients.isfinite().all()) for buffer in self.buffers)
+        found = [buffer.gradients.isfinite().all() for buffer in self.buffers]
+        return bool(torch.stack(found).all()) if found else True
 
     def partials(self) -> list[float]:
         """Return the sums of squares whose total over all ranks is the square of the global norm.

@@ -26,6 +26,7 @@ from mimogrid.core.errors import WorldError
 from mimogrid.core.samples import share as share_of
 from mimogrid.core.steps import Share
 from mimogrid.core.zigzag import WHOLE, ZigZag
+from mimogrid.shell.device import sent
 
 
 SHOWN = 8
@@ -130,19 +131,14 @@ def pack_text(
     return _pack_text(_Places.of(share), _Ranks(multiple, cut, deal, device), sequence)
 
 
-def check_placeholders(tokens: Tensor, share: Share, packing: Packing) -> None:
-    """Raise WorldError where the -1 among a share's tokens are not the placeholders that are described.
+def check_placeholders(tokens: Sequence[Tensor], share: Share) -> None:
+    """Raise WorldError where the -1 among the tokens of a share's samples are not the placeholders that are described.
 
-    Reads the tokens: ask before they go to a device that computes asynchronously.
+    `tokens` are those of its samples that have any.
     """
-    text = tokens.index_select(0, packing.text_tokens)
-    missing = sum(map(len, share.placeholders))
-    if int((tokens < 0).sum()) == missing and not bool((text < 0).any()):
-        return
-    start = 0
-    for sample, length, described in zip(share.samples, share.lengths, share.placeholders, strict=True):
-        found = (tokens[start : start + length] < 0).nonzero().squeeze(1).tolist()
-        start += length
+    present = ((s, p) for s, n, p in zip(share.samples, share.lengths, share.placeholders, strict=True) if n)
+    for (sample, described), of_sample in zip(present, tokens, strict=True):
+        found = (of_sample < 0).nonzero().squeeze(1).tolist()
         if sorted(described) != found:
             raise WorldError(
                 f"sample {sample.id}: its tokens have {len(found)} placeholders (-1), its description has "
@@ -212,7 +208,7 @@ def _pack_rows(places: _Places, ranks: _Ranks, dtype: torch.dtype) -> Packing:
     if any(length < len(keys) for length in present):
         real = torch.tensor(keys) < torch.tensor(present)[:, None]
         mask = torch.zeros(samples, len(keys), dtype=dtype).masked_fill_(~real, -math.inf)
-        mask = _moved(mask[:, None, None, :], ranks.device)
+        mask = sent(mask[:, None, None, :], ranks.device)
     incoming, outgoing = places.entries(columns, samples)
     return attrs.evolve(_packing(ranks, (positions, samples), padded, incoming, outgoing), mask=mask)
 
@@ -249,7 +245,7 @@ def _packing(
         parts = _Parts.of(cut, block)
         of_rows, of_text, of_out = parts.own(rows_in), parts.own(text_in), parts.own(out)
         order, most = parts.gathered(out)
-        portion = Portion(_moved(of_rows, device), _moved(of_out, device), most, _moved(order, device))
+        portion = Portion(sent(of_rows, device), sent(of_out, device), most, sent(order, device))
         text = text[of_text]
         rows_in, text_in, out = (
             parts.local[whole[own]] for whole, own in ((rows_in, of_rows), (text_in, of_text), (out, of_out))
@@ -258,18 +254,13 @@ def _packing(
     return Packing(
         *block,
         padded=padded,
-        incoming=_moved(torch.cat((rows_in, text_in)), device),
-        text_tokens=_moved(text, device),
-        outgoing=_moved(out, device),
-        tokens=_moved(routed, device),
+        incoming=sent(torch.cat((rows_in, text_in)), device),
+        text_tokens=sent(text, device),
+        outgoing=sent(out, device),
+        tokens=sent(routed, device),
         mask=None,
         portion=portion,
     )
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on the device, without waiting for what the device is at."""
-    return tensor.to(device, non_blocking=True)
 
 
 @attrs.frozen(eq=False)

@@ -134,7 +134,7 @@ class Crew:
             for microbatch, logits in runner.answers.items():
                 where, tokens = runner.last_tokens(microbatch, logits)
                 mine[where.start : where.stop] = tokens
-        return [int(token) for token in self.gather(mine).sum(dim=0)]
+        return [int(token) for token in self.gather(mine).sum(dim=0).tolist()]
 
     def judge(
         self, step: Step, source: Loads | None = None, loss: Loss = weighted_cross_entropy

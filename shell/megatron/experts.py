@@ -238,14 +238,17 @@ def _crossing(chosen_TK: Tensor, company: Company) -> _Crossing:
     order, back = _sorted(key_C)
     sent_ML = torch.zeros(ranks * each, dtype=torch.int64, device=device)
     sent_ML = sent_ML.scatter_add_(0, key_C, torch.ones_like(key_C)).view(ranks, each)
-    got_ML, by_expert = sent_ML, None
+    got_ML = sent_ML
     if ranks > 1:
         got_ML = torch.empty_like(sent_ML)
         dist.all_to_all_single(got_ML, sent_ML, group=group)
-        if each > 1:
-            expert = torch.arange(each, device=device).repeat(ranks)
-            by_expert = _sorted(expert.repeat_interleave(got_ML.flatten()))
-    sent, got = torch.stack((sent_ML, got_ML)).sum(dim=2).tolist()
+    # All that the host must know, at once: it waits for the device here.
+    told_sent, told_got = torch.stack((sent_ML, got_ML)).tolist()
+    sent, got = ([sum(of_rank) for of_rank in told] for told in (told_sent, told_got))
+    by_expert = None
+    if ranks > 1 and each > 1:
+        expert = torch.arange(each, device=device).repeat(ranks)
+        by_expert = _sorted(expert.repeat_interleave(got_ML.flatten(), output_size=sum(got)))
     return _Crossing(
         order=order,
         back=back,
@@ -253,7 +256,7 @@ def _crossing(chosen_TK: Tensor, company: Company) -> _Crossing:
         sent=sent,
         got=got,
         by_expert=by_expert,
-        rows_of_experts=got_ML.sum(dim=0).tolist(),
+        rows_of_experts=[sum(of_expert) for of_expert in zip(*told_got, strict=True)],
         group=group,
     )
 

@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from mimogrid.core.models import BuiltIn
 from mimogrid.core.zigzag import WHOLE, ZigZag
+from mimogrid.shell.device import sent
 from mimogrid.shell.ledger import Ledger
 
 
@@ -170,7 +171,7 @@ def rotary_table(
     """
     exact: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
     frequencies = ROTARY_BASE ** -(torch.arange(0, width, 2, **exact) / width)
-    places = torch.tensor(cut.positions(positions * cut.size), **exact)
+    places = sent(torch.tensor(cut.positions(positions * cut.size), dtype=exact["dtype"]), device)
     angles = torch.outer(places, frequencies)[:, None, None, :]
     return torch.cat((angles, angles), dim=-1).cos().to(dtype), angles.sin().to(dtype)
 

@@ -15,7 +15,7 @@ from mimogrid.shell.loss import Predictions, squared_error_sum
 from mimogrid.shell.megatron import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
 from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.modules.transformer import Context, TransformerStage
-from mimogrid.shell.packing import Packing, check_placeholders, pack_rows, pack_text
+from mimogrid.shell.packing import Packing, pack_rows, pack_text
 from mimogrid.shell.weights import layout_name
 
 
@@ -66,8 +66,6 @@ class TextStage(TransformerStage):
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return token embeddings with the feeders' rows at their placeholders."""
         tokens_T = inputs["tokens"]
-        if tokens_T.device.type == "cpu":
-            check_placeholders(tokens_T, share, packing)
         text_T = tokens_T.index_select(0, packing.text_tokens)
         text_TH = self.network.embedding.word_embeddings(text_T)
         text_TH = functional.dropout(text_TH, self.dropout, training=self.training and self.draws)

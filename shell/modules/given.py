@@ -20,6 +20,7 @@ from mimogrid.core.spec import GroupSpec, ModuleSpec, OptimizerSpec
 from mimogrid.core.steps import Share
 from mimogrid.core.topology import Module, StageInfo, Topology
 from mimogrid.shell import builders
+from mimogrid.shell.device import sent
 from mimogrid.shell.modules.interface import StageModule
 
 
@@ -48,7 +49,7 @@ class OwnStage(StageModule):
             "lengths": share.lengths,
             **{f"lengths.{feeder}": share.rows[feeder] for feeder in self.feeders},
         }
-        counts = {name: torch.tensor(c).to(device, non_blocking=True) for name, c in told.items()}
+        counts = {name: sent(torch.tensor(c), device) for name, c in told.items()}
         given = self.network({**inputs, **counts})
         self._check(given, sum(share.lengths))
         rows = self.emit(given["rows"]) if self.edges else {}

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -14,17 +15,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import pretended
 from mimogrid.core.errors import WorldError
-from mimogrid.core.schedule.actions import Action, Compute, Reduce, Send, Transfer
+from mimogrid.core.schedule.actions import Action, Compute, Norm, Reduce, Send, Transfer
 from mimogrid.core.schedule.lower import plan_step
+from mimogrid.shell import checkpoint, saving
 from mimogrid.shell import device as devices
 from mimogrid.shell.device import Device
 from mimogrid.shell.execute import Timed, execute
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.manifest import folder_of
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.parity import full_gradients, on_one_process
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
+from mimogrid.shell.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore, scatter
+from mimogrid.shell.step import Crew
 from mimogrid.shell.transport import Transport
 from ordered import OrderedStreams
 
@@ -246,3 +252,46 @@ def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str
             except WorldError as error:
                 said = str(error)
     return calls, loss, said
+
+
+# -- as on a GPU -------------------------------------------------------------------------------------------
+
+
+def placed(place: Place, job: Job) -> tuple[float, float, set[str]] | None:
+    """Train a step on a device that is said to be CUDA's, then do all else that reads or writes weights there.
+
+    Return loss and norm, and what the host would wait for the device with before NORM.
+    """
+    device = patch.object(devices, "choose", lambda *_: pretended.device())
+    with pretended.pretending() as cuda, device, open_session(place, job) as session:
+        if session.crew is None:
+            return None
+        waits: list[str] = []
+
+        def noting(actions: tuple[Action, ...], *others: Any) -> tuple[Timed, ...]:
+            end = next(i for i, action in enumerate(actions) if isinstance(action, Norm))
+            cuda.waits.clear()
+            timeline = execute(actions[:end], *others)
+            waits.extend(cuda.waits)
+            return (*timeline, *execute(actions[end:], *others, first=end))
+
+        step, crew = job.step(0), session.crew
+        outcome = crew.run(0, step, job.step(1), runs=noting)
+        _also(crew, job, Path(place.meeting or "").parent / "saved")
+        return outcome.loss, outcome.gradient_norm, set(waits)
+
+
+def _also(crew: Crew, job: Job, folder: Path) -> None:
+    """Evaluate, compare the data, collect gradients, and let weights and states leave and come back."""
+    assert job.source
+    step = job.step(1)
+    crew.agree_on(step)
+    crew.judge(step)
+    if crew.topology.graph.texts:
+        crew.choose(step, job.source)
+    full_gradients(crew)
+    facts = manifest_of(crew, 1)
+    scatter(crew, gather(crew), facts)
+    saving.save(folder, pieces_to_save(crew), facts, crew.group, keep=1)
+    checkpoint.load(folder_of(folder, 1), pieces_to_load(crew, facts), crew.group)
+    restore(crew, facts)
