@@ -9,9 +9,9 @@ ones that multiply in fp8. A module's `engine` asks for one of them, or lets the
 >>> module = ModuleSpec(model="vit", options=Vit(layers=1, hidden=8, heads=2))
 >>> job = JobSpec(modules={"v": module}, data=DataSpec(source="-"), batch=BatchSpec(global_size=1), precision="bf16")
 >>> choose("v", job, missing="")
-Choice(engine='transformer_engine', reason='')
+Choice(engine='transformer_engine', reason='', version='')
 >>> choose("v", job, missing="there is no CUDA device")
-Choice(engine='local', reason='there is no CUDA device')
+Choice(engine='local', reason='there is no CUDA device', version='')
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,14 +35,18 @@ _SPLITTING = ("zb-h1", "zb-h2", "auto")
 
 @attrs.frozen
 class Choice:
-    """Whose layers a module gets on a machine; the `reason` where transformer-engine's were possible by its job."""
+    """Whose layers a module gets on a machine; the `reason` where transformer-engine's were possible by its job.
+
+    `version` is that of transformer-engine where the layers are its own: kernels, and recipes of fp8, change with it.
+    """
 
     engine: str
     reason: str
+    version: str = ""
 
 
-def choose(name: str, spec: JobSpec, *, missing: str) -> Choice:
-    """Return whose layers a module gets where transformer-engine lacks what `missing` says; "": nothing.
+def choose(name: str, spec: JobSpec, *, missing: str, version: str = "") -> Choice:
+    """Return whose layers a module gets where transformer-engine, of a version, lacks what `missing` says; "": nothing.
 
     Raises PlanError where the job asks for what is not there.
     """
@@ -53,7 +57,7 @@ def choose(name: str, spec: JobSpec, *, missing: str) -> Choice:
     if module.engine == AUTO and spec.precision not in HALF:
         against.append(f"in {spec.precision} local layers are as good")
     if not missing and not against:
-        return Choice(TRANSFORMER_ENGINE, "")
+        return Choice(TRANSFORMER_ENGINE, "", version)
     if module.engine == TRANSFORMER_ENGINE:
         remedy = 'Install mimogrid[gpu] on a machine with CUDA, or use engine = "auto".'
         raise PlanError([Problem(f"{where}.engine", f"asks for transformer-engine, but {missing}.", remedy)])
@@ -71,15 +75,20 @@ def unlike(choices: Mapping[int, Mapping[str, Choice]]) -> Iterator[str]:
     []
     >>> print(*unlike({0: {"l": there}, 1: {"l": not_there}, 2: {"l": not_there}}))
     modules.l: transformer_engine on ranks [0], local on ranks [1, 2] (transformer-engine is not installed)
+    >>> old, new = Choice(TRANSFORMER_ENGINE, "", "2.9.0"), Choice(TRANSFORMER_ENGINE, "", "2.11.0")
+    >>> print(*unlike({0: {"l": old}, 1: {"l": new}, 2: {"l": old}}))
+    modules.l: transformer_engine 2.9.0 on ranks [0, 2], transformer_engine 2.11.0 on ranks [1]
     """
     for name in sorted({name for chosen in choices.values() for name in chosen}):
         ranks: dict[Choice, list[int]] = {}
         for rank, chosen in sorted(choices.items()):
             if name in chosen:
                 ranks.setdefault(chosen[name], []).append(rank)
-        if len({choice.engine for choice in ranks}) > 1:
+        if len({(choice.engine, choice.version) for choice in ranks}) > 1:
             found = (
-                f"{choice.engine} on ranks {on}" + (f" ({choice.reason})" if choice.reason else "")
+                f"{choice.engine} {choice.version}".strip()
+                + f" on ranks {on}"
+                + (f" ({choice.reason})" if choice.reason else "")
                 for choice, on in ranks.items()
             )
             yield f"modules.{name}: {', '.join(found)}"

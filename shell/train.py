@@ -103,7 +103,7 @@ def _tell_layers(crew: Crew, log: FilteringBoundLogger) -> None:
     """Say in one line whose layers the stages of this rank have."""
     choices = {stage.module: runner.network.layers_by for stage, runner in crew.stages.items()}
     told = {
-        name: f"{choice.engine} ({choice.reason})" if choice.reason else choice.engine
+        name: f"{choice.engine} {choice.version}".strip() + (f" ({choice.reason})" if choice.reason else "")
         for name, choice in choices.items()
         if choice
     }

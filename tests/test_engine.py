@@ -176,11 +176,17 @@ def test_ranks_of_a_module_with_different_machines_are_refused(pool: Pool, opene
     unlike = opened(job("enc(1,1,1)@0 lm(1,1,2)@1", precision="bf16"))
     said = (
         r"modules\.lm: local on ranks \[1\] \(transformer-engine is not installed\), "
-        r"transformer_engine on ranks \[2\]\."
+        r"transformer_engine 2\.11\.0 on ranks \[2\]\."
     )
     with pytest.raises(WorldError, match=said):
-        pool.run("bodies:with_engine", 3, unlike, 2)
+        pool.run("bodies:with_engine", 3, unlike, {2: "2.11.0"})
+    said = r"modules\.lm: transformer_engine 2\.9\.0 on ranks \[1\], transformer_engine 2\.11\.0 on ranks \[2\]\."
+    with pytest.raises(WorldError, match=said):
+        pool.run("bodies:with_engine", 3, unlike, {0: "2.8.0", 1: "2.9.0", 2: "2.11.0"})
     asked = {"lm": {"engine": "local"}}
     pool.run(
-        "bodies:with_engine", 3, opened(job("enc(1,1,1)@0 lm(1,1,2)@1", precision="bf16", changes=asked)), 2
+        "bodies:with_engine",
+        3,
+        opened(job("enc(1,1,1)@0 lm(1,1,2)@1", precision="bf16", changes=asked)),
+        {2: "2.11.0"},
     )

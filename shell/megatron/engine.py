@@ -9,6 +9,7 @@ there is no state beside the weights: what transformer-engine keeps as `_extra_s
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Iterable
@@ -40,13 +41,23 @@ def missing(device: torch.device) -> str:
     return ""
 
 
+@functools.cache
+def version() -> str:
+    """Return the version of transformer-engine, "" where there is none."""
+    try:
+        return importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def agree(names: Iterable[str], topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
     """Compare over all ranks of a job whose layers each would build its modules of; joint over `group`.
 
     Layers that round differently would give lanes different weights. Raises WorldError on every rank where the machines
-    of a module's ranks differ in what they have, and PlanError where one has not what the job asks for.
+    of a module's ranks differ in what they have, or in its version, and PlanError where one has not what the job asks
+    for.
     """
-    mine = {name: choose(name, topology.spec, missing=missing(device)) for name in names}
+    mine = {name: choose(name, topology.spec, missing=missing(device), version=version()) for name in names}
     every: list[Any] = [None] * group.size()
     dist.all_gather_object(every, mine, group=group)
     if facts := list(unlike(dict(zip(topology.ranks, every, strict=True)))):

@@ -106,7 +106,7 @@ def _stage(
         return OwnStage(module, info, own, dtype=dtype)
     if given is not None:
         return HostStage(topology, module, info, given, tp=groups.tp.size(), dtype=dtype)
-    choice = choose(module.name, spec, missing=engine.missing(device))
+    choice = choose(module.name, spec, missing=engine.missing(device), version=engine.version())
     context = Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
     if isinstance(module.model, Gpt):
         return TextStage(context, module.model, sequence=topology.sequence)
