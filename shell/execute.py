@@ -1,10 +1,9 @@
 """Execute: one loop over a rank's program, one match.
 
-The executor does what the program says, in its order; it inserts, drops and decides nothing. It notes when
+The executor does what the program says, in its order; it inserts, drops and decides nothing. It marks where
 each action began and ended, which is the measured timeline, and keeps the pulse by which others see where it is.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -25,6 +24,7 @@ from mimogrid.core.schedule.actions import (
 from mimogrid.core.topology import Stage
 from mimogrid.shell.pulse import Pulse
 from mimogrid.shell.stage import StageRunner
+from mimogrid.shell.streams import Mark
 from mimogrid.shell.transport import Transport
 
 
@@ -54,11 +54,21 @@ class Finisher(Protocol):
 
 @attrs.frozen
 class Timed:
-    """An action with when it began and ended, in nanoseconds of the process's monotonic clock."""
+    """An action with when it began and ended, on the device where that does things later than it is asked for."""
 
     action: Action
-    begin_ns: int
-    end_ns: int
+    begin: Mark
+    end: Mark
+
+    @property
+    def begin_ns(self) -> int:
+        """When it began, in nanoseconds of the process's monotonic clock."""
+        return self.begin.ns
+
+    @property
+    def end_ns(self) -> int:
+        """When it ended."""
+        return self.end.ns
 
 
 Runs = Callable[
@@ -85,10 +95,10 @@ def execute(
     """Run one rank's program for one step, or the part of it that begins with action `first`; return its timeline."""
     timeline: list[Timed] = []
     for index, action in enumerate(actions, first):
-        begin = time.perf_counter_ns()
+        begin = transport.streams.mark()
         pulse.act(index, action)
         _act(action, stages, transport, finisher)
-        timeline.append(Timed(action, begin, time.perf_counter_ns()))
+        timeline.append(Timed(action, begin, transport.streams.mark()))
     return tuple(timeline)
 
 

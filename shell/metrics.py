@@ -55,6 +55,8 @@ class Lag:
 class Tally:
     """What a rank has counted so far; losses reach back over resumes, throughput does not.
 
+    `busy_ns` and `step_ns` are of all steps but the `last`, with which a device may not be done yet.
+
     A step that was passed over (`train.skip_steps`) has no loss, and is among those skipped.
     """
 
@@ -70,10 +72,7 @@ class Tally:
 
     def add(self, index: int, step: Step, outcome: Outcome) -> None:
         """Count a step."""
-        self.busy_ns += sum(
-            timed.end_ns - timed.begin_ns for timed in outcome.timeline if isinstance(timed.action, Compute)
-        )
-        self.step_ns += outcome.timeline[-1].end_ns - outcome.timeline[0].begin_ns
+        self.busy_ns, self.step_ns = self._times()
         self.samples += len(step.samples)
         self.tokens += step.tokens
         self.losses.append(outcome.loss)
@@ -82,6 +81,18 @@ class Tally:
         if not outcome.taken:
             self.skipped.append(index)
         self.last = outcome.timeline
+
+    @property
+    def busy_fraction(self) -> float:
+        """The part of all steps in which this rank computed."""
+        busy_ns, step_ns = self._times()
+        return busy_ns / step_ns if step_ns else 0.0
+
+    def _times(self) -> tuple[int, int]:
+        """Return the nanoseconds of computing and of steps, with those of the last."""
+        busy_ns = sum(t.end_ns - t.begin_ns for t in self.last if isinstance(t.action, Compute))
+        step_ns = self.last[-1].end_ns - self.last[0].begin_ns if self.last else 0
+        return self.busy_ns + busy_ns, self.step_ns + step_ns
 
     @property
     def seconds(self) -> float:

@@ -60,7 +60,7 @@ def gather_ranks(crew: Crew, tally: Tally) -> list[OfRank]:
     """Gather every rank's measurements on the first; the others get nothing."""
     mine = OfRank(
         rank=crew.rank,
-        busy_fraction=tally.busy_ns / tally.step_ns if tally.step_ns else 0.0,
+        busy_fraction=tally.busy_fraction,
         peak_bytes=_peak_bytes(crew.device.torch),
         events=tuple(
             Event(crew.rank, timed.action, timed.begin_ns / 1e9, timed.end_ns / 1e9) for timed in tally.last

@@ -22,7 +22,7 @@ from mimogrid.shell.agreement import Agreed, Outcome, Record, agreed, check_dige
 from mimogrid.shell.collect import Tensors, collect
 from mimogrid.shell.data import Clocked, Loader, Loads
 from mimogrid.shell.device import DTYPES, Device
-from mimogrid.shell.execute import Runs, busy_s, execute
+from mimogrid.shell.execute import Runs, Timed, busy_s, execute
 from mimogrid.shell.gradients import Shard, StageBuffer
 from mimogrid.shell.groups import Groups
 from mimogrid.shell.hosting import host_stages
@@ -68,7 +68,7 @@ class Crew:
         self.device = device
         self.pulse = pulse
         self.wish = wish
-        self.pace = (0.0, 0.0)
+        self._before: tuple[tuple[Timed, ...], float] = (), 0.0
         self.stages_by_rank = {
             r: " ".join(str(info.stage) for info in self.topology.stages_of(r)) for r in self.topology.ranks
         }
@@ -117,9 +117,15 @@ class Crew:
         self.pulse.begin(index, len(actions))
         timeline = runs(actions, self.stages, self._transport, finish, self.pulse)
         self.pulse.at(BETWEEN)
-        self.pace = (busy_s(timeline), self._source.lap())
+        self._before = timeline, self._source.lap()
         assert finish.agreed is not None  # Every program of a training step has the action NORM.
         return attrs.evolve(finish.agreed.outcome, timeline=timeline)
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """Seconds that this rank was busy, and that it loaded data, in the step before; waits for that step's end."""
+        timeline, loading_s = self._before
+        return busy_s(timeline), loading_s
 
     def agree_on(self, step: Step) -> None:
         """Compare what the ranks take the samples of a step to be. Raises WorldError where they differ."""

@@ -1,30 +1,29 @@
-"""Streams: in which order a device does what it is asked, and who may use whose memory.
+"""Streams: in which order a device does what it is asked, and when.
 
-A device that computes asynchronously does the work of one stream in order, and different streams side by side.
-Modules compute on one stream; messages leave on a second and arrive on a third, so that neither holds up the other.
-What one stream makes and another uses is ordered by an event, recorded on the one and waited for by the other; for
-that neither the device nor the host stops.
+A device that computes asynchronously does the work of a stream in order. There is one: modules compute on it, and
+messages and sums are posted on it. What carries these begins when all is done that was asked for before, and goes on
+beside what is asked for after. Who waits for it lets what is asked from there on happen after it; for that neither the
+host nor the device stops. So everything happens as if it were done when it is asked for, and what is posted as if it
+were done when it is waited for.
 
-Memory goes back to the stream that it was taken on as soon as its last tensor is gone, though another stream may not
-have come to use it yet. So a tensor that crosses over is *kept* for the other stream: its memory is not taken again
-before what that stream had been asked for by then is done.
+Memory that nobody holds any more is therefore free for whatever is asked for next, at once and on any device. What is
+posted is held until it is waited for.
 
-    on         what is asked inside is asked of a stream
-    follow     one stream goes on when another has done all that it was asked for so far
-    keep       memory lasts as long as a stream needs it
-    hear       the host goes on when a stream has done all that it was asked for so far
-    posted     a message or a sum was posted; its `wait` lets the stream that it is called on go on after it
+    posted     a message or a sum was posted; its `wait` lets what is asked for after it happen after it
+    hear       the host goes on when all is done that was asked for so far
+    mark       a moment in that order; when it was, is read later
 
 `Streams` is what a CPU needs, which is nothing: there everything is done in order, when it is asked for.
 """
 
 import contextlib
 import datetime
-import enum
 import time
+import weakref
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import attrs
 import torch
 import torch.distributed as dist
 
@@ -34,14 +33,6 @@ from mimogrid.core.errors import WorldError
 POLL_S = 0.001
 
 
-class Stream(enum.Enum):
-    """What is asked of a device in order: computing, sending, receiving."""
-
-    COMPUTE = "compute"
-    SEND = "send"
-    RECEIVE = "receive"
-
-
 class Posted(Protocol):
     """A message on its way, or a sum."""
 
@@ -49,22 +40,39 @@ class Posted(Protocol):
         """Let what is asked from here on happen after it."""
 
 
+class Mark(Protocol):
+    """A moment in the order of what was asked for."""
+
+    @property
+    def asked_ns(self) -> int:
+        """When the host asked for it, in nanoseconds of the process's monotonic clock."""
+
+    @property
+    def ns(self) -> int:
+        """When it was, by the same clock; waits for it."""
+
+
+@attrs.frozen
+class Past:
+    """A moment that is over when it is asked for."""
+
+    asked_ns: int
+
+    @property
+    def ns(self) -> int:
+        """When it was."""
+        return self.asked_ns
+
+
 class Streams:
     """The streams of a device that does everything in order, when it is asked."""
 
-    def on(self, stream: Stream) -> AbstractContextManager[object]:
-        """Ask a stream for what is asked for inside."""
-        del stream
-        return contextlib.nullcontext()
+    def hear(self) -> None:
+        """Block the host until all is done that was asked for so far, and only that."""
 
-    def follow(self, stream: Stream, *, after: Stream) -> None:
-        """Let a stream go on when another has done all that it was asked for so far."""
-
-    def keep(self, tensor: torch.Tensor, *, until: Stream) -> None:
-        """Let a tensor's memory last until a stream has done what it is asked for before the tensor is gone."""
-
-    def hear(self, stream: Stream) -> None:
-        """Block the host until a stream has done all that it was asked for so far, and only that."""
+    def mark(self) -> Mark:
+        """Return the moment at which all is done that was asked for so far, which may be yet to come."""
+        return Past(time.perf_counter_ns())
 
     def posted(self, work: Posted | None, tensor: torch.Tensor, *, arrives: bool) -> Posted:
         """Return what was just posted, which reads a tensor, or where its outcome `arrives` there writes it."""
@@ -89,33 +97,22 @@ class Streams:
 
 
 class CudaStreams(Streams):
-    """The streams of a CUDA device; modules compute on the one that is current when this is made.
-
-    Streams are torch's: it has a few of each device, lends them in turns, and keeps them as long as the process.
-    """
+    """The stream of a CUDA device that is current when this is made, and that messages and sums are posted on."""
 
     def __init__(self, device: torch.device) -> None:
-        self._streams = {
-            Stream.COMPUTE: torch.cuda.current_stream(device),
-            Stream.SEND: torch.cuda.Stream(device),
-            Stream.RECEIVE: torch.cuda.Stream(device),
-        }
+        self._stream = torch.cuda.current_stream(device)
+        self._clock = _Clock()
 
-    def on(self, stream: Stream) -> AbstractContextManager[object]:
-        """Ask a stream for what is asked for inside."""
-        return torch.cuda.stream(self._streams[stream])
+    def hear(self) -> None:
+        """Block the host until all is done that was asked for so far, and only that."""
+        self._stream.record_event().synchronize()
 
-    def follow(self, stream: Stream, *, after: Stream) -> None:
-        """Let a stream go on when another has done all that it was asked for so far."""
-        self._streams[stream].wait_stream(self._streams[after])
-
-    def keep(self, tensor: torch.Tensor, *, until: Stream) -> None:
-        """Let a tensor's memory last until a stream has done what it is asked for before the tensor is gone."""
-        tensor.record_stream(self._streams[until])
-
-    def hear(self, stream: Stream) -> None:
-        """Block the host until a stream has done all that it was asked for so far, and only that."""
-        self._streams[stream].record_event().synchronize()
+    def mark(self) -> Mark:
+        """Return the moment at which all is done that was asked for so far, which may be yet to come."""
+        asked_ns = time.perf_counter_ns()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return self._clock.of(event, asked_ns)
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return pinned memory; torch keeps it until the copies that streams were asked for are done."""
@@ -134,6 +131,53 @@ class CudaStreams(Streams):
             if time.monotonic() > deadline:
                 raise WorldError(_too_late(what, timeout))
             time.sleep(POLL_S)
+
+
+class _Clock:
+    """Tells when events of a device were, by the clock of the process.
+
+    A device tells only how far two of its events are apart. But an event never is before it was asked for, and is at
+    that very moment where the device has nothing else to do, as when a step has just been agreed on. So all that have
+    not been read are read at once, and the one that was soonest after it was asked for sets the clock.
+    """
+
+    def __init__(self) -> None:
+        self._unread = weakref.WeakSet[_Awaited]()
+
+    def of(self, event: torch.cuda.Event, asked_ns: int) -> Mark:
+        """Return the moment of an event."""
+        mark = _Awaited(asked_ns, event, self)
+        self._unread.add(mark)
+        return mark
+
+    def read(self) -> None:
+        """Wait for the last event that has not been read; then tell of all when they were."""
+        marks = sorted(self._unread, key=lambda mark: mark.asked_ns)
+        self._unread = weakref.WeakSet()
+        events = [mark.event for mark in marks]
+        events[-1].synchronize()
+        since = [round(events[0].elapsed_time(event) * 1e6) for event in events]
+        begin = max(mark.asked_ns - ns for mark, ns in zip(marks, since, strict=True))
+        for mark, ns in zip(marks, since, strict=True):
+            mark.was_ns = begin + ns
+
+
+@attrs.define(eq=False)
+class _Awaited:
+    """The moment of an event."""
+
+    asked_ns: int
+    event: torch.cuda.Event
+    clock: _Clock
+    was_ns: int | None = None
+
+    @property
+    def ns(self) -> int:
+        """When it was; waits for it."""
+        if self.was_ns is None:
+            self.clock.read()
+        assert self.was_ns is not None
+        return self.was_ns
 
 
 def _too_late(what: str, timeout: datetime.timedelta) -> str:

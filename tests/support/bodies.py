@@ -31,6 +31,7 @@ from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
 from mimogrid.shell.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore, scatter
 from mimogrid.shell.step import Crew
+from mimogrid.shell.streams import CudaStreams
 from mimogrid.shell.transport import Transport
 from ordered import OrderedStreams
 
@@ -98,10 +99,12 @@ def open_another(place: Place, job: Job, other: Job, rank: int) -> None:
         raise
 
 
-def with_engine(place: Place, job: Job, rank: int) -> None:
-    """Open a session where one rank's machine has transformer-engine, as far as it can tell."""
-    here = "" if place.rank == rank else "transformer-engine is not installed"
-    with patch.object(engine, "missing", lambda _: here), open_session(place, job):
+def with_engine(place: Place, job: Job, versions: Mapping[int, str]) -> None:
+    """Open a session where some ranks' machines have transformer-engine of a version, as far as they can tell."""
+    here = versions.get(place.rank, "")
+    lacks = "" if here else "transformer-engine is not installed"
+    has = patch.object(engine, "missing", lambda _: lacks), patch.object(engine, "version", lambda: here)
+    with has[0], has[1], open_session(place, job):
         pass
 
 
@@ -252,6 +255,42 @@ def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str
             except WorldError as error:
                 said = str(error)
     return calls, loss, said
+
+
+def marked(place: Place, job: Job) -> list[str]:
+    """Train two steps with marks on a device; return in which order they were made, agreed on and read."""
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            said.append(f"marked on {stream}")
+
+        def synchronize(self) -> None:
+            said.append("read")
+
+        def elapsed_time(self, _: "Event") -> float:
+            return 0.0
+
+    def noting(actions: tuple[Action, ...], *others: Any) -> tuple[Timed, ...]:
+        end = next(i for i, action in enumerate(actions) if isinstance(action, Norm))
+        timeline = execute(actions[:end], *others)
+        said.append("agreeing")
+        return (*timeline, *execute(actions[end:], *others, first=end))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(torch.cuda, "Event", Event))
+        stack.enter_context(patch.object(torch.cuda, "current_stream", lambda _: "the current stream"))
+        device = Device(torch.device("cpu"), "gloo", CudaStreams(torch.device("cpu")))
+        stack.enter_context(patch.object(devices, "choose", lambda *_: device))
+        session = stack.enter_context(open_session(place, job))
+        assert session.crew
+        for index in range(2):
+            session.crew.run(index, job.step(index), job.step(index + 1), runs=noting)
+            said.append("done")
+    return said
 
 
 # -- as on a GPU -------------------------------------------------------------------------------------------

@@ -1,16 +1,14 @@
-"""A stand-in for the streams of a GPU, on a CPU: it does everything at once, and checks that it need not have.
+"""A stand-in for the stream of a GPU, on a CPU: it does everything at once, and checks that it need not have.
 
-Whatever torch is asked for is noted as read and written memory, on the stream that it is asked of. Of each stream
-it is known what must have happened before (a vector clock: Lamport 1978, Mattern 1989): what it was asked for
-earlier, and what the streams that it followed had been asked for by then. A message is one more party, and so is a
-sum that is posted. It begins after the stream that it is posted on, and ends before the one that waited for it; in
+Whatever torch is asked for is noted as read and written memory. The host, the stream and each message or sum that is
+posted are parties, and of each it is known what must have happened before (a vector clock: Lamport 1978, Mattern 1989).
+What is posted begins after all that the stream was asked for, and is over for the stream when that waited for it; in
 memory of the host's, which only gloo uses, it begins after the host, and lets the host wait.
 
 Something is wrong where memory is read or written by somebody who does not know that whoever wrote or read it before
-is done; and where memory goes back to the stream that it was taken on, which would take it again, while somebody of
-whom that stream does not know, and for whom it is not kept, may still use it. Memory of the host goes back to the
-host; torch itself keeps that for the copies of streams. What is wrong is told at the end: other ranks wait for what
-comes after it.
+is done; and where memory goes back to the stream, which would take it again, while somebody of whom the stream does not
+know may still use it. Memory of the host goes back to the host; torch itself keeps that for the copies of the stream.
+What is wrong is told at the end: other ranks wait for what comes after it.
 
 With `without`, a place in the code that orders something, the stand-in does as if that were missing.
 """
@@ -28,10 +26,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimogrid.shell.streams import Posted, Stream, Streams
+from mimogrid.shell.streams import Posted, Streams
 
 
-HOST = "host"
+HOST, COMPUTE = "host", "compute"
 Clock = dict[str, int]
 Access = tuple[str, int]
 """Somebody, and the how many-th of the things that they did."""
@@ -45,7 +43,6 @@ class Memory:
     ref: StorageWeakRef
     written: Access | None = None
     reads: dict[str, int] = attrs.field(factory=dict[str, int])
-    kept: set[str] = attrs.field(factory=set[str])
 
     def accesses(self) -> Iterator[Access]:
         """Yield everything that must be over before the memory is used for something else."""
@@ -57,15 +54,14 @@ class Memory:
 class OrderedStreams(Streams):
     """Streams that check; open `watching` around what is to be checked.
 
-    `places` are those in the code that were called to order or to keep something, `wrong` is what is not ordered.
+    `places` are those in the code that were called to order something, `wrong` is what is not ordered.
     """
 
     def __init__(self, *, without: str | None = None) -> None:
         self.places: dict[str, None] = {}
         self.wrong: dict[str, None] = {}
         self._without = without
-        self._clocks: dict[str, Clock] = {party: {party: 0} for party in (HOST, *(s.value for s in Stream))}
-        self._current = Stream.COMPUTE.value
+        self._clocks: dict[str, Clock] = {party: {party: 0} for party in (HOST, COMPUTE)}
         self._memory: dict[int, Memory] = {}
         self._messages = 0
         self._is_watching = False
@@ -81,27 +77,10 @@ class OrderedStreams(Streams):
 
     # -- what the transport calls --------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def on(self, stream: Stream) -> Iterator[None]:
-        """Ask a stream for what is asked for inside."""
-        before, self._current = self._current, stream.value
-        yield
-        self._current = before
-
-    def follow(self, stream: Stream, *, after: Stream) -> None:
-        """Let a stream know all that another does."""
+    def hear(self) -> None:
+        """Let the host know all that the stream does."""
         if self._is_called():
-            self._learn(stream.value, after.value)
-
-    def keep(self, tensor: torch.Tensor, *, until: Stream) -> None:
-        """Keep memory for a stream."""
-        if self._is_called() and tensor.numel():
-            self._of(tensor).kept.add(until.value)
-
-    def hear(self, stream: Stream) -> None:
-        """Let the host know all that a stream does."""
-        if self._is_called():
-            self._learn(HOST, stream.value)
+            self._learn(HOST, COMPUTE)
 
     def posted(self, work: Any, tensor: torch.Tensor, *, arrives: bool) -> Posted:
         """Return a message that tells who waits for it that it is over."""
@@ -109,7 +88,7 @@ class OrderedStreams(Streams):
         name = f"message {self._messages}"
         self._clocks[name] = {name: 0}
         is_of_host = self._of(tensor).owner == HOST
-        self._learn(name, HOST if is_of_host else self._current)
+        self._learn(name, HOST if is_of_host else COMPUTE)
         self._access(name, [] if arrives else [tensor], [tensor] if arrives else [])
         return _Message(self, name, work, is_of_host)
 
@@ -122,7 +101,7 @@ class OrderedStreams(Streams):
     def arrived(self, name: str, *, is_of_host: bool) -> None:
         """Let who waits for a message know that it is over."""
         if self._is_called():
-            self._learn(HOST if is_of_host else self._current, name)
+            self._learn(HOST if is_of_host else COMPUTE, name)
 
     # -- who knows what ------------------------------------------------------------------------------------
 
@@ -144,11 +123,11 @@ class OrderedStreams(Streams):
         return self._clocks[party].get(who, 0) >= count
 
     def _note(self, reads: list[torch.Tensor], writes: list[torch.Tensor], made: list[torch.Tensor]) -> None:
-        """Note something that the current stream was asked for; it begins after what the host knows."""
+        """Note something that the stream was asked for; it begins after what the host knows."""
         for tensor in made:
             self._of(tensor)
-        self._learn(self._current, HOST)
-        self._access(self._current, reads, writes)
+        self._learn(COMPUTE, HOST)
+        self._access(COMPUTE, reads, writes)
 
     def _access(self, party: str, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> None:
         clock = self._clocks[party]
@@ -169,15 +148,14 @@ class OrderedStreams(Streams):
     def _of(self, tensor: torch.Tensor) -> Memory:
         storage = tensor.untyped_storage()
         ref = StorageWeakRef(storage)
-        return self._memory.setdefault(ref.cdata, Memory(self._current, ref))
+        return self._memory.setdefault(ref.cdata, Memory(COMPUTE, ref))
 
     def _returned(self) -> None:
         """Check the memory that nobody holds any more; whoever took it may take it again for something else."""
         for key in [key for key, memory in self._memory.items() if memory.ref.expired()]:
             memory = self._memory.pop(key)
-            kept = memory.kept if memory.owner != HOST else {stream.value for stream in Stream}
             for access in memory.accesses():
-                if not any(self._knows(party, access) for party in (memory.owner, HOST, *kept)):
+                if not any(self._knows(party, access) for party in (HOST, COMPUTE)):
                     self.wrong[f"{memory.owner} takes again what {access[0]} may still use"] = None
 
 
