@@ -9,6 +9,7 @@ there is no state beside the weights: what transformer-engine keeps as `_extra_s
 """
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import warnings
@@ -38,6 +39,10 @@ def missing(device: torch.device) -> str:
         return f"modules compute on {device.type}"
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer-engine is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:  # It is compiled for one version of torch, and of CUDA.
+        return f"transformer-engine cannot be imported ({error})"
     return ""
 
 
