@@ -142,6 +142,8 @@ class StageRunner:
             self.answers[microbatch] = held.outputs["logits"]
         if not trains:
             held.inputs.clear()
+            sent_on = {link.target.module for link in self._topology.links_from(self.info.stage)}
+            held.outputs = {name: rows for name, rows in held.outputs.items() if name in sent_on}
 
     def _backward(self, microbatch: int) -> None:
         held = self._in_flight[microbatch]
@@ -212,12 +214,24 @@ class StageRunner:
                 self._arrive(microbatch, link, recv.direction, piece.start, rows)
 
     def payload(self, send: Send) -> list[tuple[Message, torch.Tensor]]:
-        """Return the messages of a send with the tensor of each."""
+        """Return the messages of a send with the tensor of each; let go of what no later send takes."""
         link = link_of(self._topology, send)
-        return [
+        messages = [
             (message, self._outgoing(link, send, message))
             for message in self._program.messages_of(self.rank, send)
         ]
+        if send.direction is Direction.BACKWARD:
+            del self._in_flight[send.microbatch].inputs[link.source.module]
+        elif self.info.stage not in self._program.order.backward:
+            self._let_go(link, send.microbatch)
+        return messages
+
+    def _let_go(self, link: Link, microbatch: int) -> None:
+        """Drop the rows for a target that a backward does not begin at, up to the target's microbatch."""
+        own, target = self.module.microbatches, self._topology.modules[link.target.module].microbatches
+        for number, held in self._in_flight.items():
+            if (number + 1) * target <= (microbatch + 1) * own:
+                held.outputs.pop(link.target.module, None)
 
     def _outgoing(self, link: Link, send: Send, message: Message) -> torch.Tensor:
         forward = send.direction is Direction.FORWARD

@@ -14,6 +14,7 @@ from mimogrid.core.errors import PlanError
 from mimogrid.core.groups import Purpose, openings_of
 from mimogrid.core.schedule.lower import plan_step
 from mimogrid.core.spec import JobSpec, OptimizerSpec
+from mimogrid.core.timeline import Event, peak_in_flight
 from mimogrid.shell import device as devices
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
@@ -124,7 +125,7 @@ def test_memory_is_free_when_what_used_it_was_waited_for(streams: OrderedStreams
         assert waits == (not streams.wrong)
 
 
-class Event:
+class DeviceEvent:
     """An event of a device that comes to it at `at_ns`, by a clock of its own."""
 
     def __init__(self, at_ns: int) -> None:
@@ -133,7 +134,7 @@ class Event:
     def synchronize(self) -> None:
         """Return at once."""
 
-    def elapsed_time(self, other: "Event") -> float:
+    def elapsed_time(self, other: "DeviceEvent") -> float:
         """Return the milliseconds to another one."""
         return (other.at_ns - self.at_ns) / 1e6
 
@@ -150,7 +151,7 @@ def test_marks_are_on_the_clock_of_the_host(asked_for: list[tuple[int, int]], ze
         asked += gap
         free = max(free, asked) + busy
         late.append(free - asked)
-        marks.append(clock.of(Event(free + zero), asked))  # type: ignore[arg-type]
+        marks.append(clock.of(DeviceEvent(free + zero), asked))  # type: ignore[arg-type]
     for i, mark in enumerate(marks):
         assert mark.asked_ns + late[i] - min(late) == mark.ns
 
@@ -212,3 +213,27 @@ def test_a_gpu_for_each_rank_or_one_for_all() -> None:
             devices.choose(fourth, "nccl")
     with pytest.raises(PlanError, match="this host has 0"):
         devices.choose(Place(0, 1, "meeting"), "nccl")
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("grids", "options"),
+    [
+        ("enc(1,1,1)@0 lm(1,2,1)@1", {}),
+        ("enc(1,1,1)@0 lm(1,2,1)@1", {"schedule": "zb-h1"}),
+        ("enc(1,1,1)@0/2 lm(1,1,1)@1", {"changes": {"enc": {"frozen": True}}}),
+        ("enc(1,1,1)@0*2 lm(1,1,1)@1", {"samples": 4, "changes": {"enc": {"frozen": True}}}),
+    ],
+)
+def test_nothing_is_held_for_longer_than_planned(
+    pool: Pool, opened: Opened, grids: str, options: Mapping[str, Any]
+) -> None:
+    """A stage holds tensors of no more microbatches than are in flight in the plan, and of none after the step."""
+    opened_job = opened(job(grids, microbatches=6, data={"absent": {"enc": 0.0}}, **options))
+    program = plan_step(opened_job.step(0))
+    said = pool.run("bodies:holding", opened_job.topology.world_size, opened_job)
+    for rank, (training, judging, left) in enumerate(said):
+        planned = peak_in_flight(Event(rank, action, 0.0, 0.0) for action in program.of(rank))
+        assert [] == [stage for stage in training if planned[stage] < training[stage]]
+        assert {*judging.values()} <= {0, 1}
+        assert 0 == left

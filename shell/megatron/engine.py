@@ -41,7 +41,11 @@ def missing(device: torch.device) -> str:
         return "transformer-engine is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:  # It is compiled for one version of torch, and of CUDA.
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # It is compiled for one version of torch, and of CUDA.
         return f"transformer-engine cannot be imported ({error})"
     return ""
 

@@ -19,6 +19,7 @@ import pretended
 from mimogrid.core.errors import WorldError
 from mimogrid.core.schedule.actions import Action, Compute, Norm, Reduce, Send, Transfer
 from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.topology import Stage
 from mimogrid.shell import checkpoint, saving
 from mimogrid.shell import device as devices
 from mimogrid.shell.device import Device
@@ -29,6 +30,7 @@ from mimogrid.shell.megatron import engine
 from mimogrid.shell.parity import full_gradients, on_one_process
 from mimogrid.shell.place import Place
 from mimogrid.shell.session import Session, open_session
+from mimogrid.shell.stage import StageRunner
 from mimogrid.shell.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore, scatter
 from mimogrid.shell.step import Crew
 from mimogrid.shell.streams import CudaStreams
@@ -194,6 +196,34 @@ def _counting() -> Iterator[tuple[Counter[tuple[str, str]], Counter[tuple[str, s
     finally:
         for each in patches:
             each.stop()
+
+
+def holding(place: Place, job: Job) -> tuple[dict[Stage, int], dict[Stage, int], int] | None:
+    """Return of how many microbatches each stage holds tensors when it begins to compute, at most.
+
+    First in a step of training, then of evaluation; and how many are held when each is over.
+    """
+    with open_session(place, job) as session:
+        if session.crew is None:
+            return None
+        crew, step = session.crew, job.step(0)
+        most: tuple[dict[Stage, int], dict[Stage, int]] = ({}, {})
+
+        def noted(stage: StageRunner, action: Compute) -> None:
+            found = most[not stage._program.order.training]
+            found[action.stage] = max(found.get(action.stage, 0), _held(stage))
+            compute(stage, action)
+
+        compute = StageRunner.compute
+        with patch.object(StageRunner, "compute", noted):
+            crew.run(0, step, step)
+            left = sum(map(_held, crew.stages.values()))
+            crew.judge(step)
+        return *most, left + sum(map(_held, crew.stages.values()))
+
+
+def _held(stage: StageRunner) -> int:
+    return sum(bool(held.inputs or held.outputs or held.products) for held in stage._in_flight.values())
 
 
 # -- what waits for what -----------------------------------------------------------------------------------
