@@ -17,6 +17,7 @@ from mimogrid.core.schedule.lower import plan_step
 from mimogrid.shell.execute import execute
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.place import Place
+from mimogrid.shell.streams import Streams
 from workload import Options
 
 
@@ -76,19 +77,22 @@ class Idle:
 
     dtype = torch.float32
 
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+
     def __getattr__(self, name: str) -> Callable[..., tuple[()]]:
         return lambda *_: ()
 
 
 def own_cost(bench: Bench) -> dict[str, Any]:
     """Return what the executor itself takes for an action, in microseconds of the host; and with its work."""
-    actions, idle = plan_step(bench.step).of(bench.crew.rank), Idle()
+    actions, idle = plan_step(bench.step).of(bench.crew.rank), Idle(bench.device.streams)
     stages: Any = dict.fromkeys(bench.crew.stages, idle)
     times = []
     for _ in range(50):
         took = bench.seconds(lambda: execute(actions, stages, idle, idle, bench.crew.pulse))  # type: ignore[arg-type]
         times.append(took / len(actions))
-    asked = [timed.end_ns - timed.begin_ns for timed in bench.train().timeline]
+    asked = [timed.end.asked_ns - timed.begin.asked_ns for timed in bench.train().timeline]
     return {
         "actions": len(actions),
         "own_cost_us_per_action": 1e6 * statistics.median(times),

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimogrid.shell.device import Device
-from mimogrid.shell.streams import Posted, Stream
+from mimogrid.shell.streams import Posted
 
 
 @attrs.frozen(eq=False)
@@ -63,11 +63,9 @@ class Staged:
     def isend(self, tensor: Tensor, dst: int, group: dist.ProcessGroup) -> Posted:
         """Post a message; its tensor can be changed at once."""
         streams = self.device.streams
-        streams.follow(Stream.SEND, after=Stream.COMPUTE)
-        with streams.on(Stream.SEND):
-            outgoing = streams.host_buffer(tuple(tensor.shape), tensor.dtype)
-            outgoing.copy_(tensor.detach(), non_blocking=True)
-        streams.hear(Stream.SEND)
+        outgoing = streams.host_buffer(tuple(tensor.shape), tensor.dtype)
+        outgoing.copy_(tensor.detach(), non_blocking=True)
+        streams.hear()
         return Sent(_posted(dist.isend(outgoing, dst=dst, group=group)), outgoing)
 
     def irecv(self, tensor: Tensor, src: int, group: dist.ProcessGroup) -> Posted:

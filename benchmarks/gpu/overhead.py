@@ -138,7 +138,7 @@ class Alone:
         recorded: Any = {name: Recorded(stage) for name, stage in stages.items()}
         timeline = execute(actions, recorded, transport, finisher, pulse)
         hollow: Any = {name: Hollow(stage) for name, stage in recorded.items()}
-        idle: Any = Idle()
+        idle: Any = Idle(transport.streams)
         timelines: list[tuple[Timed, ...]] = []
 
         def messages_alone() -> None:

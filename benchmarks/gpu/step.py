@@ -37,7 +37,7 @@ def main() -> None:
     given = _parser().parse_args()
     options = Options(**{field.name: getattr(given, field.name) for field in attrs.fields(Options)})
     out = given.out or (RESULTS if options.on_gpu else None)
-    with Pool(1) as pool:
+    with Pool(1, may_use_cuda=options.on_gpu) as pool:
         (machine,) = pool.run("machine:facts", 1, options.on_gpu)
     if machine["device"] is None:
         sys.exit("there is no CUDA device; --tiny --device cpu shows that the rest works.")
@@ -61,7 +61,7 @@ def measured(part: str, model: str, sequence: int, options: Options) -> dict[str
     try:
         with opened(job_of(options, model, sequence, PARTS[part])) as job:
             size = job.topology.world_size
-            with Pool(size) as pool:
+            with Pool(size, may_use_cuda=options.on_gpu) as pool:
                 result: dict[str, Any] = pool.run(f"{part}:in_world", size, job, options)[0]
     except (PlanError, WorldError) as error:
         return {"failed": str(error)}
