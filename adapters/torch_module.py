@@ -390,9 +390,6 @@ def _misfits(name: str, model: BuiltIn | Own, written: ModuleSpec, network: nn.M
         )
         remedy = "Set model = 'mimogrid.shell.host:module' and the width of its rows, or see shell.modules.HostNetwork."
         yield Problem(f"{where}.model", message, remedy)
-    if model.experts:
-        message = "has experts; how a host's network sums their gradients is not known."
-        yield Problem(f"{where}.options.experts", message, "Let the job build this module.")
     if written.recompute != "none":
         message = f"is '{written.recompute}', which a host's network decides for itself."
         yield Problem(f"{where}.recompute", message, "Leave it out, and configure the network.")

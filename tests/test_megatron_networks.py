@@ -1,7 +1,7 @@
 """Megatron's networks in a job's program: the numbers of Megatron's own model on one process, in fp64."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -86,6 +86,7 @@ def compare(
     seen = first(said)
     for one in said:
         assert [expected.losses[0]] * 2 == pytest.approx(one.losses, rel=1e-12)
+        assert expected.aux == pytest.approx(one.aux, rel=1e-12)
     assert expected.state.keys() == seen.state.keys()
     for name, weight in expected.state.items():
         assert np.array_equal(weight, seen.state[name]), name
@@ -157,6 +158,80 @@ def test_a_language_model_of_megatrons_trains_in_stages(
     compare(pool, job, {**common, **cut}, {**common, **inside})
 
 
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_token_dispatcher_type": "alltoall",
+    "add_bias_linear": False,
+}
+BALANCED = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.1}
+GATHERED = {"moe_token_dispatcher_type": "allgather"}
+GATED = {"gated_linear_unit": True, "activation_func": silu}
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def spread(ep: int, expert_tp: int = 1) -> Mapping[str, Any]:
+    """Experts of Megatron's over ranks that also cut sequences, where there are several along tp."""
+    return {
+        "sequence_parallel": True,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": expert_tp,
+    }
+
+
+# megatron-core 0.16 builds its own shared experts in a way that it deprecates.
+@pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("grid", "transformer", "cut"),
+    [
+        ({"tp": 1, "dp": 2}, {}, {"expert_model_parallel_size": 2}),
+        ({"tp": 2, "pp": 2}, BALANCED, spread(2)),
+        (
+            {"tp": 2, "cp": 2},
+            {**BALANCED, **GATED, **GATHERED, "moe_shared_expert_intermediate_size": 16},
+            spread(2, expert_tp=2),
+        ),
+        ({"tp": 1, "cp": 2, "dp": 2}, BALANCED, {"expert_model_parallel_size": 2}),
+        (
+            {"tp": 2, "cp": 2},
+            {**BALANCED, **GATHERED, "moe_layer_freq": [0, 1]},
+            spread(4),
+        ),
+        ({"tp": 1, "dp": 2, "pp": 2}, BALANCED, RECOMPUTED),
+    ],
+)
+def test_experts_of_megatrons_train_wherever_they_lie(
+    pool: Pool,
+    opened: Opened,
+    grid: Mapping[str, int],
+    transformer: Mapping[str, Any],
+    cut: Mapping[str, Any],
+) -> None:
+    """With its routers and dispatchers, beside every other axis; values and gradients of its auxiliary loss, too."""
+    whole = {"layers": 2, "language": {"max_sequence_length": 16, **PARTS}, **EXPERTS, **transformer}
+    config = {**whole, "pp": grid.get("pp", 1), "tp": grid["tp"], **cut}
+    job = job_for(opened, config, {"dp": 1}, grid)
+    expected, _ = compare(pool, job, config, whole)
+    assert bool(expected.aux) == ("moe_aux_loss_coeff" in transformer)
+
+
+@pytest.mark.world
+def test_experts_of_an_encoder_train_wherever_they_lie(pool: Pool, opened: Opened) -> None:
+    """Also in microbatches in which a lane has no rows, and another, with which it computes, has some."""
+    whole = {"layers": 2, "language": {"max_sequence_length": 16}}
+    eye = {"layers": 2, **EXPERTS}
+    config = {**whole, "eye": {**eye, "pp": 2, "expert_model_parallel_size": 2}}
+    job = job_for(opened, config, {"dp": 2, "pp": 2}, {"dp": 1})
+    step, vision = job.step(0), job.topology.modules["vision"]
+    rows = [
+        [sum(step.share("vision", lane, k).lengths) for lane in range(2)] for k in range(vision.microbatches)
+    ]
+    assert any(bool(one) != bool(other) for one, other in rows)
+    compare(pool, job, config, {**whole, "eye": eye})
+
+
 ONLY_IN_PARTS = ("sequence_parallel", "num_layers_in_first_pipeline_stage")
 
 
@@ -198,6 +273,35 @@ def test_gradients_are_summed_in_the_plans_buckets(
     compare(pool, job, config, whole)
 
 
+def resaved(
+    pool: Pool,
+    opened: Opened,
+    folder: Path,
+    whole: Mapping[str, Any],
+    layouts: Sequence[tuple[Mapping[str, int], Mapping[str, Any]]],
+    *,
+    sharded: bool,
+) -> Mapping[str, Any]:
+    """Save under one layout of the language model after the other, each from what the one before saved; return it.
+
+    Weights, and what the optimizer keeps, are to be the same every time.
+    """
+    rule = OptimizerSpec(sharded=sharded)
+    with megatrons.alone():
+        weights = megatrons.whole(megatrons.config_of(**whole)).state_dict()
+    begin = {name: weight.numpy() for name, weight in weights.items() if isinstance(weight, Tensor)}
+    said: list[Mapping[str, Any]] = []
+    for grid, cut in layouts:
+        config = {**whole, "tp": grid["tp"], **cut}
+        job = job_for(opened, config, {"dp": 1}, grid, optimizer=rule)
+        said.append(pool.run("megatrons:saved", job.topology.world_size, job, config, begin, folder)[0])
+    first = said[0]
+    for state in said[1:]:
+        assert first.keys() == state.keys()
+        assert [] == [name for name in first if not np.array_equal(first[name], state[name])]
+    return first
+
+
 @pytest.mark.world
 @pytest.mark.parametrize("sharded", [False, True])
 def test_checkpoints_of_gated_networks_fit_any_layout(
@@ -210,25 +314,33 @@ def test_checkpoints_of_gated_networks_fit_any_layout(
         "gated_linear_unit": True,
         "activation_func": silu,
     }
-    rule = OptimizerSpec(sharded=sharded)
-    with megatrons.alone():
-        weights = megatrons.whole(megatrons.config_of(**whole)).state_dict()
-    begin = {name: weight.numpy() for name, weight in weights.items() if isinstance(weight, Tensor)}
-    said: list[Mapping[str, Any]] = []
-    for tp, dp in ((2, 2), (1, 1), (2, 2)):
-        job = job_for(opened, {**whole, "tp": tp}, {"dp": 1}, {"tp": tp, "dp": dp}, optimizer=rule)
-        arguments = (job, {**whole, "tp": tp}, begin, tmp_path)
-        said.append(pool.run("megatrons:saved", job.topology.world_size, *arguments)[0])
-    first = said[0]
-    for state in said[1:]:
-        assert first.keys() == state.keys()
-        assert [] == [name for name in first if not np.array_equal(first[name], state[name])]
+    layouts = [({"tp": tp, "dp": dp}, {}) for tp, dp in ((2, 2), (1, 1), (2, 2))]
+    first = resaved(pool, opened, tmp_path, whole, layouts, sharded=sharded)
     gated = "language.decoder.layers.0.mlp.linear_fc1.weight"
     for folder in published(tmp_path):
         exported = folder.with_name(f"{folder.name}-out")
         export(folder, exported, to="safetensors", bytes_most=10**9)
         with safe_open(exported / "language.safetensors", "np") as found:
             assert np.array_equal(first[gated], found.get_tensor(gated.removeprefix("language.")))
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("sharded", [False, True])
+def test_checkpoints_with_experts_fit_any_layout(
+    pool: Pool, opened: Opened, tmp_path: Path, sharded: bool
+) -> None:
+    """Experts are numbered through their layer, whichever rank has them, whole or in part."""
+    whole = {"layers": 2, "language": {"max_sequence_length": 16, **PARTS}, **EXPERTS, **GATED}
+    layouts = [
+        ({"tp": 1, "cp": 2, "dp": 2}, {"expert_model_parallel_size": 2}),
+        ({"tp": 1, "dp": 1}, {}),
+        ({"tp": 2, "cp": 2}, {**spread(2, expert_tp=2), **GATHERED}),
+    ]
+    first = resaved(pool, opened, tmp_path, whole, layouts, sharded=sharded)
+    experts = [
+        name for name in first if name.startswith("language.decoder.layers.1.mlp.experts.local_experts.3.")
+    ]
+    assert 2 == len(experts)
 
 
 @pytest.mark.world
@@ -266,7 +378,6 @@ def test_a_model_that_is_there_trains(pool: Pool, opened: Opened) -> None:
         ({"pp": 2, "language": TIED}, {}, "ties its embeddings, the plan does not tie them"),
         ({"pp": 2}, {"recompute": "full"}, "which a host's network decides for itself"),
         ({"pp": 2}, {"frozen": ("layers.0.*",)}, "has patterns for the parameters of the built-in model"),
-        ({"pp": 2}, {"options": {"experts": 2}}, "how a host's network sums their gradients is not known"),
     ],
 )
 def test_networks_that_do_not_fit_are_refused(
@@ -282,6 +393,47 @@ def test_networks_that_do_not_fit_are_refused(
     made = {**common, **config, "language": {**common["language"], **config.get("language", {})}}
     with pytest.raises(PlanError, match=said):
         pool.run("megatrons:trained", 3, job, made, {}, {})
+
+
+OVER_TWO = {"expert_model_parallel_size": 2}
+DENSE = {"num_moe_experts": None, "moe_ffn_hidden_size": None, "expert_model_parallel_size": 1}
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("planned", "made", "said"),
+    [
+        (
+            {},
+            {"moe_aux_loss_coeff": 0.1},
+            r"an auxiliary loss \(aux_loss\) of all tokens that a rank has together",
+        ),
+        ({}, {"moe_z_loss_coeff": 0.1}, r"has a z-loss.*\(moe_z_loss_coeff\)"),
+        ({}, {"moe_expert_capacity_factor": 1.0}, r"drops tokens.*\(moe_expert_capacity_factor\)"),
+        (
+            {},
+            {"moe_router_load_balancing_type": "sinkhorn"},
+            r"for all tokens of a rank together \(sinkhorn\)",
+        ),
+        ({}, BALANCED, r"weighs its auxiliary loss by 0\.1, the job by 0\.0"),
+        ({}, {"num_moe_experts": 8}, r"has experts \[.*\] on a rank where the plan has \["),
+        ({}, GATHERED, "a microbatch has 3 samples for 2 lanes"),
+        (DENSE, {**EXPERTS, **OVER_TWO}, "has 4 experts, the job's module none"),
+        (
+            {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2},
+            {},
+            "unlike numbers of tokens over expert_tp=2, which gloo cannot",
+        ),
+    ],
+)
+def test_experts_whose_ways_depend_on_the_layout_are_refused(
+    pool: Pool, opened: Opened, planned: Mapping[str, Any], made: Mapping[str, Any], said: str
+) -> None:
+    """By the name of the setting, before anything is computed; so are those that lie elsewhere than planned."""
+    common = {"layers": 2, "language": {"max_sequence_length": 16}, **EXPERTS, **OVER_TWO, **planned}
+    job = job_for(opened, common, {"dp": 1}, {"dp": 2})
+    with pytest.raises(PlanError, match=said):
+        pool.run("megatrons:trained", 3, job, {**common, **made}, {}, {})
 
 
 @pytest.mark.world

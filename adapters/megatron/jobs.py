@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mimogrid.adapters.megatron.experts import aux_weight
 from mimogrid.adapters.megatron.grids import EXPERT_VIEW, LANGUAGE, check_keys, from_hyper_comm_grid
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.models import Gpt, Vit
@@ -94,20 +95,31 @@ def _cut(config: TransformerConfig, grid: GridSpec) -> dict[str, Any]:
     config.pipeline_model_parallel_size = grid.pp
     layers = [get_num_layers_to_build(config, pp_rank=pp) for pp in range(grid.pp)]
     split = tuple(layers) if len(set(layers)) > 1 else None
-    return {"grid": attrs.evolve(grid, sequence_parallel=config.sequence_parallel), "split": split}
+    grid = attrs.evolve(grid, sequence_parallel=config.sequence_parallel)
+    if config.num_moe_experts and grid.ep == grid.expert_tp == 1:
+        # megatron-core 0.16 knows no views of a grid.
+        cut = config.expert_tensor_parallel_size
+        grid = attrs.evolve(grid, ep=config.expert_model_parallel_size, expert_tp=cut)
+    return {"grid": grid, "split": split}
 
 
 def sizes_of(config: TransformerConfig) -> dict[str, Any]:
     """Return the options that a `gpt` and a `vit` of a job share, as Megatron's configuration says them."""
-    experts = config.num_moe_experts or 0
+    routed: dict[str, Any] = {}
+    if config.num_moe_experts:
+        routed = {
+            "experts": config.num_moe_experts,
+            "top_k": config.moe_router_topk,
+            "aux_loss": aux_weight(config),
+        }
     return {
         "layers": config.num_layers,
         "hidden": config.hidden_size,
         "heads": config.num_attention_heads,
         "kv_heads": config.num_query_groups,
-        "ffn": config.ffn_hidden_size,
+        "ffn": config.moe_ffn_hidden_size if routed else config.ffn_hidden_size,
         "dropout": config.hidden_dropout,
-        **({"experts": experts, "top_k": config.moe_router_topk} if experts else {}),
+        **routed,
     }
 
 

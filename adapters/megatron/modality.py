@@ -25,12 +25,14 @@ Arrange = Callable[[Tensor | None, Share], Mapping[str, Any]]
 def block_of(rows_RF: Tensor, share: Share) -> tuple[Tensor, Tensor | None]:
     """Return rows as a block [S, B, F] as long as the longest sample that has any, and its mask.
 
-    The mask [B, 1, 1, S] is added to attention scores: minus infinity for what is padding; None: nothing is.
+    The mask [B, 1, 1, S] is added to attention scores: minus infinity for what is padding; None: nothing is. A share
+    without rows, which is computed where others share its experts, is a block of one zero that nobody reads.
     """
     packing = pack_rows(share, multiple=1, dtype=rows_RF.dtype, device=rows_RF.device)
-    block = rows_RF.new_zeros(packing.positions * packing.samples, rows_RF.shape[-1])
+    positions, samples = packing.padded
+    block = rows_RF.new_zeros(positions * samples, rows_RF.shape[-1])
     block = block.index_copy(0, packing.incoming, rows_RF)
-    return block.view(packing.positions, packing.samples, -1), packing.mask
+    return block.view(positions, samples, -1), packing.mask
 
 
 class ModalityNetwork(nn.Module):
@@ -62,22 +64,23 @@ class ModalityNetwork(nn.Module):
             raise PlanError(problems)
         (self._key,) = parts.encoders
 
-    def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
+    def table(self, info: StageInfo, *, tp: int, expert_tp: int) -> Mapping[str, Parameter]:
         """Return what each parameter is; see `table_of`."""
-        return table_of(self._modality[0], info, tp=tp)
+        return table_of(self._modality[0], info, tp=tp, expert_tp=expert_tp)
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share | None = None) -> Mapping[str, Tensor]:
         """Return the projected rows, or hidden states; see `shell.modules.OwnNetwork` and `HostNetwork`."""
         first, last = self.stage.is_first_stage, self.stage.is_last_stage
         modality: Any = self._modality[0]
         encoder: Any = modality.encoders[self._key]
-        said = (
-            encoder(**self._arguments(inputs, share))
-            if first
-            else continued(self.stage.module, encoder, inputs[self.stage.module], self._arguments({}, share))
-        )
+        if first:
+            said = encoder(**self._arguments(inputs, share))
+        else:
+            hidden = _at_least_one(inputs[self.stage.module])
+            said = continued(self.stage.module, encoder, hidden, self._arguments({}, share))
         if not last:
-            return {self.stage.module: said}
+            assert share is not None, "a module of the host's has one stage"
+            return {self.stage.module: said if any(share.lengths) else said[:0, :0]}
         return {"rows": modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)}
 
     def _arguments(self, inputs: Mapping[str, Tensor], share: Share | None) -> Mapping[str, Any]:
@@ -113,6 +116,13 @@ class ModalityNetwork(nn.Module):
 
 _ROWS = 2
 """Dims of rows."""
+
+
+def _at_least_one(hidden: Tensor) -> Tensor:
+    """Return hidden states with one of zeros where there are none: Megatron's layers do not take none."""
+    if hidden.numel() or hidden.dim() == _ROWS:
+        return hidden
+    return nn.functional.pad(hidden, (0, 0, 0, 1, 0, 1))
 
 
 def _unable_modality(modality: Any, stage: ModuleStageInfo) -> Iterator[Problem]:

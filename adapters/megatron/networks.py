@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import nn
 
+from mimogrid.adapters.megatron.experts import unable_experts
 from mimogrid.adapters.megatron.grids import LANGUAGE
 from mimogrid.adapters.megatron.language import LanguageStage
 from mimogrid.adapters.megatron.modality import Arrange, ModalityNetwork
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.roles import role_of
+from mimogrid.core.topology import Topology
 from mimogrid.shell.jobs import Job
 
 
@@ -30,15 +32,27 @@ def networks_of(
     for name, info in role.modules.items():
         if name == LANGUAGE and parts.language_model is not None:
             gpt = unwrapped(parts.language_model)
-            networks[name] = LanguageStage(gpt, sequence=topology.sequence, name=name)
+            networks[name] = LanguageStage(gpt, topology=topology, name=name, rank=rank)
         elif name in parts.modality_submodules:
             modality = unwrapped(parts.modality_submodules[name])
+            _check_experts(modality, topology, name, info.position)
             networks[name] = ModalityNetwork(modality, inputs.get(name), stage=info)
         else:
             fact = f"is hosted by rank {rank}, whose model has no part of it."
             remedy = "Build the model on the grids that the job has."
             raise PlanError([Problem(f"modules.{name}", fact, remedy)])
     return networks
+
+
+def _check_experts(modality: nn.Module, topology: Topology, name: str, position: Mapping[str, int]) -> None:
+    """Raise PlanError for experts of an encoder that a program cannot train."""
+    module = topology.modules[name]
+    problems = list(unable_experts(modality, module, position, topology.samples_per_microbatch[name]))
+    if module.aux_loss:
+        fact = "has an auxiliary loss, which in a job's program only Megatron's language model can have."
+        problems.append(Problem(f"modules.{name}.options.aux_loss", fact, "Set moe_aux_loss_coeff=0."))
+    if problems:
+        raise PlanError(problems)
 
 
 def unwrapped(module: Any) -> nn.Module:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -31,11 +32,13 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
 
     They are those of the job's own networks: a layer norm, and attention that turns queries and keys by itself, so
     the model has ``position_embedding_type="none"`` (or learned ones besides). For a causal or any other attention.
+    Where the configuration has experts these are Megatron's, one by one (`SequentialMLP`).
     """
-    sizes = {**sizes_of(config), "experts": 0}
+    sizes = sizes_of(config)
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
+    mlps = [get_moe_module_spec(use_te=False, num_experts=model.experts)] if model.experts else []
     # On one rank too the linear layers are megatron's: ours have no place in its checkpoints.
-    return block_spec(model, layers=1, tp=2, ledger=Ledger()).layer_specs[0]
+    return block_spec(model, layers=1, tp=2, ledger=Ledger(), mlps=mlps).layer_specs[0]
 
 
 def from_specs(

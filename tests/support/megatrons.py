@@ -1,7 +1,9 @@
 """Megatrons: a small `MimoModel` on one process and in a job's program, with the same weights and samples."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.transformer.moe import moe_utils, router
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 import specs
 from hosts import host
 from mimogrid.adapters import torch_module
-from mimogrid.adapters.megatron import block_of, forward_backward_func, networks_of
+from mimogrid.adapters.megatron import block_of, forward_backward_func, layer_spec, networks_of
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.models import Gpt, Vit
@@ -47,28 +51,32 @@ def config_of(
     pp: int = 1,
     tp: int = 1,
     here: Mapping[str, int] | None = None,
-    eye: Mapping[str, int] | None = None,
+    eye: Mapping[str, Any] | None = None,
     images: bool = False,
     **transformer: Any,
 ) -> MimoModelConfig:
     """Specify the model; `here` are the layers of the stages for which it is to be built, where there are several.
 
-    `eye` are sizes of an encoder that is a transformer; without any it is one linear layer.
+    `eye` configures an encoder that is a transformer; without it the encoder is one linear layer.
     """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
     layer = block_spec(
         gpt, layers=layers if here is None or pp == 1 else here.get("language", 0), tp=tp, ledger=Ledger()
     )
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
+    if config.num_moe_experts:
+        layer = with_experts(layer, config, causal=True)
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
     vision = specs.vision(specs.Images if images else specs.Pixels, hidden=8)
     if eye is not None:
         vit = Vit(layers=eye["layers"], hidden=specs.HIDDEN, heads=4, features=specs.PIXELS)
         built = vit.layers if here is None else here.get("vision", 0)
-        stack = block_spec(vit, layers=built, tp=eye.get("tp", 1), ledger=Ledger())
-        sizes = specs.config(
-            pp=eye.get("pp", 1), layers=vit.layers, tensor_model_parallel_size=eye.get("tp", 1)
-        )
+        more = {"tp": 1, **eye}
+        cut = more.pop("tp")
+        stack = block_spec(vit, layers=built, tp=cut, ledger=Ledger())
+        sizes = specs.config(tensor_model_parallel_size=cut, **more)
+        if sizes.num_moe_experts:
+            stack = with_experts(stack, sizes, causal=False)
         vision = specs.vision(Patches, in_features=specs.HIDDEN, transformer_config=sizes, spec=stack)
     return specs.model_config(
         language_model_spec=text,
@@ -77,15 +85,32 @@ def config_of(
     )
 
 
+def with_experts(stack: Any, config: TransformerConfig, *, causal: bool) -> Any:
+    """Return the specification of a stack with Megatron's layers with experts."""
+    layer = layer_spec(config, causal=causal)
+    return dataclasses.replace(stack, layer_specs=[layer] * len(stack.layer_specs))
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """A world of one process on the CPU, in fp64 where nothing else is said."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with on_device(torch.device("cpu")):
+        with on_device(torch.device("cpu")), exact_routing():
             yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def exact_routing() -> Iterator[None]:
+    """Let Megatron's router, which rounds to fp32, compute in fp64 throughout."""
+    exact = types.ModuleType("torch")
+    exact.__dict__.update(vars(torch), float32=torch.float64)
+    # Has nothing to do, and is compiled for seconds before it does it.
+    idle = mock.patch.object(router.TopKRouter, "_apply_expert_bias", return_value=None)
+    with mock.patch.object(moe_utils, "torch", exact), idle:
+        yield
 
 
 def drawn(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -100,7 +125,7 @@ def drawn(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def with_groups(config: MimoModelConfig, alone: dist.ProcessGroup) -> MimoModelConfig:
     """Give the transformers a group of one for everything."""
-    names = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp", "tp_cp", "tp_ep")
+    names = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp", "tp_cp", "tp_ep", "tp_dp_cp")
     collection = ProcessGroupCollection(**dict.fromkeys(names, alone))
     collection.embd = collection.pos_embd = None
     encoder = config.modality_submodules_spec["vision"].submodules["encoders"]["eye"]
@@ -166,21 +191,17 @@ def arranged(rows: Tensor | None, share: Share) -> Mapping[str, Any]:
 
 
 def batch_of(job: Job, sample: Sample, *, by_position: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """One sample as a batch of Megatron's, with labels and weights [S]."""
+    """One sample as a batch of Megatron's, with labels and weights [S], and no padding."""
     assert job.source
     text = job.source.load(sample.id, "language")
-    sequence = job.topology.sequence
-    tokens, labels, weights = (
-        nn.functional.pad(text[name], (0, sequence - len(text[name])))
-        for name in ("tokens", "labels", "loss_weights")
-    )
+    tokens, labels, weights = (text[name] for name in ("tokens", "labels", "loss_weights"))
     inputs = None
     if sample.rows.get("vision"):
         pixels = job.source.load(sample.id, "vision")["rows"].double()
         inputs = {"vision": {"eye": {"pixels": pixels[:, None] if by_position else pixels}}}
     batch = {
         "input_ids": tokens.masked_fill(tokens < 0, PLACEHOLDER)[None],
-        "position_ids": torch.arange(sequence)[None],
+        "position_ids": torch.arange(len(tokens))[None],
         "attention_mask": None,
         "modality_inputs": inputs,
     }
@@ -189,23 +210,46 @@ def batch_of(job: Job, sample: Sample, *, by_position: bool) -> tuple[dict[str, 
 
 @attrs.frozen
 class Seen:
-    """What a rank saw: losses, full gradients by Megatron's names (first rank), logits of its lane (last stage)."""
+    """What a rank saw.
+
+    Losses, the auxiliary one before its weight, full gradients by Megatron's names (first rank), logits of its lane
+    (last stage).
+    """
 
     losses: list[float]
+    aux: float
     gradients: Mapping[str, Any]
     logits: list[Any]
     state: Mapping[str, Any]
+
+
+class Noting:
+    """A function of Megatron's for an auxiliary loss, and what it says, before its weight."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.said: list[float] = []
+
+    def __call__(self, *, moe_aux_loss_coeff: float, **arguments: Any) -> Tensor:
+        """Return what the function does."""
+        loss = self.function(moe_aux_loss_coeff=moe_aux_loss_coeff, **arguments)
+        self.said.append(float(loss.detach()) / moe_aux_loss_coeff)
+        return loss
 
 
 def expected(job: Job, config: Mapping[str, Any]) -> Seen:
     """What one process comes to; inside `alone`."""
     eye = config.get("eye")
     model, step = whole(config_of(**config)), job.step(0)
+    # One sample at a time: the mean over all of them of each one's auxiliary loss.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / len(step.samples), dtype=torch.float64))
     total, said = torch.zeros((), dtype=torch.float64), []
+    imbalances = Noting(router.switch_load_balancing_loss_func)
     for sample, rows in zip(step.samples, step.rows_out, strict=True):
         # One by one: Megatron flattens what a transformer block returns position by position, not sample by sample.
         batch, labels, weights = batch_of(job, sample, by_position=eye is not None)
-        logits, _ = model(**batch)
+        with mock.patch.object(router, "switch_load_balancing_loss_func", imbalances):
+            logits, _ = model(**batch)
         total = total + (nn.functional.cross_entropy(logits[0], labels, reduction="none") * weights).sum()
         said.append(logits[0, : rows["language"]].detach())
     loss = total / sum(sample.length for sample in step.samples)
@@ -214,7 +258,8 @@ def expected(job: Job, config: Mapping[str, Any]) -> Seen:
     state = {
         name: tensor.numpy() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)
     }
-    return Seen([loss.item()], gradients, [torch.cat(said).numpy()], state)
+    aux = sum(imbalances.said) / len(step.samples)
+    return Seen([loss.item()], aux, gradients, [torch.cat(said).numpy()], state)
 
 
 def trained(
@@ -226,7 +271,7 @@ def trained(
 ) -> Seen:
     """Evaluate the first step of a job, then take it, with networks of the model and the weights of a whole one."""
     hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
-    with host(place):
+    with host(place), exact_routing():
         made = config_of(**config, here=hosted)
         eye = arranged if config.get("eye") else "pixels"
         function = forward_backward_func(
@@ -256,6 +301,7 @@ def trained(
         embedded.close()
         return Seen(
             [float(each["lm loss"]) for each in (*losses, *evaluated)],
+            float(sum(each.get("language.aux loss", 0.0) for each in losses)),
             {name: gradient.numpy() for name, gradient in gradients.items()},
             [each["logits"].detach().numpy() for each in logits],
             {name: tensor.numpy() for name, tensor in state.items()},
@@ -315,7 +361,7 @@ def saved(
     The state is what all keep: weights, and what the optimizer keeps for each.
     """
     hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
-    with host(place):
+    with host(place), exact_routing():
         made = config_of(**config, here=hosted)
         function = forward_backward_func(job, made, encoder_inputs={"vision": "pixels"})
         embedded = function.embedded
