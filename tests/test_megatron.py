@@ -405,6 +405,14 @@ def test_every_stage_of_an_encoder_runs() -> None:
         assert torch.equal(2 * ones, theirs(hidden_states=hidden["vision"]))
 
 
+def test_an_encoder_that_cannot_be_told_its_virtual_stage_is_refused() -> None:
+    """It would have the same layers in each of them."""
+    config = specs.config(pp=2, layers=4, virtual_pipeline_model_parallel_size=2)
+    spec = {"vision": specs.vision(specs.Doubling, projected=False, config=config)}
+    with pytest.raises(ValueError, match="is cut into virtual stages, and Doubling takes no vp_stage"):
+        from_specs(specs.language(), spec, {}, role=role(vision=stage("vision", 0, 2)), vp_stage=0)
+
+
 def test_rows_leave_an_encoder_sample_by_sample() -> None:
     """Of two samples of two positions the second row is the first sample's second; Megatron's is the other sample's."""
     spec = {"vision": specs.vision(specs.Doubling, projected=False)}

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 import megatrons
 import specs
 from megatrons import Seen
 from mimogrid.adapters.megatron import job_of
+from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.errors import PlanError, WorldError
 from mimogrid.core.shards import buckets_of
 from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, OptimizerSpec, ScheduleSpec
@@ -158,6 +159,60 @@ def test_a_language_model_of_megatrons_trains_in_stages(
     compare(pool, job, {**common, **cut}, {**common, **inside})
 
 
+TWICE = {"virtual_pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("grid", "transformer", "options"),
+    [
+        ({"pp": 2}, {}, LEARNED),
+        ({"tp": 2, "pp": 2}, {"sequence_parallel": True}, {**PARTS, **TIED}),
+        ({"dp": 2, "pp": 2}, {"layers": 6, "num_layers_in_first_pipeline_stage": 4}, {}),
+    ],
+)
+def test_a_language_model_of_megatrons_trains_in_virtual_stages(
+    pool: Pool,
+    opened: Opened,
+    grid: Mapping[str, int],
+    transformer: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """A rank has a model for each of its chunks, whose layers count through all of them."""
+    layers = transformer.get("layers", 4)
+    whole = {"layers": layers, "language": {"max_sequence_length": 16, **options}}
+    config = {**whole, "pp": grid["pp"], "tp": grid.get("tp", 1), **transformer, **TWICE}
+    job = job_for(opened, config, {"dp": 1}, grid)
+    assert 2 == job.spec.modules["language"].chunks
+    compare(pool, job, config, whole)
+
+
+def test_a_rank_with_chunks_has_a_network_for_each(opened: Opened) -> None:
+    """One for both would be given two places in the pipeline."""
+    config = {"layers": 4, "language": {"max_sequence_length": 16}, "pp": 2, **TWICE}
+    job = job_for(opened, config, {"dp": 1}, {"pp": 2})
+    with pytest.raises(PlanError, match="is 2; the host gave 1 networks for each pipeline rank"):
+        Embedded(job, {"language": nn.Identity()})
+
+
+@pytest.mark.world
+def test_chunks_that_are_there_train(pool: Pool, opened: Opened) -> None:
+    """Megatron's loops have one model for each of a rank's chunks; any other number of them is refused."""
+    whole = {"layers": 4, "language": {"max_sequence_length": 16, **LEARNED}}
+    config = {**whole, "pp": 2, **TWICE}
+    job = job_for(opened, config, {"dp": 1}, {"pp": 2})
+    with megatrons.alone():
+        expected = megatrons.expected(job, whole)
+    said = pool.run("megatrons:in_chunks", 3, job, config, expected.state, 2)
+    for losses, _ in said:
+        assert expected.losses == pytest.approx(losses, rel=1e-12)
+    (state,) = [state for _, state in said if state]
+    assert expected.state.keys() == state.keys()
+    assert [] == [name for name in state if not np.array_equal(expected.state[name], state[name])]
+    with pytest.raises(PlanError, match="has 2 chunks in the job, and 1 models"):
+        pool.run("megatrons:in_chunks", 3, job, config, expected.state, 1)
+
+
 EXPERTS = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
@@ -199,7 +254,7 @@ def spread(ep: int, expert_tp: int = 1) -> Mapping[str, Any]:
             {**BALANCED, **GATHERED, "moe_layer_freq": [0, 1]},
             spread(4),
         ),
-        ({"tp": 1, "dp": 2, "pp": 2}, BALANCED, RECOMPUTED),
+        ({"tp": 1, "dp": 2, "pp": 2}, BALANCED, {**RECOMPUTED, **TWICE}),
     ],
 )
 def test_experts_of_megatrons_train_wherever_they_lie(
@@ -210,7 +265,8 @@ def test_experts_of_megatrons_train_wherever_they_lie(
     cut: Mapping[str, Any],
 ) -> None:
     """With its routers and dispatchers, beside every other axis; values and gradients of its auxiliary loss, too."""
-    whole = {"layers": 2, "language": {"max_sequence_length": 16, **PARTS}, **EXPERTS, **transformer}
+    layers = 4 if "virtual_pipeline_model_parallel_size" in cut else 2
+    whole = {"layers": layers, "language": {"max_sequence_length": 16, **PARTS}, **EXPERTS, **transformer}
     config = {**whole, "pp": grid.get("pp", 1), "tp": grid["tp"], **cut}
     job = job_for(opened, config, {"dp": 1}, grid)
     expected, _ = compare(pool, job, config, whole)
@@ -237,21 +293,26 @@ ONLY_IN_PARTS = ("sequence_parallel", "num_layers_in_first_pipeline_stage")
 
 @pytest.mark.world
 @pytest.mark.parametrize(
-    ("vision", "language"),
+    ("vision", "chunks", "language"),
     [
-        ({"pp": 2}, {"dp": 2}),
-        ({"tp": 2, "pp": 2}, {"tp": 2}),
-        ({"dp": 2, "pp": 2}, {"pp": 2}),
+        ({"pp": 2}, {}, {"dp": 2}),
+        ({"tp": 2, "pp": 2}, {}, {"tp": 2}),
+        ({"dp": 2, "pp": 2}, {}, {"pp": 2}),
+        ({"pp": 2}, TWICE, {"pp": 2}),
     ],
 )
 def test_an_encoder_of_megatrons_trains_in_stages(
-    pool: Pool, opened: Opened, vision: Mapping[str, int], language: Mapping[str, int]
+    pool: Pool,
+    opened: Opened,
+    vision: Mapping[str, int],
+    chunks: Mapping[str, int],
+    language: Mapping[str, int],
 ) -> None:
     """Every stage runs its layers, rows find their samples, and padding is not looked at."""
     whole = {"layers": 2, "language": {"max_sequence_length": 16}}
     eye = {"layers": 4}
     cut = {"pp": language.get("pp", 1), "tp": language.get("tp", 1)}
-    cut_eye = {**eye, "pp": vision["pp"], "tp": vision.get("tp", 1)}
+    cut_eye = {**eye, "pp": vision["pp"], "tp": vision.get("tp", 1), **chunks}
     config = {**whole, **cut, "eye": cut_eye}
     job = job_for(opened, config, vision, language)
     compare(pool, job, config, {**whole, "eye": eye})

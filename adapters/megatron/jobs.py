@@ -93,14 +93,19 @@ def _cut(config: TransformerConfig, grid: GridSpec) -> dict[str, Any]:
     """Return how a transformer is cut: what a grid of Megatron's does not say, its configuration does."""
     config = copy.copy(config)
     config.pipeline_model_parallel_size = grid.pp
-    layers = [get_num_layers_to_build(config, pp_rank=pp) for pp in range(grid.pp)]
+    chunks = config.virtual_pipeline_model_parallel_size if grid.pp > 1 else None
+    layers = [
+        get_num_layers_to_build(config, vp_stage=chunk if chunks else None, pp_rank=pp)
+        for chunk in range(chunks or 1)
+        for pp in range(grid.pp)
+    ]
     split = tuple(layers) if len(set(layers)) > 1 else None
     grid = attrs.evolve(grid, sequence_parallel=config.sequence_parallel)
     if config.num_moe_experts and grid.ep == grid.expert_tp == 1:
         # megatron-core 0.16 knows no views of a grid.
         cut = config.expert_tensor_parallel_size
         grid = attrs.evolve(grid, ep=config.expert_model_parallel_size, expert_tp=cut)
-    return {"grid": grid, "split": split}
+    return {"grid": grid, "split": split, "chunks": chunks or 1}
 
 
 def sizes_of(config: TransformerConfig) -> dict[str, Any]:

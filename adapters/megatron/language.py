@@ -163,8 +163,6 @@ def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
     config = gpt.config
     if config.mtp_num_layers:
         yield Problem(where, "predicts several tokens at once.", "Leave mtp_num_layers out.")
-    if config.virtual_pipeline_model_parallel_size:
-        yield Problem(where, "is cut into virtual stages.", "Leave virtual_pipeline_model_parallel_size out.")
     if gpt.position_embedding_type == "mrope":
         yield Problem(
             where, "turns by mrope, whose positions a job does not know.", "Use rope, or learned ones."

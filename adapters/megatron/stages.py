@@ -48,15 +48,17 @@ def from_specs(
     *,
     role: RankRole,
     collections: Mapping[str, ProcessGroupCollection] | None = None,
+    vp_stage: int | None = None,
 ) -> "MimoStages":
     """Build what this rank hosts of a model that is specified for Megatron's `MimoModel`.
 
     Nothing is built for modules of other ranks, projections only on a modality's last stage, embedding and
     output layer of the language model only on its ends. `collections` give each module its groups; without
     them Megatron's global state does. Its configurations must say the size of pp themselves, as ever there.
+    `vp_stage` says which of a rank's chunks the role is of (`roles_by_chunk`), for those modules that have several.
 
-    Raises ValueError where the role is of other modules or a modality that is cut into stages has several
-    encoders, RuntimeError where the rank is in no grid.
+    Raises ValueError where the role is of other modules, a modality that is cut into stages has several encoders or
+    a network that is cut into virtual stages cannot be told which it is, RuntimeError where the rank is in no grid.
     """
     known = {LANGUAGE, *modality_submodules_spec}
     if not known.issuperset(role.modules):
@@ -68,29 +70,45 @@ def from_specs(
         raise RuntimeError(f"rank {role.rank} is in no module's grid: it idles, and has no model.")
     collections = collections or {}
     submodules = {
-        name: _modality_of(spec, role.modules[name], collections.get(name))
+        name: _modality_of(spec, role.modules[name], collections.get(name), vp_stage)
         for name, spec in modality_submodules_spec.items()
         if name in role.modules
     }
     language = None
     if role.has_language_module:
-        language = _built(language_model_spec, role.modules[LANGUAGE], collections.get(LANGUAGE))
+        language = _built(language_model_spec, role.modules[LANGUAGE], collections.get(LANGUAGE), vp_stage)
     return MimoStages(role, submodules, language, special_token_ids, collections)
 
 
-def _built(spec: MegatronSpec, info: ModuleStageInfo, collection: ProcessGroupCollection | None) -> nn.Module:
+def _built(
+    spec: MegatronSpec,
+    info: ModuleStageInfo,
+    collection: ProcessGroupCollection | None,
+    vp_stage: int | None,
+) -> nn.Module:
     """Build a network for a stage; it is told of the stage as far as its constructor asks."""
     told: dict[str, Any] = {"pre_process": info.is_first_stage, "post_process": info.is_last_stage}
     if collection is not None:
         told["pg_collection"] = collection
+    configs = [value for value in (spec.params or {}).values() if isinstance(value, TransformerConfig)]
+    if any(config.virtual_pipeline_model_parallel_size for config in configs):
+        told["vp_stage"] = vp_stage
     asked = inspect.signature(spec.module.__init__).parameters
+    if "vp_stage" in told and "vp_stage" not in asked:
+        raise ValueError(
+            f"'{info.module}' is cut into virtual stages, and {spec.module.__name__} takes no vp_stage, "
+            "so all of them would have the same layers."
+        )
     spec = copy.copy(spec)
     spec.params = {**(spec.params or {}), **{name: value for name, value in told.items() if name in asked}}
     return build_module(spec)  # type: ignore[no-any-return]
 
 
 def _modality_of(
-    spec: MegatronSpec, info: ModuleStageInfo, collection: ProcessGroupCollection | None
+    spec: MegatronSpec,
+    info: ModuleStageInfo,
+    collection: ProcessGroupCollection | None,
+    vp_stage: int | None,
 ) -> nn.Module:
     parts = spec.submodules or {}
     if not (info.is_first_stage and info.is_last_stage) and len(parts.get("encoders", {})) != 1:
@@ -100,10 +118,10 @@ def _modality_of(
         )
 
     def named(kind: str) -> dict[str, nn.Module]:
-        return {name: _built(part, info, collection) for name, part in parts.get(kind, {}).items()}
+        return {name: _built(part, info, collection, vp_stage) for name, part in parts.get(kind, {}).items()}
 
     def listed(kind: str, *, wanted: bool) -> list[nn.Module]:
-        return [_built(part, info, collection) for part in parts.get(kind, ())] if wanted else []
+        return [_built(part, info, collection, vp_stage) for part in parts.get(kind, ())] if wanted else []
 
     stage = {"is_first_stage": info.is_first_stage, "is_last_stage": info.is_last_stage}
     asked = inspect.signature(spec.module.__init__).parameters

@@ -123,10 +123,13 @@ def drawn(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def with_groups(config: MimoModelConfig, alone: dist.ProcessGroup) -> MimoModelConfig:
-    """Give the transformers a group of one for everything."""
+def with_groups(
+    config: MimoModelConfig, alone: dist.ProcessGroup, *, pp: dist.ProcessGroup | None = None
+) -> MimoModelConfig:
+    """Give the transformers a group of one for everything but perhaps the pipeline."""
     names = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp", "tp_cp", "tp_ep", "tp_dp_cp")
     collection = ProcessGroupCollection(**dict.fromkeys(names, alone))
+    collection.pp = pp or alone
     collection.embd = collection.pos_embd = None
     encoder = config.modality_submodules_spec["vision"].submodules["encoders"]["eye"]
     for spec in (config.language_model_spec, *([encoder] if encoder.module is Patches else [])):
@@ -153,6 +156,7 @@ class Patches(nn.Module):
         *,
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__()
         self.pre_process = pre_process
@@ -164,6 +168,7 @@ class Patches(nn.Module):
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
 
     def set_input_tensor(self, hidden: Tensor) -> None:
@@ -282,7 +287,7 @@ def trained(
         arguments: dict[str, Any] = {
             "forward_step_func": None,
             "data_iterator": None,
-            "model": [function.model] if function.model else [],
+            "model": function.model,
             "num_microbatches": job.spec.batch.microbatches,
             "seq_length": job.topology.sequence,
             "micro_batch_size": 1,
@@ -330,6 +335,41 @@ def its_own(
         after = _held(model, mine)
         function.embedded.close()
         return [float(each["lm loss"]) for each in losses], before, after
+
+
+def in_chunks(
+    place: Place, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any], given: int
+) -> tuple[list[float], Mapping[str, Any]]:
+    """Train so many chunks of `MimoModel`s that are there, on ranks 1 and 2; return losses and the state before."""
+    with host(place), on_device(torch.device("cpu")):
+        alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
+        pp = dist.new_group([1, 2])
+        models = []
+        for chunk in range(given if place.rank else 1):
+            hosted = {"language": 1}
+            made = with_groups(config_of(**config, here=hosted), alone, pp=pp if place.rank else None)
+            ends = {
+                "pre_process": (place.rank, chunk) == (1, 0),
+                "post_process": (place.rank, chunk) == (2, 1),
+            }
+            made.language_model_spec.params |= {"vp_stage": chunk, **ends}
+            models.append(MimoModel(made))
+        function = forward_backward_func(job, models, encoder_inputs={"vision": "pixels"})
+        function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        state = function.state_dict()
+        losses = function(
+            forward_step_func=None,
+            data_iterator=None,
+            model=models,
+            num_microbatches=job.spec.batch.microbatches,
+            seq_length=job.topology.sequence,
+            micro_batch_size=1,
+        )
+        function.embedded.close()
+        return (
+            [float(each["lm loss"]) for each in losses],
+            {name: tensor.numpy() for name, tensor in state.items()},
+        )
 
 
 def _held(model: nn.Module, begin: str) -> Mapping[str, Any]:
