@@ -10,6 +10,8 @@ import attrs
 import numpy as np
 import pytest
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlock
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -17,11 +19,13 @@ from torch.nn.functional import silu
 import megatrons
 import specs
 from megatrons import Seen
-from mimogrid.adapters.megatron import job_of
+from mimogrid.adapters.megatron import ModalityNetwork, job_of
+from mimogrid.adapters.megatron.language import LanguageStage
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.errors import PlanError, WorldError
 from mimogrid.core.shards import buckets_of
 from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, OptimizerSpec, ScheduleSpec
+from mimogrid.core.zigzag import ZigZag
 from mimogrid.shell.export import export
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
@@ -251,7 +255,7 @@ def spread(ep: int, expert_tp: int = 1) -> Mapping[str, Any]:
         ({"tp": 1, "cp": 2, "dp": 2}, BALANCED, {"expert_model_parallel_size": 2}),
         (
             {"tp": 2, "cp": 2},
-            {**BALANCED, **GATHERED, "moe_layer_freq": [0, 1]},
+            {**BALANCED, **GATHERED, "moe_layer_freq": [0, 1, 1, 0]},
             spread(4),
         ),
         ({"tp": 1, "dp": 2, "pp": 2}, BALANCED, {**RECOMPUTED, **TWICE}),
@@ -265,8 +269,7 @@ def test_experts_of_megatrons_train_wherever_they_lie(
     cut: Mapping[str, Any],
 ) -> None:
     """With its routers and dispatchers, beside every other axis; values and gradients of its auxiliary loss, too."""
-    layers = 4 if "virtual_pipeline_model_parallel_size" in cut else 2
-    whole = {"layers": layers, "language": {"max_sequence_length": 16, **PARTS}, **EXPERTS, **transformer}
+    whole = {"layers": 4, "language": {"max_sequence_length": 16, **PARTS}, **EXPERTS, **transformer}
     config = {**whole, "pp": grid.get("pp", 1), "tp": grid["tp"], **cut}
     job = job_for(opened, config, {"dp": 1}, grid)
     expected, _ = compare(pool, job, config, whole)
@@ -299,6 +302,8 @@ ONLY_IN_PARTS = ("sequence_parallel", "num_layers_in_first_pipeline_stage")
         ({"tp": 2, "pp": 2}, {}, {"tp": 2}),
         ({"dp": 2, "pp": 2}, {}, {"pp": 2}),
         ({"pp": 2}, TWICE, {"pp": 2}),
+        ({"cp": 2, "pp": 2}, {}, {"dp": 2}),
+        ({"cp": 2, "dp": 2}, EXPERTS | {"expert_model_parallel_size": 2}, {"cp": 2}),
     ],
 )
 def test_an_encoder_of_megatrons_trains_in_stages(
@@ -310,9 +315,9 @@ def test_an_encoder_of_megatrons_trains_in_stages(
 ) -> None:
     """Every stage runs its layers, rows find their samples, and padding is not looked at."""
     whole = {"layers": 2, "language": {"max_sequence_length": 16}}
-    eye = {"layers": 4}
+    eye = {"layers": 4, **{key: value for key, value in chunks.items() if key in EXPERTS}}
     cut = {"pp": language.get("pp", 1), "tp": language.get("tp", 1)}
-    cut_eye = {**eye, "pp": vision["pp"], "tp": vision.get("tp", 1), **chunks}
+    cut_eye = {**eye, "pp": vision.get("pp", 1), "tp": vision.get("tp", 1), **chunks}
     config = {**whole, **cut, "eye": cut_eye}
     job = job_for(opened, config, vision, language)
     compare(pool, job, config, {**whole, "eye": eye})
@@ -497,6 +502,68 @@ def test_experts_whose_ways_depend_on_the_layout_are_refused(
         pool.run("megatrons:trained", 3, job, {**common, **made}, {}, {})
 
 
+def test_networks_that_cannot_cut_positions_are_refused(opened: Opened) -> None:
+    """Under cp a network has a part of each sample, and an attention that sees the rest and knows what is padding."""
+
+    def handed(argument: Any, *, theirs: bool) -> ModalityNetwork:
+        modality = nn.Module()
+        encoder = megatrons.of_two(TransformerBlock, theirs=theirs, causal=False)
+        modality.encoders = nn.ModuleDict({"eye": encoder})
+        return ModalityNetwork(modality, argument)
+
+    assert ZigZag(0, 2) == handed(megatrons.arranged, theirs=False).cut
+    with pytest.raises(PlanError, match="gets whole rows, of which each of cp=2 ranks is to have a part"):
+        handed("pixels", theirs=False)
+    with pytest.raises(PlanError, match=r"an attention \(DotProductAttention\) that is not known"):
+        handed(megatrons.arranged, theirs=True)
+    with pytest.raises(PlanError, match="attends to the positions of one of cp=2 ranks only"):
+        language_of(opened, theirs=True)
+
+
+@pytest.mark.parametrize(
+    ("owner", "what", "said"),
+    [
+        ("config", {"mtp_num_layers": 1}, "predicts several tokens at once"),
+        (
+            "model",
+            {"position_embedding_type": "mrope"},
+            "turns by mrope, whose positions a job does not know",
+        ),
+    ],
+)
+def test_language_models_that_read_more_than_a_job_has_are_refused(
+    opened: Opened, owner: str, what: Mapping[str, Any], said: str
+) -> None:
+    """By the name of what they would need."""
+    with pytest.raises(PlanError, match=said):
+        language_of(opened, **{owner: what})
+
+
+def language_of(
+    opened: Opened,
+    *,
+    theirs: bool = False,
+    model: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> LanguageStage:
+    """A stage of a language model on the first of two ranks along cp, changed once it is built."""
+    sizes = {"vocab_size": specs.VOCAB, "max_sequence_length": 16}
+    gpt = megatrons.of_two(GPTModel, theirs=theirs, causal=True, **sizes)
+    vars(gpt).update(model or {})
+    vars(gpt.config).update(config or {})
+    job = job_for(opened, {"layers": 1, "language": {"max_sequence_length": 16}}, {"dp": 1}, {"cp": 2})
+    return LanguageStage(gpt, topology=job.topology, name="language", rank=1)
+
+
+@pytest.mark.world
+def test_a_plan_that_cuts_other_positions_is_refused(pool: Pool, opened: Opened) -> None:
+    """An encoder without a transformer block gives each row from that row alone, on whichever rank."""
+    common = {"layers": 2, "language": {"max_sequence_length": 16}}
+    job = job_for(opened, {**common, "eye": {"layers": 2}}, {"cp": 2}, {"dp": 1})
+    with pytest.raises(PlanError, match="has cp=2 in the job, and the transformer block of its encoder cp=1"):
+        pool.run("megatrons:trained", 3, job, common, {}, {})
+
+
 @pytest.mark.world
 def test_networks_on_some_ranks_only_are_refused(pool: Pool, opened: Opened) -> None:
     """Ranks with other networks would compute another model together."""
@@ -520,3 +587,20 @@ def test_copies_begin_alike(pool: Pool, opened: Opened) -> None:
             first["model.embedding.word_embeddings.weight"], last["model.output_layer.weight"]
         )
         assert first["model.embedding.word_embeddings.weight"].any()
+
+
+@pytest.mark.world
+def test_copies_of_experts_begin_alike(pool: Pool, opened: Opened) -> None:
+    """Those of the same experts, on ranks that hold others beside; what routes is the same on all."""
+    config = {"layers": 1, "language": {"max_sequence_length": 16}, **EXPERTS, **OVER_TWO}
+    job = job_for(opened, config, {"dp": 1}, {"cp": 2, "dp": 2})
+    said = pool.run("megatrons:begun", job.topology.world_size, job, config)
+    router, expert = (
+        f"model.decoder.layers.0.mlp.{name}"
+        for name in ("router.weight", "experts.local_experts.0.linear_fc1.weight")
+    )
+    for rank in (2, 3, 4):
+        assert np.array_equal(said[1][router], said[rank][router])
+    for rank in (1, 2):
+        assert np.array_equal(said[rank][expert], said[rank + 2][expert])
+    assert not np.array_equal(said[1][expert], said[2][expert])

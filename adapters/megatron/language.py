@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
 from mimogrid.adapters.megatron.experts import Balance, aux_weight, expert_layers, unable_experts
@@ -161,6 +162,12 @@ def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
     where = f"modules.{module.name}"
     tp = gpt.pg_collection.tp.size()
     config = gpt.config
+    cp = gpt.pg_collection.cp.size()
+    if cp > 1 and any(isinstance(part, DotProductAttention) for part in gpt.modules()):
+        fact = f"attends to the positions of one of cp={cp} ranks only (DotProductAttention)."
+        yield Problem(
+            where, fact, "Use an attention that has context parallelism, such as that of layer_spec."
+        )
     if config.mtp_num_layers:
         yield Problem(where, "predicts several tokens at once.", "Leave mtp_num_layers out.")
     if gpt.position_embedding_type == "mrope":

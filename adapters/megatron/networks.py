@@ -11,7 +11,7 @@ from mimogrid.adapters.megatron.language import LanguageStage
 from mimogrid.adapters.megatron.modality import Arrange, ModalityNetwork
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.roles import RankRole
-from mimogrid.core.topology import Topology
+from mimogrid.core.topology import Module, Topology
 from mimogrid.shell.jobs import Job
 
 
@@ -53,7 +53,9 @@ def _of_chunk(
         elif name in parts.modality_submodules:
             modality = unwrapped(parts.modality_submodules[name])
             _check_experts(modality, topology, name, info.position)
-            yield name, ModalityNetwork(modality, inputs.get(name), stage=info)
+            network = ModalityNetwork(modality, inputs.get(name), stage=info)
+            _check_cut(network, topology.modules[name])
+            yield name, network
         else:
             fact = f"is hosted by rank {role.rank}, whose model has no part of it."
             remedy = "Build the model on the grids that the job has."
@@ -69,6 +71,16 @@ def _check_experts(modality: nn.Module, topology: Topology, name: str, position:
         problems.append(Problem(f"modules.{name}.options.aux_loss", fact, "Set moe_aux_loss_coeff=0."))
     if problems:
         raise PlanError(problems)
+
+
+def _check_cut(network: ModalityNetwork, module: Module) -> None:
+    """Raise PlanError where an encoder does not cut positions as the plan does."""
+    if network.cut.size != module.cp:
+        fact = (
+            f"has cp={module.cp} in the job, and the transformer block of its encoder cp={network.cut.size}."
+        )
+        remedy = "Build it over the job's groups; an encoder without a transformer block has data lanes only."
+        raise PlanError([Problem(f"modules.{module.name}.grid.cp", fact, remedy)])
 
 
 def unwrapped(module: Any) -> nn.Module:

@@ -1,6 +1,7 @@
 """Megatrons: a small `MimoModel` on one process and in a job's program, with the same weights and samples."""
 
 import contextlib
+import copy
 import dataclasses
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import moe_utils, router
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -23,11 +25,13 @@ import specs
 from hosts import host
 from mimogrid.adapters import torch_module
 from mimogrid.adapters.megatron import block_of, forward_backward_func, layer_spec, networks_of
+from mimogrid.adapters.megatron.modality import packed
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.steps import Share
+from mimogrid.core.zigzag import ZigZag
 from mimogrid.shell import checkpoint, saving
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.ledger import Ledger
@@ -35,7 +39,6 @@ from mimogrid.shell.manifest import published, read_manifest
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
-from mimogrid.shell.packing import pack_rows
 from mimogrid.shell.place import Place
 from mimogrid.shell.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore
 
@@ -145,6 +148,25 @@ def whole(config: MimoModelConfig) -> nn.Module:
     return model
 
 
+def of_two(module: type[nn.Module], *, theirs: bool, causal: bool, **params: Any) -> nn.Module:
+    """A network of one layer as the first of two ranks along cp would build it, without a process group.
+
+    With Megatron's own attention, or ours.
+    """
+    me: Any = specs.OneOf(0, 1)
+    both: Any = specs.OneOf(0, 2)
+    config = specs.config(layers=1)
+    layer = copy.deepcopy(layer_spec(config, causal=causal))
+    if theirs:
+        layer.submodules.self_attention.submodules.core_attention = DotProductAttention
+    norm = block_spec(Vit(layers=1, hidden=1, heads=1), layers=1, tp=1, ledger=Ledger())
+    stack = dataclasses.replace(norm, layer_specs=[layer])
+    collection = ProcessGroupCollection(tp=me, pp=me, cp=both)
+    collection.embd = None
+    with on_device(torch.device("cpu")):
+        return module(config, stack, pg_collection=collection, **params)
+
+
 class Patches(nn.Module):
     """An encoder in stages: pixels [S, B, P] into a transformer block."""
 
@@ -186,12 +208,12 @@ class Patches(nn.Module):
         return self.decoder(hidden_states=first, attention_mask=attention_mask)
 
 
-def arranged(rows: Tensor | None, share: Share) -> Mapping[str, Any]:
+def arranged(rows: Tensor | None, share: Share, cut: ZigZag) -> Mapping[str, Any]:
     """Return the arguments of a stage of `Patches`."""
     if rows is None:
-        mask = pack_rows(share, multiple=1, dtype=torch.float64, device=torch.device("cpu")).mask
-        return {"attention_mask": mask}
-    pixels, mask = block_of(rows, share)
+        packing = packed(share, cut, dtype=torch.float64, device=torch.device("cpu"))
+        return {"attention_mask": packing.mask}
+    pixels, mask = block_of(rows, share, cut)
     return {"pixels": pixels, "attention_mask": mask}
 
 
