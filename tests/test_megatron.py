@@ -199,6 +199,21 @@ def test_an_encoder_with_a_transformer_is_a_vit() -> None:
     assert ("vit", 3, 3, 0) == (vision.model, vision.options.layers, vision.grid.pp, vision.grid.offset)  # type: ignore[union-attr]
 
 
+@views
+def test_experts_lie_where_a_view_says() -> None:
+    """Whatever the configuration, which cuts them over tp where nothing else is said."""
+    base = Grid((Axis("tp", 2), Axis("cp", 1), Axis("dp", 2), Axis("pp", 1)), offset=1)
+    inside = (Axis("expert_tp", 1), Axis("ep", 4), Axis("expert_dp", 1))
+    sizes = {"num_moe_experts": 4, "moe_ffn_hidden_size": 8, "add_bias_linear": False}
+    config = specs.config(tensor_model_parallel_size=2, sequence_parallel=True, **sizes)
+    made = specs.model_config(language_model_spec=specs.language(config=config))
+    of_view = base.regrouped(inside, keep="pp")
+    for grid, expected in ((to_hyper_comm_grid(base, of_view), (4, 1)), (to_hyper_comm_grid(base), (1, 2))):
+        grids = {"vision": hyper(dp=1), "language": grid}
+        said = job_of(made, grids, batch=BatchSpec(global_size=2)).modules["language"].grid
+        assert expected == (said.ep, said.expert_tp)
+
+
 def test_what_a_job_cannot_say_is_an_error() -> None:
     """All of it at once."""
     grids = {"vision": hyper(gtp=2), "language": hyper(2, tp=2, gtp=2)}

@@ -48,14 +48,15 @@ def job_of(
     if problems:
         raise PlanError(problems)
     modules = {
-        name: _modality(spec, placed[name], language.hidden)
+        name: _modality(spec, placed[name], language.hidden, has_view=_has_view(grids[name]))
         for name, spec in config.modality_submodules_spec.items()
     }
     # What an encoder of Megatron's reads is its own affair; the plan needs some width, to count by.
     features = {name: spec.options.hidden for name, spec in modules.items() if isinstance(spec.options, Vit)}
     options = {"sequence": params["max_sequence_length"], "features": features}
     data = data or DataSpec(source="mimogrid.shell.host:samples", options=options)
-    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **_cut(params["config"], placed[LANGUAGE]))
+    cut = _cut(params["config"], placed[LANGUAGE], has_view=_has_view(grids[LANGUAGE]))
+    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **cut)
     return JobSpec(modules=modules, data=data, batch=batch, **fields)
 
 
@@ -82,15 +83,22 @@ def _grid_spec(name: str, grid: HyperCommGrid, problems: list[Problem]) -> GridS
     known = [axis for axis in base.axes if axis.name in order]
     given = tuple(axis.name for axis in known)
     sizes: dict[str, Any] = {axis.name: axis.size for axis in known}
-    if EXPERT_VIEW in vars(grid).get("_views", {}):
+    if _has_view(grid):
         experts = from_hyper_comm_grid(grid, EXPERT_VIEW)
         sizes |= {"ep": experts.extent("ep"), "expert_tp": experts.extent("expert_tp")}
     whole = (*given, *(axis for axis in order if axis not in given))
     return GridSpec(**sizes, offset=base.offset, order=whole)
 
 
-def _cut(config: TransformerConfig, grid: GridSpec) -> dict[str, Any]:
-    """Return how a transformer is cut: what a grid of Megatron's does not say, its configuration does."""
+def _has_view(grid: HyperCommGrid) -> bool:
+    return EXPERT_VIEW in vars(grid).get("_views", {})
+
+
+def _cut(config: TransformerConfig, grid: GridSpec, *, has_view: bool) -> dict[str, Any]:
+    """Return how a transformer is cut: what a grid of Megatron's does not say, its configuration does.
+
+    Where experts lie is said by a view of the grid, which megatron-core 0.16 does not have.
+    """
     config = copy.copy(config)
     config.pipeline_model_parallel_size = grid.pp
     chunks = config.virtual_pipeline_model_parallel_size if grid.pp > 1 else None
@@ -101,8 +109,7 @@ def _cut(config: TransformerConfig, grid: GridSpec) -> dict[str, Any]:
     ]
     split = tuple(layers) if len(set(layers)) > 1 else None
     grid = attrs.evolve(grid, sequence_parallel=config.sequence_parallel)
-    if config.num_moe_experts and grid.ep == grid.expert_tp == 1:
-        # megatron-core 0.16 knows no views of a grid.
+    if config.num_moe_experts and not has_view:
         cut = config.expert_tensor_parallel_size
         grid = attrs.evolve(grid, ep=config.expert_model_parallel_size, expert_tp=cut)
     return {"grid": grid, "split": split, "chunks": chunks or 1}
@@ -137,7 +144,7 @@ def _language(params: Mapping[str, Any], problems: list[Problem]) -> Gpt:
     return Gpt(**sizes_of(config), vocab=params["vocab_size"], tied_embeddings=tied)
 
 
-def _modality(spec: MegatronSpec, grid: GridSpec, width: int) -> ModuleSpec:
+def _modality(spec: MegatronSpec, grid: GridSpec, width: int, *, has_view: bool) -> ModuleSpec:
     encoders = list((spec.submodules or {}).get("encoders", {}).values())
     configs = [
         value
@@ -147,6 +154,7 @@ def _modality(spec: MegatronSpec, grid: GridSpec, width: int) -> ModuleSpec:
     ]
     if len(encoders) == len(configs) == 1:
         vit = Vit(**sizes_of(configs[0]))
-        return ModuleSpec(model="vit", options=vit, feeds=(LANGUAGE,), **_cut(configs[0], grid))
+        cut = _cut(configs[0], grid, has_view=has_view)
+        return ModuleSpec(model="vit", options=vit, feeds=(LANGUAGE,), **cut)
     model = "mimogrid.shell.host:module"
     return ModuleSpec(model=model, options={}, feeds=(LANGUAGE,), grid=grid, width=width)
