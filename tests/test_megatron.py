@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel import schedules
+from torch import Tensor
 
 import layouts
 import specs
@@ -32,6 +33,7 @@ from mimogrid.adapters.megatron import (
     role_of_grids,
     to_hyper_comm_grid,
 )
+from mimogrid.adapters.megatron.experts import Balance
 from mimogrid.core.errors import PlanError
 from mimogrid.core.grid import Axis, Grid
 from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
@@ -426,6 +428,27 @@ def test_an_encoder_that_cannot_be_told_its_virtual_stage_is_refused() -> None:
     spec = {"vision": specs.vision(specs.Doubling, projected=False, config=config)}
     with pytest.raises(ValueError, match="is cut into virtual stages, and Doubling takes no vp_stage"):
         from_specs(specs.language(), spec, {}, role=role(vision=stage("vision", 0, 2)), vp_stage=0)
+
+
+class Router:
+    """As much of Megatron's router as its auxiliary loss asks for."""
+
+    training, topk, score_function, tp_cp_group = True, 1, "softmax", specs.OneOf(0, 1)
+
+    def routing(self, logits_SBE: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return weights, and choices."""
+        logits_TE = logits_SBE.flatten(0, 1)
+        return logits_TE.softmax(dim=1), logits_TE == logits_TE.amax(dim=1, keepdim=True)
+
+
+def test_a_router_that_serves_a_second_job_has_its_auxiliary_loss_once() -> None:
+    """The job before has left its own, which says nothing any more."""
+    router: Any = Router()
+    first, second = Balance(router), Balance(router)
+    first.scale = second.scale = 1.0
+    router.routing(torch.tensor([[[1.0, 2.0]]]))
+    assert first.value is None
+    assert second.value is not None
 
 
 def test_rows_leave_an_encoder_sample_by_sample() -> None:

@@ -146,7 +146,9 @@ class Balance:
 
     def __init__(self, router: Any) -> None:
         self.router = router
-        self.route = router.routing
+        before = router.routing
+        # A model may be handed to one job after another.
+        self.route: Any = before.route if isinstance(before, Balance) else before
         self.scale = 0.0
         self.value: Tensor | None = None
         router.routing = self
