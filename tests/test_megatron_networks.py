@@ -56,10 +56,12 @@ def job_for(
     config: Mapping[str, Any],
     vision: Mapping[str, int],
     language: Mapping[str, int],
+    *,
+    offset: int | None = None,
     **fields: Any,
 ) -> Job:
-    """A job of the model on these grids, with random samples."""
-    end = int(np.prod(list(vision.values())))
+    """A job of the model on these grids, the language model's at an offset or behind, with random samples."""
+    end = int(np.prod(list(vision.values()))) if offset is None else offset
     grids = {
         "vision": HyperCommGrid(list(vision.values()), list(vision)),
         "language": HyperCommGrid(list(language.values()), list(language), rank_offset=end),
@@ -277,12 +279,13 @@ def test_experts_of_megatrons_train_wherever_they_lie(
 
 
 @pytest.mark.world
-def test_experts_of_an_encoder_train_wherever_they_lie(pool: Pool, opened: Opened) -> None:
+@pytest.mark.parametrize("cp", [1, 2])
+def test_experts_of_an_encoder_train_wherever_they_lie(pool: Pool, opened: Opened, cp: int) -> None:
     """Also in microbatches in which a lane has no rows, and another, with which it computes, has some."""
     whole = {"layers": 2, "language": {"max_sequence_length": 16}}
     eye = {"layers": 2, **EXPERTS}
-    config = {**whole, "eye": {**eye, "pp": 2, "expert_model_parallel_size": 2}}
-    job = job_for(opened, config, {"dp": 2, "pp": 2}, {"dp": 1})
+    config = {**whole, "eye": {**eye, "pp": 2, "expert_model_parallel_size": 2 * cp}}
+    job = job_for(opened, config, {"cp": cp, "dp": 2, "pp": 2}, {"dp": 1}, offset=0)
     step, vision = job.step(0), job.topology.modules["vision"]
     rows = [
         [sum(step.share("vision", lane, k).lengths) for lane in range(2)] for k in range(vision.microbatches)

@@ -99,7 +99,7 @@ class ModalityNetwork(nn.Module):
         if first:
             said = encoder(**self._arguments(inputs, share))
         else:
-            hidden = _at_least_one(inputs[self.stage.module])
+            hidden = self._at_least_one(inputs[self.stage.module], share)
             said = continued(self.stage.module, encoder, hidden, self._arguments({}, share))
         if not last:
             assert share is not None, "a module of the host's has one stage"
@@ -138,6 +138,13 @@ class ModalityNetwork(nn.Module):
         packing = packed(share, self.cut, dtype=said.dtype, device=said.device)
         return said.flatten(0, 1).index_select(0, packing.outgoing)
 
+    def _at_least_one(self, hidden: Tensor, share: Share | None) -> Tensor:
+        """Return hidden states, or zeros where a share has none: Megatron's layers do not take none."""
+        if share is None or any(share.lengths) or hidden.dim() == _ROWS:
+            return hidden
+        positions, samples = packed(share, self.cut, dtype=hidden.dtype, device=hidden.device).padded
+        return nn.functional.pad(hidden, (0, 0, 0, samples, 0, positions))
+
     def _joined(self, rows_RH: Tensor, share: Share | None) -> Tensor:
         """Return the rows of all cp ranks in the share's order; each gets the gradient of its own ones."""
         if self.cut.size == 1 or share is None:
@@ -167,13 +174,6 @@ def _cp_of(encoder: nn.Module) -> dist.ProcessGroup | None:
         group: dist.ProcessGroup | None = vars(block.pg_collection).get("cp")
         return group if group is not None and group.size() > 1 else None
     return None
-
-
-def _at_least_one(hidden: Tensor) -> Tensor:
-    """Return hidden states with one of zeros where there are none: Megatron's layers do not take none."""
-    if hidden.numel() or hidden.dim() == _ROWS:
-        return hidden
-    return nn.functional.pad(hidden, (0, 0, 0, 1, 0, 1))
 
 
 def _unable_modality(
