@@ -26,9 +26,10 @@ It keeps to `shell.modules.OwnNetwork`, and its grid has data lanes only. On eve
 weights of the first, as under torch's DistributedDataParallel.
 
 A module with a built-in model may be computed by networks of the host's, too, one for each stage, on any grid
-(`shell.modules.HostNetwork`). The plan is that of the built-in model: layers, heads, tokens, costs; the
-parameters are the networks' own. Such networks often need the job's process groups, so instead of a mapping
-`modules` may be a function that is called with the `Embedded` once these are open, and returns the mapping.
+(`shell.modules.HostNetwork`; with several chunks, an `nn.ModuleList` of one for each). The plan is that of the
+built-in model: layers, heads, tokens, costs; the parameters are the networks' own. Such networks often need the
+job's process groups, so instead of a mapping `modules` may be a function that is called with the `Embedded` once
+these are open, and returns the mapping.
 
 **Samples** come from the job's source, or from the host, step by step (a job that has none of its own names
 `mimogrid.shell.host:samples`). A host gives each rank the same `Example` objects in the same order: all samples
@@ -384,21 +385,19 @@ def _misfits(name: str, model: BuiltIn | Own, written: ModuleSpec, network: nn.M
     if isinstance(model, Own):
         return
     where = f"modules.{name}"
-    if not hasattr(network, "table"):
+    chunks = list(network) if written.chunks > 1 and isinstance(network, nn.ModuleList) else [network]
+    if len(chunks) != written.chunks:
+        message = f"is {written.chunks}; the host gave {len(chunks)} networks for each pipeline rank."
+        yield Problem(f"{where}.chunks", message, "Give an nn.ModuleList with one for each chunk.")
+    elif any(not hasattr(one, "table") for one in chunks):
         message = (
             f"is built in ('{written.model}'); a network was handed over for it that has no table of weights."
         )
         remedy = "Set model = 'mimogrid.shell.host:module' and the width of its rows, or see shell.modules.HostNetwork."
         yield Problem(f"{where}.model", message, remedy)
-    if model.experts:
-        message = "has experts; how a host's network sums their gradients is not known."
-        yield Problem(f"{where}.options.experts", message, "Let the job build this module.")
     if written.recompute != "none":
         message = f"is '{written.recompute}', which a host's network decides for itself."
         yield Problem(f"{where}.recompute", message, "Leave it out, and configure the network.")
-    if written.chunks > 1:
-        message = f"is {written.chunks}; a host gives one network for each pipeline rank."
-        yield Problem(f"{where}.chunks", message, "Use chunks = 1.")
     for key, value in (("trainable", written.trainable), ("frozen", written.frozen)):
         if isinstance(value, tuple):
             message = "has patterns for the parameters of the built-in model; the host's network has others."

@@ -25,10 +25,14 @@ class Hosted:
 def host_stages(
     job: Job, rank: int, groups: Groups, device: Device, given: Mapping[str, nn.Module]
 ) -> dict[Stage, Hosted]:
-    """Build the stages of a rank; `given` are networks for modules of the user's own that are there already."""
+    """Build the stages of a rank; `given` are networks that are there already, in a list where there are chunks."""
     found = {}
     for info in job.topology.stages_of(rank):
-        found[info.stage] = _host(info, job, rank, groups, device=device, given=given.get(info.stage.module))
+        network = given.get(info.stage.module)
+        if network is not None and job.spec.modules[info.stage.module].chunks > 1:
+            assert isinstance(network, nn.ModuleList)
+            network = network[info.stage.chunk]
+        found[info.stage] = _host(info, job, rank, groups, device=device, given=network)
     return found
 
 

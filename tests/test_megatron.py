@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel import schedules
+from torch import Tensor
 
 import layouts
 import specs
@@ -32,6 +33,7 @@ from mimogrid.adapters.megatron import (
     role_of_grids,
     to_hyper_comm_grid,
 )
+from mimogrid.adapters.megatron.experts import Balance
 from mimogrid.core.errors import PlanError
 from mimogrid.core.grid import Axis, Grid
 from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
@@ -197,6 +199,21 @@ def test_an_encoder_with_a_transformer_is_a_vit() -> None:
     )
     vision = made.modules["vision"]
     assert ("vit", 3, 3, 0) == (vision.model, vision.options.layers, vision.grid.pp, vision.grid.offset)  # type: ignore[union-attr]
+
+
+@views
+def test_experts_lie_where_a_view_says() -> None:
+    """Whatever the configuration, which cuts them over tp where nothing else is said."""
+    base = Grid((Axis("tp", 2), Axis("cp", 1), Axis("dp", 2), Axis("pp", 1)), offset=1)
+    inside = (Axis("expert_tp", 1), Axis("ep", 4), Axis("expert_dp", 1))
+    sizes = {"num_moe_experts": 4, "moe_ffn_hidden_size": 8, "add_bias_linear": False}
+    config = specs.config(tensor_model_parallel_size=2, sequence_parallel=True, **sizes)
+    made = specs.model_config(language_model_spec=specs.language(config=config))
+    of_view = base.regrouped(inside, keep="pp")
+    for grid, expected in ((to_hyper_comm_grid(base, of_view), (4, 1)), (to_hyper_comm_grid(base), (1, 2))):
+        grids = {"vision": hyper(dp=1), "language": grid}
+        said = job_of(made, grids, batch=BatchSpec(global_size=2)).modules["language"].grid
+        assert expected == (said.ep, said.expert_tp)
 
 
 def test_what_a_job_cannot_say_is_an_error() -> None:
@@ -403,6 +420,35 @@ def test_every_stage_of_an_encoder_runs() -> None:
     if "hidden_states" in inspect.signature(spec["vision"].module.forward).parameters:
         theirs = spec["vision"].module.from_spec(spec["vision"], is_first_stage=False, is_last_stage=True)
         assert torch.equal(2 * ones, theirs(hidden_states=hidden["vision"]))
+
+
+def test_an_encoder_that_cannot_be_told_its_virtual_stage_is_refused() -> None:
+    """It would have the same layers in each of them."""
+    config = specs.config(pp=2, layers=4, virtual_pipeline_model_parallel_size=2)
+    spec = {"vision": specs.vision(specs.Doubling, projected=False, config=config)}
+    with pytest.raises(ValueError, match="is cut into virtual stages, and Doubling takes no vp_stage"):
+        from_specs(specs.language(), spec, {}, role=role(vision=stage("vision", 0, 2)), vp_stage=0)
+
+
+class Router:
+    """As much of Megatron's router as its auxiliary loss asks for."""
+
+    training, topk, score_function, tp_cp_group = True, 1, "softmax", specs.OneOf(0, 1)
+
+    def routing(self, logits_SBE: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return weights, and choices."""
+        logits_TE = logits_SBE.flatten(0, 1)
+        return logits_TE.softmax(dim=1), logits_TE == logits_TE.amax(dim=1, keepdim=True)
+
+
+def test_a_router_that_serves_a_second_job_has_its_auxiliary_loss_once() -> None:
+    """The job before has left its own, which says nothing any more."""
+    router: Any = Router()
+    first, second = Balance(router), Balance(router)
+    first.scale = second.scale = 1.0
+    router.routing(torch.tensor([[[1.0, 2.0]]]))
+    assert first.value is None
+    assert second.value is not None
 
 
 def test_rows_leave_an_encoder_sample_by_sample() -> None:

@@ -19,6 +19,7 @@ from mimogrid.adapters.megatron.grids import (
     LANGUAGE,
     from_hyper_comm_grid,
     role_of_grids,
+    roles_by_chunk,
     to_hyper_comm_grid,
 )
 from mimogrid.adapters.megatron.groups import open_collections
@@ -46,5 +47,6 @@ __all__ = [
     "open_collections",
     "open_job_of",
     "role_of_grids",
+    "roles_by_chunk",
     "to_hyper_comm_grid",
 ]

@@ -8,10 +8,12 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import attrs
 from megatron.core.hyper_comm_grid import HyperCommGrid
 
 from mimogrid.core.grid import Axis, Grid
-from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
+from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole, role_of
+from mimogrid.core.topology import Topology
 
 
 LANGUAGE = "language"
@@ -96,6 +98,28 @@ def _layout(grids: Sequence[Grid]) -> ModuleLayout:
         return ModuleLayout.UNIFIED
     overlap = any(not set(a.ranks).isdisjoint(b.ranks) for a, b in itertools.combinations(grids, 2))
     return ModuleLayout.COLOCATED if overlap else ModuleLayout.NON_COLOCATED
+
+
+def roles_by_chunk(topology: Topology, rank: int) -> tuple[RankRole, ...]:
+    """Return what a rank does in each of its chunks (Megatron's virtual stages); one role where it has one of each.
+
+    First and last are then said of the chunk's stage. A module is in as many roles as it has chunks.
+    """
+    role, stages = role_of(topology, rank), topology.stages_of(rank)
+    chunks = 1 + max((info.stage.chunk for info in stages), default=0)
+    return tuple(
+        attrs.evolve(
+            role,
+            modules={
+                info.stage.module: attrs.evolve(
+                    role.modules[info.stage.module], is_first_stage=info.first, is_last_stage=info.last
+                )
+                for info in stages
+                if info.stage.chunk == chunk
+            },
+        )
+        for chunk in range(chunks)
+    )
 
 
 def check_keys(grids: Mapping[str, Any], modalities: Iterable[str] | None) -> None:

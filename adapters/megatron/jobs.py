@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mimogrid.adapters.megatron.experts import aux_weight
 from mimogrid.adapters.megatron.grids import EXPERT_VIEW, LANGUAGE, check_keys, from_hyper_comm_grid
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.models import Gpt, Vit
@@ -47,14 +48,15 @@ def job_of(
     if problems:
         raise PlanError(problems)
     modules = {
-        name: _modality(spec, placed[name], language.hidden)
+        name: _modality(spec, placed[name], language.hidden, has_view=_has_view(grids[name]))
         for name, spec in config.modality_submodules_spec.items()
     }
     # What an encoder of Megatron's reads is its own affair; the plan needs some width, to count by.
     features = {name: spec.options.hidden for name, spec in modules.items() if isinstance(spec.options, Vit)}
     options = {"sequence": params["max_sequence_length"], "features": features}
     data = data or DataSpec(source="mimogrid.shell.host:samples", options=options)
-    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **_cut(params["config"], placed[LANGUAGE]))
+    cut = _cut(params["config"], placed[LANGUAGE], has_view=_has_view(grids[LANGUAGE]))
+    modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **cut)
     return JobSpec(modules=modules, data=data, batch=batch, **fields)
 
 
@@ -81,33 +83,55 @@ def _grid_spec(name: str, grid: HyperCommGrid, problems: list[Problem]) -> GridS
     known = [axis for axis in base.axes if axis.name in order]
     given = tuple(axis.name for axis in known)
     sizes: dict[str, Any] = {axis.name: axis.size for axis in known}
-    if EXPERT_VIEW in vars(grid).get("_views", {}):
+    if _has_view(grid):
         experts = from_hyper_comm_grid(grid, EXPERT_VIEW)
         sizes |= {"ep": experts.extent("ep"), "expert_tp": experts.extent("expert_tp")}
     whole = (*given, *(axis for axis in order if axis not in given))
     return GridSpec(**sizes, offset=base.offset, order=whole)
 
 
-def _cut(config: TransformerConfig, grid: GridSpec) -> dict[str, Any]:
-    """Return how a transformer is cut: what a grid of Megatron's does not say, its configuration does."""
+def _has_view(grid: HyperCommGrid) -> bool:
+    return EXPERT_VIEW in vars(grid).get("_views", {})
+
+
+def _cut(config: TransformerConfig, grid: GridSpec, *, has_view: bool) -> dict[str, Any]:
+    """Return how a transformer is cut: what a grid of Megatron's does not say, its configuration does.
+
+    Where experts lie is said by a view of the grid, which megatron-core 0.16 does not have.
+    """
     config = copy.copy(config)
     config.pipeline_model_parallel_size = grid.pp
-    layers = [get_num_layers_to_build(config, pp_rank=pp) for pp in range(grid.pp)]
+    chunks = config.virtual_pipeline_model_parallel_size if grid.pp > 1 else None
+    layers = [
+        get_num_layers_to_build(config, vp_stage=chunk if chunks else None, pp_rank=pp)
+        for chunk in range(chunks or 1)
+        for pp in range(grid.pp)
+    ]
     split = tuple(layers) if len(set(layers)) > 1 else None
-    return {"grid": attrs.evolve(grid, sequence_parallel=config.sequence_parallel), "split": split}
+    grid = attrs.evolve(grid, sequence_parallel=config.sequence_parallel)
+    if config.num_moe_experts and not has_view:
+        cut = config.expert_tensor_parallel_size
+        grid = attrs.evolve(grid, ep=config.expert_model_parallel_size, expert_tp=cut)
+    return {"grid": grid, "split": split, "chunks": chunks or 1}
 
 
 def sizes_of(config: TransformerConfig) -> dict[str, Any]:
     """Return the options that a `gpt` and a `vit` of a job share, as Megatron's configuration says them."""
-    experts = config.num_moe_experts or 0
+    routed: dict[str, Any] = {}
+    if config.num_moe_experts:
+        routed = {
+            "experts": config.num_moe_experts,
+            "top_k": config.moe_router_topk,
+            "aux_loss": aux_weight(config),
+        }
     return {
         "layers": config.num_layers,
         "hidden": config.hidden_size,
         "heads": config.num_attention_heads,
         "kv_heads": config.num_query_groups,
-        "ffn": config.ffn_hidden_size,
+        "ffn": config.moe_ffn_hidden_size if routed else config.ffn_hidden_size,
         "dropout": config.hidden_dropout,
-        **({"experts": experts, "top_k": config.moe_router_topk} if experts else {}),
+        **routed,
     }
 
 
@@ -120,7 +144,7 @@ def _language(params: Mapping[str, Any], problems: list[Problem]) -> Gpt:
     return Gpt(**sizes_of(config), vocab=params["vocab_size"], tied_embeddings=tied)
 
 
-def _modality(spec: MegatronSpec, grid: GridSpec, width: int) -> ModuleSpec:
+def _modality(spec: MegatronSpec, grid: GridSpec, width: int, *, has_view: bool) -> ModuleSpec:
     encoders = list((spec.submodules or {}).get("encoders", {}).values())
     configs = [
         value
@@ -130,6 +154,7 @@ def _modality(spec: MegatronSpec, grid: GridSpec, width: int) -> ModuleSpec:
     ]
     if len(encoders) == len(configs) == 1:
         vit = Vit(**sizes_of(configs[0]))
-        return ModuleSpec(model="vit", options=vit, feeds=(LANGUAGE,), **_cut(configs[0], grid))
+        cut = _cut(configs[0], grid, has_view=has_view)
+        return ModuleSpec(model="vit", options=vit, feeds=(LANGUAGE,), **cut)
     model = "mimogrid.shell.host:module"
     return ModuleSpec(model=model, options={}, feeds=(LANGUAGE,), grid=grid, width=width)

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
+from mimogrid.adapters.megatron.experts import Balance, aux_weight, expert_layers, unable_experts
 from mimogrid.adapters.megatron.parameters import table_of
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.models import Parameter
-from mimogrid.core.steps import Share
-from mimogrid.core.topology import StageInfo
+from mimogrid.core.steps import Share, aux_name
+from mimogrid.core.topology import Module, StageInfo, Topology
 from mimogrid.core.zigzag import WHOLE, ZigZag
 from mimogrid.shell.loss import Loss, Predictions, weighted_cross_entropy
 from mimogrid.shell.megatron import (
@@ -30,41 +32,53 @@ from mimogrid.shell.megatron import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from mimogrid.shell.packing import Packing, pack_text
+from mimogrid.shell.packing import Deal, Packing, pack_text
 
 
 class LanguageStage(nn.Module):
-    """A stage of a `GPTModel` as a stage of a `gpt` of a job (`shell.modules.HostNetwork`).
+    """A stage of a `GPTModel` as a stage of the `gpt` called `name` in a job (`shell.modules.HostNetwork`).
 
-    `sequence` is the length of the job's sequences, `name` the module's in the job.
+    `rank` is this one's in the job. `aux_scale` is what this rank's term of the auxiliary loss is multiplied by.
     """
 
-    def __init__(self, model: nn.Module, *, sequence: int, name: str) -> None:
+    aux_scale = 0.0
+
+    def __init__(self, model: nn.Module, *, topology: Topology, name: str, rank: int) -> None:
         super().__init__()
         self.model = model
         self.name = name
-        self.sequence = sequence
+        self.sequence = topology.sequence
         self.loss: Loss = weighted_cross_entropy
         gpt: Any = model
+        module = topology.modules[name]
         self.tp: dist.ProcessGroup = gpt.pg_collection.tp
         self.cp: dist.ProcessGroup = gpt.pg_collection.cp
         self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp.size() > 1 else WHOLE
         self.sequence_parallel: bool = gpt.config.sequence_parallel and self.tp.size() > 1
-        problems = list(_unable(gpt, f"modules.{name}", sequence))
+        self.deal = Deal(self.tp.rank(), self.tp.size(), by_position=self.sequence_parallel)
+        samples = topology.samples_per_microbatch[name]
+        problems = list(_unable(gpt, module, self.sequence))
+        problems += unable_experts(gpt, module, module.position(rank), samples)
         if problems:
             raise PlanError(problems)
+        routers = [layer.router for layer in expert_layers(model).values()]
+        # Also where nothing trains, and the job has no such loss: Megatron's own would be there.
+        self._balances = [Balance(router) for router in routers] if aux_weight(gpt.config) else []
 
-    def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
+    def table(self, info: StageInfo, *, tp: int, expert_tp: int) -> Mapping[str, Parameter]:
         """Return what each parameter is; see `table_of`."""
         gpt: Any = self.model
         tied = gpt.share_embeddings_and_output_weights
-        return {f"model.{key}": p for key, p in table_of(self.model, info, tp=tp, tied=tied).items()}
+        table = table_of(self.model, info, tp=tp, expert_tp=expert_tp, tied=tied)
+        return {f"model.{key}": parameter for key, parameter in table.items()}
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
         """Compute the stage; see the table at the top of `shell.modules`."""
         gpt: Any = self.model
         device = next(iter(inputs.values())).device
-        packing = pack_text(share, sequence=self.sequence, multiple=1, device=device, cut=self.cut)
+        packing = pack_text(
+            share, sequence=self.sequence, multiple=1, device=device, cut=self.cut, deal=self.deal
+        )
         hidden_SBH = self._embedded(inputs, share, packing) if gpt.pre_process else inputs[self.name]
         if self.sequence_parallel:
             hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp)
@@ -75,15 +89,33 @@ class LanguageStage(nn.Module):
             position_ids=None,
             attention_mask=None,
             decoder_input=hidden_SBH if gpt.pre_process else None,
+            **self._padding(packing, device),
         )
         gpt.set_input_tensor(None)
+        aux = self._aux()
         if gpt.post_process:
-            return self._judged(said.transpose(0, 1), inputs, packing, share)
+            return {**self._judged(said.transpose(0, 1), inputs, packing, share), **aux}
         if self.sequence_parallel:
             said = gather_from_sequence_parallel_region(
                 said, tensor_parallel_output_grad=False, group=self.tp
             )
-        return {self.name: said}
+        return {self.name: said, **aux}
+
+    def _padding(self, packing: Packing, device: torch.device) -> Mapping[str, Tensor]:
+        """Tell routers with an auxiliary loss where in their block [B, S] no token is."""
+        if not self._balances:
+            return {}
+        for balance in self._balances:
+            balance.scale = self.aux_scale
+        parts = self.tp.size() if self.sequence_parallel else 1
+        padding = torch.ones(packing.positions // parts * packing.samples, dtype=torch.bool, device=device)
+        padding[packing.tokens] = False
+        return {"padding_mask": padding.view(-1, packing.samples).transpose(0, 1)}
+
+    def _aux(self) -> dict[str, Tensor]:
+        """Return this rank's term of the auxiliary loss in the last forward."""
+        terms = [balance.value for balance in self._balances if balance.value is not None]
+        return {aux_name(self.name): torch.stack(terms).sum()} if terms and self.training else {}
 
     def _embedded(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return [S, B, H]: embeddings of the text, and the feeders' rows at their placeholders."""
@@ -123,16 +155,19 @@ class LanguageStage(nn.Module):
         return {"logits": logits_TV}
 
 
-def _unable(gpt: Any, where: str, sequence: int) -> Iterator[Problem]:
+def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
     """Say what a `GPTModel` cannot be in a job's program."""
+    where = f"modules.{module.name}"
     tp = gpt.pg_collection.tp.size()
     config = gpt.config
-    if config.num_moe_experts:
-        yield Problem(where, "has experts, which only the job's own networks have.", "Let the job build it.")
+    cp = gpt.pg_collection.cp.size()
+    if cp > 1 and any(isinstance(part, DotProductAttention) for part in gpt.modules()):
+        fact = f"attends to the positions of one of cp={cp} ranks only (DotProductAttention)."
+        yield Problem(
+            where, fact, "Use an attention that has context parallelism, such as that of layer_spec."
+        )
     if config.mtp_num_layers:
         yield Problem(where, "predicts several tokens at once.", "Leave mtp_num_layers out.")
-    if config.virtual_pipeline_model_parallel_size:
-        yield Problem(where, "is cut into virtual stages.", "Leave virtual_pipeline_model_parallel_size out.")
     if gpt.position_embedding_type == "mrope":
         yield Problem(
             where, "turns by mrope, whose positions a job does not know.", "Use rope, or learned ones."

@@ -6,6 +6,9 @@ Shapes in names: S positions, B samples, H hidden, R rows, F features.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
@@ -15,22 +18,39 @@ from mimogrid.core.models import Parameter
 from mimogrid.core.roles import ModuleStageInfo
 from mimogrid.core.steps import Share
 from mimogrid.core.topology import StageInfo
-from mimogrid.shell.packing import pack_rows
+from mimogrid.core.zigzag import WHOLE, ZigZag
+from mimogrid.shell.megatron import gather_from_sequence_parallel_region
+from mimogrid.shell.megatron.layers import CoreAttention
+from mimogrid.shell.packing import Packing, pack_rows
 
 
-Arrange = Callable[[Tensor | None, Share], Mapping[str, Any]]
-"""Rows [R, F] of a share, sample after sample, to the arguments of an encoder; None: to those of a later stage."""
+Arrange = Callable[[Tensor | None, Share, ZigZag], Mapping[str, Any]]
+"""Rows [R, F] of a share, sample after sample, to the arguments of an encoder; None: to those of a later stage.
+
+Of its block's positions the arguments have those that the cut says: this rank's, where others have the rest.
+"""
 
 
-def block_of(rows_RF: Tensor, share: Share) -> tuple[Tensor, Tensor | None]:
+def block_of(rows_RF: Tensor, share: Share, cut: ZigZag = WHOLE) -> tuple[Tensor, Tensor | None]:
     """Return rows as a block [S, B, F] as long as the longest sample that has any, and its mask.
 
-    The mask [B, 1, 1, S] is added to attention scores: minus infinity for what is padding; None: nothing is.
+    The mask [B, 1, 1, keys] is added to attention scores: minus infinity for what is padding; None: nothing is. The
+    keys are the positions of all ranks along cp, rank after rank; S are those of this one. A share without rows, which
+    is computed where others share its experts, is a block of zeros that nobody reads.
     """
-    packing = pack_rows(share, multiple=1, dtype=rows_RF.dtype, device=rows_RF.device)
-    block = rows_RF.new_zeros(packing.positions * packing.samples, rows_RF.shape[-1])
+    packing = packed(share, cut, dtype=rows_RF.dtype, device=rows_RF.device)
+    if packing.portion is not None:
+        rows_RF = rows_RF.index_select(0, packing.portion.incoming)
+    positions, samples = packing.padded
+    block = rows_RF.new_zeros(positions * samples, rows_RF.shape[-1])
     block = block.index_copy(0, packing.incoming, rows_RF)
-    return block.view(packing.positions, packing.samples, -1), packing.mask
+    return block.view(positions, samples, -1), packing.mask
+
+
+def packed(share: Share, cut: ZigZag, *, dtype: torch.dtype, device: torch.device) -> Packing:
+    """Return where the rows of a share lie in a block of which this rank has a part."""
+    multiple = len(cut.chunks) if cut.size > 1 else 1
+    return pack_rows(share, multiple=multiple, dtype=dtype, device=device, cut=cut)
 
 
 class ModalityNetwork(nn.Module):
@@ -42,8 +62,11 @@ class ModalityNetwork(nn.Module):
     of several (`stage`, `shell.modules.HostNetwork`). Its projection is its own.
 
     What an encoder returns with three dims is [S, B, H] from a `TransformerBlock` and where there are several
-    stages, [B, S, H] otherwise. Rows leave it sample after sample: Megatron flattens both as they lie, and so gives
-    samples each other's rows.
+    stages, or several ranks along cp, [B, S, H] otherwise. Rows leave it sample after sample: Megatron flattens both
+    as they lie, and so gives samples each other's rows.
+
+    Under cp a rank has its part of the positions of a sample, in Megatron's zig-zag; the cp group is that of the
+    encoder's `TransformerBlock`.
     """
 
     def __init__(
@@ -57,28 +80,32 @@ class ModalityNetwork(nn.Module):
         self.argument = argument
         self.stage = stage or ModuleStageInfo("", 0, is_first_stage=True, is_last_stage=True, position={})
         parts: Any = modality
-        problems = list(_unable_modality(parts, self.stage))
+        problems = list(_unable_modality(parts, argument, self.stage))
         if problems:
             raise PlanError(problems)
         (self._key,) = parts.encoders
+        self.cp = _cp_of(parts.encoders[self._key])
+        self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp else WHOLE
 
-    def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
+    def table(self, info: StageInfo, *, tp: int, expert_tp: int) -> Mapping[str, Parameter]:
         """Return what each parameter is; see `table_of`."""
-        return table_of(self._modality[0], info, tp=tp)
+        return table_of(self._modality[0], info, tp=tp, expert_tp=expert_tp)
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share | None = None) -> Mapping[str, Tensor]:
         """Return the projected rows, or hidden states; see `shell.modules.OwnNetwork` and `HostNetwork`."""
         first, last = self.stage.is_first_stage, self.stage.is_last_stage
         modality: Any = self._modality[0]
         encoder: Any = modality.encoders[self._key]
-        said = (
-            encoder(**self._arguments(inputs, share))
-            if first
-            else continued(self.stage.module, encoder, inputs[self.stage.module], self._arguments({}, share))
-        )
+        if first:
+            said = encoder(**self._arguments(inputs, share))
+        else:
+            hidden = self._at_least_one(inputs[self.stage.module], share)
+            said = continued(self.stage.module, encoder, hidden, self._arguments({}, share))
         if not last:
-            return {self.stage.module: said}
-        return {"rows": modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)}
+            assert share is not None, "a module of the host's has one stage"
+            return {self.stage.module: said if any(share.lengths) else said[:0, :0]}
+        rows = modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)
+        return {"rows": self._joined(rows, share)}
 
     def _arguments(self, inputs: Mapping[str, Tensor], share: Share | None) -> Mapping[str, Any]:
         """Return what the encoder is called with; inputs are empty on a later stage."""
@@ -87,7 +114,7 @@ class ModalityNetwork(nn.Module):
         if isinstance(self.argument, str):
             return {self.argument: inputs["rows"]} if inputs else {}
         assert share is not None, "a module of the host's gets its rows as one argument"
-        return self.argument(inputs.get("rows"), share)
+        return self.argument(inputs.get("rows"), share, self.cut)
 
     def _by_name(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
         counts = ("rows", "lengths")
@@ -103,19 +130,55 @@ class ModalityNetwork(nn.Module):
 
     def _flat(self, said: Tensor, share: Share | None, encoder: nn.Module) -> Tensor:
         """Return rows [R, H], sample after sample."""
-        by_position = isinstance(encoder, TransformerBlock) or not self.stage.is_first_stage
+        alone = self.stage.is_first_stage and self.cut.size == 1
+        by_position = isinstance(encoder, TransformerBlock) or not alone
         if said.dim() == _ROWS or not by_position:
             return said.reshape(-1, said.shape[-1])
         assert share is not None, "a module of the host's gives rows"
-        packing = pack_rows(share, multiple=1, dtype=said.dtype, device=said.device)
+        packing = packed(share, self.cut, dtype=said.dtype, device=said.device)
         return said.flatten(0, 1).index_select(0, packing.outgoing)
+
+    def _at_least_one(self, hidden: Tensor, share: Share | None) -> Tensor:
+        """Return hidden states, or zeros where a share has none: Megatron's layers do not take none."""
+        if share is None or any(share.lengths) or hidden.dim() == _ROWS:
+            return hidden
+        positions, samples = packed(share, self.cut, dtype=hidden.dtype, device=hidden.device).padded
+        return nn.functional.pad(hidden, (0, 0, 0, samples, 0, positions))
+
+    def _joined(self, rows_RH: Tensor, share: Share | None) -> Tensor:
+        """Return the rows of all cp ranks in the share's order; each gets the gradient of its own ones."""
+        if self.cut.size == 1 or share is None:
+            return rows_RH
+        portion = packed(share, self.cut, dtype=rows_RH.dtype, device=rows_RH.device).portion
+        assert portion is not None
+        if not portion.most:
+            return rows_RH
+        rows_RH = nn.functional.pad(rows_RH, (0, 0, 0, portion.most - len(rows_RH)))
+        rows_RH = gather_from_sequence_parallel_region(
+            rows_RH, tensor_parallel_output_grad=False, group=self.cp
+        )
+        return rows_RH.index_select(0, portion.order)
 
 
 _ROWS = 2
 """Dims of rows."""
 
 
-def _unable_modality(modality: Any, stage: ModuleStageInfo) -> Iterator[Problem]:
+def _blocks(encoder: nn.Module) -> list[Any]:
+    return [part for part in encoder.modules() if isinstance(part, TransformerBlock)]
+
+
+def _cp_of(encoder: nn.Module) -> dist.ProcessGroup | None:
+    """Return the ranks over which the blocks of an encoder cut positions; None where it is one."""
+    for block in _blocks(encoder):
+        group: dist.ProcessGroup | None = vars(block.pg_collection).get("cp")
+        return group if group is not None and group.size() > 1 else None
+    return None
+
+
+def _unable_modality(
+    modality: Any, argument: str | Arrange | None, stage: ModuleStageInfo
+) -> Iterator[Problem]:
     """Say what a modality cannot be in a job's program."""
     where = f"modules.{stage.module}"
     if len(modality.encoders) != 1:
@@ -124,9 +187,27 @@ def _unable_modality(modality: Any, stage: ModuleStageInfo) -> Iterator[Problem]
         return
     (encoder,) = modality.encoders.values()
     cut = not (stage.is_first_stage and stage.is_last_stage)
-    if cut and getattr(getattr(encoder, "config", None), "sequence_parallel", False):
+    cp = _cp_of(encoder)
+    parts = any(block.config.sequence_parallel for block in _blocks(encoder))
+    if cut and parts:
         fact = "has several stages that hand on parts of the positions (sequence_parallel)."
         yield Problem(where, fact, "Use pp = 1, or sequence_parallel=False for this encoder.")
+    if cp is None:
+        return
+    if parts:
+        fact = f"cuts its positions over cp={cp.size()} and over tp (sequence_parallel)."
+        yield Problem(where, fact, "Use cp = 1, or sequence_parallel=False for this encoder.")
+    if argument is None or isinstance(argument, str):
+        fact = f"gets whole rows, of which each of cp={cp.size()} ranks is to have a part."
+        yield Problem(where, fact, "Give a function from rows to arguments (block_of), or use cp = 1.")
+    others = {
+        type(part.core_attention).__name__
+        for part in encoder.modules()
+        if isinstance(part, Attention) and not isinstance(part.core_attention, CoreAttention)
+    }
+    if others:
+        fact = f"has an attention ({', '.join(sorted(others))}) that is not known to mask padding under cp={cp.size()}."
+        yield Problem(where, fact, "Use that of layer_spec(config, causal=False), or cp = 1.")
 
 
 def continued(

@@ -1,44 +1,86 @@
 """The parts of a rank's `MimoStages` or `MimoModel` as networks that a job's program calls, stage by stage."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from mimogrid.adapters.megatron.grids import LANGUAGE
+from mimogrid.adapters.megatron.experts import unable_experts
+from mimogrid.adapters.megatron.grids import LANGUAGE, roles_by_chunk
 from mimogrid.adapters.megatron.language import LanguageStage
 from mimogrid.adapters.megatron.modality import Arrange, ModalityNetwork
 from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.roles import role_of
+from mimogrid.core.roles import RankRole
+from mimogrid.core.topology import Module, Topology
 from mimogrid.shell.jobs import Job
 
 
 def networks_of(
-    model: nn.Module, job: Job, rank: int, encoder_inputs: Mapping[str, str | Arrange] | None = None
+    model: nn.Module | Sequence[nn.Module],
+    job: Job,
+    rank: int,
+    encoder_inputs: Mapping[str, str | Arrange] | None = None,
 ) -> dict[str, nn.Module]:
     """Return the parts of a rank's `MimoStages` or `MimoModel` as the networks that a job's program calls.
 
-    `encoder_inputs` says of a modality which argument of its encoder takes the rows of a microbatch, or what makes
-    arguments of them; without it the encoder gets the samples' tensors by name. Raises PlanError for what a
-    program cannot call (`LanguageStage`, `ModalityNetwork`), and for parts that the rank should have and the model
-    has not.
+    Where the rank has several chunks of a module (Megatron's virtual stages) `model` is a list with one for each; what
+    there is one of is in the first. `encoder_inputs` says of a modality which argument of its encoder takes the rows
+    of a microbatch, or what makes arguments of them; without it the encoder gets the samples' tensors by name. Raises
+    PlanError for what a program cannot call (`LanguageStage`, `ModalityNetwork`), and for parts that the rank should
+    have and the model has not.
     """
-    topology, inputs = job.topology, encoder_inputs or {}
-    role = role_of(topology, rank)
-    parts: Any = model
-    networks: dict[str, nn.Module] = {}
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    roles = roles_by_chunk(job.topology, rank)
+    if len(models) != len(roles):
+        fact = f"rank {rank} has {len(roles)} chunks in the job, and {len(models)} models."
+        remedy = "Give a list with one for each, in order; see virtual_pipeline_model_parallel_size."
+        raise PlanError([Problem("model", fact, remedy)])
+    found: dict[str, list[nn.Module]] = {}
+    for parts, role in zip(models, roles, strict=True):
+        for name, network in _of_chunk(parts, role, job.topology, encoder_inputs or {}):
+            found.setdefault(name, []).append(network)
+    chunks = {name: written.chunks for name, written in job.spec.modules.items()}
+    return {name: nn.ModuleList(of) if chunks[name] > 1 else of[0] for name, of in found.items()}
+
+
+def _of_chunk(
+    parts: Any, role: RankRole, topology: Topology, inputs: Mapping[str, str | Arrange]
+) -> Iterator[tuple[str, nn.Module]]:
     for name, info in role.modules.items():
         if name == LANGUAGE and parts.language_model is not None:
             gpt = unwrapped(parts.language_model)
-            networks[name] = LanguageStage(gpt, sequence=topology.sequence, name=name)
+            yield name, LanguageStage(gpt, topology=topology, name=name, rank=role.rank)
         elif name in parts.modality_submodules:
             modality = unwrapped(parts.modality_submodules[name])
-            networks[name] = ModalityNetwork(modality, inputs.get(name), stage=info)
+            _check_experts(modality, topology, name, info.position)
+            network = ModalityNetwork(modality, inputs.get(name), stage=info)
+            _check_cut(network, topology.modules[name])
+            yield name, network
         else:
-            fact = f"is hosted by rank {rank}, whose model has no part of it."
+            fact = f"is hosted by rank {role.rank}, whose model has no part of it."
             remedy = "Build the model on the grids that the job has."
             raise PlanError([Problem(f"modules.{name}", fact, remedy)])
-    return networks
+
+
+def _check_experts(modality: nn.Module, topology: Topology, name: str, position: Mapping[str, int]) -> None:
+    """Raise PlanError for experts of an encoder that a program cannot train."""
+    module = topology.modules[name]
+    problems = list(unable_experts(modality, module, position, topology.samples_per_microbatch[name]))
+    if module.aux_loss:
+        fact = "has an auxiliary loss, which in a job's program only Megatron's language model can have."
+        problems.append(Problem(f"modules.{name}.options.aux_loss", fact, "Set moe_aux_loss_coeff=0."))
+    if problems:
+        raise PlanError(problems)
+
+
+def _check_cut(network: ModalityNetwork, module: Module) -> None:
+    """Raise PlanError where an encoder does not cut positions as the plan does."""
+    if network.cut.size != module.cp:
+        fact = (
+            f"has cp={module.cp} in the job, and the transformer block of its encoder cp={network.cut.size}."
+        )
+        remedy = "Build it over the job's groups; an encoder without a transformer block has data lanes only."
+        raise PlanError([Problem(f"modules.{module.name}.grid.cp", fact, remedy)])
 
 
 def unwrapped(module: Any) -> nn.Module:

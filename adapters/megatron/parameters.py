@@ -1,8 +1,9 @@
 """What the parameters of Megatron's networks are: names, layers, and how each is cut.
 
-They go by the names that they have in a model of one stage: layers are counted through the module. How each is cut is
-read from the marks that megatron-core leaves on them (`tensor_model_parallel`, `partition_dim`,
-`sequence_parallel`).
+They go by the names that they have in a model on one process: layers are counted through the module, experts through
+the layer. How each is cut is read from the marks that megatron-core leaves on them (`tensor_model_parallel`,
+`partition_dim`, `sequence_parallel`). Which are an expert's is read from where they are: megatron-core marks those
+(``allreduce=False``) only where ep is above 1.
 """
 
 import re
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.mlp import MLP
 from torch import nn
 
+from mimogrid.adapters.megatron.experts import expert_layers
 from mimogrid.core.errors import PlanError, Problem
 from mimogrid.core.models import FIRST, LAST, Parameter
 from mimogrid.core.topology import StageInfo
@@ -24,30 +26,42 @@ from mimogrid.core.topology import StageInfo
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _IN_LAYER = re.compile(r"(.*\blayers)\.(\d+)(\..+)")
+_OF_EXPERT = re.compile(r"(.*\.local_experts)\.(\d+)(\..+)")
 
 
 def whole_names(network: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield each key of a network's state dict with its name in a network of one stage.
+    """Yield each key of a network's state dict with its name in a network on one process.
 
-    Megatron counts the layers of a stage from 0; each of them knows its number in the whole.
+    Megatron counts the layers of a stage from 0; each of them knows its number in the whole. So it does with the
+    experts of a rank.
     """
     numbers = {
         name: layer.layer_number - 1
         for name, layer in network.named_modules()
-        if hasattr(layer, "layer_number")
+        if isinstance(getattr(layer, "layer_number", None), int)
+    }
+    firsts = {
+        f"{name}.experts.local_experts": layer.local_expert_indices[0]
+        for name, layer in expert_layers(network).items()
     }
     for key in network.state_dict():
-        inside = _IN_LAYER.fullmatch(key)
+        name = key
+        of_expert = _OF_EXPERT.fullmatch(key)
+        if of_expert:
+            name = f"{of_expert[1]}.{firsts[of_expert[1]] + int(of_expert[2])}{of_expert[3]}"
+        inside = _IN_LAYER.fullmatch(name)
         here = f"{inside[1]}.{inside[2]}" if inside else ""
-        yield key, f"{inside[1]}.{numbers[here]}{inside[3]}" if inside and here in numbers else key
+        yield key, f"{inside[1]}.{numbers[here]}{inside[3]}" if inside and here in numbers else name
 
 
-def table_of(network: nn.Module, info: StageInfo, *, tp: int, tied: bool = False) -> dict[str, Parameter]:
+def table_of(
+    network: nn.Module, info: StageInfo, *, tp: int, expert_tp: int = 1, tied: bool = False
+) -> dict[str, Parameter]:
     """Return what the parameters of a network are, by their keys; see `shell.modules.HostNetwork.table`.
 
     Raises PlanError for a weight that is cut and lacks the marks that say how.
     """
-    _check_marks(network, info, tp)
+    _check_marks(network, info, tp=tp, expert_tp=expert_tp)
     names, found = dict(whole_names(network)), {}
     gated = {
         f"{name}.linear_fc1"
@@ -57,27 +71,30 @@ def table_of(network: nn.Module, info: StageInfo, *, tp: int, tied: bool = False
     for key, weight in network.named_parameters():
         name = names[key]
         copy = LAST if tied and name in (EMBEDDING, OUTPUT) else None
-        inside = _IN_LAYER.fullmatch(name)
+        inside, of_expert = _IN_LAYER.fullmatch(name), _OF_EXPERT.fullmatch(name)
+        parts = expert_tp if of_expert else tp
         marks: Any = weight
         dim: int | None = marks.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
         found[key] = Parameter(
             name=EMBEDDING if copy else name,
-            shape=tuple(size * tp if d == dim else size for d, size in enumerate(weight.shape)),
+            shape=tuple(size * parts if d == dim else size for d, size in enumerate(weight.shape)),
             layer=int(inside[2]) if inside else FIRST if info.first else LAST,
             tp_dim=dim,
             tp_blocks=2 if key.rpartition(".")[0] in gated else 1,
-            partial=getattr(weight, "sequence_parallel", False),
+            partial=getattr(weight, "sequence_parallel", False) and not of_expert,
             copy=copy,
+            expert=int(of_expert[2]) if of_expert else None,
         )
     return found
 
 
-def _check_marks(network: nn.Module, info: StageInfo, tp: int) -> None:
+def _check_marks(network: nn.Module, info: StageInfo, *, tp: int, expert_tp: int) -> None:
     for name, module in network.named_modules():
         is_cut = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
         weight = getattr(module, "weight", None)
-        if tp > 1 and is_cut and weight is not None and not hasattr(weight, "partition_dim"):
-            fact = f"'{name}.weight' of '{info.stage}' is cut over tp={tp} and does not say along which dim."
+        axis, parts = ("expert_tp", expert_tp) if _OF_EXPERT.fullmatch(f"{name}.") else ("tp", tp)
+        if parts > 1 and is_cut and weight is not None and not hasattr(weight, "partition_dim"):
+            fact = f"'{name}.weight' of '{info.stage}' is cut over {axis}={parts} and does not say along which dim."
             remedy = (
                 "Build it with perform_initialization=True: megatron-core marks weights as it draws them."
             )

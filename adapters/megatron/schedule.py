@@ -14,7 +14,7 @@ from mimogrid.adapters.megatron.forward_step import (
     first_of,
     microbatches_of,
 )
-from mimogrid.adapters.megatron.grids import LANGUAGE
+from mimogrid.adapters.megatron.grids import LANGUAGE, roles_by_chunk
 from mimogrid.adapters.megatron.groups import open_collections
 from mimogrid.adapters.megatron.modality import Arrange
 from mimogrid.adapters.megatron.networks import networks_of, unwrapped
@@ -33,22 +33,28 @@ class ForwardBackward:
     """A step of a job, called as Megatron's schedule functions are.
 
     `embedded` is the job in the world that Megatron initialized. Its program is what runs, with the networks of
-    `model`; where that is None, the job's own. `special_token_ids` are those of the modalities, and `rows_of` says
-    which argument of a modality's encoder is the rows that its module reads (`batches`).
+    `models`, one for each chunk of this rank; where there are none, the job's own. `special_token_ids` are those of
+    the modalities, and `rows_of` says which argument of a modality's encoder is the rows that its module reads
+    (`batches`).
     """
 
     def __init__(
         self,
         embedded: Embedded,
-        model: nn.Module | None = None,
+        models: Sequence[nn.Module] = (),
         *,
         special_token_ids: Mapping[str, int] | None = None,
         rows_of: Mapping[str, str | Arrange] | None = None,
     ) -> None:
         self.embedded = embedded
-        self.model = model
+        self.models = tuple(models)
         self.special_token_ids = special_token_ids or {}
         self.rows_of = rows_of or {}
+
+    @property
+    def model(self) -> nn.Module | list[nn.Module] | None:
+        """What trains, as Megatron's loops have it: a list where this rank has several chunks, None where nothing."""
+        return self.models[0] if len(self.models) == 1 else list(self.models) or None
 
     def __call__(
         self,
@@ -116,7 +122,7 @@ class ForwardBackward:
         return microbatches_of(
             forward_step,
             data_iterator,
-            self.model,
+            self.models[0] if self.models else None,
             _language(job),
             rank=self.embedded.world.rank,
             total=job.spec.batch.global_size,
@@ -179,7 +185,7 @@ class ForwardBackward:
             fact = f"the loop asks for {microbatches} microbatches, the job has {planned}."
             yield Problem("batch.microbatches", fact, f"Set it to {microbatches}.")
         asked = [unwrapped(m) for m in (model if isinstance(model, list) else [model]) if m is not None]
-        if any(m is not self.model for m in asked):
+        if any(all(m is not own for own in self.models) for m in asked):
             fact = f"the loop trains a {type(asked[0]).__name__} that the job's program does not call."
             yield Problem("model", fact, "Say so before: forward_backward_func(job, model=model).")
 
@@ -210,18 +216,19 @@ def forward_backward_func(
     A job is embedded in the process group that Megatron initialized, with these options (`Embedded`); who
     calls this closes it: ``function.embedded.close()``.
 
-    `model` is what trains: a `MimoStages` or `MimoModel` that this rank has built (None on a rank in no grid), or a
-    `MimoModelConfig`, of which this rank's part is built here, over the job's groups; it is then
-    ``function.model``. Without one the job builds its own networks, of the sizes that the job says, and a forward
-    step's batches have the `special_token_ids` that are given here. For `encoder_inputs` see `networks_of`.
+    `model` is what trains: a `MimoStages` or `MimoModel` that this rank has built (None on a rank in no grid), a list
+    of them where it has several chunks, or a `MimoModelConfig`, of which this rank's part is built here, over the
+    job's groups; it is then ``function.model``. Without one the job builds its own networks, of the sizes that the
+    job says, and a forward step's batches have the `special_token_ids` that are given here. For `encoder_inputs` see
+    `networks_of`.
     """
-    told: dict[str, Any] = {
-        "special_token_ids": special_token_ids or getattr(model, "special_token_ids", None),
-        "rows_of": encoder_inputs,
-    }
+    given = model if isinstance(model, list) else [model]
+    if not special_token_ids:
+        special_token_ids = next((getattr(one, "special_token_ids", None) for one in given), None)
+    told: dict[str, Any] = {"special_token_ids": special_token_ids, "rows_of": encoder_inputs}
     if isinstance(job, Embedded):
         return ForwardBackward(job, **told)
-    built: list[nn.Module] = [unwrapped(model)] if isinstance(model, nn.Module) else []
+    built = [unwrapped(one) for one in given if isinstance(one, nn.Module)]
 
     def networks(embedded: Embedded) -> Networks:
         collections = embedded.enter(
@@ -234,15 +241,18 @@ def forward_backward_func(
             for collection in collections.values():
                 # A stage would begin by summing tied weights over it, on CUDA. The job ties its own way.
                 collection.embd = None
-            made = from_specs(
-                model.language_model_spec,
-                model.modality_submodules_spec,
-                model.special_token_ids or {},
-                role=role,
-                collections=collections,
+            built.extend(
+                from_specs(
+                    model.language_model_spec,
+                    model.modality_submodules_spec,
+                    model.special_token_ids or {},
+                    role=of_chunk,
+                    collections=collections,
+                    vp_stage=chunk,
+                )
+                for chunk, of_chunk in enumerate(roles_by_chunk(job.topology, role.rank))
             )
-            built.append(made)
-        return networks_of(built[0], job, role.rank, encoder_inputs)
+        return networks_of(built, job, role.rank, encoder_inputs)
 
     embedded = Embedded(job, **options) if model is None else Embedded(job, networks, **options)
-    return ForwardBackward(embedded, *built, **told)
+    return ForwardBackward(embedded, built, **told)

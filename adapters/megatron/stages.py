@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -31,11 +32,13 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
 
     They are those of the job's own networks: a layer norm, and attention that turns queries and keys by itself, so
     the model has ``position_embedding_type="none"`` (or learned ones besides). For a causal or any other attention.
+    Where the configuration has experts these are Megatron's, one by one (`SequentialMLP`).
     """
-    sizes = {**sizes_of(config), "experts": 0}
+    sizes = sizes_of(config)
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
+    mlps = [get_moe_module_spec(use_te=False, num_experts=model.experts)] if model.experts else []
     # On one rank too the linear layers are megatron's: ours have no place in its checkpoints.
-    return block_spec(model, layers=1, tp=2, ledger=Ledger()).layer_specs[0]
+    return block_spec(model, layers=1, tp=2, ledger=Ledger(), mlps=mlps).layer_specs[0]
 
 
 def from_specs(
@@ -45,15 +48,17 @@ def from_specs(
     *,
     role: RankRole,
     collections: Mapping[str, ProcessGroupCollection] | None = None,
+    vp_stage: int | None = None,
 ) -> "MimoStages":
     """Build what this rank hosts of a model that is specified for Megatron's `MimoModel`.
 
     Nothing is built for modules of other ranks, projections only on a modality's last stage, embedding and
     output layer of the language model only on its ends. `collections` give each module its groups; without
     them Megatron's global state does. Its configurations must say the size of pp themselves, as ever there.
+    `vp_stage` says which of a rank's chunks the role is of (`roles_by_chunk`), for those modules that have several.
 
-    Raises ValueError where the role is of other modules or a modality that is cut into stages has several
-    encoders, RuntimeError where the rank is in no grid.
+    Raises ValueError where the role is of other modules, a modality that is cut into stages has several encoders or
+    a network that is cut into virtual stages cannot be told which it is, RuntimeError where the rank is in no grid.
     """
     known = {LANGUAGE, *modality_submodules_spec}
     if not known.issuperset(role.modules):
@@ -65,29 +70,45 @@ def from_specs(
         raise RuntimeError(f"rank {role.rank} is in no module's grid: it idles, and has no model.")
     collections = collections or {}
     submodules = {
-        name: _modality_of(spec, role.modules[name], collections.get(name))
+        name: _modality_of(spec, role.modules[name], collections.get(name), vp_stage)
         for name, spec in modality_submodules_spec.items()
         if name in role.modules
     }
     language = None
     if role.has_language_module:
-        language = _built(language_model_spec, role.modules[LANGUAGE], collections.get(LANGUAGE))
+        language = _built(language_model_spec, role.modules[LANGUAGE], collections.get(LANGUAGE), vp_stage)
     return MimoStages(role, submodules, language, special_token_ids, collections)
 
 
-def _built(spec: MegatronSpec, info: ModuleStageInfo, collection: ProcessGroupCollection | None) -> nn.Module:
+def _built(
+    spec: MegatronSpec,
+    info: ModuleStageInfo,
+    collection: ProcessGroupCollection | None,
+    vp_stage: int | None,
+) -> nn.Module:
     """Build a network for a stage; it is told of the stage as far as its constructor asks."""
     told: dict[str, Any] = {"pre_process": info.is_first_stage, "post_process": info.is_last_stage}
     if collection is not None:
         told["pg_collection"] = collection
+    configs = [value for value in (spec.params or {}).values() if isinstance(value, TransformerConfig)]
+    if any(config.virtual_pipeline_model_parallel_size for config in configs):
+        told["vp_stage"] = vp_stage
     asked = inspect.signature(spec.module.__init__).parameters
+    if "vp_stage" in told and "vp_stage" not in asked:
+        raise ValueError(
+            f"'{info.module}' is cut into virtual stages, and {spec.module.__name__} takes no vp_stage, "
+            "so all of them would have the same layers."
+        )
     spec = copy.copy(spec)
     spec.params = {**(spec.params or {}), **{name: value for name, value in told.items() if name in asked}}
     return build_module(spec)  # type: ignore[no-any-return]
 
 
 def _modality_of(
-    spec: MegatronSpec, info: ModuleStageInfo, collection: ProcessGroupCollection | None
+    spec: MegatronSpec,
+    info: ModuleStageInfo,
+    collection: ProcessGroupCollection | None,
+    vp_stage: int | None,
 ) -> nn.Module:
     parts = spec.submodules or {}
     if not (info.is_first_stage and info.is_last_stage) and len(parts.get("encoders", {})) != 1:
@@ -97,10 +118,10 @@ def _modality_of(
         )
 
     def named(kind: str) -> dict[str, nn.Module]:
-        return {name: _built(part, info, collection) for name, part in parts.get(kind, {}).items()}
+        return {name: _built(part, info, collection, vp_stage) for name, part in parts.get(kind, {}).items()}
 
     def listed(kind: str, *, wanted: bool) -> list[nn.Module]:
-        return [_built(part, info, collection) for part in parts.get(kind, ())] if wanted else []
+        return [_built(part, info, collection, vp_stage) for part in parts.get(kind, ())] if wanted else []
 
     stage = {"is_first_stage": info.is_first_stage, "is_last_stage": info.is_last_stage}
     asked = inspect.signature(spec.module.__init__).parameters

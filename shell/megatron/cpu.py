@@ -9,10 +9,14 @@ device:
 
 And on the CPU alone:
 
-- The name ``torch`` in three of its files. Its sequence-parallel mappings and its buffer allocate on
-  ``torch.cuda.current_device()``; there, and nowhere else, that is the CPU.
+- The name ``torch`` in some of its files. Its sequence-parallel mappings, its buffer and its routers allocate on
+  ``torch.cuda.current_device()``; there, and nowhere else, that is the CPU. So are the streams on which a dispatcher
+  copies counts of tokens to the host; what is counted is there already.
+- The function that makes such a copy, which all that was not on CUDA comes through unchanged: torch's collectives
+  take counts as numbers, not as tensors.
 - The two functions by which recomputation saves and restores the CUDA generator's state.
 - A flag that says "already warned" about CUDA_DEVICE_MAX_CONNECTIONS, which orders CUDA kernels.
+- A name that megatron-core 0.16's routers look for, and do not find without transformer-engine.
 - Two collectives that it took from torch by names that torch 2.13 calls deprecated, at every call.
 
 >>> with on_device(torch.device("cpu")):
@@ -31,17 +35,29 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, utils
 from megatron.core.tensor_parallel import layers, mappings, random
+from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
 from torch import Tensor
 
 
-_ON_CUDA_DEVICE = (layers, mappings, utils)
-"""Files of megatron that allocate on the current CUDA device and that the shell's modules run through."""
+_ON_CUDA_DEVICE = (layers, mappings, utils, router, token_dispatcher)
+"""Files of megatron that work on the current CUDA device and that the shell's modules, or a host's, run through."""
 
 
 _COLLECTIVES = {
     "dist_all_gather_func": "all_gather_single",
     "dist_reduce_scatter_func": "reduce_scatter_single",
 }
+
+
+class NoStream:
+    """A stream, and an event, where all is done in the order in which it is asked for."""
+
+    def record_event(self) -> "NoStream":
+        """Return what stands for now."""
+        return self
+
+    def synchronize(self) -> None:
+        """Wait for nothing."""
 
 
 class CpuRandomStates:
@@ -121,7 +137,9 @@ def _random_states(device: torch.device, seed: int) -> Any:
 
 @contextlib.contextmanager
 def _without_cuda() -> Iterator[None]:
-    stand_in = _torch_without_cuda()
+    stream = NoStream()
+    stand_in = _torch_without_cuda(stream)
+    alltoall = token_dispatcher.MoEAlltoAllTokenDispatcher
     warned = layers.linear_with_grad_accumulation_and_async_allreduce
     with contextlib.ExitStack() as stack:
         for module in _ON_CUDA_DEVICE:
@@ -133,6 +151,10 @@ def _without_cuda() -> Iterator[None]:
         stack.enter_context(_replaced(random, "_get_cuda_rng_state", _get_state))
         stack.enter_context(_replaced(random, "_set_cuda_rng_state", _set_state))
         stack.enter_context(_replaced(warned, "warned", True))
+        stack.enter_context(_replaced(alltoall, "cuda_dtoh_stream", stream))
+        if not hasattr(moe_utils, "te_general_gemm"):
+            stack.enter_context(_lent(moe_utils, "te_general_gemm", None))
+        stack.enter_context(_replaced(token_dispatcher, "maybe_move_tensor_to_cpu", _as_counts))
         yield
 
 
@@ -146,10 +168,21 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _torch_without_cuda() -> ModuleType:
-    """Return a module that is torch in everything but the current CUDA device."""
+@contextlib.contextmanager
+def _lent(owner: Any, name: str, value: object) -> Iterator[None]:
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def _torch_without_cuda(stream: NoStream) -> ModuleType:
+    """Return a module that is torch in everything but the current CUDA device and its streams."""
     cuda = _copy_of(torch.cuda)
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[attr-defined]
+    cuda.Stream = cuda.current_stream = lambda: stream  # type: ignore[attr-defined]
+    cuda.stream = contextlib.nullcontext  # type: ignore[attr-defined]
     stand_in = _copy_of(torch)
     stand_in.cuda = cuda  # type: ignore[attr-defined]
     return stand_in
@@ -164,6 +197,10 @@ def _copy_of(module: ModuleType) -> ModuleType:
 
 def _seeded_state(seed: int) -> Tensor:
     return torch.Generator().manual_seed(seed).get_state()
+
+
+def _as_counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
 def _get_state(*_: object, **__: object) -> Tensor:

@@ -24,7 +24,7 @@ Shapes in names: S positions, B samples, H hidden; T this rank's tokens, K choic
 (T * K * expert_tp); M ranks among which rows cross, L experts that one of them holds, X shards of an expert.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -125,9 +125,15 @@ class Experts(nn.Module):
         mixed_TH, logits_TE, chosen_TK = self._mixed(flat.index_select(0, padding_mask))
         if self.scale and self.training:
             samples = hidden_SBH.shape[1]
-            aux = self._aux(logits_TE.softmax(dim=1), chosen_TK, padding_mask % samples, samples)
+            aux = imbalance(
+                logits_TE.softmax(dim=1),
+                chosen_TK,
+                padding_mask % samples,
+                samples=samples,
+                among=self.company.same_samples,
+            )
             self.aux = aux.detach()
-            mixed_TH = _Attached.apply(mixed_TH, aux, self.scale)  # type: ignore[no-untyped-call]
+            mixed_TH = attached(mixed_TH, aux, self.scale)
         flat = torch.zeros_like(flat).index_copy(0, padding_mask, mixed_TH)
         if dealt:
             flat = reduce_from_tensor_model_parallel_region(flat, group=dealt)
@@ -159,21 +165,6 @@ class Experts(nn.Module):
             rows = _Permuted.apply(rows, *reversed(crossing.by_expert))  # type: ignore[no-untyped-call]
         return rows
 
-    def _aux(self, probabilities_TE: Tensor, chosen_TK: Tensor, samples_T: Tensor, samples: int) -> Tensor:
-        """Return this rank's term of the auxiliary loss."""
-        experts = probabilities_TE.shape[1]
-        where = (samples_T[:, None] * experts + chosen_TK).flatten()
-        counts = torch.zeros(samples * experts, dtype=torch.int64, device=where.device)
-        counts.scatter_add_(0, where, torch.ones_like(where))
-        for group in self.company.same_samples:
-            if group.size() > 1:
-                dist.all_reduce(counts, group=group)
-        counts_BE = counts.view(samples, experts).to(probabilities_TE.dtype)
-        choices_B1 = counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
-        # f / tokens of the sample; a sample has K choices for each token.
-        slope_BE = experts * self.top_k * counts_BE / choices_B1.square()
-        return (slope_BE.index_select(0, samples_T) * probabilities_TE).sum()
-
 
 class Expert(nn.Module):
     """This rank's shard of one expert, over expert_tp; its results are to be summed."""
@@ -195,6 +186,46 @@ class Expert(nn.Module):
         return self.ledger.multiply(
             lambda weight: functional.linear(middle, weight, bias), self.down.weight, middle
         )
+
+
+# -- the auxiliary loss ------------------------------------------------------------------------------------
+
+
+def imbalance(
+    probabilities_TE: Tensor,
+    chosen_TK: Tensor,
+    samples_T: Tensor,
+    *,
+    samples: int,
+    among: Sequence[dist.ProcessGroup],
+) -> Tensor:
+    """Return this rank's term of the auxiliary loss, summed over samples.
+
+    Args:
+        probabilities_TE: of each token among all experts.
+        chosen_TK: the experts that each token goes to.
+        samples_T: which sample each token is of, of so many `samples`.
+        samples: how many there are.
+        among: groups of those who have other tokens of the same samples.
+    """
+    experts, choices = probabilities_TE.shape[1], chosen_TK.shape[1]
+    where = (samples_T[:, None] * experts + chosen_TK).flatten()
+    counts = torch.zeros(samples * experts, dtype=torch.int64, device=where.device)
+    counts.scatter_add_(0, where, torch.ones_like(where))
+    for group in among:
+        if group.size() > 1:
+            dist.all_reduce(counts, group=group)
+    counts_BE = counts.view(samples, experts).to(probabilities_TE.dtype)
+    choices_B1 = counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+    # f / tokens of the sample; a sample has K choices for each token.
+    slope_BE = experts * choices * counts_BE / choices_B1.square()
+    return (slope_BE.index_select(0, samples_T) * probabilities_TE).sum()
+
+
+def attached(carrier: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return the carrier; whoever needs its gradient gives `value`, which nothing reads, the gradient `scale`."""
+    carrier = _Attached.apply(carrier, value, scale)  # type: ignore[no-untyped-call]
+    return carrier
 
 
 # -- how rows cross ----------------------------------------------------------------------------------------

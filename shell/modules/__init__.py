@@ -105,7 +105,8 @@ def _stage(
             own = own_network(module.model, written.options, seed=spec.seed, module=module.name)
         return OwnStage(module, info, own, dtype=dtype)
     if given is not None:
-        return HostStage(topology, module, info, given, tp=groups.tp.size(), dtype=dtype)
+        table = given.table(info, tp=groups.tp.size(), expert_tp=groups.expert_tp.size())  # type: ignore[operator]
+        return HostStage(topology, module, info, given, table=table, dtype=dtype)
     choice = choose(module.name, spec, missing=engine.missing(device), version=engine.version())
     context = Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
     if isinstance(module.model, Gpt):
@@ -115,12 +116,16 @@ def _stage(
 
 def _begin_alike(stage: StageModule, given: nn.Module, groups: Groups) -> None:
     """Give all copies of a weight the values of the first: along dp, along tp where it is whole, at both ends."""
-    for tensor in (*given.parameters(), *given.buffers()):
-        dist.broadcast(tensor.detach(), group=groups.dp, group_src=0)
     weights = named_weights(stage)
+    experts = {parameter.name for parameter in stage.info.parameters if parameter.expert is not None}
+    common = [weight for name, weight in weights.items() if name not in experts]
+    for tensor in (*common, *given.buffers()):
+        dist.broadcast(tensor.detach(), group=groups.dp, group_src=0)
+    for name in (name for name in weights if name in experts):
+        dist.broadcast(weights[name].detach(), group=groups.expert_dp, group_src=0)
     for parameter in stage.info.parameters:
         if parameter.name in weights and parameter.tp_dim is None:
-            dist.broadcast(weights[parameter.name].detach(), group=groups.tp, group_src=0)
+            dist.broadcast(weights[parameter.name].detach(), group=cut_over(parameter, groups), group_src=0)
         if parameter.copy is not None and stage.info.first != stage.info.last:
             dist.broadcast(weights[parameter.name].detach(), group=groups.tie, group_src=0)
 

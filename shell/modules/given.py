@@ -92,10 +92,9 @@ class HostStage(StageModule):
         info: StageInfo,
         network: nn.Module,
         *,
-        tp: int,
+        table: Mapping[str, Parameter],
         dtype: torch.dtype,
     ) -> None:
-        table: Mapping[str, Parameter] = network.table(info, tp=tp)  # type: ignore[operator]
         if len({edge.width for edge in module.outputs}) > 1:
             fact = (
                 f"feeds {len(module.outputs)} modules of unlike widths; a host's network gives rows of one."
@@ -117,6 +116,7 @@ class HostStage(StageModule):
         self.sequence = topology.sequence
         self.dtype = dtype
         self.draws = module.model.dropout > 0
+        self.aux_loss = module.aux_loss
 
     def weight_name(self, built: str) -> str:
         """Return the layout-independent name of a parameter from its name in this module."""
@@ -127,6 +127,8 @@ class HostStage(StageModule):
         network: Any = self.network
         if "labels" in inputs:
             network.loss = self.loss
+        if self.aux_loss:
+            network.aux_scale = self.loss_scale * self.aux_loss / share.total
         given = dict(network(inputs, share))
         for name, shape in self._planned(share).items():
             seen = (tuple(given[name].shape), given[name].dtype) if name in given else "nothing"
@@ -159,6 +161,10 @@ def _check_table(info: StageInfo, known: Sequence[Parameter]) -> None:
         fact = f"the network that the host gave for '{info.stage}' has layers {layers}, the plan {[*info.layers]}."
         remedy = "Build it for this stage: as many layers, in as many stages, as the module has in the job."
         raise PlanError([Problem(where, fact, remedy)])
+    has, planned = (any(p.expert is not None for p in of) for of in (known, info.parameters))
+    if has and not planned:
+        fact = f"the network that the host gave for '{info.stage}' has experts, the plan none."
+        raise PlanError([Problem(where, fact, "Set options.experts to their number, and the grid's ep.")])
     ties = [any(parameter.copy for parameter in of) for of in (known, info.parameters)]
     if ties[0] != ties[1]:
         does, plans = ("ties" if each else "does not tie" for each in ties)

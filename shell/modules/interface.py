@@ -47,6 +47,10 @@ class Groups(Protocol):
         """Ranks that hold the shards of the same experts; else the rank alone."""
 
     @property
+    def expert_dp(self) -> dist.ProcessGroup:
+        """Ranks that hold copies of the same experts; else the rank alone."""
+
+    @property
     def tie(self) -> dist.ProcessGroup | None:
         """The two ends of the pipeline, where both hold a weight."""
 
@@ -68,7 +72,10 @@ class HostNetwork(Protocol):
     """A network of the host's for one stage of a built-in module: an `nn.Module` with this forward.
 
     The plan counts layers, heads and tokens as those of the built-in model; what they compute, and with which
-    parameters, is the network's own affair. Under tp and cp it talks over groups of its own, or the job's.
+    parameters, is the network's own affair. Under tp, cp and ep it talks over groups of its own, or the job's.
+
+    Where the module has an auxiliary loss the network brings its gradient along, and returns this rank's term of it
+    as ``NAME.aux``. Before each forward its `aux_scale` is set: what that term is multiplied by.
     """
 
     def __call__(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
@@ -78,10 +85,11 @@ class HostNetwork(Protocol):
         A loss is what the network's attribute ``loss`` makes of its predictions (`shell.loss.Loss`); it is set before.
         """
 
-    def table(self, info: StageInfo, *, tp: int) -> Mapping[str, Parameter]:
-        """Return what each parameter of the stage is, by its name in the network; `tp` ranks hold its shards.
+    def table(self, info: StageInfo, *, tp: int, expert_tp: int) -> Mapping[str, Parameter]:
+        """Return what each parameter of the stage on this rank is, by its name in the network.
 
-        Names are the same whatever the layout, so a layer's has its number in the whole module.
+        `tp` ranks hold its shards, `expert_tp` those of an expert's. Names are the same whatever the layout, so a
+        layer's has its number in the whole module, and an expert's in the whole layer.
         """
 
 

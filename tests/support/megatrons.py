@@ -1,7 +1,10 @@
 """Megatrons: a small `MimoModel` on one process and in a job's program, with the same weights and samples."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe import moe_utils, router
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -18,12 +24,14 @@ from torch import Tensor, nn
 import specs
 from hosts import host
 from mimogrid.adapters import torch_module
-from mimogrid.adapters.megatron import block_of, forward_backward_func, networks_of
+from mimogrid.adapters.megatron import block_of, forward_backward_func, layer_spec, networks_of
+from mimogrid.adapters.megatron.modality import packed
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.hashing import draw_bits
 from mimogrid.core.models import Gpt, Vit
 from mimogrid.core.samples import Sample
 from mimogrid.core.steps import Share
+from mimogrid.core.zigzag import ZigZag
 from mimogrid.shell import checkpoint, saving
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.ledger import Ledger
@@ -31,7 +39,6 @@ from mimogrid.shell.manifest import published, read_manifest
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
-from mimogrid.shell.packing import pack_rows
 from mimogrid.shell.place import Place
 from mimogrid.shell.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore
 
@@ -47,28 +54,32 @@ def config_of(
     pp: int = 1,
     tp: int = 1,
     here: Mapping[str, int] | None = None,
-    eye: Mapping[str, int] | None = None,
+    eye: Mapping[str, Any] | None = None,
     images: bool = False,
     **transformer: Any,
 ) -> MimoModelConfig:
     """Specify the model; `here` are the layers of the stages for which it is to be built, where there are several.
 
-    `eye` are sizes of an encoder that is a transformer; without any it is one linear layer.
+    `eye` configures an encoder that is a transformer; without it the encoder is one linear layer.
     """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
     layer = block_spec(
         gpt, layers=layers if here is None or pp == 1 else here.get("language", 0), tp=tp, ledger=Ledger()
     )
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
+    if config.num_moe_experts:
+        layer = with_experts(layer, config, causal=True)
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
     vision = specs.vision(specs.Images if images else specs.Pixels, hidden=8)
     if eye is not None:
         vit = Vit(layers=eye["layers"], hidden=specs.HIDDEN, heads=4, features=specs.PIXELS)
         built = vit.layers if here is None else here.get("vision", 0)
-        stack = block_spec(vit, layers=built, tp=eye.get("tp", 1), ledger=Ledger())
-        sizes = specs.config(
-            pp=eye.get("pp", 1), layers=vit.layers, tensor_model_parallel_size=eye.get("tp", 1)
-        )
+        more = {"tp": 1, **eye}
+        cut = more.pop("tp")
+        stack = block_spec(vit, layers=built, tp=cut, ledger=Ledger())
+        sizes = specs.config(tensor_model_parallel_size=cut, **more)
+        if sizes.num_moe_experts:
+            stack = with_experts(stack, sizes, causal=False)
         vision = specs.vision(Patches, in_features=specs.HIDDEN, transformer_config=sizes, spec=stack)
     return specs.model_config(
         language_model_spec=text,
@@ -77,15 +88,32 @@ def config_of(
     )
 
 
+def with_experts(stack: Any, config: TransformerConfig, *, causal: bool) -> Any:
+    """Return the specification of a stack with Megatron's layers with experts."""
+    layer = layer_spec(config, causal=causal)
+    return dataclasses.replace(stack, layer_specs=[layer] * len(stack.layer_specs))
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """A world of one process on the CPU, in fp64 where nothing else is said."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with on_device(torch.device("cpu")):
+        with on_device(torch.device("cpu")), exact_routing():
             yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def exact_routing() -> Iterator[None]:
+    """Let Megatron's router, which rounds to fp32, compute in fp64 throughout."""
+    exact = types.ModuleType("torch")
+    exact.__dict__.update(vars(torch), float32=torch.float64)
+    # Has nothing to do, and is compiled for seconds before it does it.
+    idle = mock.patch.object(router.TopKRouter, "_apply_expert_bias", return_value=None)
+    with mock.patch.object(moe_utils, "torch", exact), idle:
+        yield
 
 
 def drawn(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -98,10 +126,13 @@ def drawn(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def with_groups(config: MimoModelConfig, alone: dist.ProcessGroup) -> MimoModelConfig:
-    """Give the transformers a group of one for everything."""
-    names = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp", "tp_cp", "tp_ep")
+def with_groups(
+    config: MimoModelConfig, alone: dist.ProcessGroup, *, pp: dist.ProcessGroup | None = None
+) -> MimoModelConfig:
+    """Give the transformers a group of one for everything but perhaps the pipeline."""
+    names = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp", "tp_cp", "tp_ep", "tp_dp_cp")
     collection = ProcessGroupCollection(**dict.fromkeys(names, alone))
+    collection.pp = pp or alone
     collection.embd = collection.pos_embd = None
     encoder = config.modality_submodules_spec["vision"].submodules["encoders"]["eye"]
     for spec in (config.language_model_spec, *([encoder] if encoder.module is Patches else [])):
@@ -117,6 +148,25 @@ def whole(config: MimoModelConfig) -> nn.Module:
     return model
 
 
+def of_two(module: type[nn.Module], *, theirs: bool, causal: bool, **params: Any) -> nn.Module:
+    """A network of one layer as the first of two ranks along cp would build it, without a process group.
+
+    With Megatron's own attention, or ours.
+    """
+    me: Any = specs.OneOf(0, 1)
+    both: Any = specs.OneOf(0, 2)
+    config = specs.config(layers=1)
+    layer = copy.deepcopy(layer_spec(config, causal=causal))
+    if theirs:
+        layer.submodules.self_attention.submodules.core_attention = DotProductAttention
+    norm = block_spec(Vit(layers=1, hidden=1, heads=1), layers=1, tp=1, ledger=Ledger())
+    stack = dataclasses.replace(norm, layer_specs=[layer])
+    collection = ProcessGroupCollection(tp=me, pp=me, cp=both)
+    collection.embd = None
+    with on_device(torch.device("cpu")):
+        return module(config, stack, pg_collection=collection, **params)
+
+
 class Patches(nn.Module):
     """An encoder in stages: pixels [S, B, P] into a transformer block."""
 
@@ -128,6 +178,7 @@ class Patches(nn.Module):
         *,
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__()
         self.pre_process = pre_process
@@ -139,6 +190,7 @@ class Patches(nn.Module):
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
 
     def set_input_tensor(self, hidden: Tensor) -> None:
@@ -156,31 +208,27 @@ class Patches(nn.Module):
         return self.decoder(hidden_states=first, attention_mask=attention_mask)
 
 
-def arranged(rows: Tensor | None, share: Share) -> Mapping[str, Any]:
+def arranged(rows: Tensor | None, share: Share, cut: ZigZag) -> Mapping[str, Any]:
     """Return the arguments of a stage of `Patches`."""
     if rows is None:
-        mask = pack_rows(share, multiple=1, dtype=torch.float64, device=torch.device("cpu")).mask
-        return {"attention_mask": mask}
-    pixels, mask = block_of(rows, share)
+        packing = packed(share, cut, dtype=torch.float64, device=torch.device("cpu"))
+        return {"attention_mask": packing.mask}
+    pixels, mask = block_of(rows, share, cut)
     return {"pixels": pixels, "attention_mask": mask}
 
 
 def batch_of(job: Job, sample: Sample, *, by_position: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """One sample as a batch of Megatron's, with labels and weights [S]."""
+    """One sample as a batch of Megatron's, with labels and weights [S], and no padding."""
     assert job.source
     text = job.source.load(sample.id, "language")
-    sequence = job.topology.sequence
-    tokens, labels, weights = (
-        nn.functional.pad(text[name], (0, sequence - len(text[name])))
-        for name in ("tokens", "labels", "loss_weights")
-    )
+    tokens, labels, weights = (text[name] for name in ("tokens", "labels", "loss_weights"))
     inputs = None
     if sample.rows.get("vision"):
         pixels = job.source.load(sample.id, "vision")["rows"].double()
         inputs = {"vision": {"eye": {"pixels": pixels[:, None] if by_position else pixels}}}
     batch = {
         "input_ids": tokens.masked_fill(tokens < 0, PLACEHOLDER)[None],
-        "position_ids": torch.arange(sequence)[None],
+        "position_ids": torch.arange(len(tokens))[None],
         "attention_mask": None,
         "modality_inputs": inputs,
     }
@@ -189,23 +237,46 @@ def batch_of(job: Job, sample: Sample, *, by_position: bool) -> tuple[dict[str, 
 
 @attrs.frozen
 class Seen:
-    """What a rank saw: losses, full gradients by Megatron's names (first rank), logits of its lane (last stage)."""
+    """What a rank saw.
+
+    Losses, the auxiliary one before its weight, full gradients by Megatron's names (first rank), logits of its lane
+    (last stage).
+    """
 
     losses: list[float]
+    aux: float
     gradients: Mapping[str, Any]
     logits: list[Any]
     state: Mapping[str, Any]
+
+
+class Noting:
+    """A function of Megatron's for an auxiliary loss, and what it says, before its weight."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.said: list[float] = []
+
+    def __call__(self, *, moe_aux_loss_coeff: float, **arguments: Any) -> Tensor:
+        """Return what the function does."""
+        loss = self.function(moe_aux_loss_coeff=moe_aux_loss_coeff, **arguments)
+        self.said.append(float(loss.detach()) / moe_aux_loss_coeff)
+        return loss
 
 
 def expected(job: Job, config: Mapping[str, Any]) -> Seen:
     """What one process comes to; inside `alone`."""
     eye = config.get("eye")
     model, step = whole(config_of(**config)), job.step(0)
+    # One sample at a time: the mean over all of them of each one's auxiliary loss.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / len(step.samples), dtype=torch.float64))
     total, said = torch.zeros((), dtype=torch.float64), []
+    imbalances = Noting(router.switch_load_balancing_loss_func)
     for sample, rows in zip(step.samples, step.rows_out, strict=True):
         # One by one: Megatron flattens what a transformer block returns position by position, not sample by sample.
         batch, labels, weights = batch_of(job, sample, by_position=eye is not None)
-        logits, _ = model(**batch)
+        with mock.patch.object(router, "switch_load_balancing_loss_func", imbalances):
+            logits, _ = model(**batch)
         total = total + (nn.functional.cross_entropy(logits[0], labels, reduction="none") * weights).sum()
         said.append(logits[0, : rows["language"]].detach())
     loss = total / sum(sample.length for sample in step.samples)
@@ -214,7 +285,8 @@ def expected(job: Job, config: Mapping[str, Any]) -> Seen:
     state = {
         name: tensor.numpy() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)
     }
-    return Seen([loss.item()], gradients, [torch.cat(said).numpy()], state)
+    aux = sum(imbalances.said) / len(step.samples)
+    return Seen([loss.item()], aux, gradients, [torch.cat(said).numpy()], state)
 
 
 def trained(
@@ -226,7 +298,7 @@ def trained(
 ) -> Seen:
     """Evaluate the first step of a job, then take it, with networks of the model and the weights of a whole one."""
     hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
-    with host(place):
+    with host(place), exact_routing():
         made = config_of(**config, here=hosted)
         eye = arranged if config.get("eye") else "pixels"
         function = forward_backward_func(
@@ -237,7 +309,7 @@ def trained(
         arguments: dict[str, Any] = {
             "forward_step_func": None,
             "data_iterator": None,
-            "model": [function.model] if function.model else [],
+            "model": function.model,
             "num_microbatches": job.spec.batch.microbatches,
             "seq_length": job.topology.sequence,
             "micro_batch_size": 1,
@@ -256,6 +328,7 @@ def trained(
         embedded.close()
         return Seen(
             [float(each["lm loss"]) for each in (*losses, *evaluated)],
+            float(sum(each.get("language.aux loss", 0.0) for each in losses)),
             {name: gradient.numpy() for name, gradient in gradients.items()},
             [each["logits"].detach().numpy() for each in logits],
             {name: tensor.numpy() for name, tensor in state.items()},
@@ -284,6 +357,41 @@ def its_own(
         after = _held(model, mine)
         function.embedded.close()
         return [float(each["lm loss"]) for each in losses], before, after
+
+
+def in_chunks(
+    place: Place, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any], given: int
+) -> tuple[list[float], Mapping[str, Any]]:
+    """Train so many chunks of `MimoModel`s that are there, on ranks 1 and 2; return losses and the state before."""
+    with host(place), on_device(torch.device("cpu")):
+        alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
+        pp = dist.new_group([1, 2])
+        models = []
+        for chunk in range(given if place.rank else 1):
+            hosted = {"language": 1}
+            made = with_groups(config_of(**config, here=hosted), alone, pp=pp if place.rank else None)
+            ends = {
+                "pre_process": (place.rank, chunk) == (1, 0),
+                "post_process": (place.rank, chunk) == (2, 1),
+            }
+            made.language_model_spec.params |= {"vp_stage": chunk, **ends}
+            models.append(MimoModel(made))
+        function = forward_backward_func(job, models, encoder_inputs={"vision": "pixels"})
+        function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        state = function.state_dict()
+        losses = function(
+            forward_step_func=None,
+            data_iterator=None,
+            model=models,
+            num_microbatches=job.spec.batch.microbatches,
+            seq_length=job.topology.sequence,
+            micro_batch_size=1,
+        )
+        function.embedded.close()
+        return (
+            [float(each["lm loss"]) for each in losses],
+            {name: tensor.numpy() for name, tensor in state.items()},
+        )
 
 
 def _held(model: nn.Module, begin: str) -> Mapping[str, Any]:
@@ -315,7 +423,7 @@ def saved(
     The state is what all keep: weights, and what the optimizer keeps for each.
     """
     hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
-    with host(place):
+    with host(place), exact_routing():
         made = config_of(**config, here=hosted)
         function = forward_backward_func(job, made, encoder_inputs={"vision": "pixels"})
         embedded = function.embedded
