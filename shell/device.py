@@ -5,11 +5,13 @@ the CPU. The third choice, `host`, computes on CUDA and sends through host memor
 can share one GPU in a rehearsal. `nccl` asks a world of local processes for a GPU each.
 """
 
+import os
+
 import attrs
 import torch
 
 from mimogrid.core.errors import PlanError, Problem
-from mimogrid.shell.place import Place
+from mimogrid.shell.place import QUEUES, Place
 from mimogrid.shell.streams import CudaStreams, Streams
 
 
@@ -57,10 +59,15 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def of(where: torch.device, *, transport: str | None = None) -> Device:
-    """Return a device as the job sees it; `transport="host"` asks for gloo beside CUDA."""
+    """Return a device as the job sees it; `transport="host"` asks for gloo beside CUDA.
+
+    Raises PlanError where NCCL would have one queue for all of its streams.
+    """
     if where.type == "cpu":
         return Device(where, "gloo", Streams())
     through_host = transport == "host"
+    if not through_host:
+        _check_queues()
     return Device(
         where,
         "gloo" if through_host else "nccl",
@@ -70,6 +77,14 @@ def of(where: torch.device, *, transport: str | None = None) -> Device:
         has_tags=through_host,
         connects_lazily=not through_host,
     )
+
+
+def _check_queues() -> None:
+    """Messages are posted ahead, and computing must not wait behind a receive whose sender waits for it."""
+    if os.environ.get(QUEUES) == "1":
+        fact = "is 1: all streams of CUDA share one queue, in which a receive that is posted ahead stops computing."
+        remedy = "Set it to 32, or leave it out, before anything uses CUDA."
+        raise PlanError([Problem(f"environment.{QUEUES}", fact, remedy)])
 
 
 def choose(place: Place, transport: str | None = None) -> Device:

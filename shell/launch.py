@@ -29,7 +29,7 @@ import attrs
 from mimogrid.core.blame import BlamedError, Finding
 from mimogrid.core.errors import EchoError, PlanError, WorldError
 from mimogrid.shell import pulse
-from mimogrid.shell.place import Place
+from mimogrid.shell.place import Place, prepare
 
 
 GRACE_S = 1.0
@@ -167,6 +167,7 @@ def _work(connection: Connection, folder: str) -> None:
     """Run tasks as they come, until the pool is gone."""
     os.chdir(folder)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    prepare()
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             task: Task = connection.recv()

@@ -1,8 +1,11 @@
-"""Places: where this process stands in its world, and how it finds the others."""
+"""Places: where this process stands in its world, how it finds the others, and what it sets before it computes."""
 
 import os
 
 import attrs
+
+
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 @attrs.frozen
@@ -24,3 +27,13 @@ def under_torchrun() -> Place | None:
         size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
     )
+
+
+def prepare() -> None:
+    """Set what CUDA reads when a process of ours first uses it; what the user has set stays.
+
+    Messages and sums have streams of their own, one for each group. CUDA lays streams on this many queues, and
+    on 8 where nothing is said; whatever shares a queue waits for what was asked for before, even for a receive whose
+    sender waits for it in turn.
+    """
+    os.environ.setdefault(QUEUES, "32")

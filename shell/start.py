@@ -15,7 +15,7 @@ from mimogrid.shell import runs
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.output import print_json, write
-from mimogrid.shell.place import under_torchrun
+from mimogrid.shell.place import prepare, under_torchrun
 from mimogrid.shell.preemption import EXIT_CODE, passing_on
 
 
@@ -29,6 +29,7 @@ def train(
     """Train a job to its end, or until it is asked to stop. Returns the exit code."""
     place = under_torchrun()
     if place is not None:
+        prepare()
         from mimogrid.shell.train import in_world  # noqa: PLC0415 -- imports torch
 
         job = open_job(job.path, job.overrides)  # again, now that sources that need torch can be opened
@@ -68,6 +69,7 @@ def probe(job: Job, *, repeat: int, sizes: Sequence[int], out: Path | None, as_j
     if problems:
         raise PlanError(problems)
     if place is not None:
+        prepare()
         from mimogrid.shell.probe import in_world  # noqa: PLC0415 -- imports torch
 
         mine = in_world(place, open_job(job.path, job.overrides), repeat)

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import devices_checked as checks
 from devices_checked import Opened, Where
+from mimogrid.core.errors import PlanError
+from mimogrid.shell import device as devices
 from mimogrid.shell.launch import Pool
+from mimogrid.shell.place import QUEUES, prepare
 
 
 pytestmark = pytest.mark.world
@@ -40,3 +44,13 @@ def test_programs(pool: Pool, opened: Opened) -> None:
     """They run in two parts, and on local layers."""
     checks.unsynchronized(pool, opened, CPU)
     checks.layers(pool, opened, CPU, "CoreAttention")
+
+
+def test_streams_that_share_one_queue_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receive that is posted ahead would stop computing; what a process prepares by itself is not refused."""
+    monkeypatch.setenv(QUEUES, "1")
+    with pytest.raises(PlanError, match=f"environment.{QUEUES}: is 1: all streams"):
+        devices.of(torch.device("cuda", 0))
+    monkeypatch.delenv(QUEUES)
+    prepare()
+    devices._check_queues()

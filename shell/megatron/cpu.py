@@ -6,6 +6,8 @@ device:
 - Its random-state tracker. On CUDA it is one of its own class, which has the state that sequence parallelism asks for;
   without that it would be a host's, or empty. On the CPU it is one that forks the CPU's generator.
 - Its global memory buffer, which only its own `initialize_model_parallel` would make.
+- A flag that says "already warned" that CUDA_DEVICE_MAX_CONNECTIONS is not 1. That would put all streams on one queue,
+  where a receive that is posted ahead stops computing (`shell.place.prepare`).
 
 And on the CPU alone:
 
@@ -15,7 +17,6 @@ And on the CPU alone:
 - The function that makes such a copy, which all that was not on CUDA comes through unchanged: torch's collectives
   take counts as numbers, not as tensors.
 - The two functions by which recomputation saves and restores the CUDA generator's state.
-- A flag that says "already warned" about CUDA_DEVICE_MAX_CONNECTIONS, which orders CUDA kernels.
 - A name that megatron-core 0.16's routers look for, and do not find without transformer-engine.
 - Two collectives that it took from torch by names that torch 2.13 calls deprecated, at every call.
 
@@ -43,6 +44,7 @@ _ON_CUDA_DEVICE = (layers, mappings, utils, router, token_dispatcher)
 """Files of megatron that work on the current CUDA device and that the shell's modules, or a host's, run through."""
 
 
+_TALKS = layers.linear_with_grad_accumulation_and_async_allreduce
 _COLLECTIVES = {
     "dist_all_gather_func": "all_gather_single",
     "dist_reduce_scatter_func": "reduce_scatter_single",
@@ -122,6 +124,7 @@ def on_device(device: torch.device, *, seed: int = 0) -> Iterator[None]:
         stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
         stack.enter_context(_replaced(parallel_state, "_GLOBAL_MEMORY_BUFFER", None))
         parallel_state._set_global_memory_buffer()
+        stack.enter_context(_replaced(_TALKS, "warned", True))
         if device.type == "cpu":
             stack.enter_context(_without_cuda())
         yield
@@ -140,7 +143,6 @@ def _without_cuda() -> Iterator[None]:
     stream = NoStream()
     stand_in = _torch_without_cuda(stream)
     alltoall = token_dispatcher.MoEAlltoAllTokenDispatcher
-    warned = layers.linear_with_grad_accumulation_and_async_allreduce
     with contextlib.ExitStack() as stack:
         for module in _ON_CUDA_DEVICE:
             stack.enter_context(_replaced(module, "torch", stand_in))
@@ -150,7 +152,6 @@ def _without_cuda() -> Iterator[None]:
                 stack.enter_context(_replaced(module, old, function))
         stack.enter_context(_replaced(random, "_get_cuda_rng_state", _get_state))
         stack.enter_context(_replaced(random, "_set_cuda_rng_state", _set_state))
-        stack.enter_context(_replaced(warned, "warned", True))
         stack.enter_context(_replaced(alltoall, "cuda_dtoh_stream", stream))
         if not hasattr(moe_utils, "te_general_gemm"):
             stack.enter_context(_lent(moe_utils, "te_general_gemm", None))
