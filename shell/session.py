@@ -23,6 +23,7 @@ from mimogrid.shell.device import Device
 from mimogrid.shell.failure import one_report
 from mimogrid.shell.groups import Groups, open_groups
 from mimogrid.shell.jobs import Job
+from mimogrid.shell.megatron import without_known_words
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.place import Place
 from mimogrid.shell.preemption import Wish
@@ -54,6 +55,7 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(warnings.catch_warnings())
+        enter(without_known_words())
         pulse = enter(_pulse(place))
         world = _meet(place, datetime.timedelta(seconds=job.spec.train.timeout_s))
         enter(one_report(world, pulse, job))

@@ -4,7 +4,6 @@ Transformer-engine itself runs on CUDA only. Here megatron-core's own specificat
 its classes that hold the parameters under their names.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +28,7 @@ from mimogrid.shell import modules
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.megatron import engine
-from mimogrid.shell.megatron.layers import CoreAttention
+from mimogrid.shell.megatron.layers import CoreAttention, linears_of
 from mimogrid.shell.modules import StageModule, named_weights
 from stages import Alone, batch_of, build, gradients, run, step_with, topology_of, world_of_one
 
@@ -86,11 +85,6 @@ def megatrons() -> Specification:
         patch.object(provider, "is_te_min_version", lambda *_: True),
     ):
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
-
-
-def linears_of(mlp: Any) -> Any:
-    """The linears of an MLP, of its specification (megatron-core 0.16) or of what builds it (0.19)."""
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 
 
 def with_stand_ins() -> Specification:

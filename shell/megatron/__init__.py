@@ -4,7 +4,10 @@ Importing this package imports megatron-core without the warnings that it, and w
 give on a machine without transformer-engine and apex. Any other warning still comes through.
 """
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 
 
 _KNOWN_AT_IMPORT = (
@@ -42,4 +45,20 @@ __all__ = [
     "gather_from_tensor_model_parallel_region",
     "reduce_from_tensor_model_parallel_region",
     "scatter_to_sequence_parallel_region",
+    "without_known_words",
 ]
+
+
+@contextlib.contextmanager
+def without_known_words() -> Iterator[None]:
+    """Leave unsaid what megatron-core 0.19 says each time that one is made: that GPTModel gets no new features."""
+    logger = logging.getLogger(GPTModel.__module__)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "GPTModel IS DEPRECATED" not in record.getMessage()
+
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)

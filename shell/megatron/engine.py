@@ -26,7 +26,7 @@ from mimogrid.core.engines import choose, unlike
 from mimogrid.core.errors import WorldError
 from mimogrid.core.models import BuiltIn
 from mimogrid.core.topology import Topology
-from mimogrid.shell.megatron.layers import CoreAttention, Norm
+from mimogrid.shell.megatron.layers import CoreAttention, Norm, linears_of, mlp_of
 
 
 FP8_RECIPE = "tensorwise"
@@ -99,13 +99,5 @@ def engine_spec(model: BuiltIn, *, layers: int) -> TransformerBlockSubmodules:
     attention = layer.submodules.self_attention
     attention.params = {"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding}
     attention.submodules.core_attention = CoreAttention
-    layer.submodules.mlp = _as_wide(layer.submodules.mlp, model.ffn)
+    layer.submodules.mlp = mlp_of(linears_of(layer.submodules.mlp), ffn=model.ffn)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
-
-
-def _as_wide(mlp: Any, ffn: int) -> Any:
-    """Return an MLP of `ffn` features. megatron-core 0.16 gives its specification, 0.19 what builds it."""
-    if isinstance(mlp, functools.partial):
-        return functools.partial(mlp, ffn_hidden_size=ffn)
-    mlp.params = {**mlp.params, "ffn_hidden_size": ffn}
-    return mlp

@@ -329,12 +329,23 @@ def block_spec(
     )
 
 
-def _dense(model: BuiltIn, column: ModuleSpec, row: ModuleSpec) -> ModuleSpec:
-    return ModuleSpec(
-        module=MLP,
-        params={"ffn_hidden_size": model.ffn},
-        submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+def _dense(model: BuiltIn, column: ModuleSpec, row: ModuleSpec) -> Any:
+    return mlp_of(MLPSubmodules(linear_fc1=column, linear_fc2=row), ffn=model.ffn)
+
+
+def mlp_of(linears: MLPSubmodules, *, ffn: int) -> Any:
+    """Return what a layer makes its MLP of: a specification for megatron-core 0.16, what builds it for 0.19."""
+    if hasattr(MLP, "as_mlp_submodule"):
+        return functools.partial(MLP.as_mlp_submodule, submodules=linears, ffn_hidden_size=ffn)
+    return ModuleSpec(module=MLP, submodules=linears, params={"ffn_hidden_size": ffn})
+
+
+def linears_of(mlp: Any) -> MLPSubmodules:
+    """Return the linears of what a layer makes its MLP of."""
+    found: MLPSubmodules = (
+        mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     )
+    return found
 
 
 def _layer_spec(model: BuiltIn, column: ModuleSpec, row: ModuleSpec, mlp: Any) -> ModuleSpec:
