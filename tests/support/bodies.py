@@ -332,7 +332,8 @@ def placed(place: Place, job: Job) -> tuple[float, float, set[str]] | None:
     Return loss and norm, and what the host would wait for the device with before NORM.
     """
     device = patch.object(devices, "choose", lambda *_: pretended.device())
-    with pretended.pretending() as cuda, device, open_session(place, job) as session:
+    layers = patch.object(engine, "missing", lambda *_: "the device only says that it is CUDA's")
+    with pretended.pretending() as cuda, device, layers, open_session(place, job) as session:
         if session.crew is None:
             return None
         waits: list[str] = []
