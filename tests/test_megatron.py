@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 import layouts
@@ -41,6 +42,7 @@ from mimogrid.core.spec import BatchSpec, JobSpec
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.megatron import ProcessGroupCollection
+from mimogrid.shell.megatron.cpu import on_device
 
 
 Opened = Callable[[JobSpec], Job]
@@ -359,6 +361,19 @@ def test_stages_together_are_the_whole() -> None:
 
 
 @pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+def test_a_block_of_those_layers_runs_under_sequence_parallelism(normalization: str) -> None:
+    """The norm at its end, which Megatron adds, is the configuration's and marked as partial, as those inside are."""
+    both: Any = specs.OneOf(0, 2)
+    config = specs.config(tensor_model_parallel_size=2, sequence_parallel=True, normalization=normalization)
+    groups = collection()
+    groups.tp = both
+    with on_device(torch.device("cpu")):
+        block = TransformerBlock(config, layer_spec(config), pg_collection=groups)
+    assert normalization == type(block.final_layernorm).__name__
+    assert {True} == {weight.sequence_parallel for weight in block.final_layernorm.parameters()}
+
+
 def test_checkpoints_of_megatron_have_the_names_of_the_parts() -> None:
     """What the stages would write and read together is, name by name and place by place, what the whole would."""
 

@@ -18,6 +18,7 @@ And on the CPU alone:
   take counts as numbers, not as tensors.
 - The two functions by which recomputation saves and restores the CUDA generator's state.
 - A name that megatron-core 0.16's routers look for, and do not find without transformer-engine.
+- The norm at the end of a block of layers, which without transformer-engine or Apex refuses sequence parallelism.
 - Two collectives that it took from torch by names that torch 2.13 calls deprecated, at every call.
 
 >>> with on_device(torch.device("cpu")):
@@ -28,6 +29,7 @@ True
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -36,7 +38,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, utils
 from megatron.core.tensor_parallel import layers, mappings, random
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -60,6 +65,19 @@ class NoStream:
 
     def synchronize(self) -> None:
         """Wait for nothing."""
+
+
+class FinalNorm:
+    """Megatron's norm of torch's, with the mark that it gives parameters whose gradients are partial under sp."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> Any:
+        """Return the norm that the configuration names."""
+        of_all = copy.copy(config)
+        of_all.sequence_parallel = False
+        norm = WrappedTorchNorm(of_all, hidden_size, eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
 
 
 class CpuRandomStates:
@@ -155,6 +173,7 @@ def _without_cuda() -> Iterator[None]:
         stack.enter_context(_replaced(alltoall, "cuda_dtoh_stream", stream))
         if not hasattr(moe_utils, "te_general_gemm"):
             stack.enter_context(_lent(moe_utils, "te_general_gemm", None))
+        stack.enter_context(_replaced(transformer_block, "LayerNormImpl", FinalNorm))
         stack.enter_context(_replaced(token_dispatcher, "maybe_move_tensor_to_cpu", _as_counts))
         yield
 
