@@ -251,6 +251,17 @@ class Embedded:
         with first_failure(self.world), self._ours():
             return self.crew.answer(*self._given(self.crew, batch))
 
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Make the batch of the next call. Where a rank fails in it, the others are told by that call (EchoError)."""
+        try:
+            yield
+        except Exception:
+            if self.crew is not None:
+                with contextlib.suppress(RuntimeError):  # They are gone, or wait for something else.
+                    self.crew.has_nothing()
+            raise
+
     def _check_batch(self, batch: Sequence[Example] | None, index: int) -> None:
         if batch is not None and len(batch) != self.job.spec.batch.global_size:
             fact = f"the host gave {len(batch)} samples, a step takes {self.job.spec.batch.global_size}."

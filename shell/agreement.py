@@ -142,12 +142,14 @@ def digest_of(step: Step) -> tuple[float, float]:
     return float(int.from_bytes(hashed[:6], "big")), float(int.from_bytes(hashed[6:], "big"))
 
 
-def check_digests(ranks: Sequence[int], step: Step, digests: torch.Tensor) -> None:
+def check_digests(
+    ranks: Sequence[int],
+    step: Step,
+    digests: torch.Tensor,
+    remedy: str = "a source's describe must depend on nothing but the sample's id",
+) -> None:
     """Compare the digests [ranks, 2] of what each rank takes the samples of a step to be."""
     differ = [r for r, row in zip(ranks, digests, strict=True) if not row.equal(digests[0])]
     if differ:
         ids = f"{step.samples[0].id}..{step.samples[-1].id}"
-        raise WorldError(
-            f"ranks {differ} describe samples {ids} differently than rank {ranks[0]}: a source's "
-            "describe must depend on nothing but the sample's id."
-        )
+        raise WorldError(f"ranks {differ} describe samples {ids} differently than rank {ranks[0]}: {remedy}.")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mimogrid.core.decision import Watch
+from mimogrid.core.errors import EchoError
 from mimogrid.core.faults import BETWEEN
 from mimogrid.core.gradients import exact_terms
 from mimogrid.core.schedule.lower import Program, plan_step
@@ -128,9 +129,24 @@ class Crew:
         return busy_s(timeline), loading_s
 
     def agree_on(self, step: Step) -> None:
-        """Compare what the ranks take the samples of a step to be. Raises WorldError where they differ."""
+        """Compare what a host gave the ranks for a step.
+
+        Raises WorldError where it differs, and EchoError where another rank has nothing (`has_nothing`).
+        """
         mine = torch.tensor(digest_of(step), dtype=torch.float64, device=self.device.torch)
-        check_digests(self.topology.ranks, step, self.gather(mine).cpu())
+        given = self.gather(mine).cpu()
+        without = [rank for rank, row in zip(self.topology.ranks, given, strict=True) if row.isnan().any()]
+        if without:
+            raise EchoError(
+                f"rank {self.rank} was cut off: ranks {without} have no batch for this step, and say why"
+            )
+        check_digests(
+            self.topology.ranks, step, given, "give every rank the same batch, whole and in the same order"
+        )
+
+    def has_nothing(self) -> None:
+        """Answer the ranks that are in `agree_on`: this one could not make its samples."""
+        self.gather(torch.full((2,), torch.nan, dtype=torch.float64, device=self.device.torch))
 
     def choose(self, step: Step, source: Loads) -> list[int]:
         """Run a step forwards only; return the likeliest next token of every sample, on every rank."""

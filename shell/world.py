@@ -114,22 +114,23 @@ class World:
         except RuntimeError as error:  # Which of its kinds depends on the store.
             raise AbsentError(tuple(owing()), key) from error
 
-    def fails_first(self, folder: Path | None) -> bool:
-        """Whether this rank is the first of the world to fail; others that fail only echo it.
+    def first_to_fail(self, folder: Path | None) -> int | None:
+        """Return which rank of the world failed first, this one if none did before; others only echo it.
 
-        Where the store is gone with the rank that kept it, the first is the first to say so in a folder of all.
+        Where the store is gone with the rank that kept it, the first is the first to say so in a folder of all; None
+        is another one, which nobody can name.
         """
         try:
             first: bytes = self.store.compare_set("failed", "", str(self.rank))
         except RuntimeError:
             if folder is None:
-                return False
+                return None
             try:
                 (folder / f"failed-{self.name}").touch(exist_ok=False)
             except FileExistsError:
-                return False
-            return True
-        return first.decode() == str(self.rank)
+                return None
+            return self.rank
+        return int(first)
 
 
 @contextlib.contextmanager
@@ -140,12 +141,19 @@ def first_failure(world: World, folder: Callable[[], Path | None] = lambda: None
     """
     try:
         yield
-    except (PlanError, EchoError, BlamedError):
+    except PlanError:
+        world.first_to_fail(
+            folder()
+        )  # Where only some ranks meet it, the others are to know that they echo it.
+        raise
+    except (EchoError, BlamedError):
         raise
     except Exception as error:
-        if world.fails_first(folder()):
+        first = world.first_to_fail(folder())
+        if first == world.rank:
             raise
-        raise EchoError(f"rank {world.rank} was cut off: another rank failed first") from error
+        who = "another rank" if first is None else f"rank {first}"
+        raise EchoError(f"rank {world.rank} was cut off: {who} failed first") from error
 
 
 def ask(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> World:

@@ -125,10 +125,28 @@ def test_a_loss_that_counts_other_tokens_is_refused(pool: Pool, opened: Opened) 
     """Gradients would be divided by another count than the program believes: the step is not taken."""
     job = job_for(opened, COMMON, {"dp": 1}, {"dp": 1})
     told = pool.run("loops:miscounted", 2, job, COMMON)
-    assert [False, False] == [changed for _, changed in told]
+    assert [(False, False)] * 2 == [(changed, taken) for _, changed, taken in told]
     assert re.match(
         r"microbatch 0: the loss function counts 48 tokens on this rank, the loss mask 2\d", told[1][0]
     )
+
+
+@pytest.mark.world
+def test_a_forward_step_that_fails_on_one_rank_ends_the_step_on_all(pool: Pool, opened: Opened) -> None:
+    """The others, which would wait for its samples, are told which rank has none; the next step is as ever."""
+    job = job_for(opened, COMMON, {"dp": 1}, {"dp": 2})
+    said = pool.run("loops:failing", 3, job, COMMON, 1)
+    assert [("EchoError", True), ("KeyError", True), ("EchoError", True)] == [
+        (kind, went) for kind, _, went in said
+    ]
+    assert "ranks [1] have no batch for this step" in said[0][1]
+
+
+@pytest.mark.world
+def test_a_loss_function_that_is_refused_on_its_ranks_fails_there_first(pool: Pool, opened: Opened) -> None:
+    """A mean is seen on ranks of the last stage alone; who waits for their gradients has not failed first."""
+    job = job_for(opened, COMMON, {"dp": 1}, {"dp": 1})
+    assert ["EchoError", "PlanError"] == pool.run("loops:meaning", 2, job, COMMON)
 
 
 # -- what a forward step says ------------------------------------------------------------------------------
@@ -202,6 +220,18 @@ POSITIONS = torch.arange(loops.SEQUENCE).expand(3, -1)
             {"modality_inputs": {"vision": {"eye": {"pixels": torch.zeros(5, 2)}}}},
             r"pixels: has 5 items for 6 placeholders.*: the samples have 4, 2, 0\.",
         ),
+        (
+            {"input_ids": torch.zeros(3, 16, dtype=torch.int64)},
+            r"has 6 items, and input_ids no placeholder for them \(token 99\)",
+        ),
+        (
+            {"input_ids": torch.full((3, 16), 98), "modality_inputs": None},
+            "input_ids: has 48 tokens beyond the vocabulary of 32, among them 98",
+        ),
+        (
+            {"labels": torch.full((3, 16), -100), "loss_mask": torch.eye(3, 16)},
+            "labels: has 3 tokens beyond the vocabulary of 32, among them -100",
+        ),
     ],
 )
 def test_batches_that_a_job_cannot_say_are_refused(
@@ -210,6 +240,14 @@ def test_batches_that_a_job_cannot_say_are_refused(
     """By argument, with the numbers."""
     with pytest.raises(PlanError, match=f"(?s){said}"):
         as_examples(example_batch(**changes), language)
+
+
+def test_labels_that_do_not_count_may_be_anything(language: Module) -> None:
+    """Programs mark with them what is not to be predicted."""
+    mask = example_batch().weights
+    labels = torch.zeros(mask.shape, dtype=torch.int64).masked_fill(mask == 0, -100)
+    assert bool((labels < 0).any())
+    assert 3 == len(as_examples(example_batch(labels=labels), language))
 
 
 def test_a_causal_mask_says_nothing_new(language: Module) -> None:

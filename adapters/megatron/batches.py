@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.errors import PlanError, Problem, nearest
+from mimogrid.core.models import Gpt
 from mimogrid.core.samples import Sample
 from mimogrid.core.topology import Module
 
@@ -64,11 +65,13 @@ def examples_of(
     the job's module reads; otherwise its only one is, if it has one row for each. The others go by their names.
 
     Raises PlanError with everything that the batch says and the job cannot: shapes, positions that do not count
-    up, masks that are not causal, modalities that the job or the batch lacks.
+    up, masks that are not causal, modalities that the job or the batch lacks, tokens beyond the vocabulary.
     """
     problems = list(_misfits(batch, samples=samples, sequence=sequence, cp=language.cp))
     feeders = [edge.source for edge in language.inputs]
     problems += _strangers(batch, feeders, tokens)
+    if not problems:
+        problems += _unknown_tokens(batch, language, [tokens[name] for name in feeders])
     if problems:
         raise PlanError(problems)
     ids_BS = batch.input_ids.cpu()
@@ -240,8 +243,40 @@ def _strangers(batch: Batch, feeders: Sequence[str], tokens: Mapping[str, int]) 
         if has_rows and not given:
             fact = f"there are placeholders for '{name}', and no input."
             yield Problem(f"modality_inputs.{name}", fact, "Give its encoder's arguments.")
+        items = sum(map(_items, (given or {}).values()))
+        if items and not has_rows:
+            fact = f"has {items} items, and input_ids no placeholder for them (token {tokens[name]})."
+            remedy = "Give no items, or see whether special_token_ids are those of the batch."
+            yield Problem(f"modality_inputs.{name}", fact, remedy)
     for name in (batch.modality_inputs or {}).keys() - set(feeders):
         yield Problem("modality_inputs", f"the job has no modality '{name}'.", nearest(name, tuple(feeders)))
+
+
+def _items(arguments: Mapping[str, Any]) -> int:
+    return max(
+        (len(each) for each in arguments.values() if isinstance(each, Tensor) and each.dim()), default=0
+    )
+
+
+def _unknown_tokens(batch: Batch, language: Module, special: Sequence[int]) -> Iterator[Problem]:
+    """Say which tokens of the text, and which labels that count, the language model does not know."""
+    assert isinstance(language.model, Gpt)
+    vocab, ids_BS = language.model.vocab, batch.input_ids.cpu()
+    is_text = ~torch.isin(ids_BS, torch.tensor(special, dtype=ids_BS.dtype))
+    read = ("input_ids", ids_BS, is_text, "Special tokens of modalities are those of special_token_ids.")
+    judged = (
+        "labels",
+        batch.labels,
+        batch.weights != 0,
+        "Let loss_mask be 0 where there is nothing to predict.",
+    )
+    for name, tokens, counts, remedy in (read, judged):
+        if tokens is None:
+            continue
+        found = tokens.cpu()[counts & ((tokens.cpu() < 0) | (tokens.cpu() >= vocab))]
+        if len(found):
+            fact = f"has {len(found)} tokens beyond the vocabulary of {vocab}, among them {int(found[0])}."
+            yield Problem(name, fact, remedy)
 
 
 def _some(counts: Sequence[int], most: int = 8) -> str:

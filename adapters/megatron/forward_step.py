@@ -157,7 +157,15 @@ class HostLoss:
         if self._collects:
             self._reports[microbatch] = said.loss(output, non_loss_data=True)
             return output.new_zeros(())
-        loss, count, self._reports[microbatch] = _parts(said.loss(output))
+        try:
+            returned = said.loss(output)
+        except Exception as error:
+            error.add_note(
+                f"microbatch {microbatch}: the loss function was given {tuple(output.shape)}, this rank's samples "
+                "and positions. The loss mask that the model returns is cut likewise; one of the batch is not."
+            )
+            raise
+        loss, count, self._reports[microbatch] = _parts(returned)
         planned = predictions.weights.sum()
         counted = torch.as_tensor(count, device=planned.device).to(planned.dtype)
         self._counts[microbatch] = counted, planned

@@ -35,7 +35,8 @@ class ForwardBackward:
     `embedded` is the job in the world that Megatron initialized. Its program is what runs, with the networks of
     `models`, one for each chunk of this rank; where there are none, the job's own. `special_token_ids` are those of
     the modalities, and `rows_of` says which argument of a modality's encoder is the rows that its module reads
-    (`batches`).
+    (`batches`). `outcome` is what the last training step came to: its gradient norm, whether it was taken; None
+    before the first one and on a rank that idles.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ForwardBackward:
         self.models = tuple(models)
         self.special_token_ids = special_token_ids or {}
         self.rows_of = rows_of or {}
+        self.outcome: Outcome | None = None
 
     @property
     def model(self) -> nn.Module | list[nn.Module] | None:
@@ -103,17 +105,20 @@ class ForwardBackward:
         if problems:
             raise PlanError(problems)
         if forward_step_func is not None:
-            asked = self._asked(forward_step_func, first_of(data_iterator))
-            return self._by_host(asked, forward_only=forward_only, collects=collect_non_loss_data)
+            with self.embedded.preparing():
+                asked = self._asked(forward_step_func, first_of(data_iterator))
+                batch = [example for each in asked for example in self._examples(each.batch)]
+            return self._by_host(asked, batch, forward_only=forward_only, collects=collect_non_loss_data)
         batch = None
         if data_iterator is not None:
             given = first_of(data_iterator)
             batch = [example for _ in range(num_microbatches) for example in next(given)]
         if collect_non_loss_data:
             return [{"logits": logits} for logits in self.embedded.answers(batch)]
-        return self._in_words(
-            self.embedded.evaluate(batch) if forward_only else _losses(self.embedded.step(batch))
-        )
+        if forward_only:
+            return self._in_words(self.embedded.evaluate(batch))
+        self.outcome = self.embedded.step(batch)
+        return self._in_words(None if self.outcome is None else self.outcome.losses)
 
     # -- with a forward step of the host's ---------------------------------------------------------------------
 
@@ -128,18 +133,18 @@ class ForwardBackward:
             total=job.spec.batch.global_size,
         )
 
-    def _by_host(self, asked: Sequence[Microbatch], *, forward_only: bool, collects: bool) -> list[Any]:
+    def _by_host(
+        self, asked: Sequence[Microbatch], batch: Sequence[Example], *, forward_only: bool, collects: bool
+    ) -> list[Any]:
         """Run a step on what the host's forward step said, with its loss functions."""
         embedded = self.embedded
         if embedded.crew is None:
             return []
         loss = HostLoss(asked, embedded.job.spec.batch.global_size, collects=collects)
-        with first_failure(embedded.world):
-            batch = [example for each in asked for example in self._examples(each.batch)]
         if forward_only:
             embedded.evaluate(batch, loss=loss)
         else:
-            embedded.step(batch, loss=loss)
+            self.outcome = embedded.step(batch, loss=loss)
         with first_failure(embedded.world):
             loss.check()
         return loss.reports
@@ -197,10 +202,6 @@ def _language(job: Job) -> Module:
         fact = f"the job has {len(found)} language models; Megatron's schedules know one."
         raise PlanError([Problem("modules", fact, "Step the job by itself (`Embedded`).")])
     return found[0]
-
-
-def _losses(outcome: Outcome | None) -> Mapping[str, float] | None:
-    return None if outcome is None else outcome.losses
 
 
 def forward_backward_func(

@@ -15,7 +15,7 @@ import specs
 from hosts import host
 from mimogrid.adapters.megatron import forward_backward_func
 from mimogrid.adapters.megatron.batches import Batch, examples_of
-from mimogrid.core.errors import WorldError
+from mimogrid.core.errors import EchoError, PlanError, WorldError
 from mimogrid.shell.jobs import Job
 from mimogrid.shell.place import Place
 
@@ -174,8 +174,11 @@ def both_ways(place: Place, job: Job) -> tuple[list[Any], list[Any]]:
     return found[0], found[1]
 
 
-def miscounted(place: Place, job: Job, config: Mapping[str, Any]) -> tuple[str, bool]:
-    """Count every position, whatever the mask says; return what this rank is told, and whether a weight has changed."""
+def miscounted(place: Place, job: Job, config: Mapping[str, Any]) -> tuple[str, bool, bool]:
+    """Count every position, whatever the mask says.
+
+    Return what this rank is told, whether a weight has changed, and whether the step was taken.
+    """
 
     def loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
         return (output * loss_mask).sum(), loss_mask.numel(), {}
@@ -193,4 +196,53 @@ def miscounted(place: Place, job: Job, config: Mapping[str, Any]) -> tuple[str, 
             said = str(error)
         # What nobody has drawn may be anything, NaN too.
         exact = functools.partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
-        return said, not all(map(exact, before, function.embedded.parameters()))
+        assert function.outcome is not None
+        changed = not all(map(exact, before, function.embedded.parameters()))
+        return said, changed, function.outcome.taken
+
+
+def failing(place: Place, job: Job, config: Mapping[str, Any], broken: int) -> tuple[str, str, bool]:
+    """Fail on one rank to make the first step's batch; return what this one is told, and whether it takes the next."""
+
+    def forward_step(data_iterator: Any, model: Any) -> Any:
+        batch = next(data_iterator)
+        if place.rank == broken:
+            raise KeyError("input_ids")
+        output, loss_mask = model(**batch)
+        return output, partial(of_losses, loss_mask)
+
+    with host(place):
+        hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+        function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
+        for weight in function.embedded.parameters():
+            nn.init.normal_(weight, std=0.1)
+        error: Exception = AssertionError("no failure")
+        arguments = {**STEP, "model": [function.model]}
+        try:
+            function(**arguments, forward_step_func=forward_step, data_iterator=batches())
+        except (KeyError, EchoError) as caught:
+            error = caught
+        function(**arguments, forward_step_func=step_with(of_losses), data_iterator=batches())
+        return type(error).__name__, str(error), function.outcome is not None and function.outcome.taken
+
+
+def meaning(place: Place, job: Job, config: Mapping[str, Any]) -> str:
+    """Return a mean from the loss function, on the ranks of the last stage; return what fails here by that."""
+
+    def loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        mean = (output * loss_mask).sum() / loss_mask.sum()
+        return mean, {"lm loss": mean}
+
+    with host(place):
+        hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+        function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
+        arguments = {
+            "forward_step_func": step_with(loss),
+            "data_iterator": batches(),
+            "model": [function.model],
+        }
+        try:
+            function(**STEP, **arguments)
+        except (PlanError, WorldError, RuntimeError) as error:
+            return type(error).__name__
+        return ""
