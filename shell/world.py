@@ -142,9 +142,8 @@ def first_failure(world: World, folder: Callable[[], Path | None] = lambda: None
     try:
         yield
     except PlanError:
-        world.first_to_fail(
-            folder()
-        )  # Where only some ranks meet it, the others are to know that they echo it.
+        # Where only some ranks meet it, the others are to know that they echo it.
+        world.first_to_fail(folder())
         raise
     except (EchoError, BlamedError):
         raise
