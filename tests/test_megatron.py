@@ -17,7 +17,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_block import TransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 import layouts
 import specs
@@ -26,6 +26,7 @@ from megatrons import alone
 from mimogrid.adapters.megatron import (
     EXPERT_VIEW,
     ForwardBackward,
+    forward_backward_func,
     from_hyper_comm_grid,
     from_specs,
     job_file_of,
@@ -35,6 +36,7 @@ from mimogrid.adapters.megatron import (
     to_hyper_comm_grid,
 )
 from mimogrid.adapters.megatron.experts import Balance
+from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.errors import PlanError
 from mimogrid.core.grid import Axis, Grid
 from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
@@ -42,7 +44,6 @@ from mimogrid.core.spec import BatchSpec, JobSpec
 from mimogrid.shell.jobs import Job, open_job
 from mimogrid.shell.launch import Pool
 from mimogrid.shell.megatron import ProcessGroupCollection
-from mimogrid.shell.megatron.cpu import on_device
 
 
 Opened = Callable[[JobSpec], Job]
@@ -368,12 +369,21 @@ def test_a_block_of_those_layers_runs_under_sequence_parallelism(normalization: 
     config = specs.config(tensor_model_parallel_size=2, sequence_parallel=True, normalization=normalization)
     groups = collection()
     groups.tp = both
-    with on_device(torch.device("cpu")):
-        block = TransformerBlock(config, layer_spec(config), pg_collection=groups)
+    block = TransformerBlock(config, layer_spec(config), pg_collection=groups)
     assert normalization == type(block.final_layernorm).__name__
     assert {True} == {weight.sequence_parallel for weight in block.final_layernorm.parameters()}
 
 
+def test_special_tokens_are_those_of_a_model_in_megatrons_wrappers() -> None:
+    """A forward step's batches are read by them; its `DistributedDataParallel` has none of its own."""
+    model, wrapper = nn.Module(), nn.Module()
+    model.special_token_ids = {"vision": specs.IMAGE}  # type: ignore[assignment]
+    wrapper.module = model
+    embedded = mock.Mock(spec=Embedded)
+    assert {"vision": specs.IMAGE} == forward_backward_func(embedded, wrapper).special_token_ids
+
+
+@pytest.mark.usefixtures("cpu")
 def test_checkpoints_of_megatron_have_the_names_of_the_parts() -> None:
     """What the stages would write and read together is, name by name and place by place, what the whole would."""
 

@@ -107,7 +107,8 @@ class ForwardBackward:
         if forward_step_func is not None:
             with self.embedded.preparing():
                 asked = self._asked(forward_step_func, first_of(data_iterator))
-                batch = [example for each in asked for example in self._examples(each.batch)]
+                needed = asked if self.embedded.crew is not None else ()
+                batch = [example for each in needed for example in self._examples(each.batch)]
             return self._by_host(asked, batch, forward_only=forward_only, collects=collect_non_loss_data)
         batch = None
         if data_iterator is not None:
@@ -225,7 +226,7 @@ def forward_backward_func(
     """
     given = model if isinstance(model, list) else [model]
     if not special_token_ids:
-        special_token_ids = next((getattr(one, "special_token_ids", None) for one in given), None)
+        special_token_ids = next((getattr(unwrapped(one), "special_token_ids", None) for one in given), None)
     told: dict[str, Any] = {"special_token_ids": special_token_ids, "rows_of": encoder_inputs}
     if isinstance(job, Embedded):
         return ForwardBackward(job, **told)
