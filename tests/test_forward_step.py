@@ -309,12 +309,24 @@ def test_forward_steps_that_compute_with_what_is_not_there_are_refused(
 )
 def test_losses_that_are_no_sums_are_refused(language: Module, returned: Any, said: str) -> None:
     """A mean over a lane's microbatch depends on the layout."""
-    forward_step = loops.step_with(lambda *_: returned)
+    with pytest.raises(PlanError, match=said):
+        judged(language, lambda *_: returned)
+
+
+def test_a_loss_that_fails_says_what_it_was_given(language: Module) -> None:
+    """The batch's own loss mask, of all lanes, fits no lane's output."""
+    with pytest.raises(RuntimeError, match="must match") as caught:
+        judged(language, lambda _, output: (output * torch.ones(3, 16)).sum())
+    (note,) = caught.value.__notes__
+    assert "microbatch 0: the loss function was given (1, 2), this rank's samples and positions" in note
+
+
+def judged(language: Module, loss_func: Any) -> torch.Tensor:
+    """What a loss function comes to for the first microbatch, of which this rank has one sample of two tokens."""
+    forward_step = loops.step_with(loss_func)
     asked = microbatches_of(forward_step, loops.batches(), None, language, rank=1, total=loops.SAMPLES)
-    loss = HostLoss(asked, loops.SAMPLES)
     sample = Sample(id=0, length=2, rows={})
     share = Share((sample,), {}, (2,), ((),), loops.SAMPLES)
     two = torch.zeros(2, dtype=torch.int64)
     predictions = Predictions(torch.zeros(2, 4), two, two.float(), share, specs.OneOf(0, 1))  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match=said):
-        loss(predictions)
+    return HostLoss(asked, loops.SAMPLES)(predictions)

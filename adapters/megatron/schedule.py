@@ -108,8 +108,8 @@ class ForwardBackward:
             with self.embedded.preparing():
                 asked = self._asked(forward_step_func, first_of(data_iterator))
                 needed = asked if self.embedded.crew is not None else ()
-                batch = [example for each in needed for example in self._examples(each.batch)]
-            return self._by_host(asked, batch, forward_only=forward_only, collects=collect_non_loss_data)
+                examples = [example for each in needed for example in self._examples(each.batch)]
+            return self._by_host(asked, examples, forward_only=forward_only, collects=collect_non_loss_data)
         batch = None
         if data_iterator is not None:
             given = first_of(data_iterator)
