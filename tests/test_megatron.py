@@ -17,6 +17,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 import layouts
@@ -328,6 +329,8 @@ def test_stages_together_are_the_whole() -> None:
     )
     fill(whole)
     eye = from_specs(specs.language(), *arguments, role=role(vision=stage("vision")))
+    for model in (whole, eye):
+        assert specs.HIDDEN == get_model_config(model).hidden_size
     first, last = (
         from_specs(
             specs.language(pp=2),
@@ -366,12 +369,19 @@ def test_stages_together_are_the_whole() -> None:
 def test_a_block_of_those_layers_runs_under_sequence_parallelism(normalization: str) -> None:
     """The norm at its end, which Megatron adds, is the configuration's and marked as partial, as those inside are."""
     both: Any = specs.OneOf(0, 2)
-    config = specs.config(tensor_model_parallel_size=2, sequence_parallel=True, normalization=normalization)
+    cut = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     groups = collection()
     groups.tp = both
-    block = TransformerBlock(config, layer_spec(config), pg_collection=groups)
+    config = specs.config(**cut, normalization=normalization)
+    block = TransformerBlock(config, layer_spec(specs.config(**cut)), pg_collection=groups)
     assert normalization == type(block.final_layernorm).__name__
     assert {True} == {weight.sequence_parallel for weight in block.final_layernorm.parameters()}
+
+
+def test_a_layer_with_another_norm_than_is_asked_for_is_refused() -> None:
+    """The specification has layer norms; a final norm of the configuration's would be another."""
+    with pytest.raises(ValueError, match=r"normalization='RMSNorm': set it to 'LayerNorm'"):
+        layer_spec(specs.config(normalization="RMSNorm"))
 
 
 def test_special_tokens_are_those_of_a_model_in_megatrons_wrappers() -> None:

@@ -33,7 +33,14 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
     They are those of the job's own networks: a layer norm, and attention that turns queries and keys by itself, so
     the model has ``position_embedding_type="none"`` (or learned ones besides). For a causal or any other attention.
     Where the configuration has experts these are Megatron's, one by one (`SequentialMLP`).
+
+    Raises ValueError for a configuration with another norm.
     """
+    if config.normalization != "LayerNorm":
+        raise ValueError(
+            f"layer_spec has layer norms, the configuration says normalization='{config.normalization}': "
+            "set it to 'LayerNorm', or take a specification of Megatron's."
+        )
     sizes = sizes_of(config)
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
     mlps = [get_moe_module_spec(use_te=False, num_experts=model.experts)] if model.experts else []
@@ -77,7 +84,14 @@ def from_specs(
     language = None
     if role.has_language_module:
         language = _built(language_model_spec, role.modules[LANGUAGE], collections.get(LANGUAGE), vp_stage)
-    return MimoStages(role, submodules, language, special_token_ids, collections)
+    return MimoStages(
+        role,
+        submodules,
+        language,
+        special_token_ids,
+        collections,
+        config=(language_model_spec.params or {}).get("config"),
+    )
 
 
 def _built(
@@ -139,7 +153,7 @@ class MimoStages(nn.Module):
     """The parts of a multimodal model that one rank has, called as Megatron's schedules call its `MimoModel`.
 
     Parameters have the names that they have there (``language_model.*``, ``modality_submodules.NAME.*``), so a
-    state dict of the one loads into the other.
+    state dict of the one loads into the other; `config` is that of the language model, on every rank.
 
     | the rank hosts | forward returns, beside `loss_mask` |
     |---|---|
@@ -156,8 +170,11 @@ class MimoStages(nn.Module):
         language_model: nn.Module | None,
         special_token_ids: Mapping[str, int],
         collections: Mapping[str, ProcessGroupCollection],
+        *,
+        config: TransformerConfig | None = None,
     ) -> None:
         super().__init__()
+        self.config = config
         self.role = role
         self.collections = dict(collections)
         self.special_token_ids = dict(special_token_ids)
