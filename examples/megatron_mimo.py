@@ -4,8 +4,7 @@
 
 A vision encoder on two data lanes (ranks 0 and 1) feeds a language model on two pipeline stages (ranks 2 and 3):
 specifications, special tokens, grids, forward step, loss and the call of the schedule are Megatron's. What is
-mimogrid's is marked.
-The task: say which of four colours an image has.
+mimogrid's is marked. The task: say which of four colours an image has.
 """
 
 import os
