@@ -17,7 +17,7 @@ cores).
 A module of the job may be an object of the host's instead of something that is built by name:
 
     [modules.ears]
-    model = "mimogrid.shell.host:module"
+    model = "mimogrid.shell.job.host:module"
     width = 48
 
     Embedded(job, modules={"ears": network})
@@ -32,7 +32,7 @@ job's process groups, so instead of a mapping `modules` may be a function that i
 these are open, and returns the mapping.
 
 **Samples** come from the job's source, or from the host, step by step (a job that has none of its own names
-`mimogrid.shell.host:samples`). A host gives each rank the same `Example` objects in the same order: all samples
+`mimogrid.shell.job.host:samples`). A host gives each rank the same `Example` objects in the same order: all samples
 of the step. Their descriptions are read on every rank, their tensors only where a rank needs them, module by
 module, so a mapping that loads when it is asked keeps every rank to its own share. With torch's DataLoader that
 is ``batch_size = global_size``, a sampler that is the same on every rank (no DistributedSampler), and
@@ -58,28 +58,28 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mimogrid.core.decision import is_passed_over
-from mimogrid.core.digest import digest_of
-from mimogrid.core.errors import PlanError, Problem, WorldError, nearest
-from mimogrid.core.hashing import draw_bits
-from mimogrid.core.models import BuiltIn, Own
-from mimogrid.core.roles import RankRole, role_of
-from mimogrid.core.samples import Sample
-from mimogrid.core.seeds import SEEDS
-from mimogrid.core.spec import ModuleSpec
-from mimogrid.core.steps import Step, step_of
-from mimogrid.shell import device as devices
-from mimogrid.shell.agreement import Outcome
-from mimogrid.shell.groups import Groups, open_groups
-from mimogrid.shell.host import Handed
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.loss import Loss, weighted_cross_entropy
+from mimogrid.core.base.errors import PlanError, Problem, WorldError, nearest
+from mimogrid.core.base.hashing import draw_bits
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.models import BuiltIn, Own
+from mimogrid.core.job.spec import ModuleSpec
+from mimogrid.core.program.digest import digest_of
+from mimogrid.core.step.seeds import SEEDS
+from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.topology.roles import RankRole, role_of
+from mimogrid.core.update.decision import is_passed_over
+from mimogrid.shell.checkpoint.state import facts_of, gather, restore, scatter
+from mimogrid.shell.device import device as devices
+from mimogrid.shell.job.host import Handed
+from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
-from mimogrid.shell.preemption import Wish
-from mimogrid.shell.pulse import Pulse
-from mimogrid.shell.state import facts_of, gather, restore, scatter
-from mimogrid.shell.step import Crew
-from mimogrid.shell.world import World, first_failure, visit
+from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
+from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.world.groups import Groups, open_groups
+from mimogrid.shell.world.heartbeat import Pulse
+from mimogrid.shell.world.preemption import Wish
+from mimogrid.shell.world.world import World, first_failure, visit
 
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ FACTS = "facts"
 class Example:
     """One sample of the host's: what it is, known to all, and its tensors by module, read only where needed.
 
-    The tensors of a module are those that `shell.sources.Source.load` returns. `sample.id` need not be its
+    The tensors of a module are those that `shell.job.sources.Source.load` returns. `sample.id` need not be its
     place in the global order, only the same everywhere.
     """
 
@@ -121,7 +121,7 @@ class Embedded:
         Args:
             job: The job; the same on every rank.
             modules: Networks of the host's by the names of the modules that this rank hosts, or what builds them.
-            groups: The planned groups, where the host has opened them already (`shell.groups.open_groups`);
+            groups: The planned groups, where the host has opened them already (`shell.world.groups.open_groups`);
                 they stay open.
             ranks: The ranks of the host's on which the job's lie, ascending; else the first ones.
             optimizer: Who updates the weights.
@@ -404,7 +404,10 @@ def _misfits(name: str, model: BuiltIn | Own, written: ModuleSpec, network: nn.M
         message = (
             f"is built in ('{written.model}'); a network was handed over for it that has no table of weights."
         )
-        remedy = "Set model = 'mimogrid.shell.host:module' and the width of its rows, or see shell.modules.HostNetwork."
+        remedy = (
+            "Set model = 'mimogrid.shell.job.host:module' and the width of its rows, "
+            "or see shell.modules.HostNetwork."
+        )
         yield Problem(f"{where}.model", message, remedy)
     if written.recompute != "none":
         message = f"is '{written.recompute}', which a host's network decides for itself."

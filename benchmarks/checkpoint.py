@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from mimogrid.shell.jobs import Job, open_job
-from mimogrid.shell.launch import Pool
-from mimogrid.shell.place import Place
-from mimogrid.shell.saving import open_saver
-from mimogrid.shell.session import open_session
-from mimogrid.shell.state import manifest_of, pieces_to_save
+from mimogrid.shell.checkpoint.saving import open_saver
+from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_save
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.world.launch import Pool
 
 
 JOB = Path(__file__).with_name("step_time.toml")

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from mimogrid.core.models import Gpt
-from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec
-from mimogrid.shell import jobfile, manifest, tensorfile
-from mimogrid.shell.checkpoint import entry_of, shard_name
-from mimogrid.shell.manifest import INDEX, OPTIMIZER, Place, Stored
+from mimogrid.core.job.models import Gpt
+from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec
+from mimogrid.shell.checkpoint import manifest, tensorfile
+from mimogrid.shell.checkpoint.files import entry_of, shard_name
+from mimogrid.shell.checkpoint.manifest import INDEX, OPTIMIZER, Place, Stored
+from mimogrid.shell.job import jobfile
 
 
 JOB = JobSpec(
@@ -31,7 +32,7 @@ JOB = JobSpec(
 COLUMNS = 1024
 PEAK = """
 import sys, pathlib
-from mimogrid.shell import cli
+from mimogrid.shell.cli import main as cli
 assert cli.main(sys.argv[1:]) == 0
 status = pathlib.Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in status if line.startswith("VmHWM")))

@@ -3,8 +3,8 @@
 Each module is on a grid of its own, with data lanes in ratios that do not divide.
 """
 
-from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.models import Gpt, Vit
+from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 
 
 FACTS = SourceFacts(sequence=64, features={"vision": 16, "audio": 16})

@@ -15,16 +15,17 @@ import time
 from collections.abc import Callable
 
 import large
-from mimogrid.core.groups import channels_of, groups_of
-from mimogrid.core.hashing import draw_integer
-from mimogrid.core.roles import role_of
-from mimogrid.core.samples import Sample
-from mimogrid.core.schedule.lower import Program, plan_step
-from mimogrid.core.spec import JobSpec
-from mimogrid.core.steps import Step, step_of
-from mimogrid.core.topology import Topology, parse
-from mimogrid.core.traffic import edge_traffic
-from mimogrid.core.verify import listing_of, verify
+from mimogrid.core.base.hashing import draw_integer
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.spec import JobSpec
+from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.verify import listing_of, verify
+from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.step.traffic import edge_traffic
+from mimogrid.core.topology.groups import channels_of, groups_of
+from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.roles import role_of
+from mimogrid.core.topology.topology import Topology
 
 
 Task = Callable[[], object]

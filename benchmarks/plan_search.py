@@ -16,7 +16,7 @@ from pathlib import Path
 from mimogrid.core.plan import plan
 from mimogrid.core.plan.question import Question
 from mimogrid.core.pricing.machine import machine_of
-from mimogrid.shell.jobs import open_job
+from mimogrid.shell.job.jobs import open_job
 
 
 PLANS = Path(__file__).parents[1] / "examples/plans"

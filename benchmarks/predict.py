@@ -25,14 +25,14 @@ from pathlib import Path
 import attrs
 import torch
 
-from mimogrid.core.pace import Pace
-from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import simulate
-from mimogrid.shell.jobs import Job, open_job
-from mimogrid.shell.launch import Pool
-from mimogrid.shell.place import Place
-from mimogrid.shell.probe.results import Probed
-from mimogrid.shell.session import open_session
+from mimogrid.core.simulate.unevenness import Pace
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.run.probe.results import Probed
+from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.world.launch import Pool
 
 
 FOLDER = Path(__file__).with_suffix("")
@@ -99,7 +99,7 @@ def compare(pool: Pool, path: Path, *, repeat: int, steps: int) -> Compared:
     job = open_job(path)
     size = job.topology.world_size
     real = _first(pool.run(f"{Path(__file__).stem}:in_world", size, job, steps))
-    probed: Probed = _first(pool.run("mimogrid.shell.probe:in_world", size, job, repeat))
+    probed: Probed = _first(pool.run("mimogrid.shell.run.probe:in_world", size, job, repeat))
     predicted = [
         simulate(plan_step(step), probed.costs, pace=Pace(step, ragged=True)).step_s
         for step in (job.step(WARM_UP + i) for i in range(steps))

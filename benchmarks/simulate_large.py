@@ -19,14 +19,14 @@ import time
 import attrs
 
 import large
-from mimogrid.core.costs import EdgeCosts
-from mimogrid.core.memory import peak_bytes
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.pricing.assumed import assumed
-from mimogrid.core.samples import Sample
-from mimogrid.core.schedule.lower import plan_step
+from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import simulate
-from mimogrid.core.steps import step_of
-from mimogrid.core.topology import parse
+from mimogrid.core.simulate.memory import peak_bytes
+from mimogrid.core.step.step import step_of
+from mimogrid.core.topology.parse import parse
 
 
 def main() -> None:

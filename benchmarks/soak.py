@@ -17,12 +17,12 @@ from unittest.mock import patch
 import attrs
 import torch.distributed as dist
 
-from mimogrid.shell import train
-from mimogrid.shell.agreement import Outcome
-from mimogrid.shell.jobs import Job, open_job
-from mimogrid.shell.launch import Pool
-from mimogrid.shell.place import Place
-from mimogrid.shell.step import Crew
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.run import train
+from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.world.launch import Pool
 
 
 MEMORY_ALLOWED = 24 << 20

@@ -22,18 +22,18 @@ from typing import Any
 
 import torch
 
+from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Wait
-from mimogrid.core.schedule.lower import plan_step
-from mimogrid.core.steps import Step
-from mimogrid.core.topology import Stage
-from mimogrid.shell.gradients import StageBuffer
-from mimogrid.shell.jobs import Job, open_job
-from mimogrid.shell.launch import Pool
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import open_session
-from mimogrid.shell.stage import StageRunner
-from mimogrid.shell.step import Crew
-from mimogrid.shell.transport import Transport
+from mimogrid.core.step.step import Step
+from mimogrid.core.topology.topology import Stage
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.runtime.gradients import StageBuffer
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.stage import StageRunner
+from mimogrid.shell.runtime.transport import Transport
+from mimogrid.shell.world.launch import Pool
 
 
 JOB = Path(__file__).with_name("step_time.toml")

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from mimogrid.adapters.megatron import forward_backward_func, layer_spec, open_job_of  # mimogrid
-from mimogrid.core.spec import BatchSpec, OptimizerSpec  # mimogrid
+from mimogrid.core.job.spec import BatchSpec, OptimizerSpec  # mimogrid
 
 
 IMAGE_TOKEN, QUESTION, COLOURS = -1, 4, 4

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mimogrid.adapters.torch_module import Embedded
-from mimogrid.shell.jobs import open_job
+from mimogrid.shell.job.jobs import open_job
 
 
 class Rows(nn.Module):
@@ -36,7 +36,7 @@ def main(steps: int = 60) -> list[float]:
         dist.init_process_group("gloo")
     folder = Path(__file__).parent / "own"
     job = open_job(
-        folder / "job.toml", ['modules.ears.model="mimogrid.shell.host:module"', "modules.ears.width=32"]
+        folder / "job.toml", ['modules.ears.model="mimogrid.shell.job.host:module"', "modules.ears.width=32"]
     )
     torch.manual_seed(0)
     listener = Rows(nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.LayerNorm(64), nn.Linear(64, 32)))

@@ -9,10 +9,10 @@ from hypothesis import settings
 
 
 if TYPE_CHECKING:  # The core's tests run where there is no torch.
-    from mimogrid.core.spec import JobSpec
-    from mimogrid.shell.jobs import Job
-    from mimogrid.shell.launch import Pool
-    from mimogrid.shell.parity import Verdict
+    from mimogrid.core.job.spec import JobSpec
+    from mimogrid.shell.job.jobs import Job
+    from mimogrid.shell.run.parity import Verdict
+    from mimogrid.shell.world.launch import Pool
     from updates import Seen
 
 
@@ -24,7 +24,7 @@ settings.load_profile("without a clock")
 @pytest.fixture(scope="session")
 def pool() -> "Iterator[Pool]":
     """Eight processes that run one world after the other."""
-    from mimogrid.shell.launch import Pool  # noqa: PLC0415
+    from mimogrid.shell.world.launch import Pool  # noqa: PLC0415
 
     with Pool(8) as pool:
         yield pool
@@ -33,8 +33,8 @@ def pool() -> "Iterator[Pool]":
 @pytest.fixture(scope="session")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[JobSpec], Job]":
     """Open a spec as the job of a file; every rank reads that file."""
-    from mimogrid.shell import jobfile  # noqa: PLC0415
-    from mimogrid.shell.jobs import open_job  # noqa: PLC0415
+    from mimogrid.shell.job import jobfile  # noqa: PLC0415
+    from mimogrid.shell.job.jobs import open_job  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("jobs")
 
@@ -52,7 +52,7 @@ def verdict(pool: "Pool", opened: "Callable[[JobSpec], Job]") -> "Callable[[JobS
 
     def compare(spec: "JobSpec", *, steps: int = 1) -> "Verdict":
         job = opened(spec)
-        said = pool.run("mimogrid.shell.parity:in_world", job.topology.world_size, job, steps)
+        said = pool.run("mimogrid.shell.run.parity:in_world", job.topology.world_size, job, steps)
         (found,) = [one for one in said if one is not None]
         return found
 

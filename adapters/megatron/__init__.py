@@ -4,7 +4,7 @@ For programs written for megatron-core (0.16 and 0.19), piece by piece:
 
 | theirs | ours | here |
 |---|---|---|
-| `HyperCommGrid` and its views | `core.grid.Grid` | `from_hyper_comm_grid`, `to_hyper_comm_grid` |
+| `HyperCommGrid` and its views | `core.base.grid.Grid` | `from_hyper_comm_grid`, `to_hyper_comm_grid` |
 | `RankRole` of pull request 3211, asked of process groups | the same answers for any rank, anywhere | `role_of_grids` |
 | `ProcessGroupCollection` of a module | the groups of a job, and what these lack | `open_collections` |
 | `MimoModelConfig` with its grids | a job, or its file | `open_job_of`, `job_of`, `job_file_of` |

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from mimogrid.adapters.torch_module import Example
-from mimogrid.core.errors import PlanError, Problem, nearest
-from mimogrid.core.models import Gpt
-from mimogrid.core.samples import Sample
-from mimogrid.core.topology import Module
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.models import Gpt
+from mimogrid.core.topology.topology import Module
 
 
 Arguments = Mapping[str, Mapping[str, Any]]

@@ -25,9 +25,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from torch import Tensor, nn
 
-from mimogrid.core.errors import Problem
-from mimogrid.core.models import Own
-from mimogrid.core.topology import Module
+from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.models import Own
+from mimogrid.core.topology.topology import Module
 from mimogrid.shell.megatron.experts import attached, imbalance
 
 

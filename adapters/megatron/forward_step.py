@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from mimogrid.adapters.megatron.batches import Batch
-from mimogrid.core.errors import PlanError, Problem, WorldError
-from mimogrid.core.samples import share
-from mimogrid.core.topology import Module
-from mimogrid.core.zigzag import ZigZag
-from mimogrid.shell.loss import Predictions
+from mimogrid.core.base.errors import PlanError, Problem, WorldError
+from mimogrid.core.base.samples import share
+from mimogrid.core.base.zigzag import ZigZag
+from mimogrid.core.topology.topology import Module
+from mimogrid.shell.modules.loss import Predictions
 
 
 LossFunction = Callable[..., Any]
@@ -125,7 +125,7 @@ def _part(language: Module, rank: int, microbatch: int, total: int) -> Callable[
 
 
 class HostLoss:
-    """The loss of a step (`shell.loss.Loss`) as a program's loss functions say it, microbatch by microbatch.
+    """The loss of a step (`shell.modules.loss.Loss`) as a program's loss functions say it, microbatch by microbatch.
 
     `reports` is what they reported, in order of the microbatches, on the ranks of the last stage. Whether they
     count tokens as the loss mask does is known only when the device has computed both, so until `check` a loss that

@@ -11,9 +11,9 @@ from typing import Any
 import attrs
 from megatron.core.hyper_comm_grid import HyperCommGrid
 
-from mimogrid.core.grid import Axis, Grid
-from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole, role_of
-from mimogrid.core.topology import Topology
+from mimogrid.core.base.grid import Axis, Grid
+from mimogrid.core.topology.roles import ModuleLayout, ModuleStageInfo, RankRole, role_of
+from mimogrid.core.topology.topology import Topology
 
 
 LANGUAGE = "language"

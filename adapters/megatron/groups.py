@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
 
-from mimogrid.core.groups import Ranks, groups_of, in_slots
-from mimogrid.core.topology import Module, Topology
-from mimogrid.shell.device import Device
-from mimogrid.shell.groups import Groups, destroy
+from mimogrid.core.topology.groups import Ranks, groups_of, in_slots
+from mimogrid.core.topology.topology import Module, Topology
+from mimogrid.shell.device.device import Device
 from mimogrid.shell.megatron import ProcessGroupCollection
-from mimogrid.shell.world import World
+from mimogrid.shell.world.groups import Groups, destroy
+from mimogrid.shell.world.world import World
 
 
 _ALONG = {

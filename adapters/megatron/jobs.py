@@ -14,11 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mimogrid.adapters.megatron.experts import aux_weight
 from mimogrid.adapters.megatron.grids import EXPERT_VIEW, LANGUAGE, check_keys, from_hyper_comm_grid
-from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec
-from mimogrid.shell import jobfile
-from mimogrid.shell.jobs import Job, open_job
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.models import Gpt, Vit
+from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.jobs import Job, open_job
 
 
 def job_of(
@@ -54,7 +54,7 @@ def job_of(
     # What an encoder of Megatron's reads is its own affair; the plan needs some width, to count by.
     features = {name: spec.options.hidden for name, spec in modules.items() if isinstance(spec.options, Vit)}
     options = {"sequence": params["max_sequence_length"], "features": features}
-    data = data or DataSpec(source="mimogrid.shell.host:samples", options=options)
+    data = data or DataSpec(source="mimogrid.shell.job.host:samples", options=options)
     cut = _cut(params["config"], placed[LANGUAGE], has_view=_has_view(grids[LANGUAGE]))
     modules[LANGUAGE] = ModuleSpec(model="gpt", options=language, **cut)
     return JobSpec(modules=modules, data=data, batch=batch, **fields)
@@ -156,5 +156,5 @@ def _modality(spec: MegatronSpec, grid: GridSpec, width: int, *, has_view: bool)
         vit = Vit(**sizes_of(configs[0]))
         cut = _cut(configs[0], grid, has_view=has_view)
         return ModuleSpec(model="vit", options=vit, feeds=(LANGUAGE,), **cut)
-    model = "mimogrid.shell.host:module"
+    model = "mimogrid.shell.job.host:module"
     return ModuleSpec(model=model, options={}, feeds=(LANGUAGE,), grid=grid, width=width)

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from mimogrid.adapters.megatron.experts import Balance, aux_weight, expert_layers, unable_experts
 from mimogrid.adapters.megatron.parameters import table_of
-from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.models import Parameter
-from mimogrid.core.steps import Share, aux_name
-from mimogrid.core.topology import Module, StageInfo, Topology
-from mimogrid.core.zigzag import WHOLE, ZigZag
-from mimogrid.shell.loss import Loss, Predictions, weighted_cross_entropy
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.zigzag import WHOLE, ZigZag
+from mimogrid.core.job.models import Parameter
+from mimogrid.core.step.step import Share, aux_name
+from mimogrid.core.topology.topology import Module, StageInfo, Topology
 from mimogrid.shell.megatron import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from mimogrid.shell.packing import Deal, Packing, pack_text
+from mimogrid.shell.modules.loss import Loss, Predictions, weighted_cross_entropy
+from mimogrid.shell.modules.packing import Deal, Packing, pack_text
 
 
 class LanguageStage(nn.Module):

@@ -13,15 +13,15 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from mimogrid.adapters.megatron.parameters import table_of
-from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.models import Parameter
-from mimogrid.core.roles import ModuleStageInfo
-from mimogrid.core.steps import Share
-from mimogrid.core.topology import StageInfo
-from mimogrid.core.zigzag import WHOLE, ZigZag
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.zigzag import WHOLE, ZigZag
+from mimogrid.core.job.models import Parameter
+from mimogrid.core.step.step import Share
+from mimogrid.core.topology.roles import ModuleStageInfo
+from mimogrid.core.topology.topology import StageInfo
 from mimogrid.shell.megatron import gather_from_sequence_parallel_region
 from mimogrid.shell.megatron.layers import CoreAttention
-from mimogrid.shell.packing import Packing, pack_rows
+from mimogrid.shell.modules.packing import Packing, pack_rows
 
 
 Arrange = Callable[[Tensor | None, Share, ZigZag], Mapping[str, Any]]

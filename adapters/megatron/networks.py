@@ -9,10 +9,10 @@ from mimogrid.adapters.megatron.experts import unable_experts
 from mimogrid.adapters.megatron.grids import LANGUAGE, roles_by_chunk
 from mimogrid.adapters.megatron.language import LanguageStage
 from mimogrid.adapters.megatron.modality import Arrange, ModalityNetwork
-from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.roles import RankRole
-from mimogrid.core.topology import Module, Topology
-from mimogrid.shell.jobs import Job
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.topology.roles import RankRole
+from mimogrid.core.topology.topology import Module, Topology
+from mimogrid.shell.job.jobs import Job
 
 
 def networks_of(

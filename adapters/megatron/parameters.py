@@ -19,9 +19,9 @@ from megatron.core.transformer.mlp import MLP
 from torch import nn
 
 from mimogrid.adapters.megatron.experts import expert_layers
-from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.models import FIRST, LAST, Parameter
-from mimogrid.core.topology import StageInfo
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.models import FIRST, LAST, Parameter
+from mimogrid.core.topology.topology import StageInfo
 
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"

@@ -21,12 +21,12 @@ from mimogrid.adapters.megatron.networks import networks_of, unwrapped
 from mimogrid.adapters.megatron.stages import from_specs
 from mimogrid.adapters.megatron.states import to_job_state, to_megatron_state
 from mimogrid.adapters.torch_module import Embedded, Example, Networks
-from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.models import Gpt
-from mimogrid.core.topology import Module
-from mimogrid.shell.agreement import Outcome
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.world import first_failure
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.models import Gpt
+from mimogrid.core.topology.topology import Module
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.world.world import first_failure
 
 
 class ForwardBackward:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from mimogrid.adapters.megatron.grids import LANGUAGE
 from mimogrid.adapters.megatron.jobs import sizes_of
 from mimogrid.adapters.megatron.modality import continued
-from mimogrid.core.models import BuiltIn, Gpt, Vit
-from mimogrid.core.roles import ModuleStageInfo, RankRole
-from mimogrid.shell.ledger import Ledger
+from mimogrid.core.job.models import BuiltIn, Gpt, Vit
+from mimogrid.core.topology.roles import ModuleStageInfo, RankRole
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.layers import block_spec
+from mimogrid.shell.megatron.ledger import Ledger
 
 
 def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpec:

@@ -12,12 +12,12 @@ import torch
 
 from bench import WARM_UP, Bench, compared, open_bench, peak_bytes
 from mimo import as_megatron_is_run, batches, clear, loss_of, model_of, squared_norm
-from mimogrid.core.flops import model_flops
-from mimogrid.core.schedule.lower import plan_step
-from mimogrid.shell.execute import execute
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
-from mimogrid.shell.streams import Streams
+from mimogrid.core.pricing.flops import model_flops
+from mimogrid.core.program.lower import plan_step
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.streams import Streams
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.execute import execute
 from workload import Options
 
 

@@ -8,8 +8,8 @@ compared before anything is timed. A step takes as long as its slowest rank, fro
 from typing import Any
 
 from bench import compared, open_bench
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
 from schedule import open_schedule
 from workload import Options
 

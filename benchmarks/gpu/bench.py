@@ -14,15 +14,15 @@ from typing import Any
 import attrs
 import torch
 
-from mimogrid.core.steps import Step
-from mimogrid.shell.agreement import Outcome
-from mimogrid.shell.data import Loads
-from mimogrid.shell.device import Device
-from mimogrid.shell.execute import Runs, execute
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import Session, open_session
-from mimogrid.shell.step import Crew
+from mimogrid.core.step.step import Step
+from mimogrid.shell.device.device import Device
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.data import Loads
+from mimogrid.shell.runtime.execute import Runs, execute
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.session import Session, open_session
 from workload import Options
 
 

@@ -1,9 +1,9 @@
 """Carried: the messages of megatron-core's schedule, over the transport of the job.
 
-Megatron's communicators call torch.distributed with tensors of the device. gloo takes none of CUDA's from one rank to
-another, so here these calls do with them what `mimogrid.shell.transport` does with ours: a message leaves from a
-copy in pinned host memory, which the host waits for and for nothing else; and arrives in pinned memory, from where
-it is copied when somebody waits for it. On the CPU both send tensors as they are.
+Megatron's communicators call torch.distributed with tensors of the device. gloo takes none of CUDA's from one rank
+to another, so here these calls do with them what `mimogrid.shell.runtime.transport` does with ours: a message
+leaves from a copy in pinned host memory, which the host waits for and for nothing else; and arrives in pinned
+memory, from where it is copied when somebody waits for it. On the CPU both send tensors as they are.
 
 Only those files of Megatron that talk see other names, and only while `carried` is open:
 
@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimogrid.shell.device import Device
-from mimogrid.shell.streams import Posted
+from mimogrid.shell.device.device import Device
+from mimogrid.shell.device.streams import Posted
 
 
 @attrs.frozen(eq=False)

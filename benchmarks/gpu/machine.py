@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mimogrid.shell.place import Place
+from mimogrid.shell.device.place import Place
 
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine")

@@ -16,12 +16,12 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from bench import Bench
-from mimogrid.core.models import Gpt
-from mimogrid.core.steps import Share
-from mimogrid.shell.data import Loader
-from mimogrid.shell.device import DTYPES
+from mimogrid.core.job.models import Gpt
+from mimogrid.core.step.step import Share
+from mimogrid.shell.device.device import DTYPES
 from mimogrid.shell.modules import StageModule, TextStage
-from mimogrid.shell.stage import StageRunner
+from mimogrid.shell.runtime.data import Loader
+from mimogrid.shell.runtime.stage import StageRunner
 
 
 ENCODER = "clip"

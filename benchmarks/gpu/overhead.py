@@ -29,15 +29,15 @@ import torch
 
 from alone import Idle
 from bench import WARM_UP, Bench, open_bench, peak_bytes, slowest
-from mimogrid.core.routes import Message
 from mimogrid.core.schedule.actions import Action, Compute, Recv, Send, Wait
-from mimogrid.core.topology import Stage
-from mimogrid.shell.execute import Finisher, Timed, execute
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
-from mimogrid.shell.pulse import Pulse
-from mimogrid.shell.stage import StageRunner
-from mimogrid.shell.transport import Transport
+from mimogrid.core.step.routes import Message
+from mimogrid.core.topology.topology import Stage
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.execute import Finisher, Timed, execute
+from mimogrid.shell.runtime.stage import StageRunner
+from mimogrid.shell.runtime.transport import Transport
+from mimogrid.shell.world.heartbeat import Pulse
 from workload import Options
 
 

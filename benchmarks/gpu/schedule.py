@@ -23,7 +23,7 @@ from bench import Bench
 from carried import carried
 from mimo import as_megatron_is_run, batches, clear, loss_of, model_of, squared_norm
 from mimogrid.adapters.megatron import open_collections, to_hyper_comm_grid
-from mimogrid.shell.device import DTYPES
+from mimogrid.shell.device.device import DTYPES
 from mimogrid.shell.megatron.layers import config_of
 
 

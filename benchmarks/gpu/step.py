@@ -20,8 +20,8 @@ from typing import Any
 
 import attrs
 
-from mimogrid.core.errors import PlanError, WorldError
-from mimogrid.shell.launch import Pool
+from mimogrid.core.base.errors import PlanError, WorldError
+from mimogrid.shell.world.launch import Pool
 from workload import ALONE, APART, LANGUAGE, TINY, TINY_SEQUENCE, Options, job_of, opened
 
 

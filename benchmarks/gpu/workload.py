@@ -11,8 +11,8 @@ from pathlib import Path
 
 import attrs
 
-from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.spec import (
+from mimogrid.core.job.models import Gpt, Vit
+from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
     GridSpec,
@@ -21,8 +21,8 @@ from mimogrid.core.spec import (
     OptimizerSpec,
     TrainSpec,
 )
-from mimogrid.shell import jobfile
-from mimogrid.shell.jobs import Job, open_job
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.jobs import Job, open_job
 
 
 CLIP = Vit(layers=24, hidden=1024, heads=16, features=3 * 14 * 14)

@@ -7,7 +7,7 @@ from mimogrid.core.draw.marks import BLACK
 from mimogrid.core.draw.page import Page
 from mimogrid.core.draw.picture import Picture
 from mimogrid.core.schedule.actions import Direction, Send
-from mimogrid.core.timeline import Flight
+from mimogrid.core.simulate.timeline import Flight
 
 
 MOST_ARROWS = 160

@@ -11,7 +11,7 @@ from mimogrid.core.draw.page import LEGEND, MARGIN, Page
 from mimogrid.core.draw.picture import Picture, Row
 from mimogrid.core.draw.rows import CRITICAL, KEPT, PASSING, SHADES
 from mimogrid.core.schedule.actions import Direction, Kind, Norm, Tie, Update, WaitReduce
-from mimogrid.core.timeline import CAUSES_IN_WORDS
+from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS
 
 
 @attrs.frozen

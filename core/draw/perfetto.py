@@ -12,12 +12,12 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mimogrid.core.draw.marks import LETTERS
-from mimogrid.core.memory import trace
+from mimogrid.core.program.lower import link_of
 from mimogrid.core.schedule.actions import Action, Compute, Recv, Send, Transfer, Wait
-from mimogrid.core.schedule.lower import link_of
+from mimogrid.core.simulate.memory import trace
+from mimogrid.core.simulate.timeline import Event, sent_as
 from mimogrid.core.simulate.tracks import Timeline
-from mimogrid.core.timeline import Event, sent_as
-from mimogrid.core.traffic import message_bytes
+from mimogrid.core.step.traffic import message_bytes
 
 
 Record = Mapping[str, Any]

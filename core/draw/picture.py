@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.memory import Level, trace
 from mimogrid.core.schedule.actions import Compute
+from mimogrid.core.simulate.memory import Level, trace
+from mimogrid.core.simulate.timeline import Event, Flight, Idle, idles_of
 from mimogrid.core.simulate.tracks import Leg, Timeline
-from mimogrid.core.timeline import Event, Flight, Idle, idles_of
-from mimogrid.core.topology import Topology
+from mimogrid.core.topology.topology import Topology
 
 
 MOST = 64

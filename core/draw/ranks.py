@@ -11,7 +11,7 @@ import attrs
 
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, BOLD, FAINT, GREY, MIDDLE, RIGHT, WHITE, Ink
-from mimogrid.core.topology import Module, Stage, StageInfo, Topology
+from mimogrid.core.topology.topology import Module, Stage, StageInfo, Topology
 
 
 MOST, PER_LINE = 128, 16

@@ -15,9 +15,9 @@ from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, GREY, MIDDLE, RIGHT, WHITE, Fill
 from mimogrid.core.draw.page import SMALL, VISIBLE, Page, name_of
 from mimogrid.core.draw.picture import Row
-from mimogrid.core.memory import Level
 from mimogrid.core.schedule.actions import Compute, Norm, Send, Tie, Update, WaitReduce
-from mimogrid.core.timeline import DRAIN, EDGE, SLOWER_MODULE, WARM_UP
+from mimogrid.core.simulate.memory import Level
+from mimogrid.core.simulate.timeline import DRAIN, EDGE, SLOWER_MODULE, WARM_UP
 
 
 SHADES = {WARM_UP: "#f3f5f8", SLOWER_MODULE: "dots", EDGE: "slants", DRAIN: "lines"}

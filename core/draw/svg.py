@@ -19,7 +19,7 @@ from mimogrid.core.draw.marks import BOLD, GREY, MIDDLE, RIGHT
 from mimogrid.core.draw.page import AXIS, HEADING, LEGEND, MARGIN, TITLE, Page, headed, page_of
 from mimogrid.core.draw.picture import Picture, Row
 from mimogrid.core.draw.rows import critical_parts, row_parts
-from mimogrid.core.timeline import Flight
+from mimogrid.core.simulate.timeline import Flight
 
 
 def svg(*pictures: Picture) -> str:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mimogrid.core.schedule.actions import Compute
-from mimogrid.core.timeline import Event, by_rank, span
+from mimogrid.core.simulate.timeline import Event, by_rank, span
 
 
 WIDTH = 172

@@ -16,15 +16,15 @@ from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.flops import model_flops
-from mimogrid.core.legality import RECOMPUTES
+from mimogrid.core.job.validation import RECOMPUTES
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.menu import Menu, menu_of
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
 from mimogrid.core.plan.reasons import compared, illegal, marked_own, nearest_miss, too_large
 from mimogrid.core.plan.search import REFINED, Search
 from mimogrid.core.plan.walk import Walk, walk
-from mimogrid.core.steps import Step, step_of
+from mimogrid.core.pricing.flops import model_flops
+from mimogrid.core.step.step import Step, step_of
 
 
 BUDGET = 300_000

@@ -13,22 +13,22 @@ from collections.abc import Iterator
 
 import attrs
 
-from mimogrid.core.costs import Costs
-from mimogrid.core.errors import PlanError
-from mimogrid.core.legality import problems_of
-from mimogrid.core.lockstep import crews_of, limit_s, lockstep
-from mimogrid.core.memory import bytes_in_flight, most_bytes, saved_bytes
+from mimogrid.core.base.errors import PlanError
+from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.spec import BatchSpec, JobSpec
+from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.layouts import shown
 from mimogrid.core.plan.question import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
 from mimogrid.core.pricing import on_machine
-from mimogrid.core.routes import Routes
-from mimogrid.core.schedule.lower import Program
+from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.orders import Order, order_of
 from mimogrid.core.schedule.tuning import AUTO
 from mimogrid.core.schedule.work import work_of
-from mimogrid.core.spec import BatchSpec, JobSpec
-from mimogrid.core.steps import Step, step_of
-from mimogrid.core.topology import Topology
+from mimogrid.core.simulate.lockstep import crews_of, limit_s, lockstep
+from mimogrid.core.simulate.memory import bytes_in_flight, most_bytes, saved_bytes
+from mimogrid.core.step.routes import Routes
+from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.topology.topology import Topology
 
 
 LOWERED = 4

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.layout import place
+from mimogrid.core.job.placement import place
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.plan.options import Option
 from mimogrid.core.plan.question import Question
 from mimogrid.core.plan.walk import BESIDE, Candidate
-from mimogrid.core.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec
 
 
 def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.errors import Problem
-from mimogrid.core.flops import lengths_of
-from mimogrid.core.legality import problems_of
+from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.spec import JobSpec, SourceFacts
+from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.options import Option, RankBytes, RankTime, Shape, Way
 from mimogrid.core.plan.prices import Prices, alone, over
+from mimogrid.core.pricing.flops import lengths_of
 from mimogrid.core.pricing.machine import Machine
-from mimogrid.core.spec import JobSpec, SourceFacts
-from mimogrid.core.steps import Step
+from mimogrid.core.step.step import Step
 
 
 CHUNKS = (1, 2, 4)

@@ -13,7 +13,7 @@ import math
 
 import attrs
 
-from mimogrid.core.spec import GridSpec
+from mimogrid.core.job.spec import GridSpec
 
 
 @attrs.frozen

@@ -9,19 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.costs import StageCosts
-from mimogrid.core.flops import Flops, Load, module_units, padded_load, real_load
-from mimogrid.core.footprint import kept
-from mimogrid.core.layout import balanced
-from mimogrid.core.memory import saved_bytes
-from mimogrid.core.models import Gpt, Own
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.costs import StageCosts
+from mimogrid.core.job.models import Gpt, Own
+from mimogrid.core.job.placement import balanced
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
 from mimogrid.core.plan.options import Shape, Way
+from mimogrid.core.pricing.flops import Flops, Load, module_units, padded_load, real_load
+from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
-from mimogrid.core.samples import Sample
-from mimogrid.core.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
-from mimogrid.core.steps import step_of
-from mimogrid.core.topology import Module, Topology, assemble
+from mimogrid.core.simulate.memory import saved_bytes
+from mimogrid.core.step.step import step_of
+from mimogrid.core.topology.parse import assemble
+from mimogrid.core.topology.topology import Module, Topology
 
 
 Sums = tuple[float, ...]

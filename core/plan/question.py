@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import attrs
 
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.spec import JobSpec, SourceFacts
 from mimogrid.core.pricing.machine import Machine
-from mimogrid.core.samples import Sample
-from mimogrid.core.spec import JobSpec, SourceFacts
-from mimogrid.core.topology import Topology, assemble
+from mimogrid.core.topology.parse import assemble
+from mimogrid.core.topology.topology import Topology
 
 
 BEST, SLOWER, TOO_LARGE, ILLEGAL = "best", "slower", "too large", "illegal"

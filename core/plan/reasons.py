@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
+from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.plan.evaluation import needs
 from mimogrid.core.plan.layouts import layout_of
 from mimogrid.core.plan.menu import Illegal, Menu
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
 from mimogrid.core.plan.walk import Miss, Walk
-from mimogrid.core.spec import JobSpec
 
 
 def compared(layout: Layout, best: Layout | None, own: Layout) -> Layout:

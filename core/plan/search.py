@@ -8,15 +8,15 @@ import math
 
 import attrs
 
-from mimogrid.core.legality import SCHEDULES, problems_of
+from mimogrid.core.job.spec import JobSpec
+from mimogrid.core.job.validation import SCHEDULES, problems_of
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import layout_of
 from mimogrid.core.plan.question import SLOWER, Layout, Question
 from mimogrid.core.plan.walk import Walk
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.schedule.tuning import AUTO, GB
-from mimogrid.core.spec import JobSpec
-from mimogrid.core.steps import step_of
+from mimogrid.core.step.step import step_of
 
 
 REFINED = 3

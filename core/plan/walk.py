@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.graph import Graph
+from mimogrid.core.job.graph import Graph
 from mimogrid.core.plan.menu import CHUNKS, Menu
 from mimogrid.core.plan.options import Option, Way
 

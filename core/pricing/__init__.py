@@ -19,14 +19,14 @@ from collections.abc import Sequence
 
 import attrs
 
-from mimogrid.core.costs import Costs, StageCosts
-from mimogrid.core.flops import Load, lengths_of, module_units, of_units, padded_load
+from mimogrid.core.base.samples import lane_samples
+from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.pricing.collectives import is_near
+from mimogrid.core.pricing.flops import Load, lengths_of, module_units, of_units, padded_load
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import joined, unit_costs, values_of_units
-from mimogrid.core.samples import lane_samples
-from mimogrid.core.steps import Step
-from mimogrid.core.topology import Module
+from mimogrid.core.step.step import Step
+from mimogrid.core.topology.topology import Module
 
 
 def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:

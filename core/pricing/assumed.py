@@ -1,8 +1,8 @@
 """Assumed: costs where nothing is known. Every layer takes a second: enough to see the shape of a schedule."""
 
-from mimogrid.core.costs import Costs, StageCosts
-from mimogrid.core.models import FIRST, Own
-from mimogrid.core.topology import Module, StageInfo, Topology
+from mimogrid.core.job.costs import Costs, StageCosts
+from mimogrid.core.job.models import FIRST, Own
+from mimogrid.core.topology.topology import Module, StageInfo, Topology
 
 
 ASSUMED = (

@@ -7,10 +7,10 @@ latencies per direction, as trees do. The slowest link among the ranks counts.
 import functools
 import math
 
-from mimogrid.core.costs import EdgeCosts
-from mimogrid.core.grid import Grid
+from mimogrid.core.base.grid import Grid
+from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.pricing.machine import Machine
-from mimogrid.core.topology import Link, Topology
+from mimogrid.core.topology.topology import Link, Topology
 
 
 def all_reduce_s(size_bytes: float, grid: Grid, axes: tuple[str, ...], machine: Machine) -> float:

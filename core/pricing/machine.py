@@ -5,10 +5,10 @@ Nodes are filled in order of ranks. What is not known is not hidden: efficiency 
 
 import attrs
 
-from mimogrid.core.accelerators import ACCELERATORS, Accelerator
-from mimogrid.core.costs import EdgeCosts
-from mimogrid.core.errors import PlanError, Problem, nearest
-from mimogrid.core.footprint import VALUE_BYTES
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.job.costs import EdgeCosts
+from mimogrid.core.job.precision import VALUE_BYTES
+from mimogrid.core.pricing.accelerators import ACCELERATORS, Accelerator
 
 
 EFFICIENCY = 0.5

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
-from mimogrid.core.costs import StageCosts
-from mimogrid.core.flops import Flops, Load
-from mimogrid.core.models import FIRST, LAST, BuiltIn, Gpt, Own, Parameter
+from mimogrid.core.job.costs import StageCosts
+from mimogrid.core.job.models import FIRST, LAST, BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.pricing.collectives import all_reduce_s, gather_s, moved_s
+from mimogrid.core.pricing.flops import Flops, Load
 from mimogrid.core.pricing.machine import Machine
-from mimogrid.core.shards import local_size
-from mimogrid.core.topology import Module, StageInfo
+from mimogrid.core.topology.topology import Module, StageInfo
+from mimogrid.core.update.buckets import local_size
 
 
 ADAM_VALUES = 7

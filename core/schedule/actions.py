@@ -27,7 +27,7 @@ import re
 
 import attrs
 
-from mimogrid.core.topology import Stage
+from mimogrid.core.topology.topology import Stage
 
 
 class Kind(enum.Enum):
@@ -201,11 +201,11 @@ def parse_stage(text: str) -> Stage:
 
 def _joint(word: str | None, stage: Stage | None) -> Action:
     match word, stage:
-        case "TIE", Stage():
+        case ["TIE", Stage()]:
             return Tie(stage)
-        case "NORM", None:
+        case ["NORM", None]:
             return Norm()
-        case "UPDATE", None:
+        case ["UPDATE", None]:
             return Update()
         case _:
             raise ValueError(f"{word or 'a compute action'} with stage {stage} is no action")

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.routes import overlapping
+from mimogrid.core.base.samples import overlapping
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.scheduler import Line
 from mimogrid.core.schedule.work import Team, Work
-from mimogrid.core.topology import Stage
+from mimogrid.core.topology.topology import Stage
 
 
 @attrs.frozen

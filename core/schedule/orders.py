@@ -34,14 +34,14 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.errors import PlanError, Problem
-from mimogrid.core.footprint import kept
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.schedule.actions import Compute, Direction, Kind
 from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
 from mimogrid.core.schedule.scheduler import TimedWork, schedule
 from mimogrid.core.schedule.tuning import AUTO, GB, bytes_needed, tuned
 from mimogrid.core.schedule.work import Work, unit_seconds, work_of
-from mimogrid.core.topology import Link, Stage, Topology
+from mimogrid.core.topology.topology import Link, Stage, Topology
 
 
 @attrs.frozen(eq=False)

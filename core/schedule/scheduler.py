@@ -22,7 +22,7 @@ import attrs
 
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.work import Sequences, Work
-from mimogrid.core.topology import Stage
+from mimogrid.core.topology.topology import Stage
 
 
 @attrs.frozen

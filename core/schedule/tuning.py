@@ -22,14 +22,14 @@ from collections.abc import Collection, Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.costs import Costs
-from mimogrid.core.footprint import hosts, kept, most_bytes_in_flight, most_message_bytes
+from mimogrid.core.job.costs import Costs
 from mimogrid.core.pricing.assumed import assumed
+from mimogrid.core.pricing.footprint import hosts, kept, most_bytes_in_flight, most_message_bytes
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
 from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule
 from mimogrid.core.schedule.work import Work, seconds_of, unit_seconds, work_of
-from mimogrid.core.topology import Stage, Topology
+from mimogrid.core.topology.topology import Stage, Topology
 
 
 AUTO = "auto"

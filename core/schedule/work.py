@@ -18,11 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.costs import Costs
-from mimogrid.core.models import Own
-from mimogrid.core.routes import overlapping
+from mimogrid.core.base.samples import overlapping
+from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.models import Own
 from mimogrid.core.schedule.actions import Compute, Kind
-from mimogrid.core.topology import Link, Stage, Topology
+from mimogrid.core.topology.topology import Link, Stage, Topology
 
 
 Team = tuple[Stage, ...]

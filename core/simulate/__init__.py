@@ -11,18 +11,18 @@ the cores.
 import functools
 from collections.abc import Callable
 
-from mimogrid.core.costs import Costs
-from mimogrid.core.fold import Classes, alone, classes_of
-from mimogrid.core.limit import limit_s
-from mimogrid.core.pace import Pace
+from mimogrid.core.job.costs import Costs
+from mimogrid.core.program.listing import Listing
+from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Compute
-from mimogrid.core.schedule.lower import Program
-from mimogrid.core.schedule.program import Listing
 from mimogrid.core.schedule.work import seconds_of
 from mimogrid.core.simulate.graph import Graph
+from mimogrid.core.simulate.lane_programs import thinned
+from mimogrid.core.simulate.lower_bound import limit_s
 from mimogrid.core.simulate.pieces import shared, unlimited
+from mimogrid.core.simulate.rank_classes import Classes, alone, classes_of
 from mimogrid.core.simulate.tracks import Timeline, spread
-from mimogrid.core.thin import thinned
+from mimogrid.core.simulate.unevenness import Pace
 
 
 MANY = 512

@@ -13,11 +13,11 @@ the peer, and both books come to the same. An edge that does not overlap holds u
 import collections
 from collections.abc import Iterator, Mapping, Sequence
 
-from mimogrid.core.costs import EdgeCosts
+from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.schedule.actions import Direction, Send, Transfer
 from mimogrid.core.simulate.folded import Folded
 from mimogrid.core.simulate.pieces import Pieces
-from mimogrid.core.timeline import sent_as
+from mimogrid.core.simulate.timeline import sent_as
 
 
 Channel = tuple[int, int, bool, Direction]

@@ -5,12 +5,12 @@ What is found once holds for all microbatches that are alike, so it is kept: a w
 
 from collections.abc import Hashable
 
-from mimogrid.core.costs import Costs, EdgeCosts
-from mimogrid.core.fold import Classes
+from mimogrid.core.job.costs import Costs, EdgeCosts
+from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Action, Transfer
-from mimogrid.core.schedule.lower import Program, link_of
-from mimogrid.core.topology import Link, Stage
-from mimogrid.core.traffic import message_bytes
+from mimogrid.core.simulate.rank_classes import Classes
+from mimogrid.core.step.traffic import message_bytes
+from mimogrid.core.topology.topology import Link, Stage
 
 
 class Folded:

@@ -3,9 +3,10 @@
 import collections
 from collections.abc import Callable, Hashable
 
-from mimogrid.core.costs import Costs
-from mimogrid.core.fold import Classes
-from mimogrid.core.limit import update_s
+from mimogrid.core.job.costs import Costs
+from mimogrid.core.program.listing import Listing
+from mimogrid.core.program.lower import Program
+from mimogrid.core.program.replay import Walkers, walk
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -17,15 +18,14 @@ from mimogrid.core.schedule.actions import (
     Wait,
     WaitReduce,
 )
-from mimogrid.core.schedule.lower import Program
-from mimogrid.core.schedule.program import Listing
-from mimogrid.core.schedule.replay import Walkers, walk
 from mimogrid.core.simulate.channels import Channels
 from mimogrid.core.simulate.folded import Folded
+from mimogrid.core.simulate.lower_bound import update_s
 from mimogrid.core.simulate.pieces import Clock, Pieces
+from mimogrid.core.simulate.rank_classes import Classes
 from mimogrid.core.simulate.sums import Sums
+from mimogrid.core.simulate.timeline import Event
 from mimogrid.core.simulate.tracks import Leg, Track
-from mimogrid.core.timeline import Event
 
 
 class Graph:

@@ -6,9 +6,9 @@ A sum begins when all who share it have posted it and the one before it in their
 import collections
 from collections.abc import Hashable
 
-from mimogrid.core.limit import sum_s
 from mimogrid.core.schedule.actions import Reduce
 from mimogrid.core.simulate.folded import Folded
+from mimogrid.core.simulate.lower_bound import sum_s
 from mimogrid.core.simulate.pieces import Pieces
 
 

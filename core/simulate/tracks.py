@@ -9,11 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.fold import Classes
+from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Action, Send, Transfer
-from mimogrid.core.schedule.lower import Program
-from mimogrid.core.timeline import CAUSES, Event, Flight, Idle, busy_s, idles_of, peak_in_flight, sent_as
-from mimogrid.core.topology import Stage
+from mimogrid.core.simulate.rank_classes import Classes
+from mimogrid.core.simulate.timeline import (
+    CAUSES,
+    Event,
+    Flight,
+    Idle,
+    busy_s,
+    idles_of,
+    peak_in_flight,
+    sent_as,
+)
+from mimogrid.core.topology.topology import Stage
 
 
 @attrs.frozen

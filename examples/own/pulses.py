@@ -1,7 +1,7 @@
 """A source of one's own: count the loud ones among three to six sounds. The answer is one token."""
 
-from mimogrid.core.hashing import draw_integer
-from mimogrid.core.samples import Sample
+from mimogrid.core.base.hashing import draw_integer
+from mimogrid.core.base.samples import Sample
 
 
 ASK = 10  # the tokens 0 to 6 are answers

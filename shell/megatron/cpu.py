@@ -7,7 +7,7 @@ device:
   without that it would be a host's, or empty. On the CPU it is one that forks the CPU's generator.
 - Its global memory buffer, which only its own `initialize_model_parallel` would make.
 - A flag that says "already warned" that CUDA_DEVICE_MAX_CONNECTIONS is not 1. That would put all streams on one queue,
-  where a receive that is posted ahead stops computing (`shell.place.prepare`).
+  where a receive that is posted ahead stops computing (`shell.device.place.prepare`).
 
 And on the CPU alone:
 

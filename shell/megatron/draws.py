@@ -7,7 +7,7 @@ what is apart. Recomputation saves and restores both by itself.
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from mimogrid.core.seeds import Seeds
+from mimogrid.core.step.seeds import Seeds
 
 
 APART = "model-parallel-rng"

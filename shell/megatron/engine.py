@@ -22,10 +22,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from mimogrid.core.engines import choose, unlike
-from mimogrid.core.errors import WorldError
-from mimogrid.core.models import BuiltIn
-from mimogrid.core.topology import Topology
+from mimogrid.core.base.errors import WorldError
+from mimogrid.core.job.layer_engines import choose, unlike
+from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.megatron.layers import CoreAttention, Norm, linears_of, mlp_of
 
 

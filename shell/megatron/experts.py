@@ -35,13 +35,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from mimogrid.core.models import BuiltIn
-from mimogrid.shell.ledger import Ledger
+from mimogrid.core.job.models import BuiltIn
 from mimogrid.shell.megatron import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from mimogrid.shell.megatron.layers import Linear
+from mimogrid.shell.megatron.ledger import Ledger
 
 
 @attrs.frozen(eq=False)

@@ -30,10 +30,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mimogrid.core.models import BuiltIn
-from mimogrid.core.zigzag import WHOLE, ZigZag
-from mimogrid.shell.device import sent
-from mimogrid.shell.ledger import Ledger
+from mimogrid.core.base.zigzag import WHOLE, ZigZag
+from mimogrid.core.job.models import BuiltIn
+from mimogrid.shell.device.device import sent
+from mimogrid.shell.megatron.ledger import Ledger
 
 
 NORM_EPS = 1e-5

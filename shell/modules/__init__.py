@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mimogrid.core.engines import choose
-from mimogrid.core.layout import trainable_names
-from mimogrid.core.models import Gpt, Own, Parameter
-from mimogrid.core.topology import UNKNOWN, StageInfo, Topology
+from mimogrid.core.job.layer_engines import choose
+from mimogrid.core.job.models import Gpt, Own, Parameter
+from mimogrid.core.job.placement import trainable_names
+from mimogrid.core.topology.topology import UNKNOWN, StageInfo, Topology
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.modules.built_in import RowsStage, TextStage
 from mimogrid.shell.modules.given import HostStage, OwnStage, check_groups, check_patterns, own_network
@@ -45,7 +45,7 @@ from mimogrid.shell.modules.interface import (
     named_weights,
 )
 from mimogrid.shell.modules.transformer import Context
-from mimogrid.shell.weights import cut_over, initialize, shard_shape
+from mimogrid.shell.modules.weights import cut_over, initialize, shard_shape
 
 
 __all__ = ["HostNetwork", "OwnNetwork", "StageModule", "build_stage", "named_weights"]

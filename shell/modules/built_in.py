@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mimogrid.core.models import Block, Gpt, Regressor, Vit
-from mimogrid.core.steps import Share
-from mimogrid.shell.loss import Predictions, squared_error_sum
+from mimogrid.core.job.models import Block, Gpt, Regressor, Vit
+from mimogrid.core.step.step import Share
 from mimogrid.shell.megatron import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
 from mimogrid.shell.megatron.layers import Affine
+from mimogrid.shell.modules.loss import Predictions, squared_error_sum
+from mimogrid.shell.modules.packing import Packing, pack_rows, pack_text
 from mimogrid.shell.modules.transformer import Context, TransformerStage
-from mimogrid.shell.packing import Packing, pack_rows, pack_text
-from mimogrid.shell.weights import layout_name
+from mimogrid.shell.modules.weights import layout_name
 
 
 class TextStage(TransformerStage):

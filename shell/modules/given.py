@@ -11,16 +11,16 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from mimogrid.core.errors import PlanError, Problem, WorldError, nearest
-from mimogrid.core.hashing import draw_bits
-from mimogrid.core.layout import matches_any
-from mimogrid.core.models import Gpt, Own, Parameter
-from mimogrid.core.optimizers import matches
-from mimogrid.core.spec import GroupSpec, ModuleSpec, OptimizerSpec
-from mimogrid.core.steps import Share
-from mimogrid.core.topology import Module, StageInfo, Topology
-from mimogrid.shell import builders
-from mimogrid.shell.device import sent
+from mimogrid.core.base.errors import PlanError, Problem, WorldError, nearest
+from mimogrid.core.base.hashing import draw_bits
+from mimogrid.core.job.models import Gpt, Own, Parameter
+from mimogrid.core.job.optimizers import matches
+from mimogrid.core.job.placement import matches_any
+from mimogrid.core.job.spec import GroupSpec, ModuleSpec, OptimizerSpec
+from mimogrid.core.step.step import Share
+from mimogrid.core.topology.topology import Module, StageInfo, Topology
+from mimogrid.shell.device.device import sent
+from mimogrid.shell.job import builders
 from mimogrid.shell.modules.interface import StageModule
 
 

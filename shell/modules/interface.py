@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mimogrid.core.engines import Choice
-from mimogrid.core.models import Parameter
-from mimogrid.core.steps import Share
-from mimogrid.core.topology import Module, StageInfo
-from mimogrid.shell.ledger import Ledger
-from mimogrid.shell.loss import Loss, weighted_cross_entropy
+from mimogrid.core.job.layer_engines import Choice
+from mimogrid.core.job.models import Parameter
+from mimogrid.core.step.step import Share
+from mimogrid.core.topology.topology import Module, StageInfo
 from mimogrid.shell.megatron.layers import Affine
+from mimogrid.shell.megatron.ledger import Ledger
+from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 
 
 class Groups(Protocol):
@@ -81,8 +81,9 @@ class HostNetwork(Protocol):
     def __call__(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
         """Compute the stage for a share; see the table of `shell.modules`.
 
-        What it gives to others it gives as ``rows``, for each sample as many as came in: projections are its own.
-        A loss is what the network's attribute ``loss`` makes of its predictions (`shell.loss.Loss`); it is set before.
+        What it gives to others it gives as ``rows``, for each sample as many as came in: projections are its own. A
+        loss is what the network's attribute ``loss`` makes of its predictions (`shell.modules.loss.Loss`); it is
+        set before.
         """
 
     def table(self, info: StageInfo, *, tp: int, expert_tp: int) -> Mapping[str, Parameter]:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mimogrid.core.engines import FP8_MULTIPLE, TRANSFORMER_ENGINE, Choice
-from mimogrid.core.models import BuiltIn
-from mimogrid.core.steps import Share, aux_name
-from mimogrid.core.topology import Module, StageInfo
-from mimogrid.core.zigzag import ZigZag
-from mimogrid.shell.ledger import Ledger
+from mimogrid.core.base.zigzag import ZigZag
+from mimogrid.core.job.layer_engines import FP8_MULTIPLE, TRANSFORMER_ENGINE, Choice
+from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.step.step import Share, aux_name
+from mimogrid.core.topology.topology import Module, StageInfo
 from mimogrid.shell.megatron import (
     ProcessGroupCollection,
     TransformerBlock,
@@ -28,8 +27,9 @@ from mimogrid.shell.megatron import (
 )
 from mimogrid.shell.megatron.experts import Company, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
+from mimogrid.shell.megatron.ledger import Ledger
 from mimogrid.shell.modules.interface import Groups, StageModule, ep_position
-from mimogrid.shell.packing import Deal, Packing
+from mimogrid.shell.modules.packing import Deal, Packing
 
 
 @attrs.frozen

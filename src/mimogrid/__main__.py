@@ -1,6 +1,6 @@
 """``python -m mimogrid``: the command line."""
 
-from mimogrid.shell.cli import main
+from mimogrid.shell.cli.main import main
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mimogrid.shell.launch import Pool
+from mimogrid.shell.world.launch import Pool
 
 
 SUMMARY = Path("gpu.json")

@@ -10,7 +10,7 @@ import torch
 import benchmarked
 import devices_checked as checks
 from devices_checked import Opened, Where
-from mimogrid.shell.launch import Pool
+from mimogrid.shell.world.launch import Pool
 
 
 pytestmark = pytest.mark.gpu

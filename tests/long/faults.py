@@ -22,9 +22,9 @@ import torch
 
 import harm
 import sweep
-from mimogrid.shell import jobfile
-from mimogrid.shell.jobs import open_job
-from mimogrid.shell.launch import Pool
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.world.launch import Pool
 
 
 def main() -> int:

@@ -19,12 +19,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 
 from layouts import layouts
-from mimogrid.core.roles import layout_of
-from mimogrid.core.spec import JobSpec
-from mimogrid.shell import jobfile
-from mimogrid.shell.jobs import Job, open_job
-from mimogrid.shell.launch import Pool
-from mimogrid.shell.parity import Verdict
+from mimogrid.core.job.spec import JobSpec
+from mimogrid.core.topology.roles import layout_of
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.run.parity import Verdict
+from mimogrid.shell.world.launch import Pool
 
 
 BATCH = 250
@@ -93,7 +93,7 @@ def run(pool: Pool, path: Path, tally: Tally, *, count: int, start: int) -> None
         note(jobfile.dump(spec))
         path.write_text(jobfile.dump(spec))
         job = open_job(path)
-        verdicts = pool.run("mimogrid.shell.parity:in_world", job.topology.world_size, job, 1)
+        verdicts = pool.run("mimogrid.shell.run.parity:in_world", job.topology.world_size, job, 1)
         verdict = next(v for v in verdicts if v)
         assert verdict.passed, verdict.in_words()
         tally.add(job, verdict)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 import plain
-from mimogrid.core.gradients import loss_weight
-from mimogrid.core.steps import Step
-from mimogrid.shell.device import DTYPES
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.parity import Verdict, compare, full_gradients
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import open_session
+from mimogrid.core.step.step import Step
+from mimogrid.core.update.reductions import loss_weight
+from mimogrid.shell.device.device import DTYPES
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run.parity import Verdict, compare, full_gradients
+from mimogrid.shell.runtime.session import open_session
 from stages import full_weights
 
 

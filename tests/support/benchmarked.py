@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from hosts import host
-from mimogrid.shell.device import Device
-from mimogrid.shell.place import Place
-from mimogrid.shell.streams import Streams
+from mimogrid.shell.device.device import Device
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.streams import Streams
 
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "step.py"

@@ -16,25 +16,33 @@ import torch
 import torch.distributed as dist
 
 import pretended
-from mimogrid.core.errors import WorldError
+from mimogrid.core.base.errors import WorldError
+from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Action, Compute, Norm, Reduce, Send, Transfer
-from mimogrid.core.schedule.lower import plan_step
-from mimogrid.core.topology import Stage
-from mimogrid.shell import checkpoint, saving
-from mimogrid.shell import device as devices
-from mimogrid.shell.device import Device
-from mimogrid.shell.execute import Timed, execute
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.manifest import folder_of
+from mimogrid.core.topology.topology import Stage
+from mimogrid.shell.checkpoint import files as checkpoint
+from mimogrid.shell.checkpoint import saving
+from mimogrid.shell.checkpoint.manifest import folder_of
+from mimogrid.shell.checkpoint.state import (
+    gather,
+    manifest_of,
+    pieces_to_load,
+    pieces_to_save,
+    restore,
+    scatter,
+)
+from mimogrid.shell.device import device as devices
+from mimogrid.shell.device.device import Device
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.streams import CudaStreams
+from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import engine
-from mimogrid.shell.parity import full_gradients, on_one_process
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import Session, open_session
-from mimogrid.shell.stage import StageRunner
-from mimogrid.shell.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore, scatter
-from mimogrid.shell.step import Crew
-from mimogrid.shell.streams import CudaStreams
-from mimogrid.shell.transport import Transport
+from mimogrid.shell.run.parity import full_gradients, on_one_process
+from mimogrid.shell.runtime.execute import Timed, execute
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.session import Session, open_session
+from mimogrid.shell.runtime.stage import StageRunner
+from mimogrid.shell.runtime.transport import Transport
 from ordered import OrderedStreams
 
 

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 
 from layouts import job
+from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.schedule.actions import Norm
-from mimogrid.core.spec import JobSpec
-from mimogrid.shell import manifest
-from mimogrid.shell.execute import Timed, execute
-from mimogrid.shell.jobs import Job, open_job
-from mimogrid.shell.launch import Pool
-from mimogrid.shell.parity import TOLERANCE, Verdict
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import open_session
+from mimogrid.shell.checkpoint import manifest
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.run.parity import TOLERANCE, Verdict
+from mimogrid.shell.runtime.execute import Timed, execute
+from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.world.launch import Pool
 
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits" / "job.toml"
@@ -66,7 +66,7 @@ def parity(pool: Pool, opened: Opened, where: Where, precision: str) -> dict[str
         opened_job = opened(job(layout, precision=precision))
         arguments = (opened_job, 1, transport)
         verdict: Verdict = first(
-            pool.run("mimogrid.shell.parity:in_world", opened_job.topology.world_size, *arguments)
+            pool.run("mimogrid.shell.run.parity:in_world", opened_job.topology.world_size, *arguments)
         )
         assert verdict.passed, verdict.in_words()
         assert verdict.limit <= TOLERANCE.get(precision, math.inf)
@@ -78,7 +78,7 @@ def digits(pool: Pool, where: Where, folder: Path, steps: int) -> dict[str, Any]
     """A run on real data learns."""
     opened_job = open_job(DIGITS, [f"train.steps={steps}", "train.evaluate=false"])
     arguments = (opened_job, where.shared, str(folder))
-    report = first(pool.run("mimogrid.shell.train:in_world", opened_job.topology.world_size, *arguments))
+    report = first(pool.run("mimogrid.shell.run.train:in_world", opened_job.topology.world_size, *arguments))
     assert steps == report["steps"]
     assert report["losses"][-1] < report["losses"][0]
     return {"losses": [report["losses"][0], report["losses"][-1]], "samples_per_s": report["samples_per_s"]}
@@ -89,7 +89,7 @@ def checkpoints(pool: Pool, where: Where, folder: Path) -> dict[str, Any]:
     steps = 2
     opened_job = open_job(DIGITS, [f"train.steps={steps}", "train.evaluate=false"])
     size = opened_job.topology.world_size
-    pool.run("mimogrid.shell.train:in_world", size, opened_job, where.shared, str(folder / "run"))
+    pool.run("mimogrid.shell.run.train:in_world", size, opened_job, where.shared, str(folder / "run"))
     name = f"step-{steps:08}"
     written = [folder / "run" / "checkpoints" / name]
     for transport in (None, where.shared):

@@ -13,9 +13,9 @@ import attrs
 import torch
 from torch.nn import functional
 
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import open_session
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.session import open_session
 
 
 @attrs.frozen

@@ -11,18 +11,18 @@ import attrs
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimogrid.core.models import Own
-from mimogrid.core.routes import Routes
+from mimogrid.core.job.models import Own
+from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.schedule.actions import Compute, Kind
-from mimogrid.core.schedule.lower import Program, plan_step
 from mimogrid.core.schedule.orders import Order
-from mimogrid.core.steps import Step
-from mimogrid.core.topology import Stage, Topology
-from mimogrid.shell import step as shell_step
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import Session, open_session
-from mimogrid.shell.stage import StageRunner
+from mimogrid.core.step.routes import Routes
+from mimogrid.core.step.step import Step
+from mimogrid.core.topology.topology import Stage, Topology
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime import rank as shell_step
+from mimogrid.shell.runtime.session import Session, open_session
+from mimogrid.shell.runtime.stage import StageRunner
 
 
 LAST = 1 << 30

@@ -1,8 +1,8 @@
 """Harm: runs in which something goes wrong on purpose, and what must be true of them afterwards.
 
-A *case* is a fault, by its line in the notation (`core.faults`), and what is to become of the run: it ends with a
-report that names the rank, or goes on as if nothing had happened. Either way the run that is resumed ends with the
-weights of one that nothing ever happened to.
+A *case* is a fault, by its line in the notation (`core.faults.injection`), and what is to become of the run: it
+ends with a report that names the rank, or goes on as if nothing had happened. Either way the run that is resumed
+ends with the weights of one that nothing ever happened to.
 """
 
 import itertools
@@ -18,16 +18,16 @@ from unittest.mock import patch
 import attrs
 
 from layouts import job as written
-from mimogrid.core.errors import WorldError
-from mimogrid.core.faults import Fault, Harm, parse
-from mimogrid.core.spec import JobSpec, TrainSpec
-from mimogrid.shell import metrics, train
-from mimogrid.shell.agreement import Outcome
-from mimogrid.shell.faults import VARIABLE
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.launch import Pool
-from mimogrid.shell.place import Place
-from mimogrid.shell.step import Crew
+from mimogrid.core.base.errors import WorldError
+from mimogrid.core.faults.injection import Fault, Harm, parse
+from mimogrid.core.job.spec import JobSpec, TrainSpec
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run import metrics, train
+from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.world.fault_injection import VARIABLE
+from mimogrid.shell.world.launch import Pool
 
 
 STEPS, EVERY, LIMIT_S = 6, 2, 3.0

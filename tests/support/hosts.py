@@ -26,14 +26,14 @@ from mimogrid.adapters.megatron import (
     open_collections,
 )
 from mimogrid.adapters.torch_module import Embedded, Example
-from mimogrid.core.hashing import draw_bits
-from mimogrid.core.roles import ModuleLayout, ModuleStageInfo, RankRole
-from mimogrid.shell import device as devices
-from mimogrid.shell.agreement import Outcome
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.loss import Predictions, weighted_cross_entropy
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import open_session
+from mimogrid.core.base.hashing import draw_bits
+from mimogrid.core.topology.roles import ModuleLayout, ModuleStageInfo, RankRole
+from mimogrid.shell.device import device as devices
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.modules.loss import Predictions, weighted_cross_entropy
+from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.session import open_session
 
 
 TIMEOUT = datetime.timedelta(seconds=60)

@@ -11,13 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.legality import problems_of
-from mimogrid.core.models import Block, BuiltIn, Gpt, Regressor, Vit
-from mimogrid.core.samples import Sample
-from mimogrid.core.schedule.actions import Action, Compute, Kind, Send, parse
-from mimogrid.core.schedule.lower import Program, plan_step
-from mimogrid.core.schedule.program import Listing
-from mimogrid.core.spec import (
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.models import Block, BuiltIn, Gpt, Regressor, Vit
+from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
     GridSpec,
@@ -27,8 +23,13 @@ from mimogrid.core.spec import (
     ScheduleSpec,
     SourceFacts,
 )
-from mimogrid.core.steps import Step, step_of
-from mimogrid.core.topology import Topology, assemble
+from mimogrid.core.job.validation import problems_of
+from mimogrid.core.program.listing import Listing
+from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.schedule.actions import Action, Compute, Kind, Send, parse
+from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.topology.parse import assemble
+from mimogrid.core.topology.topology import Topology
 
 
 SEQUENCE = 1 << 20

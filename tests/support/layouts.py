@@ -19,11 +19,11 @@ from typing import Any
 import attrs
 from hypothesis import strategies as st
 
-from mimogrid.core.graph import Graph
-from mimogrid.core.layout import graph_of
-from mimogrid.core.models import Block, BuiltIn, Gpt, Regressor, Vit
-from mimogrid.core.samples import Sample
-from mimogrid.core.spec import (
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.models import Block, BuiltIn, Gpt, Regressor, Vit
+from mimogrid.core.job.placement import graph_of
+from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
     GridSpec,

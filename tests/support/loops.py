@@ -15,9 +15,9 @@ import specs
 from hosts import host
 from mimogrid.adapters.megatron import forward_backward_func
 from mimogrid.adapters.megatron.batches import Batch, examples_of
-from mimogrid.core.errors import EchoError, PlanError, WorldError
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
+from mimogrid.core.base.errors import EchoError, PlanError, WorldError
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
 
 
 SEQUENCE, SAMPLES, MICROBATCHES = 16, 12, 4

@@ -27,20 +27,21 @@ from mimogrid.adapters import torch_module
 from mimogrid.adapters.megatron import block_of, forward_backward_func, layer_spec, networks_of
 from mimogrid.adapters.megatron.modality import packed
 from mimogrid.adapters.torch_module import Embedded
-from mimogrid.core.hashing import draw_bits
-from mimogrid.core.models import Gpt, Vit
-from mimogrid.core.samples import Sample
-from mimogrid.core.steps import Share
-from mimogrid.core.zigzag import ZigZag
-from mimogrid.shell import checkpoint, saving
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.ledger import Ledger
-from mimogrid.shell.manifest import published, read_manifest
+from mimogrid.core.base.hashing import draw_bits
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.base.zigzag import ZigZag
+from mimogrid.core.job.models import Gpt, Vit
+from mimogrid.core.step.step import Share
+from mimogrid.shell.checkpoint import files as checkpoint
+from mimogrid.shell.checkpoint import saving
+from mimogrid.shell.checkpoint.manifest import published, read_manifest
+from mimogrid.shell.checkpoint.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
-from mimogrid.shell.place import Place
-from mimogrid.shell.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.megatron.ledger import Ledger
 
 
 PLACEHOLDER = 99

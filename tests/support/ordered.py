@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimogrid.shell.streams import Posted, Streams
+from mimogrid.shell.device.streams import Posted, Streams
 
 
 HOST, COMPUTE = "host", "compute"

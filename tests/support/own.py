@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mimogrid.core.graph import Graph
-from mimogrid.core.samples import Sample
-from mimogrid.core.spec import SourceFacts
-from mimogrid.shell.sources.synthetic import PLACEHOLDER, Synthetic, synthetic
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.spec import SourceFacts
+from mimogrid.shell.job.sources.synthetic import PLACEHOLDER, Synthetic, synthetic
 
 
 # -- modules -----------------------------------------------------------------------------------------------

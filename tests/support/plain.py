@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mimogrid.core.models import Gpt, Regressor, Transformer, Vit
-from mimogrid.core.topology import Module, Topology
+from mimogrid.core.job.models import Gpt, Regressor, Transformer, Vit
+from mimogrid.core.topology.topology import Module, Topology
 
 
 Weights = Mapping[str, Tensor]

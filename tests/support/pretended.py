@@ -25,8 +25,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mimogrid.shell.device import Device
-from mimogrid.shell.streams import Streams
+from mimogrid.shell.device.device import Device
+from mimogrid.shell.device.streams import Streams
 
 
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")

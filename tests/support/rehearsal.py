@@ -17,7 +17,9 @@ import hashlib
 import random
 from collections.abc import Hashable, Iterator, Mapping
 
-from mimogrid.core.routes import Message, overlapping
+from mimogrid.core.base.samples import overlapping
+from mimogrid.core.program.listing import Listing
+from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -34,9 +36,8 @@ from mimogrid.core.schedule.actions import (
     WaitReduce,
     other_end,
 )
-from mimogrid.core.schedule.lower import Program, link_of
-from mimogrid.core.schedule.program import Listing
-from mimogrid.core.topology import Link, Stage
+from mimogrid.core.step.routes import Message
+from mimogrid.core.topology.topology import Link, Stage
 
 
 Number = int

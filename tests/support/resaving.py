@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from mimogrid.shell import checkpoint, manifest, saving
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import open_session
-from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.checkpoint import files as checkpoint
+from mimogrid.shell.checkpoint import manifest, saving
+from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.session import open_session
 
 
 def in_world(place: Place, job: Job, saved: Path, folder: Path, transport: str | None = None) -> None:

@@ -11,9 +11,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mimogrid.core.models import Gpt
-from mimogrid.shell.ledger import Ledger
+from mimogrid.core.job.models import Gpt
 from mimogrid.shell.megatron.layers import block_spec
+from mimogrid.shell.megatron.ledger import Ledger
 
 
 IMAGE, HIDDEN, VOCAB, SEQUENCE, PIXELS = 30, 16, 32, 12, 5

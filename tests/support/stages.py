@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimogrid.core.models import Gpt, Regressor, Vit
-from mimogrid.core.samples import Sample
-from mimogrid.core.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.steps import Share, Step, step_of
-from mimogrid.core.topology import Topology, parse
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.models import Gpt, Regressor, Vit
+from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.step.step import Share, Step, step_of
+from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.megatron import cpu
 from mimogrid.shell.modules import StageModule, build_stage, named_weights
-from mimogrid.shell.weights import draw
+from mimogrid.shell.modules.weights import draw
 
 
 CPU = torch.device("cpu")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mimogrid.core.errors import EchoError
-from mimogrid.shell import saving
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.place import Place
-from mimogrid.shell.saving import Saver
-from mimogrid.shell.step import Crew
-from mimogrid.shell.train import in_world
+from mimogrid.core.base.errors import EchoError
+from mimogrid.shell.checkpoint import saving
+from mimogrid.shell.checkpoint.saving import Saver
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run.train import in_world
+from mimogrid.shell.runtime.rank import Crew
 
 
 def killed(  # noqa: PLR0917 -- a body is called by position

@@ -22,19 +22,22 @@ import attrs
 
 import harm
 from layouts import job as written
-from mimogrid.core.errors import WorldError
-from mimogrid.core.graph import Graph
-from mimogrid.core.hashing import draw_integer
-from mimogrid.core.samples import Sample
-from mimogrid.core.schedule.lower import plan_step
-from mimogrid.core.spec import JobSpec, SourceFacts, TrainSpec
-from mimogrid.shell import jobfile, manifest, preemption, saving, train
-from mimogrid.shell.jobs import Job, open_job
-from mimogrid.shell.launch import Pool
-from mimogrid.shell.place import Place
-from mimogrid.shell.runs import Stopped
-from mimogrid.shell.sources.synthetic import Synthetic, synthetic
-from mimogrid.shell.step import Crew
+from mimogrid.core.base.errors import WorldError
+from mimogrid.core.base.hashing import draw_integer
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.spec import JobSpec, SourceFacts, TrainSpec
+from mimogrid.core.program.lower import plan_step
+from mimogrid.shell.checkpoint import manifest, saving
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.job.sources.synthetic import Synthetic, synthetic
+from mimogrid.shell.run import train
+from mimogrid.shell.run.folders import Stopped
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.world import preemption
+from mimogrid.shell.world.launch import Pool
 
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from hypothesis import note
 from hypothesis import strategies as st
 
 from jobs import job, step_with
-from mimogrid.core.costs import Costs, EdgeCosts, StageCosts
-from mimogrid.core.pace import Pace
+from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
+from mimogrid.core.simulate.unevenness import Pace
 
 
 SCHEDULES = ["1f1b", "gpipe", "zb-h1", "zb-h2"]

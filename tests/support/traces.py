@@ -8,15 +8,16 @@ import attrs
 import numpy as np
 from torch import Tensor
 
-from mimogrid.core.groups import Ranks, Slot, channels_of, groups_of
-from mimogrid.core.samples import Sample
-from mimogrid.shell import checkpoint, manifest, saving
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.optimizer import states_of
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import Session, open_session
-from mimogrid.shell.sources import Source
-from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.topology.groups import Ranks, Slot, channels_of, groups_of
+from mimogrid.shell.checkpoint import files as checkpoint
+from mimogrid.shell.checkpoint import manifest, saving
+from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.job.sources import Source
+from mimogrid.shell.runtime.optimizer import states_of
+from mimogrid.shell.runtime.session import Session, open_session
 from own import WithFacts, written
 
 

@@ -8,15 +8,16 @@ import attrs
 import numpy as np
 import torch
 
-from mimogrid.core.decision import is_passed_over
 from mimogrid.core.schedule.actions import Compute
-from mimogrid.shell import checkpoint, manifest, saving
-from mimogrid.shell.jobs import Job
-from mimogrid.shell.optimizer import states_of
-from mimogrid.shell.place import Place
-from mimogrid.shell.session import open_session
-from mimogrid.shell.state import manifest_of, pieces_to_load, pieces_to_save, restore
-from mimogrid.shell.step import Crew
+from mimogrid.core.update.decision import is_passed_over
+from mimogrid.shell.checkpoint import files as checkpoint
+from mimogrid.shell.checkpoint import manifest, saving
+from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.optimizer import states_of
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.session import open_session
 
 
 @attrs.frozen

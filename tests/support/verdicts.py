@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from mimogrid.core.spec import JobSpec
-from mimogrid.shell import jobfile
-from mimogrid.shell.parity import TOLERANCE, Verdict
+from mimogrid.core.job.spec import JobSpec
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.run.parity import TOLERANCE, Verdict
 
 
 Verdicts = Callable[..., Verdict]

@@ -14,10 +14,10 @@ import attrs
 from hypothesis import strategies as st
 
 from layouts import layouts
-from mimogrid.core.layout import graph_of
-from mimogrid.core.models import Vit
-from mimogrid.core.spec import JobSpec
-from mimogrid.shell import jobfile
+from mimogrid.core.job.models import Vit
+from mimogrid.core.job.placement import graph_of
+from mimogrid.core.job.spec import JobSpec
+from mimogrid.shell.job import jobfile
 
 
 Table = dict[str, Any]

@@ -1,0 +1,49 @@
+"""Experts: where those of a module lie, and who computes together because of them.
+
+Inside each pipeline stage the ranks are numbered once more, in the order of the module's grid: expert_tp
+fastest, then ep, then expert_dp (`grid.Grid.regrouped`). Position e along ep holds the e-th block of the
+experts, each cut over expert_tp; expert_dp counts the copies. A token crosses to whoever holds its experts, so
+the ranks along (expert_tp, ep) compute together, and with them all that share their lanes:
+
+>>> grid = Grid((Axis("tp", 2), Axis("dp", 3)))
+>>> view = expert_view(grid, expert_tp=1, ep=3)
+>>> view.ranks_along(TOGETHER)
+((0, 1, 2), (3, 4, 5))
+>>> closures(grid, view)  # lane 1 has a rank in both groups
+((0, 1, 2), (0, 1, 2), (0, 1, 2))
+"""
+
+import functools
+
+from mimogrid.core.base.grid import Axis, Grid
+
+
+TOGETHER = ("expert_tp", "ep")
+"""The axes along which tokens cross."""
+
+
+def expert_view(grid: Grid, *, expert_tp: int, ep: int) -> Grid:
+    """Return the experts' axes over the ranks of a module's grid."""
+    copies = grid.size // (grid.extent("pp") * expert_tp * ep)
+    sizes = {"expert_tp": expert_tp, "ep": ep, "expert_dp": copies}
+    return grid.regrouped(tuple(Axis(name, size) for name, size in sizes.items()), keep="pp")
+
+
+def block_of(experts: int, ep: int, position: int) -> range:
+    """Return which of a layer's experts a position along `ep` holds; `ep` divides their number.
+
+    >>> [block_of(6, 3, position) for position in range(3)]
+    [range(0, 2), range(2, 4), range(4, 6)]
+    """
+    each = experts // ep
+    return range(position * each, (position + 1) * each)
+
+
+@functools.lru_cache(maxsize=256)
+def closures(grid: Grid, experts: Grid) -> tuple[tuple[int, ...], ...]:
+    """Return, per data lane, the lanes that compute together with it, itself included, ascending."""
+    together = {lane: {lane} for lane in range(grid.extent("dp"))}
+    for ranks in experts.ranks_along(TOGETHER):
+        met = set[int]().union(*(together[grid.position(rank)["dp"]] for rank in ranks))
+        together |= dict.fromkeys(met, met)
+    return tuple(tuple(sorted(lanes)) for _, lanes in sorted(together.items()))

@@ -1,0 +1,4 @@
+"""What the user wrote, as values: modules and their options, the graph, costs, and every reason to refuse it.
+
+May import: `base`.
+"""

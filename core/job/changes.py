@@ -1,0 +1,104 @@
+"""Changes: what of a job may be another when a run goes on, and what makes it another run.
+
+A run is what it computes: which model, from which samples, by which rule. A key is *free* where it decides only where
+and in which order that is computed, how long, and what is kept of it:
+
+    free    grids, chunks, split, recompute, microbatches, world_size, [schedule], [train], optimizer.sharded and
+            bucket_mb, precision, fp8, engine
+    fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
+            (a step takes the samples that follow those of the step before), [optimizer], seed
+
+A fixed key that differs is refused unless the user names it: of two runs of a sweep, which differ in one rate, the
+wrong one is easily resumed. Changes are told under the keys of the job file:
+
+>>> [str(change) for change in changes(JOB, attrs.evolve(JOB, seed=7, world_size=8))]
+['seed: 0 -> 7', 'world_size: None -> 8']
+>>> [change.key for change in refused(JOB, attrs.evolve(JOB, seed=7, world_size=8), accepted=())]
+['seed']
+>>> list(refused(JOB, attrs.evolve(JOB, seed=7), accepted=("seed",)))
+[]
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ScheduleSpec, TrainSpec
+
+
+JOB = JobSpec(modules={}, data=DataSpec(source="digits"), batch=BatchSpec(global_size=8))
+"""For examples."""
+
+
+@attrs.frozen
+class Change:
+    """A key of the job file, with its value before and after; None: it is not there."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} -> {self.after!r}"
+
+
+def changes(before: JobSpec, after: JobSpec) -> Iterator[Change]:
+    """Yield every key in which two jobs differ, defaults filled in. Of modules that one job lacks, only the names."""
+    ours, theirs = (tuple(spec.modules) for spec in (before, after))
+    if ours != theirs:
+        yield Change("modules", list(ours), list(theirs))
+    both = set(ours) & set(theirs)
+    first, second = (_flat(attrs.asdict(_of_modules(spec, both))) for spec in (before, after))
+    for key in {**first, **second}:
+        if first.get(key) != second.get(key):
+            yield Change(key, first.get(key), second.get(key))
+
+
+def refused(before: JobSpec, after: JobSpec, *, accepted: Iterable[str]) -> Iterator[Change]:
+    """Yield the changes by which a job is not that of a run; `accepted` are keys, or tables, that may change."""
+    named = tuple(accepted)
+    for change in changes(_essence(before), _essence(after)):
+        if not any(change.key == key or change.key.startswith(f"{key}.") for key in named):
+            yield change
+
+
+def _essence(spec: JobSpec) -> JobSpec:
+    """Return a job with every free key at its default."""
+    return attrs.evolve(
+        spec,
+        modules={
+            name: attrs.evolve(
+                module,
+                grid=GridSpec(),
+                chunks=1,
+                split=None,
+                microbatches=None,
+                recompute="none",
+                engine="",
+                fp8="",
+            )
+            for name, module in spec.modules.items()
+        },
+        batch=attrs.evolve(spec.batch, microbatches=1),
+        schedule=ScheduleSpec(),
+        optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0),
+        train=TrainSpec(),
+        precision="",
+        world_size=None,
+    )
+
+
+def _of_modules(spec: JobSpec, names: set[str]) -> JobSpec:
+    return attrs.evolve(spec, modules={n: module for n, module in spec.modules.items() if n in names})
+
+
+def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the values of nested tables under dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{above}{key}.")  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            found[f"{above}{key}"] = value
+    return found

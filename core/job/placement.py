@@ -1,0 +1,137 @@
+"""Layout: the first facts that follow from a spec, before anyone asks whether they are legal.
+
+Where each module's ranks begin, which layers each stage has, what the graph of modules is.
+"""
+
+import fnmatch
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from mimogrid.core.base.grid import Axis, Grid
+from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.models import BuiltIn, Own, Vit
+from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+
+
+AXES = ("tp", "cp", "dp", "pp")
+
+
+def graph_of(spec: JobSpec) -> Graph:
+    """Return the module graph. Raises ValueError for a cycle."""
+    return Graph.of({name: (module.model, module.feeds) for name, module in spec.modules.items()})
+
+
+def size_of(grid: GridSpec) -> int:
+    """Return how many ranks a module takes."""
+    return math.prod(int(getattr(grid, axis)) for axis in AXES)
+
+
+def place(spec: JobSpec) -> Mapping[str, Grid]:
+    """Return each module's grid; without an offset it begins where the module before it ends."""
+    grids: dict[str, Grid] = {}
+    end = 0
+    for name, module in spec.modules.items():
+        offset = end if module.grid.offset is None else module.grid.offset
+        axes = tuple(Axis(axis, getattr(module.grid, axis)) for axis in module.grid.order)
+        grids[name] = Grid(axes, offset)
+        end = offset + size_of(module.grid)
+    return grids
+
+
+def model_of(name: str, spec: JobSpec, source: SourceFacts) -> BuiltIn | Own:
+    """Return the model of a module with what the source decides filled in."""
+    module = spec.modules[name]
+    if isinstance(module.options, Vit) and module.options.features is None:
+        return attrs.evolve(module.options, features=source.features.get(name))
+    if isinstance(module.options, Mapping):
+        return Own(path=module.model, width=module.width, has_loss=not module.feeds)
+    return module.options
+
+
+def edge_shape(source: BuiltIn | Own, target: BuiltIn | Own) -> tuple[int, bool]:
+    """Return how wide the rows of an edge are, and whether the source projects them to that width.
+
+    An own module takes rows as wide as they come, and emits them as wide as it says; where it does not say,
+    as wide as they are wanted.
+    """
+    width = source.hidden if isinstance(target, Own) else target.hidden
+    differ = source.hidden is not None and source.hidden != width
+    return width or 0, isinstance(source, Vit) or differ
+
+
+def has_loss(module: ModuleSpec) -> bool:
+    """Whether a module has a loss of its own: some models do, and an own module that feeds nobody."""
+    if isinstance(module.options, Mapping):
+        return not module.feeds
+    return module.options.has_loss
+
+
+def stages_of(module: ModuleSpec) -> int:
+    """Return into how many stages a module is cut: its pipeline ranks times the chunks that each has."""
+    return module.grid.pp * module.chunks
+
+
+def layer_ranges(module: ModuleSpec, layers: int) -> tuple[range, ...]:
+    """Return the layers of each stage, in order of depth: as `split` says, else in equal parts."""
+    stages = stages_of(module)
+    counts = module.split or (layers // stages,) * stages
+    starts = [sum(counts[:i]) for i in range(stages)]
+    return tuple(range(start, start + n) for start, n in zip(starts, counts, strict=True))
+
+
+def balanced(seconds: Sequence[float], parts: int) -> tuple[int, ...]:
+    """Cut a row of layers into parts, none empty, so that the slowest is as fast as it can be.
+
+    What makes no difference to that is taken from the front parts, where most microbatches are in flight.
+
+    >>> balanced([1, 1, 1, 1, 1, 3], 3)
+    (2, 3, 1)
+    """
+    starts = tuple(itertools.accumulate(seconds, initial=0.0))
+    spans = (starts[j] - starts[i] for i in range(len(starts)) for j in range(i + 1, len(starts)))
+    limits = sorted(set(spans))
+    low, high = 0, len(limits) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(seconds, limits[middle], parts)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    return _cut(seconds, limits[low], parts)
+
+
+def _cut(seconds: Sequence[float], limit: float, parts: int) -> tuple[int, ...]:
+    """Fill parts from the back up to a limit; each leaves one layer at least for every part before it."""
+    counts: list[int] = []
+    count, filled = 0, 0.0
+    slack = limit * 1e-9
+    for left in range(len(seconds), 0, -1):
+        layer = seconds[left - 1]
+        to_come = parts - len(counts) - 1
+        if count and (filled + layer > limit + slack or left <= to_come):
+            counts.append(count)
+            count, filled = 0, 0.0
+        count, filled = count + 1, filled + layer
+    return (*reversed([*counts, count]),)
+
+
+def trainable_names(module: ModuleSpec, names: tuple[str, ...]) -> frozenset[str]:
+    """Return which of a module's parameters train.
+
+    >>> vision = ModuleSpec(model="vit", options={}, trainable=("projector.*",))
+    >>> sorted(trainable_names(vision, ("input.bias", "projector.language.bias")))
+    ['projector.language.bias']
+    """
+    if module.trainable is not None:
+        return frozenset(n for n in names if matches_any(n, module.trainable))
+    if isinstance(module.frozen, bool):
+        return frozenset() if module.frozen else frozenset(names)
+    return frozenset(n for n in names if not matches_any(n, module.frozen))
+
+
+def matches_any(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name matches one of the shell-style patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,135 @@
+"""What a module is cut into: layers over stages, heads and features over tp, experts over ep."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.models import BuiltIn, Gpt, Transformer
+from mimogrid.core.job.placement import stages_of
+from mimogrid.core.job.spec import GridSpec, ModuleSpec
+from mimogrid.core.job.validation.checks import divisors
+
+
+def cut_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
+    """How layers are cut into stages, and heads out of the hidden size."""
+    model, where = module.options, f"modules.{name}"
+    if isinstance(model, Mapping):
+        return
+    yield from _stages(name, module, model.layers)
+    if model.hidden % model.heads:
+        yield Problem(
+            f"{where}.options.heads",
+            f"module '{name}' splits hidden={model.hidden} over {model.heads} heads: "
+            f"{model.hidden} is not a multiple of {model.heads}.",
+            f"Legal heads: {divisors(model.hidden)}.",
+        )
+    elif model.head_width % 2:
+        yield Problem(
+            f"{where}.options.heads",
+            f"module '{name}' has heads of width {model.head_width}; rotary embeddings need an even width.",
+            f"Use a number of heads that gives an even width, such as {_even_heads(model)}.",
+        )
+    if model.heads % model.kv_heads:
+        yield Problem(
+            f"{where}.options.kv_heads",
+            f"module '{name}' shares {model.kv_heads} key-value heads among {model.heads} heads.",
+            f"Legal kv_heads: {divisors(model.heads)}.",
+        )
+
+
+def _stages(name: str, module: ModuleSpec, layers: int) -> Iterator[Problem]:
+    """How many layers each stage has; a rank has a stage for each of its chunks."""
+    where, pp, stages = f"modules.{name}", module.grid.pp, stages_of(module)
+    over = f"pp={pp}" if module.chunks == 1 else f"pp={pp} * chunks={module.chunks} = {stages}"
+    if module.chunks > 1 and pp == 1:
+        yield Problem(
+            f"{where}.chunks",
+            f"module '{name}' has {module.chunks} chunks a rank on pp=1: there is nothing to interleave.",
+            "Use chunks = 1, or pp of 2 or more.",
+        )
+    if module.split is not None:
+        if len(module.split) != stages or sum(module.split) != layers or min(module.split) < 1:
+            yield Problem(
+                f"{where}.split",
+                f"split = {list(module.split)} is not {layers} layers over {over} stages.",
+                f"Give {stages} positive numbers whose sum is {layers}.",
+            )
+    elif layers % stages:
+        key, what = ("grid.pp", "pp") if module.chunks == 1 else ("chunks", "pp * chunks")
+        yield Problem(
+            f"{where}.{key}",
+            f"module '{name}' splits {layers} layers over {over}: {layers} is not a multiple of {stages}.",
+            f"Legal {what} for {layers} layers: {divisors(layers)}; "
+            f"or say split = [...] with {stages} numbers.",
+        )
+
+
+def sharding_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
+    """What tensor parallelism shards must divide by tp."""
+    model, tp, where = module.options, module.grid.tp, f"modules.{name}.grid.tp"
+    if isinstance(model, Mapping):
+        return
+    shards = {"attention heads": model.heads, "key-value heads": model.kv_heads}
+    if not model.experts:
+        shards["ffn features"] = model.ffn
+    if isinstance(model, Gpt):
+        shards["vocabulary entries"] = model.vocab
+    common = math.gcd(*shards.values())
+    for what, count in shards.items():
+        if count % tp:
+            yield Problem(
+                where,
+                f"module '{name}' splits {count} {what} over tp={tp}: {count} is not a multiple of {tp}.",
+                f"Legal tp for this module: {divisors(common)}.",
+            )
+
+
+def expert_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
+    """How experts are laid over the ranks of a stage, and chosen among."""
+    grid, model, where = module.grid, module.options, f"modules.{name}"
+    ranks, wanted = grid.tp * grid.cp * grid.dp, grid.ep * grid.expert_tp
+    if ranks % wanted:
+        yield Problem(
+            f"{where}.grid.ep",
+            f"module '{name}' lays experts over ep={grid.ep} * expert_tp={grid.expert_tp} = {wanted} ranks, "
+            f"which does not divide the {ranks} (tp={grid.tp} * cp={grid.cp} * dp={grid.dp}) of a stage.",
+            f"Legal products for {ranks} ranks: {divisors(ranks)}.",
+        )
+    if isinstance(model, Mapping):
+        return
+    if model.experts:
+        yield from _deals(name, grid, model)
+    elif wanted > 1:
+        yield Problem(
+            f"{where}.options.experts",
+            f"module '{name}' lays experts over {wanted} ranks and has none.",
+            "Set experts to their number, or leave out ep and expert_tp.",
+        )
+
+
+def _deals(name: str, grid: GridSpec, model: BuiltIn) -> Iterator[Problem]:
+    """Experts and their features are dealt evenly, and a token finds as many experts as it wants."""
+    where = f"modules.{name}"
+    if model.experts % grid.ep:
+        yield Problem(
+            f"{where}.grid.ep",
+            f"module '{name}' deals {model.experts} experts to ep={grid.ep} ranks: "
+            f"{model.experts} is not a multiple of {grid.ep}.",
+            f"Legal ep for {model.experts} experts: {divisors(model.experts)}.",
+        )
+    if model.ffn % grid.expert_tp:
+        yield Problem(
+            f"{where}.grid.expert_tp",
+            f"module '{name}' splits {model.ffn} ffn features of an expert over expert_tp={grid.expert_tp}.",
+            f"Legal expert_tp: {divisors(model.ffn)}.",
+        )
+    if model.top_k > model.experts:
+        yield Problem(
+            f"{where}.options.top_k",
+            f"module '{name}' sends each token to {model.top_k} of {model.experts} experts.",
+            f"Use top_k <= {model.experts}.",
+        )
+
+
+def _even_heads(model: Transformer) -> str:
+    return divisors(model.hidden // 2) if model.hidden % 2 == 0 else "none (hidden is odd)"

@@ -1,0 +1,89 @@
+"""How the data fits the modules that read it."""
+
+from collections.abc import Iterator
+
+from mimogrid.core.base.errors import Problem
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.models import Gpt, Regressor, Transformer, Vit
+from mimogrid.core.job.placement import graph_of
+from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
+
+
+def data_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
+    """The source gives what modules read from it, as wide as they read it."""
+    graph = graph_of(spec)
+    for name in graph.sources:
+        yield from _features(name, spec.modules[name], source)
+    if not source.targets:
+        for name, module in spec.modules.items():
+            if isinstance(module.options, Regressor):
+                yield Problem(
+                    "data.source",
+                    f"'{spec.data.source}' has no targets for the regressor '{name}'.",
+                    "Use source = 'synthetic' or a source of your own.",
+                )
+    for name in graph.texts:
+        yield from _text(name, spec.modules[name], graph, source)
+
+
+def _features(name: str, module: ModuleSpec, source: SourceFacts) -> Iterator[Problem]:
+    given, model, where = source.features.get(name), module.options, f"modules.{name}.options"
+    if isinstance(model, Vit):
+        if given is None and model.features is None:
+            yield Problem(
+                f"{where}.features",
+                f"the source does not say how wide the patch rows of module '{name}' are.",
+                "Set features to their width.",
+            )
+        elif None not in (given, model.features) and given != model.features:
+            yield Problem(
+                f"{where}.features",
+                f"module '{name}' reads rows of width {model.features}, the source gives {given}.",
+                f"Set features = {given} or leave it out.",
+            )
+    elif isinstance(model, Transformer) and given not in (None, model.hidden):
+        yield Problem(
+            f"{where}.hidden",
+            f"module '{name}' reads rows of width {model.hidden}, the source gives {given}.",
+            f"Set hidden = {given}, or use a vit, which embeds rows of any width.",
+        )
+
+
+def _text(name: str, module: ModuleSpec, graph: Graph, source: SourceFacts) -> Iterator[Problem]:
+    model = module.options
+    assert isinstance(model, Gpt)
+    if source.vocab is not None and model.vocab < source.vocab:
+        yield Problem(
+            f"modules.{name}.options.vocab",
+            f"module '{name}' knows {model.vocab} tokens, the source uses {source.vocab}.",
+            f"Set vocab = {source.vocab} or more.",
+        )
+    if source.sequence is None or source.length is None:
+        return
+    longest = Sample(id=0, length=source.length, rows=source.rows)
+    rows = graph.rows_out(longest)[name] - source.length
+    if rows + source.length > source.sequence:
+        yield Problem(
+            "data.options.sequence",
+            f"a sample of module '{name}' can have {rows} rows and {source.length} text tokens, "
+            f"more than sequence = {source.sequence} holds.",
+            f"Set sequence = {rows + source.length} or more, or give fewer rows.",
+        )
+
+
+def sequence_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
+    """A language sequence is cut over tp (sequence parallel) and over cp."""
+    for name, module in spec.modules.items():
+        if source.sequence is None or not isinstance(module.options, Gpt):
+            continue
+        grid = module.grid
+        parts = (grid.tp if grid.sequence_parallel else 1) * (2 * grid.cp if grid.cp > 1 else 1)
+        if source.sequence % parts:
+            over = [f"tp={grid.tp}"] * grid.sequence_parallel + [f"2 * cp={grid.cp}"] * (grid.cp > 1)
+            yield Problem(
+                "data.options.sequence",
+                f"module '{name}' cuts sequence = {source.sequence} over {' and '.join(over)}: "
+                f"{source.sequence} is not a multiple of {parts}.",
+                f"Set sequence = {-(-source.sequence // parts) * parts}.",
+            )

@@ -1,0 +1,34 @@
+"""Modules of the user's own, of which the plan knows no more than it is told."""
+
+from collections.abc import Iterator, Mapping
+
+from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.spec import JobSpec
+
+
+def own_problems(spec: JobSpec) -> Iterator[Problem]:
+    """Own modules are not cut, and their rows have a known width; built-in ones know their own."""
+    for name, module in spec.modules.items():
+        where = f"modules.{name}"
+        if not isinstance(module.options, Mapping):
+            if module.width is not None:
+                fact = f"module '{name}' is a built-in {module.model}, which emits rows of its hidden size."
+                yield Problem(f"{where}.width", fact, "Leave width out.")
+            continue
+        for axis in ("tp", "cp", "ep", "expert_tp", "pp"):
+            if getattr(module.grid, axis) != 1:
+                yield Problem(
+                    f"{where}.grid.{axis}",
+                    f"module '{name}' is your own: the plan cannot cut it over {axis}="
+                    f"{getattr(module.grid, axis)}.",
+                    f"Use {axis} = 1; dp may be anything.",
+                )
+        if module.width is None and any(
+            target in spec.modules and isinstance(spec.modules[target].options, Mapping)
+            for target in module.feeds
+        ):
+            yield Problem(
+                f"{where}.width",
+                f"module '{name}' feeds another module of your own, and its output width is not known.",
+                "Set width to the width of the rows that it emits.",
+            )

@@ -1,0 +1,62 @@
+"""Parameters by name: which there are, and whether the patterns that freeze them match any."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from mimogrid.core.base.errors import Problem, nearest
+from mimogrid.core.job.models import Vit, projector
+from mimogrid.core.job.placement import edge_shape, matches_any, model_of
+from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
+
+
+def freezing_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
+    """What trains is said in one way, and every pattern means something."""
+    for name, module in spec.modules.items():
+        if module.trainable is not None and module.frozen is not False:
+            yield Problem(
+                f"modules.{name}",
+                f"module '{name}' says both trainable and frozen.",
+                "trainable freezes the rest, frozen trains the rest: keep one of them.",
+            )
+        else:
+            yield from _patterns(name, module, spec, source)
+
+
+def _patterns(name: str, module: ModuleSpec, spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
+    """Every pattern must match something; what an own model holds is not known."""
+    if isinstance(module.options, Mapping):
+        return
+    key, patterns = "trainable", module.trainable or ()
+    if isinstance(module.frozen, tuple):
+        key, patterns = "frozen", module.frozen
+    names = names_of(name, spec, source) if patterns else []
+    for pattern in patterns:
+        if not any(matches_any(n, (pattern,)) for n in names):
+            yield Problem(
+                f"modules.{name}.{key}",
+                f"the pattern '{pattern}' matches no parameter of module '{name}'.",
+                nearest_parameter(pattern, names),
+            )
+
+
+def names_of(name: str, spec: JobSpec, source: SourceFacts) -> list[str]:
+    """Return the parameters of a module, projectors included; of an own model these only."""
+    model = model_of(name, spec, source)
+    if isinstance(model, Vit) and model.features is None:
+        model = attrs.evolve(model, features=1)
+    names = [parameter.name for parameter in model.parameters()]
+    for target in spec.modules[name].feeds:
+        if target in spec.modules:
+            width, projected = edge_shape(model, model_of(target, spec, source))
+            names += [p.name for p in projector(target, 1, width)] if projected else []
+    return names
+
+
+def nearest_parameter(pattern: str, names: list[str]) -> str:
+    """Point to a like name; a large model has too many to list, so else to the kinds that there are."""
+    close = difflib.get_close_matches(pattern, names, n=1)
+    kinds = dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)
+    return nearest(pattern, names) if close else f"Its parameters: {', '.join(kinds)}."

@@ -1,0 +1,72 @@
+"""What the ranks of a job get: a sample for every data lane, a place in the world for every grid."""
+
+from collections.abc import Iterator
+
+from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.placement import place
+from mimogrid.core.job.spec import JobSpec, ModuleSpec
+from mimogrid.core.job.validation.checks import divisors
+from mimogrid.core.job.validation.sizes import RANKS_MOST
+
+
+def lane_problems(name: str, module: ModuleSpec, spec: JobSpec) -> Iterator[Problem]:
+    """Every data lane has a sample in every microbatch."""
+    size, dp = spec.batch.global_size, module.grid.dp
+    count = module.microbatches or spec.batch.microbatches
+    if size < 1 or count < 1 or spec.batch.microbatches < 1:
+        return
+    if size % count:
+        if module.microbatches:
+            yield Problem(
+                f"modules.{name}.microbatches",
+                f"{size} samples of a step do not divide into {count} microbatches of module '{name}'.",
+                f"Legal counts for {size} samples: {divisors(size)}.",
+            )
+        return
+    yield from _count_problems(name, module, spec, count)
+    if size // count < dp:
+        fewer = f"at most {size // dp} microbatches, " if size >= dp else ""
+        yield Problem(
+            f"modules.{name}.grid.dp",
+            f"a microbatch of module '{name}' has {size // count} samples ({size} / {count}) "
+            f"for dp={dp} data lanes: {dp - size // count} lanes would have none.",
+            f"Use dp <= {size // count}, {fewer}or batch.global_size >= {dp * count}.",
+        )
+
+
+def _count_problems(name: str, module: ModuleSpec, spec: JobSpec, count: int) -> Iterator[Problem]:
+    """The module's count of microbatches goes with its chunks and with the job's count."""
+    if module.chunks > 1 and count % module.grid.pp:
+        yield Problem(
+            f"modules.{name}.chunks",
+            f"module '{name}' interleaves {module.chunks} chunks over pp={module.grid.pp}, "
+            f"which {count} microbatches are not a multiple of.",
+            f"Use a number of microbatches that divides by {module.grid.pp}, or chunks = 1.",
+        )
+    large, small = max(count, spec.batch.microbatches), min(count, spec.batch.microbatches)
+    if large % small:
+        yield Problem(
+            f"modules.{name}.microbatches",
+            f"module '{name}' makes {count} microbatches of a step, the job {spec.batch.microbatches}: "
+            "their ratio is not an integer.",
+            f"Use a divisor or a multiple of {spec.batch.microbatches}.",
+        )
+
+
+def world_problems(spec: JobSpec) -> Iterator[Problem]:
+    """Every grid lies in the world."""
+    if spec.world_size is None:
+        return
+    if not 1 <= spec.world_size <= RANKS_MOST:
+        yield Problem("world_size", f"is {spec.world_size}.", f"Use 1 to {RANKS_MOST:,} ranks.")
+        return
+    for name, grid in place(spec).items():
+        if grid.offset + grid.size > spec.world_size:
+            shape = " * ".join(f"{axis.name}={axis.size}" for axis in grid.axes)
+            yield Problem(
+                f"modules.{name}.grid",
+                f"module '{name}' needs ranks {grid.offset}..{grid.offset + grid.size - 1} "
+                f"({shape} at offset {grid.offset}), and the world has the ranks "
+                f"0..{spec.world_size - 1}.",
+                f"Set world_size = {grid.offset + grid.size} or more, or make the grid smaller.",
+            )

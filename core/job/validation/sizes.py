@@ -1,0 +1,62 @@
+"""Sizes of one module that must be positive, and sane, before anything is divided by them."""
+
+from collections.abc import Iterator, Mapping
+
+from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.job.placement import AXES, size_of
+from mimogrid.core.job.spec import GridSpec, ModuleSpec
+from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, finite
+
+
+RANKS_MOST, LAYERS_MOST, EXPERTS_MOST, WIDTH_MOST = 1_000_000, 10_000, 10_000, 10_000_000
+"""Beyond these a number is a slip of the hand, and enumerating it would take all day."""
+
+
+def size_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
+    """Sizes that must be positive before anything can be divided by them."""
+    where = f"modules.{name}"
+    yield from _grid_sizes(f"{where}.grid", module.grid)
+    for key in ("microbatches", "chunks", "width"):
+        if getattr(module, key) is not None:
+            yield from at_least(f"{where}.{key}", getattr(module, key), 1)
+    if not isinstance(module.options, Mapping):
+        yield from _model_sizes(f"{where}.options", module.options)
+
+
+def _grid_sizes(where: str, grid: GridSpec) -> Iterator[Problem]:
+    wrong = [
+        problem
+        for axis in (*AXES, "ep", "expert_tp")
+        for problem in at_least(f"{where}.{axis}", getattr(grid, axis), 1)
+    ]
+    yield from wrong
+    if not wrong and size_of(grid) > RANKS_MOST:
+        shape = "*".join(f"{axis}={getattr(grid, axis)}" for axis in AXES)
+        yield Problem(where, f"{shape} is {size_of(grid):,} ranks.", f"Use at most {RANKS_MOST:,}.")
+    if grid.offset is not None:
+        yield from at_least(f"{where}.offset", grid.offset, 0, "Ranks count from 0.")
+        yield from at_most(f"{where}.offset", grid.offset, RANKS_MOST)
+    if sorted(grid.order) != sorted(AXES):
+        yield Problem(
+            f"{where}.order",
+            f"is {list(grid.order)}.",
+            f"Name each of {', '.join(AXES)} once, fastest first.",
+        )
+
+
+def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
+    # A default that follows from another size is as wrong as that one, and need not be said again.
+    defaults = {"kv_heads": model.heads, "ffn": 4 * model.hidden, "outputs": model.hidden}
+    for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "top_k", "vocab", "outputs", "features"):
+        value = getattr(model, key, None)
+        if value is not None and value != defaults.get(key):
+            yield from at_least(f"{where}.{key}", value, 1)
+            yield from at_most(f"{where}.{key}", value, WIDTH_MOST)
+    yield from at_most(f"{where}.layers", model.layers, LAYERS_MOST)
+    yield from at_least(f"{where}.experts", model.experts, 0, "0: a dense model.")
+    yield from at_most(f"{where}.experts", model.experts, EXPERTS_MOST)
+    yield from finite(f"{where}.aux_loss", model.aux_loss)
+    yield from above_zero(f"{where}.init_std", model.init_std)
+    if not 0 <= model.dropout < 1:
+        yield Problem(f"{where}.dropout", f"is {model.dropout}.", "Use 0 <= dropout < 1.")

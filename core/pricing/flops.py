@@ -1,0 +1,300 @@
+"""FLOPs: the floating point operations of every stage, from the rows and tokens that samples really have.
+
+A module is a chain of *products*, in the order in which data passes them: the embedding of rows, per layer
+queries-keys-values, attention, its output, the two of the MLP (of `top_k` experts), at the end the head and the
+projectors of its edges. A product of T rows with an [m, n] matrix is 2*T*m*n operations, and so is each of its two
+gradients:
+
+    the gradient of its inputs     where anything before it trains, in the chain or upstream of the module
+    the gradient of its weights    where its matrix trains
+
+Attention multiplies no weights: forward 4 * hidden per pair of a query and a key, and twice that backward, where
+anything before it trains. A causal sequence of L positions has L (L + 1) / 2 pairs, any other L^2. So frozen
+layers with something trainable upstream have gradients of their inputs only, and with nothing upstream none.
+
+Looking up embeddings, norms, activations and rotations are not counted: they are no products, and small.
+Recomputation is kept apart: it takes time and is no work of the model. A module of the user's own counts as
+nothing, as the plan cannot see into it.
+
+>>> from mimogrid.core.job.models import Vit
+>>> load = Load.of([3], causal=False)
+>>> load
+Load(positions=3, pairs=9, rows=3)
+>>> entry, layer, exit = units(Vit(layers=1, hidden=4, heads=2, features=5), load, {"input.weight"})
+>>> entry.forward == 2 * 3 * 5 * 4, layer.forward == 2 * 3 * 4 * (12 + 4 + 16 + 16) + 4 * 9 * 4
+(True, True)
+>>> layer.input_gradient == 2 * layer.forward - 2 * 3 * 4 * (12 + 4 + 16 + 16), layer.weight_gradient
+(True, 0.0)
+
+Sources: Narayanan et al. 2021 (arXiv 2104.04473, appendix) for the layer; torch's `FlopCounterMode` counts the same,
+except that it does not halve causal attention.
+"""
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import attrs
+
+from mimogrid.core.job.models import PROJECTOR, BuiltIn, Gpt, Own, Regressor, Vit
+from mimogrid.core.step.step import Step
+from mimogrid.core.topology.topology import Edge, Module, Stage, StageInfo, Topology
+
+
+_Part = TypeVar("_Part")
+
+
+@attrs.frozen(kw_only=True)
+class Flops:
+    """Floating point operations; `recomputed` are forward ones that are done once more in the backward."""
+
+    forward: float = 0.0
+    input_gradient: float = 0.0
+    weight_gradient: float = 0.0
+    recomputed: float = 0.0
+
+    @property
+    def model(self) -> float:
+        """What the model needs, however it is laid out: without recomputation."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            forward=self.forward + other.forward,
+            input_gradient=self.input_gradient + other.input_gradient,
+            weight_gradient=self.weight_gradient + other.weight_gradient,
+            recomputed=self.recomputed + other.recomputed,
+        )
+
+    def __mul__(self, factor: float) -> "Flops":
+        return Flops(
+            forward=self.forward * factor,
+            input_gradient=self.input_gradient * factor,
+            weight_gradient=self.weight_gradient * factor,
+            recomputed=self.recomputed * factor,
+        )
+
+
+@attrs.frozen
+class Load:
+    """What a module computes on.
+
+    Attributes:
+        positions: rows in the layers, padding included where it is computed.
+        pairs: pairs of a query and a key that it may see.
+        rows: rows that come in from the data, and that the head and the projectors read: never padding.
+    """
+
+    positions: float = 0.0
+    pairs: float = 0.0
+    rows: float = 0.0
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], *, causal: bool, rows: float | None = None) -> "Load":
+        """Return the load of samples of these lengths; `rows` where fewer of them are real."""
+        lengths = tuple(lengths)
+        pairs = sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
+        return cls(sum(lengths), pairs, sum(lengths) if rows is None else rows)
+
+    def __add__(self, other: "Load") -> "Load":
+        return Load(self.positions + other.positions, self.pairs + other.pairs, self.rows + other.rows)
+
+    def __mul__(self, factor: float) -> "Load":
+        return Load(self.positions * factor, self.pairs * factor, self.rows * factor)
+
+
+# -- of a step ---------------------------------------------------------------------------------------------
+
+
+def stage_flops(step: Step) -> Mapping[Stage, Flops]:
+    """Return what each stage computes in a microbatch, all lanes together: the mean over the step."""
+    return {
+        info.stage: sum_of(of_units(info, own) if own else ())
+        for module in step.topology.modules.values()
+        for own in (module_units(step.topology, module, _mean(step, module)),)
+        for info in module.stages
+    }
+
+
+def model_flops(step: Step) -> Mapping[str, float]:
+    """Return what each module needs in the whole step, recomputation not counted: what MFU divides."""
+    found = dict.fromkeys(step.topology.modules, 0.0)
+    for stage, flops in stage_flops(step).items():
+        found[stage.module] += flops.model * step.topology.modules[stage.module].microbatches
+    return found
+
+
+def lengths_of(step: Step, module: str) -> tuple[int, ...]:
+    """Return the positions of each sample in the layers of a module; for a language model, those in use."""
+    starts = step.rows_start[module]
+    return tuple(b - a for a, b in itertools.pairwise(starts))
+
+
+def real_load(model: BuiltIn, lengths: Iterable[int]) -> Load:
+    """Return the load of samples, nothing padded."""
+    return Load.of(lengths, causal=model.causal)
+
+
+def padded_load(module: Module, lengths: Sequence[int], sequence: int) -> Load:
+    """Return the load of one share as it is computed: padded.
+
+    A language model pads to the job's `sequence`, any other to the longest of its samples.
+    """
+    model, present = module.model, [length for length in lengths if length]
+    if isinstance(model, Gpt):
+        return Load.of([sequence] * len(lengths), causal=True, rows=sum(present))
+    longest = module.padded(max(present, default=0))
+    return Load.of([longest] * len(present), causal=False, rows=sum(present))
+
+
+def _mean(step: Step, module: Module) -> Load:
+    """Return the load of a microbatch of a module, all lanes together: the mean over the step."""
+    if isinstance(module.model, Own):
+        return Load()
+    return real_load(module.model, lengths_of(step, module.name)) * (1 / module.microbatches)
+
+
+# -- of a module -------------------------------------------------------------------------------------------
+
+
+def units(
+    model: BuiltIn,
+    load: Load,
+    trainable: Collection[str],
+    *,
+    edges: Sequence[Edge] = (),
+    trains_upstream: bool = False,
+    recompute: str = "none",
+) -> tuple[Flops, ...]:
+    """Return the operations of a module in parts that no stage cuts: what enters, each layer, what leaves.
+
+    `trainable` are names of parameters; `edges` those that leave the module.
+    """
+    before = trains_upstream
+    found: list[Flops] = []
+    for chain in _chains(model, load, edges):
+        flops, before = _of_chain(chain, trainable, before, recompute)
+        found.append(flops)
+    return tuple(found)
+
+
+def of_units(info: StageInfo, parts: Sequence[_Part]) -> Iterator[_Part]:
+    """Yield those parts of a module (see `units`) that a stage has."""
+    if info.first:
+        yield parts[0]
+    for layer in info.layers:
+        yield parts[1 + layer]
+    if info.last:
+        yield parts[-1]
+
+
+def sum_of(parts: Iterable[Flops]) -> Flops:
+    """Add operations up."""
+    return sum(parts, start=Flops())
+
+
+def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops, ...]:
+    """Return `units` of a module of a job; nothing for a module of the user's own."""
+    if isinstance(module.model, Own):
+        return ()
+    return units(
+        module.model,
+        load,
+        frozenset[str]().union(*(info.trainable for info in module.stages)),
+        edges=module.outputs,
+        trains_upstream=module.stages[0].trains_upstream,
+        recompute=topology.spec.modules[module.name].recompute,
+    )
+
+
+# -- chains of products ------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _Product:
+    """A product along the chain: the parameters in it by the beginning of their names, and its operations.
+
+    What holds no parameters is attention; what has no operations (a norm) can train all the same. A product on
+    a branch is followed by nothing. `copies` are the experts among whom tokens are dealt.
+    """
+
+    name: str
+    flops: float = 0.0
+    branch: bool = False
+    copies: int = 0
+
+
+def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[tuple[_Product, ...]]:
+    """Yield the products of what enters, of each layer, and of what leaves."""
+    yield tuple(_entry(model, load))
+    for layer in range(model.layers):
+        yield tuple(_layer(model, load, f"layers.{layer}."))
+    yield tuple(_exit(model, load, edges))
+
+
+def _entry(model: BuiltIn, load: Load) -> Iterator[_Product]:
+    if isinstance(model, Vit):
+        yield _Product("input", 2 * load.rows * (model.features or 0) * model.hidden)
+    if isinstance(model, Gpt):
+        yield _Product("embedding")
+
+
+def _layer(model: BuiltIn, load: Load, prefix: str) -> Iterator[_Product]:
+    def linear(name: str, width_in: int, width_out: int, times: int = 1, copies: int = 0) -> _Product:
+        return _Product(prefix + name, 2 * load.positions * width_in * width_out * times, copies=copies)
+
+    hidden, inner = model.hidden, model.heads * model.head_width
+    yield _Product(f"{prefix}attention_norm")
+    yield linear("attention.qkv", hidden, inner + 2 * model.kv_heads * model.head_width)
+    yield _Product("", 4 * load.pairs * inner)
+    yield linear("attention.out", inner, hidden)
+    yield _Product(f"{prefix}mlp_norm")
+    if model.experts:
+        yield linear("mlp.router", hidden, model.experts)
+        yield linear("mlp.experts.{}.up", hidden, model.ffn, model.top_k, model.experts)
+        yield linear("mlp.experts.{}.down", model.ffn, hidden, model.top_k, model.experts)
+    else:
+        yield linear("mlp.up", hidden, model.ffn)
+        yield linear("mlp.down", model.ffn, hidden)
+
+
+def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Product]:
+    yield _Product("final_norm")
+    if isinstance(model, Gpt):
+        name = "embedding" if model.tied_embeddings else "output"
+        yield _Product(name, 2 * load.rows * model.hidden * model.vocab, branch=True)
+    if isinstance(model, Regressor):
+        yield _Product("output", 2 * load.rows * model.hidden * model.outputs, branch=True)
+    for edge in edges:
+        if edge.projected:
+            flops = 2 * load.rows * model.hidden * edge.width
+            yield _Product(f"{PROJECTOR}{edge.target}", flops, branch=True)
+
+
+def _of_chain(
+    chain: Iterable[_Product], trainable: Collection[str], before: bool, recompute: str
+) -> tuple[Flops, bool]:
+    """Return the operations of a chain, and whether anything before its end trains, or in it."""
+    forward = inputs = weights = again = 0.0
+    for product in chain:
+        weight, other = _trains(product, trainable)
+        attention = not product.name
+        forward += product.flops
+        inputs += product.flops * (2 if attention else 1) * before
+        weights += product.flops * weight
+        again += product.flops * (recompute == "selective" and attention and before)
+        before = before or (not product.branch and (weight > 0 or other))
+    in_layers = any(not product.name for product in chain)
+    if recompute == "full" and in_layers and before:
+        again = forward
+    return Flops(forward=forward, input_gradient=inputs, weight_gradient=weights, recomputed=again), before
+
+
+def _trains(product: _Product, trainable: Collection[str]) -> tuple[float, bool]:
+    """Return what part of a product's matrices trains, and whether a bias of it does."""
+    if not product.name:
+        return 0.0, False
+    names = [product.name.format(i) for i in range(product.copies)] or [product.name]
+    weights = [f"{name}.weight" in trainable for name in names]
+    return math.fsum(weights) / len(weights), any(f"{name}.bias" in trainable for name in names)

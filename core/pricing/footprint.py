@@ -1,0 +1,148 @@
+"""Footprint: the bytes that a rank keeps, and those of each microbatch that a stage has in flight.
+
+Weights, gradients and what the optimizer keeps follow from the table of parameters, exactly. What a microbatch
+in flight keeps for its backward is an estimate: per layer and position the values that a pre-norm transformer
+layer saves (inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head
+the attention scores and their softmax. Temporary buffers and the allocator's losses are not in it, nor is a
+module of the user's own.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own
+from mimogrid.core.job.precision import MAIN_BYTES, VALUE_BYTES
+from mimogrid.core.topology.topology import Link, Module, Stage, StageInfo, Topology
+from mimogrid.core.update.buckets import local_size, optimizer_bytes
+
+
+@attrs.frozen
+class Kept:
+    """Bytes that a rank holds all the time."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def kept(topology: Topology, rank: int) -> Kept:
+    """Return what a rank holds all the time: its weights, and gradients and the optimizer's for those that train."""
+    precision = topology.spec.precision
+    weights = trained = 0
+    for info in topology.stages_of(rank):
+        module = topology.modules[info.stage.module]
+        for parameter in module.held(info, module.position(rank).get("ep", 0)):
+            size = local_size(module, parameter)
+            weights += size
+            trained += size * (parameter.name in info.trainable)
+    return Kept(
+        VALUE_BYTES[precision] * weights, MAIN_BYTES[precision] * trained, optimizer_bytes(topology, rank)
+    )
+
+
+def saved_values(module: Module, info: StageInfo, shape: tuple[int, int, int], recompute: str) -> float:
+    """Return how many values a stage saves of a microbatch until its backward, where there is one.
+
+    `shape` is (positions, samples, hidden) of the hidden states on a rank.
+    """
+    if isinstance(module.model, Own) or not info.backward:
+        return 0.0
+    return len(info.layers) * _of_layer(module, module.model, shape, recompute)
+
+
+def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recompute: str) -> float:
+    positions, samples, hidden = shape
+    tp = module.grid.extent("tp")
+    shared = tp if module.sequence_parallel else 1
+    tokens = positions * samples
+    keys = positions * module.cp
+    middle = model.ffn * (model.top_k if model.experts else 1)
+    inputs = tokens * hidden
+    if recompute == "full":
+        return inputs / shared
+    qkv = (model.heads + 2 * model.kv_heads) * model.head_width
+    linear = tokens * (qkv + hidden + 2 * middle) / tp
+    scores = 0.0 if recompute == "selective" else 2 * tokens * keys * model.heads / tp
+    return 4 * inputs / shared + linear + scores
+
+
+def noted_values(module: Module, info: StageInfo, shape: tuple[int, int, int]) -> float:
+    """Return how many values a stage keeps of a microbatch between the halves of a split backward.
+
+    They are what the products for the gradients of weights read (`shell/megatron/ledger.py`): the input of every
+    matrix that trains, and the gradient of its output. Recomputation does not make them fewer. `shape` is as in
+    `saved_values`.
+    """
+    model = module.model
+    if isinstance(model, Own):
+        return 0.0
+    positions, samples, hidden = shape
+    tokens, tp = positions * samples, module.grid.extent("tp")
+    shared = tp if module.sequence_parallel else 1
+    middle = model.ffn * (model.top_k if model.experts else 1)
+    qkv = (model.heads + 2 * model.kv_heads) * model.head_width
+    trained = {p.layer for p in info.parameters if p.name in info.trainable and len(p.shape) > 1}
+    layers = sum(layer in trained for layer in info.layers)
+    # Outputs that ranks along tp sum have a whole gradient on each of them.
+    each = 2 * tokens * hidden / shared + 2 * tokens * hidden + tokens * (qkv + hidden + 2 * middle) / tp
+    head = (
+        tokens * (hidden + model.vocab / tp)
+        if isinstance(model, Gpt) and info.last and LAST in trained
+        else 0.0
+    )
+    return layers * each + head
+
+
+# -- for the largest sample of the source ------------------------------------------------------------------
+
+
+def largest_shape(topology: Topology, module: Module) -> tuple[int, int, int]:
+    """Return (positions, samples, hidden) of a microbatch on a rank if all samples are as large as they get."""
+    samples = -(-topology.samples_per_microbatch[module.name] // module.lanes)
+    positions = topology.sequence if isinstance(module.model, Gpt) else _most_rows(topology)[module.name]
+    return module.padded(positions) // module.cp, samples, module.model.hidden or 0
+
+
+def _most_rows(topology: Topology) -> Mapping[str, int]:
+    source = topology.source
+    return topology.graph.rows_out(Sample(id=0, length=source.length or 0, rows=source.rows))
+
+
+def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = False) -> float:
+    """Return what a rank of a stage keeps for a microbatch in flight, at most; more if its backward is `split`."""
+    module, info = topology.modules[stage.module], topology.stages[stage]
+    recompute = topology.spec.modules[stage.module].recompute
+    shape = largest_shape(topology, module)
+    values = saved_values(module, info, shape, recompute)
+    if split:
+        values = max(values, noted_values(module, info, shape))
+    return VALUE_BYTES[topology.spec.precision] * values
+
+
+def most_message_bytes(topology: Topology, link: Link) -> float:
+    """Return how large a microbatch is on a link, at most, from one rank to another that mirrors it."""
+    target = topology.modules[link.target.module]
+    positions, samples, hidden = largest_shape(topology, target)
+    if link.edge:
+        rows = _most_rows(topology)[link.source.module] * samples
+        values = rows * link.edge.width / (target.cp * target.grid.extent("tp"))
+    else:
+        values = positions * samples * hidden
+    return VALUE_BYTES[topology.spec.precision] * values
+
+
+def hosts(topology: Topology) -> Iterator[tuple[int, frozenset[Stage]]]:
+    """Yield the first rank of every set of stages that share ranks, with the set."""
+    seen: set[frozenset[Stage]] = set()
+    for rank in topology.ranks:
+        stages = frozenset(info.stage for info in topology.stages_of(rank))
+        if stages not in seen:
+            seen.add(stages)
+            yield rank, stages

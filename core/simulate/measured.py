@@ -1,0 +1,163 @@
+"""Measured: what ranks did in a step, by their clocks, as a timeline; and the costs that follow from it.
+
+A message was on its way from when both ends had posted it until, at the latest, its receiver went on. So a measured
+rank idles for the same causes as a simulated one. A plan with the mean costs of what was measured computes as long;
+where the two differ, somebody waited.
+"""
+
+import collections
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+
+from mimogrid.core.job.costs import Costs, StageCosts
+from mimogrid.core.program.lower import Program
+from mimogrid.core.schedule.actions import (
+    Compute,
+    Kind,
+    Norm,
+    Recv,
+    Send,
+    Transfer,
+    Update,
+    Wait,
+    WaitReduce,
+    other_end,
+)
+from mimogrid.core.simulate.rank_classes import alone
+from mimogrid.core.simulate.timeline import Event, by_rank, span
+from mimogrid.core.simulate.tracks import Timeline, Track
+from mimogrid.core.topology.topology import Stage
+
+
+def measured(program: Program, events: Iterable[Event]) -> Timeline:
+    """Return the timeline of what all ranks of a program did. It begins at 0, and has no limit or critical path."""
+    mine = on_one_clock(by_rank(events))
+    begin, end = span([event for found in mine.values() for event in found])
+    moved = {rank: [_later(event, -begin) for event in found] for rank, found in mine.items()}
+    ways = _Ways.of(program, moved)
+    tracks = {
+        rank: Track(
+            tuple(found),
+            {
+                each.action: ways.of_rank(rank, each.action)
+                for each in found
+                if isinstance(each.action, Transfer)
+            },
+        )
+        for rank, found in moved.items()
+    }
+    return Timeline(
+        program=program,
+        classes=alone(tuple(tracks)),
+        tracks=tracks,
+        step_s=end - begin,
+        limit_s=0.0,
+        critical_path=(),
+    )
+
+
+@attrs.frozen(eq=False)
+class _Ways:
+    """When each rank posted each of its transfers, and when it had waited for it."""
+
+    program: Program
+    posted: Mapping[tuple[int, Transfer], float]
+    waited: Mapping[tuple[int, Transfer], float]
+
+    @classmethod
+    def of(cls, program: Program, events: Mapping[int, Sequence[Event]]) -> "_Ways":
+        posted: dict[tuple[int, Transfer], float] = {}
+        waited: dict[tuple[int, Transfer], float] = {}
+        for rank, found in events.items():
+            for event in found:
+                match event.action:
+                    case Send() | Recv():
+                        posted[rank, event.action] = event.begin_s
+                    case Wait(transfer=transfer):
+                        waited[rank, transfer] = event.end_s
+                    case _:
+                        pass
+        return cls(program, posted, waited)
+
+    def of_rank(self, rank: int, transfer: Transfer) -> tuple[tuple[float, float], ...]:
+        """Return, for each message of a transfer, from when to when it was on its way, as far as ranks could tell."""
+        return tuple(self._way(rank, transfer, peer) for peer in self.program.peers_of(rank, transfer))
+
+    def _way(self, rank: int, transfer: Transfer, peer: int) -> tuple[float, float]:
+        ends = (rank, transfer), (peer, other_end(transfer))
+        begin_s = max(self.posted[each] for each in ends)
+        return begin_s, max(begin_s, self.waited[ends[isinstance(transfer, Send)]])
+
+
+def on_one_clock(mine: Mapping[int, Sequence[Event]]) -> dict[int, list[Event]]:
+    """Return the events of ranks on the clock of the first.
+
+    All ranks are in NORM at one moment: none leaves it before the last has come. Where clocks say otherwise, they are
+    not one, as on several hosts, and each is set so that its NORM ends when that of the first rank does.
+    """
+    norms = {rank: event for rank, found in mine.items() for event in found if isinstance(event.action, Norm)}
+    came = max((norm.begin_s for norm in norms.values()), default=0.0)
+    left = min((norm.end_s for norm in norms.values()), default=came)
+    if came <= left or len(norms) < len(mine):
+        return {rank: list(found) for rank, found in mine.items()}
+    first = next(iter(norms.values())).end_s
+    return {
+        rank: [_later(event, first - norms[rank].end_s) for event in found] for rank, found in mine.items()
+    }
+
+
+def mean_costs(events: Iterable[Event]) -> Costs:
+    """Return the costs of what was measured: the mean of each kind of action of a stage; messages cost nothing.
+
+    Of a sum over lanes it is the shortest wait for it, that of the lane that came last: the others waited for it, too.
+    What went on while the lanes computed is not in it.
+    """
+    found: dict[Stage, _Seconds] = collections.defaultdict(_Seconds)
+    for mine in by_rank(events).values():
+        hosted = dict.fromkeys(event.action.stage for event in mine if isinstance(event.action, Compute))
+        for event in mine:
+            seconds = event.end_s - event.begin_s
+            match event.action:
+                case Compute(kind=kind, stage=stage):
+                    found[stage].computed[kind].append(seconds)
+                case WaitReduce(stage, bucket):
+                    found[stage].reduced[bucket].append(seconds)
+                case Update():
+                    for stage in hosted:
+                        found[stage].updated.append(seconds / len(hosted))
+                case _:
+                    pass
+    return Costs(stages={str(stage): of.costs() for stage, of in found.items() if of.computed})
+
+
+@attrs.frozen(eq=False)
+class _Seconds:
+    """What was measured of a stage: its compute actions by kind, waits for its sums by bucket, parts of updates."""
+
+    computed: dict[Kind, list[float]] = attrs.field(
+        factory=lambda: collections.defaultdict[Kind, list[float]](list)
+    )
+    reduced: dict[int, list[float]] = attrs.field(
+        factory=lambda: collections.defaultdict[int, list[float]](list)
+    )
+    updated: list[float] = attrs.field(factory=list[float])
+
+    def costs(self) -> StageCosts:
+        return StageCosts(
+            forward=_mean(self.computed, Kind.FORWARD) or 0.0,
+            backward=_mean(self.computed, Kind.BACKWARD),
+            input_gradient=_mean(self.computed, Kind.INPUT_GRADIENT),
+            weight_gradient=_mean(self.computed, Kind.WEIGHT_GRADIENT),
+            reduce=sum(map(min, self.reduced.values())),
+            update=statistics.fmean(self.updated) if self.updated else 0.0,
+        )
+
+
+def _mean(kinds: Mapping[Kind, Sequence[float]], kind: Kind) -> float | None:
+    return statistics.fmean(kinds[kind]) if kind in kinds else None
+
+
+def _later(event: Event, seconds: float) -> Event:
+    return attrs.evolve(event, begin_s=event.begin_s + seconds, end_s=event.end_s + seconds)

@@ -1,0 +1,170 @@
+"""From a spec to a topology, with every problem of the job at once.
+
+`parse` finds every problem of a job and raises them together; what it returns needs no second check. `assemble`
+builds the topology of a spec that is known to be legal.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from mimogrid.core.base.errors import PlanError
+from mimogrid.core.base.experts import expert_view
+from mimogrid.core.base.grid import Grid
+from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.models import FIRST, LAST, BuiltIn, Own, Parameter, projector
+from mimogrid.core.job.placement import (
+    edge_shape,
+    graph_of,
+    layer_ranges,
+    model_of,
+    place,
+    stages_of,
+    trainable_names,
+)
+from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.validation import problems_of
+from mimogrid.core.topology.topology import UNKNOWN, Edge, Link, Module, Stage, StageInfo, Topology
+
+
+def parse(spec: JobSpec, source: SourceFacts) -> Topology:
+    """Turn a spec into a topology. Raises PlanError with every problem that the job has."""
+    problems = problems_of(spec, source)
+    if problems:
+        raise PlanError(problems)
+    return assemble(spec, source)
+
+
+def assemble(spec: JobSpec, source: SourceFacts) -> Topology:
+    """Put the topology of a spec together; whoever calls this has made sure that the spec is legal."""
+    graph = graph_of(spec)
+    grids = place(spec)
+    models = {name: model_of(name, spec, source) for name in spec.modules}
+    depths = _module_depths(graph, spec)
+    modules: dict[str, Module] = {}
+    for name in graph.order:
+        upstream = any(
+            info.trains_up_to(Link(info.stage, Stage(name, 0), edge))
+            for feeder in graph.nodes[name].feeders
+            for info in modules[feeder].stages[-1:]
+            for edge in modules[feeder].outputs
+            if edge.target == name
+        )
+        modules[name] = _module(
+            name,
+            spec=spec,
+            graph=graph,
+            grids=grids,
+            models=models,
+            depths=depths,
+            trains_upstream=upstream,
+        )
+    return Topology(
+        spec=spec,
+        source=source,
+        graph=graph,
+        modules={name: modules[name] for name in spec.modules},
+        world_size=spec.world_size or max(grid.offset + grid.size for grid in grids.values()),
+    )
+
+
+def _module(
+    name: str,
+    *,
+    spec: JobSpec,
+    graph: Graph,
+    grids: Mapping[str, Grid],
+    models: Mapping[str, BuiltIn | Own],
+    depths: Mapping[str, int],
+    trains_upstream: bool,
+) -> Module:
+    written = spec.modules[name]
+    edges = [_edge(s, t, models) for s in graph.nodes for t in graph.nodes[s].feeds]
+    outputs = tuple(edge for edge in edges if edge.source == name)
+    return Module(
+        name=name,
+        model=models[name],
+        grid=grids[name],
+        experts=_expert_view(written.grid, grids[name], models[name]),
+        sequence_parallel=written.grid.sequence_parallel,
+        microbatches=written.microbatches or spec.batch.microbatches,
+        loss_weight=written.loss_weight,
+        inputs=tuple(edge for edge in edges if edge.target == name),
+        outputs=outputs,
+        stages=_stages(
+            name,
+            written=written,
+            model=models[name],
+            outputs=outputs,
+            depth=depths[name],
+            trains_upstream=trains_upstream,
+        ),
+    )
+
+
+def _expert_view(written: GridSpec, grid: Grid, model: BuiltIn | Own) -> Grid | None:
+    if isinstance(model, Own) or not model.experts:
+        return None
+    return expert_view(grid, expert_tp=written.expert_tp, ep=written.ep)
+
+
+def _edge(source: str, target: str, models: Mapping[str, BuiltIn | Own]) -> Edge:
+    width, projected = edge_shape(models[source], models[target])
+    return Edge(source, target, width, projected=projected)
+
+
+def _module_depths(graph: Graph, spec: JobSpec) -> Mapping[str, int]:
+    """Stages from the first stage of a module to the end, along the longest path."""
+    depths: dict[str, int] = {}
+    for name in reversed(graph.order):
+        below = max((depths[target] for target in graph.nodes[name].feeds), default=0)
+        depths[name] = stages_of(spec.modules[name]) + below
+    return depths
+
+
+def _stages(
+    name: str,
+    *,
+    written: ModuleSpec,
+    model: BuiltIn | Own,
+    outputs: tuple[Edge, ...],
+    depth: int,
+    trains_upstream: bool,
+) -> tuple[StageInfo, ...]:
+    """Return the stages of a module, the first one `depth` stages from the end; what trains before it is known."""
+    parameters = (*model.parameters(), *_projectors(model, outputs))
+    trains = trainable_names(written, tuple(p.name for p in parameters))
+    if isinstance(model, Own) and written.frozen is not True:
+        trains |= {UNKNOWN}
+    infos: list[StageInfo] = []
+    ranges = layer_ranges(written, model.layers)
+    for i, layers in enumerate(ranges):
+        first, last = i == 0, i == len(ranges) - 1
+        held = tuple(p for p in parameters if _is_held(p, layers, first=first, last=last))
+        info = StageInfo(
+            stage=Stage(name, i % written.grid.pp, chunk=i // written.grid.pp),
+            layers=layers,
+            first=first,
+            last=last,
+            depth=depth - i,
+            parameters=held,
+            trainable=trains & {UNKNOWN, *(p.name for p in held)},
+            trains_upstream=trains_upstream,
+        )
+        infos.append(info)
+        trains_upstream = info.backward
+    return tuple(infos)
+
+
+def _projectors(model: BuiltIn | Own, outputs: tuple[Edge, ...]) -> Iterator[Parameter]:
+    """Yield the parameters of the projections to other modules."""
+    for edge in outputs:
+        if edge.projected and model.hidden:
+            yield from projector(edge.target, model.hidden, edge.width, std=model.init_std)
+
+
+def _is_held(parameter: Parameter, layers: range, *, first: bool, last: bool) -> bool:
+    """Whether a stage with these layers has a parameter, or a copy of it."""
+    return (
+        parameter.layer in layers
+        or (first and parameter.layer == FIRST)
+        or (last and LAST in (parameter.layer, parameter.copy))
+    )

@@ -1,0 +1,291 @@
+"""The topology: the spec, parsed once into what everything else may trust.
+
+`parse` finds every problem of a job and raises them together; what it returns needs no second check. A
+topology knows the modules with their grids, the edges between them, and the stages that the modules are cut
+into, each with its layers and its distance to the loss.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import attrs
+
+from mimogrid.core.base.experts import block_of, closures
+from mimogrid.core.base.grid import Grid
+from mimogrid.core.base.samples import lane_samples, lanes_over
+from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.models import (
+    HEAD,
+    PROJECTOR,
+    BuiltIn,
+    Own,
+    Parameter,
+)
+from mimogrid.core.job.spec import JobSpec, SourceFacts
+
+
+UNKNOWN = "*"
+"""Stands among the trainable names for the parameters of an own module, known once it is built."""
+
+
+@attrs.frozen(order=True, cache_hash=True)
+class Stage:
+    """One stage of a module: its position along pp, and which of the rank's chunks. Prints ``name.pp``.
+
+    >>> print(Stage("language", 1), Stage("language", 1, chunk=2))
+    language.1 language.1.2
+    """
+
+    module: str
+    pp: int
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.pp}" + (f".{self.chunk}" if self.chunk else "")
+
+
+@attrs.frozen(cache_hash=True)
+class Edge:
+    """Rows flow from the last stage of `source` to the first of `target`, `width` values each."""
+
+    source: str
+    target: str
+    width: int
+    projected: bool
+
+    def __str__(self) -> str:
+        return f"{self.source} -> {self.target}"
+
+
+@attrs.frozen(cache_hash=True)
+class Link:
+    """Data flows from one stage to another: inside a module (a hop) or along an edge (a seam)."""
+
+    source: Stage
+    target: Stage
+    edge: Edge | None
+
+    def __str__(self) -> str:
+        return f"{self.source} -> {self.target}"
+
+
+@attrs.frozen
+class StageInfo:
+    """A stage with its layers, its parameters and its place in the whole.
+
+    `depth` counts the stages from here to the loss along the longest path, this one included;
+    `trains_upstream` says that something before it trains, so that gradients of its inputs are wanted.
+    """
+
+    stage: Stage
+    layers: range
+    first: bool
+    last: bool
+    depth: int
+    parameters: tuple[Parameter, ...]
+    trainable: frozenset[str]
+    trains_upstream: bool
+
+    @property
+    def backward(self) -> bool:
+        """Whether the stage has a backward at all: something here or upstream trains."""
+        return self.trains_upstream or bool(self.trainable)
+
+    def trains_up_to(self, link: Link) -> bool:
+        """Whether anything that a link's data comes through trains; a head and other projectors do not count."""
+        mine = f"{PROJECTOR}{link.target.module}."
+        return self.trains_upstream or any(
+            link.edge is None or name.startswith(mine) or not name.startswith((PROJECTOR, HEAD))
+            for name in self.trainable
+        )
+
+
+@attrs.frozen
+class Module:
+    """A module on its grid."""
+
+    name: str
+    model: BuiltIn | Own
+    grid: Grid
+    experts: Grid | None
+    sequence_parallel: bool
+    microbatches: int
+    loss_weight: float
+    inputs: tuple[Edge, ...]
+    outputs: tuple[Edge, ...]
+    stages: tuple[StageInfo, ...]
+
+    @property
+    def lanes(self) -> int:
+        """Data lanes: how many different shares of a microbatch its ranks work on."""
+        return self.grid.extent("dp")
+
+    @property
+    def cp(self) -> int:
+        """Context-parallel size: over how many ranks the positions of a sample are cut."""
+        return self.grid.extent("cp")
+
+    def padded(self, positions: int) -> int:
+        """Return positions rounded up to what context parallelism cuts: 2*cp equal chunks, two a rank.
+
+        Where sequence parallelism cuts each rank's part once more, what is left must divide by tp.
+        """
+        if self.cp == 1:
+            return positions
+        parts = 2 * self.cp * (self.grid.extent("tp") if self.sequence_parallel else 1)
+        return -(-positions // parts) * parts
+
+    def closure(self, lane: int) -> tuple[int, ...]:
+        """Return the lanes that compute together with a lane: those its experts are spread over."""
+        return (lane,) if self.experts is None else closures(self.grid, self.experts)[lane]
+
+    def is_partial(self, parameter: Parameter) -> bool:
+        """Whether a parameter's gradient on one tp rank is a part of a sum over tp."""
+        return parameter.routes or (parameter.partial and self.sequence_parallel)
+
+    @property
+    def aux_loss(self) -> float:
+        """The weight of the module's auxiliary loss, which spreads tokens over experts; frozen, it has none."""
+        trains = any(info.trainable for info in self.stages)
+        return 0.0 if isinstance(self.model, Own) or not self.experts or not trains else self.model.aux_loss
+
+    def position(self, rank: int) -> dict[str, int]:
+        """Return a rank's position on every axis, those of the experts included."""
+        return self.grid.position(rank) | (self.experts.position(rank) if self.experts else {})
+
+    def experts_at(self, ep: int) -> range:
+        """Return which experts of every layer a position along ep holds."""
+        if self.experts is None or isinstance(self.model, Own):
+            return range(0)
+        return block_of(self.model.experts, self.experts.extent("ep"), ep)
+
+    def held(self, info: StageInfo, ep: int) -> tuple[Parameter, ...]:
+        """Return the parameters of a stage that a position along ep holds, whole or in part."""
+        experts = self.experts_at(ep)
+        return tuple(p for p in info.parameters if p.expert is None or p.expert in experts)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Every parameter, projectors included."""
+        return tuple(p for info in self.stages for p in info.parameters)
+
+    def holders(self, stage: Stage, lane: int) -> tuple[int, ...]:
+        """Return the ranks (along tp and cp) that hold one lane of a stage, ascending, as a group has them."""
+        return _holders(self.grid, stage.pp, lane)
+
+    def lane_of(self, rank: int) -> int:
+        """Return the data lane of a rank. Raises ValueError for a rank outside the module's grid."""
+        return self.grid.position_along("dp", rank)
+
+    def samples(self, lane: int, microbatch: int, total: int) -> range:
+        """Return which of a step's `total` samples a lane has in one of this module's microbatches."""
+        return lane_samples(
+            lane=lane,
+            lanes=self.lanes,
+            microbatch=microbatch,
+            microbatches=self.microbatches,
+            total=total,
+        )
+
+    def lanes_over(self, samples: range, microbatch: int, total: int) -> range:
+        """Return which lanes have any of these samples in one of this module's microbatches."""
+        return lanes_over(
+            samples,
+            lanes=self.lanes,
+            microbatch=microbatch,
+            microbatches=self.microbatches,
+            total=total,
+        )
+
+
+@attrs.frozen(eq=False)
+class Topology:
+    """A whole job, parsed. There is one per job, and it equals only itself."""
+
+    spec: JobSpec
+    source: SourceFacts
+    graph: Graph
+    modules: Mapping[str, Module]
+    world_size: int
+
+    @property
+    def sequence(self) -> int:
+        """Positions of a language sequence, padding included; 0 in a job without text."""
+        return self.source.sequence or 0
+
+    @functools.cached_property
+    def samples_per_microbatch(self) -> Mapping[str, int]:
+        """How many samples a microbatch of each module has."""
+        total = self.spec.batch.global_size
+        return {name: total // module.microbatches for name, module in self.modules.items()}
+
+    @functools.cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, in file order of its source."""
+        return tuple(edge for module in self.modules.values() for edge in module.outputs)
+
+    @functools.cached_property
+    def stages(self) -> Mapping[Stage, StageInfo]:
+        """Every stage, module by module in file order."""
+        return {info.stage: info for module in self.modules.values() for info in module.stages}
+
+    @functools.cached_property
+    def links(self) -> tuple[Link, ...]:
+        """Every pair of stages between which data flows: hops of each module, then seams."""
+        hops = (
+            Link(a.stage, b.stage, None)
+            for module in self.modules.values()
+            for a, b in zip(module.stages, module.stages[1:], strict=False)
+        )
+        seams = (
+            Link(self.modules[e.source].stages[-1].stage, self.modules[e.target].stages[0].stage, e)
+            for e in self.edges
+        )
+        return (*hops, *seams)
+
+    @functools.cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that host a module; others idle."""
+        return tuple(sorted({r for m in self.modules.values() for r in m.grid.ranks}))
+
+    def links_from(self, stage: Stage) -> tuple[Link, ...]:
+        """Return the links on which a stage sends activations."""
+        return self._links_by_source.get(stage, ())
+
+    def links_into(self, stage: Stage) -> tuple[Link, ...]:
+        """Return the links on which a stage receives activations."""
+        return self._links_by_target.get(stage, ())
+
+    @functools.cached_property
+    def link_between(self) -> Mapping[tuple[Stage, Stage], Link]:
+        """Every link by its (source, target)."""
+        return {(link.source, link.target): link for link in self.links}
+
+    @functools.cached_property
+    def _links_by_source(self) -> Mapping[Stage, tuple[Link, ...]]:
+        return {s: tuple(link for link in self.links if link.source == s) for s in self.stages}
+
+    @functools.cached_property
+    def _links_by_target(self) -> Mapping[Stage, tuple[Link, ...]]:
+        return {s: tuple(link for link in self.links if link.target == s) for s in self.stages}
+
+    def stages_of(self, rank: int) -> tuple[StageInfo, ...]:
+        """Return the stages that a rank hosts, in file order."""
+        return tuple(
+            info
+            for module in self.modules.values()
+            if rank in module.grid
+            for pp in (module.grid.position_along("pp", rank),)
+            for info in module.stages
+            if info.stage.pp == pp
+        )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _holders(grid: Grid, pp: int, lane: int) -> tuple[int, ...]:
+    ranks = (
+        grid.rank_at(tp=tp, cp=cp, dp=lane, pp=pp)
+        for cp in range(grid.extent("cp"))
+        for tp in range(grid.extent("tp"))
+    )
+    return tuple(sorted(ranks))

@@ -1,0 +1,4 @@
+"""From gradients to an update: reductions, flat buckets, the decision to take the step, the learning rate.
+
+May import: `base`, `job`, `topology`.
+"""

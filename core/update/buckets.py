@@ -1,0 +1,289 @@
+"""Shards: how the parameters of a stage lie in flat buckets, and which part of these each data lane updates.
+
+What is summed over the same ranks may lie in one bucket (`Section`): common parameters; those whose gradients are
+partial along tp; those that both ends of the module hold (tied: one bucket of their own, cut alike at both ends);
+experts. Each bucket is summed in one call. It is cut off when it has `bucket_mb` of gradients, and buckets are
+numbered in the order in which a backward completes them: that with the last layers is the first.
+
+Every parameter begins at a multiple of `ALIGNMENT`, and a bucket is padded until its lanes have equal parts
+of such multiples. So however a parameter is cut, its values meet the same vector instructions as if it were
+whole, and an update of parts is bitwise the update of the whole. The cuts are the same whether or not the lanes
+share the update: one layout, of which a lane updates its own part or all.
+
+>>> bucket = bucket_of(Section.COMMON, {"a": 100, "b": 60}, lanes=2)
+>>> bucket.size, [list(bucket.parts(lane)) for lane in (0, 1)]
+(256, [[Part(name='a', start=0, stop=100)], [Part(name='b', start=0, stop=60)]])
+
+The idea of buckets is PyTorch's DistributedDataParallel's (Li et al., VLDB 2020); that each is cut for the lanes,
+ZeRO's (Rajbhandari et al. 2020).
+"""
+
+import enum
+import functools
+import math
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from mimogrid.core.job.models import Parameter
+from mimogrid.core.job.optimizers import states_of
+from mimogrid.core.job.precision import HALF, MAIN_BYTES
+from mimogrid.core.topology.topology import UNKNOWN, Module, Stage, StageInfo, Topology
+
+
+ALIGNMENT = 64
+"""Values; more than torch's kernels take at once on any CPU (two vectors of 512 bits in fp32 are 32)."""
+MEGA = 1_000_000
+
+
+class Section(enum.Enum):
+    """What the gradients of a bucket have in common: over which ranks they are summed."""
+
+    COMMON = "common"
+    PARTIAL = "partial along tp"
+    TIED = "tied"
+    EXPERTS = "experts"
+
+
+@attrs.frozen
+class Span:
+    """Where a parameter lies in a bucket."""
+
+    name: str
+    start: int
+    size: int
+
+
+@attrs.frozen
+class Part:
+    """The values `start` to `stop` of a flattened parameter."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@attrs.frozen
+class Bucket:
+    """Parameters one after the other, cut into equal parts for `lanes`."""
+
+    section: Section
+    spans: tuple[Span, ...]
+    lanes: int
+    size: int
+
+    def lane(self, lane: int) -> range:
+        """Return which values of the bucket a lane has."""
+        each = self.size // self.lanes
+        return range(lane * each, (lane + 1) * each)
+
+    def parts(self, lane: int) -> Iterator[Part]:
+        """Yield the parts of parameters that a lane has."""
+        mine = self.lane(lane)
+        for span in self.spans:
+            start, stop = max(span.start, mine.start), min(span.start + span.size, mine.stop)
+            if start < stop:
+                yield Part(span.name, start - span.start, stop - span.start)
+
+
+def bucket_of(section: Section, sizes: Mapping[str, int], *, lanes: int) -> Bucket:
+    """Lay parameters of these sizes one after the other."""
+    spans: list[Span] = []
+    end = 0
+    for name, size in sizes.items():
+        spans.append(Span(name, end, size))
+        end += _rounded(size, ALIGNMENT)
+    return Bucket(section, tuple(spans), lanes, _rounded(end, ALIGNMENT * lanes))
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def layout_of(topology: Topology, info: StageInfo, sizes: Mapping[str, int]) -> tuple[Bucket, ...]:
+    """Deal what trains of a stage on a rank into buckets; `sizes` are the values that the rank holds of each.
+
+    What a module of the user's holds is known to who built it alone: it is one bucket, the last, whatever is in it.
+    Where a network of the host's has other parameters than the plan has for the stage, they are dealt into the
+    plan's buckets: those are what the program sums.
+    """
+    module = topology.modules[info.stage.module]
+    place = {parameter.name: i for i, parameter in enumerate(info.parameters)}
+    sections: dict[Section, list[str]] = {}
+    for parameter in info.parameters:
+        if parameter.name in sizes:
+            sections.setdefault(_section(module, parameter), []).append(parameter.name)
+    if info.parameters != topology.stages[info.stage].parameters:
+        planned = _planned(topology, info.stage, 0)
+        return tuple(
+            bucket_of(bucket.section, {name: sizes[name] for name in names}, lanes=bucket.lanes)
+            for bucket, names in zip(planned, _dealt(planned, sections, sizes), strict=True)
+        )
+    room = _values_in_bucket(topology)
+    cut = [
+        (section, names)
+        for section, own in sections.items()
+        for names in ([own] if section is Section.TIED else _cut(own, sizes, room))
+    ]
+    cut.sort(key=lambda each: -place[each[1][0]])
+    if UNKNOWN in info.trainable:
+        cut.append((Section.COMMON, [name for name in sizes if name not in place]))
+    return tuple(
+        bucket_of(section, {name: sizes[name] for name in names}, lanes=_lanes(module, section))
+        for section, names in cut
+    )
+
+
+def _values_in_bucket(topology: Topology) -> int:
+    spec = topology.spec
+    return max(int(spec.optimizer.bucket_mb * MEGA / MAIN_BYTES[spec.precision]), 1)
+
+
+def _cut(names: list[str], sizes: Mapping[str, int], room: int) -> list[list[str]]:
+    """Cut names, which are in the order of a forward, from their end into runs of `room` values or a little more."""
+    runs: list[list[str]] = [[]]
+    held = 0
+    for name in reversed(names):
+        if held >= room:
+            runs.append([])
+            held = 0
+        runs[-1].append(name)
+        held += sizes[name]
+    return [run[::-1] for run in runs]
+
+
+def _dealt(
+    planned: tuple[Bucket, ...], sections: Mapping[Section, list[str]], sizes: Mapping[str, int]
+) -> Iterator[list[str]]:
+    """Deal names, which are in the order of a forward, from their end into as many buckets of a section as are planned.
+
+    Each gets an equal part of what is left, or a little more; where there is too little, the later ones are empty.
+    """
+    assert set(sections) <= {bucket.section for bucket in planned}, "a section that the plan does not sum"
+    left = {section: [*names] for section, names in sections.items()}
+    for i, bucket in enumerate(planned):
+        names = left.setdefault(bucket.section, [])
+        to_come = sum(other.section is bucket.section for other in planned[i:])
+        room = sum(sizes[name] for name in names) / to_come
+        run: list[str] = []
+        while names and (to_come == 1 or sum(sizes[name] for name in run) < room):
+            run.append(names.pop())
+        yield run[::-1]
+
+
+def _section(module: Module, parameter: Parameter) -> Section:
+    if parameter.expert is not None:
+        return Section.EXPERTS
+    if parameter.copy is not None:
+        assert not module.is_partial(parameter), parameter.name
+        return Section.TIED
+    return Section.PARTIAL if module.is_partial(parameter) else Section.COMMON
+
+
+def _lanes(module: Module, section: Section) -> int:
+    if section is Section.EXPERTS:
+        assert module.experts is not None
+        return module.experts.extent("expert_dp")
+    return module.grid.extent("dp") * module.grid.extent("cp")
+
+
+# -- ranks -------------------------------------------------------------------------------------------------
+
+
+def lanes_of(module: Module, rank: int, section: Section) -> tuple[int, ...]:
+    """Return the ranks that hold the same values as one of them, the lanes of a bucket, in order."""
+    if section is Section.EXPERTS:
+        assert module.experts is not None
+        return module.experts.group_of(rank, ("expert_dp",))
+    return module.grid.group_of(rank, ("cp", "dp"))
+
+
+def shared_by(module: Module, rank: int, section: Section) -> tuple[int, ...]:
+    """Return the ranks over which the gradients of a section are summed."""
+    if section is Section.PARTIAL:
+        return module.grid.group_of(rank, ("tp", "cp", "dp"))
+    return lanes_of(module, rank, section)
+
+
+def buckets_of(topology: Topology, info: StageInfo, rank: int) -> tuple[Bucket, ...]:
+    """Return the buckets of a stage on a rank, as far as the plan knows its parameters."""
+    return _planned(topology, info.stage, topology.modules[info.stage.module].position(rank).get("ep", 0))
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(topology: Topology, stage: Stage, ep: int) -> tuple[Bucket, ...]:
+    module, info = topology.modules[stage.module], topology.stages[stage]
+    sizes = {p.name: local_size(module, p) for p in module.held(info, ep) if p.name in info.trainable}
+    return layout_of(topology, info, sizes)
+
+
+def share_of(topology: Topology, stage: Stage, bucket: int) -> float:
+    """Return which part of the sums of a stage a bucket is; where the plan knows no sizes, all are alike."""
+    sizes = [each.size for each in _planned(topology, stage, 0)]
+    return sizes[bucket] / sum(sizes) if all(sizes) else 1 / len(sizes)
+
+
+# -- bytes -------------------------------------------------------------------------------------------------
+
+
+def optimizer_bytes(topology: Topology, rank: int) -> int:
+    """Return the bytes that the optimizer keeps on a rank, as far as the plan knows its parameters.
+
+    These are its states, and in half precision the weights that it updates; a count of steps is not in it.
+    """
+    spec = topology.spec
+    width, states = MAIN_BYTES[spec.precision], len(states_of(spec.optimizer))
+    total = 0
+    for info in topology.stages_of(rank):
+        module = topology.modules[info.stage.module]
+        for bucket in buckets_of(topology, info, rank):
+            own = (lanes_of(module, rank, bucket.section).index(rank),)
+            lanes = own if spec.optimizer.sharded else range(bucket.lanes)
+            values = sum(part.stop - part.start for lane in lanes for part in bucket.parts(lane))
+            main = sum(len(bucket.lane(lane)) for lane in lanes) if spec.precision in HALF else 0
+            total += width * (states * values + main)
+    return total
+
+
+def local_size(module: Module, parameter: Parameter) -> int:
+    """Return how many values of a parameter a rank holds that holds any."""
+    size = math.prod(parameter.shape)
+    if parameter.tp_dim is None:
+        return size
+    if parameter.expert is not None and module.experts:
+        return size // module.experts.extent("expert_tp")
+    return size // module.grid.extent("tp")
+
+
+# -- places ------------------------------------------------------------------------------------------------
+
+
+Indices = tuple[int, ...]
+
+
+def boxes(shape: Indices, start: int, stop: int) -> Iterator[tuple[Indices, Indices]]:
+    """Cut the values `start` to `stop` of a flattened tensor into blocks of it, in order: (offsets, lengths).
+
+    >>> list(boxes((4, 3), 2, 10))
+    [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
+    """
+    if len(shape) < 2:  # noqa: PLR2004
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:
+        yield from _within(shape, last, start, stop)
+        return
+    yield from _within(shape, first - 1, start, first * row)
+    if first < last:
+        yield (first, *(0,) * len(shape[1:])), (last - first, *shape[1:])
+    yield from _within(shape, last, last * row, stop)
+
+
+def _within(shape: Indices, index: int, start: int, stop: int) -> Iterator[tuple[Indices, Indices]]:
+    """The same inside of one row."""
+    if start < stop:
+        begin = index * math.prod(shape[1:])
+        for offsets, lengths in boxes(shape[1:], start - begin, stop - begin):
+            yield (index, *offsets), (1, *lengths)

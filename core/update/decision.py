@@ -1,0 +1,105 @@
+"""Decisions: whether the world takes a step, and what follows from that for the steps after it.
+
+All ranks see the same records (`gradients.exact_terms`), so each computes the same decision from the same
+numbers before anything is changed: no scaler, no count of steps and no weight of any module moves by itself. A
+step is passed over
+
+- where a gradient or a loss of any rank is not finite; in fp16 the loss scale then falls, and it rises again
+  after a number of finite steps;
+- where the gradient norm or the loss is far above its recent median (`optimizer.skip_above`). The window holds
+  the steps that were passed over too, so a lasting change of level is accepted after half a window.
+
+>>> watch = Watch(scale=4.0)
+>>> rule = OptimizerSpec(loss_scale=LossScaleSpec(interval=2))
+>>> for finite in (True, True, False):
+...     watch, reason = decide(watch, rule, loss=1.0, norm=1.0, finite=finite, half=True)
+...     print(watch.scale, reason or "taken")
+4.0 taken
+8.0 taken
+4.0 a loss or gradient was not finite
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from mimogrid.core.job.spec import LossScaleSpec, OptimizerSpec, TrainSpec
+
+
+@attrs.frozen
+class Watch:
+    """What decisions hang on besides the step itself; the same on every rank, and part of a checkpoint.
+
+    `scale` multiplies every loss before its backward, and `good` counts the finite steps since it changed;
+    `losses` and `norms` are those of recent steps, oldest first.
+    """
+
+    scale: float = 1.0
+    good: int = 0
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+
+    @classmethod
+    def first(cls, optimizer: OptimizerSpec, precision: str) -> "Watch":
+        """Return what a run begins with."""
+        return cls(scale=optimizer.loss_scale.initial if precision == "fp16" else 1.0)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Watch":
+        """Return what `attrs.asdict` made of a watch, read back from JSON."""
+        return cls(facts["scale"], facts["good"], tuple(facts["losses"]), tuple(facts["norms"]))
+
+
+def decide(
+    watch: Watch, optimizer: OptimizerSpec, *, loss: float, norm: float, finite: bool, half: bool
+) -> tuple[Watch, str]:
+    """Return the watch after a step, and why that step is not taken ("": it is).
+
+    `finite` says that every gradient of every rank is; `half` that there is a loss scale to adapt.
+    """
+    if not (finite and math.isfinite(loss) and math.isfinite(norm)):
+        return (_fallen(watch, optimizer.loss_scale) if half else watch), "a loss or gradient was not finite"
+    rule = optimizer.skip_above
+    reason = _too_high("loss", loss, watch.losses, rule.loss, rule.window) or _too_high(
+        "gradient norm", norm, watch.norms, rule.norm, rule.window
+    )
+    if half:
+        watch = _risen(watch, optimizer.loss_scale)
+    if rule.loss:
+        watch = attrs.evolve(watch, losses=(*watch.losses, loss)[-rule.window :])
+    if rule.norm:
+        watch = attrs.evolve(watch, norms=(*watch.norms, norm)[-rule.window :])
+    return watch, reason
+
+
+def _too_high(what: str, value: float, recent: tuple[float, ...], most: float, window: int) -> str:
+    if not most or len(recent) < window:
+        return ""
+    median = statistics.median(recent)
+    above = value > most * median
+    return f"the {what} {value:.4g} is above {most:g} times its recent median {median:.4g}" if above else ""
+
+
+def _fallen(watch: Watch, rule: LossScaleSpec) -> Watch:
+    return attrs.evolve(watch, scale=max(watch.scale * rule.backoff, rule.minimum), good=0)
+
+
+def _risen(watch: Watch, rule: LossScaleSpec) -> Watch:
+    if watch.good + 1 < rule.interval:
+        return attrs.evolve(watch, good=watch.good + 1)
+    return attrs.evolve(watch, scale=watch.scale * rule.growth, good=0)
+
+
+def is_passed_over(train: TrainSpec, step: int) -> bool:
+    """Whether a step is on the job's list of steps whose samples nobody looks at.
+
+    >>> [is_passed_over(TrainSpec(skip_steps=(1, (3, 4))), step) for step in range(6)]
+    [False, True, False, True, True, False]
+    """
+    return any(
+        entry == step if isinstance(entry, int) else entry[0] <= step <= entry[1]
+        for entry in train.skip_steps
+    )

@@ -1,0 +1,4 @@
+"""What a run must keep: files, manifests, saving beside training, loading under another layout.
+
+May import: the core, `device` to `runtime`.
+"""

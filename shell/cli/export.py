@@ -1,0 +1,219 @@
+"""Export: the weights of a checkpoint as others read them, on one process and without a world.
+
+    safetensors   a file for each module (`vision.safetensors`), parameters under their names inside of it, or several
+                  files and an index where it is large; and `config.json`: what the modules are
+    dcp           torch's own distributed checkpoint, for `torch.distributed.checkpoint.load`, ``module.parameter``
+                  as name. It pickles its metadata: that is torch's format. We write it and never read it.
+
+Weights are what the optimizer updates: fp32 where the network computes in half precision. One tensor at a time is in
+memory, put together from its parts, and no file is mapped: pages that were read would stay. The folder gets its name
+when it is whole.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.spec import ModuleSpec
+from mimogrid.shell.checkpoint import manifest, tensorfile
+from mimogrid.shell.checkpoint.files import DTYPES, values_of
+from mimogrid.shell.checkpoint.manifest import CHECKPOINTS, OPTIMIZER, PARTIAL, Stored, canonical
+from mimogrid.shell.checkpoint.tensorfile import Entry, Found
+from mimogrid.shell.cli.output import print_json
+from mimogrid.shell.job import jobfile
+
+
+FORMATS = ("safetensors", "dcp")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Export the newest checkpoint of a run, or the one that is named."""
+    checkpoint = manifest.newest_of(given.folder)
+    out = given.out or _beside(checkpoint, given.to)
+    most = int(given.max_shard_gb * 1e9)
+    files = export(checkpoint, out, to=given.to, bytes_most=most)
+    if given.json:
+        print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
+    else:
+        print(f"{checkpoint.name} -> {out}: {', '.join(files)}")
+    return 0
+
+
+def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int) -> list[str]:
+    """Write the weights of a whole checkpoint into a new folder; return the files. Raises PlanError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
+    index = {n: s for n, s in manifest.read_index(checkpoint).items() if not n.startswith(OPTIMIZER)}
+    partial = out.with_name(out.name + PARTIAL)
+    try:
+        manifest.remove([partial])
+        partial.mkdir(parents=True)
+        weights = _weights(checkpoint, index)
+        if to == "dcp":
+            _write_dcp(partial, weights)
+        else:
+            _write_safetensors(partial, weights, checkpoint, bytes_most)
+        partial.replace(out)
+    except (OSError, dcp.api.CheckpointException) as error:
+        manifest.remove([partial])
+        remedy = "Name a folder on a disk with space, where you may write: --out."
+        raise PlanError([Problem(str(out), f"cannot be written: {error}.", remedy)]) from None
+    return sorted(path.name for path in out.iterdir())
+
+
+def _beside(checkpoint: Path, to: str) -> Path:
+    parent = checkpoint.resolve().parent
+    folder = parent.parent if parent.name == CHECKPOINTS else parent
+    return folder / f"{checkpoint.name}-{to}"
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False)
+class Weights:
+    """The weights of a checkpoint, put together one by one; files by their name."""
+
+    checkpoint: Path
+    stored: Mapping[str, Stored]
+    files: Mapping[str, Mapping[str, Found]]
+
+    def full(self, name: str) -> torch.Tensor:
+        """Return a whole tensor."""
+        stored = self.stored[name]
+        whole = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
+        for part in stored.parts:
+            there = whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))]
+            block = there if there.is_contiguous() else torch.empty_like(there)
+            found = self.files[part.file][name]
+            tensorfile.read_into(self.checkpoint / part.file, found, values_of(block))
+            if block is not there:
+                there.copy_(block)
+        return whole
+
+
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def _weights(checkpoint: Path, index: Mapping[str, Stored]) -> Weights:
+    names = {part.file for stored in index.values() for part in stored.parts}
+    return Weights(checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names})
+
+
+# -- safetensors -------------------------------------------------------------------------------------------
+
+
+def _write_safetensors(folder: Path, weights: Weights, checkpoint: Path, bytes_most: int) -> None:
+    facts = manifest.read_manifest(checkpoint)
+    modules: dict[str, list[str]] = {}
+    for name in sorted(weights.stored):
+        modules.setdefault(name.partition(".")[0], []).append(name)
+    files = {
+        module: _write_module(folder, module, weights, names, bytes_most) for module, names in modules.items()
+    }
+    spec = jobfile.recorded(facts["job"], checkpoint / manifest.MANIFEST)
+    config = {
+        **{key: facts[key] for key in ("step", "steps_taken", "precision", "versions", "job")},
+        "modules": {
+            name: {
+                "model": module.model,
+                "options": _options(module),
+                "feeds": module.feeds,
+                "files": files.get(name, []),
+            }
+            for name, module in spec.modules.items()
+        },
+    }
+    tensorfile.write_text(folder / "config.json", canonical(config))
+
+
+def _options(module: ModuleSpec) -> Mapping[str, Any]:
+    options: Any = module.options
+    return attrs.asdict(options) if attrs.has(type(options)) else options
+
+
+def _write_module(
+    folder: Path, module: str, weights: Weights, names: list[str], bytes_most: int
+) -> list[str]:
+    """Write one module; return its files."""
+
+    def entry(name: str) -> Entry:
+        stored = weights.stored[name]
+        inside = name.removeprefix(f"{module}.")
+        return Entry(inside, stored.dtype, stored.shape, lambda: values_of(weights.full(name)))
+
+    shards = _shards(weights, names, bytes_most)
+    if len(shards) == 1:
+        files = [f"{module}.safetensors"]
+    else:
+        files = [f"{module}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        where = {
+            n.removeprefix(f"{module}."): file for file, of in zip(files, shards, strict=True) for n in of
+        }
+        total = sum(weights.stored[name].bytes for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        tensorfile.write_text(folder / f"{module}.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    for file, of in zip(files, shards, strict=True):
+        tensorfile.write(folder / file, map(entry, of), {"format": "pt"})
+    return files
+
+
+def _shards(weights: Weights, names: list[str], bytes_most: int) -> list[list[str]]:
+    """Deal parameters to files of at most so many bytes; one that is larger has a file of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        size = weights.stored[name].bytes
+        if shards[-1] and filled + size > bytes_most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+# -- dcp ---------------------------------------------------------------------------------------------------
+
+
+def _write_dcp(folder: Path, weights: Weights) -> None:
+    """Write tensors as torch's planner asks for them; until then they are shapes without values."""
+    shapes = {
+        name: torch.empty(stored.shape, dtype=_TORCH[stored.dtype], device="meta")
+        for name, stored in weights.stored.items()
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # One process is what we want.
+        dcp.save(
+            shapes,
+            storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+            planner=_Streaming(weights),
+            no_dist=True,
+        )
+
+
+class _Streaming(DefaultSavePlanner):
+    """Gives torch a tensor when it writes it. Torch keeps all tensors of a file, so each lets go of its values then."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._weights = weights
+        self._written = torch.empty(0)
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        self._written.untyped_storage().resize_(0)
+        self._written = self._weights.full(index.fqn).clone()  # memory that numpy has seen cannot be let go
+        return self._written
+
+    def transform_object(self, write_item: WriteItem, object: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return object

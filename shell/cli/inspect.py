@@ -1,0 +1,193 @@
+"""Inspection: what is in a checkpoint, whether it is whole, and which layouts fit it, without torch.
+
+A checkpoint holds full tensors under names that know no layout. So every legal layout of the same model fits, and
+what can be in the way is another model: a parameter that is not there or has another shape, or a state that the
+optimizer of the job needs and that of the checkpoint did not keep.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.changes import refused
+from mimogrid.core.job.models import Own
+from mimogrid.core.job.optimizers import states_of
+from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
+from mimogrid.core.job.validation import problems_of
+from mimogrid.core.topology.topology import Topology
+from mimogrid.shell.checkpoint.manifest import (
+    MANIFEST,
+    OPTIMIZER,
+    Stored,
+    damage,
+    located,
+    read_index,
+    read_manifest,
+    way_out,
+)
+from mimogrid.shell.cli.output import print_json
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.jobs import Job
+
+
+SHOWN = 8
+"""Misfits of one kind that are told to people; `--json` tells all."""
+
+
+def run(job: Job | None, given: argparse.Namespace) -> int:
+    """Inspect a run or a checkpoint; with a job, say whether it fits. Returns 2 where something is wrong."""
+    found = located(given.folder)
+    faults = {checkpoint: tuple(damage(checkpoint)) for checkpoint in found}
+    whole = next((checkpoint for checkpoint in reversed(found) if not faults[checkpoint]), None)
+    problems = [
+        Problem(str(checkpoint), f"{checkpoint.name}: {fault}", way_out(faults))
+        for checkpoint, said in faults.items()
+        for fault in said
+    ]
+    contents = contents_of(whole) if whole else None
+    if job is not None and whole is not None:
+        facts = read_manifest(whole)
+        misfits = list(misfits_of(job.topology, facts, read_index(whole)))
+        problems += [Problem(str(whole), misfit, _REMEDY) for misfit in misfits]
+        before = jobfile.recorded(facts["job"], whole / MANIFEST)
+        for change in refused(before, job.spec, accepted=given.changed):
+            message = f"is {change.after!r}; {whole.name} has {change.before!r}."
+            problems.append(Problem(change.key, message, f"If it is meant: --changed {change.key}."))
+    if given.json:
+        state = [{"name": c.name, "whole": not said, "faults": said} for c, said in faults.items()]
+        told = [attrs.asdict(problem) for problem in problems]
+        print_json({"ok": not problems, "checkpoints": state, "contents": contents, "problems": told})
+        return 2 if problems else 0
+    for checkpoint, said in faults.items():
+        print(f"{checkpoint.name}  {'damaged' if said else 'whole'}")
+    if contents is not None and whole is not None:
+        print("\n".join(("", *_in_words(whole, contents))))
+    if problems:
+        raise PlanError([*problems[:SHOWN], *_rest(problems)])
+    if job is not None and whole is not None:
+        print(f"\n{given.job} fits: its layout can go on from {whole.name}.")
+    return 0
+
+
+_REMEDY = "Use the model and the optimizer that wrote it; their layout is free."
+
+
+def _rest(problems: list[Problem]) -> Iterator[Problem]:
+    if len(problems) > SHOWN:
+        yield Problem("and", f"{len(problems) - SHOWN} more like these.", "See them all with --json.")
+
+
+# -- what is in it -----------------------------------------------------------------------------------------
+
+
+def contents_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what is in a whole checkpoint."""
+    facts, index = read_manifest(checkpoint), read_index(checkpoint)
+    modules: dict[str, dict[str, Any]] = {}
+    for name, stored in index.items():
+        if not name.startswith(OPTIMIZER):
+            module = modules.setdefault(name.partition(".")[0], {"parameters": 0, "bytes": 0, "dtypes": []})
+            module["parameters"] += 1
+            module["bytes"] += stored.bytes
+            module["dtypes"] = sorted({*module["dtypes"], stored.dtype})
+    fits = layouts_of(jobfile.recorded(facts["job"], checkpoint / MANIFEST))
+    for name, module in modules.items():
+        module["written_by"] = facts["layout"].get(name)
+        module["fits"] = fits.get(name)
+    states = {name.split(".")[1] for name in index if name.startswith(OPTIMIZER)}
+    kept = ("step", "steps_taken", "precision", "schedule", "data", "random", "versions", "created")
+    return {
+        "name": checkpoint.name,
+        **{key: facts[key] for key in kept},
+        "files": len(facts["files"]),
+        "bytes": sum(file["bytes"] for file in facts["files"].values()),
+        "optimizer_states": sorted(states),
+        "modules": modules,
+    }
+
+
+def _in_words(checkpoint: Path, contents: Mapping[str, Any]) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in contents["versions"].items())
+    data = contents["data"]
+    yield f"{checkpoint}"
+    yield f"  step        {contents['step']}, after {contents['steps_taken']} updates"
+    yield f"  size        {_size(contents['bytes'])} in {contents['files']} files"
+    yield f"  written by  {versions}; precision {contents['precision']}, schedule {contents['schedule']}"
+    yield f"  data        '{data['source']}' from sample {data['next_sample']}, seed {contents['random']['seed']}"
+    yield f"  optimizer   {', '.join(contents['optimizer_states']) or 'no states'}"
+    for name, module in contents["modules"].items():
+        dtypes = ", ".join(module["dtypes"])
+        yield f"  {name}: {module['parameters']} parameters, {_size(module['bytes'])}, {dtypes}"
+        grid = " ".join(f"{axis}={size}" for axis, size in (module["written_by"] or {}).items())
+        yield f"      written as  {grid}"
+        if module["fits"]:
+            axes = (f"{axis} in {', '.join(map(str, sizes))}" for axis, sizes in module["fits"].items())
+            yield f"      fits        {'; '.join(axes)}; any dp, and cp as the sequence allows"
+
+
+def _size(count: int) -> str:
+    power = min((len(str(count)) - 1) // 3, len(_UNITS) - 1)
+    return f"{count / 1000**power:.4g} {_UNITS[power]}"
+
+
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+# -- which layouts fit -------------------------------------------------------------------------------------
+
+
+def misfits_of(topology: Topology, facts: Mapping[str, Any], index: Mapping[str, Stored]) -> Iterator[str]:
+    """Yield why a job cannot go on from a checkpoint. Of modules of the user's own the plan knows no parameters."""
+    states = states_of(topology.spec.optimizer) if facts["steps_taken"] else ()
+    for module in topology.modules.values():
+        if isinstance(module.model, Own) and not any(name.startswith(f"{module.name}.") for name in index):
+            yield f"has nothing of module '{module.name}'."
+        for info in module.stages:
+            for parameter in info.parameters:
+                trains = parameter.name in info.trainable
+                name, shape = f"{module.name}.{parameter.name}", parameter.shape
+                stored = index.get(name)
+                if stored is None:
+                    yield f"has no '{name}', the job needs {list(shape)}."
+                elif stored.shape != shape:
+                    yield f"has {list(stored.shape)} for '{name}', the job needs {list(shape)}."
+                else:
+                    kept = [f"{OPTIMIZER}{state}.{name}" for state in states if trains]
+                    yield from (
+                        f"has no '{n}', which the job's optimizer needs." for n in kept if n not in index
+                    )
+
+
+def layouts_of(spec: JobSpec) -> dict[str, dict[str, list[int]]]:
+    """Return, for each built-in module, the sizes of tp, pp and ep that are legal, each with the others at 1.
+
+    Where the layers do not divide by pp, `split` can still make it legal.
+    """
+    return {
+        name: {
+            axis: [size for size in range(1, most + 1) if fits(size)]
+            for axis, most, fits in _axes(spec, name, module)
+        }
+        for name, module in spec.modules.items()
+        if ":" not in module.model
+    }
+
+
+def _axes(spec: JobSpec, name: str, module: ModuleSpec) -> Iterator[tuple[str, int, Callable[[int], bool]]]:
+    options: Any = module.options
+
+    def problems(tp: int = 1, pp: int = 1, ep: int = 1) -> set[Problem]:
+        grid = GridSpec(tp=tp, pp=pp, ep=ep, dp=ep)
+        alone = attrs.evolve(module, grid=grid, chunks=1, split=None)
+        of_plan = problems_of(attrs.evolve(spec, modules={**spec.modules, name: alone}), None)
+        return {problem for problem in of_plan if problem.where.startswith(f"modules.{name}.")}
+
+    usual = problems()
+    yield "tp", options.heads, lambda size: problems(tp=size) <= usual
+    yield "pp", options.layers, lambda size: problems(pp=size) <= usual
+    if options.experts:
+        yield "ep", options.experts, lambda size: problems(ep=size) <= usual

@@ -1,0 +1,155 @@
+"""Planning: the command `plan`: a search told as a table or as JSON, and its winner written as a job file."""
+
+import argparse
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.plan import Plan, plan
+from mimogrid.core.plan.layouts import shown
+from mimogrid.core.plan.question import BEST, SLOWER, Layout, Question
+from mimogrid.core.pricing import measured_on
+from mimogrid.core.pricing.machine import machine_of
+from mimogrid.shell.cli.output import print_json, write
+from mimogrid.shell.job import costfile, jobfile
+from mimogrid.shell.job.jobs import Job
+
+
+SHOWN = 8
+"""Layouts that fit and are shown in the table."""
+
+
+def run(job: Job, given: argparse.Namespace) -> int:
+    """Search, tell what was found, write the winner; 1 where nothing fits."""
+    question = _question(job, given)
+    found = plan(question)
+    best = found.best
+    if best is not None and given.out:
+        write(given.out, job_text(job, best, question))
+    if given.json:
+        print_json(_values(found, question, given))
+    else:
+        _tell(found, question, given)
+    return 0 if best is not None else 1
+
+
+def job_text(job: Job, layout: Layout, question: Question) -> str:
+    """Return a layout as the text of a job file, with where it is from."""
+    name = job.path.name
+    what = f"{question.gpus} x {question.machine.accelerator.name}, {question.machine.precision}"
+    return f"# A layout for {name}, found by `mimogrid plan` for {what}.\n{jobfile.dump(layout.spec)}"
+
+
+def _question(job: Job, given: argparse.Namespace) -> Question:
+    problems: list[Problem] = []
+    if given.gpus < 1:
+        problems.append(Problem("--gpus", f"is {given.gpus}.", "Use 1 or more."))
+    if given.memory_gb is not None and not given.memory_gb > 0:
+        problems.append(Problem("--memory-gb", f"is {given.memory_gb}.", "Use a number above 0."))
+    if job.source is None:
+        remedy = "Import torch inside its load, and nowhere at the top level."
+        problems.append(Problem("data.source", "its samples are not known without torch.", remedy))
+    machine = machine_of(given.gpu, given.precision or job.spec.precision, given.efficiency)
+    if machine.precision not in machine.accelerator.flops:
+        known = tuple(machine.accelerator.flops)
+        message = f"'{machine.precision}' is no precision of {given.gpu}."
+        problems.append(Problem("--precision", message, nearest(machine.precision, known)))
+    if problems:
+        raise PlanError(problems)
+    if given.costs:
+        machine = measured_on(machine, job.step(0), costfile.read(given.costs, job.topology))
+    memory = machine.accelerator.memory_bytes if given.memory_gb is None else given.memory_gb * 1e9
+    return Question(
+        spec=job.spec,
+        facts=job.topology.source,
+        samples=job.step(0).samples,
+        machine=machine,
+        gpus=given.gpus,
+        memory_bytes=memory,
+    )
+
+
+# -- as a table --------------------------------------------------------------------------------------------
+
+
+def _tell(found: Plan, question: Question, given: argparse.Namespace) -> None:
+    console = Console(width=120)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("step", "tokens/s/GPU", "bubble", "others", "peak GB", "layout"):
+        table.add_column(title, justify="left" if title == "layout" else "right", overflow="fold")
+    fits = [layout for layout in found.layouts if layout.kind in {BEST, SLOWER}]
+    rows = fits[:SHOWN] + [layout for layout in fits[SHOWN:] if layout is found.own]
+    for layout in [*rows, *(layout for layout in found.layouts if layout.kind not in {BEST, SLOWER})]:
+        table.add_row(*_cells(layout), f"{shown(layout.spec)}\n[bold]{layout.reason}[/bold]")
+    console.print(table)
+    peak = f"{question.memory_bytes / 1e9:.4g} GB each"
+    print(f"{question.gpus} x {given.gpu}, {peak}; all of them count, those that idle too.")
+    print(f"Assumed: {question.machine}.")
+    if question.machine.measured:
+        times = ", ".join(f"{name} {times:,.4g}" for name, times in question.machine.measured)
+        print(f"But modules take as long as {given.costs} says, so many times what is assumed: {times}.")
+    print(f"'others' is the part of all computing that is not of module '{found.main}'.")
+    looked = f"{found.looked_at:,} layouts looked at, {found.simulated} simulated"
+    if found.best is None:
+        print(f"{looked}. Nothing fits. The nearest miss: {found.nearest_miss}.")
+        return
+    proven = f"none is faster by more than {found.gap:.1%}" if found.gap else "none is faster"
+    print(f"{looked}; {proven} than the best with the same order.")
+    if given.out:
+        print(f"Written: {given.out}.")
+    else:
+        print("Say --out FILE to write the best one as a job file.")
+
+
+def _cells(layout: Layout) -> tuple[str, ...]:
+    if not layout.step_s:
+        return ("",) * 5
+    peaks = " ".join(f"{name} {size / 1e9:.1f}" for name, size in layout.peak_bytes.items())
+    return (
+        f"{layout.step_s:.4g} s",
+        f"{layout.tokens_per_s_per_gpu:,.0f}",
+        f"{layout.bubble:.1%}",
+        f"{layout.encoder_share:.1%}",
+        peaks,
+    )
+
+
+# -- as JSON -----------------------------------------------------------------------------------------------
+
+
+def _values(found: Plan, question: Question, given: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "costs": f"assumed: {question.machine}",
+        "measured": dict(question.machine.measured),
+        "gpus": question.gpus,
+        "gpu": given.gpu,
+        "memory_bytes": question.memory_bytes,
+        "looked_at": found.looked_at,
+        "simulated": found.simulated,
+        "gap": found.gap,
+        "nearest_miss": found.nearest_miss or None,
+        "out": str(given.out) if given.out and found.best else None,
+        "layouts": [_layout_values(layout, found) for layout in found.layouts],
+    }
+
+
+def _layout_values(layout: Layout, found: Plan) -> dict[str, Any]:
+    runs = layout.step_s > 0
+    return {
+        "job": jobfile.dump(layout.spec),
+        "layout": shown(layout.spec),
+        "kind": layout.kind,
+        "own": layout.spec == found.own.spec,
+        "reason": layout.reason,
+        "step_time": layout.step_s if runs else None,
+        "limit": layout.limit_s if runs else None,
+        "tokens_per_s_per_gpu": layout.tokens_per_s_per_gpu if runs else None,
+        "active_gpus": layout.active if runs else None,
+        "bubble": layout.bubble if runs else None,
+        "encoder_share": layout.encoder_share if runs else None,
+        "peak_bytes": max(layout.peak_bytes.values()) if runs else None,
+        "peak_bytes_by_module": dict(layout.peak_bytes),
+    }

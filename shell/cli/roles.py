@@ -1,0 +1,190 @@
+"""Banners: a layout and its roles drawn for people."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from mimogrid.core.job.models import FIRST, LAST, Own
+from mimogrid.core.step.traffic import EdgeTraffic
+from mimogrid.core.topology.roles import ModuleLayout, RankRole, layout_of
+from mimogrid.core.topology.topology import Module, Topology
+
+
+LAYOUTS = {
+    ModuleLayout.UNIFIED: "all modules on all ranks under one grid",
+    ModuleLayout.COLOCATED: "modules share ranks under grids that differ",
+    ModuleLayout.NON_COLOCATED: "every module on ranks of its own",
+}
+MAP_COLUMNS = 64
+TABLE_RANKS = 128
+NO_STAGE = "·"
+
+
+def print_layout(topology: Topology, edges: Sequence[EdgeTraffic]) -> None:
+    """Print the modules with their grids, the edges between them, and the ranks that idle."""
+    console = _console()
+    console.print(_modules_table(topology))
+    if topology.edges:
+        console.print(_edges_table(topology, edges))
+    console.print(_world_line(topology))
+
+
+def print_roles(topology: Topology, roles: Sequence[RankRole]) -> None:
+    """Print who does what; for a whole world also the map of modules over ranks."""
+    console = _console()
+    table = _table("rank", "layout", "module", "stage", "first", "last", "position")
+    for role in roles[:TABLE_RANKS]:
+        layout = role.layout.value
+        for info in role.modules.values():
+            position = " ".join(f"{axis}={i}" for axis, i in info.position.items())
+            first, last = (_mark(flag) for flag in (info.is_first_stage, info.is_last_stage))
+            table.add_row(str(role.rank), layout, info.module, str(info.pp), first, last, position)
+        if role.is_idle:
+            table.add_row(str(role.rank), layout, "idle: in no grid", "", "", "", "")
+    console.print(table)
+    if len(roles) > TABLE_RANKS:
+        console.print(f"... and {len(roles) - TABLE_RANKS} more ranks: use --rank R or --json.")
+    if len(roles) > 1:
+        console.print()
+        for line in rank_map(topology):
+            console.print(line)
+    console.print(_world_line(topology))
+
+
+def rank_map(topology: Topology) -> Iterator[str]:
+    """Yield the lines of a map: a row per module, a column per rank or run of like ranks.
+
+    A cell is the pipeline stage that the rank hosts. Neighbours that host the same share a column, unless all
+    ranks fit beside each other.
+    """
+    hosted = [_column(topology, rank) for rank in range(topology.world_size)]
+    runs = [[rank] for rank in range(topology.world_size)]
+    if topology.world_size > MAP_COLUMNS:
+        grouped = itertools.groupby(range(topology.world_size), key=lambda rank: hosted[rank])
+        runs = [list(run) for _, run in grouped]
+    heads = [_span(run) for run in runs]
+    wide = max(len(name) for name in (*topology.modules, "rank"))
+    for start in range(0, len(runs), MAP_COLUMNS // 4):
+        chosen = range(start, min(start + MAP_COLUMNS // 4, len(runs)))
+        widths = {i: max(len(heads[i]), 2) for i in chosen}
+        yield " ".join([f"{'rank':<{wide}} |", *(f"{heads[i]:>{widths[i]}}" for i in chosen)])
+        for name in topology.modules:
+            cells = (f"{hosted[runs[i][0]].get(name, NO_STAGE):>{widths[i]}}" for i in chosen)
+            yield " ".join([f"{name:<{wide}} |", *cells])
+        yield ""
+
+
+def _column(topology: Topology, rank: int) -> Mapping[str, str]:
+    return {info.stage.module: str(info.stage.pp) for info in topology.stages_of(rank)}
+
+
+def _span(run: Sequence[int]) -> str:
+    return str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
+
+
+def _modules_table(topology: Topology) -> Table:
+    table = _table("module", "model", "ranks", "grid", "layers by stage", "parameters", "trains")
+    for module in topology.modules.values():
+        model = module.model
+        table.add_row(
+            module.name,
+            model.path if isinstance(model, Own) else type(model).__name__.lower(),
+            _span(module.grid.ranks) if module.grid.size > 1 else str(module.grid.offset),
+            " ".join(f"{a.name}={a.size}" for a in module.grid.axes if a.size > 1) or "1 rank",
+            "its own" if isinstance(model, Own) else _layers(module),
+            "its own" if isinstance(model, Own) else f"{_count(module, trainable=False):,}",
+            _trained(module),
+        )
+    return table
+
+
+def _layers(module: Module) -> str:
+    """The number of layers of each stage: ``4 x 8`` where all are equal."""
+    counts = [len(info.layers) for info in module.stages]
+    if len(counts) > 1 and len(set(counts)) == 1:
+        return f"{len(counts)} x {counts[0]}"
+    return " + ".join(map(str, counts))
+
+
+def _count(module: Module, *, trainable: bool) -> int:
+    """How many numbers a module's parameters hold; a copy counts once."""
+    total = 0
+    for info in module.stages:
+        for parameter in info.parameters:
+            is_copy = parameter.layer == FIRST and parameter.copy == LAST and not info.first
+            if not is_copy and (not trainable or parameter.name in info.trainable):
+                size = 1
+                for extent in parameter.shape:
+                    size *= extent
+                total += size
+    return total
+
+
+def _trained(module: Module) -> str:
+    if isinstance(module.model, Own):
+        return "yes" if any(info.trainable for info in module.stages) else "frozen"
+    total, trained = _count(module, trainable=False), _count(module, trainable=True)
+    if not trained:
+        return "frozen"
+    return "all" if trained == total else f"{trained / total:.1%}"
+
+
+def _edges_table(topology: Topology, traffic: Sequence[EdgeTraffic]) -> Table:
+    table = _table("edge", "width", "projector", "messages per step", "sent per step", "leader broadcast")
+    told = {(edge.source, edge.target): edge for edge in traffic}
+    for edge in topology.edges:
+        found = told.get((edge.source, edge.target))
+        numbers = (
+            (f"{found.messages:,}", _bytes(found.bytes), _bytes(found.bytes_leader_broadcast))
+            if found
+            else ("?", "?", "?")
+        )
+        table.add_row(str(edge), str(edge.width), "yes" if edge.projected else "no", *numbers)
+    return table
+
+
+def _world_line(topology: Topology) -> str:
+    idle = topology.world_size - len(topology.ranks)
+    ranks = f"{topology.world_size} rank{'s' if topology.world_size > 1 else ''}"
+    layout = layout_of(topology)
+    idling = f"; {idle} idle ({_idle_ranks(topology)})" if idle else ""
+    return f"{ranks}, {layout.value}: {LAYOUTS[layout]}{idling}."
+
+
+def _idle_ranks(topology: Topology) -> str:
+    """Ranks in no grid, runs in short: ``3, 6-7``."""
+    idle = [rank for rank in range(topology.world_size) if rank not in set(topology.ranks)]
+    runs = itertools.groupby(enumerate(idle), key=lambda pair: pair[1] - pair[0])
+    return ", ".join(_span([rank for _, rank in run]) for _, run in runs)
+
+
+def _bytes(number: float) -> str:
+    """Write bytes with the unit that fits.
+
+    >>> _bytes(2_500_000)
+    '2.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:  # noqa: PLR2004
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def _mark(flag: bool) -> str:
+    return "yes" if flag else ""
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    """A console that writes plain text of any width where nobody looks (a pipe, a log)."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)

@@ -1,0 +1,107 @@
+"""The device: chosen once per process, and named nowhere else.
+
+Under a launcher `cuda` with NCCL where a GPU is there, else `cpu` with gloo; a world of local processes is on
+the CPU. The third choice, `host`, computes on CUDA and sends through host memory with gloo, so that many ranks
+can share one GPU in a rehearsal. `nccl` asks a world of local processes for a GPU each.
+"""
+
+import os
+
+import attrs
+import torch
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.shell.device.place import QUEUES, Place
+from mimogrid.shell.device.streams import CudaStreams, Streams
+
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@attrs.frozen
+class Device:
+    """Where tensors live, what carries them between ranks, and in which order things are done.
+
+    `stages_through_host` says that messages leave the device through host memory, and `is_asynchronous` that
+    what is asked of the device is done later than the asking returns. Of the backend, `has_tags` says that messages
+    which share a group are kept apart, and `connects_lazily` that a group is connected when it is first used.
+    """
+
+    torch: torch.device
+    backend: str
+    streams: Streams = attrs.field(eq=False)
+    stages_through_host: bool = False
+    is_asynchronous: bool = False
+    has_tags: bool = True
+    connects_lazily: bool = False
+
+    def finish(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.is_asynchronous:
+            torch.cuda.synchronize(self.torch)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host's on a device; the host goes on meanwhile.
+
+    Only from pinned memory does CUDA copy by itself. To copy from any other the driver may let the host wait until the
+    device has come to it, and tells nobody. Torch takes pinned memory again when the copy is over.
+    """
+    if device.type == "cpu":
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
+
+
+def of(where: torch.device, *, transport: str | None = None) -> Device:
+    """Return a device as the job sees it; `transport="host"` asks for gloo beside CUDA.
+
+    Raises PlanError where NCCL would have one queue for all of its streams.
+    """
+    if where.type == "cpu":
+        return Device(where, "gloo", Streams())
+    through_host = transport == "host"
+    if not through_host:
+        _check_queues()
+    return Device(
+        where,
+        "gloo" if through_host else "nccl",
+        CudaStreams(where),
+        stages_through_host=through_host,
+        is_asynchronous=True,
+        has_tags=through_host,
+        connects_lazily=not through_host,
+    )
+
+
+def _check_queues() -> None:
+    """Messages are posted ahead, and computing must not wait behind a receive whose sender waits for it."""
+    if os.environ.get(QUEUES) == "1":
+        fact = "is 1: all streams of CUDA share one queue, in which a receive that is posted ahead stops computing."
+        remedy = "Set it to 32, or leave it out, before anything uses CUDA."
+        raise PlanError([Problem(f"environment.{QUEUES}", fact, remedy)])
+
+
+def choose(place: Place, transport: str | None = None) -> Device:
+    """Return this process's device for a transport: "host", "nccl", or None for what is usual at the place.
+
+    Raises PlanError where NCCL is asked for more ranks of a host than it has GPUs.
+    """
+    is_local = place.meeting is not None
+    if is_local and transport is None:
+        return of(torch.device("cpu"))
+    assert not torch.cuda._is_in_bad_fork(), "a local world on CUDA needs a pool that may use it"
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there and transport != "nccl":
+        return of(torch.device("cpu"))
+    if transport == "nccl" and place.local_rank >= there:
+        fact = f"gives each rank a GPU of its own; this host has {there}, and a rank {place.local_rank}."
+        raise PlanError([Problem("--transport nccl", fact, "Start fewer ranks, or use --transport host.")])
+    device = torch.device("cuda", place.local_rank % there)
+    torch.cuda.set_device(device)
+    return of(device, transport=transport)

@@ -1,0 +1,257 @@
+"""Builders: functions of the user's own, found by ``package.module:function`` without running their package.
+
+Finding walks the import machinery from folder to folder and reads the file as text, so a job with modules of
+the user's own can be checked on a machine without torch. The file itself is run only where that cannot bring
+torch in: its top level imports none, and an import of torch behind it is stopped.
+"""
+
+import ast
+import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import attrs
+
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+
+
+TORCH = frozenset({"torch", "torchvision", "torchaudio", "megatron", "transformer_engine"})
+"""Packages that are torch, or that bring it along."""
+
+
+class PlanWarning(UserWarning):
+    """Something that the plan cannot know, and goes without."""
+
+
+class NeedsTorch(Exception):  # noqa: N818 -- a fact about a file, not an error
+    """A file that only runs with torch, where torch is not to be loaded."""
+
+
+@attrs.frozen
+class Found:
+    """A function of the user's own, found but not run.
+
+    `names` are what the file defines or imports at its top level; None where that cannot be told by reading.
+    `imports` are the packages that running its top level would import.
+    """
+
+    path: str
+    spec: importlib.machinery.ModuleSpec
+    names: frozenset[str] | None
+    imports: frozenset[str]
+
+    @property
+    def module(self) -> str:
+        """The name of the Python module."""
+        return self.path.partition(":")[0]
+
+    @property
+    def function(self) -> str:
+        """The name of the function in it."""
+        return self.path.partition(":")[2]
+
+    @property
+    def torch_free(self) -> bool:
+        """Whether its top level imports no torch."""
+        return not self.imports & TORCH
+
+    def load(self) -> Any:
+        """Import the module as Python does, its packages included, and return the function."""
+        return getattr(importlib.import_module(self.module), self.function)
+
+    def run_alone(self) -> ModuleType:
+        """Run the file alone, without its packages and without torch; raises NeedsTorch if that fails.
+
+        Where torch is loaded already there is nothing to avoid, and the module is imported as usual.
+        """
+        if "torch" in sys.modules:
+            return importlib.import_module(self.module)
+        if not self.torch_free or self.spec.loader is None:
+            raise NeedsTorch(f"{self.module} imports torch")
+        module = importlib.util.module_from_spec(self.spec)
+        with _without_torch(), _registered(module):
+            self.spec.loader.exec_module(module)
+        return module
+
+    def describe(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what a ``describe(options)`` beside the function says; nothing without one.
+
+        Raises NeedsTorch where the file cannot be run without torch.
+        """
+        if self.names is not None and "describe" not in self.names:
+            return {}
+        describe = getattr(self.run_alone(), "describe", None)
+        said = describe(dict(options)) if describe else {}
+        if not isinstance(said, Mapping):
+            raise TypeError(f"describe returned {said!r}, not a mapping")
+        return said
+
+
+def find(path: str, *, where: str) -> Found:
+    """Find ``package.module:function``. Raises PlanError, placed at `where`, if it is not there."""
+    module, _, function = path.partition(":")
+    spec = _spec_of(module, where, path)
+    source = _source_of(spec)
+    if source is None:
+        return Found(path, spec, None, frozenset())
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        message = f"'{path}': {spec.origin} is not Python: {error.msg} (line {error.lineno})."
+        raise PlanError([Problem(where, message, "Correct the file.")]) from None
+    names, imports = _names(tree.body), frozenset(_imports(tree.body))
+    found = Found(path, spec, names, imports)
+    if names is not None and function not in names:
+        callables = sorted(name for name in names if not name.startswith("_"))
+        remedy = nearest(function, callables) if callables else f"Define {function} there."
+        message = f"'{path}': there is no '{function}' in {spec.origin}."
+        raise PlanError([Problem(where, message, remedy)])
+    return found
+
+
+def make_importable(*folders: Path) -> None:
+    """Let Python find modules in some folders, from now on and after all other places."""
+    for folder in folders:
+        if str(folder.resolve()) not in sys.path:
+            sys.path.append(str(folder.resolve()))
+
+
+# -- finding -----------------------------------------------------------------------------------------------
+
+
+def _spec_of(module: str, where: str, path: str) -> importlib.machinery.ModuleSpec:
+    """Walk to a module through its packages; none is imported. Raises PlanError."""
+    parts = module.split(".")
+    importlib.invalidate_caches()
+    spec = _top_spec(parts[0])
+    for depth, part in enumerate(parts[1:], start=1):
+        if spec is None or spec.submodule_search_locations is None:
+            break
+        name, folders = ".".join(parts[: depth + 1]), list(spec.submodule_search_locations)
+        inner = importlib.machinery.PathFinder.find_spec(name, folders)
+        if inner is None:
+            remedy = nearest(part, _modules_in(folders)) if _modules_in(folders) else "Check the name."
+            message = f"'{path}' cannot be imported: package {'.'.join(parts[:depth])} has no '{part}'."
+            raise PlanError([Problem(where, message, remedy)])
+        spec = inner
+    if spec is None:
+        message = f"'{path}' cannot be imported: there is no module '{parts[0]}'."
+        remedy = "Install it, or run mimogrid in the folder that holds it; the job file's folder also counts."
+        raise PlanError([Problem(where, message, remedy)])
+    if spec.name != module:
+        message = f"'{path}' cannot be imported: {spec.name} is a module, not a package."
+        raise PlanError([Problem(where, message, f"Name '{spec.name}:function'.")])
+    return spec
+
+
+def _top_spec(name: str) -> importlib.machinery.ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a module that runs without a spec, such as __main__
+        return importlib.machinery.PathFinder.find_spec(name)
+
+
+def _modules_in(folders: Sequence[str]) -> list[str]:
+    entries = [entry for folder in folders if Path(folder).is_dir() for entry in Path(folder).iterdir()]
+    return sorted({e.stem for e in entries if e.suffix == ".py" or (e.is_dir() and e.stem.isidentifier())})
+
+
+def _source_of(spec: importlib.machinery.ModuleSpec) -> str | None:
+    read = getattr(spec.loader, "get_source", None)
+    try:
+        text = read(spec.name) if read else None
+    except (ImportError, SyntaxError):  # undecodable: Python itself will say so better
+        return None
+    return text if isinstance(text, str) else None
+
+
+# -- reading a file as text --------------------------------------------------------------------------------
+
+
+def _names(body: Sequence[ast.stmt]) -> frozenset[str] | None:
+    """The names that a top level defines; None if it defines some that reading cannot tell."""
+    names: set[str] = set()
+    for node in _flat(body):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                names |= {alias.asname or alias.name.partition(".")[0] for alias in aliases}
+            case ast.Assign(targets=targets):
+                names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+            case _:
+                pass
+    return None if names & {"*", "__getattr__"} else frozenset(names)
+
+
+def _imports(body: Sequence[ast.stmt]) -> Iterator[str]:
+    """The top-level packages that running a top level would import."""
+    for node in _flat(body):
+        match node:
+            case ast.Import(names=aliases):
+                yield from (alias.name.partition(".")[0] for alias in aliases)
+            case ast.ImportFrom(module=str(name), level=0):
+                yield name.partition(".")[0]
+            case ast.ClassDef(body=inner):
+                yield from _imports(inner)
+            case _:
+                pass
+
+
+def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Every statement of a top level, also under if, try and with, but not what only type checkers see."""
+    for node in body:
+        yield node
+        match node:
+            case ast.If(test=test, body=inner, orelse=others):
+                checking = ast.unparse(test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+                yield from _flat(others if checking else [*inner, *others])
+            case ast.Try(body=inner, handlers=handlers, orelse=others, finalbody=last):
+                caught = [statement for handler in handlers for statement in handler.body]
+                yield from _flat([*inner, *caught, *others, *last])
+            case ast.With(body=inner):
+                yield from _flat(inner)
+            case _:
+                pass
+
+
+# -- running a file without torch --------------------------------------------------------------------------
+
+
+class _Barrier:
+    """A finder that stops every import of torch."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] in TORCH:
+            raise NeedsTorch(f"running it imports {name}")
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    barrier = _Barrier()
+    sys.meta_path.insert(0, barrier)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(barrier)
+
+
+@contextlib.contextmanager
+def _registered(module: ModuleType) -> Iterator[None]:
+    """Let a module find itself by name while it runs (dataclasses do); afterwards it is forgotten."""
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        del sys.modules[module.__name__]
+        if before is not None:
+            sys.modules[module.__name__] = before

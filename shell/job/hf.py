@@ -1,0 +1,147 @@
+"""Sizes of models from a ``config.json`` of Hugging Face: ``options = { config = "path/to/config.json" }``.
+
+The file is read, no weights are. Its sizes become options of the built-in model that the module names; options
+that stand beside `config` go before. What the built-in models do not have is mapped so that work and memory
+are the same: a gated MLP of three matrices, as Llama's, becomes one of two with 3/2 of the width, which has as many
+parameters and takes as many operations. RMS norms become layer norms, and learnt positions rotary ones; neither
+weighs anything. So such a job can be planned, simulated and trained from scratch, and does not load the checkpoint.
+
+| `model_type` | as a `vit` | as a `gpt` |
+|---|---|---|
+| clip, siglip, and their vision parts | patches of 3 * patch_size^2 values | |
+| whisper | the encoder; rows of 2 * num_mel_bins values, as its second convolution halves the frames | |
+| qwen2_vl, qwen2_5_vl | `vision_config`, patches over time | the text part |
+| llama, mistral, qwen2, qwen3 | | all of it |
+"""
+
+import json
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+
+
+Config = Mapping[str, Any]
+GATED = 3, 2
+"""A gated MLP has three matrices of a width, the built-in ones two."""
+
+
+def lay_options(table: MutableMapping[str, Any], folder: Path) -> tuple[Problem, ...]:
+    """Put the sizes of every ``options.config`` of a job's table in its place; return what is wrong with them."""
+    problems: list[Problem] = []
+    modules = table.get("modules")
+    for name, module in modules.items() if isinstance(modules, dict) else ():
+        options = module.get("options") if isinstance(module, dict) else None
+        if not isinstance(options, dict) or "config" not in options or ":" in str(module.get("model")):
+            continue
+        where = f"modules.{name}.options.config"
+        given = options.pop("config")
+        try:
+            module["options"] = options_of(where, folder / str(given), str(module.get("model"))) | options
+        except PlanError as error:
+            problems += error.problems
+            # What would be read from there is missing: of that nothing need be said again.
+            module["options"] = {"layers": 1, "hidden": 2, "heads": 1} | options
+            if module.get("model") == "gpt":
+                module["options"].setdefault("vocab", 1)
+    return tuple(problems)
+
+
+def options_of(where: str, path: Path, model: str) -> dict[str, Any]:
+    """Return the options of a built-in model from a config file. Raises PlanError."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        remedy = "Give its path from the folder of the job file."
+        raise PlanError([Problem(where, f"{path} cannot be read: {error.strerror}.", remedy)]) from None
+    except ValueError as error:
+        raise PlanError([Problem(where, f"{path} is no JSON: {error}.", "Name a config.json.")]) from None
+    if not isinstance(config, dict):
+        raise PlanError([Problem(where, f"{path} holds no table.", "Name a config.json.")])
+    readers = READERS.get(model, {})
+    kind = str(config.get("model_type"))
+    if kind not in readers:
+        known = ", ".join(readers) or "none"
+        remedy = (
+            f"{nearest(kind, tuple(readers))} Known for a {model}: {known}."
+            if readers
+            else "Write its sizes."
+        )
+        raise PlanError([Problem(where, f"'{kind}' is no architecture that is known as a {model}.", remedy)])
+    try:
+        return readers[kind](config)
+    except KeyError as error:
+        message = f"{path} has no {error} for model_type '{kind}'."
+        raise PlanError([Problem(where, message, "Write the sizes as options.")]) from None
+
+
+def _patches(config: Config) -> dict[str, int]:
+    """CLIP and SigLIP: the vision part of the whole model's file, or a file of its own."""
+    vision = config.get("vision_config", config)
+    return {
+        "layers": vision["num_hidden_layers"],
+        "hidden": vision["hidden_size"],
+        "heads": vision["num_attention_heads"],
+        "ffn": vision["intermediate_size"],
+        "features": vision.get("num_channels", 3) * vision["patch_size"] ** 2,
+    }
+
+
+def _whisper(config: Config) -> dict[str, int]:
+    return {
+        "layers": config["encoder_layers"],
+        "hidden": config["d_model"],
+        "heads": config["encoder_attention_heads"],
+        "ffn": config["encoder_ffn_dim"],
+        "features": 2 * config["num_mel_bins"],
+    }
+
+
+def _qwen_vision(config: Config) -> dict[str, int]:
+    """Qwen2-VL gives the MLP as a ratio; Qwen2.5-VL as a gated width."""
+    vision = config["vision_config"]
+    hidden = vision["embed_dim"] if "embed_dim" in vision else vision["hidden_size"]
+    ffn = int(hidden * vision["mlp_ratio"]) if "mlp_ratio" in vision else _gated(vision["intermediate_size"])
+    channels = vision.get("in_channels", vision.get("in_chans", 3))
+    return {
+        "layers": vision["depth"],
+        "hidden": hidden,
+        "heads": vision["num_heads"],
+        "ffn": ffn,
+        "features": channels * vision.get("temporal_patch_size", 2) * vision["patch_size"] ** 2,
+    }
+
+
+def _decoder(config: Config) -> dict[str, Any]:
+    text = config.get("text_config", config)
+    heads = text["num_attention_heads"]
+    return {
+        "layers": text["num_hidden_layers"],
+        "hidden": text["hidden_size"],
+        "heads": heads,
+        "kv_heads": text.get("num_key_value_heads", heads),
+        "ffn": _gated(text["intermediate_size"]),
+        "vocab": text["vocab_size"],
+        "tied_embeddings": bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+    }
+
+
+def _gated(width: int) -> int:
+    matrices, ours = GATED
+    return width * matrices // ours
+
+
+READERS: Mapping[str, Mapping[str, Callable[[Config], dict[str, Any]]]] = {
+    "vit": {
+        "clip": _patches,
+        "clip_vision_model": _patches,
+        "siglip": _patches,
+        "siglip_vision_model": _patches,
+        "whisper": _whisper,
+        "qwen2_vl": _qwen_vision,
+        "qwen2_5_vl": _qwen_vision,
+    },
+    "gpt": dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl"), _decoder),
+}
+"""Per built-in model, the architectures whose files can be read."""

@@ -1,0 +1,410 @@
+"""Job files: TOML in, `JobSpec` out, and back.
+
+`load` takes what a user wrote literally and reports everything that is not right together: keys that do not
+exist with the nearest that do, values of the wrong type, what is missing. Overrides (``a.b.c=value``) are
+laid over the file before it is read, so their mistakes read like any other's.
+
+`read` goes on where `load` stops: where the mistakes leave enough to understand what was meant (a misspelt
+key stands for its nearest neighbour), it returns a spec besides the problems, so that problems of the plan
+can be reported in the same run.
+"""
+
+import copy
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from cattrs import Converter
+from cattrs.gen import override
+
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.models import BUILT_IN
+from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
+from mimogrid.shell.job import costfile
+from mimogrid.shell.job.hf import lay_options
+from mimogrid.shell.job.tables import Fault, Wrong, converted, dotted, new_converter, shown, table_hook
+
+
+REQUIRED = {
+    "modules": "Add a table [modules.NAME] for every module.",
+    "data": 'Add a table [data] with source = "synthetic", "digits" or "package.module:function".',
+    "batch": "Add a table [batch] with global_size = N.",
+}
+OWN_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""How things of the user's own are named: ``package.module:function``."""
+
+
+@attrs.frozen
+class Reading:
+    """A job file as far as it could be read.
+
+    `spec` is what the user probably meant; None where that cannot be told. It may be trusted only without
+    `problems`. `doubtful` are the tables that a mistake left incomplete: what the plan says of them may be a
+    consequence of that mistake. `overrides` says which places were given on the command line.
+    """
+
+    spec: JobSpec | None
+    problems: tuple[Problem, ...]
+    doubtful: tuple[str, ...] = ()
+    overrides: Mapping[str, str] = attrs.field(factory=dict[str, str])
+
+    def explains(self, problem: Problem) -> bool:
+        """Whether a problem of the plan may be a mere consequence of one found here."""
+        return any(_is_within(problem.where, table) for table in self.doubtful)
+
+    def annotated(self, problem: Problem) -> Problem:
+        """Return the problem, with the override that it comes from if it comes from one."""
+        for place, text in self.overrides.items():
+            if _is_within(problem.where, place):
+                return attrs.evolve(problem, message=f"{problem.message} (Given by --set {text}.)")
+        return problem
+
+
+def _is_within(where: str, place: str) -> bool:
+    return where == place or where.startswith((f"{place}.", f"{place}["))
+
+
+def load(path: Path | str, overrides: Iterable[str] = ()) -> JobSpec:
+    """Read a job file. Raises PlanError with every problem of its text."""
+    reading = read(path, overrides)
+    if reading.problems or reading.spec is None:
+        raise PlanError(reading.problems)
+    return reading.spec
+
+
+def read(path: Path | str, overrides: Iterable[str] = ()) -> Reading:
+    """Read a job file as far as possible."""
+    try:
+        text = _text(Path(path))
+        table = _parsed(text, str(path))
+    except PlanError as error:
+        return Reading(None, error.problems)
+    problems: list[Problem] = []
+    given: dict[str, str] = {}
+    for entry in overrides:
+        try:
+            given[_lay_over(table, entry)] = entry
+        except PlanError as error:
+            problems += error.problems
+    if not table:
+        empty = Problem(
+            str(path), "the job file is empty.", "A job needs [modules.NAME], [data] and [batch]."
+        )
+        return Reading(None, (*problems, empty))
+    costs, of_costs = _take_costs(table, Path(path).parent)
+    problems += [*of_costs, *lay_options(table, Path(path).parent)]
+    reading = _read_table(table)
+    if costs and reading.spec:
+        priced = attrs.evolve(reading.spec.schedule, costs=costs)
+        reading = attrs.evolve(reading, spec=attrs.evolve(reading.spec, schedule=priced))
+    found = Reading(reading.spec, (), reading.doubtful, given)
+    problems += [found.annotated(problem) for problem in reading.problems]
+    return attrs.evolve(found, problems=tuple(problems))
+
+
+def parsed(text: str) -> JobSpec:
+    """Read what `dump` wrote. Raises PlanError."""
+    table = _parsed(text, "job")
+    costs, problems = _take_costs(table, Path())
+    reading = _read_table(table)
+    if problems or reading.problems or reading.spec is None:
+        raise PlanError([*problems, *reading.problems])
+    return attrs.evolve(reading.spec, schedule=attrs.evolve(reading.spec.schedule, costs=costs))
+
+
+def recorded(text: object, where: Path) -> JobSpec:
+    """Read the job that a run or a checkpoint says it is of. Raises PlanError with the name of the file."""
+    try:
+        return parsed(str(text))
+    except PlanError as error:
+        message = f"holds a job that cannot be read: {error.problems[0].message}"
+        raise _file_error(where, message, "Use the mimogrid that wrote it.") from None
+
+
+def dump(spec: JobSpec) -> str:
+    """Write a spec as a job file that `load` reads back to an equal spec; defaults are left out."""
+    import tomlkit  # noqa: PLC0415  (slow to import, and few commands write)
+
+    document = tomlkit.document()
+    tables = CONVERTER.unstructure(spec)
+    if spec.schedule.costs:
+        tables["schedule"]["costs"] = costfile.table_of(spec.schedule.costs)
+    for key, value in tables.items():
+        if not isinstance(value, dict):
+            document.add(key, value)
+    for key, value in tables.items():
+        if key == "modules":
+            modules = tomlkit.table(is_super_table=bool(value))
+            for name, module in value.items():
+                modules.add(name, _flat_table(module))
+            document.add(key, modules)
+        elif isinstance(value, dict):
+            document.add(key, _flat_table(value))
+    return tomlkit.dumps(document)
+
+
+def _flat_table(value: Mapping[str, Any]) -> Any:
+    """A TOML table whose own tables stand on one line each."""
+    import tomlkit  # noqa: PLC0415
+
+    table = tomlkit.table()
+    for key, item in sorted(value.items(), key=lambda pair: isinstance(pair[1], dict)):
+        if isinstance(item, dict):
+            inline = tomlkit.inline_table()
+            inline.update(item)
+            table.add(key, inline)
+        else:
+            table.add(key, item)
+    return table
+
+
+# -- text --------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        remedy = nearest(path.name, near) if near else "Check the path."
+        raise _file_error(path, "there is no such file.", remedy) from None
+    except IsADirectoryError:
+        raise _file_error(path, "is a folder.", "Name the job file in it.") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        message = f"is not a text file in UTF-8 (line {line})."
+        raise _file_error(path, message, "Save it as UTF-8.") from None
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}."
+        raise _file_error(path, message, "Check the path and its permissions.") from None
+
+
+def _file_error(path: Path | str, message: str, remedy: str) -> PlanError:
+    return PlanError([Problem(str(path), message, remedy)])
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message, remedy = _explained(str(error), text)
+        raise _file_error(name, message, remedy) from None
+
+
+def _explained(message: str, text: str) -> tuple[str, str]:
+    """Say in our words what the TOML parser says in its own."""
+    fact, line, column = _located(message, text)
+    at = f"(line {line}, column {column})"
+    twice = re.match(r"Cannot (?:declare|redefine namespace) \((.*?)\)", fact)
+    if twice:
+        path = re.findall(r"'((?:[^'\\]|\\.)*)'", twice[1])
+        first = _first_declared(path, text)
+        since = f", first on line {first}" if first and first != line else ""
+        what = f"module '{path[1]}'" if path[0] == "modules" and len(path) == 2 else "this table"  # noqa: PLR2004
+        message = f"the table [{dotted(path)}] is declared twice{since} {at}."
+        return message, f"Give {what} one table: rename one of the two, or join them."
+    if fact.startswith(("Cannot overwrite a value", "Duplicate inline table key")):
+        key = text.splitlines()[line - 1].strip() if text else ""
+        return f"a key or table is given twice {at}: {key}", "Keep one of the two."
+    return f"is not TOML: {fact[:1].lower()}{fact[1:]} {at}.", "Correct the line."
+
+
+def _located(message: str, text: str) -> tuple[str, int, int]:
+    """Split the parser's message into the fact, the line and the column."""
+    place = re.search(r" \(at line (\d+), column (\d+)\)$", message)
+    if place:
+        return message[: place.start()], int(place[1]), int(place[2])
+    lines = text.rstrip().splitlines() or [""]
+    return message.removesuffix(" (at end of document)"), len(lines), len(lines[-1]) + 1
+
+
+def _first_declared(path: list[str], text: str) -> int:
+    header = re.compile(r"\s*\[\s*" + r"\s*\.\s*".join(f"[\"']?{re.escape(k)}[\"']?" for k in path))
+    lines = text.splitlines()
+    return next((i for i, line in enumerate(lines, start=1) if header.match(line)), 0)
+
+
+# -- overrides ---------------------------------------------------------------------------------------------
+
+
+def _lay_over(table: dict[str, Any], entry: str) -> str:
+    """Put an override ``a.b.c=value`` into the table; return its place. Raises PlanError."""
+    key, equals, text = entry.partition("=")
+    path = _key_path(key)
+    if not equals or not path:
+        remedy = "Write --set a.b.c=value, such as --set train.steps=20."
+        raise PlanError([Problem(f"--set {entry}", "is not of the form a.b.c=value.", remedy)])
+    for depth, step in enumerate(path[:-1], start=1):
+        table = table.setdefault(step, {})
+        if not isinstance(table, dict):
+            message = f"{dotted(path[:depth])} is {shown(table)}, not a table, so it has no keys."
+            remedy = f"Override {dotted(path[:depth])} itself, or name another key."
+            raise PlanError([Problem(f"--set {entry}", message, remedy)])
+    table[path[-1]] = _override_value(text.strip())
+    return dotted(path)
+
+
+def _key_path(key: str) -> tuple[str, ...]:
+    """Read a dotted key as TOML does; () if it is none."""
+    try:
+        table: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return ()
+    path: list[str] = []
+    while isinstance(table, dict):
+        if len(table) != 1:
+            return ()
+        [(step, table)] = table.items()
+        path.append(step)
+    return tuple(path)
+
+
+def _override_value(text: str) -> object:
+    """Read a value as TOML does; what is none (and a date, which no job has) is a string."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = table["value"]
+    is_toml = len(table) == 1 and isinstance(value, bool | int | float | str | list | dict)
+    return value if is_toml else text
+
+
+# -- costs -------------------------------------------------------------------------------------------------
+
+
+def _take_costs(table: dict[str, Any], folder: Path) -> tuple[Costs | None, list[Problem]]:
+    """Take `schedule.costs` out of a job's tables: the tables of a costs file, or its path from the job's folder."""
+    schedule = table.get("schedule")
+    given = schedule.pop("costs", None) if isinstance(schedule, dict) else None
+    where = "schedule.costs"
+    try:
+        if isinstance(given, str):
+            where = str(folder / given)
+            given = costfile.load(folder / given, "Check schedule.costs.")
+        elif given is not None and not isinstance(given, dict):
+            remedy = 'Give the path of a costs file, or its tables: { stages."language.0" = {...} }.'
+            return None, [Problem(where, f"is {shown(given)}.", remedy)]
+    except PlanError as error:
+        return None, list(error.problems)
+    return (None, []) if given is None else costfile.costs_of(given, f"{where}.")
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _Options:
+    """The options of a module as written, with the model that says what they mean."""
+
+    model: object
+    table: object
+
+
+def _job_converter() -> Converter:
+    converter = new_converter()
+
+    def module_hook(value: Any, kind: Any) -> Any:
+        if isinstance(value, Mapping):
+            value = {**value, "options": _Options(value.get("model"), value.get("options", {}))}
+        return module(value, kind)
+
+    def options_hook(options: _Options, _: Any) -> Any:
+        model = BUILT_IN.get(options.model) if isinstance(options.model, str) else None
+        return converter.structure(options.table, model or Mapping[str, Any])
+
+    options_type = attrs.fields(ModuleSpec).options.type
+    converter.register_structure_hook_factory(lambda kind: bool(kind == options_type), lambda _: options_hook)
+    module = table_hook(converter, ModuleSpec, model=override(struct_hook=_model))
+    converter.register_structure_hook(ModuleSpec, module_hook)
+    return converter
+
+
+def _model(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        remedy = f"Use one of {', '.join(BUILT_IN)}, or a string of the form package.module:function."
+        raise Wrong(f"is {shown(value)}; expected the name of a model.", remedy)
+    if value in BUILT_IN:
+        return value
+    if ":" not in value:
+        remedy = f"{nearest(value, tuple(BUILT_IN))} Your own: package.module:function."
+        raise Wrong(f"'{value}' is not a built-in model.", remedy)
+    if not OWN_PATH.fullmatch(value):
+        message = f"'{value}' is not of the form package.module:function."
+        raise Wrong(message, "Name a module of Python and a function in it.")
+    return value
+
+
+CONVERTER = _job_converter()
+
+
+def _read_table(table: dict[str, Any]) -> Reading:
+    first = converted(CONVERTER, table, JobSpec)
+    if first.value is not None:
+        return Reading(first.value, ())
+    meant = {(*fault.path[:-1], fault.meant) for fault in first.faults if fault.meant}
+    problems = tuple(
+        _problem(fault, table) for fault in first.faults if fault.unknown or fault.path not in meant
+    )
+    if any(fault.missing and fault.path not in meant for fault in first.faults):
+        return Reading(None, problems)
+    repaired, doubtful = copy.deepcopy(table), set[str]()
+    for fault in first.faults:
+        if fault.missing or _renamed(repaired, fault):
+            continue
+        if not _dropped(repaired, fault):
+            return Reading(None, problems)
+        doubtful.add(dotted(fault.path[: 2 if fault.path[0] == "modules" else 1]))
+    return Reading(converted(CONVERTER, repaired, JobSpec).value, problems, tuple(sorted(doubtful)))
+
+
+def _problem(fault: Fault, table: Mapping[str, Any]) -> Problem:
+    if len(fault.path) == 1 and fault.path[0] in REQUIRED and fault.path[0] not in table:
+        return Problem(fault.where, "is missing.", REQUIRED[fault.path[0]])
+    remedy = fault.remedy
+    if fault.unknown and not fault.meant:
+        home = next(iter(_homes(fault)), None)
+        remedy = f"'{fault.path[-1]}' belongs in {home}." if home else remedy
+    return Problem(fault.where, fault.message, remedy)
+
+
+def _homes(fault: Fault) -> Iterator[str]:
+    """Tables that have the key which this one lacks."""
+    key, place = fault.path[-1], fault.path[:2]
+    if place[0] == "modules" and len(fault.path) > 2:  # noqa: PLR2004
+        homes: dict[str, type] = {dotted(place): ModuleSpec, dotted((*place, "grid")): GridSpec}
+        if fault.table is ModuleSpec:
+            homes |= {dotted((*place, "options")): model for model in BUILT_IN.values()}
+    else:
+        homes = {"the top of the file": JobSpec}
+    homes |= {f"[{f.name}]": f.type for f in attrs.fields(JobSpec) if f.type and attrs.has(f.type)}
+    return (home for home, kind in homes.items() if key in attrs.fields_dict(kind))
+
+
+def _renamed(table: dict[str, Any], fault: Fault) -> bool:
+    """Give a misspelt key the name that it was meant to have, if that is free."""
+    inner = _table_of(table, fault)
+    if inner is None or not fault.meant or fault.meant in inner:
+        return False
+    inner[fault.meant] = inner.pop(fault.path[-1])
+    return True
+
+
+def _dropped(table: dict[str, Any], fault: Fault) -> bool:
+    """Leave a faulty key out, unless too much hangs on it: then what the rest says would be of no use."""
+    inner, key = _table_of(table, fault), fault.path[-1]
+    if inner is None or key in {"feeds", "model"} or isinstance(inner[key], dict):
+        return False
+    del inner[key]
+    return True
+
+
+def _table_of(table: Any, fault: Fault) -> dict[str, Any] | None:
+    """The table that holds a faulty key; None for what is no key, such as an entry of a list."""
+    for step in fault.path[:-1]:
+        table = table.get(step) if isinstance(table, dict) else None
+    return table if isinstance(table, dict) and fault.path[-1] in table else None

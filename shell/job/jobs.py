@@ -1,0 +1,126 @@
+"""Jobs: a job file opened: read, its source and builders found, and planned, with all problems in one list.
+
+For example ``open_job("job.toml", ["train.steps=20"]).topology``, which raises PlanError for a wrong job.
+"""
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.spec import JobSpec, ModuleSpec
+from mimogrid.core.job.validation import problems_of
+from mimogrid.core.pricing.unknown_names import misfits
+from mimogrid.core.schedule.layer_split import settled
+from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.topology import Topology
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find, make_importable
+from mimogrid.shell.job.sources import Source, open_source
+
+
+@attrs.frozen(eq=False)
+class Job:
+    """A job that can run. `source` is None where only torch, which is not loaded, could open it.
+
+    A job travels to other processes as the name of its file: each opens it by itself, since every rank makes
+    the whole plan from the same text, and a source of the user's own need not be made for travelling.
+    """
+
+    path: Path
+    overrides: tuple[str, ...]
+    topology: Topology
+    source: Source | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_job, (self.path, self.overrides)
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job as written, with the output widths that its own builders told."""
+        return self.topology.spec
+
+    def step(self, index: int) -> Step:
+        """Return one step of the job. Raises PlanError where its samples are not known, or one does not fit."""
+        if self.source is None:
+            remedy = "Import torch inside its load, and nowhere at the top level."
+            raise PlanError([Problem("data.source", "its samples are not known without torch.", remedy)])
+        size = self.spec.batch.global_size
+        return step_of(self.topology, _described(self.source, range(index * size, (index + 1) * size)))
+
+
+def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
+    """Open a job file. Raises PlanError with every problem of its text, its parts and its plan.
+
+    The folder of the job file and the current folder become importable, for what is the user's own.
+    """
+    whole, overrides = Path(path).resolve(), tuple(overrides)
+    make_importable(Path.cwd(), whole.parent)
+    reading = jobfile.read(path, overrides)
+    if reading.spec is None:
+        raise PlanError(reading.problems)
+    spec, of_builders = with_builders(reading.spec)
+    source, facts, of_source = open_source(spec)
+    spec = spec if of_source else settled(spec, facts)
+    of_plan = [*of_builders, *of_source, *problems_of(spec, None if of_source else facts)]
+    problems = [
+        *reading.problems,
+        *(reading.annotated(p) for p in dict.fromkeys(of_plan) if not reading.explains(p)),
+    ]
+    if problems:
+        raise PlanError(problems)
+    topology = parse(spec, facts)
+    if spec.schedule.costs and (strange := list(misfits(spec.schedule.costs, topology))):
+        raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)
+    return Job(whole, overrides, topology, source)
+
+
+def with_builders(spec: JobSpec) -> tuple[JobSpec, list[Problem]]:
+    """Find the builders of own modules, and fill in the output widths that they tell."""
+    problems: list[Problem] = []
+    modules: dict[str, ModuleSpec] = {}
+    for name, module in spec.modules.items():
+        modules[name] = module
+        if ":" in module.model:
+            try:
+                modules[name] = _with_width(name, module)
+            except PlanError as error:
+                problems += error.problems
+    return attrs.evolve(spec, modules=modules), problems
+
+
+def _with_width(name: str, module: ModuleSpec) -> ModuleSpec:
+    where = f"modules.{name}.model"
+    assert not attrs.has(type(module.options))
+    found = find(module.model, where=where)
+    reason = f"'{module.model}' has no describe(options)"
+    try:
+        width = found.describe(module.options).get("width")  # type: ignore[arg-type]
+    except NeedsTorch as error:
+        width, reason = None, str(error)
+    except Exception as error:
+        message = f"describe of '{module.model}' raised {type(error).__name__}: {error}."
+        raise PlanError([Problem(where, message, f"Correct it in {found.spec.origin}.")]) from error
+    if width is not None and (type(width) is not int or width < 1):
+        message = f"describe of '{module.model}' gives width {width!r}."
+        raise PlanError([Problem(where, message, "It must be an integer of 1 or more.")])
+    if None not in (width, module.width) and width != module.width:
+        message = f"width = {module.width}, but '{module.model}' describes itself as {width} wide."
+        raise PlanError([Problem(f"modules.{name}.width", message, "Leave width out.")])
+    if width is None and module.width is None and module.feeds:
+        warnings.warn(
+            f"modules.{name}: {reason}, so the width of what it emits is not known. "
+            f"Set modules.{name}.width.",
+            PlanWarning,
+            stacklevel=4,
+        )
+    return attrs.evolve(module, width=module.width or width)
+
+
+def _described(source: Source, ids: Iterable[int]) -> tuple[Sample, ...]:
+    return tuple(source.describe(sample_id) for sample_id in ids)

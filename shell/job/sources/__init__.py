@@ -1,0 +1,191 @@
+"""Sources: where samples come from.
+
+A source answers two questions. ``describe(sample_id)`` is asked on every rank for every sample of a step, so
+it is pure, cheap and free of torch; ``load(sample_id, module)`` is asked only for a rank's own share.
+
+A source of your own is a function ``package.module:function``. It is called with the ``[data] options`` by
+name, and with those of these that its signature takes:
+
+    graph     the module graph (`core.job.graph.Graph`): what feeds what, which modules read rows or text
+    models    per module, the options of its built-in model, or the options of an own one as written
+    seed      the job's seed: all of a source's randomness hangs on it
+
+and returns a `Source`. If it has a method ``facts()`` that returns `core.job.spec.SourceFacts`, the plan is
+checked against these. To let `mimogrid check` count rows without torch, import torch inside ``load`` only.
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.placement import graph_of
+from mimogrid.core.job.spec import JobSpec, SourceFacts
+from mimogrid.shell.job.builders import Found, NeedsTorch, PlanWarning, find
+from mimogrid.shell.job.tables import converted, new_converter
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+BUILT_IN = ("digits", "synthetic")
+
+
+class Source(Protocol):
+    """Samples by id, from 0 without end; the same for the same id on every rank and in every run.
+
+    A source may also have ``held_out(...)``, which returns a source of samples that training never sees.
+    """
+
+    def describe(self, sample_id: int) -> Sample:
+        """Return the counts of a sample. Pure, cheap, without torch."""
+        ...
+
+    def load(self, sample_id: int, module: str) -> "Mapping[str, torch.Tensor]":
+        """Return what a module reads of a sample, beside the rows that other modules feed it.
+
+        - a module that nothing feeds: ``rows`` [rows, features], float;
+        - a `gpt`: ``tokens``, ``labels`` and ``loss_weights``, flat, one entry per position in use, so as
+          many as placeholders and text tokens together; tokens are -1 at the placeholders. A label is what
+          its position must predict; only positions with a weight count;
+        - a `regressor`: ``targets`` [rows that it reads, outputs], float;
+        - a module of your own: whatever its builder expects.
+        """
+        ...
+
+
+Opened = tuple[Source | None, SourceFacts, list[Problem]]
+"""A source, the facts that the plan needs, and what is wrong; facts may be known without a source."""
+
+
+def open_source(spec: JobSpec) -> Opened:
+    """Open the source that a job names. There is none where a problem, or torch not loaded, prevents it."""
+    graph = _graph(spec)
+    if graph is None:  # the cycle is reported with the rest of the plan's problems
+        return None, SourceFacts(), []
+    name = spec.data.source
+    if name == "synthetic":
+        from mimogrid.shell.job.sources.synthetic import synthetic  # noqa: PLC0415 -- only what is used
+
+        models = {module: written.options for module, written in spec.modules.items()}
+        source, facts, problems = synthetic(
+            graph=graph, models=models, seed=spec.seed, options=spec.data.options
+        )
+        return source, facts, list(problems)
+    if name == "digits":
+        return _digits(spec, graph)
+    if ":" in name:
+        return _own(spec, graph)
+    remedy = f"{nearest(name, BUILT_IN)} Your own: package.module:function."
+    return None, SourceFacts(), [Problem("data.source", f"'{name}' is not a built-in source.", remedy)]
+
+
+def _graph(spec: JobSpec) -> Graph | None:
+    try:
+        return graph_of(spec)
+    except ValueError:
+        return None
+
+
+# -- digits ------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class _DigitsOptions:
+    sequence: int | None = None
+
+
+def _digits(spec: JobSpec, graph: Graph) -> Opened:
+    from mimogrid.shell.job.sources.digits import digits  # noqa: PLC0415
+
+    read = converted(new_converter(), spec.data.options, _DigitsOptions, ("data", "options"))
+    if read.value is None:
+        return None, SourceFacts(), [Problem(f.where, f.message, f.remedy) for f in read.faults]
+    source = digits(
+        spec.seed, graph.sources, graph.texts, rows_into={t: graph.rows_into(t) for t in graph.texts}
+    )
+    sequence = read.value.sequence or source.sequence
+    facts = SourceFacts(
+        sequence=sequence if graph.texts else None,
+        vocab=source.vocab,
+        features=dict.fromkeys(graph.sources, source.features),
+        rows=dict.fromkeys(graph.sources, source.rows_most),
+        targets=False,
+    )
+    problems: list[Problem] = []
+    if graph.texts and sequence < source.sequence:
+        fact = f"is {sequence}; the longest sample of digits takes {source.sequence} positions."
+        remedy = f"Set sequence = {source.sequence} or more, or leave it out."
+        problems.append(Problem("data.options.sequence", fact, remedy))
+    for name in graph.texts:
+        writers = [feeder for feeder in graph.nodes[name].feeders if feeder in graph.texts]
+        if writers:
+            fact = f"digits has no text for module '{name}', which the language model '{writers[0]}' feeds."
+            problems.append(Problem("data.source", fact, "Use source = 'synthetic' or one of your own."))
+    return source, facts, problems
+
+
+# -- sources of the user's own -----------------------------------------------------------------------------
+
+
+def _own(spec: JobSpec, graph: Graph) -> Opened:
+    """Find a source of the user's own, and run it where that needs no torch that is not there."""
+    path, options = spec.data.source, spec.data.options
+    sequence = options.get("sequence")
+    facts = SourceFacts(sequence=sequence if type(sequence) is int else None)
+    try:
+        found = find(path, where="data.source")
+        source = _run(found, spec, graph)
+    except PlanError as error:
+        return None, facts, list(error.problems)
+    except NeedsTorch as error:
+        warnings.warn(
+            f"data.source: {error}: what '{path}' gives is not known without torch, and not checked here. "
+            "Import torch inside load to have it checked.",
+            PlanWarning,
+            stacklevel=3,
+        )
+        return None, facts, []
+    told = getattr(source, "facts", None)
+    facts = told() if told else facts
+    problems = []
+    if graph.texts and facts.sequence is None:
+        fact = f"'{path}' does not say how long a sequence of the language model is."
+        problems.append(Problem("data.options", fact, "Set sequence = N there, or return it from facts()."))
+    return source, facts, problems
+
+
+def _run(found: Found, spec: JobSpec, graph: Graph) -> Source:
+    """Call the function. Raises PlanError for what it raises, and for what is no source."""
+    models = {name: module.options for name, module in spec.modules.items()}
+    context: dict[str, Any] = {"graph": graph, "models": models, "seed": spec.seed}
+    try:
+        function = getattr(found.run_alone(), found.function)
+        source: Source = function(**(_taken(function, context) | dict(spec.data.options)))
+    except NeedsTorch:
+        raise
+    except Exception as error:
+        message = f"'{found.path}' raised {type(error).__name__}: {error}."
+        remedy = f"Correct it, or its options, in {found.spec.origin}."
+        raise PlanError([Problem("data.source", message, remedy)]) from error
+    lacking = [method for method in ("describe", "load") if not hasattr(source, method)]
+    if lacking:
+        message = f"what '{found.path}' returned has no {' and no '.join(lacking)}."
+        remedy = "Return an object with describe(sample_id) and load(sample_id, module)."
+        raise PlanError([Problem("data.source", message, remedy)])
+    return source
+
+
+def _taken(function: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the context that a function's signature takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(context)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in context.items() if name in names}

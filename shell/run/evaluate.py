@@ -1,0 +1,127 @@
+"""Evaluation: greedy answers to held-out samples, by forward-only programs of the same executor.
+
+Every pass runs the whole pipeline over the prompts with the answers so far, and adds one token to each. All
+ranks hear all new tokens, so all know the lengths of the next pass. A pass has as many samples as a training
+step, so that the layout fits it as it is.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+import torch
+
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.step.step import step_of
+from mimogrid.core.topology.topology import Topology
+from mimogrid.shell.runtime.rank import Crew
+
+
+@runtime_checkable
+class Questions(Protocol):
+    """A source of held-out samples that have a prompt and one true answer."""
+
+    stop: int
+
+    def describe(self, sample_id: int) -> Sample:
+        """Return the counts of a sample."""
+        ...
+
+    def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+        """Return a sample's tensors for a module."""
+        ...
+
+    def prompt(self, sample_id: int, module: str) -> tuple[int, ...]:
+        """Return what comes before the answer, -1 at placeholders."""
+        ...
+
+    def answer(self, sample_id: int) -> tuple[int, ...]:
+        """Return the true answer, without the stop token."""
+        ...
+
+    def spell(self, tokens: tuple[int, ...]) -> str:
+        """Return tokens in words."""
+        ...
+
+    def image(self, sample_id: int) -> Any:
+        """Return what is to be read, as an array of grey values."""
+        ...
+
+
+@runtime_checkable
+class Examined(Protocol):
+    """A source that can be examined: it holds samples out, task by task."""
+
+    tasks: tuple[str, ...]
+
+    def held_out(self, *, task: str) -> Questions:
+        """Return the samples of a task that training never sees."""
+        ...
+
+
+@attrs.frozen
+class Answer:
+    """What was answered to a sample, and the truth; neither holds the stop token."""
+
+    sample_id: int
+    given: tuple[int, ...]
+    true: tuple[int, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether they are the same, to the last token."""
+        return self.given == self.true
+
+
+def examine(crew: Crew, questions: Questions, count: int) -> tuple[Answer, ...]:
+    """Answer at least `count` held-out samples, whole steps of them; the same on every rank."""
+    size = crew.job.spec.batch.global_size
+    most = max(len(questions.answer(i)) for i in range(size))
+    answers: list[Answer] = []
+    for start in range(0, count, size):
+        ids = range(start, start + size)
+        given: dict[int, tuple[int, ...]] = dict.fromkeys(ids, ())
+        for _ in range(most + 1):
+            given = _one_more(crew, questions, given)
+        answers += [Answer(i, _until(given[i], questions.stop), questions.answer(i)) for i in ids]
+    return tuple(answers)
+
+
+def _one_more(
+    crew: Crew, questions: Questions, given: Mapping[int, tuple[int, ...]]
+) -> dict[int, tuple[int, ...]]:
+    """Add one token to every answer that has not stopped."""
+    asked = _Asked(questions, crew.topology, given)
+    step = step_of(crew.topology, tuple(asked.describe(i) for i in given))
+    chosen = crew.choose(step, asked)
+    return {
+        i: tokens if questions.stop in tokens else (*tokens, token)
+        for (i, tokens), token in zip(given.items(), chosen, strict=True)
+    }
+
+
+def _until(tokens: tuple[int, ...], stop: int) -> tuple[int, ...]:
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+
+
+@attrs.frozen
+class _Asked:
+    """A source of prompts, each followed by its answer so far."""
+
+    questions: Questions
+    topology: Topology
+    given: Mapping[int, tuple[int, ...]]
+
+    def describe(self, sample_id: int) -> Sample:
+        """Return the counts of a prompt with its answer so far."""
+        text = self.topology.graph.texts[0]
+        prompt = self.questions.prompt(sample_id, text)
+        words = sum(token >= 0 for token in prompt) + len(self.given[sample_id])
+        return Sample(sample_id, words, self.questions.describe(sample_id).rows)
+
+    def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+        """Return the rows of a sample, or its tokens so far."""
+        if module not in self.topology.graph.texts:
+            return self.questions.load(sample_id, module)
+        tokens = (*self.questions.prompt(sample_id, module), *self.given[sample_id])
+        return {"tokens": torch.tensor(tokens)}

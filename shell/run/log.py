@@ -1,0 +1,56 @@
+"""Logs: JSON lines in the run folder from every rank, readable lines on a terminal from one.
+
+Rank, modules and stages are bound once; a line says the rest:
+
+    log.info("step", step=20, loss=0.71)
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+from mimogrid.core.topology.roles import RankRole
+
+
+@contextmanager
+def open_log(folder: Path, role: RankRole, *, speaks: bool) -> Iterator[FilteringBoundLogger]:
+    """Open this rank's log in a run folder; with `speaks`, its lines also go to the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = [f"{module.module}.{module.pp}" for module in role.modules.values()]
+    with (folder / f"rank-{role.rank}.jsonl").open("a", encoding="utf-8") as file:
+        log: FilteringBoundLogger = structlog.wrap_logger(
+            None,
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso"),
+                _Writer(file, sys.stderr if speaks else None),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(0),
+            rank=role.rank,
+            stages=stages,
+        )
+        yield log
+
+
+class _Writer:
+    """The last processor: writes an event to the file as JSON, and to a terminal as a line."""
+
+    def __init__(self, file: TextIO, terminal: TextIO | None) -> None:
+        self._file = file
+        self._terminal = terminal
+
+    def __call__(self, _: object, __: str, event: Mapping[str, object]) -> str:
+        self._file.write(json.dumps(event, default=str) + "\n")
+        self._file.flush()
+        if self._terminal:
+            bound = ("event", "level", "timestamp", "rank", "stages")
+            facts = "  ".join(f"{key} {value}" for key, value in event.items() if key not in bound)
+            self._terminal.write(f"{event['event']}  {facts}".rstrip() + "\n")
+            self._terminal.flush()
+        raise structlog.DropEvent

@@ -1,0 +1,292 @@
+"""Parity: the job's layout against the same model on one process, gradient by gradient.
+
+The reference is plain: one process, the whole batch at once, modules called one after the other in graph
+order, one backward. It shares the networks and the loading of samples with the layout, and nothing else: no
+routes, no program, no transport, no reduction.
+
+In half precision both are compared with the reference in fp32 (see `_judged`).
+"""
+
+import math
+from collections.abc import Mapping
+
+import attrs
+import torch
+
+from mimogrid.core.job.precision import HALF
+from mimogrid.core.job.spec import GridSpec, JobSpec
+from mimogrid.core.step.step import Step, aux_name, step_of
+from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.topology import Topology
+from mimogrid.core.update.reductions import loss_scale
+from mimogrid.shell.device.device import DTYPES, Device
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.modules import StageModule, build_stage, named_weights
+from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.collect import Tensors
+from mimogrid.shell.runtime.data import Loader
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.session import Session, open_session
+from mimogrid.shell.world.groups import ModuleGroups
+
+
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
+"""How far a layout may be from one process in the same precision."""
+TIMES = 3.0
+"""How many times farther from fp32 a layout in half precision may be than one process in half precision is."""
+
+SHOWN = 8
+"""How many of the worst parameters are shown."""
+
+Gradients = Tensors
+"""Full gradients by ``module.parameter``."""
+
+
+@attrs.frozen
+class Difference:
+    """How far a parameter's gradient is from the reference: `difference` is relative to its scale."""
+
+    parameter: str
+    difference: float
+    magnitude: float
+    reference: float
+
+
+@attrs.frozen
+class Verdict:
+    """What a comparison came to, and what is legal; `worst` holds the largest differences first."""
+
+    loss: float
+    gradients: float
+    worst: tuple[Difference, ...]
+    precision: str
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing differs by more than is legal."""
+        return max(self.loss, self.gradients) <= self.limit
+
+    def as_json(self) -> dict[str, object]:
+        """Return the verdict with its worst parameters, for a script."""
+        whole = {"passed": self.passed, **attrs.asdict(self)}
+        return whole | {"worst": whole["worst"][:SHOWN]}
+
+    def in_words(self) -> str:
+        """Return the verdict with its worst parameters, for a person."""
+        from_what = "from fp32, " if self.precision in HALF else ""
+        lines = [
+            f"{'passed' if self.passed else 'FAILED'}: loss differs by {self.loss:.2e}, gradients by at "
+            f"most {self.gradients:.2e} ({from_what}{self.precision}: at most {self.limit:.1e} is legal)",
+            f"{'worst parameters':44} {'difference':>10} {'largest':>10} {'reference':>10}",
+        ]
+        lines += [
+            f"{d.parameter:44} {d.difference:10.2e} {d.magnitude:10.2e} {d.reference:10.2e}"
+            for d in self.worst[:SHOWN]
+        ]
+        return "\n".join(lines)
+
+
+def on_one_process(
+    job: Job,
+    step: Step,
+    groups: ModuleGroups,
+    device: Device,
+    *,
+    precision: str | None = None,
+    microbatches: int = 1,
+    scale: float = 1.0,
+) -> tuple[float, Gradients]:
+    """Return loss and gradients of a step's samples on one process; `groups` hold this rank alone.
+
+    The precision is that of the job if None is given; `scale` multiplies losses during their backward.
+    """
+    spec = _undivided(job.spec, microbatches, precision or job.spec.precision)
+    topology = parse(spec, job.topology.source)
+    whole = step_of(topology, step.samples)
+    dtype = DTYPES[spec.precision]
+    assert job.source is not None
+    loader = Loader(job.source, device=device.torch, dtype=dtype)
+    networks = _networks(topology, groups, device, dtype)
+    for network in networks.values():
+        network.loss_scale = scale
+    total = 0.0
+    for microbatch in range(microbatches):
+        loss = _loss(whole, microbatch, networks, loader)
+        total += float(loss.detach())
+        if loss.requires_grad:
+            loss.backward(torch.full_like(loss, scale))
+    return total, {
+        f"{name}.{weight}": parameter.grad / scale
+        for name, network in networks.items()
+        for weight, parameter in named_weights(network).items()
+        if parameter.grad is not None
+    }
+
+
+def _networks(
+    topology: Topology, groups: ModuleGroups, device: Device, dtype: torch.dtype
+) -> dict[str, StageModule]:
+    """Build every module as one stage, with gradients as exact as those that training sums."""
+    networks = {
+        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype).to(dtype)
+        for name, module in topology.modules.items()
+    }
+    for network in networks.values():
+        for weight in named_weights(network).values():
+            weight.grad_dtype = torch.promote_types(dtype, torch.float32)
+    return networks
+
+
+def _loss(whole: Step, microbatch: int, networks: Mapping[str, StageModule], loader: Loader) -> torch.Tensor:
+    """Return the loss of a microbatch, module after module."""
+    topology = whole.topology
+    exact = torch.promote_types(loader.dtype, torch.float32)
+    loss = torch.zeros((), dtype=exact, device=loader.device)
+    rows: dict[tuple[str, str], torch.Tensor] = {}
+    for name in topology.graph.order:
+        module, share = topology.modules[name], whole.share(name, 0, microbatch)
+        if share.is_empty:
+            rows |= {(name, edge.target): _no_rows(edge.width, loader) for edge in module.outputs}
+            continue
+        inputs = loader.inputs(module, share) | loader.targets(module, share)
+        inputs |= {edge.source: rows[edge.source, name] for edge in module.inputs}
+        outputs = networks[name](inputs, share)
+        rows |= {(name, edge.target): outputs[edge.target] for edge in module.outputs}
+        if module.model.has_loss:
+            loss = loss + loss_scale(topology, name, whole.units[name]) * outputs["loss"]
+        if module.aux_loss:
+            loss = loss + module.aux_loss / whole.units[aux_name(name)] * outputs[aux_name(name)]
+    return loss
+
+
+def compare(
+    losses: tuple[float, float],
+    ours: Gradients,
+    reference: Gradients,
+    *,
+    precision: str,
+    limit: float | None = None,
+) -> Verdict:
+    """Compare (ours, the reference's) loss and gradients; `limit` is that of the precision if None is given."""
+    largest = _largest_by_module(reference)
+    names = sorted({*ours, *reference})
+    worst = sorted(
+        (_difference(name, ours.get(name), reference.get(name), largest) for name in names),
+        key=lambda d: (-d.difference, d.parameter),
+    )
+    loss = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-30) if losses[0] != losses[1] else 0.0
+    gradients = worst[0].difference if worst else 0.0
+    return Verdict(loss, gradients, tuple(worst), precision, TOLERANCE[precision] if limit is None else limit)
+
+
+def _difference(
+    name: str,
+    ours: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    largest: Mapping[str, float],
+) -> Difference:
+    magnitude, expected = _magnitude(ours), _magnitude(reference)
+    if ours is None or reference is None:
+        difference = math.inf if magnitude or expected else 0.0
+        return Difference(name, difference, magnitude, expected)
+    floor = 1e-3 * (largest[module_of(name)] or max(largest.values()))
+    apart = float((ours.double() - reference.double()).abs().max())
+    scale = max(expected, floor)
+    difference = apart / scale if scale else (math.inf if apart else 0.0)
+    return Difference(name, math.inf if math.isnan(apart) else difference, magnitude, expected)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a ``module.parameter``."""
+    return name.split(".", 1)[0]
+
+
+def _magnitude(tensor: torch.Tensor | None) -> float:
+    return 0.0 if tensor is None or tensor.numel() == 0 else float(tensor.abs().max())
+
+
+def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
+    largest: dict[str, float] = {}
+    for name, gradient in gradients.items():
+        module = module_of(name)
+        largest[module] = max(largest.get(module, 0.0), _magnitude(gradient))
+    return largest
+
+
+def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:
+    """The same model on one rank: every grid of size 1, and nothing in fp8 if the precision is another."""
+    modules = {
+        name: attrs.evolve(
+            module,
+            grid=GridSpec(offset=0),
+            split=None,
+            microbatches=None,
+            chunks=1,
+            fp8=module.fp8 if precision == spec.precision else "none",
+        )
+        for name, module in spec.modules.items()
+    }
+    batch = attrs.evolve(spec.batch, microbatches=microbatches)
+    return attrs.evolve(spec, modules=modules, batch=batch, world_size=None, precision=precision)
+
+
+def _no_rows(width: int, loader: Loader) -> torch.Tensor:
+    return torch.empty(0, width, dtype=loader.dtype, device=loader.device)
+
+
+def in_world(place: Place, job: Job, steps: int, transport: str | None = None) -> Verdict | None:
+    """Run on every rank: compare some steps of a job; the first rank of the job returns the verdict."""
+    with open_session(place, job, transport=transport) as session:
+        if session.crew is None:
+            return None
+        chief = place.rank == job.topology.ranks[0]
+        verdicts = []
+        for index in range(steps):
+            step = job.step(index)
+            outcome = _scaled_to_fit(session.crew, index, step)
+            ours = full_gradients(session.crew)
+            if chief:
+                verdicts.append(_judged(session, job, step, outcome.loss, ours))
+        return max(verdicts, key=lambda v: max(v.gradients, v.loss)) if verdicts else None
+
+
+def _scaled_to_fit(crew: Crew, index: int, step: Step) -> Outcome:
+    """Run a step without updating; in fp16 lower the loss scale until nothing overflows, as training would."""
+    while True:
+        outcome = crew.run(index, step, step, update=False)
+        lower = max(crew.watch.scale / 2, 1.0)
+        if outcome.taken or lower == crew.watch.scale:
+            return outcome
+        crew.watch = attrs.evolve(crew.watch, scale=lower)
+
+
+def _judged(session: Session, job: Job, step: Step, loss: float, ours: Gradients) -> Verdict:
+    """Compare with one process in the same precision.
+
+    In half precision sums in another order differ by as much as rounding does, so there both are compared
+    with fp32: the layout must not be much farther from it than the one process is with the same microbatches
+    and loss scale.
+    """
+    precision, alone, device = job.spec.precision, session.groups.alone(), session.device
+    if precision not in HALF:
+        reference = on_one_process(job, step, alone, device)
+        return compare((loss, reference[0]), ours, reference[1], precision=precision)
+    assert session.crew
+    count, scale = job.spec.batch.microbatches, session.crew.watch.scale
+    exact = on_one_process(job, step, alone, device, precision="fp32")
+    rounded = on_one_process(job, step, alone, device, microbatches=count, scale=scale)
+    by_rounding = compare((rounded[0], exact[0]), rounded[1], exact[1], precision=precision, limit=math.inf)
+    limit = TIMES * max(by_rounding.loss, by_rounding.gradients)
+    return compare((loss, exact[0]), ours, exact[1], precision=precision, limit=limit)
+
+
+def full_gradients(crew: Crew) -> Gradients:
+    """Return every full gradient of the job on its first rank, and nothing on others."""
+    return crew.collect(
+        {
+            stage: {name: w.grad for name, w in buffer.weights.items() if w.grad is not None}
+            for stage, buffer in crew.buffers.items()
+        }
+    )

@@ -1,0 +1,83 @@
+"""Probe: what the stages and edges of a job cost on this machine, measured in the job's own world.
+
+Every rank measures, one thing after the other: actions in steps whose ranks take turns (`turns`, `steps`); how ranks
+hold each other up when they do not (`cores`); memory (`resident`); links and sums by themselves (`communication`). What
+each has found (`record`) goes to the first rank of the job, which makes the costs of stages of it (`stages`) and tells
+them (`results`).
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mimogrid.core.job.costs import Costs, EdgeCosts
+from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.memory import peak_bytes
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run.probe import resident
+from mimogrid.shell.run.probe.clock import rounded
+from mimogrid.shell.run.probe.communication import costs_of_edges, summing_s
+from mimogrid.shell.run.probe.cores import allowed_cores, core_seconds, cores_at_once
+from mimogrid.shell.run.probe.record import OfRank
+from mimogrid.shell.run.probe.results import Memory, Probed
+from mimogrid.shell.run.probe.stages import OfStage
+from mimogrid.shell.run.probe.steps import in_turns, other_way
+from mimogrid.shell.runtime.session import open_session
+
+
+def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
+    """Measure a job on every rank of its world; the first rank of the job returns what was found."""
+    before = resident.fresh_peak()
+    with open_session(place, job) as session:
+        crew = session.crew
+        if crew is None:
+            return None
+        program = plan_step(job.step(0))
+        other = other_way(job, program)
+        own, *others = in_turns(crew, [job, other] if other else [job], repeat)
+        core_s = None if session.device.is_asynchronous else core_seconds(crew, job, repeat)
+        grown = resident.peak() - before
+        edges = costs_of_edges(session, crew, program)
+        sums = {stage: summing_s(crew, stage, repeat) for stage in crew.topology.stages}
+        ranks = crew.hand_over(
+            OfRank(
+                rank=crew.rank,
+                host=platform.node(),
+                own=own,
+                others=others,
+                sums=sums,
+                core_s=core_s,
+                peak=grown,
+            )
+        )
+        return _put_together(job, program, ranks, edges) if ranks else None
+
+
+def _put_together(
+    job: Job, program: Program, ranks: Sequence[OfRank], edges: Mapping[str, EdgeCosts]
+) -> Probed:
+    topology = job.topology
+    machine = (
+        f"{platform.machine()} {platform.system()}, {allowed_cores()} cores, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    cores = cores_at_once(program, ranks)
+    stages = {str(stage): OfStage(program, stage, ranks, cores) for stage in topology.stages}
+    ratios = {name: of.split_over_whole() for name, of in stages.items()}
+    costs = Costs(
+        stages={name: of.costs() for name, of in stages.items()},
+        edges=edges,
+        cores=None if cores is None else rounded(cores),
+        origin=f"probed on {machine}",
+    )
+    planned = peak_bytes(simulate(program, costs))
+    return Probed(
+        samples={name: topology.samples_per_microbatch[name] for name in topology.modules},
+        costs=costs,
+        split={name: ratio for name, ratio in ratios.items() if ratio is not None},
+        spread={name: of.spread() for name, of in stages.items()},
+        memory={of.rank: Memory(peak=of.peak, planned=planned[of.rank]) for of in ranks},
+    )

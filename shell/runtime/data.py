@@ -1,0 +1,181 @@
+"""Data: what a stage loads of its own share, checked against what the source had described.
+
+A source describes any sample to every rank, and loads it only where it is needed: rows on the first stage
+of a source module, tokens on the first of a language model, targets on the last stage of a module with a
+loss.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from mimogrid.core.base.errors import WorldError
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.faults.injection import READING
+from mimogrid.core.job.models import Block, Gpt, Own, Regressor, Vit
+from mimogrid.core.step.step import Share
+from mimogrid.core.topology.topology import Module
+from mimogrid.shell.device.device import sent
+from mimogrid.shell.modules.packing import check_placeholders
+
+
+EXACT = frozenset({"loss_weights", "targets"})
+"""What losses are computed with in fp32 where the network computes in half precision."""
+
+
+class Loads(Protocol):
+    """The half of a source that touches data."""
+
+    def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+        """Return a sample's tensors for a module; the first dim counts rows or positions."""
+        ...
+
+
+class Clocked:
+    """A source that counts the seconds which loading takes. `at` hears of the moment."""
+
+    def __init__(self, source: Loads, at: Callable[[str], None]) -> None:
+        self._source = source
+        self._at = at
+        self._seconds = 0.0
+
+    def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+        """Return what the source does."""
+        begin = time.perf_counter()
+        self._at(READING)
+        loaded = self._source.load(sample_id, module)
+        self._seconds += time.perf_counter() - begin
+        return loaded
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class Loader:
+    """Loads shares onto a device, in the dtype of the run."""
+
+    def __init__(self, source: Loads, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._source = source
+        self.device = device
+        self.dtype = dtype
+
+    def inputs(self, module: Module, share: Share, *, entire: bool = False) -> dict[str, torch.Tensor]:
+        """Return what the first stage of a module reads from the data, sample after sample.
+
+        A source module reads its rows; `entire`: and whatever else its samples have for it.
+        """
+        if isinstance(module.model, Gpt):
+            columns = self._columns(module, share, ("tokens",), share.lengths)
+            # Before they go to the device: to read a value there is to wait for all that it computes.
+            check_placeholders(columns["tokens"], share)
+            return self._joined(module, columns)
+        if module.inputs:
+            return {}
+        columns = self._columns(module, share, ("rows",), share.rows[module.name], entire=entire)
+        return self._joined(module, columns)
+
+    def targets(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
+        """Return what the last stage of a module with a loss compares with."""
+        match module.model:
+            case Gpt():
+                columns = self._columns(module, share, ("labels", "loss_weights"), share.lengths)
+                _check_units(module, share, columns["loss_weights"])
+                return self._joined(module, columns)
+            case Regressor():
+                return self._load(module, share, ("targets",), share.lengths)
+            case Own() if module.inputs:
+                return self._load_all(module, share)
+            case _:
+                return {}
+
+    def _load_all(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
+        """Whatever the source has for a module of the user's beside the rows that others feed it."""
+        columns: dict[str, list[torch.Tensor]] = {}
+        for sample in share.samples:
+            for name, tensor in self._source.load(sample.id, module.name).items():
+                columns.setdefault(name, []).append(tensor)
+        return {name: self._join(column) for name, column in columns.items()}
+
+    def _load(
+        self, module: Module, share: Share, names: tuple[str, ...], counts: tuple[int, ...]
+    ) -> dict[str, torch.Tensor]:
+        return self._joined(module, self._columns(module, share, names, counts))
+
+    def _columns(
+        self,
+        module: Module,
+        share: Share,
+        names: tuple[str, ...],
+        counts: tuple[int, ...],
+        *,
+        entire: bool = False,
+    ) -> dict[str, list[torch.Tensor]]:
+        columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for sample, count in zip(share.samples, counts, strict=True):
+            if count:
+                loaded = self._source.load(sample.id, module.name)
+                for name in names:
+                    columns[name].append(_checked(loaded, name, sample, count, module.name))
+                for name in loaded if entire else ():
+                    if name not in names:
+                        columns.setdefault(name, []).append(loaded[name])
+        return columns
+
+    def _joined(self, module: Module, columns: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {
+            name: self._join(column or [_nothing(name, module)], exact=name in EXACT)
+            for name, column in columns.items()
+        }
+
+    def _join(self, column: list[torch.Tensor], *, exact: bool = False) -> torch.Tensor:
+        joined, dtype = torch.cat(column), self.dtype
+        if exact:
+            dtype = torch.promote_types(dtype, torch.float32)
+        if not joined.is_floating_point():
+            dtype = joined.dtype
+        return sent(joined.to(dtype), self.device)
+
+
+def _nothing(name: str, module: Module) -> torch.Tensor:
+    """What a lane without rows reads when it runs along with lanes that have some."""
+    match name, module.model:
+        case ["rows", Vit(features=width) | Block(hidden=width) | Regressor(hidden=width)]:
+            return torch.empty(0, width or 0)
+        case ["targets", Regressor(outputs=width)]:
+            return torch.empty(0, width)
+        case ["loss_weights", _]:
+            return torch.empty(0)
+        case _:
+            return torch.empty(0, dtype=torch.int64)
+
+
+def _checked(
+    loaded: Mapping[str, torch.Tensor], name: str, sample: Sample, count: int, module: str
+) -> torch.Tensor:
+    if name not in loaded:
+        raise WorldError(
+            f"sample {sample.id}: the source loads no '{name}' for module '{module}', "
+            f"only {', '.join(loaded) or 'nothing'}."
+        )
+    if len(loaded[name]) != count:
+        raise WorldError(
+            f"sample {sample.id}: the source described {count} rows or positions for module '{module}' "
+            f"and loaded {len(loaded[name])} of '{name}'. describe and load must agree."
+        )
+    return loaded[name]
+
+
+def _check_units(module: Module, share: Share, weights: list[torch.Tensor]) -> None:
+    """The loss is divided by the described count, so the loaded weights must add up to it."""
+    described = sum(sample.units.get(module.name, sample.length) for sample in share.samples)
+    loaded = sum(float(of_sample.double().sum()) for of_sample in weights)
+    if abs(described - loaded) > 1e-6 * max(1.0, abs(described)):
+        ids = f"{share.samples[0].id}..{share.samples[-1].id}"
+        raise WorldError(
+            f"samples {ids}: the loss weights loaded for module '{module.name}' add up to {loaded:g}, "
+            f"the source described {described:g}. Give `units` in describe where weights are not 1 per token."
+        )

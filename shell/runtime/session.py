@@ -1,0 +1,105 @@
+"""Sessions: from a place to a crew that can run steps, and back out.
+
+The order is fixed: meet, compare the plan, join, make the planned groups, build this rank's stages. What a
+session opened it closes, last first, also when a step fails.
+"""
+
+import contextlib
+import datetime
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.faults.injection import BUILDING, RENDEZVOUS
+from mimogrid.core.program.digest import digest_of
+from mimogrid.shell.device import device as devices
+from mimogrid.shell.device.device import Device
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.megatron import without_known_words
+from mimogrid.shell.megatron.cpu import on_device
+from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.world import fault_injection as faults
+from mimogrid.shell.world.failure import one_report
+from mimogrid.shell.world.groups import Groups, open_groups
+from mimogrid.shell.world.heartbeat import Pulse
+from mimogrid.shell.world.preemption import Wish
+from mimogrid.shell.world.world import World, answer, ask, join
+
+
+@attrs.frozen(eq=False)
+class Session:
+    """An open world with this rank's crew; an idle rank has none."""
+
+    world: World
+    groups: Groups
+    device: Device
+    crew: Crew | None
+    pulse: Pulse
+    wish: Wish
+
+
+@contextlib.contextmanager
+def open_session(place: Place, job: Job, *, transport: str | None = None) -> Iterator[Session]:
+    """Enter the world of a job at a place. Raises PlanError where the world is too small for the job."""
+    needed = job.topology.world_size
+    if place.size < needed:
+        raise PlanError([_too_small(place.size, needed)])
+    torch.set_num_threads(job.spec.train.threads)
+    device = devices.choose(place, transport)
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(warnings.catch_warnings())
+        enter(without_known_words())
+        pulse = enter(_pulse(place))
+        world = _meet(place, datetime.timedelta(seconds=job.spec.train.timeout_s))
+        enter(one_report(world, pulse, job))
+        pulse.at(RENDEZVOUS)
+        if place.meeting is None:
+            answer(world)
+        enter(join(world, backend=device.backend, digest=digest_of(job.topology, job.step(0))))
+        pulse.at(BUILDING)
+        world.wait_for_all("joined")
+        groups = enter(open_groups(job.topology, world, device))
+        world.wait_for_all("connected")
+        enter(on_device(device.torch, seed=job.spec.seed))
+        # Again, so that a failure is told before the groups are destroyed, which others see as a failure.
+        enter(one_report(world, pulse, job))
+        hosts, wish = place.rank in job.topology.ranks, Wish()
+        crew = Crew(job, place.rank, groups, device, pulse=pulse, wish=wish) if hosts else None
+        yield Session(world, groups, device, crew, pulse, wish)
+
+
+@contextlib.contextmanager
+def _pulse(place: Place) -> Iterator[Pulse]:
+    """Open this rank's pulse; a local world keeps its pulses where it meets."""
+    pulse = Pulse(place.rank, faults.from_environment(place.rank))
+    if place.meeting:
+        pulse.keep_in(Path(place.meeting).parent)
+    try:
+        yield pulse
+    except BaseException:
+        pulse.close(well=False)
+        raise
+    pulse.close(well=True)
+
+
+def _meet(place: Place, timeout: datetime.timedelta) -> World:
+    if place.meeting:
+        store: dist.Store = dist.FileStore(place.meeting, place.size)
+        store.set_timeout(timeout)
+        return World(place.rank, place.size, store, timeout, range(place.size))
+    return ask(next(dist.rendezvous("env://", timeout=timeout))[0], place.rank, place.size, timeout)
+
+
+def _too_small(size: int, needed: int) -> Problem:
+    return Problem(
+        "world_size",
+        f"the job needs {needed} ranks (0..{needed - 1}), the launcher started {size}.",
+        f"Start {needed} processes (torchrun --nproc-per-node), or make the grids smaller.",
+    )

@@ -1,0 +1,144 @@
+"""Transport: posts the messages of a transfer, and waits for them.
+
+Shapes come from the plan, so nothing but data crosses the network: no shape, no handshake. A handle and its
+tensor are kept until the transfer is waited for (gloo loses the message of a handle that is dropped). A
+message of a rank to itself stays in memory.
+
+On a device that computes asynchronously a message is posted and waited for in the order of computing (see `streams`),
+as the program has it. With NCCL that stops neither the host nor the device. Through host memory the host stops: gloo
+reads a message when it is posted, so its copy must be complete; and gloo says only to the host that a message has come.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from mimogrid.core.program.lower import link_of
+from mimogrid.core.schedule.actions import Direction, Recv, Send, Transfer
+from mimogrid.core.step.routes import Message
+from mimogrid.core.topology.topology import Link, Topology
+from mimogrid.shell.device.device import Device
+from mimogrid.shell.device.streams import Posted
+from mimogrid.shell.world.groups import Groups
+
+
+@attrs.frozen(eq=False)
+class Pending:
+    """A message on its way: the tensor read or filled, and the handle (None: it stays on this rank)."""
+
+    message: Message
+    tensor: torch.Tensor
+    work: Posted | None
+
+
+class Transport:
+    """The messages of one rank that are on their way."""
+
+    def __init__(self, topology: Topology, groups: Groups, device: Device) -> None:
+        self._topology = topology
+        self._groups = groups
+        self._device = device
+        self.streams = device.streams
+        self._pending: dict[Transfer, list[Pending]] = {}
+        self._home: dict[tuple[Link, Direction, Message], torch.Tensor] = {}
+        self._tags = _tags(topology)
+
+    def send(self, transfer: Send, payload: Iterable[tuple[Message, torch.Tensor]]) -> None:
+        """Post a message to each peer of the transfer; returns at once."""
+        link, pending = link_of(self._topology, transfer), []
+        for message, tensor in payload:
+            peer = _peer(message, leaves=True, direction=transfer.direction)
+            if peer == self._groups.rank:
+                self._home[link, transfer.direction, message] = tensor
+                pending.append(Pending(message, tensor, None))
+                continue
+            outgoing = self._loaded(tensor.contiguous())
+            work = dist.isend(
+                outgoing,
+                dst=self._groups.outside[peer],
+                group=self._groups.channel(self._groups.rank, peer),
+                tag=self._tag(transfer),
+            )
+            posted = self.streams.posted(work, outgoing, arrives=False)
+            pending.append(Pending(message, outgoing, posted))
+        self._pending[transfer] = pending
+
+    def receive(
+        self, transfer: Recv, shapes: Iterable[tuple[Message, tuple[int, ...]]], dtype: torch.dtype
+    ) -> None:
+        """Post a receive of a known shape from each peer of the transfer; returns at once."""
+        pending = []
+        for message, shape in shapes:
+            peer = _peer(message, leaves=False, direction=transfer.direction)
+            if peer == self._groups.rank:
+                pending.append(Pending(message, torch.empty(0), None))
+                continue
+            buffer = self._room(shape, dtype)
+            work = dist.irecv(
+                buffer,
+                src=self._groups.outside[peer],
+                group=self._groups.channel(peer, self._groups.rank),
+                tag=self._tag(transfer),
+            )
+            posted = self.streams.posted(work, buffer, arrives=True)
+            pending.append(Pending(message, buffer, posted))
+        self._pending[transfer] = pending
+
+    def wait(self, transfer: Transfer) -> list[tuple[Message, torch.Tensor]]:
+        """Let what follows happen after a transfer; return its messages with what they carried."""
+        link, pending = link_of(self._topology, transfer), self._pending.pop(transfer)
+        if isinstance(transfer, Send):
+            for sent in pending:
+                if sent.work is not None:
+                    sent.work.wait()
+            return [(sent.message, sent.tensor) for sent in pending]
+        done = []
+        for awaited in pending:
+            if awaited.work is None:
+                tensor = self._home.pop((link, transfer.direction, awaited.message))
+            else:
+                awaited.work.wait()
+                tensor = self._unloaded(awaited.tensor)
+            done.append((awaited.message, tensor))
+        return done
+
+    # -- memory that messages leave from and arrive in -----------------------------------------------------
+
+    def _loaded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what is posted of a tensor: itself, or a complete copy in host memory."""
+        if not self._device.stages_through_host:
+            return tensor
+        copy = self.streams.host_buffer(tuple(tensor.shape), tensor.dtype)
+        copy.copy_(tensor, non_blocking=True)
+        self.streams.hear()
+        return copy
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return memory for a message to arrive in."""
+        if not self._device.stages_through_host:
+            return torch.empty(shape, dtype=dtype, device=self._device.torch)
+        return self.streams.host_buffer(shape, dtype)
+
+    def _unloaded(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return what has arrived, on the device."""
+        if not self._device.stages_through_host:
+            return buffer
+        tensor = torch.empty(buffer.shape, dtype=buffer.dtype, device=self._device.torch)
+        return tensor.copy_(buffer, non_blocking=True)
+
+    def _tag(self, transfer: Transfer) -> int:
+        return self._tags[link_of(self._topology, transfer), transfer.direction] + transfer.microbatch
+
+
+def _peer(message: Message, *, leaves: bool, direction: Direction) -> int:
+    forward = direction is Direction.FORWARD
+    return message.rank_target if leaves == forward else message.rank_source
+
+
+def _tags(topology: Topology) -> Mapping[tuple[Link, Direction], int]:
+    """The first tag of each link and direction; microbatches count up from it."""
+    room = max(module.microbatches for module in topology.modules.values())
+    uses = [(link, direction) for link in topology.links for direction in Direction]
+    return {use: i * room for i, use in enumerate(uses)}

@@ -1,0 +1,160 @@
+"""Process groups: exactly those of the plan, created in its order, destroyed at the end.
+
+Where a group is connected only when it is first used, it is used once as soon as it is made (`core.topology.groups`
+has the order): ranks together by a sum of one number, a channel by a message of one number, posted as those of a
+step are, because NCCL makes other communicators for other ways of posting.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from mimogrid.core.base.experts import TOGETHER
+from mimogrid.core.topology.groups import PARTIAL_AXES, Opening, Purpose, Ranks, channels_of, openings_of
+from mimogrid.core.topology.topology import Module, Topology
+from mimogrid.shell.device.device import Device
+from mimogrid.shell.world.world import World
+
+
+@attrs.frozen
+class ModuleGroups:
+    """The groups of one module that a rank is in; along an axis of size 1, the rank alone.
+
+    `holders` share a lane (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), and
+    `partial` everyone who has a part of a gradient that is partial along tp; None where none is. `tie` joins the ends
+    of the pipeline. Of the ranks that share experts `together` are those among whom tokens cross, `expert_tp` hold
+    the shards of the same experts, and `expert_dp` the same shards. Networks are built one stage at a time, so their
+    `pp` is the rank.
+    """
+
+    tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    partial: dist.ProcessGroup | None
+    pp: dist.ProcessGroup
+    holders: dist.ProcessGroup
+    together: dist.ProcessGroup
+    expert_tp: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
+    tie: dist.ProcessGroup | None
+
+
+@attrs.frozen(eq=False)
+class Groups:
+    """Every group of this rank by its ranks, and the groups that carry messages.
+
+    `outside` says which rank of torch's default process group a rank of the job is; torch asks for it where a
+    message goes to a peer.
+
+    Which group carries which messages, see `core.topology.groups.openings_of`.
+    """
+
+    rank: int
+    by_ranks: Mapping[Ranks, dist.ProcessGroup]
+    channels: Mapping[Ranks, dist.ProcessGroup]
+    outside: Sequence[int]
+
+    def of_module(self, module: Module) -> ModuleGroups:
+        """Return a module's groups. The rank must host the module."""
+
+        def along(*axes: str) -> dist.ProcessGroup:
+            return self.by_ranks[module.grid.group_of(self.rank, axes)]
+
+        def among(*axes: str) -> dist.ProcessGroup:
+            ranks = module.experts.group_of(self.rank, axes) if module.experts else (self.rank,)
+            return self.by_ranks[ranks]
+
+        pipeline = module.grid.group_of(self.rank, "pp")
+        return ModuleGroups(
+            tp=along("tp"),
+            cp=along("cp"),
+            dp=along("cp", "dp"),
+            partial=self.by_ranks.get(module.grid.group_of(self.rank, PARTIAL_AXES)),
+            pp=self.by_ranks[self.rank,],
+            holders=along("tp", "cp"),
+            together=among(*TOGETHER),
+            expert_tp=among("expert_tp"),
+            expert_dp=among("expert_dp"),
+            tie=self.by_ranks.get((pipeline[0], pipeline[-1])),
+        )
+
+    def alone(self) -> ModuleGroups:
+        """Return groups that hold this rank only."""
+        me = self.by_ranks[self.rank,]
+        return ModuleGroups(
+            tp=me,
+            cp=me,
+            dp=me,
+            partial=me,
+            pp=me,
+            holders=me,
+            together=me,
+            expert_tp=me,
+            expert_dp=me,
+            tie=None,
+        )
+
+    def channel(self, source: int, target: int) -> dist.ProcessGroup:
+        """Return the group that carries messages from one rank to another."""
+        return self.channels[source, target]
+
+
+@contextlib.contextmanager
+def open_groups(topology: Topology, world: World, device: Device) -> Iterator[Groups]:
+    """Create this rank's groups in the order of the plan; destroy them on exit."""
+    made: dict[Purpose, dict[Ranks, dist.ProcessGroup]] = {purpose: {} for purpose in Purpose}
+    opened: list[dist.ProcessGroup] = []
+    try:
+        if world.rank in topology.ranks or world.is_visited:
+            for opening in openings_of(topology, has_tags=device.has_tags):
+                groups = world.make_groups(
+                    opening.slot, backend=device.backend, purpose=opening.purpose.value
+                )
+                opened.extend(groups.values())
+                made[opening.purpose] |= groups
+                if device.connects_lazily:
+                    _connect(opening, groups, world, device)
+        yield Groups(world.rank, made[Purpose.COLLECTIVE], _channels(topology, made), world.outside)
+    finally:
+        destroy(opened)
+
+
+def destroy(groups: Sequence[dist.ProcessGroup]) -> None:
+    """Destroy groups, the last one first."""
+    for group in reversed(groups):
+        with contextlib.suppress(
+            ValueError
+        ):  # A host that failed has destroyed its world, and these with it.
+            dist.destroy_process_group(group)
+
+
+def _channels(
+    topology: Topology, made: Mapping[Purpose, Mapping[Ranks, dist.ProcessGroup]]
+) -> Mapping[Ranks, dist.ProcessGroup]:
+    carriers = made[Purpose.MESSAGES]
+    if carriers:
+        return dict.fromkeys(channels_of(topology), carriers[topology.ranks])
+    return made[Purpose.CHANNEL]
+
+
+def _connect(
+    opening: Opening, groups: Mapping[Ranks, dist.ProcessGroup], world: World, device: Device
+) -> None:
+    """Use this rank's groups of an opening once. Raises WorldError where that takes longer than the world's timeout."""
+    for ranks, group in groups.items():
+        if len(ranks) == 1:
+            continue
+        number = torch.zeros(1, device=device.torch)
+        work: dist.Work | None
+        if opening.purpose is not Purpose.CHANNEL:
+            work = dist.all_reduce(number, group=group, async_op=True)
+        elif world.rank == ranks[0]:
+            work = dist.isend(number, dst=world.outside[ranks[1]], group=group)
+        else:
+            work = dist.irecv(number, src=world.outside[ranks[0]], group=group)
+        assert work is not None
+        what = f"rank {world.rank}: connecting ranks {list(ranks)} ({opening.purpose.value})"
+        device.streams.complete(work, world.timeout, what)

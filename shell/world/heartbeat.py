@@ -1,0 +1,152 @@
+"""Pulses: what each rank is doing, on record for whoever wants to know why it does not answer.
+
+A pulse is one record in a mapped file, ``rank-N`` in a folder that all ranks can read: written without a system call,
+and still there after the process was killed. It says host, process, step, action and since when. A local world keeps
+its pulses where it meets, a run under a launcher in its run folder.
+
+While nobody has named a folder, the record is in memory.
+"""
+
+import contextlib
+import functools
+import mmap
+import os
+import platform
+import struct
+import time
+from pathlib import Path
+
+from mimogrid.core.faults.diagnosis import GONE, LEFT, RUNNING, STOPPED, UNKNOWN, Sighting
+from mimogrid.core.faults.injection import RENDEZVOUS, Fault
+from mimogrid.core.schedule.actions import Action
+from mimogrid.shell.world.fault_injection import strike
+
+
+_RECORD = struct.Struct("<64sqqqqqd200s")
+_CHANGING = struct.Struct("<qqqqd200s")
+_WAITS = struct.Struct("<q")
+_CHANGING_AT = struct.calcsize("<64sq")
+
+
+class Pulse:
+    """The record of this rank. Every change of what it does goes through here, so faults on purpose do, too."""
+
+    def __init__(self, rank: int, fault: Fault | None = None) -> None:
+        self.rank = rank
+        self._fault = fault
+        self._step = self._count = 0
+        self._counts_actions = True
+        self._path: Path | None = None
+        self._map = mmap.mmap(-1, _RECORD.size)
+        self._write(RENDEZVOUS)
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep the record in a folder, where others find it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank-{self.rank}"
+        path.write_bytes(self._map[:])  # so that the disk has room for what is mapped
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), _RECORD.size)
+        self._path = path
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the records of all ranks are, if it is known."""
+        return self._path.parent if self._path else None
+
+    def begin(self, step: int, count: int, *, training: bool = True) -> None:
+        """Begin a program of `count` actions; those of one that does not train are not counted."""
+        self._step, self._count, self._counts_actions = step, count, training
+
+    def act(self, index: int, action: Action) -> None:
+        """Note that an action begins."""
+        doing = _notation(action)
+        where = index if self._counts_actions else -1
+        _CHANGING.pack_into(self._map, _CHANGING_AT, 0, self._step, where, self._count, time.time(), doing)
+        if self._fault:
+            self._strike(doing.decode())
+
+    def at(self, moment: str) -> None:
+        """Note what begins outside of programs, in the words of `core.faults.injection.MOMENTS`."""
+        self._write(moment)
+        if self._fault:
+            self._strike(moment)
+
+    def within(self, moment: str) -> None:
+        """Let a fault strike within an action, which stays on record."""
+        if self._fault:
+            self._strike(moment)
+
+    def wait(self) -> None:
+        """Note that this rank has done its own part of a joint action, and waits for the others."""
+        _WAITS.pack_into(self._map, _CHANGING_AT, 1)
+
+    def close(self, *, well: bool) -> None:
+        """Note that this rank leaves by itself; one that ends well takes its record with it."""
+        self._write(LEFT)
+        if well and self._path:
+            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others are still here
+                self._path.parent.rmdir()
+
+    def sighting(self) -> Sighting:
+        """Return what this rank is doing."""
+        return _read(self.rank, self._map[:])
+
+    def sightings(self) -> dict[int, Sighting]:
+        """Return what every rank was last seen doing: of all that have a record, and of this one."""
+        return {**(read(self.folder) if self.folder else {}), self.rank: self.sighting()}
+
+    def _write(self, doing: str) -> None:
+        host, text = platform.node().encode(), doing.encode()
+        _RECORD.pack_into(self._map, 0, host, os.getpid(), 0, self._step, -1, self._count, time.time(), text)
+
+    def _strike(self, doing: str) -> None:
+        if self._fault and self._fault.strikes(rank=self.rank, step=self._step, doing=doing):
+            fault = self._fault
+            if fault.step is not None:
+                self._fault = None
+            strike(fault)
+
+
+def read(folder: Path) -> dict[int, Sighting]:
+    """Return what every rank that has a record in a folder was last seen doing."""
+    paths = folder.glob("rank-*[0-9]")
+    found = ((int(path.name.removeprefix("rank-")), path.read_bytes()) for path in paths)
+    return {rank: _read(rank, record) for rank, record in sorted(found) if len(record) == _RECORD.size}
+
+
+def _read(rank: int, record: bytes) -> Sighting:
+    host, pid, waits, step, index, count, since_s, doing = _RECORD.unpack(record)
+    return Sighting(
+        rank=rank,
+        host=_text(host),
+        step=step,
+        doing=_text(doing),
+        since_s=since_s,
+        index=index,
+        count=count,
+        waits=bool(waits),
+        pid=pid,
+        state=_state(pid) if _text(host) == platform.node() else UNKNOWN,
+    )
+
+
+def _state(pid: int) -> str:
+    """Return the state of a process of this host, as far as /proc tells."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return GONE if Path("/proc/self").exists() else UNKNOWN
+    except OSError:
+        return UNKNOWN
+    return {"T": STOPPED, "t": STOPPED, "Z": GONE, "X": GONE}.get(letter, RUNNING)
+
+
+def _text(field: bytes) -> str:
+    return field.rstrip(b"\0").decode(errors="replace")
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _notation(action: Action) -> bytes:
+    return str(action).encode()

@@ -1,0 +1,185 @@
+"""Launch: worlds of local processes, on loopback, without torchrun.
+
+A pool keeps its processes between worlds: they are forked from a server that has torch and megatron-core
+imported already, so a world starts in milliseconds. Each world meets over a file in a temporary folder.
+
+Processes that may use CUDA each import for themselves. Importing megatron-core asks the CUDA driver whether there is a
+GPU; and what is forked from a process that has asked it anything is told that there is none.
+
+If a process raises, dies, or is found to have stopped, the others are ended at once, the stopped one included, and
+`WorldError` carries the first failure.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mimogrid.core.base.errors import EchoError, PlanError, WorldError
+from mimogrid.core.faults.diagnosis import BlamedError, Finding
+from mimogrid.shell.device.place import Place, prepare
+from mimogrid.shell.world import heartbeat as pulse
+
+
+GRACE_S = 1.0
+"""How long after the first failure others may still report, so that the cause is told from its echoes."""
+
+
+@attrs.frozen
+class Task:
+    """A function of this rank's place in a world: ``function(place, *arguments)``."""
+
+    function: str
+    place: Place
+    arguments: tuple[Any, ...]
+
+
+@attrs.frozen
+class Report:
+    """What a process says at the end of a task: its result, or its failure; or how it `died`."""
+
+    result: Any = None
+    failure: str | None = None
+    error: PlanError | BlamedError | None = None
+    is_echo: bool = False
+    died: str | None = None
+
+
+class Pool:
+    """Processes that run worlds, one at a time, of up to `size` ranks; `may_use_cuda`: on GPUs, too."""
+
+    def __init__(self, size: int, *, may_use_cuda: bool = False) -> None:
+        self._size = size
+        self._context: ForkServerContext | SpawnContext
+        if may_use_cuda:
+            self._context = multiprocessing.get_context("spawn")
+        else:
+            self._context = multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload(["mimogrid.shell.run.preload"])
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+
+    def run(self, function: str, size: int, *arguments: Any) -> list[Any]:
+        """Run ``package.module:function`` on each rank of a fresh world; return the results by rank.
+
+        Raises PlanError or WorldError for the first failure; the pool can be used again after it.
+        """
+        assert size <= self._size, f"a pool of {self._size} cannot run {size} ranks"
+        while len(self._workers) < self._size:
+            self._workers.append(self._start())
+        with tempfile.TemporaryDirectory(prefix="mimogrid-") as folder:
+            meeting = str(Path(folder) / "meeting")
+            try:
+                for rank in range(size):
+                    task = Task(function, Place(rank, size, meeting, local_rank=rank), arguments)
+                    self._workers[rank][1].send(task)
+                return self._collect(self._workers[:size], Path(folder))
+            except BaseException:
+                self.close()
+                raise
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process of the pool."""
+        for process, _ in self._workers:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    def close(self) -> None:
+        """End every process of the pool; SIGKILL also ends those that are stopped."""
+        for process, connection in self._workers:
+            process.kill()
+            connection.close()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, os.getcwd()), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _collect(self, workers: list[tuple[BaseProcess, Connection]], folder: Path) -> list[Any]:
+        reports: dict[int, Report] = {}
+        deadline: float | None = None
+        while len(reports) < len(workers):
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            waiting = {worker[1]: rank for rank, worker in enumerate(workers) if rank not in reports}
+            for connection in multiprocessing.connection.wait(list(waiting), timeout=left):
+                rank = waiting[connection]  # type: ignore[index]
+                reports[rank] = _hear(rank, *workers[rank])
+                if reports[rank].failure and deadline is None:
+                    deadline = time.monotonic() + GRACE_S
+        _raise_first_failure(reports, folder)
+        return [reports[rank].result for rank in range(len(workers))]
+
+
+def _hear(rank: int, process: BaseProcess, connection: Connection) -> Report:
+    try:
+        report: Report = connection.recv()
+    except EOFError:
+        process.join(timeout=GRACE_S)
+        code = process.exitcode
+        how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
+        return Report(failure=f"rank {rank} {how}", died=how)
+    return report
+
+
+def _raise_first_failure(reports: dict[int, Report], folder: Path) -> None:
+    """Raise the failure that is a cause; a closed connection is only the echo of another rank's.
+
+    A process that dies cannot claim to be the first, so the first to notice does, and knows who died but not how.
+    If nobody has noticed, there is the dead rank's pulse in `folder`.
+    """
+    failed = {rank: report for rank, report in reports.items() if report.failure}
+    if not failed:
+        return
+    rank, first = min(failed.items(), key=lambda item: (item[1].died is None, item[1].is_echo))
+    if first.died is None:
+        raise first.error or WorldError(first.failure)
+    told = [report.error for report in failed.values() if isinstance(report.error, BlamedError)]
+    if noticed := [error for error in told if error.finding.about.rank == rank]:
+        raise noticed[0].told(rank, first.died)
+    seen = pulse.read(folder).get(rank)
+    raise BlamedError(Finding(seen, first.died, time.time())) if seen else WorldError(first.failure)
+
+
+def _work(connection: Connection, folder: str) -> None:
+    """Run tasks as they come, until the pool is gone."""
+    os.chdir(folder)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    prepare()
+    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        while True:
+            task: Task = connection.recv()
+            connection.send(_run(task))
+
+
+def _run(task: Task) -> Report:
+    module, function = task.function.split(":")
+    try:
+        return Report(getattr(importlib.import_module(module), function)(task.place, *task.arguments))
+    except (PlanError, BlamedError) as error:
+        return Report(failure=str(error), error=error)
+    except Exception as error:
+        text = f"rank {task.place.rank} failed:\n{traceback.format_exc()}"
+        return Report(failure=text, is_echo=isinstance(error, EchoError))

@@ -1,0 +1,332 @@
+"""A program's own forward step and loss function in a job's program: the numbers of Megatron's model on one process."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.hyper_comm_grid import HyperCommGrid
+
+import loops
+import megatrons
+import specs
+from mimogrid.adapters.megatron import job_of
+from mimogrid.adapters.megatron.batches import Batch, examples_of
+from mimogrid.adapters.megatron.forward_step import HostLoss, microbatches_of
+from mimogrid.adapters.torch_module import Example
+from mimogrid.core.base.errors import PlanError
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec
+from mimogrid.core.step.step import Share
+from mimogrid.core.topology.topology import Module
+from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.modules.loss import Predictions
+from mimogrid.shell.world.launch import Pool
+
+
+Opened = Callable[[JobSpec], Job]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world() -> Iterator[None]:
+    """Give Megatron's grids a world to fit in, without a process group."""
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "4096"}):
+        yield
+
+
+def job_for(
+    opened: Opened,
+    config: Mapping[str, Any],
+    vision: Mapping[str, int],
+    language: Mapping[str, int],
+    **fields: Any,
+) -> Job:
+    """A job of the model on these grids, whose samples are the program's."""
+    end = int(np.prod(list(vision.values())))
+    grids = {
+        "vision": HyperCommGrid(list(vision.values()), list(vision)),
+        "language": HyperCommGrid(list(language.values()), list(language), rank_offset=end),
+    }
+    batch = BatchSpec(global_size=loops.SAMPLES, microbatches=loops.MICROBATCHES)
+    return opened(job_of(megatrons.config_of(**config), grids, batch=batch, precision="fp64", **fields))
+
+
+COMMON = {"layers": 2, "language": {"max_sequence_length": loops.SEQUENCE}}
+PARTS = {"scatter_embedding_sequence_parallel": False}
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("vision", "language", "transformer", "loss", "options", "encoder_inputs"),
+    [
+        ({"dp": 2}, {"dp": 1, "pp": 2}, {}, loops.of_losses, {}, {"vision": "pixels"}),
+        ({"dp": 3}, {"tp": 2, "dp": 2}, {"sequence_parallel": True}, loops.of_losses, {}, None),
+        ({"dp": 1}, {"cp": 2, "pp": 2}, {}, loops.of_losses, {}, None),
+        ({"dp": 1}, {"cp": 2, "dp": 3}, {}, loops.of_logits, {"labels": False}, None),
+        ({"dp": 2}, {"dp": 3}, {}, loops.of_losses, {"images": True}, None),
+    ],
+)
+def test_a_loss_function_of_the_programs_trains(
+    pool: Pool,
+    opened: Opened,
+    *,
+    vision: Mapping[str, int],
+    language: Mapping[str, int],
+    transformer: Mapping[str, Any],
+    loss: Any,
+    options: Mapping[str, Any],
+    encoder_inputs: Mapping[str, str] | None,
+) -> None:
+    """Reports add up to those of one process, microbatch by microbatch, and gradients are the same."""
+    whole = {**COMMON, "language": {**COMMON["language"], **PARTS}, "images": options.get("images", False)}
+    config = {**whole, "pp": language.get("pp", 1), "tp": language.get("tp", 1), **transformer}
+    job = job_for(opened, config, vision, language)
+    with megatrons.alone():
+        expected, weights = loops.expected(whole, loss, options)
+    arguments = (job, config, weights, loss, options, encoder_inputs)
+    said = pool.run("loops:stepped", job.topology.world_size, *arguments)
+    module = job.topology.modules["language"]
+    last = [
+        rank
+        for rank in module.grid.ranks
+        if module.grid.position_along("pp", rank) == module.grid.extent("pp") - 1
+    ]
+    copies = module.grid.extent("tp")
+    for reports in ([one.reports for one in said], [one.evaluated for one in said]):
+        assert [[] for rank in range(len(said)) if rank not in last] == [
+            of_rank for rank, of_rank in enumerate(reports) if rank not in last
+        ]
+        sums = np.sum([reports[rank] for rank in last], axis=0) / copies
+        np.testing.assert_allclose(expected.reports, sums, rtol=1e-12)
+    ours = said[0].gradients
+    assert len(expected.gradients) == len(ours)
+    for name, gradient in expected.gradients.items():
+        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
+        np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.world
+def test_networks_of_the_job_take_a_forward_step_too(pool: Pool, opened: Opened) -> None:
+    """Without a model the job's own networks train, and its own loss, said as a loss function, gives the same."""
+    config = {**COMMON, "eye": {"layers": 2}}
+    facts = {"sequence": loops.SEQUENCE, "features": {"vision": specs.PIXELS}}
+    data = DataSpec(source="mimogrid.shell.job.host:samples", options=facts)
+    job = job_for(opened, config, {"dp": 2}, {"tp": 2}, data=data)
+    for by_loop, by_job in pool.run("loops:both_ways", job.topology.world_size, job):
+        assert by_loop == by_job
+
+
+@pytest.mark.world
+def test_a_loss_that_counts_other_tokens_is_refused(pool: Pool, opened: Opened) -> None:
+    """Gradients would be divided by another count than the program believes: the step is not taken."""
+    job = job_for(opened, COMMON, {"dp": 1}, {"dp": 1})
+    told = pool.run("loops:miscounted", 2, job, COMMON)
+    assert [(False, False)] * 2 == [(changed, taken) for _, changed, taken in told]
+    assert re.match(
+        r"microbatch 0: the loss function counts 48 tokens on this rank, the loss mask 2\d", told[1][0]
+    )
+
+
+@pytest.mark.world
+def test_a_forward_step_that_fails_on_one_rank_ends_the_step_on_all(pool: Pool, opened: Opened) -> None:
+    """The others, which would wait for its samples, are told which rank has none; the next step is as ever."""
+    job = job_for(opened, COMMON, {"dp": 1}, {"dp": 2})
+    said = pool.run("loops:failing", 3, job, COMMON, 1)
+    assert [("EchoError", True), ("KeyError", True), ("EchoError", True)] == [
+        (kind, went) for kind, _, went in said
+    ]
+    assert "ranks [1] have no batch for this step" in said[0][1]
+
+
+@pytest.mark.world
+def test_a_loss_function_that_is_refused_on_its_ranks_fails_there_first(pool: Pool, opened: Opened) -> None:
+    """A mean is seen on ranks of the last stage alone; who waits for their gradients has not failed first."""
+    job = job_for(opened, COMMON, {"dp": 1}, {"dp": 1})
+    assert ["EchoError", "PlanError"] == pool.run("loops:meaning", 2, job, COMMON)
+
+
+# -- what a forward step says ------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="language", scope="module")
+def _language(opened: Opened) -> Module:
+    """The language model of a job with two data lanes for it."""
+    return job_for(opened, COMMON, {"dp": 1}, {"dp": 2}).topology.modules["language"]
+
+
+def example_batch(**changes: Any) -> Batch:
+    """The first microbatch, changed."""
+    return Batch(**{**next(loops.batches()), **changes})
+
+
+def as_examples(batch: Batch, language: Module, **changes: Any) -> list[Example]:
+    """The samples of a batch."""
+    size = loops.SAMPLES // loops.MICROBATCHES
+    options: dict[str, Any] = {"samples": size, "sequence": loops.SEQUENCE, "rows_of": {}}
+    return examples_of(batch, language, {"vision": megatrons.PLACEHOLDER}, **{**options, **changes})
+
+
+def test_samples_are_described_by_their_tokens(language: Module) -> None:
+    """Placeholders, text, counts and rows of each sample, whose parts together are the batch."""
+    batch = example_batch()
+    examples = as_examples(batch, language)
+    is_image = batch.input_ids == megatrons.PLACEHOLDER
+    for i, example in enumerate(examples):
+        rows = example.sample.rows["vision"]
+        assert int(is_image[i].sum()) == rows
+        assert loops.SEQUENCE == example.sample.length + rows
+        assert float(batch.weights[i].sum()) == example.sample.units["language"]
+        assert torch.equal(is_image[i], example.tensors["language"]["tokens"] == -1)
+        assert (rows > 0) == ("vision" in example.tensors)
+    pixels = [example.tensors["vision"]["rows"] for example in examples if "vision" in example.tensors]
+    assert batch.modality_inputs is not None
+    eye = batch.modality_inputs["vision"]
+    assert eye is not None
+    assert torch.equal(eye["eye"]["pixels"], torch.cat(pixels))
+
+
+def test_items_of_unlike_size_go_to_the_samples_that_have_any(language: Module) -> None:
+    """One image of each sample, however many rows each of them becomes; its encoder gets it by name."""
+    sizes = torch.tensor([[1, 4], [1, 2]])
+    batch = example_batch(modality_inputs={"vision": {"eye": {"sizes": sizes}}})
+    found = [e.tensors["vision"] for e in as_examples(batch, language) if "vision" in e.tensors]
+    assert sizes.tolist() == [one["sizes"].squeeze(0).tolist() for one in found]
+    assert [(4, 0), (2, 0)] == [tuple(one["rows"].shape) for one in found]
+
+
+POSITIONS = torch.arange(loops.SEQUENCE).expand(3, -1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input_ids": torch.zeros(2, 16, dtype=torch.int64)}, r"shape \(2, 16\); a microbatch .* 3 samples"),
+        ({"input_ids": torch.zeros(3, 20, dtype=torch.int64)}, "has 20 positions, the job sequences of 16"),
+        ({"labels": torch.zeros(3, 15, dtype=torch.int64)}, r"labels: has the shape \(3, 15\), input_ids"),
+        ({"position_ids": POSITIONS.flip(1)}, "position_ids: do not count up"),
+        ({"attention_mask": torch.ones(1, 1, 16, 16, dtype=torch.bool)}, "is not the causal one"),
+        ({"packing_kwargs": {"cu_seqlens": None}}, "packs several samples"),
+        ({"modality_inputs": None}, "there are placeholders for 'vision', and no input"),
+        ({"modality_inputs": {"visoin": {}}}, "the job has no modality 'visoin'.* 'vision'"),
+        (
+            {"modality_inputs": {"vision": {"eye": {"pixels": [1]}}}},
+            r"pixels: is a list; the items of a tensor",
+        ),
+        (
+            {"modality_inputs": {"vision": {"eye": {"pixels": torch.zeros(5, 2)}}}},
+            r"pixels: has 5 items for 6 placeholders.*: the samples have 4, 2, 0\.",
+        ),
+        (
+            {"input_ids": torch.zeros(3, 16, dtype=torch.int64)},
+            r"has 6 items, and input_ids no placeholder for them \(token 99\)",
+        ),
+        (
+            {"input_ids": torch.full((3, 16), 98), "modality_inputs": None},
+            "input_ids: has 48 tokens beyond the vocabulary of 32, among them 98",
+        ),
+        (
+            {"labels": torch.full((3, 16), -100), "loss_mask": torch.eye(3, 16)},
+            "labels: has 3 tokens beyond the vocabulary of 32, among them -100",
+        ),
+    ],
+)
+def test_batches_that_a_job_cannot_say_are_refused(
+    language: Module, changes: Mapping[str, Any], said: str
+) -> None:
+    """By argument, with the numbers."""
+    with pytest.raises(PlanError, match=f"(?s){said}"):
+        as_examples(example_batch(**changes), language)
+
+
+def test_labels_that_do_not_count_may_be_anything(language: Module) -> None:
+    """Programs mark with them what is not to be predicted."""
+    mask = example_batch().weights
+    labels = torch.zeros(mask.shape, dtype=torch.int64).masked_fill(mask == 0, -100)
+    assert bool((labels < 0).any())
+    assert 3 == len(as_examples(example_batch(labels=labels), language))
+
+
+def test_a_causal_mask_says_nothing_new(language: Module) -> None:
+    """It may come along, as in programs that always have one."""
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
+    with_mask, without = (as_examples(example_batch(**m), language) for m in ({"attention_mask": mask}, {}))
+    assert [e.sample for e in without] == [e.sample for e in with_mask]
+
+
+def _computes(data_iterator: Any, model: Any) -> Any:
+    output, _ = model(**next(data_iterator))
+    return output.mean(), loops.of_losses
+
+
+def _adds(data_iterator: Any, model: Any) -> Any:
+    output, _ = model(**next(data_iterator))
+    return torch.ones(()) + output, loops.of_losses
+
+
+def _calls_twice(data_iterator: Any, model: Any) -> Any:
+    model(**next(data_iterator))
+    return model(**next(data_iterator))[0], loops.of_losses
+
+
+def _keeps_it(data_iterator: Any, model: Any) -> Any:
+    model(**next(data_iterator))
+    return torch.zeros(()), loops.of_losses
+
+
+def _has_no_tokens(data_iterator: Any, model: Any) -> Any:
+    return model(**{**next(data_iterator), "input_ids": None})[0], loops.of_losses
+
+
+@pytest.mark.parametrize(
+    ("forward_step", "error", "said"),
+    [
+        (_computes, TypeError, "return it as it is"),
+        (_adds, TypeError, "return it as it is"),
+        (_calls_twice, TypeError, "called the model twice"),
+        (_keeps_it, PlanError, "returned a Tensor and a function, not what the model returned"),
+        (_has_no_tokens, TypeError, "without input_ids"),
+    ],
+)
+def test_forward_steps_that_compute_with_what_is_not_there_are_refused(
+    language: Module, forward_step: Any, error: type[Exception], said: str
+) -> None:
+    """They are told where to compute instead."""
+    with pytest.raises(error, match=said):
+        microbatches_of(forward_step, loops.batches(), None, language, rank=1, total=loops.SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ((torch.ones(()), {"lm loss": torch.ones(())}), "a mean and a report"),
+        (torch.ones(()), "is not a sum, a number of tokens and a report"),
+        ((torch.ones(2), 3, {}), "is not a sum"),
+    ],
+)
+def test_losses_that_are_no_sums_are_refused(language: Module, returned: Any, said: str) -> None:
+    """A mean over a lane's microbatch depends on the layout."""
+    with pytest.raises(PlanError, match=said):
+        judged(language, lambda *_: returned)
+
+
+def test_a_loss_that_fails_says_what_it_was_given(language: Module) -> None:
+    """The batch's own loss mask, of all lanes, fits no lane's output."""
+    with pytest.raises(RuntimeError, match="must match") as caught:
+        judged(language, lambda _, output: (output * torch.ones(3, 16)).sum())
+    (note,) = caught.value.__notes__
+    assert "microbatch 0: the loss function was given (1, 2), this rank's samples and positions" in note
+
+
+def judged(language: Module, loss_func: Any) -> torch.Tensor:
+    """What a loss function comes to for the first microbatch, of which this rank has one sample of two tokens."""
+    forward_step = loops.step_with(loss_func)
+    asked = microbatches_of(forward_step, loops.batches(), None, language, rank=1, total=loops.SAMPLES)
+    sample = Sample(id=0, length=2, rows={})
+    share = Share((sample,), {}, (2,), ((),), loops.SAMPLES)
+    two = torch.zeros(2, dtype=torch.int64)
+    predictions = Predictions(torch.zeros(2, 4), two, two.float(), share, specs.OneOf(0, 1))  # type: ignore[arg-type]
+    return HostLoss(asked, loops.SAMPLES)(predictions)

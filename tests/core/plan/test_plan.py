@@ -1,0 +1,209 @@
+"""Plans: what is printed is legal, fits, and is not beaten by what could be found by trying everything."""
+
+import itertools
+
+import attrs
+import pytest
+
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.models import Gpt, Vit
+from mimogrid.core.job.placement import balanced
+from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.validation import problems_of
+from mimogrid.core.plan import plan
+from mimogrid.core.plan.menu import enough
+from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
+from mimogrid.core.pricing import on_machine
+from mimogrid.core.pricing.machine import machine_of
+from mimogrid.core.program.lower import plan_step
+from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.memory import peak_bytes
+from mimogrid.core.step.step import step_of
+
+
+FACTS = SourceFacts(sequence=512)
+GB = 1e9
+
+
+def question(gpus=4, *, memory=80 * GB, batch=8, rows=256, **vision):
+    """A language model that sees images, laid out on one GPU for each."""
+    modules = {
+        "vision": ModuleSpec(
+            model="vit",
+            options=Vit(layers=4, hidden=1024, heads=16, features=588),
+            feeds=("language",),
+            **vision,
+        ),
+        "language": ModuleSpec(
+            model="gpt", options=Gpt(layers=4, hidden=2048, heads=16, vocab=32000), grid=GridSpec(pp=2)
+        ),
+    }
+    spec = JobSpec(
+        modules=modules,
+        data=DataSpec(source="none"),
+        batch=BatchSpec(global_size=batch, microbatches=4),
+    )
+    samples = tuple(Sample(id=i, length=512 - rows, rows={"vision": rows}) for i in range(batch))
+    return Question(
+        spec=spec,
+        facts=FACTS,
+        samples=samples,
+        machine=machine_of("h100", "bf16"),
+        gpus=gpus,
+        memory_bytes=memory,
+    )
+
+
+def test_what_is_printed_is_legal_and_fits():
+    """Every layout that has a time can be parsed, and those that fit do."""
+    asked = question()
+    found = plan(asked)
+    assert BEST == found.layouts[0].kind
+    for layout in found.layouts:
+        if layout.kind in {BEST, SLOWER}:
+            assert () == problems_of(layout.spec, FACTS)
+            assert max(layout.peak_bytes.values()) <= asked.memory_bytes
+        assert (layout.kind == ILLEGAL) == bool(problems_of(layout.spec, FACTS))
+    steps = [layout.step_s for layout in found.layouts if layout.kind in {BEST, SLOWER}]
+    assert sorted(steps) == steps
+
+
+def test_the_same_job_gives_the_same_plan():
+    """To the last layout."""
+    assert plan(question()) == plan(question())
+
+
+def test_every_layout_has_a_reason():
+    """And the job's own is among them."""
+    found = plan(question(gpus=3))
+    assert all(layout.reason for layout in found.layouts)
+    assert "the job's own layout" in found.own.reason
+    assert found.own in found.layouts
+
+
+def test_less_memory_is_respected():
+    """What is fastest with room enough is told as too large, by how much, with less."""
+    free = plan(question())
+    cap = min(max(free.best.peak_bytes.values()) * 0.8, 80 * GB)
+    tight = plan(question(memory=cap))
+    assert max(tight.best.peak_bytes.values()) <= cap
+    assert tight.best.step_s >= free.best.step_s
+    assert any("short by" in layout.reason for layout in tight.layouts if layout.kind == TOO_LARGE)
+
+
+def test_where_nothing_fits_the_nearest_miss_is_named():
+    """With the stage, what it needs and what is missing."""
+    found = plan(question(memory=0.5 * GB))
+    assert found.best is None
+    assert "short by" in found.nearest_miss
+    assert "language" in found.nearest_miss or "vision" in found.nearest_miss
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_what_is_told_is_what_a_simulation_tells(gpus):
+    """The time of each layout is that of its whole program with every rank, or a little more; so is its memory."""
+    asked = question(gpus=gpus, batch=32)
+    for layout in plan(asked).layouts:
+        if layout.kind in {BEST, SLOWER}:
+            costs = on_machine(
+                step_of(asked.topology(layout.spec), asked.samples), asked.machine, spread=True
+            )
+            program = plan_step(step_of(asked.topology(layout.spec), asked.largest))
+            timeline = simulate(program, costs, fold=False)
+            assert timeline.step_s <= layout.step_s * (1 + 1e-9)
+            assert timeline.step_s == pytest.approx(layout.step_s, rel=0.03)
+            peaks = peak_bytes(timeline)
+            for name, module in asked.topology(layout.spec).modules.items():
+                most = max(peaks[rank] for rank in module.grid.ranks)
+                assert most == pytest.approx(layout.peak_bytes[name], rel=0.02)
+
+
+def test_orders_are_tried_on_the_best_layouts():
+    """Those with split backwards and `auto`, whose costs and cap stand in the job; none twice under two names."""
+    layouts = [layout for layout in plan(question(gpus=4, batch=32)).layouts if layout.step_s]
+    names = {layout.spec.schedule.name for layout in layouts}
+    assert names & {"zb-h1", "zb-h2", "auto"}
+    for layout in layouts:
+        assert (layout.spec.schedule.name == "auto") == (layout.spec.schedule.costs is not None)
+        assert (layout.spec.schedule.name == "auto") == (layout.spec.schedule.memory_gb is not None)
+        chunks = any(module.chunks > 1 for module in layout.spec.modules.values())
+        assert not (chunks and layout.spec.schedule.name == "1f1b")
+
+
+def test_idle_gpus_are_paid_for():
+    """Tokens per second count over all that are allocated."""
+    found = plan(question(gpus=4))
+    best = found.best
+    assert 8 * 512 / best.step_s / 4 == pytest.approx(best.tokens_per_s_per_gpu)
+
+
+def everything(asked):
+    """The fastest of all grids of tp, dp and pp, at all places of the encoder, with all counts of microbatches."""
+    best = float("inf")
+    sizes = [g for g in itertools.product((1, 2, 4), repeat=3) if g[0] * g[1] * g[2] <= asked.gpus]
+    for count, vision, language in itertools.product((1, 2, 4, 8), sizes, sizes):
+        taken = language[0] * language[1] * language[2]
+        for offset in {0, taken}:
+            grids = {
+                "vision": GridSpec(tp=vision[0], dp=vision[1], pp=vision[2], offset=offset),
+                "language": GridSpec(tp=language[0], dp=language[1], pp=language[2], offset=0),
+            }
+            modules = {
+                name: attrs.evolve(
+                    module,
+                    grid=attrs.evolve(grids[name], sequence_parallel=grids[name].tp > 1),
+                )
+                for name, module in asked.spec.modules.items()
+            }
+            batch = BatchSpec(global_size=len(asked.samples), microbatches=count)
+            spec = attrs.evolve(asked.spec, modules=modules, batch=batch, world_size=asked.gpus)
+            if not problems_of(spec, FACTS):
+                step = step_of(asked.topology(spec), asked.samples)
+                best = min(best, simulate(plan_step(step), on_machine(step, asked.machine)).step_s)
+    return best
+
+
+@pytest.mark.parametrize("vision", [{}, {"frozen": True}])
+def test_nothing_is_faster_in_a_small_world(vision):
+    """Trying every grid on three GPUs finds nothing better than the gap allows."""
+    asked = question(gpus=3, **vision)
+    found = plan(asked, budget=1_000_000)
+    assert found.best.step_s <= everything(asked) * (1 + found.gap + 1e-9)
+
+
+def test_bounds_are_below_what_is_simulated():
+    """No layout is faster than what was promised of the best that was left out."""
+    found = plan(question(gpus=4))
+    for layout in found.layouts:
+        if layout.step_s:
+            assert layout.limit_s <= layout.step_s * (1 + 1e-9)
+
+
+def test_a_thousand_gpus_are_planned():
+    """On all of them or on fewer, never on more."""
+    found = plan(question(gpus=1024, batch=256), budget=10_000)
+    assert 0 < found.best.active <= 1024
+
+
+def test_layers_are_dealt_so_that_the_slowest_stage_is_fastest():
+    """Against all ways to cut."""
+    for seconds in ([1, 1, 1, 1, 1, 3], [5, 1, 1, 1], [0, 0, 2, 2, 2, 4, 1], [1] * 7):
+        for parts in range(1, len(seconds) + 1):
+            found = balanced(seconds, parts)
+            assert (parts, len(seconds)) == (len(found), sum(found))
+            assert min(found) >= 1
+            cuts = (
+                (0, *chosen, len(seconds))
+                for chosen in itertools.combinations(range(1, len(seconds)), parts - 1)
+            )
+            best = min(max(sum(seconds[a:b]) for a, b in itertools.pairwise(cut)) for cut in cuts)
+            ends = list(itertools.accumulate(found, initial=0))
+            assert best == max(sum(seconds[a:b]) for a, b in itertools.pairwise(ends))
+
+
+def test_counts_that_make_no_difference_are_left_out():
+    """Of ten things four parts have three at most; three parts have four, and so have none fewer."""
+    for things in range(1, 40):
+        largest = {count: -(-things // count) for count in range(1, things + 1)}
+        expected = [c for c in largest if all(largest[d] > largest[c] for d in range(1, c))]
+        assert tuple(expected) == enough(things, things)

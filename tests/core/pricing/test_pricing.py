@@ -1,0 +1,151 @@
+"""Prices follow from operations, bytes and the sheet of an accelerator."""
+
+import attrs
+import pytest
+
+import jobs
+from mimogrid.core.base.errors import PlanError
+from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.models import Gpt, Vit
+from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.pricing import measured_on, on_machine
+from mimogrid.core.pricing.accelerators import ACCELERATORS
+from mimogrid.core.pricing.flops import stage_flops
+from mimogrid.core.pricing.machine import EFFICIENCY, LINK_EFFICIENCY, machine_of
+from mimogrid.core.program.lower import plan_step
+from mimogrid.core.simulate import simulate
+from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.topology import Stage
+
+
+LAYERS, HIDDEN, SEQUENCE, PATCHES = 4, 4096, 512, 256
+GPT = Gpt(layers=LAYERS, hidden=HIDDEN, heads=32, vocab=32000)
+VIT = Vit(layers=2, hidden=1024, heads=16, features=588)
+H100 = ACCELERATORS["h100"]
+SECONDS = ("forward", "input_gradient", "weight_gradient")
+
+
+def step_of(batch=8, microbatches=4, vision=None, **language):
+    """Samples of 256 patches and as many tokens, so that nothing is padded."""
+    modules = {
+        "vision": ModuleSpec(model="vit", options=VIT, feeds=("language",), **(vision or {})),
+        "language": ModuleSpec(model="gpt", options=GPT, **language),
+    }
+    spec = JobSpec(
+        modules=modules,
+        data=DataSpec(source="none"),
+        batch=BatchSpec(global_size=batch, microbatches=microbatches),
+    )
+    topology = parse(spec, SourceFacts(sequence=SEQUENCE))
+    return jobs.step_with(topology, {"vision": (PATCHES,)}, text=SEQUENCE - PATCHES)
+
+
+def of_accelerator(step, gpu, efficiency=EFFICIENCY):
+    """The costs of a job on accelerators of a kind, by name."""
+    return on_machine(step, machine_of(gpu, step.topology.spec.precision, efficiency))
+
+
+def test_products_take_their_operations_over_what_the_accelerator_reaches():
+    """With nothing padded and nothing cut; in proportion to the efficiency."""
+    step = step_of()
+    flops = stage_flops(step)
+    for efficiency in (0.5, 0.25):
+        costs = of_accelerator(step, "h100", efficiency)
+        for stage, counted in flops.items():
+            reached = H100.flops["fp32"] * efficiency
+            assert counted.forward / reached == pytest.approx(costs.of(stage).forward)
+            assert counted.weight_gradient / reached == pytest.approx(costs.of(stage).weight_gradient)
+
+
+def test_tensor_parallel_ranks_share_the_layers_and_pay_for_their_sums():
+    """Two sums over tp of a block per layer and one of the embedding; what remains is a half."""
+    alone, shared = (
+        of_accelerator(step_of(grid=GridSpec(tp=tp, offset=0)), "h100").of("language.0") for tp in (1, 2)
+    )
+    block = 2 * SEQUENCE * HIDDEN * 4
+    once = block / (H100.link_bytes_per_s * LINK_EFFICIENCY) + 2 * H100.link_latency_s
+    assert alone.forward / 2 + (2 * LAYERS + 1) * once == pytest.approx(shared.forward)
+    assert alone.input_gradient / 2 + (2 * LAYERS + 1) * once == pytest.approx(shared.input_gradient)
+    assert alone.weight_gradient / 2 == pytest.approx(shared.weight_gradient)
+
+
+def test_padding_takes_time_and_counts_as_no_work():
+    """A language model computes all of its sequence, however short the sample."""
+    full, short = step_of(), step_of()
+    short = attrs.evolve(short, samples=tuple(attrs.evolve(sample, length=1) for sample in short.samples))
+    assert stage_flops(short)[Stage("language", 0)].forward < stage_flops(full)[Stage("language", 0)].forward
+    difference = (SEQUENCE - PATCHES - 1) * 2 * HIDDEN * 32000 * 2 / (H100.flops["fp32"] / 2)
+    spent, less = (of_accelerator(step, "h100").of("language.0").forward for step in (full, short))
+    assert spent - difference == pytest.approx(less)
+
+
+def test_the_lane_with_most_sets_the_price():
+    """Three samples over two lanes take as long as four."""
+    uneven, even = (
+        of_accelerator(step_of(batch=batch, grid=GridSpec(dp=2)), "h100").of("language.0").forward
+        for batch in (12, 16)
+    )
+    assert even == uneven
+
+
+def test_lanes_pay_for_the_sum_of_their_gradients():
+    """Each byte crosses twice, but for the part that is already there; a lone lane pays nothing."""
+    alone, lanes = (of_accelerator(step_of(grid=GridSpec(dp=dp)), "h100") for dp in (1, 2))
+    weights = sum(p.shape[0] * (p.shape[1] if len(p.shape) > 1 else 1) for p in GPT.parameters())
+    assert 0 == alone.of("language.0").reduce
+    bandwidth = H100.link_bytes_per_s * LINK_EFFICIENCY
+    assert 2 * weights * 4 / 2 / bandwidth == pytest.approx(lanes.of("language.0").reduce)
+    assert 7 * weights * 4 / H100.memory_bytes_per_s == pytest.approx(lanes.of("language.0").update)
+
+
+def test_a_module_takes_as_long_as_it_was_measured_to_however_it_is_cut():
+    """Twice and three times what is assumed on one rank stay so on two stages; what took no time stays as assumed."""
+    step, machine = step_of(), machine_of("h100", "fp32")
+    assumed_costs = on_machine(step, machine)
+    found = {
+        name: attrs.evolve(of_stage, **{key: times * getattr(of_stage, key) for key in SECONDS})
+        for (name, of_stage), times in zip(assumed_costs.stages.items(), (2.0, 3.0), strict=True)
+    }
+    measured = measured_on(machine, step, Costs(stages=found))
+    assert {
+        name.split(".")[0]: pytest.approx(times) for name, times in zip(found, (2.0, 3.0), strict=True)
+    } == dict(measured.measured)
+    cut = step_of(grid=GridSpec(pp=2))
+    for name, of_stage in on_machine(cut, measured).stages.items():
+        plain = on_machine(cut, machine).of(name)
+        assert measured.times(name.split(".")[0]) * plain.forward == pytest.approx(of_stage.forward)
+        assert plain.update == of_stage.update
+    assert () == measured_on(machine, step, Costs()).measured
+
+
+def test_frozen_modules_update_nothing():
+    """Neither are their gradients summed."""
+    of_stage = of_accelerator(step_of(vision={"frozen": True, "grid": GridSpec(dp=2)}), "h100").of("vision.0")
+    assert (0.0, 0.0) == (of_stage.reduce, of_stage.update)
+
+
+def test_links_within_a_node_are_faster_than_those_between():
+    """Ranks fill nodes in order: the eighth hop of a chain leaves the first."""
+    step = step_of(grid=GridSpec(pp=4, offset=6))
+    costs = of_accelerator(step, "h100")
+    near, far = (costs.edges[f"language.{p} -> language.{p + 1}"] for p in (0, 1))
+    assert H100.link_bytes_per_s * LINK_EFFICIENCY == near.bytes_per_s
+    assert H100.network_bytes_per_s * LINK_EFFICIENCY == far.bytes_per_s
+
+
+def test_the_step_takes_its_work_at_least():
+    """On one rank and with one microbatch a step is the sum of what it consists of."""
+    step = step_of(batch=2, microbatches=1, vision={"grid": GridSpec(offset=0)}, grid=GridSpec(offset=0))
+    costs = of_accelerator(step, "a100")
+    parts = [costs.of(stage) for stage in step.topology.stages]
+    work = sum(part.forward + part.whole_backward + part.reduce + part.update for part in parts)
+    assert work == pytest.approx(simulate(plan_step(step), costs).step_s)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "efficiency", "fact"), [("h1000", 0.5, "'h1000' is not known"), ("h100", 1.5, "is 1.5")]
+)
+def test_what_is_not_known_is_said(gpu, efficiency, fact):
+    """With the nearest name."""
+    with pytest.raises(PlanError, match=fact):
+        of_accelerator(step_of(), gpu, efficiency)

@@ -1,0 +1,126 @@
+"""Sums of gradients: when they are posted, in which order, and what verify finds where they are not."""
+
+import math
+
+import pytest
+
+from jobs import edited, job, program_of, step_with
+from mimogrid.core.job.costs import Costs, StageCosts
+from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.verify import listing_of, verify
+from mimogrid.core.schedule.actions import Compute, Reduce, WaitReduce
+from mimogrid.core.simulate import simulate
+
+
+CHUNKS = "l gpt dp2 pp2 chunks2"
+ABSENT = {"v": (4, 0, 0, 0, 0, 0, 0, 0)}
+"""Only the first sample has an image: the other lanes never compute for it."""
+
+
+def program(text: str, rows: dict[str, tuple[int, ...]] | None = None, **facts: object) -> Program:
+    """The program of a step, with several buckets a stage."""
+    return plan_step(step_with(job(text, bucket_mb=0.002, **facts), rows or {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("v vit dp2 > l; l gpt dp2 pp2", "1f1b"),
+        ("v vit dp2 @0 > l; l gpt dp2 tp2 @0", "1f1b"),
+        (CHUNKS, "interleaved"),
+        ("v vit dp2 > l; l gpt tp2 sp pp2", "zb-h2"),
+    ],
+)
+def test_a_sum_is_posted_once_its_gradient_is_complete_and_waited_for_at_the_end(
+    text: str, schedule: str
+) -> None:
+    """After the last turn of its stage on any lane, before anything else is computed; also on lanes without rows."""
+    planned = program(text, ABSENT, schedule=schedule)
+    index = planned.order.index
+    for rank in planned.topology.ranks:
+        actions = planned.of(rank)
+        posted = [action for action in actions if isinstance(action, Reduce)]
+        assert planned.sums(rank) == tuple(posted)
+        for reduce in posted:
+            complete = max(index[a] for a in planned.order.actions if a.stage == reduce.stage)
+            place = actions.index(reduce)
+            before = [index[a] for a in actions[:place] if isinstance(a, Compute)]
+            after = [index[a] for a in actions[place:] if isinstance(a, Compute)]
+            assert max(before, default=-1) <= complete < min(after, default=math.inf)
+        waits = [action.posted for action in actions if isinstance(action, WaitReduce)]
+        assert posted == waits
+        end = actions.index(WaitReduce(posted[0].stage, posted[0].bucket)) if posted else len(actions)
+        assert not any(isinstance(action, Compute) for action in actions[end:])
+
+
+def test_ranks_that_share_sums_post_them_in_one_order() -> None:
+    """A communicator matches calls by their order: also where lanes are without rows, and stages share ranks."""
+    for text, schedule in ((CHUNKS, "interleaved"), ("v vit dp2 @0 > l; l gpt dp2 @0", "1f1b")):
+        planned = program(text, ABSENT, schedule=schedule)
+        orders: dict[tuple[int, ...], set[tuple[Reduce, ...]]] = {}
+        for rank in planned.topology.ranks:
+            for group in {planned.joint(rank, reduce) for reduce in planned.sums(rank)}:
+                mine = tuple(r for r in planned.sums(rank) if planned.joint(rank, r) == group)
+                orders.setdefault(group, set()).add(mine)
+        assert orders
+        assert all(1 == len(found) for found in orders.values())
+
+
+def test_sums_of_a_chunk_go_on_while_another_is_computed() -> None:
+    """The last chunk is summed beside the backwards of the first, and the step is as short as if that took no time."""
+    planned = program_of(CHUNKS, batch=8, microbatches=4, schedule="interleaved")
+    late, early = ("l.0.1", "l.1.1"), ("l.0", "l.1")
+
+    def step_s(**reduce: float) -> float:
+        stages = {
+            name: StageCosts(forward=1.0, backward=2.0, reduce=reduce.get("late", 0.0)) for name in late
+        }
+        stages |= {
+            name: StageCosts(forward=1.0, backward=2.0, reduce=reduce.get("early", 0.0)) for name in early
+        }
+        return simulate(planned, Costs(stages=stages)).step_s
+
+    assert step_s() == step_s(late=1.5) < step_s(early=1.5)
+
+
+def test_groups_that_one_rank_stands_for_do_not_wait_for_each_other() -> None:
+    """Rank 0 stands for all four, so for two groups of `a` and for that of `z`, which sum side by side."""
+    planned = program_of("a vit dp2 tp2 @0 > z; z gpt dp4 @0", batch=4, microbatches=1)
+    costs = Costs(stages={name: StageCosts(forward=1.0, backward=2.0, reduce=9.0) for name in ("a.0", "z.0")})
+    folded, whole = simulate(planned, costs), simulate(planned, costs, fold=False)
+    assert 1 == len(folded.classes.members)
+    assert whole.step_s == folded.step_s == 1 + 1 + 2 + 2 + 9
+
+
+def test_two_ranks_that_post_sums_in_another_order() -> None:
+    """No walk gets stuck in that: a communicator would add up what does not belong together."""
+    planned = program("l gpt dp2")
+    listing = listing_of(planned)
+    lines = [str(action) for action in listing[1]]
+    a, b = lines.index("l.0 REDUCE0"), lines.index("l.0 REDUCE1")
+    lines[a], lines[b] = lines[b], lines[a]
+    assert (
+        "rank 1 comes to 'l.0 REDUCE1' when rank 0 comes to 'l.0 REDUCE0': a communicator of both would mix them up",
+    ) == verify(planned, edited(listing, 1, *lines))
+
+
+def test_a_sum_on_the_ranks_that_compute_together() -> None:
+    """Partial sums over tp lie at one place among the computations of the tp ranks: they share a communicator."""
+    planned = program_of("a gpt tp2 sp @0; b gpt tp2 sp @0", batch=2, microbatches=1)
+    listing = listing_of(planned)
+    lines = [str(action) for action in listing[1]]
+    early = next(i for i, line in enumerate(lines) if " REDUCE" in line)
+    late = max(i for i, action in enumerate(listing[1]) if isinstance(action, Compute))
+    assert early < late
+    lines.insert(late, lines.pop(early))
+    (fault,) = verify(planned, edited(listing, 1, *lines))
+    assert "a communicator of both would mix them up" in fault
+
+
+def test_a_sum_that_nobody_waits_for() -> None:
+    """The step would be taken with what is half summed."""
+    planned = program("l gpt dp2")
+    listing = listing_of(planned)
+    lines = [str(action) for action in listing[0] if str(action) != "l.0 WAIT_REDUCE1"]
+    (fault,) = verify(planned, edited(listing, 0, *lines))
+    assert "rank 0: 'l.0 WAIT_REDUCE1' is missing" == fault

@@ -1,0 +1,224 @@
+"""Auto: the order that is tried out beats what a fixed warm-up depth loses, within memory, and always the same way."""
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases import CASES
+from jobs import job, step_with
+from mimogrid.core.base.errors import PlanError
+from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
+from mimogrid.core.job.models import Gpt
+from mimogrid.core.job.spec import (
+    BatchSpec,
+    DataSpec,
+    GridSpec,
+    JobSpec,
+    ModuleSpec,
+    ScheduleSpec,
+    SourceFacts,
+)
+from mimogrid.core.pricing.assumed import assumed
+from mimogrid.core.program.lower import plan_step
+from mimogrid.core.schedule.layer_split import settled
+from mimogrid.core.schedule.lines import RULES, Rule, lines_of
+from mimogrid.core.schedule.orders import order_of
+from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule
+from mimogrid.core.schedule.tuning import bytes_needed, timed_by, tuned
+from mimogrid.core.schedule.work import unit_seconds, work_of
+from mimogrid.core.simulate import simulate
+from mimogrid.core.topology.parse import assemble, parse
+from mimogrid.core.topology.topology import Stage, Topology
+
+
+ENCODER = Stage("v", 0)
+NAMED = sorted(RULES)
+
+
+def priced(topology: Topology, name: str, costs: Costs | None = None, cap: float | None = None) -> Topology:
+    """Return a job under another schedule, with costs for it to go by."""
+    schedule = attrs.evolve(topology.spec.schedule, name=name, costs=costs, memory_gb=cap)
+    return assemble(attrs.evolve(topology.spec, schedule=schedule), topology.source)
+
+
+def nearly_balanced(encoder: float, microbatches: int) -> tuple[Topology, Costs]:
+    """An encoder stage before four of a language model, which take 1 s forward and 2 s backward."""
+    topology = job("v vit > l; l gpt pp4", microbatches=microbatches, batch=microbatches)
+    stages = {str(stage): StageCosts(forward=1.0, backward=2.0) for stage in topology.stages}
+    return topology, Costs(stages=stages | {"v.0": StageCosts(forward=encoder, backward=2 * encoder)})
+
+
+TABLE = {
+    (1.25, 16): (1.136, 1.082, 1.062, 1.041, 1.021),
+    (1.5, 8): (1.120, 1.080, 1.040, 1.000),
+    (1.5, 16): (1.083, 1.062, 1.042, 1.021, 1.000),
+    (2.0, 8): (1.083, 1.042, 1.000),
+    (1.0, 8): (1.000,),
+}
+"""Ratio to the limit by extra microbatches in flight of an encoder stage, its forward seconds, and microbatches."""
+
+
+@pytest.mark.parametrize(("encoder", "microbatches"), TABLE)
+def test_credits_of_one_stage(encoder: float, microbatches: int) -> None:
+    """A nearly balanced encoder wants more in flight than its depth, and `auto` finds how much."""
+    topology, costs = nearly_balanced(encoder, microbatches)
+    timed = timed_by(work_of(topology, training=True, splits=False), costs)
+    for extra, ratio in enumerate(TABLE[encoder, microbatches]):
+        lines = lines_of(timed.work, Rule(extra={ENCODER: extra})).teams
+        order = schedule(timed, lines)
+        assert ratio == round(retimed(timed, order, lines) / limit_s(timed, order), 3)
+    auto = priced(topology, "auto", costs)
+    assert 1.0 == simulate(plan_step(step_with(auto)), costs).ratio_to_limit
+
+
+def test_the_same_for_all_stages_gives_nothing() -> None:
+    """It is where the credits go that counts."""
+    topology, costs = nearly_balanced(2.0, 8)
+    timed = timed_by(work_of(topology, training=True, splits=False), costs)
+    last = Stage("l", 3)  # what the last stage gets, those before it get, too
+    each = [lines_of(timed.work, Rule(extra={last: extra})).teams for extra in range(4)]
+    ends = [retimed(timed, schedule(timed, lines), lines) for lines in each]
+    assert ends[:1] * 4 == ends
+
+
+def costs_for(topology: Topology) -> st.SearchStrategy[Costs]:
+    """Costs of any kind: halves known or not, edges that take time and hold up or not."""
+    second = st.sampled_from([0.0, 0.5, 1.0, 1.25, 2.0, 3.0])
+    halves = st.builds(StageCosts, forward=second, input_gradient=second, weight_gradient=second)
+    whole = st.builds(StageCosts, forward=second, backward=second)
+    stages = st.fixed_dictionaries({str(stage): halves | whole for stage in topology.stages})
+    edge = st.builds(EdgeCosts, latency=st.sampled_from([0.0, 0.25]))
+    return st.builds(Costs, stages=stages, edge=edge)
+
+
+@settings(max_examples=40)
+@given(st.data(), st.sampled_from(sorted(CASES)), st.sampled_from([4, 8]))
+def test_never_slower_than_the_best_named_order(data: st.DataObject, case: str, microbatches: int) -> None:
+    """Whatever things cost, `auto` takes no longer than any order that has a name."""
+    topology = job(CASES[case], microbatches=microbatches, batch=48)
+    costs = data.draw(costs_for(topology))
+    seconds = {
+        name: simulate(plan_step(step_with(priced(topology, name, costs))), costs).step_s
+        for name in (*NAMED, "auto")
+    }
+    assert seconds["auto"] <= min(seconds[name] for name in NAMED) * (1 + 1e-9)
+
+
+def test_all_ranks_find_the_same() -> None:
+    """Nothing but the job decides: the second search comes to the first one's order."""
+    topology, costs = nearly_balanced(1.5, 16)
+    orders = [order_of(priced(topology, "auto", costs)) for _ in range(2)]
+    assert orders[0].actions == orders[1].actions
+
+
+def big(name: str, cap: float | None = None) -> Topology:
+    """A language model with something to hold, on four stages."""
+    options = Gpt(layers=4, hidden=256, heads=4, vocab=64)
+    spec = JobSpec(
+        modules={"l": ModuleSpec(model="gpt", options=options, grid=GridSpec(pp=4))},
+        data=DataSpec(source="x"),
+        batch=BatchSpec(global_size=16, microbatches=16),
+        schedule=ScheduleSpec(name=name, memory_gb=cap),
+    )
+    return parse(spec, SourceFacts(sequence=512))
+
+
+def test_a_cap_on_memory_is_kept() -> None:
+    """The less memory there is, the fewer microbatches in flight, down to an order that just fits."""
+    orders = {name: order_of(big(name)) for name in NAMED}
+    needs = {
+        name: max(bytes_needed(big(name), order.credits, order.split).values())
+        for name, order in orders.items()
+    }
+    cap = 0.9 * needs["1f1b"] / 1e9
+    order = order_of(big("auto", cap))
+    assert (
+        max(bytes_needed(big("auto"), order.credits, order.split).values()) <= cap * 1e9 < min(needs.values())
+    )
+    assert tuned(big("auto", cap)).end_s > tuned(big("auto")).end_s
+
+
+@pytest.mark.parametrize("name", ["1f1b", "auto"])
+def test_what_cannot_fit_is_said(name: str) -> None:
+    """An order over the cap is an error that names the rank, the bytes and the way out."""
+    with pytest.raises(
+        PlanError, match=r"needs [\d.]+ GB on rank \d: [\d.]+ GB for weights.* the cap is 0\.001 GB"
+    ):
+        order_of(big(name, 0.001))
+
+
+def half_frozen(name: str, split: tuple[int, ...] | None = None) -> JobSpec:
+    """24 frozen and 24 trained layers on four ranks; 32 microbatches."""
+    frozen = ("embedding.*", *(f"layers.{i}.*" for i in range(24)))
+    options = Gpt(layers=48, hidden=8, heads=2, vocab=16)
+    return JobSpec(
+        modules={
+            "l": ModuleSpec(model="gpt", options=options, grid=GridSpec(pp=4), frozen=frozen, split=split)
+        },
+        data=DataSpec(source="x"),
+        batch=BatchSpec(global_size=32, microbatches=32),
+        schedule=ScheduleSpec(name=name),
+    )
+
+
+def test_frozen_layers_count_for_what_they_are() -> None:
+    """Cut for forwards and backwards together, four ranks are 1.44 times as fast as cut by layers; `auto` does it."""
+    facts = SourceFacts(sequence=64)
+
+    def step_s(spec: JobSpec) -> float:
+        topology = parse(spec, facts)
+        return simulate(plan_step(step_with(topology)), assumed(topology)).step_s
+
+    even, fair = step_s(half_frozen("1f1b")), step_s(half_frozen("1f1b", (24, 8, 8, 8)))
+    chosen = settled(half_frozen("auto"), facts)
+    assert 1.44 == round(even / fair, 2)
+    assert step_s(chosen) <= fair
+
+
+def test_layers_that_do_not_divide_are_cut_all_the_same() -> None:
+    """Under `auto` five layers lie on three ranks; whoever writes a split keeps it."""
+    facts = SourceFacts(sequence=64)
+    five = attrs.evolve(
+        half_frozen("auto").modules["l"], frozen=False, options=Gpt(layers=5, hidden=8, heads=2, vocab=16)
+    )
+    spec = attrs.evolve(half_frozen("auto"), modules={"l": attrs.evolve(five, grid=GridSpec(pp=3))})
+    assert 5 == sum(settled(spec, facts).modules["l"].split or ())
+    assert half_frozen("auto", (1, 1, 1, 45)) == settled(half_frozen("auto", (1, 1, 1, 45)), facts)
+
+
+CAPPED = (
+    "v vit dp2 m4 > l; l gpt pp4 dp2",
+    "v vit dp2 m2 > l; l gpt pp2 dp2 chunks2",
+    "v vit dp2 m4 > l; a vit dp2 m2 @0 > l; l gpt pp4 @0",
+    "v vit pp2 m4 > l; l gpt pp2 > g; g regressor m16",
+    "v vit dp2 m16 frozen > l; l gpt pp3",
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(CAPPED), st.floats(0.0, 1.1))
+def test_any_cap_gives_an_order_or_an_error(text: str, part: float) -> None:
+    """Between what is kept anyway and what an order without a cap needs, `auto` fits or says that nothing does."""
+    topology = job(text, microbatches=8, batch=64)
+    always = max(bytes_needed(topology, {}, ()).values())
+    free = order_of(topology)
+    most = max(bytes_needed(topology, free.credits, free.split).values())
+    cap = always + part * (most - always)
+    try:
+        order = order_of(priced(topology, "auto", cap=cap / 1e9))
+    except PlanError as error:
+        where = {problem.where for problem in error.problems}
+    else:
+        where = set[str]()
+        assert max(bytes_needed(topology, order.credits, order.split).values()) <= cap * (1 + 1e-9)
+    assert where <= {"schedule.memory_gb"}
+
+
+@given(st.sampled_from(CAPPED), st.integers(1, 8), st.booleans())
+def test_any_limit_gives_an_order(text: str, limit: int, splits: bool) -> None:
+    """However few microbatches may be in flight, as many are as the stages that are fed ask for."""
+    work = work_of(job(text, microbatches=8, batch=64), training=True, splits=splits)
+    timed = TimedWork(work, unit_seconds(work))
+    order = schedule(timed, lines_of(work, Rule(splits=splits, limit=limit)).teams)
+    assert list(range(len(work.actions))) == sorted(order)

@@ -1,0 +1,77 @@
+"""Thin programs: one rank for all of a lane, in exactly the same time."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs import job, step_with
+from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
+from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.lane_programs import thinned
+from mimogrid.core.simulate.tracks import spread
+
+
+JOBS = (
+    "v vit tp2 dp4 > l; l gpt tp4 width8 heads4 dp2 pp2",
+    "v vit dp3 > l; l gpt tp2 dp2 pp3",
+    "v vit tp2 pp2 > l; a vit dp4 frozen > l; l gpt tp2 cp2 pp2",
+    "v vit tp2 dp2 m8 > l; l gpt tp2 pp2 chunks2",
+    "v vit dp2 > l; l gpt tp2 dp3 > g; g regressor tp2 dp2",
+)
+seconds = st.sampled_from([0.0, 0.5, 1.0, 2.5])
+
+
+def whole(text: str, schedule: str, rows: list[int]) -> Program:
+    """The program of a step with ragged rows."""
+    words = text.replace("width8 heads4 ", "")
+    topology = job(words, schedule=schedule, microbatches=4, batch=48)
+    return plan_step(step_with(topology, dict.fromkeys(topology.graph.sources, rows)))
+
+
+@settings(max_examples=40)
+@given(
+    st.data(),
+    st.sampled_from(JOBS),
+    st.sampled_from(["1f1b", "gpipe", "zb-h1"]),
+    st.lists(st.integers(0, 9), min_size=1, max_size=7),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_the_same_time(
+    data: st.DataObject, text: str, schedule: str, rows: list[int], latency: float
+) -> None:
+    """Whatever rows samples have, a rank for each lane takes as long as all its ranks do, at work and idle."""
+    program = whole(text, schedule, rows)
+    stages = {
+        str(stage): StageCosts(
+            forward=data.draw(seconds), input_gradient=data.draw(seconds), weight_gradient=data.draw(seconds)
+        )
+        for stage in program.topology.stages
+    }
+    costs = Costs(stages=stages, edge=EdgeCosts(latency=latency))
+    thin = thinned(program, costs)
+    assert thin
+    expected = simulate(program, costs, fold=False)
+    found = spread(simulate(thin.program, costs), program, thin.standing)
+    assert (expected.step_s, expected.limit_s) == (found.step_s, found.limit_s)
+    assert expected.busy_s == found.busy_s
+    assert expected.peak_in_flight == found.peak_in_flight
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        Costs(edge=EdgeCosts(bytes_per_s=1e9)),
+        Costs(edge=EdgeCosts(latency=1.0, overlap=False)),
+        Costs(cores=2),
+    ],
+)
+def test_where_messages_count_nothing_is_thinned(costs: Costs) -> None:
+    """Bandwidth, senders that are held up and shared cores tell the ranks of a lane apart."""
+    assert thinned(whole(JOBS[0], "1f1b", [2, 5]), costs) is None
+
+
+@pytest.mark.parametrize("text", ["v vit tp2 > l; l gpt tp2 @0", "l gpt tp2 dp2 ep2 x4", "l gpt dp4"])
+def test_shared_ranks_experts_and_thin_programs_stay(text: str) -> None:
+    """Colocated modules and spread experts are more than lanes; what has one rank a lane is thin."""
+    assert thinned(whole(text, "1f1b", [2, 5]), Costs()) is None

@@ -1,0 +1,231 @@
+"""Routes: every row goes once from who has it to who wants it, whatever the grids."""
+
+import collections
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases import CASES
+from jobs import job, step_with
+from mimogrid.core.base.samples import share
+from mimogrid.core.step.routes import Routes, lane_parts
+from mimogrid.core.step.step import Step
+from mimogrid.core.topology.topology import Link, Module, Stage
+
+
+SAMPLES = 40
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> str:
+    """The grid of a module in words: up to 32 ranks, anywhere, with microbatches of its own."""
+    tp, cp, pp = draw(
+        st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (3, 1, 1), (1, 1, 2), (2, 1, 2)])
+    )
+    order = draw(st.sampled_from(["tp,cp,dp,pp", "tp,cp,pp,dp", "dp,cp,tp,pp"]))
+    counts = draw(st.sampled_from(["m2", "m4", "m8"]))
+    dp, offset = draw(st.integers(1, 5)), draw(st.integers(0, 12))
+    return f"tp{tp} cp{cp} pp{pp} dp{dp} @{offset} {counts} order={order}"
+
+
+ROWS = st.lists(st.sampled_from((0, 0, 1, 2, 7)), min_size=SAMPLES, max_size=SAMPLES)
+
+
+def owners(step: Step, module: Module, stage: Stage, rows: list[int]) -> list[tuple[int, int]]:
+    """Return (microbatch, rank) of every row at one end of a seam, by plain counting."""
+    lanes: dict[tuple[int, int], int] = collections.defaultdict(int)
+    size = len(step.samples) // module.microbatches
+    for sample, count in enumerate(rows):
+        microbatch, place = divmod(sample, size)
+        lane = next(i for i in range(module.lanes) if place in share(i, module.lanes, size))
+        lanes[microbatch, lane] += count
+    return [
+        (microbatch, module.holders(stage, lane)[part])
+        for (microbatch, lane), count in lanes.items()
+        for part in range(len(module.holders(stage, lane)))
+        for _ in share(part, len(module.holders(stage, lane)), count)
+    ]
+
+
+@settings(max_examples=60)
+@given(grids(), grids(), ROWS)
+def test_every_row_goes_once_from_owner_to_owner(source: str, target: str, rows: list[int]) -> None:
+    """The pieces of all messages are what counting row by row gives: nothing lost, doubled or misled."""
+    topology = job(f"v vit {source} > l; l gpt {target}", batch=SAMPLES)
+    step = step_with(topology, {"v": rows})
+    (seam,) = (link for link in topology.links if link.edge)
+    given_by = owners(step, topology.modules["v"], seam.source, rows)
+    wanted_by = owners(step, topology.modules["l"], seam.target, rows)
+    expected = [(k, source, j, target) for (j, source), (k, target) in zip(given_by, wanted_by, strict=True)]
+    routes = Routes(step)
+    moved: dict[int, tuple[int, int, int, int]] = {}
+    for k in range(topology.modules["l"].microbatches):
+        for message in routes.messages(seam, k):
+            for piece in message.pieces:
+                for row in range(piece.start, piece.stop):
+                    assert row not in moved
+                    moved[row] = (k, message.rank_source, piece.microbatch, message.rank_target)
+    assert expected == [moved[row] for row in sorted(moved)]
+
+
+@settings(max_examples=40)
+@given(grids(), grids(), ROWS)
+def test_parts_are_covered(source: str, target: str, rows: list[int]) -> None:
+    """What reaches a rank, sorted, is the part of the rows that it shall hold, and each message is in order."""
+    topology = job(f"v vit {source} > l; l gpt {target}", batch=SAMPLES)
+    step = step_with(topology, {"v": rows})
+    (seam,) = (link for link in topology.links if link.edge)
+    routes, module = Routes(step), topology.modules["l"]
+    for k in range(module.microbatches):
+        for lane in range(module.lanes):
+            for part in lane_parts(step, module, seam, k, lane):
+                messages = routes.sent_to(part.rank, seam, k)
+                pieces = [(p.start, p.stop) for message in messages for p in message.pieces]
+                assert list(range(part.start, part.stop)) == [
+                    row for start, stop in sorted(pieces) for row in range(start, stop)
+                ]
+                assert all(m.pieces == tuple(sorted(m.pieces, key=lambda p: p.start)) for m in messages)
+                assert part.stop - part.start == sum(message.rows for message in messages)
+
+
+@settings(max_examples=40)
+@given(grids(), grids(), ROWS)
+def test_both_ends_see_the_same_messages(source: str, target: str, rows: list[int]) -> None:
+    """What leaves the ranks is what reaches the ranks, as the same values; so backward is the transpose."""
+    topology = job(f"v vit {source} > l; l gpt {target}", batch=SAMPLES)
+    routes = Routes(step_with(topology, {"v": rows}))
+    for link in topology.links:
+        for k in range(topology.modules[link.target.module].microbatches):
+            every = routes.messages(link, k)
+            leaving = [
+                m
+                for r in ranks_of(topology.modules[link.source.module], link.source)
+                for m in routes.sent_by(r, link, k)
+            ]
+            reaching = [
+                m
+                for r in ranks_of(topology.modules[link.target.module], link.target)
+                for m in routes.sent_to(r, link, k)
+            ]
+            assert sorted(every, key=repr) == sorted(leaving, key=repr) == sorted(reaching, key=repr)
+
+
+def ranks_of(module: Module, stage: Stage) -> list[int]:
+    """Return the ranks of a stage."""
+    return [rank for lane in range(module.lanes) for rank in module.holders(stage, lane)]
+
+
+@settings(max_examples=30)
+@given(grids(), ROWS)
+def test_hops_are_one_message_per_holder(grid: str, rows: list[int]) -> None:
+    """Between two stages of a module each rank hands on to the one at its position, where its lane has rows."""
+    topology = job(f"v vit {grid.replace('pp1', 'pp2')} > l; l gpt", batch=SAMPLES)
+    step = step_with(topology, {"v": rows})
+    module, hop = topology.modules["v"], topology.links[0]
+    for k in range(module.microbatches):
+        expected = [
+            ends
+            for lane in range(module.lanes)
+            if step.has_rows("v", lane, k)
+            for ends in zip(module.holders(hop.source, lane), module.holders(hop.target, lane), strict=True)
+        ]
+        assert expected == [(m.rank_source, m.rank_target) for m in Routes(step).messages(hop, k)]
+
+
+LANES = {
+    "dp4 1": {0: {0}, 1: {0}, 2: {0}, 3: {0}},
+    "dp4 tp2pp2": {0: {0}, 1: {0}, 2: {0}, 3: {0}},
+    "dp4 dp2": {0: {0}, 1: {0}, 2: {1}, 3: {1}},
+    "1 dp2": {0: {0, 1}},
+    "tp2pp2 dp4": {0: {0, 1, 2, 3}},
+    "tp2dp2 dp4": {0: {0, 1}, 1: {2, 3}},
+    "dp4 dp4": {0: {0}, 1: {1}, 2: {2}, 3: {3}},
+    "dp3 dp2": {0: {0}, 1: {0, 1}, 2: {1}},
+    "dp2 dp3": {0: {0, 1}, 1: {1, 2}},
+    "colocated tp2dp4 tp4dp2": {0: {0}, 1: {0}, 2: {1}, 3: {1}},
+    "colocated tp4dp2 tp2dp4": {0: {0, 1}, 1: {2, 3}},
+}
+
+
+@pytest.mark.parametrize("case", LANES)
+def test_fan_in_and_fan_out(case: str) -> None:
+    """Data lanes meet as their samples do: k to one, one to k, or across where neither divides the other."""
+    topology = job(CASES[case], batch=24)
+    routes = Routes(step_with(topology))
+    (seam,) = (link for link in topology.links if link.edge)
+    source, target = topology.modules[seam.source.module], topology.modules[seam.target.module]
+    met: dict[int, set[int]] = collections.defaultdict(set)
+    for message in routes.messages(seam, 0):
+        met[source.lane_of(message.rank_source)].add(target.lane_of(message.rank_target))
+    assert LANES[case] == dict(met)
+
+
+BOUNDARIES = {
+    "tp2 pp2 dp2": ([[2, 3], [6, 7]], [[0, 1], [4, 5]]),
+    "tp4 pp2": ([[4, 5, 6, 7]], [[0, 1, 2, 3]]),
+    "pp2 dp4": ([[1], [3], [5], [7]], [[0], [2], [4], [6]]),
+    "tp2 pp4": ([[6, 7]], [[0, 1]]),
+}
+
+
+@pytest.mark.parametrize("grid", BOUNDARIES)
+def test_boundary_stages(grid: str) -> None:
+    """A source sends from its last stage and a target receives at its first, lane by lane."""
+    order = "order=tp,cp,pp,dp"
+    topology = job(f"v vit {grid} {order} @0 > l; l gpt {grid} {order} @0", batch=16)
+    (seam,) = (link for link in topology.links if link.edge)
+    last, first = (
+        [list(topology.modules[name].holders(stage, lane)) for lane in range(topology.modules[name].lanes)]
+        for name, stage in (("v", seam.source), ("l", seam.target))
+    )
+    assert BOUNDARIES[grid] == (last, first)
+
+
+def test_ranks_carry_equal_shares() -> None:
+    """Eight rows between four and two ranks: four messages of two rows, and each rank's in order."""
+    topology = job("v vit tp4 > l; l gpt tp2", batch=4)
+    routes = Routes(step_with(topology, {"v": (8,)}))
+    (seam,) = topology.links
+    assert [(0, 4, 2), (1, 4, 2), (2, 5, 2), (3, 5, 2)] == [
+        (m.rank_source, m.rank_target, m.rows) for m in routes.messages(seam, 0)
+    ]
+
+
+def test_a_rank_makes_its_own_messages_only() -> None:
+    """To ask for one rank of a wide world makes the messages of its lanes, not those of all."""
+    topology = job("v vit dp50 > l; l gpt dp50", batch=200)
+    routes = Routes(step_with(topology))
+    (seam,) = topology.links
+    assert (57,) == tuple(m.rank_target for m in routes.sent_by(7, seam, 0))
+    assert [(seam, 0, 7)] == made(routes)
+
+
+def made(routes: Routes) -> list[tuple[Link, int, int]]:
+    """Return which lanes' messages exist by now."""
+    return list(routes._reaching)
+
+
+class _Unlike(Step):
+    """A step in which no two microbatches are alike."""
+
+    def alike(self, parts: int) -> tuple[int, ...]:
+        return tuple(range(parts))
+
+
+@settings(max_examples=100)
+@given(grids(), grids(), st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_what_is_known_of_like_microbatches_holds(source: str, target: str, rows: list[int]) -> None:
+    """Messages, shapes and who takes part, of samples whose rows repeat."""
+    topology = job(f"a vit {source} > z; z gpt {target}", batch=SAMPLES, microbatches=4)
+    step = step_with(topology, {"a": rows})
+    alike, unlike = Routes(step), Routes(_Unlike(topology, step.samples))
+    for link in topology.links:
+        module = topology.modules[link.target.module]
+        for k in range(module.microbatches):
+            assert unlike.messages(link, k) == alike.messages(link, k)
+            for lane in range(module.lanes):
+                assert unlike.step.hop_shape(link.target, lane, k) == step.hop_shape(link.target, lane, k)
+    for name, module in topology.modules.items():
+        for lane in range(module.lanes):
+            assert unlike.step.active(name, lane) == step.active(name, lane)

@@ -1,0 +1,89 @@
+"""Decisions: one value follows from records that all ranks share, and the norm from any order of them."""
+
+import math
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mimogrid.core.job.spec import LossScaleSpec, OptimizerSpec, SkipSpec, TrainSpec
+from mimogrid.core.update.decision import Watch, decide, is_passed_over
+from mimogrid.core.update.reductions import exact_terms, sum_of_terms
+
+
+squares = st.lists(st.floats(0, 1e300), max_size=20)
+
+
+@given(st.lists(squares, min_size=1, max_size=5), st.randoms(use_true_random=False))
+@example([[1.0, 2.0**-60], [2.0**-60, 2.0**-53]], None)
+def test_a_norm_does_not_depend_on_who_holds_what(ranks: list[list[float]], order: object) -> None:
+    """Partials dealt otherwise among ranks come to the same sum, to the last bit: the correctly rounded one."""
+    every = [partial for rank in ranks for partial in rank]
+    terms = [term for rank in ranks for term in exact_terms(rank)]
+    assert sum_of_terms(every) == sum_of_terms(terms)
+    if order is not None:
+        order.shuffle(every)  # type: ignore[attr-defined]
+    half = len(every) // 2
+    assert sum_of_terms(terms) == sum_of_terms((*exact_terms(every[:half]), *exact_terms(every[half:])))
+
+
+@given(squares, st.sampled_from([math.inf, math.nan]), squares)
+def test_what_is_not_finite_stays_so(some: list[float], wrong: float, others: list[float]) -> None:
+    """One partial that is not finite makes the norm of all infinite."""
+    assert math.inf == sum_of_terms((*exact_terms(some), *exact_terms([wrong, *others])))
+
+
+RULE = OptimizerSpec(loss_scale=LossScaleSpec(initial=16.0, interval=3, minimum=4.0))
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_a_scale_falls_with_overflows_and_rises_with_good_steps(history: list[bool]) -> None:
+    """It is halved at every overflow down to a floor, doubled after so many good steps in a row."""
+    watch, expected, good = Watch.first(RULE, "fp16"), 16.0, 0
+    for finite in history:
+        watch, skipped = decide(watch, RULE, loss=1.0, norm=1.0, finite=finite, half=True)
+        assert finite == (not skipped)
+        good = good + 1 if finite else 0
+        if not finite:
+            expected = max(expected / 2, 4.0)
+        elif good == 3:
+            expected, good = expected * 2, 0
+        assert (expected, good) == (watch.scale, watch.good)
+
+
+@given(st.booleans(), st.sampled_from([(math.nan, 1.0), (1.0, math.inf), (math.inf, 1.0)]))
+def test_a_loss_or_norm_that_is_not_finite_is_not_taken(half: bool, wrong: tuple[float, float]) -> None:
+    """Whatever the precision; a scale falls only where there is one."""
+    watch = Watch(scale=8.0)
+    after, skipped = decide(watch, RULE, loss=wrong[0], norm=wrong[1], finite=True, half=half)
+    assert "a loss or gradient was not finite" == skipped
+    assert after.scale == (4.0 if half else 8.0)
+
+
+def test_spikes_are_told_from_the_recent_median() -> None:
+    """Not before the window is full, and a lasting change of level passes after half a window."""
+    rule = OptimizerSpec(skip_above=SkipSpec(norm=3.0, window=4))
+    watch, found = Watch(), []
+    for norm in (9.0, 1.0, 1.0, 1.0, 3.5, 1.0, 9.0, 9.0, 9.0, 9.0):
+        watch, skipped = decide(watch, rule, loss=1.0, norm=norm, finite=True, half=False)
+        found.append(not skipped)
+    assert [True, True, True, True, False, True, False, False, True, True] == found
+    assert (9.0,) * 4 == watch.norms
+    assert () == watch.losses
+
+
+def test_a_loss_far_above_its_median_is_told_too() -> None:
+    """The reason names the loss and both numbers."""
+    rule = OptimizerSpec(skip_above=SkipSpec(loss=2.0, window=1))
+    watch, _ = decide(Watch(), rule, loss=1.5, norm=1.0, finite=True, half=False)
+    _, skipped = decide(watch, rule, loss=3.25, norm=1.0, finite=True, half=False)
+    assert "the loss 3.25 is above 2 times its recent median 1.5" == skipped
+
+
+@given(st.lists(st.integers(0, 20) | st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4))
+def test_a_list_of_steps_means_single_ones_and_ranges(entries: list[int | tuple[int, int]]) -> None:
+    """Of a range both ends are passed over."""
+    listed: set[int] = set()
+    for entry in entries:
+        listed |= {entry} if isinstance(entry, int) else set(range(entry[0], entry[1] + 1))
+    train = TrainSpec(skip_steps=tuple(entries))
+    assert listed == {step for step in range(25) if is_passed_over(train, step)}
