@@ -22,7 +22,7 @@ A module of the job may be an object of the host's instead of something that is 
 
     Embedded(job, modules={"ears": network})
 
-It keeps to `shell.modules.OwnNetwork`, and its grid has data lanes only. On every lane it begins with the
+It keeps to `shell.modules.OwnNetwork`, and its grid has dp ranks only. On every dp rank it begins with the
 weights of the first, as under torch's DistributedDataParallel.
 
 A module with a built-in model may be computed by networks of the host's, too, one for each stage, on any grid
@@ -75,10 +75,10 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.runtime.agreement import Outcome
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.world.groups import Groups, open_groups
-from mimogrid.shell.world.heartbeat import Pulse
-from mimogrid.shell.world.preemption import Wish
+from mimogrid.shell.world.heartbeat import Heartbeat
+from mimogrid.shell.world.preemption import StopRequest
 from mimogrid.shell.world.world import World, first_failure, visit
 
 
@@ -148,10 +148,10 @@ class Embedded:
             with self._ours(), _same_environment():
                 if callable(modules):
                     modules = self._built(modules)
-                self.crew = self._crew(modules or {}, steps_itself=optimizer == "job")
+                self.runtime = self._runtime(modules or {}, steps_itself=optimizer == "job")
             self._closing = stack.pop_all()
         # Optimizers like to set gradients to None; ours are views of one buffer and are put back.
-        buffers = self.crew.buffers.values() if self.crew else ()
+        buffers = self.runtime.buffers.values() if self.runtime else ()
         self._gradients = [(w, w.grad) for buffer in buffers for w in buffer.weights.values()]
         self._upcoming: tuple[int, Step] | None = None
 
@@ -167,18 +167,18 @@ class Embedded:
         _check(self.job, networks, None, "job")
         return networks
 
-    def _crew(self, modules: Mapping[str, nn.Module], *, steps_itself: bool) -> Crew | None:
+    def _runtime(self, modules: Mapping[str, nn.Module], *, steps_itself: bool) -> RankRuntime | None:
         rank = self.world.rank
         if rank not in self.job.topology.ranks:
             return None
         self._agree_on(modules)
-        return Crew(
+        return RankRuntime(
             self.job,
             rank,
             self.groups,
             self.device,
-            pulse=Pulse(rank),
-            wish=Wish(),  # signals are the host's
+            heartbeat=Heartbeat(rank),
+            stop_request=StopRequest(),  # signals are the host's
             given=modules,
             steps_itself=steps_itself,
         )
@@ -216,7 +216,7 @@ class Embedded:
         index = self.index if batch is not None else self._next(self.index)
         self.index = index + 1
         self._check_batch(batch, index)
-        if self.crew is None:
+        if self.runtime is None:
             return None
         for weight, gradient in self._gradients:
             weight.grad = gradient
@@ -226,9 +226,9 @@ class Embedded:
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
-                return self.crew.run(index, step, self._upcoming[1], loss=loss)
-            step, source = self._given(self.crew, batch)
-            return self.crew.run(index, step, step, source=source, loss=loss)
+                return self.runtime.run(index, step, self._upcoming[1], loss=loss)
+            step, source = self._given(self.runtime, batch)
+            return self.runtime.run(index, step, step, source=source, loss=loss)
 
     def evaluate(
         self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy
@@ -238,18 +238,18 @@ class Embedded:
         Networks are in evaluation mode. The losses are the same on every rank; an idle one returns None.
         """
         self._check_batch(batch, self._next(self.index))
-        if self.crew is None:
+        if self.runtime is None:
             return None
         with first_failure(self.world), self._ours():
-            return self.crew.judge(*self._given(self.crew, batch), loss)
+            return self.runtime.judge(*self._given(self.runtime, batch), loss)
 
     def answers(self, batch: Sequence[Example] | None = None) -> tuple[torch.Tensor, ...]:
-        """Return the logits [tokens, V] of each microbatch, on the first rank of each lane of a last stage."""
+        """Return the logits [tokens, V] of each microbatch, on the first rank of each dp rank of a last stage."""
         self._check_batch(batch, self._next(self.index))
-        if self.crew is None:
+        if self.runtime is None:
             return ()
         with first_failure(self.world), self._ours():
-            return self.crew.answer(*self._given(self.crew, batch))
+            return self.runtime.answer(*self._given(self.runtime, batch))
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -257,9 +257,9 @@ class Embedded:
         try:
             yield
         except Exception:
-            if self.crew is not None:
+            if self.runtime is not None:
                 with contextlib.suppress(RuntimeError):  # They are gone, or wait for something else.
-                    self.crew.has_nothing()
+                    self.runtime.has_nothing()
             raise
 
     def _check_batch(self, batch: Sequence[Example] | None, index: int) -> None:
@@ -269,11 +269,11 @@ class Embedded:
         if batch is None and isinstance(self.job.source, Handed):
             self.job.source.load(index, "")
 
-    def _given(self, crew: Crew, batch: Sequence[Example] | None) -> "tuple[Step, _Batch | None]":
+    def _given(self, runtime: RankRuntime, batch: Sequence[Example] | None) -> "tuple[Step, _Batch | None]":
         """Lay a batch over the job; compare what the ranks were given."""
         if batch is None:
             return self.job.step(self._next(self.index)), None
-        crew.agree_on(step_of(self.job.topology, tuple(example.sample for example in batch)))
+        runtime.agree_on(step_of(self.job.topology, tuple(example.sample for example in batch)))
         samples = tuple(attrs.evolve(example.sample, id=i) for i, example in enumerate(batch))
         return step_of(self.job.topology, samples), _Batch(batch)
 
@@ -287,7 +287,7 @@ class Embedded:
 
         Under tp and ep a weight is this rank's part of it.
         """
-        for stage, buffer in self.crew.buffers.items() if self.crew else ():
+        for stage, buffer in self.runtime.buffers.items() if self.runtime else ():
             for name, weight in buffer.weights.items():
                 yield f"{stage.module}.{name}", weight
 
@@ -302,11 +302,11 @@ class Embedded:
         The first rank of the job gets full tensors on the CPU by layout-independent name, which any layout of
         the same model can load; the others get nothing. A host's optimizer keeps its own.
         """
-        if self.crew is None:
+        if self.runtime is None:
             return {}
-        full: dict[str, Any] = dict(gather(self.crew))
-        if self.crew.group.rank() == 0:
-            full[FACTS] = {"step": self.index, **facts_of(self.crew)}
+        full: dict[str, Any] = dict(gather(self.runtime))
+        if self.runtime.group.rank() == 0:
+            full[FACTS] = {"step": self.index, **facts_of(self.runtime)}
         return full
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -315,14 +315,14 @@ class Embedded:
         Mere weights (such as a run's ``weights.safetensors``) leave all else as it is. Raises WorldError where
         names or shapes are of another model; where they are those of a weight, before anything is changed.
         """
-        if self.crew is None:
+        if self.runtime is None:
             return
         told = [state.get(FACTS)]
-        dist.broadcast_object_list(told, group=self.crew.group, group_src=0)
+        dist.broadcast_object_list(told, group=self.runtime.group, group_src=0)
         tensors = {name: tensor for name, tensor in state.items() if name != FACTS}
-        scatter(self.crew, tensors, told[0])
+        scatter(self.runtime, tensors, told[0])
         if told[0] is not None:
-            restore(self.crew, told[0])
+            restore(self.runtime, told[0])
             self.index = told[0]["step"]
 
     def close(self) -> None:
@@ -369,7 +369,7 @@ def _same_environment() -> Iterator[None]:
 def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | None, optimizer: str) -> None:
     problems: list[Problem] = []
     if optimizer == "host" and (job.spec.precision not in WHOLE or job.spec.optimizer.sharded):
-        message = "the host updates the weights; in half precision or shared by lanes, they follow others."
+        message = "the host updates the weights; in half precision or shared by dp ranks, they follow others."
         remedy = "Take precision = 'fp32' and optimizer.sharded = false, or let the job update them."
         problems.append(Problem("precision", message, remedy))
     needed = job.topology.world_size
@@ -384,14 +384,16 @@ def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | No
             remedy = nearest(name, tuple(job.topology.modules))
             problems.append(Problem("modules", f"the job has no module '{name}'.", remedy))
         else:
-            problems += _misfits(
+            problems += _mismatches(
                 name, job.topology.modules[name].model, job.spec.modules[name], modules[name]
             )
     if problems:
         raise PlanError(problems)
 
 
-def _misfits(name: str, model: BuiltIn | Own, written: ModuleSpec, network: nn.Module) -> Iterator[Problem]:
+def _mismatches(
+    name: str, model: BuiltIn | Own, written: ModuleSpec, network: nn.Module
+) -> Iterator[Problem]:
     """Say what of a built-in module a network of the host's cannot take over."""
     if isinstance(model, Own):
         return

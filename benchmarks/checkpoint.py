@@ -38,25 +38,25 @@ BETWEEN = 4
 def in_world(place: Place, job: Job, folder: str, saves: int, in_background: bool) -> dict[str, Any]:
     """Measure one rank."""
     with open_session(place, job) as session:
-        crew = session.crew
-        assert crew is not None
+        runtime = session.runtime
+        assert runtime is not None
         steps: list[float] = []
         held: list[float] = []
         around: list[float] = []
-        with open_saver(Path(folder), crew.group, keep=1) as saver:
+        with open_saver(Path(folder), runtime.group, keep=1) as saver:
             following = job.step(0)
             for index in range((saves + 2) * BETWEEN):
                 step, following = following, job.step(index + 1)
                 begun = time.perf_counter()
-                crew.has_saved = saver.is_ready
-                if crew.run(index, step, following).all_saved:
+                runtime.has_saved = saver.is_ready
+                if runtime.run(index, step, following).all_saved:
                     saver.advance()
                 steps.append(time.perf_counter() - begun)
                 if (index + 1) % BETWEEN == 0 and index >= BETWEEN:
                     around.append(sum(steps[-BETWEEN:]) + (held[-1] if held else 0.0))
                 if (index + 1) % BETWEEN == 0:
                     begun = time.perf_counter()
-                    saver.begin(pieces_to_save(crew), manifest_of(crew, index + 1))
+                    saver.begin(pieces_to_save(runtime), manifest_of(runtime, index + 1))
                     if not in_background:
                         saver.settle()
                     held.append(time.perf_counter() - begun)

@@ -1,6 +1,6 @@
 """The job of the benchmarks that grow the world: two encoders in front of a language model.
 
-Each module is on a grid of its own, with data lanes in ratios that do not divide.
+Each module is on a grid of its own, with dp ranks in ratios that do not divide.
 """
 
 from mimogrid.core.job.models import Gpt, Vit

@@ -3,7 +3,7 @@
     python benchmarks/plan_large.py              # about 100, 1,000 and 10,000 ranks
     python benchmarks/plan_large.py 1000 --microbatches 26
 
-The job is that of `large`, with rows that are ragged and at times absent: no two lanes of an encoder need be
+The job is that of `large`, with rows that are ragged and at times absent: no two dp ranks of an encoder need be
 alike. A plan that is linear in the world has about the same microseconds per rank in every column. `one rank` is
 what each rank does in every step of training: it lowers its own program.
 """

@@ -83,13 +83,13 @@ HEAD = (
 def in_world(place: Place, job: Job, steps: int) -> list[float] | None:
     """Run some steps; return how long each took on the first rank."""
     with open_session(place, job) as session:
-        assert session.crew is not None
-        crew, seconds = session.crew, []
+        assert session.runtime is not None
+        runtime, seconds = session.runtime, []
         following = job.step(0)
         for index in range(WARM_UP + steps):
             begin = time.perf_counter()
             step, following = following, job.step(index + 1)
-            crew.run(index, step, following)
+            runtime.run(index, step, following)
             seconds.append(time.perf_counter() - begin)
     return seconds[WARM_UP:] if place.rank == job.topology.ranks[0] else None
 

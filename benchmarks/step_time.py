@@ -29,7 +29,7 @@ from mimogrid.core.topology.topology import Stage
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.runtime.gradients import StageBuffer
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import open_session
 from mimogrid.shell.runtime.stage import StageRunner
 from mimogrid.shell.runtime.transport import Transport
@@ -69,22 +69,22 @@ def in_world(place: Place, job: Job, steps: int) -> dict[str, Any]:
     compute.around(StageBuffer, "clear", "scale", "partials", "publish")
     transport.around(StageBuffer, "reduce", "tie")
     transport.around(Transport, "send", "receive", "wait")
-    transport.around(Crew, "gather")
+    transport.around(RankRuntime, "gather")
     before = _resident()
     with open_session(place, job) as session:
-        crew = session.crew
-        assert crew is not None
+        runtime = session.runtime
+        assert runtime is not None
         following = job.step(0)
         for index in range(2):  # warm up: allocator, threads, caches
             step, following = following, job.step(index + 1)
-            crew.run(index, step, following)
+            runtime.run(index, step, following)
         compute.spent = transport.spent = 0.0
         wall, cpu = time.perf_counter(), time.thread_time()
         waited = busy = 0
         durations = []
         for index in range(2, steps + 2):
             step, following = following, job.step(index + 1)
-            for timed in crew.run(index, step, following).timeline:
+            for timed in runtime.run(index, step, following).timeline:
                 spent = timed.end_ns - timed.begin_ns
                 if isinstance(timed.action, Compute):
                     busy += spent
@@ -94,10 +94,10 @@ def in_world(place: Place, job: Job, steps: int) -> dict[str, Any]:
         wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
         own = cpu - compute.spent - transport.spent
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        held, activations = _held(crew), _activations(crew, steps + 2, step)
+        held, activations = _held(runtime), _activations(runtime, steps + 2, step)
     return {
         "rank": place.rank,
-        "stages": [str(stage) for stage in crew.stages],
+        "stages": [str(stage) for stage in runtime.stages],
         "step_ms": 1e3 * wall / steps,
         "compute": busy / 1e9 / wall,
         "waiting": waited / 1e9 / wall,
@@ -115,16 +115,16 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
-def _held(crew: Crew) -> int:
+def _held(runtime: RankRuntime) -> int:
     """Bytes of weights, gradients and the optimizer's two moments."""
     return sum(
         weight.numel() * weight.element_size() * (4 if weight.requires_grad else 1)
-        for runner in crew.stages.values()
+        for runner in runtime.stages.values()
         for weight in runner.network.parameters()
     )
 
 
-def _activations(crew: Crew, index: int, step: Step) -> int:
+def _activations(runtime: RankRuntime, index: int, step: Step) -> int:
     """Bytes of activations in flight at most: what a forward saves, times the schedule's microbatches."""
     saved: dict[Stage, int] = {}
     plain = StageRunner.compute
@@ -148,10 +148,10 @@ def _activations(crew: Crew, index: int, step: Step) -> int:
 
     StageRunner.compute = recorded  # type: ignore[method-assign]
     try:
-        crew.run(index, step, step)
+        runtime.run(index, step, step)
     finally:
         StageRunner.compute = plain  # type: ignore[method-assign]
-    actions = plan_step(step).of(crew.rank)
+    actions = plan_step(step).of(runtime.rank)
     return sum(size * _most_in_flight(actions, stage) for stage, size in saved.items())
 
 

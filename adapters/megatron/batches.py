@@ -1,6 +1,6 @@
 """Batches: what a program calls its `MimoModel` with, as samples of a job.
 
-A batch is a whole microbatch, all data lanes together, the same on every rank; each rank then loads what its
+A batch is a whole microbatch, all dp ranks together, the same on every rank; each rank then loads what its
 stages need of it. What a sample is follows from the token ids: positions with a modality's special token take its
 rows, all others are text.
 
@@ -67,7 +67,7 @@ def examples_of(
     Raises PlanError with everything that the batch says and the job cannot: shapes, positions that do not count
     up, masks that are not causal, modalities that the job or the batch lacks, tokens beyond the vocabulary.
     """
-    problems = list(_misfits(batch, samples=samples, sequence=sequence, cp=language.cp))
+    problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp))
     feeders = [edge.source for edge in language.inputs]
     problems += _strangers(batch, feeders, tokens)
     if not problems:
@@ -192,11 +192,11 @@ def _uneven(items: int, counts: Sequence[int], where: str) -> Problem:
 # -- what a job cannot say ---------------------------------------------------------------------------------
 
 
-def _misfits(batch: Batch, *, samples: int, sequence: int, cp: int) -> Iterator[Problem]:
+def _mismatches(batch: Batch, *, samples: int, sequence: int, cp: int) -> Iterator[Problem]:
     """Say where the shapes are not those of the job, or say more than shapes do."""
     shape = tuple(batch.input_ids.shape)
     if len(shape) != 2 or shape[0] != samples:  # noqa: PLR2004 -- [B, S]
-        fact = f"has the shape {shape}; a microbatch of the job has {samples} samples, of all its data lanes."
+        fact = f"has the shape {shape}; a microbatch of the job has {samples} samples, of all its dp ranks."
         yield Problem("input_ids", fact, "Give every rank the whole microbatch, [samples, positions].")
         return
     if shape[1] > sequence or (cp > 1 and shape[1] != sequence):

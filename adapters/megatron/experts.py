@@ -9,7 +9,7 @@ auxiliary loss over the tokens of a microbatch or of all so far. They are refuse
 loss by sequence, and its formula (`shell.megatron.experts`). What Megatron puts around that is not exact, so it is
 replaced on the routers that a job trains:
 
-- Megatron weighs it by one number of the process (`MoEAuxLossAutoScaler`), which averages over microbatches and lanes;
+- Megatron weighs it by one number of the process (`MoEAuxLossAutoScaler`), which averages over microbatches and dp;
   with `calculate_per_token_loss` also by how many tokens a rank has. Here it is divided by the samples of the step.
 - It divides by the mean of the lengths of a microbatch's samples, padding included. Here each sample is divided by its
   own length, and padding does not count.
@@ -97,8 +97,11 @@ def unable_experts(
             fact = f"gathers unlike numbers of tokens over expert_tp={cut}, which gloo cannot."
             yield Problem(where, fact, "Use moe_token_dispatcher_type='allgather', or expert_tp = 1.")
     crosses = layer.token_dispatcher.tp_size * layer.token_dispatcher.ep_size > 1
-    if kind == "allgather" and crosses and samples % module.lanes:
-        fact = f"gathers equally many tokens of each lane; a microbatch has {samples} samples for {module.lanes} lanes."
+    if kind == "allgather" and crosses and samples % module.dp_size:
+        fact = (
+            f"gathers equally many tokens of each dp rank; "
+            f"a microbatch has {samples} samples for {module.dp_size} dp ranks."
+        )
         yield Problem(where, fact, "Use moe_token_dispatcher_type='alltoall', or another batch.microbatches.")
 
 

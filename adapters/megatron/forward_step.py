@@ -5,7 +5,7 @@ when, and needs the samples before it starts. So the function is called once for
 with a model that writes down what it is called with (`Asked`) and returns a promise of its output; the loss function
 that it returns is called on the ranks of the last stage as soon as the output of a microbatch is there.
 
-The loss function is given what Megatron's would be: of the samples of this rank's data lane, and of its positions
+The loss function is given what Megatron's would be: of the samples of this rank's dp rank, and of its positions
 under context parallelism, the loss of each [b, s], or logits [b, s, V / tp] where the batch has no labels. It returns
 ``(sum, number of tokens, report)``. The number must be the sum of the loss mask that the model returned with
 its output: by the sum of all of them gradients are divided, which has to be known before the first backward.
@@ -112,11 +112,11 @@ def _part(language: Module, rank: int, microbatch: int, total: int) -> Callable[
     position = language.grid.position(rank)
     begin = share(microbatch, language.microbatches, total).start
     samples = language.samples(position["dp"], microbatch, total)
-    lane = slice(samples.start - begin, samples.stop - begin)
+    dp_rank = slice(samples.start - begin, samples.stop - begin)
     cut = ZigZag(position["cp"], language.cp)
 
     def part(whole: Tensor) -> Tensor:
-        of_lane = whole[lane]
+        of_lane = whole[dp_rank]
         if language.cp == 1:
             return of_lane
         return of_lane[:, torch.tensor(tuple(cut.positions(whole.shape[1])), device=whole.device)]
@@ -189,7 +189,7 @@ def _parts(said: Any) -> tuple[Tensor, Any, Any]:
         case (Tensor() as loss, count, report) if loss.numel() == 1:
             return loss, count, report
         case (_, Mapping()):
-            fact = "returns a mean and a report; the mean of a lane's microbatch is not that of the step's tokens."
+            fact = "returns a mean and a report; the mean of a dp rank's microbatch is not that of the step's tokens."
         case _:
             fact = f"returns a {type(said).__name__}, which is not a sum, a number of tokens and a report."
     remedy = "Return (sum of losses * loss_mask, loss_mask.sum(), report), as for calculate_per_token_loss."

@@ -32,7 +32,7 @@ from mimogrid.shell.megatron import (
     scatter_to_sequence_parallel_region,
 )
 from mimogrid.shell.modules.loss import Loss, Predictions, weighted_cross_entropy
-from mimogrid.shell.modules.packing import Deal, Packing, pack_text
+from mimogrid.shell.modules.packing import Packing, TokenSplit, pack_text
 
 
 class LanguageStage(nn.Module):
@@ -55,7 +55,7 @@ class LanguageStage(nn.Module):
         self.cp: dist.ProcessGroup = gpt.pg_collection.cp
         self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp.size() > 1 else WHOLE
         self.sequence_parallel: bool = gpt.config.sequence_parallel and self.tp.size() > 1
-        self.deal = Deal(self.tp.rank(), self.tp.size(), by_position=self.sequence_parallel)
+        self.token_split = TokenSplit(self.tp.rank(), self.tp.size(), by_position=self.sequence_parallel)
         samples = topology.samples_per_microbatch[name]
         problems = list(_unable(gpt, module, self.sequence))
         problems += unable_experts(gpt, module, module.position(rank), samples)
@@ -77,7 +77,12 @@ class LanguageStage(nn.Module):
         gpt: Any = self.model
         device = next(iter(inputs.values())).device
         packing = pack_text(
-            share, sequence=self.sequence, multiple=1, device=device, cut=self.cut, deal=self.deal
+            share,
+            sequence=self.sequence,
+            multiple=1,
+            device=device,
+            cut=self.cut,
+            token_split=self.token_split,
         )
         hidden_SBH = self._embedded(inputs, share, packing) if gpt.pre_process else inputs[self.name]
         if self.sequence_parallel:

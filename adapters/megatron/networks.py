@@ -79,7 +79,7 @@ def _check_cut(network: ModalityNetwork, module: Module) -> None:
         fact = (
             f"has cp={module.cp} in the job, and the transformer block of its encoder cp={network.cut.size}."
         )
-        remedy = "Build it over the job's groups; an encoder without a transformer block has data lanes only."
+        remedy = "Build it over the job's groups; an encoder without a transformer block has dp ranks only."
         raise PlanError([Problem(f"modules.{module.name}.grid.cp", fact, remedy)])
 
 

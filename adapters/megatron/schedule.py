@@ -80,7 +80,7 @@ class ForwardBackward:
 
         `forward_step_func` is called on every rank of the job, once for each microbatch, before the program starts,
         with `data_iterator` and what stands for this rank's model (`forward_step`). It calls that with a whole
-        microbatch, all samples of all data lanes, the same on every rank, and returns what comes back and a loss
+        microbatch, all samples of all dp ranks, the same on every rank, and returns what comes back and a loss
         function. Where it is None, the iterator gives all samples of a microbatch as `Example`s, or there is none and
         they are the job's own; the loss is the cross entropy of the labels by their weights, and every rank of the
         job gets one dictionary of losses, each a mean over the tokens of the step.
@@ -91,14 +91,14 @@ class ForwardBackward:
         With `forward_only` nothing but the losses comes out, of networks in evaluation mode. With
         `collect_non_loss_data` besides, it is what the loss functions return of an output with
         ``non_loss_data=True``; without a `forward_step_func` it is what the loss would judge: on one rank of each
-        data lane of the last stage, for every microbatch the logits [tokens, V] of that lane, sample after sample, as
+        dp rank of the last stage, for every microbatch the logits [tokens, V] of that dp rank, sample after sample, as
         ``{"logits": ...}``; nothing on other ranks.
 
         Raises PlanError for what a job's program cannot do (`forward_step`, `batches`), where the number of
         microbatches is not the job's, where another model is to be trained than the one that is embedded, and for
         `collect_non_loss_data` in training; WorldError where a loss function counts other tokens than its mask.
         """
-        problems = list(self._misfits(model, num_microbatches))
+        problems = list(self._mismatches(model, num_microbatches))
         if collect_non_loss_data and not forward_only:
             fact = "the loop asks for collect_non_loss_data of a training step, whose logits are not kept."
             problems.append(Problem("schedule", fact, "Ask with forward_only=True."))
@@ -107,7 +107,7 @@ class ForwardBackward:
         if forward_step_func is not None:
             with self.embedded.preparing():
                 asked = self._asked(forward_step_func, first_of(data_iterator))
-                needed = asked if self.embedded.crew is not None else ()
+                needed = asked if self.embedded.runtime is not None else ()
                 examples = [example for each in needed for example in self._examples(each.batch)]
             return self._by_host(asked, examples, forward_only=forward_only, collects=collect_non_loss_data)
         batch = None
@@ -139,7 +139,7 @@ class ForwardBackward:
     ) -> list[Any]:
         """Run a step on what the host's forward step said, with its loss functions."""
         embedded = self.embedded
-        if embedded.crew is None:
+        if embedded.runtime is None:
             return []
         loss = HostLoss(asked, embedded.job.spec.batch.global_size, collects=collects)
         if forward_only:
@@ -185,7 +185,7 @@ class ForwardBackward:
         """Return the weights of the whole model by Megatron's names, on the job's first rank; all ranks call it."""
         return to_megatron_state(self.embedded.state_dict(), LANGUAGE, self.embedded.job.topology.modules)
 
-    def _misfits(self, model: Any, microbatches: int) -> Iterator[Problem]:
+    def _mismatches(self, model: Any, microbatches: int) -> Iterator[Problem]:
         planned = _language(self.embedded.job).microbatches
         if microbatches != planned:
             fact = f"the loop asks for {microbatches} microbatches, the job has {planned}."

@@ -24,7 +24,7 @@ from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.topology.roles import ModuleStageInfo, RankRole
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.layers import block_spec
-from mimogrid.shell.megatron.ledger import Ledger
+from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
 def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpec:
@@ -45,7 +45,7 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
     mlps = [get_moe_module_spec(use_te=False, num_experts=model.experts)] if model.experts else []
     # On one rank too the linear layers are megatron's: ours have no place in its checkpoints.
-    return block_spec(model, layers=1, tp=2, ledger=Ledger(), mlps=mlps).layer_specs[0]
+    return block_spec(model, layers=1, tp=2, weight_grads=WeightGradStore(), mlps=mlps).layer_specs[0]
 
 
 def from_specs(

@@ -44,9 +44,9 @@ def step_of(bench: Bench, steps: int) -> dict[str, Any]:
     tokens = bench.step.topology.sequence * len(bench.step.samples)
     return {
         "layers": {
-            str(stage): runner.network.layers_by.engine for stage, runner in bench.crew.stages.items()
+            str(stage): runner.network.layers_by.engine for stage, runner in bench.runtime.stages.items()
         },
-        "parameters": sum(w.numel() for of in bench.crew.weights().values() for w in of.values()),
+        "parameters": sum(w.numel() for of in bench.runtime.weights().values() for w in of.values()),
         "step_s": step_s,
         "step_s_spread": [min(times), max(times)],
         "tokens_per_s": tokens / step_s,
@@ -86,11 +86,11 @@ class Idle:
 
 def own_cost(bench: Bench) -> dict[str, Any]:
     """Return what the executor itself takes for an action, in microseconds of the host; and with its work."""
-    actions, idle = plan_step(bench.step).of(bench.crew.rank), Idle(bench.device.streams)
-    stages: Any = dict.fromkeys(bench.crew.stages, idle)
+    actions, idle = plan_step(bench.step).of(bench.runtime.rank), Idle(bench.device.streams)
+    stages: Any = dict.fromkeys(bench.runtime.stages, idle)
     times = []
     for _ in range(50):
-        took = bench.seconds(lambda: execute(actions, stages, idle, idle, bench.crew.pulse))  # type: ignore[arg-type]
+        took = bench.seconds(lambda: execute(actions, stages, idle, idle, bench.runtime.heartbeat))  # type: ignore[arg-type]
         times.append(took / len(actions))
     asked = [timed.end.asked_ns - timed.begin.asked_ns for timed in bench.train().timeline]
     return {
@@ -116,7 +116,7 @@ def beside_mimo(bench: Bench, pairs: int) -> dict[str, Any]:
 
 def step_of_mimo(bench: Bench) -> Callable[[], tuple[float, float]]:
     """Return what runs a step of MimoModel on this rank, and gives its loss and gradient norm."""
-    (language,) = (r.network for s, r in bench.crew.stages.items() if s.module == "language")
+    (language,) = (r.network for s, r in bench.runtime.stages.items() if s.module == "language")
     model = model_of(bench, language.config)
 
     def run() -> tuple[float, float]:

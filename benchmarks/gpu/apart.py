@@ -1,8 +1,9 @@
 """Apart: the same job on four ranks, beside megatron-core's schedule over the same transport.
 
 All ranks share the device and talk through host memory; on the CPU, with gloo. Both sides run the forwards and
-backwards of a step in 1F1B, sum the encoder's gradients over its lanes, and agree on loss and gradient norm. These are
-compared before anything is timed. A step takes as long as its slowest rank, from a moment when all were there.
+backwards of a step in 1F1B, sum the encoder's gradients over its dp ranks, and agree on loss and gradient norm.
+These are compared before anything is timed. A step takes as long as its slowest rank, from a moment when all were
+there.
 """
 
 from typing import Any

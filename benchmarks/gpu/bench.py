@@ -21,7 +21,7 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.data import Loads
 from mimogrid.shell.runtime.execute import Runs, execute
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
 from workload import Options
 
@@ -52,7 +52,7 @@ class Bench:
     """A rank with its stages, and the one step that it runs."""
 
     session: Session
-    crew: Crew
+    runtime: RankRuntime
     step: Step
     source: Loads
 
@@ -63,7 +63,7 @@ class Bench:
 
     def train(self, *, update: bool = True, runs: Runs = execute) -> Outcome:
         """Run the step; without `update`, up to the gradients and their norm."""
-        return self.crew.run(0, self.step, self.step, update=update, source=self.source, runs=runs)
+        return self.runtime.run(0, self.step, self.step, update=update, source=self.source, runs=runs)
 
     def gradients(self) -> tuple[float, float]:
         """Run the step without its update; return its loss and gradient norm."""
@@ -72,7 +72,7 @@ class Bench:
 
     def seconds(self, body: Callable[[], object]) -> float:
         """Return how long a body takes that all ranks begin together, the device's part included."""
-        self.crew.gather(torch.zeros(1, device=self.device.torch))
+        self.runtime.gather(torch.zeros(1, device=self.device.torch))
         self.device.finish()
         begin = time.perf_counter()
         body()
@@ -85,9 +85,9 @@ def open_bench(place: Place, job: Job, options: Options) -> Iterator[Bench]:
     """Enter the world of a job. Alone on a GPU with NCCL; ranks that share it talk through host memory."""
     transport = ("nccl" if place.size == 1 else "host") if options.on_gpu else None
     with open_session(place, job, transport=transport) as session:
-        assert session.crew is not None
+        assert session.runtime is not None
         assert job.source is not None
-        yield Bench(session, session.crew, job.step(0), Kept(job.source))
+        yield Bench(session, session.runtime, job.step(0), Kept(job.source))
         session.world.wait_for_all("measured")
 
 
@@ -97,7 +97,7 @@ def open_bench(place: Place, job: Job, options: Options) -> Iterator[Bench]:
 def slowest(bench: Bench, mine: Sequence[float]) -> list[float]:
     """Return of each of some times the longest that a rank took, on every rank."""
     times = torch.tensor(mine, dtype=torch.float64, device=bench.device.torch)
-    return list(bench.crew.gather(times).amax(dim=0).tolist())
+    return list(bench.runtime.gather(times).amax(dim=0).tolist())
 
 
 def by_turns(
@@ -124,7 +124,7 @@ def compared(bench: Bench, theirs: Callable[[], tuple[float, float]], pairs: int
     for _ in range(WARM_UP):
         said = list(zip(bench.gradients(), theirs(), strict=True))
     found: dict[str, Any] = {name: list(pair) for name, pair in zip(COMPARED, said, strict=True)}
-    limit = TOLERANCE[bench.crew.job.spec.precision]
+    limit = TOLERANCE[bench.runtime.job.spec.precision]
     if not all(math.isclose(ours, other, rel_tol=limit) for ours, other in said):
         return found | {"failed": f"they differ by more than {limit:g} of their size; not timed."}
     return found | by_turns(bench, bench.gradients, theirs, pairs)

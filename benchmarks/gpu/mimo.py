@@ -71,7 +71,7 @@ def model_of(bench: Bench, config: Any, grids: Mapping[str, Any] | None = None) 
     from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules  # noqa: PLC0415
     from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: PLC0415
 
-    networks = {stage.module: runner.network for stage, runner in bench.crew.stages.items()}
+    networks = {stage.module: runner.network for stage, runner in bench.runtime.stages.items()}
     encoder = ModuleSpec(module=Encoder, params={"network": networks.get("vision")})
     language = {"config": config, "network": networks.get("language")}
     more = {} if grids is None else {"module_to_grid_map": grids}
@@ -98,12 +98,12 @@ def placeholder_of(bench: Bench) -> int:
 
 def batches(bench: Bench) -> Iterator[dict[str, Any]]:
     """Yield each microbatch of the step as `MimoModel` takes it, with what the stages of this rank read of it."""
-    loader = Loader(bench.source, device=bench.device.torch, dtype=DTYPES[bench.crew.job.spec.precision])
+    loader = Loader(bench.source, device=bench.device.torch, dtype=DTYPES[bench.runtime.job.spec.precision])
     for microbatch in range(bench.step.topology.spec.batch.microbatches):
         given: dict[str, Any] = {"input_ids": None}
-        for stage, runner in bench.crew.stages.items():
-            lane = runner.module.position(bench.crew.rank)["dp"]
-            share = bench.step.share(stage.module, lane, microbatch)
+        for stage, runner in bench.runtime.stages.items():
+            dp_rank = runner.module.position(bench.runtime.rank)["dp"]
+            share = bench.step.share(stage.module, dp_rank, microbatch)
             if stage.module == "vision":
                 rows = loader.inputs(runner.module, share)["rows"]
                 given["modality_inputs"] = {"vision": {ENCODER: {"rows": rows, "share": share}}}
@@ -133,13 +133,13 @@ def loss_of(bench: Bench, losses_BS: Tensor, mask_BS: Tensor) -> Tensor:
 
 def clear(bench: Bench) -> None:
     """Set the gradients to zero."""
-    for buffer in bench.crew.buffers.values():
+    for buffer in bench.runtime.buffers.values():
         buffer.clear()
 
 
 def squared_norm(bench: Bench) -> float:
     """Return this rank's part of the squared gradient norm."""
-    return sum(square for buffer in bench.crew.buffers.values() for square in buffer.partials())
+    return sum(square for buffer in bench.runtime.buffers.values() for square in buffer.partials())
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.execute import Finisher, Timed, execute
 from mimogrid.shell.runtime.stage import StageRunner
 from mimogrid.shell.runtime.transport import Transport
-from mimogrid.shell.world.heartbeat import Pulse
+from mimogrid.shell.world.heartbeat import Heartbeat
 from workload import Options
 
 
@@ -62,8 +62,8 @@ def in_world(place: Place, job: Job, options: Options) -> dict[str, Any] | None:
         alone = Alone(bench, options.steps)
         bench.train(update=False, runs=alone)
         step_s, alone_s = (statistics.median(slowest(bench, mine)) for mine in (times, alone.times))
-        mine = {"rank": place.rank, "stages": [str(stage) for stage in bench.crew.stages], **of_step}
-        every = bench.crew.hand_over(Seen(mine, alone.messages, alone.bytes, alone.posting_s))
+        mine = {"rank": place.rank, "stages": [str(stage) for stage in bench.runtime.stages], **of_step}
+        every = bench.runtime.hand_over(Seen(mine, alone.messages, alone.bytes, alone.posting_s))
     if not every:
         return None
     messages = sum(seen.messages for seen in every)
@@ -132,17 +132,17 @@ class Alone:
         stages: Mapping[Stage, StageRunner],
         transport: Transport,
         finisher: Finisher,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
     ) -> tuple[Timed, ...]:
         """Run; return the timeline of the step."""
         recorded: Any = {name: Recorded(stage) for name, stage in stages.items()}
-        timeline = execute(actions, recorded, transport, finisher, pulse)
+        timeline = execute(actions, recorded, transport, finisher, heartbeat)
         hollow: Any = {name: Hollow(stage) for name, stage in recorded.items()}
         idle: Any = Idle(transport.streams)
         timelines: list[tuple[Timed, ...]] = []
 
         def messages_alone() -> None:
-            timelines.append(execute(actions, hollow, transport, idle, pulse))
+            timelines.append(execute(actions, hollow, transport, idle, heartbeat))
 
         for _ in range(WARM_UP):
             messages_alone()

@@ -6,8 +6,9 @@ to stage, over groups that the job has (and the pipeline's, which it has not). A
 Megatron's defaults, but `variable_seq_lengths`, without which it refuses several modules; so every message
 is preceded by one with its shape.
 
-Networks, weights and the buffers that gradients are added up in are the job's. At the end the lanes of the encoder sum
-their gradients by the job's own sums, and all ranks gather loss and norm, which is what the job does, too.
+Networks, weights and the buffers that gradients are added up in are the job's. At the end the dp ranks of the
+encoder sum their gradients by the job's own sums, and all ranks gather loss and norm, which is what the job does,
+too.
 """
 
 import contextlib
@@ -73,7 +74,7 @@ def schedule_config(bench: Bench) -> Any:
         tp=1,
         sequence_parallel=False,
         recompute="none",
-        dtype=DTYPES[bench.crew.job.spec.precision],
+        dtype=DTYPES[bench.runtime.job.spec.precision],
     )
     config.variable_seq_lengths = True
     # The loss is divided by the count of the step, not of a microbatch.
@@ -87,17 +88,17 @@ def _bridge_groups(bench: Bench, grids: Mapping[str, Any]) -> Iterator[None]:
     """Have bridges find groups of the job where they look for those made before; they would make them with NCCL."""
     from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator  # noqa: PLC0415
 
-    by_ranks, rank = bench.session.groups.by_ranks, bench.crew.rank
+    by_ranks, rank = bench.session.groups.by_ranks, bench.runtime.rank
     ends: dict[str, Any] = {}
     for grid in grids.values():
         for is_source in (True, False):
             # It reads nothing of its instance, which cannot be made without the groups.
-            lanes = BridgeCommunicator.get_boundary_pp_stage_ranks(None, grid, is_source)
-            mine = next((tuple(lane) for lane in lanes if rank in lane), None)
-            ends[str(sorted(map(tuple, lanes)))] = by_ranks[mine] if mine else None
+            dp_ranks = BridgeCommunicator.get_boundary_pp_stage_ranks(None, grid, is_source)
+            mine = next((tuple(dp_rank) for dp_rank in dp_ranks if rank in dp_rank), None)
+            ends[str(sorted(map(tuple, dp_ranks)))] = by_ranks[mine] if mine else None
     with (
         patch.object(BridgeCommunicator, "_broadcast_pg_cache", ends),
-        patch.object(BridgeCommunicator, "_get_or_create_bridge_pg", lambda *_: bench.crew.group),
+        patch.object(BridgeCommunicator, "_get_or_create_bridge_pg", lambda *_: bench.runtime.group),
     ):
         yield
 
@@ -121,7 +122,7 @@ def run(bench: Bench, model: nn.Module, **communication: Any) -> tuple[float, fl
     )
     loss = sum(float(said["loss"]) for said in losses)
     mine = torch.tensor([loss, squared_norm(bench)], dtype=torch.float64, device=bench.device.torch)
-    total, square = bench.crew.gather(mine).sum(dim=0).tolist()
+    total, square = bench.runtime.gather(mine).sum(dim=0).tolist()
     return total, square**0.5
 
 
@@ -137,8 +138,8 @@ def _judge(bench: Bench, mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Te
 
 
 def sum_over_lanes(bench: Bench) -> None:
-    """Sum gradients over the lanes of each module, as the job's program does."""
-    buckets = [bucket for buffer in bench.crew.buffers.values() for bucket in buffer.buffers]
+    """Sum gradients over the dp ranks of each module, as the job's program does."""
+    buckets = [bucket for buffer in bench.runtime.buffers.values() for bucket in buffer.buffers]
     for bucket in buckets:
         bucket.reduce()
     for bucket in buckets:

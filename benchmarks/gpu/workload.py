@@ -1,7 +1,7 @@
 """Workload: a CLIP encoder that feeds a language model, as jobs on one rank and on four.
 
 Weights and samples are random. Every sample has one image and text up to the full sequence, so all microbatches are
-alike, and what a module's lanes send is too.
+alike, and what a module's dp ranks send is too.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ Layout = Mapping[str, GridSpec]
 ALONE: Layout = {"vision": GridSpec(), "language": GridSpec(offset=0)}
 """Both modules on one rank."""
 APART: Layout = {"vision": GridSpec(dp=2), "language": GridSpec(pp=2)}
-"""The encoder in two lanes on ranks 0 and 1, the language model in two stages on ranks 2 and 3.
+"""The encoder in two dp ranks on ranks 0 and 1, the language model in two stages on ranks 2 and 3.
 
-Four ranks, three stages deep: rows of two lanes meet at a seam, hidden states cross a hop, and the encoder's
-gradients are summed.
+Four ranks, three stages deep: rows of two dp ranks meet at a bridge, hidden states cross a pipeline link, and the
+encoder's gradients are summed.
 """
 
 

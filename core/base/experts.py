@@ -3,13 +3,13 @@
 Inside each pipeline stage the ranks are numbered once more, in the order of the module's grid: expert_tp
 fastest, then ep, then expert_dp (`grid.Grid.regrouped`). Position e along ep holds the e-th block of the
 experts, each cut over expert_tp; expert_dp counts the copies. A token crosses to whoever holds its experts, so
-the ranks along (expert_tp, ep) compute together, and with them all that share their lanes:
+the ranks along (expert_tp, ep) compute together, and with them all that share their dp ranks:
 
 >>> grid = Grid((Axis("tp", 2), Axis("dp", 3)))
 >>> view = expert_view(grid, expert_tp=1, ep=3)
 >>> view.ranks_along(TOGETHER)
 ((0, 1, 2), (3, 4, 5))
->>> closures(grid, view)  # lane 1 has a rank in both groups
+>>> ep_dp_ranks_of(grid, view)  # dp_rank 1 has a rank in both groups
 ((0, 1, 2), (0, 1, 2), (0, 1, 2))
 """
 
@@ -40,10 +40,10 @@ def block_of(experts: int, ep: int, position: int) -> range:
 
 
 @functools.lru_cache(maxsize=256)
-def closures(grid: Grid, experts: Grid) -> tuple[tuple[int, ...], ...]:
-    """Return, per data lane, the lanes that compute together with it, itself included, ascending."""
-    together = {lane: {lane} for lane in range(grid.extent("dp"))}
+def ep_dp_ranks_of(grid: Grid, experts: Grid) -> tuple[tuple[int, ...], ...]:
+    """Return, per dp rank, the dp ranks that compute together with it, itself included, ascending."""
+    together = {dp_rank: {dp_rank} for dp_rank in range(grid.extent("dp"))}
     for ranks in experts.ranks_along(TOGETHER):
         met = set[int]().union(*(together[grid.position(rank)["dp"]] for rank in ranks))
         together |= dict.fromkeys(met, met)
-    return tuple(tuple(sorted(lanes)) for _, lanes in sorted(together.items()))
+    return tuple(tuple(sorted(dp_ranks)) for _, dp_ranks in sorted(together.items()))

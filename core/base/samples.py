@@ -51,31 +51,31 @@ def share(index: int, parts: int, total: int) -> range:
     return range(index * total // parts, (index + 1) * total // parts)
 
 
-def lane_samples(*, lane: int, lanes: int, microbatch: int, microbatches: int, total: int) -> range:
-    """Return which of a step's `total` samples a data lane has in a microbatch.
+def dp_samples(*, dp_rank: int, dp_size: int, microbatch: int, microbatches: int, total: int) -> range:
+    """Return which of a step's `total` samples a dp rank has in a microbatch.
 
-    >>> lane_samples(lane=1, lanes=2, microbatch=1, microbatches=2, total=8)
+    >>> dp_samples(dp_rank=1, dp_size=2, microbatch=1, microbatches=2, total=8)
     range(6, 8)
     """
     whole = share(microbatch, microbatches, total)
-    part = share(lane, lanes, len(whole))
+    part = share(dp_rank, dp_size, len(whole))
     return range(whole.start + part.start, whole.start + part.stop)
 
 
-def lanes_over(samples: range, *, lanes: int, microbatch: int, microbatches: int, total: int) -> range:
-    """Return which data lanes have any of these samples in a microbatch: the inverse of `lane_samples`.
+def dp_ranks_over(samples: range, *, dp_size: int, microbatch: int, microbatches: int, total: int) -> range:
+    """Return which dp ranks have any of these samples in a microbatch: the inverse of `dp_samples`.
 
-    >>> lanes_over(range(3, 7), lanes=2, microbatch=1, microbatches=2, total=8)
+    >>> dp_ranks_over(range(3, 7), dp_size=2, microbatch=1, microbatches=2, total=8)
     range(0, 2)
     """
     whole = share(microbatch, microbatches, total)
     start, stop = max(samples.start, whole.start) - whole.start, min(samples.stop, whole.stop) - whole.start
     if start >= stop:
         return range(0)
-    # Lane i begins at i * size // lanes; wanted: the first that ends after `start`, the last that begins
+    # Dp rank i begins at i * size // dp ranks; wanted: the first that ends after `start`, the last that begins
     # before `stop`.
     size = len(whole)
-    return range(-(-(start + 1) * lanes // size) - 1, -(-stop * lanes // size))
+    return range(-(-(start + 1) * dp_size // size) - 1, -(-stop * dp_size // size))
 
 
 def prefix_sums(counts: Sequence[int]) -> tuple[int, ...]:

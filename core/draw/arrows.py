@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK
-from mimogrid.core.draw.page import Page
+from mimogrid.core.draw.page import WeightGrads
 from mimogrid.core.draw.picture import Picture
 from mimogrid.core.schedule.actions import Direction, Send
 from mimogrid.core.simulate.timeline import Flight
@@ -32,14 +32,14 @@ def thinned(flights: Iterable[Flight]) -> tuple[list[Flight], int]:
 
 
 def arrow_parts(
-    page: Page, picture: Picture, flights: Sequence[Flight], where: Mapping[int, float]
+    page: WeightGrads, picture: Picture, flights: Sequence[Flight], where: Mapping[int, float]
 ) -> Iterator[str]:
     """Draw messages between rows; `where` gives the top of each rank's. What the step waited for is bold."""
     critical = {
-        (leg.action, leg.end_s)
+        (segment.action, segment.end_s)
         for row in picture.rows[:1]
-        for leg in row.timeline.critical_path
-        if isinstance(leg.action, Send)
+        for segment in row.timeline.critical_path
+        if isinstance(segment.action, Send)
     }
     for flight in flights:
         down = where[flight.rank_target] > where[flight.rank_source]

@@ -7,7 +7,7 @@ import attrs
 
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, BOLD, GREY, MIDDLE, WHITE, Fill
-from mimogrid.core.draw.page import LEGEND, MARGIN, Page
+from mimogrid.core.draw.page import LEGEND, MARGIN, WeightGrads
 from mimogrid.core.draw.picture import Picture, Row
 from mimogrid.core.draw.rows import CRITICAL, KEPT, PASSING, SHADES
 from mimogrid.core.schedule.actions import Direction, Kind, Norm, Tie, Update, WaitReduce
@@ -30,7 +30,7 @@ class Entry:
         return drawn + marks.width_of(self.words, LEGEND * (1.08 if self.bold else 1)) + 14
 
 
-def legend(pictures: Sequence[Picture], page: Page, stride: int) -> Iterator[Entry]:
+def legend(pictures: Sequence[Picture], page: WeightGrads, stride: int) -> Iterator[Entry]:
     """Yield entries for all that is drawn; microbatches with arrows are `stride` apart, if there are any."""
     rows = [row for picture in pictures for row in picture.rows]
     yield from _modules(page, rows)
@@ -47,7 +47,7 @@ def legend(pictures: Sequence[Picture], page: Page, stride: int) -> Iterator[Ent
         yield Entry("activations, buffers (estimated)", ((Fill(PASSING, BLACK), ""),))
 
 
-def _modules(page: Page, rows: Sequence[Row]) -> Iterator[Entry]:
+def _modules(page: WeightGrads, rows: Sequence[Row]) -> Iterator[Entry]:
     """Yield the colours of modules and chunks for each kind of action, and what the letters of kinds mean."""
     kinds: dict[tuple[str, int], set[Kind]] = collections.defaultdict(set)
     for row in rows:

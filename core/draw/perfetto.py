@@ -15,8 +15,8 @@ from mimogrid.core.draw.marks import LETTERS
 from mimogrid.core.program.lower import link_of
 from mimogrid.core.schedule.actions import Action, Compute, Recv, Send, Transfer, Wait
 from mimogrid.core.simulate.memory import trace
+from mimogrid.core.simulate.rank_timelines import Timeline
 from mimogrid.core.simulate.timeline import Event, sent_as
-from mimogrid.core.simulate.tracks import Timeline
 from mimogrid.core.step.traffic import message_bytes
 
 
@@ -154,11 +154,11 @@ def _arrows(timeline: Timeline, event: Event, transfer: Transfer, drawn: frozens
 
 
 def _peers(timeline: Timeline, rank: int, transfer: Transfer) -> Iterator[int]:
-    """Yield who is at the other ends of a transfer; of a rank that stands for its lane, of all its lane."""
+    """Yield who is at the other ends of a transfer; of a rank that stands for its dp rank, of all its dp rank."""
     program = timeline.program
     module = program.topology.modules[transfer.stage.module]
-    lane = module.holders(transfer.stage, module.lane_of(rank)) if timeline.by_lanes else (rank,)
-    for each in lane:
+    dp_rank = module.tp_cp_ranks(transfer.stage, module.dp_rank_of(rank)) if timeline.by_dp_ranks else (rank,)
+    for each in dp_rank:
         yield from (peer for peer in program.peers_of(each, transfer) if peer != each)
 
 

@@ -13,8 +13,8 @@ import attrs
 
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate.memory import Level, trace
+from mimogrid.core.simulate.rank_timelines import PathSegment, Timeline
 from mimogrid.core.simulate.timeline import Event, Flight, Idle, idles_of
-from mimogrid.core.simulate.tracks import Leg, Timeline
 from mimogrid.core.topology.topology import Topology
 
 
@@ -38,7 +38,7 @@ class Row:
     timeline: Timeline
     rank: int
     count: int
-    critical: tuple[Leg, ...]
+    critical: tuple[PathSegment, ...]
     told: str = ""
     remembers: bool = True
 
@@ -66,7 +66,7 @@ class Row:
     @functools.cached_property
     def idles(self) -> tuple[Idle, ...]:
         """When the rank computes nothing, and why."""
-        track = self.timeline.tracks[self.timeline.classes.leader[self.rank]]
+        track = self.timeline.rank_timelines[self.timeline.classes.leader[self.rank]]
         whole = (0.0, self.timeline.step_s)
         return tuple(idles_of(self.rank, self.events, track.posted(), whole=whole))
 
@@ -122,9 +122,9 @@ class Picture:
 def picture(timeline: Timeline, title: str = "") -> Picture:
     """Return the picture of a timeline."""
     chosen, note = _chosen(timeline)
-    legs = _legs(timeline)
+    segments = _segments(timeline)
     rows = (
-        Row(timeline, rank, count, tuple(legs[timeline.classes.leader[rank]]))
+        Row(timeline, rank, count, tuple(segments[timeline.classes.leader[rank]]))
         for rank, count in chosen.items()
     )
     return Picture(title, tuple(rows), note)
@@ -133,21 +133,21 @@ def picture(timeline: Timeline, title: str = "") -> Picture:
 def above(planned: Timeline, measured: Timeline, title: str = "") -> Picture:
     """Return the picture of a plan above what came of it, rank by rank. Both are of one program."""
     chosen, note = _chosen(planned)
-    legs = _legs(planned)
+    segments = _segments(planned)
     rows: list[Row] = []
     for rank, count in chosen.items():
-        critical = tuple(legs[planned.classes.leader[rank]])
+        critical = tuple(segments[planned.classes.leader[rank]])
         rows.append(Row(planned, rank, count, critical, "planned", remembers=False))
         rows.append(Row(measured, rank, 1, (), "measured"))
     return Picture(title, tuple(rows), note, arrows=False)
 
 
-def _legs(timeline: Timeline) -> Mapping[int, list[Leg]]:
+def _segments(timeline: Timeline) -> Mapping[int, list[PathSegment]]:
     """Return the legs of the critical path by whoever stands for those that take part in them."""
-    found: dict[int, list[Leg]] = collections.defaultdict(list)
-    for leg in timeline.critical_path:
-        for leader in timeline.classes.met(timeline.program.joint(leg.rank, leg.action)):
-            found[leader].append(leg)
+    found: dict[int, list[PathSegment]] = collections.defaultdict(list)
+    for segment in timeline.critical_path:
+        for leader in timeline.classes.met(timeline.program.joint(segment.rank, segment.action)):
+            found[leader].append(segment)
     return found
 
 

@@ -18,7 +18,7 @@ MOST, PER_LINE = 128, 16
 CELL_WIDTH, CELL_HEIGHT, SMALLEST = 74.0, 40.0, 7.5
 MARGIN = 16.0
 WORLD_WIDTH, NARROW = 1200.0, 3.0
-"""How wide a large world is drawn, and how wide a data lane must be to be set apart in it."""
+"""How wide a large world is drawn, and how wide a dp rank must be to be set apart in it."""
 IDLE = ""
 """Stands for the row of ranks without a module."""
 
@@ -195,14 +195,14 @@ def _runs(topology: Topology, name: str) -> Iterator[range]:
 
 
 def _block(drawn: _Map, module: Module, ranks: range, extent: tuple[float, float], y: float) -> Iterator[str]:
-    """A run of ranks in one stage, with a line between data lanes where they are wide enough."""
+    """A run of ranks in one stage, with a line between dp ranks where they are wide enough."""
     x, width = extent
     pp = module.grid.position(ranks[0])["pp"]
     ink = drawn.inks[module.name]
     fill, colour = (ink.dark, WHITE) if pp % 2 else (ink.light, BLACK)
     stage = str(Stage(module.name, pp))
     parts = [marks.rect(x, y, width, CELL_HEIGHT, fill, more=f' stroke="{WHITE}" stroke-width="0.6"')]
-    starts = [a for a, b in itertools.pairwise(ranks) if module.lane_of(a) != module.lane_of(b)]
+    starts = [a for a, b in itertools.pairwise(ranks) if module.dp_rank_of(a) != module.dp_rank_of(b)]
     scale = width / len(ranks)
     if starts and width / (len(starts) + 1) >= NARROW:
         cuts = "".join(f"M{x + (a + 1 - ranks[0]) * scale:.2f} {y + 33:g}v7" for a in starts)

@@ -50,7 +50,7 @@ def text(
         f"{a:<{wide[0]}}  {b:<{wide[1]}} | {_row(mine[ranks[0]], whole[0], scale)}".rstrip()
         for (a, b), ranks in zip(heads, rows, strict=True)
     ]
-    cut = any(_room(cell, whole[0], scale) < len(_label(cell)) for cell in cells if cell[1] < cell[2])
+    cut = any(_backpressure(cell, whole[0], scale) < len(_label(cell)) for cell in cells if cell[1] < cell[2])
     return "\n".join(lines + [CUT.format(width)] * cut)
 
 
@@ -78,7 +78,7 @@ def _columns(cell: Cell, begin: float, scale: float) -> tuple[int, int]:
     return start, stop
 
 
-def _room(cell: Cell, begin: float, scale: float) -> int:
+def _backpressure(cell: Cell, begin: float, scale: float) -> int:
     start, stop = _columns(cell, begin, scale)
     return stop - start
 

@@ -1,12 +1,12 @@
 """Blame: of a world that has come to a halt, who was the first to, and in which words that is said.
 
-Each rank keeps on record what it is doing (`Sighting`). A rank that was cut off reads the records of all and asks
-`culprit`: a process that is gone or stopped is one. Where all processes run, somebody has fallen behind: since every
-rank knows the programs of all, the waits can be followed from rank to rank, from the action in which this one waited
-to one that waits for nobody.
+Each rank keeps on record what it is doing (`HeartbeatRecord`). A rank that was cut off reads the records of all and
+asks `faulty_rank`: a process that is gone or stopped is one. Where all processes run, somebody has fallen behind:
+since every rank knows the programs of all, the waits can be followed from rank to rank, from the action in which
+this one waited to one that waits for nobody.
 
->>> seen = Sighting(rank=3, host="a", step=12, doing="NORM", index=7, count=9, since_s=1.0)
->>> print(Finding(seen, "failed", now_s=1.5))
+>>> seen = HeartbeatRecord(rank=3, host="a", step=12, doing="NORM", index=7, count=9, since_s=1.0)
+>>> print(Diagnosis(seen, "failed", now_s=1.5))
 rank 3 (host a) failed at step 12 in 'NORM' (action 8 of 9), begun 0.5 s before
 """
 
@@ -41,7 +41,7 @@ LEFT = "left"
 
 
 @attrs.frozen(kw_only=True)
-class Sighting:
+class HeartbeatRecord:
     """What a rank was last seen doing, and since when, in seconds of its host's clock.
 
     `index` counts the actions of the step's program of `count` actions; it is -1 outside of any. `waits` says that
@@ -60,11 +60,11 @@ class Sighting:
     state: str = UNKNOWN
 
 
-Sightings = Mapping[int, Sighting]
+HeartbeatRecords = Mapping[int, HeartbeatRecord]
 
 
 @attrs.frozen
-class Finding:
+class Diagnosis:
     """Why a world ended: the rank that is to blame, and the one that noticed.
 
     Attributes:
@@ -76,11 +76,11 @@ class Finding:
         owed: the action of the rank to blame that the witness waited for, if the plan tells.
     """
 
-    about: Sighting
+    about: HeartbeatRecord
     how: str
     now_s: float
     stages: tuple[Stage, ...] = ()
-    witness: Sighting | None = None
+    witness: HeartbeatRecord | None = None
     owed: str = ""
 
     def __str__(self) -> str:
@@ -93,34 +93,36 @@ class Finding:
         return text
 
 
-class BlamedError(WorldError):
+class DiagnosedError(WorldError):
     """A world that ended, with the finding of why; `details` are what else the rank itself has to say."""
 
-    def __init__(self, finding: Finding, details: str = "") -> None:
+    def __init__(self, finding: Diagnosis, details: str = "") -> None:
         self.finding, self.details = finding, details
         super().__init__(f"{finding}{details}")
 
-    def __reduce__(self) -> tuple[type["BlamedError"], tuple[Finding, str]]:
+    def __reduce__(self) -> tuple[type["DiagnosedError"], tuple[Diagnosis, str]]:
         return type(self), (self.finding, self.details)
 
-    def told(self, rank: int, how: str) -> "BlamedError":
+    def told(self, rank: int, how: str) -> "DiagnosedError":
         """Return the same with better knowledge of what became of a rank, if it is the one to blame."""
         if rank != self.finding.about.rank:
             return self
-        return BlamedError(attrs.evolve(self.finding, how=how), self.details)
+        return DiagnosedError(attrs.evolve(self.finding, how=how), self.details)
 
 
 def find(
-    me: int, seen: Sightings, program: Program | None, *, now_s: float, suspects: Iterable[int] = ()
-) -> Finding:
+    me: int, seen: HeartbeatRecords, program: Program | None, *, now_s: float, suspects: Iterable[int] = ()
+) -> Diagnosis:
     """Return why a rank was cut off. `program` is that of the step in which it was, if it was in one.
 
     If there are `suspects` it is one of them.
     """
-    rank = culprit(me, seen, program, suspects)
-    about = seen.get(rank) or Sighting(rank=rank, host="unknown", step=0, doing="nothing", since_s=now_s)
+    rank = faulty_rank(me, seen, program, suspects)
+    about = seen.get(rank) or HeartbeatRecord(
+        rank=rank, host="unknown", step=0, doing="nothing", since_s=now_s
+    )
     stages = tuple(info.stage for info in program.topology.stages_of(rank)) if program else ()
-    return Finding(
+    return Diagnosis(
         about,
         _HOW.get(about.state, "stopped answering"),
         now_s,
@@ -133,7 +135,9 @@ def find(
 _HOW = {GONE: "ended without a word", STOPPED: "is stopped", RUNNING: "fell behind"}
 
 
-def culprit(me: int, seen: Sightings, program: Program | None, suspects: Iterable[int] = ()) -> int:
+def faulty_rank(
+    me: int, seen: HeartbeatRecords, program: Program | None, suspects: Iterable[int] = ()
+) -> int:
     """Return the rank to blame for the halt of rank `me`."""
     named = tuple(suspects)
     others = [s for s in seen.values() if s.rank != me and s.doing != LEFT and (not named or s.rank in named)]
@@ -151,10 +155,10 @@ def culprit(me: int, seen: Sightings, program: Program | None, suspects: Iterabl
     ).rank
 
 
-def _end_of_waits(me: int, seen: Sightings, program: Program) -> int | None:
+def _end_of_waits(me: int, seen: HeartbeatRecords, program: Program) -> int | None:
     """Follow the waits from rank to rank; return one that waits for nobody, the longest at what it does."""
     step, queue, known = seen[me].step, collections.deque([me]), {me}
-    ends: list[Sighting] = []
+    ends: list[HeartbeatRecord] = []
     while queue:
         rank = queue.popleft()
         awaited = _waits_for(rank, seen, program, step)
@@ -165,11 +169,11 @@ def _end_of_waits(me: int, seen: Sightings, program: Program) -> int | None:
         queue.extend(fresh)
     if not ends:  # Both ends have posted: then it is one of those at the other end.
         partners = (seen[r] for r in _partners(program, me, seen[me].index) if r in seen)
-        ends = [sighting for sighting in partners if sighting.doing != LEFT]
+        ends = [record for record in partners if record.doing != LEFT]
     return min(ends, key=lambda s: s.since_s).rank if ends else None
 
 
-def _waits_for(rank: int, seen: Sightings, program: Program, step: int) -> list[int]:
+def _waits_for(rank: int, seen: HeartbeatRecords, program: Program, step: int) -> list[int]:
     """Return the ranks that have not done what an action waits for."""
     at = seen[rank]
     if at.step != step or not 0 <= at.index < len(program.of(rank)):
@@ -188,7 +192,7 @@ def _partners(program: Program, rank: int, index: int) -> list[int]:
     return [other for other in dict.fromkeys(with_whom) if other != rank]
 
 
-def _is_owed(program: Program, peer: Sighting, action: Action, step: int) -> bool:
+def _is_owed(program: Program, peer: HeartbeatRecord, action: Action, step: int) -> bool:
     """Whether a peer has not yet done its part of an action of another."""
     if peer.step != step:
         return peer.step < step
@@ -210,7 +214,7 @@ def _part(program: Program, peer: int, action: Action) -> int | None:
     return next((i for i, a in enumerate(program.of(peer)) if meeting(a) == wanted), None)
 
 
-def _owed(program: Program, witness: Sighting, peer: int) -> str:
+def _owed(program: Program, witness: HeartbeatRecord, peer: int) -> str:
     actions = program.of(witness.rank)
     if not 0 <= witness.index < len(actions):
         return ""
@@ -221,20 +225,20 @@ def _owed(program: Program, witness: Sighting, peer: int) -> str:
     return "" if place is None else str(program.of(peer)[place])
 
 
-def _who(sighting: Sighting, stages: tuple[Stage, ...] = ()) -> str:
-    facts = [f"host {sighting.host}"]
+def _who(record: HeartbeatRecord, stages: tuple[Stage, ...] = ()) -> str:
+    facts = [f"host {record.host}"]
     modules = list(dict.fromkeys(stage.module for stage in stages))
     if modules:
         facts.append(f"module{'s' * (len(modules) > 1)} {', '.join(modules)}")
         facts.append(f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}")
-    return f"rank {sighting.rank} ({', '.join(facts)})"
+    return f"rank {record.rank} ({', '.join(facts)})"
 
 
-def _what(sighting: Sighting) -> str:
-    facts = [f"action {sighting.index + 1} of {sighting.count}"] if sighting.index >= 0 else []
+def _what(record: HeartbeatRecord) -> str:
+    facts = [f"action {record.index + 1} of {record.count}"] if record.index >= 0 else []
     with contextlib.suppress(ValueError):  # of moments that are no action
-        facts += _facts(parse(sighting.doing))
-    return f"'{sighting.doing}'" + (f" ({', '.join(facts)})" if facts else "")
+        facts += _facts(parse(record.doing))
+    return f"'{record.doing}'" + (f" ({', '.join(facts)})" if facts else "")
 
 
 def _facts(action: Action) -> list[str]:

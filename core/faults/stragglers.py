@@ -1,12 +1,12 @@
 """Stragglers: ranks that take longer than they should, and where their time goes.
 
-Where the costs of a job are known, a plan foretells how long each rank computes. Its seconds need not be those of this
+Where the costs of a job are known, a plan predicts how long each rank computes. Its seconds need not be those of this
 machine, so the median rank sets the scale: a straggler takes longer than *that* in proportion to its plan. Without
 costs, ranks of one stage do alike work, and each is compared with the median of them; then a rank that is alone at
 its stage has nobody to be compared with.
 
->>> paces = [Pace(0, "lm.0", 1.0), Pace(1, "lm.0", 1.1), Pace(2, "lm.0", 2.5, load_s=0.2)]
->>> (found,) = stragglers(paces, above=1.5)
+>>> step_times = [StepTimes(0, "lm.0", 1.0), StepTimes(1, "lm.0", 1.1), StepTimes(2, "lm.0", 2.5, load_s=0.2)]
+>>> (found,) = stragglers(step_times, above=1.5)
 >>> print(found)
 rank 2 (module lm, stage lm.0) computes for 2.5 s a step, 2.3 times the median of its peers, 1.1 s: it computes slowly
 """
@@ -18,7 +18,7 @@ import attrs
 
 
 @attrs.frozen
-class Pace:
+class StepTimes:
     """How long a rank is busy in a step with its stages, and how much of that is loading data."""
 
     rank: int
@@ -31,7 +31,7 @@ class Pace:
 class Straggler:
     """A rank that is slower than what it is compared with, `standard`."""
 
-    pace: Pace
+    step_times: StepTimes
     expected_s: float
     standard: str
     cause: str
@@ -39,24 +39,24 @@ class Straggler:
     @property
     def times(self) -> float:
         """How many times as long as expected it is busy."""
-        return self.pace.busy_s / self.expected_s
+        return self.step_times.busy_s / self.expected_s
 
     @property
     def modules(self) -> list[str]:
         """Those of its stages."""
-        return list(dict.fromkeys(stage.partition(".")[0] for stage in self.pace.stages.split()))
+        return list(dict.fromkeys(stage.partition(".")[0] for stage in self.step_times.stages.split()))
 
     def __str__(self) -> str:
-        modules, stages = self.modules, self.pace.stages.split()
+        modules, stages = self.modules, self.step_times.stages.split()
         return (
-            f"rank {self.pace.rank} (module{'s' * (len(modules) > 1)} {', '.join(modules)}, "
-            f"stage{'s' * (len(stages) > 1)} {', '.join(stages)}) computes for {self.pace.busy_s:.3g} s a step, "
+            f"rank {self.step_times.rank} (module{'s' * (len(modules) > 1)} {', '.join(modules)}, "
+            f"stage{'s' * (len(stages) > 1)} {', '.join(stages)}) computes for {self.step_times.busy_s:.3g} s a step, "
             f"{self.times:.1f} times {self.standard}, {self.expected_s:.3g} s: {self.cause}"
         )
 
 
 def stragglers(
-    paces: Sequence[Pace], *, above: float, predicted: Mapping[int, float] | None = None
+    step_times: Sequence[StepTimes], *, above: float, predicted: Mapping[int, float] | None = None
 ) -> Iterator[Straggler]:
     """Yield the ranks that are busy for more than `above` times what is expected of them, the slowest first.
 
@@ -64,31 +64,35 @@ def stragglers(
     Of ranks that it does not name the median of their peers is expected.
     """
     plan = predicted or {}
-    ratios = [pace.busy_s / plan[pace.rank] for pace in paces if plan.get(pace.rank)]
+    ratios = [one.busy_s / plan[one.rank] for one in step_times if plan.get(one.rank)]
     scale = statistics.median_low(ratios) if ratios else 0.0
-    alike: dict[str, list[Pace]] = {}
-    for pace in paces:
-        alike.setdefault(pace.stages, []).append(pace)
+    alike: dict[str, list[StepTimes]] = {}
+    for one in step_times:
+        alike.setdefault(one.stages, []).append(one)
     found: list[Straggler] = []
     for peers in alike.values():
-        for pace in peers:
-            expected, standard = plan.get(pace.rank, 0.0) * scale, "what its costs foretell"
+        for one in peers:
+            expected, standard = plan.get(one.rank, 0.0) * scale, "what its costs predict"
             if not expected and len(peers) > 1:
                 expected, standard = statistics.median_low(p.busy_s for p in peers), "the median of its peers"
-            if expected and pace.busy_s > above * expected:
-                found.append(Straggler(pace, expected, standard, _cause(pace, peers, expected)))
-    yield from sorted(found, key=lambda one: -one.times)
+            if expected and one.busy_s > above * expected:
+                found.append(Straggler(one, expected, standard, _cause(one, peers, expected)))
+    yield from sorted(found, key=lambda straggler: -straggler.times)
 
 
-def _cause(pace: Pace, peers: list[Pace], expected_s: float) -> str:
+def _cause(step_times: StepTimes, peers: list[StepTimes], expected_s: float) -> str:
     """Say whether loading explains the greater part of what a rank takes longer."""
     usual = statistics.median_low(p.load_s for p in peers) if len(peers) > 1 else 0.0
-    loads = pace.load_s - usual > 0.5 * (pace.busy_s - expected_s)
+    loads = step_times.load_s - usual > 0.5 * (step_times.busy_s - expected_s)
     return "it waits for its data" if loads else "it computes slowly"
 
 
-def mean(steps: Sequence[Sequence[Pace]]) -> Iterator[Pace]:
+def mean(steps: Sequence[Sequence[StepTimes]]) -> Iterator[StepTimes]:
     """Yield the mean pace of each rank over steps; in each step the ranks come in the same order."""
-    for paces in zip(*steps, strict=True):
-        busy_s = statistics.fmean(pace.busy_s for pace in paces)
-        yield attrs.evolve(paces[0], busy_s=busy_s, load_s=statistics.fmean(pace.load_s for pace in paces))
+    for step_times in zip(*steps, strict=True):
+        busy_s = statistics.fmean(step_times.busy_s for step_times in step_times)
+        yield attrs.evolve(
+            step_times[0],
+            busy_s=busy_s,
+            load_s=statistics.fmean(step_times.load_s for step_times in step_times),
+        )

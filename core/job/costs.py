@@ -14,7 +14,7 @@ import attrs
 class StageCosts:
     """Seconds of a stage: per microbatch, and at the end of a step.
 
-    The backward is given whole, or as its two halves. `reduce` is the sum of the gradients over data lanes where
+    The backward is given whole, or as its two halves. `reduce` is the sum of the gradients over dp ranks where
     there are several, `update` the step of the optimizer.
     """
 

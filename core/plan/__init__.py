@@ -1,6 +1,6 @@
 """Plan: the layouts of a job on so many GPUs, the fastest first, and why the others are not.
 
-What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`menu`); places beside each
+What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`space`); places beside each
 other or shared (`walk`); the number of microbatches, so their size; the order; more recomputation of the main module
 where memory keeps out what would be faster. `walk` gives layouts in order of their bounds, times that no order beats.
 They are simulated one after another (`evaluation`), until the next bound is above the best time: then nothing that was
@@ -18,10 +18,10 @@ import attrs
 
 from mimogrid.core.job.validation import RECOMPUTES
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.menu import Menu, menu_of
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
-from mimogrid.core.plan.reasons import compared, illegal, marked_own, nearest_miss, too_large
+from mimogrid.core.plan.reasons import compared, illegal, marked_own, nearest_fit, too_large
 from mimogrid.core.plan.search import REFINED, Search
+from mimogrid.core.plan.search_space import SearchSpace, search_space_of
 from mimogrid.core.plan.walk import Walk, walk
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.step.step import Step, step_of
@@ -56,7 +56,7 @@ class Plan:
     looked_at: int
     simulated: int
     gap: float
-    nearest_miss: str
+    nearest_fit: str
 
     @property
     def best(self) -> Layout | None:
@@ -69,8 +69,8 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     step = step_of(question.topology(question.spec), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
-    menus = _menus(question, step)
-    walked = _walked(question, step, menus, main)
+    spaces = _spaces(question, step)
+    walked = _walked(question, step, spaces, main)
     search = Search(Evaluator(question, main))
     least = search.candidates(walked, question, budget)
     least_recomputing, looked_at = _recomputing(search, walked, budget)
@@ -83,7 +83,7 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     best = ranked[0] if ranked else None
     told = [compared(layout, best, own) for layout in ranked]
     mine = next((layout for layout in told if layout.spec == own.spec), marked_own(own))
-    others = _that_cannot_run(question, menus, walked, search)
+    others = _that_cannot_run(question, spaces, walked, search)
     return Plan(
         layouts=(
             *told,
@@ -95,12 +95,12 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
         looked_at=walked.looked_at + looked_at,
         simulated=search.evaluator.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
-        nearest_miss="" if best else nearest_miss(walked, search.layouts, question),
+        nearest_fit="" if best else nearest_fit(walked, search.layouts, question),
     )
 
 
 def _that_cannot_run(
-    question: Question, menus: Mapping[str, Menu], walked: Walk, search: Search
+    question: Question, spaces: Mapping[str, SearchSpace], walked: Walk, search: Search
 ) -> list[Layout]:
     """Return some layouts that would be fast and do not fit, then some illegal ones."""
     best = next(iter(search.told), None)
@@ -109,14 +109,14 @@ def _that_cannot_run(
     }
     return [
         *[*too_large(walked, question, best), *found[TOO_LARGE]][:SHOWN],
-        *[*illegal(menus, question), *found[ILLEGAL]][:SHOWN],
+        *[*illegal(spaces, question), *found[ILLEGAL]][:SHOWN],
     ]
 
 
-def _menus(question: Question, step: Step) -> dict[str, Menu]:
+def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
     """Return the options of every module."""
     return {
-        name: menu_of(
+        name: search_space_of(
             name,
             step=step,
             machine=question.machine,
@@ -129,11 +129,11 @@ def _menus(question: Question, step: Step) -> dict[str, Menu]:
 
 
 def _walked(
-    question: Question, step: Step, menus: Mapping[str, Menu], main: str, *, below: float = math.inf
+    question: Question, step: Step, spaces: Mapping[str, SearchSpace], main: str, *, below: float = math.inf
 ) -> Walk:
     """Return the layouts that take less than `below` seconds by their bounds."""
     return walk(
-        menus,
+        spaces,
         step.topology.graph,
         main,
         ranks=question.gpus,
@@ -155,11 +155,11 @@ def _recomputing(search: Search, walked: Walk, budget: int) -> tuple[float, int]
         return least, looked_at
     for level in RECOMPUTES[RECOMPUTES.index(module.recompute) + 1 :]:
         best_s = min((search.layouts[i].step_s for i in search.confirm(1, 0)), default=math.inf)
-        if any(miss.bound < best_s for miss in walked.misses):
+        if any(too_large.bound < best_s for too_large in walked.out_of_memory):
             modules = {**question.spec.modules, main: attrs.evolve(module, recompute=level)}
             other = attrs.evolve(question, spec=attrs.evolve(question.spec, modules=modules))
             step = step_of(other.topology(other.spec), other.samples)
-            more = _walked(other, step, _menus(other, step), main, below=best_s)
+            more = _walked(other, step, _spaces(other, step), main, below=best_s)
             least = min(least, search.candidates(more, other, budget))
             looked_at += more.looked_at
     return least, looked_at

@@ -1,7 +1,8 @@
 """Evaluation: one layout, timed by simulation and weighed.
 
-Seconds are those of the samples as they are, spread evenly over lanes and microbatches; bytes are counted as if every
-sample were the largest. So lanes are alike, and a thousand GPUs are simulated as a few dozen crews (`lockstep`).
+Seconds are those of the samples as they are, spread evenly over dp ranks and microbatches; bytes are counted as if
+every sample were the largest. So dp ranks are alike, and a thousand GPUs are simulated as a few dozen rank classes
+(`lockstep`).
 
 At first so many microbatches of a long step are simulated as fill the pipelines twice; the others go on at the pace of
 the busiest rank. A layout that is told in the end is confirmed: all microbatches are simulated, and of each module the
@@ -24,7 +25,7 @@ from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.orders import Order, order_of
 from mimogrid.core.schedule.tuning import AUTO
 from mimogrid.core.schedule.work import work_of
-from mimogrid.core.simulate.lockstep import crews_of, limit_s, lockstep
+from mimogrid.core.simulate.lockstep import limit_s, lockstep, rank_classes_of
 from mimogrid.core.simulate.memory import bytes_in_flight, most_bytes, saved_bytes
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import Step, step_of
@@ -83,11 +84,11 @@ class Evaluator:
         program = self._program(played)
         timed = lockstep(program, costs)
         self.simulated += 1
-        self.effort += sum(len(beats) for beats in timed.beats)
+        self.effort += sum(len(computes) for computes in timed.computes)
         count, short = spec.batch.microbatches, played.batch.microbatches
         more = max(timed.busy_s, default=0.0) * (count - short) / short
         step_s = timed.step_s + more
-        busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.crews, strict=True))
+        busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.rank_classes, strict=True))
         work = dict(_work(topology, costs))
         whole = math.fsum(work.values())
         rates = 1 / (step_s * question.gpus) if step_s else 0.0
@@ -121,7 +122,7 @@ class Evaluator:
             work.backward,
             work.gradients,
             work.split,
-            work.rivals,
+            work.conflicts,
         )
         if schedule.name == AUTO or schedule.memory_gb is not None:
             key = *key, shown(topology.spec), tuple(module.split for module in topology.spec.modules.values())
@@ -139,7 +140,7 @@ class Evaluator:
         topology = program.topology
         kept_most = {
             rank: bytes_in_flight(program, rank)
-            for rank in (_fullest(program, ranks) for ranks in crews_of(topology))
+            for rank in (_fullest(program, ranks) for ranks in rank_classes_of(topology))
         }
         peaks: dict[str, tuple[int, int]] = {}
         known: dict[int, int] = {}
@@ -209,8 +210,10 @@ def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
     modules = [program.topology.modules[stage.module] for stage in stages]
 
     def saved(rank: int) -> int:
-        lanes = (module.lane_of(rank) for module in modules)
-        return sum(saved_bytes(step, stage, lane, 0) for stage, lane in zip(stages, lanes, strict=True))
+        dp_ranks = (module.dp_rank_of(rank) for module in modules)
+        return sum(
+            saved_bytes(step, stage, dp_rank, 0) for stage, dp_rank in zip(stages, dp_ranks, strict=True)
+        )
 
     return max(ranks, key=saved)
 

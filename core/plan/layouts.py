@@ -6,21 +6,21 @@ import attrs
 
 from mimogrid.core.job.placement import place
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec
-from mimogrid.core.plan.options import Option
+from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.question import Question
 from mimogrid.core.plan.walk import BESIDE, Candidate
 
 
 def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     """Return the job with the layout of a candidate; modules that it does not name lie at rank 0, on one rank."""
-    options = {main: candidate.main} | {name: placed.option for name, placed in candidate.others.items()}
+    options = {main: candidate.main} | {name: placed.priced for name, placed in candidate.others.items()}
     offsets = _offsets(question, candidate)
-    count = candidate.main.way.microbatches
+    count = candidate.main.config.microbatches
     modules = {
         name: _laid_out(module, options[name], offsets[name], count) if name in options else _alone(module)
         for name, module in question.spec.modules.items()
     }
-    order = "interleaved" if candidate.main.way.chunks > 1 else "1f1b"
+    order = "interleaved" if candidate.main.config.chunks > 1 else "1f1b"
     return attrs.evolve(
         question.spec,
         modules=modules,
@@ -30,14 +30,14 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     )
 
 
-def _laid_out(module: ModuleSpec, option: Option, offset: int, count: int) -> ModuleSpec:
+def _laid_out(module: ModuleSpec, priced: PricedConfig, offset: int, count: int) -> ModuleSpec:
     """Return a module with an option at an offset, in a job of so many microbatches; defaults are not written."""
     return attrs.evolve(
         module,
-        grid=attrs.evolve(option.way.grid, offset=offset),
-        chunks=option.way.chunks,
-        split=None if len(set(option.split)) == 1 else option.split,
-        microbatches=None if option.way.microbatches == count else option.way.microbatches,
+        grid=attrs.evolve(priced.config.grid, offset=offset),
+        chunks=priced.config.chunks,
+        split=None if len(set(priced.split)) == 1 else priced.split,
+        microbatches=None if priced.config.microbatches == count else priced.config.microbatches,
     )
 
 
@@ -47,15 +47,15 @@ def _alone(module: ModuleSpec) -> ModuleSpec:
 
 def _offsets(question: Question, candidate: Candidate) -> Mapping[str, int]:
     """Lay modules behind each other, those with most tp first, each beginning at a multiple of it if there is room."""
-    beside = [(name, p.option) for name, p in candidate.others.items() if p.place == BESIDE]
-    beside.sort(key=lambda each: -each[1].way.shape.ranks)
+    beside = [(name, p.priced) for name, p in candidate.others.items() if p.place == BESIDE]
+    beside.sort(key=lambda each: -each[1].config.shape.ranks)
     room = question.gpus - candidate.ranks
     offsets = {candidate.main.module: 0} | {n: 0 for n, p in candidate.others.items() if p.place != BESIDE}
     end = candidate.main.ranks
-    for name, option in beside:
-        gap = -end % option.way.shape.ranks
+    for name, priced in beside:
+        gap = -end % priced.config.shape.ranks
         gap = gap if gap <= room else 0
-        offsets[name], room, end = end + gap, room - gap, end + gap + option.ranks
+        offsets[name], room, end = end + gap, room - gap, end + gap + priced.ranks
     return offsets
 
 

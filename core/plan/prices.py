@@ -14,7 +14,7 @@ from mimogrid.core.job.costs import StageCosts
 from mimogrid.core.job.models import Gpt, Own
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
-from mimogrid.core.plan.options import Shape, Way
+from mimogrid.core.plan.configs import ParallelConfig, ParallelShape
 from mimogrid.core.pricing.flops import Flops, Load, module_units, padded_load, real_load
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
@@ -57,7 +57,7 @@ class Held:
         load: of one sample.
         values: of weights, in parts that no stage cuts.
         kept: bytes that are there all the time, without those of the optimizer.
-        optimizer: bytes of the optimizer, before lanes share them.
+        optimizer: bytes of the optimizer, before dp ranks share them.
         flying: bytes for a sample in flight.
         trained: values that train.
     """
@@ -82,7 +82,7 @@ class Prices:
     longest: Sample
     machine: Machine
     name: str
-    _held: dict[Shape, Held] = attrs.field(factory=dict[Shape, Held], init=False, repr=False)
+    _held: dict[ParallelShape, Held] = attrs.field(factory=dict[ParallelShape, Held], init=False, repr=False)
     _seconds: dict[object, Seconds] = attrs.field(factory=dict[object, Seconds], init=False, repr=False)
     _flops: dict[Load, tuple[Flops, ...]] = attrs.field(
         factory=dict[Load, tuple[Flops, ...]], init=False, repr=False
@@ -96,13 +96,13 @@ class Prices:
         """Samples of a step."""
         return len(self.lengths)
 
-    def samples_at_most(self, way: Way) -> int:
-        """Return how many samples of a microbatch the fullest lane has."""
-        return -(-(self.samples // way.microbatches) // way.dp)
+    def samples_at_most(self, config: ParallelConfig) -> int:
+        """Return how many samples of a microbatch the fullest dp rank has."""
+        return -(-(self.samples // config.microbatches) // config.dp)
 
-    def seconds(self, way: Way) -> Seconds:
-        """Return what each layer takes in a microbatch on the fullest lane."""
-        return self._seconds_of(way.shape, self.samples_at_most(way))
+    def seconds(self, config: ParallelConfig) -> Seconds:
+        """Return what each layer takes in a microbatch on the fullest dp rank."""
+        return self._seconds_of(config.shape, self.samples_at_most(config))
 
     @property
     def layers(self) -> int:
@@ -110,13 +110,13 @@ class Prices:
         options = self.spec.modules[self.name].options
         return 1 if isinstance(options, Mapping) else options.layers
 
-    def held(self, shape: Shape) -> Held:
+    def held(self, shape: ParallelShape) -> Held:
         """Return what the ranks of a shape hold, layer by layer."""
         if shape not in self._held:
             self._held[shape] = _held_of(self, shape)
         return self._held[shape]
 
-    def _seconds_of(self, shape: Shape, samples: int) -> Seconds:
+    def _seconds_of(self, shape: ParallelShape, samples: int) -> Seconds:
         """Return what each layer takes for so many samples; loads that several shapes have in common count once."""
         held = self.held(shape)
         if (shape, samples) not in self._seconds:
@@ -134,8 +134,8 @@ class Prices:
             self._seconds[shape, samples] = Seconds.of(_by_layer(parts))
         return self._seconds[shape, samples]
 
-    def split(self, shape: Shape, stages: int) -> tuple[int, ...]:
-        """Deal the layers so that the slowest stage is fastest, for one sample in each microbatch of a lane."""
+    def split(self, shape: ParallelShape, stages: int) -> tuple[int, ...]:
+        """Deal the layers so that the slowest stage is fastest, for one sample in each microbatch of a dp rank."""
         if (shape, stages) not in self._splits:
             seconds = self._seconds_of(shape, 1)
             both = [f + b for f, b in zip(seconds.forward, seconds.backward, strict=True)]
@@ -143,21 +143,21 @@ class Prices:
         return self._splits[shape, stages]
 
 
-def alone(spec: JobSpec, name: str, shape: Shape, *, pp: int) -> JobSpec:
-    """Return the job with a module in a shape at rank 0, on as few lanes as its experts need, and the rest far off."""
-    grid = attrs.evolve(shape.grid(dp=shape.lanes, pp=pp), offset=0)
-    far = GridSpec(offset=shape.ranks * shape.lanes * pp)
+def alone(spec: JobSpec, name: str, shape: ParallelShape, *, pp: int) -> JobSpec:
+    """Return the job with one module in a shape at rank 0, with the smallest dp that its experts allow."""
+    grid = attrs.evolve(shape.grid(dp=shape.dp_size, pp=pp), offset=0)
+    far = GridSpec(offset=shape.ranks * shape.dp_size * pp)
     modules = {
         other: attrs.evolve(
             module, grid=grid if other == name else far, microbatches=None, chunks=1, split=None
         )
         for other, module in spec.modules.items()
     }
-    batch = BatchSpec(global_size=shape.lanes, microbatches=1)
+    batch = BatchSpec(global_size=shape.dp_size, microbatches=1)
     return attrs.evolve(spec, modules=modules, batch=batch, world_size=None)
 
 
-def _held_of(prices: Prices, shape: Shape) -> Held:
+def _held_of(prices: Prices, shape: ParallelShape) -> Held:
     """Ask what each layer keeps, every layer being a stage of its own."""
     spec = alone(prices.spec, prices.name, shape, pp=prices.layers)
     topology = assemble(spec, prices.facts)

@@ -7,9 +7,9 @@ import attrs
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.plan.evaluation import needs
 from mimogrid.core.plan.layouts import layout_of
-from mimogrid.core.plan.menu import Illegal, Menu
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
-from mimogrid.core.plan.walk import Miss, Walk
+from mimogrid.core.plan.search_space import Illegal, SearchSpace
+from mimogrid.core.plan.walk import OutOfMemory, Walk
 
 
 def compared(layout: Layout, best: Layout | None, own: Layout) -> Layout:
@@ -28,38 +28,40 @@ def marked_own(layout: Layout) -> Layout:
 def too_large(walked: Walk, question: Question, best: Layout | None) -> Iterator[Layout]:
     """Yield layouts that would be faster than the best one if they fitted, each module once in a shape."""
     told: set[str] = set()
-    for miss in walked.misses:
-        if best is not None and miss.bound >= best.step_s:
+    for too_large in walked.out_of_memory:
+        if best is not None and too_large.bound >= best.step_s:
             continue
-        option = miss.candidate.main
-        if (kind := f"{option.way.shape} {option.way.pp}") not in told:
+        priced = too_large.candidate.main
+        if (kind := f"{priced.config.shape} {priced.config.pp}") not in told:
             told.add(kind)
             yield Layout(
-                spec=layout_of(question, option.module, miss.candidate),
+                spec=layout_of(question, priced.module, too_large.candidate),
                 kind=TOO_LARGE,
-                reason=f"does not fit: {_missing(miss, question.memory_bytes)}",
+                reason=f"does not fit: {_lacking(too_large, question.memory_bytes)}",
             )
 
 
-def _missing(miss: Miss, cap: float) -> str:
-    option = miss.candidate.main
-    if miss.module != option.module and miss.module in miss.candidate.others:
-        option = miss.candidate.others[miss.module].option
-    stage = f"{miss.module}.{miss.pp}"
-    return f"{needs(stage, miss.needs, cap)} with {option}"
+def _lacking(too_large: OutOfMemory, cap: float) -> str:
+    priced = too_large.candidate.main
+    if too_large.module != priced.module and too_large.module in too_large.candidate.others:
+        priced = too_large.candidate.others[too_large.module].priced
+    stage = f"{too_large.module}.{too_large.pp}"
+    return f"{needs(stage, too_large.needs, cap)} with {priced}"
 
 
-def nearest_miss(walked: Walk, judged: Sequence[Layout], question: Question) -> str:
+def nearest_fit(walked: Walk, judged: Sequence[Layout], question: Question) -> str:
     """Say what comes closest where nothing fits."""
-    if walked.misses:
-        return _missing(min(walked.misses, key=lambda miss: miss.needs), question.memory_bytes)
+    if walked.out_of_memory:
+        return _lacking(
+            min(walked.out_of_memory, key=lambda too_large: too_large.needs), question.memory_bytes
+        )
     return judged[0].reason if judged else "no grid is legal on so few GPUs"
 
 
-def illegal(menus: Mapping[str, Menu], question: Question) -> Iterator[Layout]:
+def illegal(spaces: Mapping[str, SearchSpace], question: Question) -> Iterator[Layout]:
     """Yield shapes that one would try first, powers of two of tp alone, and why they cannot be."""
-    for menu in menus.values():
-        for each in menu.illegal:
+    for space in spaces.values():
+        for each in space.illegal:
             if each.shape.cp == each.shape.ep == 1 and each.shape.tp & (each.shape.tp - 1) == 0:
                 yield Layout(
                     spec=_with_shape(question.spec, each),

@@ -3,7 +3,7 @@
 The *main* module, the one with most work, lies at rank 0. Every other one has one of three places:
 
     beside     ranks of its own, behind those of the main module
-    all        on the ranks of the main module, with as many lanes as there are samples for
+    all        on the ranks of the main module, with as many dp ranks as there are samples for
     first      on those of the main module's first pipeline stage
 
 The bound of a layout is that of its slowest module (`options`): the first microbatch comes through the modules
@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import attrs
 
 from mimogrid.core.job.graph import Graph
-from mimogrid.core.plan.menu import CHUNKS, Menu
-from mimogrid.core.plan.options import Option, Way
+from mimogrid.core.plan.configs import ParallelConfig, PricedConfig
+from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
 
 KEPT = 96
@@ -41,13 +41,13 @@ BESIDE, ALL, FIRST = "beside", "all", "first"
 class Placed:
     """An option of a module, and where it lies."""
 
-    option: Option
+    priced: PricedConfig
     place: str = BESIDE
 
     @property
     def ranks(self) -> int:
         """How many ranks it takes away from others."""
-        return self.option.ranks if self.place == BESIDE else 0
+        return self.priced.ranks if self.place == BESIDE else 0
 
 
 @attrs.frozen(eq=False)
@@ -55,7 +55,7 @@ class Candidate:
     """A layout by its bound."""
 
     bound: float
-    main: Option
+    main: PricedConfig
     others: Mapping[str, Placed]
 
     @property
@@ -65,7 +65,7 @@ class Candidate:
 
 
 @attrs.frozen(eq=False)
-class Miss:
+class OutOfMemory:
     """A layout that does not fit: the pipeline rank of a module that lacks most, and what it needs at least."""
 
     bound: float
@@ -88,12 +88,12 @@ class Walk:
 
     candidates: tuple[Candidate, ...]
     passed: float
-    misses: tuple[Miss, ...]
+    out_of_memory: tuple[OutOfMemory, ...]
     looked_at: int
 
 
 def walk(
-    menus: Mapping[str, Menu],
+    spaces: Mapping[str, SearchSpace],
     graph: Graph,
     main: str,
     *,
@@ -106,12 +106,12 @@ def walk(
 
     Only those whose bounds are `below` some seconds are of interest.
     """
-    return _Walker(menus, graph, main, ranks, cap, samples, below).walk()
+    return _Walker(spaces, graph, main, ranks, cap, samples, below).walk()
 
 
 @attrs.define(eq=False)
 class _Walker:
-    menus: Mapping[str, Menu]
+    spaces: Mapping[str, SearchSpace]
     graph: Graph
     main: str
     ranks: int
@@ -121,9 +121,9 @@ class _Walker:
     worth: float = math.inf
     passed: float = math.inf
     looked_at: int = 0
-    misses: list[Miss] = attrs.field(factory=list[Miss])
-    fronts: dict[tuple[str, int], tuple[Option, ...]] = attrs.field(
-        factory=dict[tuple[str, int], tuple[Option, ...]]
+    out_of_memory: list[OutOfMemory] = attrs.field(factory=list[OutOfMemory])
+    fronts: dict[tuple[str, int], tuple[PricedConfig, ...]] = attrs.field(
+        factory=dict[tuple[str, int], tuple[PricedConfig, ...]]
     )
 
     def walk(self) -> Walk:
@@ -140,42 +140,44 @@ class _Walker:
         return Walk(
             candidates=tuple(entry[-1] for entry in sorted(kept, reverse=True, key=lambda e: e[:3])),
             passed=self.passed,
-            misses=_chosen(self.misses),
+            out_of_memory=_chosen(self.out_of_memory),
             looked_at=self.looked_at,
         )
 
-    def _mains(self) -> Iterator[tuple[float, Option]]:
+    def _mains(self) -> Iterator[tuple[float, PricedConfig]]:
         """Yield the options of the main module that fit, by their bounds, up to `WORTH` times the best."""
-        menu, below = self.menus[self.main], self._stages_below(self.main)
-        ways = [way for count in _divisors(self.samples) for way in menu.ways(count, self.ranks, CHUNKS)]
-        ordered = sorted(((menu.least_s(way), i) for i, way in enumerate(ways)))
-        found: list[tuple[float, int, int, Option]] = []
+        space, below = self.spaces[self.main], self._stages_below(self.main)
+        configs = [
+            config for count in _divisors(self.samples) for config in space.configs(count, self.ranks, CHUNKS)
+        ]
+        ordered = sorted(((space.least_s(config), i) for i, config in enumerate(configs)))
+        found: list[tuple[float, int, int, PricedConfig]] = []
         best = math.inf
         for least, i in ordered:
             if least > min(WORTH * best, self.below):
                 self.passed = min(self.passed, least)
                 break
-            if menu.least_bytes(ways[i]) > self.cap and self.misses:
+            if space.least_bytes(configs[i]) > self.cap and self.out_of_memory:
                 continue
             self.looked_at += 1
-            option = menu.option(ways[i])
-            bound, most = option.bound(), option.bytes_at_most(below)
+            priced = space.priced(configs[i])
+            bound, most = priced.bound(), priced.bytes_at_most(below)
             if max(most) > self.cap:
-                self._missed(Candidate(bound, option, {}), self.main, most)
+                self._out_of_memory(Candidate(bound, priced, {}), self.main, most)
             elif bound <= min(WORTH * best, self.below):
-                found.append((bound, option.ranks, i, option))
+                found.append((bound, priced.ranks, i, priced))
                 best = min(best, bound)
             else:
                 self.passed = min(self.passed, bound)
         self.worth = min(WORTH * best, self.below)
         found.sort(key=lambda each: each[:3])
-        return ((bound, option) for bound, _, _, option in found)
+        return ((bound, priced) for bound, _, _, priced in found)
 
-    def _missed(self, candidate: Candidate, module: str, most: tuple[float, ...]) -> None:
+    def _out_of_memory(self, candidate: Candidate, module: str, most: tuple[float, ...]) -> None:
         pp = max(range(len(most)), key=most.__getitem__)
-        self.misses.append(Miss(candidate.bound, candidate, module, pp, most[pp]))
-        if len(self.misses) > 8 * KEPT:
-            self.misses = list(_chosen(self.misses))
+        self.out_of_memory.append(OutOfMemory(candidate.bound, candidate, module, pp, most[pp]))
+        if len(self.out_of_memory) > 8 * KEPT:
+            self.out_of_memory = list(_chosen(self.out_of_memory))
 
     def _stages_below(self, name: str) -> int:
         """Return how many stages lie at least between a module and the loss."""
@@ -183,7 +185,7 @@ class _Walker:
 
     # -- the other modules ---------------------------------------------------------------------------------
 
-    def _joined(self, main: Option, least: float) -> list[Candidate]:
+    def _joined(self, main: PricedConfig, least: float) -> list[Candidate]:
         """Return the best layouts of the other modules around an option of the main one.
 
         Choices of each module are in order of the bound with it alone, so that a choice that cannot be among the
@@ -203,7 +205,7 @@ class _Walker:
                 candidate = Candidate(max(bound, self._bound(main, chosen)), main, dict(chosen))
                 crowded = self._crowded(candidate)
                 if crowded is not None:
-                    self._missed(candidate, self.main, crowded)
+                    self._out_of_memory(candidate, self.main, crowded)
                     return
                 best.append(candidate)
                 best.sort(key=lambda each: (each.bound, each.ranks))
@@ -221,50 +223,54 @@ class _Walker:
         join({}, least, self.ranks - main.ranks)
         return best
 
-    def _choices(self, name: str, main: Option) -> list[Placed]:
+    def _choices(self, name: str, main: PricedConfig) -> list[Placed]:
         """Return what a module may have: ranks that are left, or those of the main module."""
-        room, count = self.ranks - main.ranks, main.way.microbatches
+        room, count = self.ranks - main.ranks, main.config.microbatches
         below = main.depth if self.main in self._downstream(name) else self._stages_below(name)
         found: list[Placed] = []
-        for option in self._front(name, count):
-            if option.ranks > room:
+        for priced in self._front(name, count):
+            if priced.ranks > room:
                 continue
-            most = option.bytes_at_most(below)
+            most = priced.bytes_at_most(below)
             if max(most) > self.cap:
-                self._missed(Candidate(main.bound(), main, {name: Placed(option)}), name, most)
+                self._out_of_memory(Candidate(main.bound(), main, {name: Placed(priced)}), name, most)
             else:
-                found.append(Placed(option))
-        places = {ALL: main.ranks, FIRST: main.ranks // main.way.pp} if main.way.pp > 1 else {ALL: main.ranks}
+                found.append(Placed(priced))
+        places = (
+            {ALL: main.ranks, FIRST: main.ranks // main.config.pp}
+            if main.config.pp > 1
+            else {ALL: main.ranks}
+        )
         for place, ranks in places.items():
-            found += [Placed(option, place) for option in self._on(name, ranks, count)]
+            found += [Placed(priced, place) for priced in self._on(name, ranks, count)]
         return found
 
-    def _front(self, name: str, microbatches: int) -> tuple[Option, ...]:
+    def _front(self, name: str, microbatches: int) -> tuple[PricedConfig, ...]:
         """Return the options of a module that no other one beats in every respect."""
         if (name, microbatches) not in self.fronts:
-            menu = self.menus[name]
-            ways = menu.ways(microbatches, self.ranks - 1)
-            options = [menu.option(way) for way in ways if menu.least_s(way) <= self.worth]
+            space = self.spaces[name]
+            configs = space.configs(microbatches, self.ranks - 1)
+            options = [space.priced(config) for config in configs if space.least_s(config) <= self.worth]
             self.looked_at += len(options)
             self.fronts[name, microbatches] = _front(options)
         return self.fronts[name, microbatches]
 
-    def _on(self, name: str, ranks: int, microbatches: int) -> Iterator[Option]:
+    def _on(self, name: str, ranks: int, microbatches: int) -> Iterator[PricedConfig]:
         """Yield options of one stage on so many ranks: with the microbatches of the job, or larger ones."""
-        menu = self.menus[name]
-        for shape in menu.shapes:
-            lanes, left = divmod(ranks, shape.ranks)
+        space = self.spaces[name]
+        for shape in space.shapes:
+            dp_ranks, left = divmod(ranks, shape.ranks)
             if left:
                 continue
-            larger = next(m for m in _down_from(microbatches) if self.samples // m >= lanes or m == 1)
+            larger = next(m for m in _down_from(microbatches) if self.samples // m >= dp_ranks or m == 1)
             for count in dict.fromkeys((microbatches, larger)):
-                dp = min(lanes, self.samples // count)
-                if dp % shape.lanes == 0:
-                    yield menu.option(Way(shape, 1, 1, dp, count))
+                dp = min(dp_ranks, self.samples // count)
+                if dp % shape.dp_size == 0:
+                    yield space.priced(ParallelConfig(shape, 1, 1, dp, count))
 
-    def _bound(self, main: Option, others: Mapping[str, Placed]) -> float:
+    def _bound(self, main: PricedConfig, others: Mapping[str, Placed]) -> float:
         """Return a time that no order of a layout beats."""
-        options = {name: placed.option for name, placed in others.items()} | {self.main: main}
+        options = {name: placed.priced for name, placed in others.items()} | {self.main: main}
         heads: dict[str, float] = {}
         tails: dict[str, float] = {}
         for name in self.graph.order:
@@ -273,20 +279,20 @@ class _Walker:
             feeders = [feeder for feeder in self.graph.nodes[name].feeders if feeder in options]
             heads[name] = max((heads[f] + options[f].forward for f in feeders), default=0.0)
             tails[name] = max((tails[f] + options[f].backward for f in feeders), default=0.0)
-        alone = max(option.bound(heads[name], tails[name]) for name, option in options.items())
+        alone = max(priced.bound(heads[name], tails[name]) for name, priced in options.items())
         return max(alone, *self._shared(main, others), 0.0)
 
-    def _shared(self, main: Option, others: Mapping[str, Placed]) -> Iterator[float]:
+    def _shared(self, main: PricedConfig, others: Mapping[str, Placed]) -> Iterator[float]:
         """Yield the work of ranks that several modules share."""
         for pp, time in enumerate(main.times):
-            guests = [p.option for p in others.values() if p.place == ALL or (p.place == FIRST and pp == 0)]
-            # Guests with few lanes leave the ranks behind them alone; ranks of stages are in order.
-            first = pp * main.ranks // main.way.pp
+            guests = [p.priced for p in others.values() if p.place == ALL or (p.place == FIRST and pp == 0)]
+            # Guests with few dp ranks leave the ranks behind them alone; ranks of stages are in order.
+            first = pp * main.ranks // main.config.pp
             guests = [guest for guest in guests if guest.ranks > first]
             if guests:
                 yield (
-                    main.way.microbatches * time.work
-                    + sum(guest.way.microbatches * guest.times[0].work for guest in guests)
+                    main.config.microbatches * time.work
+                    + sum(guest.config.microbatches * guest.times[0].work for guest in guests)
                     + time.update
                     + sum(guest.times[0].update for guest in guests)
                 )
@@ -299,12 +305,12 @@ class _Walker:
         main = candidate.main
         most = list(main.bytes_at_most(self._stages_below(self.main)))
         for placed in guests:
-            rank = placed.option.bytes[0]
+            rank = placed.priced.bytes[0]
             # Fewer, larger microbatches: what flies below is counted in those of the main module.
-            ratio = main.way.microbatches / placed.option.way.microbatches
-            flying = min(1 + math.ceil(main.depth / ratio), placed.option.way.microbatches)
-            for pp in range(main.way.pp):
-                if placed.option.ranks > pp * main.ranks // main.way.pp:
+            ratio = main.config.microbatches / placed.priced.config.microbatches
+            flying = min(1 + math.ceil(main.depth / ratio), placed.priced.config.microbatches)
+            for pp in range(main.config.pp):
+                if placed.priced.ranks > pp * main.ranks // main.config.pp:
                     most[pp] += rank.kept + rank.flying * flying
         return tuple(most) if max(most) > self.cap else None
 
@@ -313,35 +319,35 @@ class _Walker:
         return set(feeds).union(*(self._downstream(to) for to in feeds))
 
 
-def _front(options: Iterable[Option]) -> tuple[Option, ...]:
+def _front(options: Iterable[PricedConfig]) -> tuple[PricedConfig, ...]:
     """Return the options that no other one beats in ranks, bytes, the way through them and their own bound."""
     rated = sorted(
         (
             (
-                option.ranks,
-                option.bound(),
-                option.forward,
-                option.backward,
-                max(option.bytes_at_most(0)),
-                max(rank.flying for rank in option.bytes),
+                priced.ranks,
+                priced.bound(),
+                priced.forward,
+                priced.backward,
+                max(priced.bytes_at_most(0)),
+                max(rank.flying for rank in priced.bytes),
             ),
             i,
-            option,
+            priced,
         )
-        for i, option in enumerate(options)
+        for i, priced in enumerate(options)
     )
-    front: list[tuple[tuple[float, ...], Option]] = []
-    for rates, _, option in rated:
+    front: list[tuple[tuple[float, ...], PricedConfig]] = []
+    for rates, _, priced in rated:
         if not any(all(map(operator.le, other, rates)) for other, _ in front):
-            front.append((rates, option))
-    return tuple(option for _, option in front)
+            front.append((rates, priced))
+    return tuple(priced for _, priced in front)
 
 
-def _chosen(misses: Iterable[Miss]) -> tuple[Miss, ...]:
+def _chosen(out_of_memory: Iterable[OutOfMemory]) -> tuple[OutOfMemory, ...]:
     """Return the least short, then the fastest, each option once."""
-    misses = list(misses)
-    least = sorted(misses, key=lambda miss: miss.needs)[:1]
-    fastest = sorted(misses, key=lambda miss: (miss.bound, miss.needs))[:KEPT]
+    out_of_memory = list(out_of_memory)
+    least = sorted(out_of_memory, key=lambda too_large: too_large.needs)[:1]
+    fastest = sorted(out_of_memory, key=lambda too_large: (too_large.bound, too_large.needs))[:KEPT]
     return tuple(dict.fromkeys([*least, *fastest]))
 
 

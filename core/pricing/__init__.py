@@ -7,10 +7,10 @@ Seconds on an accelerator follow from what the job does:
     tp, cp, ep     inside the compute action: two sums over tp per layer and direction, the keys and values that cp
                    gathers, the tokens that cross to experts and back
     links          bytes over the bandwidth of the node, or of the network where any of their ranks is in another
-    reduce         the sum of gradients over data lanes: each byte twice over the slowest link
+    reduce         the sum of gradients over dp ranks: each byte twice over the slowest link
     update         Adam reads and writes weights, gradients and moments: memory bandwidth
 
-Of a microbatch the lane that has most counts, since the others wait for it in the end; of microbatches their mean.
+Of a microbatch the dp rank that has most counts, since the others wait for it in the end; of microbatches their mean.
 A module of the user's own takes no time. Where not even the accelerator is known, time goes by layers (`assumed`).
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from mimogrid.core.base.samples import lane_samples
+from mimogrid.core.base.samples import dp_samples
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.pricing.collectives import is_near
 from mimogrid.core.pricing.flops import Load, lengths_of, module_units, of_units, padded_load
@@ -37,7 +37,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
     topology = step.topology
     stages: dict[str, StageCosts] = {}
     for module in topology.modules.values():
-        load = _lane_load(module, lengths_of(step, module.name), topology.sequence, spread=spread)
+        load = _dp_rank_load(module, lengths_of(step, module.name), topology.sequence, spread=spread)
         parts = unit_costs(
             module,
             load,
@@ -74,25 +74,27 @@ def _whole_s(costs: StageCosts) -> float:
     return costs.forward + costs.whole_backward
 
 
-def _lane_load(module: Module, lengths: Sequence[int], sequence: int, *, spread: bool = False) -> Load:
-    """Return what the lane with most computes on in a microbatch, padded: the mean over those where it has any.
+def _dp_rank_load(module: Module, lengths: Sequence[int], sequence: int, *, spread: bool = False) -> Load:
+    """Return what the dp rank with most computes on in a microbatch, padded: the mean over those where it has any.
 
     With `spread`, the mean over all. `lengths` are the positions of every sample of the step.
     """
-    lanes = (_of_lane(module, lane, lengths, sequence, spread=spread) for lane in range(module.lanes))
-    return max(lanes, key=_size)
+    dp_ranks = (
+        _of_dp_rank(module, dp_rank, lengths, sequence, spread=spread) for dp_rank in range(module.dp_size)
+    )
+    return max(dp_ranks, key=_size)
 
 
 def _size(load: Load) -> tuple[float, float, float]:
     return load.positions, load.pairs, load.rows
 
 
-def _of_lane(module: Module, lane: int, lengths: Sequence[int], sequence: int, *, spread: bool) -> Load:
+def _of_dp_rank(module: Module, dp_rank: int, lengths: Sequence[int], sequence: int, *, spread: bool) -> Load:
     count, whole = 0, Load()
     for k in range(module.microbatches):
-        chosen = lane_samples(
-            lane=lane,
-            lanes=module.lanes,
+        chosen = dp_samples(
+            dp_rank=dp_rank,
+            dp_size=module.dp_size,
             microbatch=k,
             microbatches=module.microbatches,
             total=len(lengths),

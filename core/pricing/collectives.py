@@ -46,7 +46,7 @@ def _is_within(grid: Grid, axes: tuple[str, ...], per_node: int) -> bool:
 
 
 def is_near(topology: Topology, link: Link, machine: Machine) -> bool:
-    """Whether all that a link joins is within a node: for a hop each pair of ranks, for a seam all ranks."""
+    """Whether a link stays within a node: for a pipeline link each pair of ranks, for a bridge all ranks."""
     per_node = machine.accelerator.per_node
     ends = [_ranks(topology, stage.module, stage.pp) for stage in (link.source, link.target)]
     if link.edge is None:

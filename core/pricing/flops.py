@@ -108,7 +108,7 @@ class Load:
 
 
 def stage_flops(step: Step) -> Mapping[Stage, Flops]:
-    """Return what each stage computes in a microbatch, all lanes together: the mean over the step."""
+    """Return what each stage computes in a microbatch, all dp ranks together: the mean over the step."""
     return {
         info.stage: sum_of(of_units(info, own) if own else ())
         for module in step.topology.modules.values()
@@ -149,7 +149,7 @@ def padded_load(module: Module, lengths: Sequence[int], sequence: int) -> Load:
 
 
 def _mean(step: Step, module: Module) -> Load:
-    """Return the load of a microbatch of a module, all lanes together: the mean over the step."""
+    """Return the load of a microbatch of a module, all dp ranks together: the mean over the step."""
     if isinstance(module.model, Own):
         return Load()
     return real_load(module.model, lengths_of(step, module.name)) * (1 / module.microbatches)

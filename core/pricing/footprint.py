@@ -76,9 +76,9 @@ def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recom
 def noted_values(module: Module, info: StageInfo, shape: tuple[int, int, int]) -> float:
     """Return how many values a stage keeps of a microbatch between the halves of a split backward.
 
-    They are what the products for the gradients of weights read (`shell/megatron/ledger.py`): the input of every
-    matrix that trains, and the gradient of its output. Recomputation does not make them fewer. `shape` is as in
-    `saved_values`.
+    They are what the products for the gradients of weights read (`shell/megatron/weight_grad_store.py`): the input
+    of every matrix that trains, and the gradient of its output. Recomputation does not make them fewer. `shape` is
+    as in `saved_values`.
     """
     model = module.model
     if isinstance(model, Own):
@@ -105,7 +105,7 @@ def noted_values(module: Module, info: StageInfo, shape: tuple[int, int, int]) -
 
 def largest_shape(topology: Topology, module: Module) -> tuple[int, int, int]:
     """Return (positions, samples, hidden) of a microbatch on a rank if all samples are as large as they get."""
-    samples = -(-topology.samples_per_microbatch[module.name] // module.lanes)
+    samples = -(-topology.samples_per_microbatch[module.name] // module.dp_size)
     positions = topology.sequence if isinstance(module.model, Gpt) else _most_rows(topology)[module.name]
     return module.padded(positions) // module.cp, samples, module.model.hidden or 0
 

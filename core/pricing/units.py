@@ -1,4 +1,4 @@
-"""Units: what the parts of a module that no stage cuts (`flops.units`) cost on a machine, for a load of one lane.
+"""Units: what the parts of a module that no stage cuts (`flops.units`) cost on a machine, for a load of one dp rank.
 
 So they price any way to cut the module, by sums over them (`joined`).
 """
@@ -39,7 +39,7 @@ def unit_costs(
     values: Sequence[Values],
     repeats: bool,
 ) -> tuple[StageCosts, ...]:
-    """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a load of one lane.
+    """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a load of one dp rank.
 
     `flops` and `values` are of these parts; `repeats` says that layers are computed anew in the backward, with
     all that their ranks exchange. Nothing for a module of the user's own.
@@ -115,7 +115,7 @@ def _tp(module: Module) -> int:
 def _sums(
     module: Module, model: BuiltIn, load: Load, machine: Machine, *, entry: bool, leaves: bool
 ) -> tuple[float, float]:
-    """Return the seconds of what ranks of a lane exchange in a part, forward and backward."""
+    """Return the seconds of what ranks of a dp rank exchange in a part, forward and backward."""
     block = load.positions / module.cp * model.hidden * machine.value_bytes
     tp = all_reduce_s(block, module.grid, ("tp",), machine)
     if entry or leaves:
@@ -162,7 +162,7 @@ def _values_of(module: Module, parameter: Parameter) -> float:
 
 
 def _reduce_s(module: Module, values: Values, machine: Machine) -> float:
-    """Return the seconds that sum gradients over lanes; in buffers so large that latency does not count."""
+    """Return the seconds that sum gradients over dp ranks; in buffers so large that latency does not count."""
     copies = 0.0
     if module.experts is not None:
         size = values.trained_experts * machine.state_bytes

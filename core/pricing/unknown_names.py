@@ -7,7 +7,7 @@ from mimogrid.core.job.costs import Costs
 from mimogrid.core.topology.topology import Topology
 
 
-def misfits(costs: Costs, topology: Topology) -> Iterator[Problem]:
+def unknown_names(costs: Costs, topology: Topology) -> Iterator[Problem]:
     """Yield what costs say of things that the job does not have."""
     stages = [str(stage) for stage in topology.stages]
     links = list(dict.fromkeys(str(name) for link in topology.links for name in (link.edge or link, link)))

@@ -13,11 +13,11 @@ of an answer that the peer could give only with the data in hand. So no wait rel
 buffers. Where no answer comes (nothing trains upstream), the wait stands where the order has let the peer
 consume the data, and bounds the queue.
 
-A lane without rows in a microbatch has no actions for it: absence is decided here, not by the executor.
+A dp rank without rows in a microbatch has no actions for it: absence is decided here, not by the executor.
 
 The sums of a stage's gradients, bucket by bucket, are posted after the last turn of the whole order in which any of
-its lanes adds to them, whether or not this lane has that turn: so all lanes post them at one place among what else
-they do together. They go on while the rank computes for its other stages, and are waited for at the end.
+its dp ranks adds to them, whether or not this dp rank has that turn: so all dp ranks post them at one place among
+what else they do together. They go on while the rank computes for its other stages, and are waited for at the end.
 
 What rows do not change (which transfers may stand at which action) is worked out once per job and stage; a
 step adds the messages of the rank.
@@ -95,8 +95,8 @@ class Program:
         match action:
             case Compute(stage=stage):
                 module = modules[stage.module]
-                lanes = module.closure(module.grid.position(rank)["dp"])
-                return tuple(r for lane in lanes for r in module.holders(stage, lane))
+                dp_ranks = module.ep_dp_ranks(module.grid.position(rank)["dp"])
+                return tuple(r for dp_rank in dp_ranks for r in module.tp_cp_ranks(stage, dp_rank))
             case Reduce(stage, bucket) | WaitReduce(stage, bucket):
                 section = buckets_of(self.topology, self.topology.stages[stage], rank)[bucket].section
                 return shared_by(modules[stage.module], rank, section)
@@ -123,7 +123,7 @@ class Program:
         return self.topology.stages_of(rank) if self.order.training else ()
 
     def last_gradient(self, info: StageInfo) -> int:
-        """Return where in the global order the gradients of a stage are complete on all lanes."""
+        """Return where in the global order the gradients of a stage are complete on all dp ranks."""
         return self.order.index[self.order.of(info.stage)[-1]]
 
     def finish(self, rank: int) -> Iterator[Action]:
@@ -319,24 +319,24 @@ class _Lowering:
         return sums
 
     def _own_turns(self) -> list[tuple[_Turn, int]]:
-        """Return this rank's turns, each with the lane that it has there."""
+        """Return this rank's turns, each with the dp rank that it has there."""
         topology, step = self.program.topology, self.program.routes.step
         turns: list[tuple[_Turn, int]] = []
         for info in topology.stages_of(self.rank):
-            lane = topology.modules[info.stage.module].lane_of(self.rank)
-            active = step.active(info.stage.module, lane)
+            dp_rank = topology.modules[info.stage.module].dp_rank_of(self.rank)
+            active = step.active(info.stage.module, dp_rank)
             own = _turns(topology, self.program.order, info.stage)
-            turns += [(turn, lane) for turn in own if turn.action.microbatch in active]
+            turns += [(turn, dp_rank) for turn in own if turn.action.microbatch in active]
         return sorted(turns, key=lambda each: each[0].start)
 
     def _received(self, turns: list[tuple[_Turn, int]]) -> Iterator[_Mail]:
         """Yield what this rank receives, at the first turn that reads it."""
         seen: set[_Option] = set()
-        for i, (turn, lane) in enumerate(turns):
+        for i, (turn, dp_rank) in enumerate(turns):
             for option in turn.receives:
                 if option not in seen:
                     seen.add(option)
-                    messages = self._messages(option, lane)
+                    messages = self._messages(option, dp_rank)
                     if messages:
                         yield _Mail(option, i, messages)
 
@@ -348,19 +348,19 @@ class _Lowering:
         others.
         """
         made: list[_Mail] = []
-        for i, (turn, lane) in enumerate(turns):
+        for i, (turn, dp_rank) in enumerate(turns):
             for option in turn.sends:
-                messages = self._messages(option, lane)
+                messages = self._messages(option, dp_rank)
                 if messages and (not option.leaves or _last_made(messages) == turn.action.microbatch):
                     made.append(_Mail(option, i, messages))
         made.sort(key=lambda mail: mail.option.place)
         turn_of = itertools.accumulate((mail.turn for mail in made), max)
         return [_Mail(mail.option, turn, mail.messages) for mail, turn in zip(made, turn_of, strict=True)]
 
-    def _messages(self, option: _Option, lane: int) -> tuple[Message, ...]:
+    def _messages(self, option: _Option, dp_rank: int) -> tuple[Message, ...]:
         routes = self.program.routes
         side = routes.leaving if option.leaves else routes.reaching
-        return side(option.link, option.transfer.microbatch, lane).get(self.rank, ())
+        return side(option.link, option.transfer.microbatch, dp_rank).get(self.rank, ())
 
 
 def _last_made(messages: tuple[Message, ...]) -> int:

@@ -11,7 +11,7 @@ A listing is judged against the step that it is for, not against how it was made
 - each sum of gradients posted once, after the last gradient of its stage, and waited for; agreement and update
   once, after that;
 - what a group does together at one place on all its ranks: communicators match calls by their order;
-- no more in flight than the order's credits: a microbatch is, on a stage, from its forward to the end of its
+- no more in flight than the order's limits in flight: a microbatch is, on a stage, from its forward to the end of its
   backward; where there is none, its output is until every send of it has been waited for. That is so when
   training and when evaluating: without a bound, a fast encoder would fill the memory in both;
 - an end: the walk of `replay`, in which nothing buffers and joint actions wait for all their ranks, gets
@@ -27,7 +27,7 @@ walks by itself, and that walk decides. So `verify` says of every listing what `
 folds nothing.
 
 Walking in step gets through for what `lower` makes: its order came of doing one compute action after the
-other, each on all the lanes that have it, and that is a walk in step. So a world of a thousand ranks costs
+other, each on all the dp ranks that have it, and that is a walk in step. So a world of a thousand ranks costs
 no more than its different lists do.
 """
 
@@ -81,7 +81,7 @@ def verify_each(program: Program, listing: Listing | None = None, *, strict: boo
 
 
 def in_flight(program: Program, listing: Listing | None = None) -> Mapping[Stage, int]:
-    """Return how many microbatches a stage has in flight at most on any rank, as its credit counts them.
+    """Return how many microbatches a stage has in flight at most on any rank, as its limit in flight counts them.
 
     The listing must be sound. A stage that keeps nothing for anybody has none in flight.
     """
@@ -193,12 +193,15 @@ class _Duties:
 def _duties(program: Program, rank: int) -> _Duties:
     topology, routes = program.topology, program.routes
     stages = topology.stages_of(rank)
-    lanes = {info.stage: topology.modules[info.stage.module].lane_of(rank) for info in stages}
+    dp_ranks = {info.stage: topology.modules[info.stage.module].dp_rank_of(rank) for info in stages}
     return _Duties(
-        tuple((stage, routes.step.active(stage.module, lane)) for stage, lane in lanes.items()),
+        tuple((stage, routes.step.active(stage.module, dp_rank)) for stage, dp_rank in dp_ranks.items()),
         tuple(
-            (link, tuple(k for k in _microbatches(topology, link) if rank in routes.reaching(link, k, lane)))
-            for stage, lane in lanes.items()
+            (
+                link,
+                tuple(k for k in _microbatches(topology, link) if rank in routes.reaching(link, k, dp_rank)),
+            )
+            for stage, dp_rank in dp_ranks.items()
             for link in topology.links_into(stage)
         ),
         tuple(
@@ -207,10 +210,10 @@ def _duties(program: Program, rank: int) -> _Duties:
                 tuple(
                     (k, _made_by(messages))
                     for k in _microbatches(topology, link)
-                    if (messages := routes.leaving(link, k, lane).get(rank))
+                    if (messages := routes.leaving(link, k, dp_rank).get(rank))
                 ),
             )
-            for stage, lane in lanes.items()
+            for stage, dp_rank in dp_ranks.items()
             for link in topology.links_from(stage)
         ),
         program.sums(rank),
@@ -259,7 +262,7 @@ class _Judge:
         halves = {a.stage for a in computed if a.kind in {Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT}}
         whole = {a.stage for a in computed if a.kind is Kind.BACKWARD}
         self.split = (halves - whole) | (halves & program.order.split)
-        self.credits = program.order.credits
+        self.max_in_flight = program.order.max_in_flight
         self.of_compute: dict[tuple[Stage, int, tuple[Action, ...]], _Clause] = {}
         self.of_transfer: dict[tuple[Stage, Link, int, tuple[int, ...]], _Clause] = {}
 
@@ -293,9 +296,9 @@ class _Judge:
 
     def _excess(self, duties: _Duties, place: Mapping[int, int]) -> Iterator[str]:
         for stage, number, count in self._flights(duties, place):
-            if count > self.credits[stage]:
+            if count > self.max_in_flight[stage]:
                 what = "microbatches in flight" if self._is_trained(stage) else "outputs that wait to be read"
-                yield f"'{self.actions[number]}' gives {stage} {count} {what}; it may have {self.credits[stage]}"
+                yield f"'{self.actions[number]}' gives {stage} {count} {what}; it may have {self.max_in_flight[stage]}"
                 return
 
     def _flights(self, duties: _Duties, place: Mapping[int, int]) -> Iterator[tuple[Stage, int, int]]:

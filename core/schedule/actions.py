@@ -13,7 +13,7 @@ True
 ``vision.0 SEND_F2 -> language.0``     post the sends of microbatch 2 (``F`` activations, ``B`` gradients)
 ``language.0 RECV_F2 <- vision.0``     post the receives
 ``vision.0 WAIT_SEND_F2 -> language.0``  block until the sends are complete; likewise ``WAIT_RECV``
-``vision.0 REDUCE``                    sum the stage's gradients over its data lanes, and partial ones over tp
+``vision.0 REDUCE``                    sum the stage's gradients over its dp ranks, and partial ones over tp
 ``language.0 TIE``                     sum the gradients of weights that both ends of a module hold
 ``NORM`` and ``UPDATE``                agree on the gradient norm over the world; take the step
 =====================================  ====================================================================

@@ -23,7 +23,7 @@ from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 
 
-def settled(spec: JobSpec, source: SourceFacts) -> JobSpec:
+def balance_layers(spec: JobSpec, source: SourceFacts) -> JobSpec:
     """Return a job with the layers of each stage decided; as it is, where nothing is to be decided or it is wrong."""
     open_ = [name for name, module in spec.modules.items() if _is_open(spec, name, module)]
     if not open_:

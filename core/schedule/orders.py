@@ -1,9 +1,9 @@
 """Orders: in which sequence the stages work through their microbatches.
 
-One list scheduler makes all of them (`scheduler`); an order's name stands for a `Rule`, which says how far
-forwards may run ahead and whether backwards are split. With a *credit* of c microbatches a stage runs
-forwards until c are in flight, and from then on a backward before each further forward. A credit of all
-microbatches is GPipe. A credit equal to the stage's depth, its distance to the loss along the deepest path, is
+One list scheduler makes all of them (`scheduler`); an order's name stands for a `IssuePolicy`, which says how far
+forwards may run ahead and whether backwards are split. With a *limit in flight* of c microbatches a stage runs
+forwards until c are in flight, and from then on a backward before each further forward. A limit in flight of all
+microbatches is GPipe. A limit in flight equal to the stage's depth, its distance to the loss along the deepest path, is
 1F1B over any module graph:
 
     depth 3 |  F0 F1 F2 B0 F3 B1 B2 B3
@@ -12,14 +12,14 @@ microbatches is GPipe. A credit equal to the stage's depth, its distance to the 
 
 (Measured from the sources instead, encoders of unequal depth run too far ahead and deadlock.) Depth counts
 samples, so it holds for modules with microbatches of their own. A stage without backward keeps its outputs
-until they are consumed, and its credit bounds that queue.
+until they are consumed, and its limit in flight bounds that queue.
 
-A rank with several *chunks* of a module works on them as one team: through groups of as many microbatches as
-the pipeline has ranks, chunk after chunk forwards, and in opposite order backwards, with one credit for the
-forwards of all its chunks (interleaved 1F1B). Deeper modules make the first rank's credit grow by as much as
+A rank with several *chunks* of a module works on them as one pipeline rank: through groups of as many microbatches as
+the pipeline has ranks, chunk after chunk forwards, and in opposite order backwards, with one limit in flight for the
+forwards of all its chunks (interleaved 1F1B). Deeper modules make the first rank's limit in flight grow by as much as
 they need before they give anything back.
 
-With backwards split, weight gradients fill the gaps (zero bubble). ZB-H1 keeps the credits of 1F1B, and so
+With backwards split, weight gradients fill the gaps (zero bubble). ZB-H1 keeps the limits in flight of 1F1B, and so
 its memory; ZB-H2 lets every stage run two microbatches ahead of the next one.
 
 Stages that share ranks agree on one order because the scheduler never runs two of them at once. Its result is
@@ -37,7 +37,7 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.schedule.actions import Compute, Direction, Kind
-from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
+from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, IssueQueues, issue_queues_of
 from mimogrid.core.schedule.scheduler import TimedWork, schedule
 from mimogrid.core.schedule.tuning import AUTO, GB, bytes_needed, tuned
 from mimogrid.core.schedule.work import Work, unit_seconds, work_of
@@ -54,7 +54,7 @@ class Order:
         backward: the stages that run a backward, those with something to train here or upstream.
         split: those of them that run it in two halves.
         gradients: the links on which gradients flow back.
-        credits: how many microbatches of its own each stage has in flight at most, or, without backward, may
+        limits in flight: how many microbatches of its own each stage has in flight at most, or, without backward, may
             have waiting for those that read them.
     """
 
@@ -63,7 +63,7 @@ class Order:
     backward: frozenset[Stage]
     split: frozenset[Stage]
     gradients: frozenset[Link]
-    credits: Mapping[Stage, int]
+    max_in_flight: Mapping[Stage, int]
 
     @functools.cached_property
     def index(self) -> Mapping[Compute, int]:
@@ -104,26 +104,26 @@ def order_of(topology: Topology, *, training: bool = True) -> Order:
     name = topology.spec.schedule.name
     if name == AUTO and training:
         best = tuned(topology)
-        order = _order(best.timed.work, best.order, best.lines, training=True)
+        order = _order(best.timed.work, best.order, best.queues, training=True)
     else:
-        rule = RULES.get(name, Rule())
-        work = work_of(topology, training=training, splits=rule.splits)
-        lines = lines_of(work, rule)
-        done = schedule(TimedWork(work, unit_seconds(work)), lines.teams)
-        order = _order(work, done, lines, training=training)
+        policy = ISSUE_POLICIES.get(name, IssuePolicy())
+        work = work_of(topology, training=training, splits=policy.splits)
+        queues = issue_queues_of(work, policy)
+        done = schedule(TimedWork(work, unit_seconds(work)), queues.pp_ranks)
+        order = _order(work, done, queues, training=training)
     if training:
         _check_memory(order, topology)
     return order
 
 
-def _order(work: Work, order: Sequence[int], lines: Lines, *, training: bool) -> Order:
+def _order(work: Work, order: Sequence[int], queues: IssueQueues, *, training: bool) -> Order:
     return Order(
         training=training,
         actions=tuple(work.actions[i] for i in order),
         backward=work.backward,
         split=work.split,
         gradients=work.gradients,
-        credits={**lines.queues, **work.in_flight(order)},
+        max_in_flight={**queues.unread_outputs, **work.in_flight(order)},
     )
 
 
@@ -131,12 +131,12 @@ def _check_memory(order: Order, topology: Topology) -> None:
     cap, name = topology.spec.schedule.memory_gb, topology.spec.schedule.name
     if cap is None:
         return
-    needed = bytes_needed(topology, order.credits, order.split)
+    needed = bytes_needed(topology, order.max_in_flight, order.split)
     rank = max(needed, key=needed.__getitem__)
     if needed[rank] <= cap * GB:
         return
     stages = [info.stage for info in topology.stages_of(rank)]
-    flying = ", ".join(f"{order.credits[s]} of {s}" for s in stages if s in order.backward)
+    flying = ", ".join(f"{order.max_in_flight[s]} of {s}" for s in stages if s in order.backward)
     always = kept(topology, rank).bytes / GB
     fact = (
         f"{name} needs {needed[rank] / GB:.3g} GB on rank {rank}: {always:.3g} GB for weights, gradients and "

@@ -1,15 +1,15 @@
 """The list scheduler: one walk in time that makes every order.
 
-A team's *line* says what it would do next, and it waits for that:
+A pipeline rank's *line* says what it would do next, and it waits for that:
 
-    forwards until they are `credit` microbatches ahead of the backwards, then a backward before each forward;
-    where backwards are split, a weight gradient as soon as more than `lag` of them are owed
+    forwards until they are `max_in_flight` microbatches ahead of the backwards, then a backward before each forward;
+    where backwards are split, a weight gradient as soon as more than `weight_grad_backlog` of them are owed
 
 Once there is no forward left, what is ready comes first: backwards, then weight gradients, which nobody waits
 for.
 
-The walk starts what is wanted and ready as soon as the team's ranks are free, in order of (microbatch, depth,
-name), and never runs two teams that share a rank at once. So its result has been done once: whatever the ranks
+The walk starts what is wanted and ready as soon as the pipeline rank's ranks are free, in order of (microbatch, depth,
+name), and never runs two pipeline ranks that share a rank at once. So its result has been done once: whatever the ranks
 do in that order is free of deadlock.
 """
 
@@ -26,20 +26,20 @@ from mimogrid.core.topology.topology import Stage
 
 
 @attrs.frozen
-class Line:
-    """A team's turns: its actions by kind, each in order, and by what rule it chooses among them.
+class IssueQueue:
+    """A pipeline rank's turns: its actions by kind, each in order, and by what rule it chooses among them.
 
     Attributes:
         sequences: its actions.
-        credit: how many forwards may be ahead of backwards.
+        limit in flight: how many forwards may be ahead of backwards.
         lag: how many weight gradients may be owed to gradients of inputs.
         room: before each forward of a stage without backward, those that must have read earlier outputs.
     """
 
     sequences: Sequences
-    credit: float = math.inf
-    lag: float = math.inf
-    room: Mapping[int, tuple[int, ...]] = attrs.field(factory=dict[int, tuple[int, ...]])
+    max_in_flight: float = math.inf
+    weight_grad_backlog: float = math.inf
+    backpressure: Mapping[int, tuple[int, ...]] = attrs.field(factory=dict[int, tuple[int, ...]])
 
 
 @attrs.frozen(eq=False)
@@ -91,35 +91,35 @@ class TimedWork:
         return tuple(places)
 
     @functools.cached_property
-    def team_of(self) -> tuple[int, ...]:
-        """The team of every action."""
-        team = {stage: i for i, stages in enumerate(self.work.teams) for stage in stages}
-        return tuple(team[action.stage] for action in self.work.actions)
+    def pp_rank_of(self) -> tuple[int, ...]:
+        """The pipeline rank of every action."""
+        pp_rank = {stage: i for i, stages in enumerate(self.work.pp_ranks) for stage in stages}
+        return tuple(pp_rank[action.stage] for action in self.work.actions)
 
 
-def schedule(timed: TimedWork, lines: Sequence[Line]) -> tuple[int, ...]:
-    """Let every team work off its line; return all actions in the order in which they start."""
-    return _Walk(timed, lines).run()
+def schedule(timed: TimedWork, queues: Sequence[IssueQueue]) -> tuple[int, ...]:
+    """Let every pipeline rank work off its line; return all actions in the order in which they start."""
+    return _Walk(timed, queues).run()
 
 
-def retimed(timed: TimedWork, order: Sequence[int], lines: Sequence[Line]) -> float:
+def retimed(timed: TimedWork, order: Sequence[int], queues: Sequence[IssueQueue]) -> float:
     """Return when an order ends whose ranks keep to it, whatever time it was made for.
 
     As in a program, data sets out when it is made and its receive is posted: when the action before the one
     that reads it is next.
     """
-    teams = timed.work.teams
+    pp_ranks = timed.work.pp_ranks
     ends_s = [0.0] * len(order)
-    busy_until_s, posted_s = [0.0] * len(teams), [0.0] * len(teams)
+    busy_until_s, posted_s = [0.0] * len(pp_ranks), [0.0] * len(pp_ranks)
     for action in order:
-        team = timed.team_of[action]
-        begin_s = busy_until_s[team]
+        pp_rank = timed.pp_rank_of[action]
+        begin_s = busy_until_s[pp_rank]
         for need, delay in timed.sources[action]:
-            begin_s = max(begin_s, max(ends_s[need], posted_s[team]) + delay)
-        for reader in lines[team].room.get(action, ()):
+            begin_s = max(begin_s, max(ends_s[need], posted_s[pp_rank]) + delay)
+        for reader in queues[pp_rank].backpressure.get(action, ()):
             begin_s = max(begin_s, ends_s[reader])
         ends_s[action] = begin_s + timed.seconds[action]
-        for rival in timed.work.rivals[team]:
+        for rival in timed.work.conflicts[pp_rank]:
             posted_s[rival] = busy_until_s[rival]
             busy_until_s[rival] = max(busy_until_s[rival], ends_s[action])
     return max(busy_until_s)
@@ -128,7 +128,7 @@ def retimed(timed: TimedWork, order: Sequence[int], lines: Sequence[Line]) -> fl
 def limit_s(timed: TimedWork, order: Sequence[int]) -> float:
     """Return what no order of the same actions could beat; the one given says only what may follow what.
 
-    Of any team, and of its forwards or its other actions alone: the shortest way in to one of them, all their
+    Of any pipeline rank, and of its forwards or its other actions alone: the shortest way in to one of them, all their
     work, the shortest way out.
     """
     heads, tails = [0.0] * len(order), [0.0] * len(order)
@@ -139,9 +139,9 @@ def limit_s(timed: TimedWork, order: Sequence[int]) -> float:
         for follower, delay in timed.followers[action]:
             tails[action] = max(tails[action], tails[follower] + timed.seconds[follower] + delay)
     sets: dict[tuple[int, bool | None], list[int]] = {}
-    for action, team in enumerate(timed.team_of):
+    for action, pp_rank in enumerate(timed.pp_rank_of):
         forward = timed.work.actions[action].kind is Kind.FORWARD
-        for key in ((team, None), (team, forward)):
+        for key in ((pp_rank, None), (pp_rank, forward)):
             sets.setdefault(key, []).append(action)
     return max(
         min(heads[i] for i in each) + sum(timed.seconds[i] for i in each) + min(tails[i] for i in each)
@@ -149,13 +149,13 @@ def limit_s(timed: TimedWork, order: Sequence[int]) -> float:
     )
 
 
-class _Turns:
-    """How far a team is along its line: what comes next, how far forwards are ahead, which weights are owed."""
+class _Progress:
+    """How far a pipeline rank is: its next actions, forwards ahead of backwards, and pending weight gradients."""
 
-    def __init__(self, line: Line, work: Work) -> None:
-        self.line = line
-        self.ahead = self.owed = 0
-        mine = line.sequences
+    def __init__(self, queue: IssueQueue, work: Work) -> None:
+        self.queue = queue
+        self.forwards_ahead = self.weight_grads_owed = 0
+        mine = queue.sequences
         self._returns = frozenset(i for i in mine.forwards if work.holds[i])
         self._owes = frozenset(i for i in mine.backwards if not work.holds[i])
         self._forwards, self._backwards, self._weights = (
@@ -166,43 +166,43 @@ class _Turns:
         self.weight = next(self._weights, None)
 
     def wanted(self) -> tuple[int | None, ...]:
-        """Return what the team would do next; several if it would take the first that is ready."""
-        if self.owed > self.line.lag:
+        """Return what the pipeline rank would do next; several if it would take the first that is ready."""
+        if self.weight_grads_owed > self.queue.weight_grad_backlog:
             return (self.weight,)
         if self.forward is None:
             return (self.backward, self.weight)
-        goes_on = self.ahead < self.line.credit or self.backward is None
+        goes_on = self.forwards_ahead < self.queue.max_in_flight or self.backward is None
         return (self.forward if goes_on else self.backward,)
 
     def start(self, action: int) -> None:
         """Note that one of the actions that are wanted has started."""
         if action == self.forward:
             self.forward = next(self._forwards, None)
-            self.ahead += action in self._returns
+            self.forwards_ahead += action in self._returns
         elif action == self.backward:
             self.backward = next(self._backwards, None)
-            self.ahead -= 1
-            self.owed += action in self._owes
+            self.forwards_ahead -= 1
+            self.weight_grads_owed += action in self._owes
         else:
             self.weight = next(self._weights, None)
-            self.owed -= 1
+            self.weight_grads_owed -= 1
 
 
 class _Walk:
-    """The walk's state: what is missing before each action, from when on it is ready, until when teams work."""
+    """The walk's state: open needs of each action, when it is ready, and until when each pipeline rank is busy."""
 
-    def __init__(self, timed: TimedWork, lines: Sequence[Line]) -> None:
+    def __init__(self, timed: TimedWork, queues: Sequence[IssueQueue]) -> None:
         self.timed = timed
         work = timed.work
-        self.turns = [_Turns(line, work) for line in lines]
+        self.turns = [_Progress(queue, work) for queue in queues]
         self.missing = [len(needs) for needs in work.needs]
         self.ready_s = [0.0] * len(work.actions)
-        self.busy_until_s = [0.0] * len(work.teams)
-        self.events: list[tuple[float, int]] = [(0.0, team) for team in range(len(work.teams))]
+        self.busy_until_s = [0.0] * len(work.pp_ranks)
+        self.events: list[tuple[float, int]] = [(0.0, pp_rank) for pp_rank in range(len(work.pp_ranks))]
         self.order: list[int] = []
         self.makes_room: dict[int, list[int]] = {}
-        for line in lines:
-            for action, readers in line.room.items():
+        for queue in queues:
+            for action, readers in queue.backpressure.items():
                 self.missing[action] += len(readers)
                 for reader in readers:
                     self.makes_room.setdefault(reader, []).append(action)
@@ -210,39 +210,39 @@ class _Walk:
     def run(self) -> tuple[int, ...]:
         """Go from event to event until nothing is left to happen."""
         while self.events:
-            now, team = heapq.heappop(self.events)
-            teams = {team}
+            now, pp_rank = heapq.heappop(self.events)
+            pp_ranks = {pp_rank}
             while self.events and self.events[0][0] == now:
-                teams.add(heapq.heappop(self.events)[1])
-            self._start_all(teams, now)
+                pp_ranks.add(heapq.heappop(self.events)[1])
+            self._start_all(pp_ranks, now)
         assert len(self.order) == len(self.missing), f"the order is stuck after {len(self.order)} actions"
         return tuple(self.order)
 
-    def _start_all(self, teams: set[int], now: float) -> None:
-        """Start what these teams want and can start, the most urgent first."""
+    def _start_all(self, pp_ranks: set[int], now: float) -> None:
+        """Start what these pipeline ranks want and can start, the most urgent first."""
         startable: list[tuple[int, int, int]] = []
-        for team in teams:
-            if self.busy_until_s[team] <= now:
-                action = self._ready(team, now)
+        for pp_rank in pp_ranks:
+            if self.busy_until_s[pp_rank] <= now:
+                action = self._ready(pp_rank, now)
                 if action is not None:
-                    startable.append((self.timed.priority[action], action, team))
-        for _, action, team in sorted(startable):
-            if self.busy_until_s[team] <= now:
-                self._start(action, team, now)
+                    startable.append((self.timed.priority[action], action, pp_rank))
+        for _, action, pp_rank in sorted(startable):
+            if self.busy_until_s[pp_rank] <= now:
+                self._start(action, pp_rank, now)
 
-    def _ready(self, team: int, now: float) -> int | None:
-        """Return the first of what a team wants that is ready."""
-        for action in self.turns[team].wanted():
+    def _ready(self, pp_rank: int, now: float) -> int | None:
+        """Return the first of what a pipeline rank wants that is ready."""
+        for action in self.turns[pp_rank].wanted():
             if action is not None and not self.missing[action] and self.ready_s[action] <= now:
                 return action
         return None
 
-    def _start(self, action: int, team: int, now: float) -> None:
+    def _start(self, action: int, pp_rank: int, now: float) -> None:
         timed = self.timed
         end_s = now + timed.seconds[action]
-        self.turns[team].start(action)
+        self.turns[pp_rank].start(action)
         self.order.append(action)
-        for rival in timed.work.rivals[team]:
+        for rival in timed.work.conflicts[pp_rank]:
             self.busy_until_s[rival] = max(self.busy_until_s[rival], end_s)
             heapq.heappush(self.events, (end_s, rival))
         for follower, delay in timed.followers[action]:
@@ -255,4 +255,4 @@ class _Walk:
         self.ready_s[action] = max(self.ready_s[action], at_s)
         self.missing[action] -= 1
         if not self.missing[action]:
-            heapq.heappush(self.events, (self.ready_s[action], self.timed.team_of[action]))
+            heapq.heappush(self.events, (self.ready_s[action], self.timed.pp_rank_of[action]))

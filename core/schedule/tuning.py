@@ -1,12 +1,12 @@
 """Tuning: the order `auto`, found by trying orders on a clock.
 
-What is tried are rules (`lines`): first those that have names, then, from the best of them on, further
+What is tried are rules (`queues`): first those that have names, then, from the best of them on, further
 microbatches in flight for one stage after the other, the stages with most to do first. Nearly balanced modules
 gain by this what a fixed warm-up depth loses: an encoder stage that takes 1.5 times as long as the stages of
 the language model needs four microbatches more than its depth to keep them fed. The same addition for all
 stages gives nothing.
 
-The clock is one walk of an order over the stages: all lanes of a stage at once, data on its way as long as its
+The clock is one walk of an order over the stages: all dp ranks of a stage at once, data on its way as long as its
 link's costs say for the largest samples, no limit on cores. A named order is tried as it would be run, so on
 that clock `auto` is no slower than any of them. How much is tried depends on the number of actions alone:
 every rank finds the same.
@@ -26,7 +26,7 @@ from mimogrid.core.job.costs import Costs
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.footprint import hosts, kept, most_bytes_in_flight, most_message_bytes
 from mimogrid.core.schedule.actions import Kind
-from mimogrid.core.schedule.lines import RULES, Lines, Rule, lines_of
+from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, IssueQueues, issue_queues_of
 from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule
 from mimogrid.core.schedule.work import Work, seconds_of, unit_seconds, work_of
 from mimogrid.core.topology.topology import Stage, Topology
@@ -39,7 +39,7 @@ FEWEST_TRIALS, MOST_TRIALS = 12, 200
 
 GB = 10**9
 STEPS = (1, 2, 4)
-"""By how many microbatches a stage's credit is raised at once."""
+"""By how many microbatches a stage's limit in flight is raised at once."""
 
 
 @attrs.frozen(eq=False)
@@ -49,15 +49,15 @@ class Trial:
     Attributes:
         rule: what made it.
         timed: its work.
-        lines: the lines of its teams.
+        lines: the lines of its pipeline ranks.
         order: the numbers of its actions.
         end_s: when it ends.
         bytes_over: by how much it exceeds the cap on memory, on the rank where it is worst; 0 without a cap.
     """
 
-    rule: Rule
+    policy: IssuePolicy
     timed: TimedWork
-    lines: Lines
+    queues: IssueQueues
     order: tuple[int, ...]
     end_s: float
     bytes_over: float
@@ -79,7 +79,7 @@ def tuned(topology: Topology) -> Trial:
     trials = bench.all_named()
     trials += [fit for trial in trials for fit in bench.limited(trial)]
     trials.sort(key=lambda trial: trial.merit)
-    starts = [trial for trial in trials if not trial.rule.all_forwards_first][:2]
+    starts = [trial for trial in trials if not trial.policy.all_forwards_first][:2]
     climbed = [bench.climb(start, share) for start, share in zip(starts, (0.6, 1.0), strict=False)]
     tried = (*trials, *climbed)
     least = min(trial.merit for trial in tried)
@@ -120,36 +120,36 @@ class _Bench:
 
     def all_named(self) -> list[Trial]:
         """Try every order that has a name."""
-        rules = list(RULES.values())
-        return [self.named(rule) for i, rule in enumerate(rules) if rule not in rules[:i]]
+        policies = list(ISSUE_POLICIES.values())
+        return [self.named(policy) for i, policy in enumerate(policies) if policy not in policies[:i]]
 
-    def named(self, rule: Rule) -> Trial:
+    def named(self, policy: IssuePolicy) -> Trial:
         """Try a rule as `orders` would run it: in unit time, then with these costs."""
-        timed = self._timed(rule.splits)
-        lines = lines_of(timed.work, rule)
+        timed = self._timed(policy.splits)
+        queues = issue_queues_of(timed.work, policy)
         unit = attrs.evolve(timed, seconds=unit_seconds(timed.work), delay={})
-        return self._trial(rule, lines, schedule(unit, lines.teams))
+        return self._trial(policy, queues, schedule(unit, queues.pp_ranks))
 
     def limited(self, trial: Trial) -> Iterator[Trial]:
         """Yield the trial of the same rule with the largest limit that fits, if that is below what it has."""
         low, high = 0, max(trial.timed.work.in_flight(trial.order).values(), default=0)
-        if trial.bytes_over <= 0 or trial.rule.all_forwards_first:
+        if trial.bytes_over <= 0 or trial.policy.all_forwards_first:
             return
         found = None
         while high - low > 1:
             limit = (low + high) // 2
-            tried = self._try(attrs.evolve(trial.rule, limit=limit))
+            tried = self._try(attrs.evolve(trial.policy, limit=limit))
             low, high = (limit, high) if tried.bytes_over <= 0 else (low, limit)
             found = tried if found is None or tried.merit < found.merit else found
         if found:
             yield found
 
     def climb(self, start: Trial, share: float) -> Trial:
-        """Raise the credit of one stage after the other as long as that helps; use a share of what is left."""
+        """Raise the limit in flight of one stage after the other as long as that helps; use a share of what is left."""
         until, limit = self.left * (1 - share), limit_s(start.timed, start.order)
         if start.end_s <= limit:
             return start
-        best = min(start, self._try(start.rule), key=lambda trial: trial.merit)
+        best = min(start, self._try(start.policy), key=lambda trial: trial.merit)
         stages = self._heaviest_first(best.timed)
         in_vain = 0
         for stage in itertools.cycle(stages):
@@ -160,30 +160,33 @@ class _Bench:
         return best
 
     def _raised(self, best: Trial, stage: Stage) -> Trial | None:
-        """Return a better trial with a higher credit of a stage, if there is one."""
+        """Return a better trial with a higher limit in flight of a stage, if there is one."""
         for step in STEPS:
-            extra = {**best.rule.extra, stage: best.rule.extra.get(stage, 0) + step}
-            trial = self._try(attrs.evolve(best.rule, extra=extra))
+            extra_in_flight = {
+                **best.policy.extra_in_flight,
+                stage: best.policy.extra_in_flight.get(stage, 0) + step,
+            }
+            trial = self._try(attrs.evolve(best.policy, extra_in_flight=extra_in_flight))
             if trial.merit < best.merit:
                 return trial
         return None
 
-    def _try(self, rule: Rule) -> Trial:
+    def _try(self, policy: IssuePolicy) -> Trial:
         """Try a rule with these costs on the scheduler's own clock."""
         self.left -= 1
-        timed = self._timed(rule.splits)
-        lines = lines_of(timed.work, rule)
-        return self._trial(rule, lines, schedule(timed, lines.teams))
+        timed = self._timed(policy.splits)
+        queues = issue_queues_of(timed.work, policy)
+        return self._trial(policy, queues, schedule(timed, queues.pp_ranks))
 
-    def _trial(self, rule: Rule, lines: Lines, order: tuple[int, ...]) -> Trial:
-        timed, cap = self._timed(rule.splits), self.topology.spec.schedule.memory_gb
+    def _trial(self, policy: IssuePolicy, queues: IssueQueues, order: tuple[int, ...]) -> Trial:
+        timed, cap = self._timed(policy.splits), self.topology.spec.schedule.memory_gb
         over = 0.0
         if cap is not None:
             over = (
                 max(bytes_needed(self.topology, timed.work.in_flight(order), timed.work.split).values())
                 - cap * GB
             )
-        return Trial(rule, timed, lines, order, retimed(timed, order, lines.teams), over)
+        return Trial(policy, timed, queues, order, retimed(timed, order, queues.pp_ranks), over)
 
     def _timed(self, splits: bool) -> TimedWork:
         if splits not in self._works:
@@ -192,14 +195,14 @@ class _Bench:
         return self._works[splits]
 
     def _heaviest_first(self, timed: TimedWork) -> list[Stage]:
-        """The first stages of the teams with a credit of their own; those with most to do first, then the farthest."""
+        """The first stages of the pipeline ranks that have their own limit in flight: most work first, then deepest."""
         seconds: collections.defaultdict[Stage, float] = collections.defaultdict(float)
         for action, took in zip(timed.work.actions, timed.seconds, strict=True):
             seconds[action.stage] += took
         depth = {stage: info.depth for stage, info in self.topology.stages.items()}
         pipeline = {name: module.grid.extent("pp") for name, module in self.topology.modules.items()}
-        teams = [t for t in timed.work.teams if len(t) == 1 or t[0].pp == pipeline[t[0].module] - 1]
-        heads = [team[0] for team in teams]
+        pp_ranks = [t for t in timed.work.pp_ranks if len(t) == 1 or t[0].pp == pipeline[t[0].module] - 1]
+        heads = [virtual_stages[0] for virtual_stages in pp_ranks]
         return sorted(heads, key=lambda stage: (-seconds[stage], -depth[stage], stage))
 
 

@@ -25,13 +25,13 @@ from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.topology.topology import Link, Stage, Topology
 
 
-Team = tuple[Stage, ...]
+VirtualStages = tuple[Stage, ...]
 """The stages of one module on the same ranks, in order of depth: one, or one per chunk."""
 
 
 @attrs.frozen(eq=False)
 class Sequences:
-    """The actions of a team, each kind in order: forwards, backwards (whole or of inputs), weight gradients."""
+    """The actions of a pipeline rank by kind: forwards, backwards (whole or of inputs), weight gradients."""
 
     forwards: tuple[int, ...]
     backwards: tuple[int, ...]
@@ -75,7 +75,7 @@ class Work:
         return tuple(tuple(self._needs(action)) for action in self.actions)
 
     @functools.cached_property
-    def teams(self) -> tuple[Team, ...]:
+    def pp_ranks(self) -> tuple[VirtualStages, ...]:
         """The stages by module and ranks, modules in file order."""
         found: dict[tuple[str, int], list[Stage]] = {}
         for stage in self.topology.stages:
@@ -84,20 +84,20 @@ class Work:
 
     @functools.cached_property
     def sequences(self) -> tuple[Sequences, ...]:
-        """The sequences of every team; chunks that train nothing have no backward."""
-        return tuple(map(self._sequences, self.teams))
+        """The sequences of every pipeline rank; chunks that train nothing have no backward."""
+        return tuple(map(self._sequences, self.pp_ranks))
 
     @functools.cached_property
-    def rivals(self) -> tuple[tuple[int, ...], ...]:
-        """Which teams cannot work beside each team, itself included, because they share a rank."""
+    def conflicts(self) -> tuple[tuple[int, ...], ...]:
+        """Which pipeline ranks cannot work beside each pipeline rank, itself included, because they share a rank."""
         modules = self.topology.modules
         ranks = [
             frozenset(
                 rank
-                for lane in range(modules[team[0].module].lanes)
-                for rank in modules[team[0].module].holders(team[0], lane)
+                for dp_rank in range(modules[virtual_stages[0].module].dp_size)
+                for rank in modules[virtual_stages[0].module].tp_cp_ranks(virtual_stages[0], dp_rank)
             )
-            for team in self.teams
+            for virtual_stages in self.pp_ranks
         ]
         return tuple(
             tuple(i for i, there in enumerate(ranks) if not here.isdisjoint(there)) for here in ranks
@@ -147,11 +147,11 @@ class Work:
             for k in self._overlapping(stage, microbatch, link.target):
                 yield self.number(Kind.FORWARD, link.target, k)
 
-    def _sequences(self, team: Team) -> Sequences:
-        trained = [stage for stage in reversed(team) if stage in self.backward]
+    def _sequences(self, virtual_stages: VirtualStages) -> Sequences:
+        trained = [stage for stage in reversed(virtual_stages) if stage in self.backward]
         split = [stage for stage in trained if stage in self.split]
         return Sequences(
-            forwards=tuple(self._in_groups([(stage, Kind.FORWARD) for stage in team])),
+            forwards=tuple(self._in_groups([(stage, Kind.FORWARD) for stage in virtual_stages])),
             backwards=tuple(self._in_groups([(stage, self.goes_back(stage)) for stage in trained])),
             weights=tuple(self._in_groups([(stage, Kind.WEIGHT_GRADIENT) for stage in split])),
         )

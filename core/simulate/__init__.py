@@ -16,17 +16,17 @@ from mimogrid.core.program.listing import Listing
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.schedule.work import seconds_of
+from mimogrid.core.simulate.collapse import collapse_tp_cp
 from mimogrid.core.simulate.graph import Graph
-from mimogrid.core.simulate.lane_programs import thinned
 from mimogrid.core.simulate.lower_bound import limit_s
 from mimogrid.core.simulate.pieces import shared, unlimited
 from mimogrid.core.simulate.rank_classes import Classes, alone, classes_of
-from mimogrid.core.simulate.tracks import Timeline, spread
-from mimogrid.core.simulate.unevenness import Pace
+from mimogrid.core.simulate.rank_timelines import Timeline, spread
+from mimogrid.core.simulate.unevenness import DurationFactors
 
 
 MANY = 512
-"""Ranks; of more, those of a lane are timed as one where that is exact (`thin`)."""
+"""Ranks; of more, those of a dp rank are timed as one where that is exact (`collapsed`)."""
 
 
 def simulate(
@@ -34,42 +34,61 @@ def simulate(
     costs: Costs,
     listing: Listing | None = None,
     *,
-    pace: Pace | None = None,
+    duration_factors: DurationFactors | None = None,
     fold: bool = True,
     told: Callable[[Classes], None] | None = None,
 ) -> Timeline:
     """Time a listing of the program (default: its own). Raises ValueError where it never ends.
 
-    With a `pace`, compute actions take longer or shorter than `costs` say. Without `fold`, every rank walks by itself.
-    `told` is who stands for whom before they walk: the more classes there are, the longer that takes.
+    With a `duration_factors`, compute actions take longer or shorter than `costs` say. Without `fold`, every rank
+    walks by itself. `told` is who stands for whom before they walk: the more classes there are, the longer that
+    takes.
     """
     ranks = program.topology.ranks
     folds = fold and listing is None and costs.cores is None
-    if folds and pace is None and len(ranks) > MANY and (thin := thinned(program, costs)):
-        return spread(simulate(thin.program, costs, told=told), program, thin.standing)
+    if (
+        folds
+        and duration_factors is None
+        and len(ranks) > MANY
+        and (collapsed := collapse_tp_cp(program, costs))
+    ):
+        return spread(simulate(collapsed.program, costs, told=told), program, collapsed.standing)
     classes = (
-        classes_of(program, costs, pace.mark if pace else None) if folds else alone(tuple(listing or ranks))
+        classes_of(program, costs, duration_factors.mark if duration_factors else None)
+        if folds
+        else alone(tuple(listing or ranks))
     )
     if told is not None:
         told(classes)
     lists = {rank: program.of(rank) if listing is None else listing[rank] for rank in classes.members}
-    seconds = functools.partial(_seconds, program, costs, pace)
+    seconds = functools.partial(_seconds, program, costs, duration_factors)
     graph = Graph(program, costs, classes, lists, seconds)
     clock = unlimited(graph.pieces) if costs.cores is None else shared(graph.pieces, costs.cores)
-    tracks = graph.tracks(clock)
+    rank_timelines = graph.rank_timelines(clock)
     return Timeline(
         program=program,
         classes=classes,
-        tracks=tracks,
-        step_s=max((track.events[-1].end_s for track in tracks.values() if track.events), default=0.0),
+        rank_timelines=rank_timelines,
+        step_s=max(
+            (
+                rank_timeline.events[-1].end_s
+                for rank_timeline in rank_timelines.values()
+                if rank_timeline.events
+            ),
+            default=0.0,
+        ),
         limit_s=limit_s(program, costs, classes, lists, seconds),
         critical_path=graph.critical_path(clock),
     )
 
 
-def _seconds(program: Program, costs: Costs, pace: Pace | None, rank: int, action: Compute) -> float:
+def _seconds(
+    program: Program, costs: Costs, duration_factors: DurationFactors | None, rank: int, action: Compute
+) -> float:
     """Return how long a compute action takes on a rank."""
     mean = seconds_of(action, costs)
-    if pace is None:
+    if duration_factors is None:
         return mean
-    return mean * pace.factor(action, program.topology.modules[action.stage.module].lane_of(rank))
+    return mean * duration_factors.factor(
+        action, program.topology.modules[action.stage.module].dp_rank_of(rank)
+    )

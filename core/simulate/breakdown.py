@@ -1,9 +1,9 @@
 """Breakdown: where the time of a simulated step goes.
 
-Idling has causes. Those of the pipeline (`timeline.CAUSES`) are those of the same step with mean costs. What ranks idle
-more when each lane has its real share of the data to compute is *ragged*, and what they idle more yet on machines that
-are not even is *jitter*. So the causes add up to all idling, rank by rank, and a loss to the data is not mistaken for
-one to the pipeline. (A rank may idle less for being the slow one: then its part is below zero.)
+Idling has causes. Those of the pipeline (`timeline.CAUSES`) are those of the same step with mean costs. What ranks
+idle more when each dp rank has its real share of the data to compute is *ragged*, and what they idle more yet on
+machines that are not even is *jitter*. So the causes add up to all idling, rank by rank, and a loss to the data is
+not mistaken for one to the pipeline. (A rank may idle less for being the slow one: then its part is below zero.)
 
 The critical path is what the step waited for, leg by leg from its begin to its end; its *shares* are the seconds that
 stages and links have of it. To make anything faster that has no share gains nothing.
@@ -18,22 +18,24 @@ from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.lower import link_of
 from mimogrid.core.schedule.actions import Compute, Recv, Send
 from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.rank_timelines import PathSegment, Timeline
 from mimogrid.core.simulate.timeline import CAUSES
-from mimogrid.core.simulate.tracks import Leg, Timeline
-from mimogrid.core.simulate.unevenness import Pace
+from mimogrid.core.simulate.unevenness import DurationFactors
 
 
 RAGGED, JITTER = "ragged", "jitter"
 ALL_CAUSES = (*CAUSES, RAGGED, JITTER)
 
 
-def idle_s_by_rank(timeline: Timeline, costs: Costs, pace: Pace | None = None) -> dict[int, dict[str, float]]:
+def idle_s_by_rank(
+    timeline: Timeline, costs: Costs, duration_factors: DurationFactors | None = None
+) -> dict[int, dict[str, float]]:
     """Return the seconds that each rank idles for each cause, given what the timeline was made from."""
     program = timeline.program
     even = ragged = timeline
-    if pace and pace.jitter:
-        even = ragged = simulate(program, costs, pace=attrs.evolve(pace, jitter=0.0))
-    if pace and pace.ragged:
+    if duration_factors and duration_factors.jitter:
+        even = ragged = simulate(program, costs, duration_factors=attrs.evolve(duration_factors, jitter=0.0))
+    if duration_factors and duration_factors.ragged:
         even = simulate(program, costs)
     return {
         rank: {
@@ -54,8 +56,8 @@ def idle_s(timeline: Timeline, by_rank: Mapping[int, Mapping[str, float]]) -> di
 def shares(timeline: Timeline) -> dict[str, float]:
     """Return the seconds of the critical path by stage and link, most first."""
     total: dict[str, float] = collections.defaultdict(float)
-    for leg in timeline.critical_path:
-        total[_place(timeline, leg)] += leg.end_s - leg.begin_s
+    for segment in timeline.critical_path:
+        total[_place(timeline, segment)] += segment.end_s - segment.begin_s
     return dict(sorted(total.items(), key=lambda share: -share[1]))
 
 
@@ -63,9 +65,9 @@ def _idle_s(timeline: Timeline, rank: int) -> float:
     return sum(timeline.idle_s_by_rank[rank].values())
 
 
-def _place(timeline: Timeline, leg: Leg) -> str:
-    """What the time of a leg is put down to: its stage; its edge, or its hop within a module; or what ends a step."""
-    match leg.action:
+def _place(timeline: Timeline, segment: PathSegment) -> str:
+    """Return what the time of a segment is spent on: a stage, an edge, a pipeline link, or the end of the step."""
+    match segment.action:
         case Compute(stage=stage):
             return str(stage)
         case Send() | Recv() as transfer:

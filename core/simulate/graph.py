@@ -23,9 +23,9 @@ from mimogrid.core.simulate.folded import Folded
 from mimogrid.core.simulate.lower_bound import update_s
 from mimogrid.core.simulate.pieces import Clock, Pieces
 from mimogrid.core.simulate.rank_classes import Classes
+from mimogrid.core.simulate.rank_timelines import PathSegment, RankTimeline
 from mimogrid.core.simulate.sums import Sums
 from mimogrid.core.simulate.timeline import Event
-from mimogrid.core.simulate.tracks import Leg, Track
 
 
 class Graph:
@@ -92,7 +92,7 @@ class Graph:
             self._met[meeting] = self.pieces.add(behind, seconds, (rank, action), cores)
         return self._met[meeting]
 
-    def tracks(self, clock: Clock) -> dict[int, Track]:
+    def rank_timelines(self, clock: Clock) -> dict[int, RankTimeline]:
         """Return what each rank does when: a wait from when the rank gets there."""
         begins, ends = clock
         events: dict[int, list[Event]] = {rank: [] for rank in self._last}
@@ -102,16 +102,16 @@ class Graph:
         ways: dict[int, dict[Transfer, tuple[tuple[float, float], ...]]] = {rank: {} for rank in self._last}
         for rank, transfer, found in self._channels.ways(ends):
             ways[rank][transfer] = found
-        return {rank: Track(tuple(events[rank]), ways[rank]) for rank in sorted(events)}
+        return {rank: RankTimeline(tuple(events[rank]), ways[rank]) for rank in sorted(events)}
 
-    def critical_path(self, clock: Clock) -> tuple[Leg, ...]:
+    def critical_path(self, clock: Clock) -> tuple[PathSegment, ...]:
         """Follow what each piece waited for longest from the end back to the begin."""
         begins, ends = clock
         piece = max(self._last.values(), key=lambda last: ends[last], default=0)
-        legs: list[Leg] = []
+        segments: list[PathSegment] = []
         while piece:
             label = self.pieces.labels[piece]
             if label and ends[piece] > begins[piece]:
-                legs.append(Leg(*label, begins[piece], ends[piece]))
+                segments.append(PathSegment(*label, begins[piece], ends[piece]))
             piece = max(self.pieces.behind[piece], key=lambda other: ends[other])
-        return tuple(reversed(legs))
+        return tuple(reversed(segments))

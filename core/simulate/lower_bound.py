@@ -166,10 +166,10 @@ def _data(program: Program, costs: Costs, classes: Classes, nodes: _Nodes) -> li
             needs(node, at(rank, stage, made_by).get(k), 0.0)
     for rank in classes.members:
         for link in (link for info in topology.stages_of(rank) for link in topology.links_into(info.stage)):
-            edge, lane = costs.on(link, link.edge), topology.modules[link.target.module].lane_of(rank)
+            edge, dp_rank = costs.on(link, link.edge), topology.modules[link.target.module].dp_rank_of(rank)
             forwards, backwards = at(rank, link.target, Kind.FORWARD), at(rank, link.target, *_GIVES)
             for k in range(topology.modules[link.target.module].microbatches):
-                for message in routes.reaching(link, k, lane).get(rank, ()):
+                for message in routes.reaching(link, k, dp_rank).get(rank, ()):
                     source = classes.leader[message.rank_source]
                     size = message_bytes(routes.step, message)
                     on_the_way = edge.latency + edge.carry_s(size) if size else 0.0

@@ -26,8 +26,8 @@ from mimogrid.core.schedule.actions import (
     other_end,
 )
 from mimogrid.core.simulate.rank_classes import alone
+from mimogrid.core.simulate.rank_timelines import RankTimeline, Timeline
 from mimogrid.core.simulate.timeline import Event, by_rank, span
-from mimogrid.core.simulate.tracks import Timeline, Track
 from mimogrid.core.topology.topology import Stage
 
 
@@ -37,8 +37,8 @@ def measured(program: Program, events: Iterable[Event]) -> Timeline:
     begin, end = span([event for found in mine.values() for event in found])
     moved = {rank: [_later(event, -begin) for event in found] for rank, found in mine.items()}
     ways = _Ways.of(program, moved)
-    tracks = {
-        rank: Track(
+    rank_timelines = {
+        rank: RankTimeline(
             tuple(found),
             {
                 each.action: ways.of_rank(rank, each.action)
@@ -50,8 +50,8 @@ def measured(program: Program, events: Iterable[Event]) -> Timeline:
     }
     return Timeline(
         program=program,
-        classes=alone(tuple(tracks)),
-        tracks=tracks,
+        classes=alone(tuple(rank_timelines)),
+        rank_timelines=rank_timelines,
         step_s=end - begin,
         limit_s=0.0,
         critical_path=(),
@@ -111,8 +111,8 @@ def on_one_clock(mine: Mapping[int, Sequence[Event]]) -> dict[int, list[Event]]:
 def mean_costs(events: Iterable[Event]) -> Costs:
     """Return the costs of what was measured: the mean of each kind of action of a stage; messages cost nothing.
 
-    Of a sum over lanes it is the shortest wait for it, that of the lane that came last: the others waited for it, too.
-    What went on while the lanes computed is not in it.
+    Of a sum over dp ranks it is the shortest wait for it, that of the dp rank that came last: the others waited for
+    it, too. What went on while the dp ranks computed is not in it.
     """
     found: dict[Stage, _Seconds] = collections.defaultdict(_Seconds)
     for mine in by_rank(events).values():

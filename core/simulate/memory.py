@@ -22,7 +22,7 @@ from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.pricing.footprint import Kept, kept, noted_values, saved_values
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
-from mimogrid.core.simulate.tracks import Timeline
+from mimogrid.core.simulate.rank_timelines import Timeline
 from mimogrid.core.step.step import Step
 from mimogrid.core.step.traffic import message_bytes
 from mimogrid.core.topology.topology import Stage
@@ -118,8 +118,8 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
     """Yield how what a rank holds changes along its actions (default: those of its program)."""
     actions = program.of(rank) if actions is None else actions
     step = program.routes.step
-    lanes = {
-        info.stage: step.topology.modules[info.stage.module].lane_of(rank)
+    dp_ranks = {
+        info.stage: step.topology.modules[info.stage.module].dp_rank_of(rank)
         for info in step.topology.stages_of(rank)
     }
     last = {action.stage: action.kind for action in actions if isinstance(action, Compute)}
@@ -132,15 +132,15 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
             case Compute(kind=Kind.FORWARD, stage=stage, microbatch=k):
                 if last[stage] is Kind.FORWARD:
                     continue
-                activations += saved_bytes(step, stage, lanes[stage], k)
+                activations += saved_bytes(step, stage, dp_ranks[stage], k)
             case Compute(kind=Kind.INPUT_GRADIENT, stage=stage, microbatch=k):
                 takes = False
-                activations += noted_bytes(step, stage, lanes[stage], k)
-                activations -= saved_bytes(step, stage, lanes[stage], k)
+                activations += noted_bytes(step, stage, dp_ranks[stage], k)
+                activations -= saved_bytes(step, stage, dp_ranks[stage], k)
             case Compute(kind=kind, stage=stage, microbatch=k):
                 takes = False
                 left = saved_bytes if kind is Kind.BACKWARD else noted_bytes
-                activations -= left(step, stage, lanes[stage], k)
+                activations -= left(step, stage, dp_ranks[stage], k)
             case Wait(transfer=transfer):
                 takes = False
                 buffers -= moved.pop(transfer)
@@ -152,24 +152,24 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
         yield _Change(place, takes, activations, buffers)
 
 
-def saved_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
-    """Return what a lane of a stage keeps of a microbatch for its backward, on each rank; 0 where there is none."""
+def saved_bytes(step: Step, stage: Stage, dp_rank: int, microbatch: int) -> int:
+    """Return what a dp rank of a stage keeps of a microbatch for its backward, on each rank; 0 where there is none."""
     topology = step.topology
     module, info = topology.modules[stage.module], topology.stages[stage]
     if isinstance(module.model, Own) or not info.backward:
         return 0
     recompute = topology.spec.modules[module.name].recompute
-    values = saved_values(module, info, step.hop_shape(stage, lane, microbatch), recompute)
+    values = saved_values(module, info, step.hidden_shape(stage, dp_rank, microbatch), recompute)
     return round(VALUE_BYTES[topology.spec.precision] * values)
 
 
-def noted_bytes(step: Step, stage: Stage, lane: int, microbatch: int) -> int:
-    """Return what a lane of a stage keeps between the halves of a split backward, on each rank."""
+def noted_bytes(step: Step, stage: Stage, dp_rank: int, microbatch: int) -> int:
+    """Return what a dp rank of a stage keeps between the halves of a split backward, on each rank."""
     topology = step.topology
     module, info = topology.modules[stage.module], topology.stages[stage]
     if isinstance(module.model, Own):
         return 0
-    values = noted_values(module, info, step.hop_shape(stage, lane, microbatch))
+    values = noted_values(module, info, step.hidden_shape(stage, dp_rank, microbatch))
     return round(VALUE_BYTES[topology.spec.precision] * values)
 
 
@@ -186,19 +186,19 @@ def _moved_bytes(program: Program, rank: int, transfer: Transfer, known: dict[Ha
 def _like(timeline: Timeline, rank: int) -> Hashable:
     """What two ranks have in common only if they hold the same over time."""
     first = timeline.classes.leader[rank]
-    if timeline.by_lanes or len(timeline.classes.members[first]) == 1:
+    if timeline.by_dp_ranks or len(timeline.classes.members[first]) == 1:
         return first
     routes = timeline.program.routes
     topology, step = routes.step.topology, routes.step
     facts: list[Hashable] = [first]
     for info in topology.stages_of(rank):
         module = topology.modules[info.stage.module]
-        lane = module.lane_of(rank)
+        dp_rank = module.dp_rank_of(rank)
         firsts = set(step.alike(module.microbatches))
-        facts += [step.positions(module.name, lane, k) for k in range(module.microbatches) if k in firsts]
+        facts += [step.positions(module.name, dp_rank, k) for k in range(module.microbatches) if k in firsts]
         for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
             side = routes.reaching if link.target == info.stage else routes.leaving
             for k in routes.firsts(link):
-                messages = side(link, k, lane).get(rank, ())
+                messages = side(link, k, dp_rank).get(rank, ())
                 facts.append(sum(message_bytes(step, message) for message in messages))
     return tuple(facts)

@@ -70,7 +70,7 @@ def classes_of(
 ) -> Classes:
     """Return the classes of a program's ranks.
 
-    `marks` gives what a lane of a stage must have in common with others to be of one class with them.
+    `marks` gives what a dp rank of a stage must have in common with others to be of one class with them.
     """
     groups = list(_groups(program))
     met: dict[int, list[int]] = collections.defaultdict(list)
@@ -124,9 +124,9 @@ def _parts(
     """Yield the stages of a rank with the microbatches that it takes part in, and its mark."""
     topology, step = program.topology, program.routes.step
     for info in topology.stages_of(rank):
-        lane = topology.modules[info.stage.module].lane_of(rank)
-        active = step.active(info.stage.module, lane)
-        yield info.stage, active, marks(info.stage, lane) if marks else None
+        dp_rank = topology.modules[info.stage.module].dp_rank_of(rank)
+        active = step.active(info.stage.module, dp_rank)
+        yield info.stage, active, marks(info.stage, dp_rank) if marks else None
 
 
 def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]]:
@@ -141,8 +141,8 @@ def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]
         sized = math.isfinite(costs.on(link, link.edge).bytes_per_s)
         for k in routes.firsts(link):
             before = routes.made_from(link, k)
-            for lane in range(topology.modules[link.target.module].lanes):
-                for messages in routes.reaching(link, k, lane).values():
+            for dp_rank in range(topology.modules[link.target.module].dp_size):
+                for messages in routes.reaching(link, k, dp_rank).values():
                     for message in messages:
                         size = message_bytes(routes.step, message)
                         made = tuple(j - before for j in message.made_by)
@@ -161,11 +161,11 @@ def _groups(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
         (str(reduce), program.joint(rank, reduce)) for rank in topology.ranks for reduce in program.sums(rank)
     )
     for module in topology.modules.values():
-        closures = dict.fromkeys(module.closure(lane) for lane in range(module.lanes))
+        ep_dp_ranks_of = dict.fromkeys(module.ep_dp_ranks(dp_rank) for dp_rank in range(module.dp_size))
         for info in module.stages:
             if info.stage.chunk == 0:
-                for lanes in closures:
-                    ranks = tuple(r for lane in lanes for r in module.holders(info.stage, lane))
+                for dp_ranks in ep_dp_ranks_of:
+                    ranks = tuple(r for dp_rank in dp_ranks for r in module.tp_cp_ranks(info.stage, dp_rank))
                     yield f"{info.stage} computes", ranks
         for ranks in module.grid.ranks_along("pp"):
             if Tie(module.stages[0].stage) in set(program.finish(ranks[0])):

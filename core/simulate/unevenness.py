@@ -1,12 +1,12 @@
 """Pace: how much longer or shorter than its cost says a compute action takes.
 
-Costs are means. In a real step lanes differ: the data gives one more to compute than another (*ragged*), and
+Costs are means. In a real step dp ranks differ: the data gives one more to compute than another (*ragged*), and
 machines are not even with themselves (*jitter*). Both are factors of mean one, and functions of the plan and a seed:
 
-- ragged: the positions that a lane computes in a microbatch, padding included, over their mean in the module;
-- jitter: log-normal, a draw for every stage, lane, microbatch and kind of compute action.
+- ragged: the positions that a dp rank computes in a microbatch, padding included, over their mean in the module;
+- jitter: log-normal, a draw for every stage, dp rank, microbatch and kind of compute action.
 
-Actions that several lanes start together take as long as the slowest of them.
+Actions that several dp ranks start together take as long as the slowest of them.
 """
 
 import functools
@@ -22,7 +22,7 @@ from mimogrid.core.topology.topology import Stage
 
 
 @attrs.frozen(eq=False)
-class Pace:
+class DurationFactors:
     """The factors of a step. `jitter` is the standard deviation of their logarithm."""
 
     step: Step = attrs.field(repr=False)
@@ -30,46 +30,46 @@ class Pace:
     jitter: float = 0.0
     seed: int = 0
 
-    def factor(self, action: Compute, lane: int) -> float:
-        """Return how many times its cost an action takes on a lane."""
-        closure = self.step.topology.modules[action.stage.module].closure(lane)
-        return max(self._ragged(action, one) * self._jitter(action, one) for one in closure)
+    def factor(self, action: Compute, dp_rank: int) -> float:
+        """Return how many times its cost an action takes on a dp rank."""
+        ep_dp_ranks = self.step.topology.modules[action.stage.module].ep_dp_ranks(dp_rank)
+        return max(self._ragged(action, one) * self._jitter(action, one) for one in ep_dp_ranks)
 
-    def mark(self, stage: Stage, lane: int) -> Hashable:
-        """Return what two lanes have in common only if all their factors are equal."""
+    def mark(self, stage: Stage, dp_rank: int) -> Hashable:
+        """Return what two dp ranks have in common only if all their factors are equal."""
         if self.jitter:
-            return lane
+            return dp_rank
         if not self.ragged:
             return None
         count = self.step.topology.modules[stage.module].microbatches
-        return tuple(self._computed(stage.module, lane, k) for k in sorted(set(self.step.alike(count))))
+        return tuple(self._computed(stage.module, dp_rank, k) for k in sorted(set(self.step.alike(count))))
 
-    def _ragged(self, action: Compute, lane: int) -> float:
+    def _ragged(self, action: Compute, dp_rank: int) -> float:
         mean = self._means[action.stage.module] if self.ragged else 0.0
-        return self._computed(action.stage.module, lane, action.microbatch) / mean if mean else 1.0
+        return self._computed(action.stage.module, dp_rank, action.microbatch) / mean if mean else 1.0
 
-    def _jitter(self, action: Compute, lane: int) -> float:
+    def _jitter(self, action: Compute, dp_rank: int) -> float:
         if not self.jitter:
             return 1.0
         field = f"{action.stage} {action.kind.value}{action.microbatch}"
         # Box and Muller's; the first draw is turned around, for a logarithm of 0 is none.
-        radius = math.sqrt(-2 * math.log(1 - draw_uniform(self.seed, lane, f"{field} radius")))
-        normal = radius * math.cos(2 * math.pi * draw_uniform(self.seed, lane, f"{field} angle"))
+        radius = math.sqrt(-2 * math.log(1 - draw_uniform(self.seed, dp_rank, f"{field} radius")))
+        normal = radius * math.cos(2 * math.pi * draw_uniform(self.seed, dp_rank, f"{field} angle"))
         return math.exp(self.jitter * normal - self.jitter**2 / 2)
 
-    def _computed(self, module: str, lane: int, microbatch: int) -> int:
-        positions, samples = self.step.positions(module, lane, microbatch)
+    def _computed(self, module: str, dp_rank: int, microbatch: int) -> int:
+        positions, samples = self.step.positions(module, dp_rank, microbatch)
         return positions * samples
 
     @functools.cached_property
     def _means(self) -> dict[str, float]:
-        """Per module, the mean over all lanes and microbatches in which there is anything to compute."""
+        """Per module, the mean over all dp ranks and microbatches in which there is anything to compute."""
         means: dict[str, float] = {}
         for name, module in self.step.topology.modules.items():
             counts = [
-                self._computed(name, lane, k)
-                for lane in range(module.lanes)
-                for k in self.step.active(name, lane)
+                self._computed(name, dp_rank, k)
+                for dp_rank in range(module.dp_size)
+                for k in self.step.active(name, dp_rank)
             ]
             means[name] = sum(counts) / len(counts) if counts else 0.0
         return means

@@ -1,16 +1,16 @@
 """Routes: who sends which rows to whom at the links of a step.
 
-Along an edge both sides cut the rows of a microbatch into *parts*, one per rank: every data lane has an
-interval of the rows (`steps`), and the ranks along tp and cp that hold the lane divide its interval evenly.
+Along an edge both sides cut the rows of a microbatch into *parts*, one per rank: every dp rank has an
+interval of the rows (`steps`), and the ranks along tp and cp that hold the dp rank divide its interval evenly.
 A message is the overlap of a source part and a target part. So each row crosses once, every rank of both
-boundary stages carries an equal share of the traffic, any ratio of data lanes works, and the target's ranks
+boundary stages carries an equal share of the traffic, any ratio of dp ranks works, and the target's ranks
 put the whole together with an all-gather among themselves.
 
-    source lanes (dp=3)   |-- 0 --|-- 1 --|-- 2 --|      rows of the microbatch
-    target lanes (dp=2)   |---- 0 ----|---- 1 ----|
+    source dp ranks (dp=3)   |-- 0 --|-- 1 --|-- 2 --|      rows of the microbatch
+    target dp ranks (dp=2)   |---- 0 ----|---- 1 ----|
     messages              0>0     1>0  1>1    2>1
 
-Inside a module a stage hands the hidden states of a lane to the rank with the same position in the next
+Inside a module a stage hands the hidden states of a dp rank to the rank with the same position in the next
 stage: one message, all of it. The backward sends the same messages from target to source: a route is one
 value, and its transpose is read off it.
 """
@@ -38,14 +38,14 @@ class Piece:
 class Message:
     """What one rank sends another on a link for one microbatch of the target.
 
-    A seam sends `pieces`, in order; a hop sends the hidden states of a `lane` whole and has no pieces.
+    A bridge sends `pieces`, in order; a pipeline link sends the hidden states of a `dp_rank` whole and has no pieces.
     """
 
     link: Link
     microbatch: int
     rank_source: int
     rank_target: int
-    lane: int
+    dp_rank: int
     pieces: tuple[Piece, ...]
 
     @property
@@ -65,18 +65,18 @@ class Message:
 
     @property
     def rows(self) -> int:
-        """How many rows a seam's message carries."""
+        """How many rows a bridge's message carries."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
 
 @attrs.frozen
 class Part:
-    """The interval of a step's rows that one rank holds at a seam, for one microbatch of its module."""
+    """The interval of a step's rows that one rank holds at a bridge, for one microbatch of its module."""
 
     start: int
     stop: int
     rank: int
-    lane: int
+    dp_rank: int
     microbatch: int
 
 
@@ -88,7 +88,7 @@ _Place = tuple[Link, int, int]
 class Routes:
     """All messages of a step, link by link.
 
-    They are made lane by lane, when someone asks: a rank that asks for its own makes those of its lanes only.
+    They are made dp rank by dp rank, when someone asks: a rank that asks for its own makes those of its dp ranks only.
     """
 
     step: Step
@@ -99,48 +99,48 @@ class Routes:
     _leaving: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
 
     def messages(self, link: Link, microbatch: int) -> tuple[Message, ...]:
-        """Return the messages of a link for one microbatch of its target, lane by lane of the target."""
-        lanes = range(self.step.topology.modules[link.target.module].lanes)
+        """Return the messages of a link for one microbatch of its target, dp rank by dp rank of the target."""
+        dp_ranks = range(self.step.topology.modules[link.target.module].dp_size)
         return tuple(
             message
-            for lane in lanes
-            for messages in self.reaching(link, microbatch, lane).values()
+            for dp_rank in dp_ranks
+            for messages in self.reaching(link, microbatch, dp_rank).values()
             for message in messages
         )
 
     def sent_by(self, rank: int, link: Link, microbatch: int) -> tuple[Message, ...]:
         """Return the messages that leave a rank forward, which are those that return to it backward."""
-        lane = self.step.topology.modules[link.source.module].lane_of(rank)
-        return self.leaving(link, microbatch, lane).get(rank, ())
+        dp_rank = self.step.topology.modules[link.source.module].dp_rank_of(rank)
+        return self.leaving(link, microbatch, dp_rank).get(rank, ())
 
     def sent_to(self, rank: int, link: Link, microbatch: int) -> tuple[Message, ...]:
         """Return the messages that reach a rank forward, which are those that leave it backward."""
-        lane = self.step.topology.modules[link.target.module].lane_of(rank)
-        return self.reaching(link, microbatch, lane).get(rank, ())
+        dp_rank = self.step.topology.modules[link.target.module].dp_rank_of(rank)
+        return self.reaching(link, microbatch, dp_rank).get(rank, ())
 
-    def reaching(self, link: Link, microbatch: int, lane: int) -> ByRank:
-        """Return the messages into one lane of a link's target by the rank they reach, in order of rows."""
-        place = (link, microbatch, lane)
+    def reaching(self, link: Link, microbatch: int, dp_rank: int) -> ByRank:
+        """Return the messages into one dp rank of a link's target by the rank they reach, in order of rows."""
+        place = (link, microbatch, dp_rank)
         if place not in self._reaching:
             first = self.first(link, microbatch)
             if first != microbatch:
-                known = self.reaching(link, first, lane).items()
+                known = self.reaching(link, first, dp_rank).items()
                 self._reaching[place] = {
                     rank: tuple(self._moved(m, microbatch) for m in messages) for rank, messages in known
                 }
             else:
-                found = self._seam if link.edge else self._hop
-                self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, lane))
+                found = self._bridge_messages if link.edge else self._pipeline_messages
+                self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, dp_rank))
         return self._reaching[place]
 
-    def leaving(self, link: Link, microbatch: int, lane: int) -> ByRank:
-        """Return the messages out of one lane of a link's source by the rank they leave, in order of rows."""
-        place = (link, microbatch, lane)
+    def leaving(self, link: Link, microbatch: int, dp_rank: int) -> ByRank:
+        """Return the messages out of one dp rank of a link's source by the rank they leave, in order of rows."""
+        place = (link, microbatch, dp_rank)
         if place not in self._leaving:
-            senders = self.step.topology.modules[link.source.module].holders(link.source, lane)
+            senders = self.step.topology.modules[link.source.module].tp_cp_ranks(link.source, dp_rank)
             self._leaving[place] = _grouped(
                 (m.rank_source, m)
-                for other in self._targets(link, microbatch, lane)
+                for other in self._targets(link, microbatch, dp_rank)
                 for messages in self.reaching(link, microbatch, other).values()
                 for m in messages
                 if m.rank_source in senders
@@ -186,44 +186,48 @@ class Routes:
         pieces = tuple(
             Piece(p.microbatch + here - there, p.start + rows, p.stop + rows) for p in message.pieces
         )
-        return Message(link, microbatch, message.rank_source, message.rank_target, message.lane, pieces)
+        return Message(link, microbatch, message.rank_source, message.rank_target, message.dp_rank, pieces)
 
-    def _targets(self, link: Link, microbatch: int, lane: int) -> Iterable[int]:
-        """The lanes of a link's target that share samples of its microbatch with a lane of its source."""
+    def _targets(self, link: Link, microbatch: int, dp_rank: int) -> Iterable[int]:
+        """The dp ranks of a link's target that share samples of its microbatch with a dp rank of its source."""
         if link.edge is None:
-            return (lane,)
+            return (dp_rank,)
         modules, total = self.step.topology.modules, len(self.step.samples)
         source, target = modules[link.source.module], modules[link.target.module]
         met = {
             other
             for k in overlapping(microbatch, target.microbatches, source.microbatches)
-            for other in target.lanes_over(source.samples(lane, k, total), microbatch, total)
+            for other in target.dp_ranks_over(source.samples(dp_rank, k, total), microbatch, total)
         }
         return sorted(met)
 
-    def _hop(self, link: Link, microbatch: int, lane: int) -> Iterator[Message]:
+    def _pipeline_messages(self, link: Link, microbatch: int, dp_rank: int) -> Iterator[Message]:
         module = self.step.topology.modules[link.source.module]
-        if self.step.has_rows(link.source.module, lane, microbatch):
-            ends = zip(module.holders(link.source, lane), module.holders(link.target, lane), strict=True)
+        if self.step.has_rows(link.source.module, dp_rank, microbatch):
+            ends = zip(
+                module.tp_cp_ranks(link.source, dp_rank),
+                module.tp_cp_ranks(link.target, dp_rank),
+                strict=True,
+            )
             for source, target in ends:
-                yield Message(link, microbatch, source, target, lane, ())
+                yield Message(link, microbatch, source, target, dp_rank, ())
 
-    def _seam(self, link: Link, microbatch: int, lane: int) -> Iterator[Message]:
+    def _bridge_messages(self, link: Link, microbatch: int, dp_rank: int) -> Iterator[Message]:
         modules, total = self.step.topology.modules, len(self.step.samples)
         source, target = modules[link.source.module], modules[link.target.module]
-        samples = target.samples(lane, microbatch, total)
-        wanted = list(lane_parts(self.step, target, link, microbatch, lane))
+        samples = target.samples(dp_rank, microbatch, total)
+        wanted = list(dp_rank_parts(self.step, target, link, microbatch, dp_rank))
         given = [
             part
             for k in overlapping(microbatch, target.microbatches, source.microbatches)
-            for other in source.lanes_over(samples, k, total)
-            for part in lane_parts(self.step, source, link, k, other)
+            for other in source.dp_ranks_over(samples, k, total)
+            for part in dp_rank_parts(self.step, source, link, k, other)
         ]
         overlaps: dict[tuple[int, int], list[Piece]] = {}
         for mine, yours, start, stop in _sweep(given, wanted):
             overlaps.setdefault((mine.rank, yours.rank), []).append(Piece(mine.microbatch, start, stop))
         for (rank_source, rank_target), pieces in overlaps.items():
-            yield Message(link, microbatch, rank_source, rank_target, lane, tuple(pieces))
+            yield Message(link, microbatch, rank_source, rank_target, dp_rank, tuple(pieces))
 
 
 def _grouped(messages: Iterable[tuple[int, Message]]) -> ByRank:
@@ -233,19 +237,19 @@ def _grouped(messages: Iterable[tuple[int, Message]]) -> ByRank:
     return {rank: tuple(group) for rank, group in groups.items()}
 
 
-def lane_parts(step: Step, module: Module, link: Link, microbatch: int, lane: int) -> Iterator[Part]:
-    """Yield what each rank that holds a lane has of it at one end of a seam, in order of rows.
+def dp_rank_parts(step: Step, module: Module, link: Link, microbatch: int, dp_rank: int) -> Iterator[Part]:
+    """Yield what each rank that holds a dp rank has of it at one end of a bridge, in order of rows.
 
     The end is the one that `module` is: the source's last stage or the target's first.
     """
     assert link.edge
     stage = link.source if module.name == link.edge.source else link.target
-    samples = module.samples(lane, microbatch, len(step.samples))
+    samples = module.samples(dp_rank, microbatch, len(step.samples))
     start, stop = step.rows_of(link.edge.source, samples)
-    ranks = module.holders(stage, lane)
+    ranks = module.tp_cp_ranks(stage, dp_rank)
     for i, rank in enumerate(ranks):
         mine = share(i, len(ranks), stop - start)
-        yield Part(start + mine.start, start + mine.stop, rank, lane, microbatch)
+        yield Part(start + mine.start, start + mine.stop, rank, dp_rank, microbatch)
 
 
 def _sweep(given: list[Part], wanted: list[Part]) -> Iterator[tuple[Part, Part, int, int]]:

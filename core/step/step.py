@@ -1,11 +1,11 @@
 """Steps: what the samples of one optimizer step make of a topology.
 
-A step is a tuple of descriptions laid over the modules. It answers how many rows each lane of each module
+A step is a tuple of descriptions laid over the modules. It answers how many rows each dp rank of each module
 has in each microbatch, and so every shape of the step; a `Share` is that answer as one stage sees it.
 
 Rows are counted through the whole step: sample i of the step owns the rows ``rows_start[i] ..
-rows_start[i+1]`` of a module's output, whichever rank computes them. The share of a lane is therefore one
-interval of rows, and what one lane sends another is the overlap of two intervals (`routes`).
+rows_start[i+1]`` of a module's output, whichever rank computes them. The share of a dp rank is therefore one
+interval of rows, and what one dp rank sends another is the overlap of two intervals (`routes`).
 
 Shapes follow from rows alone. So where microbatches are *alike*, their samples having the same rows one by one,
 what is known of the first holds for the others, and a step of like samples costs no more than one microbatch.
@@ -29,14 +29,14 @@ def aux_name(module: str) -> str:
 
 @attrs.frozen
 class Share:
-    """One lane's part of a microbatch, as a module sees it. Everything is per sample, in order.
+    """One dp rank's part of a microbatch, as a module sees it. Everything is per sample, in order.
 
     Attributes:
         samples: the samples' descriptions.
         rows: rows that the module reads; for a source module under its own name, else by feeder in file order.
         lengths: for a language model, positions in use (rows and text); else the rows that come in.
         placeholders: for a language model, the positions that take rows, feeder by feeder.
-        total: how many samples the step has, in all lanes and microbatches.
+        total: how many samples the step has, in all dp ranks and microbatches.
     """
 
     samples: tuple[Sample, ...]
@@ -108,9 +108,9 @@ class Step:
         starts = self.rows_start[module]
         return starts[samples.start], starts[samples.stop]
 
-    def share(self, module: str, lane: int, microbatch: int) -> Share:
-        """Return a lane's part of a microbatch of a module."""
-        chosen = self.topology.modules[module].samples(lane, microbatch, len(self.samples))
+    def share(self, module: str, dp_rank: int, microbatch: int) -> Share:
+        """Return a dp rank's part of a microbatch of a module."""
+        chosen = self.topology.modules[module].samples(dp_rank, microbatch, len(self.samples))
         node = self.topology.graph.nodes[module]
         emitted = [self.rows_out[i] for i in chosen]
         samples = self.samples[chosen.start : chosen.stop]
@@ -131,29 +131,31 @@ class Step:
             total=len(self.samples),
         )
 
-    def has_rows(self, module: str, lane: int, microbatch: int) -> bool:
-        """Whether a lane has anything of its own in a microbatch."""
-        samples = self.topology.modules[module].samples(lane, microbatch, len(self.samples))
+    def has_rows(self, module: str, dp_rank: int, microbatch: int) -> bool:
+        """Whether a dp rank has anything of its own in a microbatch."""
+        samples = self.topology.modules[module].samples(dp_rank, microbatch, len(self.samples))
         start, stop = self.rows_of(module, samples)
         return stop > start
 
-    def active(self, module: str, lane: int) -> frozenset[int]:
-        """Return the microbatches of a module that a lane takes part in.
+    def active(self, module: str, dp_rank: int) -> frozenset[int]:
+        """Return the microbatches of a module that a dp rank takes part in.
 
-        A lane without rows has nothing to compute; but where experts are spread over lanes, those lanes
+        A dp rank without rows has nothing to compute; but where experts are spread over dp ranks, those dp ranks
         compute together, and one of them without rows runs along while any other has some.
         """
-        if (module, lane) not in self._active:
+        if (module, dp_rank) not in self._active:
             here = self.topology.modules[module]
             firsts = self.alike(here.microbatches)
             there = {
-                k for k in set(firsts) if any(self.has_rows(module, other, k) for other in here.closure(lane))
+                k
+                for k in set(firsts)
+                if any(self.has_rows(module, other, k) for other in here.ep_dp_ranks(dp_rank))
             }
             found = frozenset(k for k, first in enumerate(firsts) if first in there)
-            self._active[module, lane] = self._sets.setdefault(found, found)
-        return self._active[module, lane]
+            self._active[module, dp_rank] = self._sets.setdefault(found, found)
+        return self._active[module, dp_rank]
 
-    def hop_shape(self, stage: Stage, lane: int, microbatch: int) -> tuple[int, int, int]:
+    def hidden_shape(self, stage: Stage, dp_rank: int, microbatch: int) -> tuple[int, int, int]:
         """Return (positions, samples, hidden) of the hidden states between two stages of a module.
 
         A language model pads to the sequence length of the job; others to the longest sample of the share,
@@ -161,15 +163,15 @@ class Step:
         """
         module = self.topology.modules[stage.module]
         assert module.model.hidden is not None
-        positions, samples = self.positions(stage.module, lane, microbatch)
+        positions, samples = self.positions(stage.module, dp_rank, microbatch)
         return positions // module.cp, samples, module.model.hidden
 
-    def positions(self, module: str, lane: int, microbatch: int) -> tuple[int, int]:
-        """Return how many positions a lane computes of each sample, padding included, and of how many samples."""
+    def positions(self, module: str, dp_rank: int, microbatch: int) -> tuple[int, int]:
+        """Return how many positions a dp rank computes of each sample, padding included, and of how many samples."""
         here = self.topology.modules[module]
-        place = (module, lane, self.alike(here.microbatches)[microbatch])
+        place = (module, dp_rank, self.alike(here.microbatches)[microbatch])
         if place not in self._shapes:
-            samples = here.samples(lane, microbatch, len(self.samples))
+            samples = here.samples(dp_rank, microbatch, len(self.samples))
             if isinstance(here.model, Gpt):
                 self._shapes[place] = self.topology.sequence, len(samples)
             else:
@@ -220,14 +222,14 @@ def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
         for name in topology.graph.texts
         for sample, rows in zip(samples, step.rows_out, strict=True)
         if sample.placeholders or rows[name] > topology.sequence
-        for problem in _misfits(topology, name, sample, rows[name])
+        for problem in _mismatches(topology, name, sample, rows[name])
     ]
     if problems:
         raise PlanError(problems)
     return step
 
 
-def _misfits(topology: Topology, name: str, sample: Sample, length: int) -> tuple[Problem, ...]:
+def _mismatches(topology: Topology, name: str, sample: Sample, length: int) -> tuple[Problem, ...]:
     rows = length - sample.length
     where = f"sample {sample.id}"
     if length > topology.sequence:

@@ -1,7 +1,7 @@
 """Traffic: how much crosses the edges of the module graph in a step, and how much a simpler way would move.
 
 Forward and, where the source trains, backward. A message between stages that share a rank stays where it is
-and is not counted. The way to compare with sends a lane's rows whole to one leader of the other side, which
+and is not counted. The way to compare with sends a dp rank's rows whole to one leader of the other side, which
 broadcasts them to the ranks along its tp and cp; there `n` ranks receive every byte. Here each byte crosses
 once, to one of the `n`, and they gather the whole among themselves.
 """
@@ -25,8 +25,8 @@ class EdgeTraffic:
         target: the module that reads them.
         messages: sends from one rank to another.
         bytes: what these messages carry.
-        bytes_gathered: what the ranks along tp and cp of a lane then pass among themselves.
-        bytes_leader_broadcast: what would be received if leaders exchanged whole lanes and broadcast them.
+        bytes_gathered: what the ranks along tp and cp of a dp rank then pass among themselves.
+        bytes_leader_broadcast: what would be received if leaders exchanged whole dp ranks and broadcast them.
     """
 
     source: str
@@ -44,7 +44,7 @@ def message_bytes(step: Step, message: Message) -> int:
     value = VALUE_BYTES[step.topology.spec.precision]
     if message.link.edge:
         return message.rows * message.link.edge.width * value
-    positions, samples, hidden = step.hop_shape(message.link.target, message.lane, message.microbatch)
+    positions, samples, hidden = step.hidden_shape(message.link.target, message.dp_rank, message.microbatch)
     return positions * samples * hidden * value
 
 
@@ -62,9 +62,9 @@ def _traffic(routes: Routes, link: Link) -> EdgeTraffic:
     row_bytes = link.edge.width * VALUE_BYTES[topology.spec.precision]
     total = row_bytes * sum(message.rows for message in messages)
     crossing = [message for message in messages if message.rank_source != message.rank_target]
-    receivers = [_ranks_per_lane(routes, link.target.module)]
+    receivers = [_ranks_per_dp_rank(routes, link.target.module)]
     if topology.stages[link.source].trains_up_to(link):
-        receivers.append(_ranks_per_lane(routes, link.source.module))
+        receivers.append(_ranks_per_dp_rank(routes, link.source.module))
     return EdgeTraffic(
         source=link.edge.source,
         target=link.edge.target,
@@ -81,7 +81,7 @@ def _messages(routes: Routes, link: Link) -> Iterator[Message]:
         yield from routes.messages(link, microbatch)
 
 
-def _ranks_per_lane(routes: Routes, module: str) -> int:
-    """Return how many ranks receive a lane's rows."""
+def _ranks_per_dp_rank(routes: Routes, module: str) -> int:
+    """Return how many ranks receive a dp rank's rows."""
     grid = routes.step.topology.modules[module].grid
     return grid.extent("tp") * grid.extent("cp")

@@ -68,7 +68,7 @@ def groups_of(topology: Topology) -> tuple[Slot, ...]:
 def channels_of(topology: Topology) -> tuple[Ranks, ...]:
     """Return every (sender, receiver) pair of ranks that a step may use, itself included where it colocates.
 
-    At a seam any two ranks of lanes that share samples may meet, whatever the rows of a step turn out to be.
+    At a bridge any two ranks of dp ranks that share samples may meet, whatever the rows of a step turn out to be.
     """
     pairs = dict.fromkeys(pair for link in topology.links for pair in _ends(topology, link))
     return (*pairs, *((b, a) for a, b in pairs if (b, a) not in pairs))
@@ -112,23 +112,23 @@ def _uses(topology: Topology) -> Iterator[Ranks]:
 
 def _ends(topology: Topology, link: Link) -> Iterator[Ranks]:
     source, target = topology.modules[link.source.module], topology.modules[link.target.module]
-    for lane in range(source.lanes):
-        senders = source.holders(link.source, lane)
+    for dp_rank in range(source.dp_size):
+        senders = source.tp_cp_ranks(link.source, dp_rank)
         if link.edge is None:
-            yield from zip(senders, target.holders(link.target, lane), strict=True)
+            yield from zip(senders, target.tp_cp_ranks(link.target, dp_rank), strict=True)
             continue
-        for other in _lanes_met(topology, source, lane, target):
-            yield from ((a, b) for a in senders for b in target.holders(link.target, other))
+        for other in _dp_ranks_met(topology, source, dp_rank, target):
+            yield from ((a, b) for a in senders for b in target.tp_cp_ranks(link.target, other))
 
 
-def _lanes_met(topology: Topology, source: Module, lane: int, target: Module) -> Iterable[int]:
-    """Return the lanes of `target` that share a sample of a step with a lane of `source`, ascending."""
+def _dp_ranks_met(topology: Topology, source: Module, dp_rank: int, target: Module) -> Iterable[int]:
+    """Return the dp ranks of `target` that share a sample of a step with a dp rank of `source`, ascending."""
     total = topology.spec.batch.global_size
     return sorted(
         {
             other
             for mine in range(source.microbatches)
             for yours in overlapping(mine, source.microbatches, target.microbatches)
-            for other in target.lanes_over(source.samples(lane, mine, total), yours, total)
+            for other in target.dp_ranks_over(source.samples(dp_rank, mine, total), yours, total)
         }
     )

@@ -3,7 +3,7 @@
 A role names the modules that a rank hosts and where it stands in each. Nobody passes roles around: they
 follow from the topology, so a rank of a thousand can be asked about on a laptop, without a process group.
 
-A vision encoder on two data lanes, ranks 0 and 1, in front of a language model of two stages, ranks 2 and 3:
+A vision encoder on two dp ranks, ranks 0 and 1, in front of a language model of two stages, ranks 2 and 3:
 
 >>> from mimogrid.core.job.models import Gpt, Vit
 >>> from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
@@ -31,7 +31,7 @@ Both ends of the language model are asked about from anywhere, and a rank is in 
 >>> [role_of(topology, rank).is_last_stage("language") for rank in range(4)]
 [False, False, False, True]
 
-Grids may share ranks, all or some. Here rank 1 has an encoder lane and the language model's first stage:
+Grids may share ranks, all or some. Here rank 1 has an encoder dp rank and the language model's first stage:
 
 >>> topology = planned(GridSpec(dp=2), GridSpec(pp=2, offset=1))
 >>> role = role_of(topology, rank=1)

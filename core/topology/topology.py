@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.base.experts import block_of, closures
+from mimogrid.core.base.experts import block_of, ep_dp_ranks_of
 from mimogrid.core.base.grid import Grid
-from mimogrid.core.base.samples import lane_samples, lanes_over
+from mimogrid.core.base.samples import dp_ranks_over, dp_samples
 from mimogrid.core.job.graph import Graph
 from mimogrid.core.job.models import (
     HEAD,
@@ -59,7 +59,7 @@ class Edge:
 
 @attrs.frozen(cache_hash=True)
 class Link:
-    """Data flows from one stage to another: inside a module (a hop) or along an edge (a seam)."""
+    """Data flows from one stage to another: inside a module (a pipeline link) or along an edge (a bridge)."""
 
     source: Stage
     target: Stage
@@ -116,8 +116,8 @@ class Module:
     stages: tuple[StageInfo, ...]
 
     @property
-    def lanes(self) -> int:
-        """Data lanes: how many different shares of a microbatch its ranks work on."""
+    def dp_size(self) -> int:
+        """Data dp ranks: how many different shares of a microbatch its ranks work on."""
         return self.grid.extent("dp")
 
     @property
@@ -135,9 +135,9 @@ class Module:
         parts = 2 * self.cp * (self.grid.extent("tp") if self.sequence_parallel else 1)
         return -(-positions // parts) * parts
 
-    def closure(self, lane: int) -> tuple[int, ...]:
-        """Return the lanes that compute together with a lane: those its experts are spread over."""
-        return (lane,) if self.experts is None else closures(self.grid, self.experts)[lane]
+    def ep_dp_ranks(self, dp_rank: int) -> tuple[int, ...]:
+        """Return the dp ranks that compute together with a dp rank: those its experts are spread over."""
+        return (dp_rank,) if self.experts is None else ep_dp_ranks_of(self.grid, self.experts)[dp_rank]
 
     def is_partial(self, parameter: Parameter) -> bool:
         """Whether a parameter's gradient on one tp rank is a part of a sum over tp."""
@@ -169,29 +169,29 @@ class Module:
         """Every parameter, projectors included."""
         return tuple(p for info in self.stages for p in info.parameters)
 
-    def holders(self, stage: Stage, lane: int) -> tuple[int, ...]:
-        """Return the ranks (along tp and cp) that hold one lane of a stage, ascending, as a group has them."""
-        return _holders(self.grid, stage.pp, lane)
+    def tp_cp_ranks(self, stage: Stage, dp_rank: int) -> tuple[int, ...]:
+        """Return the ranks (along tp and cp) that hold one dp rank of a stage, ascending, as a group has them."""
+        return _holders(self.grid, stage.pp, dp_rank)
 
-    def lane_of(self, rank: int) -> int:
-        """Return the data lane of a rank. Raises ValueError for a rank outside the module's grid."""
+    def dp_rank_of(self, rank: int) -> int:
+        """Return the dp rank of a rank. Raises ValueError for a rank outside the module's grid."""
         return self.grid.position_along("dp", rank)
 
-    def samples(self, lane: int, microbatch: int, total: int) -> range:
-        """Return which of a step's `total` samples a lane has in one of this module's microbatches."""
-        return lane_samples(
-            lane=lane,
-            lanes=self.lanes,
+    def samples(self, dp_rank: int, microbatch: int, total: int) -> range:
+        """Return which of a step's `total` samples a dp rank has in one of this module's microbatches."""
+        return dp_samples(
+            dp_rank=dp_rank,
+            dp_size=self.dp_size,
             microbatch=microbatch,
             microbatches=self.microbatches,
             total=total,
         )
 
-    def lanes_over(self, samples: range, microbatch: int, total: int) -> range:
-        """Return which lanes have any of these samples in one of this module's microbatches."""
-        return lanes_over(
+    def dp_ranks_over(self, samples: range, microbatch: int, total: int) -> range:
+        """Return which dp ranks have any of these samples in one of this module's microbatches."""
+        return dp_ranks_over(
             samples,
-            lanes=self.lanes,
+            dp_size=self.dp_size,
             microbatch=microbatch,
             microbatches=self.microbatches,
             total=total,
@@ -231,17 +231,17 @@ class Topology:
 
     @functools.cached_property
     def links(self) -> tuple[Link, ...]:
-        """Every pair of stages between which data flows: hops of each module, then seams."""
-        hops = (
+        """Every pair of stages between which data flows: pipeline links of each module, then bridges."""
+        pipeline_links = (
             Link(a.stage, b.stage, None)
             for module in self.modules.values()
             for a, b in zip(module.stages, module.stages[1:], strict=False)
         )
-        seams = (
+        bridges = (
             Link(self.modules[e.source].stages[-1].stage, self.modules[e.target].stages[0].stage, e)
             for e in self.edges
         )
-        return (*hops, *seams)
+        return (*pipeline_links, *bridges)
 
     @functools.cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -282,9 +282,9 @@ class Topology:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _holders(grid: Grid, pp: int, lane: int) -> tuple[int, ...]:
+def _holders(grid: Grid, pp: int, dp_rank: int) -> tuple[int, ...]:
     ranks = (
-        grid.rank_at(tp=tp, cp=cp, dp=lane, pp=pp)
+        grid.rank_at(tp=tp, cp=cp, dp=dp_rank, pp=pp)
         for cp in range(grid.extent("cp"))
         for tp in range(grid.extent("tp"))
     )

@@ -1,20 +1,20 @@
-"""Shards: how the parameters of a stage lie in flat buckets, and which part of these each data lane updates.
+"""Shards: how the parameters of a stage lie in flat buckets, and which part of these each data shard updates.
 
 What is summed over the same ranks may lie in one bucket (`Section`): common parameters; those whose gradients are
 partial along tp; those that both ends of the module hold (tied: one bucket of their own, cut alike at both ends);
 experts. Each bucket is summed in one call. It is cut off when it has `bucket_mb` of gradients, and buckets are
 numbered in the order in which a backward completes them: that with the last layers is the first.
 
-Every parameter begins at a multiple of `ALIGNMENT`, and a bucket is padded until its lanes have equal parts
+Every parameter begins at a multiple of `ALIGNMENT`, and a bucket is padded until its shards have equal parts
 of such multiples. So however a parameter is cut, its values meet the same vector instructions as if it were
-whole, and an update of parts is bitwise the update of the whole. The cuts are the same whether or not the lanes
-share the update: one layout, of which a lane updates its own part or all.
+whole, and an update of parts is bitwise the update of the whole. The cuts are the same whether or not the shards
+share the update: one layout, of which a shard updates its own part or all.
 
->>> bucket = bucket_of(Section.COMMON, {"a": 100, "b": 60}, lanes=2)
->>> bucket.size, [list(bucket.parts(lane)) for lane in (0, 1)]
+>>> bucket = bucket_of(Section.COMMON, {"a": 100, "b": 60}, shards=2)
+>>> bucket.size, [list(bucket.parts(shard)) for shard in (0, 1)]
 (256, [[Part(name='a', start=0, stop=100)], [Part(name='b', start=0, stop=60)]])
 
-The idea of buckets is PyTorch's DistributedDataParallel's (Li et al., VLDB 2020); that each is cut for the lanes,
+The idea of buckets is PyTorch's DistributedDataParallel's (Li et al., VLDB 2020); that each is cut for the shards,
 ZeRO's (Rajbhandari et al. 2020).
 """
 
@@ -65,35 +65,35 @@ class Part:
 
 @attrs.frozen
 class Bucket:
-    """Parameters one after the other, cut into equal parts for `lanes`."""
+    """Parameters one after the other, cut into equal parts for `shards`."""
 
     section: Section
     spans: tuple[Span, ...]
-    lanes: int
+    shards: int
     size: int
 
-    def lane(self, lane: int) -> range:
-        """Return which values of the bucket a lane has."""
-        each = self.size // self.lanes
-        return range(lane * each, (lane + 1) * each)
+    def shard(self, shard: int) -> range:
+        """Return which values of the bucket a shard has."""
+        each = self.size // self.shards
+        return range(shard * each, (shard + 1) * each)
 
-    def parts(self, lane: int) -> Iterator[Part]:
-        """Yield the parts of parameters that a lane has."""
-        mine = self.lane(lane)
+    def parts(self, shard: int) -> Iterator[Part]:
+        """Yield the parts of parameters that a shard has."""
+        mine = self.shard(shard)
         for span in self.spans:
             start, stop = max(span.start, mine.start), min(span.start + span.size, mine.stop)
             if start < stop:
                 yield Part(span.name, start - span.start, stop - span.start)
 
 
-def bucket_of(section: Section, sizes: Mapping[str, int], *, lanes: int) -> Bucket:
+def bucket_of(section: Section, sizes: Mapping[str, int], *, shards: int) -> Bucket:
     """Lay parameters of these sizes one after the other."""
     spans: list[Span] = []
     end = 0
     for name, size in sizes.items():
         spans.append(Span(name, end, size))
         end += _rounded(size, ALIGNMENT)
-    return Bucket(section, tuple(spans), lanes, _rounded(end, ALIGNMENT * lanes))
+    return Bucket(section, tuple(spans), shards, _rounded(end, ALIGNMENT * shards))
 
 
 def _rounded(size: int, multiple: int) -> int:
@@ -116,7 +116,7 @@ def layout_of(topology: Topology, info: StageInfo, sizes: Mapping[str, int]) -> 
     if info.parameters != topology.stages[info.stage].parameters:
         planned = _planned(topology, info.stage, 0)
         return tuple(
-            bucket_of(bucket.section, {name: sizes[name] for name in names}, lanes=bucket.lanes)
+            bucket_of(bucket.section, {name: sizes[name] for name in names}, shards=bucket.shards)
             for bucket, names in zip(planned, _dealt(planned, sections, sizes), strict=True)
         )
     room = _values_in_bucket(topology)
@@ -129,7 +129,7 @@ def layout_of(topology: Topology, info: StageInfo, sizes: Mapping[str, int]) -> 
     if UNKNOWN in info.trainable:
         cut.append((Section.COMMON, [name for name in sizes if name not in place]))
     return tuple(
-        bucket_of(section, {name: sizes[name] for name in names}, lanes=_lanes(module, section))
+        bucket_of(section, {name: sizes[name] for name in names}, shards=_shard_count(module, section))
         for section, names in cut
     )
 
@@ -180,7 +180,7 @@ def _section(module: Module, parameter: Parameter) -> Section:
     return Section.PARTIAL if module.is_partial(parameter) else Section.COMMON
 
 
-def _lanes(module: Module, section: Section) -> int:
+def _shard_count(module: Module, section: Section) -> int:
     if section is Section.EXPERTS:
         assert module.experts is not None
         return module.experts.extent("expert_dp")
@@ -190,8 +190,8 @@ def _lanes(module: Module, section: Section) -> int:
 # -- ranks -------------------------------------------------------------------------------------------------
 
 
-def lanes_of(module: Module, rank: int, section: Section) -> tuple[int, ...]:
-    """Return the ranks that hold the same values as one of them, the lanes of a bucket, in order."""
+def sharing_ranks(module: Module, rank: int, section: Section) -> tuple[int, ...]:
+    """Return the ranks that hold the same values as one of them, the shards of a bucket, in order."""
     if section is Section.EXPERTS:
         assert module.experts is not None
         return module.experts.group_of(rank, ("expert_dp",))
@@ -202,7 +202,7 @@ def shared_by(module: Module, rank: int, section: Section) -> tuple[int, ...]:
     """Return the ranks over which the gradients of a section are summed."""
     if section is Section.PARTIAL:
         return module.grid.group_of(rank, ("tp", "cp", "dp"))
-    return lanes_of(module, rank, section)
+    return sharing_ranks(module, rank, section)
 
 
 def buckets_of(topology: Topology, info: StageInfo, rank: int) -> tuple[Bucket, ...]:
@@ -237,10 +237,10 @@ def optimizer_bytes(topology: Topology, rank: int) -> int:
     for info in topology.stages_of(rank):
         module = topology.modules[info.stage.module]
         for bucket in buckets_of(topology, info, rank):
-            own = (lanes_of(module, rank, bucket.section).index(rank),)
-            lanes = own if spec.optimizer.sharded else range(bucket.lanes)
-            values = sum(part.stop - part.start for lane in lanes for part in bucket.parts(lane))
-            main = sum(len(bucket.lane(lane)) for lane in lanes) if spec.precision in HALF else 0
+            own = (sharing_ranks(module, rank, bucket.section).index(rank),)
+            shards = own if spec.optimizer.sharded else range(bucket.shards)
+            values = sum(part.stop - part.start for shard in shards for part in bucket.parts(shard))
+            main = sum(len(bucket.shard(shard)) for shard in shards) if spec.precision in HALF else 0
             total += width * (states * values + main)
     return total
 

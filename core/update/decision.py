@@ -9,11 +9,11 @@ step is passed over
 - where the gradient norm or the loss is far above its recent median (`optimizer.skip_above`). The window holds
   the steps that were passed over too, so a lasting change of level is accepted after half a window.
 
->>> watch = Watch(scale=4.0)
+>>> skip_state = SkipState(scale=4.0)
 >>> rule = OptimizerSpec(loss_scale=LossScaleSpec(interval=2))
 >>> for finite in (True, True, False):
-...     watch, reason = decide(watch, rule, loss=1.0, norm=1.0, finite=finite, half=True)
-...     print(watch.scale, reason or "taken")
+...     skip_state, reason = decide(skip_state, rule, loss=1.0, norm=1.0, finite=finite, half=True)
+...     print(skip_state.scale, reason or "taken")
 4.0 taken
 8.0 taken
 4.0 a loss or gradient was not finite
@@ -30,7 +30,7 @@ from mimogrid.core.job.spec import LossScaleSpec, OptimizerSpec, TrainSpec
 
 
 @attrs.frozen
-class Watch:
+class SkipState:
     """What decisions hang on besides the step itself; the same on every rank, and part of a checkpoint.
 
     `scale` multiplies every loss before its backward, and `good` counts the finite steps since it changed;
@@ -43,36 +43,38 @@ class Watch:
     norms: tuple[float, ...] = ()
 
     @classmethod
-    def first(cls, optimizer: OptimizerSpec, precision: str) -> "Watch":
+    def first(cls, optimizer: OptimizerSpec, precision: str) -> "SkipState":
         """Return what a run begins with."""
         return cls(scale=optimizer.loss_scale.initial if precision == "fp16" else 1.0)
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "Watch":
-        """Return what `attrs.asdict` made of a watch, read back from JSON."""
+    def of(cls, facts: Mapping[str, Any]) -> "SkipState":
+        """Return what `attrs.asdict` made of a skip state, read back from JSON."""
         return cls(facts["scale"], facts["good"], tuple(facts["losses"]), tuple(facts["norms"]))
 
 
 def decide(
-    watch: Watch, optimizer: OptimizerSpec, *, loss: float, norm: float, finite: bool, half: bool
-) -> tuple[Watch, str]:
-    """Return the watch after a step, and why that step is not taken ("": it is).
+    skip_state: SkipState, optimizer: OptimizerSpec, *, loss: float, norm: float, finite: bool, half: bool
+) -> tuple[SkipState, str]:
+    """Return the skip state after a step, and why that step is not taken ("": it is).
 
     `finite` says that every gradient of every rank is; `half` that there is a loss scale to adapt.
     """
     if not (finite and math.isfinite(loss) and math.isfinite(norm)):
-        return (_fallen(watch, optimizer.loss_scale) if half else watch), "a loss or gradient was not finite"
+        return (
+            _fallen(skip_state, optimizer.loss_scale) if half else skip_state
+        ), "a loss or gradient was not finite"
     rule = optimizer.skip_above
-    reason = _too_high("loss", loss, watch.losses, rule.loss, rule.window) or _too_high(
-        "gradient norm", norm, watch.norms, rule.norm, rule.window
+    reason = _too_high("loss", loss, skip_state.losses, rule.loss, rule.window) or _too_high(
+        "gradient norm", norm, skip_state.norms, rule.norm, rule.window
     )
     if half:
-        watch = _risen(watch, optimizer.loss_scale)
+        skip_state = _risen(skip_state, optimizer.loss_scale)
     if rule.loss:
-        watch = attrs.evolve(watch, losses=(*watch.losses, loss)[-rule.window :])
+        skip_state = attrs.evolve(skip_state, losses=(*skip_state.losses, loss)[-rule.window :])
     if rule.norm:
-        watch = attrs.evolve(watch, norms=(*watch.norms, norm)[-rule.window :])
-    return watch, reason
+        skip_state = attrs.evolve(skip_state, norms=(*skip_state.norms, norm)[-rule.window :])
+    return skip_state, reason
 
 
 def _too_high(what: str, value: float, recent: tuple[float, ...], most: float, window: int) -> str:
@@ -83,14 +85,14 @@ def _too_high(what: str, value: float, recent: tuple[float, ...], most: float, w
     return f"the {what} {value:.4g} is above {most:g} times its recent median {median:.4g}" if above else ""
 
 
-def _fallen(watch: Watch, rule: LossScaleSpec) -> Watch:
-    return attrs.evolve(watch, scale=max(watch.scale * rule.backoff, rule.minimum), good=0)
+def _fallen(skip_state: SkipState, rule: LossScaleSpec) -> SkipState:
+    return attrs.evolve(skip_state, scale=max(skip_state.scale * rule.backoff, rule.minimum), good=0)
 
 
-def _risen(watch: Watch, rule: LossScaleSpec) -> Watch:
-    if watch.good + 1 < rule.interval:
-        return attrs.evolve(watch, good=watch.good + 1)
-    return attrs.evolve(watch, scale=watch.scale * rule.growth, good=0)
+def _risen(skip_state: SkipState, rule: LossScaleSpec) -> SkipState:
+    if skip_state.good + 1 < rule.interval:
+        return attrs.evolve(skip_state, good=skip_state.good + 1)
+    return attrs.evolve(skip_state, scale=skip_state.scale * rule.growth, good=0)
 
 
 def is_passed_over(train: TrainSpec, step: int) -> bool:

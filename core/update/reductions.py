@@ -1,9 +1,9 @@
 """The gradient plan: which sums make every gradient that of the same model on one process.
 
 The loss of a module is a sum over its units divided by their global count N (`steps.Step.units`), so each
-lane's gradient is a term of one sum, and nothing is ever averaged:
+dp rank's gradient is a term of one sum, and nothing is ever averaged:
 
-- a parameter's gradient is summed over the lanes (cp and dp) of its own module's grid;
+- a parameter's gradient is summed over the dp ranks (cp and dp) of its own module's grid;
 - a weight that both ends of a module hold is summed over the two;
 - where sequence parallelism leaves a tp rank only its part of the sequence, `partial` gradients are summed
   over tp, and so are a router's wherever tp ranks deal the tokens among them;
@@ -55,7 +55,7 @@ def exact_terms(partials: Iterable[float]) -> tuple[float, ...]:
     """Return a few floats whose sum is that of squares (0 or more) far beyond what one float can hold.
 
     The sum of the terms of all ranks (`math.fsum`) is then the correctly rounded sum of all partials, whoever
-    held which and in whatever order: it does not change where lanes share what they used to repeat.
+    held which and in whatever order: it does not change where dp ranks share what they used to repeat.
 
     >>> math.fsum((*exact_terms([1.0, 1e-30]), *exact_terms([1e30]))) == math.fsum([1e30, 1e-30, 1.0])
     True

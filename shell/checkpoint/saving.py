@@ -7,9 +7,10 @@ each rank goes two legs, and between them the ranks agree:
     publish    the first rank the manifest, then the folder's name; then it lets go of old checkpoints
 
 The threads touch files and copies, and no process group: those belong to training. Whether all have ended a leg the
-ranks see in the record that they exchange in each step anyway (`Crew.run`), and so all go on in the same step, or all
-learn in the same step that one could not. Until a checkpoint is published the one before is kept. One save is in
-flight at a time. What is written does not depend on when: waiting for the thread at once gives the same files.
+ranks see in the record that they exchange in each step anyway (`RankRuntime.run`), and so all go on in the same
+step, or all learn in the same step that one could not. Until a checkpoint is published the one before is kept. One
+save is in flight at a time. What is written does not depend on when: waiting for the thread at once gives the same
+files.
 """
 
 import contextlib

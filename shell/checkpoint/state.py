@@ -2,7 +2,7 @@
 
 Weights are under ``module.parameter`` (trained ones as the main weights), what the optimizer keeps for each under
 ``optimizer.STATE.module.parameter``: of the parameter's shape, or one value. The rest is in the manifest: how many
-steps were taken, and what decisions hang on (`core.update.decision.Watch`). Random draws have no state: each is a
+steps were taken, and what decisions hang on (`core.update.decision.SkipState`). Random draws have no state: each is a
 hash of the seed and of what it is for.
 
 A host that writes checkpoints of its own gets all of it from `gather`, as full tensors on one rank, and gives
@@ -20,7 +20,7 @@ from mimogrid.core.base.errors import WorldError
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.topology.topology import Stage
 from mimogrid.core.update.buckets import Part, Span, boxes
-from mimogrid.core.update.decision import Watch
+from mimogrid.core.update.decision import SkipState
 from mimogrid.core.update.reductions import counts_in_norm
 from mimogrid.shell.checkpoint.files import Piece, Pieces
 from mimogrid.shell.checkpoint.manifest import OPTIMIZER
@@ -29,7 +29,7 @@ from mimogrid.shell.job import jobfile
 from mimogrid.shell.modules.weights import cut_over
 from mimogrid.shell.runtime.gradients import Buffer, Shard
 from mimogrid.shell.runtime.optimizer import begin_states, states_of
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.world.groups import ModuleGroups
 
 
@@ -37,17 +37,17 @@ SHOWN = 5
 """How many of the names that do not fit an error lists."""
 
 
-def facts_of(crew: Crew) -> dict[str, Any]:
+def facts_of(runtime: RankRuntime) -> dict[str, Any]:
     """Return what the manifest keeps of a run's state."""
-    return {"steps_taken": crew.steps_taken, "watch": attrs.asdict(crew.watch)}
+    return {"steps_taken": runtime.steps_taken, "watch": attrs.asdict(runtime.skip_state)}
 
 
-def manifest_of(crew: Crew, step: int) -> dict[str, Any]:
+def manifest_of(runtime: RankRuntime, step: int) -> dict[str, Any]:
     """Return what the manifest of a checkpoint says of a run: its state, and what made it. Step `step` is the next."""
-    spec = crew.job.spec
+    spec = runtime.job.spec
     return {
         "step": step,
-        **facts_of(crew),
+        **facts_of(runtime),
         "job": jobfile.dump(spec),
         "layout": {
             name: {
@@ -56,7 +56,7 @@ def manifest_of(crew: Crew, step: int) -> dict[str, Any]:
                 "chunks": spec.modules[name].chunks,
                 "offset": module.grid.offset,
             }
-            for name, module in crew.topology.modules.items()
+            for name, module in runtime.topology.modules.items()
         },
         "schedule": spec.schedule.name,
         "precision": spec.precision,
@@ -66,48 +66,48 @@ def manifest_of(crew: Crew, step: int) -> dict[str, Any]:
     }
 
 
-def pieces_to_save(crew: Crew) -> Pieces:
+def pieces_to_save(runtime: RankRuntime) -> Pieces:
     """Return what this rank writes; all ranks of the job call it together.
 
-    Of several ranks that hold the same values one writes them. A parameter that lanes share is put together on
-    the lane where it begins, so that files hold blocks of the full tensors and nothing else.
+    Of several ranks that hold the same values one writes them. A parameter that dp ranks share is put together on
+    the dp rank where it begins, so that files hold blocks of the full tensors and nothing else.
     """
     return {
-        **{name: pieces for name, pieces, writes in _frozen(crew) if writes},
-        **{name: pieces for stage in crew.stages for name, pieces in _joined(crew, stage)},
+        **{name: pieces for name, pieces, writes in _frozen(runtime) if writes},
+        **{name: pieces for stage in runtime.stages for name, pieces in _joined(runtime, stage)},
     }
 
 
-def pieces_to_load(crew: Crew, facts: Mapping[str, Any]) -> Pieces:
+def pieces_to_load(runtime: RankRuntime, facts: Mapping[str, Any]) -> Pieces:
     """Return what this rank reads: its frozen weights, its main weights, and what the optimizer keeps."""
-    if crew.optimizer is not None and facts["steps_taken"]:
-        begin_states(crew.optimizer)
-    found: dict[str, tuple[Piece, ...]] = {name: pieces for name, pieces, _ in _frozen(crew)}
-    for stage, buffer in ((s, b) for s, of_stage in crew.buffers.items() for b in of_stage.buffers):
-        held = _Held(crew, stage)
+    if runtime.optimizer is not None and facts["steps_taken"]:
+        begin_states(runtime.optimizer)
+    found: dict[str, tuple[Piece, ...]] = {name: pieces for name, pieces, _ in _frozen(runtime)}
+    for stage, buffer in ((s, b) for s, of_stage in runtime.buffers.items() for b in of_stage.buffers):
+        held = _Held(runtime, stage)
         for shard in buffer.shards:
-            for name, tensor in _tensors(crew, stage, shard):
+            for name, tensor in _tensors(runtime, stage, shard):
                 found[name] = tuple(held.pieces(shard.part, tensor))
     return found
 
 
-def restore(crew: Crew, facts: Mapping[str, Any]) -> None:
+def restore(runtime: RankRuntime, facts: Mapping[str, Any]) -> None:
     """Take up the rest of a run's state, once its pieces are loaded."""
-    crew.steps_taken = facts["steps_taken"]
-    crew.watch = Watch.of(facts["watch"])
-    for buffer in crew.buffers.values():
-        buffer.publish()
+    runtime.steps_taken = facts["steps_taken"]
+    runtime.skip_state = SkipState.of(facts["watch"])
+    for buffer in runtime.buffers.values():
+        buffer.copy_main_to_model()
 
 
-def gather(crew: Crew) -> dict[str, torch.Tensor]:
+def gather(runtime: RankRuntime) -> dict[str, torch.Tensor]:
     """Put the pieces of all ranks together on the first rank of the job, on the CPU; the others get nothing."""
     mine = [
         (name, piece.full_shape, piece.offsets, piece.tensor.detach().cpu())
-        for name, pieces in pieces_to_save(crew).items()
+        for name, pieces in pieces_to_save(runtime).items()
         for piece in pieces
     ]
     full: dict[str, torch.Tensor] = {}
-    for of_rank in crew.hand_over(mine):
+    for of_rank in runtime.hand_over(mine):
         for name, shape, offsets, block in of_rank:
             whole = full.setdefault(name, torch.empty(shape, dtype=block.dtype))
             whole[_within(offsets, block.shape)] = block
@@ -115,41 +115,44 @@ def gather(crew: Crew) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def scatter(crew: Crew, full: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None) -> None:
+def scatter(runtime: RankRuntime, full: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None) -> None:
     """Fill the pieces of all ranks from full tensors that the first rank of the job has.
 
     Without facts there are only weights, and what the optimizer keeps stays. One tensor after the other travels
     to all ranks, so none but the first holds more than one. Raises WorldError on every rank where names or
     shapes are not those of the job; where they are those of a weight, before anything is changed.
     """
-    first = crew.group.rank() == 0
+    first = runtime.group.rank() == 0
     has: Any = [{name: (tuple(whole.shape), whole.dtype) for name, whole in full.items()} if first else None]
-    dist.broadcast_object_list(has, group=crew.group, group_src=0)
+    dist.broadcast_object_list(has, group=runtime.group, group_src=0)
     shapes: dict[str, tuple[int, ...]] = {name: shape for name, (shape, _) in has[0].items()}
     _check(
-        crew, pieces_to_load(crew, {"steps_taken": 0}), shapes, lambda name: not name.startswith(OPTIMIZER)
+        runtime,
+        pieces_to_load(runtime, {"steps_taken": 0}),
+        shapes,
+        lambda name: not name.startswith(OPTIMIZER),
     )
-    pieces = pieces_to_load(crew, facts or {"steps_taken": 0})
+    pieces = pieces_to_load(runtime, facts or {"steps_taken": 0})
     if facts is not None:
-        _check(crew, pieces, shapes, lambda name: name.startswith(OPTIMIZER))
+        _check(runtime, pieces, shapes, lambda name: name.startswith(OPTIMIZER))
     for name, (shape, dtype) in has[0].items():
-        whole = torch.empty(shape, dtype=dtype, device=crew.device.torch)
+        whole = torch.empty(shape, dtype=dtype, device=runtime.device.torch)
         if first:
             whole.copy_(full[name])
-        dist.broadcast(whole, group=crew.group, group_src=0)
+        dist.broadcast(whole, group=runtime.group, group_src=0)
         for piece in pieces.get(name, ()):
             piece.tensor.copy_(whole[_within(piece.offsets, piece.tensor.shape)])
-    for buffer in crew.buffers.values():
-        buffer.publish()
+    for buffer in runtime.buffers.values():
+        buffer.copy_main_to_model()
 
 
 def _check(
-    crew: Crew, pieces: Pieces, has: Mapping[str, tuple[int, ...]], concerns: Callable[[str], bool]
+    runtime: RankRuntime, pieces: Pieces, has: Mapping[str, tuple[int, ...]], concerns: Callable[[str], bool]
 ) -> None:
     """Compare names and shapes with what all ranks want; each computes the same from all of it."""
     mine = {name: piece.full_shape for name, of_name in pieces.items() if concerns(name) for piece in of_name}
-    every: list[Any] = [None] * crew.group.size()
-    dist.all_gather_object(every, mine, group=crew.group)
+    every: list[Any] = [None] * runtime.group.size()
+    dist.all_gather_object(every, mine, group=runtime.group)
     wanted = {name: shape for wants in every for name, shape in wants.items()}
     has = {name: shape for name, shape in has.items() if concerns(name)}
     apart = sorted(name for name in wanted.keys() & has.keys() if wanted[name] != has[name])
@@ -165,33 +168,33 @@ def _within(offsets: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
 
 
-def _tensors(crew: Crew, stage: Stage, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(runtime: RankRuntime, stage: Stage, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what is kept of a shard, flat: as many values as it has, or one without a dim."""
     full = f"{stage.module}.{shard.part.name}"
     yield full, shard.main.detach()
-    for state, tensor in states_of(crew.optimizer, shard).items():
+    for state, tensor in states_of(runtime.optimizer, shard).items():
         yield f"{OPTIMIZER}{state}.{full}", tensor
 
 
-def _frozen(crew: Crew) -> Iterator[tuple[str, tuple[Piece, ...], bool]]:
+def _frozen(runtime: RankRuntime) -> Iterator[tuple[str, tuple[Piece, ...], bool]]:
     """Yield the weights that do not train, and whether this rank writes them."""
-    for stage, weights in crew.weights().items():
-        held = _Held(crew, stage)
+    for stage, weights in runtime.weights().items():
+        held = _Held(runtime, stage)
         for name, weight in weights.items():
-            if name not in crew.buffers[stage].weights:
+            if name not in runtime.buffers[stage].weights:
                 part = Part(name, 0, weight.numel())
                 pieces = tuple(held.pieces(part, weight.detach().reshape(-1)))
                 yield f"{stage.module}.{name}", pieces, held.counts(name)
 
 
-def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+def _joined(runtime: RankRuntime, stage: Stage) -> Iterator[tuple[str, tuple[Piece, ...]]]:
     """Yield the whole parameters that this rank writes of a stage."""
-    held, of_stage = _Held(crew, stage), crew.buffers[stage]
+    held, of_stage = _Held(runtime, stage), runtime.buffers[stage]
     for buffer in of_stage.buffers:
         shards = {shard.part.name: shard for shard in buffer.shards}
         for span in buffer.bucket.spans:
             shard = shards.get(span.name)
-            kept = dict(_tensors(crew, stage, shard)) if shard else {}
+            kept = dict(_tensors(runtime, stage, shard)) if shard else {}
             if buffer.shared and _is_cut(buffer, span):
                 kept = _gathered(buffer, span, kept)
             if shard and shard.part.start == 0 and span.name in of_stage.counted:
@@ -201,15 +204,15 @@ def _joined(crew: Crew, stage: Stage) -> Iterator[tuple[str, tuple[Piece, ...]]]
 
 
 def _is_cut(buffer: Buffer, span: Span) -> bool:
-    each = buffer.bucket.size // buffer.bucket.lanes
+    each = buffer.bucket.size // buffer.bucket.shards
     return span.start // each != (span.start + span.size - 1) // each
 
 
 def _gathered(buffer: Buffer, span: Span, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put together what lanes have of a parameter; those that have none of it come along with nothing."""
-    every: list[Any] = [None] * buffer.lane_group.size()
+    """Put together what dp ranks have of a parameter; those that have none of it come along with nothing."""
+    every: list[Any] = [None] * buffer.shard_group.size()
     dist.all_gather_object(
-        every, {name: tensor.cpu() for name, tensor in kept.items()}, group=buffer.lane_group
+        every, {name: tensor.cpu() for name, tensor in kept.items()}, group=buffer.shard_group
     )
     holders = [parts for parts in every if parts]
     return {
@@ -241,16 +244,16 @@ def _spread(
 class _Held:
     """Where the parameters of a stage lie in the full ones, on this rank."""
 
-    def __init__(self, crew: Crew, stage: Stage) -> None:
-        runner = crew.stages[stage]
+    def __init__(self, runtime: RankRuntime, stage: Stage) -> None:
+        runner = runtime.stages[stage]
         self._groups: ModuleGroups = runner.groups
         self._info = runner.info
         self._table = {parameter.name: parameter for parameter in runner.info.parameters}
-        self._shapes = {name: tuple(weight.shape) for name, weight in crew.weights()[stage].items()}
-        self._position = runner.module.position(crew.rank)
+        self._shapes = {name: tuple(weight.shape) for name, weight in runtime.weights()[stage].items()}
+        self._position = runner.module.position(runtime.rank)
 
     def counts(self, name: str) -> bool:
-        """Whether this rank is the one that writes a parameter that all lanes hold."""
+        """Whether this rank is the one that writes a parameter that all dp ranks hold."""
         return counts_in_norm(self._position, self._info, self._table.get(name))
 
     def pieces(self, part: Part, tensor: torch.Tensor) -> Iterator[Piece]:

@@ -137,7 +137,7 @@ def _add_simulate_options(parser: argparse.ArgumentParser) -> None:
     _add_efficiency(parser)
     parser.add_argument("--schedule", metavar="NAME", help="another schedule than the job's, or all")
     parser.add_argument(
-        "--ragged", action="store_true", help="lanes take as long as what they have of the step's data"
+        "--ragged", action="store_true", help="dp ranks take as long as what they have of the step's data"
     )
     parser.add_argument(
         "--jitter",

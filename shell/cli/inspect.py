@@ -51,7 +51,7 @@ def run(job: Job | None, given: argparse.Namespace) -> int:
     contents = contents_of(whole) if whole else None
     if job is not None and whole is not None:
         facts = read_manifest(whole)
-        misfits = list(misfits_of(job.topology, facts, read_index(whole)))
+        misfits = list(mismatches_of(job.topology, facts, read_index(whole)))
         problems += [Problem(str(whole), misfit, _REMEDY) for misfit in misfits]
         before = jobfile.recorded(facts["job"], whole / MANIFEST)
         for change in refused(before, job.spec, accepted=given.changed):
@@ -140,7 +140,7 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 # -- which layouts fit -------------------------------------------------------------------------------------
 
 
-def misfits_of(topology: Topology, facts: Mapping[str, Any], index: Mapping[str, Stored]) -> Iterator[str]:
+def mismatches_of(topology: Topology, facts: Mapping[str, Any], index: Mapping[str, Stored]) -> Iterator[str]:
     """Yield why a job cannot go on from a checkpoint. Of modules of the user's own the plan knows no parameters."""
     states = states_of(topology.spec.optimizer) if facts["steps_taken"] else ()
     for module in topology.modules.values():

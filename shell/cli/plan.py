@@ -94,7 +94,7 @@ def _tell(found: Plan, question: Question, given: argparse.Namespace) -> None:
     print(f"'others' is the part of all computing that is not of module '{found.main}'.")
     looked = f"{found.looked_at:,} layouts looked at, {found.simulated} simulated"
     if found.best is None:
-        print(f"{looked}. Nothing fits. The nearest miss: {found.nearest_miss}.")
+        print(f"{looked}. Nothing fits. The nearest miss: {found.nearest_fit}.")
         return
     proven = f"none is faster by more than {found.gap:.1%}" if found.gap else "none is faster"
     print(f"{looked}; {proven} than the best with the same order.")
@@ -130,7 +130,7 @@ def _values(found: Plan, question: Question, given: argparse.Namespace) -> dict[
         "looked_at": found.looked_at,
         "simulated": found.simulated,
         "gap": found.gap,
-        "nearest_miss": found.nearest_miss or None,
+        "nearest_miss": found.nearest_fit or None,
         "out": str(given.out) if given.out and found.best else None,
         "layouts": [_layout_values(layout, found) for layout in found.layouts],
     }

@@ -28,14 +28,14 @@ from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.assumed import ASSUMED, assumed
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.program.lower import plan_step
-from mimogrid.core.schedule.layer_split import settled
+from mimogrid.core.schedule.layer_split import balance_layers
 from mimogrid.core.simulate import MANY, simulate
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, idle_s, idle_s_by_rank, shares
 from mimogrid.core.simulate.memory import Level, peaks
 from mimogrid.core.simulate.rank_classes import Classes
+from mimogrid.core.simulate.rank_timelines import Timeline
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS
-from mimogrid.core.simulate.tracks import Timeline
-from mimogrid.core.simulate.unevenness import Pace
+from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.core.topology.parse import parse
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.job import costfile
@@ -56,7 +56,7 @@ class Simulated:
 
     job: Job
     told_costs: str
-    pace: Pace
+    duration_factors: DurationFactors
     timeline: Timeline
     idle_by_rank: Mapping[int, Mapping[str, float]]
     peaks: Mapping[int, Level]
@@ -79,12 +79,12 @@ class Simulated:
     @property
     def samples_per_s(self) -> float | None:
         """Samples a second, unless the step takes no time."""
-        return self._per_s(len(self.pace.step.samples))
+        return self._per_s(len(self.duration_factors.step.samples))
 
     @property
     def tokens_per_s(self) -> float | None:
         """Positions in use of language sequences a second, as training counts them."""
-        return self._per_s(self.pace.step.tokens)
+        return self._per_s(self.duration_factors.step.tokens)
 
     @property
     def peak(self) -> tuple[int, Level]:
@@ -121,7 +121,7 @@ def without_collecting() -> Iterator[None]:
 def under(job: Job, **changes: Any) -> Job:
     """Return a job with changes of its schedule. Raises PlanError where they are not legal for it."""
     facts = job.topology.source
-    spec = settled(attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes)), facts)
+    spec = balance_layers(attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes)), facts)
     return attrs.evolve(job, topology=parse(spec, facts))
 
 
@@ -246,11 +246,16 @@ def _simulated(planned: _Planned, given: argparse.Namespace, draw: int = 0) -> S
     """Simulate a step: draw 0 as it is asked for, another one with the next seed and, if ragged, the next samples."""
     job, costs = planned.job, planned.costs
     step = job.step(given.step + draw * given.ragged)
-    pace = Pace(step, ragged=given.ragged, jitter=given.jitter, seed=given.seed + draw)
-    paced = pace if given.ragged or given.jitter else None
-    timeline = simulate(plan_step(step), costs, pace=paced, told=_tell_classes)
+    duration_factors = DurationFactors(step, ragged=given.ragged, jitter=given.jitter, seed=given.seed + draw)
+    paced = duration_factors if given.ragged or given.jitter else None
+    timeline = simulate(plan_step(step), costs, duration_factors=paced, told=_tell_classes)
     return Simulated(
-        job, planned.told_costs, pace, timeline, idle_s_by_rank(timeline, costs, pace), peaks(timeline)
+        job,
+        planned.told_costs,
+        duration_factors,
+        timeline,
+        idle_s_by_rank(timeline, costs, duration_factors),
+        peaks(timeline),
     )
 
 
@@ -292,8 +297,13 @@ def _values(found: Simulated) -> dict[str, Any]:
         },
         "peak_in_flight": {str(stage): peak for stage, peak in timeline.peak_in_flight.items()},
         "critical_path": [
-            {"rank": leg.rank, "action": str(leg.action), "begin": leg.begin_s, "end": leg.end_s}
-            for leg in timeline.critical_path
+            {
+                "rank": segment.rank,
+                "action": str(segment.action),
+                "begin": segment.begin_s,
+                "end": segment.end_s,
+            }
+            for segment in timeline.critical_path
         ],
         "critical_path_shares": shares(timeline),
         "classes": list(timeline.classes.members.values()),
@@ -324,7 +334,7 @@ def _fits(timeline: Timeline) -> bool:
 
 def _actions(timeline: Timeline) -> int:
     members = timeline.classes.members
-    return sum(len(track.events) * len(members[rank]) for rank, track in timeline.tracks.items())
+    return sum(len(track.events) * len(members[rank]) for rank, track in timeline.rank_timelines.items())
 
 
 def _many(timeline: Timeline) -> str:

@@ -33,11 +33,11 @@ class Verdict:
     messages: int = 0
     joint: int = 0
     peak_in_flight: Mapping[str, int] = {}
-    credits: Mapping[str, int] = {}
+    max_in_flight: Mapping[str, int] = {}
 
     def __str__(self) -> str:
         peaks = self.peak_in_flight.items()
-        flying = ", ".join(f"{stage} {peak} of {self.credits[stage]}" for stage, peak in peaks)
+        flying = ", ".join(f"{stage} {peak} of {self.max_in_flight[stage]}" for stage, peak in peaks)
         return (
             f"{self.ranks} ranks, {self.actions} actions, {self.messages} messages, {self.joint} joint actions: "
             "complete, in order, free of deadlock.\n"
@@ -89,5 +89,5 @@ def _counted(program: Program, listing: Listing, *, strict: bool) -> Verdict:
         ),
         joint=len(met),
         peak_in_flight={str(stage): peak for stage, peak in in_flight(program, listing).items()},
-        credits={str(stage): most for stage, most in program.order.credits.items()},
+        max_in_flight={str(stage): most for stage, most in program.order.max_in_flight.items()},
     )

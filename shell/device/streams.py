@@ -84,7 +84,7 @@ class Streams:
         return torch.empty(shape, dtype=dtype)
 
     def named(self, name: str) -> AbstractContextManager[object]:
-        """Let tools that watch the device know what is asked for inside by a name."""
+        """Let tools that skip state the device know what is asked for inside by a name."""
         del name
         return contextlib.nullcontext()
 
@@ -119,7 +119,7 @@ class CudaStreams(Streams):
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def named(self, name: str) -> AbstractContextManager[object]:
-        """Let tools that watch the device (NVTX) know what is asked for inside by a name."""
+        """Let tools that skip state the device (NVTX) know what is asked for inside by a name."""
         nvtx: AbstractContextManager[object] = torch.cuda.nvtx.range(name)
         return nvtx
 

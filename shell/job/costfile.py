@@ -21,7 +21,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
-from mimogrid.core.pricing.unknown_names import misfits
+from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job.tables import Fault, converted, new_converter
 
@@ -42,7 +42,7 @@ class _File:
 def read(path: Path, topology: Topology) -> Costs:
     """Read the costs of a job. Raises PlanError with every problem of the file."""
     costs, problems = costs_of(load(path, "Check --costs."))
-    problems += misfits(costs, topology) if costs else ()
+    problems += unknown_names(costs, topology) if costs else ()
     if problems or costs is None:
         raise PlanError(problems)
     return costs

@@ -14,8 +14,8 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
 from mimogrid.core.job.validation import problems_of
-from mimogrid.core.pricing.unknown_names import misfits
-from mimogrid.core.schedule.layer_split import settled
+from mimogrid.core.pricing.unknown_names import unknown_names
+from mimogrid.core.schedule.layer_split import balance_layers
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Topology
@@ -66,7 +66,7 @@ def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
         raise PlanError(reading.problems)
     spec, of_builders = with_builders(reading.spec)
     source, facts, of_source = open_source(spec)
-    spec = spec if of_source else settled(spec, facts)
+    spec = spec if of_source else balance_layers(spec, facts)
     of_plan = [*of_builders, *of_source, *problems_of(spec, None if of_source else facts)]
     problems = [
         *reading.problems,
@@ -75,7 +75,7 @@ def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
     if problems:
         raise PlanError(problems)
     topology = parse(spec, facts)
-    if spec.schedule.costs and (strange := list(misfits(spec.schedule.costs, topology))):
+    if spec.schedule.costs and (strange := list(unknown_names(spec.schedule.costs, topology))):
         raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)
     return Job(whole, overrides, topology, source)
 

@@ -62,9 +62,9 @@ def version() -> str:
 def agree(names: Iterable[str], topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
     """Compare over all ranks of a job whose layers each would build its modules of; joint over `group`.
 
-    Layers that round differently would give lanes different weights. Raises WorldError on every rank where the machines
-    of a module's ranks differ in what they have, or in its version, and PlanError where one has not what the job asks
-    for.
+    Layers that round differently would give dp ranks different weights. Raises WorldError on every rank where the
+    machines of a module's ranks differ in what they have, or in its version, and PlanError where one has not what
+    the job asks for.
     """
     mine = {name: choose(name, topology.spec, missing=missing(device), version=version()) for name in names}
     every: list[Any] = [None] * group.size()

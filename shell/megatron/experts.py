@@ -1,7 +1,7 @@
 """Experts: the MLP of a layer whose tokens choose among many, on ranks that each hold some of them.
 
 Every token is routed by one rank and computed once, whatever the layout. A rank routes its own tokens: those
-of its data lane, of its part of the positions under context or sequence parallelism, and of its share of what
+of its dp rank, of its part of the positions under context or sequence parallelism, and of its share of what
 is left where plain tensor parallelism gives the same tokens to several ranks. Padding is routed nowhere. Then
 
     route       logits = tokens * router, the `top_k` highest, weighted by the softmax over those chosen
@@ -41,11 +41,11 @@ from mimogrid.shell.megatron import (
     reduce_from_tensor_model_parallel_region,
 )
 from mimogrid.shell.megatron.layers import Linear
-from mimogrid.shell.megatron.ledger import Ledger
+from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
 @attrs.frozen(eq=False)
-class Company:
+class ExpertGroups:
     """The ranks that a rank shares a module's tokens and experts with.
 
     Attributes:
@@ -84,9 +84,11 @@ class ExpertsSpec:
         return self.module(config, **self.params)
 
 
-def experts_spec(model: BuiltIn, company: Company, *, trains: bool, ledger: Ledger) -> ExpertsSpec:
+def experts_spec(
+    model: BuiltIn, expert_groups: ExpertGroups, *, trains: bool, weight_grads: WeightGradStore
+) -> ExpertsSpec:
     """Return the specification of an `Experts`."""
-    given = {"model": model, "company": company, "trains": trains, "ledger": ledger}
+    given = {"model": model, "company": expert_groups, "trains": trains, "ledger": weight_grads}
     return ExpertsSpec(given, Experts)
 
 
@@ -99,14 +101,24 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, model: BuiltIn, company: Company, trains: bool, ledger: Ledger
+        self,
+        config: TransformerConfig,
+        *,
+        model: BuiltIn,
+        expert_groups: ExpertGroups,
+        trains: bool,
+        weight_grads: WeightGradStore,
     ) -> None:
         super().__init__()
-        self.company = company
+        self.expert_groups = expert_groups
         self.trains = trains
         self.top_k = model.top_k
-        self.router = Linear(model.hidden, model.experts, config=config, bias=False, ledger=ledger)
-        self.experts = nn.ModuleDict({str(e): Expert(config, model, company, ledger) for e in company.held})
+        self.router = Linear(
+            model.hidden, model.experts, config=config, bias=False, weight_grads=weight_grads
+        )
+        self.experts = nn.ModuleDict(
+            {str(e): Expert(config, model, expert_groups, weight_grads) for e in expert_groups.held}
+        )
         self.scale = 0.0
         self.aux: Tensor | None = None
 
@@ -115,7 +127,7 @@ class Experts(nn.Module):
 
         `padding_mask` holds their entries in the block, s * B + b.
         """
-        dealt = self.company.same_tokens
+        dealt = self.expert_groups.same_tokens
         if torch.is_grad_enabled() and self.trains and not hidden_SBH.requires_grad:
             # All ranks must meet again in the backward, also those whose own experts are frozen.
             hidden_SBH = hidden_SBH.detach().requires_grad_()
@@ -130,7 +142,7 @@ class Experts(nn.Module):
                 chosen_TK,
                 padding_mask % samples,
                 samples=samples,
-                among=self.company.same_samples,
+                among=self.expert_groups.same_samples,
             )
             self.aux = aux.detach()
             mixed_TH = attached(mixed_TH, aux, self.scale)
@@ -146,12 +158,12 @@ class Experts(nn.Module):
         highest_TK, chosen_TK = logits_TE.topk(self.top_k, dim=1)
         over = highest_TK if self.top_k > 1 else logits_TE
         weights_TK = (highest_TK - over.logsumexp(dim=1, keepdim=True)).exp().to(tokens_TH.dtype)
-        crossing = _crossing(chosen_TK, self.company)
+        crossing = _crossing(chosen_TK, self.expert_groups)
         rows_CH = _Spread.apply(tokens_TH, crossing)  # type: ignore[no-untyped-call]
         rows_CH = self._computed(_exchanged(rows_CH, crossing), crossing)
         rows_CH = _exchanged(rows_CH, crossing.reverse())
         rows_CH = _Permuted.apply(rows_CH, crossing.back, crossing.order)  # type: ignore[no-untyped-call]
-        rows_TKH = rows_CH.view(*chosen_TK.shape, self.company.expert_tp, tokens_TH.shape[1]).sum(dim=2)
+        rows_TKH = rows_CH.view(*chosen_TK.shape, self.expert_groups.expert_tp, tokens_TH.shape[1]).sum(dim=2)
         mixed_TH = torch.bmm(weights_TK[:, None], rows_TKH).squeeze(1)
         return mixed_TH, logits_TE, chosen_TK
 
@@ -169,13 +181,19 @@ class Experts(nn.Module):
 class Expert(nn.Module):
     """This rank's shard of one expert, over expert_tp; its results are to be summed."""
 
-    def __init__(self, config: TransformerConfig, model: BuiltIn, company: Company, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: BuiltIn,
+        expert_groups: ExpertGroups,
+        weight_grads: WeightGradStore,
+    ) -> None:
         super().__init__()
-        width = model.ffn // company.expert_tp
-        self.adds_bias = company.shard == 0
-        self.ledger = ledger
-        self.up = Linear(model.hidden, width, config=config, bias=True, ledger=ledger)
-        self.down = Linear(width, model.hidden, config=config, bias=True, ledger=ledger)
+        width = model.ffn // expert_groups.expert_tp
+        self.adds_bias = expert_groups.shard == 0
+        self.weight_grads = weight_grads
+        self.up = Linear(model.hidden, width, config=config, bias=True, weight_grads=weight_grads)
+        self.down = Linear(width, model.hidden, config=config, bias=True, weight_grads=weight_grads)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return a term for each row."""
@@ -183,7 +201,7 @@ class Expert(nn.Module):
         of_down = self.down.bias
         # The sum has the bias once; every shard's copy of it has the whole gradient.
         bias = of_down if self.adds_bias else of_down - of_down.detach()
-        return self.ledger.multiply(
+        return self.weight_grads.multiply(
             lambda weight: functional.linear(middle, weight, bias), self.down.weight, middle
         )
 
@@ -259,9 +277,9 @@ class _Crossing:
         return attrs.evolve(self, sent=self.got, got=self.sent)
 
 
-def _crossing(chosen_TK: Tensor, company: Company) -> _Crossing:
+def _crossing(chosen_TK: Tensor, expert_groups: ExpertGroups) -> _Crossing:
     """Return where the rows of tokens go that chose these experts."""
-    group, each, shards = company.together, len(company.held), company.expert_tp
+    group, each, shards = expert_groups.together, len(expert_groups.held), expert_groups.expert_tp
     ranks, device = group.size(), chosen_TK.device
     shard = torch.arange(shards, device=device)
     rank_TKX = (chosen_TK // each * shards)[:, :, None] + shard

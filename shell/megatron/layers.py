@@ -33,7 +33,7 @@ from torch.nn import functional
 from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.shell.device.device import sent
-from mimogrid.shell.megatron.ledger import Ledger
+from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
 NORM_EPS = 1e-5
@@ -177,7 +177,7 @@ def rotary_table(
 
 
 class Affine(nn.Linear):
-    """Torch's linear layer, its product for the weight's gradient in a ledger's hands."""
+    """Torch's linear layer, its product for the weight's gradient in a weight-grad store's hands."""
 
     def __init__(
         self,
@@ -185,18 +185,18 @@ class Affine(nn.Linear):
         output_size: int,
         *,
         dtype: torch.dtype | None,
-        ledger: Ledger,
+        weight_grads: WeightGradStore,
         bias: bool = True,
     ) -> None:
         super().__init__(input_size, output_size, bias=bias, dtype=dtype)
-        self.ledger = ledger
+        self.weight_grads = weight_grads
 
     def reset_parameters(self) -> None:
         """Draw nothing: see `weights.initialize`."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the product, and the bias with it."""
-        return self.ledger.multiply(
+        return self.weight_grads.multiply(
             lambda weight: functional.linear(input, weight, self.bias), self.weight, input
         )
 
@@ -214,10 +214,12 @@ class Linear(Affine):
         *,
         config: TransformerConfig,
         bias: bool,
-        ledger: Ledger,
+        weight_grads: WeightGradStore,
         **_: object,
     ) -> None:
-        super().__init__(input_size, output_size, dtype=config.params_dtype, ledger=ledger, bias=bias)
+        super().__init__(
+            input_size, output_size, dtype=config.params_dtype, weight_grads=weight_grads, bias=bias
+        )
 
     def forward(self, input: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: A002
         """Return the product, and no bias."""
@@ -225,20 +227,20 @@ class Linear(Affine):
 
 
 class _Sharded:
-    """What is ours of megatron's tensor-parallel linears: the ledger, and who adds the bias.
+    """What is ours of megatron's tensor-parallel linears: the weight-grad store, and who adds the bias.
 
     Megatron adds it inside the product, and there gives it no gradient if the weight wants none.
     """
 
-    def __init__(self, *arguments: Any, ledger: Ledger, **options: Any) -> None:
+    def __init__(self, *arguments: Any, weight_grads: WeightGradStore, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.ledger = ledger
+        self.weight_grads = weight_grads
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **how: Any) -> Tensor:  # noqa: A002
         """Multiply; under sequence parallelism the input is this rank's part of the positions."""
         multiply = super()._forward_impl  # type: ignore[misc]
         parts = how["tp_group"] if how["sequence_parallel"] else None
-        product = self.ledger.multiply(
+        product = self.weight_grads.multiply(
             lambda weight: multiply(input=input, weight=weight, bias=None, **how), weight, input, parts=parts
         )
         return product if bias is None else product + bias
@@ -313,14 +315,14 @@ def config_of(
 
 
 def block_spec(
-    model: BuiltIn, *, layers: int, tp: int, ledger: Ledger, mlps: Sequence[Any] = ()
+    model: BuiltIn, *, layers: int, tp: int, weight_grads: WeightGradStore, mlps: Sequence[Any] = ()
 ) -> TransformerBlockSubmodules:
     """Return the specification of a stack of layers and the norm behind it.
 
     `mlps` are those of the MLPs, layer by layer, where they are not dense ones.
     """
     column, row = (
-        ModuleSpec(module=linear, params={"ledger": ledger})
+        ModuleSpec(module=linear, params={"ledger": weight_grads})
         for linear in ((ColumnLinear, RowLinear) if tp > 1 else (Linear, Linear))
     )
     chosen = mlps or [_dense(model, column, row)] * layers

@@ -63,8 +63,8 @@ def build_stage(
     """Build a stage that computes in `dtype`, with its initial weights; what the plan freezes takes no gradient.
 
     The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that. The network may be `given` instead
-    of built (`OwnNetwork`, `HostNetwork`): it is moved to the device, and begins on every data lane with the
-    weights that the first lane has. `StageModule.info` of such a stage tells of the parameters that it has.
+    of built (`OwnNetwork`, `HostNetwork`): it is moved to the device, and begins on every dp rank with the
+    weights that the first dp rank has. `StageModule.info` of such a stage tells of the parameters that it has.
     """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]

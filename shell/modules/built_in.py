@@ -60,7 +60,12 @@ class TextStage(TransformerStage):
     def pack(self, share: Share, device: torch.device) -> Packing:
         """Return where the rows of a share lie."""
         return pack_text(
-            share, sequence=self.sequence, multiple=self.multiple, device=device, cut=self.cut, deal=self.deal
+            share,
+            sequence=self.sequence,
+            multiple=self.multiple,
+            device=device,
+            cut=self.cut,
+            token_split=self.token_split,
         )
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
@@ -78,7 +83,9 @@ class TextStage(TransformerStage):
         """Return the loss, or the logits."""
         output = self.network.output_layer
         weight = self.network.shared_embedding_or_output_weight() if self.tied else output.weight
-        logits_TV = self.ledger.multiply(lambda weight: output(rows_RH, weight=weight)[0], weight, rows_RH)
+        logits_TV = self.weight_grads.multiply(
+            lambda weight: output(rows_RH, weight=weight)[0], weight, rows_RH
+        )
         if "labels" not in inputs:
             logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)
             return {"logits": self.join(logits_TV, packing)}
@@ -101,9 +108,13 @@ class RowsStage(TransformerStage):
         self.output: nn.Linear | None = None
         if info.first and isinstance(model, Vit):
             assert model.features is not None
-            self.input = Affine(model.features, model.hidden, dtype=context.dtype, ledger=self.ledger)
+            self.input = Affine(
+                model.features, model.hidden, dtype=context.dtype, weight_grads=self.weight_grads
+            )
         if info.last and isinstance(model, Regressor):
-            self.output = Affine(model.hidden, model.outputs, dtype=context.dtype, ledger=self.ledger)
+            self.output = Affine(
+                model.hidden, model.outputs, dtype=context.dtype, weight_grads=self.weight_grads
+            )
 
     @property
     def decoder(self) -> TransformerBlock:
@@ -117,7 +128,12 @@ class RowsStage(TransformerStage):
     def pack(self, share: Share, device: torch.device) -> Packing:
         """Return where the rows of a share lie."""
         return pack_rows(
-            share, multiple=self.multiple, dtype=self.dtype, device=device, cut=self.cut, deal=self.deal
+            share,
+            multiple=self.multiple,
+            dtype=self.dtype,
+            device=device,
+            cut=self.cut,
+            token_split=self.token_split,
         )
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:

@@ -15,7 +15,7 @@ from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share
 from mimogrid.core.topology.topology import Module, StageInfo
 from mimogrid.shell.megatron.layers import Affine
-from mimogrid.shell.megatron.ledger import Ledger
+from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 
 
@@ -99,7 +99,7 @@ class StageModule(nn.Module):
 
     `draws` says that its forward draws random numbers in training, from the states of `megatron.draws`.
     `reads_entire` says that it gets all that the samples of a source module have for it, not only the rows.
-    `ledger` is where all of its layers note their products for gradients of weights, while it is open.
+    `weight_grads` is where all of its layers note their products for gradients of weights, while it is open.
     `loss_scale` multiplies the gradients that it attaches by itself. `layers_by` says whose layers it has. `loss` is
     what the last stage of a language model computes.
     """
@@ -112,15 +112,17 @@ class StageModule(nn.Module):
 
     def __init__(self, module: Module, info: StageInfo, *, dtype: torch.dtype) -> None:
         super().__init__()
-        ledger = Ledger()
+        weight_grads = WeightGradStore()
         self.info = info
         self.name = module.name
         self.edges = module.outputs if info.last else ()
-        self.ledger = ledger
+        self.weight_grads = weight_grads
         # The prefix keeps a target named like a method of ModuleDict ("keys") legal.
         self.projectors = nn.ModuleDict(
             {
-                f"to_{edge.target}": Affine(module.model.hidden, edge.width, dtype=dtype, ledger=ledger)
+                f"to_{edge.target}": Affine(
+                    module.model.hidden, edge.width, dtype=dtype, weight_grads=weight_grads
+                )
                 for edge in self.edges
                 if edge.projected and module.model.hidden
             }

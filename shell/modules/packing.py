@@ -83,14 +83,14 @@ class Packing:
 
 
 @attrs.frozen
-class Deal:
+class TokenSplit:
     """How `size` tensor-parallel ranks deal the tokens that they share, so that each is one rank's to route.
 
     Each has those in its part of the positions where sequence parallelism cuts them, else an equal share.
 
-    >>> [Deal(rank, 2).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
+    >>> [TokenSplit(rank, 2).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
     [[0, 2], [4, 1]]
-    >>> [Deal(rank, 2, by_position=True).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
+    >>> [TokenSplit(rank, 2, by_position=True).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
     [[0, 2, 1], [0]]
     """
 
@@ -108,7 +108,7 @@ class Deal:
         return [entry - part * self.rank for entry in entries if entry // part == self.rank]
 
 
-ALL = Deal()
+ALL = TokenSplit()
 
 
 def pack_rows(
@@ -118,17 +118,23 @@ def pack_rows(
     dtype: torch.dtype,
     device: torch.device,
     cut: ZigZag = WHOLE,
-    deal: Deal = ALL,
+    token_split: TokenSplit = ALL,
 ) -> Packing:
     """Pack an encoder's share: as long as its longest sample; samples without rows are left out."""
-    return _pack_rows(_Places.of(share), _Ranks(multiple, cut, deal, device), dtype)
+    return _pack_rows(_Places.of(share), _Ranks(multiple, cut, token_split, device), dtype)
 
 
 def pack_text(
-    share: Share, *, sequence: int, multiple: int, device: torch.device, cut: ZigZag = WHOLE, deal: Deal = ALL
+    share: Share,
+    *,
+    sequence: int,
+    multiple: int,
+    device: torch.device,
+    cut: ZigZag = WHOLE,
+    token_split: TokenSplit = ALL,
 ) -> Packing:
     """Pack a language model's share: every sample, `sequence` positions each, rows at their placeholders."""
-    return _pack_text(_Places.of(share), _Ranks(multiple, cut, deal, device), sequence)
+    return _pack_text(_Places.of(share), _Ranks(multiple, cut, token_split, device), sequence)
 
 
 def check_placeholders(tokens: Sequence[Tensor], share: Share) -> None:
@@ -187,7 +193,7 @@ class _Ranks:
 
     multiple: int
     cut: ZigZag
-    deal: Deal
+    token_split: TokenSplit
     device: torch.device
 
 
@@ -250,7 +256,7 @@ def _packing(
         rows_in, text_in, out = (
             parts.local[whole[own]] for whole, own in ((rows_in, of_rows), (text_in, of_text), (out, of_out))
         )
-    routed = torch.tensor(ranks.deal.of(out.tolist(), padded), dtype=torch.int64)
+    routed = torch.tensor(ranks.token_split.of(out.tolist(), padded), dtype=torch.int64)
     return Packing(
         *block,
         padded=padded,

@@ -25,11 +25,11 @@ from mimogrid.shell.megatron import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from mimogrid.shell.megatron.experts import Company, ExpertsSpec, experts_spec
+from mimogrid.shell.megatron.experts import ExpertGroups, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
-from mimogrid.shell.megatron.ledger import Ledger
+from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.interface import Groups, StageModule, ep_position
-from mimogrid.shell.modules.packing import Deal, Packing
+from mimogrid.shell.modules.packing import Packing, TokenSplit
 
 
 @attrs.frozen
@@ -45,12 +45,12 @@ class Context:
     fp8: str
 
 
-def _expert_mlps(context: Context, model: BuiltIn, ledger: Ledger) -> list[ExpertsSpec]:
+def _expert_mlps(context: Context, model: BuiltIn, weight_grads: WeightGradStore) -> list[ExpertsSpec]:
     """Return what the MLPs of the layers are built from where they have experts; nothing where they are dense."""
     if not model.experts:
         return []
     groups, info = context.groups, context.info
-    company = Company(
+    expert_groups = ExpertGroups(
         together=groups.together,
         expert_tp=groups.expert_tp.size(),
         held=context.module.experts_at(ep_position(groups)),
@@ -59,17 +59,17 @@ def _expert_mlps(context: Context, model: BuiltIn, ledger: Ledger) -> list[Exper
     )
     trained = {name.split(".mlp.")[0] for name in info.trainable if ".mlp." in name}
     return [
-        experts_spec(model, company, trains=f"layers.{layer}" in trained, ledger=ledger)
+        experts_spec(model, expert_groups, trains=f"layers.{layer}" in trained, weight_grads=weight_grads)
         for layer in info.layers
     ]
 
 
-def _block_spec(context: Context, model: BuiltIn, ledger: Ledger) -> Any:
+def _block_spec(context: Context, model: BuiltIn, weight_grads: WeightGradStore) -> Any:
     layers = len(context.info.layers)
     if context.layers.engine == TRANSFORMER_ENGINE:
         return engine.engine_spec(model, layers=layers)
-    mlps = _expert_mlps(context, model, ledger)
-    return block_spec(model, layers=layers, tp=context.groups.tp.size(), ledger=ledger, mlps=mlps)
+    mlps = _expert_mlps(context, model, weight_grads)
+    return block_spec(model, layers=layers, tp=context.groups.tp.size(), weight_grads=weight_grads, mlps=mlps)
 
 
 class TransformerStage(StageModule):
@@ -101,10 +101,10 @@ class TransformerStage(StageModule):
             more=engine.config_of_fp8(context.fp8),
         )
         self.recomputes = context.recompute != "none" and bool(context.info.trainable)
-        self.spec = _block_spec(context, model, self.ledger)
+        self.spec = _block_spec(context, model, self.weight_grads)
         self.aux_loss = context.module.aux_loss
         self.has_experts = bool(model.experts)
-        self.deal = Deal(groups.tp.rank(), groups.tp.size(), by_position=self.sequence_parallel)
+        self.token_split = TokenSplit(groups.tp.rank(), groups.tp.size(), by_position=self.sequence_parallel)
         self.collection = ProcessGroupCollection(
             tp=groups.tp, cp=groups.cp, dp=groups.dp, pp=groups.pp, embd=None
         )

@@ -14,7 +14,7 @@ import torch
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.topology import Topology
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 
 
 @runtime_checkable
@@ -73,27 +73,27 @@ class Answer:
         return self.given == self.true
 
 
-def examine(crew: Crew, questions: Questions, count: int) -> tuple[Answer, ...]:
+def examine(runtime: RankRuntime, questions: Questions, count: int) -> tuple[Answer, ...]:
     """Answer at least `count` held-out samples, whole steps of them; the same on every rank."""
-    size = crew.job.spec.batch.global_size
+    size = runtime.job.spec.batch.global_size
     most = max(len(questions.answer(i)) for i in range(size))
     answers: list[Answer] = []
     for start in range(0, count, size):
         ids = range(start, start + size)
         given: dict[int, tuple[int, ...]] = dict.fromkeys(ids, ())
         for _ in range(most + 1):
-            given = _one_more(crew, questions, given)
+            given = _one_more(runtime, questions, given)
         answers += [Answer(i, _until(given[i], questions.stop), questions.answer(i)) for i in ids]
     return tuple(answers)
 
 
 def _one_more(
-    crew: Crew, questions: Questions, given: Mapping[int, tuple[int, ...]]
+    runtime: RankRuntime, questions: Questions, given: Mapping[int, tuple[int, ...]]
 ) -> dict[int, tuple[int, ...]]:
     """Add one token to every answer that has not stopped."""
-    asked = _Asked(questions, crew.topology, given)
-    step = step_of(crew.topology, tuple(asked.describe(i) for i in given))
-    chosen = crew.choose(step, asked)
+    asked = _Asked(questions, runtime.topology, given)
+    step = step_of(runtime.topology, tuple(asked.describe(i) for i in given))
+    chosen = runtime.choose(step, asked)
     return {
         i: tokens if questions.stop in tokens else (*tokens, token)
         for (i, tokens), token in zip(given.items(), chosen, strict=True)

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import attrs
 from torch.utils.tensorboard import SummaryWriter
 
-from mimogrid.core.faults.stragglers import Pace, Straggler, mean, stragglers
+from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, stragglers
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute
@@ -38,14 +38,14 @@ class Lag:
     def __init__(self, costs: Costs | None) -> None:
         self._costs = costs
         self._predicted: Mapping[int, float] | None = None
-        self._window: list[Sequence[Pace]] = []
+        self._window: list[Sequence[StepTimes]] = []
 
-    def after(self, step: Step, paces: Sequence[Pace]) -> tuple[Straggler, ...]:
+    def after(self, step: Step, step_times: Sequence[StepTimes]) -> tuple[Straggler, ...]:
         """Add a step's paces; return the stragglers of a window that is full, and begin another."""
-        self._window.append(paces)
+        self._window.append(step_times)
         if len(self._window) < WINDOW:
             return ()
-        if self._costs is not None and self._predicted is None:  # A plan foretells the same of every step.
+        if self._costs is not None and self._predicted is None:  # A plan predicts the same of every step.
             self._predicted = simulate(plan_step(step), self._costs).busy_s
         steps, self._window = self._window, []
         return tuple(stragglers(list(mean(steps)), above=ABOVE, predicted=self._predicted))
@@ -155,13 +155,13 @@ class Keeper:
 
 def _told(straggler: Straggler) -> dict[str, Any]:
     """Return what a line of metrics says of a straggler."""
-    pace = straggler.pace
+    step_times = straggler.step_times
     return {
-        "rank": pace.rank,
+        "rank": step_times.rank,
         "modules": straggler.modules,
-        "stages": pace.stages.split(),
-        "busy_s": pace.busy_s,
-        "load_s": pace.load_s,
+        "stages": step_times.stages.split(),
+        "busy_s": step_times.busy_s,
+        "load_s": step_times.load_s,
         "expected_s": straggler.expected_s,
         "standard": straggler.standard,
         "cause": straggler.cause,

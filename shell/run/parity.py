@@ -26,7 +26,7 @@ from mimogrid.shell.modules import StageModule, build_stage, named_weights
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.collect import Tensors
 from mimogrid.shell.runtime.data import Loader
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
 from mimogrid.shell.world.groups import ModuleGroups
 
@@ -239,27 +239,27 @@ def _no_rows(width: int, loader: Loader) -> torch.Tensor:
 def in_world(place: Place, job: Job, steps: int, transport: str | None = None) -> Verdict | None:
     """Run on every rank: compare some steps of a job; the first rank of the job returns the verdict."""
     with open_session(place, job, transport=transport) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         chief = place.rank == job.topology.ranks[0]
         verdicts = []
         for index in range(steps):
             step = job.step(index)
-            outcome = _scaled_to_fit(session.crew, index, step)
-            ours = full_gradients(session.crew)
+            outcome = _scaled_to_fit(session.runtime, index, step)
+            ours = full_gradients(session.runtime)
             if chief:
                 verdicts.append(_judged(session, job, step, outcome.loss, ours))
         return max(verdicts, key=lambda v: max(v.gradients, v.loss)) if verdicts else None
 
 
-def _scaled_to_fit(crew: Crew, index: int, step: Step) -> Outcome:
+def _scaled_to_fit(runtime: RankRuntime, index: int, step: Step) -> Outcome:
     """Run a step without updating; in fp16 lower the loss scale until nothing overflows, as training would."""
     while True:
-        outcome = crew.run(index, step, step, update=False)
-        lower = max(crew.watch.scale / 2, 1.0)
-        if outcome.taken or lower == crew.watch.scale:
+        outcome = runtime.run(index, step, step, update=False)
+        lower = max(runtime.skip_state.scale / 2, 1.0)
+        if outcome.taken or lower == runtime.skip_state.scale:
             return outcome
-        crew.watch = attrs.evolve(crew.watch, scale=lower)
+        runtime.skip_state = attrs.evolve(runtime.skip_state, scale=lower)
 
 
 def _judged(session: Session, job: Job, step: Step, loss: float, ours: Gradients) -> Verdict:
@@ -273,8 +273,8 @@ def _judged(session: Session, job: Job, step: Step, loss: float, ours: Gradients
     if precision not in HALF:
         reference = on_one_process(job, step, alone, device)
         return compare((loss, reference[0]), ours, reference[1], precision=precision)
-    assert session.crew
-    count, scale = job.spec.batch.microbatches, session.crew.watch.scale
+    assert session.runtime
+    count, scale = job.spec.batch.microbatches, session.runtime.skip_state.scale
     exact = on_one_process(job, step, alone, device, precision="fp32")
     rounded = on_one_process(job, step, alone, device, microbatches=count, scale=scale)
     by_rounding = compare((rounded[0], exact[0]), rounded[1], exact[1], precision=precision, limit=math.inf)
@@ -282,11 +282,11 @@ def _judged(session: Session, job: Job, step: Step, loss: float, ours: Gradients
     return compare((loss, exact[0]), ours, exact[1], precision=precision, limit=limit)
 
 
-def full_gradients(crew: Crew) -> Gradients:
+def full_gradients(runtime: RankRuntime) -> Gradients:
     """Return every full gradient of the job on its first rank, and nothing on others."""
-    return crew.collect(
+    return runtime.collect(
         {
             stage: {name: w.grad for name, w in buffer.weights.items() if w.grad is not None}
-            for stage, buffer in crew.buffers.items()
+            for stage, buffer in runtime.buffers.items()
         }
     )

@@ -23,7 +23,7 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
 from mimogrid.shell.run.metrics import Tally
 from mimogrid.shell.run.pictures import draw_predictions
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 
 
 READ_COUNT, OTHER_COUNT = 1280, 128
@@ -33,15 +33,15 @@ Examination = Mapping[str, tuple[Questions, tuple[Answer, ...]]]
 """The answers to each task."""
 
 
-def examine_tasks(crew: Crew) -> Examination:
+def examine_tasks(runtime: RankRuntime) -> Examination:
     """Answer the held-out samples of every task of a source that has some."""
-    source = crew.job.source
-    if not isinstance(source, Examined) or not crew.topology.graph.texts:
+    source = runtime.job.source
+    if not isinstance(source, Examined) or not runtime.topology.graph.texts:
         return {}
     examined = {}
     for i, task in enumerate(source.tasks):
         questions = source.held_out(task=task)
-        answers = examine(crew, questions, OTHER_COUNT if i else READ_COUNT)
+        answers = examine(runtime, questions, OTHER_COUNT if i else READ_COUNT)
         examined[task] = (questions, answers)
     return examined
 
@@ -56,17 +56,18 @@ class OfRank:
     events: tuple[Event, ...]
 
 
-def gather_ranks(crew: Crew, tally: Tally) -> list[OfRank]:
+def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[OfRank]:
     """Gather every rank's measurements on the first; the others get nothing."""
     mine = OfRank(
-        rank=crew.rank,
+        rank=runtime.rank,
         busy_fraction=tally.busy_fraction,
-        peak_bytes=_peak_bytes(crew.device.torch),
+        peak_bytes=_peak_bytes(runtime.device.torch),
         events=tuple(
-            Event(crew.rank, timed.action, timed.begin_ns / 1e9, timed.end_ns / 1e9) for timed in tally.last
+            Event(runtime.rank, timed.action, timed.begin_ns / 1e9, timed.end_ns / 1e9)
+            for timed in tally.last
         ),
     )
-    return crew.hand_over(mine)
+    return runtime.hand_over(mine)
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -104,7 +105,7 @@ def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
 
 
 def compose(
-    crew: Crew,
+    runtime: RankRuntime,
     tally: Tally,
     training_s: float,
     examined: Examination,
@@ -117,9 +118,9 @@ def compose(
     }
     first, *others = accuracy.items() if accuracy else [(None, None)]
     return {
-        "layout": layout_of(crew.topology).value,
-        "world_size": crew.topology.world_size,
-        "steps": crew.job.spec.train.steps,
+        "layout": layout_of(runtime.topology).value,
+        "world_size": runtime.topology.world_size,
+        "steps": runtime.job.spec.train.steps,
         "skipped_steps": tally.skipped,
         "losses": tally.losses,
         "losses_by_module": tally.losses_by_module,

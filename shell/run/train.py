@@ -7,7 +7,7 @@
     trace.json           the measured timeline, for Perfetto
     predictions.png      held-out samples with the answer given and the true one
     profiles/            what torch did in the steps that the job wants profiled (`profiles`)
-    checkpoints/, logs/, tensorboard/, and under a launcher heartbeats/ (`pulse`)
+    checkpoints/, logs/, tensorboard/, and under a launcher heartbeats/ (`heartbeat`)
 
 The first rank of the job writes all of it but checkpoints and logs, to which every rank adds its own.
 """
@@ -45,7 +45,7 @@ from mimogrid.shell.run.metrics import Keeper, Lag, Tally, open_keeper, recall
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.execute import Runs
 from mimogrid.shell.runtime.profiles import runs_of
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
 from mimogrid.shell.world.preemption import listening
 
@@ -76,35 +76,35 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
         )
         saved = _hear(session, "checkpoint", lambda: manifest.newest(path / CHECKPOINTS) or "")
         finished = report_of(path)
-        if finished is not None or session.crew is None:
+        if finished is not None or session.runtime is None:
             return finished
         chief = place.rank == job.topology.ranks[0]
         if place.meeting is None:
-            session.pulse.keep_in(path / HEARTBEATS)
+            session.heartbeat.keep_in(path / HEARTBEATS)
         role, settings = role_of(job.topology, place.rank), job.spec.train
         with (
             open_log(path / "logs", role, speaks=chief) as log,
-            listening(session.wish),
+            listening(session.stop_request),
             open_saver(
                 path / CHECKPOINTS,
-                session.crew.group,
+                session.runtime.group,
                 keep=settings.keep_checkpoints,
                 keep_every=settings.keep_every,
-                at=session.pulse.at,
-                waits=session.pulse.wait,
+                at=session.heartbeat.at,
+                waits=session.heartbeat.wait,
             ) as saver,
         ):
             if session.device.is_asynchronous:  # a CPU has no choice
-                _tell_layers(session.crew, log)
-            run = Run(session, session.crew, path, log, saver, chief)
+                _tell_layers(session.runtime, log)
+            run = Run(session, session.runtime, path, log, saver, chief)
             start = run.resume(saved) if resume is not None else 0
             tally = run.train(start)
             return tally if isinstance(tally, Stopped) else run.finish(tally)
 
 
-def _tell_layers(crew: Crew, log: FilteringBoundLogger) -> None:
+def _tell_layers(runtime: RankRuntime, log: FilteringBoundLogger) -> None:
     """Say in one line whose layers the stages of this rank have."""
-    choices = {stage.module: runner.network.layers_by for stage, runner in crew.stages.items()}
+    choices = {stage.module: runner.network.layers_by for stage, runner in runtime.stages.items()}
     told = {
         name: f"{choice.engine} {choice.version}".strip() + (f" ({choice.reason})" if choice.reason else "")
         for name, choice in choices.items()
@@ -134,7 +134,7 @@ class Run:
     """A run on this rank."""
 
     session: Session
-    crew: Crew
+    runtime: RankRuntime
     folder: Path
     log: FilteringBoundLogger
     saver: Saver
@@ -145,18 +145,18 @@ class Run:
         if not saved:
             self.log.warning("no whole checkpoint in this run: beginning at step 0", folder=str(self.folder))
             return 0
-        self.session.pulse.at(LOADING)
+        self.session.heartbeat.at(LOADING)
         facts = manifest.read_manifest(Path(saved))
-        checkpoint.load(Path(saved), pieces_to_load(self.crew, facts), self.crew.group)
-        restore(self.crew, facts)
+        checkpoint.load(Path(saved), pieces_to_load(self.runtime, facts), self.runtime.group)
+        restore(self.runtime, facts)
         before = jobfile.recorded(facts["job"], Path(saved, manifest.MANIFEST))
-        keys = [change.key for change in changes(before, self.crew.job.spec)]
+        keys = [change.key for change in changes(before, self.runtime.job.spec)]
         self.log.info("resuming", step=facts["step"], checkpoint=saved, changed=", ".join(keys) or "nothing")
         return int(facts["step"])
 
     def train(self, start: int) -> Tally | Stopped:
-        """Run the steps from `start`, until the last or a wish to stop; the first rank keeps the metrics."""
-        job = self.crew.job
+        """Run the steps from `start`, until the last or a request to stop; the first rank keeps the metrics."""
+        job = self.runtime.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
         tally = recall(self.folder, start) if self.chief else Tally()
         lag = Lag(job.spec.schedule.costs)
@@ -171,13 +171,13 @@ class Run:
                     step, following = following, job.step(self._next(index + 1))
                     outcome = self._step(index, step, following)
                     tally.add(index, step, outcome)
-                    lagging = lag.after(step, outcome.paces) if self.chief else ()
+                    lagging = lag.after(step, outcome.step_times) if self.chief else ()
                     self._warn(index, outcome, lagging)
                     if keeper:
                         keeper.keep(index, outcome, tally, lagging)
                     stops = outcome.stops and index + 1 < steps
                 if stops:
-                    self.session.wish.grant()
+                    self.session.stop_request.grant()
                 if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:
@@ -187,11 +187,11 @@ class Run:
 
     def _step(self, index: int, step: Step, following: Step) -> Outcome:
         """Run a step, and let the save in flight go on where all ranks have come as far."""
-        self.crew.has_saved = self.saver.is_ready
-        outcome = self.crew.run(index, step, following, runs=self._runs(index))
+        self.runtime.has_saved = self.saver.is_ready
+        outcome = self.runtime.run(index, step, following, runs=self._runs(index))
         if outcome.all_saved:
             self.saver.advance()
-            self.session.pulse.at(BETWEEN)
+            self.session.heartbeat.at(BETWEEN)
         return outcome
 
     def _pass_over(self, index: int, tally: Tally, keeper: Keeper | None) -> None:
@@ -214,36 +214,36 @@ class Run:
 
     def _runs(self, index: int) -> Runs:
         """Return what runs the program of a step."""
-        crew, wanted = self.crew, self.crew.job.spec.train.profile
-        return runs_of(wanted, self.folder / PROFILES, crew.device, step=index, rank=crew.rank)
+        runtime, wanted = self.runtime, self.runtime.job.spec.train.profile
+        return runs_of(wanted, self.folder / PROFILES, runtime.device, step=index, rank=runtime.rank)
 
     def _next(self, index: int) -> int:
         """Return the first step from `index` on that is not passed over."""
-        train = self.crew.job.spec.train
+        train = self.runtime.job.spec.train
         return next(step for step in itertools.count(index) if not is_passed_over(train, step))
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint from which step `step` is the next."""
         if not self.saver.is_ready:
             self.log.warning("waiting for the checkpoint before, which is still being written", step=step)
-        self.saver.begin(pieces_to_save(self.crew), manifest_of(self.crew, step))
-        if not self.crew.job.spec.train.checkpoint_async:
+        self.saver.begin(pieces_to_save(self.runtime), manifest_of(self.runtime, step))
+        if not self.runtime.job.spec.train.checkpoint_async:
             self.saver.settle()
-        self.session.pulse.at(BETWEEN)
+        self.session.heartbeat.at(BETWEEN)
 
     def finish(self, tally: Tally) -> dict[str, Any] | None:
         """Write the final weights, examine the model, and report."""
-        self.session.pulse.at(FINISHING)
-        self.session.pulse.at(COLLECTING)
-        crew, folder, training_s = self.crew, self.folder, tally.seconds
-        weights = crew.collect(crew.weights())
+        self.session.heartbeat.at(FINISHING)
+        self.session.heartbeat.at(COLLECTING)
+        runtime, folder, training_s = self.runtime, self.folder, tally.seconds
+        weights = runtime.collect(runtime.weights())
         if self.chief:
             save_file(dict(weights), folder / "weights.safetensors")
-        examined = report.examine_tasks(crew) if crew.job.spec.train.evaluate else {}
-        ranks = report.gather_ranks(crew, tally)
+        examined = report.examine_tasks(runtime) if runtime.job.spec.train.evaluate else {}
+        ranks = report.gather_ranks(runtime, tally)
         if not self.chief:
             return None
-        whole = report.compose(crew, tally, training_s, examined, ranks)
+        whole = report.compose(runtime, tally, training_s, examined, ranks)
         write_json(folder / REPORT, whole)
         self._draw(examined, ranks)
         facts = {"steps": whole["steps"]}
@@ -257,6 +257,6 @@ class Run:
     def _draw(self, examined: report.Examination, ranks: list[report.OfRank]) -> None:
         """Draw what was measured. The run is over and reported, so a picture that cannot be drawn is only told."""
         try:
-            report.draw(self.folder, self.crew.job, examined, ranks)
+            report.draw(self.folder, self.runtime.job, examined, ranks)
         except Exception as error:
             self.log.warning(f"the pictures are not complete: {error!r}", folder=str(self.folder))

@@ -1,7 +1,7 @@
 """Agreement: what all ranks tell each other at the end of a step, and what follows from it.
 
 Before anything is updated, all ranks gather one small record from each (gradient norm, losses, finiteness, the
-digest of the samples that the next step will use, a wish to stop, how long it computed). Every rank reads the same
+digest of the samples that the next step will use, a request to stop, how long it computed). Every rank reads the same
 records in the same order, so all clip by the same norm, and all take the step or none does; no two ranks go on to
 different samples, and all stop after the same step.
 """
@@ -13,9 +13,9 @@ import attrs
 import torch
 
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.faults.stragglers import Pace
+from mimogrid.core.faults.stragglers import StepTimes
 from mimogrid.core.step.step import Step
-from mimogrid.core.update.decision import Watch, decide
+from mimogrid.core.update.decision import SkipState, decide
 from mimogrid.core.update.learning_rate import learning_rate
 from mimogrid.core.update.reductions import NORM_TERMS, loss_weight, sum_of_terms
 from mimogrid.shell.job.jobs import Job
@@ -26,11 +26,10 @@ from mimogrid.shell.runtime.execute import Timed
 class Outcome:
     """What a step came to, the same on every rank.
 
-    `losses` are those of each module, and as ``NAME.aux`` what spreads its tokens over experts, divided by
-    their counts and without weights. `skipped` says why nothing was updated; "": the step was taken.
-    `loss_scale` is what the losses were multiplied by before their backward. `stops` says that a rank was asked
-    to stop, `paces` how long each was busy in the step before. `all_saved`: see `step.Crew`. `timeline` is this
-    rank's own.
+    `losses` are those of each module, and as ``NAME.aux`` what spreads its tokens over experts, divided by their
+    counts and without weights. `skipped` says why nothing was updated; "": the step was taken. `loss_scale` is what
+    the losses were multiplied by before their backward. `stops` says that a rank was asked to stop, `step_times`
+    how long each was busy in the step before. `all_saved`: see `step.RankRuntime`. `timeline` is this rank's own.
     """
 
     loss: float
@@ -41,7 +40,7 @@ class Outcome:
     skipped: str
     stops: bool
     all_saved: bool
-    paces: tuple[Pace, ...]
+    step_times: tuple[StepTimes, ...]
     timeline: tuple[Timed, ...] = ()
 
     @property
@@ -55,7 +54,7 @@ class Record:
     """What a rank says at the end of a step.
 
     `terms` sum to the squares of its part of the gradient (`core.update.reductions.exact_terms`), `losses` are its
-    parts of the sums of losses, `pace` the seconds that it was busy and that it loaded data in the step before.
+    parts of the sums of losses, `step_times` the seconds that it was busy and that it loaded data in the step before.
     """
 
     finite: bool
@@ -64,7 +63,7 @@ class Record:
     losses: Mapping[str, float]
     digest: tuple[float, float]
     stops: bool
-    pace: tuple[float, float]
+    step_times: tuple[float, float]
 
     def packed(self) -> list[float]:
         """Return the record as numbers, all exact in fp64; `agreed` reads them."""
@@ -75,7 +74,7 @@ class Record:
             *self.losses.values(),
             *self.digest,
             self.stops,
-            *self.pace,
+            *self.step_times,
         ]
 
 
@@ -84,7 +83,7 @@ class Agreed:
     """What the ranks agree on: the outcome of a step, and what the decision on the next one hangs on."""
 
     outcome: Outcome
-    watch: Watch
+    skip_state: SkipState
 
 
 def agreed(
@@ -94,12 +93,12 @@ def agreed(
     index: int,
     step: Step,
     following: Step,
-    watch: Watch,
+    skip_state: SkipState,
     stages_by_rank: Mapping[int, str],
 ) -> Agreed:
     """Read the records [ranks, values] of step `index`, packed. Raises WorldError where samples differ."""
     spec = job.spec
-    flags, terms, sums, digests, stops, paces = records.split(
+    flags, terms, sums, digests, stops, step_times = records.split(
         [2, NORM_TERMS, len(step.units), 2, 1, 2], dim=1
     )
     all_finite, all_saved = flags.bool().all(dim=0).tolist()
@@ -107,24 +106,24 @@ def agreed(
     losses = means_of(step, sums.sum(dim=0).tolist())
     loss = sum(loss_weight(job.topology, name) * mean for name, mean in losses.items())
     norm = sum_of_terms(terms.flatten().tolist()) ** 0.5
-    next_watch, skipped = decide(
-        watch, spec.optimizer, loss=loss, norm=norm, finite=all_finite, half=spec.precision == "fp16"
+    next_skip_state, skipped = decide(
+        skip_state, spec.optimizer, loss=loss, norm=norm, finite=all_finite, half=spec.precision == "fp16"
     )
     outcome = Outcome(
         loss=loss,
         losses=losses,
         gradient_norm=norm,
         learning_rate=learning_rate(spec.optimizer, step=index, steps=spec.train.steps),
-        loss_scale=watch.scale,
+        loss_scale=skip_state.scale,
         skipped=skipped,
         stops=bool(stops.any()),
         all_saved=all_saved,
-        paces=tuple(
-            Pace(rank, stages_by_rank[rank], *pace)
-            for rank, pace in zip(job.topology.ranks, paces.tolist(), strict=True)
+        step_times=tuple(
+            StepTimes(rank, stages_by_rank[rank], *step_times)
+            for rank, step_times in zip(job.topology.ranks, step_times.tolist(), strict=True)
         ),
     )
-    return Agreed(outcome, next_watch)
+    return Agreed(outcome, next_skip_state)
 
 
 def means_of(step: Step, sums: Sequence[float]) -> dict[str, float]:

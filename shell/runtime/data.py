@@ -141,7 +141,7 @@ class Loader:
 
 
 def _nothing(name: str, module: Module) -> torch.Tensor:
-    """What a lane without rows reads when it runs along with lanes that have some."""
+    """What a dp rank without rows reads when it runs along with dp ranks that have some."""
     match name, module.model:
         case ["rows", Vit(features=width) | Block(hidden=width) | Regressor(hidden=width)]:
             return torch.empty(0, width or 0)

@@ -1,7 +1,7 @@
 """Execute: one loop over a rank's program, one match.
 
 The executor does what the program says, in its order; it inserts, drops and decides nothing. It marks where
-each action began and ended, which is the measured timeline, and keeps the pulse by which others see where it is.
+each action began and ended, which is the measured timeline, and keeps the heartbeat by which others see where it is.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ from mimogrid.core.topology.topology import Stage
 from mimogrid.shell.device.streams import Mark
 from mimogrid.shell.runtime.stage import StageRunner
 from mimogrid.shell.runtime.transport import Transport
-from mimogrid.shell.world.heartbeat import Pulse
+from mimogrid.shell.world.heartbeat import Heartbeat
 
 
 class Finisher(Protocol):
@@ -72,7 +72,7 @@ class Timed:
 
 
 Runs = Callable[
-    [tuple[Action, ...], Mapping[Stage, StageRunner], Transport, Finisher, Pulse],
+    [tuple[Action, ...], Mapping[Stage, StageRunner], Transport, Finisher, Heartbeat],
     tuple[Timed, ...],
 ]
 """Whatever runs a rank's program for one step and returns its timeline: `execute`, or who calls it."""
@@ -88,7 +88,7 @@ def execute(
     stages: Mapping[Stage, StageRunner],
     transport: Transport,
     finisher: Finisher,
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     *,
     first: int = 0,
 ) -> tuple[Timed, ...]:
@@ -96,7 +96,7 @@ def execute(
     timeline: list[Timed] = []
     for index, action in enumerate(actions, first):
         begin = transport.streams.mark()
-        pulse.act(index, action)
+        heartbeat.act(index, action)
         _act(action, stages, transport, finisher)
         timeline.append(Timed(action, begin, transport.streams.mark()))
     return tuple(timeline)

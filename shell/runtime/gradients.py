@@ -2,19 +2,19 @@
 
 Every trainable parameter's gradient is a view of a buffer of its stage, and so is the parameter itself: backward
 passes add into the one, a sum is one all-reduce for each bucket (`core.update.buckets`), posted and waited for
-where the program says, and a parameter that a lane never touched counts as zeros there, not as absent.
+where the program says, and a parameter that a shard never touched counts as zeros there, not as absent.
 
 In half precision the network computes with bf16 or fp16 weights, and beside them are fp32 *main* weights, which
 the optimizer updates and checkpoints hold. Gradients are added up in fp32 too: autograd raises each as it comes
 (`Tensor.grad_dtype`). In fp32 and fp64 the main weights are the weights.
 
-Where the data lanes share the update (ZeRO stage 1: Rajbhandari et al. 2020), a lane has the main weights of
-its own part of each bucket only, updates it, and the lanes gather the weights. The sum is an all-reduce there
+Where the dp ranks share the update (ZeRO stage 1: Rajbhandari et al. 2020), a shard has the main weights of
+its own part of each bucket only, updates it, and the shards gather the weights. The sum is an all-reduce there
 too: gloo makes its reduce-scatter out of one, and so both ways see the same bits.
 
 On a device that computes asynchronously a sum begins after all that computing was asked for before it was posted: torch
 records an event on the current stream, for which the backend's own waits. Waiting for it holds up computing, not
-the host. What is posted and waited for at once (ties, weights that lanes gather) is in order with computing anyway.
+the host. What is posted and waited for at once (ties, weights that shards gather) is in order with computing anyway.
 """
 
 from collections.abc import Iterator, Mapping
@@ -58,14 +58,14 @@ class Buffer:
         shared: bool,
     ) -> None:
         self.bucket = bucket
-        self.lane_group = groups.expert_dp if bucket.section is Section.EXPERTS else groups.dp
-        self._summing = groups.partial if bucket.section is Section.PARTIAL else self.lane_group
+        self.shard_group = groups.expert_dp if bucket.section is Section.EXPERTS else groups.dp
+        self._summing = groups.partial if bucket.section is Section.PARTIAL else self.shard_group
         self._streams = streams
         self._sum: Posted | None = None
         self.shared = shared
-        lane = self.lane_group.rank()
-        self.lanes = range(lane, lane + 1) if shared else range(bucket.lanes)
-        self.own = slice(bucket.lane(self.lanes[0]).start, bucket.lane(self.lanes[-1]).stop)
+        shard = self.shard_group.rank()
+        self.updated = range(shard, shard + 1) if shared else range(bucket.shards)
+        self.own = slice(bucket.shard(self.updated[0]).start, bucket.shard(self.updated[-1]).stop)
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.gradients = torch.zeros(bucket.size, dtype=dtype, device=like.device)
         self.weights = torch.zeros(bucket.size, dtype=like.dtype, device=like.device)
@@ -90,9 +90,9 @@ class Buffer:
                 yield Shard(Part(span.name, start - span.start, stop - span.start), main)
 
     def parts(self, names: frozenset[str]) -> Iterator[torch.Tensor]:
-        """Yield the gradient of each lane's part of these parameters, of those lanes whose parts are updated here."""
+        """Yield the gradient of each shard's part of these parameters, of those shards whose parts are updated here."""
         starts = {span.name: span.start for span in self.bucket.spans}
-        for part in (part for lane in self.lanes for part in self.bucket.parts(lane)):
+        for part in (part for shard in self.updated for part in self.bucket.parts(shard)):
             if part.name in names:
                 yield self.gradients[starts[part.name] + part.start : starts[part.name] + part.stop]
 
@@ -108,13 +108,13 @@ class Buffer:
             self._sum.wait()
             self._sum = None
 
-    def publish(self) -> None:
-        """Let the weights follow the main weights, on all lanes."""
+    def copy_main_to_model(self) -> None:
+        """Let the weights follow the main weights, on all shards."""
         if self._is_lowered:
             self.weights[self.own] = self.main
-        if self.shared and self.lane_group.size() > 1 and len(self.weights):
-            parts = list(self.weights.chunk(self.bucket.lanes))
-            dist.all_gather(parts, self.weights[self.own].clone(), group=self.lane_group)
+        if self.shared and self.shard_group.size() > 1 and len(self.weights):
+            parts = list(self.weights.chunk(self.bucket.shards))
+            dist.all_gather(parts, self.weights[self.own].clone(), group=self.shard_group)
 
 
 class StageBuffer:
@@ -146,7 +146,7 @@ class StageBuffer:
         )
         self._tied = [buffer for buffer in self.buffers if buffer.bucket.section is Section.TIED]
         table = {parameter.name: parameter for parameter in info.parameters}
-        # Where lanes share the update, what counts is counted by whoever updates it.
+        # Where shards share the update, what counts is counted by whoever updates it.
         counter = {**position, **{axis: 0 for axis in LANES if shared and axis in position}}
         self.counted = frozenset(n for n in self.weights if counts_in_norm(counter, info, table.get(n)))
         # Of those, who writes what there is one of for a parameter, however it is cut over tp.
@@ -177,13 +177,13 @@ class StageBuffer:
     def partials(self) -> list[float]:
         """Return the sums of squares whose total over all ranks is the square of the global norm.
 
-        There is one for each part of a parameter that some lane would update if they shared the update. So
+        There is one for each part of a parameter that some shard would update if they shared the update. So
         they are the same numbers whether or not they do.
         """
         found = [part.double().square().sum() for part in self._counted]
         return list(torch.stack(found).tolist()) if found else []
 
-    def publish(self) -> None:
-        """Let the weights follow the main weights, on all lanes."""
+    def copy_main_to_model(self) -> None:
+        """Let the weights follow the main weights, on all shards."""
         for buffer in self.buffers:
-            buffer.publish()
+            buffer.copy_main_to_model()

@@ -2,7 +2,7 @@
 
 A step that the job wants profiled runs with torch's profiler on, each action in a range that is called what it is
 called in the program (``language.1 B3``). The traces open in Perfetto and Chrome, and read like the schedule; tools
-that watch a GPU see the same ranges (NVTX). A profiled step is slower than others.
+that skip state a GPU see the same ranges (NVTX). A profiled step is slower than others.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from mimogrid.shell.device.device import Device
 from mimogrid.shell.runtime.execute import Finisher, Runs, Timed, execute
 from mimogrid.shell.runtime.stage import StageRunner
 from mimogrid.shell.runtime.transport import Transport
-from mimogrid.shell.world.heartbeat import Pulse
+from mimogrid.shell.world.heartbeat import Heartbeat
 
 
 def runs_of(wanted: ProfileSpec, folder: Path, device: Device, *, step: int, rank: int) -> Runs:
@@ -33,14 +33,14 @@ def runs_of(wanted: ProfileSpec, folder: Path, device: Device, *, step: int, ran
         stages: Mapping[Stage, StageRunner],
         transport: Transport,
         finisher: Finisher,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
     ) -> tuple[Timed, ...]:
         timeline: list[Timed] = []
         with profile(activities=_activities(device)) as seen:
             for index, action in enumerate(actions):
                 name = str(action)
                 with record_function(name), device.streams.named(name):
-                    timeline += execute((action,), stages, transport, finisher, pulse, first=index)
+                    timeline += execute((action,), stages, transport, finisher, heartbeat, first=index)
             device.finish()
         folder.mkdir(parents=True, exist_ok=True)
         seen.export_chrome_trace(str(folder / f"step-{step}-rank-{rank}.json"))

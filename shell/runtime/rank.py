@@ -16,7 +16,7 @@ from mimogrid.core.faults.injection import BETWEEN
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.step.step import Step, aux_name
 from mimogrid.core.topology.topology import Stage, Topology
-from mimogrid.core.update.decision import Watch
+from mimogrid.core.update.decision import SkipState
 from mimogrid.core.update.reductions import exact_terms
 from mimogrid.shell.device.device import DTYPES, Device
 from mimogrid.shell.job.jobs import Job
@@ -41,17 +41,17 @@ from mimogrid.shell.runtime.hosting import host_stages
 from mimogrid.shell.runtime.stage import StageRunner
 from mimogrid.shell.runtime.transport import Transport
 from mimogrid.shell.world.groups import Groups
-from mimogrid.shell.world.heartbeat import Pulse
-from mimogrid.shell.world.preemption import Wish
+from mimogrid.shell.world.heartbeat import Heartbeat
+from mimogrid.shell.world.preemption import StopRequest
 
 
 T = TypeVar("T")
 
 
-class Crew:
+class RankRuntime:
     """The stages of this rank, with weights, gradients and optimizer.
 
-    `steps_taken` counts the updates, and `watch` is what the decision on the next one hangs on; both are the same
+    `steps_taken` counts the updates, and `skip_state` is what the decision on the next one hangs on; both are the same
     on every rank. `has_saved` is what this rank says in the next step about the save in flight, in a record that
     all ranks exchange there anyway (`shell.checkpoint.saving`). `given` are networks for modules of the user's own
     that are there already; `steps_itself` is False where somebody else updates the weights.
@@ -64,19 +64,19 @@ class Crew:
         groups: Groups,
         device: Device,
         *,
-        pulse: Pulse,
-        wish: Wish,
+        heartbeat: Heartbeat,
+        stop_request: StopRequest,
         given: Mapping[str, nn.Module] | None = None,
         steps_itself: bool = True,
     ) -> None:
         assert job.source is not None
         self.job = job
-        self._source = Clocked(job.source, pulse.within)
+        self._source = Clocked(job.source, heartbeat.within)
         self.topology: Topology = job.topology
         self.rank = rank
         self.device = device
-        self.pulse = pulse
-        self.wish = wish
+        self.heartbeat = heartbeat
+        self.stop_request = stop_request
         self._before: tuple[tuple[Timed, ...], float] = (), 0.0
         self.stages_by_rank = {
             r: " ".join(str(info.stage) for info in self.topology.stages_of(r)) for r in self.topology.ranks
@@ -91,7 +91,7 @@ class Crew:
         self.steps_itself = steps_itself
         self.optimizer = optimizer.build(job.spec.optimizer, self._shards()) if steps_itself else None
         self.steps_taken = 0
-        self.watch = Watch.first(job.spec.optimizer, job.spec.precision)
+        self.skip_state = SkipState.first(job.spec.optimizer, job.spec.precision)
         self.has_saved = True
 
     def _shards(self) -> Iterator[tuple[str, Shard]]:
@@ -118,20 +118,20 @@ class Crew:
         where they are not the job's. `loss` is that of language models. `runs` runs the program.
         """
         program = plan_step(step)
-        self._begin(program, source or self._source, index, loss_scale=self.watch.scale, loss=loss)
+        self._begin(program, source or self._source, index, loss_scale=self.skip_state.scale, loss=loss)
         for buffer in self.buffers.values():
             buffer.clear()
         finish = _Finish(self, index, step, following, update=update)
         actions = program.of(self.rank)
-        self.pulse.begin(index, len(actions))
-        timeline = runs(actions, self.stages, self._transport, finish, self.pulse)
-        self.pulse.at(BETWEEN)
+        self.heartbeat.begin(index, len(actions))
+        timeline = runs(actions, self.stages, self._transport, finish, self.heartbeat)
+        self.heartbeat.at(BETWEEN)
         self._before = timeline, self._source.lap()
         assert finish.agreed is not None  # Every program of a training step has the action NORM.
         return attrs.evolve(finish.agreed.outcome, timeline=timeline)
 
     @property
-    def pace(self) -> tuple[float, float]:
+    def step_times(self) -> tuple[float, float]:
         """Seconds that this rank was busy, and that it loaded data, in the step before; waits for that step's end."""
         timeline, loading_s = self._before
         return busy_s(timeline), loading_s
@@ -176,9 +176,9 @@ class Crew:
         return {name: mean for name, mean in means.items() if name in self.topology.modules}
 
     def answer(self, step: Step, source: Loads | None = None) -> tuple[torch.Tensor, ...]:
-        """Run a step forwards only; return what this rank has to say of each microbatch of its lane.
+        """Run a step forwards only; return what this rank has to say of each microbatch of its dp rank.
 
-        These are the logits [T, V], sample after sample, on the first rank of a lane of a last stage.
+        These are the logits [T, V], sample after sample, on the first rank of a dp rank of a last stage.
         """
         self._only_forwards(step, source or self._source)
         said = (runner.answers for runner in self.stages.values())
@@ -188,8 +188,8 @@ class Crew:
         program = plan_step(step, training=False)
         self._begin(program, source, loss=loss)
         actions = program.of(self.rank)
-        self.pulse.begin(self.job.spec.train.steps, len(actions), training=False)
-        execute(actions, self.stages, self._transport, _NoFinish(), self.pulse)
+        self.heartbeat.begin(self.job.spec.train.steps, len(actions), training=False)
+        execute(actions, self.stages, self._transport, _NoFinish(), self.heartbeat)
 
     def _begin(
         self,
@@ -241,7 +241,7 @@ class Crew:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Gather a vector of each rank that hosts a module into [ranks, values], the same everywhere."""
         every = [torch.empty_like(values) for _ in self.topology.ranks]
-        self.pulse.wait()
+        self.heartbeat.wait()
         dist.all_gather(every, values, group=self.group)
         return torch.stack(every)
 
@@ -249,8 +249,10 @@ class Crew:
 class _Finish:
     """What ends a step: reductions, agreement, update."""
 
-    def __init__(self, crew: Crew, index: int, step: Step, following: Step, *, update: bool) -> None:
-        self.crew = crew
+    def __init__(
+        self, runtime: RankRuntime, index: int, step: Step, following: Step, *, update: bool
+    ) -> None:
+        self.runtime = runtime
         self.index = index
         self.step = step
         self.following = following
@@ -259,71 +261,71 @@ class _Finish:
 
     def reduce(self, stage: Stage, bucket: int) -> None:
         """Post the sum of a bucket of a stage's gradients."""
-        self.crew.buffers[stage].buffers[bucket].reduce()
+        self.runtime.buffers[stage].buffers[bucket].reduce()
 
     def wait(self, stage: Stage, bucket: int) -> None:
         """Let what follows happen after the sum of a bucket."""
-        self.crew.pulse.wait()
-        self.crew.buffers[stage].buffers[bucket].wait()
+        self.runtime.heartbeat.wait()
+        self.runtime.buffers[stage].buffers[bucket].wait()
 
     def tie(self, stage: Stage) -> None:
         """Sum the gradients of tied weights over the ends of a module."""
-        self.crew.pulse.wait()
-        self.crew.buffers[stage].tie()
+        self.runtime.heartbeat.wait()
+        self.runtime.buffers[stage].tie()
 
     def agree(self) -> None:
         """Let all ranks see norm, losses and finiteness of all, and compare what comes next.
 
         Also a value that does not count in the norm, because another rank holds a copy of it, must be finite.
         """
-        crew, buffers = self.crew, self.crew.buffers.values()
-        if crew.watch.scale != 1:
+        runtime, buffers = self.runtime, self.runtime.buffers.values()
+        if runtime.skip_state.scale != 1:
             for buffer in buffers:
-                buffer.scale(1 / crew.watch.scale)
+                buffer.scale(1 / runtime.skip_state.scale)
         mine = Record(
             finite=all(buffer.is_finite for buffer in buffers),
-            has_saved=crew.has_saved,
+            has_saved=runtime.has_saved,
             terms=exact_terms(partial for buffer in buffers for partial in buffer.partials()),
-            losses=crew.losses(self.step),
+            losses=runtime.losses(self.step),
             digest=digest_of(self.following),
-            stops=crew.wish.is_there,
-            pace=crew.pace,
+            stops=runtime.stop_request.is_there,
+            step_times=runtime.step_times,
         )
-        packed = torch.tensor(mine.packed(), dtype=torch.float64, device=crew.device.torch)
+        packed = torch.tensor(mine.packed(), dtype=torch.float64, device=runtime.device.torch)
         self.agreed = agreed(
-            crew.gather(packed).cpu(),
-            job=crew.job,
+            runtime.gather(packed).cpu(),
+            job=runtime.job,
             index=self.index,
             step=self.step,
             following=self.following,
-            watch=crew.watch,
-            stages_by_rank=crew.stages_by_rank,
+            skip_state=runtime.skip_state,
+            stages_by_rank=runtime.stages_by_rank,
         )
 
     def update(self) -> None:
         """Clip by the global norm and step; do nothing where the ranks agreed not to."""
-        crew, agreed_on = self.crew, self.agreed
+        runtime, agreed_on = self.runtime, self.agreed
         assert agreed_on is not None  # NORM comes before UPDATE.
         if not self.updates:
             return
-        crew.watch = agreed_on.watch
+        runtime.skip_state = agreed_on.skip_state
         if not agreed_on.outcome.taken:
             return
-        crew.steps_taken += 1
-        if crew.steps_itself:
+        runtime.steps_taken += 1
+        if runtime.steps_itself:
             self._step(agreed_on.outcome.gradient_norm)
 
     def _step(self, norm: float) -> None:
-        crew, spec = self.crew, self.crew.job.spec
+        runtime, spec = self.runtime, self.runtime.job.spec
         limit = spec.optimizer.clip_norm
         if limit and norm > limit:
-            for buffer in crew.buffers.values():
+            for buffer in runtime.buffers.values():
                 buffer.scale(limit / norm)
-        if crew.optimizer is not None:
-            optimizer.set_rates(crew.optimizer, spec.optimizer, step=self.index, steps=spec.train.steps)
-            crew.optimizer.step()
-        for buffer in crew.buffers.values():
-            buffer.publish()
+        if runtime.optimizer is not None:
+            optimizer.set_rates(runtime.optimizer, spec.optimizer, step=self.index, steps=spec.train.steps)
+            runtime.optimizer.step()
+        for buffer in runtime.buffers.values():
+            buffer.copy_main_to_model()
 
 
 class _NoFinish:

@@ -1,4 +1,4 @@
-"""Sessions: from a place to a crew that can run steps, and back out.
+"""Sessions: from a place to a runtime that can run steps, and back out.
 
 The order is fixed: meet, compare the plan, join, make the planned groups, build this rank's stages. What a
 session opened it closes, last first, also when a step fails.
@@ -23,25 +23,25 @@ from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import without_known_words
 from mimogrid.shell.megatron.cpu import on_device
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.world import fault_injection as faults
 from mimogrid.shell.world.failure import one_report
 from mimogrid.shell.world.groups import Groups, open_groups
-from mimogrid.shell.world.heartbeat import Pulse
-from mimogrid.shell.world.preemption import Wish
+from mimogrid.shell.world.heartbeat import Heartbeat
+from mimogrid.shell.world.preemption import StopRequest
 from mimogrid.shell.world.world import World, answer, ask, join
 
 
 @attrs.frozen(eq=False)
 class Session:
-    """An open world with this rank's crew; an idle rank has none."""
+    """An open world with this rank's runtime; an idle rank has none."""
 
     world: World
     groups: Groups
     device: Device
-    crew: Crew | None
-    pulse: Pulse
-    wish: Wish
+    runtime: RankRuntime | None
+    heartbeat: Heartbeat
+    stop_request: StopRequest
 
 
 @contextlib.contextmanager
@@ -56,37 +56,41 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
         enter = stack.enter_context
         enter(warnings.catch_warnings())
         enter(without_known_words())
-        pulse = enter(_pulse(place))
+        heartbeat = enter(_heartbeat(place))
         world = _meet(place, datetime.timedelta(seconds=job.spec.train.timeout_s))
-        enter(one_report(world, pulse, job))
-        pulse.at(RENDEZVOUS)
+        enter(one_report(world, heartbeat, job))
+        heartbeat.at(RENDEZVOUS)
         if place.meeting is None:
             answer(world)
         enter(join(world, backend=device.backend, digest=digest_of(job.topology, job.step(0))))
-        pulse.at(BUILDING)
+        heartbeat.at(BUILDING)
         world.wait_for_all("joined")
         groups = enter(open_groups(job.topology, world, device))
         world.wait_for_all("connected")
         enter(on_device(device.torch, seed=job.spec.seed))
         # Again, so that a failure is told before the groups are destroyed, which others see as a failure.
-        enter(one_report(world, pulse, job))
-        hosts, wish = place.rank in job.topology.ranks, Wish()
-        crew = Crew(job, place.rank, groups, device, pulse=pulse, wish=wish) if hosts else None
-        yield Session(world, groups, device, crew, pulse, wish)
+        enter(one_report(world, heartbeat, job))
+        hosts, stop_request = place.rank in job.topology.ranks, StopRequest()
+        runtime = (
+            RankRuntime(job, place.rank, groups, device, heartbeat=heartbeat, stop_request=stop_request)
+            if hosts
+            else None
+        )
+        yield Session(world, groups, device, runtime, heartbeat, stop_request)
 
 
 @contextlib.contextmanager
-def _pulse(place: Place) -> Iterator[Pulse]:
-    """Open this rank's pulse; a local world keeps its pulses where it meets."""
-    pulse = Pulse(place.rank, faults.from_environment(place.rank))
+def _heartbeat(place: Place) -> Iterator[Heartbeat]:
+    """Open this rank's heartbeat; a local world keeps its heartbeats where it meets."""
+    heartbeat = Heartbeat(place.rank, faults.from_environment(place.rank))
     if place.meeting:
-        pulse.keep_in(Path(place.meeting).parent)
+        heartbeat.keep_in(Path(place.meeting).parent)
     try:
-        yield pulse
+        yield heartbeat
     except BaseException:
-        pulse.close(well=False)
+        heartbeat.close(well=False)
         raise
-    pulse.close(well=True)
+    heartbeat.close(well=True)
 
 
 def _meet(place: Place, timeout: datetime.timedelta) -> World:

@@ -1,10 +1,10 @@
 """Stages at work: one module stage of this rank, with what it holds for each microbatch in flight.
 
 A stage gathers its inputs, runs its network forward or backward, and hands out what the program sends on. A
-backward comes whole or in two halves (see `ledger`): the first gives the gradients of the inputs, and what of
+backward comes whole or in two halves (see `weight_grads`): the first gives the gradients of the inputs, and what of
 the microbatch is not needed for the second goes with it.
 
-At a seam every rank receives an equal part of its lane's rows; the ranks along tp and cp then gather the
+At a bridge every rank receives an equal part of its dp rank's rows; the ranks along tp and cp then gather the
 whole among themselves, forward at the target and backward at the source.
 """
 
@@ -20,13 +20,13 @@ import torch.distributed as dist
 from mimogrid.core.base.samples import prefix_sums
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
-from mimogrid.core.step.routes import Message, Part, Piece, lane_parts
+from mimogrid.core.step.routes import Message, Part, Piece, dp_rank_parts
 from mimogrid.core.step.seeds import Seeds, seeds_of
 from mimogrid.core.step.step import aux_name
 from mimogrid.core.topology.topology import Link, Module, StageInfo
 from mimogrid.core.update.reductions import loss_scale
 from mimogrid.shell.megatron.draws import begin_draws
-from mimogrid.shell.megatron.ledger import Page, work_off
+from mimogrid.shell.megatron.weight_grad_store import WeightGrads, flush
 from mimogrid.shell.modules import StageModule
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.runtime.data import Loader
@@ -48,7 +48,7 @@ class InFlight:
     inputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
     outputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
     arrived: Arrivals = attrs.field(factory=Arrivals)
-    products: Page = attrs.field(factory=Page)
+    products: WeightGrads = attrs.field(factory=WeightGrads)
 
 
 class StageRunner:
@@ -71,7 +71,7 @@ class StageRunner:
         self.groups = groups
         self.dtype = dtype
         self._position = module.grid.position(rank)
-        self._lane = self._position["dp"]
+        self._dp_rank = self._position["dp"]
 
     def begin(
         self,
@@ -112,12 +112,12 @@ class StageRunner:
             case Kind.BACKWARD | Kind.INPUT_GRADIENT:
                 self._backward(action.microbatch)
             case Kind.WEIGHT_GRADIENT:
-                work_off(self._in_flight[action.microbatch].products)
+                flush(self._in_flight[action.microbatch].products)
 
     # -- forward and backward ------------------------------------------------------------------------------
 
     def _forward(self, microbatch: int) -> None:
-        share = self._step.share(self.module.name, self._lane, microbatch)
+        share = self._step.share(self.module.name, self._dp_rank, microbatch)
         held = self._held(microbatch)
         trains = self.info.stage in self._program.order.backward
         if self.info.first:
@@ -130,7 +130,7 @@ class StageRunner:
         targets = self._loader.targets(self.module, share) if with_targets else {}
         if self.network.draws and self._program.order.training:
             begin_draws(self._seeds(microbatch), self._loader.device)
-        with torch.set_grad_enabled(trains), self._ledger(microbatch):
+        with torch.set_grad_enabled(trains), self._weight_grads(microbatch):
             held.outputs = self.network(held.inputs | targets, share)
         if "loss" in held.outputs:
             loss = held.outputs["loss"].detach()
@@ -138,7 +138,7 @@ class StageRunner:
         if aux_name(self.module.name) in held.outputs:
             aux = held.outputs.pop(aux_name(self.module.name))
             self.aux = aux if self.aux is None else self.aux + aux
-        if "logits" in held.outputs and self.groups.holders.rank() == 0:
+        if "logits" in held.outputs and self.groups.tp_cp_ranks.rank() == 0:
             self.answers[microbatch] = held.outputs["logits"]
         if not trains:
             held.inputs.clear()
@@ -160,7 +160,7 @@ class StageRunner:
             gradients.append(torch.full_like(held.outputs["loss"], scale))
         pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if r.requires_grad]
         if pairs:  # A loss, or rows of the user's own, may hang on nothing that trains.
-            with self._ledger(microbatch):
+            with self._weight_grads(microbatch):
                 torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         held.outputs.clear()
         held.inputs = {
@@ -169,20 +169,20 @@ class StageRunner:
             if link in self._program.order.gradients
         }
 
-    def _ledger(self, microbatch: int) -> AbstractContextManager[None]:
-        """Open the ledger for a microbatch, if there is a second half for its products."""
+    def _weight_grads(self, microbatch: int) -> AbstractContextManager[None]:
+        """Open the weight-grad store for a microbatch, if there is a second half for its products."""
         if self.info.stage not in self._program.order.split:
             return contextlib.nullcontext()
-        return self.network.ledger.open(self._held(microbatch).products)
+        return self.network.weight_grads.open(self._held(microbatch).products)
 
     def last_tokens(self, microbatch: int, logits: torch.Tensor) -> tuple[range, torch.Tensor]:
-        """Return which samples of the step a lane has in a microbatch, and the likeliest token after each.
+        """Return which samples of the step a dp rank has in a microbatch, and the likeliest token after each.
 
         `logits` are [T, V], sample after sample.
         """
-        lengths = self._step.share(self.module.name, self._lane, microbatch).lengths
+        lengths = self._step.share(self.module.name, self._dp_rank, microbatch).lengths
         ends = torch.tensor(prefix_sums(lengths)[1:], device=logits.device) - 1
-        which = self.module.samples(self._lane, microbatch, len(self._step.samples))
+        which = self.module.samples(self._dp_rank, microbatch, len(self._step.samples))
         return which, logits[ends].argmax(dim=-1)
 
     def _seeds(self, microbatch: int) -> Seeds:
@@ -197,7 +197,7 @@ class StageRunner:
         messages = self._program.messages_of(self.rank, recv)
         if link.edge:
             return [(message, (message.rows, link.edge.width)) for message in messages]
-        hidden = self._step.hop_shape(self.info.stage, self._lane, recv.microbatch)
+        hidden = self._step.hidden_shape(self.info.stage, self._dp_rank, recv.microbatch)
         return [(message, hidden) for message in messages]
 
     def deliver(self, recv: Recv, messages: list[tuple[Message, torch.Tensor]]) -> None:
@@ -252,27 +252,27 @@ class StageRunner:
         return held.inputs[link.source.module]
 
     def _rows(self, whole: torch.Tensor, link: Link, microbatch: int, piece: Piece) -> torch.Tensor:
-        """Cut a piece out of all the rows that this lane has at a link in a microbatch of its own."""
+        """Cut a piece out of all the rows that this dp rank has at a link in a microbatch of its own."""
         first = next(self._parts(link, microbatch)).start
         return whole[piece.start - first : piece.stop - first]
 
     def _gather(self, held: InFlight, link: Link, direction: Direction, microbatch: int) -> torch.Tensor:
-        """Return all of a lane's rows of a link: this rank's part, and those of the ranks that share it."""
+        """Return all of a dp rank's rows of a link: this rank's part, and those of the ranks that share it."""
         arrived = sorted(held.arrived.pop((link, direction), ()), key=lambda piece: piece[0])
         if link.edge is None:
             return arrived[0][1] if arrived else self._no_hidden(microbatch)
         sizes = [part.stop - part.start for part in self._parts(link, microbatch)]
         empty = torch.empty(0, link.edge.width, dtype=self.dtype, device=self._loader.device)
         mine = torch.cat([empty, *(rows for _, rows in arrived)])
-        return mine if len(sizes) == 1 else all_gather_rows(mine, sizes, self.groups.holders)
+        return mine if len(sizes) == 1 else all_gather_rows(mine, sizes, self.groups.tp_cp_ranks)
 
     def _no_hidden(self, microbatch: int) -> torch.Tensor:
-        """Hidden states of a lane without rows, which runs along with lanes that have some."""
-        shape = self._step.hop_shape(self.info.stage, self._lane, microbatch)
+        """Hidden states of a dp rank without rows, which runs along with dp ranks that have some."""
+        shape = self._step.hidden_shape(self.info.stage, self._dp_rank, microbatch)
         return torch.zeros(shape, dtype=self.dtype, device=self._loader.device)
 
     def _parts(self, link: Link, microbatch: int) -> Iterator[Part]:
-        return lane_parts(self._step, self.module, link, microbatch, self._lane)
+        return dp_rank_parts(self._step, self.module, link, microbatch, self._dp_rank)
 
     def _arrive(
         self, microbatch: int, link: Link, direction: Direction, start: int, tensor: torch.Tensor

@@ -75,7 +75,7 @@ class Transport:
             if peer == self._groups.rank:
                 pending.append(Pending(message, torch.empty(0), None))
                 continue
-            buffer = self._room(shape, dtype)
+            buffer = self._backpressure(shape, dtype)
             work = dist.irecv(
                 buffer,
                 src=self._groups.outside[peer],
@@ -115,7 +115,7 @@ class Transport:
         self.streams.hear()
         return copy
 
-    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def _backpressure(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return memory for a message to arrive in."""
         if not self._device.stages_through_host:
             return torch.empty(shape, dtype=dtype, device=self._device.torch)

@@ -1,7 +1,7 @@
 """Failures: one report for the whole world, from the first rank that knows.
 
 A rank that raises knows why. A rank that is cut off (its peer closed the connection, or did not answer in time) does
-not: it reads everybody's pulse and says whom the world was waiting for. The others end as echoes, without a word
+not: it reads everybody's heartbeat and says whom the world was waiting for. The others end as echoes, without a word
 (`world.first_failure`).
 """
 
@@ -14,10 +14,10 @@ import attrs
 import torch.distributed as dist
 
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
-from mimogrid.core.faults.diagnosis import BlamedError, Finding, find
+from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis, find
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.world.heartbeat import Pulse
+from mimogrid.shell.world.heartbeat import Heartbeat
 from mimogrid.shell.world.world import AbsentError, World, first_failure
 
 
@@ -26,34 +26,34 @@ CUT_OFF = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "imeo
 
 
 @contextlib.contextmanager
-def one_report(world: World, pulse: Pulse, job: Job) -> Iterator[None]:
-    """Let the first failure of the world through as a `BlamedError`, and turn those that it causes into `EchoError`."""
+def one_report(world: World, heartbeat: Heartbeat, job: Job) -> Iterator[None]:
+    """Raise the first failure of the world as a `DiagnosedError`, and those that it causes as `EchoError`."""
     try:
-        with first_failure(world, lambda: pulse.folder):
+        with first_failure(world, lambda: heartbeat.folder):
             yield
-    except (PlanError, EchoError, BlamedError):
+    except (PlanError, EchoError, DiagnosedError):
         raise
     except Exception as error:
-        raise _explained(error, pulse, job) from error
+        raise _explained(error, heartbeat, job) from error
 
 
-def _explained(error: Exception, pulse: Pulse, job: Job) -> BlamedError:
-    seen, now_s = pulse.sightings(), time.time()
-    mine = seen[pulse.rank]
+def _explained(error: Exception, heartbeat: Heartbeat, job: Job) -> DiagnosedError:
+    seen, now_s = heartbeat.records(), time.time()
+    mine = seen[heartbeat.rank]
     if isinstance(error, AbsentError):
         finding = find(mine.rank, seen, None, now_s=now_s, suspects=error.ranks)
-        return BlamedError(_with_stages(finding, job), f"\n{error}")
+        return DiagnosedError(_with_stages(finding, job), f"\n{error}")
     if _is_cut_off(error):
         finding = find(mine.rank, seen, _program(job, mine.index, mine.step), now_s=now_s)
         if finding.about.rank != mine.rank:
-            return BlamedError(_with_stages(finding, job), f"\n{_last(error)}")
-    finding = _with_stages(Finding(mine, "failed", now_s), job)
+            return DiagnosedError(_with_stages(finding, job), f"\n{_last(error)}")
+    finding = _with_stages(Diagnosis(mine, "failed", now_s), job)
     why = f": {error}" if isinstance(error, WorldError) else f": {type(error).__name__}: {error}"
     details = "" if isinstance(error, WorldError) else f"\n{''.join(traceback.format_exception(error))}"
-    return BlamedError(finding, f"{why}{details.rstrip()}")
+    return DiagnosedError(finding, f"{why}{details.rstrip()}")
 
 
-def _with_stages(finding: Finding, job: Job) -> Finding:
+def _with_stages(finding: Diagnosis, job: Job) -> Diagnosis:
     infos = job.topology.stages_of(finding.about.rank)
     return attrs.evolve(finding, stages=tuple(info.stage for info in infos))
 

@@ -23,7 +23,7 @@ from mimogrid.shell.world.world import World
 class ModuleGroups:
     """The groups of one module that a rank is in; along an axis of size 1, the rank alone.
 
-    `holders` share a lane (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), and
+    `tp_cp_ranks` share a dp rank (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), and
     `partial` everyone who has a part of a gradient that is partial along tp; None where none is. `tie` joins the ends
     of the pipeline. Of the ranks that share experts `together` are those among whom tokens cross, `expert_tp` hold
     the shards of the same experts, and `expert_dp` the same shards. Networks are built one stage at a time, so their
@@ -35,7 +35,7 @@ class ModuleGroups:
     dp: dist.ProcessGroup
     partial: dist.ProcessGroup | None
     pp: dist.ProcessGroup
-    holders: dist.ProcessGroup
+    tp_cp_ranks: dist.ProcessGroup
     together: dist.ProcessGroup
     expert_tp: dist.ProcessGroup
     expert_dp: dist.ProcessGroup
@@ -74,7 +74,7 @@ class Groups:
             dp=along("cp", "dp"),
             partial=self.by_ranks.get(module.grid.group_of(self.rank, PARTIAL_AXES)),
             pp=self.by_ranks[self.rank,],
-            holders=along("tp", "cp"),
+            tp_cp_ranks=along("tp", "cp"),
             together=among(*TOGETHER),
             expert_tp=among("expert_tp"),
             expert_dp=among("expert_dp"),
@@ -90,7 +90,7 @@ class Groups:
             dp=me,
             partial=me,
             pp=me,
-            holders=me,
+            tp_cp_ranks=me,
             together=me,
             expert_tp=me,
             expert_dp=me,

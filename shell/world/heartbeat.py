@@ -1,8 +1,8 @@
 """Pulses: what each rank is doing, on record for whoever wants to know why it does not answer.
 
-A pulse is one record in a mapped file, ``rank-N`` in a folder that all ranks can read: written without a system call,
-and still there after the process was killed. It says host, process, step, action and since when. A local world keeps
-its pulses where it meets, a run under a launcher in its run folder.
+A heartbeat is one record in a mapped file, ``rank-N`` in a folder that all ranks can read: written without a system
+call, and still there after the process was killed. It says host, process, step, action and since when. A local
+world keeps its heartbeats where it meets, a run under a launcher in its run folder.
 
 While nobody has named a folder, the record is in memory.
 """
@@ -16,7 +16,7 @@ import struct
 import time
 from pathlib import Path
 
-from mimogrid.core.faults.diagnosis import GONE, LEFT, RUNNING, STOPPED, UNKNOWN, Sighting
+from mimogrid.core.faults.diagnosis import GONE, LEFT, RUNNING, STOPPED, UNKNOWN, HeartbeatRecord
 from mimogrid.core.faults.injection import RENDEZVOUS, Fault
 from mimogrid.core.schedule.actions import Action
 from mimogrid.shell.world.fault_injection import strike
@@ -28,7 +28,7 @@ _WAITS = struct.Struct("<q")
 _CHANGING_AT = struct.calcsize("<64sq")
 
 
-class Pulse:
+class Heartbeat:
     """The record of this rank. Every change of what it does goes through here, so faults on purpose do, too."""
 
     def __init__(self, rank: int, fault: Fault | None = None) -> None:
@@ -89,13 +89,13 @@ class Pulse:
             with contextlib.suppress(OSError):  # others are still here
                 self._path.parent.rmdir()
 
-    def sighting(self) -> Sighting:
+    def record(self) -> HeartbeatRecord:
         """Return what this rank is doing."""
         return _read(self.rank, self._map[:])
 
-    def sightings(self) -> dict[int, Sighting]:
+    def records(self) -> dict[int, HeartbeatRecord]:
         """Return what every rank was last seen doing: of all that have a record, and of this one."""
-        return {**(read(self.folder) if self.folder else {}), self.rank: self.sighting()}
+        return {**(read(self.folder) if self.folder else {}), self.rank: self.record()}
 
     def _write(self, doing: str) -> None:
         host, text = platform.node().encode(), doing.encode()
@@ -109,16 +109,16 @@ class Pulse:
             strike(fault)
 
 
-def read(folder: Path) -> dict[int, Sighting]:
+def read(folder: Path) -> dict[int, HeartbeatRecord]:
     """Return what every rank that has a record in a folder was last seen doing."""
     paths = folder.glob("rank-*[0-9]")
     found = ((int(path.name.removeprefix("rank-")), path.read_bytes()) for path in paths)
     return {rank: _read(rank, record) for rank, record in sorted(found) if len(record) == _RECORD.size}
 
 
-def _read(rank: int, record: bytes) -> Sighting:
+def _read(rank: int, record: bytes) -> HeartbeatRecord:
     host, pid, waits, step, index, count, since_s, doing = _RECORD.unpack(record)
-    return Sighting(
+    return HeartbeatRecord(
         rank=rank,
         host=_text(host),
         step=step,

@@ -27,9 +27,9 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
-from mimogrid.core.faults.diagnosis import BlamedError, Finding
+from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis
 from mimogrid.shell.device.place import Place, prepare
-from mimogrid.shell.world import heartbeat as pulse
+from mimogrid.shell.world import heartbeat
 
 
 GRACE_S = 1.0
@@ -51,7 +51,7 @@ class Report:
 
     result: Any = None
     failure: str | None = None
-    error: PlanError | BlamedError | None = None
+    error: PlanError | DiagnosedError | None = None
     is_echo: bool = False
     died: str | None = None
 
@@ -148,7 +148,7 @@ def _raise_first_failure(reports: dict[int, Report], folder: Path) -> None:
     """Raise the failure that is a cause; a closed connection is only the echo of another rank's.
 
     A process that dies cannot claim to be the first, so the first to notice does, and knows who died but not how.
-    If nobody has noticed, there is the dead rank's pulse in `folder`.
+    If nobody has noticed, there is the dead rank's heartbeat in `folder`.
     """
     failed = {rank: report for rank, report in reports.items() if report.failure}
     if not failed:
@@ -156,11 +156,11 @@ def _raise_first_failure(reports: dict[int, Report], folder: Path) -> None:
     rank, first = min(failed.items(), key=lambda item: (item[1].died is None, item[1].is_echo))
     if first.died is None:
         raise first.error or WorldError(first.failure)
-    told = [report.error for report in failed.values() if isinstance(report.error, BlamedError)]
+    told = [report.error for report in failed.values() if isinstance(report.error, DiagnosedError)]
     if noticed := [error for error in told if error.finding.about.rank == rank]:
         raise noticed[0].told(rank, first.died)
-    seen = pulse.read(folder).get(rank)
-    raise BlamedError(Finding(seen, first.died, time.time())) if seen else WorldError(first.failure)
+    seen = heartbeat.read(folder).get(rank)
+    raise DiagnosedError(Diagnosis(seen, first.died, time.time())) if seen else WorldError(first.failure)
 
 
 def _work(connection: Connection, folder: str) -> None:
@@ -178,7 +178,7 @@ def _run(task: Task) -> Report:
     module, function = task.function.split(":")
     try:
         return Report(getattr(importlib.import_module(module), function)(task.place, *task.arguments))
-    except (PlanError, BlamedError) as error:
+    except (PlanError, DiagnosedError) as error:
         return Report(failure=str(error), error=error)
     except Exception as error:
         text = f"rank {task.place.rank} failed:\n{traceback.format_exc()}"

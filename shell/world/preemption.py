@@ -1,4 +1,4 @@
-"""Preemption: a wish to stop, from a scheduler that wants the machine back.
+"""Preemption: a request to stop, from a scheduler that wants the machine back.
 
 SIGTERM and SIGUSR1 are the same wish, to any rank. The rank hands it in with the next agreement on a step, so all ranks
 stop after the same step, save, and exit with `EXIT_CODE`, which is not 0: launchers restart on it. A second signal ends
@@ -24,7 +24,7 @@ SECOND_S = 2.0
 
 
 @attrs.define(eq=False)
-class Wish:
+class StopRequest:
     """Whether this process was asked to stop, and whether that is being done."""
 
     asked_s: float | None = None
@@ -50,17 +50,17 @@ class Wish:
 
 
 @contextlib.contextmanager
-def listening(wish: Wish) -> Iterator[None]:
+def listening(stop_request: StopRequest) -> Iterator[None]:
     """Hear signals as a wish; afterwards they are what they were.
 
     After a failure they are still heard: a launcher that has seen another rank die signals this one at once, which is
     about to say why, and end.
     """
-    before = _handle(wish.hear)
+    before = _handle(stop_request.hear)
     try:
         yield
     except BaseException:
-        wish.is_granted = False  # There is nothing left to save: a second signal ends the process.
+        stop_request.is_granted = False  # There is nothing left to save: a second signal ends the process.
         raise
     _restore(before)
 

@@ -18,7 +18,7 @@ import attrs
 import torch.distributed as dist
 
 from mimogrid.core.base.errors import EchoError, PlanError, Problem, WorldError
-from mimogrid.core.faults.diagnosis import BlamedError
+from mimogrid.core.faults.diagnosis import DiagnosedError
 from mimogrid.core.topology.groups import Ranks, Slot
 
 
@@ -145,7 +145,7 @@ def first_failure(world: World, folder: Callable[[], Path | None] = lambda: None
         # Where only some ranks meet it, the others are to know that they echo it.
         world.first_to_fail(folder())
         raise
-    except (EchoError, BlamedError):
+    except (EchoError, DiagnosedError):
         raise
     except Exception as error:
         first = world.first_to_fail(folder())

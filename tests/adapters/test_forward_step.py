@@ -154,7 +154,7 @@ def test_a_loss_function_that_is_refused_on_its_ranks_fails_there_first(pool: Po
 
 @pytest.fixture(name="language", scope="module")
 def _language(opened: Opened) -> Module:
-    """The language model of a job with two data lanes for it."""
+    """The language model of a job with two dp ranks for it."""
     return job_for(opened, COMMON, {"dp": 1}, {"dp": 2}).topology.modules["language"]
 
 
@@ -308,13 +308,13 @@ def test_forward_steps_that_compute_with_what_is_not_there_are_refused(
     ],
 )
 def test_losses_that_are_no_sums_are_refused(language: Module, returned: Any, said: str) -> None:
-    """A mean over a lane's microbatch depends on the layout."""
+    """A mean over a dp rank's microbatch depends on the layout."""
     with pytest.raises(PlanError, match=said):
         judged(language, lambda *_: returned)
 
 
 def test_a_loss_that_fails_says_what_it_was_given(language: Module) -> None:
-    """The batch's own loss mask, of all lanes, fits no lane's output."""
+    """The batch's own loss mask, of all dp ranks, fits no dp rank's output."""
     with pytest.raises(RuntimeError, match="must match") as caught:
         judged(language, lambda _, output: (output * torch.ones(3, 16)).sum())
     (note,) = caught.value.__notes__

@@ -116,7 +116,7 @@ def test_a_grid_that_renumbers_is_refused() -> None:
 
 
 def test_roles_are_told_without_a_process_group() -> None:
-    """An encoder on two lanes, a language model of two stages behind it, and a rank too many."""
+    """An encoder on two dp ranks, a language model of two stages behind it, and a rank too many."""
     grids = {"vision": hyper(dp=2), "language": hyper(2, tp=1, pp=2)}
     roles = [role_of_grids(grids, rank) for rank in range(5)]
     assert {ModuleLayout.NON_COLOCATED} == {role.layout for role in roles}
@@ -609,7 +609,7 @@ def full(pool: Pool, job: Job) -> Mapping[str, np.ndarray]:
 @pytest.mark.world
 @pytest.mark.parametrize(("encoder", "language"), [(2, 1), (1, 2)])
 def test_unequal_dp_scales_no_gradient(pool: Pool, opened: Opened, encoder: int, language: int) -> None:
-    """Means over each module's own lanes make an encoder's gradients language_dp/encoder_dp of what they are."""
+    """Means over each module's own dp ranks make an encoder's gradients language_dp/encoder_dp of what they are."""
     split = layouts.job(f"enc(1,1,{encoder})@0 lm(1,1,{language})@{encoder}", samples=4)
     alone = layouts.job("enc(1,1,1)@0 lm(1,1,1)@0", samples=4)
     ours, expected = full(pool, opened(split)), full(pool, opened(alone))
@@ -620,8 +620,8 @@ def test_unequal_dp_scales_no_gradient(pool: Pool, opened: Opened, encoder: int,
 
 
 @pytest.mark.world
-def test_an_encoder_of_megatrons_trains_alike_on_any_lanes(pool: Pool, opened: Opened) -> None:
-    """Its gradients are those of one process, so two lanes of it before one of the language model change nothing."""
+def test_an_encoder_of_megatrons_trains_alike_on_any_dp_ranks(pool: Pool, opened: Opened) -> None:
+    """Its gradients are those of one process, so two dp ranks of it before one of the language model change nothing."""
 
     def trained(grids: str) -> Trained:
         spec = layouts.job(grids, samples=4)

@@ -107,18 +107,18 @@ def compare(
 
 
 def assert_same_logits(job: Job, expected: Seen, said: list[Seen]) -> None:
-    """Lane by lane, microbatch by microbatch, the logits of all tokens in order."""
+    """Dp rank by dp rank, microbatch by microbatch, the logits of all tokens in order."""
     module = job.topology.modules["language"]
-    lanes: dict[int, list[np.ndarray]] = {}
+    dp_ranks: dict[int, list[np.ndarray]] = {}
     for rank, seen in enumerate(said):
         if seen.logits:
-            lanes[module.lane_of(rank)] = seen.logits
-    assert [*range(module.lanes)] == sorted(lanes)
+            dp_ranks[module.dp_rank_of(rank)] = seen.logits
+    assert [*range(module.dp_size)] == sorted(dp_ranks)
     step, (logits,) = job.step(0), expected.logits
     starts = step.rows_start["language"]
-    for lane, found in lanes.items():
+    for dp_rank, found in dp_ranks.items():
         for k, each in enumerate(found):
-            samples = module.samples(lane, k, len(step.samples))
+            samples = module.samples(dp_rank, k, len(step.samples))
             np.testing.assert_allclose(
                 logits[starts[samples.start] : starts[samples.stop]], each, rtol=1e-9, atol=1e-11
             )
@@ -281,14 +281,15 @@ def test_experts_of_megatrons_train_wherever_they_lie(
 @pytest.mark.world
 @pytest.mark.parametrize("cp", [1, 2])
 def test_experts_of_an_encoder_train_wherever_they_lie(pool: Pool, opened: Opened, cp: int) -> None:
-    """Also in microbatches in which a lane has no rows, and another, with which it computes, has some."""
+    """Also in microbatches in which a dp rank has no rows, and another, with which it computes, has some."""
     whole = {"layers": 2, "language": {"max_sequence_length": 16}}
     eye = {"layers": 2, **EXPERTS}
     config = {**whole, "eye": {**eye, "pp": 2, "expert_model_parallel_size": 2 * cp}}
     job = job_for(opened, config, {"cp": cp, "dp": 2, "pp": 2}, {"dp": 1}, offset=0)
     step, vision = job.step(0), job.topology.modules["vision"]
     rows = [
-        [sum(step.share("vision", lane, k).lengths) for lane in range(2)] for k in range(vision.microbatches)
+        [sum(step.share("vision", dp_rank, k).lengths) for dp_rank in range(2)]
+        for k in range(vision.microbatches)
     ]
     assert any(bool(one) != bool(other) for one, other in rows)
     compare(pool, job, config, {**whole, "eye": eye})
@@ -486,7 +487,7 @@ DENSE = {"num_moe_experts": None, "moe_ffn_hidden_size": None, "expert_model_par
         ),
         ({}, BALANCED, r"weighs its auxiliary loss by 0\.1, the job by 0\.0"),
         ({}, {"num_moe_experts": 8}, r"has experts \[.*\] on a rank where the plan has \["),
-        ({}, GATHERED, "a microbatch has 3 samples for 2 lanes"),
+        ({}, GATHERED, "a microbatch has 3 samples for 2 dp ranks"),
         (DENSE, {**EXPERTS, **OVER_TWO}, "has 4 experts, the job's module none"),
         (
             {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2},

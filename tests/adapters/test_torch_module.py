@@ -127,7 +127,7 @@ def with_own_encoder(model: str) -> JobSpec:
 
 
 def test_a_module_may_be_an_object(pool: Pool, opened: Opened) -> None:
-    """It trains as the same network does that is built by name, from the first lane's weights on all lanes."""
+    """It trains as the same network does that is built by name, from the first dp rank's weights on all dp ranks."""
     handed = first(
         pool.run("hosts:handed", 4, opened(with_own_encoder("mimogrid.shell.job.host:module")), STEPS)
     )
@@ -148,7 +148,7 @@ def test_modules_that_do_not_fit_are_refused(pool: Pool, opened: Opened) -> None
 
 
 def test_a_host_updates_no_weights_that_follow_others(pool: Pool, opened: Opened) -> None:
-    """In half precision, or shared by lanes, what is updated is not the weights."""
+    """In half precision, or shared by dp ranks, what is updated is not the weights."""
     for fields in ({"precision": "bf16"}, {"optimizer": attrs.evolve(ADAM, sharded=True)}):
         with pytest.raises(PlanError, match="the host updates the weights"):
             pool.run("hosts:refused", 4, opened(job(GRIDS, **fields)), {"optimizer": "host"})

@@ -116,7 +116,7 @@ def _entry(pool, job, folder, whole, case):
 
 HEAD = """# Runs that were disturbed
 
-`nox -s faults` disturbs a small run (an encoder on two data lanes, a language model on two pipeline stages, four ranks,
+`nox -s faults` disturbs a small run (an encoder on two dp ranks, a language model on two pipeline stages, four ranks,
 six steps, a checkpoint every two, a time limit of {limit:g} s) once, in every phase, on the first rank and on the last:
 a rank raises (`fail`), is killed, is stopped with SIGSTOP, is late (sleeps for much longer than the limit), or is slow
 (sleeps for {short:g} s). What must be true then:

@@ -19,11 +19,11 @@ from stages import full_weights
 def verdict_in_world(place: Place, job: Job, index: int = 0) -> Verdict | None:
     """Run on every rank: compare one step; the first rank of the job returns the verdict."""
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         step = job.step(index)
-        outcome = session.crew.run(index, step, step, update=False)
-        ours = full_gradients(session.crew)
+        outcome = session.runtime.run(index, step, step, update=False)
+        ours = full_gradients(session.runtime)
         if place.rank != job.topology.ranks[0]:
             return None
         loss, gradients = _plainly(job, step)
@@ -63,15 +63,15 @@ def _exact(loaded: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 def norms_in_world(place: Place, job: Job) -> tuple[float, float] | None:
     """Run on every rank: return the norm that clips, and the one of all full gradients (on the first rank)."""
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         step = job.step(0)
-        outcome = session.crew.run(0, step, step, update=False)
-        squares = [float(g.double().square().sum()) for g in full_gradients(session.crew).values()]
+        outcome = session.runtime.run(0, step, step, update=False)
+        squares = [float(g.double().square().sum()) for g in full_gradients(session.runtime).values()]
         return (outcome.gradient_norm, sum(squares) ** 0.5) if squares else None
 
 
 def chosen_in_world(place: Place, job: Job) -> list[int] | None:
     """Run on every rank: the likeliest token after each sample of the first step, by a forward-only program."""
     with open_session(place, job) as session:
-        return session.crew and session.crew.choose(job.step(0), job.source)
+        return session.runtime and session.runtime.choose(job.step(0), job.source)

@@ -56,7 +56,7 @@ def check_beside(found: dict[str, Any]) -> None:
 
 
 def check_overhead(found: dict[str, Any]) -> None:
-    """Two lanes send rows and a stage hidden states, each microbatch, and gradients come back; nothing else does."""
+    """Two dp ranks send rows and a stage hidden states, each microbatch, and gradients come back; nothing else does."""
     assert 2 * MICROBATCHES * (2 + 1) == found["messages"]
     assert 2 * MICROBATCHES * SAMPLES * (ROWS + SEQUENCE) * WIDTH * 4 == found["bytes"]
     assert 0 < found["messages_alone_of_step"]

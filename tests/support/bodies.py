@@ -39,7 +39,7 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.run.parity import full_gradients, on_one_process
 from mimogrid.shell.runtime.execute import Timed, execute
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
 from mimogrid.shell.runtime.stage import StageRunner
 from mimogrid.shell.runtime.transport import Transport
@@ -59,42 +59,42 @@ class Taken:
 def train(place: Place, job: Job, steps: int) -> list[Taken] | None:
     """Train some steps; an idle rank returns None."""
     with open_session(place, job) as session:
-        return list(_steps(session, job, steps)) if session.crew else None
+        return list(_steps(session, job, steps)) if session.runtime else None
 
 
 def _steps(session: Session, job: Job, steps: int) -> Iterator[Taken]:
-    assert session.crew
+    assert session.runtime
     for index in range(steps):
         before = [w.detach().clone() for w in _weights(session)]
-        outcome = session.crew.run(index, job.step(index), job.step(index + 1))
+        outcome = session.runtime.run(index, job.step(index), job.step(index + 1))
         same = all(torch.equal(a, b) for a, b in zip(before, _weights(session), strict=True))
         yield Taken(outcome.loss, outcome.gradient_norm, outcome.taken, not same)
 
 
 def _weights(session: Session) -> Iterator[torch.Tensor]:
-    assert session.crew
-    for buffer in session.crew.buffers.values():
+    assert session.runtime
+    for buffer in session.runtime.buffers.values():
         yield from buffer.weights.values()
 
 
 def gradients(place: Place, job: Job) -> tuple[float, Mapping[str, np.ndarray]] | None:
     """Return loss and full gradients of the first step from the first rank."""
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         step = job.step(0)
-        loss = session.crew.run(0, step, step, update=False).loss
-        found = full_gradients(session.crew)
+        loss = session.runtime.run(0, step, step, update=False).loss
+        found = full_gradients(session.runtime)
         return (loss, {name: g.numpy() for name, g in found.items()}) if found else None
 
 
 def norms(place: Place, job: Job) -> tuple[float, float] | None:
     """Return the global norm as this rank knows it, and that of the gradients of one process."""
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         step = job.step(0)
-        norm = session.crew.run(0, step, step).gradient_norm
+        norm = session.runtime.run(0, step, step).gradient_norm
         _, alone = on_one_process(job, step, session.groups.alone(), session.device)
         return norm, float(sum(g.square().sum() for g in alone.values())) ** 0.5
 
@@ -146,11 +146,11 @@ class Sent:
 def sent(place: Place, job: Job) -> Sent | None:
     """Count what a rank hands to gloo in the first step."""
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         step = job.step(0)
         with _counting() as (messages, volume, calls):
-            session.crew.run(0, step, step)
+            session.runtime.run(0, step, step)
         program = plan_step(step)
         planned = sum(
             _peer(message, place.rank) != place.rank
@@ -212,9 +212,9 @@ def holding(place: Place, job: Job) -> tuple[dict[Stage, int], dict[Stage, int],
     First in a step of training, then of evaluation; and how many are held when each is over.
     """
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
-        crew, step = session.crew, job.step(0)
+        runtime, step = session.runtime, job.step(0)
         most: tuple[dict[Stage, int], dict[Stage, int]] = ({}, {})
 
         def noted(stage: StageRunner, action: Compute) -> None:
@@ -224,10 +224,10 @@ def holding(place: Place, job: Job) -> tuple[dict[Stage, int], dict[Stage, int],
 
         compute = StageRunner.compute
         with patch.object(StageRunner, "compute", noted):
-            crew.run(0, step, step)
-            left = sum(map(_held, crew.stages.values()))
-            crew.judge(step)
-        return *most, left + sum(map(_held, crew.stages.values()))
+            runtime.run(0, step, step)
+            left = sum(map(_held, runtime.stages.values()))
+            runtime.judge(step)
+        return *most, left + sum(map(_held, runtime.stages.values()))
 
 
 def _held(stage: StageRunner) -> int:
@@ -247,10 +247,10 @@ def ordered(
     streams = OrderedStreams(without=without)
     device = Device(torch.device("cpu"), "gloo", streams, stages_through_host=through_host)
     with patch.object(devices, "choose", lambda *_: device), open_session(place, job) as session:
-        assert session.crew
+        assert session.runtime
         with streams.watching():
             runs = _summing_too_early if too_early else execute
-            session.crew.run(0, job.step(0), job.step(1), runs=runs)
+            session.runtime.run(0, job.step(0), job.step(1), runs=runs)
     return tuple(streams.places), tuple(streams.wrong)
 
 
@@ -282,8 +282,8 @@ def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str
         stack.enter_context(patch.object(devices, "choose", lambda *_: device))
         with noted("all_reduce"), noted("isend"), noted("irecv"):
             session = stack.enter_context(open_session(place, job))
-        assert session.crew
-        loss = session.crew.run(0, job.step(0), job.step(1)).loss
+        assert session.runtime
+        loss = session.runtime.run(0, job.step(0), job.step(1)).loss
         said = ""
         if place.rank == 0:
             work = dist.irecv(torch.zeros(1), src=1, tag=1 << 20)
@@ -324,9 +324,9 @@ def marked(place: Place, job: Job) -> list[str]:
         device = Device(torch.device("cpu"), "gloo", CudaStreams(torch.device("cpu")))
         stack.enter_context(patch.object(devices, "choose", lambda *_: device))
         session = stack.enter_context(open_session(place, job))
-        assert session.crew
+        assert session.runtime
         for index in range(2):
-            session.crew.run(index, job.step(index), job.step(index + 1), runs=noting)
+            session.runtime.run(index, job.step(index), job.step(index + 1), runs=noting)
             said.append("done")
     return said
 
@@ -342,7 +342,7 @@ def placed(place: Place, job: Job) -> tuple[float, float, set[str]] | None:
     device = patch.object(devices, "choose", lambda *_: pretended.device())
     layers = patch.object(engine, "missing", lambda *_: "the device only says that it is CUDA's")
     with pretended.pretending() as cuda, device, layers, open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         waits: list[str] = []
 
@@ -353,23 +353,23 @@ def placed(place: Place, job: Job) -> tuple[float, float, set[str]] | None:
             waits.extend(cuda.waits)
             return (*timeline, *execute(actions[end:], *others, first=end))
 
-        step, crew = job.step(0), session.crew
-        outcome = crew.run(0, step, job.step(1), runs=noting)
-        _also(crew, job, Path(place.meeting or "").parent / "saved")
+        step, runtime = job.step(0), session.runtime
+        outcome = runtime.run(0, step, job.step(1), runs=noting)
+        _also(runtime, job, Path(place.meeting or "").parent / "saved")
         return outcome.loss, outcome.gradient_norm, set(waits)
 
 
-def _also(crew: Crew, job: Job, folder: Path) -> None:
+def _also(runtime: RankRuntime, job: Job, folder: Path) -> None:
     """Evaluate, compare the data, collect gradients, and let weights and states leave and come back."""
     assert job.source
     step = job.step(1)
-    crew.agree_on(step)
-    crew.judge(step)
-    if crew.topology.graph.texts:
-        crew.choose(step, job.source)
-    full_gradients(crew)
-    facts = manifest_of(crew, 1)
-    scatter(crew, gather(crew), facts)
-    saving.save(folder, pieces_to_save(crew), facts, crew.group, keep=1)
-    checkpoint.load(folder_of(folder, 1), pieces_to_load(crew, facts), crew.group)
-    restore(crew, facts)
+    runtime.agree_on(step)
+    runtime.judge(step)
+    if runtime.topology.graph.texts:
+        runtime.choose(step, job.source)
+    full_gradients(runtime)
+    facts = manifest_of(runtime, 1)
+    scatter(runtime, gather(runtime), facts)
+    saving.save(folder, pieces_to_save(runtime), facts, runtime.group, keep=1)
+    checkpoint.load(folder_of(folder, 1), pieces_to_load(runtime, facts), runtime.group)
+    restore(runtime, facts)

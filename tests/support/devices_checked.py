@@ -138,8 +138,8 @@ def layers(pool: Pool, opened: Opened, where: Where, expected: str) -> dict[str,
 def kind(place: Place, opened: Job, transport: str | None) -> tuple[str, str]:
     """Return on which device a rank computes, and with which backend it talks."""
     with open_session(place, opened, transport=transport) as session:
-        assert session.crew
-        (weight, *_) = (w for buffer in session.crew.buffers.values() for w in buffer.weights.values())
+        assert session.runtime
+        (weight, *_) = (w for buffer in session.runtime.buffers.values() for w in buffer.weights.values())
         return weight.device.type, session.device.backend
 
 
@@ -157,8 +157,8 @@ def come_and_go(place: Place, opened: Job, transport: str | None, times: int) ->
 
 def _train(place: Place, opened: Job, transport: str | None) -> None:
     with open_session(place, opened, transport=transport) as session:
-        assert session.crew
-        session.crew.run(0, opened.step(0), opened.step(1))
+        assert session.runtime
+        session.runtime.run(0, opened.step(0), opened.step(1))
         session.world.wait_for_all("trained")
 
 
@@ -177,15 +177,15 @@ def without_waiting(place: Place, opened: Job, transport: str | None) -> int:
         return (*timeline, *execute(actions[end:], *others, first=end))
 
     with open_session(place, opened, transport=transport) as session:
-        assert session.crew
-        session.crew.run(0, opened.step(0), opened.step(1))  # fills what is kept from step to step
-        timeline = session.crew.run(0, opened.step(0), opened.step(1), runs=strictly).timeline
+        assert session.runtime
+        session.runtime.run(0, opened.step(0), opened.step(1))  # fills what is kept from step to step
+        timeline = session.runtime.run(0, opened.step(0), opened.step(1), runs=strictly).timeline
         return sum(not isinstance(timed.action, Norm) for timed in timeline)
 
 
 def classes(place: Place, opened: Job, transport: str | None) -> list[str]:
     """Return the names of the classes that a rank's networks are made of."""
     with open_session(place, opened, transport=transport) as session:
-        assert session.crew
-        networks = [runner.network for runner in session.crew.stages.values()]
+        assert session.runtime
+        networks = [runner.network for runner in session.runtime.stages.values()]
         return sorted({type(part).__name__ for network in networks for part in network.modules()})

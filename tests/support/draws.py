@@ -42,22 +42,22 @@ class Told:
 def tell(place: Place, job: Job, steps: tuple[int, ...], update: bool) -> Told | None:
     """Run some steps of a job and then one of them forwards only, listening."""
     with open_session(place, job) as session:
-        crew = session.crew
-        if crew is None:
+        runtime = session.runtime
+        if runtime is None:
             return None
         heard: list[Drawn] = []
         where: list[str] = []
-        for stage, runner in crew.stages.items():
+        for stage, runner in runtime.stages.items():
             runner.network.register_forward_pre_hook(lambda *_, name=str(stage): where.append(name))
         with _listening(heard, where):
-            outcomes = [crew.run(i, job.step(i), job.step(i + 1), update=update) for i in steps]
-        gradients = [w.grad for buffer in crew.buffers.values() for w in buffer.weights.values()]
-        weights = [w for named in crew.weights().values() for w in named.values()]
+            outcomes = [runtime.run(i, job.step(i), job.step(i + 1), update=update) for i in steps]
+        gradients = [w.grad for buffer in runtime.buffers.values() for w in buffer.weights.values()]
+        weights = [w for named in runtime.weights().values() for w in named.values()]
         quiet: list[Drawn] = []
         with _listening(quiet, where):
-            crew.choose(job.step(steps[0]), job.source)
+            runtime.choose(job.step(steps[0]), job.source)
         return Told(
-            positions={r.module.name: r.module.grid.position(place.rank) for r in crew.stages.values()},
+            positions={r.module.name: r.module.grid.position(place.rank) for r in runtime.stages.values()},
             draws=tuple(heard),
             losses=tuple(outcome.loss for outcome in outcomes),
             gradients=_digest(gradients),

@@ -34,8 +34,8 @@ def halved(program: Program, delay: int) -> Program:
     order, topology = program.order, program.topology
     split = frozenset(stage for stage in order.backward if _may_be_split(topology, stage))
     actions = tuple(_halved(order, split, delay))
-    more = {stage: most + delay * (stage in split) for stage, most in order.credits.items()}
-    whole = attrs.evolve(order, actions=actions, split=split, credits=more)
+    more = {stage: most + delay * (stage in split) for stage, most in order.max_in_flight.items()}
+    whole = attrs.evolve(order, actions=actions, split=split, max_in_flight=more)
     return Program(whole, Routes(program.routes.step))
 
 
@@ -79,7 +79,7 @@ def apart_in_world(place: Place, job: Job, delay: int) -> dict[str, float]:
     How far, relative to the largest value, by stage and name.
     """
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return {}
         whole = _gradients(session, job)
         with halving(delay):
@@ -93,11 +93,11 @@ def apart_in_world(place: Place, job: Job, delay: int) -> dict[str, float]:
 
 
 def _gradients(session: Session, job: Job) -> dict[str, torch.Tensor]:
-    assert session.crew
-    session.crew.run(0, job.step(0), job.step(0), update=False)
+    assert session.runtime
+    session.runtime.run(0, job.step(0), job.step(0), update=False)
     return {
         f"{stage}.{name}": weight.grad.clone()
-        for stage, buffer in session.crew.buffers.items()
+        for stage, buffer in session.runtime.buffers.items()
         for name, weight in buffer.weights.items()
         if weight.grad is not None
     }
@@ -124,7 +124,7 @@ class Work:
 def work_in_world(place: Place, job: Job) -> tuple[Work, Work] | None:
     """Run on every rank: a step with whole backwards, and one with halves, all the second ones last."""
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         whole = _work(session, job)
         with halving(LAST):
@@ -132,7 +132,7 @@ def work_in_world(place: Place, job: Job) -> tuple[Work, Work] | None:
 
 
 def _work(session: Session, job: Job) -> Work:
-    assert session.crew
+    assert session.runtime
     flops: collections.Counter[str] = collections.Counter()
     seen: list[tuple[frozenset[str], int, int]] = []
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
@@ -146,24 +146,24 @@ def _work(session: Session, job: Job) -> Work:
         flops[action.kind.value] += counter.get_total_flops()
 
     with patch.object(StageRunner, "compute", noting):
-        session.crew.run(0, job.step(0), job.step(0), update=False)
+        session.runtime.run(0, job.step(0), job.step(0), update=False)
     touched, held, noted = seen[0] if seen else (frozenset[str](), len(saved), 0)
     return Work(dict(flops), touched, held, (noted, _noted(session)))
 
 
 def _touched(session: Session) -> frozenset[str]:
-    assert session.crew
+    assert session.runtime
     return frozenset(
         f"{stage}.{name}"
-        for stage, buffer in session.crew.buffers.items()
+        for stage, buffer in session.runtime.buffers.items()
         for name, weight in buffer.weights.items()
         if weight.grad is not None and bool(weight.grad.any())
     )
 
 
 def _noted(session: Session) -> int:
-    assert session.crew
-    return sum(len(held.products) for s in session.crew.stages.values() for held in s._in_flight.values())
+    assert session.runtime
+    return sum(len(held.products) for s in session.runtime.stages.values() for held in s._in_flight.values())
 
 
 class _Saved:

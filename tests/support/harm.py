@@ -25,7 +25,7 @@ from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import metrics, train
 from mimogrid.shell.runtime.agreement import Outcome
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.world.fault_injection import VARIABLE
 from mimogrid.shell.world.launch import Pool
 
@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
 
 
 def job(grids: str = "enc(1,1,2)@0 lm(1,2,1)@2") -> JobSpec:
-    """Return a small job: an encoder on two data lanes, a language model on two stages, four ranks in all."""
+    """Return a small job: an encoder on two dp ranks, a language model on two stages, four ranks in all."""
     spec = written(grids, data={"absent": {"enc": 0.0}})
     limits = TrainSpec(
         steps=STEPS, checkpoint_every=EVERY, checkpoint_async=False, evaluate=False, timeout_s=LIMIT_S
@@ -170,12 +170,12 @@ def _resumed_at(folder: Path) -> int:
 
 def asked(place: Place, job: Job, folder: str, rank: int, step: int) -> Any:
     """Train; in one step one rank gets a signal that asks it to stop."""
-    run_step = Crew.run
+    run_step = RankRuntime.run
 
-    def disturbed(crew: Crew, index: int, *arguments: Any, **named: Any) -> Outcome:
-        if (crew.rank, index) == (rank, step):
+    def disturbed(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Outcome:
+        if (runtime.rank, index) == (rank, step):
             os.kill(os.getpid(), signal.SIGUSR1)
-        return run_step(crew, index, *arguments, **named)
+        return run_step(runtime, index, *arguments, **named)
 
-    with patch.object(Crew, "run", disturbed):
+    with patch.object(RankRuntime, "run", disturbed):
         return train.in_world(place, job, None, folder)

@@ -88,11 +88,11 @@ def train(place: Place, job: Job, steps: int, options: Mapping[str, Any]) -> Tra
 def by_itself(place: Place, job: Job, steps: int) -> Trained | None:
     """Train the same in a world of the job's own, as the command does."""
     with open_session(place, job) as session:
-        crew = session.crew
-        if crew is None:
+        runtime = session.runtime
+        if runtime is None:
             return None
-        outcomes = [crew.run(index, job.step(index), job.step(index + 1)) for index in range(steps)]
-        return _trained([*outcomes], crew.collect(crew.weights()))
+        outcomes = [runtime.run(index, job.step(index), job.step(index + 1)) for index in range(steps)]
+        return _trained([*outcomes], runtime.collect(runtime.weights()))
 
 
 def settings(place: Place, job: Job) -> tuple[list[Any], list[list[Any]], float]:
@@ -190,7 +190,7 @@ def own_losses(place: Place, job: Job) -> list[tuple[float, float]]:
 
 def parts_of(embedded: Embedded) -> Iterator[nn.Module]:
     """Yield all networks of this rank, part by part."""
-    for runner in embedded.crew.stages.values() if embedded.crew else ():
+    for runner in embedded.runtime.stages.values() if embedded.runtime else ():
         yield from runner.network.modules()
 
 
@@ -230,7 +230,7 @@ def unlike_batches(place: Place, job: Job, source: Job) -> None:
 
 
 def handed(place: Place, job: Job, steps: int) -> Trained:
-    """Hand over a network as it would be built by name; on other lanes with other weights, which must not count."""
+    """Hand over a network as it would be built by name; on other dp ranks with other weights, which must not count."""
     from own import Encoder  # noqa: PLC0415
 
     torch.manual_seed(draw_bits(job.spec.seed, "enc", "own") % 2**63 + place.rank)
@@ -247,7 +247,7 @@ def resumed(place: Place, job: Job, other: Job, steps: int) -> tuple[Trained, Tr
             state = embedded.state_dict()
         with Embedded(other) as embedded:
             embedded.load_state_dict(state)
-            assert embedded.crew is None or embedded.index == steps
+            assert embedded.runtime is None or embedded.index == steps
             rest = [embedded.step() for _ in range(steps)]
             return _trained(begun, state), _trained(rest, embedded.state_dict())
 
@@ -345,7 +345,7 @@ def own_modality(place: Place, job: Job, steps: int) -> Trained:
     """Train a job with an encoder that is specified for Megatron."""
     import specs  # noqa: PLC0415 -- warns that it is experimental
 
-    torch.manual_seed(place.rank)  # the first lane's weights count
+    torch.manual_seed(place.rank)  # the first dp rank's weights count
     stage = ModuleStageInfo("vision", 0, is_first_stage=True, is_last_stage=True, position={})
     role = RankRole(place.rank, ModuleLayout.NON_COLOCATED, {"vision": stage}, ("language",))
     model = from_specs(specs.language(), {"vision": specs.vision(hidden=8)}, {"vision": 0}, role=role)

@@ -136,13 +136,13 @@ def stepped(  # noqa: PLR0917 -- what a pool calls has no keywords
         arguments = {**STEP, "forward_step_func": step_with(loss), "model": [function.model]}
         evaluated = function(**arguments, data_iterator=batches(**options), forward_only=True)
         reports = function(**arguments, data_iterator=[batches(**options)])
-        crew = function.embedded.crew
-        assert crew is not None
+        runtime = function.embedded.runtime
+        assert runtime is not None
         of_stage = {
             stage: {name: w.grad for name, w in buffer.weights.items()}
-            for stage, buffer in crew.buffers.items()
+            for stage, buffer in runtime.buffers.items()
         }
-        gradients = crew.collect(of_stage)
+        gradients = runtime.collect(of_stage)
         function.embedded.close()
         return Stepped(
             [report["lm loss"].tolist() for report in reports],

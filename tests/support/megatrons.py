@@ -41,7 +41,7 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
-from mimogrid.shell.megatron.ledger import Ledger
+from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
 PLACEHOLDER = 99
@@ -65,7 +65,10 @@ def config_of(
     """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
     layer = block_spec(
-        gpt, layers=layers if here is None or pp == 1 else here.get("language", 0), tp=tp, ledger=Ledger()
+        gpt,
+        layers=layers if here is None or pp == 1 else here.get("language", 0),
+        tp=tp,
+        weight_grads=WeightGradStore(),
     )
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
     if config.num_moe_experts:
@@ -77,7 +80,7 @@ def config_of(
         built = vit.layers if here is None else here.get("vision", 0)
         more = {"tp": 1, **eye}
         cut = more.pop("tp")
-        stack = block_spec(vit, layers=built, tp=cut, ledger=Ledger())
+        stack = block_spec(vit, layers=built, tp=cut, weight_grads=WeightGradStore())
         sizes = specs.config(tensor_model_parallel_size=cut, **more)
         if sizes.num_moe_experts:
             stack = with_experts(stack, sizes, causal=False)
@@ -160,7 +163,7 @@ def of_two(module: type[nn.Module], *, theirs: bool, causal: bool, **params: Any
     layer = copy.deepcopy(layer_spec(config, causal=causal))
     if theirs:
         layer.submodules.self_attention.submodules.core_attention = DotProductAttention
-    norm = block_spec(Vit(layers=1, hidden=1, heads=1), layers=1, tp=1, ledger=Ledger())
+    norm = block_spec(Vit(layers=1, hidden=1, heads=1), layers=1, tp=1, weight_grads=WeightGradStore())
     stack = dataclasses.replace(norm, layer_specs=[layer])
     collection = ProcessGroupCollection(tp=me, pp=me, cp=both)
     collection.embd = None
@@ -240,7 +243,7 @@ def batch_of(job: Job, sample: Sample, *, by_position: bool) -> tuple[dict[str, 
 class Seen:
     """What a rank saw.
 
-    Losses, the auxiliary one before its weight, full gradients by Megatron's names (first rank), logits of its lane
+    Losses, the auxiliary one before its weight, full gradients by Megatron's names (first rank), logits of its dp rank
     (last stage).
     """
 
@@ -318,13 +321,13 @@ def trained(
         evaluated = function(**arguments, forward_only=True)
         logits = function(**arguments, forward_only=True, collect_non_loss_data=True)
         losses = function(**arguments)
-        crew, gradients = embedded.crew, {}
-        if crew is not None:
+        runtime, gradients = embedded.runtime, {}
+        if runtime is not None:
             of_stage = {
                 stage: {name: w.grad for name, w in buffer.weights.items()}
-                for stage, buffer in crew.buffers.items()
+                for stage, buffer in runtime.buffers.items()
             }
-            gradients = crew.collect(of_stage)
+            gradients = runtime.collect(of_stage)
         state = function.state_dict()
         embedded.close()
         return Seen(
@@ -428,19 +431,23 @@ def saved(
         made = config_of(**config, here=hosted)
         function = forward_backward_func(job, made, encoder_inputs={"vision": "pixels"})
         embedded = function.embedded
-        crew = embedded.crew
-        assert crew is not None
+        runtime = embedded.runtime
+        assert runtime is not None
         if published(folder):
             facts = read_manifest(published(folder)[-1])
-            checkpoint.load(published(folder)[-1], pieces_to_load(crew, facts), crew.group)
-            restore(crew, facts)
+            checkpoint.load(published(folder)[-1], pieces_to_load(runtime, facts), runtime.group)
+            restore(runtime, facts)
         else:
             function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
             embedded.step()
         saving.save(
-            folder, pieces_to_save(crew), manifest_of(crew, len(published(folder))), crew.group, keep=9
+            folder,
+            pieces_to_save(runtime),
+            manifest_of(runtime, len(published(folder))),
+            runtime.group,
+            keep=9,
         )
-        state = gather(crew)
+        state = gather(runtime)
         embedded.close()
         return {name: tensor.numpy() for name, tensor in state.items()}
 
@@ -453,7 +460,7 @@ def begun(place: Place, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any
             function = forward_backward_func(
                 job, config_of(**config, here=hosted), encoder_inputs={"vision": "pixels"}
             )
-        stages = function.embedded.crew.stages.values()
+        stages = function.embedded.runtime.stages.values()
         weights = {
             name.removeprefix("network."): weight.detach().numpy().copy()
             for runner in stages

@@ -13,9 +13,9 @@ from mimogrid.shell.runtime.session import open_session
 def in_world(place: Place, job: Job, saved: Path, folder: Path, transport: str | None = None) -> None:
     """Load `saved`, and save what came of it in `folder`."""
     with open_session(place, job, transport=transport) as session:
-        assert session.crew is not None
+        assert session.runtime is not None
         facts = manifest.read_manifest(saved)
-        checkpoint.load(saved, pieces_to_load(session.crew, facts), session.crew.group)
-        restore(session.crew, facts)
-        again = manifest_of(session.crew, facts["step"])
-        saving.save(folder, pieces_to_save(session.crew), again, session.crew.group, keep=2)
+        checkpoint.load(saved, pieces_to_load(session.runtime, facts), session.runtime.group)
+        restore(session.runtime, facts)
+        again = manifest_of(session.runtime, facts["step"])
+        saving.save(folder, pieces_to_save(session.runtime), again, session.runtime.group, keep=2)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from mimogrid.core.job.models import Gpt
 from mimogrid.shell.megatron.layers import block_spec
-from mimogrid.shell.megatron.ledger import Ledger
+from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
 IMAGE, HIDDEN, VOCAB, SEQUENCE, PIXELS = 30, 16, 32, 12, 5
 LAYER = block_spec(
-    Gpt(layers=1, hidden=HIDDEN, heads=4, vocab=VOCAB), layers=1, tp=1, ledger=Ledger()
+    Gpt(layers=1, hidden=HIDDEN, heads=4, vocab=VOCAB), layers=1, tp=1, weight_grads=WeightGradStore()
 ).layer_specs[0]
 
 

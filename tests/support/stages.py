@@ -120,15 +120,15 @@ def run(
         share = whole_share(step, name)
         given = inputs_of(name, batch)
         fed = {f: outputs[f][name] for f in topology.graph.nodes[name].feeders}
-        hop: dict[str, Tensor] = {}
+        pipeline_link: dict[str, Tensor] = {}
         for stage in stages[name]:
             first = {k: v for k, v in given.items() if k in ("rows", "tokens")} | fed
             last = {k: v for k, v in given.items() if k not in ("rows", "tokens")}
-            reads = (first if stage.info.first else hop) | (last if stage.info.last else {})
-            hop = stage(reads, share)
+            reads = (first if stage.info.first else pipeline_link) | (last if stage.info.last else {})
+            pipeline_link = stage(reads, share)
             if not stage.info.last:
-                assert hop[name].shape == step.hop_shape(stage.info.stage, 0, 0)
-        outputs[name] = hop
+                assert pipeline_link[name].shape == step.hidden_shape(stage.info.stage, 0, 0)
+        outputs[name] = pipeline_link
     return outputs
 
 

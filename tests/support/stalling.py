@@ -16,7 +16,7 @@ from mimogrid.shell.checkpoint.saving import Saver
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.train import in_world
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 
 
 def killed(  # noqa: PLR0917 -- a body is called by position
@@ -47,12 +47,12 @@ def slow(place: Place, job: Job, folder: str) -> Any:
         wanted.clear()
         return write_shard(*arguments)
 
-    def settled(saver: Saver) -> Path | None:
+    def balance_layers(saver: Saver) -> Path | None:
         if not saver.is_ready:
             wanted.set()
         return settle(saver)
 
-    with _writing(lambda _: True, write), patch.object(Saver, "settle", settled):
+    with _writing(lambda _: True, write), patch.object(Saver, "settle", balance_layers):
         return in_world(place, job, None, folder)
 
 
@@ -89,11 +89,11 @@ def _writing(concerned: Callable[[Path], bool], instead: Callable[..., dict[str,
 
 @contextmanager
 def _before_steps(act: Callable[[int], None]) -> Iterator[None]:
-    run = Crew.run
+    run = RankRuntime.run
 
-    def acting(crew: Crew, index: int, *arguments: Any, **named: Any) -> Any:
+    def acting(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Any:
         act(index)
-        return run(crew, index, *arguments, **named)
+        return run(runtime, index, *arguments, **named)
 
-    with patch.object(Crew, "run", acting):
+    with patch.object(RankRuntime, "run", acting):
         yield

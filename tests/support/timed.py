@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from jobs import job, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
-from mimogrid.core.simulate.unevenness import Pace
+from mimogrid.core.simulate.unevenness import DurationFactors
 
 
 SCHEDULES = ["1f1b", "gpipe", "zb-h1", "zb-h2"]
@@ -62,4 +62,4 @@ def timed_jobs(draw):
     note(f"{line} {given_rows} {schedule}")
     step = step_with(topology, given_rows)
     ragged, jitter = draw(st.sampled_from([(False, 0.0), (True, 0.0), (False, 0.25), (True, 0.25)]))
-    return Costs(stages=stages, edge=edge, edges=edges), Pace(step, ragged=ragged, jitter=jitter)
+    return Costs(stages=stages, edge=edge, edges=edges), DurationFactors(step, ragged=ragged, jitter=jitter)

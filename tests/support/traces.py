@@ -42,16 +42,16 @@ class Noted:
 
 
 def read(place: Place, job: Job) -> dict[str, tuple[int, frozenset[int]]]:
-    """Return this rank's lane of each module that it loads samples for, and their ids."""
+    """Return this rank's dp rank of each module that it loads samples for, and their ids."""
     assert job.source is not None
     noted = Noted(job.source, [])
     with open_session(place, attrs.evolve(job, source=noted)) as session:
-        if session.crew is not None:
+        if session.runtime is not None:
             step = job.step(0)
-            session.crew.run(0, step, step)
+            session.runtime.run(0, step, step)
     return {
         name: (
-            job.topology.modules[name].lane_of(place.rank),
+            job.topology.modules[name].dp_rank_of(place.rank),
             frozenset(i for module, i in noted.seen if module == name),
         )
         for name, _ in noted.seen
@@ -81,21 +81,21 @@ class Trained:
 def trainable(place: Place, job: Job) -> Trained | None:
     """Train two steps; return what trained."""
     with open_session(place, job) as session:
-        if session.crew is None:
+        if session.runtime is None:
             return None
         names = [f"{i.stage.module}.{n}" for i in job.topology.stages_of(place.rank) for n in i.trainable]
         weights = _weights(session)
         before = {name: weight.detach().clone() for name, weight in weights.items()}
         for index in range(2):
-            session.crew.run(index, job.step(index), job.step(index + 1))
+            session.runtime.run(index, job.step(index), job.step(index + 1))
         changed = {name for name, weight in weights.items() if not weight.equal(before[name])}
         asking = {name for name, weight in weights.items() if weight.requires_grad}
         return Trained(frozenset(names), frozenset(asking), frozenset(changed))
 
 
 def _weights(session: Session) -> dict[str, Tensor]:
-    assert session.crew is not None
-    return {f"{s.module}.{n}": w for s, own in session.crew.weights().items() for n, w in own.items()}
+    assert session.runtime is not None
+    return {f"{s.module}.{n}": w for s, own in session.runtime.weights().items() for n, w in own.items()}
 
 
 # -- what is kept ------------------------------------------------------------------------------------------
@@ -108,32 +108,32 @@ Kept = dict[str, tuple[int, dict[str, np.ndarray]]]
 def saved(place: Place, job: Job, folder: Path, steps: int) -> Kept:
     """Train some steps and save; return the optimizer's state."""
     with open_session(place, job) as session:
-        assert session.crew is not None
+        assert session.runtime is not None
         for index in range(steps):
-            session.crew.run(index, job.step(index), job.step(index + 1))
-        facts = manifest_of(session.crew, steps)
-        saving.save(folder, pieces_to_save(session.crew), facts, session.crew.group, keep=1)
+            session.runtime.run(index, job.step(index), job.step(index + 1))
+        facts = manifest_of(session.runtime, steps)
+        saving.save(folder, pieces_to_save(session.runtime), facts, session.runtime.group, keep=1)
         return _kept(session)
 
 
 def loaded(place: Place, job: Job, folder: Path) -> Kept:
     """Load the newest checkpoint into new weights; return the optimizer's state."""
     with open_session(place, job) as session:
-        assert session.crew is not None
+        assert session.runtime is not None
         newest = manifest.newest(folder)
         assert newest is not None
         facts = manifest.read_manifest(newest)
-        checkpoint.load(newest, pieces_to_load(session.crew, facts), session.crew.group)
-        restore(session.crew, facts)
+        checkpoint.load(newest, pieces_to_load(session.runtime, facts), session.runtime.group)
+        restore(session.runtime, facts)
         return _kept(session)
 
 
 def _kept(session: Session) -> Kept:
-    assert session.crew is not None
-    assert session.crew.optimizer is not None
+    assert session.runtime is not None
+    assert session.runtime.optimizer is not None
     states = {
-        f"{stage.module}.{shard.part.name}": states_of(session.crew.optimizer, shard)
-        for stage, of_stage in session.crew.buffers.items()
+        f"{stage.module}.{shard.part.name}": states_of(session.runtime.optimizer, shard)
+        for stage, of_stage in session.runtime.buffers.items()
         for buffer in of_stage.buffers
         for shard in buffer.shards
     }

@@ -16,7 +16,7 @@ from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.optimizer import states_of
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import open_session
 
 
@@ -36,7 +36,7 @@ class Seen:
 
     Attributes:
         losses, norms, taken, scales: of each step that was run.
-        steps_taken, watch: at the end.
+        steps_taken, skip state: at the end.
         weights: those of the networks here, by stage and name.
         pieces: what the rank would write into a checkpoint: full shape, offsets, values.
         bytes: what the optimizer keeps for each value, and main weights.
@@ -47,7 +47,7 @@ class Seen:
     taken: list[bool]
     scales: list[float]
     steps_taken: int
-    watch: Mapping[str, Any]
+    skip_state: Mapping[str, Any]
     weights: Mapping[str, np.ndarray]
     pieces: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
     bytes: int
@@ -67,50 +67,50 @@ def train(  # noqa: PLR0917 -- a body is called by position
     Each step has its own samples, or those of step `samples`.
     """
     with open_session(place, job) as session:
-        crew = session.crew
-        if crew is None:
+        runtime = session.runtime
+        if runtime is None:
             return None
         if resume is not None:
             newest = manifest.newest(resume)
             assert newest is not None
             facts = manifest.read_manifest(newest)
-            checkpoint.load(newest, pieces_to_load(crew, facts), crew.group)
-            restore(crew, facts)
+            checkpoint.load(newest, pieces_to_load(runtime, facts), runtime.group)
+            restore(runtime, facts)
         outcomes = []
         for index in steps:
             if not is_passed_over(job.spec.train, index):
                 if spoilt and spoilt.step == index and spoilt.rank == place.rank:
-                    _spoil(crew, spoilt)
+                    _spoil(runtime, spoilt)
                 step = job.step(index if samples is None else samples)
-                outcomes.append(crew.run(index, step, step))
-        pieces = pieces_to_save(crew)
+                outcomes.append(runtime.run(index, step, step))
+        pieces = pieces_to_save(runtime)
         if save is not None:
-            facts = manifest_of(crew, steps.stop)
-            saving.save(save, pieces, facts, crew.group, keep=1)
+            facts = manifest_of(runtime, steps.stop)
+            saving.save(save, pieces, facts, runtime.group, keep=1)
         return Seen(
             losses=[outcome.loss for outcome in outcomes],
             norms=[outcome.gradient_norm for outcome in outcomes],
             taken=[outcome.taken for outcome in outcomes],
             scales=[outcome.loss_scale for outcome in outcomes],
-            steps_taken=crew.steps_taken,
-            watch=attrs.asdict(crew.watch),
+            steps_taken=runtime.steps_taken,
+            skip_state=attrs.asdict(runtime.skip_state),
             weights={
                 f"{stage}.{name}": _array(weight)
-                for stage, weights in crew.weights().items()
+                for stage, weights in runtime.weights().items()
                 for name, weight in weights.items()
             },
             pieces={
                 name: (piece.full_shape, piece.offsets, _array(piece.tensor))
                 for name, (piece,) in pieces.items()
             },
-            bytes=_bytes(crew),
+            bytes=_bytes(runtime),
         )
 
 
-def _spoil(crew: Crew, spoilt: Spoilt) -> None:
+def _spoil(runtime: RankRuntime, spoilt: Spoilt) -> None:
     """Let the next computation of the stage that holds the parameter leave an infinite value in its gradient."""
-    stage = next(s for s, buffer in crew.buffers.items() if spoilt.name in buffer.weights)
-    runner, gradient = crew.stages[stage], crew.buffers[stage].weights[spoilt.name].grad
+    stage = next(s for s, buffer in runtime.buffers.items() if spoilt.name in buffer.weights)
+    runner, gradient = runtime.stages[stage], runtime.buffers[stage].weights[spoilt.name].grad
     compute = runner.compute
     assert stage.module == spoilt.module
     assert gradient is not None
@@ -129,13 +129,13 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return exact
 
 
-def _bytes(crew: Crew) -> int:
-    buffers = [buffer for of_stage in crew.buffers.values() for buffer in of_stage.buffers]
+def _bytes(runtime: RankRuntime) -> int:
+    buffers = [buffer for of_stage in runtime.buffers.values() for buffer in of_stage.buffers]
     kept = sum(
         state.numel() * state.element_size()
         for buffer in buffers
         for shard in buffer.shards
-        for state in states_of(crew.optimizer, shard).values()
+        for state in states_of(runtime.optimizer, shard).values()
         if state.dim()
     )
     apart = sum(

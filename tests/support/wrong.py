@@ -370,7 +370,7 @@ def _(job: Table, name: str, draw: st.DrawFn) -> str:
 # -- the batch ---------------------------------------------------------------------------------------------
 
 
-@way("more lanes than samples")
+@way("more dp ranks than samples")
 def _(job: Table, name: str, draw: st.DrawFn) -> str:
     count = job["modules"][name].get("microbatches") or job["batch"].get("microbatches", 1)
     samples = job["batch"]["global_size"] // count
@@ -426,7 +426,7 @@ def _(job: Table, name: str, draw: st.DrawFn) -> str:
 
 
 def expert(job: Table, name: str, *, dp: int, **options: int) -> Table:
-    """Give a module experts over data lanes alone; return its grid."""
+    """Give a module experts over dp ranks alone; return its grid."""
     module = job["modules"][name]
     offset = module["grid"]["offset"]
     module["grid"] = {"offset": offset, "dp": dp, "pp": module["grid"].get("pp", 1)}

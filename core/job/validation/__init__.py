@@ -16,7 +16,7 @@ from mimogrid.core.job.validation.job import SCHEDULES, job_problems
 from mimogrid.core.job.validation.optimizer import group_problems
 from mimogrid.core.job.validation.own import own_problems
 from mimogrid.core.job.validation.parameters import freezing_problems
-from mimogrid.core.job.validation.ranks import lane_problems, world_problems
+from mimogrid.core.job.validation.ranks import dp_problems, world_problems
 from mimogrid.core.job.validation.sizes import size_problems
 from mimogrid.core.job.validation.wiring import loss_problems, wiring_problems
 
@@ -40,7 +40,7 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
         whole = whole and not sizes
         if not sizes:
             found += [*cut_problems(name, module), *sharding_problems(name, module)]
-            found += [*expert_problems(name, module), *lane_problems(name, module, spec)]
+            found += [*expert_problems(name, module), *dp_problems(name, module, spec)]
             found += loss_problems(name, module)
     if whole:
         found += [*world_problems(spec), *freezing_problems(spec, source or SourceFacts())]

@@ -1,4 +1,4 @@
-"""What the ranks of a job get: a sample for every data lane, a place in the world for every grid."""
+"""What the ranks of a job get: a sample for every dp rank, a place in the world for every grid."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,8 @@ from mimogrid.core.job.validation.checks import divisors
 from mimogrid.core.job.validation.sizes import RANKS_MOST
 
 
-def lane_problems(name: str, module: ModuleSpec, spec: JobSpec) -> Iterator[Problem]:
-    """Every data lane has a sample in every microbatch."""
+def dp_problems(name: str, module: ModuleSpec, spec: JobSpec) -> Iterator[Problem]:
+    """Every dp rank has a sample in every microbatch."""
     size, dp = spec.batch.global_size, module.grid.dp
     count = module.microbatches or spec.batch.microbatches
     if size < 1 or count < 1 or spec.batch.microbatches < 1:
@@ -29,7 +29,7 @@ def lane_problems(name: str, module: ModuleSpec, spec: JobSpec) -> Iterator[Prob
         yield Problem(
             f"modules.{name}.grid.dp",
             f"a microbatch of module '{name}' has {size // count} samples ({size} / {count}) "
-            f"for dp={dp} data lanes: {dp - size // count} lanes would have none.",
+            f"for dp={dp} dp ranks: {dp - size // count} dp ranks would have none.",
             f"Use dp <= {size // count}, {fewer}or batch.global_size >= {dp * count}.",
         )
 

@@ -32,19 +32,19 @@ def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
     """Measure a job on every rank of its world; the first rank of the job returns what was found."""
     before = resident.fresh_peak()
     with open_session(place, job) as session:
-        crew = session.crew
-        if crew is None:
+        runtime = session.runtime
+        if runtime is None:
             return None
         program = plan_step(job.step(0))
         other = other_way(job, program)
-        own, *others = in_turns(crew, [job, other] if other else [job], repeat)
-        core_s = None if session.device.is_asynchronous else core_seconds(crew, job, repeat)
+        own, *others = in_turns(runtime, [job, other] if other else [job], repeat)
+        core_s = None if session.device.is_asynchronous else core_seconds(runtime, job, repeat)
         grown = resident.peak() - before
-        edges = costs_of_edges(session, crew, program)
-        sums = {stage: summing_s(crew, stage, repeat) for stage in crew.topology.stages}
-        ranks = crew.hand_over(
+        edges = costs_of_edges(session, runtime, program)
+        sums = {stage: summing_s(runtime, stage, repeat) for stage in runtime.topology.stages}
+        ranks = runtime.hand_over(
             OfRank(
-                rank=crew.rank,
+                rank=runtime.rank,
                 host=platform.node(),
                 own=own,
                 others=others,

@@ -17,7 +17,7 @@ from mimogrid.core.step.routes import Message
 from mimogrid.core.step.traffic import message_bytes
 from mimogrid.core.topology.topology import Link, Stage
 from mimogrid.shell.run.probe.clock import WARM_UP, rounded, usual
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session
 from mimogrid.shell.runtime.transport import Transport
 
@@ -28,14 +28,14 @@ LEAST_BYTES = 1 << 16
 """A bandwidth is measured with a message of this size, or with the job's own if that is larger."""
 
 
-def costs_of_edges(session: Session, crew: Crew, program: Program) -> dict[str, EdgeCosts]:
+def costs_of_edges(session: Session, runtime: RankRuntime, program: Program) -> dict[str, EdgeCosts]:
     """Measure every link between the first two ranks that it joins."""
     found: dict[str, EdgeCosts] = {}
-    transport = Transport(crew.topology, session.groups, session.device)
-    for link in crew.topology.links:
+    transport = Transport(runtime.topology, session.groups, session.device)
+    for link in runtime.topology.links:
         sent = _first_message(program, link)
         if sent is not None and str(link.edge or link) not in found:
-            found[str(link.edge or link)] = _pinged(crew, program, transport, *sent)
+            found[str(link.edge or link)] = _pinged(runtime, program, transport, *sent)
     return found
 
 
@@ -49,51 +49,53 @@ def _first_message(program: Program, link: Link) -> tuple[Send, Message] | None:
     return None
 
 
-def _pinged(crew: Crew, program: Program, transport: Transport, send: Send, message: Message) -> EdgeCosts:
+def _pinged(
+    runtime: RankRuntime, program: Program, transport: Transport, send: Send, message: Message
+) -> EdgeCosts:
     """Send one value, and as many as the job does, and take the line through the two."""
-    itemsize = crew.stages[next(iter(crew.stages))].dtype.itemsize
+    itemsize = runtime.stages[next(iter(runtime.stages))].dtype.itemsize
     size = max(message_bytes(program.routes.step, message), LEAST_BYTES) // itemsize
-    one, all_ = (_round_s(crew, transport, send, message, count) for count in (1, size))
+    one, all_ = (_round_s(runtime, transport, send, message, count) for count in (1, size))
     rate = (size - 1) * itemsize / (all_ - one) if all_ > one else math.inf
     return EdgeCosts(latency=rounded(one / 2), bytes_per_s=rounded(rate))
 
 
-def _round_s(crew: Crew, transport: Transport, send: Send, message: Message, count: int) -> float:
+def _round_s(runtime: RankRuntime, transport: Transport, send: Send, message: Message, count: int) -> float:
     """Return, on every rank, how long the source of a message sends so many values and gets one back."""
-    dtype = crew.stages[next(iter(crew.stages))].dtype
+    dtype = runtime.stages[next(iter(runtime.stages))].dtype
     recv = Recv(send.peer, send.direction, send.microbatch, send.stage)
     source, target = message.rank_source, message.rank_target
-    dist.barrier(crew.group)
-    values = torch.zeros(count, dtype=dtype, device=crew.device.torch)
-    answer = torch.zeros(1, device=crew.device.torch)
+    dist.barrier(runtime.group)
+    values = torch.zeros(count, dtype=dtype, device=runtime.device.torch)
+    answer = torch.zeros(1, device=runtime.device.torch)
     seconds: list[float] = []
     for _ in range(PINGS):
         begin = time.perf_counter()
-        if crew.rank == source:
+        if runtime.rank == source:
             transport.send(send, [(message, values)])
             transport.wait(send)
-            dist.recv(answer, src=target, group=crew.group)
-        elif crew.rank == target:
+            dist.recv(answer, src=target, group=runtime.group)
+        elif runtime.rank == target:
             transport.receive(recv, [(message, (count,))], dtype)
             transport.wait(recv)
-            dist.send(answer, dst=source, group=crew.group)
+            dist.send(answer, dst=source, group=runtime.group)
         seconds.append(time.perf_counter() - begin)
-    mine = torch.tensor([usual(seconds)], dtype=torch.float64, device=crew.device.torch)
-    return float(crew.gather(mine)[crew.topology.ranks.index(source)])
+    mine = torch.tensor([usual(seconds)], dtype=torch.float64, device=runtime.device.torch)
+    return float(runtime.gather(mine)[runtime.topology.ranks.index(source)])
 
 
-def summing_s(crew: Crew, stage: Stage, repeat: int) -> float:
+def summing_s(runtime: RankRuntime, stage: Stage, repeat: int) -> float:
     """Return how long all sums of a stage's gradients take, posted one after the other and then waited for."""
-    program = plan_step(crew.job.step(0))
-    buckets = [reduce.bucket for reduce in program.sums(crew.rank) if reduce.stage == stage]
+    program = plan_step(runtime.job.step(0))
+    buckets = [reduce.bucket for reduce in program.sums(runtime.rank) if reduce.stage == stage]
     seconds: list[float] = []
     for _ in range(WARM_UP + repeat):
-        dist.barrier(crew.group)
+        dist.barrier(runtime.group)
         begin = time.perf_counter()
         for bucket in buckets:
-            crew.buffers[stage].buffers[bucket].reduce()
+            runtime.buffers[stage].buffers[bucket].reduce()
         for bucket in buckets:
-            crew.buffers[stage].buffers[bucket].wait()
-        crew.device.finish()
+            runtime.buffers[stage].buffers[bucket].wait()
+        runtime.device.finish()
         seconds.append(time.perf_counter() - begin if buckets else 0.0)
     return usual(seconds[WARM_UP:])

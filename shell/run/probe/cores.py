@@ -15,21 +15,21 @@ from mimogrid.core.schedule.actions import Compute, Norm, Recv, Reduce, Send, Ti
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.probe.clock import usual
 from mimogrid.shell.run.probe.record import OfRank
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 
 
 UNHINDERED = 0.95
 """Cores for this part of the ranks are as good as enough."""
 
 
-def core_seconds(crew: Crew, job: Job, repeat: int) -> float:
+def core_seconds(runtime: RankRuntime, job: Job, repeat: int) -> float:
     """Return the seconds of all threads of this rank that a step takes when ranks do not take turns."""
     seconds: list[float] = []
     following = job.step(0)
     for index in range(repeat):
         begin = time.process_time()
         step, following = following, job.step(index + 1)
-        crew.run(index, step, following)
+        runtime.run(index, step, following)
         seconds.append(time.process_time() - begin)
     return usual(seconds)
 

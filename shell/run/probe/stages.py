@@ -81,7 +81,7 @@ class OfStage:
         )
 
     def _compute(self, kind: Kind) -> float | None:
-        """Return the mean over microbatches and lanes of an action, under the first schedule that has it."""
+        """Return the mean over microbatches and dp ranks of an action, under the first schedule that has it."""
         found = (self._longest_of_each(kind, which) for which in range(1 + len(self.ranks[0].others)))
         return next((statistics.fmean(seconds) for seconds in found if seconds), None)
 

@@ -18,7 +18,7 @@ from mimogrid.core.schedule.work import may_split
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.probe.clock import WARM_UP, Clock, Reading, usual
 from mimogrid.shell.run.probe.turns import Turns, turns_of
-from mimogrid.shell.runtime.rank import Crew
+from mimogrid.shell.runtime.rank import RankRuntime
 
 
 WHOLE, HALVES = "1f1b", "zb-h1"
@@ -41,19 +41,19 @@ class Steps:
         return usual([reading.worked for reading in self.actions[action]])
 
 
-def in_turns(crew: Crew, jobs: Sequence[Job], repeat: int) -> list[Steps]:
+def in_turns(runtime: RankRuntime, jobs: Sequence[Job], repeat: int) -> list[Steps]:
     """Run steps of a job under several schedules, one after the other, so that all have the same machine."""
     found = [Steps() for _ in jobs]
     for index in range(WARM_UP + repeat):
         for job, steps in zip(jobs, found, strict=True):
             step = job.step(index)
-            turns = Turns(turns_of(plan_step(step))[crew.rank], crew.group, Clock(crew.device))
-            dist.barrier(crew.group)
+            turns = Turns(turns_of(plan_step(step))[runtime.rank], runtime.group, Clock(runtime.device))
+            dist.barrier(runtime.group)
             begin = time.thread_time()
             following = job.step(index + 1)
-            plan_step(following).of(crew.rank)
+            plan_step(following).of(runtime.rank)
             planned = time.thread_time() - begin
-            crew.run(index, step, following, runs=turns)
+            runtime.run(index, step, following, runs=turns)
             if index >= WARM_UP:
                 steps.planning.append(planned)
                 for action, reading in turns.readings.items():

@@ -21,7 +21,7 @@ from mimogrid.shell.run.probe.clock import Clock, Reading
 from mimogrid.shell.runtime.execute import Finisher, Timed, execute
 from mimogrid.shell.runtime.stage import StageRunner
 from mimogrid.shell.runtime.transport import Transport
-from mimogrid.shell.world.heartbeat import Pulse
+from mimogrid.shell.world.heartbeat import Heartbeat
 
 
 @attrs.frozen(eq=False)
@@ -39,7 +39,7 @@ class Turns:
         stages: Mapping[Stage, StageRunner],
         transport: Transport,
         finisher: Finisher,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
     ) -> tuple[Timed, ...]:
         """Run the program; return its timeline."""
         timeline: list[Timed] = []
@@ -49,7 +49,7 @@ class Turns:
                 dist.barrier(self.group)
             for action in actions[len(timeline) : len(timeline) + count]:
                 begin = self.clock.now()
-                timeline += execute((action,), stages, transport, finisher, pulse, first=len(timeline))
+                timeline += execute((action,), stages, transport, finisher, heartbeat, first=len(timeline))
                 self.readings[action] = self.clock.since(begin)
         return tuple(timeline)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import job, program_of, step_with
-from mimogrid.core.base.experts import TOGETHER, closures, expert_view
+from mimogrid.core.base.experts import TOGETHER, ep_dp_ranks_of, expert_view
 from mimogrid.core.base.grid import Axis, Grid
 from mimogrid.core.job.models import Gpt
 from mimogrid.core.program.lower import Program, plan_step
@@ -34,7 +34,7 @@ def spread(draw: st.DrawFn) -> Topology:
     return job(f"language gpt {sizes} order={order} @3", batch=8, microbatches=2)
 
 
-# -- lanes -------------------------------------------------------------------------------------------------
+# -- dp ranks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def spread(draw: st.DrawFn) -> Topology:
         ({"tp": 2, "pp": 2, "dp": 2}, 1, 4, [(0, 1), (0, 1)]),
     ],
 )
-def test_lanes_whose_experts_are_spread_over_each_other_compute_together(
+def test_dp_ranks_whose_experts_are_spread_over_each_other_compute_together(
     axes: dict[str, int], expert_tp: int, ep: int, expected: list[tuple[int, ...]]
 ) -> None:
-    """Groups that meet in a lane join all their lanes."""
+    """Groups that meet in a dp rank join all their dp ranks."""
     grid = Grid(tuple(Axis(name, size) for name, size in axes.items()))
-    assert tuple(expected) == closures(grid, expert_view(grid, expert_tp=expert_tp, ep=ep))
+    assert tuple(expected) == ep_dp_ranks_of(grid, expert_view(grid, expert_tp=expert_tp, ep=ep))
 
 
 @settings(max_examples=50)
@@ -69,12 +69,12 @@ def test_what_computes_together_starts_together(topology: Topology) -> None:
         for rank in module.grid.ranks:
             if module.position(rank)["pp"] == action.stage.pp:
                 joint = program.joint(rank, action)
-                assert set(joint) >= {*module.experts.group_of(rank, TOGETHER), *holders(topology, rank)}
+                assert set(joint) >= {*module.experts.group_of(rank, TOGETHER), *tp_cp_ranks(topology, rank)}
                 assert all(set(joint) == set(program.joint(other, action)) for other in joint)
 
 
-def test_a_lane_without_rows_runs_along() -> None:
-    """It has the actions of the lane that has some, and the program is sound."""
+def test_a_dp_rank_without_rows_runs_along() -> None:
+    """It has the actions of the dp rank that has some, and the program is sound."""
     text = "vision vit dp4 x2 ep2 > language; language gpt @4"
     program = program_of(text, {"vision": (3, 0, 0, 0)}, batch=16, microbatches=4)
     computes = {rank: [a for a in program.of(rank) if isinstance(a, Compute)] for rank in range(4)}
@@ -163,8 +163,8 @@ def program_on(topology: Topology) -> Program:
     return plan_step(step_with(topology))
 
 
-def holders(topology: Topology, rank: int) -> tuple[int, ...]:
-    """The ranks that hold a rank's lane."""
+def tp_cp_ranks(topology: Topology, rank: int) -> tuple[int, ...]:
+    """The ranks that hold a rank's dp rank."""
     module = topology.modules["language"]
     position = module.position(rank)
-    return module.holders(module.stages[position["pp"]].stage, position["dp"])
+    return module.tp_cp_ranks(module.stages[position["pp"]].stage, position["dp"])

@@ -48,7 +48,7 @@ def tips(found):
 
 
 def test_text_shows_a_row_per_rank_to_scale():
-    """Names of one width, backwards of twice the length; data lanes that do the same share a row."""
+    """Names of one width, backwards of twice the length; dp ranks that do the same share a row."""
     _, timeline = timed("vision vit dp2 > language; language gpt pp2", batch=8, microbatches=4)
     expected = """
 rank 0-1  vision.0   | F0 F1 F2             B0─── F3 B1───    B2───    B3───
@@ -247,7 +247,7 @@ def test_the_critical_path_is_outlined_on_all_ranks_that_share_it():
     program = program_of("language gpt pp2 tp2")
     timeline = simulate(program, assumed(program.topology), fold=False)
     assert timeline.critical_path
-    assert all(isinstance(leg.action, Compute) for leg in timeline.critical_path)
+    assert all(isinstance(segment.action, Compute) for segment in timeline.critical_path)
     found = ET.fromstring(svg(picture.picture(timeline)))
     assert 2 * len(timeline.critical_path) == len(found.findall(f".//{SVG}rect[@fill-opacity='0']"))
 
@@ -371,7 +371,7 @@ def test_a_trace_tells_bytes():
 
 @pytest.mark.parametrize(("folded", "many"), [(False, MANY), (True, MANY), (True, 0)])
 def test_a_trace_has_an_arrow_per_message(folded, many, monkeypatch):
-    """From within the action that made it to within the one that reads it; also where one stands for its lane."""
+    """From within the action that made it to within the one that reads it; also where one stands for its dp rank."""
     monkeypatch.setattr("mimogrid.core.simulate.MANY", many)
     _, timeline = timed(WIDE, batch=48, microbatches=2, latency=0.25)
     found = traced(timeline, timeline.classes.members if folded else None)
@@ -379,7 +379,7 @@ def test_a_trace_has_an_arrow_per_message(folded, many, monkeypatch):
     ends = {arrow["id"]: arrow for arrow in found if "f" == arrow["ph"]}
     assert starts
     assert starts.keys() == ends.keys()
-    assert timeline.by_lanes is (not many)
+    assert timeline.by_dp_ranks is (not many)
     if not folded:
         assert len(timeline.flights) == len(starts)
     for i, start in starts.items():

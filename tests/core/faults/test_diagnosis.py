@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jobs
-from mimogrid.core.faults.diagnosis import GONE, LEFT, RUNNING, STOPPED, Sighting, culprit, find
+from mimogrid.core.faults.diagnosis import GONE, LEFT, RUNNING, STOPPED, HeartbeatRecord, faulty_rank, find
 from mimogrid.core.program.lower import Program
 from mimogrid.core.program.replay import replay
 
@@ -13,7 +13,7 @@ PROGRAM = jobs.program_of("v vit dp2 > l; l gpt pp3")
 LISTING = {rank: PROGRAM.of(rank) for rank in PROGRAM.topology.ranks}
 
 
-def seen(rank: int, index: int, *, step: int = 3, since_s: float = 0.0, **fields: object) -> Sighting:
+def seen(rank: int, index: int, *, step: int = 3, since_s: float = 0.0, **fields: object) -> HeartbeatRecord:
     """A rank that runs, at an action of its program."""
     actions = LISTING[rank]
     inside = 0 <= index < len(actions)
@@ -23,10 +23,10 @@ def seen(rank: int, index: int, *, step: int = 3, since_s: float = 0.0, **fields
         "state": RUNNING,
         **fields,
     }
-    return Sighting(rank=rank, host="h", step=step, count=len(actions), since_s=since_s, **facts)  # type: ignore[arg-type]
+    return HeartbeatRecord(rank=rank, host="h", step=step, count=len(actions), since_s=since_s, **facts)  # type: ignore[arg-type]
 
 
-def halted(program: Program, late: int, index: int) -> dict[int, Sighting]:
+def halted(program: Program, late: int, index: int) -> dict[int, HeartbeatRecord]:
     """What all are seen doing once one of them stays before an action, and the others have gone as far as they can."""
     cut = {**LISTING, late: LISTING[late][:index]}
     blocked = {b.rank: cut[b.rank].index(b.action) for b in replay(program, cut).blocked}
@@ -44,27 +44,27 @@ def test_whoever_waits_finds_the_one_that_fell_behind(late: int, data: st.DataOb
     """Wherever a rank stays, each rank that is halted blames it: not its neighbour, not the longest wait."""
     index = data.draw(st.integers(0, len(LISTING[late]) - 2))
     world = halted(PROGRAM, late, index)
-    for rank, sighting in world.items():
-        if rank != late and sighting.index >= 0:
-            assert late == culprit(rank, world, PROGRAM)
+    for rank, record in world.items():
+        if rank != late and record.index >= 0:
+            assert late == faulty_rank(rank, world, PROGRAM)
 
 
 def test_a_process_that_is_gone_is_to_blame_before_one_that_is_stopped() -> None:
     """And both before any that runs, wherever they are; one that left by itself is not."""
     world = halted(PROGRAM, 4, 3)
     others = {1: seen(1, 0, state=STOPPED), 2: seen(2, 0, state=GONE), 3: seen(3, -1, state=GONE, doing=LEFT)}
-    assert 1 == culprit(0, {**world, 1: others[1]}, PROGRAM)
-    assert 2 == culprit(0, {**world, **others}, PROGRAM)
+    assert 1 == faulty_rank(0, {**world, 1: others[1]}, PROGRAM)
+    assert 2 == faulty_rank(0, {**world, **others}, PROGRAM)
     for rank in (0, 1, 2):
-        assert 3 != culprit(rank, {**world, 3: others[3]}, PROGRAM)
+        assert 3 != faulty_rank(rank, {**world, 3: others[3]}, PROGRAM)
 
 
 def test_between_steps_the_one_that_came_least_far_is_to_blame() -> None:
     """A rank that is still in an earlier step, or not where the others are."""
     saving = {rank: seen(rank, -1, doing="writing a checkpoint", since_s=2.0) for rank in LISTING}
     behind = seen(2, -1, step=2, doing="writing a checkpoint", since_s=9.0)
-    assert 2 == culprit(0, {**saving, 2: behind}, None)
-    assert 3 == culprit(0, {**saving, 3: seen(3, -1, since_s=9.0)}, None)
+    assert 2 == faulty_rank(0, {**saving, 2: behind}, None)
+    assert 3 == faulty_rank(0, {**saving, 3: seen(3, -1, since_s=9.0)}, None)
 
 
 def test_at_one_moment_the_one_that_waits_for_nobody_is_to_blame() -> None:
@@ -72,7 +72,7 @@ def test_at_one_moment_the_one_that_waits_for_nobody_is_to_blame() -> None:
     for late in LISTING:
         saving = {r: seen(r, -1, doing="saving", since_s=1.0, waits=r != late) for r in LISTING}
         saving[late] = seen(late, -1, doing="saving", since_s=2.0)
-        assert {late} == {culprit(rank, saving, None) for rank in LISTING if rank != late}
+        assert {late} == {faulty_rank(rank, saving, None) for rank in LISTING if rank != late}
 
 
 def test_one_that_never_came_is_named_without_a_sighting() -> None:

@@ -11,8 +11,8 @@ from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan import plan
-from mimogrid.core.plan.menu import enough
 from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
+from mimogrid.core.plan.search_space import enough
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.program.lower import plan_step
@@ -95,8 +95,8 @@ def test_where_nothing_fits_the_nearest_miss_is_named():
     """With the stage, what it needs and what is missing."""
     found = plan(question(memory=0.5 * GB))
     assert found.best is None
-    assert "short by" in found.nearest_miss
-    assert "language" in found.nearest_miss or "vision" in found.nearest_miss
+    assert "short by" in found.nearest_fit
+    assert "language" in found.nearest_fit or "vision" in found.nearest_fit
 
 
 @pytest.mark.parametrize("gpus", [2, 4])

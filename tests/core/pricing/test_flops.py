@@ -127,7 +127,7 @@ def test_shares_of_a_microbatch_add_up_to_its_mean():
     step = jobs.step_with(topology, {"v": (1, 4, 0, 3, 2, 2, 5, 0)})
     for stage, mean in stage_flops(step).items():
         module = topology.modules[stage.module]
-        shares = [step.share(module.name, lane, k) for lane in range(module.lanes) for k in range(2)]
+        shares = [step.share(module.name, dp_rank, k) for dp_rank in range(module.dp_size) for k in range(2)]
         loads = [real_load(module.model, share.lengths) for share in shares]
         parts = [of_units(topology.stages[stage], module_units(topology, module, load)) for load in loads]
         assert sum_of(itertools.chain.from_iterable(parts)) * 0.5 == mean

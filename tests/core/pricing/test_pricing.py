@@ -79,8 +79,8 @@ def test_padding_takes_time_and_counts_as_no_work():
     assert spent - difference == pytest.approx(less)
 
 
-def test_the_lane_with_most_sets_the_price():
-    """Three samples over two lanes take as long as four."""
+def test_the_dp_rank_with_most_sets_the_price():
+    """Three samples over two dp ranks take as long as four."""
     uneven, even = (
         of_accelerator(step_of(batch=batch, grid=GridSpec(dp=2)), "h100").of("language.0").forward
         for batch in (12, 16)
@@ -88,14 +88,14 @@ def test_the_lane_with_most_sets_the_price():
     assert even == uneven
 
 
-def test_lanes_pay_for_the_sum_of_their_gradients():
-    """Each byte crosses twice, but for the part that is already there; a lone lane pays nothing."""
-    alone, lanes = (of_accelerator(step_of(grid=GridSpec(dp=dp)), "h100") for dp in (1, 2))
+def test_dp_ranks_pay_for_the_sum_of_their_gradients():
+    """Each byte crosses twice, but for the part that is already there; a lone dp rank pays nothing."""
+    alone, dp_ranks = (of_accelerator(step_of(grid=GridSpec(dp=dp)), "h100") for dp in (1, 2))
     weights = sum(p.shape[0] * (p.shape[1] if len(p.shape) > 1 else 1) for p in GPT.parameters())
     assert 0 == alone.of("language.0").reduce
     bandwidth = H100.link_bytes_per_s * LINK_EFFICIENCY
-    assert 2 * weights * 4 / 2 / bandwidth == pytest.approx(lanes.of("language.0").reduce)
-    assert 7 * weights * 4 / H100.memory_bytes_per_s == pytest.approx(lanes.of("language.0").update)
+    assert 2 * weights * 4 / 2 / bandwidth == pytest.approx(dp_ranks.of("language.0").reduce)
+    assert 7 * weights * 4 / H100.memory_bytes_per_s == pytest.approx(dp_ranks.of("language.0").update)
 
 
 def test_a_module_takes_as_long_as_it_was_measured_to_however_it_is_cut():
@@ -125,7 +125,7 @@ def test_frozen_modules_update_nothing():
 
 
 def test_links_within_a_node_are_faster_than_those_between():
-    """Ranks fill nodes in order: the eighth hop of a chain leaves the first."""
+    """Ranks fill nodes in order: the eighth pipeline link of a chain leaves the first."""
     step = step_of(grid=GridSpec(pp=4, offset=6))
     costs = of_accelerator(step, "h100")
     near, far = (costs.edges[f"language.{p} -> language.{p + 1}"] for p in (0, 1))

@@ -22,7 +22,7 @@ def test_a_pipeline_of_any_length_is_sound(schedule: str, stages: int, microbatc
     program = program_of(text, batch=microbatches, microbatches=microbatches, schedule=schedule)
     assert () == verify(program) == verify(plan_step(program.routes.step, training=False))
     for stage, most in in_flight(program).items():
-        assert 0 < most <= min(program.order.credits[stage], microbatches)
+        assert 0 < most <= min(program.order.max_in_flight[stage], microbatches)
 
 
 @pytest.mark.parametrize("schedule", THERE)

@@ -46,12 +46,12 @@ JOBS: dict[str, str] = {
     "partial overlap": "v vit dp2 @0 > l; l gpt pp2 @1",
     "fan-in": "v vit dp2 > l; l gpt",
     "fan-out": "v vit > l; l gpt dp2",
-    "uneven lanes": "v vit dp3 > l; l gpt dp2",
+    "uneven dp ranks": "v vit dp3 > l; l gpt dp2",
     "chunks": "l gpt pp2 chunks2",
     "zero bubble": "v vit frozen > l; l gpt pp3",
     "zero bubble, further ahead": "v vit > l; l gpt tp2 pp2",
     "encoder and chunks": "v vit > l; l gpt pp2 chunks2",
-    "lanes and chunks": "l gpt dp2 pp2 chunks2",
+    "dp ranks and chunks": "l gpt dp2 pp2 chunks2",
     "own microbatches": "v vit m2 > l; l gpt m4 pp2",
     "more of its own": "v vit m12 > l; l gpt m2 dp2",
     "counts that do not divide": "v vit dp2 m3 > a, b; a regressor m2 @2; b regressor m3 @2",
@@ -67,7 +67,7 @@ JOBS: dict[str, str] = {
 SCHEDULES = {
     "chunks": "interleaved",
     "encoder and chunks": "interleaved",
-    "lanes and chunks": "interleaved",
+    "dp ranks and chunks": "interleaved",
     "zero bubble": "zb-h1",
     "zero bubble, further ahead": "zb-h2",
 }
@@ -92,13 +92,15 @@ def known(name: str, *, ragged: bool, split: bool, training: bool = True) -> Kno
     program = plan_step(step, training=training)
     own = listing_of(program)
     listing = halved(own) if split else own
-    return Known(program, listing, rehearse(program, own, room=program.order.credits))
+    return Known(program, listing, rehearse(program, own, room=program.order.max_in_flight))
 
 
 def comes_to(case: Known, changed: Listing, seed: int, *, serial: bool = False) -> bool:
     """Whether a rehearsal of a changed listing gives what it should."""
     try:
-        result = rehearse(case.program, changed, seed=seed, serial=serial, room=case.program.order.credits)
+        result = rehearse(
+            case.program, changed, seed=seed, serial=serial, room=case.program.order.max_in_flight
+        )
     except RehearsalError:
         return False
     return result == case.result

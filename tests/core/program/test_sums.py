@@ -14,7 +14,7 @@ from mimogrid.core.simulate import simulate
 
 CHUNKS = "l gpt dp2 pp2 chunks2"
 ABSENT = {"v": (4, 0, 0, 0, 0, 0, 0, 0)}
-"""Only the first sample has an image: the other lanes never compute for it."""
+"""Only the first sample has an image: the other dp ranks never compute for it."""
 
 
 def program(text: str, rows: dict[str, tuple[int, ...]] | None = None, **facts: object) -> Program:
@@ -34,7 +34,7 @@ def program(text: str, rows: dict[str, tuple[int, ...]] | None = None, **facts: 
 def test_a_sum_is_posted_once_its_gradient_is_complete_and_waited_for_at_the_end(
     text: str, schedule: str
 ) -> None:
-    """After the last turn of its stage on any lane, before anything else is computed; also on lanes without rows."""
+    """A reduction follows the last turn of its stage on any dp rank, also where a dp rank has no rows."""
     planned = program(text, ABSENT, schedule=schedule)
     index = planned.order.index
     for rank in planned.topology.ranks:
@@ -54,7 +54,7 @@ def test_a_sum_is_posted_once_its_gradient_is_complete_and_waited_for_at_the_end
 
 
 def test_ranks_that_share_sums_post_them_in_one_order() -> None:
-    """A communicator matches calls by their order: also where lanes are without rows, and stages share ranks."""
+    """A communicator matches calls by their order: also where dp ranks are without rows, and stages share ranks."""
     for text, schedule in ((CHUNKS, "interleaved"), ("v vit dp2 @0 > l; l gpt dp2 @0", "1f1b")):
         planned = program(text, ABSENT, schedule=schedule)
         orders: dict[tuple[int, ...], set[tuple[Reduce, ...]]] = {}

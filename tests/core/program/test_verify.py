@@ -37,10 +37,10 @@ def test_ragged_and_absent_rows(case: str, counts: tuple[int, ...]) -> None:
 
 
 def test_counts_that_do_not_divide() -> None:
-    """Three microbatches against two: a lane's part of a message may be made before other lanes' parts.
+    """Three microbatches against two: a dp rank's part of a message may be made before other dp ranks' parts.
 
-    Here lane 1 makes all it has of a's first microbatch before it makes b's second, which the receiver, who waits
-    for lane 0, posts the other way round.
+    Here dp rank 1 makes all it has of a's first microbatch before it makes b's second, which the receiver, who waits
+    for dp rank 0, posts the other way round.
     """
     for feeds in ("a, b", "b, a"):
         text = f"vision vit dp2 m3 @0 > {feeds}; a regressor m2 @2; b regressor m3 @2"
@@ -260,7 +260,7 @@ def test_halves_of_a_backward_stand_where_data_and_sums_allow() -> None:
 
 
 def test_no_more_in_flight_than_the_credit() -> None:
-    """A forward too many is named with rank, stage, number and credit; an order with more credit has it."""
+    """A forward too many is named with rank, stage, number and limit; an order with a higher limit allows it."""
     ahead = ["l.0 F0", "l.0 F1", "l.0 B0", "l.0 F2", "l.0 B1", "l.0 B2", "NORM", "UPDATE"]
     program = program_of("l gpt", microbatches=3, batch=3)
     (fault,) = verify(program, edited({}, 0, *ahead))
@@ -287,7 +287,7 @@ def test_outputs_that_wait_are_counted(training: bool) -> None:
     step = program_of(text, microbatches=4, batch=4).routes.step
     program = plan_step(step, training=training)
     listing = listing_of(program)
-    assert 1 <= in_flight(program)[Stage("v", 0)] <= program.order.credits[Stage("v", 0)] == 2
+    assert 1 <= in_flight(program)[Stage("v", 0)] <= program.order.max_in_flight[Stage("v", 0)] == 2
     first = "v.0 WAIT_SEND_F0 -> l.0"
     actions = [action for action in map(str, listing[0]) if action != first]
     actions.insert(actions.index("v.0 WAIT_SEND_F2 -> l.0"), first)
@@ -348,8 +348,8 @@ def test_overlapping_groups_in_a_ring() -> None:
     ) == fault
 
 
-def test_lanes_that_share_experts_compute_together() -> None:
-    """Where experts lie over two data lanes, the lanes must take microbatches in one order; else they need not."""
+def test_dp_ranks_that_share_experts_compute_together() -> None:
+    """Where experts lie over two dp ranks, the dp ranks must take microbatches in one order; else they need not."""
     turned = ["l.0 F1", "l.0 F0", "l.0 B0", "l.0 B1", "NORM", "UPDATE"]
     for experts, faults in (("ep2 x2", 1), ("", 0)):
         program = program_of(f"l gpt dp2 {experts}", microbatches=2, batch=4, schedule="gpipe")

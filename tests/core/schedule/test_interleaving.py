@@ -13,12 +13,12 @@ from mimogrid.core.topology.topology import Topology
 
 def by_rank(topology: Topology, module: str) -> str:
     """What the ranks of a pipeline do, an action as kind, microbatch and chunk: F2.1."""
-    lines: dict[int, list[str]] = {}
+    queues: dict[int, list[str]] = {}
     for action in order_of(topology).actions:
         if action.stage.module == module:
             word = f"{action.kind.value}{action.microbatch}.{action.stage.chunk}"
-            lines.setdefault(action.stage.pp, []).append(word)
-    return "\n".join(f"{pp} | {' '.join(lines[pp])}" for pp in sorted(lines))
+            queues.setdefault(action.stage.pp, []).append(word)
+    return "\n".join(f"{pp} | {' '.join(queues[pp])}" for pp in sorted(queues))
 
 
 def test_two_ranks_of_two_chunks() -> None:

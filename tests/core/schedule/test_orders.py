@@ -136,7 +136,7 @@ def test_frozen_modules_have_no_backward() -> None:
 
 
 def test_a_frozen_encoder_does_not_run_away() -> None:
-    """Its credit bounds how far its outputs run ahead of who consumes them."""
+    """Its limit in flight bounds how far its outputs run ahead of who consumes them."""
     topology = job("v vit frozen > l; l gpt", microbatches=16, batch=16)
     actions = [a for a in order_of(topology).actions if a.kind is Kind.FORWARD]
     ahead = most = 0
@@ -163,11 +163,13 @@ def test_evaluation_runs_forwards_only() -> None:
     assert (frozenset(), frozenset()) == (order.backward, order.gradients)
 
 
-def test_credits_count_samples() -> None:
+def test_in_flight_limits_count_samples() -> None:
     """Who makes microbatches twice as large has as many in flight as cover what its readers hold, and one more."""
     topology = job("a vit m2 > l; b vit m8 > l; l gpt pp2", batch=16, microbatches=4)
     expected = {"a.0": 2, "b.0": 5, "l.0": 2, "l.1": 1}
-    assert expected == {str(stage): credit for stage, credit in order_of(topology).credits.items()}
+    assert expected == {
+        str(stage): max_in_flight for stage, max_in_flight in order_of(topology).max_in_flight.items()
+    }
 
 
 def test_an_encoder_with_twice_the_microbatches() -> None:
@@ -196,12 +198,12 @@ def test_colocated_stages_take_turns() -> None:
 def test_every_order_is_complete_and_possible(
     case: str, schedule: str, microbatches: int, training: bool
 ) -> None:
-    """In any order everything is there once, comes after what it needs, and no stage exceeds its credit."""
+    """In any order everything is there once, comes after what it needs, and no stage exceeds its limit in flight."""
     topology = job(CASES[case], schedule=schedule, microbatches=microbatches, batch=48)
     order = order_of(topology, training=training)
     done: set[Compute] = set()
     flying = dict.fromkeys(topology.stages, 0)
-    credit = order.credits
+    max_in_flight = order.max_in_flight
     work = work_of(topology, training=training, splits=False)
     needs = {work.actions[i]: {work.actions[j] for j in needs} for i, needs in enumerate(work.needs)}
     for action in order.actions:
@@ -210,7 +212,7 @@ def test_every_order_is_complete_and_possible(
         done.add(action)
         if action.stage in order.backward:
             flying[action.stage] += 1 if action.kind is Kind.FORWARD else -1
-            assert flying[action.stage] <= credit[action.stage]
+            assert flying[action.stage] <= max_in_flight[action.stage]
     expected = {
         Compute(kind, stage, k)
         for stage in topology.stages

@@ -21,8 +21,8 @@ from mimogrid.core.job.spec import (
 )
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.program.lower import plan_step
-from mimogrid.core.schedule.layer_split import settled
-from mimogrid.core.schedule.lines import RULES, Rule, lines_of
+from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, issue_queues_of
+from mimogrid.core.schedule.layer_split import balance_layers
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule
 from mimogrid.core.schedule.tuning import bytes_needed, timed_by, tuned
@@ -33,7 +33,7 @@ from mimogrid.core.topology.topology import Stage, Topology
 
 
 ENCODER = Stage("v", 0)
-NAMED = sorted(RULES)
+NAMED = sorted(ISSUE_POLICIES)
 
 
 def priced(topology: Topology, name: str, costs: Costs | None = None, cap: float | None = None) -> Topology:
@@ -60,25 +60,28 @@ TABLE = {
 
 
 @pytest.mark.parametrize(("encoder", "microbatches"), TABLE)
-def test_credits_of_one_stage(encoder: float, microbatches: int) -> None:
+def test_in_flight_limits_of_one_stage(encoder: float, microbatches: int) -> None:
     """A nearly balanced encoder wants more in flight than its depth, and `auto` finds how much."""
     topology, costs = nearly_balanced(encoder, microbatches)
     timed = timed_by(work_of(topology, training=True, splits=False), costs)
-    for extra, ratio in enumerate(TABLE[encoder, microbatches]):
-        lines = lines_of(timed.work, Rule(extra={ENCODER: extra})).teams
-        order = schedule(timed, lines)
-        assert ratio == round(retimed(timed, order, lines) / limit_s(timed, order), 3)
+    for extra_in_flight, ratio in enumerate(TABLE[encoder, microbatches]):
+        queues = issue_queues_of(timed.work, IssuePolicy(extra_in_flight={ENCODER: extra_in_flight})).pp_ranks
+        order = schedule(timed, queues)
+        assert ratio == round(retimed(timed, order, queues) / limit_s(timed, order), 3)
     auto = priced(topology, "auto", costs)
     assert 1.0 == simulate(plan_step(step_with(auto)), costs).ratio_to_limit
 
 
 def test_the_same_for_all_stages_gives_nothing() -> None:
-    """It is where the credits go that counts."""
+    """It is where the limits in flight go that counts."""
     topology, costs = nearly_balanced(2.0, 8)
     timed = timed_by(work_of(topology, training=True, splits=False), costs)
     last = Stage("l", 3)  # what the last stage gets, those before it get, too
-    each = [lines_of(timed.work, Rule(extra={last: extra})).teams for extra in range(4)]
-    ends = [retimed(timed, schedule(timed, lines), lines) for lines in each]
+    each = [
+        issue_queues_of(timed.work, IssuePolicy(extra_in_flight={last: extra_in_flight})).pp_ranks
+        for extra_in_flight in range(4)
+    ]
+    ends = [retimed(timed, schedule(timed, queues), queues) for queues in each]
     assert ends[:1] * 4 == ends
 
 
@@ -128,13 +131,15 @@ def test_a_cap_on_memory_is_kept() -> None:
     """The less memory there is, the fewer microbatches in flight, down to an order that just fits."""
     orders = {name: order_of(big(name)) for name in NAMED}
     needs = {
-        name: max(bytes_needed(big(name), order.credits, order.split).values())
+        name: max(bytes_needed(big(name), order.max_in_flight, order.split).values())
         for name, order in orders.items()
     }
     cap = 0.9 * needs["1f1b"] / 1e9
     order = order_of(big("auto", cap))
     assert (
-        max(bytes_needed(big("auto"), order.credits, order.split).values()) <= cap * 1e9 < min(needs.values())
+        max(bytes_needed(big("auto"), order.max_in_flight, order.split).values())
+        <= cap * 1e9
+        < min(needs.values())
     )
     assert tuned(big("auto", cap)).end_s > tuned(big("auto")).end_s
 
@@ -171,7 +176,7 @@ def test_frozen_layers_count_for_what_they_are() -> None:
         return simulate(plan_step(step_with(topology)), assumed(topology)).step_s
 
     even, fair = step_s(half_frozen("1f1b")), step_s(half_frozen("1f1b", (24, 8, 8, 8)))
-    chosen = settled(half_frozen("auto"), facts)
+    chosen = balance_layers(half_frozen("auto"), facts)
     assert 1.44 == round(even / fair, 2)
     assert step_s(chosen) <= fair
 
@@ -183,8 +188,8 @@ def test_layers_that_do_not_divide_are_cut_all_the_same() -> None:
         half_frozen("auto").modules["l"], frozen=False, options=Gpt(layers=5, hidden=8, heads=2, vocab=16)
     )
     spec = attrs.evolve(half_frozen("auto"), modules={"l": attrs.evolve(five, grid=GridSpec(pp=3))})
-    assert 5 == sum(settled(spec, facts).modules["l"].split or ())
-    assert half_frozen("auto", (1, 1, 1, 45)) == settled(half_frozen("auto", (1, 1, 1, 45)), facts)
+    assert 5 == sum(balance_layers(spec, facts).modules["l"].split or ())
+    assert half_frozen("auto", (1, 1, 1, 45)) == balance_layers(half_frozen("auto", (1, 1, 1, 45)), facts)
 
 
 CAPPED = (
@@ -203,7 +208,7 @@ def test_any_cap_gives_an_order_or_an_error(text: str, part: float) -> None:
     topology = job(text, microbatches=8, batch=64)
     always = max(bytes_needed(topology, {}, ()).values())
     free = order_of(topology)
-    most = max(bytes_needed(topology, free.credits, free.split).values())
+    most = max(bytes_needed(topology, free.max_in_flight, free.split).values())
     cap = always + part * (most - always)
     try:
         order = order_of(priced(topology, "auto", cap=cap / 1e9))
@@ -211,7 +216,7 @@ def test_any_cap_gives_an_order_or_an_error(text: str, part: float) -> None:
         where = {problem.where for problem in error.problems}
     else:
         where = set[str]()
-        assert max(bytes_needed(topology, order.credits, order.split).values()) <= cap * (1 + 1e-9)
+        assert max(bytes_needed(topology, order.max_in_flight, order.split).values()) <= cap * (1 + 1e-9)
     assert where <= {"schedule.memory_gb"}
 
 
@@ -220,5 +225,5 @@ def test_any_limit_gives_an_order(text: str, limit: int, splits: bool) -> None:
     """However few microbatches may be in flight, as many are as the stages that are fed ask for."""
     work = work_of(job(text, microbatches=8, batch=64), training=True, splits=splits)
     timed = TimedWork(work, unit_seconds(work))
-    order = schedule(timed, lines_of(work, Rule(splits=splits, limit=limit)).teams)
+    order = schedule(timed, issue_queues_of(work, IssuePolicy(splits=splits, limit=limit)).pp_ranks)
     assert list(range(len(work.actions))) == sorted(order)

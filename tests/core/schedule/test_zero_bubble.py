@@ -54,7 +54,7 @@ def test_in_flight(stages: int) -> None:
     """ZB-H1 has P microbatches in flight on every rank, 1F1B's most; ZB-H2 has 2P - 1."""
     for schedule, most in (("zb-h1", stages), ("zb-h2", 2 * stages - 1)):
         topology = job(f"l gpt pp{stages}", microbatches=4 * stages, batch=4 * stages, schedule=schedule)
-        assert [most] * stages == [order_of(topology).credits[stage] for stage in topology.stages]
+        assert [most] * stages == [order_of(topology).max_in_flight[stage] for stage in topology.stages]
 
 
 def test_what_cannot_be_put_off_is_not_split() -> None:

@@ -1,4 +1,4 @@
-"""Lockstep: crews of like ranks take as long as all ranks by themselves, where they have like peers."""
+"""Lockstep: rank classes of like ranks take as long as all ranks by themselves, where they have like peers."""
 
 import pytest
 from hypothesis import given, settings
@@ -51,18 +51,18 @@ ORDERS = st.sampled_from(["1f1b", "gpipe", "zb-h1", "zb-h2"])
 @settings(max_examples=15, deadline=None)
 @given(st.data(), st.sampled_from(APART), ORDERS)
 def test_the_same_time_apart(data: st.DataObject, text: str, schedule: str) -> None:
-    """Where modules share no ranks and messages take no time, a crew takes as long as its ranks do alone."""
+    """Where modules share no ranks and messages take no time, a runtime takes as long as its ranks do alone."""
     program, costs = priced(data, text, schedule, edge=EdgeCosts())
     expected, found = simulate(program, costs, fold=False), lockstep(program, costs)
     assert expected.step_s == pytest.approx(found.step_s)
-    for ranks, busy_s in zip(found.crews, found.busy_s, strict=True):
+    for ranks, busy_s in zip(found.rank_classes, found.busy_s, strict=True):
         assert [pytest.approx(busy_s)] * len(ranks) == [expected.busy_s[rank] for rank in ranks]
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.data(), st.sampled_from((*APART, *SHARED)), ORDERS)
 def test_never_faster(data: st.DataObject, text: str, schedule: str) -> None:
-    """A crew waits for no less than any of its ranks, and no step is faster than its limit."""
+    """A runtime waits for no less than any of its ranks, and no step is faster than its limit."""
     speed = data.draw(st.sampled_from([float("inf"), 1e9, 1e8]))
     edge = EdgeCosts(latency=data.draw(st.sampled_from([0.0, 0.1])), bytes_per_s=speed)
     program, costs = priced(data, text, schedule, edge=edge)

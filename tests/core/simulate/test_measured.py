@@ -85,7 +85,7 @@ def test_costs_that_follow_from_a_step_are_those_it_was_made_with(schedule):
         assert of_stage.reduce == (0.5 if name == "vision.0" else 0.0)
 
 
-def test_a_mean_is_over_microbatches_and_lanes_and_a_sum_is_that_of_the_last_lane():
+def test_a_mean_is_over_microbatches_and_dp_ranks_and_a_sum_is_that_of_the_last_dp_rank():
     """Who came first has waited in it; an update is shared by the stages of a rank."""
     stage = parse("a.0 F0").stage
     events = [

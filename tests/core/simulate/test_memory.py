@@ -96,8 +96,8 @@ def test_a_message_has_a_buffer_at_both_ends_until_it_is_waited_for():
 
 
 def test_ranks_of_one_class_hold_what_each_has_to_hold():
-    """Where messages take no time, lanes that pad more, or have more rows, keep the time of the others."""
-    rows = (2, 2, 1, 3, 5, 5, 2, 2)  # two samples for each lane
+    """Where messages take no time, dp ranks that pad more, or have more rows, keep the time of the others."""
+    rows = (2, 2, 1, 3, 5, 5, 2, 2)  # two samples for each dp rank
     timeline = timeline_of("a vit dp4 > z; z gpt dp4", {"a": rows}, batch=32, microbatches=4)
     assert [(0, 1, 2, 3), (4, 5, 6, 7)] == list(timeline.classes.members.values())
     found = peak_bytes(timeline)
@@ -111,10 +111,10 @@ def test_ranks_of_one_class_hold_what_each_has_to_hold():
 @given(timed_jobs())
 def test_a_folded_world_holds_what_the_whole_one_does(drawn):
     """At every moment and on every rank; in the end no more than in the beginning."""
-    costs, pace = drawn
-    program = plan_step(pace.step)
-    folded = simulate(program, costs, pace=pace)
-    whole = simulate(program, costs, pace=pace, fold=False)
+    costs, duration_factors = drawn
+    program = plan_step(duration_factors.step)
+    folded = simulate(program, costs, duration_factors=duration_factors)
+    whole = simulate(program, costs, duration_factors=duration_factors, fold=False)
     assert peak_bytes(whole) == peak_bytes(folded)
     for rank in program.topology.ranks:
         found = levels(folded, rank)
@@ -128,7 +128,7 @@ def test_a_split_backward_keeps_inputs_and_gradients_of_products():
     timeline = timeline_of("language gpt pp2", batch=4, microbatches=4, schedule="zb-h1")
     step = timeline.program.routes.step
     for info in timeline.program.topology.modules["language"].stages:
-        positions, samples, _ = step.hop_shape(info.stage, 0, 0)
+        positions, samples, _ = step.hidden_shape(info.stage, 0, 0)
         matrices = [p for p in info.parameters if len(p.shape) == 2 and p.layer != "first"]
         values = positions * samples * sum(sum(p.shape) for p in matrices)
         assert 4 * values == noted_bytes(step, info.stage, 0, 0)

@@ -7,7 +7,7 @@ from mimogrid.core.job.costs import Costs, EdgeCosts
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.rank_classes import classes_of
-from mimogrid.core.simulate.unevenness import Pace
+from mimogrid.core.simulate.unevenness import DurationFactors
 from timed import timed_jobs
 
 
@@ -16,42 +16,45 @@ def sizes(program, costs=None, marks=None):
     return sorted(map(len, classes_of(program, costs or Costs(), marks).members.values()))
 
 
-def test_lanes_that_are_alike_are_one_class():
+def test_dp_ranks_that_are_alike_are_one_class():
     """Whatever they exchange with their neighbours, and however many of them there are."""
     assert [1, 1] == sizes(program_of("a vit > z; z gpt", batch=8))
     assert [8, 8, 8] == sizes(program_of("a vit dp8 > z; z gpt dp8 pp2", batch=64))
-    # Four senders for each language lane: two ranks along tp, two halves of what they get.
+    # Four senders for each language dp rank: two ranks along tp, two halves of what they get.
     assert [4, 16] == sizes(program_of("a vit dp16 > z; z gpt dp2 tp2", batch=64))
 
 
 def test_positions_of_a_fan_in_that_differ_are_classes_of_their_own():
-    """Of three lanes that feed two, the middle one sends to both; every three and two are like these."""
+    """Of three dp ranks that feed two, the middle one sends to both; every three and two are like these."""
     assert [1] * 5 == sizes(program_of("a vit dp3 > z; z gpt dp2", batch=24, microbatches=4))
     assert [7] * 5 == sizes(program_of("a vit dp21 > z; z gpt dp14", batch=168, microbatches=4))
 
 
-def test_lanes_with_other_samples_are_apart():
-    """A lane without rows does not even have the actions."""
+def test_dp_ranks_with_other_samples_are_apart():
+    """A dp rank without rows does not even have the actions."""
     program = program_of("a vit dp4 > z; z gpt dp4", {"a": (2, 0, 2, 2)}, batch=16, microbatches=4)
     assert [1, 1, 3, 3] == sizes(program)
 
 
 def test_sizes_count_where_they_take_time():
-    """Lanes with more rows than others are like them until a message takes longer for it."""
+    """Dp ranks with more rows than others are like them until a message takes longer for it."""
     program = program_of("a vit dp4 > z; z gpt dp4", {"a": (2, 5, 2, 2)}, batch=16, microbatches=4)
     assert [4, 4] == sizes(program)
     assert [1, 1, 3, 3] == sizes(program, Costs(edge=EdgeCosts(bytes_per_s=1e9)))
 
 
-def test_lanes_that_take_longer_than_others_are_apart():
+def test_dp_ranks_that_take_longer_than_others_are_apart():
     """And so are those that they feed."""
     program = program_of("a vit dp4 > z; z gpt dp4", {"a": (2, 5, 2, 2)}, batch=16, microbatches=4)
-    ragged, jitter = Pace(program.routes.step, ragged=True), Pace(program.routes.step, jitter=0.1)
+    ragged, jitter = (
+        DurationFactors(program.routes.step, ragged=True),
+        DurationFactors(program.routes.step, jitter=0.1),
+    )
     assert [1, 1, 3, 3] == sizes(program, marks=ragged.mark)
     assert [1] * 8 == sizes(program, marks=jitter.mark)
 
 
-def test_a_world_of_like_lanes_has_no_more_classes_for_being_larger():
+def test_a_world_of_like_dp_ranks_has_no_more_classes_for_being_larger():
     """That is why its simulation takes no longer."""
     line = "a vit dp{0} > z; b vit dp{1} pp2 > z; z gpt dp{2} pp2 tp2"
     few, many = (sizes(program_of(line.format(4 * n, n, 2 * n), batch=16 * n)) for n in (1, 8))
@@ -63,10 +66,10 @@ def test_a_world_of_like_lanes_has_no_more_classes_for_being_larger():
 @given(timed_jobs())
 def test_a_folded_world_is_timed_like_the_whole_one(drawn):
     """Every event, every message, and the limit: the same numbers, not nearly the same."""
-    costs, pace = drawn
-    program = plan_step(pace.step)
-    folded = simulate(program, costs, pace=pace)
-    whole = simulate(program, costs, pace=pace, fold=False)
+    costs, duration_factors = drawn
+    program = plan_step(duration_factors.step)
+    folded = simulate(program, costs, duration_factors=duration_factors)
+    whole = simulate(program, costs, duration_factors=duration_factors, fold=False)
     assert all(program.of(rank) == program.of(first) for rank, first in folded.classes.leader.items())
     assert whole.events == folded.events
     assert set(whole.flights) == set(folded.flights)

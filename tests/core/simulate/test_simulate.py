@@ -11,7 +11,7 @@ import timed
 from jobs import job, program_of, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
-from mimogrid.core.pricing.unknown_names import misfits
+from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.replay import replay
 from mimogrid.core.schedule.actions import Compute, Kind, Reduce, Send, parse
@@ -177,7 +177,7 @@ def test_the_limit_of_a_chain_is_the_formula(stages, microbatches, latency):
 
 
 def test_gradients_are_summed_and_weights_updated_at_the_end():
-    """Where there is more than one lane, after the last backward of a stage; each rank steps all of its stages.
+    """Where there is more than one dp rank, after the last backward of a stage; each rank steps all of its stages.
 
     Those of one group follow each other, beside what the ranks compute: `c` is summed from 4 to 8, `a` from 8 on,
     though its last backward ends at 6.
@@ -186,8 +186,8 @@ def test_gradients_are_summed_and_weights_updated_at_the_end():
         "a.0": StageCosts(forward=1.0, backward=2.0, reduce=0.5, update=0.25),
         "c.0": StageCosts(forward=1.0, backward=2.0, reduce=4.0, update=0.125),
     }
-    lanes = program_of("a vit dp2 > c; c gpt", batch=2, microbatches=1)
-    timeline = simulate(lanes, Costs(stages=stages))
+    dp_ranks = program_of("a vit dp2 > c; c gpt", batch=2, microbatches=1)
+    timeline = simulate(dp_ranks, Costs(stages=stages))
     assert 6 + 0.5 + 0.25 == timeline.step_s == timeline.limit_s
     assert ["a.0 WAIT_REDUCE0", "NORM", "UPDATE"] == [
         str(event.action) for event in timeline.events_of(0)[-3:]
@@ -205,19 +205,22 @@ def test_the_critical_path_is_what_the_step_waits_for():
         name: StageCosts(forward=seconds) for name, seconds in (("a.0", 1.0), ("b.0", 3.0), ("c.0", 2.0))
     }
     timeline = simulate(program, Costs(stages=stages, edges={"b -> c": EdgeCosts(latency=0.5)}))
-    legs = [(leg.rank, str(leg.action), leg.begin_s, leg.end_s) for leg in timeline.critical_path]
+    segments = [
+        (segment.rank, str(segment.action), segment.begin_s, segment.end_s)
+        for segment in timeline.critical_path
+    ]
     forth, back = "b.0 SEND_F0 -> c.0", "c.0 SEND_B0 -> b.0"
     assert [
         (1, "b.0 F0", 0.0, 3.0),
         (1, forth, 3.0, 3.5),
         (2, "c.0 F0", 3.5, 5.5),
         (2, back, 5.5, 6.0),
-    ] == legs
+    ] == segments
     assert {"b.0": 3.0, "c.0": 2.0, "b -> c": 1.0} == shares(timeline)
 
 
 def test_bandwidth_is_bytes_over_time_and_a_channel_carries_one_message_after_the_other():
-    """Two lanes of one value each: 2 rows of 8 values of 4 bytes take 64 bytes."""
+    """Two dp ranks of one value each: 2 rows of 8 values of 4 bytes take 64 bytes."""
     program = program_of("vision vit > language; language gpt", batch=2, microbatches=1)
     costs = Costs(
         stages={"vision.0": StageCosts(forward=1.0), "language.0": StageCosts(forward=1.0)},
@@ -323,7 +326,7 @@ def test_costs_of_what_the_job_does_not_have_are_misfits():
             "a -> b": EdgeCosts(),
         },
     )
-    places = [(problem.where, problem.remedy) for problem in misfits(costs, topology)]
+    places = [(problem.where, problem.remedy) for problem in unknown_names(costs, topology)]
     assert ('stages."visio.0"', "Did you mean 'vision.0'?") == places[0]
     assert ['stages."visio.0"', 'edges."a -> b"'] == [where for where, _ in places]
 
@@ -375,9 +378,9 @@ def test_no_step_beats_the_limit(drawn):
 @settings(max_examples=60)
 @given(timed.timed_jobs())
 def test_no_uneven_step_beats_the_limit(drawn):
-    """With chunks, experts, context and sequence parallelism, ragged lanes and jitter, either."""
-    costs, pace = drawn
-    timeline = simulate(plan_step(pace.step), costs, pace=pace)
+    """With chunks, experts, context and sequence parallelism, ragged dp ranks and jitter, either."""
+    costs, duration_factors = drawn
+    timeline = simulate(plan_step(duration_factors.step), costs, duration_factors=duration_factors)
     assert timeline.ratio_to_limit >= 1 - 1e-9
 
 
@@ -387,17 +390,17 @@ def test_the_critical_path_fills_the_step(drawn):
     """One leg begins when the one before it ends, and each is an action of its rank, or what it has posted."""
     program, costs = drawn
     timeline = simulate(program, costs)
-    legs = timeline.critical_path
-    ends = [0.0, *(leg.end_s for leg in legs)]
-    assert [leg.begin_s for leg in legs] == ends[:-1]
+    segments = timeline.critical_path
+    ends = [0.0, *(segment.end_s for segment in segments)]
+    assert [segment.begin_s for segment in segments] == ends[:-1]
     assert timeline.step_s == ends[-1]
     begins = {(event.rank, event.action): event.begin_s for event in timeline.events}
-    for leg in legs:
-        posted = isinstance(leg.action, Send | Reduce)
+    for segment in segments:
+        posted = isinstance(segment.action, Send | Reduce)
         assert (
-            begins[leg.rank, leg.action] <= leg.begin_s
+            begins[segment.rank, segment.action] <= segment.begin_s
             if posted
-            else begins[leg.rank, leg.action] == leg.begin_s
+            else begins[segment.rank, segment.action] == segment.begin_s
         )
 
 

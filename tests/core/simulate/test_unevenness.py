@@ -12,83 +12,97 @@ from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute, Kind, parse
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.breakdown import ALL_CAUSES, JITTER, RAGGED, idle_s, idle_s_by_rank
-from mimogrid.core.simulate.unevenness import Pace
+from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.core.topology.topology import Stage
 from timed import timed_jobs
 
 
-def factors(pace, stage="vision.0", kind=Kind.FORWARD):
-    """The factors of a stage by lane and microbatch."""
-    module = pace.step.topology.modules[stage.split(".")[0]]
+def factors(duration_factors, stage="vision.0", kind=Kind.FORWARD):
+    """The factors of a stage by dp rank and microbatch."""
+    module = duration_factors.step.topology.modules[stage.split(".")[0]]
     return [
-        [pace.factor(Compute(kind, Stage(module.name, 0), k), lane) for k in range(module.microbatches)]
-        for lane in range(module.lanes)
+        [
+            duration_factors.factor(Compute(kind, Stage(module.name, 0), k), dp_rank)
+            for k in range(module.microbatches)
+        ]
+        for dp_rank in range(module.dp_size)
     ]
 
 
-def test_ragged_lanes_take_as_long_as_what_they_compute():
+def test_ragged_dp_ranks_take_as_long_as_what_they_compute():
     """One sample each, of 1, 5, 2 and 4 rows: their mean is 3."""
     step = step_with(job("vision vit dp2 > z; z gpt", batch=4, microbatches=2), {"vision": (1, 5, 2, 4)})
-    assert [[1 / 3, 2 / 3], [5 / 3, 4 / 3]] == factors(Pace(step, ragged=True))
-    assert {1.0} == {factor for lane in factors(Pace(step, ragged=True), "z.0") for factor in lane}
+    assert [[1 / 3, 2 / 3], [5 / 3, 4 / 3]] == factors(DurationFactors(step, ragged=True))
+    assert {1.0} == {
+        factor for dp_rank in factors(DurationFactors(step, ragged=True), "z.0") for factor in dp_rank
+    }
 
 
 def test_shares_of_uneven_numbers_of_samples_are_ragged():
-    """Of three samples the second lane has two."""
+    """Of three samples the second dp rank has two."""
     step = step_with(job("vision vit > z; z gpt dp2", batch=3, microbatches=1))
-    assert [[2 / 3], [4 / 3]] == factors(Pace(step, ragged=True), "z.0")
+    assert [[2 / 3], [4 / 3]] == factors(DurationFactors(step, ragged=True), "z.0")
 
 
 def test_padding_is_computed_too():
-    """A lane with samples of 1 and 5 rows computes 2 x 5 positions; one without rows counts for nothing."""
+    """A dp rank with samples of 1 and 5 rows computes 2 x 5 positions; one without rows counts for nothing."""
     topology = job("vision vit > z; z gpt", batch=6, microbatches=3)
     step = step_with(topology, {"vision": (1, 5, 0, 0, 2, 1)})
-    assert [[10 / 7, 0.0, 4 / 7]] == factors(Pace(step, ragged=True))
+    assert [[10 / 7, 0.0, 4 / 7]] == factors(DurationFactors(step, ragged=True))
 
 
-def test_lanes_that_start_together_take_as_long_as_the_slowest():
-    """Experts are spread over both lanes."""
+def test_dp_ranks_that_start_together_take_as_long_as_the_slowest():
+    """Experts are spread over both dp ranks."""
     topology = job("vision vit dp2 ep2 x2 > z; z gpt", batch=2, microbatches=1)
     step = step_with(topology, {"vision": (1, 3)})
-    assert [[1.5], [1.5]] == factors(Pace(step, ragged=True))
+    assert [[1.5], [1.5]] == factors(DurationFactors(step, ragged=True))
 
 
 def test_jitter_is_log_normal_with_mean_one():
     """A thousand draws; the same seed gives the same ones, each action has its own."""
     step = step_with(job("vision vit dp4 > z; z gpt", batch=1000, microbatches=250))
-    drawn = [factor for lane in factors(Pace(step, jitter=0.3)) for factor in lane]
+    drawn = [factor for dp_rank in factors(DurationFactors(step, jitter=0.3)) for factor in dp_rank]
     assert 1.0 == pytest.approx(statistics.mean(drawn), abs=0.05)
     assert 0.3 == pytest.approx(statistics.stdev(map(math.log, drawn)), abs=0.03)
     assert len(drawn) == len(set(drawn))
-    assert drawn == [factor for lane in factors(Pace(step, jitter=0.3)) for factor in lane]
-    for pace, kind in (
-        (Pace(step, jitter=0.3, seed=1), Kind.FORWARD),
-        (Pace(step, jitter=0.3), Kind.BACKWARD),
+    assert drawn == [factor for dp_rank in factors(DurationFactors(step, jitter=0.3)) for factor in dp_rank]
+    for duration_factors, kind in (
+        (DurationFactors(step, jitter=0.3, seed=1), Kind.FORWARD),
+        (DurationFactors(step, jitter=0.3), Kind.BACKWARD),
     ):
-        assert set(drawn).isdisjoint(factor for lane in factors(pace, kind=kind) for factor in lane)
+        assert set(drawn).isdisjoint(
+            factor for dp_rank in factors(duration_factors, kind=kind) for factor in dp_rank
+        )
 
 
 def test_a_compute_action_takes_its_factor_longer():
     """Joint actions of a tp group take as long on both ranks."""
     program = program_of("vision vit tp2 > z; z gpt", batch=1, microbatches=1)
-    costs, pace = Costs(stages={"vision.0": StageCosts(forward=2.0)}), Pace(program.routes.step, jitter=0.5)
+    costs, duration_factors = (
+        Costs(stages={"vision.0": StageCosts(forward=2.0)}),
+        DurationFactors(program.routes.step, jitter=0.5),
+    )
     action = parse("vision.0 F0")
     for rank in (0, 1):
-        (event,) = [e for e in simulate(program, costs, pace=pace).events_of(rank) if e.action == action]
-        assert 2.0 * pace.factor(action, 0) == event.end_s - event.begin_s
+        (event,) = [
+            e
+            for e in simulate(program, costs, duration_factors=duration_factors).events_of(rank)
+            if e.action == action
+        ]
+        assert 2.0 * duration_factors.factor(action, 0) == event.end_s - event.begin_s
 
 
 def test_what_the_data_costs_is_told_apart_from_what_the_pipeline_costs():
-    """Two encoder lanes of 1 and 3 rows instead of 2 each: the step takes half a forward longer."""
+    """Two encoder dp ranks of 1 and 3 rows instead of 2 each: the step takes half a forward longer."""
     program = program_of("a vit dp2 > z; z gpt", {"a": (1, 3)}, batch=2, microbatches=1)
     costs = Costs(stages={"a.0": StageCosts(forward=2.0), "z.0": StageCosts(forward=1.0)})
-    pace = Pace(program.routes.step, ragged=True)
-    timeline = simulate(program, costs, pace=pace)
-    found = idle_s(timeline, idle_s_by_rank(timeline, costs, pace))
+    duration_factors = DurationFactors(program.routes.step, ragged=True)
+    timeline = simulate(program, costs, duration_factors=duration_factors)
+    found = idle_s(timeline, idle_s_by_rank(timeline, costs, duration_factors))
     assert 4.0 == timeline.step_s
     even = simulate(program, costs)
     assert sum(even.idle_s.values()) == sum(found[cause] for cause in even.idle_s)
-    # The first lane idles 2 s more, the second as long as before, and the language model 1 s more.
+    # The first dp rank idles 2 s more, the second as long as before, and the language model 1 s more.
     assert (3.0, 0.0) == (found[RAGGED], found[JITTER])
 
 
@@ -96,13 +110,13 @@ def test_what_the_data_costs_is_told_apart_from_what_the_pipeline_costs():
 @given(timed_jobs())
 def test_causes_add_up_to_all_idling(drawn):
     """Rank by rank, and over all ranks; what is not uneven has no loss to it."""
-    costs, pace = drawn
-    timeline = simulate(plan_step(pace.step), costs, pace=pace)
-    by_rank = idle_s_by_rank(timeline, costs, pace)
+    costs, duration_factors = drawn
+    timeline = simulate(plan_step(duration_factors.step), costs, duration_factors=duration_factors)
+    by_rank = idle_s_by_rank(timeline, costs, duration_factors)
     for rank, causes in by_rank.items():
         assert set(ALL_CAUSES) == set(causes)
         assert timeline.step_s == pytest.approx(timeline.busy_s[rank] + sum(causes.values()))
     total = idle_s(timeline, by_rank)
     assert sum(total.values()) == pytest.approx(sum(timeline.idle_s.values()), rel=1e-6, abs=1e-6)
-    assert pace.jitter or total[JITTER] == 0.0
-    assert pace.ragged or total[RAGGED] == 0.0
+    assert duration_factors.jitter or total[JITTER] == 0.0
+    assert duration_factors.ragged or total[RAGGED] == 0.0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cases import CASES
 from jobs import job, step_with
 from mimogrid.core.base.samples import share
-from mimogrid.core.step.routes import Routes, lane_parts
+from mimogrid.core.step.routes import Routes, dp_rank_parts
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Link, Module, Stage
 
@@ -33,18 +33,18 @@ ROWS = st.lists(st.sampled_from((0, 0, 1, 2, 7)), min_size=SAMPLES, max_size=SAM
 
 
 def owners(step: Step, module: Module, stage: Stage, rows: list[int]) -> list[tuple[int, int]]:
-    """Return (microbatch, rank) of every row at one end of a seam, by plain counting."""
-    lanes: dict[tuple[int, int], int] = collections.defaultdict(int)
+    """Return (microbatch, rank) of every row at one end of a bridge, by plain counting."""
+    dp_ranks: dict[tuple[int, int], int] = collections.defaultdict(int)
     size = len(step.samples) // module.microbatches
     for sample, count in enumerate(rows):
         microbatch, place = divmod(sample, size)
-        lane = next(i for i in range(module.lanes) if place in share(i, module.lanes, size))
-        lanes[microbatch, lane] += count
+        dp_rank = next(i for i in range(module.dp_size) if place in share(i, module.dp_size, size))
+        dp_ranks[microbatch, dp_rank] += count
     return [
-        (microbatch, module.holders(stage, lane)[part])
-        for (microbatch, lane), count in lanes.items()
-        for part in range(len(module.holders(stage, lane)))
-        for _ in share(part, len(module.holders(stage, lane)), count)
+        (microbatch, module.tp_cp_ranks(stage, dp_rank)[part])
+        for (microbatch, dp_rank), count in dp_ranks.items()
+        for part in range(len(module.tp_cp_ranks(stage, dp_rank)))
+        for _ in share(part, len(module.tp_cp_ranks(stage, dp_rank)), count)
     ]
 
 
@@ -54,14 +54,14 @@ def test_every_row_goes_once_from_owner_to_owner(source: str, target: str, rows:
     """The pieces of all messages are what counting row by row gives: nothing lost, doubled or misled."""
     topology = job(f"v vit {source} > l; l gpt {target}", batch=SAMPLES)
     step = step_with(topology, {"v": rows})
-    (seam,) = (link for link in topology.links if link.edge)
-    given_by = owners(step, topology.modules["v"], seam.source, rows)
-    wanted_by = owners(step, topology.modules["l"], seam.target, rows)
+    (bridge,) = (link for link in topology.links if link.edge)
+    given_by = owners(step, topology.modules["v"], bridge.source, rows)
+    wanted_by = owners(step, topology.modules["l"], bridge.target, rows)
     expected = [(k, source, j, target) for (j, source), (k, target) in zip(given_by, wanted_by, strict=True)]
     routes = Routes(step)
     moved: dict[int, tuple[int, int, int, int]] = {}
     for k in range(topology.modules["l"].microbatches):
-        for message in routes.messages(seam, k):
+        for message in routes.messages(bridge, k):
             for piece in message.pieces:
                 for row in range(piece.start, piece.stop):
                     assert row not in moved
@@ -75,12 +75,12 @@ def test_parts_are_covered(source: str, target: str, rows: list[int]) -> None:
     """What reaches a rank, sorted, is the part of the rows that it shall hold, and each message is in order."""
     topology = job(f"v vit {source} > l; l gpt {target}", batch=SAMPLES)
     step = step_with(topology, {"v": rows})
-    (seam,) = (link for link in topology.links if link.edge)
+    (bridge,) = (link for link in topology.links if link.edge)
     routes, module = Routes(step), topology.modules["l"]
     for k in range(module.microbatches):
-        for lane in range(module.lanes):
-            for part in lane_parts(step, module, seam, k, lane):
-                messages = routes.sent_to(part.rank, seam, k)
+        for dp_rank in range(module.dp_size):
+            for part in dp_rank_parts(step, module, bridge, k, dp_rank):
+                messages = routes.sent_to(part.rank, bridge, k)
                 pieces = [(p.start, p.stop) for message in messages for p in message.pieces]
                 assert list(range(part.start, part.stop)) == [
                     row for start, stop in sorted(pieces) for row in range(start, stop)
@@ -113,24 +113,28 @@ def test_both_ends_see_the_same_messages(source: str, target: str, rows: list[in
 
 def ranks_of(module: Module, stage: Stage) -> list[int]:
     """Return the ranks of a stage."""
-    return [rank for lane in range(module.lanes) for rank in module.holders(stage, lane)]
+    return [rank for dp_rank in range(module.dp_size) for rank in module.tp_cp_ranks(stage, dp_rank)]
 
 
 @settings(max_examples=30)
 @given(grids(), ROWS)
 def test_hops_are_one_message_per_holder(grid: str, rows: list[int]) -> None:
-    """Between two stages of a module each rank hands on to the one at its position, where its lane has rows."""
+    """Between two stages of a module each rank hands on to the one at its position, where its dp rank has rows."""
     topology = job(f"v vit {grid.replace('pp1', 'pp2')} > l; l gpt", batch=SAMPLES)
     step = step_with(topology, {"v": rows})
-    module, hop = topology.modules["v"], topology.links[0]
+    module, pipeline_link = topology.modules["v"], topology.links[0]
     for k in range(module.microbatches):
         expected = [
             ends
-            for lane in range(module.lanes)
-            if step.has_rows("v", lane, k)
-            for ends in zip(module.holders(hop.source, lane), module.holders(hop.target, lane), strict=True)
+            for dp_rank in range(module.dp_size)
+            if step.has_rows("v", dp_rank, k)
+            for ends in zip(
+                module.tp_cp_ranks(pipeline_link.source, dp_rank),
+                module.tp_cp_ranks(pipeline_link.target, dp_rank),
+                strict=True,
+            )
         ]
-        assert expected == [(m.rank_source, m.rank_target) for m in Routes(step).messages(hop, k)]
+        assert expected == [(m.rank_source, m.rank_target) for m in Routes(step).messages(pipeline_link, k)]
 
 
 LANES = {
@@ -150,14 +154,14 @@ LANES = {
 
 @pytest.mark.parametrize("case", LANES)
 def test_fan_in_and_fan_out(case: str) -> None:
-    """Data lanes meet as their samples do: k to one, one to k, or across where neither divides the other."""
+    """Data dp ranks meet as their samples do: k to one, one to k, or across where neither divides the other."""
     topology = job(CASES[case], batch=24)
     routes = Routes(step_with(topology))
-    (seam,) = (link for link in topology.links if link.edge)
-    source, target = topology.modules[seam.source.module], topology.modules[seam.target.module]
+    (bridge,) = (link for link in topology.links if link.edge)
+    source, target = topology.modules[bridge.source.module], topology.modules[bridge.target.module]
     met: dict[int, set[int]] = collections.defaultdict(set)
-    for message in routes.messages(seam, 0):
-        met[source.lane_of(message.rank_source)].add(target.lane_of(message.rank_target))
+    for message in routes.messages(bridge, 0):
+        met[source.dp_rank_of(message.rank_source)].add(target.dp_rank_of(message.rank_target))
     assert LANES[case] == dict(met)
 
 
@@ -171,13 +175,16 @@ BOUNDARIES = {
 
 @pytest.mark.parametrize("grid", BOUNDARIES)
 def test_boundary_stages(grid: str) -> None:
-    """A source sends from its last stage and a target receives at its first, lane by lane."""
+    """A source sends from its last stage and a target receives at its first, dp rank by dp rank."""
     order = "order=tp,cp,pp,dp"
     topology = job(f"v vit {grid} {order} @0 > l; l gpt {grid} {order} @0", batch=16)
-    (seam,) = (link for link in topology.links if link.edge)
+    (bridge,) = (link for link in topology.links if link.edge)
     last, first = (
-        [list(topology.modules[name].holders(stage, lane)) for lane in range(topology.modules[name].lanes)]
-        for name, stage in (("v", seam.source), ("l", seam.target))
+        [
+            list(topology.modules[name].tp_cp_ranks(stage, dp_rank))
+            for dp_rank in range(topology.modules[name].dp_size)
+        ]
+        for name, stage in (("v", bridge.source), ("l", bridge.target))
     )
     assert BOUNDARIES[grid] == (last, first)
 
@@ -186,23 +193,23 @@ def test_ranks_carry_equal_shares() -> None:
     """Eight rows between four and two ranks: four messages of two rows, and each rank's in order."""
     topology = job("v vit tp4 > l; l gpt tp2", batch=4)
     routes = Routes(step_with(topology, {"v": (8,)}))
-    (seam,) = topology.links
+    (bridge,) = topology.links
     assert [(0, 4, 2), (1, 4, 2), (2, 5, 2), (3, 5, 2)] == [
-        (m.rank_source, m.rank_target, m.rows) for m in routes.messages(seam, 0)
+        (m.rank_source, m.rank_target, m.rows) for m in routes.messages(bridge, 0)
     ]
 
 
 def test_a_rank_makes_its_own_messages_only() -> None:
-    """To ask for one rank of a wide world makes the messages of its lanes, not those of all."""
+    """To ask for one rank of a wide world makes the messages of its dp ranks, not those of all."""
     topology = job("v vit dp50 > l; l gpt dp50", batch=200)
     routes = Routes(step_with(topology))
-    (seam,) = topology.links
-    assert (57,) == tuple(m.rank_target for m in routes.sent_by(7, seam, 0))
-    assert [(seam, 0, 7)] == made(routes)
+    (bridge,) = topology.links
+    assert (57,) == tuple(m.rank_target for m in routes.sent_by(7, bridge, 0))
+    assert [(bridge, 0, 7)] == made(routes)
 
 
 def made(routes: Routes) -> list[tuple[Link, int, int]]:
-    """Return which lanes' messages exist by now."""
+    """Return which dp ranks' messages exist by now."""
     return list(routes._reaching)
 
 
@@ -224,8 +231,10 @@ def test_what_is_known_of_like_microbatches_holds(source: str, target: str, rows
         module = topology.modules[link.target.module]
         for k in range(module.microbatches):
             assert unlike.messages(link, k) == alike.messages(link, k)
-            for lane in range(module.lanes):
-                assert unlike.step.hop_shape(link.target, lane, k) == step.hop_shape(link.target, lane, k)
+            for dp_rank in range(module.dp_size):
+                assert unlike.step.hidden_shape(link.target, dp_rank, k) == step.hidden_shape(
+                    link.target, dp_rank, k
+                )
     for name, module in topology.modules.items():
-        for lane in range(module.lanes):
-            assert unlike.step.active(name, lane) == step.active(name, lane)
+        for dp_rank in range(module.dp_size):
+            assert unlike.step.active(name, dp_rank) == step.active(name, dp_rank)

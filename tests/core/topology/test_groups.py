@@ -70,7 +70,7 @@ def test_all_ranks_connect_in_one_order(case: str, has_tags: bool) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_group_that_is_needed_exists(case: str) -> None:
-    """Who shares a shard, a lane, a gradient or a tied weight has a group, and all ranks of the job have one."""
+    """Who shares a shard, a dp rank, a gradient or a tied weight has a group, and all ranks of the job have one."""
     topology = job(CASES[case], batch=48)
     first, *slots = groups_of(topology)
     assert () == first
@@ -108,15 +108,15 @@ def test_every_message_has_a_channel(case: str, rows: list[int]) -> None:
     assert used <= set(channels)
 
 
-def test_channels_of_lanes_that_do_not_divide() -> None:
-    """Three lanes against two: the middle one talks to both, the outer ones to one each."""
+def test_channels_of_dp_ranks_that_do_not_divide() -> None:
+    """Three dp ranks against two: the middle one talks to both, the outer ones to one each."""
     topology = job(CASES["dp3 dp2"], batch=24)
     forward = {(a, b) for a, b in channels_of(topology) if a < b}
     assert {(0, 3), (1, 3), (1, 4), (2, 4)} == forward
 
 
 def test_channels_of_uneven_counts() -> None:
-    """With microbatches of their own, lanes meet wherever they ever share a sample."""
+    """With microbatches of their own, dp ranks meet wherever they ever share a sample."""
     topology = job("vision vit dp2 m8 > language; language gpt dp2 m4", batch=24)
     slow = {
         (source, target)

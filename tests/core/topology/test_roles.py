@@ -26,7 +26,7 @@ def line(topology: Topology, rank: int) -> str:
 
 
 def test_non_colocated() -> None:
-    """Two data lanes of an encoder in front of a language model of two stages, each on tp ranks of its own."""
+    """Two dp ranks of an encoder in front of a language model of two stages, each on tp ranks of its own."""
     assert [
         "vision.0FL",
         "vision.0FL tp1",
@@ -47,7 +47,7 @@ def test_two_encoders_on_the_same_ranks() -> None:
 
 
 def test_partial_overlap() -> None:
-    """Rank 1 has an encoder lane and the first stage of the language model; nothing is skipped."""
+    """Rank 1 has an encoder dp rank and the first stage of the language model; nothing is skipped."""
     assert ["vision.0FL", "vision.0FL dp1 language.0F", "language.1L"] == table(CASES["partial overlap"])
 
 
@@ -70,7 +70,7 @@ def test_colocated() -> None:
 
 
 def test_both_orders_of_axes() -> None:
-    """With pp before dp the second stage of lane 0 follows its first; with pp last it comes behind all lanes."""
+    """With pp before dp the second stage of dp rank 0 follows its first; with pp last it comes behind all dp ranks."""
     before, last = table(CASES["pp before dp"]), table(CASES["pp last"])
     assert ["vision.0F", "vision.0F tp1", "vision.1L", "vision.1L tp1"] == before[:4]
     assert ["vision.0F dp1", "vision.0F tp1 dp1", "vision.1L dp1", "vision.1L tp1 dp1"] == before[4:8]

@@ -1,4 +1,4 @@
-"""Shards: the parts of lanes are all of every parameter, once; blocks of a tensor are what they cut."""
+"""Shards: the parts of shards are all of every parameter, once; blocks of a tensor are what they cut."""
 
 import itertools
 import math
@@ -31,24 +31,24 @@ sizes = st.lists(st.integers(1, 300), max_size=8).map(lambda found: {f"p{i}": n 
 
 
 @given(sizes, st.integers(1, 5))
-def test_parts_of_lanes_are_every_value_once(sizes: dict[str, int], lanes: int) -> None:
-    """In order of lanes, the parts of a parameter follow each other from its first value to its last."""
-    bucket = bucket_of(Section.COMMON, sizes, lanes=lanes)
+def test_parts_of_shards_are_every_value_once(sizes: dict[str, int], shards: int) -> None:
+    """In order of shards, the parts of a parameter follow each other from its first value to its last."""
+    bucket = bucket_of(Section.COMMON, sizes, shards=shards)
     ends = dict.fromkeys(sizes, 0)
-    for lane in range(lanes):
-        for part in bucket.parts(lane):
+    for shard in range(shards):
+        for part in bucket.parts(shard):
             assert ends[part.name] == part.start
             ends[part.name] = part.stop
     assert sizes == ends
 
 
 @given(sizes, st.integers(1, 5))
-def test_lanes_have_equal_parts_and_cut_where_vectors_end(sizes: dict[str, int], lanes: int) -> None:
+def test_shards_have_equal_parts_and_cut_where_vectors_end(sizes: dict[str, int], shards: int) -> None:
     """Every cut is a multiple of the alignment from where the parameter begins."""
-    bucket = bucket_of(Section.COMMON, sizes, lanes=lanes)
-    assert {bucket.size / lanes} == {len(bucket.lane(lane)) for lane in range(lanes)}
-    for lane in range(lanes):
-        assert all(part.start % ALIGNMENT == 0 for part in bucket.parts(lane))
+    bucket = bucket_of(Section.COMMON, sizes, shards=shards)
+    assert {bucket.size / shards} == {len(bucket.shard(shard)) for shard in range(shards)}
+    for shard in range(shards):
+        assert all(part.start % ALIGNMENT == 0 for part in bucket.parts(shard))
 
 
 @st.composite
@@ -87,8 +87,8 @@ def _with(topology: Topology, **changes: object) -> Topology:
 
 
 @pytest.mark.parametrize("text", CASES.values(), ids=CASES)
-def test_lanes_that_share_keep_what_one_that_does_not_keeps_alone(text: str) -> None:
-    """Over the lanes of a bucket the bytes of the shared states add up to those that every lane kept."""
+def test_shards_that_share_keep_what_one_that_does_not_keeps_alone(text: str) -> None:
+    """Over the shards of a bucket the bytes of the shared states add up to those that every shard kept."""
     topology = job(text, batch=48)
     whole, shared = _with(topology), _with(topology, sharded=True)
     for module in topology.modules.values():

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mimogrid.core.job.spec import LossScaleSpec, OptimizerSpec, SkipSpec, TrainSpec
-from mimogrid.core.update.decision import Watch, decide, is_passed_over
+from mimogrid.core.update.decision import SkipState, decide, is_passed_over
 from mimogrid.core.update.reductions import exact_terms, sum_of_terms
 
 
@@ -38,23 +38,23 @@ RULE = OptimizerSpec(loss_scale=LossScaleSpec(initial=16.0, interval=3, minimum=
 @given(st.lists(st.booleans(), max_size=30))
 def test_a_scale_falls_with_overflows_and_rises_with_good_steps(history: list[bool]) -> None:
     """It is halved at every overflow down to a floor, doubled after so many good steps in a row."""
-    watch, expected, good = Watch.first(RULE, "fp16"), 16.0, 0
+    skip_state, expected, good = SkipState.first(RULE, "fp16"), 16.0, 0
     for finite in history:
-        watch, skipped = decide(watch, RULE, loss=1.0, norm=1.0, finite=finite, half=True)
+        skip_state, skipped = decide(skip_state, RULE, loss=1.0, norm=1.0, finite=finite, half=True)
         assert finite == (not skipped)
         good = good + 1 if finite else 0
         if not finite:
             expected = max(expected / 2, 4.0)
         elif good == 3:
             expected, good = expected * 2, 0
-        assert (expected, good) == (watch.scale, watch.good)
+        assert (expected, good) == (skip_state.scale, skip_state.good)
 
 
 @given(st.booleans(), st.sampled_from([(math.nan, 1.0), (1.0, math.inf), (math.inf, 1.0)]))
 def test_a_loss_or_norm_that_is_not_finite_is_not_taken(half: bool, wrong: tuple[float, float]) -> None:
     """Whatever the precision; a scale falls only where there is one."""
-    watch = Watch(scale=8.0)
-    after, skipped = decide(watch, RULE, loss=wrong[0], norm=wrong[1], finite=True, half=half)
+    skip_state = SkipState(scale=8.0)
+    after, skipped = decide(skip_state, RULE, loss=wrong[0], norm=wrong[1], finite=True, half=half)
     assert "a loss or gradient was not finite" == skipped
     assert after.scale == (4.0 if half else 8.0)
 
@@ -62,20 +62,20 @@ def test_a_loss_or_norm_that_is_not_finite_is_not_taken(half: bool, wrong: tuple
 def test_spikes_are_told_from_the_recent_median() -> None:
     """Not before the window is full, and a lasting change of level passes after half a window."""
     rule = OptimizerSpec(skip_above=SkipSpec(norm=3.0, window=4))
-    watch, found = Watch(), []
+    skip_state, found = SkipState(), []
     for norm in (9.0, 1.0, 1.0, 1.0, 3.5, 1.0, 9.0, 9.0, 9.0, 9.0):
-        watch, skipped = decide(watch, rule, loss=1.0, norm=norm, finite=True, half=False)
+        skip_state, skipped = decide(skip_state, rule, loss=1.0, norm=norm, finite=True, half=False)
         found.append(not skipped)
     assert [True, True, True, True, False, True, False, False, True, True] == found
-    assert (9.0,) * 4 == watch.norms
-    assert () == watch.losses
+    assert (9.0,) * 4 == skip_state.norms
+    assert () == skip_state.losses
 
 
 def test_a_loss_far_above_its_median_is_told_too() -> None:
     """The reason names the loss and both numbers."""
     rule = OptimizerSpec(skip_above=SkipSpec(loss=2.0, window=1))
-    watch, _ = decide(Watch(), rule, loss=1.5, norm=1.0, finite=True, half=False)
-    _, skipped = decide(watch, rule, loss=3.25, norm=1.0, finite=True, half=False)
+    skip_state, _ = decide(SkipState(), rule, loss=1.5, norm=1.0, finite=True, half=False)
+    _, skipped = decide(skip_state, rule, loss=3.25, norm=1.0, finite=True, half=False)
     assert "the loss 3.25 is above 2 times its recent median 1.5" == skipped
 
 

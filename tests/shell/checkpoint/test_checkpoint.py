@@ -96,7 +96,7 @@ def test_in_fp32_another_layout_goes_on_with_the_same_samples(run: Run, tmp_path
 
 
 def test_chunks_go_on_with_what_stages_saved(run: Run, tmp_path: Path) -> None:
-    """Stages that are cut into interleaved chunks, under fewer and more data lanes, load what whole ones saved."""
+    """Stages that are cut into interleaved chunks, under fewer and more dp ranks, load what whole ones saved."""
     deep = ["precision=fp64", "modules.language.options.layers=4"]
     expected = run(tmp_path / "whole", *deep)["losses"]
     run(tmp_path / "other", *deep, "train.steps=4")

@@ -101,8 +101,8 @@ def test_a_wrong_command_exits_with_2(capsys, arguments):
 def test_check_counts_what_crosses_the_edges(job, capsys):
     """8 samples of 4 rows, 32 values of 4 bytes each, forward and backward; every row crosses once.
 
-    Each of the two lanes of vision has one sample per microbatch. Its rows go to the two tp ranks of the one
-    lane of language, which hold half of the microbatch each: one message per lane and microbatch. Leaders
+    Each of the two dp ranks of vision has one sample per microbatch. Its rows go to the two tp ranks of the one
+    dp rank of language, which hold half of the microbatch each: one message per dp rank and microbatch. Leaders
     would hand the rows on to both tp ranks forward, and to one rank backward.
     """
     one_way = 8 * 4 * 32 * 4

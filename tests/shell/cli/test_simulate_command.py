@@ -128,7 +128,7 @@ def test_simulate_says_what_a_program_wants_to_know(job, capsys):
     assert sum(found["idle"].values()) == pytest.approx(found["bubble"] * 3 * found["step_time"])
     assert {"0", "1", "2"} == set(found["peak_bytes"]) == set(found["busy"]) == set(found["idle_by_rank"])
     assert found["peak_bytes"] == {rank: peak["bytes"] for rank, peak in found["peaks"].items()}
-    assert found["step_time"] == sum(leg["end"] - leg["begin"] for leg in found["critical_path"])
+    assert found["step_time"] == sum(segment["end"] - segment["begin"] for segment in found["critical_path"])
     assert found["step_time"] == sum(found["critical_path_shares"].values())
     assert [[0], [1], [2]] == found["classes"]
     assert 8 / found["step_time"] == found["samples_per_s"]

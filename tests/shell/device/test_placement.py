@@ -18,7 +18,7 @@ from pretended import CUDA, OnCuda, Pretending, pretending
 Opened = Callable[[JobSpec], Job]
 CUT = GridSpec(tp=2, offset=0, sequence_parallel=True)
 JOBS: dict[str, JobSpec] = {
-    "update shared by lanes, tied": job(
+    "update shared by dp ranks, tied": job(
         "enc(1,1,1)@0 lm(1,2,2)@0",
         precision="bf16",
         optimizer=OptimizerSpec(sharded=True),

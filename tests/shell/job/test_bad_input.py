@@ -87,11 +87,11 @@ CASES = {
         "modules.language.split",
         ["split = [1, 2] is not 4 layers over pp=2 stages", "2 positive numbers whose sum is 4"],
     ),
-    "fewer samples than data lanes": (
+    "fewer samples than dp ranks": (
         ["modules.vision.grid.dp=3"],
         "modules.vision.grid.dp",
         [
-            "a microbatch of module 'vision' has 2 samples (8 / 4) for dp=3 data lanes",
+            "a microbatch of module 'vision' has 2 samples (8 / 4) for dp=3 dp ranks",
             "Use dp <= 2, at most 2 microbatches, or batch.global_size >= 12",
         ],
     ),

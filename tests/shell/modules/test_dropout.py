@@ -94,7 +94,7 @@ def test_sequence_parallel_ranks_mask_their_positions_apart(told: Telling) -> No
     ],
 )
 def test_all_others_draw_apart(told: Telling, grids: str, axes: Mapping[str, Any]) -> None:
-    """Lanes, parts of a sequence, stages, modules, microbatches and steps."""
+    """Dp ranks, parts of a sequence, stages, modules, microbatches and steps."""
     ranks = told(spec_of(grids, **axes), 0, 1)
     for rank in ranks:
         assert len(rank.draws) == len({draw.state for draw in rank.draws}) > 0

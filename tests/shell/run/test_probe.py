@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import jobs
-from mimogrid.core.pricing.unknown_names import misfits
+from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.schedule.actions import Compute, Norm, Recv, Send, Tie, Update, Wait, WaitReduce, other_end
 from mimogrid.shell.cli import start
 from mimogrid.shell.cli.main import main
@@ -71,7 +71,7 @@ def probed(pool):
 
 @pytest.fixture
 def real(tmp_path):
-    """The path of a job with tensor and data lanes, and a frozen module beside them."""
+    """The path of a job with tensor and dp ranks, and a frozen module beside them."""
     (tmp_path / "job.toml").write_text(REAL)
     return tmp_path / "job.toml"
 
@@ -116,7 +116,7 @@ def test_a_stage_that_takes_twice_as_long_is_found_to(probed):
     """Sleeping stages come out in their order, forward and backward, and need no core."""
     job = open_job(TIMED, SLEEPS)
     costs = probed(job).costs
-    assert [] == list(misfits(costs, job.topology))
+    assert [] == list(unknown_names(costs, job.topology))
     eyes, inner, outer = (costs.stages[f"{name}.0"] for name in ("eyes", "inner", "outer"))
     assert outer.forward > 1.5 * inner.forward > 2.25 * eyes.forward > 0
     assert eyes.whole_backward > 1.5 * inner.whole_backward > 2.25 * outer.whole_backward > 0

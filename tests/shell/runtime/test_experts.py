@@ -54,11 +54,11 @@ def _changed(module: Any, key: str, value: str) -> Any:
 # -- layouts -----------------------------------------------------------------------------------------------
 
 CASES = [
-    # Experts over one rank: copies on every lane, tp rank and part of a sequence.
+    # Experts over one rank: copies on every dp rank, tp rank and part of a sequence.
     "enc(1,1,1)@0 lm(1,1,2)@1 | lm.experts=4",
     "enc(1,1,1)@0 lm(2,1,1)@1 | lm.experts=4 lm.aux_loss=0.1",
     "enc(1,1,1)@0 lm(2,1,1)@1 | lm.experts=4 lm.aux_loss=0.1 lm.sp",
-    # Over data lanes, over tp ranks, cut over expert_tp, and all of it.
+    # Over dp ranks, over tp ranks, cut over expert_tp, and all of it.
     "enc(1,1,1)@0 lm(1,1,2)@1 | lm.experts=4 lm.ep=2 lm.aux_loss=0.1",
     "enc(1,1,1)@0 lm(1,1,3)@1 | lm.experts=6 lm.ep=3 lm.aux_loss=0.1 lm.top_k=3",
     "enc(1,1,1)@0 lm(1,1,4)@1 | lm.experts=2 lm.ep=2 lm.top_k=1 lm.aux_loss=0.1",
@@ -103,8 +103,8 @@ def test_any_layout_of_experts_is_the_model(verdict: Verdicts, line: str) -> Non
         "enc(1,1,2)@0 lm(1,1,2)@4 | enc.cp=2 enc.experts=4 enc.ep=4 enc.aux_loss=0.3",
     ],
 )
-def test_lanes_without_rows_lend_their_experts(verdict: Verdicts, line: str, absent: float) -> None:
-    """Where lanes compute together some have no sample with images in a microbatch; in places none has."""
+def test_dp_ranks_without_rows_lend_their_experts(verdict: Verdicts, line: str, absent: float) -> None:
+    """Where dp ranks compute together some have no sample with images in a microbatch; in places none has."""
     assert_same(verdict, spread(line, absent={"enc": absent}, samples=4))
 
 

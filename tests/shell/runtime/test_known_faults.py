@@ -85,13 +85,13 @@ def written(spec: JobSpec, builder: str = "own:written", **options: Any) -> JobS
 @world
 @pytest.mark.parametrize(("encoder", "language"), [*itertools.product(SIZES, SIZES)])
 def test_gradients_divided_by_the_wrong_dp(judged: Judged, encoder: int, language: int) -> None:
-    """An encoder's gradients were averaged over its own lanes, too small by the ratio of the two dp sizes."""
+    """An encoder's gradients were averaged over its own dp ranks, too small by the ratio of the two dp sizes."""
     assert_exact(judged(layouts.job(f"enc(1,1,{encoder})@0 lm(1,1,{language})@{encoder}")))
 
 
 @world
 def test_mean_of_means_over_unequal_token_counts(judged: Judged, opened: Opened) -> None:
-    """One module divided by its local token count and another by the global one, so lanes weighed wrongly."""
+    """One module divided by its local token count and another by the global one, so dp ranks weighed wrongly."""
     grids = "enc(1,1,2)@0->lm,gen lm(1,1,3)@2 gen(1,1,2)@5"
     spec = written(layouts.job(grids, data={"text": [1, 11]}), spread=True)
     units = [sample.units["lm"] for sample in opened(spec).step(0).samples]
@@ -197,7 +197,7 @@ def test_loss_scalers_that_go_apart(train: Train, spoilt: Spoilt) -> None:
     said = train(spec, range(4), spoilt)
     assert [[True, False, True, True]] * 4 == [seen.taken for seen in said]
     assert [[256.0, 256.0, 128.0, 128.0]] * 4 == [seen.scales for seen in said]
-    assert [(3, said[0].watch)] * 4 == [(seen.steps_taken, seen.watch) for seen in said]
+    assert [(3, said[0].skip_state)] * 4 == [(seen.steps_taken, seen.skip_state) for seen in said]
     assert {3.0} == {float(v) for name, v in steps_of(said) if name.startswith("optimizer.step.")}
     assert 1 == len({tuple(seen.norms) for seen in said})
 
@@ -227,18 +227,18 @@ def test_names_that_know_the_precision(train: Train) -> None:
 @world
 @pytest.mark.parametrize(("encoder", "language"), [(1, 3), (3, 1), (2, 3), (3, 2)])
 def test_modules_that_read_different_samples(pool: Pool, opened: Opened, encoder: int, language: int) -> None:
-    """With unequal dp an encoder's lanes read other samples than the language model's lanes joined them to."""
+    """With unequal dp an encoder's dp ranks read other samples than the language model's dp ranks joined them to."""
     spec = layouts.job(f"enc(1,1,{encoder})@0 lm(1,2,{language})@{encoder}", data={"absent": {"enc": 0.0}})
-    lanes: dict[str, dict[int, frozenset[int]]] = {"enc": {}, "lm": {}}
+    dp_ranks: dict[str, dict[int, frozenset[int]]] = {"enc": {}, "lm": {}}
     for rank in ran(pool, opened, "traces:read", spec):
-        for name, (lane, ids) in rank.items():
-            assert ids == lanes[name].setdefault(lane, ids)
+        for name, (dp_rank, ids) in rank.items():
+            assert ids == dp_ranks[name].setdefault(dp_rank, ids)
     whole = list(range(spec.batch.global_size))
     each = spec.batch.global_size // spec.batch.microbatches
     for name, size in (("enc", encoder), ("lm", language)):
-        assert size == len(lanes[name])
-        assert whole == sorted(i for ids in lanes[name].values() for i in ids)
-        for ids in lanes[name].values():
+        assert size == len(dp_ranks[name])
+        assert whole == sorted(i for ids in dp_ranks[name].values() for i in ids)
+        for ids in dp_ranks[name].values():
             assert set(range(spec.batch.microbatches)) == {i // each for i in ids}
 
 
@@ -396,7 +396,7 @@ UNEQUAL = (
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("text", UNEQUAL)
 def test_two_ranks_that_both_send_first(text: str, schedule: str) -> None:
-    """Encoders of unequal depth met at a seam, and both of its ends stood in a send that nobody received."""
+    """Encoders of unequal depth met at a bridge, and both of its ends stood in a send that nobody received."""
     for rows in ((2,), (0, 3, 0), (0,)):
         assert () == verify(planned(text, rows, schedule))
 

@@ -1,4 +1,4 @@
-"""Optimizers: torch's classes by name, shared by data lanes or not, and what is saved of them."""
+"""Optimizers: torch's classes by name, shared by dp ranks or not, and what is saved of them."""
 
 import inspect
 import json
@@ -114,7 +114,7 @@ def job(grids: str, rule: OptimizerSpec, **fields: Any) -> JobSpec:
 
 
 SHARED: Mapping[str, JobSpec] = {
-    "uneven lanes": job("enc(1,1,3)@0 lm(2,1,2)@3", OptimizerSpec(lr=0.01)),
+    "uneven dp ranks": job("enc(1,1,3)@0 lm(2,1,2)@3", OptimizerSpec(lr=0.01)),
     "tied over a pipeline": job(
         "enc(1,1,2)@0 lm(1,2,2)@2",
         OptimizerSpec(lr=0.01, clip_norm=0.1),
@@ -148,7 +148,7 @@ SHARED: Mapping[str, JobSpec] = {
 @world
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", SHARED)
-def test_an_update_that_lanes_share_is_bitwise_the_one_that_they_repeat(
+def test_an_update_that_dp_ranks_share_is_bitwise_the_one_that_they_repeat(
     train: Train, opened: Opened, case: str, precision: str
 ) -> None:
     """Norms, weights and states of every step; and each rank keeps exactly what was computed for it."""
@@ -166,13 +166,15 @@ def test_an_update_that_lanes_share_is_bitwise_the_one_that_they_repeat(
         assert [optimizer_bytes(topology, rank) for rank in topology.ranks] == [seen.bytes for seen in said]
     saved = [one.bytes < other.bytes for one, other in zip(ours, theirs, strict=True)]
     modules = opened(spec).topology.modules.values()
-    assert [any(m.lanes * m.cp > 1 for m in modules if rank in m.grid) for rank in range(len(saved))] == saved
+    assert [
+        any(m.dp_size * m.cp > 1 for m in modules if rank in m.grid) for rank in range(len(saved))
+    ] == saved
 
 
 @world
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_lanes_share_loads_under_other_lanes(train: Train, tmp_path: Path, precision: str) -> None:
-    """A checkpoint of three lanes that share the update is that of two, of one, and of none that share."""
+def test_what_dp_ranks_share_loads_under_other_dp_ranks(train: Train, tmp_path: Path, precision: str) -> None:
+    """A checkpoint of three dp ranks that share the update is that of two, of one, and of none that share."""
     rule = OptimizerSpec(lr=0.01, sharded=True)
     written = job("enc(1,1,3)@0 lm(1,1,1)@3", rule, samples=6, precision=precision)
     saved = put_together(train(written, range(2), None, tmp_path))

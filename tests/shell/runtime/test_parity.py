@@ -138,8 +138,8 @@ def test_few_samples(verdict: Verdicts, samples: int) -> None:
     assert_same(verdict, job("enc(2,1,1)@0 lm(1,2,1)@2", samples=samples, microbatches=3))
 
 
-def test_one_sample_for_each_lane(verdict: Verdicts) -> None:
-    """Five lanes with one sample each feed three lanes."""
+def test_one_sample_for_each_dp_rank(verdict: Verdicts) -> None:
+    """Five dp ranks with one sample each feed three dp ranks."""
     assert_same(verdict, job("enc(1,1,5)@0 lm(1,1,3)@5", samples=5))
 
 
@@ -240,7 +240,7 @@ LACKING = {
     "the last": range(9, 12),
     "all but one": [*range(6), *range(9, 12)],
     "all": range(12),
-    "one lane of each": [1, 2, 4, 5, 7, 8, 10, 11],
+    "one dp rank of each": [1, 2, 4, 5, 7, 8, 10, 11],
 }
 
 

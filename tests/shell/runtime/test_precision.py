@@ -106,7 +106,7 @@ def test_an_overflow_lowers_every_scale(train: Train, spoilt: Spoilt) -> None:
     said = train(job("fp16", loss_scale=rule), range(6), spoilt)
     assert [[True, False, True, True, True, True]] * 4 == [seen.taken for seen in said]
     assert [[1024.0, 1024.0, 512.0, 512.0, 1024.0, 1024.0]] * 4 == [seen.scales for seen in said]
-    assert [said[0].watch] * 4 == [seen.watch for seen in said]
+    assert [said[0].skip_state] * 4 == [seen.skip_state for seen in said]
     assert {5} == {seen.steps_taken for seen in said}
 
 
@@ -150,13 +150,13 @@ def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(
     resumed = train(spec, range(2, 5), None, None, tmp_path)
     assert_same(whole, resumed)
     assert whole[0].losses[2:] == resumed[0].losses
-    assert [seen.watch for seen in whole] == [seen.watch for seen in resumed]
+    assert [seen.skip_state for seen in whole] == [seen.skip_state for seen in resumed]
     assert [seen.steps_taken for seen in whole] == [seen.steps_taken for seen in resumed]
     for ours, theirs in zip(whole, resumed, strict=True):
         for name, weight in ours.weights.items():
             assert weight.tobytes() == theirs.weights[name].tobytes()
     if precision == "fp16":
-        assert 512.0 == whole[0].watch["scale"]
+        assert 512.0 == whole[0].skip_state["scale"]
 
 
 def test_a_checkpoint_of_one_precision_loads_in_another(train: Train, tmp_path: Path) -> None:

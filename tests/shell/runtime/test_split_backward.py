@@ -103,7 +103,7 @@ LAYOUTS: dict[str, JobSpec] = {
     "sequence parallel": spec_of("enc(2,1,1)@0 lm(4,1,1)@2", grid={"sequence_parallel": True}),
     "context parallel": spec_of("enc(1,1,1)@0 lm(1,1,2)@4", grid={"cp": 2}),
     "both": spec_of("enc(2,1,1)@0 lm(2,1,1)@4", grid={"cp": 2, "sequence_parallel": True}),
-    "lanes without rows": spec_of("enc(1,1,3)@0 aud(1,1,1)@3 lm(1,1,2)@4", data={"absent": {"enc": 0.7}}),
+    "dp ranks without rows": spec_of("enc(1,1,3)@0 aud(1,1,1)@3 lm(1,1,2)@4", data={"absent": {"enc": 0.7}}),
     "microbatches of their own": spec_of("enc(1,1,2)@0*2 lm(1,2,1)@2", samples=4),
     "on shared ranks": spec_of("enc(1,2,1)@0 lm(2,1,1)@0->gen gen(1,2,1)@0"),
     "in single precision": spec_of("enc(1,1,1)@0 lm(2,2,1)@1", precision="fp32"),

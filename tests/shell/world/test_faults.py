@@ -81,8 +81,8 @@ SLOWLY, WAITING = "it computes slowly", "it waits for its data"
 STRAGGLERS = [
     ("delay rank 1 every step for 0.04 s at enc.0 B*", None, "enc.0", "the median of its peers", SLOWLY),
     ("delay rank 1 every step for 0.02 s at reading data", None, "enc.0", "the median of its peers", WAITING),
-    ("delay rank 3 every step for 0.04 s at lm.1 F*", EVEN, "lm.1", "what its costs foretell", SLOWLY),
-    ("delay rank 3 every step for 0.02 s at reading data", EVEN, "lm.1", "what its costs foretell", WAITING),
+    ("delay rank 3 every step for 0.04 s at lm.1 F*", EVEN, "lm.1", "what its costs predict", SLOWLY),
+    ("delay rank 3 every step for 0.02 s at reading data", EVEN, "lm.1", "what its costs predict", WAITING),
 ]
 
 

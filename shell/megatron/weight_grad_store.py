@@ -4,17 +4,17 @@ The backward of Y = X W^T has two products. Everything before it waits for dY W;
 optimizer. So a backward can be split in two (zero-bubble pipelines, arXiv 2401.10241): one half computes the
 gradients of the inputs, and the other, at any later time, those of the weights.
 
-While a ledger is open, the network multiplies by weights that autograd does not know as such. That leaves out
-dY^T X, and nothing else. When dY is there, it is noted together with X on a page of the ledger, one for each
-microbatch; whoever works the page off adds the product to the gradient, as autograd would have done. What is no
-product with a weight (norms, embeddings, biases) keeps its place in the first half. While the ledger is closed,
-autograd does all of it.
+While a weight-grad store is open, the network multiplies by weights that autograd does not know as such. That
+leaves out dY^T X, and nothing else. When dY is there, it is noted together with X on a page of the weight-grad
+store, one for each microbatch; whoever works the page off adds the product to the gradient, as autograd would have
+done. What is no product with a weight (norms, embeddings, biases) keeps its place in the first half. While the
+weight-grad store is closed, autograd does all of it.
 
-    with ledger.open(page):          forward, and again the first half: recomputation runs forwards in it
+    with weight-grad store.open(page):          forward, and again the first half: recomputation runs forwards in it
         root.backward()
     work_off(page)                   the second half
 
-A network is given its ledger when it is built, and opens it never; its stage does, microbatch by microbatch.
+A network is given its weight-grad store when it is built, and opens it never; its stage does, microbatch by microbatch.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from mimogrid.shell.megatron import gather_from_sequence_parallel_region
 
 
 @attrs.frozen(eq=False)
-class Product:
+class WeightGrad:
     """What a weight's gradient still lacks: the gradient [..., out] of an output times the input [..., in].
 
     `parts`: the ranks that hold the input in equal parts of its first dim; None: it is whole.
@@ -52,25 +52,25 @@ class Product:
         self.weight.grad += product
 
 
-Page = list[Product]
+WeightGrads = list[WeightGrad]
 """The products of one microbatch."""
 
 
-class Ledger:
+class WeightGradStore:
     """Where the layers of one stage note their products."""
 
     def __init__(self) -> None:
-        self._page: Page | None = None
+        self._deferred: WeightGrads | None = None
 
     @contextlib.contextmanager
-    def open(self, page: Page) -> Iterator[None]:
+    def open(self, deferred: WeightGrads) -> Iterator[None]:
         """Let what is multiplied meanwhile note its products on a page."""
-        assert self._page is None
-        self._page = page
+        assert self._deferred is None
+        self._deferred = deferred
         try:
             yield
         finally:
-            self._page = None
+            self._deferred = None
 
     def multiply(
         self,
@@ -80,22 +80,22 @@ class Ledger:
         *,
         parts: dist.ProcessGroup | None = None,
     ) -> Tensor:
-        """Return `by(weight)`, which multiplies an input by a weight [out, in]; see `Product`."""
-        page = self._page
-        if page is None or not weight.requires_grad:
+        """Return `by(weight)`, which multiplies an input by a weight [out, in]; see `WeightGrad`."""
+        deferred = self._deferred
+        if deferred is None or not weight.requires_grad:
             return by(weight)
 
         def note(of_input: Tensor, gradient: Tensor) -> None:
-            page.append(Product(weight, of_input, gradient, parts))
+            deferred.append(WeightGrad(weight, of_input, gradient, parts))
 
         output: Tensor = _Noted.apply(by(weight.detach()), weight, input, note)  # type: ignore[no-untyped-call]
         return output
 
 
-def work_off(page: Page) -> None:
+def flush(deferred: WeightGrads) -> None:
     """Add every product of a page to its gradient, and forget it."""
-    while page:
-        page.pop(0).add()
+    while deferred:
+        deferred.pop(0).add()
 
 
 class _Noted(torch.autograd.Function):

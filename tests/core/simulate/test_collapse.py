@@ -1,4 +1,4 @@
-"""Thin programs: one rank for all of a lane, in exactly the same time."""
+"""Thin programs: one rank for all of a dp rank, in exactly the same time."""
 
 import pytest
 from hypothesis import given, settings
@@ -8,8 +8,8 @@ from jobs import job, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.simulate import simulate
-from mimogrid.core.simulate.lane_programs import thinned
-from mimogrid.core.simulate.tracks import spread
+from mimogrid.core.simulate.collapse import collapse_tp_cp
+from mimogrid.core.simulate.rank_timelines import spread
 
 
 JOBS = (
@@ -40,7 +40,7 @@ def whole(text: str, schedule: str, rows: list[int]) -> Program:
 def test_the_same_time(
     data: st.DataObject, text: str, schedule: str, rows: list[int], latency: float
 ) -> None:
-    """Whatever rows samples have, a rank for each lane takes as long as all its ranks do, at work and idle."""
+    """Whatever rows samples have, a rank for each dp rank takes as long as all its ranks do, at work and idle."""
     program = whole(text, schedule, rows)
     stages = {
         str(stage): StageCosts(
@@ -49,10 +49,10 @@ def test_the_same_time(
         for stage in program.topology.stages
     }
     costs = Costs(stages=stages, edge=EdgeCosts(latency=latency))
-    thin = thinned(program, costs)
-    assert thin
+    collapsed = collapse_tp_cp(program, costs)
+    assert collapsed
     expected = simulate(program, costs, fold=False)
-    found = spread(simulate(thin.program, costs), program, thin.standing)
+    found = spread(simulate(collapsed.program, costs), program, collapsed.standing)
     assert (expected.step_s, expected.limit_s) == (found.step_s, found.limit_s)
     assert expected.busy_s == found.busy_s
     assert expected.peak_in_flight == found.peak_in_flight
@@ -67,11 +67,11 @@ def test_the_same_time(
     ],
 )
 def test_where_messages_count_nothing_is_thinned(costs: Costs) -> None:
-    """Bandwidth, senders that are held up and shared cores tell the ranks of a lane apart."""
-    assert thinned(whole(JOBS[0], "1f1b", [2, 5]), costs) is None
+    """Bandwidth, senders that are held up and shared cores tell the ranks of a dp rank apart."""
+    assert collapse_tp_cp(whole(JOBS[0], "1f1b", [2, 5]), costs) is None
 
 
 @pytest.mark.parametrize("text", ["v vit tp2 > l; l gpt tp2 @0", "l gpt tp2 dp2 ep2 x4", "l gpt dp4"])
 def test_shared_ranks_experts_and_thin_programs_stay(text: str) -> None:
-    """Colocated modules and spread experts are more than lanes; what has one rank a lane is thin."""
-    assert thinned(whole(text, "1f1b", [2, 5]), Costs()) is None
+    """Colocated modules and spread experts are more than dp ranks; what has one rank a dp rank is thin."""
+    assert collapse_tp_cp(whole(text, "1f1b", [2, 5]), Costs()) is None

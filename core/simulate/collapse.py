@@ -1,13 +1,13 @@
-"""Thin: a program in which one rank stands for all that share a lane of a stage.
+"""Thin: a program in which one rank stands for all that share a dp rank of a stage.
 
-The ranks along tp and cp of a lane compute together, so they begin and end every compute action at once. Where
-messages take as long whatever is in them, it makes no difference how a lane's rows are dealt among them: a lane
+The ranks along tp and cp of a dp rank compute together, so they begin and end every compute action at once. Where
+messages take as long whatever is in them, it makes no difference how a dp rank's rows are dealt among them: a dp rank
 goes on when the last of what is sent to any of its ranks is there. So the same order on grids with tp = cp = 1
 takes the same time, and how many rows a sample has does not matter, only whether it has any: what is ragged becomes
 alike.
 
 That holds where bandwidth is infinite and nobody is held up by sending, modules share no ranks, no experts are
-spread over them, and a sum over cp that has no data lanes takes no time.
+spread over them, and a sum over cp that has no dp ranks takes no time.
 """
 
 import itertools
@@ -26,17 +26,17 @@ from mimogrid.core.topology.topology import Topology
 
 
 @attrs.frozen(eq=False)
-class Thin:
-    """The thin program, and for every rank of the whole one the rank that stands for it there."""
+class Collapsed:
+    """The collapsed program, and for every rank of the whole one the rank that stands for it there."""
 
     program: Program
     standing: Mapping[int, int]
 
 
-def thinned(program: Program, costs: Costs) -> Thin | None:
-    """Return the thin program of one; None where it may take another time, or would not be thinner."""
+def collapse_tp_cp(program: Program, costs: Costs) -> Collapsed | None:
+    """Return the collapsed program of one; None where it may take another time, or would not be thinner."""
     topology = program.topology
-    if not _is_like_its_lanes(topology, costs):
+    if not _is_like_its_dp_ranks(topology, costs):
         return None
     modules = {
         name: attrs.evolve(
@@ -45,11 +45,11 @@ def thinned(program: Program, costs: Costs) -> Thin | None:
         )
         for name, module in topology.spec.modules.items()
     }
-    thin = assemble(attrs.evolve(topology.spec, modules=modules, world_size=None), topology.source)
-    if len(thin.ranks) == len(topology.ranks):
+    collapsed = assemble(attrs.evolve(topology.spec, modules=modules, world_size=None), topology.source)
+    if len(collapsed.ranks) == len(topology.ranks):
         return None
-    step = Step(thin, tuple(map(_present, program.routes.step.samples)))
-    return Thin(Program(program.order, Routes(step)), _standing(topology, thin))
+    step = Step(collapsed, tuple(map(_present, program.routes.step.samples)))
+    return Collapsed(Program(program.order, Routes(step)), _standing(topology, collapsed))
 
 
 def _present(sample: Sample) -> Sample:
@@ -59,7 +59,7 @@ def _present(sample: Sample) -> Sample:
     )
 
 
-def _is_like_its_lanes(topology: Topology, costs: Costs) -> bool:
+def _is_like_its_dp_ranks(topology: Topology, costs: Costs) -> bool:
     modules = topology.modules.values()
     edges = [costs.on(link, link.edge) for link in topology.links]
     ranks = [module.grid.ranks for module in modules]
@@ -67,16 +67,16 @@ def _is_like_its_lanes(topology: Topology, costs: Costs) -> bool:
         costs.cores is None
         and all(edge.overlap and edge.bytes_per_s == math.inf for edge in edges)
         and all(module.experts is None for module in modules)
-        and not any(costs.of(i.stage).reduce for m in modules if m.lanes == 1 for i in m.stages)
+        and not any(costs.of(i.stage).reduce for m in modules if m.dp_size == 1 for i in m.stages)
         and all(set(a).isdisjoint(b) for a, b in itertools.combinations(ranks, 2))
     )
 
 
-def _standing(topology: Topology, thin: Topology) -> dict[int, int]:
+def _standing(topology: Topology, collapsed: Topology) -> dict[int, int]:
     return {
-        rank: thin.modules[name].holders(info.stage, lane)[0]
+        rank: collapsed.modules[name].tp_cp_ranks(info.stage, dp_rank)[0]
         for name, module in topology.modules.items()
         for info in module.stages
-        for lane in range(module.lanes)
-        for rank in module.holders(info.stage, lane)
+        for dp_rank in range(module.dp_size)
+        for rank in module.tp_cp_ranks(info.stage, dp_rank)
     }

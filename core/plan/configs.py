@@ -1,8 +1,8 @@
 """Options: one way to lay one module out, with a price that no schedule can beat.
 
-A *shape* is how the ranks of one lane and one stage share a module: tp, cp, ep. With a number of stages, chunks, lanes
-and microbatches it is a *way*, and a way with a price is an *option*. Alone on its ranks it takes at least, for each of
-these,
+A *shape* is how the ranks of one dp rank and one stage share a module: tp, cp, ep. With a number of stages, chunks,
+dp ranks and microbatches it is a *way*, and a way with a price is an *option*. Alone on its ranks it takes at
+least, for each of these,
 
     head + microbatches * (forward + backward) + the longer of tail and reduction, + the slowest update
 
@@ -17,8 +17,8 @@ from mimogrid.core.job.spec import GridSpec
 
 
 @attrs.frozen
-class Shape:
-    """How the ranks of one lane and one stage share a module."""
+class ParallelShape:
+    """How the ranks of one dp rank and one stage share a module."""
 
     tp: int = 1
     cp: int = 1
@@ -27,16 +27,16 @@ class Shape:
 
     @property
     def ranks(self) -> int:
-        """How many ranks share one lane of one stage."""
+        """How many ranks share one dp rank of one stage."""
         return self.tp * self.cp
 
     @property
-    def lanes(self) -> int:
-        """The fewest lanes on which its experts have room."""
+    def dp_size(self) -> int:
+        """The fewest dp ranks on which its experts have room."""
         return self.ep // math.gcd(self.ep, self.ranks)
 
     def grid(self, *, dp: int, pp: int) -> GridSpec:
-        """Return a grid of so many lanes and stages of this shape, without an offset."""
+        """Return a grid of so many dp ranks and stages of this shape, without an offset."""
         return GridSpec(
             tp=self.tp, cp=self.cp, ep=self.ep, dp=dp, pp=pp, sequence_parallel=self.sequence_parallel
         )
@@ -47,10 +47,10 @@ class Shape:
 
 
 @attrs.frozen
-class Way:
-    """A shape with a number of stages, chunks of each rank, lanes and microbatches."""
+class ParallelConfig:
+    """A shape with a number of stages, chunks of each rank, dp ranks and microbatches."""
 
-    shape: Shape
+    shape: ParallelShape
     pp: int
     chunks: int
     dp: int
@@ -94,11 +94,11 @@ class RankBytes:
 
 
 @attrs.frozen(eq=False)
-class Option:
+class PricedConfig:
     """One way to lay a module out; `forward` and `backward` are seconds of the way through all of its stages."""
 
     module: str
-    way: Way
+    config: ParallelConfig
     split: tuple[int, ...]
     forward: float
     backward: float
@@ -108,7 +108,7 @@ class Option:
     @property
     def ranks(self) -> int:
         """How many ranks the module takes."""
-        return self.way.ranks
+        return self.config.ranks
 
     @property
     def depth(self) -> int:
@@ -118,7 +118,7 @@ class Option:
     def bound(self, head: float = 0.0, tail: float = 0.0) -> float:
         """Return a time that no order beats, if the first microbatch arrives after `head`."""
         return max(
-            head + rank.head + self.way.microbatches * rank.work + max(rank.tail + tail, rank.reduce)
+            head + rank.head + self.config.microbatches * rank.work + max(rank.tail + tail, rank.reduce)
             for rank in self.times
         ) + max(rank.update for rank in self.times)
 
@@ -126,9 +126,10 @@ class Option:
         """Return what each pipeline rank holds with 1F1B, where `below` microbatches fly behind the module."""
         return tuple(
             rank.kept
-            + rank.flying * min(rank.depth + below * self.way.chunks, self.way.microbatches * self.way.chunks)
+            + rank.flying
+            * min(rank.depth + below * self.config.chunks, self.config.microbatches * self.config.chunks)
             for rank in self.bytes
         )
 
     def __str__(self) -> str:
-        return f"{self.module} {self.way}"
+        return f"{self.module} {self.config}"

@@ -26,7 +26,7 @@ from mimogrid.core.topology.topology import Stage
 
 
 @attrs.frozen
-class Leg:
+class PathSegment:
     """A part of the critical path: an action, or the way of a message, which is its `Send`, from begin to end."""
 
     rank: int
@@ -36,7 +36,7 @@ class Leg:
 
 
 @attrs.frozen
-class Track:
+class RankTimeline:
     """What one rank does when, and when each message of its transfers is on the way, in order of rows."""
 
     events: tuple[Event, ...]
@@ -62,16 +62,16 @@ class Timeline:
         step_s: when the last rank is through.
         limit_s: a lower bound of `step_s` (`limit`).
         critical_path: what the step waited for, from its begin to its end, one leg after the other.
-        by_lanes: a rank stands for all of its lane (`thin`), and the messages of each are not known.
+        by_lanes: a rank stands for all of its dp rank (`collapsed`), and the messages of each are not known.
     """
 
     program: Program
     classes: Classes
-    tracks: Mapping[int, Track]
+    rank_timelines: Mapping[int, RankTimeline]
     step_s: float
     limit_s: float
-    critical_path: tuple[Leg, ...]
-    by_lanes: bool = False
+    critical_path: tuple[PathSegment, ...]
+    by_dp_ranks: bool = False
 
     @property
     def ratio_to_limit(self) -> float:
@@ -112,7 +112,9 @@ class Timeline:
     @functools.cached_property
     def peak_in_flight(self) -> Mapping[Stage, int]:
         """How many microbatches each stage holds at most on any rank."""
-        return peak_in_flight(event for track in self.tracks.values() for event in track.events)
+        return peak_in_flight(
+            event for rank_timeline in self.rank_timelines.values() for event in rank_timeline.events
+        )
 
     @functools.cached_property
     def events(self) -> tuple[Event, ...]:
@@ -151,16 +153,16 @@ class Timeline:
     def events_of(self, rank: int) -> tuple[Event, ...]:
         """Return what a rank does when, in order of its program."""
         first = self.classes.leader[rank]
-        events = self.tracks[first].events
+        events = self.rank_timelines[first].events
         if rank == first:
             return events
         return tuple(Event(rank, event.action, event.begin_s, event.end_s) for event in events)
 
     def flights_of(self, rank: int) -> Iterator[Flight]:
         """Yield the messages that a rank sends and receives, where they are known."""
-        if self.by_lanes:
+        if self.by_dp_ranks:
             return
-        for transfer, ways in self.tracks[self.classes.leader[rank]].on_the_way.items():
+        for transfer, ways in self.rank_timelines[self.classes.leader[rank]].on_the_way.items():
             sends = isinstance(transfer, Send)
             for peer, (begin, end) in zip(self.program.peers_of(rank, transfer), ways, strict=True):
                 ends = (rank, peer) if sends else (peer, rank)
@@ -168,18 +170,23 @@ class Timeline:
 
     @functools.cached_property
     def _busy_s(self) -> Mapping[int, float]:
-        return {rank: busy_s(track.events).get(rank, 0.0) for rank, track in self.tracks.items()}
+        return {
+            rank: busy_s(rank_timeline.events).get(rank, 0.0)
+            for rank, rank_timeline in self.rank_timelines.items()
+        }
 
     @functools.cached_property
     def _idles(self) -> Mapping[int, tuple[Idle, ...]]:
         return {
-            rank: tuple(idles_of(rank, track.events, track.posted(), whole=(0.0, self.step_s)))
-            for rank, track in self.tracks.items()
+            rank: tuple(
+                idles_of(rank, rank_timeline.events, rank_timeline.posted(), whole=(0.0, self.step_s))
+            )
+            for rank, rank_timeline in self.rank_timelines.items()
         }
 
 
 def spread(timeline: Timeline, program: Program, standing: Mapping[int, int]) -> Timeline:
-    """Return the timeline of a thin program as that of the whole one; `standing` says who stands for each rank."""
+    """Return the timeline of a collapsed program as that of the whole one; `standing` says who stands for each rank."""
     first: dict[int, int] = {}
     for rank, stands in standing.items():
         first[stands] = min(rank, first.get(stands, rank))
@@ -187,19 +194,23 @@ def spread(timeline: Timeline, program: Program, standing: Mapping[int, int]) ->
     members: dict[int, list[int]] = {rank: [rank] for rank in leader.values()}
     for rank, stands in leader.items():
         members[stands] += [rank] if rank != stands else []
-    tracks = {
-        first[rank]: Track(
-            tuple(Event(first[rank], event.action, event.begin_s, event.end_s) for event in track.events),
-            track.on_the_way,
+    rank_timelines = {
+        first[rank]: RankTimeline(
+            tuple(
+                Event(first[rank], event.action, event.begin_s, event.end_s) for event in rank_timeline.events
+            ),
+            rank_timeline.on_the_way,
         )
-        for rank, track in timeline.tracks.items()
+        for rank, rank_timeline in timeline.rank_timelines.items()
     }
     return Timeline(
         program=program,
         classes=Classes(leader, {rank: tuple(ranks) for rank, ranks in members.items()}),
-        tracks=tracks,
+        rank_timelines=rank_timelines,
         step_s=timeline.step_s,
         limit_s=timeline.limit_s,
-        critical_path=tuple(attrs.evolve(leg, rank=first[leg.rank]) for leg in timeline.critical_path),
-        by_lanes=True,
+        critical_path=tuple(
+            attrs.evolve(segment, rank=first[segment.rank]) for segment in timeline.critical_path
+        ),
+        by_dp_ranks=True,
     )
