@@ -17,8 +17,8 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import perfetto
-from mimogrid.core.draw.marks import in_bytes
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
