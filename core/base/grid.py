@@ -63,11 +63,9 @@ class Grid:
         return self._strides[axis][1] if axis in self._strides else 1
 
     def rank_at(self, **position: int) -> int:
-        """Return the rank at a position; axes that are not named count as 0."""
-        flat, stride = 0, 1
-        for axis in self.axes:
-            flat += position.get(axis.name, 0) * stride
-            stride *= axis.size
+        """Return the rank at a position; axes that are not named count as 0. Raises ValueError for an unknown axis."""
+        self._check(position)
+        flat = sum(i * self._strides[axis][0] for axis, i in position.items())
         return self.places[flat] if self.places else self.offset + flat
 
     def position(self, rank: int) -> dict[str, int]:
@@ -85,6 +83,11 @@ class Grid:
             raise ValueError(f"rank {rank} is not among {self.offset}..{self.offset + self.size - 1}")
         return _inverse(self.places)[rank] if self.places else rank - self.offset
 
+    def _check(self, axes: Iterable[str]) -> None:
+        unknown = set(axes) - self._strides.keys()
+        if unknown:
+            raise ValueError(f"axes {sorted(unknown)} are not among {sorted(self._strides)}")
+
     @functools.cached_property
     def _strides(self) -> Mapping[str, tuple[int, int]]:
         """Of each axis, how far apart in flat index its neighbours are, and its size."""
@@ -97,9 +100,7 @@ class Grid:
         Equals Megatron-core's ``HyperCommGrid.get_rank_enum``. Raises ValueError for an unknown axis.
         """
         names = (axes,) if isinstance(axes, str) else tuple(axes)
-        known = {axis.name for axis in self.axes}
-        if not known.issuperset(names):
-            raise ValueError(f"axes {sorted(set(names) - known)} are not among {sorted(known)}")
+        self._check(names)
         moving = _offsets(self.axes, lambda axis: axis.name in names)
         still = _offsets(self.axes, lambda axis: axis.name not in names)
         ranks = self.ranks
