@@ -149,7 +149,9 @@ class Evaluator:
             rank = max(hosts, key=lambda rank: (kept_most[rank], -rank))
             if rank not in known:
                 known[rank] = most_bytes(program, rank)
-                self.effort += LOWERED * sum(len(program.order.of(i.stage)) for i in topology.stages_of(rank))
+                self.effort += LOWERED * sum(
+                    len(program.order.of(i.stage)) for i in topology.role(rank).stages
+                )
             peaks[name] = rank, known[rank]
         return peaks
 
@@ -206,7 +208,7 @@ def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, cap: 
 def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
     """Return the rank, of some that host the same stages, that keeps most of a microbatch."""
     step = program.routes.step
-    stages = [info.stage for info in program.topology.stages_of(ranks[0])]
+    stages = [info.stage for info in program.topology.role(ranks[0]).stages]
     modules = [program.topology.modules[stage.module] for stage in stages]
 
     def saved(rank: int) -> int:

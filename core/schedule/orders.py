@@ -135,7 +135,7 @@ def _check_memory(order: Order, topology: Topology) -> None:
     rank = max(needed, key=needed.__getitem__)
     if needed[rank] <= cap * GB:
         return
-    stages = [info.stage for info in topology.stages_of(rank)]
+    stages = [info.stage for info in topology.role(rank).stages]
     flying = ", ".join(f"{order.max_in_flight[s]} of {s}" for s in stages if s in order.backward)
     always = kept(topology, rank).bytes / GB
     fact = (

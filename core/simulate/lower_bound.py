@@ -81,7 +81,7 @@ def sum_s(program: Program, costs: Costs, reduce: Reduce) -> float:
 
 def update_s(program: Program, costs: Costs, rank: int) -> float:
     """Return how long a rank takes to step the optimizer."""
-    return sum(costs.of(info.stage).update for info in program.topology.stages_of(rank))
+    return sum(costs.of(info.stage).update for info in program.topology.role(rank).stages)
 
 
 class _Nodes:
@@ -165,7 +165,7 @@ def _data(program: Program, costs: Costs, classes: Classes, nodes: _Nodes) -> li
         for k, node in found.items() if kind is not Kind.FORWARD else ():
             needs(node, at(rank, stage, made_by).get(k), 0.0)
     for rank in classes.members:
-        for link in (link for info in topology.stages_of(rank) for link in topology.links_into(info.stage)):
+        for link in topology.role(rank).links_in:
             edge, dp_rank = costs.on(link, link.edge), topology.modules[link.target.module].dp_rank_of(rank)
             forwards, backwards = at(rank, link.target, Kind.FORWARD), at(rank, link.target, *_GIVES)
             for k in range(topology.modules[link.target.module].microbatches):

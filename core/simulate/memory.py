@@ -88,7 +88,7 @@ def most_bytes(program: Program, rank: int) -> int:
 def bytes_in_flight(program: Program, rank: int) -> int:
     """Return the bytes that a rank holds at most, but for messages: the compute actions of its order are enough."""
     order = program.order
-    lists = [order.of(info.stage) for info in program.topology.stages_of(rank)]
+    lists = [order.of(info.stage) for info in program.topology.role(rank).stages]
     computed = lists[0] if len(lists) == 1 else sorted(itertools.chain(*lists), key=order.index.__getitem__)
     held = max((change.activations for change in _changes(program, rank, computed)), default=0)
     return kept(program.topology, rank).bytes + held
@@ -120,7 +120,7 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
     step = program.routes.step
     dp_ranks = {
         info.stage: step.topology.modules[info.stage.module].dp_rank_of(rank)
-        for info in step.topology.stages_of(rank)
+        for info in step.topology.role(rank).stages
     }
     last = {action.stage: action.kind for action in actions if isinstance(action, Compute)}
     sizes: dict[Hashable, int] = {}
@@ -191,7 +191,7 @@ def _like(timeline: Timeline, rank: int) -> Hashable:
     routes = timeline.program.routes
     topology, step = routes.step.topology, routes.step
     facts: list[Hashable] = [first]
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
         dp_rank = module.dp_rank_of(rank)
         firsts = set(step.alike(module.microbatches))

@@ -123,7 +123,7 @@ def _parts(
 ) -> Iterator[tuple[Stage, frozenset[int], Hashable]]:
     """Yield the stages of a rank with the microbatches that it takes part in, and its mark."""
     topology, step = program.topology, program.routes.step
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         dp_rank = topology.modules[info.stage.module].dp_rank_of(rank)
         active = step.active(info.stage.module, dp_rank)
         yield info.stage, active, marks(info.stage, dp_rank) if marks else None

@@ -234,7 +234,7 @@ def optimizer_bytes(topology: Topology, rank: int) -> int:
     spec = topology.spec
     width, states = MAIN_BYTES[spec.precision], len(states_of(spec.optimizer))
     total = 0
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
         for bucket in buckets_of(topology, info, rank):
             own = (sharing_ranks(module, rank, bucket.section).index(rank),)

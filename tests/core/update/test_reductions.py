@@ -33,7 +33,7 @@ def counted(topology: Topology) -> tuple[dict[Shard, int], dict[tuple[str, str],
     shards: dict[Shard, int] = collections.Counter()
     written: dict[tuple[str, str], int] = collections.Counter()
     for rank in topology.ranks:
-        for info in topology.stages_of(rank):
+        for info in topology.role(rank).stages:
             module = topology.modules[info.stage.module]
             position = module.grid.position(rank) | (module.experts.position(rank) if module.experts else {})
             for parameter in info.parameters:
