@@ -16,6 +16,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.schedules import AUTO, GPIPE
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.layouts import shown
@@ -23,7 +24,6 @@ from mimogrid.core.plan.question import ILLEGAL, SLOWER, TOO_LARGE, Layout, Ques
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.orders import Order, order_of
-from mimogrid.core.schedule.tuning import AUTO
 from mimogrid.core.schedule.work import work_of
 from mimogrid.core.simulate.lockstep import limit_s, lockstep, rank_classes_of
 from mimogrid.core.simulate.memory import bytes_in_flight, most_bytes, saved_bytes
@@ -34,7 +34,7 @@ from mimogrid.core.topology.topology import Topology
 
 LOWERED = 4
 """What lowering an action costs, in actions that are simulated."""
-WHOLE = frozenset({"gpipe", AUTO})
+WHOLE = frozenset({GPIPE, AUTO})
 """Orders of which a short step says nothing: GPipe holds all microbatches, and `auto` finds another order for fewer."""
 
 

@@ -8,20 +8,21 @@ import math
 
 import attrs
 
+from mimogrid.core.job.schedules import AUTO, INTERLEAVED, ONE_F_ONE_B, SCHEDULES
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.job.validation import SCHEDULES, problems_of
+from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import layout_of
 from mimogrid.core.plan.question import SLOWER, Layout, Question
 from mimogrid.core.plan.walk import Walk
 from mimogrid.core.pricing import on_machine
-from mimogrid.core.schedule.tuning import AUTO, GB
+from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
 
 
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
-ONE = frozenset({"1f1b", "interleaved"})
+ONE = frozenset({ONE_F_ONE_B, INTERLEAVED})
 """Two names of one order: what interleaves is that ranks have several chunks."""
 TUNED = 2
 """On how many of the best layouts `auto` is tried."""

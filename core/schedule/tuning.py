@@ -32,7 +32,6 @@ from mimogrid.core.schedule.work import Work, seconds_of, unit_seconds, work_of
 from mimogrid.core.topology.topology import Stage, Topology
 
 
-AUTO = "auto"
 ACTIONS_TRIED = 200_000
 FEWEST_TRIALS, MOST_TRIALS = 12, 200
 """Orders are tried until they have had so many actions together, a few seconds' worth."""

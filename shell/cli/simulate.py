@@ -23,7 +23,7 @@ from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
 from mimogrid.core.job.costs import Costs
-from mimogrid.core.job.validation import SCHEDULES
+from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.assumed import ASSUMED, assumed
 from mimogrid.core.pricing.machine import machine_of
