@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import CASES
+from hashseeds import printed
 from jobs import job, step_with
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
@@ -109,10 +110,12 @@ def test_never_slower_than_the_best_named_order(data: st.DataObject, case: str, 
 
 
 def test_all_ranks_find_the_same() -> None:
-    """Nothing but the job decides: the second search comes to the first one's order."""
-    topology, costs = nearly_balanced(1.5, 16)
-    orders = [order_of(priced(topology, "auto", costs)) for _ in range(2)]
-    assert orders[0].actions == orders[1].actions
+    """Nothing but the job decides: other processes, with other hash seeds, find the same order."""
+    code = (
+        "from test_tuning import nearly_balanced, order_of, priced\n"
+        "topology, costs = nearly_balanced(1.5, 16); print(*order_of(priced(topology, 'auto', costs)).actions)"
+    )
+    assert 1 == len(printed(code, __file__))
 
 
 def big(name: str, cap: float | None = None) -> Topology:
