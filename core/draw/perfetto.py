@@ -15,8 +15,7 @@ from mimogrid.core.draw.marks import LETTERS
 from mimogrid.core.program.lower import link_of
 from mimogrid.core.schedule.actions import Action, Compute, Recv, Send, Transfer, Wait
 from mimogrid.core.simulate.memory import trace
-from mimogrid.core.simulate.rank_timelines import Timeline
-from mimogrid.core.simulate.timeline import Event, sent_as
+from mimogrid.core.simulate.timeline import Event, Timeline, sent_as
 from mimogrid.core.step.traffic import message_bytes
 
 

@@ -22,10 +22,11 @@ from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.layouts import shown
 from mimogrid.core.plan.question import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
 from mimogrid.core.pricing import on_machine
+from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.orders import Order, order_of
 from mimogrid.core.schedule.work import work_of
-from mimogrid.core.simulate.lockstep import limit_s, lockstep, rank_classes_of
+from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.memory import bytes_in_flight, most_bytes, saved_bytes
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import Step, step_of
@@ -101,7 +102,7 @@ class Evaluator:
             active=len(topology.ranks),
             bubble=1 - busy * count / short * rates,
             encoder_share=1 - work[self.main] / whole if whole else 0.0,
-            limit_s=limit_s(program, costs, timed) + more,
+            lower_bound_s=lower_bound_s(program, costs, timed) + more,
         )
 
     def _program(self, played: JobSpec) -> Program:
@@ -140,7 +141,7 @@ class Evaluator:
         topology = program.topology
         kept_most = {
             rank: bytes_in_flight(program, rank)
-            for rank in (_fullest(program, ranks) for ranks in rank_classes_of(topology))
+            for rank in (_fullest(program, ranks) for ranks in ranks_by_stages(topology).values())
         }
         peaks: dict[str, tuple[int, int]] = {}
         known: dict[int, int] = {}

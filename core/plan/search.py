@@ -61,7 +61,7 @@ class Search:
         until = self.evaluator.effort + budget
         for i in self._ranked()[:REFINED]:
             layout = self.layouts[i]
-            if layout.step_s <= layout.limit_s:
+            if layout.step_s <= layout.lower_bound_s:
                 continue
             for name in SCHEDULES:
                 other = self._under(layout.spec, name)
@@ -71,7 +71,7 @@ class Search:
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
-            if actions <= TUNED_AT_MOST and layout.step_s > layout.limit_s:
+            if actions <= TUNED_AT_MOST and layout.step_s > layout.lower_bound_s:
                 self.judge(self._tuned(layout.spec))
 
     def _tuned(self, spec: JobSpec) -> JobSpec:
