@@ -29,7 +29,7 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Wait,
     WaitReduce,
-    other_end,
+    matching_op,
 )
 
 
@@ -65,7 +65,7 @@ class Posting:
 
 
 @attrs.frozen(eq=False)
-class Walkers:
+class ReplayRanks:
     """Who walks: lists, who is at the other ends of a transfer, and who starts an action together.
 
     `others` are the peers over the network: a message of a rank to itself stays with it. Whether the walk is
@@ -87,7 +87,7 @@ class Walkers:
         """
         actions = (action for actions in self.listing.values() for action in actions)
         own = {action: action for action in actions if isinstance(action, Transfer)}
-        return {transfer: own.get(other_end(transfer), other_end(transfer)) for transfer in own}
+        return {transfer: own.get(matching_op(transfer), matching_op(transfer)) for transfer in own}
 
 
 def replay(program: Program, listing: Listing) -> Replay:
@@ -95,18 +95,18 @@ def replay(program: Program, listing: Listing) -> Replay:
     return walk(alone(program, listing))
 
 
-def alone(program: Program, listing: Listing, *, strict: bool = False) -> Walkers:
+def alone(program: Program, listing: Listing, *, strict: bool = False) -> ReplayRanks:
     """Let every rank walk by itself."""
 
     def others(rank: int, transfer: Transfer) -> Iterator[int]:
         return (peer for peer in program.peers_of(rank, transfer) if peer != rank)
 
-    return Walkers(listing, program.peers_of, others, program.joint, strict)
+    return ReplayRanks(listing, program.peers_of, others, program.joint, strict)
 
 
 def in_step(
     program: Program, listing: Listing, alike: Iterable[Sequence[int]], *, strict: bool = False
-) -> Walkers:
+) -> ReplayRanks:
     """Let ranks with equal lists walk as one; the first of each set stands for it.
 
     Every rank of a joint action must have it in its list. A queue between two ranks that walk as one never
@@ -125,7 +125,7 @@ def in_step(
         others = (leader[peer] for rank, peer in met if peer != rank)
         return tuple(dict.fromkeys(leader[peer] for _, peer in met)), tuple(dict.fromkeys(others))
 
-    return Walkers(
+    return ReplayRanks(
         {first: listing[first] for first in members},
         lambda first, transfer: ends(first, transfer)[0],
         lambda first, transfer: ends(first, transfer)[1],
@@ -139,7 +139,7 @@ def meeting(action: Action) -> Action:
     return Tie(attrs.evolve(action.stage, pp=0, chunk=0)) if isinstance(action, Tie) else action
 
 
-def walk(walkers: Walkers) -> Replay:
+def walk(walkers: ReplayRanks) -> Replay:
     """Walk to the end, or to where all are stuck."""
     return _Walk(walkers).run()
 
@@ -160,7 +160,7 @@ class _Walk:
     walker and itself, the passing of a posting by its walker, the walker at the other end, and its transfer.
     """
 
-    def __init__(self, walkers: Walkers) -> None:
+    def __init__(self, walkers: ReplayRanks) -> None:
         self.listing, self.peers, self.joint = walkers.listing, walkers.peers, walkers.joint
         self.twins, self.others, self.strict = walkers.twins, walkers.others, walkers.strict
         self.queued: dict[tuple[int, int], collections.deque[Transfer]] = collections.defaultdict(
@@ -242,7 +242,7 @@ class _Walk:
     def _unposted(self, walker: int, transfer: Transfer) -> Iterator[tuple[int, Transfer]]:
         if (walker, transfer) not in self.posted:
             yield walker, transfer
-        theirs = self.twins[transfer] if transfer in self.twins else other_end(transfer)
+        theirs = self.twins[transfer] if transfer in self.twins else matching_op(transfer)
         for peer in self.peers(walker, transfer):
             if (peer, theirs) not in self.posted:
                 yield peer, theirs

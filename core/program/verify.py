@@ -42,7 +42,7 @@ import attrs
 
 from mimogrid.core.program.listing import Listing
 from mimogrid.core.program.lower import Program
-from mimogrid.core.program.replay import Blocked, Walkers, alone, in_step, walk
+from mimogrid.core.program.replay import Blocked, ReplayRanks, alone, in_step, walk
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -410,12 +410,12 @@ class _Judge:
 # -- all ranks together ------------------------------------------------------------------------------------
 
 
-def _together(walkers: Walkers) -> Iterator[str]:
+def _together(walkers: ReplayRanks) -> Iterator[str]:
     yield from _channels(walkers)
     yield from _deadlock(walk(walkers).blocked)
 
 
-def _channels(walkers: Walkers) -> Iterator[str]:
+def _channels(walkers: ReplayRanks) -> Iterator[str]:
     """Each rank must receive from a peer in the order in which that peer sends: some transports have no tags.
 
     Of ranks in step this asks that all they send and receive is in one order, so in the same for every pair.

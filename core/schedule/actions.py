@@ -170,10 +170,10 @@ _LINE = re.compile(
 )
 
 
-def other_end(transfer: Transfer) -> Transfer:
+def matching_op(transfer: Transfer) -> Transfer:
     """Return what the peer posts for a transfer.
 
-    >>> print(other_end(Send(Stage("vision", 0), Direction.FORWARD, 2, Stage("language", 0))))
+    >>> print(matching_op(Send(Stage("vision", 0), Direction.FORWARD, 2, Stage("language", 0))))
     language.0 RECV_F2 <- vision.0
     """
     way = Recv if isinstance(transfer, Send) else Send

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.listing import Listing
 from mimogrid.core.program.lower import Program
-from mimogrid.core.program.replay import Walkers, walk
+from mimogrid.core.program.replay import ReplayRanks, walk
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -42,7 +42,7 @@ class Graph:
         self.pieces = Pieces()
         self._program, self._costs, self._seconds_of = program, costs, seconds_of
         self._folded = Folded(program, costs, classes)
-        walkers = Walkers(listing, self._folded.peers, self._folded.peers, self._folded.joint)
+        walkers = ReplayRanks(listing, self._folded.peers, self._folded.peers, self._folded.joint)
         walked = walk(walkers)
         if walked.blocked:
             stuck = walked.blocked[0]

@@ -23,7 +23,7 @@ from mimogrid.core.schedule.actions import (
     Update,
     Wait,
     WaitReduce,
-    other_end,
+    matching_op,
 )
 from mimogrid.core.simulate.rank_classes import alone
 from mimogrid.core.simulate.rank_timelines import RankTimeline, Timeline
@@ -86,7 +86,7 @@ class _Ways:
         return tuple(self._way(rank, transfer, peer) for peer in self.program.peers_of(rank, transfer))
 
     def _way(self, rank: int, transfer: Transfer, peer: int) -> tuple[float, float]:
-        ends = (rank, transfer), (peer, other_end(transfer))
+        ends = (rank, transfer), (peer, matching_op(transfer))
         begin_s = max(self.posted[each] for each in ends)
         return begin_s, max(begin_s, self.waited[ends[isinstance(transfer, Send)]])
 

@@ -195,7 +195,7 @@ def _like(timeline: Timeline, rank: int) -> Hashable:
         module = topology.modules[info.stage.module]
         dp_rank = module.dp_rank_of(rank)
         firsts = set(step.alike(module.microbatches))
-        facts += [step.positions(module.name, dp_rank, k) for k in range(module.microbatches) if k in firsts]
+        facts += [step.shape(module.name, dp_rank, k) for k in range(module.microbatches) if k in firsts]
         for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
             side = routes.reaching if link.target == info.stage else routes.leaving
             for k in routes.firsts(link):

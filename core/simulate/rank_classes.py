@@ -140,7 +140,7 @@ def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]
     for link in topology.links:
         sized = math.isfinite(costs.on(link, link.edge).bytes_per_s)
         for k in routes.firsts(link):
-            before = routes.made_from(link, k)
+            before = routes.repeats(link).source_start(k)
             for dp_rank in range(topology.modules[link.target.module].dp_size):
                 for messages in routes.reaching(link, k, dp_rank).values():
                     for message in messages:

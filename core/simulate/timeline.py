@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait, other_end
+from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait, matching_op
 from mimogrid.core.topology.topology import Stage
 
 
@@ -87,7 +87,7 @@ def idles(events: Sequence[Event], flights: Iterable[Flight] = ()) -> tuple[Idle
     posted: dict[int, dict[Transfer, float]] = collections.defaultdict(dict)
     for flight in sorted(flights, key=lambda flight: (flight.end_s, flight.begin_s)):
         posted[flight.rank_source][flight.transfer] = flight.begin_s
-        posted[flight.rank_target][other_end(flight.transfer)] = flight.begin_s
+        posted[flight.rank_target][matching_op(flight.transfer)] = flight.begin_s
     return tuple(
         idle
         for rank, mine in by_rank(events).items()

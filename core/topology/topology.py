@@ -6,7 +6,7 @@ into, each with its layers and its distance to the loss.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -18,6 +18,7 @@ from mimogrid.core.job.models import (
     HEAD,
     PROJECTOR,
     BuiltIn,
+    Gpt,
     Own,
     Parameter,
 )
@@ -134,6 +135,17 @@ class Module:
             return positions
         parts = 2 * self.cp * (self.grid.extent("tp") if self.sequence_parallel else 1)
         return -(-positions // parts) * parts
+
+    def padded_shape(self, lengths: Sequence[int], sequence: int) -> tuple[int, int]:
+        """Return (positions, samples) that the stages compute for samples of these lengths, padding included.
+
+        A language model pads every sample to the job's `sequence`. Other modules pad to the longest sample, and
+        leave out samples without rows. Positions are those of all cp ranks together.
+        """
+        if isinstance(self.model, Gpt):
+            return sequence, len(lengths)
+        present = [length for length in lengths if length]
+        return self.padded(max(present, default=0)), len(present)
 
     def ep_dp_ranks(self, dp_rank: int) -> tuple[int, ...]:
         """Return the dp ranks that compute together with a dp rank: those its experts are spread over."""

@@ -61,16 +61,16 @@ def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
     """
     whole, overrides = Path(path).resolve(), tuple(overrides)
     make_importable(Path.cwd(), whole.parent)
-    reading = jobfile.read(path, overrides)
-    if reading.spec is None:
-        raise PlanError(reading.problems)
-    spec, of_builders = with_builders(reading.spec)
+    parsed_job = jobfile.read(path, overrides)
+    if parsed_job.spec is None:
+        raise PlanError(parsed_job.problems)
+    spec, of_builders = with_builders(parsed_job.spec)
     source, facts, of_source = open_source(spec)
     spec = spec if of_source else balance_layers(spec, facts)
     of_plan = [*of_builders, *of_source, *problems_of(spec, None if of_source else facts)]
     problems = [
-        *reading.problems,
-        *(reading.annotated(p) for p in dict.fromkeys(of_plan) if not reading.explains(p)),
+        *parsed_job.problems,
+        *(parsed_job.annotated(p) for p in dict.fromkeys(of_plan) if not parsed_job.explains(p)),
     ]
     if problems:
         raise PlanError(problems)

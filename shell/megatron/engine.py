@@ -26,7 +26,7 @@ from mimogrid.core.base.errors import WorldError
 from mimogrid.core.job.layer_engines import choose, unlike
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.topology.topology import Topology
-from mimogrid.shell.megatron.layers import CoreAttention, Norm, linears_of, mlp_of
+from mimogrid.shell.megatron.layers import CoreAttention, LocalLayerNorm, linears_of, mlp_of
 
 
 FP8_RECIPE = "tensorwise"
@@ -100,4 +100,4 @@ def engine_spec(model: BuiltIn, *, layers: int) -> TransformerBlockSubmodules:
     attention.params = {"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding}
     attention.submodules.core_attention = CoreAttention
     layer.submodules.mlp = mlp_of(linears_of(layer.submodules.mlp), ffn=model.ffn)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LocalLayerNorm)

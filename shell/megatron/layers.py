@@ -254,7 +254,7 @@ class RowLinear(_Sharded, RowParallelLinear):  # type: ignore[misc]
     """A linear layer whose inputs are cut over tp."""
 
 
-class Norm(nn.LayerNorm):
+class LocalLayerNorm(nn.LayerNorm):
     """Layer norm with the mark that megatron gives parameters whose gradients are partial under sp."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
@@ -327,7 +327,7 @@ def block_spec(
     )
     chosen = mlps or [_dense(model, column, row)] * layers
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, column, row, mlp) for mlp in chosen], layer_norm=Norm
+        layer_specs=[_layer_spec(model, column, row, mlp) for mlp in chosen], layer_norm=LocalLayerNorm
     )
 
 
@@ -363,10 +363,10 @@ def _layer_spec(model: BuiltIn, column: ModuleSpec, row: ModuleSpec, mlp: Any) -
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=LocalLayerNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=LocalLayerNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),

@@ -34,7 +34,6 @@ from mimogrid.core.job.placement import trainable_names
 from mimogrid.core.topology.topology import UNKNOWN, StageInfo, Topology
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.modules.built_in import RowsStage, TextStage
-from mimogrid.shell.modules.given import HostStage, OwnStage, check_groups, check_patterns, own_network
 from mimogrid.shell.modules.interface import (
     Groups,
     HostNetwork,
@@ -45,6 +44,7 @@ from mimogrid.shell.modules.interface import (
     named_weights,
 )
 from mimogrid.shell.modules.transformer import Context
+from mimogrid.shell.modules.user_modules import HostStage, OwnStage, check_groups, check_patterns, own_network
 from mimogrid.shell.modules.weights import cut_over, initialize, shard_shape
 
 
@@ -58,17 +58,17 @@ def build_stage(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    given: nn.Module | None = None,
+    user_module: nn.Module | None = None,
 ) -> StageModule:
     """Build a stage that computes in `dtype`, with its initial weights; what the plan freezes takes no gradient.
 
-    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that. The network may be `given` instead
-    of built (`OwnNetwork`, `HostNetwork`): it is moved to the device, and begins on every dp rank with the
-    weights that the first dp rank has. `StageModule.info` of such a stage tells of the parameters that it has.
+    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that. With
+    `user_module`, that network is used instead of a built one (`OwnNetwork`, `HostNetwork`). It moves to the device,
+    and every dp rank gets the weights of the first. `StageModule.info` of such a stage lists its own parameters.
     """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]
-    stage = _stage(topology, info, groups, device=device, dtype=dtype, given=given)
+    stage = _stage(topology, info, groups, device=device, dtype=dtype, user_module=user_module)
     stage.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
     held = module.held(stage.info, ep_position(groups))
     _check(stage, held, groups)
@@ -82,8 +82,8 @@ def build_stage(
         check_groups(topology.spec.optimizer, module.name, tuple(weights))
     for name, weight in weights.items():
         weight.requires_grad_(name in trainable)
-    if given is not None:
-        _begin_alike(stage, given, groups)
+    if user_module is not None:
+        _begin_alike(stage, user_module, groups)
     return stage
 
 
@@ -94,19 +94,19 @@ def _stage(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    given: nn.Module | None,
+    user_module: nn.Module | None,
 ) -> StageModule:
-    """Return a stage of the network given, or of the layers of its engine, wherever torch allocates them."""
+    """Return a stage of `user_module`, or of the layers of its engine, on the device where torch allocates them."""
     module, spec = topology.modules[info.stage.module], topology.spec
     written = spec.modules[module.name]
     if isinstance(module.model, Own):
-        own = given
+        own = user_module
         if own is None:
             own = own_network(module.model, written.options, seed=spec.seed, module=module.name)
         return OwnStage(module, info, own, dtype=dtype)
-    if given is not None:
-        table = given.table(info, tp=groups.tp.size(), expert_tp=groups.expert_tp.size())  # type: ignore[operator]
-        return HostStage(topology, module, info, given, table=table, dtype=dtype)
+    if user_module is not None:
+        table = user_module.table(info, tp=groups.tp.size(), expert_tp=groups.expert_tp.size())  # type: ignore[operator]
+        return HostStage(module, info, user_module, table=table, dtype=dtype)
     choice = choose(module.name, spec, missing=engine.missing(device), version=engine.version())
     context = Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
     if isinstance(module.model, Gpt):
@@ -114,12 +114,12 @@ def _stage(
     return RowsStage(context, module.model)
 
 
-def _begin_alike(stage: StageModule, given: nn.Module, groups: Groups) -> None:
+def _begin_alike(stage: StageModule, user_module: nn.Module, groups: Groups) -> None:
     """Give all copies of a weight the values of the first: along dp, along tp where it is whole, at both ends."""
     weights = named_weights(stage)
     experts = {parameter.name for parameter in stage.info.parameters if parameter.expert is not None}
     common = [weight for name, weight in weights.items() if name not in experts]
-    for tensor in (*common, *given.buffers()):
+    for tensor in (*common, *user_module.buffers()):
         dist.broadcast(tensor.detach(), group=groups.dp, group_src=0)
     for name in (name for name in weights if name in experts):
         dist.broadcast(weights[name].detach(), group=groups.expert_dp, group_src=0)

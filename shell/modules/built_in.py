@@ -25,7 +25,6 @@ class TextStage(TransformerStage):
     def __init__(self, context: Context, model: Gpt, *, sequence: int) -> None:
         super().__init__(context, model)
         info = context.info
-        self.sequence = sequence
         self.tied = model.tied_embeddings
         self.network = GPTModel(
             self.config,
@@ -61,7 +60,6 @@ class TextStage(TransformerStage):
         """Return where the rows of a share lie."""
         return pack_text(
             share,
-            sequence=self.sequence,
             multiple=self.multiple,
             device=device,
             cut=self.cut,

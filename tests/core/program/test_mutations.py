@@ -32,7 +32,7 @@ from mimogrid.core.schedule.actions import (
     Update,
     Wait,
     WaitReduce,
-    other_end,
+    matching_op,
 )
 from rehearsal import RehearsalError, rehearse
 
@@ -171,7 +171,7 @@ def _others(action: Action, around: list[Action]) -> list[Action]:
     if isinstance(action, Compute):
         others += [attrs.evolve(action, kind=kind) for kind in Kind]
     if isinstance(action, Transfer):
-        others += [Wait(action), other_end(action), attrs.evolve(action, peer=action.stage)]
+        others += [Wait(action), matching_op(action), attrs.evolve(action, peer=action.stage)]
         others += [attrs.evolve(action, direction=direction) for direction in Direction]
         others += [(Send if isinstance(action, Recv) else Recv)(**_fields(action))]
     if isinstance(action, Reduce):
