@@ -22,7 +22,8 @@ from mimogrid.core.plan.layouts import shown
 from mimogrid.core.plan.question import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.program.lower import Program
-from mimogrid.core.schedule.orders import Order, order_of
+from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.tuning import AUTO
 from mimogrid.core.schedule.work import work_of
 from mimogrid.core.simulate.lockstep import limit_s, lockstep, rank_classes_of

@@ -27,7 +27,7 @@ from mimogrid.core.base.samples import overlapping
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Compute, Direction, Kind
-from mimogrid.core.schedule.orders import Order
+from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.work import seconds_of
 from mimogrid.core.simulate.lower_bound import sum_s, summing_s
 from mimogrid.core.step.traffic import message_bytes
