@@ -8,7 +8,7 @@ A module keeps its split if the job gives one, or gives costs of its stages. For
 balanced split are timed on the clock of `tuning`, and the faster one goes into the spec of the topology.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -34,12 +34,18 @@ def parse_job(spec: JobSpec, source: SourceFacts | None) -> Topology | tuple[Pro
     problems = problems_of(even, source)
     if problems or source is None:
         return problems
-    topology = assemble(even, source)
-    # A balanced split needs no second validation: like the even one, it leaves no stage without layers.
-    fair = _with_splits(even, {name: _fair(topology, name) for name in open_})
-    if fair == even:
+    return balance_layers(assemble(even, source), open_)
+
+
+def balance_layers(topology: Topology, modules: Sequence[str]) -> Topology:
+    """Return a topology in which the stages of some modules take equally long, if that makes a step faster.
+
+    It needs no second validation: like an even split, a balanced one leaves no stage without layers.
+    """
+    fair = _with_splits(topology.spec, {name: _fair(topology, name) for name in modules})
+    if fair == topology.spec:
         return topology
-    candidates = (assemble(fair, source), topology)
+    candidates = (assemble(fair, topology.source), topology)
     return min(candidates, key=lambda each: best_named(each).merit)
 
 

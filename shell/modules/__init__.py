@@ -1,7 +1,7 @@
-"""Modules: the networks of one stage on one rank, built from megatron-core to match the core's table.
+"""Modules: the network of one stage on one rank, with the parameters of the core's table.
 
-A stage is a function of its inputs and the description of its share: flat rows in, flat rows out, one block
-of positions times samples between the stages of a module.
+A stage is a function of its inputs and the description of its share. Its inputs and outputs are flat rows, and between
+the stages of a module one block of positions times samples.
 
 | stage | inputs | outputs |
 |---|---|---|
@@ -15,11 +15,13 @@ of positions times samples between the stages of a module.
 | last, without targets | | ``logits`` (`gpt`); ``prediction`` (`regressor`) |
 | any with an auxiliary loss, in training | | ``NAME.aux``, this rank's term of it; its gradient is attached |
 
-Under tensor and context parallelism inputs and outputs are whole on every rank that shares them, and so are the
-gradients of the inputs. Two things are each cp rank's own, with what it computes them from: hidden states, which
-are its part of S, and its term of the loss. Building, forward and backward happen inside `megatron.cpu.on_device`.
+Under tensor and context parallelism every rank has the complete inputs and outputs, and the complete gradients of the
+inputs. Two things differ between cp ranks: hidden states, of which a rank has its part of S, and the loss, of which a
+rank has its term. Building, forward and backward run inside `megatron.cpu.on_device`.
 
 Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
+
+May import: the core, `device`, `job`, `megatron`, `world`.
 """
 
 from collections.abc import Sequence
@@ -60,11 +62,11 @@ def build_stage(
     dtype: torch.dtype,
     user_module: nn.Module | None = None,
 ) -> StageModule:
-    """Build a stage that computes in `dtype`, with its initial weights; what the plan freezes takes no gradient.
+    """Build a stage that computes in `dtype`, with its initial weights. Frozen weights take no gradient.
 
-    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that. With
-    `user_module`, that network is used instead of a built one (`OwnNetwork`, `HostNetwork`). It moves to the device,
-    and every dp rank gets the weights of the first. `StageModule.info` of such a stage lists its own parameters.
+    Weights have at least fp32; the caller rounds them with ``stage.to(dtype)``. A `user_module` (`OwnNetwork`,
+    `HostNetwork`) takes the place of a network built here. It moves to the device, and every dp rank gets the weights
+    of the first. `StageModule.info` of such a stage lists its own parameters.
     """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]
@@ -76,14 +78,14 @@ def build_stage(
     if not isinstance(stage, HostStage):
         initialize(weights, held, seed=topology.spec.seed, module=module.name, groups=groups)
     trainable = stage.info.trainable
-    if UNKNOWN in trainable:  # The names of an own module are known only now.
+    if UNKNOWN in trainable:  # An own module's names are known only now.
         check_patterns(written, module.name, tuple(weights))
         trainable = trainable_names(written, tuple(weights))
         check_groups(topology.spec.optimizer, module.name, tuple(weights))
     for name, weight in weights.items():
         weight.requires_grad_(name in trainable)
     if user_module is not None:
-        _begin_alike(stage, user_module, groups)
+        _broadcast_weights(stage, user_module, groups)
     return stage
 
 
@@ -96,7 +98,7 @@ def _stage(
     dtype: torch.dtype,
     user_module: nn.Module | None,
 ) -> StageModule:
-    """Return a stage of `user_module`, or of the layers of its engine, on the device where torch allocates them."""
+    """Return a stage of `user_module`, or of layers of the chosen engine, wherever torch allocates them."""
     module, spec = topology.modules[info.stage.module], topology.spec
     written = spec.modules[module.name]
     if isinstance(module.model, Own):
@@ -114,8 +116,8 @@ def _stage(
     return RowsStage(context, module.model)
 
 
-def _begin_alike(stage: StageModule, user_module: nn.Module, groups: Groups) -> None:
-    """Give all copies of a weight the values of the first: along dp, along tp where it is whole, at both ends."""
+def _broadcast_weights(stage: StageModule, user_module: nn.Module, groups: Groups) -> None:
+    """Give all copies of a weight the values of the first: along dp, along tp if it is not cut, and at both ends."""
     weights = named_weights(stage)
     experts = {parameter.name for parameter in stage.info.parameters if parameter.expert is not None}
     common = [weight for name, weight in weights.items() if name not in experts]
@@ -131,7 +133,7 @@ def _begin_alike(stage: StageModule, user_module: nn.Module, groups: Groups) -> 
 
 
 def _check(stage: StageModule, held: Sequence[Parameter], groups: Groups) -> None:
-    """The table of the core and what was built are the same."""
+    """Assert that the built parameters are those of the core's table."""
     planned = {p.name: shard_shape(p, tp_size=cut_over(p, groups).size()) for p in held}
     built = {name_of_weight(stage, name): tuple(w.shape) for name, w in stage.named_parameters()}
     if isinstance(stage, OwnStage):  # The table holds its projectors only.
