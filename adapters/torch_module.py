@@ -115,7 +115,7 @@ class Embedded:
             self.world: World = visit(
                 ranks=range(job.topology.world_size) if ranks is None else ranks,
                 timeout_s=job.spec.train.timeout_s,
-                digest=digest_of(job.topology, job.step(0)),
+                digest=digest_of(job.step(0), job.order),
             )
             stack.enter_context(first_failure(self.world))
             self.groups = groups or stack.enter_context(open_groups(job.topology, self.world, self.device))

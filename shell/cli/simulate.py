@@ -28,14 +28,13 @@ from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.assumed import ASSUMED, assumed
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.program.lower import plan_step
-from mimogrid.core.schedule.layer_split import balance_layers
+from mimogrid.core.schedule.layer_split import topology_of
 from mimogrid.core.simulate import MANY, rank_classes_of, simulate
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, idle_s, idle_s_by_rank, shares
 from mimogrid.core.simulate.memory import Level, peaks
 from mimogrid.core.simulate.rank_classes import RankClasses
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
-from mimogrid.core.topology.parse import parse
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.jobs import Job, open_job
@@ -120,8 +119,8 @@ def without_collecting() -> Iterator[None]:
 def under(job: Job, **changes: Any) -> Job:
     """Return a job with changes of its schedule. Raises PlanError where they are not legal for it."""
     facts = job.topology.source
-    spec = balance_layers(attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes)), facts)
-    return attrs.evolve(job, topology=parse(spec, facts))
+    spec = attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes))
+    return attrs.evolve(job, topology=topology_of(spec, facts))
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -247,7 +246,7 @@ def _simulated(planned: _Planned, given: argparse.Namespace, draw: int = 0) -> S
     step = job.step(given.step + draw * given.ragged)
     duration_factors = DurationFactors(step, ragged=given.ragged, jitter=given.jitter, seed=given.seed + draw)
     paced = duration_factors if given.ragged or given.jitter else None
-    program = plan_step(step)
+    program = plan_step(step, job.order)
     classes = rank_classes_of(program, costs, paced)
     _tell_classes(classes)
     timeline = simulate(program, costs, duration_factors=paced, classes=classes)

@@ -93,7 +93,7 @@ def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
     """Draw a measured step; its plan has the job's costs, or else the means of what was measured."""
     train = job.spec.train
     last = max(step for step in range(train.steps) if not is_passed_over(train, step))
-    program = plan_step(job.step(last))
+    program = plan_step(job.step(last), job.order)
     ran = measured(program, events)
     planned = simulate(program, job.spec.schedule.costs or mean_costs(events))
     with (folder / "trace.json").open("w", encoding="utf-8") as file:

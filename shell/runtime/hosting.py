@@ -41,7 +41,7 @@ def _host(
 ) -> Hosted:
     module, dtype = job.topology.modules[info.stage.module], DTYPES[job.spec.precision]
     of_module = groups.of_module(job.topology.role(rank), module.name)
-    network = build_stage(job.topology, info, of_module, device=device.torch, dtype=dtype, given=given)
+    network = build_stage(job.topology, info, of_module, device=device.torch, dtype=dtype, user_module=given)
     # Main weights begin as they were drawn, not as half precision rounds them.
     full = {name: weight.detach() for name, weight in named_weights(network).items()}
     network.to(dtype)

@@ -14,6 +14,7 @@ from torch import nn
 from mimogrid.core.base.errors import EchoError
 from mimogrid.core.faults.injection import BETWEEN
 from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.schedule.order import Order
 from mimogrid.core.step.step import Step, aux_name
 from mimogrid.core.topology.topology import Stage, Topology
 from mimogrid.core.update.decision import SkipState
@@ -111,13 +112,15 @@ class RankRuntime:
         source: Loads | None = None,
         loss: Loss = weighted_cross_entropy,
         runs: Runs = execute,
+        order: Order | None = None,
     ) -> Outcome:
         """Train one step; without `update`, stop at the gradients.
 
         `following` is the next step: the ranks agree on its samples in this one. `source` has the samples
-        where they are not the job's. `loss` is that of language models. `runs` runs the program.
+        where they are not the job's. `loss` is that of language models. `runs` runs the program. `order` is the order
+        of the step where it is not the job's.
         """
-        program = plan_step(step)
+        program = plan_step(step, order or self.job.order)
         self._begin(program, source or self._source, index, loss_scale=self.skip_state.scale, loss=loss)
         for buffer in self.buffers.values():
             buffer.clear()
@@ -185,7 +188,7 @@ class RankRuntime:
         return tuple(answers[microbatch] for answers in said for microbatch in sorted(answers))
 
     def _only_forwards(self, step: Step, source: Loads, *, loss: Loss | None = None) -> None:
-        program = plan_step(step, training=False)
+        program = plan_step(step, self.job.forward_order)
         self._begin(program, source, loss=loss)
         actions = program.of(self.rank)
         self.heartbeat.begin(self.job.spec.train.steps, len(actions), training=False)

@@ -60,7 +60,7 @@ def _with_stages(finding: Diagnosis, job: Job) -> Diagnosis:
 
 def _program(job: Job, index: int, step: int) -> Program | None:
     """The program that a rank was in, if it was in one."""
-    return plan_step(job.step(step)) if index >= 0 else None
+    return plan_step(job.step(step), job.order) if index >= 0 else None
 
 
 def _is_cut_off(error: BaseException) -> bool:

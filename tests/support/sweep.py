@@ -181,7 +181,7 @@ def in_world(place: Place, job: Job, folder: str, resume: str | None, case: Case
 
 
 def _fault(job: Job, case: Case) -> str:
-    actions = plan_step(job.step(case.step)).of(case.rank)
+    actions = plan_step(job.step(case.step), job.order).of(case.rank)
     action = actions[draw_integer(STEPS, case.step, f"action {case}", 0, len(actions) - 1)]
     return f"kill rank {case.rank} step {case.step} at {action}"
 

@@ -48,13 +48,15 @@ def in_turns(runtime: RankRuntime, jobs: Sequence[Job], repeat: int) -> list[Ste
     for index in range(WARM_UP + repeat):
         for job, steps in zip(jobs, found, strict=True):
             step = job.step(index)
-            turns = Turns(turns_of(plan_step(step))[runtime.rank], runtime.group, Clock(runtime.device))
+            turns = Turns(
+                turns_of(plan_step(step, job.order))[runtime.rank], runtime.group, Clock(runtime.device)
+            )
             dist.barrier(runtime.group)
             begin = time.thread_time()
             following = job.step(index + 1)
-            plan_step(following).of(runtime.rank)
+            plan_step(following, job.order).of(runtime.rank)
             planned = time.thread_time() - begin
-            runtime.run(index, step, following, runs=turns)
+            runtime.run(index, step, following, runs=turns, order=job.order)
             if index >= WARM_UP:
                 steps.planning.append(planned)
                 for action, reading in turns.readings.items():

@@ -63,7 +63,7 @@ def apart(pool: Pool, opened: Opened) -> Comparing:
 
     def compare(spec: JobSpec, *, delay: int) -> dict[str, float]:
         of_spec = opened(spec)
-        assert () == verify(halved(plan_step(of_spec.step(0)), delay))
+        assert () == verify(halved(plan_step(of_spec.step(0), of_spec.order), delay))
         said = pool.run("halves:apart_in_world", of_spec.topology.world_size, of_spec, delay)
         return {name: max(one.get(name, 0.0) for one in said) for name in set().union(*said)}
 
