@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, GREY, MIDDLE, RIGHT, WHITE, Fill
 from mimogrid.core.draw.page import SMALL, VISIBLE, WeightGrads, name_of
@@ -99,8 +100,8 @@ def _strip(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
     for begin, size in _steps(page, levels):
         parts.append(f"H{begin:.1f}V{bottom - size * high:.2f}")
     shape = f"M{page.left:.1f} {bottom:.2f}{''.join(parts)}H{end:.1f}V{bottom:.2f}z"
-    told = ", ".join(f"{part} {marks.in_bytes(size)}" for part, size in peak.parts.items() if size)
-    tip = f"at most {marks.in_bytes(peak.bytes)}, at {peak.at_s:.6g} s: {told}"
+    told = ", ".join(f"{part} {in_bytes(size)}" for part, size in peak.parts.items() if size)
+    tip = f"at most {in_bytes(peak.bytes)}, at {peak.at_s:.6g} s: {told}"
     yield from marks.with_tip(
         tip,
         (
@@ -110,7 +111,7 @@ def _strip(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
     )
     x, top = page.x(peak.at_s), bottom - peak.bytes * high
     yield f'<circle cx="{x:.1f}" cy="{top:.1f}" r="1.7" fill="{BLACK}"/>'
-    told = marks.in_bytes(peak.bytes)
+    told = in_bytes(peak.bytes)
     yield marks.words(page.end + 8, bottom, told, size=page.small, fill=GREY)
 
 

@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from jobs import job, program_of
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import marks, page, perfetto, picture
 from mimogrid.core.draw.arrows import MOST_ARROWS
 from mimogrid.core.draw.ranks import rank_map_svg
@@ -235,7 +236,7 @@ def test_memory_stands_under_each_rank_with_its_peak():
     """The most bytes of every rank, in words and, in the order of ranks, beside its strip."""
     _, timeline = timed(THREE, batch=16, microbatches=8)
     found = drawn(THREE, batch=16, microbatches=8)
-    peaks = [marks.in_bytes(size) for size in peak_bytes(timeline).values()]
+    peaks = [in_bytes(size) for size in peak_bytes(timeline).values()]
     assert peaks == [tip.split(",")[0].removeprefix("at most ") for tip in tips(found) if "at most" in tip]
     assert peaks == [
         text.text for text in found.iter(f"{SVG}text") if (text.text or "").endswith("B") and " " in text.text
