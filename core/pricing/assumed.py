@@ -5,9 +5,7 @@ from mimogrid.core.job.models import FIRST, Own
 from mimogrid.core.topology.topology import Module, StageInfo, Topology
 
 
-ASSUMED = (
-    "each layer counts 1 unit forward, 1 for the input gradient, 1 for the weight gradient; communication is free"
-)
+ASSUMED = "each layer counts 1 unit forward, 1 for the input gradient, 1 for the weight gradient; communication is free"
 """What `assumed` assumes, in words."""
 
 

@@ -7,6 +7,8 @@ A field is an argument. Its name is the flag (`max_shard_gb` is ``--max-shard-gb
 docstring of a class is the help of its command.
 """
 
+# ruff: noqa: RUF009 -- the functions in the class bodies return fields
+
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,7 +132,9 @@ class SimulateArgs(JobArgs):
     )
     gpu: str | None = _option("NAME", "estimate costs from the data sheet of this GPU, such as h100")
     efficiency: float = _efficiency()
-    schedule: str | None = _option("NAME", "use this schedule instead of the job's; `all` compares all of them")
+    schedule: str | None = _option(
+        "NAME", "use this schedule instead of the job's; `all` compares all of them"
+    )
     ragged: bool = _switch("time each dp rank by its own samples of the step")
     jitter: float = _option(
         "SIGMA", "vary the time of every compute action: the standard deviation of its logarithm", float, 0.0
@@ -231,9 +235,7 @@ def parse(words: Sequence[str]) -> Args:
 def overview() -> str:
     """Return what `mimogrid` alone prints: every command and what it does."""
     nouns = {name: "RUN" if issubclass(of, RunArgs) else "JOB" for name, of in COMMANDS.items()}
-    commands = (
-        f"    mimogrid {f'{name} {nouns[name]}':<14}{of.__doc__}\n" for name, of in COMMANDS.items()
-    )
+    commands = (f"    mimogrid {f'{name} {nouns[name]}':<14}{of.__doc__}\n" for name, of in COMMANDS.items())
     return (
         "mimogrid trains multimodal models in which every module has its own grid of ranks.\n\n"
         f"{''.join(commands)}\n"

@@ -156,7 +156,9 @@ def _role_values(role: RankRole) -> dict[str, Any]:
 def show(job: Job, args: ShowArgs) -> int:
     """Print the program of step 0."""
     program = plan_step(job.step(0))
-    programs = {rank: [str(action) for action in program.of(rank)] for rank in _ranks(job.topology, args.rank)}
+    programs = {
+        rank: [str(action) for action in program.of(rank)] for rank in _ranks(job.topology, args.rank)
+    }
     if args.json:
         print_json({"programs": programs})
         return 0

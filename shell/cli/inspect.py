@@ -54,9 +54,7 @@ def run(job: Job | None, args: InspectArgs) -> int:
     if args.json:
         checkpoints = [{"name": c.name, "whole": not found, "faults": found} for c, found in faults.items()]
         values = [attrs.asdict(problem) for problem in problems]
-        print_json(
-            {"ok": not problems, "checkpoints": checkpoints, "contents": contents, "problems": values}
-        )
+        print_json({"ok": not problems, "checkpoints": checkpoints, "contents": contents, "problems": values})
         return 2 if problems else 0
     for checkpoint, found in faults.items():
         print(f"{checkpoint.name}  {'damaged' if found else 'whole'}")
@@ -139,7 +137,9 @@ def _in_words(checkpoint: Path, contents: Mapping[str, Any]) -> Iterator[str]:
 # -- which layouts fit -------------------------------------------------------------------------------------
 
 
-def mismatches_of(topology: Topology, facts: Mapping[str, Any], index: Mapping[str, IndexedTensor]) -> Iterator[str]:
+def mismatches_of(
+    topology: Topology, facts: Mapping[str, Any], index: Mapping[str, IndexedTensor]
+) -> Iterator[str]:
     """Yield how a checkpoint's tensors differ from a job's. The parameters of custom modules are not known here."""
     states = states_of(topology.spec.optimizer) if facts["steps_taken"] else ()
     for module in topology.modules.values():

@@ -1,9 +1,9 @@
 """The command ``simulate``: what it prints and draws of steps that `timing` has simulated.
 
-    mimogrid simulate JOB                        the timeline, who idles and why, memory, the critical path
-    mimogrid simulate JOB --schedule all         a line per schedule, or why it is not legal
-    mimogrid simulate JOB --compare OTHER        two jobs side by side
-    mimogrid simulate JOB --ragged --jitter 0.1  uneven data and uneven machines; --draws 20 of them
+mimogrid simulate JOB                        the timeline, who idles and why, memory, the critical path
+mimogrid simulate JOB --schedule all         a line per schedule, or why it is not legal
+mimogrid simulate JOB --compare OTHER        two jobs side by side
+mimogrid simulate JOB --ragged --jitter 0.1  uneven data and uneven machines; --draws 20 of them
 """
 
 import statistics
@@ -60,7 +60,7 @@ def run(job: Job, args: SimulateArgs) -> int:
 
 def _problems(args: SimulateArgs) -> Iterator[Problem]:
     """Yield what is wrong with the options, by themselves and together."""
-    if args.schedule not in {None, ALL, *SCHEDULES}:
+    if args.schedule is not None and args.schedule not in {ALL, *SCHEDULES}:
         remedy = nearest(args.schedule, (*SCHEDULES, ALL))
         yield Problem("--schedule", f"'{args.schedule}' is no schedule.", remedy)
     numbers = (("--jitter", args.jitter, 0), ("--step", args.step, 0), ("--draws", args.draws, 1))
@@ -221,9 +221,7 @@ def _draw(steps: Mapping[str, SimulatedStep], args: SimulateArgs) -> None:
 # -- several -----------------------------------------------------------------------------------------------
 
 
-def _print_schedules(
-    found: Mapping[str, SimulatedStep | tuple[Problem, ...]], args: SimulateArgs
-) -> None:
+def _print_schedules(found: Mapping[str, SimulatedStep | tuple[Problem, ...]], args: SimulateArgs) -> None:
     """Print a job under every schedule, or why a schedule is not legal for it."""
     if args.json:
         values = {
@@ -253,7 +251,7 @@ def _print_jobs(steps: Mapping[str, SimulatedStep], args: SimulateArgs) -> None:
         return
     _print_table("job", steps)
     if ratio:
-        faster, slower = steps if ratio >= 1 else reversed(steps)
+        faster, slower = steps if ratio >= 1 else reversed([*steps])
         times = max(ratio, 1 / ratio)
         per_rank = times * steps[slower].ranks / steps[faster].ranks
         print(f"{faster} trains {times:.3f} x as many samples/s as {slower}, {per_rank:.3f} x per rank.")

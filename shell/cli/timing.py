@@ -1,4 +1,4 @@
-"""Timing: steps of a job simulated as the options of `simulate` ask for: under one schedule, under all, or of two jobs."""
+"""Timing: steps simulated as the options of `simulate` ask for: under one schedule, under all, or of two jobs."""
 
 import contextlib
 import gc
@@ -169,14 +169,14 @@ def _announce(classes: Classes) -> None:
     count = len(classes.members)
     if count > MANY:
         print(
-            f"Timing {len(classes.leader):,} ranks in {count:,} classes of ranks with equal timelines. This takes minutes.",
+            f"Timing {len(classes.leader):,} ranks in {count:,} classes with equal timelines. This takes minutes.",
             file=sys.stderr,
         )
 
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Let no garbage collector search the values of a large plan. They have no cycles, and are half of the time."""
+    """Keep the garbage collector from searching the values of a large plan: half of the time, for no cycles."""
     gc.disable()
     try:
         yield

@@ -255,7 +255,7 @@ HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "a header that is no JSON": (
         _forge(lambda p: p.write_bytes(p.read_bytes()[:8] + b"!" + p.read_bytes()[9:])),
-        "a header that is none",
+        "no valid header",
     ),
     "a header of a larger tensor": (_forge(_lie("shape", [1 << 40])), "has the bytes"),
     "a header of a negative size": (_forge(_lie("shape", [-1, -64])), "no count"),
@@ -286,7 +286,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(
     assert name in text
     assert said in text
     assert f"The newest whole one is step-{EVERY:08}" in text
-    command = refused.value.problems[0].remedy.partition("put aside what is damaged: ")[2]
+    command = refused.value.problems[0].remedy.partition("move the damaged ones away: ")[2]
     assert not subprocess.run(command, shell=True, check=True).returncode
     assert tmp_path / "checkpoints" / f"step-{EVERY:08}" == manifest.newest(tmp_path / "checkpoints")
 

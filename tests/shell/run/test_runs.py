@@ -88,7 +88,7 @@ def test_the_run_of_another_job_is_refused_unless_that_is_meant(
     assert said in error
     assert str(manifest.folder_of(run / "checkpoints", 100) if has_checkpoint else run / runs.RECORD) in error
     key = override.partition("=")[0]
-    assert f"If it is meant: --changed {key}." in error
+    assert f"If this is intended: --changed {key}." in error
     refusal(job(override), run, ("train",))
     assert run == claim(job(override), run, (key,))
 
@@ -147,7 +147,7 @@ def test_two_that_found_the_same_folder_empty(tmp_path: Path, monkeypatch: pytes
     mine = job(f"train.run_dir={tmp_path / 'run'}")
     claim(mine)
     monkeypatch.setattr(runs, "_empty", Path)
-    with pytest.raises(PlanError, match="has just been taken"):
+    with pytest.raises(PlanError, match="was claimed by another run"):
         claim(mine)
 
 
@@ -165,6 +165,6 @@ def test_a_record_that_says_nothing_is_refused_by_its_name(run: Path, text: str)
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
     """Something of the user's own may be in it."""
     (tmp_path / "mine").touch()
-    assert "holds something, but no run" in str(refusal(job(), tmp_path))
+    assert "is not empty and holds no run" in str(refusal(job(), tmp_path))
     (tmp_path / "mine").unlink()
     assert tmp_path == claim(job(), tmp_path)
