@@ -154,7 +154,7 @@ class Run:
         before = jobfile.recorded(facts["job"], Path(saved, manifest.MANIFEST))
         keys = [change.key for change in changes(before, self.runtime.job.spec)]
         if differing := differences(facts, self.runtime.device.torch):
-            message = f"resuming on another kind of machine, so not bitwise: {', '.join(differing)}"
+            message = f"resuming with another kind of machine or torch, so not bitwise: {', '.join(differing)}"
             self.log.warning(message, checkpoint=saved)
         self.log.info("resuming", step=facts["step"], checkpoint=saved, changed=", ".join(keys) or "nothing")
         return int(facts["step"])

@@ -329,5 +329,27 @@ def test_a_run_without_a_checkpoint_begins_again(run: Run, stopped: Path) -> Non
     assert any("no whole checkpoint" in json.loads(line)["event"] for line in log)
 
 
+def test_a_finished_run_goes_on_to_a_larger_number_of_steps(
+    run: Run, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The losses before stay, and the report is the one of all steps."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    report = run(tmp_path / "run", "precision=fp64", f"train.steps={STEPS + 2}", resume=True)
+    assert STEPS + 2 == report["steps"] == len(report["losses"])
+    assert whole[1]["losses"] == report["losses"][:STEPS]
+    assert report == run(tmp_path / "run", "precision=fp64", f"train.steps={STEPS + 2}", resume=True)
+
+
+def test_another_kind_of_machine_is_logged(run: Run, stopped: Path) -> None:
+    """Resuming is bitwise on one kind of CPU only."""
+    checkpoint = manifest.newest(stopped / "checkpoints")
+    assert checkpoint is not None
+    _rewrite(machine={"kernels": "OTHER"})(checkpoint)
+    run(stopped, "precision=fp64", resume=True)
+    log = [json.loads(line) for line in (stopped / "logs" / "rank-0.jsonl").read_text().splitlines()]
+    (warning,) = (line["event"] for line in log if "another kind of machine" in line["event"])
+    assert "instead of OTHER" in warning
+
+
 def _shards(folder: Path) -> list[str]:
     return [str(p.relative_to(folder)) for p in sorted(folder.glob("checkpoints/*/shard-*"))]

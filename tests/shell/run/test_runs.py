@@ -112,6 +112,23 @@ def test_a_run_that_is_further_than_the_job_goes_is_refused(run: Path) -> None:
     assert run == claim(job("train.steps=100"), run)
 
 
+def test_a_run_without_a_name_is_called_after_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the file, or after its folder where the file is called job.toml."""
+    monkeypatch.chdir(tmp_path)
+    plan = open_job(DIGITS.parents[1] / "plans" / "clip_llama7b_8.toml")
+    claimed = [claim(job()), claim(job()), claim(plan)]
+    assert ["digits-1", "digits-2", "clip_llama7b_8-1"] == [folder.name for folder in claimed]
+
+
+def test_a_finished_run_is_finished_up_to_its_steps(run: Path) -> None:
+    """A job that wants more steps goes on."""
+    runs.write_json(run / runs.REPORT, {"steps": 100})
+    assert {"steps": 100} == runs.finished_report(run, 100) == runs.finished_report(run, 50)
+    assert runs.finished_report(run, 101) is None
+
+
 def test_the_run_of_another_user_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever it belongs to is named; a copy can be resumed."""
     saved(run, job(), 100)
