@@ -82,7 +82,7 @@ class Stopped:
     step: int
 
     def __str__(self) -> str:
-        return f"run '{self.folder}' was asked to stop and has been saved: step {self.step} is next."
+        return f"run '{self.folder}' was asked to stop, and is saved: step {self.step} is next."
 
 
 def report_of(folder: Path) -> dict[str, Any] | None:

@@ -80,28 +80,35 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
         finished = finished_report(path, job.spec.train.steps)
         if finished is not None or session.runtime is None:
             return finished
-        is_first = place.rank == job.topology.ranks[0]
         if place.meeting is None:
             session.heartbeat.keep_in(path / HEARTBEATS)
-        role, settings = role_of(job.topology, place.rank), job.spec.train
-        with (
-            open_log(path / "logs", role, speaks=is_first) as log,
-            listening(session.stop_request),
-            open_saver(
-                path / CHECKPOINTS,
-                session.runtime.group,
-                keep=settings.keep_checkpoints,
-                keep_every=settings.keep_every,
-                on_phase=session.heartbeat.at,
-                on_wait=session.heartbeat.wait,
-            ) as saver,
-        ):
-            if session.device.is_asynchronous:  # a CPU has no choice
-                _log_layers(session.runtime, log)
-            run = Run(session, session.runtime, path, log, saver, is_first)
-            start = run.resume(saved) if resume is not None else 0
-            tally = run.train(start)
-            return tally if isinstance(tally, Stopped) else run.finish(tally)
+        return _trained(session, session.runtime, path, saved if resume is not None else None)
+
+
+def _trained(
+    session: Session, runtime: RankRuntime, folder: Path, saved: str | None
+) -> dict[str, Any] | Stopped | None:
+    """Train in a folder from the start, or from what was `saved` ("": nothing yet)."""
+    job = runtime.job
+    role, settings = role_of(job.topology, runtime.rank), job.spec.train
+    is_first = runtime.rank == job.topology.ranks[0]
+    with (
+        open_log(folder / "logs", role, speaks=is_first) as log,
+        listening(session.stop_request),
+        open_saver(
+            folder / CHECKPOINTS,
+            runtime.group,
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every,
+            on_phase=session.heartbeat.at,
+            on_wait=session.heartbeat.wait,
+        ) as saver,
+    ):
+        if session.device.is_asynchronous:  # a CPU has no choice
+            _log_layers(runtime, log)
+        run = Run(session, runtime, folder, log, saver, is_first)
+        tally = run.train(0 if saved is None else run.resume(saved))
+        return tally if isinstance(tally, Stopped) else run.finish(tally)
 
 
 def _log_layers(runtime: RankRuntime, log: FilteringBoundLogger) -> None:
@@ -154,7 +161,9 @@ class Run:
         before = jobfile.recorded(facts["job"], Path(saved, manifest.MANIFEST))
         keys = [change.key for change in changes(before, self.runtime.job.spec)]
         if differing := differences(facts, self.runtime.device.torch):
-            message = f"resuming with another kind of machine or torch, so not bitwise: {', '.join(differing)}"
+            message = (
+                f"resuming with another kind of machine or torch, so not bitwise: {', '.join(differing)}"
+            )
             self.log.warning(message, checkpoint=saved)
         self.log.info("resuming", step=facts["step"], checkpoint=saved, changed=", ".join(keys) or "nothing")
         return int(facts["step"])
