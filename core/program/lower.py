@@ -70,7 +70,7 @@ class Program:
 
     def of(self, rank: int) -> tuple[Action, ...]:
         """Return the program of one rank; a rank in no grid has none."""
-        if not self.topology.stages_of(rank):
+        if not self.topology.role(rank).stages:
             return ()
         return (*_Lowering(self, rank).actions(), *self.finish(rank))
 
@@ -120,7 +120,7 @@ class Program:
         return self._sums[rank]
 
     def _trained(self, rank: int) -> tuple[StageInfo, ...]:
-        return self.topology.stages_of(rank) if self.order.training else ()
+        return self.topology.role(rank).stages if self.order.training else ()
 
     def last_gradient(self, info: StageInfo) -> int:
         """Return where in the global order the gradients of a stage are complete on all dp ranks."""
@@ -131,7 +131,7 @@ class Program:
         if not self.order.training:
             return
         yield from (WaitReduce(reduce.stage, reduce.bucket) for reduce in self.sums(rank))
-        for info in self.topology.stages_of(rank):
+        for info in self.topology.role(rank).stages:
             tied = any(p.copy and p.name in info.trainable for p in info.parameters)
             if tied and info.first != info.last:
                 yield Tie(info.stage)
@@ -322,7 +322,7 @@ class _Lowering:
         """Return this rank's turns, each with the dp rank that it has there."""
         topology, step = self.program.topology, self.program.routes.step
         turns: list[tuple[_Turn, int]] = []
-        for info in topology.stages_of(self.rank):
+        for info in topology.role(self.rank).stages:
             dp_rank = topology.modules[info.stage.module].dp_rank_of(self.rank)
             active = step.active(info.stage.module, dp_rank)
             own = _turns(topology, self.program.order, info.stage)

@@ -24,15 +24,14 @@ import attrs
 
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.pricing.assumed import assumed
-from mimogrid.core.pricing.footprint import hosts, kept, most_bytes_in_flight, most_message_bytes
+from mimogrid.core.pricing.footprint import kept, most_bytes_in_flight, most_message_bytes, ranks_by_stages
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, IssueQueues, issue_queues_of
-from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule
+from mimogrid.core.schedule.scheduler import TimedWork, lower_bound_s, retimed, schedule
 from mimogrid.core.schedule.work import Work, seconds_of, unit_seconds, work_of
 from mimogrid.core.topology.topology import Stage, Topology
 
 
-AUTO = "auto"
 ACTIONS_TRIED = 200_000
 FEWEST_TRIALS, MOST_TRIALS = 12, 200
 """Orders are tried until they have had so many actions together, a few seconds' worth."""
@@ -99,12 +98,12 @@ def bytes_needed(
     The stages in `split` run their backward in two halves, and keep what the second one needs.
     """
     return {
-        rank: kept(topology, rank).bytes
+        ranks[0]: kept(topology, ranks[0]).bytes
         + sum(
             in_flight.get(stage, 0) * most_bytes_in_flight(topology, stage, split=stage in split)
             for stage in stages
         )
-        for rank, stages in hosts(topology)
+        for stages, ranks in ranks_by_stages(topology).items()
     }
 
 
@@ -146,14 +145,14 @@ class _Bench:
 
     def climb(self, start: Trial, share: float) -> Trial:
         """Raise the limit in flight of one stage after the other as long as that helps; use a share of what is left."""
-        until, limit = self.left * (1 - share), limit_s(start.timed, start.order)
-        if start.end_s <= limit:
+        until, bound = self.left * (1 - share), lower_bound_s(start.timed, start.order)
+        if start.end_s <= bound:
             return start
         best = min(start, self._try(start.policy), key=lambda trial: trial.merit)
         stages = self._heaviest_first(best.timed)
         in_vain = 0
         for stage in itertools.cycle(stages):
-            if in_vain == len(stages) or self.left <= until or best.end_s <= limit:
+            if in_vain == len(stages) or self.left <= until or best.end_s <= bound:
                 break
             better = self._raised(best, stage)
             best, in_vain = (better, 0) if better else (best, in_vain + 1)

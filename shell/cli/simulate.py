@@ -18,11 +18,10 @@ from mimogrid.core.draw import perfetto
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
-from mimogrid.core.job.validation import SCHEDULES
+from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.pricing.assumed import ASSUMED
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
-from mimogrid.core.simulate.rank_timelines import Timeline
-from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS
+from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.shell.cli.arguments import SimulateArgs
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.cli.timing import (
@@ -124,7 +123,7 @@ def _print_timeline(timeline: Timeline) -> None:
         return
     world = f"{len(classes.leader):,} ranks in {len(classes.members):,} classes"
     print(f"{world} do {_actions(timeline):,} actions; one rank of each class stands for the others.\n")
-    events, _ = timeline.events_and_flights(classes.members)
+    events = [event for rank in classes.members for event in timeline.events_of(rank)]
     print(text(events, width=width, members=classes.members), end="\n\n")
 
 
@@ -135,8 +134,8 @@ def _values(found: SimulatedStep) -> dict[str, Any]:
         "costs": found.origin or f"assumed: {ASSUMED}",
         "schedule": found.job.spec.schedule.name,
         "step_time": timeline.step_s,
-        "limit": timeline.limit_s,
-        "ratio_to_limit": timeline.ratio_to_limit,
+        "limit": timeline.lower_bound_s,
+        "ratio_to_limit": timeline.ratio_to_bound,
         "bubble": timeline.bubble,
         "samples_per_s": found.samples_per_s,
         "tokens_per_s": found.tokens_per_s,
@@ -169,7 +168,7 @@ def _values(found: SimulatedStep) -> dict[str, Any]:
 
 
 def _summary(timeline: Timeline) -> str:
-    bound = f"{timeline.ratio_to_limit:.3f} x the lower bound"
+    bound = f"{timeline.ratio_to_bound:.3f} x the lower bound"
     return f"step {timeline.step_s:.6g} s, {bound}; bubble {_percent(timeline.bubble)}"
 
 
@@ -275,7 +274,7 @@ def _cells(step: SimulatedStep) -> tuple[str, ...]:
     speeds = (step.samples_per_s, step.tokens_per_s)
     return (
         f"{timeline.step_s:.6g}",
-        f"{timeline.ratio_to_limit:.3f}",
+        f"{timeline.ratio_to_bound:.3f}",
         f"{timeline.bubble:.1%}",
         in_bytes(step.peak[1].bytes),
         str(max(timeline.peak_in_flight.values(), default=0)),

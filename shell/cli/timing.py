@@ -10,17 +10,17 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.costs import Costs
-from mimogrid.core.job.validation import SCHEDULES
+from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.layer_split import balance_layers
-from mimogrid.core.simulate import MANY, simulate
+from mimogrid.core.simulate import MANY, rank_classes_of, simulate
 from mimogrid.core.simulate.breakdown import idle_s, idle_s_by_rank
 from mimogrid.core.simulate.memory import Level, peaks
-from mimogrid.core.simulate.rank_classes import Classes
-from mimogrid.core.simulate.rank_timelines import Timeline
+from mimogrid.core.simulate.rank_classes import RankClasses
+from mimogrid.core.simulate.timeline import Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.parse import parse
@@ -159,12 +159,15 @@ def _simulated(priced: PricedJob, args: SimulateArgs, draw: int = 0) -> Simulate
     step = job.step(args.step + draw * args.ragged)
     factors = DurationFactors(step, ragged=args.ragged, jitter=args.jitter, seed=args.seed + draw)
     uneven = factors if args.ragged or args.jitter else None
-    timeline = simulate(plan_step(step), costs, duration_factors=uneven, told=_announce)
+    program = plan_step(step)
+    classes = rank_classes_of(program, costs, uneven)
+    _announce(classes)
+    timeline = simulate(program, costs, duration_factors=uneven, classes=classes)
     idle = idle_s_by_rank(timeline, costs, factors)
     return SimulatedStep(job, priced.origin, step, timeline, idle, peaks(timeline))
 
 
-def _announce(classes: Classes) -> None:
+def _announce(classes: RankClasses) -> None:
     """Say beforehand what takes minutes: timing that many classes of ranks."""
     count = len(classes.members)
     if count > MANY:

@@ -3,7 +3,7 @@
 import pytest
 
 from jobs import legal, program_of
-from mimogrid.core.job.validation import SCHEDULES
+from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import in_flight, verify
 
