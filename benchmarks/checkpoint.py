@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mimogrid.shell.checkpoint.saving import open_saver
-from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_save
+from mimogrid.shell.checkpoint.state import manifest_of, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.runtime.session import open_session
@@ -56,9 +56,9 @@ def in_world(place: Place, job: Job, folder: str, saves: int, in_background: boo
                     around.append(sum(steps[-BETWEEN:]) + (held[-1] if held else 0.0))
                 if (index + 1) % BETWEEN == 0:
                     begun = time.perf_counter()
-                    saver.begin(pieces_to_save(runtime), manifest_of(runtime, index + 1))
+                    saver.begin(slices_to_save(runtime), manifest_of(runtime, index + 1))
                     if not in_background:
-                        saver.settle()
+                        saver.wait_for_save()
                     held.append(time.perf_counter() - begun)
         return {"steps": steps, "held_s": held[1:-1], "around_s": around[1:]}
 

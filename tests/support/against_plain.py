@@ -11,13 +11,13 @@ from mimogrid.core.update.reductions import loss_weight
 from mimogrid.shell.device.device import DTYPES
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.run.parity import Verdict, compare, full_gradients
+from mimogrid.shell.run.parity import ParityReport, compare, full_gradients
 from mimogrid.shell.runtime.session import open_session
 from stages import full_weights
 
 
-def verdict_in_world(place: Place, job: Job, index: int = 0) -> Verdict | None:
-    """Run on every rank: compare one step; the first rank of the job returns the verdict."""
+def parity_in_world(place: Place, job: Job, index: int = 0) -> ParityReport | None:
+    """Run on every rank: compare one step; the first rank of the job returns the report."""
     with open_session(place, job) as session:
         if session.runtime is None:
             return None

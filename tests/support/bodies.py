@@ -26,10 +26,10 @@ from mimogrid.shell.checkpoint.manifest import folder_of
 from mimogrid.shell.checkpoint.state import (
     gather,
     manifest_of,
-    pieces_to_load,
-    pieces_to_save,
     restore,
     scatter,
+    slices_to_load,
+    slices_to_save,
 )
 from mimogrid.shell.device import device as devices
 from mimogrid.shell.device.device import Device
@@ -370,6 +370,6 @@ def _also(runtime: RankRuntime, job: Job, folder: Path) -> None:
     full_gradients(runtime)
     facts = manifest_of(runtime, 1)
     scatter(runtime, gather(runtime), facts)
-    saving.save(folder, pieces_to_save(runtime), facts, runtime.group, keep=1)
-    checkpoint.load(folder_of(folder, 1), pieces_to_load(runtime, facts), runtime.group)
+    saving.save(folder, slices_to_save(runtime), facts, runtime.group, keep=1)
+    checkpoint.load(folder_of(folder, 1), slices_to_load(runtime, facts), runtime.group)
     restore(runtime, facts)

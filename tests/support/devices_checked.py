@@ -18,7 +18,7 @@ from mimogrid.core.schedule.actions import Norm
 from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.run.parity import TOLERANCE, Verdict
+from mimogrid.shell.run.parity import TOLERANCE, ParityReport
 from mimogrid.shell.runtime.execute import Timed, execute
 from mimogrid.shell.runtime.session import open_session
 from mimogrid.shell.world.launch import Pool
@@ -65,12 +65,12 @@ def parity(pool: Pool, opened: Opened, where: Where, precision: str) -> dict[str
     for layout, transport in (*((world, where.shared) for world in WORLDS), (ALONE, where.own)):
         opened_job = opened(job(layout, precision=precision))
         arguments = (opened_job, 1, transport)
-        verdict: Verdict = first(
+        report: ParityReport = first(
             pool.run("mimogrid.shell.run.parity:in_world", opened_job.topology.world_size, *arguments)
         )
-        assert verdict.passed, verdict.in_words()
-        assert verdict.limit <= TOLERANCE.get(precision, math.inf)
-        found[layout] = {"loss": verdict.loss, "gradients": verdict.gradients, "limit": verdict.limit}
+        assert report.passed, str(report)
+        assert report.limit <= TOLERANCE.get(precision, math.inf)
+        found[layout] = {"loss": report.loss, "gradients": report.gradients, "limit": report.limit}
     return found
 
 

@@ -40,19 +40,19 @@ def killed(  # noqa: PLR0917 -- a body is called by position
 def slow(place: Place, job: Job, folder: str) -> Any:
     """Train; what is being saved is written only when it is waited for."""
     wanted = threading.Event()
-    settle, write_shard = Saver.settle, saving.write_shard
+    wait_for_save, write_shard = Saver.wait_for_save, saving.write_shard
 
     def write(*arguments: Any) -> dict[str, Any]:
         wanted.wait()
         wanted.clear()
         return write_shard(*arguments)
 
-    def balance_layers(saver: Saver) -> Path | None:
+    def waiting(saver: Saver) -> Path | None:
         if not saver.is_ready:
             wanted.set()
-        return settle(saver)
+        return wait_for_save(saver)
 
-    with _writing(lambda _: True, write), patch.object(Saver, "settle", balance_layers):
+    with _writing(lambda _: True, write), patch.object(Saver, "wait_for_save", waiting):
         return in_world(place, job, None, folder)
 
 

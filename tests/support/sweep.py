@@ -200,7 +200,7 @@ def _signalled(case: Case) -> Callable[..., Any]:
 def _striking(case: Case) -> Iterator[tuple[Any, str, Any]]:
     """Yield what is put in place of functions so that a save comes to harm at one moment."""
     wanted = f"step-{case.step:08}"
-    write_shard, settle = saving.write_shard, manifest._settle
+    write_shard, sync_names = saving.write_shard, manifest._sync_names
 
     def strike(path: Path) -> None:
         if case.harm == "kill":
@@ -216,8 +216,8 @@ def _striking(case: Case) -> Iterator[tuple[Any, str, Any]]:
         strike(path)
         return written
 
-    def settles(folder: Path) -> None:
-        settle(folder)
+    def syncs(folder: Path) -> None:
+        sync_names(folder)
         named = (folder / wanted).is_dir() and not (folder / f"{wanted}{manifest.PARTIAL}").exists()
         if (case.way == "the manifest is written" and wanted in folder.name) or (
             case.way == "the checkpoint has its name" and named
@@ -234,7 +234,7 @@ def _striking(case: Case) -> Iterator[tuple[Any, str, Any]]:
         case "half of an old one is removed":
             yield manifest.shutil, "rmtree", removes
         case _:
-            yield manifest, "_settle", settles
+            yield manifest, "_sync_names", syncs
 
 
 # -- judging -----------------------------------------------------------------------------------------------

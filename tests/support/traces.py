@@ -12,7 +12,7 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.topology.groups import Ranks, Slot, channels_of, groups_of
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
-from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.job.sources import Source
@@ -112,7 +112,7 @@ def saved(place: Place, job: Job, folder: Path, steps: int) -> Kept:
         for index in range(steps):
             session.runtime.run(index, job.step(index), job.step(index + 1))
         facts = manifest_of(session.runtime, steps)
-        saving.save(folder, pieces_to_save(session.runtime), facts, session.runtime.group, keep=1)
+        saving.save(folder, slices_to_save(session.runtime), facts, session.runtime.group, keep=1)
         return _kept(session)
 
 
@@ -123,7 +123,7 @@ def loaded(place: Place, job: Job, folder: Path) -> Kept:
         newest = manifest.newest(folder)
         assert newest is not None
         facts = manifest.read_manifest(newest)
-        checkpoint.load(newest, pieces_to_load(session.runtime, facts), session.runtime.group)
+        checkpoint.load(newest, slices_to_load(session.runtime, facts), session.runtime.group)
         restore(session.runtime, facts)
         return _kept(session)
 

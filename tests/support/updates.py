@@ -12,7 +12,7 @@ from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
-from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.optimizer import states_of
@@ -74,7 +74,7 @@ def train(  # noqa: PLR0917 -- a body is called by position
             newest = manifest.newest(resume)
             assert newest is not None
             facts = manifest.read_manifest(newest)
-            checkpoint.load(newest, pieces_to_load(runtime, facts), runtime.group)
+            checkpoint.load(newest, slices_to_load(runtime, facts), runtime.group)
             restore(runtime, facts)
         outcomes = []
         for index in steps:
@@ -83,7 +83,7 @@ def train(  # noqa: PLR0917 -- a body is called by position
                     _spoil(runtime, spoilt)
                 step = job.step(index if samples is None else samples)
                 outcomes.append(runtime.run(index, step, step))
-        pieces = pieces_to_save(runtime)
+        pieces = slices_to_save(runtime)
         if save is not None:
             facts = manifest_of(runtime, steps.stop)
             saving.save(save, pieces, facts, runtime.group, keep=1)
