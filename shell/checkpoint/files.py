@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
@@ -40,6 +39,7 @@ from mimogrid.core.base.errors import PlanError, Problem, WorldError
 from mimogrid.shell.checkpoint import tensorfile
 from mimogrid.shell.checkpoint.manifest import Place, Stored
 from mimogrid.shell.checkpoint.tensorfile import Entry
+from mimogrid.shell.runtime.pieces import TensorPiece, TensorPieces
 
 
 DTYPES = {
@@ -55,28 +55,10 @@ DTYPES = {
 """What safetensors calls them."""
 
 
-@attrs.frozen(eq=False)
-class Piece:
-    """A rank's part of a full tensor, and where it begins in it."""
-
-    tensor: torch.Tensor
-    full_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        """The part's place, in the terms of torch.distributed.checkpoint."""
-        return ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.size())
-
-
-Pieces = Mapping[str, tuple[Piece, ...]]
-"""Of each tensor the parts that a rank has: several, where a shard is of several blocks (`Parameter.tp_blocks`)."""
-
-
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-def items_of(pieces: Pieces) -> list[WriteItem]:
+def items_of(pieces: TensorPieces) -> list[WriteItem]:
     """Return what a rank writes, each item at its place in the full tensor, in the order of the pieces."""
     return [
         _write_item(name, part, piece)
@@ -142,22 +124,27 @@ def values_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _write_item(name: str, part: int, piece: Piece) -> WriteItem:
+def _write_item(name: str, part: int, piece: TensorPiece) -> WriteItem:
     return WriteItem(
         index=MetadataIndex(name, torch.Size(piece.offsets), part),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=piece.chunk,
+            chunk=_chunk(piece),
             properties=TensorProperties(dtype=piece.tensor.dtype),
             size=torch.Size(piece.full_shape),
         ),
     )
 
 
+def _chunk(piece: TensorPiece) -> ChunkStorageMetadata:
+    """Return the place of a piece, in the terms of torch.distributed.checkpoint."""
+    return ChunkStorageMetadata(torch.Size(piece.offsets), piece.tensor.size())
+
+
 # -- reading -----------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: Path, pieces: Pieces, group: dist.ProcessGroup) -> None:
+def load(checkpoint: Path, pieces: TensorPieces, group: dist.ProcessGroup) -> None:
     """Fill every piece from a checkpoint, whatever layout wrote it; joint over `group`.
 
     Raises PlanError where it lacks a tensor, or has one of another shape.
@@ -186,7 +173,7 @@ def _failures_as_errors(checkpoint: Path) -> Iterator[None]:
 class _Loading(DefaultLoadPlanner):
     """Plans to fill this rank's pieces from whatever parts a checkpoint has."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: TensorPieces) -> None:
         super().__init__()
         self._pieces = pieces
 
@@ -201,7 +188,7 @@ class _Loading(DefaultLoadPlanner):
                 message = f"has {shape} for '{name}', the job needs {list(needed)}."
                 remedy = "Load it into the model that wrote it, with the optimizer that wrote it."
                 raise PlanError([Problem("checkpoint", message, remedy)])
-            items += create_read_items_for_chunk_list(name, stored, [part.chunk for part in parts])
+            items += create_read_items_for_chunk_list(name, stored, [_chunk(part) for part in parts])
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:

@@ -7,7 +7,7 @@ each rank goes two legs, and between them the ranks agree:
     publish    the first rank the manifest, then the folder's name; then it lets go of old checkpoints
 
 The threads touch files and copies, and no process group: those belong to training. Whether all have ended a leg the
-ranks see in the record that they exchange in each step anyway (`RankRuntime.run`), and so all go on in the same
+ranks see in the record that they exchange in each step anyway (`shell.runtime.agreement`), and so all go on in the same
 step, or all learn in the same step that one could not. Until a checkpoint is published the one before is kept. One
 save is in flight at a time. What is written does not depend on when: waiting for the thread at once gives the same
 files.
@@ -27,10 +27,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.faults.injection import PUBLISHED, PUBLISHING, SAVING, WRITING
 from mimogrid.shell.checkpoint import manifest, tensorfile
-from mimogrid.shell.checkpoint.files import Pieces, files_of, index_of, items_of, write_shard
+from mimogrid.shell.checkpoint.files import files_of, index_of, items_of, write_shard
 from mimogrid.shell.checkpoint.manifest import Stored, folder_of
+from mimogrid.shell.runtime.pieces import TensorPieces
+from mimogrid.shell.world.phases import PUBLISHED, PUBLISHING, SAVING, WRITING
 
 
 Files = dict[str, dict[str, Any]]
@@ -89,7 +90,7 @@ class Saver:
         """Whether this rank has ended its leg of the save in flight, if there is one."""
         return self._flight is None or self._flight.leg.done()
 
-    def begin(self, pieces: Pieces, facts: Mapping[str, Any]) -> None:
+    def begin(self, pieces: TensorPieces, facts: Mapping[str, Any]) -> None:
         """Begin to save the step that `facts` names, after the save before; joint over the group.
 
         The pieces may change as soon as it returns. Raises WorldError where the save before failed.
@@ -219,7 +220,7 @@ def open_saver(
 
 
 def save(
-    folder: Path, pieces: Pieces, facts: Mapping[str, Any], group: dist.ProcessGroup, *, keep: int
+    folder: Path, pieces: TensorPieces, facts: Mapping[str, Any], group: dist.ProcessGroup, *, keep: int
 ) -> None:
     """Write one checkpoint and wait for it; joint over `group`."""
     with open_saver(folder, group, keep=keep) as saver:

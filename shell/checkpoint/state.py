@@ -9,7 +9,7 @@ A host that writes checkpoints of its own gets all of it from `gather`, as full 
 it back to `scatter`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -17,20 +17,23 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.job.models import Parameter
 from mimogrid.core.topology.topology import Stage
-from mimogrid.core.update.buckets import Part, Span, boxes
+from mimogrid.core.update.buckets import Part, Span
 from mimogrid.core.update.decision import SkipState
-from mimogrid.core.update.reductions import counts_in_norm
-from mimogrid.shell.checkpoint.files import Piece, Pieces
 from mimogrid.shell.checkpoint.manifest import OPTIMIZER
 from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job import jobfile
-from mimogrid.shell.modules.weights import cut_over
 from mimogrid.shell.runtime.gradients import Buffer, Shard
 from mimogrid.shell.runtime.optimizer import begin_states, states_of
+from mimogrid.shell.runtime.pieces import (
+    StagePieces,
+    TensorPiece,
+    TensorPieces,
+    compact,
+    gather_pieces,
+    weights_of,
+)
 from mimogrid.shell.runtime.rank import RankRuntime
-from mimogrid.shell.world.groups import ModuleGroups
 
 
 SHOWN = 5
@@ -66,7 +69,7 @@ def manifest_of(runtime: RankRuntime, step: int) -> dict[str, Any]:
     }
 
 
-def pieces_to_save(runtime: RankRuntime) -> Pieces:
+def pieces_to_save(runtime: RankRuntime) -> TensorPieces:
     """Return what this rank writes; all ranks of the job call it together.
 
     Of several ranks that hold the same values one writes them. A parameter that dp ranks share is put together on
@@ -78,16 +81,16 @@ def pieces_to_save(runtime: RankRuntime) -> Pieces:
     }
 
 
-def pieces_to_load(runtime: RankRuntime, facts: Mapping[str, Any]) -> Pieces:
+def pieces_to_load(runtime: RankRuntime, facts: Mapping[str, Any]) -> TensorPieces:
     """Return what this rank reads: its frozen weights, its main weights, and what the optimizer keeps."""
     if runtime.optimizer is not None and facts["steps_taken"]:
         begin_states(runtime.optimizer)
-    found: dict[str, tuple[Piece, ...]] = {name: pieces for name, pieces, _ in _frozen(runtime)}
+    found: dict[str, tuple[TensorPiece, ...]] = {name: pieces for name, pieces, _ in _frozen(runtime)}
     for stage, buffer in ((s, b) for s, of_stage in runtime.buffers.items() for b in of_stage.buffers):
-        held = _Held(runtime, stage)
+        places = StagePieces(runtime.stages[stage])
         for shard in buffer.shards:
             for name, tensor in _tensors(runtime, stage, shard):
-                found[name] = tuple(held.pieces(shard.part, tensor))
+                found[name] = tuple(places.pieces(shard.part, tensor))
     return found
 
 
@@ -100,18 +103,8 @@ def restore(runtime: RankRuntime, facts: Mapping[str, Any]) -> None:
 
 
 def gather(runtime: RankRuntime) -> dict[str, torch.Tensor]:
-    """Put the pieces of all ranks together on the first rank of the job, on the CPU; the others get nothing."""
-    mine = [
-        (name, piece.full_shape, piece.offsets, piece.tensor.detach().cpu())
-        for name, pieces in pieces_to_save(runtime).items()
-        for piece in pieces
-    ]
-    full: dict[str, torch.Tensor] = {}
-    for of_rank in runtime.hand_over(mine):
-        for name, shape, offsets, block in of_rank:
-            whole = full.setdefault(name, torch.empty(shape, dtype=block.dtype))
-            whole[_within(offsets, block.shape)] = block
-    return full
+    """Put the state of all ranks together on the first rank of the job, on the CPU; the others get nothing."""
+    return gather_pieces(runtime, pieces_to_save(runtime))
 
 
 @torch.no_grad()
@@ -141,13 +134,16 @@ def scatter(runtime: RankRuntime, full: Mapping[str, torch.Tensor], facts: Mappi
             whole.copy_(full[name])
         dist.broadcast(whole, group=runtime.group, group_src=0)
         for piece in pieces.get(name, ()):
-            piece.tensor.copy_(whole[_within(piece.offsets, piece.tensor.shape)])
+            piece.tensor.copy_(piece.within(whole))
     for buffer in runtime.buffers.values():
         buffer.copy_main_to_model()
 
 
 def _check(
-    runtime: RankRuntime, pieces: Pieces, has: Mapping[str, tuple[int, ...]], concerns: Callable[[str], bool]
+    runtime: RankRuntime,
+    pieces: TensorPieces,
+    has: Mapping[str, tuple[int, ...]],
+    concerns: Callable[[str], bool],
 ) -> None:
     """Compare names and shapes with what all ranks want; each computes the same from all of it."""
     mine = {name: piece.full_shape for name, of_name in pieces.items() if concerns(name) for piece in of_name}
@@ -164,10 +160,6 @@ def _check(
         raise WorldError(f"this state is of another job: {shown}.")
 
 
-def _within(offsets: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
-
-
 def _tensors(runtime: RankRuntime, stage: Stage, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what is kept of a shard, flat: as many values as it has, or one without a dim."""
     full = f"{stage.module}.{shard.part.name}"
@@ -176,20 +168,18 @@ def _tensors(runtime: RankRuntime, stage: Stage, shard: Shard) -> Iterator[tuple
         yield f"{OPTIMIZER}{state}.{full}", tensor
 
 
-def _frozen(runtime: RankRuntime) -> Iterator[tuple[str, tuple[Piece, ...], bool]]:
+def _frozen(runtime: RankRuntime) -> Iterator[tuple[str, tuple[TensorPiece, ...], bool]]:
     """Yield the weights that do not train, and whether this rank writes them."""
-    for stage, weights in runtime.weights().items():
-        held = _Held(runtime, stage)
+    for stage, weights in weights_of(runtime).items():
+        places = StagePieces(runtime.stages[stage])
         for name, weight in weights.items():
             if name not in runtime.buffers[stage].weights:
-                part = Part(name, 0, weight.numel())
-                pieces = tuple(held.pieces(part, weight.detach().reshape(-1)))
-                yield f"{stage.module}.{name}", pieces, held.counts(name)
+                yield f"{stage.module}.{name}", places.whole(name, weight), places.gives(name)
 
 
-def _joined(runtime: RankRuntime, stage: Stage) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+def _joined(runtime: RankRuntime, stage: Stage) -> Iterator[tuple[str, tuple[TensorPiece, ...]]]:
     """Yield the whole parameters that this rank writes of a stage."""
-    held, of_stage = _Held(runtime, stage), runtime.buffers[stage]
+    places, of_stage = StagePieces(runtime.stages[stage]), runtime.buffers[stage]
     for buffer in of_stage.buffers:
         shards = {shard.part.name: shard for shard in buffer.shards}
         for span in buffer.bucket.spans:
@@ -200,7 +190,7 @@ def _joined(runtime: RankRuntime, stage: Stage) -> Iterator[tuple[str, tuple[Pie
             if shard and shard.part.start == 0 and span.name in of_stage.counted:
                 for name, tensor in kept.items():
                     if tensor.dim() or span.name in of_stage.written:
-                        yield name, tuple(held.pieces(Part(span.name, 0, span.size), tensor))
+                        yield name, tuple(places.pieces(Part(span.name, 0, span.size), tensor))
 
 
 def _is_cut(buffer: Buffer, span: Span) -> bool:
@@ -212,65 +202,10 @@ def _gathered(buffer: Buffer, span: Span, kept: Mapping[str, torch.Tensor]) -> d
     """Put together what dp ranks have of a parameter; those that have none of it come along with nothing."""
     every: list[Any] = [None] * buffer.shard_group.size()
     dist.all_gather_object(
-        every, {name: tensor.cpu() for name, tensor in kept.items()}, group=buffer.shard_group
+        every, {name: compact(tensor) for name, tensor in kept.items()}, group=buffer.shard_group
     )
     holders = [parts for parts in every if parts]
     return {
         name: torch.cat([parts[name] for parts in holders]) if tensor.dim() else tensor
         for name, tensor in kept.items()
     }
-
-
-def _spread(
-    block: torch.Tensor,
-    shape: tuple[int, ...],
-    offsets: tuple[int, ...],
-    parameter: Parameter,
-    group: dist.ProcessGroup,
-) -> Iterator[Piece]:
-    """Yield where a block of a shard lies in the full parameter: apart, where it reaches into several `tp_blocks`."""
-    dim = parameter.tp_dim
-    assert dim is not None
-    each = shape[dim] // parameter.tp_blocks
-    full = tuple(size * group.size() if d == dim else size for d, size in enumerate(shape))
-    start, stop = offsets[dim], offsets[dim] + block.shape[dim]
-    for i in range(start // each, -(-stop // each)):
-        first, last = max(start, i * each), min(stop, (i + 1) * each)
-        moved = first + (i * (group.size() - 1) + group.rank()) * each
-        there = tuple(moved if d == dim else offset for d, offset in enumerate(offsets))
-        yield Piece(block.narrow(dim, first - start, last - first), full, there)
-
-
-class _Held:
-    """Where the parameters of a stage lie in the full ones, on this rank."""
-
-    def __init__(self, runtime: RankRuntime, stage: Stage) -> None:
-        runner = runtime.stages[stage]
-        self._groups: ModuleGroups = runner.groups
-        self._info = runner.info
-        self._table = {parameter.name: parameter for parameter in runner.info.parameters}
-        self._shapes = {name: tuple(weight.shape) for name, weight in runtime.weights()[stage].items()}
-        self._position = runner.module.position(runtime.rank)
-
-    def counts(self, name: str) -> bool:
-        """Whether this rank is the one that writes a parameter that all dp ranks hold."""
-        return counts_in_norm(self._position, self._info, self._table.get(name))
-
-    def pieces(self, part: Part, tensor: torch.Tensor) -> Iterator[Piece]:
-        """Yield the places of values of a parameter, flat and in order, in the full one."""
-        shape = self._shapes[part.name]
-        parameter: Parameter | None = self._table.get(part.name)
-        if not tensor.dim():
-            yield Piece(tensor.view(1), (1,), (0,))
-            return
-        begin = 0
-        for offsets, lengths in boxes(shape, part.start, part.stop):
-            block = tensor[begin : begin + torch.Size(lengths).numel()].view(lengths)
-            begin += block.numel()
-            if parameter is None or parameter.tp_dim is None or self._tp(parameter).size() == 1:
-                yield Piece(block, shape, offsets)
-            else:
-                yield from _spread(block, shape, offsets, parameter, self._tp(parameter))
-
-    def _tp(self, parameter: Parameter) -> dist.ProcessGroup:
-        return cut_over(parameter, self._groups)

@@ -36,9 +36,9 @@ from mimogrid.shell.megatron import engine
 from mimogrid.shell.modules.built_in import RowsStage, TextStage
 from mimogrid.shell.modules.given import HostStage, OwnStage, check_groups, check_patterns, own_network
 from mimogrid.shell.modules.interface import (
-    Groups,
     HostNetwork,
     OwnNetwork,
+    StageGroups,
     StageModule,
     ep_position,
     name_of_weight,
@@ -54,7 +54,7 @@ __all__ = ["HostNetwork", "OwnNetwork", "StageModule", "build_stage", "named_wei
 def build_stage(
     topology: Topology,
     info: StageInfo,
-    groups: Groups,
+    groups: StageGroups,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -90,7 +90,7 @@ def build_stage(
 def _stage(
     topology: Topology,
     info: StageInfo,
-    groups: Groups,
+    groups: StageGroups,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -114,7 +114,7 @@ def _stage(
     return RowsStage(context, module.model)
 
 
-def _begin_alike(stage: StageModule, given: nn.Module, groups: Groups) -> None:
+def _begin_alike(stage: StageModule, given: nn.Module, groups: StageGroups) -> None:
     """Give all copies of a weight the values of the first: along dp, along tp where it is whole, at both ends."""
     weights = named_weights(stage)
     experts = {parameter.name for parameter in stage.info.parameters if parameter.expert is not None}
@@ -130,7 +130,7 @@ def _begin_alike(stage: StageModule, given: nn.Module, groups: Groups) -> None:
             dist.broadcast(weights[parameter.name].detach(), group=groups.tie, group_src=0)
 
 
-def _check(stage: StageModule, held: Sequence[Parameter], groups: Groups) -> None:
+def _check(stage: StageModule, held: Sequence[Parameter], groups: StageGroups) -> None:
     """The table of the core and what was built are the same."""
     planned = {p.name: shard_shape(p, tp_size=cut_over(p, groups).size()) for p in held}
     built = {name_of_weight(stage, name): tuple(w.shape) for name, w in stage.named_parameters()}

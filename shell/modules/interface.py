@@ -19,7 +19,7 @@ from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 
 
-class Groups(Protocol):
+class StageGroups(Protocol):
     """The process groups of a module that a stage computes over; of size 1 where the axis is 1."""
 
     @property
@@ -158,6 +158,6 @@ def name_of_weight(stage: StageModule, built: str) -> str:
     return stage.weight_name(built)
 
 
-def ep_position(groups: Groups) -> int:
+def ep_position(groups: StageGroups) -> int:
     """This rank's position along ep."""
     return groups.together.rank() // groups.expert_tp.size()

@@ -14,6 +14,7 @@ import torch
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.topology import Topology
+from mimogrid.shell.runtime.forward_only import predict
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
@@ -93,7 +94,7 @@ def _one_more(
     """Add one token to every answer that has not stopped."""
     asked = _Asked(questions, runtime.topology, given)
     step = step_of(runtime.topology, tuple(asked.describe(i) for i in given))
-    chosen = runtime.choose(step, asked)
+    chosen = predict(runtime, step, asked)
     return {
         i: tokens if questions.stop in tokens else (*tokens, token)
         for (i, tokens), token in zip(given.items(), chosen, strict=True)

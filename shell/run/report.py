@@ -23,6 +23,7 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
 from mimogrid.shell.run.metrics import Tally
 from mimogrid.shell.run.pictures import draw_predictions
+from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
@@ -67,7 +68,7 @@ def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[OfRank]:
             for timed in tally.last
         ),
     )
-    return runtime.hand_over(mine)
+    return gather_objects(runtime, mine)
 
 
 def _peak_bytes(device: torch.device) -> int:

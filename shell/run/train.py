@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from structlog.typing import FilteringBoundLogger
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.faults.injection import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.core.faults.stragglers import Straggler
 from mimogrid.core.job.changes import changes
 from mimogrid.core.step.step import Step
@@ -43,11 +42,14 @@ from mimogrid.shell.run.folders import REPORT, Stopped, claimed, report_of, writ
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import Keeper, Lag, Tally, open_keeper, recall
 from mimogrid.shell.runtime.agreement import Outcome
-from mimogrid.shell.runtime.execute import Runs
-from mimogrid.shell.runtime.profiles import runs_of
+from mimogrid.shell.runtime.execute import Executor
+from mimogrid.shell.runtime.pieces import full_tensors, weights_of
+from mimogrid.shell.runtime.profiles import executor_of
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
-from mimogrid.shell.world.preemption import listening
+from mimogrid.shell.runtime.train_step import train_step
+from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
+from mimogrid.shell.world.preemption import receiving_signals
 
 
 HEARTBEATS = "heartbeats"
@@ -84,14 +86,14 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
         role, settings = role_of(job.topology, place.rank), job.spec.train
         with (
             open_log(path / "logs", role, speaks=chief) as log,
-            listening(session.stop_request),
+            receiving_signals(session.stop_request),
             open_saver(
                 path / CHECKPOINTS,
                 session.runtime.group,
                 keep=settings.keep_checkpoints,
                 keep_every=settings.keep_every,
-                at=session.heartbeat.at,
-                waits=session.heartbeat.wait,
+                at=session.heartbeat.enter,
+                waits=session.heartbeat.wait_for_others,
             ) as saver,
         ):
             if session.device.is_asynchronous:  # a CPU has no choice
@@ -145,7 +147,7 @@ class Run:
         if not saved:
             self.log.warning("no whole checkpoint in this run: beginning at step 0", folder=str(self.folder))
             return 0
-        self.session.heartbeat.at(LOADING)
+        self.session.heartbeat.enter(LOADING)
         facts = manifest.read_manifest(Path(saved))
         checkpoint.load(Path(saved), pieces_to_load(self.runtime, facts), self.runtime.group)
         restore(self.runtime, facts)
@@ -177,7 +179,7 @@ class Run:
                         keeper.keep(index, outcome, tally, lagging)
                     stops = outcome.stops and index + 1 < steps
                 if stops:
-                    self.session.stop_request.grant()
+                    self.session.stop_request.accept()
                 if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:
@@ -188,10 +190,10 @@ class Run:
     def _step(self, index: int, step: Step, following: Step) -> Outcome:
         """Run a step, and let the save in flight go on where all ranks have come as far."""
         self.runtime.has_saved = self.saver.is_ready
-        outcome = self.runtime.run(index, step, following, runs=self._runs(index))
+        outcome = train_step(self.runtime, index, step, following, executor=self._executor(index))
         if outcome.all_saved:
             self.saver.advance()
-            self.session.heartbeat.at(BETWEEN)
+            self.session.heartbeat.enter(BETWEEN)
         return outcome
 
     def _pass_over(self, index: int, tally: Tally, keeper: Keeper | None) -> None:
@@ -212,10 +214,10 @@ class Run:
         self.log.warning("asked to stop: saved", step=step)
         return Stopped(str(self.folder), step)
 
-    def _runs(self, index: int) -> Runs:
+    def _executor(self, index: int) -> Executor:
         """Return what runs the program of a step."""
         runtime, wanted = self.runtime, self.runtime.job.spec.train.profile
-        return runs_of(wanted, self.folder / PROFILES, runtime.device, step=index, rank=runtime.rank)
+        return executor_of(wanted, self.folder / PROFILES, runtime.device, step=index, rank=runtime.rank)
 
     def _next(self, index: int) -> int:
         """Return the first step from `index` on that is not passed over."""
@@ -229,16 +231,16 @@ class Run:
         self.saver.begin(pieces_to_save(self.runtime), manifest_of(self.runtime, step))
         if not self.runtime.job.spec.train.checkpoint_async:
             self.saver.settle()
-        self.session.heartbeat.at(BETWEEN)
+        self.session.heartbeat.enter(BETWEEN)
 
     def finish(self, tally: Tally) -> dict[str, Any] | None:
         """Write the final weights, examine the model, and report."""
-        self.session.heartbeat.at(FINISHING)
-        self.session.heartbeat.at(COLLECTING)
+        self.session.heartbeat.enter(FINISHING)
+        self.session.heartbeat.enter(COLLECTING)
         runtime, folder, training_s = self.runtime, self.folder, tally.seconds
-        weights = runtime.collect(runtime.weights())
+        weights = full_tensors(runtime, weights_of(runtime))
         if self.chief:
-            save_file(dict(weights), folder / "weights.safetensors")
+            save_file(weights, folder / "weights.safetensors")
         examined = report.examine_tasks(runtime) if runtime.job.spec.train.evaluate else {}
         ranks = report.gather_ranks(runtime, tally)
         if not self.chief:

@@ -19,6 +19,7 @@ from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.probe.clock import WARM_UP, Clock, Reading, usual
 from mimogrid.shell.run.probe.turns import Turns, turns_of
 from mimogrid.shell.runtime.rank import RankRuntime
+from mimogrid.shell.runtime.train_step import train_step
 
 
 WHOLE, HALVES = "1f1b", "zb-h1"
@@ -53,7 +54,7 @@ def in_turns(runtime: RankRuntime, jobs: Sequence[Job], repeat: int) -> list[Ste
             following = job.step(index + 1)
             plan_step(following).of(runtime.rank)
             planned = time.thread_time() - begin
-            runtime.run(index, step, following, runs=turns)
+            train_step(runtime, index, step, following, executor=turns)
             if index >= WARM_UP:
                 steps.planning.append(planned)
                 for action, reading in turns.readings.items():
