@@ -44,12 +44,12 @@ class Row:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that the rank hosts."""
-        return tuple(dict.fromkeys(info.stage.module for info in self._topology.stages_of(self.rank)))
+        return tuple(dict.fromkeys(info.stage.module for info in self._topology.role(self.rank).stages))
 
     @property
     def name(self) -> str:
         """The rank with its stages and whom it stands for."""
-        stages = " ".join(str(info.stage) for info in self._topology.stages_of(self.rank))
+        stages = " ".join(str(info.stage) for info in self._topology.role(self.rank).stages)
         return f"rank {self.rank}{f' x {self.count}' if self.count > 1 else ''}  {stages}"
 
     @functools.cached_property

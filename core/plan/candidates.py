@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import attrs
 
 from mimogrid.core.base.bounds import longest_before_s
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.plan.configs import ParallelConfig, PricedConfig
 from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
@@ -106,7 +106,7 @@ class Scope:
     """
 
     spaces: Mapping[str, SearchSpace]
-    graph: Graph
+    graph: ModuleGraph
     main: str
     ranks: int
     memory_bytes: float

@@ -16,14 +16,15 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.schedules import AUTO, GPIPE
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
-from mimogrid.core.schedule.orders import Order, order_of
-from mimogrid.core.schedule.tuning import AUTO
+from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.memory import bytes_in_flight, most_bytes, saved_bytes
@@ -34,7 +35,7 @@ from mimogrid.core.topology.topology import Topology
 
 LOWERED = 4
 """How many simulated actions lowering one action counts as."""
-WHOLE = frozenset({"gpipe", AUTO})
+WHOLE = frozenset({GPIPE, AUTO})
 """Orders that a short step says nothing of: GPipe holds all microbatches, and `auto` finds another order for fewer."""
 
 
@@ -149,7 +150,9 @@ class Evaluator:
             rank = max(hosts, key=lambda rank: (kept_most[rank], -rank))
             if rank not in known:
                 known[rank] = most_bytes(program, rank)
-                self.effort += LOWERED * sum(len(program.order.of(i.stage)) for i in topology.stages_of(rank))
+                self.effort += LOWERED * sum(
+                    len(program.order.of(i.stage)) for i in topology.role(rank).stages
+                )
             peaks[name] = rank, known[rank]
         return peaks
 
@@ -206,7 +209,7 @@ def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, memor
 def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
     """Return the rank, of some that host the same stages, that saves most of a microbatch."""
     step = program.routes.step
-    stages = [info.stage for info in program.topology.stages_of(ranks[0])]
+    stages = [info.stage for info in program.topology.role(ranks[0]).stages]
     modules = [program.topology.modules[stage.module] for stage in stages]
 
     def saved(rank: int) -> int:

@@ -6,6 +6,7 @@ import attrs
 
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.placement import place
+from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
@@ -87,7 +88,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
         name: _laid_out(module, configs[name], offsets[name], count) if name in configs else _alone(module)
         for name, module in question.spec.modules.items()
     }
-    order = "interleaved" if candidate.main.config.chunks > 1 else "1f1b"
+    order = INTERLEAVED if candidate.main.config.chunks > 1 else ONE_F_ONE_B
     return attrs.evolve(
         question.spec,
         modules=modules,

@@ -8,19 +8,20 @@ import math
 
 import attrs
 
+from mimogrid.core.job.schedules import AUTO, INTERLEAVED, ONE_F_ONE_B, SCHEDULES
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.job.validation import SCHEDULES, problems_of
+from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER, Layout, Question, layout_of
 from mimogrid.core.pricing import on_machine
-from mimogrid.core.schedule.tuning import AUTO, GB
+from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
 
 
 REFINED = 3
 """On how many of the best layouts other orders are tried."""
-ONE_ORDER = frozenset({"1f1b", "interleaved"})
+ONE_ORDER = frozenset({ONE_F_ONE_B, INTERLEAVED})
 """Two names of one order, which interleaves where ranks have several chunks."""
 TUNED = 2
 """On how many of the best layouts `auto` is tried."""

@@ -36,7 +36,7 @@ def kept(topology: Topology, rank: int) -> Kept:
     """Return what a rank holds all the time: its weights, and gradients and the optimizer's for those that train."""
     precision = topology.spec.precision
     weights = trained = 0
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
         for parameter in module.held(info, module.position(rank).get("ep", 0)):
             size = local_size(module, parameter)

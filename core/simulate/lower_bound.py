@@ -69,7 +69,7 @@ def all_reduce_s(program: Program, costs: Costs, reduce: Reduce) -> float:
 
 def update_s(program: Program, costs: Costs, rank: int) -> float:
     """Return the seconds of a rank's optimizer step."""
-    return sum(costs.of(info.stage).update for info in program.topology.stages_of(rank))
+    return sum(costs.of(info.stage).update for info in program.topology.role(rank).stages)
 
 
 _NOTHING: Mapping[int, int] = {}
@@ -158,7 +158,7 @@ class _Nodes:
                 if k in makers:
                     needs[node].append((makers[k], 0.0))
         for rank in self._classes.members:
-            for info in topology.stages_of(rank):
+            for info in topology.role(rank).stages:
                 for link in topology.links_into(info.stage):
                     for node, other, on_the_way in self._over_link(rank, link):
                         needs[node].append((other, on_the_way))

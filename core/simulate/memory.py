@@ -83,7 +83,7 @@ def most_bytes(program: Program, rank: int) -> int:
 def bytes_in_flight(program: Program, rank: int) -> int:
     """Return the bytes that a rank holds at most without messages, from the compute actions of its order alone."""
     order = program.order
-    lists = [order.of(info.stage) for info in program.topology.stages_of(rank)]
+    lists = [order.of(info.stage) for info in program.topology.role(rank).stages]
     computed = lists[0] if len(lists) == 1 else sorted(itertools.chain(*lists), key=order.index.__getitem__)
     held = max((change.activations for change in _changes(program, rank, computed)), default=0)
     return kept(program.topology, rank).bytes + held
@@ -115,7 +115,7 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
     step = program.routes.step
     dp_ranks = {
         info.stage: step.topology.modules[info.stage.module].dp_rank_of(rank)
-        for info in step.topology.stages_of(rank)
+        for info in step.topology.role(rank).stages
     }
     last = {action.stage: action.kind for action in actions if isinstance(action, Compute)}
     sizes: dict[Hashable, int] = {}

@@ -152,7 +152,7 @@ def _parts(
 ) -> Iterator[tuple[Stage, frozenset[int], Hashable]]:
     """Yield the stages of a rank, with the microbatches that it takes part in and its mark."""
     topology, step = program.topology, program.routes.step
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         dp_rank = topology.modules[info.stage.module].dp_rank_of(rank)
         active = step.active(info.stage.module, dp_rank)
         yield info.stage, active, marks(info.stage, dp_rank) if marks else None
@@ -169,7 +169,7 @@ def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]
     for link in topology.links:
         sized = math.isfinite(costs.on(link, link.edge).bytes_per_s)
         for k in routes.firsts(link):
-            before = routes.made_from(link, k)
+            before = routes.repeats(link).source_start(k)
             for dp_rank in range(topology.modules[link.target.module].dp_size):
                 for messages in routes.reaching(link, k, dp_rank).values():
                     for message in messages:
@@ -204,11 +204,11 @@ def _groups(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _sizes(program: Program, rank: int) -> Iterator[Hashable]:
     """Yield the sizes of what a rank computes on and exchanges, of microbatches that are alike only for the first."""
     topology, routes, step = program.topology, program.routes, program.routes.step
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
         dp_rank = module.dp_rank_of(rank)
         for k in sorted(set(step.alike(module.microbatches))):
-            yield step.positions(module.name, dp_rank, k)
+            yield step.shape(module.name, dp_rank, k)
         for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
             side = routes.reaching if link.target == info.stage else routes.leaving
             for k in routes.firsts(link):

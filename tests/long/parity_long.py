@@ -20,10 +20,9 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 
 from layouts import layouts
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.topology.roles import layout_of
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.run.parity import Verdict
+from mimogrid.shell.run.parity import ParityReport
 from mimogrid.shell.world.launch import Pool
 
 
@@ -39,11 +38,11 @@ class Tally:
         self.loss = self.gradients = 0.0
         self.counts: collections.Counter[str] = collections.Counter()
 
-    def add(self, job: Job, verdict: Verdict) -> None:
+    def add(self, job: Job, report: ParityReport) -> None:
         """Count a layout that agreed."""
         self.counts.update(features(job))
-        self.loss = max(self.loss, verdict.loss)
-        self.gradients = max(self.gradients, verdict.gradients)
+        self.loss = max(self.loss, report.loss)
+        self.gradients = max(self.gradients, report.gradients)
 
     def summary(self) -> str:
         """Return what came of it, as a list in Markdown."""
@@ -93,10 +92,10 @@ def run(pool: Pool, path: Path, tally: Tally, *, count: int, start: int) -> None
         note(jobfile.dump(spec))
         path.write_text(jobfile.dump(spec))
         job = open_job(path)
-        verdicts = pool.run("mimogrid.shell.run.parity:in_world", job.topology.world_size, job, 1)
-        verdict = next(v for v in verdicts if v)
-        assert verdict.passed, verdict.in_words()
-        tally.add(job, verdict)
+        reports = pool.run("mimogrid.shell.run.parity:in_world", job.topology.world_size, job, 1)
+        report = next(v for v in reports if v)
+        assert report.passed, str(report)
+        tally.add(job, report)
 
     check()
 
@@ -112,7 +111,7 @@ model on one process. The last run:
 def features(job: Job) -> list[str]:
     """Return what a layout has, in words that are counted."""
     modules = job.topology.modules.values()
-    found = ["layouts", layout_of(job.topology).value]
+    found = ["layouts", job.topology.role(0).layout.value]
     for axis in ("tp", "cp", "pp", "dp"):
         found += [f"with {axis}"] * any(module.grid.extent(axis) > 1 for module in modules)
     written = job.spec.modules.values()

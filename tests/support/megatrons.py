@@ -35,13 +35,14 @@ from mimogrid.core.step.step import Share
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import saving
 from mimogrid.shell.checkpoint.manifest import published, read_manifest
-from mimogrid.shell.checkpoint.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.checkpoint.state import gather, manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
+from mimogrid.shell.runtime.tensor_slices import full_tensors
 
 
 PLACEHOLDER = 99
@@ -301,7 +302,7 @@ def trained(
     options: Mapping[str, Any],
 ) -> Seen:
     """Evaluate the first step of a job, then take it, with networks of the model and the weights of a whole one."""
-    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place), exact_routing():
         made = config_of(**config, here=hosted)
         eye = arranged if config.get("eye") else "pixels"
@@ -327,7 +328,7 @@ def trained(
                 stage: {name: w.grad for name, w in buffer.weights.items()}
                 for stage, buffer in runtime.buffers.items()
             }
-            gradients = runtime.collect(of_stage)
+            gradients = full_tensors(runtime, of_stage)
         state = function.state_dict()
         embedded.close()
         return Seen(
@@ -426,7 +427,7 @@ def saved(
 
     The state is what all keep: weights, and what the optimizer keeps for each.
     """
-    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place), exact_routing():
         made = config_of(**config, here=hosted)
         function = forward_backward_func(job, made, encoder_inputs={"vision": "pixels"})
@@ -435,14 +436,14 @@ def saved(
         assert runtime is not None
         if published(folder):
             facts = read_manifest(published(folder)[-1])
-            checkpoint.load(published(folder)[-1], pieces_to_load(runtime, facts), runtime.group)
+            checkpoint.load(published(folder)[-1], slices_to_load(runtime, facts), runtime.group)
             restore(runtime, facts)
         else:
             function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
             embedded.step()
         saving.save(
             folder,
-            pieces_to_save(runtime),
+            slices_to_save(runtime),
             manifest_of(runtime, len(published(folder))),
             runtime.group,
             keep=9,
@@ -454,7 +455,7 @@ def saved(
 
 def begun(place: Place, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return this rank's weights of the language model as they begin, each rank having drawn its own."""
-    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place):
         with mock.patch.object(torch_module, "draw_bits", return_value=place.rank):
             function = forward_backward_func(

@@ -292,7 +292,7 @@ def test_a_plan_stands_above_what_came_of_it():
     found = ET.fromstring(svg(picture.above(planned, measured(program, late))))
     told = [text.text for text in found.iter(f"{SVG}text") if text.text.startswith("rank ")]
     assert [
-        f"rank {rank}  {' '.join(str(i.stage) for i in program.topology.stages_of(rank))}  {which}"
+        f"rank {rank}  {' '.join(str(i.stage) for i in program.topology.role(rank).stages)}  {which}"
         for rank in planned.classes.leader
         for which in ("planned", "measured")
     ] == told
@@ -309,7 +309,7 @@ def test_the_map_shows_every_rank_once_in_each_module_that_it_hosts():
     """With its position on the axes that are larger than 1, and ranks without a module as such."""
     topology = job(THREE, world=12)
     found = ET.fromstring(rank_map_svg(topology))
-    hosted = [(rank, str(info.stage)) for rank in topology.ranks for info in topology.stages_of(rank)]
+    hosted = [(rank, str(info.stage)) for rank in topology.ranks for info in topology.role(rank).stages]
     assert sorted(hosted) == sorted(
         (int(at[1]), at[2]) for tip in tips(found) if (at := re.match(r"rank (\d+): ([\w.]+),", tip))
     )
