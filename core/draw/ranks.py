@@ -11,6 +11,7 @@ import attrs
 
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, BOLD, FAINT, GREY, MIDDLE, RIGHT, WHITE, Ink
+from mimogrid.core.draw.rank_map import runs_by
 from mimogrid.core.topology.topology import Module, Stage, StageInfo, Topology
 
 
@@ -179,19 +180,15 @@ def _ticks(drawn: _Map, scale: float, bottom: float) -> Iterator[str]:
 
 
 def _runs(topology: Topology, name: str) -> Iterator[range]:
-    """Yield runs of neighbours in one pipeline stage of a module, or in no module."""
+    """Yield runs of neighbours in one pipeline stage of a module; if it is `IDLE`, runs of idle ranks."""
 
-    def where(rank: int) -> int | None:
-        """The stage, -1 for the idle; None is elsewhere."""
-        if not name:
+    def stage_of(rank: int) -> int | None:
+        if name == IDLE:
             return None if topology.role(rank).stages else -1
         grid = topology.modules[name].grid
         return grid.position(rank)["pp"] if rank in grid else None
 
-    for found, ranks in itertools.groupby(range(topology.world_size), key=where):
-        run = list(ranks)
-        if found is not None:
-            yield range(run[0], run[-1] + 1)
+    return (run for stage, run in runs_by(topology.world_size, stage_of) if stage is not None)
 
 
 def _block(drawn: _Map, module: Module, ranks: range, extent: tuple[float, float], y: float) -> Iterator[str]:
