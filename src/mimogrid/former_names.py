@@ -1,4 +1,4 @@
-"""Former names of modules that users' own files may hold. Importing one gives the module itself and a DeprecationWarning.
+"""Former names of modules that users' files may hold. An import by one gives the module and a DeprecationWarning.
 
 Sources and modules of a user import some of them, job files name functions in them
 (``mimogrid.shell.host:module``), and checkpoints keep such job files.
