@@ -30,8 +30,6 @@ FORMER: Mapping[str, str] = {
     "mimogrid.shell.jobfile": "mimogrid.shell.job.jobfile",
     "mimogrid.shell.jobs": "mimogrid.shell.job.jobs",
     "mimogrid.shell.sources": "mimogrid.shell.job.sources",
-    "mimogrid.shell.sources.digits": "mimogrid.shell.job.sources.digits",
-    "mimogrid.shell.sources.synthetic": "mimogrid.shell.job.sources.synthetic",
 }
 
 
