@@ -28,7 +28,7 @@ from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.sources.synthetic import Options
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TABLES = (
     JobSpec,

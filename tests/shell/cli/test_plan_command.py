@@ -9,7 +9,7 @@ from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import jobfile
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 JOB = """
 [modules.vision]
 model = "vit"

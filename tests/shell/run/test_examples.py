@@ -12,7 +12,7 @@ from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.world.launch import Pool
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples"
 PROGRAMS = ("megatron_mimo.py", "own_module.py")
 FAKES = {

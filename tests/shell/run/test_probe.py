@@ -17,7 +17,7 @@ from mimogrid.shell.run.probe.results import in_text
 from mimogrid.shell.run.probe.turns import turns_of
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 TIMED = ROOT / "benchmarks" / "predict" / "timed-4.toml"
 SLEEPS = (
     "modules.eyes.options={width=16,forward_ms=10,backward_ms=40}",

@@ -14,7 +14,7 @@ from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders as runs
 
 
-DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits" / "job.toml"
+DIGITS = Path(__file__).resolve().parents[3] / "examples" / "digits" / "job.toml"
 
 
 def job(*overrides: str) -> Job:

@@ -18,7 +18,7 @@ from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.world.launch import Pool
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 DIGITS = ROOT / "examples" / "digits" / "job.toml"
 TRAIN = "mimogrid.shell.run.train:in_world"
 COMMON = ("train.steps=4", "precision=fp64", "optimizer.warmup_steps=1")

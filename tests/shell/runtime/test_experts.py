@@ -180,7 +180,7 @@ def test_the_norm_that_clips_counts_every_expert_once(
 
 # -- runs --------------------------------------------------------------------------------------------------
 
-DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits" / "job.toml"
+DIGITS = Path(__file__).resolve().parents[3] / "examples" / "digits" / "job.toml"
 EXPERTS = ["modules.language.options.experts=4", "modules.language.options.aux_loss=0.01"]
 ONE_WAY = ["modules.language.grid={dp=2, ep=2}", "modules.vision.grid={}"]
 OTHER_WAY = ["modules.language.grid={tp=2, expert_tp=2}", "modules.vision.grid={dp=2}"]
