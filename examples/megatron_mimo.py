@@ -1,10 +1,10 @@
-"""A training program in the style of Megatron-LM's MIMO example, and the few lines that put it on mimogrid.
+"""A training program in the style of Megatron-LM's MIMO example, and the few lines that move it to mimogrid.
 
     torchrun --nproc-per-node 4 examples/megatron_mimo.py
 
-A vision encoder on two data lanes (ranks 0 and 1) feeds a language model on two pipeline stages (ranks 2 and 3):
-specifications, special tokens, grids, forward step, loss and the call of the schedule are Megatron's. What is
-mimogrid's is marked. The task: say which of four colours an image has.
+A vision encoder on two dp ranks (ranks 0 and 1) feeds a language model on two pipeline stages (ranks 2 and 3).
+Specifications, special tokens, grids, forward step, loss and the call of the schedule follow Megatron. The lines that
+use mimogrid are marked. The model learns to name the colour of an image, one of four.
 """
 
 import os
@@ -30,7 +30,7 @@ MICROBATCHES, MICRO_BATCH = 4, 8
 
 
 class Eye(nn.Module):
-    """Patches [R, F] of all images to as many rows."""
+    """Maps the patches [R, F] of all images to rows [R, width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Eye(nn.Module):
 
 
 def model_config() -> MimoModelConfig:
-    """Specify the model as for Megatron."""
+    """Return the specification of the model, as Megatron takes it."""
     text = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -53,8 +53,8 @@ def model_config() -> MimoModelConfig:
     )
     language = {
         "config": text,
-        "transformer_layer_spec": layer_spec(text),  # mimogrid: one that runs on the CPU; on CUDA, Megatron's
-        "position_embedding_type": "none",  # that layer has rotary ones
+        "transformer_layer_spec": layer_spec(text),  # mimogrid: runs on the CPU; on CUDA use Megatron's
+        "position_embedding_type": "none",  # the layer itself has rotary positions
         "vocab_size": 8,
         "max_sequence_length": SEQUENCE,
     }
@@ -80,7 +80,7 @@ ON_CPU = {
 
 
 def module_grids() -> dict[str, HyperCommGrid]:
-    """Lay the modules over the ranks as for Megatron."""
+    """Place the modules on ranks, as Megatron does."""
     return {
         "vision": HyperCommGrid([1, 1, 2, 1], ["tp", "cp", "dp", "pp"], rank_offset=0),
         "language": HyperCommGrid([1, 1, 1, 2], ["tp", "cp", "dp", "pp"], rank_offset=2),
@@ -88,7 +88,7 @@ def module_grids() -> dict[str, HyperCommGrid]:
 
 
 def microbatches():
-    """Yield the arguments of the model for each microbatch: its whole, on every rank the same."""
+    """Yield the model's arguments for each microbatch: the whole microbatch, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     while True:
         colours = torch.randint(COLOURS, (MICRO_BATCH,), generator=generator)
@@ -122,7 +122,7 @@ def forward_step(data_iterator, model):
 
 
 def main(iterations: int = 30) -> list[float]:
-    """Train; return the losses, on the rank of the last stage."""
+    """Train, and return the loss of every iteration, on the rank of the last stage."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     config, grids = model_config(), module_grids()
@@ -148,7 +148,7 @@ def main(iterations: int = 30) -> list[float]:
     losses = []
     for iteration in range(iterations):
         losses_reduced = forward_backward(**step)
-        # Was: finalize_model_grads(...); optimizer.step(). The step has ended with both.  mimogrid
+        # Was: finalize_model_grads(...); optimizer.step(). The call above has done both.  mimogrid
         if losses_reduced:
             losses.append(mean_of(losses_reduced))
             if iteration % 10 == 9:
@@ -162,7 +162,7 @@ def main(iterations: int = 30) -> list[float]:
 
 
 def mean_of(losses_reduced) -> float:
-    """Return the mean over the tokens of all microbatches; there is one data lane."""
+    """Return the mean over the tokens of all microbatches; the language model has one dp rank."""
     total, tokens = torch.stack([each["lm loss"] for each in losses_reduced]).sum(dim=0)
     return float(total / tokens)
 

@@ -1,9 +1,9 @@
-"""Any nn.Module as an encoder, in a plain torch loop that owns its process group, its optimizer and its schedule.
+"""Any nn.Module as an encoder, in a plain torch loop with its own process group, optimizer and learning-rate schedule.
 
     torchrun --nproc-per-node 4 examples/own_module.py
 
-The job is that of examples/own, a listener on two data lanes before a language model on two pipeline stages;
-but the listener is an object made here, and so is the optimizer.
+The job is that of examples/own: a listener on two dp ranks feeds a language model on two pipeline stages. Here this
+program creates the listener and the optimizer.
 """
 
 import os
@@ -31,7 +31,7 @@ class Rows(nn.Module):
 
 
 def main(steps: int = 60) -> list[float]:
-    """Train; return the losses."""
+    """Train, and return the loss of every step."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     folder = Path(__file__).parent / "own"
@@ -46,7 +46,7 @@ def main(steps: int = 60) -> list[float]:
         optimizer = torch.optim.RAdam(embedded.parameters(), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for step in range(steps):
-            outcome = embedded.step()  # the gradients are in .grad, finished
+            outcome = embedded.step()  # leaves complete gradients in .grad
             if outcome.taken:
                 optimizer.step()
             optimizer.zero_grad()
@@ -59,6 +59,6 @@ def main(steps: int = 60) -> list[float]:
 
 if __name__ == "__main__":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)  # the ranks share this machine
+    torch.set_num_threads(1)  # the ranks share the cores of this machine
     main()
     dist.destroy_process_group()
