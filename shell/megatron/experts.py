@@ -88,7 +88,7 @@ def experts_spec(
     model: BuiltIn, expert_groups: ExpertGroups, *, trains: bool, weight_grads: WeightGradStore
 ) -> ExpertsSpec:
     """Return the specification of an `Experts`."""
-    given = {"model": model, "company": expert_groups, "trains": trains, "ledger": weight_grads}
+    given = {"model": model, "expert_groups": expert_groups, "trains": trains, "weight_grads": weight_grads}
     return ExpertsSpec(given, Experts)
 
 

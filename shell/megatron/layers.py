@@ -322,7 +322,7 @@ def block_spec(
     `mlps` are those of the MLPs, layer by layer, where they are not dense ones.
     """
     column, row = (
-        ModuleSpec(module=linear, params={"ledger": weight_grads})
+        ModuleSpec(module=linear, params={"weight_grads": weight_grads})
         for linear in ((ColumnLinear, RowLinear) if tp > 1 else (Linear, Linear))
     )
     chosen = mlps or [_dense(model, column, row)] * layers
