@@ -1,6 +1,7 @@
 """The documents: what they print is what the commands print, what they name is there."""
 
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -160,13 +161,28 @@ def test_every_key_of_a_job_is_explained():
                 assert any(f"`{shown}`" == default for default in rows[field.name]), field.name
 
 
-def test_every_file_is_on_the_map():
-    """A file that ARCHITECTURE.md does not name has no place yet."""
+def test_every_package_is_on_the_map():
+    """ARCHITECTURE.md names every package of the core and the shell, and nothing that is gone."""
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    for folder in ("core", "shell"):
-        names = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")]
-        missing = [str(n) for n in names if f"`{n}`" not in page and n.name != "__init__.py"]
-        assert not missing
+    there = {
+        f"{path.parent.name}/{path.name}"
+        for top in ("core", "shell")
+        for path in (ROOT / top).iterdir()
+        if path.is_dir()
+    }
+    assert {name for name in there if not name.endswith("__pycache__")} == set(
+        re.findall(r"^\| `((?:core|shell)/\w+)` \|", page, re.MULTILINE)
+    )
+
+
+def test_the_flow_is_drawn():
+    """The picture of the flow is what its script draws, from packages that are there."""
+    script = runpy.run_path(str(ROOT / "docs/flow.py"))
+    assert script["picture"]() == script["PICTURE"].read_text(encoding="utf-8")
+    packages = [
+        package for package, *_ in script["BOXES"].values() if package.startswith(("core/", "shell/"))
+    ]
+    assert not [package for package in packages if not (ROOT / package / "__init__.py").is_file()]
 
 
 @named
