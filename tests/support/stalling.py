@@ -47,12 +47,12 @@ def slow(place: Place, job: Job, folder: str) -> Any:
         wanted.clear()
         return write_shard(*arguments)
 
-    def balance_layers(saver: Saver) -> Path | None:
+    def settled(saver: Saver) -> Path | None:
         if not saver.is_ready:
             wanted.set()
         return settle(saver)
 
-    with _writing(lambda _: True, write), patch.object(Saver, "settle", balance_layers):
+    with _writing(lambda _: True, write), patch.object(Saver, "settle", settled):
         return in_world(place, job, None, folder)
 
 
