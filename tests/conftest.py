@@ -23,13 +23,13 @@ settings.load_profile("without a clock")
 
 
 IMPORTED = (
-    "mimogrid.shell.run.preload",
     "hypothesis.strategies",
     "matplotlib.pyplot",
     "sklearn.datasets",
     "torch.utils.tensorboard",
+    "mimogrid.shell.run.preload",
 )
-"""What ranks import, now or when they need it; every test that kills a rank starts new ones."""
+"""What ranks import, now or when they need it; every test that kills a rank starts new ones. The last one freezes."""
 
 
 @pytest.fixture(scope="session")
