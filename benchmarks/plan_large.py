@@ -14,17 +14,21 @@ import platform
 import time
 from collections.abc import Callable
 
+import attrs
+
 import large
 from mimogrid.core.base.hashing import draw_integer
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.program.verify import listing_of, verify
+from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.step.traffic import edge_traffic
 from mimogrid.core.topology.groups import channels_of, groups_of
 from mimogrid.core.topology.parse import parse
-from mimogrid.core.topology.roles import role_of
+from mimogrid.core.topology.roles import RankRole, role_of
 from mimogrid.core.topology.topology import Topology
 
 
@@ -54,24 +58,30 @@ def measure(ranks: int, microbatches: int) -> tuple[dict[str, float], int]:
     spec = large.job(ranks, microbatches)
     topology = parse(spec, large.FACTS)
     step = step_of(topology, samples(spec))
-    program = plan_step(step)
+    order = order_of(topology)
+    program = plan_step(step, order)
     middle = topology.ranks[len(topology.ranks) // 2]
     tasks: dict[str, Task] = {
         "parse": lambda: parse(spec, large.FACTS),
-        "roles": lambda: [role_of(topology, rank) for rank in topology.ranks],
+        "roles": lambda: roles(attrs.evolve(topology)),
         "groups": lambda: groups_of(topology),
         "channels": lambda: channels_of(topology),
         "routes": lambda: edge_traffic(step),
-        "one rank": lambda: fresh(topology, step).of(middle),
-        "program": lambda: listing_of(fresh(topology, step)),
+        "one rank": lambda: fresh(step, order).of(middle),
+        "program": lambda: listing_of(fresh(step, order)),
         "verify": lambda: verify(program),
     }
     return {part: timed(task) for part, task in tasks.items()}, len(topology.ranks)
 
 
-def fresh(topology: Topology, step: Step) -> Program:
+def roles(topology: Topology) -> list[RankRole]:
+    """Return the role of every rank."""
+    return [role_of(topology, rank) for rank in topology.ranks]
+
+
+def fresh(step: Step, order: Order) -> Program:
     """Return the program of a step with nothing known of the step yet."""
-    return plan_step(Step(topology, step.samples))
+    return plan_step(Step(step.topology, step.samples), order)
 
 
 def samples(spec: JobSpec) -> tuple[Sample, ...]:

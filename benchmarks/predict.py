@@ -101,7 +101,7 @@ def compare(pool: Pool, path: Path, *, repeat: int, steps: int) -> Compared:
     real = _first(pool.run(f"{Path(__file__).stem}:in_world", size, job, steps))
     probed: Probed = _first(pool.run("mimogrid.shell.run.probe:in_world", size, job, repeat))
     predicted = [
-        simulate(plan_step(step), probed.costs, pace=Pace(step, ragged=True)).step_s
+        simulate(plan_step(step, job.order), probed.costs, pace=Pace(step, ragged=True)).step_s
         for step in (job.step(WARM_UP + i) for i in range(steps))
     ]
     return Compared(path.stem, size, statistics.median(predicted), tuple(real), probed.costs.cores)

@@ -151,7 +151,7 @@ def _activations(runtime: RankRuntime, index: int, step: Step) -> int:
         runtime.run(index, step, step)
     finally:
         StageRunner.compute = plain  # type: ignore[method-assign]
-    actions = plan_step(step).of(runtime.rank)
+    actions = plan_step(step, runtime.job.order).of(runtime.rank)
     return sum(size * _most_in_flight(actions, stage) for stage, size in saved.items())
 
 

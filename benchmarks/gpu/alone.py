@@ -86,7 +86,10 @@ class Idle:
 
 def own_cost(bench: Bench) -> dict[str, Any]:
     """Return what the executor itself takes for an action, in microseconds of the host; and with its work."""
-    actions, idle = plan_step(bench.step).of(bench.runtime.rank), Idle(bench.device.streams)
+    actions, idle = (
+        plan_step(bench.step, bench.runtime.job.order).of(bench.runtime.rank),
+        Idle(bench.device.streams),
+    )
     stages: Any = dict.fromkeys(bench.runtime.stages, idle)
     times = []
     for _ in range(50):

@@ -29,7 +29,7 @@ from mimogrid.core.schedule.actions import (
     Tie,
     Wait,
     WaitReduce,
-    other_end,
+    matching_op,
     parse,
 )
 from mimogrid.core.topology.topology import Stage
@@ -121,7 +121,7 @@ def find(
     about = seen.get(rank) or HeartbeatRecord(
         rank=rank, host="unknown", step=0, doing="nothing", since_s=now_s
     )
-    stages = tuple(info.stage for info in program.topology.stages_of(rank)) if program else ()
+    stages = tuple(info.stage for info in program.topology.role(rank).stages) if program else ()
     return Diagnosis(
         about,
         _HOW.get(about.state, "stopped answering"),
@@ -208,7 +208,7 @@ def _is_owed(program: Program, peer: HeartbeatRecord, action: Action, step: int)
 def _part(program: Program, peer: int, action: Action) -> int | None:
     """Return where in its program a peer does its part of another's action."""
     if isinstance(action, Wait):
-        wanted: Action = other_end(action.transfer)
+        wanted: Action = matching_op(action.transfer)
         return next((i for i, a in enumerate(program.of(peer)) if a == wanted), None)
     wanted = action.posted if isinstance(action, WaitReduce) else meeting(action)
     return next((i for i, a in enumerate(program.of(peer)) if meeting(a) == wanted), None)

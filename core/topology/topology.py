@@ -1,108 +1,33 @@
-"""The topology: the spec, parsed once into what everything else may trust.
+"""The topology: a job parsed into modules on grids, edges, stages and links.
 
-`parse` finds every problem of a job and raises them together; what it returns needs no second check. A
-topology knows the modules with their grids, the edges between them, and the stages that the modules are cut
-into, each with its layers and its distance to the loss.
+It comes from `parse`, which has checked the job, so nothing that uses a topology checks it again.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.base.experts import block_of, ep_dp_ranks_of
 from mimogrid.core.base.grid import Grid
 from mimogrid.core.base.samples import dp_ranks_over, dp_samples
-from mimogrid.core.job.graph import Graph
-from mimogrid.core.job.models import (
-    HEAD,
-    PROJECTOR,
-    BuiltIn,
-    Own,
-    Parameter,
-)
+from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.job.models import BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.job.spec import JobSpec, SourceFacts
+from mimogrid.core.topology.roles import RankRole, role_on
+from mimogrid.core.topology.stages import UNKNOWN, Edge, Link, Stage, StageInfo
 
 
-UNKNOWN = "*"
-"""Stands among the trainable names for the parameters of an own module, known once it is built."""
-
-
-@attrs.frozen(order=True, cache_hash=True)
-class Stage:
-    """One stage of a module: its position along pp, and which of the rank's chunks. Prints ``name.pp``.
-
-    >>> print(Stage("language", 1), Stage("language", 1, chunk=2))
-    language.1 language.1.2
-    """
-
-    module: str
-    pp: int
-    chunk: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.pp}" + (f".{self.chunk}" if self.chunk else "")
-
-
-@attrs.frozen(cache_hash=True)
-class Edge:
-    """Rows flow from the last stage of `source` to the first of `target`, `width` values each."""
-
-    source: str
-    target: str
-    width: int
-    projected: bool
-
-    def __str__(self) -> str:
-        return f"{self.source} -> {self.target}"
-
-
-@attrs.frozen(cache_hash=True)
-class Link:
-    """Data flows from one stage to another: inside a module (a pipeline link) or along an edge (a bridge)."""
-
-    source: Stage
-    target: Stage
-    edge: Edge | None
-
-    def __str__(self) -> str:
-        return f"{self.source} -> {self.target}"
-
-
-@attrs.frozen
-class StageInfo:
-    """A stage with its layers, its parameters and its place in the whole.
-
-    `depth` counts the stages from here to the loss along the longest path, this one included;
-    `trains_upstream` says that something before it trains, so that gradients of its inputs are wanted.
-    """
-
-    stage: Stage
-    layers: range
-    first: bool
-    last: bool
-    depth: int
-    parameters: tuple[Parameter, ...]
-    trainable: frozenset[str]
-    trains_upstream: bool
-
-    @property
-    def backward(self) -> bool:
-        """Whether the stage has a backward at all: something here or upstream trains."""
-        return self.trains_upstream or bool(self.trainable)
-
-    def trains_up_to(self, link: Link) -> bool:
-        """Whether anything that a link's data comes through trains; a head and other projectors do not count."""
-        mine = f"{PROJECTOR}{link.target.module}."
-        return self.trains_upstream or any(
-            link.edge is None or name.startswith(mine) or not name.startswith((PROJECTOR, HEAD))
-            for name in self.trainable
-        )
+__all__ = ["UNKNOWN", "Edge", "Link", "Module", "Stage", "StageInfo", "Topology"]
 
 
 @attrs.frozen
 class Module:
-    """A module on its grid."""
+    """A module on its grid.
+
+    `experts` is the view of the grid under the axes of the experts; None: there are none. `inputs` and `outputs` are
+    the edges from and to other modules.
+    """
 
     name: str
     model: BuiltIn | Own
@@ -117,50 +42,66 @@ class Module:
 
     @property
     def dp_size(self) -> int:
-        """Data dp ranks: how many different shares of a microbatch its ranks work on."""
+        """The number of dp ranks, each of which works on its own samples of a microbatch."""
         return self.grid.extent("dp")
 
     @property
+    def chunks(self) -> int:
+        """How many stages of the module each of its ranks has."""
+        return len(self.stages) // self.grid.extent("pp")
+
+    @property
     def cp(self) -> int:
-        """Context-parallel size: over how many ranks the positions of a sample are cut."""
+        """The number of ranks over which the positions of a sample are split."""
         return self.grid.extent("cp")
 
     def padded(self, positions: int) -> int:
-        """Return positions rounded up to what context parallelism cuts: 2*cp equal chunks, two a rank.
+        """Return positions rounded up so that context parallelism can split them into 2*cp equal chunks, two per rank.
 
-        Where sequence parallelism cuts each rank's part once more, what is left must divide by tp.
+        With sequence parallelism each chunk is also a multiple of tp.
         """
         if self.cp == 1:
             return positions
         parts = 2 * self.cp * (self.grid.extent("tp") if self.sequence_parallel else 1)
         return -(-positions // parts) * parts
 
+    def padded_shape(self, lengths: Sequence[int], sequence: int) -> tuple[int, int]:
+        """Return (positions, samples) that the stages compute for samples of these lengths, padding included.
+
+        A language model pads every sample to the job's `sequence`. Other modules pad to the longest sample, and
+        leave out samples without rows. Positions are those of all cp ranks together.
+        """
+        if isinstance(self.model, Gpt):
+            return sequence, len(lengths)
+        present = [length for length in lengths if length]
+        return self.padded(max(present, default=0)), len(present)
+
     def ep_dp_ranks(self, dp_rank: int) -> tuple[int, ...]:
-        """Return the dp ranks that compute together with a dp rank: those its experts are spread over."""
+        """Return the dp ranks over which the experts of a dp rank are spread, and which compute together with it."""
         return (dp_rank,) if self.experts is None else ep_dp_ranks_of(self.grid, self.experts)[dp_rank]
 
     def is_partial(self, parameter: Parameter) -> bool:
-        """Whether a parameter's gradient on one tp rank is a part of a sum over tp."""
+        """Whether the gradient of a parameter on one tp rank is a partial sum."""
         return parameter.routes or (parameter.partial and self.sequence_parallel)
 
     @property
     def aux_loss(self) -> float:
-        """The weight of the module's auxiliary loss, which spreads tokens over experts; frozen, it has none."""
+        """The weight of the auxiliary loss, which spreads tokens over experts; 0 for a frozen module."""
         trains = any(info.trainable for info in self.stages)
         return 0.0 if isinstance(self.model, Own) or not self.experts or not trains else self.model.aux_loss
 
     def position(self, rank: int) -> dict[str, int]:
-        """Return a rank's position on every axis, those of the experts included."""
+        """Return the position of a rank on every axis, those of the experts included."""
         return self.grid.position(rank) | (self.experts.position(rank) if self.experts else {})
 
     def experts_at(self, ep: int) -> range:
-        """Return which experts of every layer a position along ep holds."""
+        """Return the experts of each layer that a position along ep holds."""
         if self.experts is None or isinstance(self.model, Own):
             return range(0)
         return block_of(self.model.experts, self.experts.extent("ep"), ep)
 
     def held(self, info: StageInfo, ep: int) -> tuple[Parameter, ...]:
-        """Return the parameters of a stage that a position along ep holds, whole or in part."""
+        """Return the parameters of a stage that a position along ep holds, in whole or in part."""
         experts = self.experts_at(ep)
         return tuple(p for p in info.parameters if p.expert is None or p.expert in experts)
 
@@ -170,7 +111,7 @@ class Module:
         return tuple(p for info in self.stages for p in info.parameters)
 
     def tp_cp_ranks(self, stage: Stage, dp_rank: int) -> tuple[int, ...]:
-        """Return the ranks (along tp and cp) that hold one dp rank of a stage, ascending, as a group has them."""
+        """Return the ranks along tp and cp of one dp rank of a stage, ascending."""
         return _holders(self.grid, stage.pp, dp_rank)
 
     def dp_rank_of(self, rank: int) -> int:
@@ -178,7 +119,7 @@ class Module:
         return self.grid.position_along("dp", rank)
 
     def samples(self, dp_rank: int, microbatch: int, total: int) -> range:
-        """Return which of a step's `total` samples a dp rank has in one of this module's microbatches."""
+        """Return which of the `total` samples of a step a dp rank has in a microbatch of this module."""
         return dp_samples(
             dp_rank=dp_rank,
             dp_size=self.dp_size,
@@ -188,7 +129,7 @@ class Module:
         )
 
     def dp_ranks_over(self, samples: range, microbatch: int, total: int) -> range:
-        """Return which dp ranks have any of these samples in one of this module's microbatches."""
+        """Return the dp ranks that have any of these samples in a microbatch of this module."""
         return dp_ranks_over(
             samples,
             dp_size=self.dp_size,
@@ -200,38 +141,38 @@ class Module:
 
 @attrs.frozen(eq=False)
 class Topology:
-    """A whole job, parsed. There is one per job, and it equals only itself."""
+    """A parsed job. A topology equals only itself."""
 
     spec: JobSpec
     source: SourceFacts
-    graph: Graph
+    graph: ModuleGraph
     modules: Mapping[str, Module]
     world_size: int
 
     @property
     def sequence(self) -> int:
-        """Positions of a language sequence, padding included; 0 in a job without text."""
+        """The number of positions of a language sequence, padding included; 0 in a job without text."""
         return self.source.sequence or 0
 
     @functools.cached_property
     def samples_per_microbatch(self) -> Mapping[str, int]:
-        """How many samples a microbatch of each module has."""
+        """The number of samples in a microbatch of each module."""
         total = self.spec.batch.global_size
         return {name: total // module.microbatches for name, module in self.modules.items()}
 
     @functools.cached_property
     def edges(self) -> tuple[Edge, ...]:
-        """Every edge, in file order of its source."""
+        """Every edge, in file order of the source modules."""
         return tuple(edge for module in self.modules.values() for edge in module.outputs)
 
     @functools.cached_property
     def stages(self) -> Mapping[Stage, StageInfo]:
-        """Every stage, module by module in file order."""
+        """Every stage, by module in file order."""
         return {info.stage: info for module in self.modules.values() for info in module.stages}
 
     @functools.cached_property
     def links(self) -> tuple[Link, ...]:
-        """Every pair of stages between which data flows: pipeline links of each module, then bridges."""
+        """Every link: the pipeline links of each module, then the bridges."""
         pipeline_links = (
             Link(a.stage, b.stage, None)
             for module in self.modules.values()
@@ -245,7 +186,7 @@ class Topology:
 
     @functools.cached_property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that host a module; others idle."""
+        """The ranks that host a module, ascending; other ranks idle."""
         return tuple(sorted({r for m in self.modules.values() for r in m.grid.ranks}))
 
     def links_from(self, stage: Stage) -> tuple[Link, ...]:
@@ -269,15 +210,50 @@ class Topology:
     def _links_by_target(self) -> Mapping[Stage, tuple[Link, ...]]:
         return {s: tuple(link for link in self.links if link.target == s) for s in self.stages}
 
-    def stages_of(self, rank: int) -> tuple[StageInfo, ...]:
-        """Return the stages that a rank hosts, in file order."""
+    @functools.cached_property
+    def language_modules(self) -> tuple[str, ...]:
+        """The language models: built-in ones, and custom modules with a loss on text.
+
+        The plan does not know what a custom module reads. It counts one that has a loss, unless the source says that
+        its samples have no text.
+        """
+        has_text = self.source.length != 0
         return tuple(
-            info
-            for module in self.modules.values()
-            if rank in module.grid
-            for pp in (module.grid.position_along("pp", rank),)
-            for info in module.stages
-            if info.stage.pp == pp
+            name
+            for name, module in self.modules.items()
+            if module.model.reads_text
+            or (isinstance(module.model, Own) and module.model.has_loss and has_text)
+        )
+
+    def role(self, rank: int) -> RankRole:
+        """Return a rank's role; a rank outside the world idles."""
+        if rank not in self._roles:
+            self._roles[rank] = self._role(rank)
+        return self._roles[rank]
+
+    @functools.cached_property
+    def _roles(self) -> dict[int, RankRole]:
+        """The roles that were asked for. A world may have 10,000 ranks."""
+        return {}
+
+    def _role(self, rank: int) -> RankRole:
+        role = self._role_on_grids(rank)
+        stages = [stage for info in role.modules.values() for stage in info.stages]
+        return attrs.evolve(
+            role,
+            stages=tuple(self.stages[stage] for stage in stages),
+            links_in=tuple(link for stage in stages for link in self.links_into(stage)),
+            links_out=tuple(link for stage in stages for link in self.links_from(stage)),
+        )
+
+    @functools.cached_property
+    def _role_on_grids(self) -> functools.partial[RankRole]:
+        return functools.partial(
+            role_on,
+            {name: module.grid for name, module in self.modules.items()},
+            chunks={name: module.chunks for name, module in self.modules.items()},
+            experts={name: module.experts for name, module in self.modules.items() if module.experts},
+            language_modules=self.language_modules,
         )
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mimogrid.core.base.errors import WorldError
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.topology.topology import Stage
-from mimogrid.core.update.buckets import Part, Span, boxes
+from mimogrid.core.update.buckets import ParameterRange, Span, boxes
 from mimogrid.core.update.decision import SkipState
 from mimogrid.core.update.reductions import counts_in_norm
 from mimogrid.shell.checkpoint.files import Piece, Pieces
@@ -182,7 +182,7 @@ def _frozen(runtime: RankRuntime) -> Iterator[tuple[str, tuple[Piece, ...], bool
         held = _Held(runtime, stage)
         for name, weight in weights.items():
             if name not in runtime.buffers[stage].weights:
-                part = Part(name, 0, weight.numel())
+                part = ParameterRange(name, 0, weight.numel())
                 pieces = tuple(held.pieces(part, weight.detach().reshape(-1)))
                 yield f"{stage.module}.{name}", pieces, held.counts(name)
 
@@ -200,7 +200,7 @@ def _joined(runtime: RankRuntime, stage: Stage) -> Iterator[tuple[str, tuple[Pie
             if shard and shard.part.start == 0 and span.name in of_stage.counted:
                 for name, tensor in kept.items():
                     if tensor.dim() or span.name in of_stage.written:
-                        yield name, tuple(held.pieces(Part(span.name, 0, span.size), tensor))
+                        yield name, tuple(held.pieces(ParameterRange(span.name, 0, span.size), tensor))
 
 
 def _is_cut(buffer: Buffer, span: Span) -> bool:
@@ -256,7 +256,7 @@ class _Held:
         """Whether this rank is the one that writes a parameter that all dp ranks hold."""
         return counts_in_norm(self._position, self._info, self._table.get(name))
 
-    def pieces(self, part: Part, tensor: torch.Tensor) -> Iterator[Piece]:
+    def pieces(self, part: ParameterRange, tensor: torch.Tensor) -> Iterator[Piece]:
         """Yield the places of values of a parameter, flat and in order, in the full one."""
         shape = self._shapes[part.name]
         parameter: Parameter | None = self._table.get(part.name)

@@ -26,7 +26,7 @@ def check(job: Job, given: argparse.Namespace) -> int:
     edges: tuple[EdgeTraffic, ...] = ()
     if job.source is not None:
         step = job.step(0)
-        faults = verify(plan_step(step))
+        faults = verify(plan_step(step, job.order))
         if faults:
             remedy = "This is a fault of mimogrid, not of the job: please report it with the job file."
             raise PlanError(Problem("program", fault, remedy) for fault in faults)
@@ -85,7 +85,7 @@ def show(job: Job, given: argparse.Namespace) -> int:
         print_json({"programs": programs})
         return 0
     for rank, actions in programs.items():
-        hosted = ", ".join(str(info.stage) for info in job.topology.stages_of(rank))
+        hosted = ", ".join(str(info.stage) for info in job.topology.role(rank).stages)
         print(f"rank {rank}    # {hosted or 'idles: it is in no grid'}")
         for action in actions:
             print(f"    {action}")
@@ -189,4 +189,4 @@ def _ranks(topology: Topology, rank: int | None) -> Sequence[int]:
 
 def _first_program(job: Job) -> Program:
     """Return the program of step 0. Raises PlanError where its samples are not known."""
-    return plan_step(job.step(0))
+    return plan_step(job.step(0), job.order)

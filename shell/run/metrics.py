@@ -11,11 +11,11 @@ import attrs
 from torch.utils.tensorboard import SummaryWriter
 
 from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, stragglers
-from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate import simulate
 from mimogrid.core.step.step import Step
+from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.progress import Progress
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.execute import Timed
@@ -35,8 +35,8 @@ class Lag:
     One slow step says nothing: it may lie behind a checkpoint.
     """
 
-    def __init__(self, costs: Costs | None) -> None:
-        self._costs = costs
+    def __init__(self, job: Job) -> None:
+        self._job = job
         self._predicted: Mapping[int, float] | None = None
         self._window: list[Sequence[StepTimes]] = []
 
@@ -45,8 +45,9 @@ class Lag:
         self._window.append(step_times)
         if len(self._window) < WINDOW:
             return ()
-        if self._costs is not None and self._predicted is None:  # A plan predicts the same of every step.
-            self._predicted = simulate(plan_step(step), self._costs).busy_s
+        costs = self._job.spec.schedule.costs
+        if costs is not None and self._predicted is None:  # A plan predicts the same of every step.
+            self._predicted = simulate(plan_step(step, self._job.order), costs).busy_s
         steps, self._window = self._window, []
         return tuple(stragglers(list(mean(steps)), above=ABOVE, predicted=self._predicted))
 

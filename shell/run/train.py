@@ -159,7 +159,7 @@ class Run:
         job = self.runtime.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
         tally = recall(self.folder, start) if self.chief else Tally()
-        lag = Lag(job.spec.schedule.costs)
+        lag = Lag(job)
         with contextlib.ExitStack() as stack:
             keeper = stack.enter_context(open_keeper(self.folder, steps)) if self.chief else None
             following = job.step(self._next(start))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mimogrid.core.topology.topology import StageInfo, Topology
-from mimogrid.core.update.buckets import Bucket, Part, Section, layout_of
+from mimogrid.core.update.buckets import Bucket, ParameterRange, Section, layout_of
 from mimogrid.core.update.reductions import counts_in_norm, is_written_by
 from mimogrid.shell.device.streams import Posted, Streams
 from mimogrid.shell.world.groups import ModuleGroups
@@ -39,7 +39,7 @@ LANES = ("dp", "cp", "expert_dp")
 class Shard:
     """The values of a parameter that this rank updates: flat, with their gradient."""
 
-    part: Part
+    part: ParameterRange
     main: nn.Parameter
 
 
@@ -87,7 +87,7 @@ class Buffer:
             if start < stop:
                 main = nn.Parameter(self.main[start - self.own.start : stop - self.own.start])
                 main.grad = self.gradients[start:stop]
-                yield Shard(Part(span.name, start - span.start, stop - span.start), main)
+                yield Shard(ParameterRange(span.name, start - span.start, stop - span.start), main)
 
     def parts(self, names: frozenset[str]) -> Iterator[torch.Tensor]:
         """Yield the gradient of each shard's part of these parameters, of those shards whose parts are updated here."""

@@ -14,6 +14,7 @@ from torch import nn
 from mimogrid.core.base.errors import EchoError
 from mimogrid.core.faults.injection import BETWEEN
 from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.schedule.order import Order
 from mimogrid.core.step.step import Step, aux_name
 from mimogrid.core.topology.topology import Stage, Topology
 from mimogrid.core.update.decision import SkipState
@@ -79,11 +80,11 @@ class RankRuntime:
         self.stop_request = stop_request
         self._before: tuple[tuple[Timed, ...], float] = (), 0.0
         self.stages_by_rank = {
-            r: " ".join(str(info.stage) for info in self.topology.stages_of(r)) for r in self.topology.ranks
+            r: " ".join(str(info.stage) for info in self.topology.role(r).stages) for r in self.topology.ranks
         }
         self._groups = groups
         self._transport = Transport(self.topology, groups, device)
-        built = {info.stage.module for info in self.topology.stages_of(rank)} - (given or {}).keys()
+        built = {info.stage.module for info in self.topology.role(rank).stages} - (given or {}).keys()
         engine.agree(built, self.topology, self.group, device.torch)
         hosted = host_stages(job, rank, groups, device, given or {})
         self.stages: dict[Stage, StageRunner] = {stage: each.runner for stage, each in hosted.items()}
@@ -111,13 +112,15 @@ class RankRuntime:
         source: Loads | None = None,
         loss: Loss = weighted_cross_entropy,
         runs: Runs = execute,
+        order: Order | None = None,
     ) -> Outcome:
         """Train one step; without `update`, stop at the gradients.
 
         `following` is the next step: the ranks agree on its samples in this one. `source` has the samples
-        where they are not the job's. `loss` is that of language models. `runs` runs the program.
+        where they are not the job's. `loss` is that of language models. `runs` runs the program. `order` is the order
+        of the step where it is not the job's.
         """
-        program = plan_step(step)
+        program = plan_step(step, order or self.job.order)
         self._begin(program, source or self._source, index, loss_scale=self.skip_state.scale, loss=loss)
         for buffer in self.buffers.values():
             buffer.clear()
@@ -185,7 +188,7 @@ class RankRuntime:
         return tuple(answers[microbatch] for answers in said for microbatch in sorted(answers))
 
     def _only_forwards(self, step: Step, source: Loads, *, loss: Loss | None = None) -> None:
-        program = plan_step(step, training=False)
+        program = plan_step(step, self.job.forward_order)
         self._begin(program, source, loss=loss)
         actions = program.of(self.rank)
         self.heartbeat.begin(self.job.spec.train.steps, len(actions), training=False)

@@ -62,7 +62,7 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
         heartbeat.at(RENDEZVOUS)
         if place.meeting is None:
             answer(world)
-        enter(join(world, backend=device.backend, digest=digest_of(job.topology, job.step(0))))
+        enter(join(world, backend=device.backend, digest=digest_of(job.step(0), job.order)))
         heartbeat.at(BUILDING)
         world.wait_for_all("joined")
         groups = enter(open_groups(job.topology, world, device))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mimogrid.core.base.samples import prefix_sums
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
-from mimogrid.core.step.routes import Message, Part, Piece, dp_rank_parts
+from mimogrid.core.step.routes import Message, RowRange, RowSlice, row_ranges
 from mimogrid.core.step.seeds import Seeds, seeds_of
 from mimogrid.core.step.step import aux_name
 from mimogrid.core.topology.topology import Link, Module, StageInfo
@@ -251,7 +251,7 @@ class StageRunner:
             return held.outputs[link.target.module].detach()
         return held.inputs[link.source.module]
 
-    def _rows(self, whole: torch.Tensor, link: Link, microbatch: int, piece: Piece) -> torch.Tensor:
+    def _rows(self, whole: torch.Tensor, link: Link, microbatch: int, piece: RowSlice) -> torch.Tensor:
         """Cut a piece out of all the rows that this dp rank has at a link in a microbatch of its own."""
         first = next(self._parts(link, microbatch)).start
         return whole[piece.start - first : piece.stop - first]
@@ -271,8 +271,8 @@ class StageRunner:
         shape = self._step.hidden_shape(self.info.stage, self._dp_rank, microbatch)
         return torch.zeros(shape, dtype=self.dtype, device=self._loader.device)
 
-    def _parts(self, link: Link, microbatch: int) -> Iterator[Part]:
-        return dp_rank_parts(self._step, self.module, link, microbatch, self._dp_rank)
+    def _parts(self, link: Link, microbatch: int) -> Iterator[RowRange]:
+        return row_ranges(self._step, self.module, link, microbatch, self._dp_rank)
 
     def _arrive(
         self, microbatch: int, link: Link, direction: Direction, start: int, tensor: torch.Tensor

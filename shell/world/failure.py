@@ -54,13 +54,13 @@ def _explained(error: Exception, heartbeat: Heartbeat, job: Job) -> DiagnosedErr
 
 
 def _with_stages(finding: Diagnosis, job: Job) -> Diagnosis:
-    infos = job.topology.stages_of(finding.about.rank)
+    infos = job.topology.role(finding.about.rank).stages
     return attrs.evolve(finding, stages=tuple(info.stage for info in infos))
 
 
 def _program(job: Job, index: int, step: int) -> Program | None:
     """The program that a rank was in, if it was in one."""
-    return plan_step(job.step(step)) if index >= 0 else None
+    return plan_step(job.step(step), job.order) if index >= 0 else None
 
 
 def _is_cut_off(error: BaseException) -> bool:

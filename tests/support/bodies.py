@@ -152,7 +152,7 @@ def sent(place: Place, job: Job) -> Sent | None:
         step = job.step(0)
         with _counting() as (messages, volume, calls):
             session.runtime.run(0, step, step)
-        program = plan_step(step)
+        program = plan_step(step, job.order)
         planned = sum(
             _peer(message, place.rank) != place.rank
             for action in program.of(place.rank)

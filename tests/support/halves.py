@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimogrid.core.job.models import Own
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.schedule.actions import Compute, Kind
-from mimogrid.core.schedule.orders import Order
+from mimogrid.core.schedule.order import Order
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Stage, Topology
@@ -63,8 +63,8 @@ def _may_be_split(topology: Topology, stage: Stage) -> bool:
 def halving(delay: int) -> Iterator[None]:
     """Let steps have halves while open."""
 
-    def plan(step: Step, *, training: bool = True) -> Program:
-        return halved(plan_step(step, training=training), delay)
+    def plan(step: Step, order: Order) -> Program:
+        return halved(plan_step(step, order), delay)
 
     with patch.object(shell_step, "plan_step", plan):
         yield

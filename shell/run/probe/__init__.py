@@ -35,7 +35,7 @@ def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
         runtime = session.runtime
         if runtime is None:
             return None
-        program = plan_step(job.step(0))
+        program = plan_step(job.step(0), job.order)
         other = other_way(job, program)
         own, *others = in_turns(runtime, [job, other] if other else [job], repeat)
         core_s = None if session.device.is_asynchronous else core_seconds(runtime, job, repeat)

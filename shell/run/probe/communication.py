@@ -86,7 +86,7 @@ def _round_s(runtime: RankRuntime, transport: Transport, send: Send, message: Me
 
 def summing_s(runtime: RankRuntime, stage: Stage, repeat: int) -> float:
     """Return how long all sums of a stage's gradients take, posted one after the other and then waited for."""
-    program = plan_step(runtime.job.step(0))
+    program = plan_step(runtime.job.step(0), runtime.job.order)
     buckets = [reduce.bucket for reduce in program.sums(runtime.rank) if reduce.stage == stage]
     seconds: list[float] = []
     for _ in range(WARM_UP + repeat):

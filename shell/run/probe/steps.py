@@ -12,6 +12,7 @@ import attrs
 import torch.distributed as dist
 
 from mimogrid.core.base.errors import PlanError
+from mimogrid.core.job.schedules import ONE_F_ONE_B, ZB_H1
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.schedule.actions import Action
 from mimogrid.core.schedule.work import may_split
@@ -21,7 +22,7 @@ from mimogrid.shell.run.probe.turns import Turns, turns_of
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
-WHOLE, HALVES = "1f1b", "zb-h1"
+WHOLE, HALVES = ONE_F_ONE_B, ZB_H1
 """Schedules under which a backward is timed the way that the job's own schedule does not run it."""
 
 
@@ -47,13 +48,15 @@ def in_turns(runtime: RankRuntime, jobs: Sequence[Job], repeat: int) -> list[Ste
     for index in range(WARM_UP + repeat):
         for job, steps in zip(jobs, found, strict=True):
             step = job.step(index)
-            turns = Turns(turns_of(plan_step(step))[runtime.rank], runtime.group, Clock(runtime.device))
+            turns = Turns(
+                turns_of(plan_step(step, job.order))[runtime.rank], runtime.group, Clock(runtime.device)
+            )
             dist.barrier(runtime.group)
             begin = time.thread_time()
             following = job.step(index + 1)
-            plan_step(following).of(runtime.rank)
+            plan_step(following, job.order).of(runtime.rank)
             planned = time.thread_time() - begin
-            runtime.run(index, step, following, runs=turns)
+            runtime.run(index, step, following, runs=turns, order=job.order)
             if index >= WARM_UP:
                 steps.planning.append(planned)
                 for action, reading in turns.readings.items():

@@ -7,7 +7,17 @@ import pytest
 
 import jobs
 from mimogrid.core.pricing.unknown_names import unknown_names
-from mimogrid.core.schedule.actions import Compute, Norm, Recv, Send, Tie, Update, Wait, WaitReduce, other_end
+from mimogrid.core.schedule.actions import (
+    Compute,
+    Norm,
+    Recv,
+    Send,
+    Tie,
+    Update,
+    Wait,
+    WaitReduce,
+    matching_op,
+)
 from mimogrid.shell.cli import start
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
@@ -106,7 +116,7 @@ def test_one_action_computes_in_a_turn_and_none_waits_for_a_later_one(text, sche
         if isinstance(action, Wait):
             assert turn_of[rank, action.transfer] <= turn
             for peer in program.peers_of(rank, action.transfer):
-                assert turn_of[peer, other_end(action.transfer)] <= turn
+                assert turn_of[peer, matching_op(action.transfer)] <= turn
         if isinstance(action, WaitReduce):
             assert all(turn_of[peer, action.posted] <= turn for peer in program.joint(rank, action))
         assert isinstance(action, Wait | Send | Recv) or turn

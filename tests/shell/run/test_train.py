@@ -78,7 +78,7 @@ def test_a_profile_reads_like_the_program(trained: Trained) -> None:
     assert {f"step-{step}-rank-{rank}.json" for step in (1, 2) for rank in (0, 3)} == set(written)
     for name, trace in written.items():
         step, rank = map(int, re.findall(r"\d+", name))
-        planned = list(map(str, plan_step(job.step(step)).of(rank)))
+        planned = list(map(str, plan_step(job.step(step), job.order).of(rank)))
         ranges = sorted(
             (event["ts"], event["ts"] + event["dur"], event["name"])
             for event in trace["traceEvents"]

@@ -64,7 +64,7 @@ def apart(pool: Pool, opened: Opened) -> Comparing:
 
     def compare(spec: JobSpec, *, delay: int) -> dict[str, float]:
         of_spec = opened(spec)
-        assert () == verify(halved(plan_step(of_spec.step(0)), delay))
+        assert () == verify(halved(plan_step(of_spec.step(0), of_spec.order), delay))
         said = pool.run("halves:apart_in_world", of_spec.topology.world_size, of_spec, delay)
         return {name: max(one.get(name, 0.0) for one in said) for name in set().union(*said)}
 
@@ -90,7 +90,7 @@ def working(pool: Pool, opened: Opened) -> Working:
 def _multiplied(of_spec: Job, rank: int) -> frozenset[str]:
     return frozenset(
         f"{info.stage}.{p.name}"
-        for info in of_spec.topology.stages_of(rank)
+        for info in of_spec.topology.role(rank).stages
         for p in info.parameters
         if len(p.shape) == 2 and p.name in info.trainable and p.name != "embedding.weight"
     )
