@@ -19,6 +19,6 @@ def trained(pool: Pool, job: Job, folder: Path, *, resume: bool = False) -> dict
 
 
 def briefly(place: Place, job: Job, *arguments: Any) -> Any:
-    """Train as the command does; in the end examine one batch of each task, not 1,280 samples, and draw five of them."""
+    """Train as the command does; in the end examine one batch of each task, not 1,280 samples, and draw five."""
     with patch.multiple(report, READ_COUNT=1, OTHER_COUNT=1), patch.object(pictures, "ROWS", 1):
         return train.in_world(place, job, *arguments)
