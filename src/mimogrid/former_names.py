@@ -75,4 +75,4 @@ class _Alias:
 
 def install() -> None:
     """Let imports find modules by their former names."""
-    sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder())
