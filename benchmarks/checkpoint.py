@@ -27,6 +27,7 @@ from mimogrid.shell.checkpoint.state import manifest_of, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.launch import Pool
 
 
@@ -49,7 +50,7 @@ def in_world(place: Place, job: Job, folder: str, saves: int, in_background: boo
                 step, following = following, job.step(index + 1)
                 begun = time.perf_counter()
                 runtime.has_saved = saver.is_ready
-                if runtime.run(index, step, following).all_saved:
+                if train_step(runtime, index, step, following).all_saved:
                     saver.advance()
                 steps.append(time.perf_counter() - begun)
                 if (index + 1) % BETWEEN == 0 and index >= BETWEEN:

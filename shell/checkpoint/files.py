@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
@@ -41,6 +40,7 @@ from mimogrid.core.base.errors import PlanError, Problem, WorldError
 from mimogrid.shell.checkpoint import tensorfile
 from mimogrid.shell.checkpoint.manifest import PARTIAL, IndexedTensor, ShardPlace
 from mimogrid.shell.checkpoint.tensorfile import TensorEntry
+from mimogrid.shell.runtime.tensor_slices import TensorSlice, TensorSlices
 
 
 DTYPES = {
@@ -54,24 +54,6 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """The names of dtypes in safetensors."""
-
-
-@attrs.frozen(eq=False)
-class TensorSlice:
-    """A rank's part of a full tensor, of shape `full_shape`; it begins at `offsets`."""
-
-    tensor: torch.Tensor
-    full_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        """The slice's place in the full tensor, as DCP describes it."""
-        return ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.size())
-
-
-TensorSlices = Mapping[str, tuple[TensorSlice, ...]]
-"""The slices of each tensor that a rank has: several where its shard has several blocks (`Parameter.tp_blocks`)."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -151,11 +133,16 @@ def _write_item(name: str, index: int, part: TensorSlice) -> WriteItem:
         index=MetadataIndex(name, torch.Size(part.offsets), index),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=part.chunk,
+            chunk=_chunk(part),
             properties=TensorProperties(dtype=part.tensor.dtype),
             size=torch.Size(part.full_shape),
         ),
     )
+
+
+def _chunk(part: TensorSlice) -> ChunkStorageMetadata:
+    """Return the place of a slice, in the terms of torch.distributed.checkpoint."""
+    return ChunkStorageMetadata(torch.Size(part.offsets), part.tensor.size())
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -205,7 +192,7 @@ class _Loading(DefaultLoadPlanner):
                 message = f"has {shape} for '{name}', the job needs {list(needed)}."
                 remedy = "Load it into the model that wrote it, with the optimizer that wrote it."
                 raise PlanError([Problem("checkpoint", message, remedy)])
-            items += create_read_items_for_chunk_list(name, stored, [part.chunk for part in parts])
+            items += create_read_items_for_chunk_list(name, stored, [_chunk(part) for part in parts])
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:

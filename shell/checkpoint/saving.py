@@ -6,10 +6,11 @@ rank works in two phases, and between them the ranks agree:
     write      every rank writes its own files, into a folder with a temporary name
     publish    the first rank writes the manifest and renames the folder, then removes old checkpoints
 
-The threads use files and copies, and no process group: those belong to training. The ranks learn that all have ended a
-phase from the record that they exchange in each step anyway (`RankRuntime.run`). So all continue in the same step, or
-all learn in the same step that one has failed. The previous checkpoint is kept until the new one is published. One save
-is pending at a time. What is written does not depend on when: waiting for the thread at once gives the same files.
+The threads use files and copies, and no process group: those belong to training. The ranks learn that all have
+ended a phase from the record that they exchange in each step anyway (`shell.runtime.agreement`). So all continue in
+the same step, or all learn in the same step that one has failed. The previous checkpoint is kept until the new one
+is published. One save is pending at a time. What is written does not depend on when: waiting for the thread at once
+gives the same files.
 """
 
 import contextlib
@@ -26,10 +27,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.faults.injection import PUBLISHED, PUBLISHING, SAVING, WRITING
 from mimogrid.shell.checkpoint import manifest, tensorfile
-from mimogrid.shell.checkpoint.files import TensorSlices, files_of, index_of, items_of, write_shard
+from mimogrid.shell.checkpoint.files import files_of, index_of, items_of, write_shard
 from mimogrid.shell.checkpoint.manifest import IndexedTensor, folder_of
+from mimogrid.shell.runtime.tensor_slices import TensorSlices
+from mimogrid.shell.world.phases import PUBLISHED, PUBLISHING, SAVING, WRITING
 
 
 Files = dict[str, dict[str, Any]]

@@ -9,7 +9,7 @@ A host that writes its own checkpoints gets all of it from `gather`, as full ten
 `scatter`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -17,20 +17,23 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.job.models import Parameter
 from mimogrid.core.topology.topology import Stage
-from mimogrid.core.update.buckets import ParameterRange, Span, boxes
+from mimogrid.core.update.buckets import ParameterRange, Span
 from mimogrid.core.update.decision import SkipState
-from mimogrid.core.update.reductions import counts_in_norm
-from mimogrid.shell.checkpoint.files import TensorSlice, TensorSlices
 from mimogrid.shell.checkpoint.manifest import OPTIMIZER
 from mimogrid.shell.checkpoint.versions import machine, versions
 from mimogrid.shell.job import jobfile
-from mimogrid.shell.modules.weights import cut_over
 from mimogrid.shell.runtime.gradients import Buffer, Shard
 from mimogrid.shell.runtime.optimizer import begin_states, states_of
 from mimogrid.shell.runtime.rank import RankRuntime
-from mimogrid.shell.world.groups import ModuleGroups
+from mimogrid.shell.runtime.tensor_slices import (
+    StageSlices,
+    TensorSlice,
+    TensorSlices,
+    compact,
+    gather_slices,
+    weights_of,
+)
 
 
 SHOWN = 5
@@ -68,7 +71,7 @@ def manifest_of(runtime: RankRuntime, step: int) -> dict[str, Any]:
 
 
 def slices_to_save(runtime: RankRuntime) -> TensorSlices:
-    """Return what this rank writes. All ranks of the job call it together.
+    """Return what this rank writes; all ranks of the job call it together.
 
     If several ranks hold the same values, one of them writes them. A parameter whose update is sharded over dp ranks is
     assembled on the dp rank where it begins, so that files hold only blocks of full tensors.
@@ -80,15 +83,15 @@ def slices_to_save(runtime: RankRuntime) -> TensorSlices:
 
 
 def slices_to_load(runtime: RankRuntime, facts: Mapping[str, Any]) -> TensorSlices:
-    """Return what this rank reads: its frozen weights, its main parameters and its optimizer state."""
+    """Return what this rank reads: its frozen weights, its main weights, and what the optimizer keeps."""
     if runtime.optimizer is not None and facts["steps_taken"]:
         begin_states(runtime.optimizer)
     found: dict[str, tuple[TensorSlice, ...]] = {name: slices for name, slices, _ in _frozen(runtime)}
     for stage, buffer in ((s, b) for s, of_stage in runtime.buffers.items() for b in of_stage.buffers):
-        slicer = _Slicer(runtime, stage)
+        places = StageSlices(runtime.stages[stage])
         for shard in buffer.shards:
             for name, tensor in _tensors(runtime, stage, shard):
-                found[name] = tuple(slicer.slices(shard.part, tensor))
+                found[name] = tuple(places.slices(shard.part, tensor))
     return found
 
 
@@ -101,18 +104,8 @@ def restore(runtime: RankRuntime, facts: Mapping[str, Any]) -> None:
 
 
 def gather(runtime: RankRuntime) -> dict[str, torch.Tensor]:
-    """Assemble the full tensors of all ranks on the first rank of the job, on the CPU; the others get nothing."""
-    mine = [
-        (name, part.full_shape, part.offsets, part.tensor.detach().cpu())
-        for name, parts in slices_to_save(runtime).items()
-        for part in parts
-    ]
-    full: dict[str, torch.Tensor] = {}
-    for of_rank in runtime.hand_over(mine):
-        for name, shape, offsets, block in of_rank:
-            whole = full.setdefault(name, torch.empty(shape, dtype=block.dtype))
-            whole[_within(offsets, block.shape)] = block
-    return full
+    """Put the state of all ranks together on the first rank of the job, on the CPU; the others get nothing."""
+    return gather_slices(runtime, slices_to_save(runtime))
 
 
 @torch.no_grad()
@@ -142,7 +135,7 @@ def scatter(runtime: RankRuntime, full: Mapping[str, torch.Tensor], facts: Mappi
             whole.copy_(full[name])
         dist.broadcast(whole, group=runtime.group, group_src=0)
         for part in slices.get(name, ()):
-            part.tensor.copy_(whole[_within(part.offsets, part.tensor.shape)])
+            part.tensor.copy_(part.within(whole))
     for buffer in runtime.buffers.values():
         buffer.copy_main_to_model()
 
@@ -168,10 +161,6 @@ def _check(
         raise WorldError(f"this state belongs to another job: {shown}.")
 
 
-def _within(offsets: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
-
-
 def _tensors(runtime: RankRuntime, stage: Stage, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the state of a shard, flat: as many values as it has, or a single one without a dim."""
     full = f"{stage.module}.{shard.part.name}"
@@ -181,19 +170,17 @@ def _tensors(runtime: RankRuntime, stage: Stage, shard: Shard) -> Iterator[tuple
 
 
 def _frozen(runtime: RankRuntime) -> Iterator[tuple[str, tuple[TensorSlice, ...], bool]]:
-    """Yield the weights that do not train, as slices, and whether this rank writes them."""
-    for stage, weights in runtime.weights().items():
-        slicer = _Slicer(runtime, stage)
+    """Yield the weights that do not train, and whether this rank writes them."""
+    for stage, weights in weights_of(runtime).items():
+        places = StageSlices(runtime.stages[stage])
         for name, weight in weights.items():
             if name not in runtime.buffers[stage].weights:
-                part = ParameterRange(name, 0, weight.numel())
-                slices = tuple(slicer.slices(part, weight.detach().reshape(-1)))
-                yield f"{stage.module}.{name}", slices, slicer.writes(name)
+                yield f"{stage.module}.{name}", places.whole(name, weight), places.gives(name)
 
 
 def _joined(runtime: RankRuntime, stage: Stage) -> Iterator[tuple[str, tuple[TensorSlice, ...]]]:
-    """Yield the parameters of a stage that this rank writes, each with its optimizer state, as slices."""
-    slicer, of_stage = _Slicer(runtime, stage), runtime.buffers[stage]
+    """Yield the whole parameters that this rank writes of a stage."""
+    places, of_stage = StageSlices(runtime.stages[stage]), runtime.buffers[stage]
     for buffer in of_stage.buffers:
         shards = {shard.part.name: shard for shard in buffer.shards}
         for span in buffer.bucket.spans:
@@ -204,7 +191,7 @@ def _joined(runtime: RankRuntime, stage: Stage) -> Iterator[tuple[str, tuple[Ten
             if shard and shard.part.start == 0 and span.name in of_stage.counted:
                 for name, tensor in kept.items():
                     if tensor.dim() or span.name in of_stage.written:
-                        yield name, tuple(slicer.slices(ParameterRange(span.name, 0, span.size), tensor))
+                        yield name, tuple(places.slices(ParameterRange(span.name, 0, span.size), tensor))
 
 
 def _is_cut(buffer: Buffer, span: Span) -> bool:
@@ -217,65 +204,10 @@ def _gathered(buffer: Buffer, span: Span, kept: Mapping[str, torch.Tensor]) -> d
     """Assemble a parameter from the shards of the dp ranks. Those that have no part of it take part with nothing."""
     every: list[Any] = [None] * buffer.shard_group.size()
     dist.all_gather_object(
-        every, {name: tensor.cpu() for name, tensor in kept.items()}, group=buffer.shard_group
+        every, {name: compact(tensor) for name, tensor in kept.items()}, group=buffer.shard_group
     )
     holders = [parts for parts in every if parts]
     return {
         name: torch.cat([parts[name] for parts in holders]) if tensor.dim() else tensor
         for name, tensor in kept.items()
     }
-
-
-def _spread(
-    block: torch.Tensor,
-    shape: tuple[int, ...],
-    offsets: tuple[int, ...],
-    parameter: Parameter,
-    group: dist.ProcessGroup,
-) -> Iterator[TensorSlice]:
-    """Yield a block of a shard as slices of the full parameter: one slice for each of the `tp_blocks` it lies in."""
-    dim = parameter.tp_dim
-    assert dim is not None
-    each = shape[dim] // parameter.tp_blocks
-    full = tuple(size * group.size() if d == dim else size for d, size in enumerate(shape))
-    start, stop = offsets[dim], offsets[dim] + block.shape[dim]
-    for i in range(start // each, -(-stop // each)):
-        first, last = max(start, i * each), min(stop, (i + 1) * each)
-        moved = first + (i * (group.size() - 1) + group.rank()) * each
-        place = tuple(moved if d == dim else offset for d, offset in enumerate(offsets))
-        yield TensorSlice(block.narrow(dim, first - start, last - first), full, place)
-
-
-class _Slicer:
-    """Slices the full parameters of a stage as this rank holds them."""
-
-    def __init__(self, runtime: RankRuntime, stage: Stage) -> None:
-        runner = runtime.stages[stage]
-        self._groups: ModuleGroups = runner.groups
-        self._info = runner.info
-        self._table = {parameter.name: parameter for parameter in runner.info.parameters}
-        self._shapes = {name: tuple(weight.shape) for name, weight in runtime.weights()[stage].items()}
-        self._position = runner.module.position(runtime.rank)
-
-    def writes(self, name: str) -> bool:
-        """Whether this rank writes a parameter that all dp ranks hold."""
-        return counts_in_norm(self._position, self._info, self._table.get(name))
-
-    def slices(self, part: ParameterRange, tensor: torch.Tensor) -> Iterator[TensorSlice]:
-        """Yield flat values of a parameter as slices of the full one, in order."""
-        shape = self._shapes[part.name]
-        parameter: Parameter | None = self._table.get(part.name)
-        if not tensor.dim():
-            yield TensorSlice(tensor.view(1), (1,), (0,))
-            return
-        begin = 0
-        for offsets, lengths in boxes(shape, part.start, part.stop):
-            block = tensor[begin : begin + torch.Size(lengths).numel()].view(lengths)
-            begin += block.numel()
-            if parameter is None or parameter.tp_dim is None or self._tp(parameter).size() == 1:
-                yield TensorSlice(block, shape, offsets)
-            else:
-                yield from _spread(block, shape, offsets, parameter, self._tp(parameter))
-
-    def _tp(self, parameter: Parameter) -> dist.ProcessGroup:
-        return cut_over(parameter, self._groups)

@@ -15,7 +15,7 @@ from mimogrid.shell.device.place import Place, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders
 from mimogrid.shell.world.launch import Pool
-from mimogrid.shell.world.preemption import EXIT_CODE, passing_on
+from mimogrid.shell.world.preemption import EXIT_CODE, forwarding_signals
 
 
 if TYPE_CHECKING:
@@ -123,5 +123,5 @@ def _probe_problems(args: ProbeArgs, *, alone: bool) -> Iterator[Problem]:
 def _first(job: Job, function: str, *arguments: Any, may_use_cuda: bool = False) -> Any:
     """Run a function in a world of local processes; return what the first rank of the job returns."""
     size = job.topology.world_size
-    with Pool(size, may_use_cuda=may_use_cuda) as pool, passing_on(pool.signal):
+    with Pool(size, may_use_cuda=may_use_cuda) as pool, forwarding_signals(pool.signal):
         return next(r for r in pool.run(function, size, job, *arguments) if r is not None)

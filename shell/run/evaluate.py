@@ -14,6 +14,7 @@ import torch
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.topology import Topology
+from mimogrid.shell.runtime.forward_only import predict
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
@@ -93,7 +94,7 @@ def _one_more(
     """Add one token to every answer that has not stopped."""
     prompts = _Prompts(questions, runtime.topology, answers)
     step = step_of(runtime.topology, tuple(prompts.describe(i) for i in answers))
-    predicted = runtime.choose(step, prompts)
+    predicted = predict(runtime, step, prompts)
     return {
         i: tokens if questions.stop in tokens else (*tokens, token)
         for (i, tokens), token in zip(answers.items(), predicted, strict=True)

@@ -24,10 +24,11 @@ from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.modules import StageModule, build_stage, named_weights
 from mimogrid.shell.runtime.agreement import Outcome
-from mimogrid.shell.runtime.collect import Tensors
 from mimogrid.shell.runtime.data import Loader
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
+from mimogrid.shell.runtime.tensor_slices import Tensors, full_tensors, gradients_of
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.groups import ModuleGroups
 
 
@@ -272,7 +273,7 @@ def in_world(place: Place, job: Job, steps: int, transport: str | None = None) -
 def _run_without_overflow(runtime: RankRuntime, index: int, step: Step) -> Outcome:
     """Run a step without updating; in fp16 lower the loss scale until nothing overflows, as training would."""
     while True:
-        outcome = runtime.run(index, step, step, update=False)
+        outcome = train_step(runtime, index, step, step, update=False)
         lower = max(runtime.skip_state.scale / 2, 1.0)
         if outcome.taken or lower == runtime.skip_state.scale:
             return outcome
@@ -303,9 +304,4 @@ def _compared_with_one_process(
 
 def full_gradients(runtime: RankRuntime) -> Gradients:
     """Return every full gradient of the job on its first rank, and nothing on others."""
-    return runtime.collect(
-        {
-            stage: {name: w.grad for name, w in buffer.weights.items() if w.grad is not None}
-            for stage, buffer in runtime.buffers.items()
-        }
-    )
+    return full_tensors(runtime, gradients_of(runtime))

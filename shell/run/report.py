@@ -21,6 +21,7 @@ from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
 from mimogrid.shell.run.metrics import Tally
+from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
@@ -68,7 +69,7 @@ def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[RankReport]:
             for timed in tally.last
         ),
     )
-    return runtime.hand_over(mine)
+    return gather_objects(runtime, mine)
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -23,7 +23,6 @@ import attrs
 from structlog.typing import FilteringBoundLogger
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.faults.injection import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.core.faults.stragglers import Straggler
 from mimogrid.core.job.changes import changes
 from mimogrid.core.step.step import Step
@@ -42,11 +41,14 @@ from mimogrid.shell.run.folders import REPORT, Stopped, claimed, finished_report
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
 from mimogrid.shell.runtime.agreement import Outcome
-from mimogrid.shell.runtime.execute import Runs
-from mimogrid.shell.runtime.profiles import runs_of
+from mimogrid.shell.runtime.execute import Executor
+from mimogrid.shell.runtime.profiles import executor_of
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
-from mimogrid.shell.world.preemption import listening
+from mimogrid.shell.runtime.tensor_slices import full_tensors, weights_of
+from mimogrid.shell.runtime.train_step import train_step
+from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
+from mimogrid.shell.world.preemption import receiving_signals
 
 
 HEARTBEATS = "heartbeats"
@@ -94,14 +96,14 @@ def _trained(
     is_first = runtime.rank == job.topology.ranks[0]
     with (
         open_log(folder / "logs", role, speaks=is_first) as log,
-        listening(session.stop_request),
+        receiving_signals(session.stop_request),
         open_saver(
             folder / CHECKPOINTS,
             runtime.group,
             keep=settings.keep_checkpoints,
             keep_every=settings.keep_every,
-            on_phase=session.heartbeat.at,
-            on_wait=session.heartbeat.wait,
+            on_phase=session.heartbeat.enter,
+            on_wait=session.heartbeat.wait_for_others,
         ) as saver,
     ):
         if session.device.is_asynchronous:  # a CPU has no choice
@@ -154,7 +156,7 @@ class Run:
         if not saved:
             self.log.warning("no whole checkpoint in this run: beginning at step 0", folder=str(self.folder))
             return 0
-        self.session.heartbeat.at(LOADING)
+        self.session.heartbeat.enter(LOADING)
         facts = manifest.read_manifest(Path(saved))
         files.load(Path(saved), slices_to_load(self.runtime, facts), self.runtime.group)
         restore(self.runtime, facts)
@@ -191,7 +193,7 @@ class Run:
                         metrics.write(index, outcome, tally, lagging)
                     stops = outcome.stops and index + 1 < steps
                 if stops:
-                    self.session.stop_request.grant()
+                    self.session.stop_request.accept()
                 if stops or index + 1 == steps or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:
@@ -202,10 +204,10 @@ class Run:
     def _step(self, index: int, step: Step, following: Step) -> Outcome:
         """Run a step; begin the next phase of the pending save if all ranks are ready for it."""
         self.runtime.has_saved = self.saver.is_ready
-        outcome = self.runtime.run(index, step, following, runs=self._runs(index))
+        outcome = train_step(self.runtime, index, step, following, executor=self._executor(index))
         if outcome.all_saved:
             self.saver.advance()
-            self.session.heartbeat.at(BETWEEN)
+            self.session.heartbeat.enter(BETWEEN)
         return outcome
 
     def _pass_over(self, index: int, tally: Tally, metrics: MetricsWriter | None) -> None:
@@ -228,10 +230,10 @@ class Run:
         self.log.warning("asked to stop: saved", step=step)
         return Stopped(str(self.folder), step)
 
-    def _runs(self, index: int) -> Runs:
-        """Return the function that runs the program of a step, with a profiler where one is wanted."""
+    def _executor(self, index: int) -> Executor:
+        """Return what runs the program of a step."""
         runtime, wanted = self.runtime, self.runtime.job.spec.train.profile
-        return runs_of(wanted, self.folder / PROFILES, runtime.device, step=index, rank=runtime.rank)
+        return executor_of(wanted, self.folder / PROFILES, runtime.device, step=index, rank=runtime.rank)
 
     def _next(self, index: int) -> int:
         """Return the first step from `index` on that is not passed over."""
@@ -245,14 +247,14 @@ class Run:
         self.saver.begin(slices_to_save(self.runtime), manifest_of(self.runtime, step))
         if not self.runtime.job.spec.train.checkpoint_async:
             self.saver.wait_for_save()
-        self.session.heartbeat.at(BETWEEN)
+        self.session.heartbeat.enter(BETWEEN)
 
     def finish(self, tally: Tally) -> dict[str, Any] | None:
         """Write the final weights, evaluate the model, and write the report, which the first rank returns."""
-        self.session.heartbeat.at(FINISHING)
-        self.session.heartbeat.at(COLLECTING)
+        self.session.heartbeat.enter(FINISHING)
+        self.session.heartbeat.enter(COLLECTING)
         runtime, folder, training_s = self.runtime, self.folder, tally.seconds
-        weights = runtime.collect(runtime.weights())
+        weights = full_tensors(runtime, weights_of(runtime))
         if self.is_first:
             files.write_file(folder / "weights.safetensors", weights)
         examined = report.examine_tasks(runtime) if runtime.job.spec.train.evaluate else {}

@@ -42,6 +42,7 @@ from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
+from mimogrid.shell.runtime.tensor_slices import full_tensors
 
 
 PLACEHOLDER = 99
@@ -327,7 +328,7 @@ def trained(
                 stage: {name: w.grad for name, w in buffer.weights.items()}
                 for stage, buffer in runtime.buffers.items()
             }
-            gradients = runtime.collect(of_stage)
+            gradients = full_tensors(runtime, of_stage)
         state = function.state_dict()
         embedded.close()
         return Seen(

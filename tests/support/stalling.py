@@ -15,8 +15,10 @@ from mimogrid.shell.checkpoint import saving
 from mimogrid.shell.checkpoint.saving import Saver
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run import train
 from mimogrid.shell.run.train import in_world
 from mimogrid.shell.runtime.rank import RankRuntime
+from mimogrid.shell.runtime.train_step import train_step
 
 
 def killed(  # noqa: PLR0917 -- a body is called by position
@@ -89,11 +91,9 @@ def _writing(concerned: Callable[[Path], bool], instead: Callable[..., dict[str,
 
 @contextmanager
 def _before_steps(act: Callable[[int], None]) -> Iterator[None]:
-    run = RankRuntime.run
-
     def acting(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Any:
         act(index)
-        return run(runtime, index, *arguments, **named)
+        return train_step(runtime, index, *arguments, **named)
 
-    with patch.object(RankRuntime, "run", acting):
+    with patch.object(train, "train_step", acting):
         yield

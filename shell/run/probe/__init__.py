@@ -25,6 +25,7 @@ from mimogrid.shell.run.probe.record import RankProbe
 from mimogrid.shell.run.probe.results import Memory, Probed
 from mimogrid.shell.run.probe.stages import StageProbe
 from mimogrid.shell.run.probe.steps import in_turns, other_schedule
+from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.session import open_session
 
 
@@ -42,7 +43,8 @@ def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
         grown = resident.peak() - before
         edges = costs_of_edges(session, runtime, program)
         sums = {stage: summing_s(runtime, stage, repeat) for stage in runtime.topology.stages}
-        ranks = runtime.hand_over(
+        ranks = gather_objects(
+            runtime,
             RankProbe(
                 rank=runtime.rank,
                 host=platform.node(),
@@ -51,7 +53,7 @@ def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
                 sums=sums,
                 core_s=core_s,
                 peak=grown,
-            )
+            ),
         )
         return _put_together(job, program, ranks, edges) if ranks else None
 

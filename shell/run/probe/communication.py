@@ -18,6 +18,7 @@ from mimogrid.core.step.routes import Message
 from mimogrid.core.step.traffic import message_bytes
 from mimogrid.core.topology.topology import Link, Stage
 from mimogrid.shell.run.probe.clock import WARM_UP, rounded, usual
+from mimogrid.shell.runtime.exchange import gather_values
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session
 from mimogrid.shell.runtime.transport import Transport
@@ -82,7 +83,7 @@ def _round_s(runtime: RankRuntime, transport: Transport, send: Send, message: Me
             dist.send(answer, dst=source, group=runtime.group)
         seconds.append(time.perf_counter() - begin)
     mine = torch.tensor([usual(seconds)], dtype=torch.float64, device=runtime.device.torch)
-    return float(runtime.gather(mine)[runtime.topology.ranks.index(source)])
+    return float(gather_values(runtime, mine)[runtime.topology.ranks.index(source)])
 
 
 def summing_s(runtime: RankRuntime, stage: Stage, repeat: int) -> float:

@@ -20,6 +20,7 @@ from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.probe.clock import WARM_UP, Clock, Measurement, usual
 from mimogrid.shell.run.probe.turns import Turns, turns_of
 from mimogrid.shell.runtime.rank import RankRuntime
+from mimogrid.shell.runtime.train_step import train_step
 
 
 WHOLE, HALVES = ONE_F_ONE_B, ZB_H1
@@ -56,7 +57,7 @@ def in_turns(runtime: RankRuntime, jobs: Sequence[Job], repeat: int) -> list[Ste
             following = job.step(index + 1)
             plan_step(following, job.order).of(runtime.rank)
             planned = time.thread_time() - begin
-            runtime.run(index, step, following, runs=turns, order=job.order)
+            train_step(runtime, index, step, following, executor=turns, order=job.order)
             if index >= WARM_UP:
                 steps.planning.append(planned)
                 for action, measurement in turns.measurements.items():

@@ -16,12 +16,8 @@ import torch.distributed as dist
 from mimogrid.core.program.lower import Program
 from mimogrid.core.program.replay import meeting, replay
 from mimogrid.core.schedule.actions import Action, Compute, Norm, Tie, Update
-from mimogrid.core.topology.topology import Stage
 from mimogrid.shell.run.probe.clock import Clock, Measurement
-from mimogrid.shell.runtime.execute import Finisher, Timed, execute
-from mimogrid.shell.runtime.stage import StageRunner
-from mimogrid.shell.runtime.transport import Transport
-from mimogrid.shell.world.heartbeat import Heartbeat
+from mimogrid.shell.runtime.execute import RankContext, Timed, execute
 
 
 @attrs.frozen(eq=False)
@@ -33,14 +29,7 @@ class Turns:
     clock: Clock
     measurements: dict[Action, Measurement] = attrs.field(factory=dict[Action, Measurement])
 
-    def __call__(
-        self,
-        actions: tuple[Action, ...],
-        stages: Mapping[Stage, StageRunner],
-        transport: Transport,
-        finisher: Finisher,
-        heartbeat: Heartbeat,
-    ) -> tuple[Timed, ...]:
+    def __call__(self, actions: tuple[Action, ...], context: RankContext) -> tuple[Timed, ...]:
         """Run the program; return its timeline."""
         timeline: list[Timed] = []
         left = len(actions) - sum(self.counts)
@@ -49,7 +38,7 @@ class Turns:
                 dist.barrier(self.group)
             for action in actions[len(timeline) : len(timeline) + count]:
                 begin = self.clock.now()
-                timeline += execute((action,), stages, transport, finisher, heartbeat, first=len(timeline))
+                timeline += execute((action,), context, first=len(timeline))
                 self.measurements[action] = self.clock.since(begin)
         return tuple(timeline)
 

@@ -106,6 +106,15 @@ def test_chunks_go_on_with_what_stages_saved(run: Run, tmp_path: Path) -> None:
     assert pytest.approx(expected, rel=1e-9) == losses
 
 
+@pytest.mark.parametrize("layout", [[], OTHER_LAYOUTS[2]], ids=["layout of the job", "sharded"])
+def test_a_state_is_pickled_without_the_buffers_around_it(pool: Pool, layout: list[str]) -> None:
+    """Ranks pickle their values, and not the flat buffers that these are views of."""
+    job = open_job(DIGITS, [*SETTINGS, *layout])
+    said = [each for each in pool.run("pickled:in_world", job.topology.world_size, job) if each is not None]
+    pickled, of_tensors = (sum(column) for column in zip(*said, strict=True))
+    assert of_tensors < pickled < 2 * of_tensors
+
+
 def test_saving_what_was_loaded_gives_the_same_bytes(
     pool: Pool, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
