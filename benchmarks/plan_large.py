@@ -22,6 +22,8 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.program.verify import listing_of, verify
+from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.step.traffic import edge_traffic
 from mimogrid.core.topology.groups import channels_of, groups_of
@@ -56,7 +58,8 @@ def measure(ranks: int, microbatches: int) -> tuple[dict[str, float], int]:
     spec = large.job(ranks, microbatches)
     topology = parse(spec, large.FACTS)
     step = step_of(topology, samples(spec))
-    program = plan_step(step)
+    order = order_of(topology)
+    program = plan_step(step, order)
     middle = topology.ranks[len(topology.ranks) // 2]
     tasks: dict[str, Task] = {
         "parse": lambda: parse(spec, large.FACTS),
@@ -64,8 +67,8 @@ def measure(ranks: int, microbatches: int) -> tuple[dict[str, float], int]:
         "groups": lambda: groups_of(topology),
         "channels": lambda: channels_of(topology),
         "routes": lambda: edge_traffic(step),
-        "one rank": lambda: fresh(topology, step).of(middle),
-        "program": lambda: listing_of(fresh(topology, step)),
+        "one rank": lambda: fresh(step, order).of(middle),
+        "program": lambda: listing_of(fresh(step, order)),
         "verify": lambda: verify(program),
     }
     return {part: timed(task) for part, task in tasks.items()}, len(topology.ranks)
@@ -76,9 +79,9 @@ def roles(topology: Topology) -> list[RankRole]:
     return [role_of(topology, rank) for rank in topology.ranks]
 
 
-def fresh(topology: Topology, step: Step) -> Program:
+def fresh(step: Step, order: Order) -> Program:
     """Return the program of a step with nothing known of the step yet."""
-    return plan_step(Step(topology, step.samples))
+    return plan_step(Step(step.topology, step.samples), order)
 
 
 def samples(spec: JobSpec) -> tuple[Sample, ...]:

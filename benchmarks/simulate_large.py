@@ -23,6 +23,7 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.program.lower import plan_step
+from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.memory import peak_bytes
 from mimogrid.core.step.step import step_of
@@ -59,7 +60,7 @@ def measure(ranks: int, microbatches: int) -> dict[str, float]:
     samples = tuple(
         Sample(id=i, length=8, rows={"vision": 4, "audio": 2}) for i in range(spec.batch.global_size)
     )
-    program = plan_step(step_of(topology, samples))
+    program = plan_step(step_of(topology, samples), order_of(topology))
     costs = attrs.evolve(assumed(topology), edge=EdgeCosts(latency=1e-3, bytes_per_s=1e6))
     timeline = simulate(program, costs)
     peaks = peak_bytes(timeline)

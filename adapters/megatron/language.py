@@ -76,14 +76,7 @@ class LanguageStage(nn.Module):
         """Compute the stage; see the table in `shell.modules`."""
         gpt: Any = self.model
         device = next(iter(inputs.values())).device
-        packing = pack_text(
-            share,
-            sequence=self.sequence,
-            multiple=1,
-            device=device,
-            cut=self.cut,
-            token_split=self.token_split,
-        )
+        packing = pack_text(share, multiple=1, device=device, cut=self.cut, token_split=self.token_split)
         hidden_SBH = self._embedded(inputs, share, packing) if gpt.pre_process else inputs[self.name]
         if self.sequence_parallel:
             hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp)

@@ -24,7 +24,8 @@ from mimogrid.core.plan.question import ILLEGAL, SLOWER, TOO_LARGE, Layout, Ques
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
-from mimogrid.core.schedule.orders import Order, order_of
+from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.memory import bytes_in_flight, most_bytes, saved_bytes

@@ -137,15 +137,9 @@ def real_load(model: BuiltIn, lengths: Iterable[int]) -> Load:
 
 
 def padded_load(module: Module, lengths: Sequence[int], sequence: int) -> Load:
-    """Return the load of one share as it is computed: padded.
-
-    A language model pads to the job's `sequence`, any other to the longest of its samples.
-    """
-    model, present = module.model, [length for length in lengths if length]
-    if isinstance(model, Gpt):
-        return Load.of([sequence] * len(lengths), causal=True, rows=sum(present))
-    longest = module.padded(max(present, default=0))
-    return Load.of([longest] * len(present), causal=False, rows=sum(present))
+    """Return the load of one share as it is computed: padded (`Module.padded_shape`)."""
+    positions, samples = module.padded_shape(lengths, sequence)
+    return Load.of([positions] * samples, causal=isinstance(module.model, Gpt), rows=sum(lengths))
 
 
 def _mean(step: Step, module: Module) -> Load:

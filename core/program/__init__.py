@@ -1,4 +1,4 @@
-"""Everything that each rank does in a step, as a list of actions; its replay, proof and digest.
+"""Everything that each rank does in a step, as a list of actions; how it is replayed, verified and hashed.
 
 May import: `base` to `schedule`.
 """

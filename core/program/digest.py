@@ -2,13 +2,13 @@
 
 import hashlib
 
-from mimogrid.core.program.lower import orders
+from mimogrid.core.schedule.order import Order
 from mimogrid.core.step.step import Step
-from mimogrid.core.topology.topology import Topology
 
 
-def digest_of(topology: Topology, first: Step) -> str:
-    """Return a hash of the job as parsed, its order, and the samples of its first step."""
-    order = "\n".join(map(str, orders(topology)[True].actions))
-    text = "\n\n".join((repr(topology.spec), repr(topology.source), order, repr(first.samples)))
+def digest_of(first: Step, order: Order) -> str:
+    """Return a hash of a job as parsed, its order for training, and the samples of its first step."""
+    topology = first.topology
+    actions = "\n".join(map(str, order.actions))
+    text = "\n\n".join((repr(topology.spec), repr(topology.source), actions, repr(first.samples)))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Listings: programs written out, rank by rank, and read back.
+"""Listings: programs as text, rank by rank, and back.
 
-A program is lowered lazily; a *listing* is what comes out, as a plain mapping from rank to actions. It is
-what `verify` judges, so a listing from anywhere (a text file, a test, another planner) can be judged. What follows
-a # is a comment.
+A program lowers a rank when asked. A *listing* is the result for all ranks, a plain mapping from rank to actions.
+`verify` checks listings, so it can check one from a text file, a test or another planner. In the text a # starts a
+comment.
 
 >>> text = '''
 ... rank 0
@@ -24,7 +24,7 @@ Listing = Mapping[int, tuple[Action, ...]]
 
 
 def to_text(listing: Listing) -> str:
-    """Return a listing in the notation, one action a line."""
+    """Return a listing as text, one action a line."""
     lines: list[str] = []
     for rank, actions in listing.items():
         lines.append(f"rank {rank}")
@@ -33,11 +33,11 @@ def to_text(listing: Listing) -> str:
 
 
 def from_text(text: str) -> Listing:
-    """Read a listing. Raises ValueError, naming the line, for anything that is none."""
+    """Read a listing from text. Raises ValueError, naming the line, for anything else."""
     listing: dict[int, list[Action]] = {}
     actions: list[Action] | None = None
-    for number, whole in enumerate(text.splitlines(), 1):
-        line = whole.partition("#")[0].strip()
+    for number, written in enumerate(text.splitlines(), 1):
+        line = written.partition("#")[0].strip()
         match line.split():
             case []:
                 pass

@@ -1,61 +1,56 @@
 """Lowering: from the order of compute actions to everything that a rank does.
 
-Around each compute action stand the transfers that feed it and those that it feeds:
+Around each compute action stand the transfers that bring its inputs and take its outputs:
 
     language.0 RECV_F1 <- vision.0         the next receive is posted one compute action ahead
-    language.0 WAIT_RECV_F0 <- vision.0    what this action reads must be there
+    language.0 WAIT_RECV_F0 <- vision.0    the inputs of this action must be there
     language.0 F0
     language.0 SEND_F0 -> language.1
 
-Receives are posted in the order in which their data is made, which is the order in which any one peer sends:
-NCCL matches by order and knows no tags. A send is waited for only where it must have ended: after the receive
-of an answer that the peer could give only with the data in hand. So no wait relies on a transport that
-buffers. Where no answer comes (nothing trains upstream), the wait stands where the order has let the peer
-consume the data, and bounds the queue.
+Receives are posted in the order in which their data is made. Every peer sends in that order, and NCCL matches by
+order, without tags.
 
-A dp rank without rows in a microbatch has no actions for it: absence is decided here, not by the executor.
+A send is waited for where it must have ended: after a receive whose data the peer could make only with the message in
+hand. So no wait relies on a transport that buffers. If nothing comes back (nothing upstream trains), the wait stands
+where the order has let the peer read the message. That bounds the queue of sends.
 
-The sums of a stage's gradients, bucket by bucket, are posted after the last turn of the whole order in which any of
-its dp ranks adds to them, whether or not this dp rank has that turn: so all dp ranks post them at one place among
-what else they do together. They go on while the rank computes for its other stages, and are waited for at the end.
+A dp rank without rows in a microbatch has no actions for it. Absence is decided here, not by the executor.
 
-What rows do not change (which transfers may stand at which action) is worked out once per job and stage; a
-step adds the messages of the rank.
+The gradient all-reduces of a stage, one for each bucket, are posted after the last action in the global order in which
+any of the stage's dp ranks adds to its gradients. All dp ranks use that place, even if they skip that action, so they
+post the all-reduces at one place among their joint actions. They are waited for at the end of the step, so they
+overlap with the computing of other stages.
+
+Which transfers may stand at which action depends on the order (`Order.slots`); a step adds the messages of the rank.
 """
 
 import bisect
-import functools
 import itertools
 from collections.abc import Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.base.samples import overlapping
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
     Direction,
-    Kind,
     Norm,
-    Recv,
     Reduce,
-    Send,
     Tie,
     Transfer,
     Update,
-    Wait,
     WaitReduce,
 )
-from mimogrid.core.schedule.orders import Order, order_of
+from mimogrid.core.schedule.order import Order, PossibleTransfer, Slot
 from mimogrid.core.step.routes import Message, Routes
 from mimogrid.core.step.step import Step
-from mimogrid.core.topology.topology import Link, Stage, StageInfo, Topology
+from mimogrid.core.topology.topology import Link, StageInfo, Topology
 from mimogrid.core.update.buckets import buckets_of, shared_by
 
 
 @attrs.frozen(eq=False)
 class Program:
-    """Everything that every rank does in a step; `of` expands one rank when it is asked for."""
+    """Everything that every rank does in a step. `of` lowers one rank at a time, when asked."""
 
     order: Order
     routes: Routes
@@ -69,28 +64,28 @@ class Program:
         return self.routes.step.topology
 
     def of(self, rank: int) -> tuple[Action, ...]:
-        """Return the program of one rank; a rank in no grid has none."""
+        """Return the actions of a rank; none if it is in no grid."""
         if not self.topology.role(rank).stages:
             return ()
-        return (*_Lowering(self, rank).actions(), *self.finish(rank))
+        return (*_RankLowering(self, rank).actions(), *self.finish(rank))
 
     def messages(self, transfer: Transfer) -> tuple[Message, ...]:
-        """Return all messages that a transfer stands for, whichever rank posts them."""
+        """Return the messages of a transfer, those of all ranks."""
         return self.routes.messages(link_of(self.topology, transfer), transfer.microbatch)
 
     def messages_of(self, rank: int, transfer: Transfer) -> tuple[Message, ...]:
-        """Return the messages that a rank posts for a transfer, in order of rows."""
+        """Return the messages of a transfer that a rank posts, in order of rows."""
         link = link_of(self.topology, transfer)
         side = self.routes.sent_by if transfer.at_source else self.routes.sent_to
         return side(rank, link, transfer.microbatch)
 
     def peers_of(self, rank: int, transfer: Transfer) -> tuple[int, ...]:
-        """Return the ranks at the other ends of the messages that a rank posts for a transfer."""
+        """Return the ranks at the other ends of the messages that a rank posts for a transfer, in the same order."""
         messages = self.messages_of(rank, transfer)
         return tuple(m.rank_target if transfer.at_source else m.rank_source for m in messages)
 
     def joint(self, rank: int, action: Action) -> tuple[int, ...]:
-        """Return the ranks that an action starts together with; a lone rank for most."""
+        """Return the ranks that run an action together; most actions have `rank` only."""
         modules = self.topology.modules
         match action:
             case Compute(stage=stage):
@@ -109,7 +104,7 @@ class Program:
                 return (rank,)
 
     def sums(self, rank: int) -> tuple[Reduce, ...]:
-        """Return the sums of gradients that a rank has a part in, in the order in which it posts them."""
+        """Return the gradient all-reduces of a rank, in the order in which it posts them."""
         if rank not in self._sums:
             found = (
                 Reduce(info.stage, bucket)
@@ -123,11 +118,11 @@ class Program:
         return self.topology.role(rank).stages if self.order.training else ()
 
     def last_gradient(self, info: StageInfo) -> int:
-        """Return where in the global order the gradients of a stage are complete on all dp ranks."""
+        """Return the index of the action that completes the gradients of a stage on all dp ranks."""
         return self.order.index[self.order.of(info.stage)[-1]]
 
     def finish(self, rank: int) -> Iterator[Action]:
-        """Yield what ends a program that trains: all sums are there, and then agreement and update."""
+        """Yield the end of a rank's training step: waits for all-reduces, embedding all-reduces, norm, update."""
         if not self.order.training:
             return
         yield from (WaitReduce(reduce.stage, reduce.bucket) for reduce in self.sums(rank))
@@ -139,15 +134,9 @@ class Program:
         yield Update()
 
 
-@functools.lru_cache(maxsize=8)
-def orders(topology: Topology) -> Mapping[bool, Order]:
-    """Return the orders of a job by whether they train; they are the same in every step."""
-    return {training: order_of(topology, training=training) for training in (True, False)}
-
-
-def plan_step(step: Step, *, training: bool = True) -> Program:
-    """Return the program of one step."""
-    return Program(orders(step.topology)[training], Routes(step))
+def plan_step(step: Step, order: Order) -> Program:
+    """Return the program of one step in an order of its job."""
+    return Program(order, Routes(step))
 
 
 def link_of(topology: Topology, transfer: Transfer) -> Link:
@@ -157,261 +146,166 @@ def link_of(topology: Topology, transfer: Transfer) -> Link:
 
 
 @attrs.frozen(eq=False)
-class _Option:
-    """A transfer that a rank has if the step has messages for it: all of it that no row changes.
+class _P2POp:
+    """A transfer of one rank: its messages, and the turn that first reads it or completes its data."""
 
-    `leaves` says that the rank is at the link's source. `place` sorts the transfers of a step as their data
-    is made, the same at both ends; `peer_starts` is when the peer computes each microbatch of its own.
-    """
-
-    transfer: Transfer
-    wait: Wait
-    link: Link
-    leaves: bool
-    answered: bool
-    place: tuple[int, int, int]
-    peer_starts: tuple[int, ...]
-
-    def made_at(self, message: Message) -> int:
-        """Where in the global order the data of a message that is received is made."""
-        forward = self.transfer.direction is Direction.FORWARD
-        return self.peer_starts[message.made_last if forward else self.transfer.microbatch]
-
-    def read_at(self, message: Message) -> int:
-        """Where in the global order the peer first reads a message that is sent."""
-        forward = self.transfer.direction is Direction.FORWARD
-        return self.peer_starts[self.transfer.microbatch if forward else message.made_first]
-
-
-@attrs.frozen(eq=False)
-class _Turn:
-    """A compute action of a stage, its place in the global order, and what may be read and sent there."""
-
-    action: Compute
-    start: int
-    receives: tuple[_Option, ...]
-    sends: tuple[_Option, ...]
-
-
-@functools.lru_cache(maxsize=512)
-def _turns(topology: Topology, order: Order, stage: Stage) -> tuple[_Turn, ...]:
-    """Return the turns of a stage: they are the same in every step, and for all of its ranks."""
-    return tuple(_Script(topology, order, stage).turns())
-
-
-@attrs.frozen(eq=False)
-class _Script:
-    """What the ranks of a stage may have to do, from the order alone."""
-
-    topology: Topology
-    order: Order
-    stage: Stage
-    _options: dict[Transfer, _Option] = attrs.field(factory=dict[Transfer, _Option], init=False)
-
-    def turns(self) -> Iterator[_Turn]:
-        """Yield the stage's turns."""
-        for action in self.order.of(self.stage):
-            receives = tuple(self._option(transfer, link) for transfer, link in self._reads(action))
-            sends = tuple(self._option(transfer, link) for transfer, link in self._makes(action))
-            yield _Turn(action, self.order.index[action], receives, sends)
-
-    def _reads(self, action: Compute) -> Iterator[tuple[Recv, Link]]:
-        """Yield the receives that an action may read, with their links."""
-        k = action.microbatch
-        if action.kind is Kind.FORWARD:
-            for link in self.topology.links_into(self.stage):
-                yield Recv(self.stage, Direction.FORWARD, k, link.source), link
-        elif action.kind is not Kind.WEIGHT_GRADIENT:
-            for link, target_k in self._outgoing(k):
-                if link in self.order.gradients:
-                    yield Recv(self.stage, Direction.BACKWARD, target_k, link.target), link
-
-    def _makes(self, action: Compute) -> Iterator[tuple[Send, Link]]:
-        """Yield the sends that an action may complete, with their links."""
-        k = action.microbatch
-        if action.kind is Kind.FORWARD:
-            for link, target_k in self._outgoing(k):
-                yield Send(self.stage, Direction.FORWARD, target_k, link.target), link
-        elif action.kind is not Kind.WEIGHT_GRADIENT:
-            for link in self.topology.links_into(self.stage):
-                if link in self.order.gradients:
-                    yield Send(self.stage, Direction.BACKWARD, k, link.source), link
-
-    def _outgoing(self, microbatch: int) -> Iterator[tuple[Link, int]]:
-        """The links that an output leaves on, with the microbatches of their targets that it is part of."""
-        modules = self.topology.modules
-        for link in self.topology.links_from(self.stage):
-            source, target = modules[link.source.module], modules[link.target.module]
-            for k in overlapping(microbatch, source.microbatches, target.microbatches):
-                yield link, k
-
-    def _option(self, transfer: Transfer, link: Link) -> _Option:
-        if transfer not in self._options:
-            modules, starts = self.topology.modules, self.order.starts
-            source, target = modules[link.source.module], modules[link.target.module]
-            direction, k = transfer.direction, transfer.microbatch
-            if direction is Direction.FORWARD:
-                last = overlapping(k, target.microbatches, source.microbatches)[-1]
-                made_at = starts[link.source, direction][last]
-            else:
-                made_at = starts[link.target, direction][k]
-            self._options[transfer] = _Option(
-                transfer,
-                Wait(transfer),
-                link,
-                leaves=self.stage == link.source,
-                answered=link in self.order.gradients,
-                place=(made_at, self.topology.links.index(link), k),
-                peer_starts=starts[transfer.peer, direction],
-            )
-        return self._options[transfer]
-
-
-@attrs.frozen(eq=False)
-class _Mail:
-    """A transfer of one rank: the turn that reads it or makes it, and its messages."""
-
-    option: _Option
+    possible: PossibleTransfer
     turn: int
     messages: tuple[Message, ...]
 
     def peers(self) -> Iterator[tuple[int, Message]]:
         """Yield each message with the rank at its other end."""
         for message in self.messages:
-            yield message.rank_target if self.option.leaves else message.rank_source, message
+            yield message.rank_target if self.possible.at_source else message.rank_source, message
+
+    def made_at(self, message: Message) -> int:
+        """Return where in the order the peer makes the data of a message that is received."""
+        forward = self.possible.transfer.direction is Direction.FORWARD
+        return self.possible.peer_starts[message.made_last if forward else self.possible.transfer.microbatch]
+
+    def read_at(self, message: Message) -> int:
+        """Return where in the order the peer first reads a message that is sent."""
+        forward = self.possible.transfer.direction is Direction.FORWARD
+        return self.possible.peer_starts[self.possible.transfer.microbatch if forward else message.made_first]
+
+
+@attrs.frozen
+class _Turn:
+    """A slot of the order that a rank takes part in, and the rank's dp rank there."""
+
+    slot: Slot
+    dp_rank: int
 
 
 @attrs.frozen(eq=False)
-class _Lowering:
-    """One rank's lowering: the turns that it takes part in, and what surrounds each."""
+class _RankLowering:
+    """The lowering of one rank: its turns, and what surrounds each of them."""
 
     program: Program
     rank: int
 
     def actions(self) -> Iterator[Action]:
-        """Yield the rank's actions up to the last wait."""
-        turns = self._own_turns()
+        """Yield the rank's actions up to the last wait for a send."""
+        turns = self._turns()
         received, sent = list(self._received(turns)), self._sent(turns)
         posts, reads = _posts(received, len(turns)), _by_turn(received, len(turns))
         sends = _by_turn(sent, len(turns))
-        starts = [turn.start for turn, _ in turns]
-        ends, sums = _ends(starts, received, sent), self._sums(starts)
-        for i, (turn, _) in enumerate(turns):
-            yield from sums[i]
-            for mail in posts[i]:
-                yield mail.option.transfer
-            for mail in (*reads[i], *ends[i]):
-                yield mail.option.wait
-            yield turn.action
-            for mail in sends[i]:
-                yield mail.option.transfer
-        yield from sums[-1]
-        for mail in ends[-1]:
-            yield mail.option.wait
+        starts = [turn.slot.start for turn in turns]
+        send_waits, reduces = _send_waits(starts, received, sent), self._reduces(starts)
+        for i, turn in enumerate(turns):
+            yield from reduces[i]
+            yield from (op.possible.transfer for op in posts[i])
+            yield from (op.possible.wait for op in (*reads[i], *send_waits[i]))
+            yield turn.slot.action
+            yield from (op.possible.transfer for op in sends[i])
+        yield from reduces[-1]
+        yield from (op.possible.wait for op in send_waits[-1])
 
-    def _sums(self, starts: list[int]) -> list[list[Reduce]]:
-        """Return, per turn and for the end, the sums to post before it."""
-        program = self.program
-        sums: list[list[Reduce]] = [[] for _ in range(len(starts) + 1)]
-        for reduce in program.sums(self.rank):
-            complete = program.last_gradient(program.topology.stages[reduce.stage])
-            sums[bisect.bisect_right(starts, complete)].append(reduce)
-        return sums
-
-    def _own_turns(self) -> list[tuple[_Turn, int]]:
-        """Return this rank's turns, each with the dp rank that it has there."""
+    def _turns(self) -> list[_Turn]:
+        """Return the turns of the rank, over all of its stages."""
         topology, step = self.program.topology, self.program.routes.step
-        turns: list[tuple[_Turn, int]] = []
+        turns: list[_Turn] = []
         for info in topology.role(self.rank).stages:
             dp_rank = topology.modules[info.stage.module].dp_rank_of(self.rank)
             active = step.active(info.stage.module, dp_rank)
-            own = _turns(topology, self.program.order, info.stage)
-            turns += [(turn, dp_rank) for turn in own if turn.action.microbatch in active]
-        return sorted(turns, key=lambda each: each[0].start)
+            slots = self.program.order.slots(info.stage)
+            turns += [_Turn(slot, dp_rank) for slot in slots if slot.action.microbatch in active]
+        return sorted(turns, key=lambda turn: turn.slot.start)
 
-    def _received(self, turns: list[tuple[_Turn, int]]) -> Iterator[_Mail]:
-        """Yield what this rank receives, at the first turn that reads it."""
-        seen: set[_Option] = set()
-        for i, (turn, dp_rank) in enumerate(turns):
-            for option in turn.receives:
-                if option not in seen:
-                    seen.add(option)
-                    messages = self._messages(option, dp_rank)
+    def _reduces(self, starts: list[int]) -> list[list[Reduce]]:
+        """Return, for each turn and for the end, the gradient all-reduces to post before it."""
+        program = self.program
+        reduces: list[list[Reduce]] = [[] for _ in range(len(starts) + 1)]
+        for reduce in program.sums(self.rank):
+            complete = program.last_gradient(program.topology.stages[reduce.stage])
+            reduces[bisect.bisect_right(starts, complete)].append(reduce)
+        return reduces
+
+    def _received(self, turns: list[_Turn]) -> Iterator[_P2POp]:
+        """Yield the receives of the rank, at the first turn that reads each."""
+        seen: set[PossibleTransfer] = set()
+        for i, turn in enumerate(turns):
+            for possible in turn.slot.receives:
+                if possible not in seen:
+                    seen.add(possible)
+                    messages = self._messages(possible, turn.dp_rank)
                     if messages:
-                        yield _Mail(option, i, messages)
+                        yield _P2POp(possible, i, messages)
 
-    def _sent(self, turns: list[tuple[_Turn, int]]) -> list[_Mail]:
-        """Return what this rank sends, sorted by `place`: the peers receive it in the same order.
+    def _sent(self, turns: list[_Turn]) -> list[_P2POp]:
+        """Return the sends of the rank by `place`, which is the order in which the peers receive them.
 
-        Each stands at the turn that makes the last of it. It stands later only where something with an
-        earlier place is made later here, because this rank's part of the one is made before the parts of
-        others.
+        Each stands at the turn that completes its data. It stands later only if a send with an earlier place is
+        completed later on this rank, because the rank's part of its own data is made before the parts of others.
         """
-        made: list[_Mail] = []
-        for i, (turn, dp_rank) in enumerate(turns):
-            for option in turn.sends:
-                messages = self._messages(option, dp_rank)
-                if messages and (not option.leaves or _last_made(messages) == turn.action.microbatch):
-                    made.append(_Mail(option, i, messages))
-        made.sort(key=lambda mail: mail.option.place)
-        turn_of = itertools.accumulate((mail.turn for mail in made), max)
-        return [_Mail(mail.option, turn, mail.messages) for mail, turn in zip(made, turn_of, strict=True)]
+        made: list[_P2POp] = []
+        for i, turn in enumerate(turns):
+            for possible in turn.slot.sends:
+                messages = self._messages(possible, turn.dp_rank)
+                if messages and (
+                    not possible.at_source or _last_made(messages) == turn.slot.action.microbatch
+                ):
+                    made.append(_P2POp(possible, i, messages))
+        made.sort(key=lambda op: op.possible.place)
+        latest = itertools.accumulate((op.turn for op in made), max)
+        return [_P2POp(op.possible, turn, op.messages) for op, turn in zip(made, latest, strict=True)]
 
-    def _messages(self, option: _Option, dp_rank: int) -> tuple[Message, ...]:
+    def _messages(self, possible: PossibleTransfer, dp_rank: int) -> tuple[Message, ...]:
         routes = self.program.routes
-        side = routes.leaving if option.leaves else routes.reaching
-        return side(option.link, option.transfer.microbatch, dp_rank).get(self.rank, ())
+        side = routes.leaving if possible.at_source else routes.reaching
+        return side(possible.link, possible.transfer.microbatch, dp_rank).get(self.rank, ())
 
 
 def _last_made(messages: tuple[Message, ...]) -> int:
     return max(message.made_last for message in messages)
 
 
-def _by_turn(mails: list[_Mail], turns: int) -> list[list[_Mail]]:
-    groups: list[list[_Mail]] = [[] for _ in range(turns)]
-    for mail in mails:
-        groups[mail.turn].append(mail)
+def _by_turn(ops: list[_P2POp], turns: int) -> list[list[_P2POp]]:
+    groups: list[list[_P2POp]] = [[] for _ in range(turns)]
+    for op in ops:
+        groups[op.turn].append(op)
     return groups
 
 
-def _posts(received: list[_Mail], turns: int) -> list[list[_Mail]]:
-    """Return, per turn, the receives to post before it: by `place`, and one turn before they are read."""
-    posts: list[list[_Mail]] = [[] for _ in range(turns)]
-    slot = turns
-    for mail in sorted(received, key=lambda mail: mail.option.place, reverse=True):
-        slot = min(slot, max(mail.turn - 1, 0))
-        posts[slot].append(mail)
+def _posts(received: list[_P2POp], turns: int) -> list[list[_P2POp]]:
+    """Return, for each turn, the receives to post before it: by `place`, and one turn before they are read."""
+    posts: list[list[_P2POp]] = [[] for _ in range(turns)]
+    latest = turns
+    for op in sorted(received, key=lambda op: op.possible.place, reverse=True):
+        latest = min(latest, max(op.turn - 1, 0))
+        posts[latest].append(op)
     for post in posts:
         post.reverse()
     return posts
 
 
-def _ends(starts: list[int], received: list[_Mail], sent: list[_Mail]) -> list[list[_Mail]]:
-    """Return, per turn and for the end, the sends to wait for before it."""
-    answers: dict[int, list[tuple[int, int]]] = {}
-    for mail in received:
-        for peer, message in mail.peers():
-            answers.setdefault(peer, []).append((mail.turn, mail.option.made_at(message)))
-    ends: list[list[_Mail]] = [[] for _ in range(len(starts) + 1)]
-    for mail in sent:
-        ends[_end(mail, starts, answers)].append(mail)
-    return ends
+def _send_waits(starts: list[int], received: list[_P2POp], sent: list[_P2POp]) -> list[list[_P2POp]]:
+    """Return, for each turn and for the end, the sends to wait for before it."""
+    replies: dict[int, list[tuple[int, int]]] = {}
+    for op in received:
+        for peer, message in op.peers():
+            replies.setdefault(peer, []).append((op.turn, op.made_at(message)))
+    waits: list[list[_P2POp]] = [[] for _ in range(len(starts) + 1)]
+    for op in sent:
+        waits[_wait_turn(op, starts, replies)].append(op)
+    return waits
 
 
-def _end(mail: _Mail, starts: list[int], answers: Mapping[int, list[tuple[int, int]]]) -> int:
-    """Return the turn before which a send is waited for (their number: the end).
+def _wait_turn(op: _P2POp, starts: list[int], replies: Mapping[int, list[tuple[int, int]]]) -> int:
+    """Return the turn before which a send is waited for; the number of turns stands for the end.
 
-    By then every peer has answered with what it could make only with the message in hand, or, where no answer
-    is due, the order has let the peer read the message.
+    `replies` has, for each peer, the turns at which something is received from it, and where in the order the peer
+    made that. Before the returned turn every peer has sent something that it made after reading the message. If no
+    reply is due, the order has let the peer read the message by then.
     """
     end = 0
-    for peer, message in mail.peers():
-        read_at = mail.option.read_at(message)
-        given = answers.get(peer, [])
-        first = bisect.bisect_left(given, (mail.turn + 1,))
-        later = itertools.islice(given, first, None)
-        through = next((turn for turn, made_at in later if made_at > read_at), len(starts))
-        if not mail.option.answered:
-            through = min(through, max(bisect.bisect_right(starts, read_at), mail.turn + 1))
-        end = max(end, through)
+    for peer, message in op.peers():
+        read_at = op.read_at(message)
+        from_peer = replies.get(peer, [])
+        first = bisect.bisect_left(from_peer, (op.turn + 1,))
+        later = itertools.islice(from_peer, first, None)
+        read = next((turn for turn, made_at in later if made_at > read_at), len(starts))
+        if not op.possible.has_reply:
+            read = min(read, max(bisect.bisect_right(starts, read_at), op.turn + 1))
+        end = max(end, read)
     return end

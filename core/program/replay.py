@@ -1,14 +1,14 @@
-"""Replay: the one walk over a program, without durations.
+"""Replay: runs a program without durations, to see in which order its actions start and whether it ends.
 
-Every rank works down its list. An action starts when what it waits for is there: a WAIT when both ends have
-posted the transfer (nothing is assumed to buffer), or all who share a sum have posted it; a joint action when all
-its ranks have reached it. The walk ends when every rank is through, or when none can go on; then it says who
-waits for whom. `verify` judges the end of the walk; a simulator adds a clock to it.
+Every rank works down its list. A WAIT starts when both ends have posted the transfer (nothing is assumed to buffer),
+or when all ranks of a gradient all-reduce have posted it. A joint action starts when all of its ranks have reached
+it. Other actions start at once. The replay ends when every list is done, or when no rank can go on; then it says
+which rank waits for which. `verify` checks the end of a replay, and `simulate` adds a clock to it.
 
-Ranks with equal lists may also walk *in step*, as one: an action starts for all of them when it may start for
-every one of them, and a joint action when everybody who has it in his list has reached it. That asks for more
-than the ranks need. So if such a walk reaches the end, the ranks by themselves can do the same actions in the
-same order, and get there, too. If it does not, nothing is said of them.
+Ranks with equal lists can also be replayed *as one*. An action then starts for all of them when it may start for
+every one of them, and a joint action when every rank that has it in its list has reached it. That is stricter than
+what the ranks need. So if such a replay ends, the ranks can run the same actions in the same order, and end too. If
+it gets stuck, nothing is known about the ranks.
 """
 
 import collections
@@ -29,16 +29,20 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Wait,
     WaitReduce,
-    other_end,
+    matching_op,
 )
 
 
 @attrs.frozen
 class Blocked:
-    """A rank that cannot go on: the action it stands before, and the ranks that it waits for.
+    """A rank that cannot go on.
 
-    `heads` are the first ends, its own and that of the first of those ranks, of a queue in which neither lets
-    the other pass.
+    Attributes:
+        rank: The rank.
+        action: The action that it stands before.
+        waits_for: The ranks that it waits for.
+        heads: If a queue of a pair of ranks is jammed, the transfers that stand first in it: this rank's, and that of
+            the first rank in `waits_for`.
     """
 
     rank: int
@@ -49,27 +53,22 @@ class Blocked:
 
 @attrs.frozen
 class Replay:
-    """The end of a walk: what started in which order, and who is stuck."""
+    """The result of a replay: (rank, action) in the order in which they started, and the ranks that got stuck."""
 
     started: tuple[tuple[int, Action], ...]
     blocked: tuple[Blocked, ...]
 
 
-@attrs.frozen(cache_hash=True)
-class Posting:
-    """One end of one message: rank `by` has posted its send or its receive."""
-
-    transfer: tuple[Hashable, ...]
-    by: int
-    other: int
-
-
 @attrs.frozen(eq=False)
-class Walkers:
-    """Who walks: lists, who is at the other ends of a transfer, and who starts an action together.
+class ReplayRanks:
+    """The ranks of a replay, and how they depend on each other.
 
-    `others` are the peers over the network: a message of a rank to itself stays with it. Whether the walk is
-    `strict` is for it to say.
+    Attributes:
+        listing: The list of each rank.
+        peers: The ranks at the other ends of a rank's transfer.
+        others: The same without the rank itself: messages to itself do not use the network.
+        joint: The ranks of a rank's joint action.
+        strict: Whether both directions between two ranks share one queue.
     """
 
     listing: Listing
@@ -79,40 +78,45 @@ class Walkers:
     strict: bool = False
 
     @functools.cached_property
-    def twins(self) -> Mapping[Transfer, Transfer]:
+    def matching_ops(self) -> Mapping[Transfer, Transfer]:
         """For every transfer of the lists, what the peer posts for it.
 
-        It is the value in the lists, if there is one: attrs values are slow to compare unless they are the
-        same.
+        It is the very object in the lists, if there is one, because comparing attrs values is slow unless they are
+        identical.
         """
         actions = (action for actions in self.listing.values() for action in actions)
         own = {action: action for action in actions if isinstance(action, Transfer)}
-        return {transfer: own.get(other_end(transfer), other_end(transfer)) for transfer in own}
+        return {transfer: own.get(matching_op(transfer), matching_op(transfer)) for transfer in own}
 
 
 def replay(program: Program, listing: Listing) -> Replay:
-    """Walk a listing of a program to its end, or to where it is stuck."""
-    return walk(alone(program, listing))
+    """Replay a listing of a program, rank by rank."""
+    return replay_ranks(single_ranks(program, listing))
 
 
-def alone(program: Program, listing: Listing, *, strict: bool = False) -> Walkers:
-    """Let every rank walk by itself."""
+def replay_ranks(ranks: ReplayRanks) -> Replay:
+    """Replay until every list is done, or no rank can go on."""
+    return _State(ranks).run()
+
+
+def single_ranks(program: Program, listing: Listing, *, strict: bool = False) -> ReplayRanks:
+    """Return every rank by itself."""
 
     def others(rank: int, transfer: Transfer) -> Iterator[int]:
         return (peer for peer in program.peers_of(rank, transfer) if peer != rank)
 
-    return Walkers(listing, program.peers_of, others, program.joint, strict)
+    return ReplayRanks(listing, program.peers_of, others, program.joint, strict)
 
 
-def in_step(
-    program: Program, listing: Listing, alike: Iterable[Sequence[int]], *, strict: bool = False
-) -> Walkers:
-    """Let ranks with equal lists walk as one; the first of each set stands for it.
+def merged_ranks(
+    program: Program, listing: Listing, classes: Iterable[Sequence[int]], *, strict: bool = False
+) -> ReplayRanks:
+    """Return the ranks of each class merged into one; the first rank stands for them. Their lists are equal.
 
-    Every rank of a joint action must have it in its list. A queue between two ranks that walk as one never
-    passes anything here: both put the same ends into it.
+    Every rank of a joint action must have it in its list. With `strict`, nothing passes a queue between two ranks of
+    one class, because both put the same transfers into it.
     """
-    members = {ranks[0]: ranks for ranks in alike}
+    members = {ranks[0]: ranks for ranks in classes}
     leader = {rank: first for first, ranks in members.items() for rank in ranks}
     having: dict[Action, list[int]] = collections.defaultdict(list)
     for first in members:
@@ -125,7 +129,7 @@ def in_step(
         others = (leader[peer] for rank, peer in met if peer != rank)
         return tuple(dict.fromkeys(leader[peer] for _, peer in met)), tuple(dict.fromkeys(others))
 
-    return Walkers(
+    return ReplayRanks(
         {first: listing[first] for first in members},
         lambda first, transfer: ends(first, transfer)[0],
         lambda first, transfer: ends(first, transfer)[1],
@@ -135,34 +139,20 @@ def in_step(
 
 
 def meeting(action: Action) -> Action:
-    """Return the action by which the members of a joint action know it; a tie joins two stages, and has two names."""
+    """Return what the ranks of a joint action know it by. A TIE has another stage at each end, so both use one."""
     return Tie(attrs.evolve(action.stage, pp=0, chunk=0)) if isinstance(action, Tie) else action
 
 
-def walk(walkers: Walkers) -> Replay:
-    """Walk to the end, or to where all are stuck."""
-    return _Walk(walkers).run()
+class _State:
+    """The state of a replay: how far each rank is, what is posted, which ranks have reached which joint action.
 
-
-def postings(program: Program, rank: int, transfer: Transfer) -> Iterator[tuple[Posting, Posting]]:
-    """Yield, per message of a transfer, this rank's end of it and the peer's."""
-    here, there = transfer.stage, transfer.peer
-    ends = (here, there) if isinstance(transfer, Send) else (there, here)
-    key = (*ends, transfer.direction, transfer.microbatch)
-    for peer in program.peers_of(rank, transfer):
-        yield Posting(key, rank, peer), Posting(key, peer, rank)
-
-
-class _Walk:
-    """The walk's state: how far each walker is, what is posted, who has reached which joint action.
-
-    An obstacle is known by what removes it: a posting by its walker and transfer, a joint action by its first
-    walker and itself, the passing of a posting by its walker, the walker at the other end, and its transfer.
+    An obstacle is named by the event that removes it: (rank, transfer or REDUCE) for a post, (first rank, action) for
+    a joint action, (rank, other rank, transfer) for a transfer that passes a queue.
     """
 
-    def __init__(self, walkers: Walkers) -> None:
-        self.listing, self.peers, self.joint = walkers.listing, walkers.peers, walkers.joint
-        self.twins, self.others, self.strict = walkers.twins, walkers.others, walkers.strict
+    def __init__(self, ranks: ReplayRanks) -> None:
+        self.listing, self.peers, self.joint = ranks.listing, ranks.peers, ranks.joint
+        self.matching_ops, self.others, self.strict = ranks.matching_ops, ranks.others, ranks.strict
         self.queued: dict[tuple[int, int], collections.deque[Transfer]] = collections.defaultdict(
             collections.deque
         )
@@ -176,98 +166,98 @@ class _Walk:
         self.ready = collections.deque(self.listing)
 
     def run(self) -> Replay:
-        """Let every walker go as far as it can, until none can."""
+        """Let every rank go as far as it can, until none can."""
         while self.ready:
             self._advance(self.ready.popleft())
-        stuck = (walker for walker in self.listing if self.position[walker] < len(self.listing[walker]))
-        return Replay(tuple(self.started), tuple(self._blocked(walker) for walker in stuck))
+        stuck = (rank for rank in self.listing if self.position[rank] < len(self.listing[rank]))
+        return Replay(tuple(self.started), tuple(self._blocked(rank) for rank in stuck))
 
-    def _advance(self, walker: int) -> None:
-        actions = self.listing[walker]
-        while self.position[walker] < len(actions):
-            action = actions[self.position[walker]]
-            obstacle = self._obstacle(walker, action)
+    def _advance(self, rank: int) -> None:
+        actions = self.listing[rank]
+        while self.position[rank] < len(actions):
+            action = actions[self.position[rank]]
+            obstacle = self._obstacle(rank, action)
             if obstacle is not None:
-                self.sleeping.setdefault(obstacle, []).append(walker)
+                self.sleeping.setdefault(obstacle, []).append(rank)
                 return
-            self.position[walker] += 1
-            self.started.append((walker, action))
+            self.position[rank] += 1
+            self.started.append((rank, action))
             if isinstance(action, Transfer | Reduce):
-                self.posted.add((walker, action))
-                self.ready.extend(self.sleeping.pop((walker, action), ()))
+                self.posted.add((rank, action))
+                self.ready.extend(self.sleeping.pop((rank, action), ()))
                 if self.strict and isinstance(action, Transfer):
-                    self._queue(walker, action)
+                    self._queue(rank, action)
 
-    def _queue(self, walker: int, transfer: Transfer) -> None:
-        """Put a posting into its queues; what stands first there passes, while its two ends belong together."""
-        for other in self.others(walker, transfer):
-            mine, theirs = self.queued[walker, other], self.queued[other, walker]
+    def _queue(self, rank: int, transfer: Transfer) -> None:
+        """Put a transfer into its queues. The first transfers of the two ends pass while they match."""
+        for other in self.others(rank, transfer):
+            mine, theirs = self.queued[rank, other], self.queued[other, rank]
             mine.append(transfer)
-            while mine and theirs and self.twins[mine[0]] == theirs[0]:
-                for end in ((walker, other, mine.popleft()), (other, walker, theirs.popleft())):
+            while mine and theirs and self.matching_ops[mine[0]] == theirs[0]:
+                for end in ((rank, other, mine.popleft()), (other, rank, theirs.popleft())):
                     self.passed.add(end)
                     self.ready.extend(self.sleeping.pop(end, ()))
 
-    def _obstacle(self, walker: int, action: Action) -> Hashable | None:
-        """Return what an action still waits for, if anything."""
+    def _obstacle(self, rank: int, action: Action) -> Hashable | None:
+        """Return an obstacle of an action, if there is one."""
         match action:
             case Send() | Recv() | Reduce():
                 return None
             case Wait(transfer=transfer):
-                queueing = self._queueing(walker, transfer) if self.strict else ()
-                return next(itertools.chain(self._unposted(walker, transfer), queueing), None)
+                queued = self._still_queued(rank, transfer) if self.strict else ()
+                return next(itertools.chain(self._unposted(rank, transfer), queued), None)
             case WaitReduce():
-                return next(self._unsummed(walker, action), None)
+                return next(self._unposted_reduces(rank, action), None)
             case _:
-                return self._absent(walker, action)
+                return self._absent(rank, action)
 
-    def _absent(self, walker: int, action: Action) -> Hashable | None:
-        """Return the meeting that a joint action waits for; None once the last member has come."""
-        group = self.joint(walker, action)
+    def _absent(self, rank: int, action: Action) -> Hashable | None:
+        """Return the obstacle of a joint action: ranks that have not reached it. None once the last one has."""
+        group = self.joint(rank, action)
         if len(group) == 1:
             return None
-        if (walker, meeting(action)) in self.free:
-            self.free.remove((walker, meeting(action)))
+        if (rank, meeting(action)) in self.free:
+            self.free.remove((rank, meeting(action)))
             return None
         place = (group[0], meeting(action))
         met = self.met[place]
-        met.add(walker)
+        met.add(rank)
         if len(met) < len(group):
             return place
         del self.met[place]
-        self.free.update((other, place[1]) for other in group if other != walker)
+        self.free.update((other, place[1]) for other in group if other != rank)
         self.ready.extend(self.sleeping.pop(place, ()))
         return None
 
-    def _unposted(self, walker: int, transfer: Transfer) -> Iterator[tuple[int, Transfer]]:
-        if (walker, transfer) not in self.posted:
-            yield walker, transfer
-        theirs = self.twins[transfer] if transfer in self.twins else other_end(transfer)
-        for peer in self.peers(walker, transfer):
+    def _unposted(self, rank: int, transfer: Transfer) -> Iterator[tuple[int, Transfer]]:
+        if (rank, transfer) not in self.posted:
+            yield rank, transfer
+        theirs = self.matching_ops.get(transfer) or matching_op(transfer)
+        for peer in self.peers(rank, transfer):
             if (peer, theirs) not in self.posted:
                 yield peer, theirs
 
-    def _unsummed(self, walker: int, action: WaitReduce) -> Iterator[tuple[int, Reduce]]:
-        group = (walker, *self.joint(walker, action.posted))
+    def _unposted_reduces(self, rank: int, action: WaitReduce) -> Iterator[tuple[int, Reduce]]:
+        group = (rank, *self.joint(rank, action.posted))
         return ((member, action.posted) for member in group if (member, action.posted) not in self.posted)
 
-    def _queueing(self, walker: int, transfer: Transfer) -> Iterator[tuple[int, int, Transfer]]:
-        for other in self.others(walker, transfer):
-            if (walker, other, transfer) not in self.passed:
-                yield walker, other, transfer
+    def _still_queued(self, rank: int, transfer: Transfer) -> Iterator[tuple[int, int, Transfer]]:
+        for other in self.others(rank, transfer):
+            if (rank, other, transfer) not in self.passed:
+                yield rank, other, transfer
 
-    def _blocked(self, walker: int) -> Blocked:
-        action = self.listing[walker][self.position[walker]]
+    def _blocked(self, rank: int) -> Blocked:
+        action = self.listing[rank][self.position[rank]]
         heads = None
         if isinstance(action, Wait):
-            owing = [other for other, _ in self._unposted(walker, action.transfer)]
-            if not owing:
-                owing = [other for _, other, _ in self._queueing(walker, action.transfer)]
-                heads = (self.queued[walker, owing[0]][0], self.queued[owing[0], walker][0])
+            missing = [other for other, _ in self._unposted(rank, action.transfer)]
+            if not missing:
+                missing = [other for _, other, _ in self._still_queued(rank, action.transfer)]
+                heads = (self.queued[rank, missing[0]][0], self.queued[missing[0], rank][0])
         elif isinstance(action, WaitReduce):
-            owing = [member for member, _ in self._unsummed(walker, action)]
+            missing = [member for member, _ in self._unposted_reduces(rank, action)]
         else:
-            group = self.joint(walker, action)
+            group = self.joint(rank, action)
             met = self.met[group[0], meeting(action)]
-            owing = [other for other in group if other not in met]
-        return Blocked(walker, action, tuple(dict.fromkeys(owing)), heads)
+            missing = [other for other in group if other not in met]
+        return Blocked(rank, action, tuple(dict.fromkeys(missing)), heads)

@@ -1,1 +1,4 @@
-"""Schedules: orders of compute actions, lowered to programs, and walked."""
+"""Actions, and the order in which the stages compute: how many microbatches are in flight, made by one scheduler.
+
+May import: `base` to `pricing`.
+"""

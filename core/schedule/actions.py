@@ -1,6 +1,6 @@
-"""Actions: the words that programs are made of, and their notation.
+"""Actions: what a program is made of, and how each action is written.
 
-A rank's program is a list of these values. Each prints as one line and is read back from it:
+A rank's program is a list of these values. Each prints as one line, and `parse` reads the line back:
 
 >>> print(parse("vision.0 SEND_F2 -> language.0"))
 vision.0 SEND_F2 -> language.0
@@ -8,18 +8,18 @@ vision.0 SEND_F2 -> language.0
 True
 
 =====================================  ====================================================================
-``language.1 F3``                      forward of microbatch 3; ``B`` backward, or ``I`` the gradient of the
-                                       inputs and ``W`` that of the weights
+``language.1 F3``                      forward of microbatch 3; ``B`` its backward, or in two halves ``I``, the
+                                       gradients of the inputs, and ``W``, those of the weights
 ``vision.0 SEND_F2 -> language.0``     post the sends of microbatch 2 (``F`` activations, ``B`` gradients)
 ``language.0 RECV_F2 <- vision.0``     post the receives
 ``vision.0 WAIT_SEND_F2 -> language.0``  block until the sends are complete; likewise ``WAIT_RECV``
-``vision.0 REDUCE``                    sum the stage's gradients over its dp ranks, and partial ones over tp
-``language.0 TIE``                     sum the gradients of weights that both ends of a module hold
+``vision.0 REDUCE0``                   post the gradient all-reduce of bucket 0; ``WAIT_REDUCE0`` waits for it
+``language.0 TIE``                     all-reduce the gradients of tied embeddings over the first and the last stage
 ``NORM`` and ``UPDATE``                agree on the gradient norm over the world; take the step
 =====================================  ====================================================================
 
-SEND, RECV and REDUCE post and return; only WAIT, and the joint actions, block. The microbatch of a transfer is that
-of the link's target module. Who exchanges what is in the route table (`routes`), not in the action.
+SEND, RECV and REDUCE post and return; the WAITs and the joint actions block. The microbatch of a transfer is one of
+the link's target module. An action does not say which rank exchanges which rows: `routes` does.
 """
 
 import enum
@@ -48,7 +48,7 @@ class Direction(enum.Enum):
 
 @attrs.frozen(cache_hash=True)
 class Compute:
-    """One piece of work on one microbatch; joint over the ranks (tp, cp) that share it."""
+    """Compute one microbatch on one stage; joint over the tp and cp ranks of a dp rank."""
 
     kind: Kind
     stage: Stage
@@ -96,7 +96,7 @@ class Recv:
 
 @attrs.frozen(cache_hash=True)
 class Wait:
-    """Block until a transfer that was posted is complete."""
+    """Block until a posted transfer is complete."""
 
     transfer: Send | Recv
 
@@ -106,7 +106,7 @@ class Wait:
 
 @attrs.frozen(cache_hash=True)
 class Reduce:
-    """Post the sum of one bucket of a stage's weight gradients over the ranks that share it."""
+    """Post the gradient all-reduce of one bucket of a stage."""
 
     stage: Stage
     bucket: int
@@ -117,7 +117,7 @@ class Reduce:
 
 @attrs.frozen(cache_hash=True)
 class WaitReduce:
-    """Block until the sum of a bucket that was posted is there."""
+    """Block until the posted gradient all-reduce of a bucket is complete."""
 
     stage: Stage
     bucket: int
@@ -127,13 +127,13 @@ class WaitReduce:
 
     @property
     def posted(self) -> Reduce:
-        """What it waits for."""
+        """The action that posted it."""
         return Reduce(self.stage, self.bucket)
 
 
 @attrs.frozen(cache_hash=True)
 class Tie:
-    """Sum the gradients of tied weights over the stages of a module that hold them."""
+    """All-reduce the gradients of tied embeddings over the first and the last stage of a module."""
 
     stage: Stage
 
@@ -143,7 +143,7 @@ class Tie:
 
 @attrs.frozen
 class Norm:
-    """Agree on the global gradient norm and on whether the step is taken."""
+    """Exchange the records of all ranks: they agree on the gradient norm and on taking or skipping the step."""
 
     def __str__(self) -> str:
         return "NORM"
@@ -151,7 +151,7 @@ class Norm:
 
 @attrs.frozen
 class Update:
-    """Take the optimizer step that `Norm` agreed on."""
+    """Take the optimizer step, unless `Norm` agreed to skip it."""
 
     def __str__(self) -> str:
         return "UPDATE"
@@ -164,24 +164,24 @@ _STAGE = r"[A-Za-z_][\w-]*\.\d+(?:\.\d+)?"
 _LINE = re.compile(
     rf"(?:(?P<stage>{_STAGE}) )?"
     r"(?:(?P<kind>[FBIW])(?P<compute>\d+)"
-    rf"|(?P<wait>WAIT_)?(?P<way>SEND|RECV)_(?P<direction>[FB])(?P<moved>\d+) (?:->|<-) (?P<peer>{_STAGE})"
+    rf"|(?P<wait>WAIT_)?(?P<op>SEND|RECV)_(?P<direction>[FB])(?P<moved>\d+) (?:->|<-) (?P<peer>{_STAGE})"
     r"|(?P<sum>(?:WAIT_)?REDUCE)(?P<bucket>\d+)"
     r"|(?P<word>TIE|NORM|UPDATE))"
 )
 
 
-def other_end(transfer: Transfer) -> Transfer:
-    """Return what the peer posts for a transfer.
+def matching_op(transfer: Transfer) -> Transfer:
+    """Return the transfer that the peer posts: the receive of a send, or the send of a receive.
 
-    >>> print(other_end(Send(Stage("vision", 0), Direction.FORWARD, 2, Stage("language", 0))))
+    >>> print(matching_op(Send(Stage("vision", 0), Direction.FORWARD, 2, Stage("language", 0))))
     language.0 RECV_F2 <- vision.0
     """
-    way = Recv if isinstance(transfer, Send) else Send
-    return way(transfer.peer, transfer.direction, transfer.microbatch, transfer.stage)
+    op = Recv if isinstance(transfer, Send) else Send
+    return op(transfer.peer, transfer.direction, transfer.microbatch, transfer.stage)
 
 
 def parse(line: str) -> Action:
-    """Read an action in its notation. Raises ValueError for anything else."""
+    """Read an action from its line. Raises ValueError for anything else."""
     line = line.strip()
     found = _LINE.fullmatch(line)
     if found is None:
@@ -216,6 +216,6 @@ def _of(found: "re.Match[str]", stage: Stage) -> Compute | Send | Recv | Wait | 
         return Compute(Kind(found["kind"]), stage, int(found["compute"]))
     if found["sum"]:
         return (Reduce if found["sum"] == "REDUCE" else WaitReduce)(stage, int(found["bucket"]))
-    way = Send if found["way"] == "SEND" else Recv
-    transfer = way(stage, Direction(found["direction"]), int(found["moved"]), parse_stage(found["peer"]))
+    op = Send if found["op"] == "SEND" else Recv
+    transfer = op(stage, Direction(found["direction"]), int(found["moved"]), parse_stage(found["peer"]))
     return Wait(transfer) if found["wait"] else transfer

@@ -1,13 +1,17 @@
-"""Lines: what a rule for orders comes to, pipeline rank by pipeline rank: sequences and limits in flight.
+"""Issue policies: how many microbatches each stage may have in flight under a schedule.
 
-A stage may have as many microbatches in flight as the stages that it feeds, and `in_flight_increment` more: counted
-from the loss on, over the deepest path, in samples where microbatches differ. So no stage waits for a backward that
-the stages below could give only after more forwards than it will send them.
+A policy sets a few numbers; `issue_queues_of` turns them into one issue queue for each pipeline rank, which the
+scheduler works through. Limits are derived from the loss upstream, module by module.
 
-The ranks of a pipeline with several chunks go through groups of microbatches: all of a group on the first
-chunk, then on the next one. Before the last chunk goes back on a microbatch, it must have gone forward on as
-many more as the modules below may have in flight; that, counted in forwards of all chunks, is the limit in flight of
-the last rank, and each rank before it has two more.
+A stage may have as many microbatches in flight as the stages that it feeds, plus `in_flight_increment`. Over a chain
+that is the stage's depth; over a graph the deepest path counts, and limits are compared in samples if modules have
+microbatches of different sizes. With fewer, a stage would wait for a backward that the stages behind it can run only
+after more forwards than it may send.
+
+A pipeline rank with several virtual stages has one limit, on the forwards of all of them. Before the last virtual
+stage runs the backward of a microbatch, it must have run the forwards of as many more as the modules behind it may
+have in flight. The number of forwards up to there is the limit of the last pipeline rank. Each pipeline rank
+before it has two more: one for the way of a microbatch to the next rank, one for the way of its gradients back.
 """
 
 import math
@@ -25,14 +29,15 @@ from mimogrid.core.topology.topology import Stage
 
 @attrs.frozen
 class IssuePolicy:
-    """What makes an order.
+    """The numbers that make an order.
 
     Attributes:
-        all_forwards_first: no backward before the last forward.
-        splits: backwards are split where they can be.
-        lead: how many more microbatches than the next stage a stage may have in flight.
-        extra: further forwards ahead, by the first stage of a pipeline rank; the stages before it get as many more.
-        limit: a stage has no more of the job's microbatches in flight, unless those that it feeds need more.
+        all_forwards_first: No backward runs before the last forward.
+        splits: Backwards are split in two where possible.
+        in_flight_increment: How many more microbatches than the next stage a stage may have in flight.
+        extra_in_flight: Further microbatches in flight, by the first stage of a pipeline rank. The pipeline ranks
+            upstream get as many more.
+        limit: The most microbatches of the job that a stage has in flight, unless the stages that it feeds need more.
     """
 
     all_forwards_first: bool = False
@@ -49,176 +54,152 @@ ISSUE_POLICIES: Mapping[str, IssuePolicy] = {
     ZB_H2: IssuePolicy(splits=SPLITS_BACKWARD[ZB_H2], in_flight_increment=2),
     GPIPE: IssuePolicy(all_forwards_first=True),
 }
-"""The orders that have names. Interleaved is 1F1B: what interleaves is that ranks have several chunks."""
+"""The policies of the schedules with fixed limits. 1F1B becomes interleaved if pipeline ranks have virtual stages."""
 
 
 @attrs.frozen
 class IssueQueues:
-    """The issue queues of all pipeline ranks, and how many unread outputs a stage without backward may keep.
+    """The issue queues of a step.
 
     Attributes:
-        pipeline ranks: the lines.
-        queues: how many microbatches such a stage may have waiting for those that read them.
+        by_pp_rank: One queue for each of `Work.pp_ranks`.
+        unread_outputs: For each stage without backward, the most outputs that wait to be read.
     """
 
-    pp_ranks: tuple[IssueQueue, ...]
+    by_pp_rank: tuple[IssueQueue, ...]
     unread_outputs: Mapping[Stage, int]
 
 
 def issue_queues_of(work: Work, policy: IssuePolicy) -> IssueQueues:
-    """Return what a rule comes to for some work, module by module from the loss on."""
-    max_in_flight: dict[Stage, int] = {}
-    queues: dict[VirtualStages, IssueQueue] = {}
+    """Return the issue queues of a policy for some work."""
+    limits, queues = _Limits(work, policy), dict[VirtualStages, IssueQueue]()
     for name in reversed(work.topology.graph.order):
-        forwards_ahead = 0
-        trained: list[VirtualStages] = []
-        for virtual_stages in reversed(
-            [virtual_stages for virtual_stages in work.pp_ranks if virtual_stages[0].module == name]
-        ):
-            queue = IssueQueue(work.sequences[work.pp_ranks.index(virtual_stages)])
-            if queue.sequences.backwards:
-                forwards_ahead = _forwards_ahead(
-                    work,
-                    virtual_stages,
-                    queue,
-                    policy,
-                    max_in_flight=max_in_flight,
-                    next_forwards_ahead=forwards_ahead,
-                )
-                queue = attrs.evolve(
-                    queue, max_in_flight=math.inf if policy.all_forwards_first else forwards_ahead
-                )
-                max_in_flight |= _in_flight_limits(work, virtual_stages, queue, forwards_ahead)
-                trained.append(virtual_stages)
-            queues[virtual_stages] = queue
-        for virtual_stages in trained:
-            queues[virtual_stages] = attrs.evolve(
-                queues[virtual_stages],
-                weight_grad_backlog=max(0, forwards_ahead - queues[virtual_stages].max_in_flight),
-            )
-        for info in reversed(work.topology.modules[name].stages):
-            if info.stage not in work.backward:
-                max_in_flight[info.stage] = (
-                    _below(work, info.stage, max_in_flight) + 1 + policy.extra_in_flight.get(info.stage, 0)
-                )
-    unread_outputs = {stage: most for stage, most in max_in_flight.items() if stage not in work.backward}
+        queues |= limits.module_queues(name)
+    unread_outputs = {stage: most for stage, most in limits.found.items() if stage not in work.backward}
     return IssueQueues(
         tuple(
-            attrs.evolve(queues[t], backpressure=_backpressure(work, t, unread_outputs))
-            for t in work.pp_ranks
+            attrs.evolve(queues[stages], backpressure=_backpressure(work, stages, unread_outputs))
+            for stages in work.pp_ranks
         ),
         unread_outputs,
     )
 
 
-def _in_flight_limits(
-    work: Work, virtual_stages: VirtualStages, queue: IssueQueue, forwards_ahead: int
-) -> dict[Stage, int]:
-    """Return how many microbatches each stage of a pipeline rank has in flight before it gives anything back."""
-    if len(virtual_stages) == 1:
-        return {
-            virtual_stages[0]: min(forwards_ahead, work.count(virtual_stages[0]))
-            if queue.max_in_flight == forwards_ahead
-            else work.count(virtual_stages[0])
-        }
-    return work.in_flight(_strict(work, queue))
+class _Limits:
+    """Derives limits, module by module from the loss upstream; `found` has those of the stages so far."""
 
+    def __init__(self, work: Work, policy: IssuePolicy) -> None:
+        self.work, self.policy = work, policy
+        self.found: dict[Stage, int] = {}
 
-def _forwards_ahead(
-    work: Work,
-    virtual_stages: VirtualStages,
-    queue: IssueQueue,
-    policy: IssuePolicy,
-    *,
-    max_in_flight: Mapping[Stage, int],
-    next_forwards_ahead: int,
-) -> int:
-    """Return how many forwards may run ahead of the backwards, given the next pipeline rank's number, if any.
+    def module_queues(self, name: str) -> dict[VirtualStages, IssueQueue]:
+        """Return the queues of a module's pipeline ranks, and note the limits of its stages."""
+        work, queues = self.work, dict[VirtualStages, IssueQueue]()
+        ahead = 0
+        for stages in reversed([stages for stages in work.pp_ranks if stages[0].module == name]):
+            queue = IssueQueue(work.sequences[work.pp_ranks.index(stages)])
+            if queue.sequences.backwards:
+                ahead = self._forwards_ahead(stages, queue, behind=ahead)
+                limit = math.inf if self.policy.all_forwards_first else ahead
+                queue = attrs.evolve(queue, max_in_flight=limit)
+                self.found |= self._in_flight(stages, queue)
+            queues[stages] = queue
+        # The first pipeline rank runs furthest ahead. The others may put off as many weight gradients as they are
+        # short of that, so all of them keep as much for microbatches.
+        for stages, queue in queues.items():
+            if queue.sequences.backwards:
+                backlog = max(0, ahead - queue.max_in_flight)
+                queues[stages] = attrs.evolve(queue, weight_grad_backlog=backlog)
+        for info in reversed(work.topology.modules[name].stages):
+            if info.stage not in work.backward:
+                extra = self.policy.extra_in_flight.get(info.stage, 0)
+                self.found[info.stage] = self._covering(info.stage) + 1 + extra
+        return queues
 
-    Ranks with chunks wait for each other both ways round. So there what comes on top is the same for all of
-    them, and only the last one's counts.
-    """
-    first, interleaves = virtual_stages[0], len(virtual_stages) > 1
-    if next_forwards_ahead and interleaves:
-        return next_forwards_ahead + 2
-    if next_forwards_ahead:
-        forwards_ahead = next_forwards_ahead + policy.in_flight_increment
-    else:
-        forwards_ahead = _turned_around(work, virtual_stages, queue, max_in_flight) + (
-            policy.in_flight_increment - 1 if max_in_flight else 0
+    def _in_flight(self, stages: VirtualStages, queue: IssueQueue) -> dict[Stage, int]:
+        """Return how many microbatches each virtual stage has in flight at most, if the queue is followed strictly."""
+        if len(stages) == 1:
+            return {stages[0]: int(min(queue.max_in_flight, self.work.count(stages[0])))}
+        return self.work.in_flight(_followed(self.work, queue))
+
+    def _forwards_ahead(self, stages: VirtualStages, queue: IssueQueue, *, behind: int) -> int:
+        """Return how many forwards may run ahead of the backwards; `behind`: on the next pipeline rank, 0 if none.
+
+        Virtual stages go round the pipeline ranks, so each of these waits for the others. Any extra is the same for
+        all of them there, and only that of the last pipeline rank counts.
+        """
+        policy, interleaves = self.policy, len(stages) > 1
+        if behind and interleaves:
+            return behind + 2
+        if behind:
+            ahead = behind + policy.in_flight_increment
+        else:
+            ahead = self._until_first_gradient(stages, queue)
+            ahead += policy.in_flight_increment - 1 if self.found else 0
+        ahead += policy.extra_in_flight.get(stages[0], 0)
+        if interleaves or policy.limit == math.inf:
+            return ahead
+        spec, size = self.work.topology.spec, self.work.topology.samples_per_microbatch
+        samples = policy.limit * spec.batch.global_size // spec.batch.microbatches
+        least = max(1, self._fewest(stages[0]))
+        return max(least, min(ahead, int(samples // size[stages[0].module])))
+
+    def _until_first_gradient(self, stages: VirtualStages, queue: IssueQueue) -> int:
+        """Return how many forwards the last pipeline rank of a module runs before gradients come back to it."""
+        last, actions = stages[-1], self.work.actions
+        covering = self._covering(last)
+        forward = [i for i, action in enumerate(queue.sequences.forwards) if actions[action].stage == last]
+        backward = [i for i, action in enumerate(queue.sequences.backwards) if actions[action].stage == last]
+        final = len(forward) - 1
+        return max(forward[min(j + covering, final)] + 1 - i for j, i in enumerate(backward))
+
+    def _covering(self, stage: Stage) -> int:
+        """Return how many microbatches of a stage cover what the stages that it feeds may have in flight."""
+        size = self.work.topology.samples_per_microbatch
+        needs = (
+            math.ceil(self.found[link.target] * size[link.target.module] / size[stage.module])
+            for link in self.work.topology.links_from(stage)
         )
-    forwards_ahead += policy.extra_in_flight.get(first, 0)
-    if interleaves or policy.limit == math.inf:
-        return forwards_ahead
-    topology = work.topology
-    samples = policy.limit * topology.spec.batch.global_size // topology.spec.batch.microbatches
-    least = max(1, _bound_to(work, first, max_in_flight))
-    return max(least, min(forwards_ahead, int(samples // topology.samples_per_microbatch[first.module])))
+        return max(needs, default=0)
+
+    def _fewest(self, stage: Stage) -> int:
+        """Return the fewest microbatches in flight with which a stage gets all its gradients; fewer would deadlock.
+
+        A stage that it feeds runs the backward of a microbatch only when it is `max_in_flight` forwards further. The
+        inputs of these may lie in one microbatch more than the same number of samples would fill, because they need
+        not start where one of this stage's microbatches does.
+        """
+        fewest = 0
+        for link in self.work.topology.links_from(stage):
+            own, theirs = self.work.count(stage), self.work.count(link.target)
+            for k in range(own):
+                last = overlapping(k, own, theirs)[-1]
+                furthest = min(last + self.found[link.target], theirs) - 1
+                fewest = max(fewest, overlapping(furthest, theirs, own)[-1] + 1 - k)
+        return fewest
 
 
-def _turned_around(
-    work: Work, virtual_stages: VirtualStages, queue: IssueQueue, max_in_flight: Mapping[Stage, int]
-) -> int:
-    """Return how many forwards the last pipeline rank of a module does before what they make comes back."""
-    last = virtual_stages[-1]
-    below = _below(work, last, max_in_flight)
-    forward = [i for i, action in enumerate(queue.sequences.forwards) if work.actions[action].stage == last]
-    backward = [i for i, action in enumerate(queue.sequences.backwards) if work.actions[action].stage == last]
-    furthest = len(forward) - 1
-    return max(forward[min(j + below, furthest)] + 1 - i for j, i in enumerate(backward))
-
-
-def _below(work: Work, stage: Stage, max_in_flight: Mapping[Stage, int]) -> int:
-    """Return how many microbatches of a stage cover what the stages that it feeds may have in flight."""
-    size = work.topology.samples_per_microbatch
-    needs = (
-        math.ceil(max_in_flight[link.target] * size[link.target.module] / size[stage.module])
-        for link in work.topology.links_from(stage)
-    )
-    return max(needs, default=0)
-
-
-def _bound_to(work: Work, stage: Stage, max_in_flight: Mapping[Stage, int]) -> int:
-    """Return with how many microbatches in flight a stage gets all its gradients back; with fewer it is stuck.
-
-    A stage that it feeds gives the last gradient of a microbatch back only when it is `max_in_flight` forwards
-    further. What these read may lie in one microbatch more than would hold as many samples: the window need not
-    begin where one does.
-    """
-    least = 0
-    for link in work.topology.links_from(stage):
-        own, theirs = work.count(stage), work.count(link.target)
-        for k in range(own):
-            last = overlapping(k, own, theirs)[-1]
-            furthest = min(last + max_in_flight[link.target], theirs) - 1
-            least = max(least, overlapping(furthest, theirs, own)[-1] + 1 - k)
-    return least
-
-
-def _strict(work: Work, queue: IssueQueue) -> Iterator[int]:
-    """Yield forwards up to the limit in flight, then a backward (with its weight gradient) before each forward."""
-    forwards, backwards, forwards_ahead = (
-        list(queue.sequences.forwards)[::-1],
-        list(queue.sequences.backwards)[::-1],
-        0,
-    )
+def _followed(work: Work, queue: IssueQueue) -> Iterator[int]:
+    """Yield the actions of a queue: forwards up to the limit, then a backward (with W) before each forward."""
+    forwards, backwards = list(queue.sequences.forwards)[::-1], list(queue.sequences.backwards)[::-1]
+    ahead = 0
     while forwards or backwards:
-        goes_on = bool(forwards) and (forwards_ahead < queue.max_in_flight or not backwards)
-        action = (forwards if goes_on else backwards).pop()
+        forward = bool(forwards) and (ahead < queue.max_in_flight or not backwards)
+        action = (forwards if forward else backwards).pop()
         yield action
         stage = work.actions[action].stage
-        if not goes_on and stage in work.split:
+        if not forward and stage in work.split:
             yield work.number(Kind.WEIGHT_GRADIENT, stage, work.actions[action].microbatch)
-        forwards_ahead += stage in work.backward if goes_on else -1
+        ahead += stage in work.backward if forward else -1
 
 
 def _backpressure(
-    work: Work, virtual_stages: VirtualStages, unread_outputs: Mapping[Stage, int]
+    work: Work, stages: VirtualStages, unread_outputs: Mapping[Stage, int]
 ) -> Mapping[int, tuple[int, ...]]:
-    """Return, per forward of the stages with a queue, the forwards that must have read earlier outputs."""
+    """Return, for forwards of stages without backward, the forwards that must have read an earlier output before."""
     return {
         work.number(Kind.FORWARD, stage, k): tuple(work.read_by(stage, k - unread_outputs[stage]))
-        for stage in virtual_stages
+        for stage in stages
         if stage in unread_outputs
         for k in range(unread_outputs[stage], work.count(stage))
     }

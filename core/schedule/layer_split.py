@@ -1,18 +1,18 @@
-"""Settle: what the schedule `auto` decides of a job before there are stages.
+"""Layer split: how many layers each stage gets under the schedule `auto`.
 
-Stages should take equally long, forward and backward together. Frozen layers with nothing trainable before
-them have no backward, so they count a third of the others: four ranks for 24 frozen and 24 trained layers
-are best cut 24 | 8 | 8 | 8, which is 1.44 times as fast as 12 | 12 | 12 | 12 (Cornstarch, arXiv 2503.11367).
+Stages should take equally long, forward and backward together. Frozen layers with nothing trainable before them run
+no backward, so they cost a third of the others. 24 frozen and 24 trained layers on four ranks are best split
+24 | 8 | 8 | 8, which is 1.44 times as fast as 12 | 12 | 12 | 12 (Cornstarch, arXiv 2503.11367).
 
-A module whose layers the job splits, or whose stages it prices, is left alone. For the others, the even and the
-balanced split are tried on the clock of `schedule.tuning`, and the faster one is written into the spec: from
-then on it is a job like any other.
+A module keeps its split if the job gives one, or gives costs of its stages. For the other modules the even and the
+balanced split are timed on the clock of `tuning`, and the faster one goes into the spec of the topology.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
+from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import share
 from mimogrid.core.job.placement import balanced, stages_of
 from mimogrid.core.job.schedules import AUTO
@@ -24,23 +24,42 @@ from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 
 
-def balance_layers(spec: JobSpec, source: SourceFacts) -> JobSpec:
-    """Return a job with the layers of each stage decided; as it is, where nothing is to be decided or it is wrong."""
+def parse_job(spec: JobSpec, source: SourceFacts | None) -> Topology | tuple[Problem, ...]:
+    """Validate a job, once. Return its topology with balanced layers, or every problem that it has.
+
+    `source` is None if the source itself is wrong. Then there is no topology, and the problems are those of the rest
+    of the job, if any.
+    """
     open_ = [name for name, module in spec.modules.items() if _is_open(spec, name, module)]
-    if not open_:
-        return spec
     even = _with_splits(spec, {name: _even(spec.modules[name]) for name in open_})
-    if problems_of(even, source):
-        return even
-    topology = assemble(even, source)
-    fair = _with_splits(spec, {name: _fair(topology, name) for name in open_})
-    if fair == even:
-        return even
-    return min((fair, even), key=lambda each: best_named(assemble(each, source)).merit)
+    problems = problems_of(even, source)
+    if problems or source is None:
+        return problems
+    return balance_layers(assemble(even, source), open_)
+
+
+def balance_layers(topology: Topology, modules: Sequence[str]) -> Topology:
+    """Return a topology in which the stages of some modules take equally long, if that makes a step faster.
+
+    It needs no second validation: like an even split, a balanced one leaves no stage without layers.
+    """
+    fair = _with_splits(topology.spec, {name: _fair(topology, name) for name in modules})
+    if fair == topology.spec:
+        return topology
+    candidates = (assemble(fair, topology.source), topology)
+    return min(candidates, key=lambda each: best_named(each).merit)
+
+
+def topology_of(spec: JobSpec, source: SourceFacts) -> Topology:
+    """Return the topology of a job, with balanced layers. Raises PlanError with every problem that it has."""
+    parsed = parse_job(spec, source)
+    if isinstance(parsed, Topology):
+        return parsed
+    raise PlanError(parsed)
 
 
 def _is_open(spec: JobSpec, name: str, module: ModuleSpec) -> bool:
-    """Whether a module has several stages, enough layers for them, and nobody has said how to cut it."""
+    """Whether a module has several stages, enough layers for them, and neither a split nor costs of its stages."""
     costs = spec.schedule.costs
     priced = costs is not None and any(stage.startswith(f"{name}.") for stage in costs.stages)
     return (
@@ -58,13 +77,13 @@ def _with_splits(spec: JobSpec, splits: Mapping[str, tuple[int, ...]]) -> JobSpe
 
 
 def _even(module: ModuleSpec) -> tuple[int, ...]:
-    """Cut the layers into parts that differ by one at most."""
+    """Return layers per stage that differ by one at most."""
     assert not isinstance(module.options, Mapping)
     return tuple(len(share(i, stages_of(module), module.options.layers)) for i in range(stages_of(module)))
 
 
 def _fair(topology: Topology, name: str) -> tuple[int, ...]:
-    """Cut the layers into parts that take equally long."""
+    """Return layers per stage such that the slowest stage is as fast as possible."""
     module = topology.modules[name]
     seconds = [layer.forward + layer.whole_backward for layer in assumed_of_layers(module)]
     return balanced(seconds, len(module.stages))

@@ -1,16 +1,17 @@
-"""The list scheduler: one walk in time that makes every order.
+"""The list scheduler: it makes every order, by issuing the actions once on a clock.
 
-A pipeline rank's *line* says what it would do next, and it waits for that:
+Each pipeline rank has an issue queue (`IssueQueue`), which says what it runs next. It waits until that action is
+ready:
 
-    forwards until they are `max_in_flight` microbatches ahead of the backwards, then a backward before each forward;
-    where backwards are split, a weight gradient as soon as more than `weight_grad_backlog` of them are owed
+    forwards, until `max_in_flight` of them are ahead of the backwards; then a backward before each further forward;
+    with split backwards, a weight gradient as soon as more than `weight_grad_backlog` of them are pending
 
-Once there is no forward left, what is ready comes first: backwards, then weight gradients, which nobody waits
-for.
+When no forward is left, it runs what is ready: the next backward, else the next weight gradient, which nothing
+waits for.
 
-The walk starts what is wanted and ready as soon as the pipeline rank's ranks are free, in order of (microbatch, depth,
-name), and never runs two pipeline ranks that share a rank at once. So its result has been done once: whatever the ranks
-do in that order is free of deadlock.
+An action starts when its pipeline rank wants it, what it needs is there, and the ranks are free. If several can start,
+the one with the lowest (microbatch, depth, name) starts first. Two pipeline ranks that share a rank never run at
+the same time. So the result is an order that has been executed once, and ranks that follow it cannot deadlock.
 """
 
 import functools
@@ -28,13 +29,13 @@ from mimogrid.core.topology.topology import Stage
 
 @attrs.frozen
 class IssueQueue:
-    """A pipeline rank's turns: its actions by kind, each in order, and by what rule it chooses among them.
+    """The actions of a pipeline rank, and the limits by which it chooses the next one.
 
     Attributes:
-        sequences: its actions.
-        limit in flight: how many forwards may be ahead of backwards.
-        lag: how many weight gradients may be owed to gradients of inputs.
-        room: before each forward of a stage without backward, those that must have read earlier outputs.
+        sequences: Its actions by kind, each in order.
+        max_in_flight: How many forwards may be ahead of the backwards.
+        weight_grad_backlog: How many weight gradients may be pending after their gradients of inputs.
+        backpressure: For forwards of stages without backward, the forwards that must have read an earlier output.
     """
 
     sequences: Sequences
@@ -45,7 +46,7 @@ class IssueQueue:
 
 @attrs.frozen(eq=False)
 class TimedWork:
-    """Work with the time that each action takes, and that data takes from one stage to another."""
+    """Work with the seconds of each action, and the delay of data from one stage to another."""
 
     work: Work
     seconds: tuple[float, ...]
@@ -53,7 +54,7 @@ class TimedWork:
 
     @functools.cached_property
     def sources(self) -> tuple[tuple[tuple[int, float], ...], ...]:
-        """For every action, those that it needs, and how long their results are on the way."""
+        """For every action, the actions that it needs and the delays of their results."""
         actions = self.work.actions
         return tuple(
             tuple((need, self.delay.get((actions[need].stage, action.stage), 0.0)) for need in needs)
@@ -62,7 +63,7 @@ class TimedWork:
 
     @functools.cached_property
     def followers(self) -> tuple[tuple[tuple[int, float], ...], ...]:
-        """For every action, those that need it, and how long its result is on the way."""
+        """For every action, the actions that need it and the delays of its result."""
         found: list[list[tuple[int, float]]] = [[] for _ in self.sources]
         for action, sources in enumerate(self.sources):
             for need, delay in sources:
@@ -71,7 +72,7 @@ class TimedWork:
 
     @functools.cached_property
     def priority(self) -> tuple[int, ...]:
-        """Which of several actions that could start comes first: a place for every action."""
+        """The priority of every action among those that can start: the lowest number starts first."""
         actions, topology = self.work.actions, self.work.topology
         counts = {name: module.microbatches for name, module in topology.modules.items()}
         common = math.lcm(*counts.values())
@@ -93,21 +94,21 @@ class TimedWork:
 
     @functools.cached_property
     def pp_rank_of(self) -> tuple[int, ...]:
-        """The pipeline rank of every action."""
+        """The index of every action's pipeline rank in `Work.pp_ranks`."""
         pp_rank = {stage: i for i, stages in enumerate(self.work.pp_ranks) for stage in stages}
         return tuple(pp_rank[action.stage] for action in self.work.actions)
 
 
 def schedule(timed: TimedWork, queues: Sequence[IssueQueue]) -> tuple[int, ...]:
-    """Let every pipeline rank work off its line; return all actions in the order in which they start."""
-    return _Walk(timed, queues).run()
+    """Run the queue of every pipeline rank; return the numbers of all actions in the order in which they start."""
+    return _Scheduler(timed, queues).run()
 
 
 def retimed(timed: TimedWork, order: Sequence[int], queues: Sequence[IssueQueue]) -> float:
-    """Return when an order ends whose ranks keep to it, whatever time it was made for.
+    """Return the seconds of a step whose ranks follow an order, whatever times the order was made for.
 
-    As in a program, data sets out when it is made and its receive is posted: when the action before the one
-    that reads it is next.
+    As in a program, a message starts when its data is made and its receive is posted: when the action before the
+    one that reads it is next.
     """
     pp_ranks = timed.work.pp_ranks
     ends_s = [0.0] * len(order)
@@ -120,16 +121,16 @@ def retimed(timed: TimedWork, order: Sequence[int], queues: Sequence[IssueQueue]
         for reader in queues[pp_rank].backpressure.get(action, ()):
             begin_s = max(begin_s, ends_s[reader])
         ends_s[action] = begin_s + timed.seconds[action]
-        for rival in timed.work.conflicts[pp_rank]:
-            posted_s[rival] = busy_until_s[rival]
-            busy_until_s[rival] = max(busy_until_s[rival], ends_s[action])
+        for sharing in timed.work.conflicts[pp_rank]:
+            posted_s[sharing] = busy_until_s[sharing]
+            busy_until_s[sharing] = max(busy_until_s[sharing], ends_s[action])
     return max(busy_until_s)
 
 
 def lower_bound_s(timed: TimedWork, order: Sequence[int]) -> float:
-    """Return seconds that no order of the same actions beats; `order` says only what may follow what.
+    """Return seconds that no order of the same actions beats; `order` is one of these orders.
 
-    The sets (`bounds`) are all actions of each pipeline rank, its forwards alone, and its other actions alone.
+    The sets of actions (`bounds`) are those of each pipeline rank, its forwards alone, and its other actions alone.
     """
     heads = longest_before_s(order, timed.sources, timed.seconds)
     tails = longest_before_s(reversed(order), timed.followers, timed.seconds)
@@ -145,65 +146,74 @@ def lower_bound_s(timed: TimedWork, order: Sequence[int]) -> float:
 
 
 class _Progress:
-    """How far a pipeline rank is: its next actions, forwards ahead of backwards, and pending weight gradients."""
+    """How far a pipeline rank is in its queue: its next actions, forwards ahead, pending weight gradients."""
 
     def __init__(self, queue: IssueQueue, work: Work) -> None:
         self.queue = queue
-        self.forwards_ahead = self.weight_grads_owed = 0
-        mine = queue.sequences
-        self._returns = frozenset(i for i in mine.forwards if work.holds[i])
-        self._owes = frozenset(i for i in mine.backwards if not work.holds[i])
+        self.forwards_ahead = self.weight_grads_pending = 0
+        sequences = queue.sequences
+        self._with_backward = frozenset(i for i in sequences.forwards if work.holds[i])
+        self._with_weight_grad = frozenset(i for i in sequences.backwards if not work.holds[i])
         self._forwards, self._backwards, self._weights = (
-            iter(each) for each in (mine.forwards, mine.backwards, mine.weights)
+            iter(each) for each in (sequences.forwards, sequences.backwards, sequences.weights)
         )
         self.forward = next(self._forwards, None)
         self.backward = next(self._backwards, None)
         self.weight = next(self._weights, None)
 
     def wanted(self) -> tuple[int | None, ...]:
-        """Return what the pipeline rank would do next; several if it would take the first that is ready."""
-        if self.weight_grads_owed > self.queue.weight_grad_backlog:
+        """Return the next action; several if the pipeline rank runs the first of them that is ready."""
+        if self.weight_grads_pending > self.queue.weight_grad_backlog:
             return (self.weight,)
         if self.forward is None:
             return (self.backward, self.weight)
-        goes_on = self.forwards_ahead < self.queue.max_in_flight or self.backward is None
-        return (self.forward if goes_on else self.backward,)
+        runs_ahead = self.forwards_ahead < self.queue.max_in_flight or self.backward is None
+        return (self.forward if runs_ahead else self.backward,)
 
     def start(self, action: int) -> None:
-        """Note that one of the actions that are wanted has started."""
+        """Note that one of the wanted actions has started."""
         if action == self.forward:
             self.forward = next(self._forwards, None)
-            self.forwards_ahead += action in self._returns
+            self.forwards_ahead += action in self._with_backward
         elif action == self.backward:
             self.backward = next(self._backwards, None)
             self.forwards_ahead -= 1
-            self.weight_grads_owed += action in self._owes
+            self.weight_grads_pending += action in self._with_weight_grad
         else:
             self.weight = next(self._weights, None)
-            self.weight_grads_owed -= 1
+            self.weight_grads_pending -= 1
 
 
-class _Walk:
-    """The walk's state: open needs of each action, when it is ready, and until when each pipeline rank is busy."""
+class _Scheduler:
+    """The state of a schedule in the making.
+
+    Attributes:
+        progress: How far each pipeline rank is.
+        missing: For each action, how many of the actions that it waits for have not started.
+        ready_s: For each action, when the last of these delivers, as far as they have started.
+        busy_until_s: When each pipeline rank is free.
+        events: A heap of (seconds, pipeline rank): when a pipeline rank may be able to start something.
+        order: The actions that have started.
+    """
 
     def __init__(self, timed: TimedWork, queues: Sequence[IssueQueue]) -> None:
         self.timed = timed
         work = timed.work
-        self.turns = [_Progress(queue, work) for queue in queues]
+        self.progress = [_Progress(queue, work) for queue in queues]
         self.missing = [len(needs) for needs in work.needs]
         self.ready_s = [0.0] * len(work.actions)
         self.busy_until_s = [0.0] * len(work.pp_ranks)
         self.events: list[tuple[float, int]] = [(0.0, pp_rank) for pp_rank in range(len(work.pp_ranks))]
         self.order: list[int] = []
-        self.makes_room: dict[int, list[int]] = {}
+        self.held_back_by: dict[int, list[int]] = {}
         for queue in queues:
             for action, readers in queue.backpressure.items():
                 self.missing[action] += len(readers)
                 for reader in readers:
-                    self.makes_room.setdefault(reader, []).append(action)
+                    self.held_back_by.setdefault(reader, []).append(action)
 
     def run(self) -> tuple[int, ...]:
-        """Go from event to event until nothing is left to happen."""
+        """Go from event to event until all actions have started."""
         while self.events:
             now, pp_rank = heapq.heappop(self.events)
             pp_ranks = {pp_rank}
@@ -214,7 +224,7 @@ class _Walk:
         return tuple(self.order)
 
     def _start_all(self, pp_ranks: set[int], now: float) -> None:
-        """Start what these pipeline ranks want and can start, the most urgent first."""
+        """Start what these pipeline ranks want and can start, by priority."""
         startable: list[tuple[int, int, int]] = []
         for pp_rank in pp_ranks:
             if self.busy_until_s[pp_rank] <= now:
@@ -226,8 +236,8 @@ class _Walk:
                 self._start(action, pp_rank, now)
 
     def _ready(self, pp_rank: int, now: float) -> int | None:
-        """Return the first of what a pipeline rank wants that is ready."""
-        for action in self.turns[pp_rank].wanted():
+        """Return the first of the actions that a pipeline rank wants that is ready."""
+        for action in self.progress[pp_rank].wanted():
             if action is not None and not self.missing[action] and self.ready_s[action] <= now:
                 return action
         return None
@@ -235,18 +245,18 @@ class _Walk:
     def _start(self, action: int, pp_rank: int, now: float) -> None:
         timed = self.timed
         end_s = now + timed.seconds[action]
-        self.turns[pp_rank].start(action)
+        self.progress[pp_rank].start(action)
         self.order.append(action)
-        for rival in timed.work.conflicts[pp_rank]:
-            self.busy_until_s[rival] = max(self.busy_until_s[rival], end_s)
-            heapq.heappush(self.events, (end_s, rival))
+        for sharing in timed.work.conflicts[pp_rank]:
+            self.busy_until_s[sharing] = max(self.busy_until_s[sharing], end_s)
+            heapq.heappush(self.events, (end_s, sharing))
         for follower, delay in timed.followers[action]:
-            self._give(follower, end_s + delay)
-        for waiting in self.makes_room.get(action, ()):
-            self._give(waiting, end_s)
+            self._deliver(follower, end_s + delay)
+        for held_back in self.held_back_by.get(action, ()):
+            self._deliver(held_back, end_s)
 
-    def _give(self, action: int, at_s: float) -> None:
-        """One of the things that an action needs will be there at a time."""
+    def _deliver(self, action: int, at_s: float) -> None:
+        """Note when one of the results that an action waits for is there."""
         self.ready_s[action] = max(self.ready_s[action], at_s)
         self.missing[action] -= 1
         if not self.missing[action]:

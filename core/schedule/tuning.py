@@ -1,18 +1,17 @@
-"""Tuning: the order `auto`, found by trying orders on a clock.
+"""Tuning: the schedule `auto`, which tries orders on a clock and takes the best.
 
-What is tried are rules (`queues`): first those that have names, then, from the best of them on, further
-microbatches in flight for one stage after the other, the stages with most to do first. Nearly balanced modules
-gain by this what a fixed warm-up depth loses: an encoder stage that takes 1.5 times as long as the stages of
-the language model needs four microbatches more than its depth to keep them fed. The same addition for all
-stages gives nothing.
+It tries issue policies: first those of the named schedules, then, from the best of these on, more microbatches in
+flight for one pipeline rank after the other, those with most work first. That helps if stages are nearly balanced: an
+encoder stage that takes 1.5 times as long as the stages of the language model needs four microbatches more than its
+depth to keep them busy. The same addition for all stages gives nothing.
 
-The clock is one walk of an order over the stages: all dp ranks of a stage at once, data on its way as long as its
-link's costs say for the largest samples, no limit on cores. A named order is tried as it would be run, so on
-that clock `auto` is no slower than any of them. How much is tried depends on the number of actions alone:
-every rank finds the same.
+The clock runs an order once over the stages. All dp ranks of a stage compute at once, a message takes what its link
+costs for the largest samples, and there is no limit on cores. A named order is tried as it would run, so on that
+clock `auto` is never slower than a named schedule. The number of orders tried depends on the number of actions
+only, so every rank finds the same order.
 
-Where there is a cap on memory, orders that exceed it on any rank do not count, and each named one is tried
-also with the largest limit on microbatches in flight that keeps it below.
+If there is a cap on memory, orders that exceed it on a rank do not count, and each named order is also tried with the
+largest limit on microbatches in flight that fits.
 """
 
 import collections
@@ -34,11 +33,11 @@ from mimogrid.core.topology.topology import Stage, Topology
 
 ACTIONS_TRIED = 200_000
 FEWEST_TRIALS, MOST_TRIALS = 12, 200
-"""Orders are tried until they have had so many actions together, a few seconds' worth."""
+"""Orders are tried until they have `ACTIONS_TRIED` actions together, a few seconds' worth."""
 
 GB = 10**9
-STEPS = (1, 2, 4)
-"""By how many microbatches a stage's limit in flight is raised at once."""
+INCREMENTS = (1, 2, 4)
+"""Numbers of microbatches by which the limit of a pipeline rank is raised at once."""
 
 
 @attrs.frozen(eq=False)
@@ -46,12 +45,12 @@ class Trial:
     """An order that was tried.
 
     Attributes:
-        rule: what made it.
-        timed: its work.
-        lines: the lines of its pipeline ranks.
-        order: the numbers of its actions.
-        end_s: when it ends.
-        bytes_over: by how much it exceeds the cap on memory, on the rank where it is worst; 0 without a cap.
+        policy: The policy that made it.
+        timed: Its work, with the costs' seconds.
+        queues: The issue queues of the policy.
+        order: The numbers of its actions.
+        end_s: The seconds that the step takes.
+        bytes_over: How far it exceeds the cap on memory on the worst rank; 0 without a cap.
     """
 
     policy: IssuePolicy
@@ -63,39 +62,39 @@ class Trial:
 
     @functools.cached_property
     def in_flight(self) -> int:
-        """Microbatches in flight at most, summed over stages: the fewer, the better of two that are as fast."""
+        """The most microbatches in flight, summed over stages: of two equally fast trials fewer are better."""
         return sum(self.timed.work.in_flight(self.order).values())
 
     @property
     def merit(self) -> tuple[float, float]:
-        """The less, the better: what fits comes before what does not, then the faster."""
+        """Lower is better: trials that fit come first, then the faster ones."""
         return max(0.0, self.bytes_over), self.end_s
 
 
 def tuned(topology: Topology) -> Trial:
-    """Return the best order for training that was found; it may exceed the cap if all do."""
-    bench = _Bench(topology)
-    trials = bench.all_named()
-    trials += [fit for trial in trials for fit in bench.limited(trial)]
+    """Return the best order for training that was found. It exceeds the cap if all orders do."""
+    tuner = _Tuner(topology)
+    trials = tuner.all_named()
+    trials += [fitting for trial in trials for fitting in tuner.limited(trial)]
     trials.sort(key=lambda trial: trial.merit)
     starts = [trial for trial in trials if not trial.policy.all_forwards_first][:2]
-    climbed = [bench.climb(start, share) for start, share in zip(starts, (0.6, 1.0), strict=False)]
+    climbed = [tuner.climb(start, share) for start, share in zip(starts, (0.6, 1.0), strict=False)]
     tried = (*trials, *climbed)
-    least = min(trial.merit for trial in tried)
-    return min((trial for trial in tried if trial.merit == least), key=lambda trial: trial.in_flight)
+    best = min(trial.merit for trial in tried)
+    return min((trial for trial in tried if trial.merit == best), key=lambda trial: trial.in_flight)
 
 
 def best_named(topology: Topology) -> Trial:
-    """Return the best of the orders that have names."""
-    return min(_Bench(topology).all_named(), key=lambda trial: trial.merit)
+    """Return the best of the named orders."""
+    return min(_Tuner(topology).all_named(), key=lambda trial: trial.merit)
 
 
 def bytes_needed(
     topology: Topology, in_flight: Mapping[Stage, int], split: Collection[Stage]
 ) -> dict[int, float]:
-    """Return the bytes that the first rank of every set of stages that share ranks needs at most.
+    """Return the bytes that a rank needs at most, for the first rank of every set of stages that share ranks.
 
-    The stages in `split` run their backward in two halves, and keep what the second one needs.
+    The stages in `split` run their backward in two halves, and keep what the second half needs.
     """
     return {
         ranks[0]: kept(topology, ranks[0]).bytes
@@ -107,8 +106,8 @@ def bytes_needed(
     }
 
 
-class _Bench:
-    """Tries orders of one job, as many as it may."""
+class _Tuner:
+    """Tries orders of one job; `left` is how many it may still try."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
@@ -118,19 +117,19 @@ class _Bench:
         self.left = min(max(ACTIONS_TRIED // size, FEWEST_TRIALS), MOST_TRIALS)
 
     def all_named(self) -> list[Trial]:
-        """Try every order that has a name."""
+        """Try the policy of every named schedule, each policy once."""
         policies = list(ISSUE_POLICIES.values())
         return [self.named(policy) for i, policy in enumerate(policies) if policy not in policies[:i]]
 
     def named(self, policy: IssuePolicy) -> Trial:
-        """Try a rule as `orders` would run it: in unit time, then with these costs."""
+        """Try the order that a named schedule runs: it is made in unit time, then timed with the costs."""
         timed = self._timed(policy.splits)
         queues = issue_queues_of(timed.work, policy)
         unit = attrs.evolve(timed, seconds=unit_seconds(timed.work), delay={})
-        return self._trial(policy, queues, schedule(unit, queues.pp_ranks))
+        return self._trial(policy, queues, schedule(unit, queues.by_pp_rank))
 
     def limited(self, trial: Trial) -> Iterator[Trial]:
-        """Yield the trial of the same rule with the largest limit that fits, if that is below what it has."""
+        """Yield the trial of a policy that exceeds the cap, with the largest limit in flight that fits, if any does."""
         low, high = 0, max(trial.timed.work.in_flight(trial.order).values(), default=0)
         if trial.bytes_over <= 0 or trial.policy.all_forwards_first:
             return
@@ -144,48 +143,43 @@ class _Bench:
             yield found
 
     def climb(self, start: Trial, share: float) -> Trial:
-        """Raise the limit in flight of one stage after the other as long as that helps; use a share of what is left."""
-        until, bound = self.left * (1 - share), lower_bound_s(start.timed, start.order)
-        if start.end_s <= bound:
+        """Raise the limits of one pipeline rank after the other while that helps, with a share of the trials left."""
+        until, bound_s = self.left * (1 - share), lower_bound_s(start.timed, start.order)
+        if start.end_s <= bound_s:
             return start
         best = min(start, self._try(start.policy), key=lambda trial: trial.merit)
         stages = self._heaviest_first(best.timed)
         in_vain = 0
         for stage in itertools.cycle(stages):
-            if in_vain == len(stages) or self.left <= until or best.end_s <= bound:
+            if in_vain == len(stages) or self.left <= until or best.end_s <= bound_s:
                 break
             better = self._raised(best, stage)
             best, in_vain = (better, 0) if better else (best, in_vain + 1)
         return best
 
     def _raised(self, best: Trial, stage: Stage) -> Trial | None:
-        """Return a better trial with a higher limit in flight of a stage, if there is one."""
-        for step in STEPS:
-            extra_in_flight = {
-                **best.policy.extra_in_flight,
-                stage: best.policy.extra_in_flight.get(stage, 0) + step,
-            }
-            trial = self._try(attrs.evolve(best.policy, extra_in_flight=extra_in_flight))
+        """Return a better trial with more in flight on the pipeline rank of a stage, if there is one."""
+        for more in INCREMENTS:
+            extra = {**best.policy.extra_in_flight, stage: best.policy.extra_in_flight.get(stage, 0) + more}
+            trial = self._try(attrs.evolve(best.policy, extra_in_flight=extra))
             if trial.merit < best.merit:
                 return trial
         return None
 
     def _try(self, policy: IssuePolicy) -> Trial:
-        """Try a rule with these costs on the scheduler's own clock."""
+        """Try a policy, with the scheduler's clock running at the costs' seconds."""
         self.left -= 1
         timed = self._timed(policy.splits)
         queues = issue_queues_of(timed.work, policy)
-        return self._trial(policy, queues, schedule(timed, queues.pp_ranks))
+        return self._trial(policy, queues, schedule(timed, queues.by_pp_rank))
 
     def _trial(self, policy: IssuePolicy, queues: IssueQueues, order: tuple[int, ...]) -> Trial:
         timed, cap = self._timed(policy.splits), self.topology.spec.schedule.memory_gb
         over = 0.0
         if cap is not None:
-            over = (
-                max(bytes_needed(self.topology, timed.work.in_flight(order), timed.work.split).values())
-                - cap * GB
-            )
-        return Trial(policy, timed, queues, order, retimed(timed, order, queues.pp_ranks), over)
+            needed = bytes_needed(self.topology, timed.work.in_flight(order), timed.work.split)
+            over = max(needed.values()) - cap * GB
+        return Trial(policy, timed, queues, order, retimed(timed, order, queues.by_pp_rank), over)
 
     def _timed(self, splits: bool) -> TimedWork:
         if splits not in self._works:
@@ -194,19 +188,25 @@ class _Bench:
         return self._works[splits]
 
     def _heaviest_first(self, timed: TimedWork) -> list[Stage]:
-        """The first stages of the pipeline ranks that have their own limit in flight: most work first, then deepest."""
+        """Return the first stages of the pipeline ranks whose limit can be raised: most work first, then deepest.
+
+        With virtual stages only the last pipeline rank of a module has a limit of its own.
+        """
         seconds: collections.defaultdict[Stage, float] = collections.defaultdict(float)
         for action, took in zip(timed.work.actions, timed.seconds, strict=True):
             seconds[action.stage] += took
         depth = {stage: info.depth for stage, info in self.topology.stages.items()}
-        pipeline = {name: module.grid.extent("pp") for name, module in self.topology.modules.items()}
-        pp_ranks = [t for t in timed.work.pp_ranks if len(t) == 1 or t[0].pp == pipeline[t[0].module] - 1]
-        heads = [virtual_stages[0] for virtual_stages in pp_ranks]
+        last = {name: module.grid.extent("pp") - 1 for name, module in self.topology.modules.items()}
+        heads = [
+            stages[0]
+            for stages in timed.work.pp_ranks
+            if len(stages) == 1 or stages[0].pp == last[stages[0].module]
+        ]
         return sorted(heads, key=lambda stage: (-seconds[stage], -depth[stage], stage))
 
 
 def timed_by(work: Work, costs: Costs) -> TimedWork:
-    """Return work with the time that costs give it; on an edge that does not overlap, who sends is held up."""
+    """Return work with the seconds of its costs. A send that does not overlap makes the action before it longer."""
     topology = work.topology
     seconds = [seconds_of(action, costs) for action in work.actions]
     delay: dict[tuple[Stage, Stage], float] = {}

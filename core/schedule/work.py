@@ -1,15 +1,17 @@
-"""Work: the compute actions of a step, numbered, with what each needs.
+"""Work: the compute actions of a step, numbered, with the actions that each of them needs.
 
-Numbers, because a list scheduler touches each action a few times and there are many: those of a stage lie
-together, kind by kind, microbatch by microbatch.
+The scheduler uses numbers, because it touches each of many actions several times. The actions of a stage have
+consecutive numbers, kind by kind, microbatch by microbatch.
 
     forward        needs the forwards of the stages that feed it
     backward       needs its forward, and the backwards of the stages that it feeds
-    I and W        the two halves of a backward that is split: I, the gradient of the inputs, needs what the
-                   backward needs, and is what the stages upstream need; W, that of the weights, needs its I
+    I and W        are the halves of a split backward: I, the gradients of the inputs, needs what a backward needs,
+                   and the stages upstream need it; W, the gradients of the weights, needs I
 
-A stage is split only where it has weights of linear layers to put off: the gradients of a built-in model that
-trains. A module of the user's own, and a frozen stage that only hands gradients on, go back in one piece.
+A *pipeline rank* is one pp position of a module, with all ranks there and the virtual stages that they run.
+
+A stage is split only if it trains linear layers of a built-in model: their weight gradients can be put off. A user's
+own module, and a frozen stage that only passes gradients on, have one backward.
 """
 
 import collections
@@ -26,12 +28,12 @@ from mimogrid.core.topology.topology import Link, Stage, Topology
 
 
 VirtualStages = tuple[Stage, ...]
-"""The stages of one module on the same ranks, in order of depth: one, or one per chunk."""
+"""The stages of one module on the same ranks, first to last: one, or one for each chunk."""
 
 
 @attrs.frozen(eq=False)
 class Sequences:
-    """The actions of a pipeline rank by kind: forwards, backwards (whole or of inputs), weight gradients."""
+    """The numbers of a pipeline rank's forwards, backwards (complete ones or I) and weight gradients, each in order."""
 
     forwards: tuple[int, ...]
     backwards: tuple[int, ...]
@@ -43,10 +45,10 @@ class Work:
     """The compute actions of a step.
 
     Attributes:
-        topology: whose step it is.
-        backward: the stages that run a backward, those with something to train here or upstream.
-        gradients: the links on which gradients flow back.
-        split: those of `backward` that run it in two halves.
+        topology: The job's.
+        backward: The stages that run a backward: something in them or upstream trains.
+        gradients: The links on which gradients flow back.
+        split: The stages of `backward` that run it in two halves.
     """
 
     topology: Topology
@@ -56,7 +58,7 @@ class Work:
 
     @functools.cached_property
     def actions(self) -> tuple[Compute, ...]:
-        """Every action; its index is its number."""
+        """Every action, by its number."""
         return tuple(
             Compute(kind, stage, k)
             for stage in self.topology.stages
@@ -66,17 +68,17 @@ class Work:
 
     @functools.cached_property
     def first(self) -> Mapping[tuple[Stage, Kind], int]:
-        """The number of a stage's first action of a kind; that of microbatch k is k further."""
+        """The number of a stage's action of a kind for microbatch 0; microbatch k has k more."""
         return {(a.stage, a.kind): i for i, a in enumerate(self.actions) if a.microbatch == 0}
 
     @functools.cached_property
     def needs(self) -> tuple[tuple[int, ...], ...]:
-        """For every action, those whose results it needs."""
+        """For every action, the actions whose results it needs."""
         return tuple(tuple(self._needs(action)) for action in self.actions)
 
     @functools.cached_property
     def pp_ranks(self) -> tuple[VirtualStages, ...]:
-        """The stages by module and ranks, modules in file order."""
+        """The pipeline ranks by their virtual stages, modules in file order."""
         found: dict[tuple[str, int], list[Stage]] = {}
         for stage in self.topology.stages:
             found.setdefault((stage.module, stage.pp), []).append(stage)
@@ -84,33 +86,33 @@ class Work:
 
     @functools.cached_property
     def sequences(self) -> tuple[Sequences, ...]:
-        """The sequences of every pipeline rank; chunks that train nothing have no backward."""
+        """The actions of each of `pp_ranks`."""
         return tuple(map(self._sequences, self.pp_ranks))
 
     @functools.cached_property
     def conflicts(self) -> tuple[tuple[int, ...], ...]:
-        """Which pipeline ranks cannot work beside each pipeline rank, itself included, because they share a rank."""
+        """For each of `pp_ranks`, those that share a rank with it, itself included. They run one at a time."""
         modules = self.topology.modules
         ranks = [
             frozenset(
                 rank
-                for dp_rank in range(modules[virtual_stages[0].module].dp_size)
-                for rank in modules[virtual_stages[0].module].tp_cp_ranks(virtual_stages[0], dp_rank)
+                for dp_rank in range(modules[stages[0].module].dp_size)
+                for rank in modules[stages[0].module].tp_cp_ranks(stages[0], dp_rank)
             )
-            for virtual_stages in self.pp_ranks
+            for stages in self.pp_ranks
         ]
         return tuple(
             tuple(i for i, there in enumerate(ranks) if not here.isdisjoint(there)) for here in ranks
         )
 
     def kinds_of(self, stage: Stage) -> tuple[Kind, ...]:
-        """Return what a stage does with each microbatch, in order."""
+        """Return the kinds of actions that a stage runs for each microbatch, in order."""
         if stage in self.split:
             return (Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
         return (Kind.FORWARD, Kind.BACKWARD) if stage in self.backward else (Kind.FORWARD,)
 
     def count(self, stage: Stage) -> int:
-        """Return how many microbatches a stage has in a step."""
+        """Return the number of microbatches of a stage in a step."""
         return self.topology.modules[stage.module].microbatches
 
     def number(self, kind: Kind, stage: Stage, microbatch: int) -> int:
@@ -118,12 +120,12 @@ class Work:
         return self.first[stage, kind] + microbatch
 
     def goes_back(self, stage: Stage) -> Kind:
-        """Return the kind of action that hands gradients on."""
+        """Return the kind of action that gives a stage's gradients of inputs."""
         return Kind.INPUT_GRADIENT if stage in self.split else Kind.BACKWARD
 
     @functools.cached_property
     def holds(self) -> tuple[int, ...]:
-        """By how much each action changes the microbatches that its stage has in flight, forward to backward."""
+        """For each action, its change of the number of microbatches that the stage has in flight: 1, 0 or -1."""
         changes: dict[tuple[Stage, Kind], int] = {}
         for stage in self.backward:
             kinds = self.kinds_of(stage)
@@ -131,7 +133,7 @@ class Work:
         return tuple(changes.get((action.stage, action.kind), 0) for action in self.actions)
 
     def in_flight(self, order: Iterable[int]) -> dict[Stage, int]:
-        """Return how many microbatches the stages with a backward have in flight at most, in some order."""
+        """Return the most microbatches that each stage with a backward has in flight in some order of actions."""
         held: collections.Counter[Stage] = collections.Counter()
         most: dict[Stage, int] = {}
         for action in order:
@@ -142,24 +144,24 @@ class Work:
         return most
 
     def read_by(self, stage: Stage, microbatch: int) -> Iterator[int]:
-        """Yield the forwards that read what a stage's forward has made."""
+        """Yield the forwards that read the output of a stage's forward."""
         for link in self.topology.links_from(stage):
             for k in self._overlapping(stage, microbatch, link.target):
                 yield self.number(Kind.FORWARD, link.target, k)
 
-    def _sequences(self, virtual_stages: VirtualStages) -> Sequences:
-        trained = [stage for stage in reversed(virtual_stages) if stage in self.backward]
+    def _sequences(self, stages: VirtualStages) -> Sequences:
+        trained = [stage for stage in reversed(stages) if stage in self.backward]
         split = [stage for stage in trained if stage in self.split]
         return Sequences(
-            forwards=tuple(self._in_groups([(stage, Kind.FORWARD) for stage in virtual_stages])),
+            forwards=tuple(self._in_groups([(stage, Kind.FORWARD) for stage in stages])),
             backwards=tuple(self._in_groups([(stage, self.goes_back(stage)) for stage in trained])),
             weights=tuple(self._in_groups([(stage, Kind.WEIGHT_GRADIENT) for stage in split])),
         )
 
     def _in_groups(self, chunks: list[tuple[Stage, Kind]]) -> Iterator[int]:
-        """Yield one action per chunk and microbatch: a group of microbatches through all chunks, then the next.
+        """Yield one action per chunk and microbatch: a group of microbatches through all chunks, then the next group.
 
-        A group has as many microbatches as the pipeline has ranks where they have several chunks.
+        With several chunks a group has as many microbatches as the pipeline has ranks, else all of them.
         """
         if not chunks:
             return
@@ -192,7 +194,7 @@ class Work:
 
 
 def work_of(topology: Topology, *, training: bool, splits: bool) -> Work:
-    """Return the work of a step; where it `splits`, backwards are split as far as stages and costs allow."""
+    """Return the work of a step; with `splits`, backwards are split where stages and costs allow it."""
     stages = topology.stages
     backward = frozenset(s for s, info in stages.items() if training and info.backward)
     gradients = frozenset(
@@ -203,21 +205,21 @@ def work_of(topology: Topology, *, training: bool, splits: bool) -> Work:
 
 
 def may_split(topology: Topology, stage: Stage) -> bool:
-    """Whether a stage has weight gradients to put off; where the job's costs know only whole backwards it has none."""
+    """Whether a backward may be split: the stage trains linear layers, and the job's costs know its two halves."""
     costs = topology.spec.schedule.costs
-    whole = costs is not None and str(stage) in costs.stages and not costs.of(stage).splits
+    unknown = costs is not None and str(stage) in costs.stages and not costs.of(stage).splits
     own = isinstance(topology.modules[stage.module].model, Own)
-    return bool(topology.stages[stage].trainable) and not own and not whole
+    return bool(topology.stages[stage].trainable) and not own and not unknown
 
 
 def unit_seconds(work: Work) -> tuple[float, ...]:
-    """Return unit times: a forward takes one unit per sample, and so does each half of a backward."""
+    """Return unit times for each action: one per sample for a forward and for each half of a backward."""
     size = work.topology.samples_per_microbatch
     return tuple(size[a.stage.module] * (2.0 if a.kind is Kind.BACKWARD else 1.0) for a in work.actions)
 
 
 def seconds_of(action: Compute, costs: Costs) -> float:
-    """Return how long a compute action takes. Where the halves of a backward are not known, the first is all of it."""
+    """Return the seconds of a compute action. If costs do not know the halves of a backward, I takes all of it."""
     of_stage = costs.of(action.stage)
     match action.kind:
         case Kind.FORWARD:

@@ -23,7 +23,7 @@ from mimogrid.core.schedule.actions import (
     Update,
     Wait,
     WaitReduce,
-    other_end,
+    matching_op,
 )
 from mimogrid.core.simulate.rank_classes import each_alone
 from mimogrid.core.simulate.timeline import Event, Interval, RankTimeline, Timeline, by_rank, span
@@ -82,7 +82,7 @@ class _Transfers:
                 yield transfer, tuple(self._interval(rank, transfer, peer) for peer in peers)
 
     def _interval(self, rank: int, transfer: Transfer, peer: int) -> Interval:
-        ends = (rank, transfer), (peer, other_end(transfer))
+        ends = (rank, transfer), (peer, matching_op(transfer))
         begin_s = max(self.posted[each] for each in ends)
         return begin_s, max(begin_s, self.waited[ends[isinstance(transfer, Send)]])
 

@@ -169,7 +169,7 @@ def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]
     for link in topology.links:
         sized = math.isfinite(costs.on(link, link.edge).bytes_per_s)
         for k in routes.firsts(link):
-            before = routes.made_from(link, k)
+            before = routes.repeats(link).source_start(k)
             for dp_rank in range(topology.modules[link.target.module].dp_size):
                 for messages in routes.reaching(link, k, dp_rank).values():
                     for message in messages:
@@ -208,7 +208,7 @@ def _sizes(program: Program, rank: int) -> Iterator[Hashable]:
         module = topology.modules[info.stage.module]
         dp_rank = module.dp_rank_of(rank)
         for k in sorted(set(step.alike(module.microbatches))):
-            yield step.positions(module.name, dp_rank, k)
+            yield step.shape(module.name, dp_rank, k)
         for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
             side = routes.reaching if link.target == info.stage else routes.leaving
             for k in routes.firsts(link):

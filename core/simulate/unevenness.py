@@ -59,7 +59,7 @@ class DurationFactors:
         return math.exp(self.jitter * normal - self.jitter**2 / 2)
 
     def _computed(self, module: str, dp_rank: int, microbatch: int) -> int:
-        positions, samples = self.step.positions(module, dp_rank, microbatch)
+        positions, samples = self.step.shape(module, dp_rank, microbatch)
         return positions * samples
 
     @functools.cached_property

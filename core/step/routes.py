@@ -1,18 +1,16 @@
-"""Routes: who sends which rows to whom at the links of a step.
+"""Routes: who sends which rows to whom on the links of a step.
 
-Along an edge both sides cut the rows of a microbatch into *parts*, one per rank: every dp rank has an
-interval of the rows (`steps`), and the ranks along tp and cp that hold the dp rank divide its interval evenly.
-A message is the overlap of a source part and a target part. So each row crosses once, every rank of both
-boundary stages carries an equal share of the traffic, any ratio of dp ranks works, and the target's ranks
-put the whole together with an all-gather among themselves.
+At a bridge both ends cut the rows of a microbatch into ranges, one per rank. Every dp rank has an interval of
+the rows (`step`), and its tp and cp ranks divide that interval evenly. A message is the overlap of a range of
+the source and a range of the target. So each row crosses once, all ranks of both stages carry equal shares of
+the traffic, and any ratio of dp sizes works. The target's tp and cp ranks then all-gather the rows.
 
     source dp ranks (dp=3)   |-- 0 --|-- 1 --|-- 2 --|      rows of the microbatch
     target dp ranks (dp=2)   |---- 0 ----|---- 1 ----|
     messages              0>0     1>0  1>1    2>1
 
-Inside a module a stage hands the hidden states of a dp rank to the rank with the same position in the next
-stage: one message, all of it. The backward sends the same messages from target to source: a route is one
-value, and its transpose is read off it.
+On a pipeline link a rank sends the hidden states of its dp rank to the rank at the same position of the next
+stage, in one message. The backward sends the same messages from target to source, so a route is stored once.
 """
 
 import math
@@ -26,8 +24,8 @@ from mimogrid.core.topology.topology import Link, Module
 
 
 @attrs.frozen
-class Piece:
-    """Rows ``start .. stop`` of the step that one microbatch of the source emits."""
+class RowSlice:
+    """Rows ``start .. stop`` of the step, emitted by one microbatch of the source."""
 
     microbatch: int
     start: int
@@ -38,7 +36,8 @@ class Piece:
 class Message:
     """What one rank sends another on a link for one microbatch of the target.
 
-    A bridge sends `pieces`, in order; a pipeline link sends the hidden states of a `dp_rank` whole and has no pieces.
+    At a bridge a message has `pieces`, in order of rows. On a pipeline link it has none: it carries all hidden
+    states of `dp_rank`.
     """
 
     link: Link
@@ -46,7 +45,7 @@ class Message:
     rank_source: int
     rank_target: int
     dp_rank: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowSlice, ...]
 
     @property
     def made_by(self) -> tuple[int, ...]:
@@ -65,13 +64,13 @@ class Message:
 
     @property
     def rows(self) -> int:
-        """How many rows a bridge's message carries."""
+        """Number of rows in a message of a bridge."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
 
 @attrs.frozen
-class Part:
-    """The interval of a step's rows that one rank holds at a bridge, for one microbatch of its module."""
+class RowRange:
+    """Rows ``start .. stop`` of the step, held by one rank at a bridge for one microbatch of its module."""
 
     start: int
     stop: int
@@ -81,22 +80,64 @@ class Part:
 
 
 ByRank = Mapping[int, tuple[Message, ...]]
-_Place = tuple[Link, int, int]
+_Key = tuple[Link, int, int]
+"""A link, a microbatch of its target, and a dp rank at one of its ends."""
+
+
+@attrs.frozen(eq=False)
+class Repeats:
+    """Which microbatches of a link repeat an earlier one.
+
+    The microbatches of both ends cut the step into `parts`, each of which holds complete microbatches of both. Two
+    parts whose samples have the same rows have the same messages, at other microbatches and other rows of the step.
+
+    Attributes:
+        first: For each microbatch of the target, the first one with the same messages but for their numbers.
+        rows_start: For each part, the first row of the source module; zeros on a pipeline link.
+        sources: Microbatches of the link's source in a part.
+        targets: Microbatches of the link's target in a part.
+    """
+
+    first: tuple[int, ...]
+    rows_start: tuple[int, ...]
+    sources: int
+    targets: int
+
+    @classmethod
+    def of(cls, step: Step, link: Link) -> "Repeats":
+        """Compare the parts of a step."""
+        modules = step.topology.modules
+        source, target = modules[link.source.module].microbatches, modules[link.target.module].microbatches
+        parts = math.gcd(source, target)
+        targets, size = target // parts, len(step.samples) // parts
+        first = tuple(part * targets + place for part in step.alike(parts) for place in range(targets))
+        starts = [step.rows_start[link.edge.source][i * size] if link.edge else 0 for i in range(parts)]
+        return cls(first, tuple(starts), source // parts, targets)
+
+    def source_start(self, microbatch: int) -> int:
+        """Return the first microbatch of the source in the part of a microbatch of the target."""
+        return microbatch // self.targets * self.sources
+
+    def moved(self, message: Message, microbatch: int) -> Message:
+        """Return the message of a microbatch that repeats the message's own."""
+        before, after = message.microbatch // self.targets, microbatch // self.targets
+        made, rows = (after - before) * self.sources, self.rows_start[after] - self.rows_start[before]
+        pieces = tuple(RowSlice(p.microbatch + made, p.start + rows, p.stop + rows) for p in message.pieces)
+        return attrs.evolve(message, microbatch=microbatch, pieces=pieces)
 
 
 @attrs.frozen(eq=False)
 class Routes:
     """All messages of a step, link by link.
 
-    They are made dp rank by dp rank, when someone asks: a rank that asks for its own makes those of its dp ranks only.
+    They are made when they are asked for, one dp rank at a time: a rank that asks for its own messages makes
+    those of its own dp ranks only.
     """
 
     step: Step
-    _reaching: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
-    _first: dict[Link, tuple[int, ...]] = attrs.field(
-        factory=dict[Link, tuple[int, ...]], init=False, repr=False
-    )
-    _leaving: dict[_Place, ByRank] = attrs.field(factory=dict[_Place, ByRank], init=False, repr=False)
+    _repeats: dict[Link, Repeats] = attrs.field(factory=dict[Link, Repeats], init=False, repr=False)
+    _reaching: dict[_Key, ByRank] = attrs.field(factory=dict[_Key, ByRank], init=False, repr=False)
+    _leaving: dict[_Key, ByRank] = attrs.field(factory=dict[_Key, ByRank], init=False, repr=False)
 
     def messages(self, link: Link, microbatch: int) -> tuple[Message, ...]:
         """Return the messages of a link for one microbatch of its target, dp rank by dp rank of the target."""
@@ -109,87 +150,61 @@ class Routes:
         )
 
     def sent_by(self, rank: int, link: Link, microbatch: int) -> tuple[Message, ...]:
-        """Return the messages that leave a rank forward, which are those that return to it backward."""
+        """Return the messages that a rank sends in the forward and receives in the backward."""
         dp_rank = self.step.topology.modules[link.source.module].dp_rank_of(rank)
         return self.leaving(link, microbatch, dp_rank).get(rank, ())
 
     def sent_to(self, rank: int, link: Link, microbatch: int) -> tuple[Message, ...]:
-        """Return the messages that reach a rank forward, which are those that leave it backward."""
+        """Return the messages that a rank receives in the forward and sends in the backward."""
         dp_rank = self.step.topology.modules[link.target.module].dp_rank_of(rank)
         return self.reaching(link, microbatch, dp_rank).get(rank, ())
 
     def reaching(self, link: Link, microbatch: int, dp_rank: int) -> ByRank:
-        """Return the messages into one dp rank of a link's target by the rank they reach, in order of rows."""
-        place = (link, microbatch, dp_rank)
-        if place not in self._reaching:
-            first = self.first(link, microbatch)
+        """Return the messages into one dp rank of a link's target, by receiving rank, in order of rows."""
+        key = (link, microbatch, dp_rank)
+        if key not in self._reaching:
+            repeats = self.repeats(link)
+            first = repeats.first[microbatch]
             if first != microbatch:
-                known = self.reaching(link, first, dp_rank).items()
-                self._reaching[place] = {
-                    rank: tuple(self._moved(m, microbatch) for m in messages) for rank, messages in known
+                self._reaching[key] = {
+                    rank: tuple(repeats.moved(m, microbatch) for m in messages)
+                    for rank, messages in self.reaching(link, first, dp_rank).items()
                 }
             else:
                 found = self._bridge_messages if link.edge else self._pipeline_messages
-                self._reaching[place] = _grouped((m.rank_target, m) for m in found(link, microbatch, dp_rank))
-        return self._reaching[place]
+                self._reaching[key] = _grouped((m.rank_target, m) for m in found(link, microbatch, dp_rank))
+        return self._reaching[key]
 
     def leaving(self, link: Link, microbatch: int, dp_rank: int) -> ByRank:
-        """Return the messages out of one dp rank of a link's source by the rank they leave, in order of rows."""
-        place = (link, microbatch, dp_rank)
-        if place not in self._leaving:
+        """Return the messages out of one dp rank of a link's source, by sending rank, in order of rows."""
+        key = (link, microbatch, dp_rank)
+        if key not in self._leaving:
             senders = self.step.topology.modules[link.source.module].tp_cp_ranks(link.source, dp_rank)
-            self._leaving[place] = _grouped(
+            self._leaving[key] = _grouped(
                 (m.rank_source, m)
                 for other in self._targets(link, microbatch, dp_rank)
                 for messages in self.reaching(link, microbatch, other).values()
                 for m in messages
                 if m.rank_source in senders
             )
-        return self._leaving[place]
+        return self._leaving[key]
+
+    def repeats(self, link: Link) -> Repeats:
+        """Return which microbatches of a link repeat an earlier one."""
+        if link not in self._repeats:
+            self._repeats[link] = Repeats.of(self.step, link)
+        return self._repeats[link]
 
     def first(self, link: Link, microbatch: int) -> int:
-        """Return the first microbatch of a link's target whose messages differ from these in their numbers only."""
-        if link not in self._first:
-            parts, _, each = self._parts(link)
-            firsts = self.step.alike(parts)
-            self._first[link] = tuple(first * each + place for first in firsts for place in range(each))
-        return self._first[link][microbatch]
+        """Return the first microbatch of a link's target with the same messages but for their numbers."""
+        return self.repeats(link).first[microbatch]
 
     def firsts(self, link: Link) -> tuple[int, ...]:
-        """Return the microbatches of a link's target that are the first of those that are alike."""
-        parts, _, each = self._parts(link)
-        return tuple(
-            part * each + place for part in sorted(set(self.step.alike(parts))) for place in range(each)
-        )
-
-    def made_from(self, link: Link, microbatch: int) -> int:
-        """Return the first microbatch of a link's source with samples of the part that a target's one is of."""
-        _, made, each = self._parts(link)
-        return microbatch // each * made
-
-    def _parts(self, link: Link) -> tuple[int, int, int]:
-        """Into how many parts the microbatches of both ends cut a step, and how many each end has in a part."""
-        modules = self.step.topology.modules
-        source, target = modules[link.source.module].microbatches, modules[link.target.module].microbatches
-        parts = math.gcd(source, target)
-        return parts, source // parts, target // parts
-
-    def _moved(self, message: Message, microbatch: int) -> Message:
-        """Return what becomes of a message in a microbatch that is alike."""
-        link = message.link
-        there, here = self.made_from(link, message.microbatch), self.made_from(link, microbatch)
-        rows = 0
-        if link.edge:
-            parts, made, _ = self._parts(link)
-            starts, size = self.step.rows_start[link.edge.source], len(self.step.samples) // parts
-            rows = starts[here // made * size] - starts[there // made * size]
-        pieces = tuple(
-            Piece(p.microbatch + here - there, p.start + rows, p.stop + rows) for p in message.pieces
-        )
-        return Message(link, microbatch, message.rank_source, message.rank_target, message.dp_rank, pieces)
+        """Return the microbatches of a link's target that repeat no earlier one."""
+        return tuple(sorted(set(self.repeats(link).first)))
 
     def _targets(self, link: Link, microbatch: int, dp_rank: int) -> Iterable[int]:
-        """The dp ranks of a link's target that share samples of its microbatch with a dp rank of its source."""
+        """Return the dp ranks of a link's target that share samples of its microbatch with a dp rank of its source."""
         if link.edge is None:
             return (dp_rank,)
         modules, total = self.step.topology.modules, len(self.step.samples)
@@ -216,16 +231,16 @@ class Routes:
         modules, total = self.step.topology.modules, len(self.step.samples)
         source, target = modules[link.source.module], modules[link.target.module]
         samples = target.samples(dp_rank, microbatch, total)
-        wanted = list(dp_rank_parts(self.step, target, link, microbatch, dp_rank))
-        given = [
-            part
+        wanted = list(row_ranges(self.step, target, link, microbatch, dp_rank))
+        emitted = [
+            held
             for k in overlapping(microbatch, target.microbatches, source.microbatches)
             for other in source.dp_ranks_over(samples, k, total)
-            for part in dp_rank_parts(self.step, source, link, k, other)
+            for held in row_ranges(self.step, source, link, k, other)
         ]
-        overlaps: dict[tuple[int, int], list[Piece]] = {}
-        for mine, yours, start, stop in _sweep(given, wanted):
-            overlaps.setdefault((mine.rank, yours.rank), []).append(Piece(mine.microbatch, start, stop))
+        overlaps: dict[tuple[int, int], list[RowSlice]] = {}
+        for mine, yours, start, stop in _overlaps(emitted, wanted):
+            overlaps.setdefault((mine.rank, yours.rank), []).append(RowSlice(mine.microbatch, start, stop))
         for (rank_source, rank_target), pieces in overlaps.items():
             yield Message(link, microbatch, rank_source, rank_target, dp_rank, tuple(pieces))
 
@@ -237,10 +252,10 @@ def _grouped(messages: Iterable[tuple[int, Message]]) -> ByRank:
     return {rank: tuple(group) for rank, group in groups.items()}
 
 
-def dp_rank_parts(step: Step, module: Module, link: Link, microbatch: int, dp_rank: int) -> Iterator[Part]:
-    """Yield what each rank that holds a dp rank has of it at one end of a bridge, in order of rows.
+def row_ranges(step: Step, module: Module, link: Link, microbatch: int, dp_rank: int) -> Iterator[RowRange]:
+    """Yield the rows of a dp rank at one end of a bridge, cut over its tp and cp ranks, in order of rows.
 
-    The end is the one that `module` is: the source's last stage or the target's first.
+    `module` is the source or the target of the bridge; its end is the source's last stage or the target's first.
     """
     assert link.edge
     stage = link.source if module.name == link.edge.source else link.target
@@ -249,18 +264,20 @@ def dp_rank_parts(step: Step, module: Module, link: Link, microbatch: int, dp_ra
     ranks = module.tp_cp_ranks(stage, dp_rank)
     for i, rank in enumerate(ranks):
         mine = share(i, len(ranks), stop - start)
-        yield Part(start + mine.start, start + mine.stop, rank, dp_rank, microbatch)
+        yield RowRange(start + mine.start, start + mine.stop, rank, dp_rank, microbatch)
 
 
-def _sweep(given: list[Part], wanted: list[Part]) -> Iterator[tuple[Part, Part, int, int]]:
-    """Yield the overlaps of two ascending lists of intervals, in order."""
+def _overlaps(
+    emitted: list[RowRange], wanted: list[RowRange]
+) -> Iterator[tuple[RowRange, RowRange, int, int]]:
+    """Yield the overlaps of two ascending lists of ranges, in order: both ranges, start and stop."""
     i = j = 0
-    while i < len(given) and j < len(wanted):
-        start = max(given[i].start, wanted[j].start)
-        stop = min(given[i].stop, wanted[j].stop)
+    while i < len(emitted) and j < len(wanted):
+        start = max(emitted[i].start, wanted[j].start)
+        stop = min(emitted[i].stop, wanted[j].stop)
         if start < stop:
-            yield given[i], wanted[j], start, stop
-        if given[i].stop <= wanted[j].stop:
+            yield emitted[i], wanted[j], start, stop
+        if emitted[i].stop <= wanted[j].stop:
             i += 1
         else:
             j += 1

@@ -1,9 +1,10 @@
-"""Seeds: what the random draws of a network (its dropout) follow from.
+"""Seeds: where the random draws of a network (its dropout) start.
 
-A stage's forward begins at seeds that say where and when it runs, and at nothing that ran before it. So two runs
-of one layout are bitwise equal, and a resumed run draws what it would have drawn. Along tp there are two kinds of
-draws, as in megatron: values that every tp rank holds are masked alike, values that each holds a part of (heads,
-or positions under sequence parallelism) are masked apart.
+Each forward of a stage starts from seeds of its own. They depend on where and when it runs, and not on what ran
+before. So two runs of one layout are bitwise equal, and a resumed run draws what an uninterrupted one draws.
+
+Along tp there are two kinds of draws, as in Megatron. All tp ranks mask values that each of them holds *alike*.
+They mask values of which each holds a part (heads, or positions under sequence parallelism) *apart*.
 
 >>> here = {"tp": 0, "cp": 0, "dp": 1, "pp": 0}
 >>> one = seeds_of(0, Stage("language", 0), here, step=3, microbatch=2)
@@ -21,19 +22,19 @@ from mimogrid.core.topology.topology import Stage
 
 
 SEEDS = 2**63
-"""How many seeds torch's generators take without a sign."""
+"""Number of non-negative seeds that torch's generators accept."""
 
 
 @attrs.frozen
 class Seeds:
-    """Where one stage's draws for one microbatch begin on one rank: alike along tp, and apart."""
+    """The seeds of one stage for one microbatch on one rank: alike along tp, and apart."""
 
     alike: int
     apart: int
 
 
 def seeds_of(seed: int, stage: Stage, position: Mapping[str, int], *, step: int, microbatch: int) -> Seeds:
-    """Return the seeds of a stage at a position on its module's grid."""
+    """Return the seeds of a stage for a position on its module's grid."""
     when = f"{stage} dp={position['dp']} cp={position['cp']} step={step} microbatch={microbatch}"
     return Seeds(
         alike=draw_bits(seed, when, "dropout") % SEEDS,

@@ -1,14 +1,15 @@
-"""Steps: what the samples of one optimizer step make of a topology.
+"""Steps: the samples of one optimizer step, laid over a topology.
 
-A step is a tuple of descriptions laid over the modules. It answers how many rows each dp rank of each module
-has in each microbatch, and so every shape of the step; a `Share` is that answer as one stage sees it.
+A step is a tuple of sample descriptions. It says how many rows each dp rank of each module has in each
+microbatch, and which padded shape its stages compute. A `Share` is that answer for one dp rank and microbatch.
 
-Rows are counted through the whole step: sample i of the step owns the rows ``rows_start[i] ..
-rows_start[i+1]`` of a module's output, whichever rank computes them. The share of a dp rank is therefore one
-interval of rows, and what one dp rank sends another is the overlap of two intervals (`routes`).
+Rows are counted through the whole step. Sample i owns the rows ``rows_start[i] .. rows_start[i+1]`` of a
+module's output, whichever rank computes them. The rows of a dp rank are one interval, and one dp rank sends
+another the overlap of their intervals (`routes`).
 
-Shapes follow from rows alone. So where microbatches are *alike*, their samples having the same rows one by one,
-what is known of the first holds for the others, and a step of like samples costs no more than one microbatch.
+Shapes depend on row counts only. Microbatches are *alike* if their samples have the same row counts, one by
+one. What holds for the first of them holds for the others, so a step of like samples costs no more than one
+microbatch.
 """
 
 import functools
@@ -23,20 +24,22 @@ from mimogrid.core.topology.topology import Module, Stage, Topology
 
 
 def aux_name(module: str) -> str:
-    """Return how a module's auxiliary loss is called among the losses."""
+    """Return the name of a module's auxiliary loss among the losses."""
     return f"{module}.aux"
 
 
 @attrs.frozen
 class Share:
-    """One dp rank's part of a microbatch, as a module sees it. Everything is per sample, in order.
+    """One dp rank's part of a microbatch of a module. Tuples have one entry per sample, in order.
 
     Attributes:
-        samples: the samples' descriptions.
-        rows: rows that the module reads; for a source module under its own name, else by feeder in file order.
-        lengths: for a language model, positions in use (rows and text); else the rows that come in.
-        placeholders: for a language model, the positions that take rows, feeder by feeder.
-        total: how many samples the step has, in all dp ranks and microbatches.
+        samples: The samples' descriptions.
+        rows: Rows that the module reads, by feeder in file order; a source module has its own under its name.
+        lengths: Positions in use. A language model counts rows and text, other modules the rows that come in.
+        placeholders: The positions of a language model that take rows, feeder by feeder.
+        total: Number of samples in the step, over all dp ranks and microbatches.
+        shape: (positions, samples) that the module's stages compute, padding included. Positions are those of all
+            cp ranks together.
     """
 
     samples: tuple[Sample, ...]
@@ -44,10 +47,11 @@ class Share:
     lengths: tuple[int, ...]
     placeholders: tuple[tuple[int, ...], ...]
     total: int
+    shape: tuple[int, int]
 
     @property
     def is_empty(self) -> bool:
-        """No position at all: there is nothing to compute."""
+        """Whether there is nothing to compute: no sample has a position."""
         return not any(self.lengths)
 
 
@@ -72,7 +76,7 @@ class Step:
 
     @functools.cached_property
     def rows_out(self) -> tuple[Mapping[str, int], ...]:
-        """Per sample, the rows that every module emits; samples of which these are equal share one value."""
+        """For each sample, the rows that every module emits. Samples with equal rows share one mapping."""
         graph = self.topology.graph
         sources = graph.sources
         known: dict[tuple[int, ...], Mapping[str, int]] = {}
@@ -85,9 +89,9 @@ class Step:
         return tuple(found)
 
     def alike(self, parts: int) -> tuple[int, ...]:
-        """Cut the step into equal parts; return, for each, the first whose samples have the same rows.
+        """Cut the step into `parts` of equally many samples; return, for each part, the first that is like it.
 
-        `parts` divides the number of samples.
+        `parts` must divide the number of samples.
         """
         if parts not in self._alike:
             size = len(self.samples) // parts
@@ -100,7 +104,7 @@ class Step:
 
     @functools.cached_property
     def rows_start(self) -> Mapping[str, tuple[int, ...]]:
-        """Per module, where the rows that it emits for each sample begin, and their end."""
+        """For each module, where the rows of each sample begin, and the end of the last."""
         return {name: prefix_sums([rows[name] for rows in self.rows_out]) for name in self.topology.modules}
 
     def rows_of(self, module: str, samples: range) -> tuple[int, int]:
@@ -129,10 +133,11 @@ class Step:
             if rows
             else ((),) * len(samples),
             total=len(self.samples),
+            shape=self.shape(module, dp_rank, microbatch),
         )
 
     def has_rows(self, module: str, dp_rank: int, microbatch: int) -> bool:
-        """Whether a dp rank has anything of its own in a microbatch."""
+        """Whether a dp rank has rows of its own in a microbatch."""
         samples = self.topology.modules[module].samples(dp_rank, microbatch, len(self.samples))
         start, stop = self.rows_of(module, samples)
         return stop > start
@@ -140,8 +145,8 @@ class Step:
     def active(self, module: str, dp_rank: int) -> frozenset[int]:
         """Return the microbatches of a module that a dp rank takes part in.
 
-        A dp rank without rows has nothing to compute; but where experts are spread over dp ranks, those dp ranks
-        compute together, and one of them without rows runs along while any other has some.
+        A dp rank without rows has nothing to compute. The exception is a module whose experts are spread over dp
+        ranks: these compute together, so all of them run if any of them has rows.
         """
         if (module, dp_rank) not in self._active:
             here = self.topology.modules[module]
@@ -156,39 +161,35 @@ class Step:
         return self._active[module, dp_rank]
 
     def hidden_shape(self, stage: Stage, dp_rank: int, microbatch: int) -> tuple[int, int, int]:
-        """Return (positions, samples, hidden) of the hidden states between two stages of a module.
+        """Return (positions, samples, hidden) of the hidden states between two stages of a module, on one rank.
 
-        A language model pads to the sequence length of the job; others to the longest sample of the share,
-        and leave out the samples without rows. Under cp each rank hands on its own part of the positions.
+        Under cp each rank hands on its own part of the positions.
         """
         module = self.topology.modules[stage.module]
         assert module.model.hidden is not None
-        positions, samples = self.positions(stage.module, dp_rank, microbatch)
+        positions, samples = self.shape(stage.module, dp_rank, microbatch)
         return positions // module.cp, samples, module.model.hidden
 
-    def positions(self, module: str, dp_rank: int, microbatch: int) -> tuple[int, int]:
-        """Return how many positions a dp rank computes of each sample, padding included, and of how many samples."""
+    def shape(self, module: str, dp_rank: int, microbatch: int) -> tuple[int, int]:
+        """Return (positions, samples) that a dp rank computes: `Share.shape`."""
         here = self.topology.modules[module]
         place = (module, dp_rank, self.alike(here.microbatches)[microbatch])
         if place not in self._shapes:
-            samples = here.samples(dp_rank, microbatch, len(self.samples))
-            if isinstance(here.model, Gpt):
-                self._shapes[place] = self.topology.sequence, len(samples)
-            else:
-                present = [rows for i in samples if (rows := self.rows_out[i][module])]
-                self._shapes[place] = here.padded(max(present, default=0)), len(present)
+            chosen = here.samples(dp_rank, microbatch, len(self.samples))
+            lengths = [self.rows_out[i][module] for i in chosen]
+            self._shapes[place] = here.padded_shape(lengths, self.topology.sequence)
         return self._shapes[place]
 
     @property
     def tokens(self) -> int:
-        """Positions in use of all language sequences: rows and text, without padding."""
+        """Positions in use in all language sequences: rows and text, without padding."""
         return sum(self.rows_start[name][-1] for name in self.topology.graph.texts)
 
     @functools.cached_property
     def units(self) -> Mapping[str, float]:
-        """Per loss, the count N that its sum is divided by: a sum over the whole step.
+        """For each loss, the count N that its sum is divided by, over the whole step.
 
-        A module's own loss goes by its name, its auxiliary loss by ``NAME.aux``; that one counts samples.
+        A module's loss has the module's name. Its auxiliary loss is named ``NAME.aux`` and counts samples.
         """
         modules = self.topology.modules.values()
         own = {
@@ -200,9 +201,9 @@ class Step:
 
     def _units(self, module: Module, index: int) -> float:
         sample = self.samples[index]
-        given = sample.units.get(module.name)
-        if given is not None:
-            return given
+        described = sample.units.get(module.name)
+        if described is not None:
+            return described
         match module.model:
             case Gpt():
                 return sample.length
@@ -215,7 +216,7 @@ class Step:
 
 
 def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
-    """Lay samples over a topology. Raises PlanError, naming the sample, where one does not fit."""
+    """Lay samples over a topology. Raises PlanError, naming the sample, if one does not fit."""
     step = Step(topology, samples)
     problems = [
         problem

@@ -1,9 +1,11 @@
-"""Traffic: how much crosses the edges of the module graph in a step, and how much a simpler way would move.
+"""Traffic: the bytes that cross the edges of the module graph in a step, and what a simpler exchange would move.
 
-Forward and, where the source trains, backward. A message between stages that share a rank stays where it is
-and is not counted. The way to compare with sends a dp rank's rows whole to one leader of the other side, which
-broadcasts them to the ranks along its tp and cp; there `n` ranks receive every byte. Here each byte crosses
-once, to one of the `n`, and they gather the whole among themselves.
+Forwards count, and backwards if the source trains. A message between stages on the same rank stays there and does
+not count.
+
+In the simpler exchange a leader sends all rows of a dp rank to one leader of the other side, which broadcasts them
+to its `n` tp and cp ranks: `n` ranks receive every byte from outside. Here each byte crosses once, to one of the
+`n` ranks, and these all-gather the rows.
 """
 
 from collections.abc import Iterator
@@ -24,9 +26,9 @@ class EdgeTraffic:
         source: the module that emits the rows.
         target: the module that reads them.
         messages: sends from one rank to another.
-        bytes: what these messages carry.
-        bytes_gathered: what the ranks along tp and cp of a dp rank then pass among themselves.
-        bytes_leader_broadcast: what would be received if leaders exchanged whole dp ranks and broadcast them.
+        bytes: bytes in these messages.
+        bytes_gathered: bytes that the tp and cp ranks of the dp ranks then gather from each other.
+        bytes_leader_broadcast: bytes that ranks would receive if leaders exchanged all rows and broadcast them.
     """
 
     source: str
@@ -38,7 +40,7 @@ class EdgeTraffic:
 
 
 def message_bytes(step: Step, message: Message) -> int:
-    """Return how large a message is, one way; nothing where it stays on its rank."""
+    """Return the bytes of a message in one direction; 0 if it stays on its rank."""
     if message.rank_source == message.rank_target:
         return 0
     value = VALUE_BYTES[step.topology.spec.precision]
@@ -55,7 +57,7 @@ def edge_traffic(step: Step) -> tuple[EdgeTraffic, ...]:
 
 
 def _traffic(routes: Routes, link: Link) -> EdgeTraffic:
-    """Count what crosses an edge forward, and backward where the source trains up to it."""
+    """Count what crosses an edge forward, and backward if gradients flow over it."""
     assert link.edge
     topology = routes.step.topology
     messages = tuple(_messages(routes, link))
@@ -76,12 +78,12 @@ def _traffic(routes: Routes, link: Link) -> EdgeTraffic:
 
 
 def _messages(routes: Routes, link: Link) -> Iterator[Message]:
-    """Yield the messages over a link in a step, one way."""
+    """Yield the messages on a link in a step, in one direction."""
     for microbatch in range(routes.step.topology.modules[link.target.module].microbatches):
         yield from routes.messages(link, microbatch)
 
 
 def _ranks_per_dp_rank(routes: Routes, module: str) -> int:
-    """Return how many ranks receive a dp rank's rows."""
+    """Return how many ranks hold the rows of one dp rank."""
     grid = routes.step.topology.modules[module].grid
     return grid.extent("tp") * grid.extent("cp")

@@ -4,7 +4,7 @@ It comes from `parse`, which has checked the job, so nothing that uses a topolog
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -12,7 +12,7 @@ from mimogrid.core.base.experts import block_of, ep_dp_ranks_of
 from mimogrid.core.base.grid import Grid
 from mimogrid.core.base.samples import dp_ranks_over, dp_samples
 from mimogrid.core.job.graph import ModuleGraph
-from mimogrid.core.job.models import BuiltIn, Own, Parameter
+from mimogrid.core.job.models import BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.job.spec import JobSpec, SourceFacts
 from mimogrid.core.topology.roles import RankRole, role_on
 from mimogrid.core.topology.stages import UNKNOWN, Edge, Link, Stage, StageInfo
@@ -64,6 +64,17 @@ class Module:
             return positions
         parts = 2 * self.cp * (self.grid.extent("tp") if self.sequence_parallel else 1)
         return -(-positions // parts) * parts
+
+    def padded_shape(self, lengths: Sequence[int], sequence: int) -> tuple[int, int]:
+        """Return (positions, samples) that the stages compute for samples of these lengths, padding included.
+
+        A language model pads every sample to the job's `sequence`. Other modules pad to the longest sample, and
+        leave out samples without rows. Positions are those of all cp ranks together.
+        """
+        if isinstance(self.model, Gpt):
+            return sequence, len(lengths)
+        present = [length for length in lengths if length]
+        return self.padded(max(present, default=0)), len(present)
 
     def ep_dp_ranks(self, dp_rank: int) -> tuple[int, ...]:
         """Return the dp ranks over which the experts of a dp rank are spread, and which compute together with it."""

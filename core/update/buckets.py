@@ -1,21 +1,21 @@
-"""Shards: how the parameters of a stage lie in flat buckets, and which part of these each data shard updates.
+"""Buckets: how the parameters of a stage lie in flat buffers, and which part of a buffer each rank updates.
 
-What is summed over the same ranks may lie in one bucket (`Section`): common parameters; those whose gradients are
-partial along tp; those that both ends of the module hold (tied: one bucket of their own, cut alike at both ends);
-experts. Each bucket is summed in one call. It is cut off when it has `bucket_mb` of gradients, and buckets are
-numbered in the order in which a backward completes them: that with the last layers is the first.
+Parameters whose gradients are all-reduced over the same ranks may share a bucket (`Section`): common parameters,
+those with gradients that are partial along tp, tied parameters (one bucket of their own, cut alike at both ends of
+the module), and experts. Each bucket is reduced in one call. A bucket is full when it has `bucket_mb` of gradients.
+Buckets are numbered in the order in which a backward completes them, so the last layers are in the first bucket.
 
-Every parameter begins at a multiple of `ALIGNMENT`, and a bucket is padded until its shards have equal parts
-of such multiples. So however a parameter is cut, its values meet the same vector instructions as if it were
-whole, and an update of parts is bitwise the update of the whole. The cuts are the same whether or not the shards
-share the update: one layout, of which a shard updates its own part or all.
+A bucket is cut into equal *shards*, one for each of the ranks that hold the same values. With a sharded update each
+rank updates its own shard, else it updates all of them; the cuts are the same. Every parameter starts at a multiple
+of `ALIGNMENT`, and so does every shard. So each value meets the same vector instructions, whether its
+parameter is cut or not, and an update of the parts is bitwise the update of the complete parameter.
 
 >>> bucket = bucket_of(Section.COMMON, {"a": 100, "b": 60}, shards=2)
 >>> bucket.size, [list(bucket.parts(shard)) for shard in (0, 1)]
-(256, [[Part(name='a', start=0, stop=100)], [Part(name='b', start=0, stop=60)]])
+(256, [[ParameterRange(name='a', start=0, stop=100)], [ParameterRange(name='b', start=0, stop=60)]])
 
-The idea of buckets is PyTorch's DistributedDataParallel's (Li et al., VLDB 2020); that each is cut for the shards,
-ZeRO's (Rajbhandari et al. 2020).
+Buckets are an idea of PyTorch's DistributedDataParallel (Li et al., VLDB 2020), sharded updates one of ZeRO
+(Rajbhandari et al. 2020).
 """
 
 import enum
@@ -32,12 +32,12 @@ from mimogrid.core.topology.topology import UNKNOWN, Module, Stage, StageInfo, T
 
 
 ALIGNMENT = 64
-"""Values; more than torch's kernels take at once on any CPU (two vectors of 512 bits in fp32 are 32)."""
+"""In values. Torch's CPU kernels process fewer at once (two vectors of 512 bits are 32 values in fp32)."""
 MEGA = 1_000_000
 
 
 class Section(enum.Enum):
-    """What the gradients of a bucket have in common: over which ranks they are summed."""
+    """The kinds of parameters that may share a bucket: their gradients are all-reduced over the same ranks."""
 
     COMMON = "common"
     PARTIAL = "partial along tp"
@@ -55,7 +55,7 @@ class Span:
 
 
 @attrs.frozen
-class Part:
+class ParameterRange:
     """The values `start` to `stop` of a flattened parameter."""
 
     name: str
@@ -65,7 +65,7 @@ class Part:
 
 @attrs.frozen
 class Bucket:
-    """Parameters one after the other, cut into equal parts for `shards`."""
+    """Parameters one after the other in a flat buffer of `size` values, cut into `shards` equal parts."""
 
     section: Section
     spans: tuple[Span, ...]
@@ -73,17 +73,17 @@ class Bucket:
     size: int
 
     def shard(self, shard: int) -> range:
-        """Return which values of the bucket a shard has."""
+        """Return the values of the bucket that a shard has."""
         each = self.size // self.shards
         return range(shard * each, (shard + 1) * each)
 
-    def parts(self, shard: int) -> Iterator[Part]:
-        """Yield the parts of parameters that a shard has."""
+    def parts(self, shard: int) -> Iterator[ParameterRange]:
+        """Yield the ranges of parameters that a shard has."""
         mine = self.shard(shard)
         for span in self.spans:
             start, stop = max(span.start, mine.start), min(span.start + span.size, mine.stop)
             if start < stop:
-                yield Part(span.name, start - span.start, stop - span.start)
+                yield ParameterRange(span.name, start - span.start, stop - span.start)
 
 
 def bucket_of(section: Section, sizes: Mapping[str, int], *, shards: int) -> Bucket:
@@ -101,11 +101,11 @@ def _rounded(size: int, multiple: int) -> int:
 
 
 def layout_of(topology: Topology, info: StageInfo, sizes: Mapping[str, int]) -> tuple[Bucket, ...]:
-    """Deal what trains of a stage on a rank into buckets; `sizes` are the values that the rank holds of each.
+    """Return the buckets of a stage on a rank; `sizes` has the local size of each parameter that trains, in values.
 
-    What a module of the user's holds is known to who built it alone: it is one bucket, the last, whatever is in it.
-    Where a network of the host's has other parameters than the plan has for the stage, they are dealt into the
-    plan's buckets: those are what the program sums.
+    The parameters of a user's own module are known only after it is built, so they go into one bucket, the last.
+    A host program's network may have other parameters than the plan has for the stage. They are distributed over
+    the planned buckets, because the program reduces those.
     """
     module = topology.modules[info.stage.module]
     place = {parameter.name: i for i, parameter in enumerate(info.parameters)}
@@ -117,13 +117,13 @@ def layout_of(topology: Topology, info: StageInfo, sizes: Mapping[str, int]) -> 
         planned = _planned(topology, info.stage, 0)
         return tuple(
             bucket_of(bucket.section, {name: sizes[name] for name in names}, shards=bucket.shards)
-            for bucket, names in zip(planned, _dealt(planned, sections, sizes), strict=True)
+            for bucket, names in zip(planned, _distributed(planned, sections, sizes), strict=True)
         )
-    room = _values_in_bucket(topology)
+    full = _values_in_bucket(topology)
     cut = [
         (section, names)
         for section, own in sections.items()
-        for names in ([own] if section is Section.TIED else _cut(own, sizes, room))
+        for names in ([own] if section is Section.TIED else _cut(own, sizes, full))
     ]
     cut.sort(key=lambda each: -place[each[1][0]])
     if UNKNOWN in info.trainable:
@@ -139,12 +139,12 @@ def _values_in_bucket(topology: Topology) -> int:
     return max(int(spec.optimizer.bucket_mb * MEGA / MAIN_BYTES[spec.precision]), 1)
 
 
-def _cut(names: list[str], sizes: Mapping[str, int], room: int) -> list[list[str]]:
-    """Cut names, which are in the order of a forward, from their end into runs of `room` values or a little more."""
+def _cut(names: list[str], sizes: Mapping[str, int], full: int) -> list[list[str]]:
+    """Cut names, which are in forward order, into runs from the end; a run ends when it has at least `full` values."""
     runs: list[list[str]] = [[]]
     held = 0
     for name in reversed(names):
-        if held >= room:
+        if held >= full:
             runs.append([])
             held = 0
         runs[-1].append(name)
@@ -152,21 +152,21 @@ def _cut(names: list[str], sizes: Mapping[str, int], room: int) -> list[list[str
     return [run[::-1] for run in runs]
 
 
-def _dealt(
+def _distributed(
     planned: tuple[Bucket, ...], sections: Mapping[Section, list[str]], sizes: Mapping[str, int]
 ) -> Iterator[list[str]]:
-    """Deal names, which are in the order of a forward, from their end into as many buckets of a section as are planned.
+    """Distribute names, which are in forward order, from the end over the planned buckets of their section.
 
-    Each gets an equal part of what is left, or a little more; where there is too little, the later ones are empty.
+    Each bucket gets an equal part of what is left, or a little more. Later buckets stay empty if there is too little.
     """
-    assert set(sections) <= {bucket.section for bucket in planned}, "a section that the plan does not sum"
+    assert set(sections) <= {bucket.section for bucket in planned}, "the plan does not reduce this section"
     left = {section: [*names] for section, names in sections.items()}
     for i, bucket in enumerate(planned):
         names = left.setdefault(bucket.section, [])
         to_come = sum(other.section is bucket.section for other in planned[i:])
-        room = sum(sizes[name] for name in names) / to_come
+        even = sum(sizes[name] for name in names) / to_come
         run: list[str] = []
-        while names and (to_come == 1 or sum(sizes[name] for name in run) < room):
+        while names and (to_come == 1 or sum(sizes[name] for name in run) < even):
             run.append(names.pop())
         yield run[::-1]
 
@@ -191,7 +191,7 @@ def _shard_count(module: Module, section: Section) -> int:
 
 
 def sharing_ranks(module: Module, rank: int, section: Section) -> tuple[int, ...]:
-    """Return the ranks that hold the same values as one of them, the shards of a bucket, in order."""
+    """Return the ranks that hold the same values as `rank`, in the order of their shards."""
     if section is Section.EXPERTS:
         assert module.experts is not None
         return module.experts.group_of(rank, ("expert_dp",))
@@ -199,14 +199,14 @@ def sharing_ranks(module: Module, rank: int, section: Section) -> tuple[int, ...
 
 
 def shared_by(module: Module, rank: int, section: Section) -> tuple[int, ...]:
-    """Return the ranks over which the gradients of a section are summed."""
+    """Return the ranks over which the gradients of a section are all-reduced."""
     if section is Section.PARTIAL:
         return module.grid.group_of(rank, ("tp", "cp", "dp"))
     return sharing_ranks(module, rank, section)
 
 
 def buckets_of(topology: Topology, info: StageInfo, rank: int) -> tuple[Bucket, ...]:
-    """Return the buckets of a stage on a rank, as far as the plan knows its parameters."""
+    """Return the planned buckets of a stage on a rank. A stage of an own module has one, of unknown size (0)."""
     return _planned(topology, info.stage, topology.modules[info.stage.module].position(rank).get("ep", 0))
 
 
@@ -218,7 +218,7 @@ def _planned(topology: Topology, stage: Stage, ep: int) -> tuple[Bucket, ...]:
 
 
 def share_of(topology: Topology, stage: Stage, bucket: int) -> float:
-    """Return which part of the sums of a stage a bucket is; where the plan knows no sizes, all are alike."""
+    """Return the share of a bucket in its stage's gradients; equal shares if the plan does not know the sizes."""
     sizes = [each.size for each in _planned(topology, stage, 0)]
     return sizes[bucket] / sum(sizes) if all(sizes) else 1 / len(sizes)
 
@@ -229,7 +229,7 @@ def share_of(topology: Topology, stage: Stage, bucket: int) -> float:
 def optimizer_bytes(topology: Topology, rank: int) -> int:
     """Return the bytes that the optimizer keeps on a rank, as far as the plan knows its parameters.
 
-    These are its states, and in half precision the weights that it updates; a count of steps is not in it.
+    These are the states and, in half precision, the main parameters. The count of steps is left out.
     """
     spec = topology.spec
     width, states = MAIN_BYTES[spec.precision], len(states_of(spec.optimizer))
@@ -248,7 +248,7 @@ def optimizer_bytes(topology: Topology, rank: int) -> int:
 
 
 def local_size(module: Module, parameter: Parameter) -> int:
-    """Return how many values of a parameter a rank holds that holds any."""
+    """Return how many values of a parameter a rank holds, if it holds any."""
     size = math.prod(parameter.shape)
     if parameter.tp_dim is None:
         return size
@@ -264,7 +264,7 @@ Indices = tuple[int, ...]
 
 
 def boxes(shape: Indices, start: int, stop: int) -> Iterator[tuple[Indices, Indices]]:
-    """Cut the values `start` to `stop` of a flattened tensor into blocks of it, in order: (offsets, lengths).
+    """Cut the values `start` to `stop` of a flattened tensor into blocks of the tensor, in order: (offsets, lengths).
 
     >>> list(boxes((4, 3), 2, 10))
     [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
@@ -284,7 +284,7 @@ def boxes(shape: Indices, start: int, stop: int) -> Iterator[tuple[Indices, Indi
 
 
 def _within(shape: Indices, index: int, start: int, stop: int) -> Iterator[tuple[Indices, Indices]]:
-    """The same inside of one row."""
+    """Yield the blocks inside one row, the row `index` of the first dim."""
     if start < stop:
         begin = index * math.prod(shape[1:])
         for offsets, lengths in boxes(shape[1:], start - begin, stop - begin):

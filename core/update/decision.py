@@ -1,13 +1,13 @@
-"""Decisions: whether the world takes a step, and what follows from that for the steps after it.
+"""Decisions: whether the world takes a step or skips it, and the loss scale of the next step.
 
-All ranks see the same records (`gradients.exact_terms`), so each computes the same decision from the same
-numbers before anything is changed: no scaler, no count of steps and no weight of any module moves by itself. A
-step is passed over
+All ranks see the same records (`reductions.exact_terms`), so each computes the same decision from the same numbers
+before anything changes. No module moves its loss scale, its step count or its weights on its own. The world skips a
+step if
 
-- where a gradient or a loss of any rank is not finite; in fp16 the loss scale then falls, and it rises again
-  after a number of finite steps;
-- where the gradient norm or the loss is far above its recent median (`optimizer.skip_above`). The window holds
-  the steps that were passed over too, so a lasting change of level is accepted after half a window.
+- a gradient or a loss of any rank is not finite; in fp16 the loss scale then falls, and it rises again after a
+  number of finite steps;
+- the gradient norm or the loss is far above its recent median (`optimizer.skip_above`). The window includes
+  skipped steps, so a lasting change of level is accepted after half a window.
 
 >>> skip_state = SkipState(scale=4.0)
 >>> rule = OptimizerSpec(loss_scale=LossScaleSpec(interval=2))
@@ -31,10 +31,13 @@ from mimogrid.core.job.spec import LossScaleSpec, OptimizerSpec, TrainSpec
 
 @attrs.frozen
 class SkipState:
-    """What decisions hang on besides the step itself; the same on every rank, and part of a checkpoint.
+    """The state that decisions depend on besides the step; the same on every rank, and part of a checkpoint.
 
-    `scale` multiplies every loss before its backward, and `good` counts the finite steps since it changed;
-    `losses` and `norms` are those of recent steps, oldest first.
+    Attributes:
+        scale: The loss scale; it multiplies every loss before its backward.
+        good: Finite steps since the scale last changed.
+        losses: Losses of recent steps, oldest first.
+        norms: Gradient norms of recent steps, oldest first.
     """
 
     scale: float = 1.0
@@ -44,21 +47,21 @@ class SkipState:
 
     @classmethod
     def first(cls, optimizer: OptimizerSpec, precision: str) -> "SkipState":
-        """Return what a run begins with."""
+        """Return the state at the start of a run."""
         return cls(scale=optimizer.loss_scale.initial if precision == "fp16" else 1.0)
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "SkipState":
-        """Return what `attrs.asdict` made of a skip state, read back from JSON."""
+        """Return a skip state from what `attrs.asdict` made of it, read back from JSON."""
         return cls(facts["scale"], facts["good"], tuple(facts["losses"]), tuple(facts["norms"]))
 
 
 def decide(
     skip_state: SkipState, optimizer: OptimizerSpec, *, loss: float, norm: float, finite: bool, half: bool
 ) -> tuple[SkipState, str]:
-    """Return the skip state after a step, and why that step is not taken ("": it is).
+    """Return the skip state after a step, and the reason to skip the step; "" if the world takes it.
 
-    `finite` says that every gradient of every rank is; `half` that there is a loss scale to adapt.
+    `finite` says whether every gradient of every rank is finite, `half` whether there is a loss scale to adapt.
     """
     if not (finite and math.isfinite(loss) and math.isfinite(norm)):
         return (
@@ -96,7 +99,7 @@ def _risen(skip_state: SkipState, rule: LossScaleSpec) -> SkipState:
 
 
 def is_passed_over(train: TrainSpec, step: int) -> bool:
-    """Whether a step is on the job's list of steps whose samples nobody looks at.
+    """Whether the job leaves a step out (`train.skip_steps`): nothing reads its samples.
 
     >>> [is_passed_over(TrainSpec(skip_steps=(1, (3, 4))), step) for step in range(6)]
     [False, True, False, True, True, False]

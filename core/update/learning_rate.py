@@ -1,4 +1,4 @@
-"""Learning rates: the rate of a step, from the job and the step's number alone."""
+"""Learning rates: the rate of a step depends on the job and the step's number only."""
 
 import math
 
@@ -8,8 +8,8 @@ from mimogrid.core.job.spec import OptimizerSpec
 def learning_rate(optimizer: OptimizerSpec, *, step: int, steps: int, lr: float | None = None) -> float:
     """Return the rate of step `step` (from 0) of `steps`: linear warm-up, then the decay of the job.
 
-    `lr` is the rate at its highest, that of the job where None. A "wsd" rate (warm-up, stable, decay) stays
-    there until the last `decay_fraction` of all steps, then falls in a straight line.
+    `lr` is the highest rate; None stands for the job's. A "wsd" rate (warm-up, stable, decay) stays at the highest
+    until the last `decay_fraction` of all steps and then falls linearly.
 
     >>> warm = OptimizerSpec(lr=1.0, warmup_steps=2, decay="linear")
     >>> [learning_rate(warm, step=i, steps=6) for i in range(6)]

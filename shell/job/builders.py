@@ -35,7 +35,7 @@ class NeedsTorch(Exception):  # noqa: N818 -- a fact about a file, not an error
 
 
 @attrs.frozen
-class Found:
+class FoundFunction:
     """A function of the user's own, found but not run.
 
     `names` are what the file defines or imports at its top level; None where that cannot be told by reading.
@@ -94,21 +94,21 @@ class Found:
         return said
 
 
-def find(path: str, *, where: str) -> Found:
+def find(path: str, *, where: str) -> FoundFunction:
     """Find ``package.module:function``. Raises PlanError, placed at `where`, if it is not there."""
     path = current_path(path)
     module, _, function = path.partition(":")
     spec = _spec_of(module, where, path)
     source = _source_of(spec)
     if source is None:
-        return Found(path, spec, None, frozenset())
+        return FoundFunction(path, spec, None, frozenset())
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
         message = f"'{path}': {spec.origin} is not Python: {error.msg} (line {error.lineno})."
         raise PlanError([Problem(where, message, "Correct the file.")]) from None
     names, imports = _names(tree.body), frozenset(_imports(tree.body))
-    found = Found(path, spec, names, imports)
+    found = FoundFunction(path, spec, names, imports)
     if names is not None and function not in names:
         callables = sorted(name for name in names if not name.startswith("_"))
         remedy = nearest(function, callables) if callables else f"Define {function} there."

@@ -23,7 +23,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.topology.topology import Topology
-from mimogrid.shell.job.tables import Fault, converted, new_converter
+from mimogrid.shell.job.tables import TableProblem, converted, new_converter
 
 
 @attrs.frozen(kw_only=True)
@@ -62,17 +62,17 @@ def costs_of(table: Mapping[str, Any], at: str = "") -> tuple[Costs | None, list
     """Return the costs that a table gives, if it can be read, and every problem with it; `at` is where it stands."""
     converter = new_converter()
     file = converted(converter, table, _File)
-    faults = list(file.faults)
+    problems = list(file.problems)
     if file.value is None:
-        return None, _problems(faults, at)
+        return None, _problems(problems, at)
     common = {key: value for key, value in file.value.edges.items() if not isinstance(value, dict)}
     edge = converted(converter, common, EdgeCosts, ("edges",))
-    faults += edge.faults
+    problems += edge.problems
     edges: dict[str, EdgeCosts] = {}
     for name, given in file.value.edges.items():
         if isinstance(given, dict):
             found = converted(converter, common | given, EdgeCosts, ("edges", name))
-            faults += found.faults if edge.value else ()
+            problems += found.problems if edge.value else ()
             edges |= {name: found.value} if found.value else {}
     costs = Costs(
         stages=file.value.stages,
@@ -82,7 +82,7 @@ def costs_of(table: Mapping[str, Any], at: str = "") -> tuple[Costs | None, list
         origin=file.value.origin,
     )
     impossible = [attrs.evolve(problem, where=at + problem.where) for problem in _impossible(costs)]
-    return costs, [*_problems(faults, at), *impossible]
+    return costs, [*_problems(problems, at), *impossible]
 
 
 def table_of(costs: Costs) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def table_of(costs: Costs) -> dict[str, Any]:
     return {key: value for key, value in table.items() if value}
 
 
-def _problems(faults: list[Fault], at: str) -> list[Problem]:
-    return [Problem(at + fault.where, fault.message, fault.remedy) for fault in faults]
+def _problems(problems: list[TableProblem], at: str) -> list[Problem]:
+    return [Problem(at + problem.where, problem.message, problem.remedy) for problem in problems]
 
 
 def _impossible(costs: Costs) -> Iterator[Problem]:

@@ -27,7 +27,7 @@ from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.moved import current_path
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.hf import lay_options
-from mimogrid.shell.job.tables import Fault, Wrong, converted, dotted, new_converter, shown, table_hook
+from mimogrid.shell.job.tables import TableProblem, Wrong, converted, dotted, new_converter, shown, table_hook
 
 
 REQUIRED = {
@@ -40,7 +40,7 @@ OWN_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @attrs.frozen
-class Reading:
+class ParsedJob:
     """A job file as far as it could be read.
 
     `spec` is what the user probably meant; None where that cannot be told. It may be trusted only without
@@ -77,13 +77,13 @@ def load(path: Path | str, overrides: Iterable[str] = ()) -> JobSpec:
     return reading.spec
 
 
-def read(path: Path | str, overrides: Iterable[str] = ()) -> Reading:
+def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
     """Read a job file as far as possible."""
     try:
         text = _text(Path(path))
         table = _parsed(text, str(path))
     except PlanError as error:
-        return Reading(None, error.problems)
+        return ParsedJob(None, error.problems)
     problems: list[Problem] = []
     given: dict[str, str] = {}
     for entry in overrides:
@@ -95,14 +95,14 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> Reading:
         empty = Problem(
             str(path), "the job file is empty.", "A job needs [modules.NAME], [data] and [batch]."
         )
-        return Reading(None, (*problems, empty))
+        return ParsedJob(None, (*problems, empty))
     costs, of_costs = _take_costs(table, Path(path).parent)
     problems += [*of_costs, *lay_options(table, Path(path).parent)]
     reading = _read_table(table)
     if costs and reading.spec:
         priced = attrs.evolve(reading.spec.schedule, costs=costs)
         reading = attrs.evolve(reading, spec=attrs.evolve(reading.spec, schedule=priced))
-    found = Reading(reading.spec, (), reading.doubtful, given)
+    found = ParsedJob(reading.spec, (), reading.doubtful, given)
     problems += [found.annotated(problem) for problem in reading.problems]
     return attrs.evolve(found, problems=tuple(problems))
 
@@ -345,42 +345,42 @@ def _model(value: Any, _: Any) -> str:
 CONVERTER = _job_converter()
 
 
-def _read_table(table: dict[str, Any]) -> Reading:
+def _read_table(table: dict[str, Any]) -> ParsedJob:
     first = converted(CONVERTER, table, JobSpec)
     if first.value is not None:
-        return Reading(first.value, ())
-    meant = {(*fault.path[:-1], fault.meant) for fault in first.faults if fault.meant}
+        return ParsedJob(first.value, ())
+    meant = {(*problem.path[:-1], problem.meant) for problem in first.problems if problem.meant}
     problems = tuple(
-        _problem(fault, table) for fault in first.faults if fault.unknown or fault.path not in meant
+        _problem(problem, table) for problem in first.problems if problem.unknown or problem.path not in meant
     )
-    if any(fault.missing and fault.path not in meant for fault in first.faults):
-        return Reading(None, problems)
+    if any(problem.missing and problem.path not in meant for problem in first.problems):
+        return ParsedJob(None, problems)
     repaired, doubtful = copy.deepcopy(table), set[str]()
-    for fault in first.faults:
-        if fault.missing or _renamed(repaired, fault):
+    for problem in first.problems:
+        if problem.missing or _renamed(repaired, problem):
             continue
-        if not _dropped(repaired, fault):
-            return Reading(None, problems)
-        doubtful.add(dotted(fault.path[: 2 if fault.path[0] == "modules" else 1]))
-    return Reading(converted(CONVERTER, repaired, JobSpec).value, problems, tuple(sorted(doubtful)))
+        if not _dropped(repaired, problem):
+            return ParsedJob(None, problems)
+        doubtful.add(dotted(problem.path[: 2 if problem.path[0] == "modules" else 1]))
+    return ParsedJob(converted(CONVERTER, repaired, JobSpec).value, problems, tuple(sorted(doubtful)))
 
 
-def _problem(fault: Fault, table: Mapping[str, Any]) -> Problem:
-    if len(fault.path) == 1 and fault.path[0] in REQUIRED and fault.path[0] not in table:
-        return Problem(fault.where, "is missing.", REQUIRED[fault.path[0]])
-    remedy = fault.remedy
-    if fault.unknown and not fault.meant:
-        home = next(iter(_homes(fault)), None)
-        remedy = f"'{fault.path[-1]}' belongs in {home}." if home else remedy
-    return Problem(fault.where, fault.message, remedy)
+def _problem(problem: TableProblem, table: Mapping[str, Any]) -> Problem:
+    if len(problem.path) == 1 and problem.path[0] in REQUIRED and problem.path[0] not in table:
+        return Problem(problem.where, "is missing.", REQUIRED[problem.path[0]])
+    remedy = problem.remedy
+    if problem.unknown and not problem.meant:
+        home = next(iter(_homes(problem)), None)
+        remedy = f"'{problem.path[-1]}' belongs in {home}." if home else remedy
+    return Problem(problem.where, problem.message, remedy)
 
 
-def _homes(fault: Fault) -> Iterator[str]:
+def _homes(problem: TableProblem) -> Iterator[str]:
     """Tables that have the key which this one lacks."""
-    key, place = fault.path[-1], fault.path[:2]
-    if place[0] == "modules" and len(fault.path) > 2:  # noqa: PLR2004
+    key, place = problem.path[-1], problem.path[:2]
+    if place[0] == "modules" and len(problem.path) > 2:  # noqa: PLR2004
         homes: dict[str, type] = {dotted(place): ModuleSpec, dotted((*place, "grid")): GridSpec}
-        if fault.table is ModuleSpec:
+        if problem.table is ModuleSpec:
             homes |= {dotted((*place, "options")): model for model in BUILT_IN.values()}
     else:
         homes = {"the top of the file": JobSpec}
@@ -388,26 +388,26 @@ def _homes(fault: Fault) -> Iterator[str]:
     return (home for home, kind in homes.items() if key in attrs.fields_dict(kind))
 
 
-def _renamed(table: dict[str, Any], fault: Fault) -> bool:
+def _renamed(table: dict[str, Any], problem: TableProblem) -> bool:
     """Give a misspelt key the name that it was meant to have, if that is free."""
-    inner = _table_of(table, fault)
-    if inner is None or not fault.meant or fault.meant in inner:
+    inner = _table_of(table, problem)
+    if inner is None or not problem.meant or problem.meant in inner:
         return False
-    inner[fault.meant] = inner.pop(fault.path[-1])
+    inner[problem.meant] = inner.pop(problem.path[-1])
     return True
 
 
-def _dropped(table: dict[str, Any], fault: Fault) -> bool:
+def _dropped(table: dict[str, Any], problem: TableProblem) -> bool:
     """Leave a faulty key out, unless too much hangs on it: then what the rest says would be of no use."""
-    inner, key = _table_of(table, fault), fault.path[-1]
+    inner, key = _table_of(table, problem), problem.path[-1]
     if inner is None or key in {"feeds", "model"} or isinstance(inner[key], dict):
         return False
     del inner[key]
     return True
 
 
-def _table_of(table: Any, fault: Fault) -> dict[str, Any] | None:
+def _table_of(table: Any, problem: TableProblem) -> dict[str, Any] | None:
     """The table that holds a faulty key; None for what is no key, such as an entry of a list."""
-    for step in fault.path[:-1]:
+    for step in problem.path[:-1]:
         table = table.get(step) if isinstance(table, dict) else None
-    return table if isinstance(table, dict) and fault.path[-1] in table else None
+    return table if isinstance(table, dict) and problem.path[-1] in table else None

@@ -1,8 +1,9 @@
-"""Jobs: a job file opened: read, its source and builders found, and planned, with all problems in one list.
+"""Jobs: a job file that is read, validated and parsed, with its data source. All problems come in one list.
 
 For example ``open_job("job.toml", ["train.steps=20"]).topology``, which raises PlanError for a wrong job.
 """
 
+import functools
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +14,11 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
-from mimogrid.core.job.validation import problems_of
 from mimogrid.core.pricing.unknown_names import unknown_names
-from mimogrid.core.schedule.layer_split import balance_layers
+from mimogrid.core.schedule.layer_split import parse_job
+from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.step.step import Step, step_of
-from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find, make_importable
@@ -26,10 +27,10 @@ from mimogrid.shell.job.sources import Source, open_source
 
 @attrs.frozen(eq=False)
 class Job:
-    """A job that can run. `source` is None where only torch, which is not loaded, could open it.
+    """A job that can run. `source` is None if only torch, which is not loaded, could open it.
 
-    A job travels to other processes as the name of its file: each opens it by itself, since every rank makes
-    the whole plan from the same text, and a source of the user's own need not be made for travelling.
+    Pickling sends the path of the job file, and the other process opens it again. Every rank makes the same plan from
+    the same text, and a source of the user's own need not support pickling.
     """
 
     path: Path
@@ -42,11 +43,21 @@ class Job:
 
     @property
     def spec(self) -> JobSpec:
-        """The job as written, with the output widths that its own builders told."""
+        """The job as written, with the widths that the builders of own modules declare."""
         return self.topology.spec
 
+    @functools.cached_property
+    def order(self) -> Order:
+        """The order of every training step. Raises PlanError if it needs more memory than the job's cap."""
+        return order_of(self.topology)
+
+    @functools.cached_property
+    def forward_order(self) -> Order:
+        """The order of every step that runs forwards only."""
+        return order_of(self.topology, training=False)
+
     def step(self, index: int) -> Step:
-        """Return one step of the job. Raises PlanError where its samples are not known, or one does not fit."""
+        """Return one step of the job. Raises PlanError if its samples are not known, or one does not fit."""
         if self.source is None:
             remedy = "Import torch inside its load, and nowhere at the top level."
             raise PlanError([Problem("data.source", "its samples are not known without torch.", remedy)])
@@ -57,31 +68,32 @@ class Job:
 def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
     """Open a job file. Raises PlanError with every problem of its text, its parts and its plan.
 
-    The folder of the job file and the current folder become importable, for what is the user's own.
+    The folder of the job file and the current folder become importable, for the user's own modules and sources.
     """
-    whole, overrides = Path(path).resolve(), tuple(overrides)
-    make_importable(Path.cwd(), whole.parent)
-    reading = jobfile.read(path, overrides)
-    if reading.spec is None:
-        raise PlanError(reading.problems)
-    spec, of_builders = with_builders(reading.spec)
+    full_path, overrides = Path(path).resolve(), tuple(overrides)
+    make_importable(Path.cwd(), full_path.parent)
+    parsed = jobfile.read(path, overrides)
+    if parsed.spec is None:
+        raise PlanError(parsed.problems)
+    spec, of_builders = with_builders(parsed.spec)
     source, facts, of_source = open_source(spec)
-    spec = spec if of_source else balance_layers(spec, facts)
-    of_plan = [*of_builders, *of_source, *problems_of(spec, None if of_source else facts)]
+    found = parse_job(spec, None if of_source else facts)
+    of_plan = [*of_builders, *of_source, *(() if isinstance(found, Topology) else found)]
     problems = [
-        *reading.problems,
-        *(reading.annotated(p) for p in dict.fromkeys(of_plan) if not reading.explains(p)),
+        *parsed.problems,
+        *(parsed.annotated(p) for p in dict.fromkeys(of_plan) if not parsed.explains(p)),
     ]
     if problems:
         raise PlanError(problems)
-    topology = parse(spec, facts)
-    if spec.schedule.costs and (strange := list(unknown_names(spec.schedule.costs, topology))):
+    assert isinstance(found, Topology)
+    costs = found.spec.schedule.costs
+    if costs and (strange := list(unknown_names(costs, found))):
         raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)
-    return Job(whole, overrides, topology, source)
+    return Job(full_path, overrides, found, source)
 
 
 def with_builders(spec: JobSpec) -> tuple[JobSpec, list[Problem]]:
-    """Find the builders of own modules, and fill in the output widths that they tell."""
+    """Find the builders of own modules, and fill in the widths that they declare."""
     problems: list[Problem] = []
     modules: dict[str, ModuleSpec] = {}
     for name, module in spec.modules.items():

@@ -7,7 +7,7 @@ float, and a list becomes a tuple.
 >>> @attrs.frozen
 ... class Grid:
 ...     tp: int = 1
->>> converted(new_converter(), {"ttp": 2}, Grid).faults[0].path
+>>> converted(new_converter(), {"ttp": 2}, Grid).problems[0].path
 ('ttp',)
 """
 
@@ -40,7 +40,7 @@ class Wrong(ValueError):  # noqa: N818 -- of a value, and read aloud
 
 
 @attrs.frozen
-class Fault:
+class TableProblem:
     """One thing wrong at one place of a table.
 
     `missing` marks a key that is not there; `unknown` one that no field has: `table` is the class whose key
@@ -63,10 +63,10 @@ class Fault:
 
 @attrs.frozen
 class Converted(Generic[T]):
-    """A value, or the faults that stand against it; never both."""
+    """A value, or the problems that stand against it; never both."""
 
     value: T | None
-    faults: tuple[Fault, ...]
+    problems: tuple[TableProblem, ...]
 
 
 def converted(converter: Converter, table: object, kind: type[T], path: tuple[str, ...] = ()) -> Converted[T]:
@@ -74,7 +74,7 @@ def converted(converter: Converter, table: object, kind: type[T], path: tuple[st
     try:
         return Converted(converter.structure(table, kind), ())
     except (BaseValidationError, Wrong) as error:
-        return Converted(None, tuple(_faults(error, path)))
+        return Converted(None, tuple(_problems(error, path)))
 
 
 def new_converter() -> Converter:
@@ -272,20 +272,20 @@ def _named(member: Any) -> str:
 # -- what cattrs found -------------------------------------------------------------------------------------
 
 
-def _faults(error: BaseException, path: tuple[str, ...]) -> Iterator[Fault]:
+def _problems(error: BaseException, path: tuple[str, ...]) -> Iterator[TableProblem]:
     match error:
         case ForbiddenExtraKeysError():
             for key in sorted(error.extra_fields):
                 yield _unknown((*path, key), error.cl)
         case BaseValidationError():
             for inner in error.exceptions:
-                yield from _faults(inner, (*path, *_step(inner)))
+                yield from _problems(inner, (*path, *_step(inner)))
         case Wrong():
-            yield Fault(path, error.message, error.remedy)
+            yield TableProblem(path, error.message, error.remedy)
         case KeyError():
-            yield Fault(path, "is missing.", "It is required, and has no default.", missing=True)
+            yield TableProblem(path, "is missing.", "It is required, and has no default.", missing=True)
         case _:
-            yield Fault(path, f"cannot be read: {error}.", "Check the value.")
+            yield TableProblem(path, f"cannot be read: {error}.", "Check the value.")
 
 
 def _step(error: BaseException) -> tuple[str, ...]:
@@ -298,10 +298,10 @@ def _step(error: BaseException) -> tuple[str, ...]:
     return ()
 
 
-def _unknown(path: tuple[str, ...], table: type) -> Fault:
+def _unknown(path: tuple[str, ...], table: type) -> TableProblem:
     known = [field.name for field in attrs.fields(table)]
     meant = difflib.get_close_matches(path[-1], known, n=1)
-    return Fault(
+    return TableProblem(
         path,
         f"'{path[-1]}' is not a known key here.",
         nearest(path[-1], known),

@@ -1,7 +1,9 @@
-"""What the shell takes from megatron-core: names (here), a layer specification, a CPU under it.
+"""What the shell takes from megatron-core: names (here), layer specifications, experts, and replacements on a CPU.
 
-Importing this package imports megatron-core without the warnings that it, and what it imports, are known to
-give on a machine without transformer-engine and apex. Any other warning still comes through.
+Importing this package imports megatron-core without the warnings that it is known to give on a machine without
+transformer-engine and Apex. Any other warning still comes through.
+
+May import: the core, `device`, `job`.
 """
 
 import contextlib
@@ -51,7 +53,7 @@ __all__ = [
 
 @contextlib.contextmanager
 def without_known_words() -> Iterator[None]:
-    """Leave unsaid what megatron-core 0.19 says each time that one is made: that GPTModel gets no new features."""
+    """Silence a message of megatron-core 0.19 for each GPTModel that is made: that it gets no new features."""
     logger = logging.getLogger(GPTModel.__module__)
 
     def is_news(record: logging.LogRecord) -> bool:

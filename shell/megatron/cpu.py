@@ -1,25 +1,24 @@
-"""CPU: what megatron-core cannot do without CUDA, and what stands in for it.
+"""CPU: what megatron-core needs CUDA for, and its replacements.
 
-Nothing of torch is patched. A few of megatron's own module globals are replaced while `on_device` is open. On every
-device:
+Torch is not patched. While `on_device` is open, a few module globals of megatron-core are replaced. On every device:
 
-- Its random-state tracker. On CUDA it is one of its own class, which has the state that sequence parallelism asks for;
-  without that it would be a host's, or empty. On the CPU it is one that forks the CPU's generator.
-- Its global memory buffer, which only its own `initialize_model_parallel` would make.
-- A flag that says "already warned" that CUDA_DEVICE_MAX_CONNECTIONS is not 1. That would put all streams on one queue,
-  where a receive that is posted ahead stops computing (`shell.device.place.prepare`).
+- The random-state tracker. On CUDA the replacement is of Megatron's own class, with the state that sequence parallelism
+  needs. On the CPU it is one that forks the CPU's generator.
+- The global memory buffer, which only Megatron's `initialize_model_parallel` would make.
+- A flag that Megatron has warned that CUDA_DEVICE_MAX_CONNECTIONS is not 1. With 1 all streams would share one queue,
+  and a receive posted ahead would stop the computing (`shell.device.place.prepare`).
 
-And on the CPU alone:
+On the CPU only:
 
-- The name ``torch`` in some of its files. Its sequence-parallel mappings, its buffer and its routers allocate on
-  ``torch.cuda.current_device()``; there, and nowhere else, that is the CPU. So are the streams on which a dispatcher
-  copies counts of tokens to the host; what is counted is there already.
-- The function that makes such a copy, which all that was not on CUDA comes through unchanged: torch's collectives
-  take counts as numbers, not as tensors.
-- The two functions by which recomputation saves and restores the CUDA generator's state.
-- A name that megatron-core 0.16's routers look for, and do not find without transformer-engine.
-- The norm at the end of a block of layers, which without transformer-engine or Apex refuses sequence parallelism.
-- Two collectives that it took from torch by names that torch 2.13 calls deprecated, at every call.
+- The name ``torch`` in some files. Megatron's sequence-parallel mappings, its buffer and its routers allocate on
+  ``torch.cuda.current_device()``; in these files that is the CPU. Its dispatcher copies token counts to the host on
+  streams; in these files they do nothing, because the counts are there already.
+- The function for such copies. It returns what was not on CUDA unchanged, but torch's collectives take counts as
+  numbers, not as tensors.
+- Two functions by which recomputation saves and restores the state of the CUDA generator.
+- A name that the routers of megatron-core 0.16 look for, and do not find without transformer-engine.
+- The norm at the end of a block of layers. Without transformer-engine or Apex it refuses sequence parallelism.
+- Two collectives that Megatron imports from torch by names that torch 2.13 deprecates, with a warning at each call.
 
 >>> with on_device(torch.device("cpu")):
 ...     mappings.torch.cuda.current_device()
@@ -46,10 +45,10 @@ from torch import Tensor
 
 
 _ON_CUDA_DEVICE = (layers, mappings, utils, router, token_dispatcher)
-"""Files of megatron that work on the current CUDA device and that the shell's modules, or a host's, run through."""
+"""Files of megatron-core that use the current CUDA device, and that stages or a host program's networks run."""
 
 
-_TALKS = layers.linear_with_grad_accumulation_and_async_allreduce
+_LINEAR = layers.linear_with_grad_accumulation_and_async_allreduce
 _COLLECTIVES = {
     "dist_all_gather_func": "all_gather_single",
     "dist_reduce_scatter_func": "reduce_scatter_single",
@@ -57,24 +56,24 @@ _COLLECTIVES = {
 
 
 class NoStream:
-    """A stream, and an event, where all is done in the order in which it is asked for."""
+    """A stream and an event for a device that works in the order of the calls."""
 
     def record_event(self) -> "NoStream":
-        """Return what stands for now."""
+        """Return an event that has already happened."""
         return self
 
     def synchronize(self) -> None:
-        """Wait for nothing."""
+        """Return at once."""
 
 
 class FinalNorm:
-    """Megatron's norm of torch's, with the mark that it gives parameters whose gradients are partial under sp."""
+    """Megatron's wrapper of torch's norm, with the mark of parameters whose gradients are partial under sp."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> Any:
         """Return the norm that the configuration names."""
-        of_all = copy.copy(config)
-        of_all.sequence_parallel = False
-        norm = WrappedTorchNorm(of_all, hidden_size, eps)
+        without_sp = copy.copy(config)
+        without_sp.sequence_parallel = False
+        norm = WrappedTorchNorm(without_sp, hidden_size, eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
@@ -94,7 +93,7 @@ class CpuRandomStates:
         self._current: str | None = None
 
     def is_initialized(self) -> bool:
-        """Whether there are states; megatron asks before it makes a tracker of its own."""
+        """Whether there are states. Megatron asks before it makes a tracker of its own."""
         return True
 
     def reset(self) -> None:
@@ -107,16 +106,16 @@ class CpuRandomStates:
         self._states[name] = _seeded_state(seed)
 
     def get_states(self) -> dict[str, Tensor]:
-        """Return every state; what recomputation saves."""
+        """Return every state. Recomputation saves them."""
         return dict(self._states)
 
     def set_states(self, states: Mapping[str, Tensor]) -> None:
-        """Go back to saved states."""
+        """Restore saved states."""
         self._states = dict(states)
 
     @contextlib.contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
-        """Run on a named state. Forks nest: an inner one leaves the state of the outer one untouched."""
+        """Run on a named state. Forks nest: an inner fork leaves the state of the outer one as it is."""
         outer, outer_state = self._current, torch.get_rng_state()
         if outer == name:
             yield
@@ -133,16 +132,16 @@ class CpuRandomStates:
 
 @contextlib.contextmanager
 def on_device(device: torch.device, *, seed: int = 0) -> Iterator[None]:
-    """Let megatron's modules be built and run on `device` while open.
+    """Let Megatron's modules be built and run on `device` while open.
 
-    Forward *and* backward need it: sequence parallelism and recomputation work in both.
+    Forward *and* backward need it, because sequence parallelism and recomputation run in both.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER", _random_states(device, seed)))
         stack.enter_context(_replaced(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
         stack.enter_context(_replaced(parallel_state, "_GLOBAL_MEMORY_BUFFER", None))
         parallel_state._set_global_memory_buffer()
-        stack.enter_context(_replaced(_TALKS, "warned", True))
+        stack.enter_context(_replaced(_LINEAR, "warned", True))
         if device.type == "cpu":
             stack.enter_context(_without_cuda())
         yield
@@ -198,7 +197,7 @@ def _lent(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 def _torch_without_cuda(stream: NoStream) -> ModuleType:
-    """Return a module that is torch in everything but the current CUDA device and its streams."""
+    """Return a copy of torch with another current CUDA device and other streams."""
     cuda = _copy_of(torch.cuda)
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[attr-defined]
     cuda.Stream = cuda.current_stream = lambda: stream  # type: ignore[attr-defined]
@@ -209,7 +208,7 @@ def _torch_without_cuda(stream: NoStream) -> ModuleType:
 
 
 def _copy_of(module: ModuleType) -> ModuleType:
-    """Return a module with the same contents: looking a name up in it costs what it costs in the original."""
+    """Return a module with the same contents. Looking up a name costs the same as in the original."""
     copy = ModuleType(module.__name__, module.__doc__)
     copy.__dict__.update(vars(module))
     return copy
@@ -224,7 +223,7 @@ def _as_counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False)
 
 
 def _get_state(*_: object, **__: object) -> Tensor:
-    # The CPU's state is saved and restored by recomputation itself, next to this one.
+    # Recomputation itself saves and restores the CPU's state, next to this one.
     return torch.get_rng_state()
 
 

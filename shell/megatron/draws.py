@@ -1,7 +1,7 @@
-"""Draws: where the random numbers of megatron's networks begin.
+"""Draws: where the random numbers of Megatron's networks start.
 
-Its networks draw from torch's default generator what is alike along tp, and from a tracked state of their own
-what is apart. Recomputation saves and restores both by itself.
+Megatron draws from torch's default generator for values that are alike along tp, and from a tracked state for values
+that are apart. Recomputation saves and restores both.
 """
 
 import torch
@@ -11,11 +11,11 @@ from mimogrid.core.step.seeds import Seeds
 
 
 APART = "model-parallel-rng"
-"""Megatron's name for the state that differs along tp."""
+"""Megatron's name of the state that differs along tp."""
 
 
 def begin_draws(seeds: Seeds, device: torch.device) -> None:
-    """Let all draws from here on follow from seeds. On the CPU, call it inside `cpu.on_device`."""
+    """Seed all draws from here on. On the CPU, call it inside `cpu.on_device`."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seeds.alike)
     else:

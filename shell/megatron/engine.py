@@ -1,11 +1,11 @@
-"""The engine: layers of transformer-engine, by megatron-core's own specification.
+"""The engine: layers of transformer-engine, from megatron-core's own specification.
 
-The specification is megatron's, with one change: attention itself is the shell's core attention, which turns its
-inputs as local layers do and calls torch's fused kernels. So both kinds of layers compute the same function. What
-differs is that a norm and the linear layer behind it are one, and in which arithmetic products are computed.
+One part is replaced: the core attention is the shell's, which rotates its inputs as local layers do and calls torch's
+fused kernels. So both kinds of layers compute the same function. Two things differ: transformer-engine makes one layer
+of a norm and the linear layer behind it, and it multiplies in other arithmetic.
 
-In fp8 each product scales by the largest value of the tensors at hand. Nothing is remembered from step to step, so
-there is no state beside the weights: what transformer-engine keeps as `_extra_state` is no weight, and not saved.
+In fp8 each product is scaled by the largest value of its own tensors. Nothing is kept from step to step, so there is
+no state besides the weights. Checkpoints do not save what transformer-engine keeps as `_extra_state`.
 """
 
 import functools
@@ -26,7 +26,7 @@ from mimogrid.core.base.errors import WorldError
 from mimogrid.core.job.layer_engines import choose, unlike
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.topology.topology import Topology
-from mimogrid.shell.megatron.layers import CoreAttention, Norm, linears_of, mlp_of
+from mimogrid.shell.megatron.layers import CoreAttention, LocalLayerNorm, linears_of, mlp_of
 
 
 FP8_RECIPE = "tensorwise"
@@ -34,7 +34,7 @@ FP8_RECIPE = "tensorwise"
 
 @functools.cache
 def missing(device: torch.device) -> str:
-    """Return what a process lacks for transformer-engine's layers; "": nothing."""
+    """Return what a process lacks for transformer-engine's layers; "" if it lacks nothing."""
     if device.type != "cuda":
         return f"modules compute on {device.type}"
     if importlib.util.find_spec("transformer_engine") is None:
@@ -52,7 +52,7 @@ def missing(device: torch.device) -> str:
 
 @functools.cache
 def version() -> str:
-    """Return the version of transformer-engine, "" where there is none."""
+    """Return the version of transformer-engine; "" if it is not installed."""
     try:
         return importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
@@ -60,10 +60,10 @@ def version() -> str:
 
 
 def agree(names: Iterable[str], topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Compare over all ranks of a job whose layers each would build its modules of; joint over `group`.
+    """Check that all ranks of a job build their modules with the same kind of layers; joint over `group`.
 
-    Layers that round differently would give dp ranks different weights. Raises WorldError on every rank where the
-    machines of a module's ranks differ in what they have, or in its version, and PlanError where one has not what
+    Layers that round differently would give dp ranks different weights. Raises WorldError on every rank if the
+    machines of a module's ranks have different engines or versions, and PlanError if a machine lacks the engine that
     the job asks for.
     """
     mine = {name: choose(name, topology.spec, missing=missing(device), version=version()) for name in names}
@@ -77,12 +77,12 @@ def agree(names: Iterable[str], topology: Topology, group: dist.ProcessGroup, de
 
 
 def config_of_fp8(fp8: str) -> dict[str, Any]:
-    """Return what megatron's configuration says of fp8; its block opens transformer-engine's autocast by it."""
+    """Return the entries of Megatron's configuration that make its block open transformer-engine's fp8 autocast."""
     return {} if fp8 == "none" else {"fp8": fp8, "fp8_recipe": FP8_RECIPE}
 
 
 def layer_of_megatron() -> ModuleSpec:
-    """Return megatron's specification of a dense layer of transformer-engine's."""
+    """Return Megatron's specification of a dense layer of transformer-engine."""
     with warnings.catch_warnings():
         # megatron-core 0.16.1 importing its own deprecated names.
         warnings.filterwarnings("ignore", message=r"The 'megatron\.core\.transformer\.custom_layers")
@@ -94,10 +94,10 @@ def layer_of_megatron() -> ModuleSpec:
 
 
 def engine_spec(model: BuiltIn, *, layers: int) -> TransformerBlockSubmodules:
-    """Return the specification of a stack of layers and the norm behind it."""
+    """Return the specification of a stack of layers and its final norm."""
     layer = layer_of_megatron()
     attention = layer.submodules.self_attention
     attention.params = {"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding}
     attention.submodules.core_attention = CoreAttention
     layer.submodules.mlp = mlp_of(linears_of(layer.submodules.mlp), ffn=model.ffn)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LocalLayerNorm)

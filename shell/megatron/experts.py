@@ -1,24 +1,24 @@
-"""Experts: the MLP of a layer whose tokens choose among many, on ranks that each hold some of them.
+"""Experts: the MLP of a layer in which each token chooses some of many experts, spread over ranks.
 
-Every token is routed by one rank and computed once, whatever the layout. A rank routes its own tokens: those
-of its dp rank, of its part of the positions under context or sequence parallelism, and of its share of what
-is left where plain tensor parallelism gives the same tokens to several ranks. Padding is routed nowhere. Then
+One rank routes each token, and each token is computed once, in every layout. A rank routes the tokens of its dp rank
+and of its part of the positions, under context or sequence parallelism. With plain tensor parallelism several ranks
+have the same tokens, and each routes a share of them. Padding is not routed. Then
 
-    route       logits = tokens * router, the `top_k` highest, weighted by the softmax over those chosen
-                (megatron's default; of one alone, over all: else the router would learn nothing)
+    route       logits = tokens * router; the `top_k` highest are chosen, weighted by their softmax as in Megatron
+                (with top_k = 1 by the softmax over all experts: else the router would get no gradient)
     dispatch    one row for every choice and every rank that holds a shard of the expert, all to all
-    compute     expert by expert: up, GELU, down; a shard's result is a term of a sum over expert_tp
-    combine     the rows back, summed with their weights
+    compute     expert by expert: up, GELU, down; the result of a shard is a term of a sum over expert_tp
+    combine     rows return, and are summed with their weights
 
-No token is dropped. How many rows go where depends on the data, so ranks tell each other first; it is the only
-exchange of sizes there is. Ranks without a token take part in all of it. Where two logits are almost equal,
-layouts that round differently may choose differently: that is another function, and no tolerance covers it.
+No token is dropped. The number of rows for each rank depends on the data, so ranks exchange these numbers first; no
+other sizes are exchanged in a step. Ranks without tokens take part too. If two logits are almost equal, layouts that
+round differently may choose different experts. That is another function, and no tolerance covers it.
 
-The auxiliary loss of a layer is, per sample, E * sum over experts of f * P: of the sample's choices the
-fraction f that fell on the expert (a constant for the gradient), and the mean P over the sample's tokens of
-its probability among all experts. Once f is known it is a sum over tokens, so each rank has its own term and
-only counts are added up. Its gradient is attached in the forward, as megatron does: what leaves the layer
-brings it along in the backward, recomputed or not.
+The auxiliary loss of a layer is, for each sample, E * sum over experts of f * P. f is the fraction of the sample's
+choices that are this expert (a constant for the gradient), and P the mean probability of the expert over the sample's
+tokens. Given f it is a sum over tokens, so each rank has a term of its own and only counts are all-reduced. As in
+Megatron, the forward attaches its gradient to the output of the layer, so the backward computes it too, recomputed or
+not.
 
 Shapes in names: S positions, B samples, H hidden; T this rank's tokens, K choices, E experts; C rows to send
 (T * K * expert_tp); M ranks among which rows cross, L experts that one of them holds, X shards of an expert.
@@ -46,14 +46,14 @@ from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 @attrs.frozen(eq=False)
 class ExpertGroups:
-    """The ranks that a rank shares a module's tokens and experts with.
+    """The ranks that share a module's tokens and experts with this rank.
 
     Attributes:
-        together: among whom rows cross; expert_tp varies fastest.
-        expert_tp: over how many of them each expert is cut.
-        held: the experts that this rank has a shard of.
-        same_tokens: those who have the same tokens and deal them among each other; None: nobody.
-        same_samples: groups of those who have other tokens of the same samples, or deal them.
+        together: The ranks that exchange rows; expert_tp varies fastest.
+        expert_tp: The number of shards of each expert.
+        held: The experts that this rank has a shard of.
+        same_tokens: The ranks that have the same tokens and route a share of them each; None if there are none.
+        same_samples: Groups of the ranks that route other tokens of the same samples.
     """
 
     together: dist.ProcessGroup
@@ -64,16 +64,16 @@ class ExpertGroups:
 
     @property
     def shard(self) -> int:
-        """Which shard of its experts this rank has."""
+        """The shard that this rank has of its experts."""
         return self.together.rank() % self.expert_tp
 
 
 @attrs.frozen(eq=False)
 class ExpertsSpec:
-    """What megatron's layer builds its MLP from; of a `ModuleSpec` it asks which of megatron's own it is.
+    """What Megatron's layer builds its MLP from. The layer takes a `ModuleSpec` of Megatron's own MLPs only.
 
-    megatron-core 0.16 builds it as it builds a `ModuleSpec`; 0.19 calls it, and says besides the configuration
-    what only its own MLPs ask for (groups, a name, whether the layer predicts several tokens).
+    megatron-core 0.16 builds it as it builds a `ModuleSpec`. 0.19 calls it, with arguments that only Megatron's own
+    MLPs need (groups, a name, whether the layer predicts several tokens).
     """
 
     params: Mapping[str, Any]
@@ -88,16 +88,16 @@ def experts_spec(
     model: BuiltIn, expert_groups: ExpertGroups, *, trains: bool, weight_grads: WeightGradStore
 ) -> ExpertsSpec:
     """Return the specification of an `Experts`."""
-    given = {"model": model, "expert_groups": expert_groups, "trains": trains, "weight_grads": weight_grads}
-    return ExpertsSpec(given, Experts)
+    params = {"model": model, "expert_groups": expert_groups, "trains": trains, "weight_grads": weight_grads}
+    return ExpertsSpec(params, Experts)
 
 
 class Experts(nn.Module):
     """The MLP of one layer.
 
-    `scale` is what the auxiliary loss is multiplied by in the loss of the job; 0: there is none. `aux` is
-    this rank's term of it in the last forward, before that. `trains` says that any of the layer's experts or
-    its router trains, here or on another rank.
+    `scale` multiplies the auxiliary loss in the loss of the job; 0 means that there is none. `aux` is this rank's term
+    of the auxiliary loss in the last forward, not scaled. `trains` says whether any of the layer's experts or its
+    router trains, on this rank or another one.
     """
 
     def __init__(
@@ -123,36 +123,37 @@ class Experts(nn.Module):
         self.aux: Tensor | None = None
 
     def forward(self, hidden_SBH: Tensor, *, padding_mask: Tensor) -> tuple[Tensor, None]:
-        """Return the mixture, and no bias. Where megatron hands on a mask, we want the tokens to route.
+        """Return the mixture [S, B, H], and None for the bias.
 
-        `padding_mask` holds their entries in the block, s * B + b.
+        Of the arguments that Megatron's block passes to the MLPs, `padding_mask` is the one that we use to pass
+        something else: the entries of the tokens that this rank routes, s * B + b.
         """
-        dealt = self.expert_groups.same_tokens
+        entries_T, same_tokens = padding_mask, self.expert_groups.same_tokens
         if torch.is_grad_enabled() and self.trains and not hidden_SBH.requires_grad:
-            # All ranks must meet again in the backward, also those whose own experts are frozen.
+            # All ranks take part in the all-to-alls of the backward, also those whose own experts are frozen.
             hidden_SBH = hidden_SBH.detach().requires_grad_()
-        if dealt:
-            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=dealt)
+        if same_tokens:
+            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=same_tokens)
         flat = hidden_SBH.flatten(0, 1)
-        mixed_TH, logits_TE, chosen_TK = self._mixed(flat.index_select(0, padding_mask))
+        mixed_TH, logits_TE, chosen_TK = self._mixed(flat.index_select(0, entries_T))
         if self.scale and self.training:
             samples = hidden_SBH.shape[1]
             aux = imbalance(
                 logits_TE.softmax(dim=1),
                 chosen_TK,
-                padding_mask % samples,
+                entries_T % samples,
                 samples=samples,
                 among=self.expert_groups.same_samples,
             )
             self.aux = aux.detach()
             mixed_TH = attached(mixed_TH, aux, self.scale)
-        flat = torch.zeros_like(flat).index_copy(0, padding_mask, mixed_TH)
-        if dealt:
-            flat = reduce_from_tensor_model_parallel_region(flat, group=dealt)
+        flat = torch.zeros_like(flat).index_copy(0, entries_T, mixed_TH)
+        if same_tokens:
+            flat = reduce_from_tensor_model_parallel_region(flat, group=same_tokens)
         return flat.view_as(hidden_SBH), None
 
     def _mixed(self, tokens_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the experts make of this rank's tokens, with the logits and what was chosen."""
+        """Return the mixture of this rank's tokens [T, H], the logits [T, E] and the chosen experts [T, K]."""
         logits_TE, _ = self.router(tokens_TH)
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
         highest_TK, chosen_TK = logits_TE.topk(self.top_k, dim=1)
@@ -168,7 +169,7 @@ class Experts(nn.Module):
         return mixed_TH, logits_TE, chosen_TK
 
     def _computed(self, rows: Tensor, crossing: "_Crossing") -> Tensor:
-        """Return what this rank's experts make of the rows that came in."""
+        """Return the received rows after this rank's experts, in the same order."""
         if crossing.by_expert is not None:
             rows = _Permuted.apply(rows, *crossing.by_expert)  # type: ignore[no-untyped-call]
         parts = rows.split(crossing.rows_of_experts)
@@ -179,7 +180,7 @@ class Experts(nn.Module):
 
 
 class Expert(nn.Module):
-    """This rank's shard of one expert, over expert_tp; its results are to be summed."""
+    """This rank's shard of one expert. The results of its expert_tp shards are summed."""
 
     def __init__(
         self,
@@ -196,11 +197,11 @@ class Expert(nn.Module):
         self.down = Linear(width, model.hidden, config=config, bias=True, weight_grads=weight_grads)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Return a term for each row."""
+        """Return this shard's term for each row."""
         middle = functional.gelu(self.up(rows)[0])
-        of_down = self.down.bias
-        # The sum has the bias once; every shard's copy of it has the whole gradient.
-        bias = of_down if self.adds_bias else of_down - of_down.detach()
+        down_bias = self.down.bias
+        # The sum over shards has the bias once, and every shard's copy of it gets the complete gradient.
+        bias = down_bias if self.adds_bias else down_bias - down_bias.detach()
         return self.weight_grads.multiply(
             lambda weight: functional.linear(middle, weight, bias), self.down.weight, middle
         )
@@ -220,11 +221,11 @@ def imbalance(
     """Return this rank's term of the auxiliary loss, summed over samples.
 
     Args:
-        probabilities_TE: of each token among all experts.
-        chosen_TK: the experts that each token goes to.
-        samples_T: which sample each token is of, of so many `samples`.
-        samples: how many there are.
-        among: groups of those who have other tokens of the same samples.
+        probabilities_TE: The probabilities of the experts for each token.
+        chosen_TK: The experts that each token goes to.
+        samples_T: The sample of each token.
+        samples: The number of samples.
+        among: Groups of the ranks that route other tokens of the same samples.
     """
     experts, choices = probabilities_TE.shape[1], chosen_TK.shape[1]
     where = (samples_T[:, None] * experts + chosen_TK).flatten()
@@ -241,7 +242,7 @@ def imbalance(
 
 
 def attached(carrier: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return the carrier; whoever needs its gradient gives `value`, which nothing reads, the gradient `scale`."""
+    """Return the carrier; a backward through it also gives `value`, which nothing else reads, the gradient `scale`."""
     carrier = _Attached.apply(carrier, value, scale)  # type: ignore[no-untyped-call]
     return carrier
 
@@ -254,13 +255,14 @@ class _Crossing:
     """Where the rows of one forward go.
 
     Attributes:
-        order: which of the rows (token by token, choice by choice, shard by shard) is sent at each place.
-        back: its inverse.
-        copies: rows of a token.
-        sent: rows for each rank; `got`: from each rank.
-        by_expert: order, and its inverse, that puts what came in expert by expert; None: it is so already.
-        rows_of_experts: rows of each expert held here.
-        group: among whom.
+        order: The order in which rows are sent. Before, they are in order of token, choice and shard.
+        back: The inverse of `order`.
+        copies: Rows of each token.
+        sent: Rows to each rank.
+        got: Rows from each rank.
+        by_expert: The order that sorts received rows by expert, and its inverse; None if they are sorted already.
+        rows_of_experts: Received rows of each expert.
+        group: The ranks that exchange rows.
     """
 
     order: Tensor
@@ -273,12 +275,12 @@ class _Crossing:
     group: dist.ProcessGroup
 
     def reverse(self) -> "_Crossing":
-        """Return the way back."""
+        """Return the crossing in the opposite direction."""
         return attrs.evolve(self, sent=self.got, got=self.sent)
 
 
 def _crossing(chosen_TK: Tensor, expert_groups: ExpertGroups) -> _Crossing:
-    """Return where the rows of tokens go that chose these experts."""
+    """Return where the rows go of tokens that chose these experts."""
     group, each, shards = expert_groups.together, len(expert_groups.held), expert_groups.expert_tp
     ranks, device = group.size(), chosen_TK.device
     shard = torch.arange(shards, device=device)
@@ -291,9 +293,9 @@ def _crossing(chosen_TK: Tensor, expert_groups: ExpertGroups) -> _Crossing:
     if ranks > 1:
         got_ML = torch.empty_like(sent_ML)
         dist.all_to_all_single(got_ML, sent_ML, group=group)
-    # All that the host must know, at once: it waits for the device here.
-    told_sent, told_got = torch.stack((sent_ML, got_ML)).tolist()
-    sent, got = ([sum(of_rank) for of_rank in told] for told in (told_sent, told_got))
+    # The host waits for the device here, so it gets all counts at once.
+    counts_sent, counts_got = torch.stack((sent_ML, got_ML)).tolist()
+    sent, got = ([sum(of_rank) for of_rank in counts] for counts in (counts_sent, counts_got))
     by_expert = None
     if ranks > 1 and each > 1:
         expert = torch.arange(each, device=device).repeat(ranks)
@@ -305,13 +307,13 @@ def _crossing(chosen_TK: Tensor, expert_groups: ExpertGroups) -> _Crossing:
         sent=sent,
         got=got,
         by_expert=by_expert,
-        rows_of_experts=[sum(of_expert) for of_expert in zip(*told_got, strict=True)],
+        rows_of_experts=[sum(of_expert) for of_expert in zip(*counts_got, strict=True)],
         group=group,
     )
 
 
 def _sorted(key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the order that sorts, equals staying as they are, and its inverse."""
+    """Return the stable order that sorts, and its inverse."""
     order = key.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
@@ -332,7 +334,7 @@ def _all_to_all(rows: Tensor, crossing: _Crossing) -> Tensor:
 
 
 class _Exchanged(torch.autograd.Function):
-    """All to all; backward the other way round."""
+    """All to all. Backward exchanges in the opposite direction."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, crossing: _Crossing) -> Tensor:
@@ -345,11 +347,11 @@ class _Exchanged(torch.autograd.Function):
         return _all_to_all(grad, ctx.back), None
 
 
-# What follows only moves rows. Written out: the gradient of an index is a scatter, on CUDA in any order.
+# These only move rows. Their backward is written out: autograd's would scatter, which CUDA does in any order.
 
 
 class _Spread(torch.autograd.Function):
-    """Rows of tokens to rows in the order of sending; backward sums those of a token."""
+    """Rows of tokens to rows in the order of sending. Backward sums the rows of a token."""
 
     @staticmethod
     def forward(ctx: Any, tokens_TH: Tensor, crossing: _Crossing) -> Tensor:
@@ -364,7 +366,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Permuted(torch.autograd.Function):
-    """Rows in another order; backward in the inverse one."""
+    """Rows in another order. Backward applies the inverse order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -379,7 +381,7 @@ class _Permuted(torch.autograd.Function):
 
 
 class _Attached(torch.autograd.Function):
-    """The identity, by which a value that nothing reads gets a gradient."""
+    """The identity; it gives a value that nothing reads a gradient."""
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, value: Tensor, scale: float) -> Tensor:

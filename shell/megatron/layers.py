@@ -1,8 +1,8 @@
-"""Layers: megatron-core's transformer layer with parts that run in any dtype and on any device.
+"""Layers: megatron-core's transformer layer, with parts that run in any dtype and on any device.
 
-The specification keeps megatron's layer, attention and MLP, with its tensor-parallel linears where there is
-something to shard, and gives them a core attention (rotary, then torch's scaled dot product) and a norm of
-our own. Nothing in them rounds: a module in fp64 is computed in fp64 throughout, rotary angles included.
+The specification keeps Megatron's layer, attention and MLP, and with tp > 1 its tensor-parallel linears. The core
+attention (rotary, then torch's scaled dot product) and the norm are local. They never round: a module in fp64 computes
+everything in fp64, rotary angles included.
 
 Shapes in names: S positions, B samples, N heads, D head width.
 """
@@ -51,13 +51,13 @@ _RECOMPUTE: dict[str, dict[str, object]] = {
 
 
 class CoreAttention(nn.Module):
-    """Rotary attention of the local heads; key-value heads may be fewer.
+    """Rotary attention of the local heads. There may be fewer key-value heads than heads.
 
-    Causal attention takes no mask. Any other takes as `attention_mask` what is added to the scores (0, or
-    minus infinity for a key that is padding), broadcastable to [B, N, S, S]; None: every key is real.
+    Causal attention takes no mask. Other attention adds `attention_mask` to the scores: 0, or minus infinity for a key
+    that is padding, broadcastable to [B, N, S, S]. None means that no key is padding.
 
-    Under context parallelism S are this rank's positions (`zigzag`) and the keys and values of all ranks are
-    gathered, rank after rank; a mask is for keys in that order.
+    Under context parallelism S are this rank's positions (`zigzag`), and the keys and values of all ranks are gathered,
+    rank after rank. A mask has its keys in that order.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class CoreAttention(nn.Module):
         self.causal = attn_mask_type is AttnMaskType.causal
         self.cp = pg_collection.cp
         self.cut = ZigZag(self.cp.rank(), self.cp.size())
-        # Under sequence parallelism megatron runs the whole block on the states that differ along tp.
+        # Under sequence parallelism Megatron runs all of the block on the random states that differ along tp.
         self.forks = self.dropout > 0 and not config.sequence_parallel
 
     def forward(
@@ -94,7 +94,7 @@ class CoreAttention(nn.Module):
         return mixed.flatten(2)
 
     def _attend_in_parts(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend to the keys of all ranks; causal, each of the two chunks to those up to its own."""
+        """Attend to the keys of all ranks. If causal, each of the two chunks attends to the keys up to its own."""
         both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp)
         if not self.causal:
             key, value = both.chunk(2, dim=-1)
@@ -110,7 +110,7 @@ class CoreAttention(nn.Module):
         return torch.cat(mixed)
 
     def _attend(self, query_SBND: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend; causal where queries and keys are the same positions and no mask says it better."""
+        """Attend with a mask, or causally if there is none and queries and keys are the same positions."""
         mixed_BNSD = functional.scaled_dot_product_attention(
             query_SBND.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
@@ -125,7 +125,7 @@ class CoreAttention(nn.Module):
 
 @functools.lru_cache(maxsize=64)
 def _no_later_key(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return which keys the last `queries` of as many positions as there are keys may see, [S, keys]."""
+    """Return which of the first `keys` positions each of the last `queries` of them may see, [queries, keys]."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
@@ -137,9 +137,9 @@ def _rotated(heads_SBND: Tensor, cut: ZigZag) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """Turns the halves (x, y) of each head to (x cos - y sin, y cos + x sin), position by position.
+    """Rotates the halves (x, y) of each head to (x cos - y sin, y cos + x sin), position by position.
 
-    Backward turns back. Megatron's own takes about thirty small operations for what takes three here.
+    Backward rotates the other way. Megatron's own function needs about thirty small operations, this one three.
     """
 
     @staticmethod
@@ -165,9 +165,9 @@ def _turned(heads_SBND: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> 
 def rotary_table(
     positions: int, width: int, dtype: torch.dtype, device: torch.device, cut: ZigZag = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosines [S, 1, 1, D] and sines [S, 1, 1, D / 2] for as many positions of a part, or 0, 1, ...
+    """Return the cosines [S, 1, 1, D] and sines [S, 1, 1, D / 2] of S positions: those of `cut`, by default 0, 1, ...
 
-    Angles are computed in the compute dtype, but never coarser than fp32.
+    Angles are computed in the compute dtype, but at least in fp32.
     """
     exact: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
     frequencies = ROTARY_BASE ** -(torch.arange(0, width, 2, **exact) / width)
@@ -177,7 +177,7 @@ def rotary_table(
 
 
 class Affine(nn.Linear):
-    """Torch's linear layer, its product for the weight's gradient in a weight-grad store's hands."""
+    """Torch's linear layer; a weight-grad store may put off the product of its weight gradient."""
 
     def __init__(
         self,
@@ -192,19 +192,19 @@ class Affine(nn.Linear):
         self.weight_grads = weight_grads
 
     def reset_parameters(self) -> None:
-        """Draw nothing: see `weights.initialize`."""
+        """Do nothing: `weights.initialize` sets the weights."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Return the product, and the bias with it."""
+        """Return the product with the bias added."""
         return self.weight_grads.multiply(
             lambda weight: functional.linear(input, weight, self.bias), self.weight, input
         )
 
 
 class Linear(Affine):
-    """What megatron's tensor-parallel linears are on one rank: one operation instead of some eight.
+    """Replaces Megatron's tensor-parallel linears for tp = 1: one operation instead of about eight.
 
-    The bias is always added here; who would add it later gets none.
+    It always adds the bias, and returns None in its place.
     """
 
     def __init__(
@@ -227,9 +227,9 @@ class Linear(Affine):
 
 
 class _Sharded:
-    """What is ours of megatron's tensor-parallel linears: the weight-grad store, and who adds the bias.
+    """Adds to Megatron's tensor-parallel linears a weight-grad store, and a bias that is added after the product.
 
-    Megatron adds it inside the product, and there gives it no gradient if the weight wants none.
+    Megatron adds the bias inside the product, where it gets no gradient if the weight is frozen.
     """
 
     def __init__(self, *arguments: Any, weight_grads: WeightGradStore, **options: Any) -> None:
@@ -254,8 +254,8 @@ class RowLinear(_Sharded, RowParallelLinear):  # type: ignore[misc]
     """A linear layer whose inputs are cut over tp."""
 
 
-class Norm(nn.LayerNorm):
-    """Layer norm with the mark that megatron gives parameters whose gradients are partial under sp."""
+class LocalLayerNorm(nn.LayerNorm):
+    """Torch's layer norm, with Megatron's mark of parameters whose gradients are partial under sp."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -273,13 +273,13 @@ def config_of(
     dtype: torch.dtype,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
-    """Return megatron's configuration of `layers` layers of a model.
+    """Return Megatron's configuration of `layers` layers of a model; `more` has further entries.
 
-    Whatever the pipeline, megatron hears of a module with just these layers on a pipeline of one: what it
-    works out for itself about stages drops layers of a `TransformerBlock`. `more` is what else it should hear.
+    It describes these layers as a module on a pipeline of one rank, whatever the job's pipeline is. Otherwise Megatron
+    derives stages itself, and drops layers of a `TransformerBlock`.
     """
     with warnings.catch_warnings():
-        # Meant for transformer-engine: its fused attention has nothing to recompute.
+        # The warning is meant for transformer-engine, whose fused attention has nothing to recompute.
         warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
         return TransformerConfig(
             num_layers=layers,
@@ -299,7 +299,7 @@ def config_of(
             pipeline_model_parallel_size=1,
             params_dtype=dtype,
             pipeline_dtype=dtype,
-            # Weights are drawn layout-independently (`weights.initialize`); here they are only allocated.
+            # `weights.initialize` draws the weights, for any layout alike; here they are only allocated.
             perform_initialization=False,
             use_cpu_initialization=True,
             # Fused kernels: for CUDA, in half precision, or with an approximated GELU.
@@ -317,9 +317,9 @@ def config_of(
 def block_spec(
     model: BuiltIn, *, layers: int, tp: int, weight_grads: WeightGradStore, mlps: Sequence[Any] = ()
 ) -> TransformerBlockSubmodules:
-    """Return the specification of a stack of layers and the norm behind it.
+    """Return the specification of a stack of layers and its final norm.
 
-    `mlps` are those of the MLPs, layer by layer, where they are not dense ones.
+    `mlps` are the specifications of the MLPs, layer by layer, if they are not dense.
     """
     column, row = (
         ModuleSpec(module=linear, params={"weight_grads": weight_grads})
@@ -327,7 +327,7 @@ def block_spec(
     )
     chosen = mlps or [_dense(model, column, row)] * layers
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, column, row, mlp) for mlp in chosen], layer_norm=Norm
+        layer_specs=[_layer_spec(model, column, row, mlp) for mlp in chosen], layer_norm=LocalLayerNorm
     )
 
 
@@ -336,14 +336,14 @@ def _dense(model: BuiltIn, column: ModuleSpec, row: ModuleSpec) -> Any:
 
 
 def mlp_of(linears: MLPSubmodules, *, ffn: int) -> Any:
-    """Return what a layer makes its MLP of: a specification for megatron-core 0.16, what builds it for 0.19."""
+    """Return what a layer builds its MLP from: a specification for megatron-core 0.16, a function for 0.19."""
     if hasattr(MLP, "as_mlp_submodule"):
         return functools.partial(MLP.as_mlp_submodule, submodules=linears, ffn_hidden_size=ffn)
     return ModuleSpec(module=MLP, submodules=linears, params={"ffn_hidden_size": ffn})
 
 
 def linears_of(mlp: Any) -> MLPSubmodules:
-    """Return the linears of what a layer makes its MLP of."""
+    """Return the linears in what a layer builds its MLP from."""
     found: MLPSubmodules = (
         mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     )
@@ -363,10 +363,10 @@ def _layer_spec(model: BuiltIn, column: ModuleSpec, row: ModuleSpec, mlp: Any) -
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=LocalLayerNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=LocalLayerNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),

@@ -1,20 +1,19 @@
-"""Ledger: products for the gradients of weights, left by a backward for later.
+"""Weight-grad store: puts off the weight gradients of a backward.
 
-The backward of Y = X W^T has two products. Everything before it waits for dY W; nobody waits for dY^T X but the
-optimizer. So a backward can be split in two (zero-bubble pipelines, arXiv 2401.10241): one half computes the
-gradients of the inputs, and the other, at any later time, those of the weights.
+The backward of Y = X W^T has two products. The stages upstream wait for dY W; only the optimizer waits for dY^T X. So
+a backward can be split in two (zero-bubble pipelines, arXiv 2401.10241): one half computes the gradients of the
+inputs, and the other half, at any later time, those of the weights.
 
-While a weight-grad store is open, the network multiplies by weights that autograd does not know as such. That
-leaves out dY^T X, and nothing else. When dY is there, it is noted together with X on a page of the weight-grad
-store, one for each microbatch; whoever works the page off adds the product to the gradient, as autograd would have
-done. What is no product with a weight (norms, embeddings, biases) keeps its place in the first half. While the
-weight-grad store is closed, autograd does all of it.
+While a store is open, the network multiplies by detached weights, so that autograd leaves out dY^T X and nothing else.
+When dY is there, the store notes dY and X in the list of the microbatch (`WeightGrads`). `flush` computes the products
+of such a list and adds them to the gradients, as autograd would have done. What is not a product with a weight (norms,
+embeddings, biases) stays in the first half. While the store is closed, autograd does everything.
 
-    with weight-grad store.open(page):          forward, and again the first half: recomputation runs forwards in it
+    with store.open(deferred):     # forward, and also the first half: recomputation runs forwards in it
         root.backward()
-    work_off(page)                   the second half
+    flush(deferred)                # the second half
 
-A network is given its weight-grad store when it is built, and opens it never; its stage does, microbatch by microbatch.
+A network gets its store when it is built. The stage opens the store, microbatch by microbatch.
 """
 
 import contextlib
@@ -32,9 +31,13 @@ from mimogrid.shell.megatron import gather_from_sequence_parallel_region
 
 @attrs.frozen(eq=False)
 class WeightGrad:
-    """What a weight's gradient still lacks: the gradient [..., out] of an output times the input [..., in].
+    """A product that a weight's gradient still lacks.
 
-    `parts`: the ranks that hold the input in equal parts of its first dim; None: it is whole.
+    Attributes:
+        weight: The weight [out, in].
+        input: The input [..., in] that the weight was multiplied with.
+        gradient: The gradient [..., out] of the output.
+        parts: The ranks that hold equal parts of the input's first dim; None if `input` is complete.
     """
 
     weight: Tensor
@@ -43,28 +46,28 @@ class WeightGrad:
     parts: dist.ProcessGroup | None
 
     def add(self) -> None:
-        """Add it to the weight's gradient; joint over `parts`."""
-        whole = self.input
+        """Add the product to the weight's gradient; joint over `parts`."""
+        complete = self.input
         if self.parts is not None:
-            whole = gather_from_sequence_parallel_region(whole, group=self.parts)
-        product = self.gradient.flatten(0, -2).t() @ whole.flatten(0, -2)
+            complete = gather_from_sequence_parallel_region(complete, group=self.parts)
+        product = self.gradient.flatten(0, -2).t() @ complete.flatten(0, -2)
         assert self.weight.grad is not None
         self.weight.grad += product
 
 
 WeightGrads = list[WeightGrad]
-"""The products of one microbatch."""
+"""The deferred products of one microbatch."""
 
 
 class WeightGradStore:
-    """Where the layers of one stage note their products."""
+    """Notes the deferred products of the layers of one stage."""
 
     def __init__(self) -> None:
         self._deferred: WeightGrads | None = None
 
     @contextlib.contextmanager
     def open(self, deferred: WeightGrads) -> Iterator[None]:
-        """Let what is multiplied meanwhile note its products on a page."""
+        """Defer the products of weight gradients to a list while open."""
         assert self._deferred is None
         self._deferred = deferred
         try:
@@ -80,7 +83,7 @@ class WeightGradStore:
         *,
         parts: dist.ProcessGroup | None = None,
     ) -> Tensor:
-        """Return `by(weight)`, which multiplies an input by a weight [out, in]; see `WeightGrad`."""
+        """Return `by(weight)`, which multiplies `input` by a weight; see `WeightGrad`."""
         deferred = self._deferred
         if deferred is None or not weight.requires_grad:
             return by(weight)
@@ -93,15 +96,15 @@ class WeightGradStore:
 
 
 def flush(deferred: WeightGrads) -> None:
-    """Add every product of a page to its gradient, and forget it."""
+    """Add every deferred product to its weight's gradient, and empty the list."""
     while deferred:
         deferred.pop(0).add()
 
 
 class _Noted(torch.autograd.Function):
-    """The identity of an output; backward notes its gradient beside the input.
+    """The identity of an output. Its backward notes the output's gradient with the input.
 
-    The weight takes part so that the output has a backward even if neither input nor bias wants a gradient.
+    The weight is an argument so that the output has a backward even if neither input nor bias needs a gradient.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Modules: the networks of one stage on one rank, built from megatron-core to match the core's table.
+"""Modules: the network of one stage on one rank, with the parameters of the core's table.
 
-A stage is a function of its inputs and the description of its share: flat rows in, flat rows out, one block
-of positions times samples between the stages of a module.
+A stage is a function of its inputs and the description of its share. Its inputs and outputs are flat rows, and between
+the stages of a module one block of positions times samples.
 
 | stage | inputs | outputs |
 |---|---|---|
@@ -15,11 +15,13 @@ of positions times samples between the stages of a module.
 | last, without targets | | ``logits`` (`gpt`); ``prediction`` (`regressor`) |
 | any with an auxiliary loss, in training | | ``NAME.aux``, this rank's term of it; its gradient is attached |
 
-Under tensor and context parallelism inputs and outputs are whole on every rank that shares them, and so are the
-gradients of the inputs. Two things are each cp rank's own, with what it computes them from: hidden states, which
-are its part of S, and its term of the loss. Building, forward and backward happen inside `megatron.cpu.on_device`.
+Under tensor and context parallelism every rank has the complete inputs and outputs, and the complete gradients of the
+inputs. Two things differ between cp ranks: hidden states, of which a rank has its part of S, and the loss, of which a
+rank has its term. Building, forward and backward run inside `megatron.cpu.on_device`.
 
 Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
+
+May import: the core, `device`, `job`, `megatron`, `world`.
 """
 
 from collections.abc import Sequence
@@ -34,17 +36,17 @@ from mimogrid.core.job.placement import trainable_names
 from mimogrid.core.topology.topology import UNKNOWN, StageInfo, Topology
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.modules.built_in import RowsStage, TextStage
-from mimogrid.shell.modules.given import HostStage, OwnStage, check_groups, check_patterns, own_network
 from mimogrid.shell.modules.interface import (
-    Groups,
     HostNetwork,
     OwnNetwork,
+    StageGroups,
     StageModule,
     ep_position,
     name_of_weight,
     named_weights,
 )
 from mimogrid.shell.modules.transformer import Context
+from mimogrid.shell.modules.user_modules import HostStage, OwnStage, check_groups, check_patterns, own_network
 from mimogrid.shell.modules.weights import cut_over, initialize, shard_shape
 
 
@@ -54,21 +56,21 @@ __all__ = ["HostNetwork", "OwnNetwork", "StageModule", "build_stage", "named_wei
 def build_stage(
     topology: Topology,
     info: StageInfo,
-    groups: Groups,
+    groups: StageGroups,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    given: nn.Module | None = None,
+    user_module: nn.Module | None = None,
 ) -> StageModule:
-    """Build a stage that computes in `dtype`, with its initial weights; what the plan freezes takes no gradient.
+    """Build a stage that computes in `dtype`, with its initial weights. Frozen weights take no gradient.
 
-    The weights are not rounded below fp32 yet: ``stage.to(dtype)`` does that. The network may be `given` instead
-    of built (`OwnNetwork`, `HostNetwork`): it is moved to the device, and begins on every dp rank with the
-    weights that the first dp rank has. `StageModule.info` of such a stage tells of the parameters that it has.
+    Weights have at least fp32; the caller rounds them with ``stage.to(dtype)``. A `user_module` (`OwnNetwork`,
+    `HostNetwork`) takes the place of a network built here. It moves to the device, and every dp rank gets the weights
+    of the first. `StageModule.info` of such a stage lists its own parameters.
     """
     module = topology.modules[info.stage.module]
     written = topology.spec.modules[module.name]
-    stage = _stage(topology, info, groups, device=device, dtype=dtype, given=given)
+    stage = _stage(topology, info, groups, device=device, dtype=dtype, user_module=user_module)
     stage.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
     held = module.held(stage.info, ep_position(groups))
     _check(stage, held, groups)
@@ -76,37 +78,37 @@ def build_stage(
     if not isinstance(stage, HostStage):
         initialize(weights, held, seed=topology.spec.seed, module=module.name, groups=groups)
     trainable = stage.info.trainable
-    if UNKNOWN in trainable:  # The names of an own module are known only now.
+    if UNKNOWN in trainable:  # An own module's names are known only now.
         check_patterns(written, module.name, tuple(weights))
         trainable = trainable_names(written, tuple(weights))
         check_groups(topology.spec.optimizer, module.name, tuple(weights))
     for name, weight in weights.items():
         weight.requires_grad_(name in trainable)
-    if given is not None:
-        _begin_alike(stage, given, groups)
+    if user_module is not None:
+        _broadcast_weights(stage, user_module, groups)
     return stage
 
 
 def _stage(
     topology: Topology,
     info: StageInfo,
-    groups: Groups,
+    groups: StageGroups,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    given: nn.Module | None,
+    user_module: nn.Module | None,
 ) -> StageModule:
-    """Return a stage of the network given, or of the layers of its engine, wherever torch allocates them."""
+    """Return a stage of `user_module`, or of layers of the chosen engine, wherever torch allocates them."""
     module, spec = topology.modules[info.stage.module], topology.spec
     written = spec.modules[module.name]
     if isinstance(module.model, Own):
-        own = given
+        own = user_module
         if own is None:
             own = own_network(module.model, written.options, seed=spec.seed, module=module.name)
         return OwnStage(module, info, own, dtype=dtype)
-    if given is not None:
-        table = given.table(info, tp=groups.tp.size(), expert_tp=groups.expert_tp.size())  # type: ignore[operator]
-        return HostStage(topology, module, info, given, table=table, dtype=dtype)
+    if user_module is not None:
+        table = user_module.table(info, tp=groups.tp.size(), expert_tp=groups.expert_tp.size())  # type: ignore[operator]
+        return HostStage(module, info, user_module, table=table, dtype=dtype)
     choice = choose(module.name, spec, missing=engine.missing(device), version=engine.version())
     context = Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
     if isinstance(module.model, Gpt):
@@ -114,12 +116,12 @@ def _stage(
     return RowsStage(context, module.model)
 
 
-def _begin_alike(stage: StageModule, given: nn.Module, groups: Groups) -> None:
-    """Give all copies of a weight the values of the first: along dp, along tp where it is whole, at both ends."""
+def _broadcast_weights(stage: StageModule, user_module: nn.Module, groups: StageGroups) -> None:
+    """Give all copies of a weight the values of the first: along dp, along tp if it is not cut, and at both ends."""
     weights = named_weights(stage)
     experts = {parameter.name for parameter in stage.info.parameters if parameter.expert is not None}
     common = [weight for name, weight in weights.items() if name not in experts]
-    for tensor in (*common, *given.buffers()):
+    for tensor in (*common, *user_module.buffers()):
         dist.broadcast(tensor.detach(), group=groups.dp, group_src=0)
     for name in (name for name in weights if name in experts):
         dist.broadcast(weights[name].detach(), group=groups.expert_dp, group_src=0)
@@ -130,8 +132,8 @@ def _begin_alike(stage: StageModule, given: nn.Module, groups: Groups) -> None:
             dist.broadcast(weights[parameter.name].detach(), group=groups.tie, group_src=0)
 
 
-def _check(stage: StageModule, held: Sequence[Parameter], groups: Groups) -> None:
-    """The table of the core and what was built are the same."""
+def _check(stage: StageModule, held: Sequence[Parameter], groups: StageGroups) -> None:
+    """Assert that the built parameters are those of the core's table."""
     planned = {p.name: shard_shape(p, tp_size=cut_over(p, groups).size()) for p in held}
     built = {name_of_weight(stage, name): tuple(w.shape) for name, w in stage.named_parameters()}
     if isinstance(stage, OwnStage):  # The table holds its projectors only.

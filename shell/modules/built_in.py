@@ -1,4 +1,4 @@
-"""Built-in models as stages: those that read tokens, and those that read rows only.
+"""Built-in models as stages: a model that reads tokens, and models that read rows only.
 
 Shapes are named as in `shell.modules`.
 """
@@ -25,7 +25,6 @@ class TextStage(TransformerStage):
     def __init__(self, context: Context, model: Gpt, *, sequence: int) -> None:
         super().__init__(context, model)
         info = context.info
-        self.sequence = sequence
         self.tied = model.tied_embeddings
         self.network = GPTModel(
             self.config,
@@ -35,21 +34,21 @@ class TextStage(TransformerStage):
             pre_process=info.first,
             post_process=info.last,
             share_embeddings_and_output_weights=self.tied,
-            position_embedding_type="none",  # The core attention turns what it gets.
-            scatter_embedding_sequence_parallel=False,  # Rows are put among the tokens first.
+            position_embedding_type="none",  # The core attention rotates its inputs.
+            scatter_embedding_sequence_parallel=False,  # Rows join the token embeddings first.
             pg_collection=self.collection,
         )
         assert len(self.decoder.layers) == len(info.layers)
-        # Hidden states are an argument here, not state that `set_input_tensor` leaves behind.
+        # Hidden states are an argument here, and not state that `set_input_tensor` sets.
         self.decoder.pre_process = True
         if info.last and self.sequence_parallel:
-            # The output projection reads whole rows (see `decode`), not a part of the positions.
+            # The output projection reads complete rows (see `decode`), not a part of the positions.
             self.network.output_layer.sequence_parallel = False
             self.network.output_layer.allreduce_dgrad = True
 
     @property
     def decoder(self) -> TransformerBlock:
-        """The layers."""
+        """The stack of layers."""
         return self.network.decoder
 
     def weight_name(self, built: str) -> str:
@@ -58,10 +57,9 @@ class TextStage(TransformerStage):
         return "embedding.weight" if self.tied and name == "output.weight" else name
 
     def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return where the rows of a share lie."""
+        """Return the packing of a share."""
         return pack_text(
             share,
-            sequence=self.sequence,
             multiple=self.multiple,
             device=device,
             cut=self.cut,
@@ -69,7 +67,7 @@ class TextStage(TransformerStage):
         )
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
-        """Return token embeddings with the feeders' rows at their placeholders."""
+        """Return the token embeddings, with the feeders' rows at their placeholders."""
         tokens_T = inputs["tokens"]
         text_T = tokens_T.index_select(0, packing.text_tokens)
         text_TH = self.network.embedding.word_embeddings(text_T)
@@ -118,7 +116,7 @@ class RowsStage(TransformerStage):
 
     @property
     def decoder(self) -> TransformerBlock:
-        """The layers."""
+        """The stack of layers."""
         return self.network
 
     def weight_name(self, built: str) -> str:
@@ -126,7 +124,7 @@ class RowsStage(TransformerStage):
         return layout_name(built.replace("network.", "decoder.", 1), self.info.layers)
 
     def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return where the rows of a share lie."""
+        """Return the packing of a share."""
         return pack_rows(
             share,
             multiple=self.multiple,
@@ -155,5 +153,5 @@ class RowsStage(TransformerStage):
 
 
 def _joined(inputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return inputs one after the other."""
+    """Return inputs concatenated."""
     return inputs[names[0]] if len(names) == 1 else torch.cat([inputs[name] for name in names])

@@ -1,6 +1,6 @@
-"""Interface: what a stage of a module is to those who run it, and what a network of somebody else's must be.
+"""Interface: how the runtime sees a stage, and what the network of a user or a host program must offer.
 
-A stage knows its parameters by layout-independent names, in the order of the core's table.
+The parameters of a stage have layout-independent names, in the order of the core's table.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 
 
-class Groups(Protocol):
-    """The process groups of a module that a stage computes over; of size 1 where the axis is 1."""
+class StageGroups(Protocol):
+    """The process groups of a module that a stage computes over. A group has size 1 if its axis has."""
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -40,28 +40,28 @@ class Groups(Protocol):
 
     @property
     def together(self) -> dist.ProcessGroup:
-        """Ranks among whom tokens cross to their experts, expert_tp fastest; else the rank alone."""
+        """Ranks that exchange tokens for experts, expert_tp fastest; without experts only this rank."""
 
     @property
     def expert_tp(self) -> dist.ProcessGroup:
-        """Ranks that hold the shards of the same experts; else the rank alone."""
+        """Ranks that hold the shards of the same experts; without experts only this rank."""
 
     @property
     def expert_dp(self) -> dist.ProcessGroup:
-        """Ranks that hold copies of the same experts; else the rank alone."""
+        """Ranks that hold copies of the same experts; without experts only this rank."""
 
     @property
     def tie(self) -> dist.ProcessGroup | None:
-        """The two ends of the pipeline, where both hold a weight."""
+        """The first and the last rank of the pipeline, if both hold a tied weight."""
 
 
 class OwnNetwork(Protocol):
-    """What a builder of the user's returns: an `nn.Module` with this forward.
+    """What a user's builder returns: an `nn.Module` with this forward.
 
-    The builder is called with the module's options as keywords. Inputs are what a first stage gets (see
-    `shell.modules`), whatever else the samples have for the module by its name, end to end (targets, the sizes of
-    images), and row counts per sample as int64 tensors: ``lengths``, and ``lengths.FEEDER`` for each feeder.
-    Outputs are ``rows`` [R, width] if the module feeds another, and ``loss`` (a sum, not a mean) if it has one.
+    The builder is called with the module's options as keywords. The inputs are those of a first stage (see
+    `shell.modules`), all other tensors that the samples have for the module, concatenated (targets, image sizes), and
+    row counts per sample as int64 tensors: ``lengths``, and ``lengths.FEEDER`` for each feeder. The outputs are
+    ``rows`` [R, width] if the module feeds another one, and ``loss`` (a sum, not a mean) if it has a loss.
     """
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -69,39 +69,41 @@ class OwnNetwork(Protocol):
 
 
 class HostNetwork(Protocol):
-    """A network of the host's for one stage of a built-in module: an `nn.Module` with this forward.
+    """A host program's network for one stage of a built-in module: an `nn.Module` with this forward.
 
-    The plan counts layers, heads and tokens as those of the built-in model; what they compute, and with which
-    parameters, is the network's own affair. Under tp, cp and ep it talks over groups of its own, or the job's.
+    The plan counts layers, heads and tokens as in the built-in model. The network decides what they compute, and with
+    which parameters. Under tp, cp and ep it communicates over its own groups or the job's.
 
-    Where the module has an auxiliary loss the network brings its gradient along, and returns this rank's term of it
-    as ``NAME.aux``. Before each forward its `aux_scale` is set: what that term is multiplied by.
+    If the module has an auxiliary loss, the network attaches its gradient and returns this rank's term as
+    ``NAME.aux``. Before each forward its attribute `aux_scale` is set to the factor of that term.
     """
 
     def __call__(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
         """Compute the stage for a share; see the table of `shell.modules`.
 
-        What it gives to others it gives as ``rows``, for each sample as many as came in: projections are its own. A
-        loss is what the network's attribute ``loss`` makes of its predictions (`shell.modules.loss.Loss`); it is
-        set before.
+        It returns rows for other modules as ``rows``, as many for each sample as came in; projections are part of the
+        network. A language model computes its loss by calling its attribute ``loss`` (`shell.modules.loss.Loss`),
+        which is set before each forward.
         """
 
     def table(self, info: StageInfo, *, tp: int, expert_tp: int) -> Mapping[str, Parameter]:
-        """Return what each parameter of the stage on this rank is, by its name in the network.
+        """Return the description of each parameter on this rank, by its name in the network.
 
-        `tp` ranks hold its shards, `expert_tp` those of an expert's. Names are the same whatever the layout, so a
-        layer's has its number in the whole module, and an expert's in the whole layer.
+        `tp` ranks hold the shards of a parameter, `expert_tp` ranks those of an expert's. Described names do not
+        depend on the layout: layers are numbered within the module, experts within the layer.
         """
 
 
 class StageModule(nn.Module):
     """One stage of a module on this rank.
 
-    `draws` says that its forward draws random numbers in training, from the states of `megatron.draws`.
-    `reads_entire` says that it gets all that the samples of a source module have for it, not only the rows.
-    `weight_grads` is where all of its layers note their products for gradients of weights, while it is open.
-    `loss_scale` multiplies the gradients that it attaches by itself. `layers_by` says whose layers it has. `loss` is
-    what the last stage of a language model computes.
+    Attributes:
+        draws: Whether its forward draws random numbers in training, from the states of `megatron.draws`.
+        reads_entire: Whether it gets all tensors that samples of a source module have, not only the rows.
+        weight_grads: The store in which its layers note deferred products while the store is open.
+        loss_scale: The factor of the gradients that it attaches itself.
+        layers_by: The engine that its layers come from.
+        loss: The loss that the last stage of a language model computes.
     """
 
     draws = False
@@ -145,19 +147,19 @@ class StageModule(nn.Module):
 
 
 def named_weights(stage: StageModule) -> dict[str, nn.Parameter]:
-    """Return this rank's parts of the stage's parameters by layout-independent name, in the table's order."""
+    """Return this rank's parts of the stage's parameters, by layout-independent name, in the table's order."""
     weights = {name_of_weight(stage, built): weight for built, weight in stage.named_parameters()}
     planned = (p.name for p in stage.info.parameters if p.name in weights)
     return {name: weights[name] for name in dict.fromkeys((*planned, *weights))}
 
 
 def name_of_weight(stage: StageModule, built: str) -> str:
-    """Return the layout-independent name of a parameter, be it of the network or of a projector."""
+    """Return the layout-independent name of a parameter of the network or of a projector."""
     if built.startswith("projectors."):
         return built.replace("projectors.to_", "projector.", 1)
     return stage.weight_name(built)
 
 
-def ep_position(groups: Groups) -> int:
-    """This rank's position along ep."""
+def ep_position(groups: StageGroups) -> int:
+    """Return this rank's position along ep."""
     return groups.together.rank() // groups.expert_tp.size()

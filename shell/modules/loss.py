@@ -1,9 +1,9 @@
-"""Losses: weighted sums over tokens or values, never divided; who divides knows the count of the whole step.
+"""Losses: weighted sums over tokens or values. They are not divided here; the runtime divides by the step's count.
 
-Nothing is rounded below the dtype that comes in; half precision is raised to fp32.
+Results have at least the dtype of the inputs; half precision is raised to fp32.
 
-Shapes in names: T tokens, V vocabulary entries of this tp rank, P the pair of the label's logit
-and the sum of exponentials.
+Shapes in names: T tokens, V vocabulary entries of this tp rank, P the pair of the label's logit and the sum of
+exponentials.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,15 @@ from mimogrid.core.step.step import Share
 
 @attrs.frozen(eq=False)
 class Predictions:
-    """What the last stage of a language model says of the tokens of its share, and what it was to say.
+    """The logits of a language model for the tokens of a share, with their labels.
 
     Attributes:
-        logits: [T, V], sample after sample. Under tp V is this rank's part of the vocabulary, under cp T are
-            this rank's positions.
+        logits: [T, V], sample after sample. Under tp V is this rank's part of the vocabulary, under cp T are this
+            rank's positions.
         labels: [T].
-        weights: [T], by how much each token counts; together they are the units of the samples.
-        share: whose tokens these are.
-        tp: the ranks that hold the parts of V.
+        weights: [T], the weight of each token; their sum is the number of units of the samples.
+        share: The share of the tokens.
+        tp: The ranks that hold the parts of V.
     """
 
     logits: Tensor
@@ -39,17 +39,30 @@ class Predictions:
     tp: dist.ProcessGroup
 
     def cross_entropies(self) -> Tensor:
-        """Return the cross entropy of each token [T], the same on every rank of `tp`."""
+        """Return the cross entropy of each token [T], equal on all ranks of `tp`."""
         return cross_entropies(self.logits, self.labels, self.tp)
 
 
 Loss = Callable[[Predictions], Tensor]
-"""A loss of a language model: a sum over tokens, a scalar on each rank that holds some. The gradient is divided
-by the units of the whole step."""
+"""A loss of a language model: a scalar sum over the rank's tokens. The runtime divides it by the units of the step."""
+
+
+@attrs.frozen
+class StepLoss:
+    """The loss of a step as a network keeps it: a plain value.
+
+    A loss may be an `nn.Module`, and a network that had it as an attribute would take it for a part of itself.
+    """
+
+    loss: Loss
+
+    def __call__(self, predictions: Predictions) -> Tensor:
+        """Return the loss."""
+        return self.loss(predictions)
 
 
 def weighted_cross_entropy(predictions: Predictions) -> Tensor:
-    """Return the sum over tokens of weight times cross entropy: the loss of a job that is given no other."""
+    """Return the sum over tokens of weight times cross entropy: the default loss."""
     losses_T = predictions.cross_entropies()
     return torch.dot(predictions.weights.to(losses_T.dtype), losses_T)
 
@@ -57,7 +70,7 @@ def weighted_cross_entropy(predictions: Predictions) -> Tensor:
 def cross_entropies(logits_TV: Tensor, labels_T: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the cross entropy of each token [T]; each rank of `group` holds a part of V.
 
-    Where a token's gradient is 0 its label may be any number.
+    A token with weight 0 may have any label.
     """
     exact = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     losses: Tensor = _CrossEntropies.apply(exact, labels_T, group)  # type: ignore[no-untyped-call]

@@ -1,11 +1,11 @@
 """Packing: where the rows of a share lie in the padded block of positions and samples that a stage computes.
 
-Rows travel flat, sample after sample; a stage computes a block of S positions times B samples, and entry
-(s, b) of the block is number s * B + b. A packing holds those numbers as index tensors, made once per share
-from what the descriptions say, so that filling a block and emptying it are one operation each. Under context
-parallelism a rank's block is its part of the positions, and a packing also says which rows that makes its own.
+Rows travel flat, sample after sample. A stage computes a block of S positions times B samples, whose shape is the
+share's (`Share.shape`). Entry (s, b) of the block is number s * B + b. A packing holds those numbers as index
+tensors, so that filling a block and emptying it are one operation each. Under context parallelism a rank's block is
+its part of the positions, and the packing also says which rows are in that part.
 
->>> share = Share((), {"a": (2, 0, 1)}, lengths=(2, 0, 1), placeholders=((0, 1), (), (0,)), total=3)
+>>> share = Share((), {"a": (2, 0, 1)}, (2, 0, 1), placeholders=((0, 1), (), (0,)), total=3, shape=(2, 2))
 >>> packing = pack_rows(share, multiple=1, dtype=torch.float32, device=torch.device("cpu"))
 >>> packing.positions, packing.samples, packing.incoming.tolist()
 (2, 2, [0, 2, 1])
@@ -38,13 +38,13 @@ Counts = tuple[int, ...]
 
 @attrs.frozen(eq=False)
 class Portion:
-    """What of a share is one context-parallel rank's own.
+    """The rows of a share that belong to one context-parallel rank.
 
     Attributes:
-        incoming: which of the rows that come in, feeder after feeder, are put into its block.
-        outgoing: which of the rows that the module emits lie in its block.
-        most: how many rows the rank that emits most of them emits.
-        order: where each emitted row lies once every rank's, filled up to `most`, are laid end to end.
+        incoming: Indices of the incoming rows, feeder after feeder, that this rank puts into its block.
+        outgoing: Indices of the module's rows that lie in this rank's block.
+        most: The largest number of rows that any cp rank emits.
+        order: Position of each emitted row in the concatenation of all cp ranks' rows, each padded to `most`.
     """
 
     incoming: Tensor
@@ -60,15 +60,15 @@ class Packing:
     Attributes:
         positions: S, of this rank under context parallelism.
         samples: B.
-        padded: (S, B) as the layers compute them: S rounded up to what tensor ranks can share under sequence
-            parallelism, and neither of them 0. Nothing outside sees this padding.
-        incoming: entry of each incoming row, feeder after feeder, and then of each text token.
-        text_tokens: which of the share's tokens are text.
-        outgoing: entry of each row that the module emits.
-        tokens: entry, in the block that the layers compute on this rank, of each token that it routes to experts.
-        mask: [B, 1, 1, keys], added to attention scores; None where no key is padding or all is causal. The
-            keys are the padded S, of all context-parallel ranks one after the other.
-        portion: which rows these are, where other ranks have the rest.
+        padded: (S, B) as the layers compute them. S is rounded up to what the tp ranks can split under sequence
+            parallelism, and both are at least 1. Nothing outside the layers sees this padding.
+        incoming: Entry of each incoming row, feeder after feeder, and then of each text token.
+        text_tokens: Indices of the share's tokens that are text.
+        outgoing: Entry of each row that the module emits.
+        tokens: Entry of each token that this rank routes to experts, in the block that its layers compute.
+        mask: [B, 1, 1, keys], added to attention scores; None if no key is padding or attention is causal. The
+            keys are the padded S of all cp ranks, one after the other.
+        portion: The rows of this cp rank; None without context parallelism.
     """
 
     positions: int
@@ -84,9 +84,9 @@ class Packing:
 
 @attrs.frozen
 class TokenSplit:
-    """How `size` tensor-parallel ranks deal the tokens that they share, so that each is one rank's to route.
+    """Which of the tokens that `size` tp ranks have in common each of them routes to experts.
 
-    Each has those in its part of the positions where sequence parallelism cuts them, else an equal share.
+    Under sequence parallelism a rank routes the tokens in its part of the positions, else an equal share.
 
     >>> [TokenSplit(rank, 2).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
     [[0, 2], [4, 1]]
@@ -99,7 +99,7 @@ class TokenSplit:
     by_position: bool = False
 
     def of(self, entries: list[int], block: tuple[int, int]) -> list[int]:
-        """Return a rank's entries, as they are counted in its own block."""
+        """Return the entries of this rank, numbered as in its own block."""
         if not self.by_position:
             mine = share_of(self.rank, self.size, len(entries))
             return entries[mine.start : mine.stop]
@@ -120,27 +120,26 @@ def pack_rows(
     cut: ZigZag = WHOLE,
     token_split: TokenSplit = ALL,
 ) -> Packing:
-    """Pack an encoder's share: as long as its longest sample; samples without rows are left out."""
+    """Pack the share of a module that reads rows. Samples without rows are left out of the block."""
     return _pack_rows(_Places.of(share), _Ranks(multiple, cut, token_split, device), dtype)
 
 
 def pack_text(
     share: Share,
     *,
-    sequence: int,
     multiple: int,
     device: torch.device,
     cut: ZigZag = WHOLE,
     token_split: TokenSplit = ALL,
 ) -> Packing:
-    """Pack a language model's share: every sample, `sequence` positions each, rows at their placeholders."""
-    return _pack_text(_Places.of(share), _Ranks(multiple, cut, token_split, device), sequence)
+    """Pack the share of a language model: its text tokens, and the feeders' rows at their placeholders."""
+    return _pack_text(_Places.of(share), _Ranks(multiple, cut, token_split, device))
 
 
 def check_placeholders(tokens: Sequence[Tensor], share: Share) -> None:
-    """Raise WorldError where the -1 among the tokens of a share's samples are not the placeholders that are described.
+    """Raise WorldError if the tokens of a share do not have -1 exactly at the placeholders of its description.
 
-    `tokens` are those of its samples that have any.
+    `tokens` has one tensor for each sample that has any.
     """
     present = ((s, p) for s, n, p in zip(share.samples, share.lengths, share.placeholders, strict=True) if n)
     for (sample, described), of_sample in zip(present, tokens, strict=True):
@@ -161,23 +160,27 @@ def _shown(positions: Sequence[int]) -> str:
 
 @attrs.frozen
 class _Places:
-    """What of a share its packing depends on: rows of each feeder and of all, sample by sample, and where they lie."""
+    """The part of a share that its packing depends on: rows of each feeder, lengths, placeholders and shape."""
 
     fed: tuple[Counts, ...]
     lengths: Counts
     placeholders: tuple[Counts, ...]
+    shape: tuple[int, int]
 
     @classmethod
     def of(cls, share: Share) -> "_Places":
-        return cls(tuple(share.rows.values()), share.lengths, share.placeholders)
+        return cls(tuple(share.rows.values()), share.lengths, share.placeholders, share.shape)
 
     def entries(self, columns: Sequence[int], samples: int) -> tuple[list[int], list[int]]:
-        """Return the entries of the rows that come in, and those of the rows that the module emits."""
-        whole = _entries([range(length) for length in self.lengths], columns, samples)
-        return self._incoming(columns, samples), whole
+        """Return the entries of the incoming rows, and those of the rows that the module emits."""
+        emitted = _entries([range(length) for length in self.lengths], columns, samples)
+        return self._incoming(columns, samples), emitted
 
     def _incoming(self, columns: Sequence[int], samples: int) -> list[int]:
-        """Return the entries of the rows, feeder after feeder; each feeder's are a block of a sample's places."""
+        """Return the entries of the incoming rows, feeder after feeder.
+
+        Each feeder takes the next placeholders of a sample, as many as it has rows there.
+        """
         starts = [0] * len(self.placeholders)
         entries: list[int] = []
         for counts in self.fed:
@@ -189,25 +192,29 @@ class _Places:
 
 @attrs.frozen
 class _Ranks:
-    """How ranks share a block: what S must be a multiple of, the parts along cp, the tokens that tp ranks route."""
+    """How ranks share a block: the multiple that S is padded to, the parts along cp, the tokens that tp ranks route."""
 
     multiple: int
     cut: ZigZag
     token_split: TokenSplit
     device: torch.device
 
+    def block(self, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (S, B) of this rank's block, and the same as its layers compute them (`Packing.padded`)."""
+        positions, samples = shape[0] // self.cut.size, shape[1]
+        padded = max(_round_up(positions, self.multiple), self.multiple), max(samples, 1)
+        # Only what the core has padded is cut over cp: the layers of all cp ranks must agree on the keys.
+        assert self.cut.size == 1 or positions in {0, padded[0]}, "the core pads what cp ranks share"
+        return (positions, samples), padded
 
-# Few shares are packed twice in training, but all in evaluation, and by each stage that a rank hosts.
+
+# Evaluation packs every share twice, and each stage that a rank hosts packs the same share.
 
 
 @functools.lru_cache(maxsize=256)
 def _pack_rows(places: _Places, ranks: _Ranks, dtype: torch.dtype) -> Packing:
-    cut, multiple = ranks.cut, ranks.multiple
-    present = [length for length in places.lengths if length]
-    longest, samples = max(present, default=0), len(present)
-    # Only what is cut over cp is handed on with its padding, so that the next stage cuts it alike.
-    positions = longest if cut.size == 1 else _round_up(longest, multiple * cut.size) // cut.size
-    padded = max(_round_up(positions, multiple), multiple), max(samples, 1)
+    cut, present = ranks.cut, [length for length in places.lengths if length]
+    (positions, samples), padded = ranks.block(places.shape)
     columns = list(itertools.accumulate((length > 0 for length in places.lengths), initial=0))
     keys = [p for part in cut.everyone() for p in part.positions(padded[0] * cut.size)]
     mask = None
@@ -220,16 +227,14 @@ def _pack_rows(places: _Places, ranks: _Ranks, dtype: torch.dtype) -> Packing:
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_text(places: _Places, ranks: _Ranks, sequence: int) -> Packing:
-    samples = len(places.lengths)
+def _pack_text(places: _Places, ranks: _Ranks) -> Packing:
+    block, padded = ranks.block(places.shape)
+    samples = block[1]
     columns = range(samples)
     incoming, outgoing = places.entries(columns, samples)
-    taken = set(_entries(places.placeholders, columns, samples))
-    text_tokens = [token for token, entry in enumerate(outgoing) if entry not in taken]
-    positions = sequence // ranks.cut.size
-    padded = _round_up(positions, ranks.multiple), samples
-    assert ranks.cut.size == 1 or padded[0] == positions, "the plan makes the parts of a sequence divide"
-    return _packing(ranks, (positions, samples), padded, incoming, outgoing, text_tokens=text_tokens)
+    of_rows = set(_entries(places.placeholders, columns, samples))
+    text_tokens = [token for token, entry in enumerate(outgoing) if entry not in of_rows]
+    return _packing(ranks, block, padded, incoming, outgoing, text_tokens=text_tokens)
 
 
 def _packing(
@@ -241,7 +246,7 @@ def _packing(
     *,
     text_tokens: Sequence[int] = (),
 ) -> Packing:
-    """Return the packing, without a mask, of entries of whole samples; under cp, of those in this rank's part."""
+    """Return the packing, without a mask, of the entries of complete samples; under cp, of this rank's part."""
     cut, device = ranks.cut, ranks.device
     rows_in, out, text = (
         torch.tensor(numbers, dtype=torch.int64) for numbers in (incoming, outgoing, text_tokens)
@@ -271,7 +276,7 @@ def _packing(
 
 @attrs.frozen(eq=False)
 class _Parts:
-    """For each entry of the whole block, which rank has it (`rank`), and its entry in that rank's (`local`)."""
+    """For each entry of the block of all cp ranks: which rank has it, and its entry in that rank's block (`local`)."""
 
     cut: ZigZag
     rank: Tensor
@@ -288,11 +293,14 @@ class _Parts:
         return cls(cut, rank.flatten(), local.flatten())
 
     def own(self, entries: Tensor) -> Tensor:
-        """Return which of the entries are this rank's."""
+        """Return the indices of those entries that are this rank's."""
         return (self.rank[entries] == self.cut.rank).nonzero().squeeze(1)
 
     def gathered(self, entries: Tensor) -> tuple[Tensor, int]:
-        """Return where each lies once every rank's, filled up to the most that one has, are gathered; and the most."""
+        """Return the position of each entry after a gather of all ranks' entries, and the largest count of a rank.
+
+        Each rank pads its entries to that count before the gather.
+        """
         ranks = self.rank[entries]
         counts = ranks.bincount(minlength=self.cut.size)
         by_rank = ranks.argsort(stable=True)
@@ -304,7 +312,7 @@ class _Parts:
 
 
 def _entries(places: Sequence[Sequence[int]], columns: Sequence[int], samples: int) -> list[int]:
-    """Return the entries of positions, sample by sample; each sample is in a column of so many."""
+    """Return the entries of positions, sample by sample; `columns` are the samples' columns in the block."""
     return [
         position * samples + column
         for column, positions in zip(columns, places, strict=False)

@@ -1,6 +1,6 @@
-"""Transformer: what the stages of all built-in models share, a stack of layers on a packed block.
+"""Transformer: the common part of the stages of all built-in models, a stack of layers on a packed block.
 
-Every cp rank has all of what comes in and goes out, and computes with a part of its own only. Shapes are named as in
+Every cp rank has all inputs and outputs, and computes its own part of the positions. Shapes are named as in
 `shell.modules`.
 """
 
@@ -28,17 +28,17 @@ from mimogrid.shell.megatron import (
 from mimogrid.shell.megatron.experts import ExpertGroups, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
-from mimogrid.shell.modules.interface import Groups, StageModule, ep_position
+from mimogrid.shell.modules.interface import StageGroups, StageModule, ep_position
 from mimogrid.shell.modules.packing import Packing, TokenSplit
 
 
 @attrs.frozen
 class Context:
-    """What a stage of a built-in model is built for."""
+    """What a stage of a built-in model is built from, besides its model."""
 
     module: Module
     info: StageInfo
-    groups: Groups
+    groups: StageGroups
     recompute: str
     dtype: torch.dtype
     layers: Choice
@@ -46,7 +46,7 @@ class Context:
 
 
 def _expert_mlps(context: Context, model: BuiltIn, weight_grads: WeightGradStore) -> list[ExpertsSpec]:
-    """Return what the MLPs of the layers are built from where they have experts; nothing where they are dense."""
+    """Return the specifications of the layers' MLPs if these have experts; an empty list if they are dense."""
     if not model.experts:
         return []
     groups, info = context.groups, context.info
@@ -73,7 +73,7 @@ def _block_spec(context: Context, model: BuiltIn, weight_grads: WeightGradStore)
 
 
 class TransformerStage(StageModule):
-    """What the stages of all built-in models share: a stack of layers on a packed block."""
+    """A stage of a built-in model: a stack of layers on a packed block."""
 
     def __init__(self, context: Context, model: BuiltIn) -> None:
         groups = context.groups
@@ -81,7 +81,7 @@ class TransformerStage(StageModule):
         self.tp, self.cp = groups.tp, groups.cp
         self.cut = ZigZag(groups.cp.rank(), groups.cp.size())
         self.sequence_parallel = context.module.sequence_parallel and groups.tp.size() > 1
-        # What S must be a multiple of: its parts under sp, and two chunks of it under cp.
+        # The layers pad S to a multiple of this: tp parts under sp, and two chunks under cp.
         self.multiple = (groups.tp.size() if self.sequence_parallel else 1) * len(self.cut.chunks)
         if context.fp8 != "none":
             self.multiple *= FP8_MULTIPLE
@@ -124,36 +124,36 @@ class TransformerStage(StageModule):
 
     @property
     def decoder(self) -> TransformerBlock:
-        """The layers."""
+        """The stack of layers."""
         raise NotImplementedError
 
     def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return where the rows of a share lie."""
+        """Return the packing of a share."""
         raise NotImplementedError
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
-        """Return the block that the first layer reads."""
+        """Return the block [S, B, H] that the first layer reads."""
         raise NotImplementedError
 
     def finish(
         self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
     ) -> dict[str, Tensor]:
-        """Return what a last stage gives besides rows: a loss, or what the loss would judge."""
+        """Return the outputs of a last stage besides rows: a loss, or without targets the predictions."""
         raise NotImplementedError
 
     def take(self, rows_RH: Tensor, packing: Packing) -> Tensor:
-        """Return which of the incoming rows are this rank's; their gradients meet again on every cp rank."""
+        """Return this rank's part of the incoming rows. Every cp rank gets the gradients of all rows."""
         if packing.portion is None:
             return rows_RH
         rows_RH = copy_to_tensor_model_parallel_region(rows_RH, group=self.cp)
         return rows_RH.index_select(0, packing.portion.incoming)
 
     def take_target(self, target: Tensor, packing: Packing) -> Tensor:
-        """Return which of the targets (one for each emitted row) are for this rank's rows."""
+        """Return the targets of this rank's rows; there is one for each emitted row."""
         return target if packing.portion is None else target.index_select(0, packing.portion.outgoing)
 
     def join(self, rows: Tensor, packing: Packing) -> Tensor:
-        """Return the rows of all cp ranks in the share's order; each gets the gradient of its own ones."""
+        """Return the rows of all cp ranks in the share's order. Each rank gets the gradients of its own rows."""
         portion = packing.portion
         if portion is None or not portion.most:
             return rows
@@ -162,7 +162,7 @@ class TransformerStage(StageModule):
         return rows.index_select(0, portion.order)
 
     def aux(self) -> dict[str, Tensor]:
-        """Return this rank's term of the auxiliary loss in the last forward, if the module has one."""
+        """Return this rank's term of the auxiliary loss of the last forward, if the module has one."""
         terms = [layer.mlp.aux for layer in self.decoder.layers] if self.aux_loss and self.training else []
         return {aux_name(self.name): torch.stack(terms).sum()} if terms else {}
 
@@ -176,7 +176,7 @@ class TransformerStage(StageModule):
         if self.sequence_parallel:
             hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp)
         if self.recomputes and torch.is_grad_enabled() and not hidden_SBH.requires_grad:
-            # Re-entrant recomputation gives no gradients at all where its input needs none.
+            # Re-entrant recomputation gives no gradients at all if its input needs none.
             hidden_SBH = hidden_SBH.detach().requires_grad_()
         routed = {}
         if self.has_experts:
@@ -185,13 +185,13 @@ class TransformerStage(StageModule):
                 layer.mlp.scale = self.loss_scale * self.aux_loss / share.total
         hidden_SBH = self.decoder(hidden_states=hidden_SBH, attention_mask=packing.mask, **routed)
         if self.sequence_parallel:
-            # What follows is computed alike on every tp rank, so its gradient is cut, not summed.
+            # Every tp rank computes the same from here on, so the gradient is cut, not summed.
             hidden_SBH = gather_from_sequence_parallel_region(
                 hidden_SBH, tensor_parallel_output_grad=False, group=self.tp
             )
         return hidden_SBH[:positions, :samples] if pads else hidden_SBH
 
     def block_of(self, rows_RH: Tensor, entries: Tensor, packing: Packing) -> Tensor:
-        """Return the block [S, B, H] with rows at their entries and zeros elsewhere."""
+        """Return a block [S, B, H] with rows at their entries, and zeros elsewhere."""
         block = rows_RH.new_zeros(packing.positions * packing.samples, self.hidden)
         return block.index_copy_(0, entries, rows_RH).view(packing.positions, packing.samples, self.hidden)

@@ -1,12 +1,12 @@
-"""Weights: the parameters of a built stage under their layout-independent names, drawn, cut and put together.
+"""Weights: the layout-independent names of a stage's parameters, their initial values and shards.
 
-Every value follows from (seed, module, name): the full tensor is drawn in fp64 wherever a part of it is
-needed, and each rank keeps its part. So a model begins with the same weights under every layout.
+Initial values depend on (seed, module, name) only. A rank that holds a part of a parameter draws the complete tensor in
+fp64 and keeps its part. So a model starts with the same weights under every layout.
 
 >>> qkv = Parameter("layers.0.attention.qkv.weight", (4, 2), layer=0, std=0.02, tp_dim=0)
 >>> full = draw(qkv, seed=0, module="language")
 >>> parts = [shard(full, qkv, tp_rank=rank, tp_size=2) for rank in range(2)]
->>> parts[0].shape, bool((unshard(parts, qkv) == full).all())
+>>> parts[0].shape, bool((torch.cat(parts) == full).all())
 (torch.Size([2, 2]), True)
 """
 
@@ -31,7 +31,7 @@ _MEGATRON_PARTS = {
     "pre_mlp_layernorm": "mlp_norm",
     "mlp.linear_fc1": "mlp.up",
     "mlp.linear_fc2": "mlp.down",
-    # Of transformer-engine, which makes one layer of a norm and what reads it.
+    # transformer-engine makes one layer of a norm and the linear layer that reads it.
     "self_attention.linear_qkv.layer_norm": "attention_norm",
     "mlp.linear_fc1.layer_norm": "mlp_norm",
 }
@@ -44,7 +44,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)[._](weight|bias)")
 
 
 def layout_name(built: str, layers: range) -> str:
-    """Return the layout-independent name of a parameter of megatron's in a stage that holds `layers`.
+    """Return the layout-independent name of a parameter of Megatron's, in a stage that holds `layers`.
 
     >>> layout_name("decoder.layers.1.self_attention.linear_qkv.weight", range(4, 6))
     'layers.5.attention.qkv.weight'
@@ -62,7 +62,7 @@ def layout_name(built: str, layers: range) -> str:
 
 
 def draw(parameter: Parameter, *, seed: int, module: str) -> Tensor:
-    """Return the initial value of a whole parameter, in fp64 on the CPU."""
+    """Return the initial value of a complete parameter, in fp64 on the CPU."""
     if not parameter.std:
         return torch.full(parameter.shape, parameter.constant, dtype=torch.float64)
     generator = torch.Generator().manual_seed(draw_bits(seed, module, parameter.name))
@@ -70,7 +70,7 @@ def draw(parameter: Parameter, *, seed: int, module: str) -> Tensor:
 
 
 def shard(full: Tensor, parameter: Parameter, *, tp_rank: int, tp_size: int) -> Tensor:
-    """Return the part of a parameter that one tp rank (of an expert's, one expert_tp rank) holds."""
+    """Return the shard of a parameter on one tp rank (for an expert's, on one expert_tp rank)."""
     if parameter.tp_dim is None:
         return full
     blocks = full.chunk(parameter.tp_blocks, dim=parameter.tp_dim)
@@ -78,21 +78,13 @@ def shard(full: Tensor, parameter: Parameter, *, tp_rank: int, tp_size: int) -> 
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=parameter.tp_dim)
 
 
-def unshard(shards: Sequence[Tensor], parameter: Parameter) -> Tensor:
-    """Return the whole parameter from what the tp ranks hold, in their order."""
-    if parameter.tp_dim is None:
-        return shards[0]
-    blocks = zip(*(part.chunk(parameter.tp_blocks, dim=parameter.tp_dim) for part in shards), strict=True)
-    return torch.cat([part for of_block in blocks for part in of_block], dim=parameter.tp_dim)
-
-
 def shard_shape(parameter: Parameter, *, tp_size: int) -> tuple[int, ...]:
-    """Return the shape of the part that one tp rank holds."""
+    """Return the shape of the shard on one tp rank."""
     return tuple(n // tp_size if d == parameter.tp_dim else n for d, n in enumerate(parameter.shape))
 
 
 class Shards(Protocol):
-    """The groups of a module over which its parameters are cut."""
+    """The groups of a module over which its parameters are sharded."""
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -100,7 +92,7 @@ class Shards(Protocol):
 
     @property
     def expert_tp(self) -> dist.ProcessGroup:
-        """Ranks that hold the shards of the same experts; the rank alone where there are none."""
+        """Ranks that hold the shards of the same experts; without experts only this rank."""
 
 
 def cut_over(parameter: Parameter, groups: Shards) -> dist.ProcessGroup:
@@ -109,7 +101,7 @@ def cut_over(parameter: Parameter, groups: Shards) -> dist.ProcessGroup:
 
 
 DRAWERS = 8
-"""How many parameters are drawn at a time at most: each is whole, in fp64, while it is."""
+"""The most parameters that are drawn at a time, because each is complete and in fp64 meanwhile."""
 
 
 def initialize(
@@ -120,16 +112,16 @@ def initialize(
     module: str,
     groups: Shards,
 ) -> None:
-    """Fill the local weights of a stage with this rank's part of their initial values, on as many cores as there are.
+    """Set the local weights of a stage to this rank's shards of their initial values, on several cores.
 
-    One core draws some ten million values a second, of which a model has thousands of millions.
+    One core draws about ten million values a second, and a model has billions.
     """
 
-    @torch.no_grad()  # which is a thread's own
+    @torch.no_grad()  # It holds for one thread only.
     def fill(parameter: Parameter) -> None:
         weight, over = weights[parameter.name], cut_over(parameter, groups)
         full = draw(parameter, seed=seed, module=module).to(weight.dtype)
         weight.copy_(shard(full, parameter, tp_rank=over.rank(), tp_size=over.size()))
 
     with ThreadPoolExecutor(max_workers=min(DRAWERS, os.cpu_count() or 1)) as drawers:
-        list(drawers.map(fill, parameters))  # which raises what a drawer raised
+        list(drawers.map(fill, parameters))  # Reading the results raises what a thread raised.

@@ -6,6 +6,7 @@ A module is its name and its model, then in any order: sizes of axes (`tp2`), `@
 its own, `chunks`, `x` experts, `frozen`, `tied`, `sp`, the order of its axes, and last, after `>`, whom it feeds.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -27,6 +28,8 @@ from mimogrid.core.job.validation import problems_of
 from mimogrid.core.program.listing import Listing
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Send, parse
+from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
@@ -92,7 +95,17 @@ def step_with(topology: Topology, rows: Mapping[str, Sequence[int]] | None = Non
 
 def program_of(text: str, rows: Mapping[str, Sequence[int]] | None = None, **options: int | str) -> Program:
     """Return the program of a job's step."""
-    return plan_step(step_with(job(text, **options), rows))  # type: ignore[arg-type]
+    return program_for(step_with(job(text, **options), rows))  # type: ignore[arg-type]
+
+
+def program_for(step: Step, *, training: bool = True) -> Program:
+    """Return the program of a step in the order of its topology's schedule."""
+    return plan_step(step, _order(step.topology, training))
+
+
+@functools.lru_cache(maxsize=8)
+def _order(topology: Topology, training: bool) -> Order:
+    return order_of(topology, training=training)
 
 
 def edited(listing: Listing, rank: int, *lines: str) -> Listing:

@@ -34,7 +34,7 @@ from mimogrid.core.schedule.actions import (
     Update,
     Wait,
     WaitReduce,
-    other_end,
+    matching_op,
 )
 from mimogrid.core.step.routes import Message
 from mimogrid.core.topology.topology import Link, Stage
@@ -248,7 +248,7 @@ class _Rank:
             raise RehearsalError(f"'{transfer}' is waited for and not posted")
         brought: list[Number] = []
         for message, post in self.pending[transfer]:
-            if not (post.whole if post else other_end(transfer) in self.posted):
+            if not (post.whole if post else matching_op(transfer) in self.posted):
                 return False
             brought.append(post.value if post else self.home.get(self.key(transfer, message), 0))
         del self.pending[transfer]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.listing import Listing
 from mimogrid.core.program.lower import Program
-from mimogrid.core.program.replay import Walkers, walk
+from mimogrid.core.program.replay import ReplayRanks, replay_ranks
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -44,12 +44,12 @@ class EventGraph:
         self.pieces = Pieces()
         self._program, self._costs, self._seconds_of = program, costs, seconds_of
         self._folded = FoldedProgram(program, costs, classes)
-        walkers = Walkers(listing, self._folded.peers, self._folded.peers, self._folded.joint)
-        walked = walk(walkers)
+        ranks = ReplayRanks(listing, self._folded.peers, self._folded.peers, self._folded.joint)
+        walked = replay_ranks(ranks)
         if walked.blocked:
             stuck = walked.blocked[0]
             raise ValueError(f"rank {stuck.rank} never gets past '{stuck.action}'")
-        self._channels = Channels(self._folded, self.pieces, walkers.twins)
+        self._channels = Channels(self._folded, self.pieces, ranks.matching_ops)
         self._all_reduces = AllReduces(self._folded, self.pieces)
         self._last = dict.fromkeys(listing, 0)
         self._joint: dict[Hashable, int] = {}

@@ -26,7 +26,7 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.placement import graph_of
 from mimogrid.core.job.spec import JobSpec, SourceFacts
-from mimogrid.shell.job.builders import Found, NeedsTorch, PlanWarning, find
+from mimogrid.shell.job.builders import FoundFunction, NeedsTorch, PlanWarning, find
 from mimogrid.shell.job.tables import converted, new_converter
 
 
@@ -106,7 +106,7 @@ def _digits(spec: JobSpec, graph: ModuleGraph) -> Opened:
 
     read = converted(new_converter(), spec.data.options, _DigitsOptions, ("data", "options"))
     if read.value is None:
-        return None, SourceFacts(), [Problem(f.where, f.message, f.remedy) for f in read.faults]
+        return None, SourceFacts(), [Problem(f.where, f.message, f.remedy) for f in read.problems]
     source = digits(
         spec.seed, graph.sources, graph.texts, rows_into={t: graph.rows_into(t) for t in graph.texts}
     )
@@ -161,7 +161,7 @@ def _own(spec: JobSpec, graph: ModuleGraph) -> Opened:
     return source, facts, problems
 
 
-def _run(found: Found, spec: JobSpec, graph: ModuleGraph) -> Source:
+def _run(found: FoundFunction, spec: JobSpec, graph: ModuleGraph) -> Source:
     """Call the function. Raises PlanError for what it raises, and for what is no source."""
     models = {name: module.options for name, module in spec.modules.items()}
     context: dict[str, Any] = {"graph": graph, "models": models, "seed": spec.seed}

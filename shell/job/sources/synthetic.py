@@ -128,7 +128,7 @@ def synthetic(
     """Return the source for a graph and what the plan must know of it, or what is wrong with the options."""
     read = converted(new_converter(), options, Options, ("data", "options"))
     if read.value is None:
-        return None, SourceFacts(), tuple(Problem(f.where, f.message, f.remedy) for f in read.faults)
+        return None, SourceFacts(), tuple(Problem(f.where, f.message, f.remedy) for f in read.problems)
     given = read.value
     problems = tuple(_problems(given, graph))
     if problems:

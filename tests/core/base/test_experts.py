@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import job, program_of, step_with
+from jobs import job, program_for, program_of, step_with
 from mimogrid.core.base.experts import TOGETHER, ep_dp_ranks_of, expert_view
 from mimogrid.core.base.grid import Axis, Grid
 from mimogrid.core.job.models import Gpt
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.program.verify import verify
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.topology.groups import groups_of
@@ -160,7 +160,7 @@ def test_a_frozen_module_has_no_auxiliary_loss() -> None:
 
 def program_on(topology: Topology) -> Program:
     """The program of a step of two samples each."""
-    return plan_step(step_with(topology))
+    return program_for(step_with(topology))
 
 
 def tp_cp_ranks(topology: Topology, rank: int) -> tuple[int, ...]:

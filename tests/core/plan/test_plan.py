@@ -6,6 +6,7 @@ import attrs
 import pytest
 
 from hashseeds import printed
+from jobs import program_for
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.placement import balanced
@@ -16,7 +17,6 @@ from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Questi
 from mimogrid.core.plan.search_space import enough
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.machine import machine_of
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.memory import peak_bytes
 from mimogrid.core.step.step import step_of
@@ -110,7 +110,7 @@ def test_what_is_told_is_what_a_simulation_tells(gpus):
             costs = on_machine(
                 step_of(asked.topology(layout.spec), asked.samples), asked.machine, spread=True
             )
-            program = plan_step(step_of(asked.topology(layout.spec), asked.largest))
+            program = program_for(step_of(asked.topology(layout.spec), asked.largest))
             timeline = rank_by_rank(program, costs)
             assert timeline.step_s <= layout.step_s * (1 + 1e-9)
             assert timeline.step_s == pytest.approx(layout.step_s, rel=0.03)
@@ -161,7 +161,7 @@ def everything(asked):
             spec = attrs.evolve(asked.spec, modules=modules, batch=batch, world_size=asked.gpus)
             if not problems_of(spec, FACTS):
                 step = step_of(asked.topology(spec), asked.samples)
-                best = min(best, simulate(plan_step(step), on_machine(step, asked.machine)).step_s)
+                best = min(best, simulate(program_for(step), on_machine(step, asked.machine)).step_s)
     return best
 
 

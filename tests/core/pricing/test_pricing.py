@@ -4,6 +4,7 @@ import attrs
 import pytest
 
 import jobs
+from jobs import program_for
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import Gpt, Vit
@@ -12,7 +13,6 @@ from mimogrid.core.pricing import measured_on, on_machine
 from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.flops import stage_flops
 from mimogrid.core.pricing.machine import EFFICIENCY, LINK_EFFICIENCY, machine_of
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Stage
@@ -139,7 +139,7 @@ def test_the_step_takes_its_work_at_least():
     costs = of_accelerator(step, "a100")
     parts = [costs.of(stage) for stage in step.topology.stages]
     work = sum(part.forward + part.whole_backward + part.reduce + part.update for part in parts)
-    assert work == pytest.approx(simulate(plan_step(step), costs).step_s)
+    assert work == pytest.approx(simulate(program_for(step), costs).step_s)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 import pytest
 
-from jobs import legal, program_of
+from jobs import legal, program_for, program_of
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import in_flight, verify
 
 
@@ -20,7 +19,7 @@ def test_a_pipeline_of_any_length_is_sound(schedule: str, stages: int, microbatc
     interleaves = schedule == "interleaved" and stages in CHUNKS and microbatches % 4 == 0
     text = f"l gpt {CHUNKS[stages]}" if interleaves else f"l gpt pp{stages}"
     program = program_of(text, batch=microbatches, microbatches=microbatches, schedule=schedule)
-    assert () == verify(program) == verify(plan_step(program.routes.step, training=False))
+    assert () == verify(program) == verify(program_for(program.routes.step, training=False))
     for stage, most in in_flight(program).items():
         assert 0 < most <= min(program.order.max_in_flight[stage], microbatches)
 
@@ -31,4 +30,4 @@ def test_which_orders_need_a_channel_for_each_direction(schedule: str) -> None:
     for stages in (1, 2, 4):
         program = program_of(f"l gpt pp{stages}", schedule=schedule)
         assert (stages == 1) == (not verify(program, strict=True))
-        assert () == verify(plan_step(program.routes.step, training=False), strict=True)
+        assert () == verify(program_for(program.routes.step, training=False), strict=True)

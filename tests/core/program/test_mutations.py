@@ -13,10 +13,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from jobs import halved, step_with
+from jobs import halved, program_for, step_with
 from jobs import job as topology_of
 from mimogrid.core.program.listing import Listing
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.program.verify import listing_of, verify, verify_each
 from mimogrid.core.schedule.actions import (
     Action,
@@ -32,7 +32,7 @@ from mimogrid.core.schedule.actions import (
     Update,
     Wait,
     WaitReduce,
-    other_end,
+    matching_op,
 )
 from rehearsal import RehearsalError, rehearse
 
@@ -89,7 +89,7 @@ def known(name: str, *, ragged: bool, split: bool, training: bool = True) -> Kno
     microbatches, schedule = 6 if "m3" in text else 4, SCHEDULES.get(name, "1f1b")
     topology = topology_of(text, batch=12, microbatches=microbatches, schedule=schedule, bucket_mb=0.002)
     step = step_with(topology, RAGGED if ragged else {})
-    program = plan_step(step, training=training)
+    program = program_for(step, training=training)
     own = listing_of(program)
     listing = halved(own) if split else own
     return Known(program, listing, rehearse(program, own, room=program.order.max_in_flight))
@@ -171,7 +171,7 @@ def _others(action: Action, around: list[Action]) -> list[Action]:
     if isinstance(action, Compute):
         others += [attrs.evolve(action, kind=kind) for kind in Kind]
     if isinstance(action, Transfer):
-        others += [Wait(action), other_end(action), attrs.evolve(action, peer=action.stage)]
+        others += [Wait(action), matching_op(action), attrs.evolve(action, peer=action.stage)]
         others += [attrs.evolve(action, direction=direction) for direction in Direction]
         others += [(Send if isinstance(action, Recv) else Recv)(**_fields(action))]
     if isinstance(action, Reduce):

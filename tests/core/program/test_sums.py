@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from jobs import edited, job, program_of, step_with
+from jobs import edited, job, program_for, program_of, step_with
 from mimogrid.core.job.costs import Costs, StageCosts
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.program.verify import listing_of, verify
 from mimogrid.core.schedule.actions import Compute, Reduce, WaitReduce
 from mimogrid.core.simulate import simulate
@@ -20,7 +20,7 @@ ABSENT = {"v": (4, 0, 0, 0, 0, 0, 0, 0)}
 
 def program(text: str, rows: dict[str, tuple[int, ...]] | None = None, **facts: object) -> Program:
     """The program of a step, with several buckets a stage."""
-    return plan_step(step_with(job(text, bucket_mb=0.002, **facts), rows or {}))  # type: ignore[arg-type]
+    return program_for(step_with(job(text, bucket_mb=0.002, **facts), rows or {}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import CASES
-from jobs import edited, halved, program_of
+from jobs import edited, halved, program_for, program_of
 from mimogrid.core.program.listing import Listing, from_text
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.replay import replay
 from mimogrid.core.program.verify import in_flight, listing_of, verify, verify_each
 from mimogrid.core.schedule.actions import (
@@ -285,7 +284,7 @@ def test_outputs_that_wait_are_counted(training: bool) -> None:
     """A stage without backward holds an output until all its sends have been waited for, evaluating, too."""
     text = "v vit frozen > l; l gpt"
     step = program_of(text, microbatches=4, batch=4).routes.step
-    program = plan_step(step, training=training)
+    program = program_for(step, training=training)
     listing = listing_of(program)
     assert 1 <= in_flight(program)[Stage("v", 0)] <= program.order.max_in_flight[Stage("v", 0)] == 2
     first = "v.0 WAIT_SEND_F0 -> l.0"
@@ -415,6 +414,6 @@ def test_evaluation_is_sound() -> None:
         CASES["partial overlap"],
     ):
         step = program_of(text, ROWS, batch=24).routes.step
-        program = plan_step(step, training=False)
+        program = program_for(step, training=False)
         assert () == verify(program)
         assert not any(str(a) == "NORM" for actions in listing_of(program).values() for a in actions)

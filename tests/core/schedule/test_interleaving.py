@@ -4,8 +4,7 @@ import textwrap
 
 import pytest
 
-from jobs import job, step_with
-from mimogrid.core.program.lower import plan_step
+from jobs import job, program_for, step_with
 from mimogrid.core.program.verify import verify
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.topology.topology import Topology
@@ -54,4 +53,4 @@ def test_any_graph_with_chunks_is_sound(
     """Encoders before and generators behind an interleaved module neither starve it nor deadlock."""
     text = f"{encoder}l gpt pp{pipeline} chunks{chunks}{generator}"
     topology = job(text, microbatches=3 * pipeline, batch=3 * pipeline, schedule=schedule)
-    assert () == verify(plan_step(step_with(topology)))
+    assert () == verify(program_for(step_with(topology)))

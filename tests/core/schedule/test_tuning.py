@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cases import CASES
 from hashseeds import printed
-from jobs import job, step_with
+from jobs import job, program_for, step_with
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.job.models import Gpt
@@ -21,9 +21,8 @@ from mimogrid.core.job.spec import (
     SourceFacts,
 )
 from mimogrid.core.pricing.assumed import assumed
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, issue_queues_of
-from mimogrid.core.schedule.layer_split import balance_layers
+from mimogrid.core.schedule.layer_split import topology_of
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.scheduler import TimedWork, lower_bound_s, retimed, schedule
 from mimogrid.core.schedule.tuning import bytes_needed, timed_by, tuned
@@ -66,11 +65,13 @@ def test_in_flight_limits_of_one_stage(encoder: float, microbatches: int) -> Non
     topology, costs = nearly_balanced(encoder, microbatches)
     timed = timed_by(work_of(topology, training=True, splits=False), costs)
     for extra_in_flight, ratio in enumerate(TABLE[encoder, microbatches]):
-        queues = issue_queues_of(timed.work, IssuePolicy(extra_in_flight={ENCODER: extra_in_flight})).pp_ranks
+        queues = issue_queues_of(
+            timed.work, IssuePolicy(extra_in_flight={ENCODER: extra_in_flight})
+        ).by_pp_rank
         order = schedule(timed, queues)
         assert ratio == round(retimed(timed, order, queues) / lower_bound_s(timed, order), 3)
     auto = priced(topology, "auto", costs)
-    assert 1.0 == simulate(plan_step(step_with(auto)), costs).ratio_to_bound
+    assert 1.0 == simulate(program_for(step_with(auto)), costs).ratio_to_bound
 
 
 def test_the_same_for_all_stages_gives_nothing() -> None:
@@ -79,7 +80,7 @@ def test_the_same_for_all_stages_gives_nothing() -> None:
     timed = timed_by(work_of(topology, training=True, splits=False), costs)
     last = Stage("l", 3)  # what the last stage gets, those before it get, too
     each = [
-        issue_queues_of(timed.work, IssuePolicy(extra_in_flight={last: extra_in_flight})).pp_ranks
+        issue_queues_of(timed.work, IssuePolicy(extra_in_flight={last: extra_in_flight})).by_pp_rank
         for extra_in_flight in range(4)
     ]
     ends = [retimed(timed, schedule(timed, queues), queues) for queues in each]
@@ -103,7 +104,7 @@ def test_never_slower_than_the_best_named_order(data: st.DataObject, case: str, 
     topology = job(CASES[case], microbatches=microbatches, batch=48)
     costs = data.draw(costs_for(topology))
     seconds = {
-        name: simulate(plan_step(step_with(priced(topology, name, costs))), costs).step_s
+        name: simulate(program_for(step_with(priced(topology, name, costs))), costs).step_s
         for name in (*NAMED, "auto")
     }
     assert seconds["auto"] <= min(seconds[name] for name in NAMED) * (1 + 1e-9)
@@ -176,10 +177,10 @@ def test_frozen_layers_count_for_what_they_are() -> None:
 
     def step_s(spec: JobSpec) -> float:
         topology = parse(spec, facts)
-        return simulate(plan_step(step_with(topology)), assumed(topology)).step_s
+        return simulate(program_for(step_with(topology)), assumed(topology)).step_s
 
     even, fair = step_s(half_frozen("1f1b")), step_s(half_frozen("1f1b", (24, 8, 8, 8)))
-    chosen = balance_layers(half_frozen("auto"), facts)
+    chosen = topology_of(half_frozen("auto"), facts).spec
     assert 1.44 == round(even / fair, 2)
     assert step_s(chosen) <= fair
 
@@ -191,8 +192,9 @@ def test_layers_that_do_not_divide_are_cut_all_the_same() -> None:
         half_frozen("auto").modules["l"], frozen=False, options=Gpt(layers=5, hidden=8, heads=2, vocab=16)
     )
     spec = attrs.evolve(half_frozen("auto"), modules={"l": attrs.evolve(five, grid=GridSpec(pp=3))})
-    assert 5 == sum(balance_layers(spec, facts).modules["l"].split or ())
-    assert half_frozen("auto", (1, 1, 1, 45)) == balance_layers(half_frozen("auto", (1, 1, 1, 45)), facts)
+    assert 5 == sum(topology_of(spec, facts).spec.modules["l"].split or ())
+    written = half_frozen("auto", (1, 1, 1, 45))
+    assert written == topology_of(written, facts).spec
 
 
 CAPPED = (
@@ -228,5 +230,5 @@ def test_any_limit_gives_an_order(text: str, limit: int, splits: bool) -> None:
     """However few microbatches may be in flight, as many are as the stages that are fed ask for."""
     work = work_of(job(text, microbatches=8, batch=64), training=True, splits=splits)
     timed = TimedWork(work, unit_seconds(work))
-    order = schedule(timed, issue_queues_of(work, IssuePolicy(splits=splits, limit=limit)).pp_ranks)
+    order = schedule(timed, issue_queues_of(work, IssuePolicy(splits=splits, limit=limit)).by_pp_rank)
     assert list(range(len(work.actions))) == sorted(order)

@@ -5,9 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import CASES
-from jobs import job, step_with
+from jobs import job, program_for, step_with
 from mimogrid.core.job.costs import Costs, StageCosts
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify
 from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.schedule.orders import order_of
@@ -18,7 +17,7 @@ from mimogrid.core.topology.topology import Topology
 def idle_between(topology: Topology, of_stage: StageCosts) -> float:
     """Simulate a chain of equal stages; return how long a rank idles at most between its first and last action."""
     costs = Costs(stages={str(stage): of_stage for stage in topology.stages})
-    timeline = simulate(plan_step(step_with(topology)), costs)
+    timeline = simulate(program_for(step_with(topology)), costs)
     computes = [event for event in timeline.events if isinstance(event.action, Compute)]
     spans = {
         rank: (
@@ -70,7 +69,7 @@ def test_what_cannot_be_put_off_is_not_split() -> None:
 def test_any_graph_is_sound(case: str, schedule: str, microbatches: int) -> None:
     """Over any graph, chunks and shared ranks included, programs with split backwards are complete and end."""
     topology = job(CASES[case], schedule=schedule, microbatches=microbatches, batch=48)
-    assert () == verify(plan_step(step_with(topology)))
+    assert () == verify(program_for(step_with(topology)))
 
 
 @pytest.mark.parametrize(
@@ -81,4 +80,4 @@ def test_chunks(text: str, schedule: str) -> None:
     """Interleaved modules split their backwards, too."""
     topology = job(text, schedule=schedule, microbatches=8, batch=8)
     assert order_of(topology).split
-    assert () == verify(plan_step(step_with(topology)))
+    assert () == verify(program_for(step_with(topology)))

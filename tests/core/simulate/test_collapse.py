@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import job, step_with
+from jobs import job, program_for, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.collapse import collapse_tp_cp
 from timed import rank_by_rank
@@ -26,7 +26,7 @@ def whole(text: str, schedule: str, rows: list[int]) -> Program:
     """The program of a step with ragged rows."""
     words = text.replace("width8 heads4 ", "")
     topology = job(words, schedule=schedule, microbatches=4, batch=48)
-    return plan_step(step_with(topology, dict.fromkeys(topology.graph.sources, rows)))
+    return program_for(step_with(topology, dict.fromkeys(topology.graph.sources, rows)))
 
 
 @settings(max_examples=40)

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import job, step_with
+from jobs import job, program_for, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from timed import rank_by_rank
 
@@ -42,7 +42,7 @@ def priced(data: st.DataObject, text: str, schedule: str, *, edge: EdgeCosts) ->
         )
         for stage in topology.stages
     }
-    return plan_step(step_with(topology)), Costs(stages=drawn, edge=edge)
+    return program_for(step_with(topology)), Costs(stages=drawn, edge=edge)
 
 
 ORDERS = st.sampled_from(["1f1b", "gpipe", "zb-h1", "zb-h2"])

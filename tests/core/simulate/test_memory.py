@@ -5,11 +5,10 @@ import itertools
 import attrs
 from hypothesis import given, settings
 
-from jobs import program_of
+from jobs import program_for, program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.footprint import kept, most_bytes_in_flight
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.memory import deferred_bytes, peak_bytes, peaks, saved_bytes, trace
 from mimogrid.core.step.step import step_of
@@ -112,7 +111,7 @@ def test_ranks_of_one_class_hold_what_each_has_to_hold():
 def test_a_folded_world_holds_what_the_whole_one_does(drawn):
     """At every moment and on every rank; in the end no more than in the beginning."""
     costs, duration_factors = drawn
-    program = plan_step(duration_factors.step)
+    program = program_for(duration_factors.step)
     folded = simulate(program, costs, duration_factors=duration_factors)
     whole = rank_by_rank(program, costs, duration_factors=duration_factors)
     assert peak_bytes(whole) == peak_bytes(folded)

@@ -2,9 +2,8 @@
 
 from hypothesis import given, settings
 
-from jobs import program_of
+from jobs import program_for, program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import rank_classes_of, simulate
 from mimogrid.core.simulate.rank_classes import alike_in_time
 from mimogrid.core.simulate.unevenness import DurationFactors
@@ -67,7 +66,7 @@ def test_a_world_of_like_dp_ranks_has_no_more_classes_for_being_larger():
 def test_a_folded_world_is_timed_like_the_whole_one(drawn):
     """Every event, every message, and the limit: the same numbers, not nearly the same."""
     costs, duration_factors = drawn
-    program = plan_step(duration_factors.step)
+    program = program_for(duration_factors.step)
     folded = simulate(program, costs, duration_factors=duration_factors)
     whole = rank_by_rank(program, costs, duration_factors=duration_factors)
     assert all(program.of(rank) == program.of(first) for rank, first in folded.classes.leader.items())

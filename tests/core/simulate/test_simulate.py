@@ -8,11 +8,10 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 import timed
-from jobs import job, program_of, step_with
+from jobs import job, program_for, program_of, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.unknown_names import unknown_names
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.replay import replay
 from mimogrid.core.schedule.actions import Compute, Kind, Reduce, Send, parse
 from mimogrid.core.simulate import simulate
@@ -363,7 +362,7 @@ def timed_jobs(draw):
     stages = {str(s): StageCosts(**{key: draw(seconds) for key in keys}) for s in topology.stages}
     cores = draw(st.sampled_from([None, 1, 2.5]))
     note(f"{'; '.join(lines)} {rows} {schedule}")
-    return plan_step(step_with(topology, rows)), Costs(stages=stages, edge=edge, cores=cores)
+    return program_for(step_with(topology, rows)), Costs(stages=stages, edge=edge, cores=cores)
 
 
 @settings(max_examples=60)
@@ -380,7 +379,7 @@ def test_no_step_beats_the_limit(drawn):
 def test_no_uneven_step_beats_the_limit(drawn):
     """With chunks, experts, context and sequence parallelism, ragged dp ranks and jitter, either."""
     costs, duration_factors = drawn
-    timeline = simulate(plan_step(duration_factors.step), costs, duration_factors=duration_factors)
+    timeline = simulate(program_for(duration_factors.step), costs, duration_factors=duration_factors)
     assert timeline.ratio_to_bound >= 1 - 1e-9
 
 

@@ -6,9 +6,8 @@ import statistics
 import pytest
 from hypothesis import given, settings
 
-from jobs import job, program_of, step_with
+from jobs import job, program_for, program_of, step_with
 from mimogrid.core.job.costs import Costs, StageCosts
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute, Kind, parse
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.breakdown import ALL_CAUSES, JITTER, RAGGED, idle_s, idle_s_by_rank
@@ -111,7 +110,7 @@ def test_what_the_data_costs_is_told_apart_from_what_the_pipeline_costs():
 def test_causes_add_up_to_all_idling(drawn):
     """Rank by rank, and over all ranks; what is not uneven has no loss to it."""
     costs, duration_factors = drawn
-    timeline = simulate(plan_step(duration_factors.step), costs, duration_factors=duration_factors)
+    timeline = simulate(program_for(duration_factors.step), costs, duration_factors=duration_factors)
     by_rank = idle_s_by_rank(timeline, costs, duration_factors)
     for rank, causes in by_rank.items():
         assert set(ALL_CAUSES) == set(causes)

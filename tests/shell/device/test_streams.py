@@ -163,7 +163,7 @@ def test_marks_are_read_when_the_next_step_is_agreed_on(pool: Pool, opened: Open
     size = opened_job.topology.world_size
     for rank, said in enumerate(pool.run("bodies:marked", size, opened_job)):
         first, second = (" ".join(said).split("done")[i].split("agreeing") for i in range(2))
-        count = 2 * len(plan_step(opened_job.step(0)).of(rank))
+        count = 2 * len(plan_step(opened_job.step(0), opened_job.order).of(rank))
         assert count == sum(half.count("marked on the current stream") for half in first)
         assert [0, 0, 0, 1] == [half.count("read") for half in (*first, *second)]
 
@@ -230,7 +230,7 @@ def test_nothing_is_held_for_longer_than_planned(
 ) -> None:
     """A stage holds tensors of no more microbatches than are in flight in the plan, and of none after the step."""
     opened_job = opened(job(grids, microbatches=6, data={"absent": {"enc": 0.0}}, **options))
-    program = plan_step(opened_job.step(0))
+    program = plan_step(opened_job.step(0), opened_job.order)
     said = pool.run("bodies:holding", opened_job.topology.world_size, opened_job)
     for rank, (training, judging, left) in enumerate(said):
         planned = peak_in_flight(Event(rank, action, 0.0, 0.0) for action in program.of(rank))

@@ -7,7 +7,17 @@ import pytest
 
 import jobs
 from mimogrid.core.pricing.unknown_names import unknown_names
-from mimogrid.core.schedule.actions import Compute, Norm, Recv, Send, Tie, Update, Wait, WaitReduce, other_end
+from mimogrid.core.schedule.actions import (
+    Compute,
+    Norm,
+    Recv,
+    Send,
+    Tie,
+    Update,
+    Wait,
+    WaitReduce,
+    matching_op,
+)
 from mimogrid.shell.cli import start
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
@@ -106,7 +116,7 @@ def test_one_action_computes_in_a_turn_and_none_waits_for_a_later_one(text, sche
         if isinstance(action, Wait):
             assert turn_of[rank, action.transfer] <= turn
             for peer in program.peers_of(rank, action.transfer):
-                assert turn_of[peer, other_end(action.transfer)] <= turn
+                assert turn_of[peer, matching_op(action.transfer)] <= turn
         if isinstance(action, WaitReduce):
             assert all(turn_of[peer, action.posted] <= turn for peer in program.joint(rank, action))
         assert isinstance(action, Wait | Send | Recv) or turn
@@ -163,11 +173,11 @@ def test_a_wait_for_a_core_is_not_counted_however_it_falls(monkeypatch):
             seconds, waited = seconds + 7, waited + 7
         return waited
 
-    monkeypatch.setattr(clock, "_waited_for_a_core", waits)
+    monkeypatch.setattr(clock, "_core_wait_s", waits)
     monkeypatch.setattr(clock.time, "perf_counter", lambda: seconds)
-    begin = clock._at_work()
+    begin = clock._running_s()
     seconds += 1
-    assert 1 == clock._at_work() - begin
+    assert 1 == clock._running_s() - begin
     assert 7 * len(losing) == waited
 
 

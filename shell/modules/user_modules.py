@@ -1,7 +1,7 @@
-"""Given: stages whose network somebody else has written, checked against the plan in every forward.
+"""User modules: stages whose network the user or the host program wrote, checked against the plan in every forward.
 
-Other ranks wait for exactly the rows that the plan says that come from here, so a network that returns others is
-stopped before they hang.
+Other ranks wait for exactly the rows that the plan says. A network that returns anything else raises an error here,
+before the other ranks hang.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError, nearest
 from mimogrid.core.base.hashing import draw_bits
-from mimogrid.core.job.models import Gpt, Own, Parameter
+from mimogrid.core.job.models import Own, Parameter
 from mimogrid.core.job.optimizers import matches
 from mimogrid.core.job.placement import matches_any
 from mimogrid.core.job.spec import GroupSpec, ModuleSpec, OptimizerSpec
 from mimogrid.core.step.step import Share
-from mimogrid.core.topology.topology import Module, StageInfo, Topology
+from mimogrid.core.topology.topology import Module, StageInfo
 from mimogrid.shell.device.device import sent
 from mimogrid.shell.job import builders
 from mimogrid.shell.modules.interface import StageModule
 
 
 class OwnStage(StageModule):
-    """The only stage of a module of the user's. Whether it draws, only its author knows."""
+    """The only stage of a module of the user's."""
 
-    draws = True
+    draws = True  # Only its author knows whether it draws random numbers.
     reads_entire = True
 
     def __init__(self, module: Module, info: StageInfo, network: nn.Module, *, dtype: torch.dtype) -> None:
@@ -45,35 +45,35 @@ class OwnStage(StageModule):
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see `OwnNetwork`."""
         device = next(iter(inputs.values())).device
-        told = {
+        lengths = {
             "lengths": share.lengths,
             **{f"lengths.{feeder}": share.rows[feeder] for feeder in self.feeders},
         }
-        counts = {name: sent(torch.tensor(c), device) for name, c in told.items()}
-        given = self.network({**inputs, **counts})
-        self._check(given, sum(share.lengths))
-        rows = self.emit(given["rows"]) if self.edges else {}
-        return rows | {name: tensor for name, tensor in given.items() if name != "rows"}
+        counts = {name: sent(torch.tensor(c), device) for name, c in lengths.items()}
+        outputs = self.network({**inputs, **counts})
+        self._check(outputs, sum(share.lengths))
+        rows = self.emit(outputs["rows"]) if self.edges else {}
+        return rows | {name: tensor for name, tensor in outputs.items() if name != "rows"}
 
-    def _check(self, given: Mapping[str, Tensor], count: int) -> None:
-        """Other ranks wait for exactly what the plan says that comes from here."""
+    def _check(self, outputs: Mapping[str, Tensor], count: int) -> None:
+        """Raise WorldError unless the outputs are the rows and the loss of the plan."""
         wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
         for name in wanted:
-            if name not in given:
+            if name not in outputs:
                 raise WorldError(
-                    f"module '{self.name}' returned {', '.join(given) or 'nothing'}, no '{name}'."
+                    f"module '{self.name}' returned {', '.join(outputs) or 'nothing'}, no '{name}'."
                 )
-        if self.edges and tuple(given["rows"].shape) != (count, self.width):
+        if self.edges and tuple(outputs["rows"].shape) != (count, self.width):
             raise WorldError(
-                f"module '{self.name}' returned rows of shape {tuple(given['rows'].shape)}; "
+                f"module '{self.name}' returned rows of shape {tuple(outputs['rows'].shape)}; "
                 f"the plan is one row of width {self.width} for each that comes in, {(count, self.width)}."
             )
-        if self.edges and given["rows"].dtype != self.dtype:
+        if self.edges and outputs["rows"].dtype != self.dtype:
             raise WorldError(
-                f"module '{self.name}' returned rows of {given['rows'].dtype}; the other end of its edges "
+                f"module '{self.name}' returned rows of {outputs['rows'].dtype}; the other end of its edges "
                 f"expects {self.dtype}, the precision of the job."
             )
-        if "loss" in given and not self.has_loss:
+        if "loss" in outputs and not self.has_loss:
             raise WorldError(
                 f"module '{self.name}' feeds others, so the plan gives it no loss; it returned one. "
                 "Put the loss into a module of its own that this one feeds."
@@ -81,13 +81,12 @@ class OwnStage(StageModule):
 
 
 class HostStage(StageModule):
-    """A stage of a built-in module that a network of the host's computes; projections are the network's, too."""
+    """A stage of a built-in module whose network the host program supplies, projections to other modules included."""
 
     reads_entire = True
 
     def __init__(
         self,
-        topology: Topology,
         module: Module,
         info: StageInfo,
         network: nn.Module,
@@ -113,7 +112,6 @@ class HostStage(StageModule):
         self.edges = module.outputs if info.last else ()
         self.network = network
         self.module = module
-        self.sequence = topology.sequence
         self.dtype = dtype
         self.draws = module.model.dropout > 0
         self.aux_loss = module.aux_loss
@@ -129,32 +127,28 @@ class HostStage(StageModule):
             network.loss = self.loss
         if self.aux_loss:
             network.aux_scale = self.loss_scale * self.aux_loss / share.total
-        given = dict(network(inputs, share))
+        outputs = dict(network(inputs, share))
         for name, shape in self._planned(share).items():
-            seen = (tuple(given[name].shape), given[name].dtype) if name in given else "nothing"
+            seen = (tuple(outputs[name].shape), outputs[name].dtype) if name in outputs else "nothing"
             if seen != (shape, self.dtype):
                 raise WorldError(
                     f"the network that the host gave for '{self.info.stage}' returned {seen} for '{name}'; "
                     f"the plan is {(shape, self.dtype)}."
                 )
-        emitted = {edge.target: given["rows"] for edge in self.edges}
-        return emitted | {name: tensor for name, tensor in given.items() if name != "rows"}
+        emitted = {edge.target: outputs["rows"] for edge in self.edges}
+        return emitted | {name: tensor for name, tensor in outputs.items() if name != "rows"}
 
     def _planned(self, share: Share) -> dict[str, tuple[int, ...]]:
-        """Other ranks wait for exactly these."""
+        """Return the shapes of the outputs that other ranks wait for."""
         if self.info.last:
             return {"rows": (sum(share.lengths), self.edges[0].width)} if self.edges else {}
-        hidden = self.module.model.hidden
-        assert hidden is not None
-        if isinstance(self.module.model, Gpt):
-            return {self.name: (self.sequence // self.module.cp, len(share.samples), hidden)}
-        present = [rows for rows in share.lengths if rows]
-        positions = self.module.padded(max(present, default=0)) // self.module.cp
-        return {self.name: (positions, len(present), hidden)}
+        positions, samples = share.shape
+        assert self.module.model.hidden is not None
+        return {self.name: (positions // self.module.cp, samples, self.module.model.hidden)}
 
 
 def _check_table(info: StageInfo, known: Sequence[Parameter]) -> None:
-    """A host's network has the layers that the plan gives the stage, and ties its ends where the plan does."""
+    """Raise PlanError unless a host's network has the layers, experts and tied embeddings of the planned stage."""
     where = f"modules.{info.stage.module}"
     layers = sorted({parameter.layer for parameter in known if isinstance(parameter.layer, int)})
     if layers != list(info.layers):
@@ -175,7 +169,7 @@ def _check_table(info: StageInfo, known: Sequence[Parameter]) -> None:
 
 
 def own_network(model: Own, options: Any, *, seed: int, module: str) -> nn.Module:
-    """Build a module of the user's with initial weights that follow from the seed and its name."""
+    """Build a module of the user's. Its initial weights follow from the job's seed and the module's name."""
     build = builders.find(model.path, where=f"modules.{module}.model").load()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(draw_bits(seed, module, "own") % 2**63)
@@ -185,7 +179,10 @@ def own_network(model: Own, options: Any, *, seed: int, module: str) -> nn.Modul
 
 
 def check_patterns(written: ModuleSpec, module: str, names: tuple[str, ...]) -> None:
-    """Every pattern for an own module must match one of its parameters, as legality asks of built-in ones."""
+    """Raise PlanError for a pattern of `frozen` or `trainable` that matches no parameter of an own module.
+
+    Validation checks the patterns of built-in modules; the parameters of an own one are known only once it is built.
+    """
     frozen = written.frozen if isinstance(written.frozen, tuple) else ()
     for key, patterns in (("frozen", frozen), ("trainable", written.trainable or ())):
         for pattern in patterns:
@@ -195,12 +192,12 @@ def check_patterns(written: ModuleSpec, module: str, names: tuple[str, ...]) -> 
 
 
 def check_groups(optimizer: OptimizerSpec, module: str, names: tuple[str, ...]) -> None:
-    """A pattern that is meant for an own module alone must match one of its parameters."""
+    """Raise PlanError for a pattern of an optimizer group that names this own module and matches no parameter of it."""
     for i, group in enumerate(optimizer.groups):
         for pattern in group.match:
             is_meant = group.modules == (module,) or pattern.startswith(f"{module}.")
-            alone = GroupSpec(modules=group.modules, match=(pattern,))
-            if is_meant and not any(matches(alone, module, name) for name in names):
+            single = GroupSpec(modules=group.modules, match=(pattern,))
+            if is_meant and not any(matches(single, module, name) for name in names):
                 fact = f"the pattern '{pattern}' matches no parameter of module '{module}'."
                 remedy = nearest(pattern, tuple(f"{module}.{name}" for name in names))
                 raise PlanError([Problem(f"optimizer.groups[{i}].match", fact, remedy)])

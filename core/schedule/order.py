@@ -1,0 +1,176 @@
+"""Order: the compute actions of a step in one global order, and the transfers that may surround each of them.
+
+An order depends on the job only, so all steps of a job share it. The rows of a step decide which of the possible
+transfers exist: a dp rank without rows in a microbatch has none for it (`program.lower`).
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from mimogrid.core.base.samples import overlapping
+from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send, Transfer, Wait
+from mimogrid.core.topology.topology import Link, Stage, Topology
+
+
+@attrs.frozen(eq=False)
+class PossibleTransfer:
+    """A transfer that the ranks of a stage post if the step has messages for it.
+
+    Attributes:
+        transfer: The send or receive.
+        wait: The action that waits for it.
+        link: The link that it is on.
+        at_source: Whether the stage is the link's source.
+        has_reply: Whether gradients come back on the link, so that a send is answered by a receive.
+        place: Sort key: by when the data is made. It is the same at both ends of the link.
+        peer_starts: Where in the order the peer stage computes each of its microbatches, in this direction.
+    """
+
+    transfer: Transfer
+    wait: Wait
+    link: Link
+    at_source: bool
+    has_reply: bool
+    place: tuple[int, int, int]
+    peer_starts: tuple[int, ...]
+
+
+@attrs.frozen(eq=False)
+class Slot:
+    """A compute action, its index in the order, and the transfers that it may read and send."""
+
+    action: Compute
+    start: int
+    receives: tuple[PossibleTransfer, ...]
+    sends: tuple[PossibleTransfer, ...]
+
+
+@attrs.frozen(eq=False)
+class Order:
+    """The compute actions of a step in one global order.
+
+    Attributes:
+        topology: The job's; the order fits every topology with the same stages, links and microbatches.
+        training: False for an order of forwards only; then logits take the place of losses.
+        actions: In the order in which they may start.
+        backward: The stages that run a backward: something in them or upstream trains.
+        split: The stages of `backward` that run it in two halves.
+        gradients: The links on which gradients flow back.
+        max_in_flight: The most microbatches that each stage has in flight. For a stage without backward, the most
+            outputs that wait to be read.
+    """
+
+    topology: Topology
+    training: bool
+    actions: tuple[Compute, ...]
+    backward: frozenset[Stage]
+    split: frozenset[Stage]
+    gradients: frozenset[Link]
+    max_in_flight: Mapping[Stage, int]
+    _slots: dict[Stage, tuple[Slot, ...]] = attrs.field(
+        factory=dict[Stage, tuple[Slot, ...]], init=False, repr=False
+    )
+
+    @functools.cached_property
+    def index(self) -> Mapping[Compute, int]:
+        """The index of each action."""
+        return {action: i for i, action in enumerate(self.actions)}
+
+    @functools.cached_property
+    def starts(self) -> Mapping[tuple[Stage, Direction], tuple[int, ...]]:
+        """For each stage and direction, the index of each microbatch: its forward, or its gradients of inputs."""
+        kinds = {
+            Kind.FORWARD: Direction.FORWARD,
+            Kind.BACKWARD: Direction.BACKWARD,
+            Kind.INPUT_GRADIENT: Direction.BACKWARD,
+        }
+        starts: dict[tuple[Stage, Direction], dict[int, int]] = {}
+        for action, i in self.index.items():
+            if action.kind in kinds:
+                starts.setdefault((action.stage, kinds[action.kind]), {})[action.microbatch] = i
+        return {key: tuple(places[k] for k in range(len(places))) for key, places in starts.items()}
+
+    def of(self, stage: Stage) -> tuple[Compute, ...]:
+        """Return the actions of a stage, in order."""
+        return self._by_stage.get(stage, ())
+
+    @functools.cached_property
+    def _by_stage(self) -> Mapping[Stage, tuple[Compute, ...]]:
+        found: dict[Stage, list[Compute]] = {}
+        for action in self.actions:
+            found.setdefault(action.stage, []).append(action)
+        return {stage: tuple(actions) for stage, actions in found.items()}
+
+    def slots(self, stage: Stage) -> tuple[Slot, ...]:
+        """Return the actions of a stage with their possible transfers. They are equal for all ranks and steps."""
+        if stage not in self._slots:
+            self._slots[stage] = tuple(_slots(self, stage))
+        return self._slots[stage]
+
+
+def _slots(order: Order, stage: Stage) -> Iterator[Slot]:
+    known: dict[Transfer, PossibleTransfer] = {}
+
+    def possible(transfer: Transfer, link: Link) -> PossibleTransfer:
+        if transfer not in known:
+            known[transfer] = _possible_transfer(order, transfer, link)
+        return known[transfer]
+
+    for action in order.of(stage):
+        receives = tuple(possible(transfer, link) for transfer, link in _reads(order, action))
+        sends = tuple(possible(transfer, link) for transfer, link in _makes(order, action))
+        yield Slot(action, order.index[action], receives, sends)
+
+
+def _reads(order: Order, action: Compute) -> Iterator[tuple[Recv, Link]]:
+    """Yield the receives that an action may read, with their links."""
+    stage, k = action.stage, action.microbatch
+    if action.kind is Kind.FORWARD:
+        for link in order.topology.links_into(stage):
+            yield Recv(stage, Direction.FORWARD, k, link.source), link
+    elif action.kind is not Kind.WEIGHT_GRADIENT:
+        for link, target_k in _outgoing(order.topology, stage, k):
+            if link in order.gradients:
+                yield Recv(stage, Direction.BACKWARD, target_k, link.target), link
+
+
+def _makes(order: Order, action: Compute) -> Iterator[tuple[Send, Link]]:
+    """Yield the sends whose data an action may complete, with their links."""
+    stage, k = action.stage, action.microbatch
+    if action.kind is Kind.FORWARD:
+        for link, target_k in _outgoing(order.topology, stage, k):
+            yield Send(stage, Direction.FORWARD, target_k, link.target), link
+    elif action.kind is not Kind.WEIGHT_GRADIENT:
+        for link in order.topology.links_into(stage):
+            if link in order.gradients:
+                yield Send(stage, Direction.BACKWARD, k, link.source), link
+
+
+def _outgoing(topology: Topology, stage: Stage, microbatch: int) -> Iterator[tuple[Link, int]]:
+    """Yield the links that an output leaves on, with the microbatches of their targets that it is part of."""
+    for link in topology.links_from(stage):
+        source, target = topology.modules[link.source.module], topology.modules[link.target.module]
+        for k in overlapping(microbatch, source.microbatches, target.microbatches):
+            yield link, k
+
+
+def _possible_transfer(order: Order, transfer: Transfer, link: Link) -> PossibleTransfer:
+    modules, starts = order.topology.modules, order.starts
+    direction, k = transfer.direction, transfer.microbatch
+    if direction is Direction.FORWARD:
+        source, target = modules[link.source.module], modules[link.target.module]
+        last = overlapping(k, target.microbatches, source.microbatches)[-1]
+        made_at = starts[link.source, direction][last]
+    else:
+        made_at = starts[link.target, direction][k]
+    return PossibleTransfer(
+        transfer,
+        Wait(transfer),
+        link,
+        at_source=transfer.stage == link.source,
+        has_reply=link in order.gradients,
+        place=(made_at, order.topology.links.index(link), k),
+        peer_starts=starts[transfer.peer, direction],
+    )
