@@ -28,8 +28,8 @@ INTO: Mapping[str, str] = {
     "shell.device": "place streams",
     "shell.job": "builders costfile hf host jobfile jobs sources tables",
     "shell.modules": "loss packing weights",
-    "shell.run": "evaluate log metrics parity pictures preload probe progress report train",
-    "shell.runtime": "agreement collect data execute gradients hosting optimizer profiles session stage transport",
+    "shell.run": "evaluate log metrics parity preload probe report train",
+    "shell.runtime": "agreement data execute gradients hosting optimizer profiles session stage transport",
     "shell.world": "failure groups launch preemption",
 }
 """Modules that moved from `core` or `shell` into a package and kept their names."""
@@ -61,10 +61,13 @@ RENAMED: Mapping[str, str] = {
     "core.steps": "core.step.step",
     "core.thin": "core.simulate.collapse",
     "shell.banner": "shell.cli.roles",
-    "shell.faults": "shell.world.fault_injection",
+    "shell.collect": "shell.runtime.tensor_slices",
     "shell.inspection": "shell.cli.inspect",
     "shell.ledger": "shell.megatron.weight_grad_store",
+    "shell.modules.given": "shell.modules.user_modules",
+    "shell.pictures": "shell.run.report",
     "shell.planning": "shell.cli.plan",
+    "shell.progress": "shell.run.metrics",
     "shell.pulse": "shell.world.heartbeat",
     "shell.runs": "shell.run.folders",
     "shell.simulation": "shell.cli.simulate",
@@ -73,7 +76,6 @@ RENAMED: Mapping[str, str] = {
 }
 """Modules that have other names now; what is in a package moved with it."""
 PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "core.faults": ("core.faults.injection",),
     "core.topology": ("core.topology.topology", "core.topology.parse"),
     "shell.checkpoint": ("shell.checkpoint.files",),
     "shell.cli": ("shell.cli.main",),
