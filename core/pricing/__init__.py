@@ -44,7 +44,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
             machine,
             flops=module_units(topology, module, load),
             values=values_of_units(module),
-            repeats=topology.spec.modules[module.name].recompute == "full",
+            recomputes=topology.spec.modules[module.name].recompute == "full",
         )
         for info in module.stages:
             stages[str(info.stage)] = joined(of_units(info, parts) if parts else ())

@@ -37,11 +37,11 @@ def unit_costs(
     *,
     flops: Sequence[Flops],
     values: Sequence[Values],
-    repeats: bool,
+    recomputes: bool,
 ) -> tuple[StageCosts, ...]:
     """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a load of one dp rank.
 
-    `flops` and `values` are of these parts; `repeats` says that layers are computed anew in the backward, with
+    `flops` and `values` are of these parts; `recomputes` says that layers are computed anew in the backward, with
     all that their ranks exchange. Nothing for a module of the user's own.
     """
     if isinstance(module.model, Own):
@@ -61,7 +61,7 @@ def unit_costs(
                 shards=shards,
                 reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
                 sums=_sums(module, model, load, machine, entry=i == 0, leaves=i == last),
-                repeats=repeats and in_layers,
+                recomputes=recomputes and in_layers,
             )
             kinds[kind] = StageCosts(
                 forward=times * forward,
@@ -87,7 +87,13 @@ def joined(parts: Iterable[StageCosts]) -> StageCosts:
 
 
 def _computing_s(
-    flops: Flops, *, machine: Machine, shards: int, reads_s: float, sums: tuple[float, float], repeats: bool
+    flops: Flops,
+    *,
+    machine: Machine,
+    shards: int,
+    reads_s: float,
+    sums: tuple[float, float],
+    recomputes: bool,
 ) -> tuple[float, float, float]:
     """Return the seconds of a forward, of the gradients of inputs, and of those of weights.
 
@@ -100,7 +106,7 @@ def _computing_s(
 
     forward_sums, backward_sums = sums
     inputs, weights = seconds(flops.input_gradient, reads_s), seconds(flops.weight_gradient, reads_s)
-    again = seconds(flops.recomputed, 0.0) + (forward_sums if repeats and flops.recomputed else 0.0)
+    again = seconds(flops.recomputed, 0.0) + (forward_sums if recomputes and flops.recomputed else 0.0)
     if inputs:
         inputs += backward_sums + again
     elif weights:

@@ -14,6 +14,7 @@ from mimogrid.core.base.errors import PlanError, WorldError
 from mimogrid.core.job.spec import DataSpec, JobSpec, OptimizerSpec, TrainSpec
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
+from scale import nightly_only
 
 
 pytestmark = pytest.mark.world
@@ -41,7 +42,7 @@ def same(expected: Arrays, seen: Arrays) -> bool:
     return all(np.array_equal(weight, seen[name]) for name, weight in expected.items())
 
 
-@pytest.mark.parametrize("grids", [GRIDS, "enc(2,1,1)@0 lm(2,1,2)@0"])
+@pytest.mark.parametrize("grids", [GRIDS, *nightly_only(["enc(2,1,1)@0 lm(2,1,2)@0"])])
 def test_a_plain_loop_trains_what_the_command_trains(pool: Pool, opened: Opened, grids: str) -> None:
     """Losses of every module, norms and weights are those of `mimogrid train`, to the last bit."""
     opened_job = opened(job(grids, optimizer=ADAM))
@@ -97,7 +98,7 @@ def test_the_host_may_give_the_samples(pool: Pool, opened: Opened) -> None:
     assert same(expected.weights, seen.weights)
 
 
-@pytest.mark.parametrize("grids", ["enc(2,1,1)@0 lm(2,1,1)@2", "enc(1,1,2)@0 lm(1,2,1)@2"])
+@pytest.mark.parametrize("grids", [GRIDS, *nightly_only(["enc(2,1,1)@0 lm(2,1,1)@2"])])
 def test_the_host_may_give_the_loss(pool: Pool, opened: Opened, grids: str) -> None:
     """What it returns is what trains: thrice the job's own loss has thrice its gradients."""
     for own, other in pool.run("hosts:own_losses", 4, opened(job(grids, precision="fp64"))):

@@ -13,6 +13,7 @@ from layouts import MODELS, PIPELINE_INSIDE, PIPELINE_LAST, job, layouts
 from mimogrid.core.job.spec import DataSpec, JobSpec, ModuleSpec
 from mimogrid.shell.job import jobfile
 from parity import Parity, assert_same
+from scale import drawn, nightly_only, one_of_each
 
 
 pytestmark = pytest.mark.world
@@ -22,10 +23,33 @@ pytestmark = pytest.mark.world
 
 GRIDS = """
     enc(1,1,1)@0 lm(1,1,1)@1
-    enc(1,1,1)@0 lm(1,3,1)@1
-    enc(2,1,1)@0 lm(2,3,1)@2
     enc(2,2,1)@0 lm(2,2,1)@4
     enc(1,1,4)@0 lm(2,2,1)@4
+    enc(4,1,1)@0 lm(2,1,2)@4
+    enc(2,1,2)@0 lm(1,1,4)@4
+
+    enc(1,2,4)@0 lm(2,4,1)@0
+    enc(2,2,2)@0 lm(2,2,2)@0
+    enc(1,1,2)@0 lm(1,1,2)@1
+    enc(1,1,1)@7 lm(1,1,1)@3
+
+    img(1,2,1)@0 aud(2,1,1)@2 lm(1,4,1)@4
+    img(1,1,1)@0 aud(1,1,1)@1 lm(2,2,1)@2->gen gen(1,1,2)@6
+    enc(1,1,1)@0->mid,lm mid(1,1,1)@1->lm lm(1,1,1)@2->gen gen(1,1,1)@3
+    enc(1,1,3)@0->gen,lm gen(2,1,1)@3 lm(1,2,1)@5
+    enc(1,1,2)@0->lm1,lm2 lm1(1,2,1)@2->lm2 lm2(2,1,1)@4
+
+    enc(1,1,3)@0 lm(1,1,5)@3
+    enc(1,2,2)@0 lm(1,1,3)@4
+
+    lm(1,4,2)@0
+    enc(1,1,2)@0->gen gen(1,3,1)@2
+    img(1,1,1)@0->mid aud(1,1,2)@1->mid mid(1,2,1)@3 lm(1,1,2)@5
+    enc(1,1,1)@0 img(1,1,2)@0 aud(2,1,1)@0 mid(1,2,1)@0 lm(2,1,1)@0->gen gen(1,1,2)@0
+"""
+MORE_GRIDS = """
+    enc(1,1,1)@0 lm(1,3,1)@1
+    enc(2,1,1)@0 lm(2,3,1)@2
     enc(2,2,1)@0 lm(1,1,4)@4
     enc(1,1,2)@0 lm(2,3,1)@2
     enc(1,1,1)@0 lm(1,7,1)@1
@@ -33,15 +57,11 @@ GRIDS = """
     enc(1,1,1)@0 aud(1,1,1)@0 lm(1,1,1)@1
     enc(2,2,1)@0 aud(2,2,1)@0 lm(2,2,1)@4
     img(1,1,1)@0 aud(1,1,1)@1 lm(2,2,1)@2->gen gen(2,1,1)@6
-    img(1,1,1)@0 aud(1,1,1)@1 lm(2,2,1)@2->gen gen(1,1,2)@6
-    img(1,2,1)@0 aud(2,1,1)@2 lm(1,4,1)@4
 
     enc(2,1,1)@0 lm(2,1,1)@2
     enc(2,1,1)@0 lm(2,2,1)@2
     enc(4,1,1)@0 lm(4,1,1)@4
     enc(2,1,2)@0 lm(4,1,1)@4
-    enc(4,1,1)@0 lm(2,1,2)@4
-    enc(2,1,2)@0 lm(1,1,4)@4
     enc(2,1,2)@0 lm(2,1,2)@4
     enc(2,1,1)@0 lm(2,1,1)@4
     enc(1,1,4)@0 lm(4,1,1)@4
@@ -49,90 +69,85 @@ GRIDS = """
     enc(2,1,2)@0 lm(2,2,1)@4
     enc(1,1,4)@0 lm(1,1,4)@4
 
-    enc(2,2,2)@0 lm(2,2,2)@0
     enc(4,2,1)@0 lm(1,2,4)@0
-    enc(1,2,4)@0 lm(2,4,1)@0
     enc(2,1,4)@0 lm(4,1,2)@0
     enc(4,1,2)@0 lm(2,1,4)@0
     enc(4,1,2)@0 lm(4,1,2)@0
     enc(2,1,2)@4 lm(1,1,4)@4
     enc(1,1,8)@0 lm(1,1,4)@0
-    enc(1,1,2)@0 lm(1,1,2)@1
     enc(1,2,1)@0 lm(1,2,1)@0
     enc(1,1,3)@0 lm(1,1,2)@0
     enc(2,2,1)@0 lm(2,2,1)@2
     enc(1,1,1)@0 lm(1,1,1)@4
-    enc(1,1,1)@7 lm(1,1,1)@3
 
     img(1,2,1)@0 aud(1,1,1)@2 lm(1,2,1)@3
     img(1,3,1)@0 aud(1,1,2)@3 lm(1,1,1)@5
     enc(1,1,1)@0->mid,lm mid(1,1,1)@1 lm(1,1,1)@2
     enc(2,1,1)@0->mid,lm mid(1,1,2)@2 lm(1,2,2)@4
-    enc(1,1,1)@0->mid,lm mid(1,1,1)@1->lm lm(1,1,1)@2->gen gen(1,1,1)@3
     enc(1,1,1)@0->gen,lm gen(1,1,1)@1 lm(1,1,1)@2
-    enc(1,1,3)@0->gen,lm gen(2,1,1)@3 lm(1,2,1)@5
     enc(1,1,2)@0 lm(1,1,1)@2
     enc(1,1,1)@0 lm(1,1,2)@1
     enc(1,1,4)@0 lm(1,1,1)@4
     enc(1,1,4)@0 lm(1,1,2)@4
 
     enc(1,1,3)@0 lm(1,1,2)@3
-    enc(1,1,3)@0 lm(1,1,5)@3
     enc(1,1,1)@0 lm(1,1,5)@1
     enc(1,1,5)@0 lm(1,1,3)@5
     enc(2,1,2)@0 lm(1,1,3)@4
-    enc(1,2,2)@0 lm(1,1,3)@4
 
     lm(1,1,1)@0
     lm(1,2,1)@0
     lm(2,2,2)@0
-    lm(1,4,2)@0
-    enc(1,1,2)@0->gen gen(1,3,1)@2
     gen(2,2,1)@0
     mid(1,1,2)@0 lm(1,2,1)@2
-    img(1,1,1)@0->mid aud(1,1,2)@1->mid mid(1,2,1)@3 lm(1,1,2)@5
     lm1(1,1,1)@0->lm2 lm2(1,1,2)@1
-    enc(1,1,2)@0->lm1,lm2 lm1(1,2,1)@2->lm2 lm2(2,1,1)@4
-    enc(1,1,1)@0 img(1,1,2)@0 aud(2,1,1)@0 mid(1,2,1)@0 lm(2,1,1)@0->gen gen(1,1,2)@0
 """
-CASES = [" ".join(line.split()) for line in GRIDS.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("grids", CASES)
+def cases(text: str) -> list[str]:
+    """The lines of a text that say something, with single spaces."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("grids", [*cases(GRIDS), *nightly_only(cases(MORE_GRIDS))])
 def test_a_layout_is_the_model(parity: Parity, grids: str) -> None:
     """The default order of the axes, pp slowest; ragged samples, some without a modality, uneven shares."""
     assert_same(parity, job(grids))
 
 
 @pytest.mark.parametrize(
-    "grids",
-    [
-        "enc(2,2,2)@0 lm(2,2,2)@0",
-        "enc(1,2,4)@0 lm(2,4,1)@0",
-        "enc(2,1,1)@0->mid,lm mid(1,1,2)@2 lm(1,2,2)@4",
-    ],
+    ("grids", "order"),
+    one_of_each(
+        [
+            "enc(2,2,2)@0 lm(2,2,2)@0",
+            "enc(1,2,4)@0 lm(2,4,1)@0",
+            "enc(2,1,1)@0->mid,lm mid(1,1,2)@2 lm(1,2,2)@4",
+        ],
+        [PIPELINE_INSIDE, ("dp", "pp", "tp", "cp"), ("pp", "tp", "dp", "cp")],
+    ),
 )
-@pytest.mark.parametrize("order", [PIPELINE_INSIDE, ("dp", "pp", "tp", "cp"), ("pp", "tp", "dp", "cp")])
 def test_axes_in_any_order(parity: Parity, grids: str, order: tuple[str, ...]) -> None:
     """Which axis varies fastest changes who does what, and nothing else."""
     assert_same(parity, job(grids, order=order))
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(
-    "grids",
-    [
-        "img(1,2,1)@0 aud(1,1,1)@2 lm(1,2,1)@3",
-        "enc(2,2,1)@0 aud(2,2,1)@0 lm(2,2,1)@4",
-        "enc(1,1,1)@0->mid,lm mid(1,1,1)@1 lm(1,3,1)@2",
-    ],
+    ("grids", "schedule"),
+    one_of_each(
+        [
+            "img(1,2,1)@0 aud(1,1,1)@2 lm(1,2,1)@3",
+            "enc(1,1,1)@0->mid,lm mid(1,1,1)@1 lm(1,3,1)@2",
+            *nightly_only(["enc(2,2,1)@0 aud(2,2,1)@0 lm(2,2,1)@4"]),
+        ],
+        ["gpipe", "1f1b"],
+    ),
 )
 def test_many_microbatches(parity: Parity, grids: str, schedule: str) -> None:
     """Sixteen microbatches, more than any stage has in flight."""
     assert_same(parity, job(grids, microbatches=16, schedule=schedule))
 
 
-@pytest.mark.parametrize("samples", [1, 2, 7])
+@pytest.mark.parametrize("samples", [1, *nightly_only([2, 7])])
 def test_few_samples(parity: Parity, samples: int) -> None:
     """One, two and seven samples in a microbatch."""
     assert_same(parity, job("enc(2,1,1)@0 lm(1,2,1)@2", samples=samples, microbatches=3))
@@ -146,15 +161,19 @@ def test_one_sample_for_each_dp_rank(parity: Parity) -> None:
 @pytest.mark.parametrize(
     "grids",
     [
-        "enc(1,1,1)@0*2 lm(1,1,1)@1",
         "enc(1,1,2)@0*4 lm(1,2,1)@2",
-        "enc(1,1,3)@0/2 lm(1,1,2)@3",
-        "enc(2,1,1)@0/4 lm(1,2,1)@2",
-        "img(1,2,1)@0*2 aud(1,1,2)@2/2 lm(1,1,3)@4",
         "enc(1,1,1)@0*2->mid,lm mid(1,1,1)@1/2 lm(1,2,1)@2",
         "enc(1,1,1)@0 lm(1,1,2)@1/2->gen gen(1,1,1)@3*2",
         "enc(1,1,2)@0/2 lm(1,1,2)@0*2",
-        "lm(1,2,1)@0*2",
+        *nightly_only(
+            [
+                "enc(1,1,1)@0*2 lm(1,1,1)@1",
+                "enc(1,1,3)@0/2 lm(1,1,2)@3",
+                "enc(2,1,1)@0/4 lm(1,2,1)@2",
+                "img(1,2,1)@0*2 aud(1,1,2)@2/2 lm(1,1,3)@4",
+                "lm(1,2,1)@0*2",
+            ]
+        ),
     ],
 )
 def test_modules_with_microbatches_of_their_own(parity: Parity, grids: str) -> None:
@@ -167,14 +186,14 @@ def test_ranks_that_idle(parity: Parity) -> None:
     assert_same(parity, job("enc(1,1,2)@1 lm(1,2,1)@4", world_size=8))
 
 
-@pytest.mark.parametrize("split", [(1, 3), (3, 1)])
+@pytest.mark.parametrize("split", [(1, 3), *nightly_only([(3, 1)])])
 def test_stages_of_unequal_depth(parity: Parity, split: tuple[int, ...]) -> None:
     """Layers are cut as the job says."""
     changes = {name: {"split": split, "options": {"layers": 4}} for name in ("enc", "lm")}
     assert_same(parity, job("enc(1,2,1)@0 lm(2,2,1)@2", changes=changes))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("kv_heads", [2, *nightly_only([1])])
 def test_shared_key_value_heads(parity: Parity, kv_heads: int) -> None:
     """Query heads that share keys and values, sharded by as many ranks as there are of these."""
     changes = {name: {"options": {"kv_heads": kv_heads}} for name in ("enc", "lm")}
@@ -182,19 +201,32 @@ def test_shared_key_value_heads(parity: Parity, kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "grids",
-    ["enc(1,1,2)@0 lm(1,1,1)@2", "lm(2,1,2)@0", "enc(1,1,1)@0 lm(2,2,1)@1", "lm(1,4,2)@0", "lm(2,2,2)@0"],
+    ("grids", "order"),
+    one_of_each(
+        [
+            "lm(2,1,2)@0",
+            "enc(1,1,1)@0 lm(2,2,1)@1",
+            *nightly_only(["enc(1,1,2)@0 lm(1,1,1)@2", "lm(1,4,2)@0", "lm(2,2,2)@0"]),
+        ],
+        [PIPELINE_LAST, PIPELINE_INSIDE],
+    ),
 )
-@pytest.mark.parametrize("order", [PIPELINE_LAST, PIPELINE_INSIDE])
 def test_tied_embeddings(parity: Parity, grids: str, order: tuple[str, ...]) -> None:
     """A weight that both ends of a module hold gets the sum of both gradients; both may be one."""
     changes = {"lm": {"options": {"tied_embeddings": True}}}
     assert_same(parity, job(grids, order=order, changes=changes))
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    "grids", ["enc(2,1,1)@0 lm(4,1,1)@2", "enc(2,2,1)@0 lm(2,2,1)@4", "mid(2,1,2)@0 lm(2,1,2)@4"]
+    ("grids", "tied"),
+    one_of_each(
+        [
+            "enc(2,2,1)@0 lm(2,2,1)@4",
+            "mid(2,1,2)@0 lm(2,1,2)@4",
+            *nightly_only(["enc(2,1,1)@0 lm(4,1,1)@2"]),
+        ],
+        [True, False],
+    ),
 )
 def test_sequence_parallel(parity: Parity, grids: str, tied: bool) -> None:
     """Between the linears each tp rank holds a part of the positions."""
@@ -244,14 +276,16 @@ LACKING = {
 }
 
 
-@pytest.mark.parametrize("lacking", LACKING)
 @pytest.mark.parametrize(
-    "grids",
-    [
-        "enc(1,1,2)@0 aud(1,2,1)@2 lm(2,1,2)@4",
-        "enc(1,2,1)@0 aud(1,1,1)@0 lm(1,2,1)@0",
-        "enc(1,1,3)@0->mid,lm mid(2,1,1)@3 aud(1,1,1)@5->mid lm(1,1,2)@6",
-    ],
+    ("grids", "lacking"),
+    one_of_each(
+        [
+            "enc(1,1,2)@0 aud(1,2,1)@2 lm(2,1,2)@4",
+            "enc(1,2,1)@0 aud(1,1,1)@0 lm(1,2,1)@0",
+            "enc(1,1,3)@0->mid,lm mid(2,1,1)@3 aud(1,1,1)@5->mid lm(1,1,2)@6",
+        ],
+        list(LACKING),
+    ),
 )
 def test_a_modality_may_be_absent(parity: Parity, grids: str, lacking: str) -> None:
     """Microbatches without rows of an encoder, wherever they stand: no hang, and nothing is missed."""
@@ -268,8 +302,8 @@ def test_everything_may_be_absent(parity: Parity) -> None:
 @pytest.mark.parametrize(
     "grids",
     [
-        "enc(1,1,2)@0 aud(1,1,1)@2 lm(2,2,1)@3",
         "enc(1,1,3)@0->mid,lm mid(1,1,1)@3 lm(1,1,2)@4->gen gen(1,1,1)@6",
+        *nightly_only(["enc(1,1,2)@0 aud(1,1,1)@2 lm(2,2,1)@3"]),
     ],
 )
 def test_placeholders_among_the_text(parity: Parity, grids: str) -> None:
@@ -290,20 +324,28 @@ def written(spec: JobSpec, **options: Any) -> JobSpec:
     "changes",
     [
         {"enc": {"frozen": True}},
-        {"lm": {"frozen": True}},
-        {"enc": {"frozen": True}, "mid": {"frozen": True}},
         {"enc": {"frozen": True}, "mid": {"frozen": True}, "lm": {"frozen": True}},
-        {"enc": {"trainable": ("projector.*",)}},
         {"enc": {"trainable": ("projector.lm.*",)}, "mid": {"frozen": True}},
-        {"enc": {"trainable": ("projector.mid.bias",)}},
-        {"enc": {"frozen": ("input.*", "layers.0.*")}},
-        {"mid": {"trainable": ("layers.1.*",)}},
         {"lm": {"trainable": ("layers.1.*",)}, "enc": {"frozen": True}},
-        {"lm": {"trainable": ("output.weight",)}, "enc": {"frozen": True}, "mid": {"frozen": True}},
-        {"lm": {"trainable": ("projector.*",)}, "enc": {"frozen": True}, "mid": {"frozen": True}},
-        {"lm": {"trainable": ("embedding.weight",)}, "enc": {"frozen": True}, "mid": {"frozen": True}},
         {"gen": {"frozen": True}},
         {name: {"frozen": True} for name in ("enc", "mid", "lm", "gen")},
+        *nightly_only(
+            [
+                {"lm": {"frozen": True}},
+                {"enc": {"frozen": True}, "mid": {"frozen": True}},
+                {"enc": {"trainable": ("projector.*",)}},
+                {"enc": {"trainable": ("projector.mid.bias",)}},
+                {"enc": {"frozen": ("input.*", "layers.0.*")}},
+                {"mid": {"trainable": ("layers.1.*",)}},
+                {"lm": {"trainable": ("output.weight",)}, "enc": {"frozen": True}, "mid": {"frozen": True}},
+                {"lm": {"trainable": ("projector.*",)}, "enc": {"frozen": True}, "mid": {"frozen": True}},
+                {
+                    "lm": {"trainable": ("embedding.weight",)},
+                    "enc": {"frozen": True},
+                    "mid": {"frozen": True},
+                },
+            ]
+        ),
     ],
     ids=str,
 )
@@ -313,8 +355,10 @@ def test_frozen_modules(parity: Parity, changes: dict[str, Any]) -> None:
     assert_same(parity, job(grids, changes=changes))
 
 
-@pytest.mark.parametrize("trainable", ["*.bias", "*.attention.qkv.bias", "*weight"])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(
+    ("trainable", "sequence_parallel"),
+    one_of_each(["*weight", "*.bias", *nightly_only(["*.attention.qkv.bias"])], [False, True]),
+)
 def test_biases_and_weights_apart(parity: Parity, trainable: str, sequence_parallel: bool) -> None:
     """Of a sharded layer the bias may train and the weight not, or the other way round."""
     changes = {name: {"trainable": (trainable,)} for name in ("enc", "lm")}
@@ -324,7 +368,11 @@ def test_biases_and_weights_apart(parity: Parity, trainable: str, sequence_paral
 
 @pytest.mark.parametrize(
     "trainable",
-    [("embedding.weight",), ("layers.0.*",), ("layers.1.*",), ("output.weight", "embedding.weight")],
+    [
+        ("embedding.weight",),
+        ("layers.1.*",),
+        *nightly_only([("layers.0.*",), ("output.weight", "embedding.weight")]),
+    ],
 )
 def test_patterns_and_tied_embeddings(parity: Parity, trainable: tuple[str, ...]) -> None:
     """A tied weight trains at both ends or at none."""
@@ -373,9 +421,10 @@ def test_targets_that_are_called_alike(parity: Parity) -> None:
 @pytest.mark.parametrize(
     "grids",
     [
-        "enc(1,1,2)@0 lm(1,1,1)@2",
         "enc(2,1,2)@0 lm(2,2,1)@4",
-        "enc(1,1,3)@0->mid,lm mid(2,1,1)@3 lm(1,2,1)@5->gen gen(1,1,1)@7",
+        *nightly_only(
+            ["enc(1,1,2)@0 lm(1,1,1)@2", "enc(1,1,3)@0->mid,lm mid(2,1,1)@3 lm(1,2,1)@5->gen gen(1,1,1)@7"]
+        ),
     ],
 )
 def test_single_precision(parity: Parity, grids: str) -> None:
@@ -385,7 +434,7 @@ def test_single_precision(parity: Parity, grids: str) -> None:
 
 def test_further_steps(parity: Parity) -> None:
     """Later steps, of other samples and so of other shapes, agree as the first one does."""
-    assert_same(parity, job("enc(1,1,3)@0 lm(2,2,1)@3"), steps=4)
+    assert_same(parity, job("enc(1,1,3)@0 lm(2,2,1)@3"), steps=3)
 
 
 # -- chunks ------------------------------------------------------------------------------------------------
@@ -400,7 +449,7 @@ INTERLEAVED = {
 }
 
 
-@pytest.mark.parametrize("case", INTERLEAVED)
+@pytest.mark.parametrize("case", [*list(INTERLEAVED)[3:], *nightly_only(list(INTERLEAVED)[:3])])
 def test_interleaved_chunks(parity: Parity, case: str) -> None:
     """Several chunks of a module on a rank, in the interleaved order, train the same model."""
     line, layers, options = INTERLEAVED[case]
@@ -414,7 +463,7 @@ def test_interleaved_chunks(parity: Parity, case: str) -> None:
 # -- at random ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=drawn(15), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts())
 def test_any_layout_is_the_model(parity: Parity, spec: JobSpec) -> None:
     """Whatever graph, grids, offsets, shares, microbatches, splits and freezing a job has."""
