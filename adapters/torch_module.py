@@ -161,7 +161,7 @@ class Embedded:
 
     def _built(self, build: "Callable[[Embedded], Networks]") -> "Networks":
         """Let the host build its networks, with draws that follow from the job and the stages of this rank."""
-        stages = [str(info.stage) for info in self.job.topology.stages_of(self.world.rank)]
+        stages = [str(info.stage) for info in self.job.topology.role(self.world.rank).stages]
         torch.manual_seed(draw_bits(self.job.spec.seed, " ".join(stages), "host") % SEEDS)
         networks = build(self)
         _check(self.job, networks, None, "job")

@@ -14,6 +14,8 @@ import platform
 import time
 from collections.abc import Callable
 
+import attrs
+
 import large
 from mimogrid.core.base.hashing import draw_integer
 from mimogrid.core.base.samples import Sample
@@ -26,7 +28,8 @@ from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.step.traffic import edge_traffic
 from mimogrid.core.topology.groups import channels_of, groups_of
 from mimogrid.core.topology.parse import parse
-from mimogrid.core.topology.roles import role_of
+from mimogrid.core.topology.roles import RankRole, role_of
+from mimogrid.core.topology.topology import Topology
 
 
 Task = Callable[[], object]
@@ -60,7 +63,7 @@ def measure(ranks: int, microbatches: int) -> tuple[dict[str, float], int]:
     middle = topology.ranks[len(topology.ranks) // 2]
     tasks: dict[str, Task] = {
         "parse": lambda: parse(spec, large.FACTS),
-        "roles": lambda: [role_of(topology, rank) for rank in topology.ranks],
+        "roles": lambda: roles(attrs.evolve(topology)),
         "groups": lambda: groups_of(topology),
         "channels": lambda: channels_of(topology),
         "routes": lambda: edge_traffic(step),
@@ -69,6 +72,11 @@ def measure(ranks: int, microbatches: int) -> tuple[dict[str, float], int]:
         "verify": lambda: verify(program),
     }
     return {part: timed(task) for part, task in tasks.items()}, len(topology.ranks)
+
+
+def roles(topology: Topology) -> list[RankRole]:
+    """Return the role of every rank."""
+    return [role_of(topology, rank) for rank in topology.ranks]
 
 
 def fresh(step: Step, order: Order) -> Program:

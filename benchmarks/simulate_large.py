@@ -72,7 +72,7 @@ def measure(ranks: int, microbatches: int) -> dict[str, float]:
         "samples": len(samples),
         "seconds": seconds,
         "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "ratio": timeline.ratio_to_limit,
+        "ratio": timeline.ratio_to_bound,
     }
 
 

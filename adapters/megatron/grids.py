@@ -4,15 +4,13 @@ A module's name is its key in Megatron's maps, and that of the language model is
 names but for the experts': `expt_tp` and `expt_dp` there are `expert_tp` and `expert_dp` here.
 """
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import attrs
 from megatron.core.hyper_comm_grid import HyperCommGrid
 
 from mimogrid.core.base.grid import Axis, Grid
-from mimogrid.core.topology.roles import ModuleLayout, ModuleStageInfo, RankRole, role_of
+from mimogrid.core.topology.roles import RankRole, role_of, role_on
 from mimogrid.core.topology.topology import Topology
 
 
@@ -79,47 +77,17 @@ def role_of_grids(
     """
     check_keys(grids, modalities)
     ours = {name: from_hyper_comm_grid(grid) for name, grid in grids.items()}
-    modules = {}
-    for name, grid in ours.items():
-        if rank in grid:
-            pp = grid.position_along("pp", rank)
-            modules[name] = ModuleStageInfo(
-                module=name,
-                pp=pp,
-                is_first_stage=pp == 0,
-                is_last_stage=pp == grid.extent("pp") - 1,
-                position=grid.position(rank),
-            )
-    return RankRole(rank, _layout(tuple(ours.values())), modules, (LANGUAGE,))
-
-
-def _layout(grids: Sequence[Grid]) -> ModuleLayout:
-    if all(grid == grids[0] for grid in grids):
-        return ModuleLayout.UNIFIED
-    overlap = any(not set(a.ranks).isdisjoint(b.ranks) for a, b in itertools.combinations(grids, 2))
-    return ModuleLayout.COLOCATED if overlap else ModuleLayout.NON_COLOCATED
+    return role_on(ours, rank, language_modules=(LANGUAGE,))
 
 
 def roles_by_chunk(topology: Topology, rank: int) -> tuple[RankRole, ...]:
-    """Return what a rank does in each of its chunks (Megatron's virtual stages); one role where it has one of each.
+    """Return a rank's role in each of its chunks (Megatron's virtual stages); one role where it has one of each.
 
     First and last are then said of the chunk's stage. A module is in as many roles as it has chunks.
     """
-    role, stages = role_of(topology, rank), topology.stages_of(rank)
-    chunks = 1 + max((info.stage.chunk for info in stages), default=0)
-    return tuple(
-        attrs.evolve(
-            role,
-            modules={
-                info.stage.module: attrs.evolve(
-                    role.modules[info.stage.module], is_first_stage=info.first, is_last_stage=info.last
-                )
-                for info in stages
-                if info.stage.chunk == chunk
-            },
-        )
-        for chunk in range(chunks)
-    )
+    role = role_of(topology, rank)
+    chunks = 1 + max((info.stage.chunk for info in role.stages), default=0)
+    return tuple(role.of_chunk(chunk) for chunk in range(chunks))
 
 
 def check_keys(grids: Mapping[str, Any], modalities: Iterable[str] | None) -> None:

@@ -1,4 +1,4 @@
-"""Values that know nothing of jobs: ranks on axes, samples and their shares, hashed draws, problems.
+"""Values that know nothing about jobs: grids of ranks, samples and their shares, hashed draws, problems.
 
 May import: the standard library and attrs.
 """

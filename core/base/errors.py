@@ -1,7 +1,7 @@
-"""Errors: what is wrong, where, by which numbers, and the way out.
+"""Errors. Each says what is wrong, where, with which numbers, and how to correct it.
 
-`PlanError` is the user's (a job that cannot be run, found before anything starts), `WorldError` the
-cluster's (a rank that failed, a plan that differs). An ``assert`` in this project is ours alone.
+A `PlanError` is the user's: the job cannot run, and this is found before anything starts. A `WorldError` is the
+cluster's: a rank failed, or ranks have different plans. A failed ``assert`` is a bug of mimogrid.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import attrs
 
 @attrs.frozen
 class Problem:
-    """One thing wrong with a job: the place, the fact with its numbers, and the remedy."""
+    """One thing that is wrong with a job: the place, the fact with its numbers, and the remedy."""
 
     where: str
     message: str
@@ -23,26 +23,26 @@ class Problem:
 
 
 class PlanError(Exception):
-    """A job that cannot be planned; holds *all* its problems, not only the first."""
+    """A job that cannot be planned, with all its problems."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["PlanError"], tuple[tuple[Problem, ...]]]:
-        return type(self), (self.problems,)  # It travels between processes with its problems.
+        return type(self), (self.problems,)  # Pickled with its problems, for other processes.
 
 
 class WorldError(Exception):
-    """A failure of the running world, with the rank and the action that it struck."""
+    """A failure in the running world; it names the rank and the action that failed."""
 
 
 class EchoError(WorldError):
-    """A rank was cut off by the failure of another, which reports it."""
+    """This rank stopped because another rank failed; that rank reports why."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return the way out for an unknown name: the nearest known one, or all of them.
+    """Return the remedy for an unknown name: the nearest known name, or all of them.
 
     >>> nearest("langage", ["vision", "language"])
     "Did you mean 'language'?"

@@ -1,9 +1,9 @@
-"""Experts: where those of a module lie, and who computes together because of them.
+"""Experts: which ranks hold the experts of a module, and which dp ranks compute together because of them.
 
-Inside each pipeline stage the ranks are numbered once more, in the order of the module's grid: expert_tp
-fastest, then ep, then expert_dp (`grid.Grid.regrouped`). Position e along ep holds the e-th block of the
-experts, each cut over expert_tp; expert_dp counts the copies. A token crosses to whoever holds its experts, so
-the ranks along (expert_tp, ep) compute together, and with them all that share their dp ranks:
+Inside each pipeline stage the experts renumber the ranks, in the order of the module's grid: expert_tp is the fastest
+axis, then ep, then expert_dp (`grid.Grid.regrouped`). Position e along ep holds block e of the experts, each split over
+expert_tp; expert_dp counts the copies. A token goes to the ranks that hold its experts, so the ranks along
+(expert_tp, ep) compute together, and so do all dp ranks that they belong to:
 
 >>> grid = Grid((Axis("tp", 2), Axis("dp", 3)))
 >>> view = expert_view(grid, expert_tp=1, ep=3)
@@ -19,18 +19,18 @@ from mimogrid.core.base.grid import Axis, Grid
 
 
 TOGETHER = ("expert_tp", "ep")
-"""The axes along which tokens cross."""
+"""The axes along which tokens go to their experts."""
 
 
 def expert_view(grid: Grid, *, expert_tp: int, ep: int) -> Grid:
-    """Return the experts' axes over the ranks of a module's grid."""
+    """Return the view of a module's grid under the axes of its experts."""
     copies = grid.size // (grid.extent("pp") * expert_tp * ep)
     sizes = {"expert_tp": expert_tp, "ep": ep, "expert_dp": copies}
     return grid.regrouped(tuple(Axis(name, size) for name, size in sizes.items()), keep="pp")
 
 
 def block_of(experts: int, ep: int, position: int) -> range:
-    """Return which of a layer's experts a position along `ep` holds; `ep` divides their number.
+    """Return which experts of a layer a position along `ep` holds; `ep` divides the number of experts.
 
     >>> [block_of(6, 3, position) for position in range(3)]
     [range(0, 2), range(2, 4), range(4, 6)]
@@ -41,7 +41,7 @@ def block_of(experts: int, ep: int, position: int) -> range:
 
 @functools.lru_cache(maxsize=256)
 def ep_dp_ranks_of(grid: Grid, experts: Grid) -> tuple[tuple[int, ...], ...]:
-    """Return, per dp rank, the dp ranks that compute together with it, itself included, ascending."""
+    """Return for each dp rank the dp ranks that compute together with it, itself included, ascending."""
     together = {dp_rank: {dp_rank} for dp_rank in range(grid.extent("dp"))}
     for ranks in experts.ranks_along(TOGETHER):
         met = set[int]().union(*(together[grid.position(rank)["dp"]] for rank in ranks))

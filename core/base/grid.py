@@ -1,8 +1,7 @@
-"""Grids: a module's block of ranks under named axes, fastest axis first.
+"""Grids: the block of ranks of a module under named axes, fastest axis first.
 
-A grid of shape (tp=2, dp=3) at offset 4 holds the ranks 4..9; rank = offset + tp + 2*dp. Everything a
-process group needs (who shares my tensor shards, who is my pipeline neighbour) is a set of ranks *along*
-some axes with the others held still:
+A grid of shape (tp=2, dp=3) at offset 4 holds the ranks 4..9; rank = offset + tp + 2*dp. A process group is a set of
+ranks *along* some axes: they differ along these axes and have the same position on the others.
 
 >>> grid = Grid((Axis("tp", 2), Axis("dp", 3)), offset=4)
 >>> grid.ranks_along("tp")
@@ -13,7 +12,7 @@ some axes with the others held still:
 7
 
 A *view* lays other axes over the same ranks. Experts need one: inside each pipeline stage the tp, cp and
-dp ranks are renumbered as expert_tp, ep and expert_dp (Megatron-core's expert grid).
+dp ranks are renumbered as expert_tp, ep and expert_dp (the expert grid of Megatron-core).
 """
 
 import functools
@@ -37,8 +36,8 @@ class Axis:
 class Grid:
     """A block of ranks under named axes; `axes[0]` varies fastest.
 
-    `places[i]` is the rank of flat index i where a view renumbers the ranks; a plain grid has none and
-    counts up from `offset`.
+    In a view that renumbers the ranks, `places[i]` is the rank of flat index i. A plain grid has no `places`: its
+    ranks count up from `offset`.
     """
 
     axes: tuple[Axis, ...]
@@ -59,15 +58,13 @@ class Grid:
         return self.offset <= rank < self.offset + self.size
 
     def extent(self, axis: str) -> int:
-        """Return the size of the axis; an axis that the grid lacks has size 1."""
+        """Return the size of an axis; an axis that the grid lacks has size 1."""
         return self._strides[axis][1] if axis in self._strides else 1
 
     def rank_at(self, **position: int) -> int:
-        """Return the rank at a position; axes that are not named count as 0."""
-        flat, stride = 0, 1
-        for axis in self.axes:
-            flat += position.get(axis.name, 0) * stride
-            stride *= axis.size
+        """Return the rank at a position; axes that are not named count as 0. Raises ValueError for an unknown axis."""
+        self._check(position)
+        flat = sum(i * self._strides[axis][0] for axis, i in position.items())
         return self.places[flat] if self.places else self.offset + flat
 
     def position(self, rank: int) -> dict[str, int]:
@@ -85,9 +82,14 @@ class Grid:
             raise ValueError(f"rank {rank} is not among {self.offset}..{self.offset + self.size - 1}")
         return _inverse(self.places)[rank] if self.places else rank - self.offset
 
+    def _check(self, axes: Iterable[str]) -> None:
+        unknown = set(axes) - self._strides.keys()
+        if unknown:
+            raise ValueError(f"axes {sorted(unknown)} are not among {sorted(self._strides)}")
+
     @functools.cached_property
     def _strides(self) -> Mapping[str, tuple[int, int]]:
-        """Of each axis, how far apart in flat index its neighbours are, and its size."""
+        """For each axis, the distance of neighbours in flat index, and the size."""
         strides = itertools.accumulate((axis.size for axis in self.axes), operator.mul, initial=1)
         return {axis.name: (stride, axis.size) for axis, stride in zip(self.axes, strides, strict=False)}
 
@@ -97,9 +99,7 @@ class Grid:
         Equals Megatron-core's ``HyperCommGrid.get_rank_enum``. Raises ValueError for an unknown axis.
         """
         names = (axes,) if isinstance(axes, str) else tuple(axes)
-        known = {axis.name for axis in self.axes}
-        if not known.issuperset(names):
-            raise ValueError(f"axes {sorted(set(names) - known)} are not among {sorted(known)}")
+        self._check(names)
         moving = _offsets(self.axes, lambda axis: axis.name in names)
         still = _offsets(self.axes, lambda axis: axis.name not in names)
         ranks = self.ranks
@@ -110,9 +110,9 @@ class Grid:
         return _groups(self, (axes,) if isinstance(axes, str) else tuple(axes))[rank]
 
     def regrouped(self, axes: tuple[Axis, ...], *, keep: str) -> "Grid":
-        """Return a view: within each position of the axis `keep`, the other ranks under new axes.
+        """Return a view that puts the ranks of each position along `keep` under new axes.
 
-        The new axes come first, `keep` last. Raises ValueError unless the sizes agree.
+        The new axes come first, `keep` comes last. Raises ValueError unless the sizes agree.
 
         >>> base = Grid((Axis("tp", 2), Axis("dp", 2), Axis("pp", 2)))
         >>> base.regrouped((Axis("expert_tp", 1), Axis("ep", 4)), keep="pp").ranks_along("ep")
@@ -128,7 +128,7 @@ class Grid:
 
 
 def _offsets(axes: tuple[Axis, ...], wanted: Callable[[Axis], bool]) -> tuple[int, ...]:
-    """Flat-index offsets of all positions along the wanted axes, first axis fastest."""
+    """Return the flat-index offsets of all positions along the wanted axes, first axis fastest."""
     offsets, stride = [0], 1
     for axis in axes:
         if wanted(axis):

@@ -1,14 +1,14 @@
-"""Random draws as a hash of what they are for.
+"""Random draws as hashes of their purpose.
 
-A draw depends on (seed, id, field) and nothing else: no state, no order of calls, no rank. So any rank can
-say what sample 12,345 looks like without drawing the 12,344 before it.
+A draw depends on (seed, id, field) only: not on a state, the order of calls, or the rank. So any rank can
+describe sample 12,345 without drawing the 12,344 samples before it.
 """
 
 import hashlib
 
 
 def draw_bits(seed: int, sample_id: int | str, field: str) -> int:
-    """Return 64 random bits that belong to (seed, id, field).
+    """Return 64 random bits for (seed, id, field).
 
     >>> draw_bits(0, 7, "length") == draw_bits(0, 7, "length") != draw_bits(0, 8, "length")
     True
@@ -23,7 +23,7 @@ def draw_uniform(seed: int, sample_id: int | str, field: str) -> float:
 
 
 def draw_integer(seed: int, sample_id: int | str, field: str, low: int, high: int) -> int:
-    """Return a draw from low..high, both included; where they are equal, nothing is left to draw."""
+    """Return a draw from low..high, both included. Where they are equal, nothing is drawn."""
     if low == high:
         return low
     return low + draw_bits(seed, sample_id, field) % (high - low + 1)

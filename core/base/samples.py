@@ -1,10 +1,10 @@
 """Samples: what a source says about a sample without loading it.
 
-A description is enough to know every shape of a step: how many rows each encoder reads, how long the text
-is, which positions of the language sequence wait for rows, and how much each sample counts in a loss. Both
-ends of an edge work from descriptions, so no count ever crosses the network.
+Descriptions determine every shape of a step: how many rows each encoder reads, how long the text is, which positions
+of the language sequence take rows, and how much each sample counts in a loss. Both ends of an edge work from
+descriptions, so no count is sent over the network.
 
-The global order of samples is one and independent of any module's grid: step s holds the G samples with ids
+There is one global order of samples, independent of any module's grid. Step s holds the G samples with ids
 s*G .. (s+1)*G-1, and a share of them is always a contiguous range.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 
-# Most samples have neither. One value for all: a step may have a million samples.
+# Most samples have neither. They share one value: a step may have a million samples.
 _NO_PLACES: Mapping[str, tuple[int, ...]] = {}
 _NO_UNITS: Mapping[str, float] = {}
 
@@ -24,13 +24,13 @@ class Sample:
     """One sample, described.
 
     Attributes:
-        id: its place in the global order.
-        length: text tokens; the placeholders of a language sequence come on top.
-        rows: rows that each source module reads; 0 or no entry: the sample lacks the modality.
-        placeholders: per language module, the positions that take rows where they are not the leading
-            block of its sequence.
-        units: per module with a loss, the sum of the sample's loss weights where it is not the default
-            (`gpt`: `length`; `regressor`: its rows times outputs; own modules: 1).
+        id: the position of the sample in the global order.
+        length: the number of text tokens, without placeholders.
+        rows: the number of rows that each source module reads; 0 or no entry: the sample lacks the modality.
+        placeholders: for a language module, the positions of its sequence that take rows, where these are not the
+            leading positions.
+        units: for a module with a loss, the sum of the sample's loss weights, where it is not the default
+            (`gpt`: `length`; `regressor`: its rows times outputs; custom modules: 1).
     """
 
     id: int
@@ -41,9 +41,9 @@ class Sample:
 
 
 def share(index: int, parts: int, total: int) -> range:
-    """Return part `index` of `total` things dealt evenly, in order, to `parts`.
+    """Return which of `total` things part `index` of `parts` has; the parts are contiguous and in order.
 
-    Shares may be uneven; together they are everything once.
+    Sizes of parts differ by at most 1, and every thing is in one part.
 
     >>> [share(i, 3, 8) for i in range(3)]
     [range(0, 2), range(2, 5), range(5, 8)]
@@ -72,14 +72,14 @@ def dp_ranks_over(samples: range, *, dp_size: int, microbatch: int, microbatches
     start, stop = max(samples.start, whole.start) - whole.start, min(samples.stop, whole.stop) - whole.start
     if start >= stop:
         return range(0)
-    # Dp rank i begins at i * size // dp ranks; wanted: the first that ends after `start`, the last that begins
+    # Dp rank i begins at i * size // dp_size. Wanted are the first that ends after `start` and the last that begins
     # before `stop`.
     size = len(whole)
     return range(-(-(start + 1) * dp_size // size) - 1, -(-stop * dp_size // size))
 
 
 def prefix_sums(counts: Sequence[int]) -> tuple[int, ...]:
-    """Return where each count begins when all are laid end to end, and the end of the last.
+    """Return where each count begins when all lie end to end, and where the last ends.
 
     >>> prefix_sums((4, 0, 3))
     (0, 4, 4, 7)

@@ -4,35 +4,35 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK
-from mimogrid.core.draw.page import WeightGrads
+from mimogrid.core.draw.page import Page
 from mimogrid.core.draw.picture import Picture
 from mimogrid.core.schedule.actions import Direction, Send
-from mimogrid.core.simulate.timeline import Flight
+from mimogrid.core.simulate.timeline import MessageInterval
 
 
 MOST_ARROWS = 160
 """Messages that are drawn at most."""
 
 
-def thinned(flights: Iterable[Flight]) -> tuple[list[Flight], int]:
+def thinned(messages: Iterable[MessageInterval]) -> tuple[list[MessageInterval], int]:
     """Return few enough messages to be seen, and of how many microbatches one is shown.
 
     First, all; then one of each transfer; then those of every second microbatch, of every fourth, ...
     """
-    found = list(flights)
+    found = list(messages)
     if len(found) <= MOST_ARROWS:
         return found, 1
-    found = list({flight.transfer: flight for flight in reversed(found)}.values())[::-1]
+    found = list({message.transfer: message for message in reversed(found)}.values())[::-1]
     stride = 1
-    last = max(flight.transfer.microbatch for flight in found)
+    last = max(message.transfer.microbatch for message in found)
     while len(found) > MOST_ARROWS and stride <= last:
         stride *= 2
-        found = [flight for flight in found if flight.transfer.microbatch % stride == 0]
+        found = [message for message in found if message.transfer.microbatch % stride == 0]
     return found[:MOST_ARROWS], stride
 
 
 def arrow_parts(
-    page: WeightGrads, picture: Picture, flights: Sequence[Flight], where: Mapping[int, float]
+    page: Page, picture: Picture, messages: Sequence[MessageInterval], where: Mapping[int, float]
 ) -> Iterator[str]:
     """Draw messages between rows; `where` gives the top of each rank's. What the step waited for is bold."""
     critical = {
@@ -41,14 +41,14 @@ def arrow_parts(
         for segment in row.timeline.critical_path
         if isinstance(segment.action, Send)
     }
-    for flight in flights:
-        down = where[flight.rank_target] > where[flight.rank_source]
-        begin = where[flight.rank_source] + (page.cell if down else 0)
-        end = where[flight.rank_target] + (0 if down else page.cell)
-        bold = (flight.transfer, flight.end_s) in critical
-        dash = "" if flight.transfer.direction is Direction.FORWARD else ' stroke-dasharray="3 2"'
+    for message in messages:
+        down = where[message.rank_target] > where[message.rank_source]
+        begin = where[message.rank_source] + (page.cell if down else 0)
+        end = where[message.rank_target] + (0 if down else page.cell)
+        bold = (message.transfer, message.end_s) in critical
+        dash = "" if message.transfer.direction is Direction.FORWARD else ' stroke-dasharray="3 2"'
         more = f' marker-end="url(#tip)" stroke-opacity="{0.9 if bold else 0.5}"{dash}'
-        path = f"M{page.x(flight.begin_s):.1f} {begin:.1f}L{page.x(flight.end_s):.1f} {end:.1f}"
+        path = f"M{page.x(message.begin_s):.1f} {begin:.1f}L{page.x(message.end_s):.1f} {end:.1f}"
         drawn = marks.line(path, stroke=BLACK, width=1.6 if bold else 0.8, more=more)
-        ranks = f"rank {flight.rank_source} to {flight.rank_target}"
-        yield from marks.with_tip(f"{flight.transfer}, {ranks}", [drawn])
+        ranks = f"rank {message.rank_source} to {message.rank_target}"
+        yield from marks.with_tip(f"{message.transfer}, {ranks}", [drawn])

@@ -7,7 +7,7 @@ import attrs
 
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, BOLD, GREY, MIDDLE, WHITE, Fill
-from mimogrid.core.draw.page import LEGEND, MARGIN, WeightGrads
+from mimogrid.core.draw.page import LEGEND, MARGIN, Page
 from mimogrid.core.draw.picture import Picture, Row
 from mimogrid.core.draw.rows import CRITICAL, KEPT, PASSING, SHADES
 from mimogrid.core.schedule.actions import Direction, Kind, Norm, Tie, Update, WaitReduce
@@ -15,7 +15,7 @@ from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS
 
 
 @attrs.frozen
-class Entry:
+class LegendEntry:
     """Words with what they explain: filled boxes with letters in them, or an arrow."""
 
     words: str
@@ -30,24 +30,24 @@ class Entry:
         return drawn + marks.width_of(self.words, LEGEND * (1.08 if self.bold else 1)) + 14
 
 
-def legend(pictures: Sequence[Picture], page: WeightGrads, stride: int) -> Iterator[Entry]:
+def legend(pictures: Sequence[Picture], page: Page, stride: int) -> Iterator[LegendEntry]:
     """Yield entries for all that is drawn; microbatches with arrows are `stride` apart, if there are any."""
     rows = [row for picture in pictures for row in picture.rows]
     yield from _modules(page, rows)
     yield from _other_time(rows)
     if any(row.timeline.critical_path for row in rows):
-        yield Entry("critical path", ((Fill(WHITE, BLACK, outline=CRITICAL), ""),))
+        yield LegendEntry("critical path", ((Fill(WHITE, BLACK, outline=CRITICAL), ""),))
     if stride:
         which = f" (microbatches {stride} apart)" if stride > 1 else ""
-        yield Entry(f"activations sent{which}", dash="none")
-        if any(flight.transfer.direction is Direction.BACKWARD for flight in pictures[0].flights):
-            yield Entry("gradients sent", dash="3 2")
+        yield LegendEntry(f"activations sent{which}", dash="none")
+        if any(message.transfer.direction is Direction.BACKWARD for message in pictures[0].messages):
+            yield LegendEntry("gradients sent", dash="3 2")
     if page.most_bytes:
-        yield Entry("weights, gradients, optimizer", ((Fill(KEPT, WHITE), ""),))
-        yield Entry("activations, buffers (estimated)", ((Fill(PASSING, BLACK), ""),))
+        yield LegendEntry("weights, gradients, optimizer", ((Fill(KEPT, WHITE), ""),))
+        yield LegendEntry("activations, buffers (estimated)", ((Fill(PASSING, BLACK), ""),))
 
 
-def _modules(page: WeightGrads, rows: Sequence[Row]) -> Iterator[Entry]:
+def _modules(page: Page, rows: Sequence[Row]) -> Iterator[LegendEntry]:
     """Yield the colours of modules and chunks for each kind of action, and what the letters of kinds mean."""
     kinds: dict[tuple[str, int], set[Kind]] = collections.defaultdict(set)
     for row in rows:
@@ -59,26 +59,26 @@ def _modules(page: WeightGrads, rows: Sequence[Row]) -> Iterator[Entry]:
         swatches = tuple(
             (ink.of(kind, chunk, page.chunks[name]), kind.value) for kind in marks.LETTERS if kind in found
         )
-        yield Entry(f"{name} chunk {chunk}" if page.chunks[name] > 1 else name, swatches, bold=True)
+        yield LegendEntry(f"{name} chunk {chunk}" if page.chunks[name] > 1 else name, swatches, bold=True)
     seen = set[Kind]().union(*kinds.values())
     if told := ", ".join(f"{kind.value} {words}" for kind, words in marks.LETTERS.items() if kind in seen):
-        yield Entry(told)
+        yield LegendEntry(told)
 
 
-def _other_time(rows: Sequence[Row]) -> Iterator[Entry]:
+def _other_time(rows: Sequence[Row]) -> Iterator[LegendEntry]:
     """Yield what ranks do besides computing, and why they idle."""
     events = (event for row in rows for event in row.events if event.end_s > event.begin_s)
     if any(isinstance(event.action, WaitReduce | Tie | Norm | Update) for event in events):
-        yield Entry("reduce, agree, update", ((Fill(GREY, WHITE), ""),))
+        yield LegendEntry("reduce, agree, update", ((Fill(GREY, WHITE), ""),))
     causes = {idle.cause for row in rows for idle in row.idles}
     for cause, shade in SHADES.items():
         if cause in causes:
-            yield Entry(f"idle: {CAUSES_IN_WORDS[cause]}", ((Fill(shade, BLACK), ""),))
+            yield LegendEntry(f"idle: {CAUSES_IN_WORDS[cause]}", ((Fill(shade, BLACK), ""),))
 
 
-def wrapped(entries: Iterable[Entry], width: float) -> list[list[Entry]]:
+def wrapped(entries: Iterable[LegendEntry], width: float) -> list[list[LegendEntry]]:
     """Return entries line by line."""
-    lines: list[list[Entry]] = []
+    lines: list[list[LegendEntry]] = []
     used = 0.0
     for entry in entries:
         if not lines or used + entry.width > width:
@@ -89,7 +89,7 @@ def wrapped(entries: Iterable[Entry], width: float) -> list[list[Entry]]:
     return lines
 
 
-def legend_parts(entries: Iterable[Entry], y: float) -> Iterator[str]:
+def legend_parts(entries: Iterable[LegendEntry], y: float) -> Iterator[str]:
     """Draw a line of entries whose top is at y."""
     x = MARGIN
     for entry in entries:

@@ -62,7 +62,6 @@ LETTERS = {
 }
 FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 MIDDLE, BOLD, RIGHT = ' text-anchor="middle"', ' font-weight="bold"', ' text-anchor="end"'
-UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def _pattern(name: str, size: float, angle: float, parts: str, paper: str = "#fbfbfb") -> str:
@@ -131,16 +130,6 @@ def cut(words: str, size: float, width: float) -> str:
     """
     most = max(int(width / width_of("m", size)), 2)
     return words if len(words) <= most else words[: most - 1].rstrip() + "…"
-
-
-def in_bytes(size: int) -> str:
-    """Write a number of bytes in short.
-
-    >>> in_bytes(81_920), in_bytes(12)
-    ('81.9 kB', '12 B')
-    """
-    factor, unit = next(((factor, unit) for factor, unit in UNITS if size >= factor), (1, "B"))
-    return f"{size / factor:.3g} {unit}"
 
 
 def document(width: float, height: float, parts: Iterable[str]) -> str:

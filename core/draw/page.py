@@ -25,7 +25,7 @@ SMALL, VISIBLE = 3.0, 0.7
 
 
 @attrs.frozen
-class WeightGrads:
+class Page:
     """What is common to all rows of a page; lengths in pixels.
 
     Attributes:
@@ -86,7 +86,7 @@ class WeightGrads:
         return self.cell + (1 + self.strip if row.remembers else 0)
 
 
-def page_of(pictures: Sequence[Picture]) -> WeightGrads:
+def page_of(pictures: Sequence[Picture]) -> Page:
     """Return a page on which all pictures have room."""
     rows = [row for picture in pictures for row in picture.rows]
     topologies = {id(row.timeline): row.timeline.program.topology for row in rows}.values()
@@ -104,7 +104,7 @@ def page_of(pictures: Sequence[Picture]) -> WeightGrads:
     long = min(max(_readable(rows, font) * step_s, NARROWEST), WIDEST)
     most = max((level.bytes for row in rows for level in row.levels), default=0)
     right = 10 + marks.width_of("9.99 MB", _small(cell)) + MARGIN
-    return WeightGrads(marks.inks_of(modules), chunks, left, long, step_s, most, right, cell, strip, gap)
+    return Page(marks.inks_of(modules), chunks, left, long, step_s, most, right, cell, strip, gap)
 
 
 def _readable(rows: Sequence[Row], font: float) -> float:

@@ -15,8 +15,7 @@ from mimogrid.core.draw.marks import LETTERS
 from mimogrid.core.program.lower import link_of
 from mimogrid.core.schedule.actions import Action, Compute, Recv, Send, Transfer, Wait
 from mimogrid.core.simulate.memory import trace
-from mimogrid.core.simulate.rank_timelines import Timeline
-from mimogrid.core.simulate.timeline import Event, sent_as
+from mimogrid.core.simulate.timeline import Event, Timeline, sent_as
 from mimogrid.core.step.traffic import message_bytes
 
 
@@ -52,7 +51,7 @@ def records(timeline: Timeline, ranks: Iterable[int] | None = None) -> Iterator[
 
 
 def _names(timeline: Timeline, rank: int, *, alone: bool) -> Iterator[Record]:
-    stages = " ".join(str(info.stage) for info in timeline.program.topology.stages_of(rank))
+    stages = " ".join(str(info.stage) for info in timeline.program.topology.role(rank).stages)
     count = 1 if alone else len(timeline.classes.members.get(rank, (rank,)))
     name = f"rank {rank}{f' x {count}' if count > 1 else ''}: {stages}"
     yield {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": name}}

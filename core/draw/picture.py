@@ -13,8 +13,7 @@ import attrs
 
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate.memory import Level, trace
-from mimogrid.core.simulate.rank_timelines import PathSegment, Timeline
-from mimogrid.core.simulate.timeline import Event, Flight, Idle, idles_of
+from mimogrid.core.simulate.timeline import Event, Idle, MessageInterval, PathSegment, Timeline, idles_of
 from mimogrid.core.topology.topology import Topology
 
 
@@ -45,12 +44,12 @@ class Row:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that the rank hosts."""
-        return tuple(dict.fromkeys(info.stage.module for info in self._topology.stages_of(self.rank)))
+        return tuple(dict.fromkeys(info.stage.module for info in self._topology.role(self.rank).stages))
 
     @property
     def name(self) -> str:
         """The rank with its stages and whom it stands for."""
-        stages = " ".join(str(info.stage) for info in self._topology.stages_of(self.rank))
+        stages = " ".join(str(info.stage) for info in self._topology.role(self.rank).stages)
         return f"rank {self.rank}{f' x {self.count}' if self.count > 1 else ''}  {stages}"
 
     @functools.cached_property
@@ -103,17 +102,17 @@ class Picture:
             yield modules, tuple(rows)
 
     @property
-    def flights(self) -> Iterator[Flight]:
+    def messages(self) -> Iterator[MessageInterval]:
         """Yield the messages between ranks that are drawn; those of a class between those that stand for it."""
         if not self.arrows:
             return
         rows = {row.rank: row for row in self.rows}
         for row in self.rows:
             leader = row.timeline.classes.leader
-            known: set[Flight] = set()
-            for flight in row.timeline.flights_of(row.rank):
-                target = flight.rank_target if flight.rank_target in rows else leader[flight.rank_target]
-                drawn = attrs.evolve(flight, rank_target=target)
+            known: set[MessageInterval] = set()
+            for message in row.timeline.message_intervals_of(row.rank):
+                target = message.rank_target if message.rank_target in rows else leader[message.rank_target]
+                drawn = attrs.evolve(message, rank_target=target)
                 if target in rows and target != row.rank and drawn not in known:
                     known.add(drawn)
                     yield drawn
@@ -146,7 +145,7 @@ def _segments(timeline: Timeline) -> Mapping[int, list[PathSegment]]:
     """Return the legs of the critical path by whoever stands for those that take part in them."""
     found: dict[int, list[PathSegment]] = collections.defaultdict(list)
     for segment in timeline.critical_path:
-        for leader in timeline.classes.met(timeline.program.joint(segment.rank, segment.action)):
+        for leader in timeline.classes.leaders_of(timeline.program.joint(segment.rank, segment.action)):
             found[leader].append(segment)
     return found
 

@@ -49,7 +49,7 @@ class _Map:
         """The modules that some of these ranks host, and `IDLE` if one hosts none."""
         modules = self.topology.modules
         hosting = [name for name in modules if any(rank in modules[name].grid for rank in ranks)]
-        return hosting + [IDLE] * any(not self.topology.stages_of(rank) for rank in ranks)
+        return hosting + [IDLE] * any(not self.topology.role(rank).stages for rank in ranks)
 
 
 def _role(module: Module) -> str:
@@ -91,7 +91,7 @@ def _line(drawn: _Map, ranks: range, top: float) -> Iterator[str]:
         yield marks.words(MARGIN, y + 32, _role(module) if module else "idle", size=10.5, fill=GREY)
         yield marks.line(f"M{drawn.left:g} {y + CELL_HEIGHT + 3:g}H{drawn.x(len(ranks)):g}")
         for i, rank in enumerate(ranks):
-            hosted = topology.stages_of(rank)
+            hosted = topology.role(rank).stages
             if not hosted and not module:
                 yield marks.rect(drawn.x(i) + 2, y, CELL_WIDTH - 4, CELL_HEIGHT, "dots", more=' rx="4"')
             for info in hosted:
@@ -184,7 +184,7 @@ def _runs(topology: Topology, name: str) -> Iterator[range]:
     def where(rank: int) -> int | None:
         """The stage, -1 for the idle; None is elsewhere."""
         if not name:
-            return None if topology.stages_of(rank) else -1
+            return None if topology.role(rank).stages else -1
         grid = topology.modules[name].grid
         return grid.position(rank)["pp"] if rank in grid else None
 

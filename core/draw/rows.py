@@ -11,9 +11,10 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, GREY, MIDDLE, RIGHT, WHITE, Fill
-from mimogrid.core.draw.page import SMALL, VISIBLE, WeightGrads, name_of
+from mimogrid.core.draw.page import SMALL, VISIBLE, Page, name_of
 from mimogrid.core.draw.picture import Row
 from mimogrid.core.schedule.actions import Compute, Norm, Send, Tie, Update, WaitReduce
 from mimogrid.core.simulate.memory import Level
@@ -27,7 +28,7 @@ KEPT, PASSING = "#b4bec8", "#66727f"
 CRITICAL = "#111111"
 
 
-def row_parts(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
+def row_parts(page: Page, row: Row, y: float) -> Iterator[str]:
     """Draw a row whose top is at y, but for the line around what is critical, which lies above all rows."""
     base = y + page.cell / 2 + page.font * 0.36
     yield marks.words(page.left - 10, base, name_of(row, page.font), size=page.font, more=RIGHT)
@@ -49,7 +50,7 @@ def row_parts(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
         yield from _strip(page, row, y + page.cell + 1)
 
 
-def _cells(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
+def _cells(page: Page, row: Row, y: float) -> Iterator[str]:
     """Draw wide actions as cells with numbers and tips, narrow ones as one shape per colour."""
     narrow: dict[str, list[str]] = collections.defaultdict(list)
     until = -math.inf
@@ -72,9 +73,7 @@ def _cells(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
         yield marks.line(path, stroke=colour, width=page.cell, more=more)
 
 
-def _cell(
-    page: WeightGrads, action: Compute, fill: Fill, extent: tuple[float, float], y: float
-) -> Iterator[str]:
+def _cell(page: Page, action: Compute, fill: Fill, extent: tuple[float, float], y: float) -> Iterator[str]:
     x, width = extent
     border = f' stroke="{WHITE}" stroke-width="0.8"'
     yield from marks.filled(x, y, width, page.cell, fill, more=border)
@@ -86,7 +85,7 @@ def _cell(
         yield marks.words(x + width / 2, base, label, size=page.font, fill=fill.text, more=MIDDLE + halo)
 
 
-def _strip(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
+def _strip(page: Page, row: Row, y: float) -> Iterator[str]:
     """Draw bytes over time on the scale of the page, what is kept all the time below, the most of them beside it."""
     levels, end = row.levels, page.x(row.timeline.step_s)
     if not page.most_bytes or not levels:
@@ -99,8 +98,8 @@ def _strip(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
     for begin, size in _steps(page, levels):
         parts.append(f"H{begin:.1f}V{bottom - size * high:.2f}")
     shape = f"M{page.left:.1f} {bottom:.2f}{''.join(parts)}H{end:.1f}V{bottom:.2f}z"
-    told = ", ".join(f"{part} {marks.in_bytes(size)}" for part, size in peak.parts.items() if size)
-    tip = f"at most {marks.in_bytes(peak.bytes)}, at {peak.at_s:.6g} s: {told}"
+    told = ", ".join(f"{part} {in_bytes(size)}" for part, size in peak.parts.items() if size)
+    tip = f"at most {in_bytes(peak.bytes)}, at {peak.at_s:.6g} s: {told}"
     yield from marks.with_tip(
         tip,
         (
@@ -110,11 +109,11 @@ def _strip(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
     )
     x, top = page.x(peak.at_s), bottom - peak.bytes * high
     yield f'<circle cx="{x:.1f}" cy="{top:.1f}" r="1.7" fill="{BLACK}"/>'
-    told = marks.in_bytes(peak.bytes)
+    told = in_bytes(peak.bytes)
     yield marks.words(page.end + 8, bottom, told, size=page.small, fill=GREY)
 
 
-def _steps(page: WeightGrads, levels: Sequence[Level]) -> Iterator[tuple[float, int]]:
+def _steps(page: Page, levels: Sequence[Level]) -> Iterator[tuple[float, int]]:
     """Yield where a level begins and how high it is; of those within a pixel the highest, then the last."""
     for at, found in itertools.groupby(levels, key=lambda level: round(page.x(level.at_s))):
         sizes = [level.bytes for level in found]
@@ -123,7 +122,7 @@ def _steps(page: WeightGrads, levels: Sequence[Level]) -> Iterator[tuple[float, 
             yield at + 0.5, sizes[-1]
 
 
-def critical_parts(page: WeightGrads, row: Row, y: float) -> Iterator[str]:
+def critical_parts(page: Page, row: Row, y: float) -> Iterator[str]:
     """Draw a line around what the step waited for."""
     for segment in row.critical:
         width = (segment.end_s - segment.begin_s) * page.scale

@@ -16,10 +16,10 @@ from mimogrid.core.draw import marks
 from mimogrid.core.draw.arrows import arrow_parts, thinned
 from mimogrid.core.draw.legend import legend, legend_parts, wrapped
 from mimogrid.core.draw.marks import BOLD, GREY, MIDDLE, RIGHT
-from mimogrid.core.draw.page import AXIS, HEADING, LEGEND, MARGIN, TITLE, WeightGrads, headed, page_of
+from mimogrid.core.draw.page import AXIS, HEADING, LEGEND, MARGIN, TITLE, Page, headed, page_of
 from mimogrid.core.draw.picture import Picture, Row
 from mimogrid.core.draw.rows import critical_parts, row_parts
-from mimogrid.core.simulate.timeline import Flight
+from mimogrid.core.simulate.timeline import MessageInterval
 
 
 def svg(*pictures: Picture) -> str:
@@ -28,7 +28,7 @@ def svg(*pictures: Picture) -> str:
     parts: list[str] = []
     y = MARGIN
     for number, picture in enumerate(pictures):
-        arrows, stride = thinned(picture.flights)
+        arrows, stride = thinned(picture.messages)
         y = _title(page, picture, y, parts)
         if not number:
             y = _legend(page, pictures, stride if arrows else 0, y, parts)
@@ -39,7 +39,7 @@ def svg(*pictures: Picture) -> str:
 # Each of these adds the parts of what begins at `top`, and returns where it ends.
 
 
-def _title(page: WeightGrads, picture: Picture, top: float, parts: list[str]) -> float:
+def _title(page: Page, picture: Picture, top: float, parts: list[str]) -> float:
     y = top
     for told in marks.wrapped(picture.title, TITLE, page.width - 2 * MARGIN):
         parts.append(marks.words(MARGIN, y + TITLE, told, size=TITLE, more=BOLD))
@@ -50,9 +50,7 @@ def _title(page: WeightGrads, picture: Picture, top: float, parts: list[str]) ->
     return y
 
 
-def _legend(
-    page: WeightGrads, pictures: Sequence[Picture], stride: int, top: float, parts: list[str]
-) -> float:
+def _legend(page: Page, pictures: Sequence[Picture], stride: int, top: float, parts: list[str]) -> float:
     y = top
     lines = wrapped(legend(pictures, page, stride), page.width - 2 * MARGIN)
     for line in lines:
@@ -62,7 +60,7 @@ def _legend(
 
 
 def _picture(
-    page: WeightGrads, picture: Picture, arrows: Sequence[Flight], top: float, parts: list[str]
+    page: Page, picture: Picture, arrows: Sequence[MessageInterval], top: float, parts: list[str]
 ) -> float:
     y = top
     headings: list[str] = []
@@ -87,7 +85,7 @@ def _picture(
     return y + 26
 
 
-def _heading(page: WeightGrads, modules: tuple[str, ...], row: Row, y: float) -> Iterator[str]:
+def _heading(page: Page, modules: tuple[str, ...], row: Row, y: float) -> Iterator[str]:
     """Draw the name of each module with the sizes of its grid."""
     x, base = MARGIN, y + HEADING
     for name, (_, sizes, width) in zip(modules, headed(row), strict=True):
@@ -99,7 +97,7 @@ def _heading(page: WeightGrads, modules: tuple[str, ...], row: Row, y: float) ->
     yield marks.line(f"M{max(x, page.left):.2f} {y + HEADING * 0.62:.2f}H{page.end:.2f}")
 
 
-def _axis(page: WeightGrads, picture: Picture, top: float, bottom: float) -> Iterator[str]:
+def _axis(page: Page, picture: Picture, top: float, bottom: float) -> Iterator[str]:
     """Draw a line for every round number of seconds, and a dashed one where a step ends."""
     if not page.step_s:
         return

@@ -121,7 +121,7 @@ def find(
     about = seen.get(rank) or HeartbeatRecord(
         rank=rank, host="unknown", step=0, doing="nothing", since_s=now_s
     )
-    stages = tuple(info.stage for info in program.topology.stages_of(rank)) if program else ()
+    stages = tuple(info.stage for info in program.topology.role(rank).stages) if program else ()
     return Diagnosis(
         about,
         _HOW.get(about.state, "stopped answering"),

@@ -3,7 +3,7 @@
 Any acyclic graph will do. Rows follow from a sample's description: a source reads what the sample brings, a
 `block` emits one row per row that it gets, a language model one row per position in use.
 
->>> graph = Graph.of({"vision": ("vit", ("language",)), "language": ("gpt", ())})
+>>> graph = ModuleGraph.of({"vision": ("vit", ("language",)), "language": ("gpt", ())})
 >>> graph.rows_out(Sample(id=0, length=5, rows={"vision": 4}))
 {'vision': 4, 'language': 9}
 """
@@ -37,14 +37,14 @@ class Node:
 
 
 @attrs.frozen
-class Graph:
+class ModuleGraph:
     """Nodes in file order, and their names in an order where feeders come first."""
 
     nodes: Mapping[str, Node]
     order: tuple[str, ...]
 
     @classmethod
-    def of(cls, modules: Mapping[str, tuple[str, tuple[str, ...]]]) -> "Graph":
+    def of(cls, modules: Mapping[str, tuple[str, tuple[str, ...]]]) -> "ModuleGraph":
         """Build the graph of ``{name: (model, feeds)}``. Raises ValueError for a cycle."""
         nodes = {
             name: Node(name, model, tuple(f for f, (_, to) in modules.items() if name in to), feeds)
@@ -117,3 +117,7 @@ def find_cycle(feeds: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
         return ()
 
     return next((cycle for name in feeds if (cycle := walk(name, ()))), ())
+
+
+Graph = ModuleGraph
+"""The name of before, which a source of the user's own may import."""

@@ -21,6 +21,7 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.job.precision import HALF
+from mimogrid.core.job.schedules import SPLITS_BACKWARD
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
 
 
@@ -30,7 +31,6 @@ FORMATS = ("none", "hybrid", "e4m3")
 """Formats of fp8: `hybrid` is e4m3 forward and e5m2 backward."""
 FP8_MULTIPLE = 16
 """What the sizes of a product in fp8 are a multiple of."""
-_SPLITTING = ("zb-h1", "zb-h2", "auto")
 
 
 @attrs.frozen
@@ -129,5 +129,5 @@ def _objections(module: ModuleSpec, spec: JobSpec) -> Iterator[str]:
         yield "its layers have experts"
     if spec.precision == "fp64":
         yield "it knows no fp64"
-    if spec.schedule.name in _SPLITTING:
+    if SPLITS_BACKWARD.get(spec.schedule.name):
         yield f"schedule '{spec.schedule.name}' may split its backward in two"

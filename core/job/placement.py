@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from mimogrid.core.base.grid import Axis, Grid
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import BuiltIn, Own, Vit
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
 
@@ -19,9 +19,9 @@ from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
 AXES = ("tp", "cp", "dp", "pp")
 
 
-def graph_of(spec: JobSpec) -> Graph:
+def graph_of(spec: JobSpec) -> ModuleGraph:
     """Return the module graph. Raises ValueError for a cycle."""
-    return Graph.of({name: (module.model, module.feeds) for name, module in spec.modules.items()})
+    return ModuleGraph.of({name: (module.model, module.feeds) for name, module in spec.modules.items()})
 
 
 def size_of(grid: GridSpec) -> int:

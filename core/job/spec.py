@@ -10,6 +10,7 @@ import attrs
 
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.job.schedules import ONE_F_ONE_B
 
 
 @attrs.frozen(kw_only=True)
@@ -75,7 +76,7 @@ class ScheduleSpec:
     `memory_gb` is a cap per rank for orders that choose, and `costs` what they go by: how long things take.
     """
 
-    name: str = "1f1b"
+    name: str = ONE_F_ONE_B
     memory_gb: float | None = None
     costs: Costs | None = None
 

@@ -16,17 +16,18 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.schedules import AUTO, GPIPE
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.layouts import shown
 from mimogrid.core.plan.question import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
 from mimogrid.core.pricing import on_machine
+from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
-from mimogrid.core.schedule.tuning import AUTO
 from mimogrid.core.schedule.work import work_of
-from mimogrid.core.simulate.lockstep import limit_s, lockstep, rank_classes_of
+from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.memory import bytes_in_flight, most_bytes, saved_bytes
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import Step, step_of
@@ -35,7 +36,7 @@ from mimogrid.core.topology.topology import Topology
 
 LOWERED = 4
 """What lowering an action costs, in actions that are simulated."""
-WHOLE = frozenset({"gpipe", AUTO})
+WHOLE = frozenset({GPIPE, AUTO})
 """Orders of which a short step says nothing: GPipe holds all microbatches, and `auto` finds another order for fewer."""
 
 
@@ -102,7 +103,7 @@ class Evaluator:
             active=len(topology.ranks),
             bubble=1 - busy * count / short * rates,
             encoder_share=1 - work[self.main] / whole if whole else 0.0,
-            limit_s=limit_s(program, costs, timed) + more,
+            lower_bound_s=lower_bound_s(program, costs, timed) + more,
         )
 
     def _program(self, played: JobSpec) -> Program:
@@ -141,7 +142,7 @@ class Evaluator:
         topology = program.topology
         kept_most = {
             rank: bytes_in_flight(program, rank)
-            for rank in (_fullest(program, ranks) for ranks in rank_classes_of(topology))
+            for rank in (_fullest(program, ranks) for ranks in ranks_by_stages(topology).values())
         }
         peaks: dict[str, tuple[int, int]] = {}
         known: dict[int, int] = {}
@@ -150,7 +151,9 @@ class Evaluator:
             rank = max(hosts, key=lambda rank: (kept_most[rank], -rank))
             if rank not in known:
                 known[rank] = most_bytes(program, rank)
-                self.effort += LOWERED * sum(len(program.order.of(i.stage)) for i in topology.stages_of(rank))
+                self.effort += LOWERED * sum(
+                    len(program.order.of(i.stage)) for i in topology.role(rank).stages
+                )
             peaks[name] = rank, known[rank]
         return peaks
 
@@ -207,7 +210,7 @@ def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, cap: 
 def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
     """Return the rank, of some that host the same stages, that keeps most of a microbatch."""
     step = program.routes.step
-    stages = [info.stage for info in program.topology.stages_of(ranks[0])]
+    stages = [info.stage for info in program.topology.role(ranks[0]).stages]
     modules = [program.topology.modules[stage.module] for stage in stages]
 
     def saved(rank: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import attrs
 
 from mimogrid.core.job.placement import place
+from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.question import Question
@@ -20,7 +21,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
         name: _laid_out(module, options[name], offsets[name], count) if name in options else _alone(module)
         for name, module in question.spec.modules.items()
     }
-    order = "interleaved" if candidate.main.config.chunks > 1 else "1f1b"
+    order = INTERLEAVED if candidate.main.config.chunks > 1 else ONE_F_ONE_B
     return attrs.evolve(
         question.spec,
         modules=modules,

@@ -28,7 +28,7 @@ class Layout:
         bubble: part of the time of all allocated GPUs in which nothing is computed.
         encoder_share: part of all computing that is not the main module's.
         peak_bytes: per module, what the rank that needs most of those with it needs in all.
-        limit_s: a time that no order of these grids beats.
+        lower_bound_s: a time that no order of these grids beats.
     """
 
     spec: JobSpec
@@ -40,7 +40,7 @@ class Layout:
     bubble: float = 0.0
     encoder_share: float = 0.0
     peak_bytes: Mapping[str, float] = attrs.field(factory=dict[str, float])
-    limit_s: float = 0.0
+    lower_bound_s: float = 0.0
 
 
 @attrs.frozen(kw_only=True, eq=False)

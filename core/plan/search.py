@@ -8,20 +8,21 @@ import math
 
 import attrs
 
+from mimogrid.core.job.schedules import AUTO, INTERLEAVED, ONE_F_ONE_B, SCHEDULES
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.job.validation import SCHEDULES, problems_of
+from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import layout_of
 from mimogrid.core.plan.question import SLOWER, Layout, Question
 from mimogrid.core.plan.walk import Walk
 from mimogrid.core.pricing import on_machine
-from mimogrid.core.schedule.tuning import AUTO, GB
+from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
 
 
 REFINED = 3
 """Of the best layouts, on how many other orders are tried."""
-ONE = frozenset({"1f1b", "interleaved"})
+ONE = frozenset({ONE_F_ONE_B, INTERLEAVED})
 """Two names of one order: what interleaves is that ranks have several chunks."""
 TUNED = 2
 """On how many of the best layouts `auto` is tried."""
@@ -60,7 +61,7 @@ class Search:
         until = self.evaluator.effort + budget
         for i in self._ranked()[:REFINED]:
             layout = self.layouts[i]
-            if layout.step_s <= layout.limit_s:
+            if layout.step_s <= layout.lower_bound_s:
                 continue
             for name in SCHEDULES:
                 other = self._under(layout.spec, name)
@@ -70,7 +71,7 @@ class Search:
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
-            if actions <= TUNED_AT_MOST and layout.step_s > layout.limit_s:
+            if actions <= TUNED_AT_MOST and layout.step_s > layout.lower_bound_s:
                 self.judge(self._tuned(layout.spec))
 
     def _tuned(self, spec: JobSpec) -> JobSpec:

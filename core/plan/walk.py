@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.plan.configs import ParallelConfig, PricedConfig
 from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
@@ -94,7 +94,7 @@ class Walk:
 
 def walk(
     spaces: Mapping[str, SearchSpace],
-    graph: Graph,
+    graph: ModuleGraph,
     main: str,
     *,
     ranks: int,
@@ -112,7 +112,7 @@ def walk(
 @attrs.define(eq=False)
 class _Walker:
     spaces: Mapping[str, SearchSpace]
-    graph: Graph
+    graph: ModuleGraph
     main: str
     ranks: int
     cap: float

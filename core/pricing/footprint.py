@@ -7,7 +7,7 @@ the attention scores and their softmax. Temporary buffers and the allocator's lo
 module of the user's own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import attrs
 
@@ -36,7 +36,7 @@ def kept(topology: Topology, rank: int) -> Kept:
     """Return what a rank holds all the time: its weights, and gradients and the optimizer's for those that train."""
     precision = topology.spec.precision
     weights = trained = 0
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
         for parameter in module.held(info, module.position(rank).get("ep", 0)):
             size = local_size(module, parameter)
@@ -73,7 +73,7 @@ def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recom
     return 4 * inputs / shared + linear + scores
 
 
-def noted_values(module: Module, info: StageInfo, shape: tuple[int, int, int]) -> float:
+def deferred_values(module: Module, info: StageInfo, shape: tuple[int, int, int]) -> float:
     """Return how many values a stage keeps of a microbatch between the halves of a split backward.
 
     They are what the products for the gradients of weights read (`shell/megatron/weight_grad_store.py`): the input
@@ -122,7 +122,7 @@ def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = Fals
     shape = largest_shape(topology, module)
     values = saved_values(module, info, shape, recompute)
     if split:
-        values = max(values, noted_values(module, info, shape))
+        values = max(values, deferred_values(module, info, shape))
     return VALUE_BYTES[topology.spec.precision] * values
 
 
@@ -138,11 +138,19 @@ def most_message_bytes(topology: Topology, link: Link) -> float:
     return VALUE_BYTES[topology.spec.precision] * values
 
 
-def hosts(topology: Topology) -> Iterator[tuple[int, frozenset[Stage]]]:
-    """Yield the first rank of every set of stages that share ranks, with the set."""
-    seen: set[frozenset[Stage]] = set()
-    for rank in topology.ranks:
-        stages = frozenset(info.stage for info in topology.stages_of(rank))
-        if stages not in seen:
-            seen.add(stages)
-            yield rank, stages
+def ranks_by_stages(topology: Topology) -> dict[tuple[Stage, ...], tuple[int, ...]]:
+    """Return the ranks that host the same stages, ascending, by these stages; in order of their first ranks."""
+    hosting: dict[int, list[tuple[str, int]]] = {}
+    for name, module in topology.modules.items():
+        for rank in module.grid.ranks:
+            hosting.setdefault(rank, []).append((name, module.grid.position_along("pp", rank)))
+    ranks: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for rank in sorted(hosting):
+        ranks.setdefault(tuple(hosting[rank]), []).append(rank)
+    chunks: dict[tuple[str, int], list[Stage]] = {}
+    for stage in topology.stages:
+        chunks.setdefault((stage.module, stage.pp), []).append(stage)
+    return {
+        tuple(stage for place in places for stage in chunks[place]): tuple(found)
+        for places, found in ranks.items()
+    }

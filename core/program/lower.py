@@ -65,7 +65,7 @@ class Program:
 
     def of(self, rank: int) -> tuple[Action, ...]:
         """Return the actions of a rank; none if it is in no grid."""
-        if not self.topology.stages_of(rank):
+        if not self.topology.role(rank).stages:
             return ()
         return (*_RankLowering(self, rank).actions(), *self.finish(rank))
 
@@ -115,7 +115,7 @@ class Program:
         return self._sums[rank]
 
     def _trained(self, rank: int) -> tuple[StageInfo, ...]:
-        return self.topology.stages_of(rank) if self.order.training else ()
+        return self.topology.role(rank).stages if self.order.training else ()
 
     def last_gradient(self, info: StageInfo) -> int:
         """Return the index of the action that completes the gradients of a stage on all dp ranks."""
@@ -126,7 +126,7 @@ class Program:
         if not self.order.training:
             return
         yield from (WaitReduce(reduce.stage, reduce.bucket) for reduce in self.sums(rank))
-        for info in self.topology.stages_of(rank):
+        for info in self.topology.role(rank).stages:
             tied = any(p.copy and p.name in info.trainable for p in info.parameters)
             if tied and info.first != info.last:
                 yield Tie(info.stage)
@@ -205,7 +205,7 @@ class _RankLowering:
         """Return the turns of the rank, over all of its stages."""
         topology, step = self.program.topology, self.program.routes.step
         turns: list[_Turn] = []
-        for info in topology.stages_of(self.rank):
+        for info in topology.role(self.rank).stages:
             dp_rank = topology.modules[info.stage.module].dp_rank_of(self.rank)
             active = step.active(info.stage.module, dp_rank)
             slots = self.program.order.slots(info.stage)

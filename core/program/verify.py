@@ -144,7 +144,7 @@ def _mixed(program: Program, listing: Listing, alike: _Alike) -> Iterator[str]:
     found: dict[tuple[int, ...], tuple[int, tuple[Action, ...]]] = {}
     for rank, leader in sorted(first.items()):
         reduces = {reduce: program.joint(rank, reduce) for reduce in program.sums(rank)}
-        stages = [info.stage for info in program.topology.stages_of(rank)]
+        stages = [info.stage for info in program.topology.role(rank).stages]
         joined = {stage: set(program.joint(rank, Compute(Kind.FORWARD, stage, 0))) for stage in stages}
         for group in dict.fromkeys(reduces.values()):
             own = frozenset(reduce for reduce, ranks in reduces.items() if ranks == group)
@@ -161,7 +161,7 @@ def _mixed(program: Program, listing: Listing, alike: _Alike) -> Iterator[str]:
 
 def _idlers(program: Program, listing: Listing) -> Iterator[int]:
     """Return the ranks that host no module but have actions."""
-    return (rank for rank in listing if listing[rank] and not program.topology.stages_of(rank))
+    return (rank for rank in listing if listing[rank] and not program.topology.role(rank).stages)
 
 
 # -- one rank ----------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class _Due:
 
 def _due_on(program: Program, rank: int) -> _Due:
     topology, routes = program.topology, program.routes
-    stages = topology.stages_of(rank)
+    stages = topology.role(rank).stages
     dp_ranks = {info.stage: topology.modules[info.stage.module].dp_rank_of(rank) for info in stages}
     return _Due(
         tuple((stage, routes.step.active(stage.module, dp_rank)) for stage, dp_rank in dp_ranks.items()),

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from mimogrid.core.base.samples import overlapping
+from mimogrid.core.job.schedules import GPIPE, INTERLEAVED, ONE_F_ONE_B, SPLITS_BACKWARD, ZB_H1, ZB_H2
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.scheduler import IssueQueue
 from mimogrid.core.schedule.work import VirtualStages, Work
@@ -47,11 +48,11 @@ class IssuePolicy:
 
 
 ISSUE_POLICIES: Mapping[str, IssuePolicy] = {
-    "1f1b": IssuePolicy(),
-    "interleaved": IssuePolicy(),
-    "zb-h1": IssuePolicy(splits=True),
-    "zb-h2": IssuePolicy(splits=True, in_flight_increment=2),
-    "gpipe": IssuePolicy(all_forwards_first=True),
+    ONE_F_ONE_B: IssuePolicy(),
+    INTERLEAVED: IssuePolicy(),
+    ZB_H1: IssuePolicy(splits=SPLITS_BACKWARD[ZB_H1]),
+    ZB_H2: IssuePolicy(splits=SPLITS_BACKWARD[ZB_H2], in_flight_increment=2),
+    GPIPE: IssuePolicy(all_forwards_first=True),
 }
 """The policies of the schedules with fixed limits. 1F1B becomes interleaved if pipeline ranks have virtual stages."""
 

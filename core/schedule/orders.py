@@ -34,11 +34,12 @@ zero bubble (arXiv 2401.10241).
 from collections.abc import Sequence
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.schedules import AUTO
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, IssueQueues, issue_queues_of
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.scheduler import TimedWork, schedule
-from mimogrid.core.schedule.tuning import AUTO, GB, bytes_needed, tuned
+from mimogrid.core.schedule.tuning import GB, bytes_needed, tuned
 from mimogrid.core.schedule.work import Work, unit_seconds, work_of
 from mimogrid.core.topology.topology import Topology
 
@@ -84,7 +85,7 @@ def _check_memory(order: Order, topology: Topology) -> None:
     rank = max(needed, key=needed.__getitem__)
     if needed[rank] <= cap * GB:
         return
-    stages = [info.stage for info in topology.stages_of(rank)]
+    stages = [info.stage for info in topology.role(rank).stages]
     in_flight = ", ".join(f"{order.max_in_flight[s]} of {s}" for s in stages if s in order.backward)
     fixed = kept(topology, rank).bytes / GB
     fact = (

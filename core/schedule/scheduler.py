@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from mimogrid.core.base.bounds import bound_s, longest_before_s
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.work import Sequences, Work
 from mimogrid.core.topology.topology import Stage
@@ -126,27 +127,20 @@ def retimed(timed: TimedWork, order: Sequence[int], queues: Sequence[IssueQueue]
     return max(busy_until_s)
 
 
-def limit_s(timed: TimedWork, order: Sequence[int]) -> float:
-    """Return a lower bound on the seconds of any order of the same actions; `order` is one of these.
+def lower_bound_s(timed: TimedWork, order: Sequence[int]) -> float:
+    """Return seconds that no order of the same actions beats; `order` is one of these orders.
 
-    The bound is the longest of all sets of actions that run one after the other: those of a pipeline rank, its
-    forwards, and its other actions. A set takes the shortest time before one of its actions can start, its work, and
-    the shortest time after one of them to the end of the step.
+    The sets of the bound (`bounds`) are the actions of each pipeline rank, its forwards, and its other actions.
     """
-    heads, tails = [0.0] * len(order), [0.0] * len(order)
-    for action in order:
-        for follower, delay in timed.followers[action]:
-            heads[follower] = max(heads[follower], heads[action] + timed.seconds[action] + delay)
-    for action in reversed(order):
-        for follower, delay in timed.followers[action]:
-            tails[action] = max(tails[action], tails[follower] + timed.seconds[follower] + delay)
+    heads = longest_before_s(order, timed.sources, timed.seconds)
+    tails = longest_before_s(reversed(order), timed.followers, timed.seconds)
     sets: dict[tuple[int, bool | None], list[int]] = {}
     for action, pp_rank in enumerate(timed.pp_rank_of):
         forward = timed.work.actions[action].kind is Kind.FORWARD
         for key in ((pp_rank, None), (pp_rank, forward)):
             sets.setdefault(key, []).append(action)
     return max(
-        min(heads[i] for i in each) + sum(timed.seconds[i] for i in each) + min(tails[i] for i in each)
+        bound_s((heads[i] for i in each), sum(timed.seconds[i] for i in each), (tails[i] for i in each))
         for each in sets.values()
     )
 

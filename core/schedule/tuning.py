@@ -23,15 +23,14 @@ import attrs
 
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.pricing.assumed import assumed
-from mimogrid.core.pricing.footprint import hosts, kept, most_bytes_in_flight, most_message_bytes
+from mimogrid.core.pricing.footprint import kept, most_bytes_in_flight, most_message_bytes, ranks_by_stages
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, IssueQueues, issue_queues_of
-from mimogrid.core.schedule.scheduler import TimedWork, limit_s, retimed, schedule
+from mimogrid.core.schedule.scheduler import TimedWork, lower_bound_s, retimed, schedule
 from mimogrid.core.schedule.work import Work, seconds_of, unit_seconds, work_of
 from mimogrid.core.topology.topology import Stage, Topology
 
 
-AUTO = "auto"
 ACTIONS_TRIED = 200_000
 FEWEST_TRIALS, MOST_TRIALS = 12, 200
 """Orders are tried until they have `ACTIONS_TRIED` actions together, a few seconds' worth."""
@@ -98,12 +97,12 @@ def bytes_needed(
     The stages in `split` run their backward in two halves, and keep what the second half needs.
     """
     return {
-        rank: kept(topology, rank).bytes
+        ranks[0]: kept(topology, ranks[0]).bytes
         + sum(
             in_flight.get(stage, 0) * most_bytes_in_flight(topology, stage, split=stage in split)
             for stage in stages
         )
-        for rank, stages in hosts(topology)
+        for stages, ranks in ranks_by_stages(topology).items()
     }
 
 
@@ -145,7 +144,7 @@ class _Tuner:
 
     def climb(self, start: Trial, share: float) -> Trial:
         """Raise the limits of one pipeline rank after the other while that helps, with a share of the trials left."""
-        until, bound_s = self.left * (1 - share), limit_s(start.timed, start.order)
+        until, bound_s = self.left * (1 - share), lower_bound_s(start.timed, start.order)
         if start.end_s <= bound_s:
             return start
         best = min(start, self._try(start.policy), key=lambda trial: trial.merit)

@@ -1,12 +1,12 @@
 """Breakdown: where the time of a simulated step goes.
 
-Idling has causes. Those of the pipeline (`timeline.CAUSES`) are those of the same step with mean costs. What ranks
-idle more when each dp rank has its real share of the data to compute is *ragged*, and what they idle more yet on
-machines that are not even is *jitter*. So the causes add up to all idling, rank by rank, and a loss to the data is
-not mistaken for one to the pipeline. (A rank may idle less for being the slow one: then its part is below zero.)
+Idling has causes. Those of the pipeline (`timeline.CAUSES`) are the causes in the same step with mean costs. What ranks
+idle more when each dp rank computes on its real share of the data is *ragged*, and what they idle more again on
+machines that vary is *jitter*. So the causes add up to all idling, rank by rank, and a loss to the data is not mistaken
+for one to the pipeline. (A slow rank may idle less; then its number is below zero.)
 
-The critical path is what the step waited for, leg by leg from its begin to its end; its *shares* are the seconds that
-stages and links have of it. To make anything faster that has no share gains nothing.
+The critical path is what the step waits for, segment by segment from its begin to its end. The *shares* of a stage or a
+link are its seconds on that path. A stage or link without a share gains nothing if it becomes faster.
 """
 
 import collections
@@ -18,8 +18,7 @@ from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.lower import link_of
 from mimogrid.core.schedule.actions import Compute, Recv, Send
 from mimogrid.core.simulate import simulate
-from mimogrid.core.simulate.rank_timelines import PathSegment, Timeline
-from mimogrid.core.simulate.timeline import CAUSES
+from mimogrid.core.simulate.timeline import CAUSES, PathSegment, Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
 
 
@@ -30,7 +29,7 @@ ALL_CAUSES = (*CAUSES, RAGGED, JITTER)
 def idle_s_by_rank(
     timeline: Timeline, costs: Costs, duration_factors: DurationFactors | None = None
 ) -> dict[int, dict[str, float]]:
-    """Return the seconds that each rank idles for each cause, given what the timeline was made from."""
+    """Return the seconds that each rank idles for each cause. `costs` and factors are those of the timeline."""
     program = timeline.program
     even = ragged = timeline
     if duration_factors and duration_factors.jitter:
@@ -66,7 +65,7 @@ def _idle_s(timeline: Timeline, rank: int) -> float:
 
 
 def _place(timeline: Timeline, segment: PathSegment) -> str:
-    """Return what the time of a segment is spent on: a stage, an edge, a pipeline link, or the end of the step."""
+    """Return what a segment belongs to: a stage, an edge, a pipeline link, or an action at the end of the step."""
     match segment.action:
         case Compute(stage=stage):
             return str(stage)

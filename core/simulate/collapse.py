@@ -1,13 +1,13 @@
-"""Thin: a program in which one rank stands for all that share a dp rank of a stage.
+"""Collapse: tp and cp left out of a program, so that one rank stands for all ranks of a dp rank.
 
-The ranks along tp and cp of a dp rank compute together, so they begin and end every compute action at once. Where
-messages take as long whatever is in them, it makes no difference how a dp rank's rows are dealt among them: a dp rank
-goes on when the last of what is sent to any of its ranks is there. So the same order on grids with tp = cp = 1
-takes the same time, and how many rows a sample has does not matter, only whether it has any: what is ragged becomes
-alike.
+The ranks along tp and cp of a dp rank compute together: every compute action begins and ends on all of them at once.
+Where the size of a message takes no time, it makes no difference how the rows of a dp rank are shared among its ranks:
+the dp rank goes on when the last message to any of its ranks has arrived. So the same order on grids with tp = cp = 1
+takes the same time. How many rows a sample has does not matter either, only whether it has any. So ragged samples
+become alike.
 
-That holds where bandwidth is infinite and nobody is held up by sending, modules share no ranks, no experts are
-spread over them, and a sum over cp that has no dp ranks takes no time.
+This holds if bandwidth is infinite, no sender is blocked, modules share no ranks, no experts are spread over ranks, and
+an all-reduce over cp alone takes no time.
 """
 
 import itertools
@@ -19,24 +19,20 @@ import attrs
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.lower import Program
+from mimogrid.core.simulate.rank_classes import Collapsed, RankClasses, alike_in_time
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 
 
-@attrs.frozen(eq=False)
-class Collapsed:
-    """The collapsed program, and for every rank of the whole one the rank that stands for it there."""
+def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
+    """Return the classes of a program by the classes of the collapsed one.
 
-    program: Program
-    standing: Mapping[int, int]
-
-
-def collapse_tp_cp(program: Program, costs: Costs) -> Collapsed | None:
-    """Return the collapsed program of one; None where it may take another time, or would not be thinner."""
+    None if the collapsed one may take another time, or would not be smaller.
+    """
     topology = program.topology
-    if not _is_like_its_dp_ranks(topology, costs):
+    if not _takes_the_same_time(topology, costs):
         return None
     modules = {
         name: attrs.evolve(
@@ -48,18 +44,23 @@ def collapse_tp_cp(program: Program, costs: Costs) -> Collapsed | None:
     collapsed = assemble(attrs.evolve(topology.spec, modules=modules, world_size=None), topology.source)
     if len(collapsed.ranks) == len(topology.ranks):
         return None
-    step = Step(collapsed, tuple(map(_present, program.routes.step.samples)))
-    return Collapsed(Program(program.order, Routes(step)), _standing(topology, collapsed))
+    step = Step(collapsed, tuple(map(_with_one_row, program.routes.step.samples)))
+    smaller = Program(program.order, Routes(step))
+    classes = alike_in_time(smaller, costs)
+    stands_for = _standing(topology, collapsed)
+    whole = RankClasses.of({rank: classes.leader[stands_for[rank]] for rank in sorted(stands_for)})
+    leader = {classes.leader[stands_for[rank]]: rank for rank in whole.members}
+    return attrs.evolve(whole, collapsed=Collapsed(smaller, classes, leader))
 
 
-def _present(sample: Sample) -> Sample:
-    """Return a sample that is there where another one is, with one row of each: so that most are alike."""
+def _with_one_row(sample: Sample) -> Sample:
+    """Return a sample with one row where another has any: so most samples are alike."""
     return Sample(
         sample.id, min(sample.length, 1), {name: min(rows, 1) for name, rows in sample.rows.items()}
     )
 
 
-def _is_like_its_dp_ranks(topology: Topology, costs: Costs) -> bool:
+def _takes_the_same_time(topology: Topology, costs: Costs) -> bool:
     modules = topology.modules.values()
     edges = [costs.on(link, link.edge) for link in topology.links]
     ranks = [module.grid.ranks for module in modules]
@@ -72,7 +73,8 @@ def _is_like_its_dp_ranks(topology: Topology, costs: Costs) -> bool:
     )
 
 
-def _standing(topology: Topology, collapsed: Topology) -> dict[int, int]:
+def _standing(topology: Topology, collapsed: Topology) -> Mapping[int, int]:
+    """Return, for every rank, the rank of the collapsed topology that stands for it."""
     return {
         rank: collapsed.modules[name].tp_cp_ranks(info.stage, dp_rank)[0]
         for name, module in topology.modules.items()

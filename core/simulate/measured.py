@@ -1,13 +1,13 @@
-"""Measured: what ranks did in a step, by their clocks, as a timeline; and the costs that follow from it.
+"""Measured: what ranks did in a step, by their clocks, as a timeline, and the costs that follow from it.
 
-A message was on its way from when both ends had posted it until, at the latest, its receiver went on. So a measured
-rank idles for the same causes as a simulated one. A plan with the mean costs of what was measured computes as long;
-where the two differ, somebody waited.
+A message is on its way from when both ends have posted it until, at the latest, its receiver goes on. So a measured
+rank idles for the same causes as a simulated one. A simulation with the mean costs of a measured step computes for the
+same time; where the two differ, a rank waited.
 """
 
 import collections
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -25,41 +25,32 @@ from mimogrid.core.schedule.actions import (
     WaitReduce,
     matching_op,
 )
-from mimogrid.core.simulate.rank_classes import alone
-from mimogrid.core.simulate.rank_timelines import RankTimeline, Timeline
-from mimogrid.core.simulate.timeline import Event, by_rank, span
+from mimogrid.core.simulate.rank_classes import each_alone
+from mimogrid.core.simulate.timeline import Event, Interval, RankTimeline, Timeline, by_rank, span
 from mimogrid.core.topology.topology import Stage
 
 
 def measured(program: Program, events: Iterable[Event]) -> Timeline:
-    """Return the timeline of what all ranks of a program did. It begins at 0, and has no limit or critical path."""
+    """Return the timeline of what all ranks of a program did. It begins at 0, without lower bound and critical path."""
     mine = on_one_clock(by_rank(events))
     begin, end = span([event for found in mine.values() for event in found])
     moved = {rank: [_later(event, -begin) for event in found] for rank, found in mine.items()}
-    ways = _Ways.of(program, moved)
-    rank_timelines = {
-        rank: RankTimeline(
-            tuple(found),
-            {
-                each.action: ways.of_rank(rank, each.action)
-                for each in found
-                if isinstance(each.action, Transfer)
-            },
-        )
-        for rank, found in moved.items()
-    }
+    transfers = _Transfers.of(program, moved)
     return Timeline(
         program=program,
-        classes=alone(tuple(rank_timelines)),
-        rank_timelines=rank_timelines,
+        classes=each_alone(moved),
+        rank_timelines={
+            rank: RankTimeline(tuple(found), dict(transfers.on_the_way(rank, found)))
+            for rank, found in moved.items()
+        },
         step_s=end - begin,
-        limit_s=0.0,
+        lower_bound_s=0.0,
         critical_path=(),
     )
 
 
 @attrs.frozen(eq=False)
-class _Ways:
+class _Transfers:
     """When each rank posted each of its transfers, and when it had waited for it."""
 
     program: Program
@@ -67,7 +58,7 @@ class _Ways:
     waited: Mapping[tuple[int, Transfer], float]
 
     @classmethod
-    def of(cls, program: Program, events: Mapping[int, Sequence[Event]]) -> "_Ways":
+    def of(cls, program: Program, events: Mapping[int, Sequence[Event]]) -> "_Transfers":
         posted: dict[tuple[int, Transfer], float] = {}
         waited: dict[tuple[int, Transfer], float] = {}
         for rank, found in events.items():
@@ -81,11 +72,16 @@ class _Ways:
                         pass
         return cls(program, posted, waited)
 
-    def of_rank(self, rank: int, transfer: Transfer) -> tuple[tuple[float, float], ...]:
-        """Return, for each message of a transfer, from when to when it was on its way, as far as ranks could tell."""
-        return tuple(self._way(rank, transfer, peer) for peer in self.program.peers_of(rank, transfer))
+    def on_the_way(
+        self, rank: int, events: Iterable[Event]
+    ) -> Iterator[tuple[Transfer, tuple[Interval, ...]]]:
+        """Yield the transfers of a rank with the intervals of their messages, as far as ranks could tell."""
+        for event in events:
+            if isinstance(transfer := event.action, Transfer):
+                peers = self.program.peers_of(rank, transfer)
+                yield transfer, tuple(self._interval(rank, transfer, peer) for peer in peers)
 
-    def _way(self, rank: int, transfer: Transfer, peer: int) -> tuple[float, float]:
+    def _interval(self, rank: int, transfer: Transfer, peer: int) -> Interval:
         ends = (rank, transfer), (peer, matching_op(transfer))
         begin_s = max(self.posted[each] for each in ends)
         return begin_s, max(begin_s, self.waited[ends[isinstance(transfer, Send)]])
@@ -94,13 +90,13 @@ class _Ways:
 def on_one_clock(mine: Mapping[int, Sequence[Event]]) -> dict[int, list[Event]]:
     """Return the events of ranks on the clock of the first.
 
-    All ranks are in NORM at one moment: none leaves it before the last has come. Where clocks say otherwise, they are
-    not one, as on several hosts, and each is set so that its NORM ends when that of the first rank does.
+    All ranks are in NORM at one moment: none leaves it before the last has entered. Where the clocks say otherwise, as
+    on several hosts, each is set so that its NORM ends when that of the first rank does.
     """
     norms = {rank: event for rank, found in mine.items() for event in found if isinstance(event.action, Norm)}
-    came = max((norm.begin_s for norm in norms.values()), default=0.0)
-    left = min((norm.end_s for norm in norms.values()), default=came)
-    if came <= left or len(norms) < len(mine):
+    entered = max((norm.begin_s for norm in norms.values()), default=0.0)
+    left = min((norm.end_s for norm in norms.values()), default=entered)
+    if entered <= left or len(norms) < len(mine):
         return {rank: list(found) for rank, found in mine.items()}
     first = next(iter(norms.values())).end_s
     return {
@@ -111,8 +107,8 @@ def on_one_clock(mine: Mapping[int, Sequence[Event]]) -> dict[int, list[Event]]:
 def mean_costs(events: Iterable[Event]) -> Costs:
     """Return the costs of what was measured: the mean of each kind of action of a stage; messages cost nothing.
 
-    Of a sum over dp ranks it is the shortest wait for it, that of the dp rank that came last: the others waited for
-    it, too. What went on while the dp ranks computed is not in it.
+    The cost of an all-reduce is the shortest wait for it, that of the last dp rank: the waits of the others include
+    time in which they wait for that dp rank. What runs while the dp ranks compute is not included.
     """
     found: dict[Stage, _Seconds] = collections.defaultdict(_Seconds)
     for mine in by_rank(events).values():
@@ -134,7 +130,7 @@ def mean_costs(events: Iterable[Event]) -> Costs:
 
 @attrs.frozen(eq=False)
 class _Seconds:
-    """What was measured of a stage: its compute actions by kind, waits for its sums by bucket, parts of updates."""
+    """Seconds of a stage: its compute actions by kind, waits for its all-reduces by bucket, its parts of updates."""
 
     computed: dict[Kind, list[float]] = attrs.field(
         factory=lambda: collections.defaultdict[Kind, list[float]](list)

@@ -1,22 +1,22 @@
-"""Fold: which ranks live through a step alike, so that one of them can stand for all.
+"""Rank classes: which ranks live through a step alike, so that one of them, the leader, stands for all.
 
-Ranks are of one *class* if they host the same stages, take part in the same microbatches, and exchange, message
-by message, equal amounts with ranks of equal classes. Their programs are then equal, and so are their clocks: what
-a rank waits for is another's posting, and the others of its class wait for postings of that other's class at the
-same point of theirs. So it is enough to time one rank of each class, exactly.
+Ranks are of one *class* if they host the same stages, take part in the same microbatches, and exchange, message by
+message, equal amounts with ranks of equal classes. Then their programs are equal, and so are their clocks: where a rank
+waits for a peer to post, the others of its class wait for a peer of the same class to post, at the same point of their
+programs. So it is enough to time one rank of each class, and the times are exact.
 
     vision dp4    0 1 2 3        one class: each sends two messages to its half of the language model
     language dp2    4 5          one class: each receives from two ranks, first from one, then from the other
 
-Classes are found as colours are refined for graph isomorphism: ranks that differ in what they do begin with
-different colours, and a colour is split where the colours of peers, or of those who start an action together, differ.
-The coarsest partition that no longer splits is reached when the number of colours stays the same.
+Classes are found by colour refinement, as in tests of graph isomorphism. Ranks that differ in what they do start with
+different colours. A colour is split where the colours of peers differ, or those of ranks that start an action together.
+The coarsest partition is reached when the number of colours no longer grows.
 
-Nothing is lowered for that. What a rank exchanges is read off the routes, and only for the first of microbatches
-that are alike (`steps`): the sequence of the others is one for all ranks.
+Nothing is lowered for this. The routes say what a rank exchanges, and only the first of microbatches that are alike is
+looked at (`step`): the sequence of the others is the same for all ranks.
 
-What counts is all that a program or its clock depends on: which messages there are, in which order, how many of
-them share a channel (peers are numbered as they first come up), which microbatches made them, and their sizes where
+Everything counts that a program or its clock depends on: which messages there are, in which order, how many of them
+share a channel (peers are numbered as they first come up), which microbatches made them, and their sizes where
 bandwidth is finite.
 """
 
@@ -34,20 +34,22 @@ from mimogrid.core.topology.topology import Stage
 
 
 @attrs.frozen(eq=False)
-class Classes:
-    """Who stands for whom: the first rank of a class for all its members.
+class RankClasses:
+    """Which rank stands for which others.
 
     Attributes:
-        leader: for every rank that hosts a module, the one that stands for it.
-        members: for every rank that stands for others, these, itself first.
+        leader: for every rank that hosts a module, the leader of its class.
+        members: for every leader, the ranks of its class, the leader first.
+        collapsed: a smaller program to time instead, if there is one (`collapse`).
     """
 
     leader: Mapping[int, int]
     members: Mapping[int, tuple[int, ...]]
+    collapsed: "Collapsed | None" = None
 
     @classmethod
-    def of(cls, colours: Mapping[int, Hashable]) -> "Classes":
-        """Put ranks of one colour, in the order given, into one class."""
+    def of(cls, colours: Mapping[int, Hashable]) -> "RankClasses":
+        """Put ranks of one colour into one class, with the first of them as its leader."""
         first: dict[Hashable, int] = {}
         leader = {rank: first.setdefault(colour, rank) for rank, colour in colours.items()}
         members: dict[int, list[int]] = {rank: [] for rank in first.values()}
@@ -55,28 +57,43 @@ class Classes:
             members[found].append(rank)
         return cls(leader, {rank: tuple(ranks) for rank, ranks in members.items()})
 
-    def met(self, ranks: Iterable[int]) -> tuple[int, ...]:
-        """Return who stands for some ranks, each once, ascending."""
+    def leaders_of(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        """Return the leaders of some ranks, each once, ascending."""
         return tuple(sorted({self.leader[rank] for rank in ranks}))
 
 
-def alone(ranks: Sequence[int]) -> Classes:
-    """Return classes in which every rank stands for itself."""
-    return Classes.of({rank: rank for rank in ranks})
+@attrs.frozen(eq=False)
+class Collapsed:
+    """A program on fewer ranks that takes exactly as long as the whole one.
+
+    Attributes:
+        program: with one rank for all ranks along tp and cp.
+        classes: the rank classes of that program.
+        leader: for every leader of these classes, the leader in the whole program.
+    """
+
+    program: Program
+    classes: RankClasses
+    leader: Mapping[int, int]
 
 
-def classes_of(
+def each_alone(ranks: Iterable[int]) -> RankClasses:
+    """Return classes of one rank each."""
+    return RankClasses.of({rank: rank for rank in ranks})
+
+
+def alike_in_time(
     program: Program, costs: Costs, marks: Callable[[Stage, int], Hashable] | None = None
-) -> Classes:
-    """Return the classes of a program's ranks.
+) -> RankClasses:
+    """Return the classes of ranks that do the same at the same times.
 
-    `marks` gives what a dp rank of a stage must have in common with others to be of one class with them.
+    `marks` gives for a stage and a dp rank what it must have in common with the others of its class.
     """
     groups = list(_groups(program))
-    met: dict[int, list[int]] = collections.defaultdict(list)
+    groups_of: dict[int, list[int]] = collections.defaultdict(list)
     for number, (_, ranks) in enumerate(groups):
         for rank in ranks:
-            met[rank].append(number)
+            groups_of[rank].append(number)
     numbers: dict[Hashable, int] = {}
     colours: dict[int, int] = {}
     peers: dict[int, tuple[int, ...]] = {}
@@ -84,20 +101,32 @@ def classes_of(
     for rank in program.topology.ranks:
         local = {rank: 0}
         moved = tuple((fact, local.setdefault(peer, len(local))) for peer, fact in contacts[rank])
-        kinds = tuple(groups[number][0] for number in met[rank])
+        kinds = tuple(groups[number][0] for number in groups_of[rank])
         does = (tuple(_parts(program, rank, marks)), kinds, moved)
         colours[rank] = numbers.setdefault(does, len(numbers))
         peers[rank] = tuple(local)[1:]
-    return Classes.of(_refined(colours, peers, met, [ranks for _, ranks in groups]))
+    return RankClasses.of(_refined(colours, peers, groups_of, [ranks for _, ranks in groups]))
+
+
+def alike_in_bytes(program: Program, classes: RankClasses) -> RankClasses:
+    """Split classes further, until the ranks of each also hold the same bytes over time."""
+    if classes.collapsed is not None:
+        return classes
+    return RankClasses.of(
+        {
+            rank: (leader, tuple(_sizes(program, rank)) if len(classes.members[leader]) > 1 else ())
+            for rank, leader in classes.leader.items()
+        }
+    )
 
 
 def _refined(
     colours: dict[int, int],
     peers: Mapping[int, tuple[int, ...]],
-    met: Mapping[int, list[int]],
+    groups_of: Mapping[int, list[int]],
     groups: Sequence[tuple[int, ...]],
 ) -> dict[int, int]:
-    """Split colours until ranks of one colour have peers of equal colours, and meet equal colours."""
+    """Split colours until ranks of one colour have peers of equal colours, and groups of equal colours."""
     count = 0
     while len(set(colours.values())) > count:
         count = len(set(colours.values()))
@@ -109,7 +138,7 @@ def _refined(
                 (
                     colour,
                     tuple(colours[peer] for peer in peers[rank]),
-                    tuple(of_group[number] for number in met[rank]),
+                    tuple(of_group[number] for number in groups_of[rank]),
                 ),
                 len(numbers),
             )
@@ -121,18 +150,18 @@ def _refined(
 def _parts(
     program: Program, rank: int, marks: Callable[[Stage, int], Hashable] | None
 ) -> Iterator[tuple[Stage, frozenset[int], Hashable]]:
-    """Yield the stages of a rank with the microbatches that it takes part in, and its mark."""
+    """Yield the stages of a rank, with the microbatches that it takes part in and its mark."""
     topology, step = program.topology, program.routes.step
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         dp_rank = topology.modules[info.stage.module].dp_rank_of(rank)
         active = step.active(info.stage.module, dp_rank)
         yield info.stage, active, marks(info.stage, dp_rank) if marks else None
 
 
 def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]]:
-    """Return, per rank, the peer of each message that it sends or receives forward, and the number of what else counts.
+    """Return, per rank, the peer of each message that it sends or receives forward, and a number for all else.
 
-    Of microbatches that are alike, only the first.
+    Of microbatches that are alike, only the first is looked at.
     """
     topology, routes = program.topology, program.routes
     numbers: dict[Hashable, int] = {}
@@ -155,18 +184,33 @@ def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]
 
 
 def _groups(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the ranks that start an action together or share a sum, with what tells this from their others."""
+    """Yield the ranks that start an action together or share an all-reduce, with what tells this group from others."""
     topology = program.topology
     yield from dict.fromkeys(
         (str(reduce), program.joint(rank, reduce)) for rank in topology.ranks for reduce in program.sums(rank)
     )
     for module in topology.modules.values():
-        ep_dp_ranks_of = dict.fromkeys(module.ep_dp_ranks(dp_rank) for dp_rank in range(module.dp_size))
+        together = dict.fromkeys(module.ep_dp_ranks(dp_rank) for dp_rank in range(module.dp_size))
         for info in module.stages:
             if info.stage.chunk == 0:
-                for dp_ranks in ep_dp_ranks_of:
+                for dp_ranks in together:
                     ranks = tuple(r for dp_rank in dp_ranks for r in module.tp_cp_ranks(info.stage, dp_rank))
                     yield f"{info.stage} computes", ranks
         for ranks in module.grid.ranks_along("pp"):
             if Tie(module.stages[0].stage) in set(program.finish(ranks[0])):
                 yield f"{module.name} ties", (ranks[0], ranks[-1])
+
+
+def _sizes(program: Program, rank: int) -> Iterator[Hashable]:
+    """Yield the sizes of what a rank computes on and exchanges, of microbatches that are alike only for the first."""
+    topology, routes, step = program.topology, program.routes, program.routes.step
+    for info in topology.role(rank).stages:
+        module = topology.modules[info.stage.module]
+        dp_rank = module.dp_rank_of(rank)
+        for k in sorted(set(step.alike(module.microbatches))):
+            yield step.shape(module.name, dp_rank, k)
+        for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
+            side = routes.reaching if link.target == info.stage else routes.leaving
+            for k in routes.firsts(link):
+                messages = side(link, k, dp_rank).get(rank, ())
+                yield sum(message_bytes(step, message) for message in messages)

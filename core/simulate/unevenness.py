@@ -1,12 +1,13 @@
-"""Pace: how much longer or shorter than its cost says a compute action takes.
+"""Unevenness: how much longer or shorter than its cost a compute action takes.
 
-Costs are means. In a real step dp ranks differ: the data gives one more to compute than another (*ragged*), and
-machines are not even with themselves (*jitter*). Both are factors of mean one, and functions of the plan and a seed:
+Costs are means. In a real step dp ranks differ: the data gives one of them more to compute than another (*ragged*), and
+a machine varies from one moment to the next (*jitter*). Both are factors of mean one that follow from the plan and a
+seed:
 
 - ragged: the positions that a dp rank computes in a microbatch, padding included, over their mean in the module;
 - jitter: log-normal, a draw for every stage, dp rank, microbatch and kind of compute action.
 
-Actions that several dp ranks start together take as long as the slowest of them.
+An action that several dp ranks start together takes as long as on the slowest of them.
 """
 
 import functools
@@ -31,12 +32,12 @@ class DurationFactors:
     seed: int = 0
 
     def factor(self, action: Compute, dp_rank: int) -> float:
-        """Return how many times its cost an action takes on a dp rank."""
+        """Return by how much the cost of an action is multiplied on a dp rank."""
         ep_dp_ranks = self.step.topology.modules[action.stage.module].ep_dp_ranks(dp_rank)
         return max(self._ragged(action, one) * self._jitter(action, one) for one in ep_dp_ranks)
 
     def mark(self, stage: Stage, dp_rank: int) -> Hashable:
-        """Return what two dp ranks have in common only if all their factors are equal."""
+        """Return a value that is equal for two dp ranks only if all their factors are equal."""
         if self.jitter:
             return dp_rank
         if not self.ragged:
@@ -52,7 +53,7 @@ class DurationFactors:
         if not self.jitter:
             return 1.0
         field = f"{action.stage} {action.kind.value}{action.microbatch}"
-        # Box and Muller's; the first draw is turned around, for a logarithm of 0 is none.
+        # Box and Muller's method. The first draw is subtracted from 1, since 0 has no logarithm.
         radius = math.sqrt(-2 * math.log(1 - draw_uniform(self.seed, dp_rank, f"{field} radius")))
         normal = radius * math.cos(2 * math.pi * draw_uniform(self.seed, dp_rank, f"{field} angle"))
         return math.exp(self.jitter * normal - self.jitter**2 / 2)
@@ -63,7 +64,7 @@ class DurationFactors:
 
     @functools.cached_property
     def _means(self) -> dict[str, float]:
-        """Per module, the mean over all dp ranks and microbatches in which there is anything to compute."""
+        """Per module, the mean positions over all dp ranks and microbatches that have anything to compute."""
         means: dict[str, float] = {}
         for name, module in self.step.topology.modules.items():
             counts = [

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.base.experts import expert_view
 from mimogrid.core.base.grid import Grid
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import FIRST, LAST, BuiltIn, Own, Parameter, projector
 from mimogrid.core.job.placement import (
     edge_shape,
@@ -70,7 +70,7 @@ def _module(
     name: str,
     *,
     spec: JobSpec,
-    graph: Graph,
+    graph: ModuleGraph,
     grids: Mapping[str, Grid],
     models: Mapping[str, BuiltIn | Own],
     depths: Mapping[str, int],
@@ -111,7 +111,7 @@ def _edge(source: str, target: str, models: Mapping[str, BuiltIn | Own]) -> Edge
     return Edge(source, target, width, projected=projected)
 
 
-def _module_depths(graph: Graph, spec: JobSpec) -> Mapping[str, int]:
+def _module_depths(graph: ModuleGraph, spec: JobSpec) -> Mapping[str, int]:
     """Stages from the first stage of a module to the end, along the longest path."""
     depths: dict[str, int] = {}
     for name in reversed(graph.order):

@@ -1,69 +1,57 @@
-"""Roles: what a rank is, for any rank, asked on any machine.
+"""Roles: what each rank is and hosts, for any rank, on any machine.
 
-A role names the modules that a rank hosts and where it stands in each. Nobody passes roles around: they
-follow from the topology, so a rank of a thousand can be asked about on a laptop, without a process group.
+A role follows from grids, and from nothing that only a running rank knows: a rank of a thousand can be asked about on
+a laptop, without a process group. Here an encoder is on two dp ranks, ranks 0 and 1, in front of a language model of
+two pipeline ranks, 2 and 3, with two chunks each:
 
-A vision encoder on two dp ranks, ranks 0 and 1, in front of a language model of two stages, ranks 2 and 3:
-
->>> from mimogrid.core.job.models import Gpt, Vit
->>> from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
->>> from mimogrid.core.topology.parse import parse
->>> def planned(vision, language, **job):
-...     vit, gpt = Vit(layers=2, hidden=8, heads=2), Gpt(layers=2, hidden=8, heads=2, vocab=16)
-...     modules = {
-...         "vision": ModuleSpec(model="vit", options=vit, feeds=("language",), grid=vision),
-...         "language": ModuleSpec(model="gpt", options=gpt, grid=language),
-...     }
-...     data, batch = DataSpec(source="none"), BatchSpec(global_size=4)
-...     spec = JobSpec(modules=modules, data=data, batch=batch, **job)
-...     return parse(spec, SourceFacts(sequence=16, features={"vision": 4}))
->>> topology = planned(GridSpec(dp=2), GridSpec(pp=2))
->>> role = role_of(topology, rank=1)
->>> role.layout.value, list(role.modules), role.modules["vision"].position
-('non_colocated', ['vision'], {'tp': 0, 'cp': 0, 'dp': 1, 'pp': 0})
->>> role.has_modality_modules, role.modality_module_names, role.has_language_module
+>>> from mimogrid.core.base.grid import Axis
+>>> grids = {"vision": Grid((Axis("dp", 2),)), "language": Grid((Axis("tp", 1), Axis("pp", 2)), offset=2)}
+>>> def role(rank):
+...     return role_on(grids, rank, chunks={"language": 2}, language_modules=["language"])
+>>> role(1).layout.value, list(role(1).modules), role(1).modules["vision"].position
+('non_colocated', ['vision'], {'dp': 1})
+>>> role(1).has_modality_modules, role(1).modality_module_names, role(1).has_language_module
 (True, ('vision',), False)
+>>> [str(stage) for stage in role(3).modules["language"].stages]
+['language.1', 'language.1.1']
+>>> role(3).group("language", "pp")
+(2, 3)
 
-Both ends of the language model are asked about from anywhere, and a rank is in no stage of what it has not:
+Any rank knows whether it has the first or the last stage of a module. A rank has no stage of what it does not host:
 
->>> [role_of(topology, rank).is_first_stage("language") for rank in range(4)]
+>>> [role(rank).is_first_stage("language") for rank in range(4)]
 [False, False, True, False]
->>> [role_of(topology, rank).is_last_stage("language") for rank in range(4)]
+>>> [role(rank).is_last_stage("language") for rank in range(4)]
 [False, False, False, True]
 
-Grids may share ranks, all or some. Here rank 1 has an encoder dp rank and the language model's first stage:
+Grids may share ranks, all or some, and a rank in no grid has a role, too: it idles.
 
->>> topology = planned(GridSpec(dp=2), GridSpec(pp=2, offset=1))
->>> role = role_of(topology, rank=1)
->>> role.layout.value, {name: info.pp for name, info in role.modules.items()}
+>>> grids = {"vision": Grid((Axis("dp", 2),)), "language": Grid((Axis("pp", 2),), offset=1)}
+>>> role(1).layout.value, {name: info.pp for name, info in role(1).modules.items()}
 ('colocated', {'vision': 0, 'language': 0})
->>> role_of(planned(GridSpec(tp=2), GridSpec(tp=2, offset=0)), rank=1).layout.value
-'unified'
-
-And a rank in no grid has a role, too: it idles.
-
->>> topology = planned(GridSpec(), GridSpec(), world_size=3)
->>> role = role_of(topology, rank=2)
->>> role.is_idle, list(role.modules), role.is_first_stage("vision")
+>>> role(9).is_idle, list(role(9).modules), role(9).is_first_stage("vision")
 (True, [], False)
 
-The vocabulary (layout, stage information, rank role and its predicates) is that of Megatron-LM's pull
+The roles of a job (`role_of`) also have their stages with layers and parameters, and the links on which these receive
+and send. The vocabulary (layout, stage information, rank role and its predicates) is that of Megatron-LM's pull
 request 3211; there a rank asks its process groups, serves one module, and cannot be idle.
 """
 
 import enum
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol
 
 import attrs
 
-from mimogrid.core.topology.topology import Topology
+from mimogrid.core.base.grid import Grid
+from mimogrid.core.topology.stages import Link, Stage, StageInfo
 
 
 class ModuleLayout(enum.Enum):
     """How the modules of a job share the ranks.
 
-    UNIFIED: all modules on all ranks under one grid. NON_COLOCATED: every module has ranks of its own.
+    UNIFIED: all modules are on all ranks under one grid. NON_COLOCATED: every module has ranks of its own.
     COLOCATED: some ranks host stages of several modules, under grids that differ.
     """
 
@@ -74,9 +62,14 @@ class ModuleLayout(enum.Enum):
 
 @attrs.frozen
 class ModuleStageInfo:
-    """A rank's place in one module: its stage along pp, and its position on every axis.
+    """A rank's place in one module.
 
-    Axes are tp, cp, dp and pp, and for the module's experts expert_tp, ep and expert_dp.
+    Attributes:
+        module: the name of the module.
+        pp: the rank's position along pp.
+        is_first_stage, is_last_stage: whether the first or the last stage of the module is among the rank's stages.
+        position: the rank's position on every axis: tp, cp, dp and pp, and for experts expert_tp, ep and expert_dp.
+        stages: the rank's stages of the module, one for each of its chunks.
     """
 
     module: str
@@ -84,23 +77,44 @@ class ModuleStageInfo:
     is_first_stage: bool
     is_last_stage: bool
     position: Mapping[str, int]
+    stages: tuple[Stage, ...] = ()
 
 
 @attrs.frozen
 class RankRole:
-    """What a rank does: the modules that it hosts, in file order. A rank in no grid hosts none: it idles."""
+    """What a rank does: the modules that it hosts, its stages of them, its groups and its neighbours.
+
+    Attributes:
+        rank: the rank.
+        layout: how the modules share the ranks.
+        modules: the rank's place in each module that it hosts, in file order; a rank in no grid hosts none.
+        language_modules: the language models of the job, wherever they are.
+        grids: of every module of the job its grid, and then the view of its experts if it has any.
+        stages: the stages of the rank, every chunk of every module; only a job knows them (`role_of`).
+        links_in: the links on which these stages receive activations.
+        links_out: the links on which these stages send activations.
+    """
 
     rank: int
     layout: ModuleLayout
     modules: Mapping[str, ModuleStageInfo]
     language_modules: tuple[str, ...]
+    grids: Mapping[str, tuple[Grid, ...]] = attrs.field(factory=dict[str, tuple[Grid, ...]], repr=False)
+    stages: tuple[StageInfo, ...] = attrs.field(default=(), repr=False)
+    links_in: tuple[Link, ...] = ()
+    links_out: tuple[Link, ...] = ()
+
+    @property
+    def mode(self) -> ModuleLayout:
+        """The layout, by the name that it has in Megatron-LM."""
+        return self.layout
 
     def is_first_stage(self, module: str) -> bool:
-        """Whether the rank is in the first stage of the module; False where it does not host it."""
+        """Whether the rank has the first stage of the module; False where it does not host it."""
         return module in self.modules and self.modules[module].is_first_stage
 
     def is_last_stage(self, module: str) -> bool:
-        """Whether the rank is in the last stage of the module; False where it does not host it."""
+        """Whether the rank has the last stage of the module; False where it does not host it."""
         return module in self.modules and self.modules[module].is_last_stage
 
     @property
@@ -115,43 +129,109 @@ class RankRole:
 
     @property
     def has_modality_modules(self) -> bool:
-        """Whether the rank hosts a module that is no language model."""
+        """Whether the rank hosts a module that is not a language model."""
         return bool(self.modality_module_names)
 
     @property
     def modality_module_names(self) -> tuple[str, ...]:
-        """The modules of this rank that are no language model."""
+        """The modules of this rank that are not language models."""
         return tuple(name for name in self.modules if name not in self.language_modules)
 
+    def group(self, module: str, axes: str | Iterable[str]) -> tuple[int, ...]:
+        """Return the ranks of the process group that this rank is in along axes of a module, those of experts included.
 
-def layout_of(topology: Topology) -> ModuleLayout:
-    """Return how the modules share the ranks."""
-    grids = [module.grid for module in topology.modules.values()]
-    if all(grid == grids[0] for grid in grids):
+        Raises KeyError for a module that is not in the job, ValueError for an axis that its grids lack.
+        """
+        names = (axes,) if isinstance(axes, str) else tuple(axes)
+        grids = self.grids[module]
+        has_all = (grid for grid in grids if {axis.name for axis in grid.axes}.issuperset(names))
+        return next(has_all, grids[0]).group_of(self.rank, names)
+
+    def of_chunk(self, chunk: int) -> "RankRole":
+        """Return the part of the role that concerns one chunk of each module: first and last are said of its stage."""
+        mine = {info.stage: info for info in self.stages if info.stage.chunk == chunk}
+        return attrs.evolve(
+            self,
+            modules={
+                stage.module: attrs.evolve(
+                    self.modules[stage.module],
+                    is_first_stage=info.first,
+                    is_last_stage=info.last,
+                    stages=(stage,),
+                )
+                for stage, info in mine.items()
+            },
+            stages=tuple(mine.values()),
+            links_in=tuple(link for link in self.links_in if link.target in mine),
+            links_out=tuple(link for link in self.links_out if link.source in mine),
+        )
+
+
+def layout_of(grids: Iterable[Grid]) -> ModuleLayout:
+    """Return how modules on these grids share the ranks."""
+    by_offset = sorted(grids, key=lambda grid: grid.offset)
+    if all(grid == by_offset[0] for grid in by_offset):
         return ModuleLayout.UNIFIED
-    overlap = any(
-        a.offset < b.offset + b.size and b.offset < a.offset + a.size
-        for a, b in itertools.combinations(grids, 2)
-    )
+    overlap = any(b.offset < a.offset + a.size for a, b in itertools.pairwise(by_offset))
     return ModuleLayout.COLOCATED if overlap else ModuleLayout.NON_COLOCATED
 
 
-def role_of(topology: Topology, rank: int) -> RankRole:
-    """Return a rank's role. Raises ValueError for a rank outside the world."""
-    if not 0 <= rank < topology.world_size:
-        raise ValueError(f"rank {rank} is not in the world 0..{topology.world_size - 1}")
+def role_on(
+    grids: Mapping[str, Grid],
+    rank: int,
+    *,
+    chunks: Mapping[str, int] | None = None,
+    experts: Mapping[str, Grid] | None = None,
+    language_modules: Collection[str] = (),
+) -> RankRole:
+    """Return a rank's role on the grids of some modules.
+
+    `chunks` says how many chunks a rank has of a module (1 where it is not named), `experts` which view the experts of
+    a module are laid under. The role knows its stages by name only; `role_of` gives that of a job.
+    """
+    chunks, experts = chunks or {}, experts or {}
+    views = {name: (grid, experts[name]) if name in experts else (grid,) for name, grid in grids.items()}
     return RankRole(
         rank=rank,
-        layout=layout_of(topology),
+        layout=layout_of(grids.values()),
         modules={
-            info.stage.module: ModuleStageInfo(
-                module=info.stage.module,
-                pp=info.stage.pp,
-                is_first_stage=info.stage.pp == 0,
-                is_last_stage=info.stage.pp == topology.modules[info.stage.module].grid.extent("pp") - 1,
-                position=topology.modules[info.stage.module].position(rank),
-            )
-            for info in topology.stages_of(rank)
+            name: _place(name, of_module, rank, chunks.get(name, 1))
+            for name, of_module in views.items()
+            if rank in of_module[0]
         },
-        language_modules=topology.graph.texts,
+        language_modules=tuple(language_modules),
+        grids=views,
     )
+
+
+def _place(module: str, grids: tuple[Grid, ...], rank: int, chunks: int) -> ModuleStageInfo:
+    position = {axis: i for grid in grids for axis, i in grid.position(rank).items()}
+    pp = position.get("pp", 0)
+    return ModuleStageInfo(
+        module=module,
+        pp=pp,
+        is_first_stage=pp == 0,
+        is_last_stage=pp == grids[0].extent("pp") - 1,
+        position=position,
+        stages=tuple(Stage(module, pp, chunk) for chunk in range(chunks)),
+    )
+
+
+class HasRoles(Protocol):
+    """A topology, as far as roles are concerned."""
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        ...
+
+    def role(self, rank: int) -> RankRole:
+        """Return the role of a rank."""
+        ...
+
+
+def role_of(topology: HasRoles, rank: int) -> RankRole:
+    """Return a rank's role in a job (`Topology.role`). Raises ValueError for a rank outside the world."""
+    if not 0 <= rank < topology.world_size:
+        raise ValueError(f"rank {rank} is not in the world 0..{topology.world_size - 1}")
+    return topology.role(rank)

@@ -13,92 +13,14 @@ import attrs
 from mimogrid.core.base.experts import block_of, ep_dp_ranks_of
 from mimogrid.core.base.grid import Grid
 from mimogrid.core.base.samples import dp_ranks_over, dp_samples
-from mimogrid.core.job.graph import Graph
-from mimogrid.core.job.models import (
-    HEAD,
-    PROJECTOR,
-    BuiltIn,
-    Gpt,
-    Own,
-    Parameter,
-)
+from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.job.models import BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.job.spec import JobSpec, SourceFacts
+from mimogrid.core.topology.roles import RankRole, role_on
+from mimogrid.core.topology.stages import UNKNOWN, Edge, Link, Stage, StageInfo
 
 
-UNKNOWN = "*"
-"""Stands among the trainable names for the parameters of an own module, known once it is built."""
-
-
-@attrs.frozen(order=True, cache_hash=True)
-class Stage:
-    """One stage of a module: its position along pp, and which of the rank's chunks. Prints ``name.pp``.
-
-    >>> print(Stage("language", 1), Stage("language", 1, chunk=2))
-    language.1 language.1.2
-    """
-
-    module: str
-    pp: int
-    chunk: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.pp}" + (f".{self.chunk}" if self.chunk else "")
-
-
-@attrs.frozen(cache_hash=True)
-class Edge:
-    """Rows flow from the last stage of `source` to the first of `target`, `width` values each."""
-
-    source: str
-    target: str
-    width: int
-    projected: bool
-
-    def __str__(self) -> str:
-        return f"{self.source} -> {self.target}"
-
-
-@attrs.frozen(cache_hash=True)
-class Link:
-    """Data flows from one stage to another: inside a module (a pipeline link) or along an edge (a bridge)."""
-
-    source: Stage
-    target: Stage
-    edge: Edge | None
-
-    def __str__(self) -> str:
-        return f"{self.source} -> {self.target}"
-
-
-@attrs.frozen
-class StageInfo:
-    """A stage with its layers, its parameters and its place in the whole.
-
-    `depth` counts the stages from here to the loss along the longest path, this one included;
-    `trains_upstream` says that something before it trains, so that gradients of its inputs are wanted.
-    """
-
-    stage: Stage
-    layers: range
-    first: bool
-    last: bool
-    depth: int
-    parameters: tuple[Parameter, ...]
-    trainable: frozenset[str]
-    trains_upstream: bool
-
-    @property
-    def backward(self) -> bool:
-        """Whether the stage has a backward at all: something here or upstream trains."""
-        return self.trains_upstream or bool(self.trainable)
-
-    def trains_up_to(self, link: Link) -> bool:
-        """Whether anything that a link's data comes through trains; a head and other projectors do not count."""
-        mine = f"{PROJECTOR}{link.target.module}."
-        return self.trains_upstream or any(
-            link.edge is None or name.startswith(mine) or not name.startswith((PROJECTOR, HEAD))
-            for name in self.trainable
-        )
+__all__ = ["UNKNOWN", "Edge", "Link", "Module", "Stage", "StageInfo", "Topology"]
 
 
 @attrs.frozen
@@ -120,6 +42,11 @@ class Module:
     def dp_size(self) -> int:
         """Data dp ranks: how many different shares of a microbatch its ranks work on."""
         return self.grid.extent("dp")
+
+    @property
+    def chunks(self) -> int:
+        """How many stages of the module each of its ranks has."""
+        return len(self.stages) // self.grid.extent("pp")
 
     @property
     def cp(self) -> int:
@@ -216,7 +143,7 @@ class Topology:
 
     spec: JobSpec
     source: SourceFacts
-    graph: Graph
+    graph: ModuleGraph
     modules: Mapping[str, Module]
     world_size: int
 
@@ -281,15 +208,50 @@ class Topology:
     def _links_by_target(self) -> Mapping[Stage, tuple[Link, ...]]:
         return {s: tuple(link for link in self.links if link.target == s) for s in self.stages}
 
-    def stages_of(self, rank: int) -> tuple[StageInfo, ...]:
-        """Return the stages that a rank hosts, in file order."""
+    @functools.cached_property
+    def language_modules(self) -> tuple[str, ...]:
+        """The language models: modules that read text, and the user's own modules that have a loss on text.
+
+        The plan does not know what a user's own module reads. It counts one with a loss, unless the source says that
+        its samples have no text.
+        """
+        has_text = self.source.length != 0
         return tuple(
-            info
-            for module in self.modules.values()
-            if rank in module.grid
-            for pp in (module.grid.position_along("pp", rank),)
-            for info in module.stages
-            if info.stage.pp == pp
+            name
+            for name, module in self.modules.items()
+            if module.model.reads_text
+            or (isinstance(module.model, Own) and module.model.has_loss and has_text)
+        )
+
+    def role(self, rank: int) -> RankRole:
+        """Return a rank's role; a rank outside the world idles."""
+        if rank not in self._roles:
+            self._roles[rank] = self._role(rank)
+        return self._roles[rank]
+
+    @functools.cached_property
+    def _roles(self) -> dict[int, RankRole]:
+        """The roles that were asked for: a world may have 10,000."""
+        return {}
+
+    def _role(self, rank: int) -> RankRole:
+        role = self._role_on_grids(rank)
+        stages = [stage for info in role.modules.values() for stage in info.stages]
+        return attrs.evolve(
+            role,
+            stages=tuple(self.stages[stage] for stage in stages),
+            links_in=tuple(link for stage in stages for link in self.links_into(stage)),
+            links_out=tuple(link for stage in stages for link in self.links_from(stage)),
+        )
+
+    @functools.cached_property
+    def _role_on_grids(self) -> functools.partial[RankRole]:
+        return functools.partial(
+            role_on,
+            {name: module.grid for name, module in self.modules.items()},
+            chunks={name: module.chunks for name, module in self.modules.items()},
+            experts={name: module.experts for name, module in self.modules.items() if module.experts},
+            language_modules=self.language_modules,
         )
 
 

@@ -234,14 +234,16 @@ def optimizer_bytes(topology: Topology, rank: int) -> int:
     spec = topology.spec
     width, states = MAIN_BYTES[spec.precision], len(states_of(spec.optimizer))
     total = 0
-    for info in topology.stages_of(rank):
+    for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
         for bucket in buckets_of(topology, info, rank):
-            own = (sharing_ranks(module, rank, bucket.section).index(rank),)
-            shards = own if spec.optimizer.sharded else range(bucket.shards)
-            values = sum(part.stop - part.start for shard in shards for part in bucket.parts(shard))
-            main = sum(len(bucket.shard(shard)) for shard in shards) if spec.precision in HALF else 0
-            total += width * (states * values + main)
+            if spec.optimizer.sharded:
+                own = sharing_ranks(module, rank, bucket.section).index(rank)
+                values = sum(part.stop - part.start for part in bucket.parts(own))
+                main = len(bucket.shard(own))
+            else:
+                values, main = sum(span.size for span in bucket.spans), bucket.size
+            total += width * (states * values + (main if spec.precision in HALF else 0))
     return total
 
 

@@ -85,7 +85,7 @@ def show(job: Job, given: argparse.Namespace) -> int:
         print_json({"programs": programs})
         return 0
     for rank, actions in programs.items():
-        hosted = ", ".join(str(info.stage) for info in job.topology.stages_of(rank))
+        hosted = ", ".join(str(info.stage) for info in job.topology.role(rank).stages)
         print(f"rank {rank}    # {hosted or 'idles: it is in no grid'}")
         for action in actions:
             print(f"    {action}")

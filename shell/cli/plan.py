@@ -145,7 +145,7 @@ def _layout_values(layout: Layout, found: Plan) -> dict[str, Any]:
         "own": layout.spec == found.own.spec,
         "reason": layout.reason,
         "step_time": layout.step_s if runs else None,
-        "limit": layout.limit_s if runs else None,
+        "limit": layout.lower_bound_s if runs else None,
         "tokens_per_s_per_gpu": layout.tokens_per_s_per_gpu if runs else None,
         "active_gpus": layout.active if runs else None,
         "bubble": layout.bubble if runs else None,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mimogrid.core.job.models import FIRST, LAST, Own
 from mimogrid.core.step.traffic import EdgeTraffic
-from mimogrid.core.topology.roles import ModuleLayout, RankRole, layout_of
+from mimogrid.core.topology.roles import ModuleLayout, RankRole
 from mimogrid.core.topology.topology import Module, Topology
 
 
@@ -77,7 +77,7 @@ def rank_map(topology: Topology) -> Iterator[str]:
 
 
 def _column(topology: Topology, rank: int) -> Mapping[str, str]:
-    return {info.stage.module: str(info.stage.pp) for info in topology.stages_of(rank)}
+    return {info.stage.module: str(info.stage.pp) for info in topology.role(rank).stages}
 
 
 def _span(run: Sequence[int]) -> str:
@@ -148,7 +148,7 @@ def _edges_table(topology: Topology, traffic: Sequence[EdgeTraffic]) -> Table:
 def _world_line(topology: Topology) -> str:
     idle = topology.world_size - len(topology.ranks)
     ranks = f"{topology.world_size} rank{'s' if topology.world_size > 1 else ''}"
-    layout = layout_of(topology)
+    layout = topology.role(0).layout
     idling = f"; {idle} idle ({_idle_ranks(topology)})" if idle else ""
     return f"{ranks}, {layout.value}: {LAYOUTS[layout]}{idling}."
 

@@ -17,24 +17,23 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import perfetto
-from mimogrid.core.draw.marks import in_bytes
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
 from mimogrid.core.job.costs import Costs
-from mimogrid.core.job.validation import SCHEDULES
+from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.assumed import ASSUMED, assumed
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.layer_split import topology_of
-from mimogrid.core.simulate import MANY, simulate
+from mimogrid.core.simulate import MANY, rank_classes_of, simulate
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, idle_s, idle_s_by_rank, shares
 from mimogrid.core.simulate.memory import Level, peaks
-from mimogrid.core.simulate.rank_classes import Classes
-from mimogrid.core.simulate.rank_timelines import Timeline
-from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS
+from mimogrid.core.simulate.rank_classes import RankClasses
+from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.job import costfile
@@ -181,7 +180,7 @@ def _tell(job: Job, given: argparse.Namespace) -> None:
         print(text(timeline.events, width=width), end="\n\n")
     else:
         members = timeline.classes.members
-        events, _ = timeline.events_and_flights(members)
+        events = [event for rank in members for event in timeline.events_of(rank)]
         print(f"{_many(timeline)}; one rank of each class stands for the others.\n")
         print(text(events, width=width, members=members), end="\n\n")
     print(f"{_summary(timeline)}.")
@@ -247,7 +246,10 @@ def _simulated(planned: _Planned, given: argparse.Namespace, draw: int = 0) -> S
     step = job.step(given.step + draw * given.ragged)
     duration_factors = DurationFactors(step, ragged=given.ragged, jitter=given.jitter, seed=given.seed + draw)
     paced = duration_factors if given.ragged or given.jitter else None
-    timeline = simulate(plan_step(step, job.order), costs, duration_factors=paced, told=_tell_classes)
+    program = plan_step(step, job.order)
+    classes = rank_classes_of(program, costs, paced)
+    _tell_classes(classes)
+    timeline = simulate(program, costs, duration_factors=paced, classes=classes)
     return Simulated(
         job,
         planned.told_costs,
@@ -258,7 +260,7 @@ def _simulated(planned: _Planned, given: argparse.Namespace, draw: int = 0) -> S
     )
 
 
-def _tell_classes(classes: Classes) -> None:
+def _tell_classes(classes: RankClasses) -> None:
     """Say beforehand what takes minutes: that many ranks are timed one by one."""
     count = len(classes.members)
     if count > MANY:
@@ -276,8 +278,8 @@ def _values(found: Simulated) -> dict[str, Any]:
         "costs": found.told_costs,
         "schedule": found.job.spec.schedule.name,
         "step_time": timeline.step_s,
-        "limit": timeline.limit_s,
-        "ratio_to_limit": timeline.ratio_to_limit,
+        "limit": timeline.lower_bound_s,
+        "ratio_to_limit": timeline.ratio_to_bound,
         "bubble": timeline.bubble,
         "samples_per_s": found.samples_per_s,
         "tokens_per_s": found.tokens_per_s,
@@ -311,7 +313,7 @@ def _values(found: Simulated) -> dict[str, Any]:
 
 def _summary(timeline: Timeline) -> str:
     return (
-        f"step {timeline.step_s:.6g} s, {timeline.ratio_to_limit:.3f} x the limit; "
+        f"step {timeline.step_s:.6g} s, {timeline.ratio_to_bound:.3f} x the limit; "
         f"ranks compute nothing in {timeline.bubble:.1%} of it"
     )
 
@@ -434,7 +436,7 @@ def _table(what: str, found: Mapping[str, Simulated]) -> None:
         speeds = (one.samples_per_s, one.tokens_per_s)
         told = [f"{speed / count:.4g}" if speed else "-" for speed in speeds for count in (1, _ranks(one))]
         flying = max(timeline.peak_in_flight.values(), default=0)
-        numbers = (f"{timeline.step_s:.6g}", f"{timeline.ratio_to_limit:.3f}", f"{timeline.bubble:.1%}")
+        numbers = (f"{timeline.step_s:.6g}", f"{timeline.ratio_to_bound:.3f}", f"{timeline.bubble:.1%}")
         rows.append((name, *numbers, in_bytes(one.peak[1].bytes), str(flying), *told))
     wide = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     for row in rows:

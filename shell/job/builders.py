@@ -19,6 +19,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.moved import current_path
 
 
 TORCH = frozenset({"torch", "torchvision", "torchaudio", "megatron", "transformer_engine"})
@@ -95,6 +96,7 @@ class FoundFunction:
 
 def find(path: str, *, where: str) -> FoundFunction:
     """Find ``package.module:function``. Raises PlanError, placed at `where`, if it is not there."""
+    path = current_path(path)
     module, _, function = path.partition(":")
     spec = _spec_of(module, where, path)
     source = _source_of(spec)

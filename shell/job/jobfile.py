@@ -23,7 +23,8 @@ from cattrs.gen import override
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import BUILT_IN
-from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
+from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, ModuleSpec
+from mimogrid.moved import current_path
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.hf import lay_options
 from mimogrid.shell.job.tables import TableProblem, Wrong, converted, dotted, new_converter, shown, table_hook
@@ -321,6 +322,8 @@ def _job_converter() -> Converter:
     converter.register_structure_hook_factory(lambda kind: bool(kind == options_type), lambda _: options_hook)
     module = table_hook(converter, ModuleSpec, model=override(struct_hook=_model))
     converter.register_structure_hook(ModuleSpec, module_hook)
+    source = override(struct_hook=lambda value, _: current_path(converter.structure(value, str)))
+    converter.register_structure_hook(DataSpec, table_hook(converter, DataSpec, source=source))
     return converter
 
 
@@ -336,7 +339,7 @@ def _model(value: Any, _: Any) -> str:
     if not OWN_PATH.fullmatch(value):
         message = f"'{value}' is not of the form package.module:function."
         raise Wrong(message, "Name a module of Python and a function in it.")
-    return value
+    return current_path(value)
 
 
 CONVERTER = _job_converter()

@@ -22,7 +22,7 @@ from mimogrid.core.topology.roles import RankRole
 def open_log(folder: Path, role: RankRole, *, speaks: bool) -> Iterator[FilteringBoundLogger]:
     """Open this rank's log in a run folder; with `speaks`, its lines also go to the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
-    stages = [f"{module.module}.{module.pp}" for module in role.modules.values()]
+    stages = [str(info.stage) for info in role.stages]
     with (folder / f"rank-{role.rank}.jsonl").open("a", encoding="utf-8") as file:
         log: FilteringBoundLogger = structlog.wrap_logger(
             None,

@@ -16,7 +16,6 @@ from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.measured import mean_costs, measured
 from mimogrid.core.simulate.timeline import Event
-from mimogrid.core.topology.roles import layout_of
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
@@ -118,7 +117,7 @@ def compose(
     }
     first, *others = accuracy.items() if accuracy else [(None, None)]
     return {
-        "layout": layout_of(runtime.topology).value,
+        "layout": runtime.topology.role(runtime.rank).layout.value,
         "world_size": runtime.topology.world_size,
         "steps": runtime.job.spec.train.steps,
         "skipped_steps": tally.skipped,

@@ -27,7 +27,7 @@ def host_stages(
 ) -> dict[Stage, Hosted]:
     """Build the stages of a rank; `given` are networks that are there already, in a list where there are chunks."""
     found = {}
-    for info in job.topology.stages_of(rank):
+    for info in job.topology.role(rank).stages:
         network = given.get(info.stage.module)
         if network is not None and job.spec.modules[info.stage.module].chunks > 1:
             assert isinstance(network, nn.ModuleList)
@@ -40,7 +40,7 @@ def _host(
     info: StageInfo, job: Job, rank: int, groups: Groups, *, device: Device, given: nn.Module | None
 ) -> Hosted:
     module, dtype = job.topology.modules[info.stage.module], DTYPES[job.spec.precision]
-    of_module = groups.of_module(module)
+    of_module = groups.of_module(job.topology.role(rank), module.name)
     network = build_stage(job.topology, info, of_module, device=device.torch, dtype=dtype, user_module=given)
     # Main weights begin as they were drawn, not as half precision rounds them.
     full = {name: weight.detach() for name, weight in named_weights(network).items()}

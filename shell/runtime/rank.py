@@ -80,11 +80,11 @@ class RankRuntime:
         self.stop_request = stop_request
         self._before: tuple[tuple[Timed, ...], float] = (), 0.0
         self.stages_by_rank = {
-            r: " ".join(str(info.stage) for info in self.topology.stages_of(r)) for r in self.topology.ranks
+            r: " ".join(str(info.stage) for info in self.topology.role(r).stages) for r in self.topology.ranks
         }
         self._groups = groups
         self._transport = Transport(self.topology, groups, device)
-        built = {info.stage.module for info in self.topology.stages_of(rank)} - (given or {}).keys()
+        built = {info.stage.module for info in self.topology.role(rank).stages} - (given or {}).keys()
         engine.agree(built, self.topology, self.group, device.torch)
         hosted = host_stages(job, rank, groups, device, given or {})
         self.stages: dict[Stage, StageRunner] = {stage: each.runner for stage, each in hosted.items()}

@@ -54,7 +54,7 @@ def _explained(error: Exception, heartbeat: Heartbeat, job: Job) -> DiagnosedErr
 
 
 def _with_stages(finding: Diagnosis, job: Job) -> Diagnosis:
-    infos = job.topology.stages_of(finding.about.rank)
+    infos = job.topology.role(finding.about.rank).stages
     return attrs.evolve(finding, stages=tuple(info.stage for info in infos))
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from mimogrid.core.base.experts import TOGETHER
 from mimogrid.core.topology.groups import PARTIAL_AXES, Opening, Purpose, Ranks, channels_of, openings_of
-from mimogrid.core.topology.topology import Module, Topology
+from mimogrid.core.topology.roles import RankRole
+from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.device.device import Device
 from mimogrid.shell.world.world import World
 
@@ -57,22 +58,21 @@ class Groups:
     channels: Mapping[Ranks, dist.ProcessGroup]
     outside: Sequence[int]
 
-    def of_module(self, module: Module) -> ModuleGroups:
-        """Return a module's groups. The rank must host the module."""
+    def of_module(self, role: RankRole, module: str) -> ModuleGroups:
+        """Return the groups of a module that the rank hosts."""
 
         def along(*axes: str) -> dist.ProcessGroup:
-            return self.by_ranks[module.grid.group_of(self.rank, axes)]
+            return self.by_ranks[role.group(module, axes)]
 
         def among(*axes: str) -> dist.ProcessGroup:
-            ranks = module.experts.group_of(self.rank, axes) if module.experts else (self.rank,)
-            return self.by_ranks[ranks]
+            return along(*axes) if "ep" in role.modules[module].position else self.by_ranks[self.rank,]
 
-        pipeline = module.grid.group_of(self.rank, "pp")
+        pipeline = role.group(module, "pp")
         return ModuleGroups(
             tp=along("tp"),
             cp=along("cp"),
             dp=along("cp", "dp"),
-            partial=self.by_ranks.get(module.grid.group_of(self.rank, PARTIAL_AXES)),
+            partial=self.by_ranks.get(role.group(module, PARTIAL_AXES)),
             pp=self.by_ranks[self.rank,],
             tp_cp_ranks=along("tp", "cp"),
             together=among(*TOGETHER),

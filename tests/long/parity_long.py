@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 
 from layouts import layouts
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.topology.roles import layout_of
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.parity import Verdict
@@ -112,7 +111,7 @@ model on one process. The last run:
 def features(job: Job) -> list[str]:
     """Return what a layout has, in words that are counted."""
     modules = job.topology.modules.values()
-    found = ["layouts", layout_of(job.topology).value]
+    found = ["layouts", job.topology.role(0).layout.value]
     for axis in ("tp", "cp", "pp", "dp"):
         found += [f"with {axis}"] * any(module.grid.extent(axis) > 1 for module in modules)
     written = job.spec.modules.values()

@@ -20,7 +20,7 @@ import attrs
 from hypothesis import strategies as st
 
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import Block, BuiltIn, Gpt, Regressor, Vit
 from mimogrid.core.job.placement import graph_of
 from mimogrid.core.job.spec import (
@@ -117,7 +117,7 @@ def _parts(grid: GridSpec) -> int:
     return (grid.tp if grid.sequence_parallel else 1) * (2 * grid.cp if grid.cp > 1 else 1)
 
 
-def _longest(graph: Graph, rows: Mapping[str, list[int]], text: list[int]) -> int:
+def _longest(graph: ModuleGraph, rows: Mapping[str, list[int]], text: list[int]) -> int:
     most = Sample(id=0, length=text[1], rows={name: high for name, (_, high) in rows.items()})
     emitted = graph.rows_out(most)
     return max((emitted[name] for name in graph.texts), default=1)

@@ -128,7 +128,7 @@ def stepped(  # noqa: PLR0917 -- what a pool calls has no keywords
     encoder_inputs: Mapping[str, str] | None,
 ) -> Stepped:
     """Evaluate the first samples in a job's program, then train on them."""
-    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place):
         made = megatrons.config_of(**config, here=hosted)
         function = forward_backward_func(job, made, encoder_inputs=encoder_inputs, optimizer="host")
@@ -184,7 +184,7 @@ def miscounted(place: Place, job: Job, config: Mapping[str, Any]) -> tuple[str, 
         return (output * loss_mask).sum(), loss_mask.numel(), {}
 
     with host(place):
-        hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+        hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
         function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
         for weight in function.embedded.parameters():
             nn.init.normal_(weight, std=0.1)
@@ -212,7 +212,7 @@ def failing(place: Place, job: Job, config: Mapping[str, Any], broken: int) -> t
         return output, partial(of_losses, loss_mask)
 
     with host(place):
-        hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+        hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
         function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
         for weight in function.embedded.parameters():
             nn.init.normal_(weight, std=0.1)
@@ -234,7 +234,7 @@ def meaning(place: Place, job: Job, config: Mapping[str, Any]) -> str:
         return mean, {"lm loss": mean}
 
     with host(place):
-        hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+        hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
         function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
         arguments = {
             "forward_step_func": step_with(loss),

@@ -301,7 +301,7 @@ def trained(
     options: Mapping[str, Any],
 ) -> Seen:
     """Evaluate the first step of a job, then take it, with networks of the model and the weights of a whole one."""
-    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place), exact_routing():
         made = config_of(**config, here=hosted)
         eye = arranged if config.get("eye") else "pixels"
@@ -426,7 +426,7 @@ def saved(
 
     The state is what all keep: weights, and what the optimizer keeps for each.
     """
-    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place), exact_routing():
         made = config_of(**config, here=hosted)
         function = forward_backward_func(job, made, encoder_inputs={"vision": "pixels"})
@@ -454,7 +454,7 @@ def saved(
 
 def begun(place: Place, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return this rank's weights of the language model as they begin, each rank having drawn its own."""
-    hosted = {info.stage.module: len(info.layers) for info in job.topology.stages_of(place.rank)}
+    hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place):
         with mock.patch.object(torch_module, "draw_bits", return_value=place.rank):
             function = forward_backward_func(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.spec import SourceFacts
 from mimogrid.shell.job.sources.synthetic import PLACEHOLDER, Synthetic, synthetic
 
@@ -169,7 +169,7 @@ def _every_other(count: int, total: int) -> tuple[int, ...]:
 
 def written(
     *,
-    graph: Graph,
+    graph: ModuleGraph,
     models: Mapping[str, Any],
     seed: int,
     size: int = 1,
@@ -235,7 +235,7 @@ class Lying(WithFacts):
 
 def lying(
     *,
-    graph: Graph,
+    graph: ModuleGraph,
     models: Mapping[str, Any],
     seed: int,
     wrong: str,

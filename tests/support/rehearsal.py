@@ -176,7 +176,7 @@ class _Rank:
         self.sums: dict[Reduce, tuple[tuple[int, ...], int]] = {}
         self.summed: dict[Reduce, Number] = {}
         self.computes: collections.Counter[tuple[int, ...]] = collections.Counter()
-        self.weights = {info.stage: of("weights", info.stage) for info in self.topology.stages_of(number)}
+        self.weights = {info.stage: of("weights", info.stage) for info in self.topology.role(number).stages}
         self.agreed: Number | None = None
 
     def do(self, action: Action) -> bool:

@@ -25,7 +25,7 @@ from layouts import job as written
 from mimogrid.core.base.errors import WorldError
 from mimogrid.core.base.hashing import draw_integer
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.spec import JobSpec, SourceFacts, TrainSpec
 from mimogrid.core.program.lower import plan_step
 from mimogrid.shell.checkpoint import manifest, saving
@@ -79,7 +79,7 @@ class Epochs:
         return self.inner.load(self._within(sample_id), module)
 
 
-def epochs(*, graph: Graph, models: Mapping[str, Any], seed: int, **options: Any) -> Epochs:
+def epochs(*, graph: ModuleGraph, models: Mapping[str, Any], seed: int, **options: Any) -> Epochs:
     """Open the data set; options are those of `synthetic`."""
     made, facts, problems = synthetic(graph=graph, models=models, seed=seed, options=options)
     assert made is not None, problems

@@ -1,4 +1,4 @@
-"""Timed jobs: jobs on any small grids with any rows, costs and pace, drawn at random."""
+"""Timed jobs: jobs on small grids with any rows, costs and duration factors, drawn at random; timed rank by rank."""
 
 import attrs
 from hypothesis import note
@@ -6,6 +6,10 @@ from hypothesis import strategies as st
 
 from jobs import job, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
+from mimogrid.core.program.lower import Program
+from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.rank_classes import each_alone
+from mimogrid.core.simulate.timeline import Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
 
 
@@ -63,3 +67,11 @@ def timed_jobs(draw):
     step = step_with(topology, given_rows)
     ragged, jitter = draw(st.sampled_from([(False, 0.0), (True, 0.0), (False, 0.25), (True, 0.25)]))
     return Costs(stages=stages, edge=edge, edges=edges), DurationFactors(step, ragged=ragged, jitter=jitter)
+
+
+def rank_by_rank(
+    program: Program, costs: Costs, *, duration_factors: DurationFactors | None = None
+) -> Timeline:
+    """Simulate a step in which no rank stands for another."""
+    alone = each_alone(program.topology.ranks)
+    return simulate(program, costs, duration_factors=duration_factors, classes=alone)

@@ -83,7 +83,7 @@ def trainable(place: Place, job: Job) -> Trained | None:
     with open_session(place, job) as session:
         if session.runtime is None:
             return None
-        names = [f"{i.stage.module}.{n}" for i in job.topology.stages_of(place.rank) for n in i.trainable]
+        names = [f"{i.stage.module}.{n}" for i in job.topology.role(place.rank).stages for n in i.trainable]
         weights = _weights(session)
         before = {name: weight.detach().clone() for name, weight in weights.items()}
         for index in range(2):

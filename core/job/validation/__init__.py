@@ -12,7 +12,7 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.checks import one_of
 from mimogrid.core.job.validation.cuts import cut_problems, expert_problems, sharding_problems
 from mimogrid.core.job.validation.data import data_problems, sequence_problems
-from mimogrid.core.job.validation.job import SCHEDULES, job_problems
+from mimogrid.core.job.validation.job import job_problems
 from mimogrid.core.job.validation.optimizer import group_problems
 from mimogrid.core.job.validation.own import own_problems
 from mimogrid.core.job.validation.parameters import freezing_problems
@@ -21,7 +21,7 @@ from mimogrid.core.job.validation.sizes import size_problems
 from mimogrid.core.job.validation.wiring import loss_problems, wiring_problems
 
 
-__all__ = ["SCHEDULES", "parity_problems", "problems_of"]
+__all__ = ["parity_problems", "problems_of"]
 
 RECOMPUTES = ("none", "selective", "full")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import Gpt, Regressor, Transformer, Vit
 from mimogrid.core.job.placement import graph_of
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
@@ -50,7 +50,7 @@ def _features(name: str, module: ModuleSpec, source: SourceFacts) -> Iterator[Pr
         )
 
 
-def _text(name: str, module: ModuleSpec, graph: Graph, source: SourceFacts) -> Iterator[Problem]:
+def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts) -> Iterator[Problem]:
     model = module.options
     assert isinstance(model, Gpt)
     if source.vocab is not None and model.vocab < source.vocab:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.job.spec import JobSpec, TrainSpec
 from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, divisors, one_of
 from mimogrid.core.job.validation.optimizer import optimizer_problems
 
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "auto")
 SAMPLES_MOST = 10_000_000
 """Beyond this a number is a slip of the hand."""
 

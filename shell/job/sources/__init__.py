@@ -6,7 +6,7 @@ it is pure, cheap and free of torch; ``load(sample_id, module)`` is asked only f
 A source of your own is a function ``package.module:function``. It is called with the ``[data] options`` by
 name, and with those of these that its signature takes:
 
-    graph     the module graph (`core.job.graph.Graph`): what feeds what, which modules read rows or text
+    graph     the module graph (`core.job.graph.ModuleGraph`): what feeds what, which modules read rows or text
     models    per module, the options of its built-in model, or the options of an own one as written
     seed      the job's seed: all of a source's randomness hangs on it
 
@@ -23,7 +23,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.placement import graph_of
 from mimogrid.core.job.spec import JobSpec, SourceFacts
 from mimogrid.shell.job.builders import FoundFunction, NeedsTorch, PlanWarning, find
@@ -86,7 +86,7 @@ def open_source(spec: JobSpec) -> Opened:
     return None, SourceFacts(), [Problem("data.source", f"'{name}' is not a built-in source.", remedy)]
 
 
-def _graph(spec: JobSpec) -> Graph | None:
+def _graph(spec: JobSpec) -> ModuleGraph | None:
     try:
         return graph_of(spec)
     except ValueError:
@@ -101,7 +101,7 @@ class _DigitsOptions:
     sequence: int | None = None
 
 
-def _digits(spec: JobSpec, graph: Graph) -> Opened:
+def _digits(spec: JobSpec, graph: ModuleGraph) -> Opened:
     from mimogrid.shell.job.sources.digits import digits  # noqa: PLC0415
 
     read = converted(new_converter(), spec.data.options, _DigitsOptions, ("data", "options"))
@@ -134,7 +134,7 @@ def _digits(spec: JobSpec, graph: Graph) -> Opened:
 # -- sources of the user's own -----------------------------------------------------------------------------
 
 
-def _own(spec: JobSpec, graph: Graph) -> Opened:
+def _own(spec: JobSpec, graph: ModuleGraph) -> Opened:
     """Find a source of the user's own, and run it where that needs no torch that is not there."""
     path, options = spec.data.source, spec.data.options
     sequence = options.get("sequence")
@@ -161,7 +161,7 @@ def _own(spec: JobSpec, graph: Graph) -> Opened:
     return source, facts, problems
 
 
-def _run(found: FoundFunction, spec: JobSpec, graph: Graph) -> Source:
+def _run(found: FoundFunction, spec: JobSpec, graph: ModuleGraph) -> Source:
     """Call the function. Raises PlanError for what it raises, and for what is no source."""
     models = {name: module.options for name, module in spec.modules.items()}
     context: dict[str, Any] = {"graph": graph, "models": models, "seed": spec.seed}

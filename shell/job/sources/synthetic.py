@@ -20,7 +20,7 @@ import attrs
 from mimogrid.core.base.errors import Problem, nearest
 from mimogrid.core.base.hashing import draw_bits, draw_integer, draw_uniform
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import BuiltIn, Gpt, Regressor, Transformer, Vit
 from mimogrid.core.job.spec import SourceFacts
 from mimogrid.shell.job.tables import converted, new_converter
@@ -58,7 +58,7 @@ class Synthetic:
     """
 
     seed: int
-    graph: Graph
+    graph: ModuleGraph
     models: Models
     rows: Mapping[str, tuple[int, int]]
     absent: Mapping[str, float]
@@ -123,7 +123,7 @@ class Synthetic:
 
 
 def synthetic(
-    *, graph: Graph, models: Models, seed: int, options: Mapping[str, Any]
+    *, graph: ModuleGraph, models: Models, seed: int, options: Mapping[str, Any]
 ) -> tuple[Synthetic | None, SourceFacts, tuple[Problem, ...]]:
     """Return the source for a graph and what the plan must know of it, or what is wrong with the options."""
     read = converted(new_converter(), options, Options, ("data", "options"))
@@ -167,7 +167,7 @@ def _features(name: str, model: BuiltIn | Mapping[str, Any], given: Options) -> 
     return FEATURES if isinstance(given.features, Mapping) else given.features
 
 
-def _room_for_text(graph: Graph, sequence: int, rows: Mapping[str, int]) -> tuple[int, int]:
+def _room_for_text(graph: ModuleGraph, sequence: int, rows: Mapping[str, int]) -> tuple[int, int]:
     """The default range of text tokens, cut to what the longest rows leave of the sequence."""
     longest = graph.rows_out(Sample(id=0, length=0, rows=rows))
     room = sequence - max((longest[name] for name in graph.texts), default=0)
@@ -175,7 +175,7 @@ def _room_for_text(graph: Graph, sequence: int, rows: Mapping[str, int]) -> tupl
     return min(TEXT[0], high), high
 
 
-def _problems(given: Options, graph: Graph) -> Iterator[Problem]:
+def _problems(given: Options, graph: ModuleGraph) -> Iterator[Problem]:
     for key in ("rows", "absent", "features"):
         table = getattr(given, key)
         for name in table if isinstance(table, Mapping) else ():
@@ -198,7 +198,7 @@ def _problems(given: Options, graph: Graph) -> Iterator[Problem]:
         yield Problem("data.options.sequence", f"is {given.sequence}.", "Use 1 position or more.")
 
 
-def _not_a_source(where: str, name: str, graph: Graph) -> Iterator[Problem]:
+def _not_a_source(where: str, name: str, graph: ModuleGraph) -> Iterator[Problem]:
     if name in graph.sources:
         return
     if name in graph.texts:

@@ -138,7 +138,7 @@ class OfStage:
         return max(mine, shared / cores)
 
     def _infos(self, rank: int) -> Sequence[StageInfo]:
-        return self.program.topology.stages_of(rank)
+        return self.program.topology.role(rank).stages
 
     def _module(self, stage: Stage) -> Module:
         return self.program.topology.modules[stage.module]

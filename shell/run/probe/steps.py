@@ -12,6 +12,7 @@ import attrs
 import torch.distributed as dist
 
 from mimogrid.core.base.errors import PlanError
+from mimogrid.core.job.schedules import ONE_F_ONE_B, ZB_H1
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.schedule.actions import Action
 from mimogrid.core.schedule.work import may_split
@@ -21,7 +22,7 @@ from mimogrid.shell.run.probe.turns import Turns, turns_of
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
-WHOLE, HALVES = "1f1b", "zb-h1"
+WHOLE, HALVES = ONE_F_ONE_B, ZB_H1
 """Schedules under which a backward is timed the way that the job's own schedule does not run it."""
 
 

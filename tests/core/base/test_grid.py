@@ -90,5 +90,7 @@ def test_strangers_are_errors() -> None:
             grid.position_along("dp", rank)
     with pytest.raises(ValueError, match=r"axes \['pp'\] are not among"):
         grid.ranks_along("pp")
+    with pytest.raises(ValueError, match=r"axes \['tqp'\] are not among \['dp', 'tp'\]"):
+        grid.rank_at(tqp=1)
     with pytest.raises(ValueError, match="do not cover 2 ranks"):
         grid.regrouped((Axis("ep", 4),), keep="dp")

@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from jobs import job, program_of
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import marks, page, perfetto, picture
 from mimogrid.core.draw.arrows import MOST_ARROWS
 from mimogrid.core.draw.ranks import rank_map_svg
@@ -21,6 +22,7 @@ from mimogrid.core.schedule.actions import Compute, Kind, Send
 from mimogrid.core.simulate import MANY, simulate
 from mimogrid.core.simulate.measured import measured
 from mimogrid.core.simulate.memory import peak_bytes
+from timed import rank_by_rank
 
 
 THREE = "vision vit dp2 pp2 > language; audio vit dp2 frozen > language; language gpt pp2 tp2"
@@ -81,8 +83,9 @@ rank 1  language.1 |    F0 I0 F1 I1 W0 F2 I2 W1 W2
 def test_text_tells_whom_a_rank_stands_for():
     """One of each class, with the ranks of the class."""
     _, timeline = timed(CROWD, batch=96, microbatches=1)
-    events, _ = timeline.events_and_flights(timeline.classes.members)
-    told = in_text(events, members=timeline.classes.members)
+    members = timeline.classes.members
+    events = [event for rank in members for event in timeline.events_of(rank)]
+    told = in_text(events, members=members)
     assert ["rank 0-95", "rank 96-127", "rank 128-159"] == re.findall("rank [0-9-]+", told)
 
 
@@ -235,7 +238,7 @@ def test_memory_stands_under_each_rank_with_its_peak():
     """The most bytes of every rank, in words and, in the order of ranks, beside its strip."""
     _, timeline = timed(THREE, batch=16, microbatches=8)
     found = drawn(THREE, batch=16, microbatches=8)
-    peaks = [marks.in_bytes(size) for size in peak_bytes(timeline).values()]
+    peaks = [in_bytes(size) for size in peak_bytes(timeline).values()]
     assert peaks == [tip.split(",")[0].removeprefix("at most ") for tip in tips(found) if "at most" in tip]
     assert peaks == [
         text.text for text in found.iter(f"{SVG}text") if (text.text or "").endswith("B") and " " in text.text
@@ -245,7 +248,7 @@ def test_memory_stands_under_each_rank_with_its_peak():
 def test_the_critical_path_is_outlined_on_all_ranks_that_share_it():
     """Every compute action of it, on every rank that takes part."""
     program = program_of("language gpt pp2 tp2")
-    timeline = simulate(program, assumed(program.topology), fold=False)
+    timeline = rank_by_rank(program, assumed(program.topology))
     assert timeline.critical_path
     assert all(isinstance(segment.action, Compute) for segment in timeline.critical_path)
     found = ET.fromstring(svg(picture.picture(timeline)))
@@ -255,7 +258,7 @@ def test_the_critical_path_is_outlined_on_all_ranks_that_share_it():
 def test_messages_are_arrows_from_rank_to_rank():
     """All of them where they are few; few where they are many, and the legend says which."""
     _, few = timed(THREE, batch=4, microbatches=2, latency=0.5)
-    between = [flight for flight in few.flights if flight.rank_source != flight.rank_target]
+    between = [message for message in few.message_intervals if message.rank_source != message.rank_target]
     arrows = [tip for tip in tips(drawn(THREE, batch=4, microbatches=2, latency=0.5)) if "SEND" in tip]
     assert sorted(f"{f.transfer}, rank {f.rank_source} to {f.rank_target}" for f in between) == sorted(arrows)
     many = drawn(WIDE, batch=768, microbatches=32)
@@ -289,7 +292,7 @@ def test_a_plan_stands_above_what_came_of_it():
     found = ET.fromstring(svg(picture.above(planned, measured(program, late))))
     told = [text.text for text in found.iter(f"{SVG}text") if text.text.startswith("rank ")]
     assert [
-        f"rank {rank}  {' '.join(str(i.stage) for i in program.topology.stages_of(rank))}  {which}"
+        f"rank {rank}  {' '.join(str(i.stage) for i in program.topology.role(rank).stages)}  {which}"
         for rank in planned.classes.leader
         for which in ("planned", "measured")
     ] == told
@@ -306,7 +309,7 @@ def test_the_map_shows_every_rank_once_in_each_module_that_it_hosts():
     """With its position on the axes that are larger than 1, and ranks without a module as such."""
     topology = job(THREE, world=12)
     found = ET.fromstring(rank_map_svg(topology))
-    hosted = [(rank, str(info.stage)) for rank in topology.ranks for info in topology.stages_of(rank)]
+    hosted = [(rank, str(info.stage)) for rank in topology.ranks for info in topology.role(rank).stages]
     assert sorted(hosted) == sorted(
         (int(at[1]), at[2]) for tip in tips(found) if (at := re.match(r"rank (\d+): ([\w.]+),", tip))
     )
@@ -381,7 +384,7 @@ def test_a_trace_has_an_arrow_per_message(folded, many, monkeypatch):
     assert starts.keys() == ends.keys()
     assert timeline.by_dp_ranks is (not many)
     if not folded:
-        assert len(timeline.flights) == len(starts)
+        assert len(timeline.message_intervals) == len(starts)
     for i, start in starts.items():
         assert start["ts"] <= ends[i]["ts"]
         for arrow in (start, ends[i]):

@@ -5,6 +5,7 @@ import itertools
 import attrs
 import pytest
 
+from hashseeds import printed
 from jobs import program_for
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Gpt, Vit
@@ -19,6 +20,7 @@ from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.memory import peak_bytes
 from mimogrid.core.step.step import step_of
+from timed import rank_by_rank
 
 
 FACTS = SourceFacts(sequence=512)
@@ -69,8 +71,8 @@ def test_what_is_printed_is_legal_and_fits():
 
 
 def test_the_same_job_gives_the_same_plan():
-    """To the last layout."""
-    assert plan(question()) == plan(question())
+    """To the last layout, in other processes with other hash seeds."""
+    assert 1 == len(printed("from test_plan import plan, question; print(plan(question()))", __file__))
 
 
 def test_every_layout_has_a_reason():
@@ -109,7 +111,7 @@ def test_what_is_told_is_what_a_simulation_tells(gpus):
                 step_of(asked.topology(layout.spec), asked.samples), asked.machine, spread=True
             )
             program = program_for(step_of(asked.topology(layout.spec), asked.largest))
-            timeline = simulate(program, costs, fold=False)
+            timeline = rank_by_rank(program, costs)
             assert timeline.step_s <= layout.step_s * (1 + 1e-9)
             assert timeline.step_s == pytest.approx(layout.step_s, rel=0.03)
             peaks = peak_bytes(timeline)
@@ -176,7 +178,7 @@ def test_bounds_are_below_what_is_simulated():
     found = plan(question(gpus=4))
     for layout in found.layouts:
         if layout.step_s:
-            assert layout.limit_s <= layout.step_s * (1 + 1e-9)
+            assert layout.lower_bound_s <= layout.step_s * (1 + 1e-9)
 
 
 def test_a_thousand_gpus_are_planned():

@@ -10,6 +10,7 @@ from mimogrid.core.program.lower import Program
 from mimogrid.core.program.verify import listing_of, verify
 from mimogrid.core.schedule.actions import Compute, Reduce, WaitReduce
 from mimogrid.core.simulate import simulate
+from timed import rank_by_rank
 
 
 CHUNKS = "l gpt dp2 pp2 chunks2"
@@ -87,7 +88,7 @@ def test_groups_that_one_rank_stands_for_do_not_wait_for_each_other() -> None:
     """Rank 0 stands for all four, so for two groups of `a` and for that of `z`, which sum side by side."""
     planned = program_of("a vit dp2 tp2 @0 > z; z gpt dp4 @0", batch=4, microbatches=1)
     costs = Costs(stages={name: StageCosts(forward=1.0, backward=2.0, reduce=9.0) for name in ("a.0", "z.0")})
-    folded, whole = simulate(planned, costs), simulate(planned, costs, fold=False)
+    folded, whole = simulate(planned, costs), rank_by_rank(planned, costs)
     assert 1 == len(folded.classes.members)
     assert whole.step_s == folded.step_s == 1 + 1 + 2 + 2 + 9
 

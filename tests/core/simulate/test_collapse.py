@@ -1,4 +1,4 @@
-"""Thin programs: one rank for all of a dp rank, in exactly the same time."""
+"""Collapsed programs: one rank for all of a dp rank, in exactly the same time."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.program.lower import Program
 from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.collapse import collapse_tp_cp
-from mimogrid.core.simulate.rank_timelines import spread
+from timed import rank_by_rank
 
 
 JOBS = (
@@ -49,11 +49,11 @@ def test_the_same_time(
         for stage in program.topology.stages
     }
     costs = Costs(stages=stages, edge=EdgeCosts(latency=latency))
-    collapsed = collapse_tp_cp(program, costs)
-    assert collapsed
-    expected = simulate(program, costs, fold=False)
-    found = spread(simulate(collapsed.program, costs), program, collapsed.standing)
-    assert (expected.step_s, expected.limit_s) == (found.step_s, found.limit_s)
+    classes = collapse_tp_cp(program, costs)
+    assert classes
+    expected = rank_by_rank(program, costs)
+    found = simulate(program, costs, classes=classes)
+    assert (expected.step_s, expected.lower_bound_s) == (found.step_s, found.lower_bound_s)
     assert expected.busy_s == found.busy_s
     assert expected.peak_in_flight == found.peak_in_flight
 
@@ -66,12 +66,12 @@ def test_the_same_time(
         Costs(cores=2),
     ],
 )
-def test_where_messages_count_nothing_is_thinned(costs: Costs) -> None:
-    """Bandwidth, senders that are held up and shared cores tell the ranks of a dp rank apart."""
+def test_where_messages_count_nothing_is_collapsed(costs: Costs) -> None:
+    """Bandwidth, blocked senders and shared cores tell the ranks of a dp rank apart."""
     assert collapse_tp_cp(whole(JOBS[0], "1f1b", [2, 5]), costs) is None
 
 
 @pytest.mark.parametrize("text", ["v vit tp2 > l; l gpt tp2 @0", "l gpt tp2 dp2 ep2 x4", "l gpt dp4"])
-def test_shared_ranks_experts_and_thin_programs_stay(text: str) -> None:
-    """Colocated modules and spread experts are more than dp ranks; what has one rank a dp rank is thin."""
+def test_shared_ranks_experts_and_dp_ranks_of_one_rank_stay(text: str) -> None:
+    """Colocated modules and experts on several ranks do not collapse; nor do dp ranks that have one rank each."""
     assert collapse_tp_cp(whole(text, "1f1b", [2, 5]), Costs()) is None

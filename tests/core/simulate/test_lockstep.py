@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from jobs import job, program_for, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.program.lower import Program
-from mimogrid.core.simulate import simulate
-from mimogrid.core.simulate.lockstep import limit_s, lockstep
+from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
+from timed import rank_by_rank
 
 
 APART = (
@@ -53,7 +53,7 @@ ORDERS = st.sampled_from(["1f1b", "gpipe", "zb-h1", "zb-h2"])
 def test_the_same_time_apart(data: st.DataObject, text: str, schedule: str) -> None:
     """Where modules share no ranks and messages take no time, a runtime takes as long as its ranks do alone."""
     program, costs = priced(data, text, schedule, edge=EdgeCosts())
-    expected, found = simulate(program, costs, fold=False), lockstep(program, costs)
+    expected, found = rank_by_rank(program, costs), lockstep(program, costs)
     assert expected.step_s == pytest.approx(found.step_s)
     for ranks, busy_s in zip(found.rank_classes, found.busy_s, strict=True):
         assert [pytest.approx(busy_s)] * len(ranks) == [expected.busy_s[rank] for rank in ranks]
@@ -66,6 +66,6 @@ def test_never_faster(data: st.DataObject, text: str, schedule: str) -> None:
     speed = data.draw(st.sampled_from([float("inf"), 1e9, 1e8]))
     edge = EdgeCosts(latency=data.draw(st.sampled_from([0.0, 0.1])), bytes_per_s=speed)
     program, costs = priced(data, text, schedule, edge=edge)
-    expected, found = simulate(program, costs, fold=False), lockstep(program, costs)
+    expected, found = rank_by_rank(program, costs), lockstep(program, costs)
     assert expected.step_s <= found.step_s * (1 + 1e-9)
-    assert limit_s(program, costs, found) <= expected.step_s * (1 + 1e-9)
+    assert lower_bound_s(program, costs, found) <= expected.step_s * (1 + 1e-9)

@@ -45,7 +45,7 @@ def test_who_waits_for_a_message_that_is_on_its_way_idles_for_it():
     ran = measured(program, timeline.events)
     assert ran.idle_s[EDGE] > 0
     assert ran.idle_s[EDGE] == pytest.approx(timeline.idle_s[EDGE])
-    for ours, theirs in zip(ran.flights, timeline.flights, strict=True):
+    for ours, theirs in zip(ran.message_intervals, timeline.message_intervals, strict=True):
         assert (ours.transfer, ours.begin_s) == (theirs.transfer, theirs.begin_s)
         assert ours.end_s >= theirs.end_s
 

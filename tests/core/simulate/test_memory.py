@@ -10,10 +10,10 @@ from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.footprint import kept, most_bytes_in_flight
 from mimogrid.core.simulate import simulate
-from mimogrid.core.simulate.memory import levels, noted_bytes, peak_bytes, peaks, saved_bytes, trace
+from mimogrid.core.simulate.memory import deferred_bytes, peak_bytes, peaks, saved_bytes, trace
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.parse import assemble
-from timed import timed_jobs
+from timed import rank_by_rank, timed_jobs
 
 
 def timeline_of(text, rows=None, **options):
@@ -102,7 +102,7 @@ def test_ranks_of_one_class_hold_what_each_has_to_hold():
     found = peak_bytes(timeline)
     assert found[0] == found[3] < found[1] < found[2]
     assert found[4] == found[5] == found[7] < found[6]
-    whole = peak_bytes(simulate(timeline.program, assumed(timeline.program.topology), fold=False))
+    whole = peak_bytes(rank_by_rank(timeline.program, assumed(timeline.program.topology)))
     assert whole == found
 
 
@@ -113,13 +113,13 @@ def test_a_folded_world_holds_what_the_whole_one_does(drawn):
     costs, duration_factors = drawn
     program = program_for(duration_factors.step)
     folded = simulate(program, costs, duration_factors=duration_factors)
-    whole = simulate(program, costs, duration_factors=duration_factors, fold=False)
+    whole = rank_by_rank(program, costs, duration_factors=duration_factors)
     assert peak_bytes(whole) == peak_bytes(folded)
     for rank in program.topology.ranks:
-        found = levels(folded, rank)
-        assert found == levels(whole, rank)
-        assert found[0][1] == found[-1][1] == min(size for _, size in found)
-        assert all(a <= b for (a, _), (b, _) in itertools.pairwise(found))
+        found = trace(folded, rank)
+        assert found == trace(whole, rank)
+        assert found[0].bytes == found[-1].bytes == min(level.bytes for level in found)
+        assert all(a.at_s <= b.at_s for a, b in itertools.pairwise(found))
 
 
 def test_a_split_backward_keeps_inputs_and_gradients_of_products():
@@ -130,10 +130,10 @@ def test_a_split_backward_keeps_inputs_and_gradients_of_products():
         positions, samples, _ = step.hidden_shape(info.stage, 0, 0)
         matrices = [p for p in info.parameters if len(p.shape) == 2 and p.layer != "first"]
         values = positions * samples * sum(sum(p.shape) for p in matrices)
-        assert 4 * values == noted_bytes(step, info.stage, 0, 0)
+        assert 4 * values == deferred_bytes(step, info.stage, 0, 0)
         rank = info.stage.pp
         left = [level for level in trace(timeline, rank) if str(level.action).endswith(("I0", "W0"))]
-        assert left[0].activations >= noted_bytes(step, info.stage, 0, 0)
+        assert left[0].activations >= deferred_bytes(step, info.stage, 0, 0)
         assert 0 == trace(timeline, rank)[-1].activations
 
 
@@ -145,7 +145,7 @@ def test_recomputation_does_not_shrink_what_is_left_to_the_second_half():
     topology = assemble(attrs.evolve(spec, modules=modules), program.topology.source)
     step = step_of(topology, program.routes.step.samples)
     for stage in topology.stages:
-        assert noted_bytes(program.routes.step, stage, 0, 0) == noted_bytes(step, stage, 0, 0)
-        assert saved_bytes(step, stage, 0, 0) < noted_bytes(step, stage, 0, 0)
+        assert deferred_bytes(program.routes.step, stage, 0, 0) == deferred_bytes(step, stage, 0, 0)
+        assert saved_bytes(step, stage, 0, 0) < deferred_bytes(step, stage, 0, 0)
         whole = most_bytes_in_flight(topology, stage)
         assert whole < most_bytes_in_flight(topology, stage, split=True)

@@ -1,18 +1,18 @@
-"""Folding: one rank stands for its class, and nothing is lost by it."""
+"""Rank classes: one rank stands for its class, and nothing is lost by it."""
 
 from hypothesis import given, settings
 
 from jobs import program_for, program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts
-from mimogrid.core.simulate import simulate
-from mimogrid.core.simulate.rank_classes import classes_of
+from mimogrid.core.simulate import rank_classes_of, simulate
+from mimogrid.core.simulate.rank_classes import alike_in_time
 from mimogrid.core.simulate.unevenness import DurationFactors
-from timed import timed_jobs
+from timed import rank_by_rank, timed_jobs
 
 
 def sizes(program, costs=None, marks=None):
     """How many ranks each class has."""
-    return sorted(map(len, classes_of(program, costs or Costs(), marks).members.values()))
+    return sorted(map(len, alike_in_time(program, costs or Costs(), marks).members.values()))
 
 
 def test_dp_ranks_that_are_alike_are_one_class():
@@ -68,20 +68,20 @@ def test_a_folded_world_is_timed_like_the_whole_one(drawn):
     costs, duration_factors = drawn
     program = program_for(duration_factors.step)
     folded = simulate(program, costs, duration_factors=duration_factors)
-    whole = simulate(program, costs, duration_factors=duration_factors, fold=False)
+    whole = rank_by_rank(program, costs, duration_factors=duration_factors)
     assert all(program.of(rank) == program.of(first) for rank, first in folded.classes.leader.items())
     assert whole.events == folded.events
-    assert set(whole.flights) == set(folded.flights)
+    assert set(whole.message_intervals) == set(folded.message_intervals)
     assert whole.step_s == folded.step_s
-    assert whole.limit_s == folded.limit_s
+    assert whole.lower_bound_s == folded.lower_bound_s
     assert whole.busy_s == folded.busy_s
     assert whole.idle_s_by_rank == folded.idle_s_by_rank
     assert whole.peak_in_flight == folded.peak_in_flight
 
 
-def test_who_walks_is_told_beforehand():
-    """The classes that are told are those that the timeline goes by."""
-    told = []
+def test_classes_can_be_had_before_the_walk():
+    """The walk goes by the classes that it is given, and finds the same ones itself."""
     program = program_of("a vit dp8 > z; z gpt dp8 pp2", batch=64)
-    timeline = simulate(program, Costs(), told=told.append)
-    assert [timeline.classes] == told
+    classes = rank_classes_of(program, Costs())
+    assert classes is simulate(program, Costs(), classes=classes).classes
+    assert classes.members == simulate(program, Costs()).classes.members

@@ -48,7 +48,7 @@ def test_equal_stages_take_the_time_of_the_closed_form(schedule, stages, microba
     timeline = chain(stages, microbatches, schedule)
     assert (microbatches + stages - 1) * 3.0 == timeline.step_s
     assert (stages - 1) / (microbatches + stages - 1) == pytest.approx(timeline.bubble, rel=1e-12)
-    assert 1.0 == timeline.ratio_to_limit
+    assert 1.0 == timeline.ratio_to_bound
 
 
 @pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(2, 2, 4), (4, 2, 8), (4, 3, 8), (3, 4, 12)])
@@ -86,7 +86,7 @@ def test_split_backwards_leave_the_bubble_of_the_closed_form(stages, microbatche
     timeline = simulate(program, Costs(stages={str(stage): equal for stage in program.topology.stages}))
     idle = {sum(causes.values()) for causes in timeline.idle_s_by_rank.values()}
     assert {(stages - 1) * (1.0 + 1.0 - 1.0)} == idle
-    assert 1.0 == timeline.ratio_to_limit
+    assert 1.0 == timeline.ratio_to_bound
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), CHAINS)
@@ -113,7 +113,7 @@ def test_an_encoder_that_is_slower_costs_what_the_textbook_warm_up_costs(
     forward, backward, microbatches, ratio
 ):
     """A table of unit-time simulations, for an encoder before four language stages."""
-    assert ratio == round(encoder_then_four(forward, backward, microbatches).ratio_to_limit, 3)
+    assert ratio == round(encoder_then_four(forward, backward, microbatches).ratio_to_bound, 3)
 
 
 def test_latency_does_not_amortise_over_microbatches():
@@ -172,7 +172,7 @@ def test_the_limit_of_a_chain_is_the_formula(stages, microbatches, latency):
         down = sum(f + b + 2 * latency for f, b in stages[i + 1 :])
         bounds += [microbatches * (f + b), microbatches * f + down + b, f + down + microbatches * b]
         bounds[-3:] = [head + bound + tail for bound in bounds[-3:]]
-    assert max(bounds) == timeline.limit_s
+    assert max(bounds) == timeline.lower_bound_s
 
 
 def test_gradients_are_summed_and_weights_updated_at_the_end():
@@ -187,14 +187,14 @@ def test_gradients_are_summed_and_weights_updated_at_the_end():
     }
     dp_ranks = program_of("a vit dp2 > c; c gpt", batch=2, microbatches=1)
     timeline = simulate(dp_ranks, Costs(stages=stages))
-    assert 6 + 0.5 + 0.25 == timeline.step_s == timeline.limit_s
+    assert 6 + 0.5 + 0.25 == timeline.step_s == timeline.lower_bound_s
     assert ["a.0 WAIT_REDUCE0", "NORM", "UPDATE"] == [
         str(event.action) for event in timeline.events_of(0)[-3:]
     ]
     assert [0.5, 0.0, 0.25] == [event.end_s - event.begin_s for event in timeline.events_of(0)[-3:]]
     together = program_of("a vit dp2 @0 > c; c gpt dp2 @0", batch=2, microbatches=1)
     timeline = simulate(together, Costs(stages=stages))
-    assert 4 + 4.5 + 0.375 == timeline.step_s == timeline.limit_s
+    assert 4 + 4.5 + 0.375 == timeline.step_s == timeline.lower_bound_s
 
 
 def test_the_critical_path_is_what_the_step_waits_for():
@@ -227,17 +227,17 @@ def test_bandwidth_is_bytes_over_time_and_a_channel_carries_one_message_after_th
     )
     timeline = simulate(program, costs)
     # 2 samples x 2 rows x 8 wide x 4 bytes = 128 bytes = 8 s, there and back.
-    assert [8.5, 8.5] == [flight.end_s - flight.begin_s for flight in timeline.flights]
+    assert [8.5, 8.5] == [message.end_s - message.begin_s for message in timeline.message_intervals]
     assert 1 + 8.5 + 1 + 8.5 == timeline.step_s
-    assert 1.0 == timeline.ratio_to_limit
+    assert 1.0 == timeline.ratio_to_bound
 
 
 def test_a_channel_carries_one_message_after_the_other():
     """The second of two messages of 8 s each, sent 1 s after the first, arrives 8 s after it."""
     program = program_of("vision vit > language; language gpt", batch=4, microbatches=2, schedule="gpipe")
     costs = Costs(stages={"vision.0": StageCosts(forward=1.0)}, edge=EdgeCosts(bytes_per_s=16.0))
-    forth = [flight for flight in simulate(program, costs).flights if flight.transfer.at_source]
-    assert [(1.0, 9.0), (2.0, 17.0)] == [(flight.begin_s, flight.end_s) for flight in forth]
+    forth = [message for message in simulate(program, costs).message_intervals if message.transfer.at_source]
+    assert [(1.0, 9.0), (2.0, 17.0)] == [(message.begin_s, message.end_s) for message in forth]
 
 
 def test_without_overlap_a_sender_stands_still_while_it_sends():
@@ -262,7 +262,7 @@ def test_ranks_share_cores_evenly():
     assert 3.0 == simulate(program, Costs(stages=stages)).step_s
     assert 3.0 == simulate(program, Costs(stages=stages, cores=4)).step_s
     halved = simulate(program, Costs(stages=stages, cores=2))
-    assert 6.0 == halved.step_s == halved.limit_s
+    assert 6.0 == halved.step_s == halved.lower_bound_s
 
 
 def test_a_core_is_given_on_when_a_rank_is_through():
@@ -371,7 +371,7 @@ def test_no_step_beats_the_limit(drawn):
     """The bound is a bound for any graph, grid, absence, latency and number of cores."""
     program, costs = drawn
     timeline = simulate(program, costs)
-    assert timeline.ratio_to_limit >= 1 - 1e-9
+    assert timeline.ratio_to_bound >= 1 - 1e-9
 
 
 @settings(max_examples=60)
@@ -380,7 +380,7 @@ def test_no_uneven_step_beats_the_limit(drawn):
     """With chunks, experts, context and sequence parallelism, ragged dp ranks and jitter, either."""
     costs, duration_factors = drawn
     timeline = simulate(program_for(duration_factors.step), costs, duration_factors=duration_factors)
-    assert timeline.ratio_to_limit >= 1 - 1e-9
+    assert timeline.ratio_to_bound >= 1 - 1e-9
 
 
 @settings(max_examples=60)

@@ -1,10 +1,13 @@
 """Roles: for every known layout and every rank, what it is, asked anywhere."""
 
+import attrs
 import pytest
 
 from cases import CASES
 from jobs import job
-from mimogrid.core.topology.roles import ModuleLayout, role_of
+from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.roles import ModuleLayout, role_of, role_on
 from mimogrid.core.topology.topology import Topology
 
 
@@ -101,11 +104,73 @@ def test_every_case(text: str) -> None:
             assert (hosted and expected["pp"] == grid.pp - 1) == role.is_last_stage(name)
             if hosted:
                 assert expected == {axis: role.modules[name].position[axis] for axis in grid.order}
-        assert role.is_idle == (not role.modules)
-        texts = [n for n in role.modules if topology.spec.modules[n].model == "gpt"]
-        assert bool(texts) == role.has_language_module
-        assert tuple(n for n in role.modules if n not in texts) == role.modality_module_names
-        assert bool(role.modality_module_names) == role.has_modality_modules
+
+
+@pytest.mark.parametrize("text", CASES.values(), ids=CASES)
+def test_every_stage_is_hosted_by_the_ranks_of_its_position(text: str) -> None:
+    """The stages of a rank, chunks included, are those whose holders it is among; its links are theirs."""
+    topology = job(text, batch=24)
+    for rank in range(topology.world_size):
+        role = role_of(topology, rank)
+        hosted = [
+            info
+            for info in topology.stages.values()
+            for module in (topology.modules[info.stage.module],)
+            if any(rank in module.tp_cp_ranks(info.stage, dp_rank) for dp_rank in range(module.dp_size))
+        ]
+        assert hosted == list(role.stages)
+        mine = {info.stage for info in hosted}
+        assert {link for link in topology.links if link.target in mine} == set(role.links_in)
+        assert {link for link in topology.links if link.source in mine} == set(role.links_out)
+
+
+def test_chunks() -> None:
+    """A rank with several chunks has all of them; whether it is first or last is said of any of them."""
+    topology = job("vision vit > language; language gpt pp2 chunks2")
+    first, last = (role_of(topology, rank) for rank in (1, 2))
+    assert ["language.0", "language.0.1"] == [str(info.stage) for info in first.stages]
+    assert (True, False) == (first.is_first_stage("language"), first.is_last_stage("language"))
+    assert (False, True) == (last.is_first_stage("language"), last.is_last_stage("language"))
+    assert ["vision.0 -> language.0", "language.1 -> language.0.1"] == [str(link) for link in first.links_in]
+    assert ["language.0 -> language.1", "language.0.1 -> language.1.1"] == [*map(str, first.links_out)]
+    assert [False, True] == [last.of_chunk(chunk).is_last_stage("language") for chunk in range(2)]
+    assert ["language.0.1 -> language.1.1"] == [*map(str, last.of_chunk(1).links_in)]
+
+
+def test_groups_of_a_rank() -> None:
+    """Along axes of a module, of its experts too, a rank is in one group; the axes of each are those of one grid."""
+    role = role_of(job(CASES["tp2dp2ep4"], batch=24), 7)
+    assert (6, 7) == role.group("language", "tp")
+    assert (5, 7) == role.group("language", ("cp", "dp"))
+    assert (4, 5, 6, 7) == role.group("language", ("expert_tp", "ep"))
+    with pytest.raises(ValueError, match=r"axes \['ep'\] are not among"):
+        role.group("language", ("tp", "ep"))
+
+
+def test_a_role_needs_grids_only() -> None:
+    """Grids, chunks and the names of language models give the role of a job, but for what its stages hold."""
+    topology = job("vision vit dp2 > language; language gpt tp2 pp2 chunks2 @1")
+    grids = {name: module.grid for name, module in topology.modules.items()}
+    for rank in range(topology.world_size):
+        role = role_on(grids, rank, chunks={"language": 2}, language_modules=["language"])
+        assert role == attrs.evolve(topology.role(rank), stages=(), links_in=(), links_out=())
+
+
+def own(spec: JobSpec, facts: SourceFacts) -> Topology:
+    """Return a job whose last module is replaced by one of the user's own."""
+    modules = {**spec.modules, "language": ModuleSpec(model="mine:build", options={}, width=8)}
+    return parse(attrs.evolve(spec, modules=modules), facts)
+
+
+def test_a_language_model_of_the_users_own() -> None:
+    """The user's own module that has a loss is a language model, unless the source says that there is no text."""
+    topology = job("vision vit dp2 > language; language gpt")
+    for length, is_language in ((None, True), (5, True), (0, False)):
+        role = role_of(own(topology.spec, attrs.evolve(topology.source, length=length)), 2)
+        assert is_language == role.has_language_module
+        assert is_language != role.has_modality_modules
+    assert not role_of(own(topology.spec, topology.source), 0).has_language_module
+    assert not role_of(job("vision vit > head; head regressor"), 1).has_language_module
 
 
 LAYOUTS = {

@@ -94,7 +94,7 @@ def test_shards_that_share_keep_what_one_that_does_not_keeps_alone(text: str) ->
     for module in topology.modules.values():
         if module.experts or len(module.stages) > module.grid.extent("pp"):
             continue
-        only = {rank for rank in module.grid.ranks if len(topology.stages_of(rank)) == 1}
+        only = {rank for rank in module.grid.ranks if len(topology.role(rank).stages) == 1}
         for ranks in module.grid.ranks_along(("cp", "dp")):
             if only >= set(ranks):
                 parts = [optimizer_bytes(shared, rank) for rank in ranks]
@@ -104,7 +104,7 @@ def test_shards_that_share_keep_what_one_that_does_not_keeps_alone(text: str) ->
 def test_bytes_are_those_of_states_and_main_weights() -> None:
     """Two moments of fp32 for each value, and in bf16 one main weight more with its padding."""
     topology = job("l gpt dp2", batch=8)
-    module, (info,) = topology.modules["l"], topology.stages_of(0)
+    module, (info,) = topology.modules["l"], topology.role(0).stages
     held = {p.name: local_size(module, p) for p in info.parameters}
     buckets = buckets_of(topology, info, 0)
     values = sum(held.values())
@@ -130,7 +130,7 @@ def test_buckets_hold_every_parameter_that_trains_once(text: str) -> None:
     """And of one section only; those of a stage are as many, and as large, on all ranks that share a sum."""
     topology = job(text, batch=48, bucket_mb=SMALL)
     for rank in topology.ranks:
-        for info in topology.stages_of(rank):
+        for info in topology.role(rank).stages:
             module = topology.modules[info.stage.module]
             buckets = buckets_of(topology, info, rank)
             held = module.held(info, module.position(rank).get("ep", 0))
@@ -145,7 +145,7 @@ def test_buckets_hold_every_parameter_that_trains_once(text: str) -> None:
 def test_a_bucket_is_full_once_it_has_its_megabytes() -> None:
     """Without its first parameter it is not; only the last of a section may be smaller. Later layers come first."""
     topology = job("l gpt dp2", bucket_mb=SMALL)
-    (info,) = topology.stages_of(0)
+    (info,) = topology.role(0).stages
     room = SMALL * 1e6 / 4
     *full, last = (b for b in buckets_of(topology, info, 0) if b.section is Section.COMMON)
     assert len(full) > 1
@@ -163,6 +163,6 @@ def test_shares_of_buckets_are_a_whole(text: str) -> None:
     """So a sum takes as long in one bucket as in several."""
     topology = job(text, bucket_mb=SMALL)
     for stage, info in topology.stages.items():
-        rank = next(rank for rank in topology.ranks if info in topology.stages_of(rank))
+        rank = next(rank for rank in topology.ranks if info in topology.role(rank).stages)
         count = len(buckets_of(topology, info, rank))
         assert 1 == pytest.approx(sum(share_of(topology, stage, bucket) for bucket in range(count)))

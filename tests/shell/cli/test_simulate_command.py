@@ -8,7 +8,7 @@ import pytest
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import EdgeCosts, StageCosts
-from mimogrid.core.job.validation import SCHEDULES
+from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.shell.cli import simulate as simulation
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile

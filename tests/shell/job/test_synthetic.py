@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.graph import Graph
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import Block, Gpt, Regressor, Vit
 from mimogrid.core.job.spec import SourceFacts
 from mimogrid.shell.job.sources.synthetic import synthetic
@@ -21,7 +21,7 @@ MODELS = {
     "language": Gpt(**SMALL, vocab=11),
     "depth": Regressor(**SMALL, outputs=3),
 }
-GRAPH = Graph.of(
+GRAPH = ModuleGraph.of(
     {
         "vision": ("vit", ("fusion", "language")),
         "audio": ("vit", ("fusion",)),
@@ -58,7 +58,7 @@ def test_the_plan_is_told_the_widths_and_the_most():
 def test_a_source_that_is_no_vit_reads_rows_of_its_own_width():
     """Blocks and regressors read rows as wide as they are."""
     models = {"encoder": Block(**SMALL), "head": Regressor(**SMALL)}
-    graph = Graph.of({"encoder": ("block", ("head",)), "head": ("regressor", ())})
+    graph = ModuleGraph.of({"encoder": ("block", ("head",)), "head": ("regressor", ())})
     source, facts, _ = opened({"features": 99}, graph=graph, models=models)
     assert {"encoder": 8} == facts.features
     assert (None, 0) == (facts.sequence, source.describe(0).length)
@@ -161,7 +161,7 @@ def test_tensors_hold_what_the_description_counts(torch):
 
 def test_a_lone_regressor_gets_rows_and_targets(torch):
     """A regressor that nothing feeds reads rows and is told its targets."""
-    graph = Graph.of({"depth": ("regressor", ())})
+    graph = ModuleGraph.of({"depth": ("regressor", ())})
     source = opened({"rows": {"depth": [4, 4]}}, graph=graph, models=MODELS)[0]
     shapes = {key: tuple(value.shape) for key, value in source.load(0, "depth").items()}
     assert {"rows": (4, 8), "targets": (4, 3)} == shapes

@@ -299,7 +299,7 @@ def writers(topology: Topology) -> Mapping[tuple[str, str, int], int]:
     """How many ranks write each shard of each parameter."""
     found: dict[tuple[str, str, int], int] = collections.Counter()
     for rank in topology.ranks:
-        for info in topology.stages_of(rank):
+        for info in topology.role(rank).stages:
             module = topology.modules[info.stage.module]
             position = module.position(rank)
             for parameter in module.held(info, position.get("ep", 0)):
@@ -345,7 +345,7 @@ def test_seeds_that_collide() -> None:
     topology = jobs.job("a vit dp4 > l; a0 vit dp4 @0 > l; l gpt tp2 cp2 dp2 pp2 ep4 x4", batch=48)
     held: dict[tuple[Any, ...], Seeds] = {}
     for rank, step, microbatch in itertools.product(topology.ranks, range(3), range(4)):
-        for info in topology.stages_of(rank):
+        for info in topology.role(rank).stages:
             position = topology.modules[info.stage.module].position(rank)
             seeds = seeds_of(0, info.stage, position, step=step, microbatch=microbatch)
             held[info.stage, position["dp"], position["cp"], step, microbatch, position["tp"]] = seeds

@@ -89,7 +89,7 @@ def working(pool: Pool, opened: Opened) -> Working:
 def _multiplied(of_spec: Job, rank: int) -> frozenset[str]:
     return frozenset(
         f"{info.stage}.{p.name}"
-        for info in of_spec.topology.stages_of(rank)
+        for info in of_spec.topology.role(rank).stages
         for p in info.parameters
         if len(p.shape) == 2 and p.name in info.trainable and p.name != "embedding.weight"
     )

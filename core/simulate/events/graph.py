@@ -1,4 +1,7 @@
-"""Graph: the actions of a program as pieces of time, each hung behind what it waits for, along a walk."""
+"""Event graph: the actions of a program as pieces of time, each behind what it waits for.
+
+The graph is built along a walk of the program (`replay`), and timed afterwards (`pieces`).
+"""
 
 import collections
 from collections.abc import Callable, Hashable
@@ -18,68 +21,67 @@ from mimogrid.core.schedule.actions import (
     Wait,
     WaitReduce,
 )
-from mimogrid.core.simulate.channels import Channels
-from mimogrid.core.simulate.folded import Folded
+from mimogrid.core.simulate.events.all_reduces import AllReduces
+from mimogrid.core.simulate.events.channels import Channels
+from mimogrid.core.simulate.events.folded import FoldedProgram
+from mimogrid.core.simulate.events.pieces import Clock, Pieces
 from mimogrid.core.simulate.lower_bound import update_s
-from mimogrid.core.simulate.pieces import Clock, Pieces
-from mimogrid.core.simulate.rank_classes import Classes
-from mimogrid.core.simulate.rank_timelines import PathSegment, RankTimeline
-from mimogrid.core.simulate.sums import Sums
-from mimogrid.core.simulate.timeline import Event
+from mimogrid.core.simulate.rank_classes import RankClasses
+from mimogrid.core.simulate.timeline import Event, Interval, PathSegment, RankTimeline
 
 
-class Graph:
-    """The pieces of a program, each after those that it hangs behind. Raises ValueError where a rank gets stuck."""
+class EventGraph:
+    """The pieces of time of a program. Raises ValueError where a rank never gets past an action."""
 
     def __init__(
         self,
         program: Program,
         costs: Costs,
-        classes: Classes,
+        classes: RankClasses,
         listing: Listing,
         seconds_of: Callable[[int, Compute], float],
     ) -> None:
         self.pieces = Pieces()
         self._program, self._costs, self._seconds_of = program, costs, seconds_of
-        self._folded = Folded(program, costs, classes)
+        self._folded = FoldedProgram(program, costs, classes)
         ranks = ReplayRanks(listing, self._folded.peers, self._folded.peers, self._folded.joint)
         walked = replay_ranks(ranks)
         if walked.blocked:
             stuck = walked.blocked[0]
             raise ValueError(f"rank {stuck.rank} never gets past '{stuck.action}'")
         self._channels = Channels(self._folded, self.pieces, ranks.matching_ops)
-        self._sums = Sums(self._folded, self.pieces)
+        self._all_reduces = AllReduces(self._folded, self.pieces)
         self._last = dict.fromkeys(listing, 0)
-        self._met: dict[Hashable, int] = {}
+        self._joint: dict[Hashable, int] = {}
         self._times: collections.Counter[tuple[int, Action]] = collections.Counter()
         self._placed = [
             (rank, action, self._last[rank], self._place(rank, action)) for rank, action in walked.started
         ]
 
     def _place(self, rank: int, action: Action) -> int:
-        """Return the piece of an action, made if it needs one, and go on behind it."""
+        """Return the piece of an action, which becomes the last one of its rank; add it if it needs one of its own."""
         before = self._last[rank]
         match action:
             case Wait(transfer=transfer):
-                arrived = dict.fromkeys((before, *self._channels.arrived(rank, transfer)))
-                piece = self.pieces.add(tuple(arrived))
+                arrivals = dict.fromkeys((before, *self._channels.arrivals(rank, transfer)))
+                piece = self.pieces.add(tuple(arrivals))
             case Send() | Recv():
                 piece = self._channels.post(rank, action, before)
             case Reduce():
-                piece = self._sums.post(rank, action, before)
+                piece = self._all_reduces.post(rank, action, before)
             case WaitReduce():
-                piece = self.pieces.add((before, self._sums.summed(rank, action.posted)))
+                piece = self.pieces.add((before, self._all_reduces.done(rank, action.posted)))
             case _:
                 piece = self._join(rank, action)
         self._last[rank] = piece
         return piece
 
     def _join(self, rank: int, action: Action) -> int:
-        """Return the one piece for all the ranks of a joint action, made when the walk gets to the first of them."""
+        """Return the one piece of all ranks of a joint action. The first rank that the walk comes to adds it."""
         ranks = self._folded.joint(rank, action)
-        meeting = (ranks[0], action, self._times[rank, action])
+        key = (ranks[0], action, self._times[rank, action])
         self._times[rank, action] += 1
-        if meeting not in self._met:
+        if key not in self._joint:
             behind = tuple(dict.fromkeys(self._last[member] for member in ranks))
             cores = 0
             match action:
@@ -89,23 +91,23 @@ class Graph:
                     seconds = update_s(self._program, self._costs, rank)
                 case _:
                     seconds = 0.0
-            self._met[meeting] = self.pieces.add(behind, seconds, (rank, action), cores)
-        return self._met[meeting]
+            self._joint[key] = self.pieces.add(behind, seconds, (rank, action), cores)
+        return self._joint[key]
 
     def rank_timelines(self, clock: Clock) -> dict[int, RankTimeline]:
-        """Return what each rank does when: a wait from when the rank gets there."""
+        """Return what each rank does, and when. A wait begins when the rank comes to it."""
         begins, ends = clock
         events: dict[int, list[Event]] = {rank: [] for rank in self._last}
         for rank, action, before, piece in self._placed:
             waits = isinstance(action, Wait | WaitReduce) or piece == before
             events[rank].append(Event(rank, action, ends[before] if waits else begins[piece], ends[piece]))
-        ways: dict[int, dict[Transfer, tuple[tuple[float, float], ...]]] = {rank: {} for rank in self._last}
-        for rank, transfer, found in self._channels.ways(ends):
-            ways[rank][transfer] = found
-        return {rank: RankTimeline(tuple(events[rank]), ways[rank]) for rank in sorted(events)}
+        on_the_way: dict[int, dict[Transfer, tuple[Interval, ...]]] = {rank: {} for rank in self._last}
+        for rank, transfer, intervals in self._channels.intervals(ends):
+            on_the_way[rank][transfer] = intervals
+        return {rank: RankTimeline(tuple(events[rank]), on_the_way[rank]) for rank in sorted(events)}
 
     def critical_path(self, clock: Clock) -> tuple[PathSegment, ...]:
-        """Follow what each piece waited for longest from the end back to the begin."""
+        """Return the critical path: from the end of the step back along the piece that each waited for longest."""
         begins, ends = clock
         piece = max(self._last.values(), key=lambda last: ends[last], default=0)
         segments: list[PathSegment] = []

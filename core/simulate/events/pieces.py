@@ -1,7 +1,7 @@
-"""Pieces of time, each behind others, and a clock that says when each begins and ends.
+"""Pieces of time, each behind others, and the clock that gives the begin and the end of each.
 
-Without a limit on cores a piece begins when the last of what it hangs behind has ended. With one, compute
-actions that run at once share the cores evenly, and the graph is timed from event to event.
+Without a limit on cores a piece begins when the last piece that it is behind has ended. With a limit, compute actions
+that run at once share the cores evenly, and the clock goes from event to event.
 """
 
 import heapq
@@ -11,13 +11,14 @@ from mimogrid.core.schedule.actions import Action
 
 
 Clock = tuple[Sequence[float], Sequence[float]]
-"""When each piece begins, and when it ends."""
+"""The begin and the end of each piece, in seconds."""
 
 
 class Pieces:
-    """Pieces of time, by number: each takes its seconds once all that it hangs behind have ended.
+    """Pieces of time by number: each takes its seconds after all that it is behind have ended.
 
-    A compute action uses `cores`. `labels` says whose time a piece is; the first piece is the begin of all.
+    A compute action uses `cores`. `labels` has the rank and the action that a piece belongs to. Piece 0 is the begin of
+    the step.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class Pieces:
         label: tuple[int, Action] | None = None,
         cores: int = 0,
     ) -> int:
-        """Add a piece; return its number."""
+        """Add a piece, and return its number. A piece behind one other that takes no time is that other one."""
         if len(behind) == 1 and not seconds and not cores:
             return behind[0]
         self.behind.append(behind)
@@ -44,7 +45,7 @@ class Pieces:
 
 
 def unlimited(pieces: Pieces) -> Clock:
-    """Return when each piece begins and ends if nothing holds it up but what it hangs behind."""
+    """Return the clock of pieces that wait only for those that they are behind."""
     begins: list[float] = []
     ends: list[float] = []
     for behind, seconds in zip(pieces.behind, pieces.seconds, strict=True):
@@ -55,10 +56,10 @@ def unlimited(pieces: Pieces) -> Clock:
 
 
 def shared(pieces: Pieces, cores: float) -> Clock:
-    """Return when each piece begins and ends if those that compute share some cores evenly.
+    """Return the clock of pieces where those that compute share some cores evenly.
 
-    All who compute go at one speed, so *progress*, the seconds of work that each has been given so far, is
-    one number for all: whoever begins at progress p with work w ends at p + w.
+    All that compute run at one speed. So *progress*, the seconds of work that each could have done so far, is one
+    number for all: a piece that begins at progress p with work w ends at p + w.
     """
     count = len(pieces.behind)
     after: list[list[int]] = [[] for _ in range(count)]
