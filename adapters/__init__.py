@@ -1,1 +1,1 @@
-"""Adapters: mimogrid inside other frameworks, one file or package per host."""
+"""Adapters: mimogrid inside other training programs, one file or package for each framework."""

@@ -1,49 +1,16 @@
-"""Embedded: a job inside a world that a host has initialized, as one object with a `step`.
+"""Embedding: a job inside a host program that has its own training loop.
 
-A host is any program that calls ``torch.distributed.init_process_group`` and has a training loop of its own:
+The program calls ``torch.distributed.init_process_group``, and then on every rank, in the same order:
 
     embedded = Embedded(open_job("job.toml"))
     for batch in loader:
         outcome = embedded.step(batch)
     embedded.close()
 
-Every rank of the host's default process group makes one and calls the same methods in the same order; ranks
-that the job has no use for idle. Nothing of the host's is owned or changed: the process group stays as it is,
-and so do the number of threads, the default dtype, the settings of determinism, warnings, the environment and
-the random states. What an `Embedded` opens, its process groups, it closes. The numbers are those of `mimogrid
-train`, to the last bit where the host computes on as many threads (``train.threads``; torch's default is all
-cores).
-
-A module of the job may be an object of the host's instead of something that is built by name:
-
-    [modules.ears]
-    model = "mimogrid.shell.job.host:module"
-    width = 48
-
-    Embedded(job, modules={"ears": network})
-
-It keeps to `shell.modules.OwnNetwork`, and its grid has dp ranks only. On every dp rank it begins with the
-weights of the first, as under torch's DistributedDataParallel.
-
-A module with a built-in model may be computed by networks of the host's, too, one for each stage, on any grid
-(`shell.modules.HostNetwork`; with several chunks, an `nn.ModuleList` of one for each). The plan is that of the
-built-in model: layers, heads, tokens, costs; the parameters are the networks' own. Such networks often need the
-job's process groups, so instead of a mapping `modules` may be a function that is called with the `Embedded` once
-these are open, and returns the mapping.
-
-**Samples** come from the job's source, or from the host, step by step (a job that has none of its own names
-`mimogrid.shell.job.host:samples`). A host gives each rank the same `Example` objects in the same order: all samples
-of the step. Their descriptions are read on every rank, their tensors only where a rank needs them, module by
-module, so a mapping that loads when it is asked keeps every rank to its own share. With torch's DataLoader that
-is ``batch_size = global_size``, a sampler that is the same on every rank (no DistributedSampler), and
-``collate_fn=list``.
-
-**Updates** are the job's (its `[optimizer]`), or the host's: with ``optimizer="host"`` a step ends with the
-finished gradients in ``.grad``, summed over all ranks that have to be, not clipped. Every rank that holds a
-weight has the same gradient of it, so any optimizer that treats each weight (or each element) by itself does
-the same on all of them. ``outcome.gradient_norm`` is the norm over all modules and all ranks; where
-``outcome.taken`` is False (on every rank) the host lets the step go; ``outcome.skipped`` says why. This is for
-fp32 and fp64, where the weights themselves are what is updated.
+Losses and weights are bitwise equal to those of `mimogrid train` if the program computes on ``train.threads`` threads.
+The job changes nothing of the program: process group, threads, default dtype, determinism settings, random states,
+warnings and environment stay as they are. docs/adapters.md shows how a program brings its own networks, samples and
+optimizer.
 """
 
 import contextlib
@@ -74,9 +41,11 @@ from mimogrid.shell.job.host import Handed
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
-from mimogrid.shell.runtime.agreement import Outcome
-from mimogrid.shell.runtime.rank import RankRuntime
-from mimogrid.shell.world.groups import Groups, open_groups
+from mimogrid.shell.runtime.agreement import Outcome, check_batch, report_no_batch
+from mimogrid.shell.runtime.forward_only import evaluate, logits
+from mimogrid.shell.runtime.rank import RankRuntime, build_runtime
+from mimogrid.shell.runtime.train_step import train_step
+from mimogrid.shell.world.groups import ProcessGroups, open_groups
 from mimogrid.shell.world.heartbeat import Heartbeat
 from mimogrid.shell.world.preemption import StopRequest
 from mimogrid.shell.world.world import World, first_failure, visit
@@ -86,17 +55,18 @@ T = TypeVar("T")
 Networks = Mapping[str, nn.Module]
 
 WHOLE = ("fp32", "fp64")
-"""Precisions in which the weights themselves are updated."""
+"""The precisions in which the optimizer updates the weights of the networks directly."""
 FACTS = "facts"
-"""Under this name a state holds, besides tensors, the number of the next step and what decisions hang on."""
+"""The key of a state that holds no tensor: the number of the next step, and the state that decides on updates."""
 
 
 @attrs.frozen(eq=False)
 class Example:
-    """One sample of the host's: what it is, known to all, and its tensors by module, read only where needed.
+    """One sample of the host program: its description, and its tensors by module.
 
-    The tensors of a module are those that `shell.job.sources.Source.load` returns. `sample.id` need not be its
-    place in the global order, only the same everywhere.
+    Every rank reads the description. It reads the tensors of a module only where it needs them, so a mapping that loads
+    lazily loads this rank's share only. The tensors of a module are those that `shell.job.sources.Source.load` returns.
+    `sample.id` may be any number that is the same on every rank.
     """
 
     sample: Sample
@@ -104,31 +74,38 @@ class Example:
 
 
 class Embedded:
-    """A job in a host's world; made, stepped and closed by every rank of it. See the top of this file."""
+    """A job in the process group of a host program. Every rank of the group creates, steps and closes one."""
 
     def __init__(
         self,
         job: Job,
         modules: "Networks | Callable[[Embedded], Networks] | None" = None,
-        groups: Groups | None = None,
+        groups: ProcessGroups | None = None,
         *,
         ranks: Sequence[int] | None = None,
         optimizer: Literal["job", "host"] = "job",
         device: torch.device | str = "cpu",
     ) -> None:
-        """Enter the host's world and build what this rank hosts.
+        """Open the process groups of the job and build the stages of this rank.
 
         Args:
-            job: The job; the same on every rank.
-            modules: Networks of the host's by the names of the modules that this rank hosts, or what builds them.
-            groups: The planned groups, where the host has opened them already (`shell.world.groups.open_groups`);
-                they stay open.
-            ranks: The ranks of the host's on which the job's lie, ascending; else the first ones.
-            optimizer: Who updates the weights.
-            device: Where this rank computes. CUDA talks through NCCL, the CPU through gloo.
+            job: The job, the same on every rank.
+            modules: Networks for modules that this rank hosts, by the name of the module, or a function that returns
+                them. The function is called with this object once the process groups are open. For a custom module
+                (its model is ``mimogrid.shell.job.host:module``) a network is an `OwnNetwork`; all dp ranks start with
+                the weights of the first. For a built-in module it is a `HostNetwork`, on any grid, or an
+                `nn.ModuleList` with one for each chunk.
+            groups: The process groups of the job, if they are open already (`shell.world.groups.open_groups`); they
+                stay open.
+            ranks: The ranks of the host program on which the job runs, ascending; None: the first ones.
+            optimizer: "job": the job updates the weights by its `[optimizer]`. "host": a step ends with complete
+                gradients in ``.grad``, not clipped and equal on all ranks that hold the weight, for an optimizer that
+                updates each weight separately, unless ``outcome.taken`` is False. Only for fp32 and
+                fp64 without a sharded update.
+            device: The device of this rank. CUDA communicates through NCCL, the CPU through gloo.
 
-        Raises PlanError where the job does not fit the host's world or the modules do not fit the job, and
-        WorldError where another rank has another plan.
+        Raises PlanError if the job does not fit the host program or the modules do not fit the job, and WorldError if
+        another rank has another plan.
         """
         _check(job, {} if callable(modules) else modules or {}, ranks, optimizer)
         self.job = job
@@ -148,49 +125,49 @@ class Embedded:
             with self._ours(), _same_environment():
                 if callable(modules):
                     modules = self._built(modules)
-                self.runtime = self._runtime(modules or {}, steps_itself=optimizer == "job")
+                self.runtime = self._runtime(modules or {}, updates_weights=optimizer == "job")
             self._closing = stack.pop_all()
-        # Optimizers like to set gradients to None; ours are views of one buffer and are put back.
+        # Optimizers set gradients to None; these are views of a buffer, so they are put back before each step.
         buffers = self.runtime.buffers.values() if self.runtime else ()
         self._gradients = [(w, w.grad) for buffer in buffers for w in buffer.weights.values()]
         self._upcoming: tuple[int, Step] | None = None
 
     def enter(self, context: AbstractContextManager[T]) -> T:
-        """Open something that is closed with this; for what builds `modules`."""
+        """Enter a context that `close` leaves; for a function that builds `modules`."""
         return self._closing.enter_context(context)
 
     def _built(self, build: "Callable[[Embedded], Networks]") -> "Networks":
-        """Let the host build its networks, with draws that follow from the job and the stages of this rank."""
+        """Build the networks of the host program under a random state that depends on the job and the stages only."""
         stages = [str(info.stage) for info in self.job.topology.role(self.world.rank).stages]
         torch.manual_seed(draw_bits(self.job.spec.seed, " ".join(stages), "host") % SEEDS)
         networks = build(self)
         _check(self.job, networks, None, "job")
         return networks
 
-    def _runtime(self, modules: Mapping[str, nn.Module], *, steps_itself: bool) -> RankRuntime | None:
+    def _runtime(self, modules: Mapping[str, nn.Module], *, updates_weights: bool) -> RankRuntime | None:
         rank = self.world.rank
         if rank not in self.job.topology.ranks:
             return None
         self._agree_on(modules)
-        return RankRuntime(
+        return build_runtime(
             self.job,
             rank,
             self.groups,
             self.device,
             heartbeat=Heartbeat(rank),
             stop_request=StopRequest(),  # signals are the host's
-            given=modules,
-            steps_itself=steps_itself,
+            user_modules=modules,
+            updates_weights=updates_weights,
         )
 
     def _agree_on(self, modules: Networks) -> None:
-        """All ranks of a module have a network of the host's for it, or none has: else they would wait for ever."""
+        """Check that all ranks of a module have a network for it, or none has; otherwise they would wait forever."""
         ranks = self.job.topology.ranks
         every: list[Any] = [None] * len(ranks)
         dist.all_gather_object(every, sorted(modules), group=self.groups.by_ranks[ranks])
-        given = dict(zip(ranks, every, strict=True))
+        names = dict(zip(ranks, every, strict=True))
         for name, module in self.job.topology.modules.items():
-            without = [rank for rank in module.grid.ranks if name not in given[rank]]
+            without = [rank for rank in module.grid.ranks if name not in names[rank]]
             if 0 < len(without) < module.grid.size:
                 raise WorldError(
                     f"the host gave a network for '{name}' on some ranks, and none on {without}. "
@@ -199,19 +176,20 @@ class Embedded:
 
     @property
     def role(self) -> RankRole | None:
-        """What this rank does in the job; None where the job does not reach it."""
+        """What this rank does in the job; None on a rank beyond the world of the job."""
         rank, topology = self.world.rank, self.job.topology
         return role_of(topology, rank) if rank < topology.world_size else None
 
     def step(
         self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy
     ) -> Outcome | None:
-        """Train one step, on a batch or on the job's own next samples; an idle rank returns None.
+        """Train one step, on a batch or on the next samples of the job; an idle rank returns None.
 
-        `loss` is that of language models: any sum over tokens of what the last stage predicts.
+        A batch has all samples of the step, the same on every rank and in the same order. `loss` is that of language
+        models: any sum over tokens of the predictions of the last stage.
 
-        Raises PlanError where a sample does not fit the job, WorldError where the ranks were given different
-        batches or what is loaded is not as described, and what a module raises; on the other ranks EchoError.
+        Raises PlanError if a sample does not fit the job, WorldError if ranks have different batches or loaded tensors
+        differ from their descriptions, and the errors of modules. The other ranks then raise EchoError.
         """
         index = self.index if batch is not None else self._next(self.index)
         self.index = index + 1
@@ -226,81 +204,82 @@ class Embedded:
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
-                return self.runtime.run(index, step, self._upcoming[1], loss=loss)
-            step, source = self._given(self.runtime, batch)
-            return self.runtime.run(index, step, step, source=source, loss=loss)
+                return train_step(self.runtime, index, step, self._upcoming[1], loss=loss)
+            step, source = self._step_of(self.runtime, batch)
+            return train_step(self.runtime, index, step, step, source=source, loss=loss)
 
     def evaluate(
         self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy
     ) -> Mapping[str, float] | None:
-        """Return each module's loss of a batch, or of the job's own next samples, which stay the next; train nothing.
+        """Return the loss of each module on a batch, or on the next samples of the job, without training.
 
-        Networks are in evaluation mode. The losses are the same on every rank; an idle one returns None.
+        Networks are in evaluation mode. The next samples stay the next ones. Losses are the same on every rank; an idle
+        rank returns None.
         """
         self._check_batch(batch, self._next(self.index))
         if self.runtime is None:
             return None
         with first_failure(self.world), self._ours():
-            return self.runtime.judge(*self._given(self.runtime, batch), loss)
+            return evaluate(self.runtime, *self._step_of(self.runtime, batch), loss)
 
     def answers(self, batch: Sequence[Example] | None = None) -> tuple[torch.Tensor, ...]:
-        """Return the logits [tokens, V] of each microbatch, on the first rank of each dp rank of a last stage."""
+        """Return the logits [tokens, V] of each microbatch, on the first tp rank of each dp rank of a last stage."""
         self._check_batch(batch, self._next(self.index))
         if self.runtime is None:
             return ()
         with first_failure(self.world), self._ours():
-            return self.runtime.answer(*self._given(self.runtime, batch))
+            return logits(self.runtime, *self._step_of(self.runtime, batch))
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """Make the batch of the next call. Where a rank fails in it, the others are told by that call (EchoError)."""
+        """Prepare the batch of the next call. If that fails on a rank, the next call of the others raises EchoError."""
         try:
             yield
         except Exception:
             if self.runtime is not None:
                 with contextlib.suppress(RuntimeError):  # They are gone, or wait for something else.
-                    self.runtime.has_nothing()
+                    report_no_batch(self.runtime)
             raise
 
     def _check_batch(self, batch: Sequence[Example] | None, index: int) -> None:
         if batch is not None and len(batch) != self.job.spec.batch.global_size:
-            fact = f"the host gave {len(batch)} samples, a step takes {self.job.spec.batch.global_size}."
+            fact = f"the host gave {len(batch)} samples, a step has {self.job.spec.batch.global_size}."
             raise PlanError([Problem("batch.global_size", fact, "Give every rank all samples of the step.")])
         if batch is None and isinstance(self.job.source, Handed):
             self.job.source.load(index, "")
 
-    def _given(self, runtime: RankRuntime, batch: Sequence[Example] | None) -> "tuple[Step, _Batch | None]":
-        """Lay a batch over the job; compare what the ranks were given."""
+    def _step_of(self, runtime: RankRuntime, batch: Sequence[Example] | None) -> "tuple[Step, _Batch | None]":
+        """Return the step of a batch and its tensors; check that all ranks have the same batch."""
         if batch is None:
             return self.job.step(self._next(self.index)), None
-        runtime.agree_on(step_of(self.job.topology, tuple(example.sample for example in batch)))
+        check_batch(runtime, step_of(self.job.topology, tuple(example.sample for example in batch)))
         samples = tuple(attrs.evolve(example.sample, id=i) for i, example in enumerate(batch))
         return step_of(self.job.topology, samples), _Batch(batch)
 
     def _next(self, index: int) -> int:
-        """Return the first step from `index` on whose samples are not passed over (`train.skip_steps`)."""
+        """Return the first step from `index` on whose samples are not skipped (`train.skip_steps`)."""
         train = self.job.spec.train
         return next(step for step in itertools.count(index) if not is_passed_over(train, step))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the weights of this rank that are trained, by layout-independent name, ``module.parameter``.
+        """Yield the trainable weights of this rank by layout-independent name (``module.parameter``).
 
-        Under tp and ep a weight is this rank's part of it.
+        Under tp and ep each is this rank's shard.
         """
         for stage, buffer in self.runtime.buffers.items() if self.runtime else ():
             for name, weight in buffer.weights.items():
                 yield f"{stage.module}.{name}", weight
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the weights of this rank that are trained."""
+        """Yield the trainable weights of this rank."""
         for _, weight in self.named_parameters():
             yield weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, what the optimizer keeps, and the number of the next step; all ranks call it.
+        """Return weights, optimizer states and the number of the next step; all ranks call it.
 
         The first rank of the job gets full tensors on the CPU by layout-independent name, which any layout of
-        the same model can load; the others get nothing. A host's optimizer keeps its own.
+        the same model can load. The others get nothing. The state of an optimizer of the host program is not included.
         """
         if self.runtime is None:
             return {}
@@ -310,23 +289,24 @@ class Embedded:
         return full
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned; all ranks call it, and what the job's first one gives counts.
+        """Load what `state_dict` returned; all ranks call it, and the state of the job's first rank is used.
 
-        Mere weights (such as a run's ``weights.safetensors``) leave all else as it is. Raises WorldError where
-        names or shapes are of another model; where they are those of a weight, before anything is changed.
+        A state of weights alone (such as ``weights.safetensors`` of a run) leaves the rest unchanged. Raises WorldError
+        if names or shapes differ from those of the model; for weights, before anything is changed.
         """
         if self.runtime is None:
             return
-        told = [state.get(FACTS)]
-        dist.broadcast_object_list(told, group=self.runtime.group, group_src=0)
+        first: list[Any] = [state.get(FACTS)]
+        dist.broadcast_object_list(first, group=self.runtime.group, group_src=0)
+        (facts,) = first
         tensors = {name: tensor for name, tensor in state.items() if name != FACTS}
-        scatter(self.runtime, tensors, told[0])
-        if told[0] is not None:
-            restore(self.runtime, told[0])
-            self.index = told[0]["step"]
+        scatter(self.runtime, tensors, facts)
+        if facts is not None:
+            restore(self.runtime, facts)
+            self.index = facts["step"]
 
     def close(self) -> None:
-        """Destroy the process groups that were made for the job; the host's stay. May be called twice."""
+        """Destroy the process groups of the job, and no others. May be called twice."""
         self._closing.close()
 
     def __enter__(self) -> "Embedded":
@@ -337,7 +317,7 @@ class Embedded:
 
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
-        """Let megatron-core work on this device, and draw without the host's random states noticing."""
+        """Let megatron-core use this device, and restore the random states of the host program afterwards."""
         cuda = [self.device.torch] if self.device.torch.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), on_device(self.device.torch, seed=self.job.spec.seed):
             yield
@@ -345,18 +325,18 @@ class Embedded:
 
 @attrs.frozen(eq=False)
 class _Batch:
-    """The examples of a step as the half of a source that loads, by their place in the batch."""
+    """The examples of a step as a source that loads them, by their place in the batch."""
 
     examples: Sequence[Example]
 
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
-        """Return what a module reads of an example."""
+        """Return the tensors of an example for a module."""
         return self.examples[sample_id].tensors[module]
 
 
 @contextlib.contextmanager
 def _same_environment() -> Iterator[None]:
-    """Undo what is set in the environment meanwhile: a GPTModel sets which attention transformer-engine takes."""
+    """Restore the environment: a GPTModel sets variables that choose the attention of transformer-engine."""
     before = dict(os.environ)
     try:
         yield
@@ -394,7 +374,7 @@ def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | No
 def _mismatches(
     name: str, model: BuiltIn | Own, written: ModuleSpec, network: nn.Module
 ) -> Iterator[Problem]:
-    """Say what of a built-in module a network of the host's cannot take over."""
+    """Yield why a network of the host program cannot compute a built-in module."""
     if isinstance(model, Own):
         return
     where = f"modules.{name}"
@@ -404,7 +384,7 @@ def _mismatches(
         yield Problem(f"{where}.chunks", message, "Give an nn.ModuleList with one for each chunk.")
     elif any(not hasattr(one, "table") for one in chunks):
         message = (
-            f"is built in ('{written.model}'); a network was handed over for it that has no table of weights."
+            f"is built in ('{written.model}'), and the network of the host for it has no table of weights."
         )
         remedy = (
             "Set model = 'mimogrid.shell.job.host:module' and the width of its rows, "

@@ -32,6 +32,7 @@ from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.probe.results import Probed
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.launch import Pool
 
 
@@ -89,7 +90,7 @@ def in_world(place: Place, job: Job, steps: int) -> list[float] | None:
         for index in range(WARM_UP + steps):
             begin = time.perf_counter()
             step, following = following, job.step(index + 1)
-            runtime.run(index, step, following)
+            train_step(runtime, index, step, following)
             seconds.append(time.perf_counter() - begin)
     return seconds[WARM_UP:] if place.rank == job.topology.ranks[0] else None
 

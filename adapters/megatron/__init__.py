@@ -1,16 +1,16 @@
-"""Megatron: its grids, roles, groups, models and training loop, in terms of ours and back.
+"""Megatron: its grids, roles, groups, models and training loop, for programs written for megatron-core.
 
-For programs written for megatron-core (0.16 and 0.19), piece by piece:
+Each piece of megatron-core (0.16 and 0.19) has a counterpart:
 
-| theirs | ours | here |
+| megatron-core | mimogrid | here |
 |---|---|---|
 | `HyperCommGrid` and its views | `core.base.grid.Grid` | `from_hyper_comm_grid`, `to_hyper_comm_grid` |
-| `RankRole` of pull request 3211, asked of process groups | the same answers for any rank, anywhere | `role_of_grids` |
-| `ProcessGroupCollection` of a module | the groups of a job, and what these lack | `open_collections` |
-| `MimoModelConfig` with its grids | a job, or its file | `open_job_of`, `job_of`, `job_file_of` |
-| `MimoModel` | the same parts, those of this rank's stages | `from_specs` |
+| `RankRole` of pull request 3211, from process groups | `RankRole` of any rank, from grids | `role_of_grids` |
+| `ProcessGroupCollection` of a module | the groups of a job, and those that it lacks | `open_collections` |
+| `MimoModelConfig` with its grids | a job, or a job file | `open_job_of`, `job_of`, `job_file_of` |
+| `MimoModel` | its parts on this rank | `from_specs` |
 | such a model | networks that a job's program calls, stage by stage | `networks_of` |
-| its state dict | weights of such a job, whatever its grids | `ForwardBackward.load_state_dict` |
+| its state dict | weights of such a job on any grids | `ForwardBackward.load_state_dict` |
 | `forward_backward_func` | one step of a job's program | `forward_backward_func` |
 """
 

@@ -1,11 +1,12 @@
-"""Batches: what a program calls its `MimoModel` with, as samples of a job.
+"""Batches: the arguments of a program's `MimoModel` as samples of a job.
 
-A batch is a whole microbatch, all dp ranks together, the same on every rank; each rank then loads what its
-stages need of it. What a sample is follows from the token ids: positions with a modality's special token take its
-rows, all others are text.
+A batch is a whole microbatch with the samples of all dp ranks, the same on every rank. Each rank then loads what its
+stages need. The description of a sample follows from its token ids: positions with the special token of a modality take
+rows of that modality, and all other positions are text.
 
-The tensors of a modality are cut along their first dim: N items of a microbatch with R rows in all are R / N rows
-each (patches of an image), and where that does not deal whole items to samples, one for each sample that has any.
+The tensors of a modality are split over samples along their first dim. If a microbatch has N items and R rows, each
+item has R / N rows (patches of an image). If that does not give each sample whole items, each sample that has rows has
+one item.
 
 Shapes in names: B samples, S positions.
 """
@@ -25,14 +26,14 @@ from mimogrid.core.topology.topology import Module
 
 
 Arguments = Mapping[str, Mapping[str, Any]]
-"""What the encoders of a modality are called with, by encoder and by argument."""
+"""The arguments of a modality's encoders, by encoder and by argument."""
 
 
 @attrs.frozen(eq=False)
 class Batch:
     """The arguments of `MimoModel.forward` for one microbatch.
 
-    `labels` [B, S] may be missing where the loss is one of logits. Without `loss_mask` [B, S] every position counts.
+    `labels` [B, S] may be None if the loss function takes logits. Without `loss_mask` [B, S] every position counts.
     """
 
     input_ids: Tensor
@@ -45,7 +46,7 @@ class Batch:
 
     @property
     def weights(self) -> Tensor:
-        """How much each position counts [B, S], on the CPU."""
+        """The loss weight of each position [B, S], on the CPU."""
         ones = torch.ones_like(self.input_ids, dtype=torch.float32)
         return (ones if self.loss_mask is None else self.loss_mask).cpu()
 
@@ -61,11 +62,12 @@ def examples_of(
 ) -> list[Example]:
     """Return the samples of a batch for a job whose language model is `language`.
 
-    `tokens` are the special tokens by modality. `rows_of` says of a modality which of its tensors are the rows that
-    the job's module reads; otherwise its only one is, if it has one row for each. The others go by their names.
+    `tokens` are the special tokens by modality. `rows_of` names for a modality the tensor with the rows that the job's
+    module reads. By default it is the only tensor of the modality, if it has one entry for each placeholder. The other
+    tensors keep their names.
 
-    Raises PlanError with everything that the batch says and the job cannot: shapes, positions that do not count
-    up, masks that are not causal, modalities that the job or the batch lacks, tokens beyond the vocabulary.
+    Raises PlanError with everything in the batch that the job does not support: shapes, positions that do not count
+    up, masks that are not causal, modalities that the job or the batch lacks, tokens outside the vocabulary.
     """
     problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp))
     feeders = [edge.source for edge in language.inputs]
@@ -91,7 +93,7 @@ def examples_of(
 def _sample(
     i: int, positions: int, places: Mapping[str, Sequence[int]], language: str, units: float
 ) -> Sample:
-    """Describe a sample; whose leading positions take its rows, feeder after feeder, need not say so."""
+    """Describe a sample. Placeholders are left out if they are the leading positions, feeder after feeder."""
     order = tuple(place for of_feeder in places.values() for place in of_feeder)
     leading = order == tuple(range(len(order)))
     return Sample(
@@ -104,7 +106,7 @@ def _sample(
 
 
 def _places(ids_BS: Tensor, token: int) -> list[list[int]]:
-    """Return, for each sample, the positions of a token."""
+    """Return for each sample the positions of a token."""
     found: list[list[int]] = [[] for _ in ids_BS]
     for sample, position in (ids_BS == token).nonzero().tolist():
         found[sample].append(position)
@@ -112,7 +114,7 @@ def _places(ids_BS: Tensor, token: int) -> list[list[int]]:
 
 
 def _text(batch: Batch, ids_BS: Tensor, special: Sequence[int]) -> dict[str, Tensor]:
-    """Return what the language model reads, [B, S] each; -1 at placeholders."""
+    """Return what the language model reads, each [B, S]; tokens are -1 at placeholders."""
     is_special = torch.isin(ids_BS, torch.tensor(special, dtype=ids_BS.dtype))
     labels = torch.zeros_like(ids_BS) if batch.labels is None else batch.labels.cpu()
     return {
@@ -140,7 +142,9 @@ def _parts_of(
     for argument, value in arguments.items() if any(counts) else ():
         where = f"modality_inputs.{name}.{argument}"
         if not isinstance(value, Tensor):
-            fact = f"is a {type(value).__name__}; the items of a tensor can be dealt to samples, this cannot."
+            fact = (
+                f"is a {type(value).__name__}; the items of a tensor can be split over samples, this cannot."
+            )
             raise PlanError([Problem(where, fact, "Give it to the encoder as it is built.")])
         whole[argument] = value
     cut = {
@@ -157,7 +161,7 @@ def _rows(
     counts: Sequence[int],
     rows_of: str | Callable[..., Any] | None,
 ) -> Sequence[Tensor]:
-    """Return the rows of each sample; of no width where an encoder makes them of something else."""
+    """Return the rows of each sample; their width is 0 if the encoder makes them from other tensors."""
     if isinstance(rows_of, str) and rows_of in cut:
         return cut[rows_of]
     if len(cut) == 1:
@@ -168,7 +172,7 @@ def _rows(
 
 
 def _cut(value: Tensor, counts: Sequence[int], where: str) -> Sequence[Tensor]:
-    """Deal the items of a tensor to samples, in proportion to their rows, or one to each that has rows."""
+    """Split the items of a tensor over samples, in proportion to their rows, or one for each sample that has rows."""
     items, rows = len(value), sum(counts)
     if all(items * count % rows == 0 for count in counts):
         sizes = [items * count // rows for count in counts]
@@ -185,15 +189,15 @@ def _uneven(items: int, counts: Sequence[int], where: str) -> Problem:
         f"has {items} items for {sum(counts)} placeholders, which are not as many for each: "
         f"the samples have {_some(counts)}."
     )
-    remedy = "Give one item for each row or sample, or hand the samples over as `Example`s with tensors of their own."
+    remedy = "Give one item for each row or sample, or pass `Example`s with tensors of their own."
     return Problem(where, fact, remedy)
 
 
-# -- what a job cannot say ---------------------------------------------------------------------------------
+# -- what a job does not support ---------------------------------------------------------------------------
 
 
 def _mismatches(batch: Batch, *, samples: int, sequence: int, cp: int) -> Iterator[Problem]:
-    """Say where the shapes are not those of the job, or say more than shapes do."""
+    """Yield wrong shapes, and arguments that a job does not support."""
     shape = tuple(batch.input_ids.shape)
     if len(shape) != 2 or shape[0] != samples:  # noqa: PLR2004 -- [B, S]
         fact = f"has the shape {shape}; a microbatch of the job has {samples} samples, of all its dp ranks."
@@ -224,7 +228,7 @@ def _mismatches(batch: Batch, *, samples: int, sequence: int, cp: int) -> Iterat
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether a mask [..., S, S] hides (True) what comes later, and nothing else, as Megatron's causal ones do."""
+    """Whether a mask [..., S, S] is causal: True, as in Megatron, for later positions and no others."""
     if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:  # noqa: PLR2004
         return False
     later = torch.ones(mask.shape[-2:], dtype=torch.bool).triu(1)
@@ -232,18 +236,18 @@ def _is_causal(mask: Tensor) -> bool:
 
 
 def _strangers(batch: Batch, feeders: Sequence[str], tokens: Mapping[str, int]) -> Iterator[Problem]:
-    """Say which modalities the batch has and the job lacks, or the other way round."""
+    """Yield modalities that only the batch or only the job has."""
     for name in feeders:
         if name not in tokens:
             fact = f"feeds the language model, and has no special token; there are those of {sorted(tokens)}."
             yield Problem(f"modules.{name}", fact, "Name it: special_token_ids={...}.")
             continue
         has_rows = bool((batch.input_ids == tokens[name]).any())
-        given = (batch.modality_inputs or {}).get(name)
-        if has_rows and not given:
+        inputs = (batch.modality_inputs or {}).get(name)
+        if has_rows and not inputs:
             fact = f"there are placeholders for '{name}', and no input."
             yield Problem(f"modality_inputs.{name}", fact, "Give its encoder's arguments.")
-        items = sum(map(_items, (given or {}).values()))
+        items = sum(map(_items, (inputs or {}).values()))
         if items and not has_rows:
             fact = f"has {items} items, and input_ids no placeholder for them (token {tokens[name]})."
             remedy = "Give no items, or see whether special_token_ids are those of the batch."
@@ -259,7 +263,7 @@ def _items(arguments: Mapping[str, Any]) -> int:
 
 
 def _unknown_tokens(batch: Batch, language: Module, special: Sequence[int]) -> Iterator[Problem]:
-    """Say which tokens of the text, and which labels that count, the language model does not know."""
+    """Yield tokens of the text, and labels that count, that are outside the vocabulary."""
     assert isinstance(language.model, Gpt)
     vocab, ids_BS = language.model.vocab, batch.input_ids.cpu()
     is_text = ~torch.isin(ids_BS, torch.tensor(special, dtype=ids_BS.dtype))

@@ -1,18 +1,18 @@
-"""Experts of Megatron's networks: their names in the whole model, what of them a job can train, their auxiliary loss.
+"""Experts of Megatron's networks: which of them a job can train, and their auxiliary loss.
 
-Layer, router, dispatcher and experts are Megatron's and compute what they always do. An expert's gradient holds the
-tokens of all ranks that send to it, so it is summed over its copies (expert_dp) alone.
+Layers, routers, dispatchers and experts are Megatron's. The gradient of an expert includes the tokens of all ranks that
+send to it, so it is summed over its copies (expert_dp) only.
 
-A job's law is that a layout has the gradients of one process. Most of Megatron's ways to spread tokens over experts ask
-who else's tokens a rank has: dropping by capacity, a z-loss that is a mean over a rank's tokens, Sinkhorn routing, an
-auxiliary loss over the tokens of a microbatch or of all so far. They are refused by name. What is left is its auxiliary
-loss by sequence, and its formula (`shell.megatron.experts`). What Megatron puts around that is not exact, so it is
-replaced on the routers that a job trains:
+In a job every layout has the gradients of one process. Many of Megatron's settings for experts depend on which tokens
+share a rank: capacities, a z-loss that is a mean over a rank's tokens, Sinkhorn routing, auxiliary losses over the
+tokens of a microbatch or of all microbatches so far. They are refused by name. The auxiliary loss by sequence remains,
+with Megatron's formula (`shell.megatron.experts`). Its scale is replaced on the routers that a job trains, because
+Megatron's depends on the layout:
 
-- Megatron weighs it by one number of the process (`MoEAuxLossAutoScaler`), which averages over microbatches and dp;
-  with `calculate_per_token_loss` also by how many tokens a rank has. Here it is divided by the samples of the step.
-- It divides by the mean of the lengths of a microbatch's samples, padding included. Here each sample is divided by its
-  own length, and padding does not count.
+- Megatron multiplies it by one number per process (`MoEAuxLossAutoScaler`), which averages over microbatches and dp,
+  and with `calculate_per_token_loss` by the number of tokens of a rank. Here it is divided by the samples of the step.
+- Megatron divides by the mean length of a microbatch's samples, padding included. Here each sample is divided by its
+  own length without padding.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,9 +32,9 @@ from mimogrid.shell.megatron.experts import attached, imbalance
 
 
 BY_SEQUENCE = "seq_aux_loss"
-"""Megatron's name of the auxiliary loss that is a sum over samples."""
+"""Megatron's name for the auxiliary loss that is a sum over samples."""
 
-_BY_COMPANY = {
+_LAYOUT_DEPENDENT = {
     "moe_expert_capacity_factor": "drops tokens by how many a rank has for an expert",
     "moe_z_loss_coeff": "has a z-loss, a mean over the tokens that a rank happens to have",
     "moe_input_jitter_eps": "draws noise for its routers rank by rank",
@@ -42,7 +42,7 @@ _BY_COMPANY = {
     "moe_router_enable_expert_bias": "moves a bias of its routers in finalize_model_grads, which a job does not call",
     "moe_latent_size": "has latent projections, whose gradients are not known to be sums over tp",
 }
-"""Settings under which experts are not those of one process, and why."""
+"""Settings with which the result depends on the layout, and why."""
 
 
 def expert_layers(network: nn.Module) -> Mapping[str, MoELayer]:
@@ -51,7 +51,7 @@ def expert_layers(network: nn.Module) -> Mapping[str, MoELayer]:
 
 
 def aux_weight(config: Any) -> float:
-    """Return the weight of the auxiliary loss by sequence that a configuration asks for; 0 where it asks for none."""
+    """Return the weight of the auxiliary loss by sequence in a configuration; 0 if it has none."""
     kinds, weights = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if isinstance(kinds, str):
         kinds, weights = [kinds], [weights]
@@ -61,9 +61,10 @@ def aux_weight(config: Any) -> float:
 def unable_experts(
     network: nn.Module, module: Module, position: Mapping[str, int], samples: int
 ) -> Iterator[Problem]:
-    """Say what of a network's experts cannot be in a job's program.
+    """Yield why a job's program cannot train the experts of a network.
 
-    `position` is the rank's in the module (`Module.position`), `samples` are those of a microbatch of it.
+    `position` is the position of the rank in the module (`Module.position`), `samples` the number of samples in a
+    microbatch of the module.
     """
     where = f"modules.{module.name}"
     layers = list(expert_layers(network).values())
@@ -106,7 +107,7 @@ def unable_experts(
 
 
 def _misplaced(layer: MoELayer, module: Module, position: Mapping[str, int], where: str) -> Iterator[Problem]:
-    """The network's experts lie where the plan has them."""
+    """Yield differences between the places of the network's experts and those in the plan."""
     experts = module.experts
     assert experts is not None
     planned = list(module.experts_at(position["ep"]))
@@ -122,9 +123,9 @@ def _misplaced(layer: MoELayer, module: Module, position: Mapping[str, int], whe
 
 
 def _inexact(layer: MoELayer, where: str) -> Iterator[Problem]:
-    """Settings by which a token's way depends on which other tokens its rank has."""
+    """Yield settings with which the result for a token depends on the other tokens of its rank."""
     config = layer.config
-    for setting, fact in _BY_COMPANY.items():
+    for setting, fact in _LAYOUT_DEPENDENT.items():
         if getattr(config, setting):
             yield Problem(where, f"{fact} ({setting}).", f"Leave {setting} out.")
     kinds, weights = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
@@ -141,16 +142,16 @@ def _inexact(layer: MoELayer, where: str) -> Iterator[Problem]:
 
 
 class Balance:
-    """The auxiliary loss of one router, sample by sample, in place of Megatron's: what its `routing` is from here on.
+    """The auxiliary loss of one router, sample by sample; it replaces the `routing` of the router.
 
-    `scale` is what this rank's term (`value`, of the last forward in training) is multiplied by in the loss of
-    the job; 0: there is none.
+    `value` is this rank's term in the last training forward. `scale` is its factor in the loss of the job; 0: there is
+    no auxiliary loss.
     """
 
     def __init__(self, router: Any) -> None:
         self.router = router
         before = router.routing
-        # A model may be handed to one job after another.
+        # A model may be used by several jobs, one after another.
         self.route: Any = before.route if isinstance(before, Balance) else before
         self.scale = 0.0
         self.value: Tensor | None = None
@@ -158,7 +159,7 @@ class Balance:
         router.routing_type = "none"
 
     def __call__(self, logits_SBE: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return weights and choices [S * B, E] as the router does; the weights bring the loss along in the backward.
+        """Return weights and choices [S * B, E] as the router does; the backward of the weights adds the loss.
 
         `padding_mask` [S, B] is True where there is no token.
         """
@@ -175,7 +176,7 @@ class Balance:
         if padding_mask is not None:
             tokens = tokens[~padding_mask.reshape(-1)]
         logits_TE = logits_SBE.reshape(-1, experts).index_select(0, tokens)
-        # Megatron judges the choices without what else may bias them.
+        # Megatron computes this loss from scores without expert biases.
         chosen_TE, scores_TE = compute_routing_scores_for_aux_loss(
             logits_TE, self.router.topk, self.router.score_function
         )

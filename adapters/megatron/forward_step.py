@@ -1,14 +1,14 @@
-"""A program's `forward_step_func`: asked beforehand what it computes, and for its loss when the output is there.
+"""A host program's `forward_step_func`: it is called at the start of a step, and its loss function later.
 
-Megatron calls the function wherever a stage is to run, and it calls the model. Here the program knows what runs
-when, and needs the samples before it starts. So the function is called once for each microbatch as the step begins,
-with a model that writes down what it is called with (`Asked`) and returns a promise of its output; the loss function
-that it returns is called on the ranks of the last stage as soon as the output of a microbatch is there.
+Megatron calls `forward_step_func` whenever a stage runs, and the function calls the model. In a job the program decides
+what runs when, and it needs the samples before it starts. So the function is called once per microbatch at the start of
+the step. Its model records the call (`RecordedModel`) and returns a placeholder for its output. The loss function that
+it returns is called on the ranks of the last stage, when the output of the microbatch exists.
 
-The loss function is given what Megatron's would be: of the samples of this rank's dp rank, and of its positions
-under context parallelism, the loss of each [b, s], or logits [b, s, V / tp] where the batch has no labels. It returns
-``(sum, number of tokens, report)``. The number must be the sum of the loss mask that the model returned with
-its output: by the sum of all of them gradients are divided, which has to be known before the first backward.
+The loss function gets the same output as in Megatron: losses [b, s], or logits [b, s, V / tp] if the batch has no
+labels, for the samples of this dp rank and the positions of this cp rank. It returns ``(sum, number of tokens,
+report)``. The number must be the sum of the loss mask that the model returns with its output. Gradients are divided by
+the sum of all masks, which must be known before the first backward.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ ForwardStep = Callable[[Any, Any], tuple[Any, LossFunction]]
 
 
 class Promise:
-    """The output of the model, which is there only when the loss function is called."""
+    """A placeholder for the output of the model, which exists only when the loss function is called."""
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(
@@ -44,12 +44,12 @@ class Promise:
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
-        """Refuse to be computed with."""
+        """Refuse any computation."""
         cls()._refuse()
 
 
-class Asked:
-    """The model of a rank, which writes down what it is called with; all else is asked of the model itself."""
+class RecordedModel:
+    """A model that records the arguments of its call; other attributes are those of the model of this rank."""
 
     def __init__(self, model: nn.Module | None, part_of: Callable[[Tensor], Tensor]) -> None:
         self._model = model
@@ -58,7 +58,7 @@ class Asked:
         self.output = Promise()
 
     def __call__(self, *arguments: Any, **named: Any) -> tuple[Promise, Tensor | None]:
-        """Return a promise, and which part of the loss mask belongs to it, as `MimoModel` does."""
+        """Return, as `MimoModel` does, the output (a placeholder) and the part of the loss mask for it."""
         if self.batch is not None:
             raise TypeError("forward_step_func called the model twice; a microbatch goes through it once.")
         batch = self.batch = Batch(*arguments, **named)
@@ -72,7 +72,7 @@ class Asked:
 
 @attrs.frozen(eq=False)
 class Microbatch:
-    """What a forward step said of a microbatch: what the model is called with, and the loss of what comes out."""
+    """A microbatch of a forward step: the arguments of the model, and the loss function of its output."""
 
     batch: Batch
     loss: LossFunction
@@ -87,49 +87,47 @@ def microbatches_of(
     rank: int,
     total: int,
 ) -> list[Microbatch]:
-    """Call a forward step for each microbatch of a step with `total` samples, and return what it said.
+    """Call a forward step for each microbatch of a step with `total` samples, and return the microbatches.
 
-    Raises PlanError where it returned anything but the model's output and a loss function.
+    Raises PlanError if it returns anything but the model's output and a loss function.
     """
     found = []
     for microbatch in range(language.microbatches):
-        asked = Asked(model, _part(language, rank, microbatch, total))
+        asked = RecordedModel(model, _part(language, rank, microbatch, total))
         output, loss = forward_step(data_iterator, asked)
         if output is not asked.output or asked.batch is None or not callable(loss):
             fact = f"returned a {type(output).__name__} and a {type(loss).__name__}, not what the model returned."
-            remedy = (
-                "Return (output of the model, loss function); what is computed of the output goes into that."
-            )
+            remedy = "Return (output of the model, loss function), and compute with the output in the loss function."
             raise PlanError([Problem("forward_step_func", fact, remedy)])
         found.append(Microbatch(asked.batch, loss))
     return found
 
 
 def _part(language: Module, rank: int, microbatch: int, total: int) -> Callable[[Tensor], Tensor]:
-    """Return what takes this rank's part out of a tensor [B, S] of a microbatch; all of it on other modules' ranks."""
+    """Return a function that selects this rank's part of a tensor [B, S]; on ranks without the language model, all."""
     if rank not in language.grid:
         return lambda whole: whole
     position = language.grid.position(rank)
     begin = share(microbatch, language.microbatches, total).start
     samples = language.samples(position["dp"], microbatch, total)
-    dp_rank = slice(samples.start - begin, samples.stop - begin)
+    samples_here = slice(samples.start - begin, samples.stop - begin)
     cut = ZigZag(position["cp"], language.cp)
 
     def part(whole: Tensor) -> Tensor:
-        of_lane = whole[dp_rank]
+        mine = whole[samples_here]
         if language.cp == 1:
-            return of_lane
-        return of_lane[:, torch.tensor(tuple(cut.positions(whole.shape[1])), device=whole.device)]
+            return mine
+        return mine[:, torch.tensor(tuple(cut.positions(whole.shape[1])), device=whole.device)]
 
     return part
 
 
 class HostLoss:
-    """The loss of a step (`shell.modules.loss.Loss`) as a program's loss functions say it, microbatch by microbatch.
+    """The loss of a step (`shell.modules.loss.Loss`), computed by a program's loss functions.
 
-    `reports` is what they reported, in order of the microbatches, on the ranks of the last stage. Whether they
-    count tokens as the loss mask does is known only when the device has computed both, so until `check` a loss that
-    does not is no number, and the step is not taken.
+    `reports` has their reports in order of the microbatches, on the ranks of the last stage. Whether a loss function
+    counts the tokens of the loss mask is known only when the device has computed both. If it does not, its loss is NaN,
+    so the update is skipped, and `check` raises the error.
     """
 
     def __init__(self, microbatches: Sequence[Microbatch], total: int, *, collects: bool = False) -> None:
@@ -141,11 +139,11 @@ class HostLoss:
 
     @property
     def reports(self) -> list[Any]:
-        """What the loss functions reported."""
+        """The reports of the loss functions."""
         return [self._reports[microbatch] for microbatch in sorted(self._reports)]
 
     def __call__(self, predictions: Predictions) -> Tensor:
-        """Return the sum of losses of a microbatch on this rank."""
+        """Return the sum of the losses of a microbatch on this rank."""
         samples = predictions.share.samples
         if not samples:
             return predictions.cross_entropies().sum()
@@ -173,7 +171,7 @@ class HostLoss:
         return loss.reshape(()) * torch.where(alike, 1.0, torch.nan)
 
     def check(self) -> None:
-        """Raise WorldError where a loss function counted other tokens than the loss mask; asks the device."""
+        """Raise WorldError if a loss function counted other tokens than the loss mask; waits for the device."""
         for microbatch, (counted, planned) in sorted(self._counts.items()):
             if not torch.isclose(counted, planned, rtol=1e-6, atol=1e-6):
                 raise WorldError(
@@ -184,7 +182,7 @@ class HostLoss:
 
 
 def _parts(said: Any) -> tuple[Tensor, Any, Any]:
-    """Return sum, count and report."""
+    """Return the sum, the number of tokens and the report. Raises PlanError for anything else."""
     match said:
         case (Tensor() as loss, count, report) if loss.numel() == 1:
             return loss, count, report
@@ -197,5 +195,5 @@ def _parts(said: Any) -> tuple[Tensor, Any, Any]:
 
 
 def first_of(data_iterator: Any) -> Any:
-    """Return the iterator; Megatron's loop has one for each virtual stage, which all give the same."""
+    """Return the iterator; a loop of Megatron has one for each virtual stage, with equal items."""
     return data_iterator[0] if isinstance(data_iterator, list) else data_iterator

@@ -1,7 +1,7 @@
-"""Megatron's grids as ours and back, and what a rank does under them.
+"""Megatron's grids as grids of a job and back, and the role of a rank under them.
 
-A module's name is its key in Megatron's maps, and that of the language model is `LANGUAGE`. Axes go by the same
-names but for the experts': `expt_tp` and `expt_dp` there are `expert_tp` and `expert_dp` here.
+The name of a module is its key in Megatron's maps; the language model is `LANGUAGE`. Axes have the same names, except
+that `expt_tp` and `expt_dp` in Megatron are `expert_tp` and `expert_dp` here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,16 +15,16 @@ from mimogrid.core.topology.topology import Topology
 
 
 LANGUAGE = "language"
-"""Megatron's key of the language model."""
+"""The key of the language model in Megatron."""
 EXPERT_VIEW = "expert"
-"""Megatron's name of the view under which a grid's experts lie."""
+"""The name of the view of a grid under the axes of its experts, in Megatron."""
 
 _OURS = {"expt_tp": "expert_tp", "expt_dp": "expert_dp"}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def from_hyper_comm_grid(grid: HyperCommGrid, view: str | None = None) -> Grid:
-    """Return Megatron's grid, or one of its views, as ours; `ranks_along` then equals `get_rank_enum`.
+    """Return a `HyperCommGrid`, or one of its views, as a `Grid`; `ranks_along` then equals `get_rank_enum`.
 
     Raises KeyError for a view that is not registered.
     """
@@ -41,10 +41,10 @@ def from_hyper_comm_grid(grid: HyperCommGrid, view: str | None = None) -> Grid:
 def to_hyper_comm_grid(
     grid: Grid, experts: Grid | None = None, *, backend: str | None = None
 ) -> HyperCommGrid:
-    """Return our grid as Megatron's, the experts' as its view `EXPERT_VIEW`.
+    """Return a `Grid` as a `HyperCommGrid`, and the view of its experts as the view `EXPERT_VIEW`.
 
-    Megatron looks up the size of the world in the environment or in torch.distributed. Raises ValueError for
-    a grid that renumbers its ranks, which Megatron's cannot, and for experts where it knows no views (0.16).
+    Megatron reads the size of the world from the environment or from torch.distributed. Raises ValueError for a grid
+    that renumbers its ranks, which Megatron's cannot, and for experts with megatron-core 0.16, which has no views.
     """
     made = HyperCommGrid(**_shape(grid), rank_offset=grid.offset, backend=backend)
     if experts is not None:
@@ -67,13 +67,13 @@ def _shape(grid: Grid) -> dict[str, Any]:
 def role_of_grids(
     grids: Mapping[str, HyperCommGrid], rank: int, *, modalities: Iterable[str] | None = None
 ) -> RankRole:
-    """Return what a rank does under Megatron's grids, without a process group; in no grid it idles.
+    """Return the role of a rank under Megatron's grids, without a process group.
 
-    Where all grids cover the same ranks Megatron runs every module whole on each of them; here, too, each rank
-    is told its stage. Where grids overlap in part, Megatron forgets the language model on the shared ranks;
-    here they have all of their modules.
+    Roles differ from Megatron's in three cases. A rank in no grid idles. If all grids cover the same ranks, a rank has
+    its stage of each module, not all of it. If grids overlap in part, the shared ranks host all their modules; Megatron
+    drops the language model there.
 
-    Raises ValueError unless the grids are of `modalities` and the language model.
+    Raises ValueError unless the grids are those of `modalities` and the language model.
     """
     check_keys(grids, modalities)
     ours = {name: from_hyper_comm_grid(grid) for name, grid in grids.items()}
@@ -81,9 +81,10 @@ def role_of_grids(
 
 
 def roles_by_chunk(topology: Topology, rank: int) -> tuple[RankRole, ...]:
-    """Return a rank's role in each of its chunks (Megatron's virtual stages); one role where it has one of each.
+    """Return the role of a rank in each of its chunks (virtual stages).
 
-    First and last are then said of the chunk's stage. A module is in as many roles as it has chunks.
+    `is_first_stage` and `is_last_stage` are then about the stage of the chunk. A module is in as many roles as it has
+    chunks.
     """
     role = role_of(topology, rank)
     chunks = 1 + max((info.stage.chunk for info in role.stages), default=0)

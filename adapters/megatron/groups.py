@@ -1,4 +1,4 @@
-"""A `ProcessGroupCollection` for each module of a job: the job's own groups, and what Megatron wants besides."""
+"""A `ProcessGroupCollection` for each module of a job: the groups of the job, and those that only Megatron uses."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 import torch.distributed as dist
 
 from mimogrid.core.topology.groups import Ranks, groups_of, in_slots
-from mimogrid.core.topology.topology import Module, Topology
+from mimogrid.core.topology.roles import RankRole
+from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.device.device import Device
 from mimogrid.shell.megatron import ProcessGroupCollection
-from mimogrid.shell.world.groups import Groups, destroy
+from mimogrid.shell.world.groups import ProcessGroups, destroy
 from mimogrid.shell.world.world import World
 
 
@@ -25,7 +26,7 @@ _ALONG = {
     "tp_dp_cp": ("tp", "cp", "dp"),
     "intra_dist_opt": ("tp", "cp", "dp", "pp"),
 }
-"""Along which axes of a module's grid Megatron wants a group, by the name it has in a collection."""
+"""The axes of the groups in a collection, by their names there."""
 _ALONG_EXPERTS = {
     "ep": ("ep",),
     "expt_tp": ("expert_tp",),
@@ -35,18 +36,18 @@ _ALONG_EXPERTS = {
     "tp_ep_pp": ("expert_tp", "ep", "pp"),
 }
 _DENSE = {"expt_tp": "tp", "expt_dp": "dp_cp", "intra_expt_dp": "dp_cp", "tp_ep": "tp", "tp_ep_pp": "mp"}
-"""What stands for the groups of experts where a module has none; Megatron asks for them all the same."""
+"""Groups that take the places of expert groups in a module without experts; Megatron reads them there, too."""
 
 
 @contextlib.contextmanager
 def open_collections(
-    topology: Topology, groups: Groups, world: World, device: Device
+    topology: Topology, groups: ProcessGroups, world: World, device: Device
 ) -> Iterator[Mapping[str, ProcessGroupCollection]]:
     """Return a collection for each module that this rank hosts; all ranks of the world call it.
 
-    Of the groups those of the job are used where their ranks are the same. The others (pp, mp, dp beside cp)
-    are made here, and destroyed on exit. `embd` joins the two ends of the pipeline and `pos_embd` is the
-    first; other ranks have None.
+    Groups of the job are used if they have the same ranks. The others (pp, mp, dp beside cp) are created here and
+    destroyed on exit. `embd` has the first and the last rank of a pipeline, `pos_embd` the first; other ranks have
+    None.
     """
     planned = {ranks for slot in groups_of(topology) for ranks in slot}
     lacking = [ranks for ranks in _wanted(topology) if len(ranks) > 1 and ranks not in planned]
@@ -57,8 +58,8 @@ def open_collections(
             made = world.make_groups(slot, backend=device.backend, purpose="megatron")
             opened.extend(made.values())
             by_ranks |= {ranks: group for ranks, group in made.items() if ranks not in by_ranks}
-        hosted = [module for module in topology.modules.values() if world.rank in module.grid]
-        yield {module.name: _collection(module, world.rank, by_ranks) for module in hosted}
+        role = topology.role(world.rank)
+        yield {module: _collection(role, module, by_ranks) for module in role.modules}
     finally:
         destroy(opened)
 
@@ -77,15 +78,14 @@ def _ends(pipeline: Ranks) -> Ranks:
 
 
 def _collection(
-    module: Module, rank: int, by_ranks: Mapping[Ranks, dist.ProcessGroup]
+    role: RankRole, module: str, by_ranks: Mapping[Ranks, dist.ProcessGroup]
 ) -> ProcessGroupCollection:
-    found = {name: by_ranks[module.grid.group_of(rank, axes)] for name, axes in _ALONG.items()}
-    if module.experts:
-        experts = module.experts
-        found |= {name: by_ranks[experts.group_of(rank, axes)] for name, axes in _ALONG_EXPERTS.items()}
-    else:
+    rank, has_experts = role.rank, "ep" in role.modules[module].position
+    along = _ALONG | (_ALONG_EXPERTS if has_experts else {})
+    found = {name: by_ranks[role.group(module, axes)] for name, axes in along.items()}
+    if not has_experts:
         found |= {"ep": by_ranks[rank,]} | {name: found[dense] for name, dense in _DENSE.items()}
-    pipeline = module.grid.group_of(rank, "pp")
+    pipeline = role.group(module, "pp")
     collection = ProcessGroupCollection(**found)
     collection.embd = by_ranks[_ends(pipeline)] if rank in _ends(pipeline) else None
     collection.pos_embd = by_ranks[rank,] if rank == pipeline[0] else None

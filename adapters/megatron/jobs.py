@@ -1,4 +1,4 @@
-"""The job of a `MimoModelConfig` and its grids: as a value, as a file, opened."""
+"""The job of a `MimoModelConfig` and its grids: as a value, as a file, or opened."""
 
 import copy
 import tempfile
@@ -29,15 +29,15 @@ def job_of(
     data: DataSpec | None = None,
     **fields: Any,
 ) -> JobSpec:
-    """Return the job of a `MimoModelConfig` on its grids (its `module_to_grid_map`, unless given).
+    """Return the job of a `MimoModelConfig` on `grids` (default: its `module_to_grid_map`).
 
-    The language model becomes a `gpt`. A modality with one transformer (whose specification has a
-    `TransformerConfig` among its parameters) becomes a `vit` of that size, any other a network of the host's
-    that emits rows as wide as the language model. The plan counts by these sizes; the networks are Megatron's
-    where `forward_backward_func` is given a model. Without `data` the samples are the host's, too, their rows as wide
-    as the encoder that reads them. `fields` are further ones of the job.
+    The language model becomes a `gpt`. A modality with one transformer (its specification has a `TransformerConfig`
+    among its parameters) becomes a `vit` of that size. Any other modality becomes a custom module of the host program,
+    which emits rows as wide as the language model. The plan uses these sizes; `forward_backward_func` runs Megatron's
+    networks. Without `data` the samples come from the host program, with rows as wide as the encoder that reads them.
+    `fields` are further fields of the `JobSpec`.
 
-    Raises ValueError for keys that do not match, and PlanError with everything that a job cannot say.
+    Raises ValueError for keys that do not match, and PlanError with everything that a job cannot express.
     """
     grids = grids or config.module_to_grid_map
     check_keys(grids, config.modality_submodules_spec)
@@ -51,7 +51,7 @@ def job_of(
         name: _modality(spec, placed[name], language.hidden, has_view=_has_view(grids[name]))
         for name, spec in config.modality_submodules_spec.items()
     }
-    # What an encoder of Megatron's reads is its own affair; the plan needs some width, to count by.
+    # The plan needs some width for the rows that an encoder of Megatron reads.
     features = {name: spec.options.hidden for name, spec in modules.items() if isinstance(spec.options, Vit)}
     options = {"sequence": params["max_sequence_length"], "features": features}
     data = data or DataSpec(source="mimogrid.shell.job.host:samples", options=options)
@@ -81,12 +81,12 @@ def _grid_spec(name: str, grid: HyperCommGrid, problems: list[Problem]) -> GridS
             fact = f"the axis '{axis.name}' of size {axis.size} has no counterpart."
             problems.append(Problem(where, fact, f"Axes are {', '.join(order)}; experts lie in a view."))
     known = [axis for axis in base.axes if axis.name in order]
-    given = tuple(axis.name for axis in known)
+    named = tuple(axis.name for axis in known)
     sizes: dict[str, Any] = {axis.name: axis.size for axis in known}
     if _has_view(grid):
         experts = from_hyper_comm_grid(grid, EXPERT_VIEW)
         sizes |= {"ep": experts.extent("ep"), "expert_tp": experts.extent("expert_tp")}
-    whole = (*given, *(axis for axis in order if axis not in given))
+    whole = (*named, *(axis for axis in order if axis not in named))
     return GridSpec(**sizes, offset=base.offset, order=whole)
 
 
@@ -95,9 +95,9 @@ def _has_view(grid: HyperCommGrid) -> bool:
 
 
 def _cut(config: TransformerConfig, grid: GridSpec, *, has_view: bool) -> dict[str, Any]:
-    """Return how a transformer is cut: what a grid of Megatron's does not say, its configuration does.
+    """Return how a transformer is split, from its grid and its configuration.
 
-    Where experts lie is said by a view of the grid, which megatron-core 0.16 does not have.
+    The place of experts is in a view of the grid, or in the configuration for megatron-core 0.16, which has no views.
     """
     config = copy.copy(config)
     config.pipeline_model_parallel_size = grid.pp
@@ -116,7 +116,7 @@ def _cut(config: TransformerConfig, grid: GridSpec, *, has_view: bool) -> dict[s
 
 
 def sizes_of(config: TransformerConfig) -> dict[str, Any]:
-    """Return the options that a `gpt` and a `vit` of a job share, as Megatron's configuration says them."""
+    """Return the options that a `gpt` and a `vit` share, from Megatron's configuration."""
     routed: dict[str, Any] = {}
     if config.num_moe_experts:
         routed = {

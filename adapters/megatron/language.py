@@ -1,11 +1,11 @@
-"""A stage of Megatron's `GPTModel` as a stage of a job: what its program calls in place of the one it would build.
+"""A stage of Megatron's `GPTModel` as a stage of a job.
 
-The model computes what it always does; around it are the places of rows and tokens in its block, and the loss.
-Between stages hidden states are whole on every tensor-parallel rank: under Megatron's sequence parallelism the
-model takes its part of the positions and gives all of them back.
+The model computes as usual. This wrapper puts rows and tokens into their places in the model's block, and computes the
+loss. Between stages every tp rank has whole hidden states: under Megatron's sequence parallelism the wrapper splits the
+positions before the model and gathers them after it.
 
-The loss is ours: cross entropy in the precision of the logits, summed with its weights and never averaged.
-Megatron's own rounds to fp32, and divides by counts of one rank.
+The loss is the job's: cross entropy in the precision of the logits, a weighted sum and not a mean. Megatron's loss
+rounds to fp32 and divides by counts of one rank.
 
 Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
 """
@@ -36,9 +36,9 @@ from mimogrid.shell.modules.packing import Packing, TokenSplit, pack_text
 
 
 class LanguageStage(nn.Module):
-    """A stage of a `GPTModel` as a stage of the `gpt` called `name` in a job (`shell.modules.HostNetwork`).
+    """A stage of a `GPTModel` as a stage of the job's `gpt` with this name (a `shell.modules.HostNetwork`).
 
-    `rank` is this one's in the job. `aux_scale` is what this rank's term of the auxiliary loss is multiplied by.
+    `rank` is the rank in the job. `aux_scale` is the factor of this rank's term of the auxiliary loss.
     """
 
     aux_scale = 0.0
@@ -62,18 +62,18 @@ class LanguageStage(nn.Module):
         if problems:
             raise PlanError(problems)
         routers = [layer.router for layer in expert_layers(model).values()]
-        # Also where nothing trains, and the job has no such loss: Megatron's own would be there.
+        # Also in a frozen module, for which the job has no such loss: Megatron would compute its own.
         self._balances = [Balance(router) for router in routers] if aux_weight(gpt.config) else []
 
     def table(self, info: StageInfo, *, tp: int, expert_tp: int) -> Mapping[str, Parameter]:
-        """Return what each parameter is; see `table_of`."""
+        """Return the description of each parameter; see `table_of`."""
         gpt: Any = self.model
         tied = gpt.share_embeddings_and_output_weights
         table = table_of(self.model, info, tp=tp, expert_tp=expert_tp, tied=tied)
         return {f"model.{key}": parameter for key, parameter in table.items()}
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
-        """Compute the stage; see the table at the top of `shell.modules`."""
+        """Compute the stage; see the table in `shell.modules`."""
         gpt: Any = self.model
         device = next(iter(inputs.values())).device
         packing = pack_text(share, multiple=1, device=device, cut=self.cut, token_split=self.token_split)
@@ -100,7 +100,7 @@ class LanguageStage(nn.Module):
         return {self.name: said, **aux}
 
     def _padding(self, packing: Packing, device: torch.device) -> Mapping[str, Tensor]:
-        """Tell routers with an auxiliary loss where in their block [B, S] no token is."""
+        """Return the mask [B, S] of positions without a token, for routers with an auxiliary loss."""
         if not self._balances:
             return {}
         for balance in self._balances:
@@ -111,12 +111,12 @@ class LanguageStage(nn.Module):
         return {"padding_mask": padding.view(-1, packing.samples).transpose(0, 1)}
 
     def _aux(self) -> dict[str, Tensor]:
-        """Return this rank's term of the auxiliary loss in the last forward."""
+        """Return this rank's term of the auxiliary loss of the last forward."""
         terms = [balance.value for balance in self._balances if balance.value is not None]
         return {aux_name(self.name): torch.stack(terms).sum()} if terms and self.training else {}
 
     def _embedded(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
-        """Return [S, B, H]: embeddings of the text, and the feeders' rows at their placeholders."""
+        """Return [S, B, H]: embeddings of the text, and rows of the feeders at their placeholders."""
         gpt: Any = self.model
         text_T = inputs["tokens"].index_select(0, packing.text_tokens)
         entries = packing.incoming[len(packing.incoming) - len(text_T) :]
@@ -131,13 +131,13 @@ class LanguageStage(nn.Module):
         return block.view(packing.positions, packing.samples, -1)
 
     def _positions(self, device: torch.device) -> Tensor:
-        """Return which position of the sequence each of this rank's is."""
+        """Return the positions of the sequence that this rank has, int64 [S]."""
         return torch.tensor(tuple(self.cut.positions(self.sequence)), dtype=torch.int64, device=device)
 
     def _judged(
         self, logits_SBV: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
     ) -> dict[str, Tensor]:
-        """Return the loss, or the logits of all tokens."""
+        """Return the loss, or without labels the logits [T, V] of all tokens."""
         logits_TV = logits_SBV.flatten(0, 1).index_select(0, packing.outgoing)
         portion = packing.portion
         if "labels" in inputs:
@@ -154,7 +154,7 @@ class LanguageStage(nn.Module):
 
 
 def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
-    """Say what a `GPTModel` cannot be in a job's program."""
+    """Yield why a `GPTModel` cannot run in a job's program."""
     where = f"modules.{module.name}"
     tp = gpt.pg_collection.tp.size()
     config = gpt.config

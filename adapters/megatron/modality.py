@@ -1,4 +1,4 @@
-"""A modality of Megatron's as a module of a job: its encoder over the rows of a microbatch, and its projection.
+"""A modality of a `MimoModel` as a module of a job: its encoder over the rows of a microbatch, and its projection.
 
 Shapes in names: S positions, B samples, H hidden, R rows, F features.
 """
@@ -25,18 +25,18 @@ from mimogrid.shell.modules.packing import Packing, pack_rows
 
 
 Arrange = Callable[[Tensor | None, Share, ZigZag], Mapping[str, Any]]
-"""Rows [R, F] of a share, sample after sample, to the arguments of an encoder; None: to those of a later stage.
+"""A function from the rows [R, F] of a share, sample after sample, to the arguments of an encoder.
 
-Of its block's positions the arguments have those that the cut says: this rank's, where others have the rest.
+On a later stage the rows are None. The arguments have the positions of the block that this rank has under cp.
 """
 
 
 def block_of(rows_RF: Tensor, share: Share, cut: ZigZag = WHOLE) -> tuple[Tensor, Tensor | None]:
-    """Return rows as a block [S, B, F] as long as the longest sample that has any, and its mask.
+    """Return rows as a block [S, B, F] that is as long as the longest sample, and its mask.
 
-    The mask [B, 1, 1, keys] is added to attention scores: minus infinity for what is padding; None: nothing is. The
-    keys are the positions of all ranks along cp, rank after rank; S are those of this one. A share without rows, which
-    is computed where others share its experts, is a block of zeros that nobody reads.
+    The mask [B, 1, 1, keys] is added to attention scores: minus infinity for padding. It is None without padding. The
+    keys are the positions of all cp ranks, rank after rank; S are the positions of this rank. A share without rows,
+    which is computed if others share its experts, is a block of zeros that is not read.
     """
     packing = packed(share, cut, dtype=rows_RF.dtype, device=rows_RF.device)
     if packing.portion is not None:
@@ -48,24 +48,24 @@ def block_of(rows_RF: Tensor, share: Share, cut: ZigZag = WHOLE) -> tuple[Tensor
 
 
 def packed(share: Share, cut: ZigZag, *, dtype: torch.dtype, device: torch.device) -> Packing:
-    """Return where the rows of a share lie in a block of which this rank has a part."""
+    """Return the places of a share's rows in the block, of which this rank has a part under cp."""
     multiple = len(cut.chunks) if cut.size > 1 else 1
     return pack_rows(share, multiple=multiple, dtype=dtype, device=device, cut=cut)
 
 
 class ModalityNetwork(nn.Module):
-    """A modality of Megatron's as a module of a job: hand it to `Embedded` under the module's name.
+    """A modality of a `MimoModel` as a module of a job; pass it to `Embedded` under the name of the module.
 
-    Its encoder gets the rows of all samples, end to end, as `argument`, or whatever a function makes of them;
-    without either, by their names, the tensors that the samples have besides rows. It gives one row for each. In the
-    job the module is one of the host's, as wide as the language model, or a `vit`: then the modality may be a stage
-    of several (`stage`, `shell.modules.HostNetwork`). Its projection is its own.
+    The encoder gets the rows of all samples, end to end, as `argument`, or the arguments that a function makes of them.
+    If `argument` is None, it gets the other tensors of the samples by name. It returns one row for each placeholder. In
+    the job the module is a custom module as wide as the language model, or a `vit`. A `vit` may have several stages
+    (`stage`); this is then one of them (a `shell.modules.HostNetwork`). The modality has its own projection.
 
-    What an encoder returns with three dims is [S, B, H] from a `TransformerBlock` and where there are several
-    stages, or several ranks along cp, [B, S, H] otherwise. Rows leave it sample after sample: Megatron flattens both
-    as they lie, and so gives samples each other's rows.
+    An output with three dims is [S, B, H] from a `TransformerBlock`, with several stages or with cp, and [B, S, H]
+    otherwise. Rows are returned sample after sample. Megatron flattens both layouts as they are, which gives samples
+    each other's rows.
 
-    Under cp a rank has its part of the positions of a sample, in Megatron's zig-zag; the cp group is that of the
+    Under cp a rank has its part of the positions of a sample, in Megatron's zig-zag. The cp group is that of the
     encoder's `TransformerBlock`.
     """
 
@@ -73,7 +73,7 @@ class ModalityNetwork(nn.Module):
         self, modality: nn.Module, argument: str | Arrange | None, *, stage: ModuleStageInfo | None = None
     ) -> None:
         super().__init__()
-        # Under its own name it would stand in the names of all parameters, which are to be Megatron's.
+        # In a tuple, so that it adds no prefix to the names of parameters, which are Megatron's.
         self._modality = (modality,)
         for part, network in modality.named_children():
             self.add_module(part, network)
@@ -88,7 +88,7 @@ class ModalityNetwork(nn.Module):
         self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp else WHOLE
 
     def table(self, info: StageInfo, *, tp: int, expert_tp: int) -> Mapping[str, Parameter]:
-        """Return what each parameter is; see `table_of`."""
+        """Return the description of each parameter; see `table_of`."""
         return table_of(self._modality[0], info, tp=tp, expert_tp=expert_tp)
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share | None = None) -> Mapping[str, Tensor]:
@@ -102,18 +102,18 @@ class ModalityNetwork(nn.Module):
             hidden = self._at_least_one(inputs[self.stage.module], share)
             said = continued(self.stage.module, encoder, hidden, self._arguments({}, share))
         if not last:
-            assert share is not None, "a module of the host's has one stage"
+            assert share is not None, "a custom module has one stage"
             return {self.stage.module: said if any(share.lengths) else said[:0, :0]}
         rows = modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)
         return {"rows": self._joined(rows, share)}
 
     def _arguments(self, inputs: Mapping[str, Tensor], share: Share | None) -> Mapping[str, Any]:
-        """Return what the encoder is called with; inputs are empty on a later stage."""
+        """Return the arguments of the encoder; inputs are empty on a later stage."""
         if self.argument is None:
             return self._by_name(inputs)
         if isinstance(self.argument, str):
             return {self.argument: inputs["rows"]} if inputs else {}
-        assert share is not None, "a module of the host's gets its rows as one argument"
+        assert share is not None, "a custom module gets its rows as one argument"
         return self.argument(inputs.get("rows"), share, self.cut)
 
     def _by_name(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
@@ -134,19 +134,19 @@ class ModalityNetwork(nn.Module):
         by_position = isinstance(encoder, TransformerBlock) or not alone
         if said.dim() == _ROWS or not by_position:
             return said.reshape(-1, said.shape[-1])
-        assert share is not None, "a module of the host's gives rows"
+        assert share is not None, "a custom module returns rows"
         packing = packed(share, self.cut, dtype=said.dtype, device=said.device)
         return said.flatten(0, 1).index_select(0, packing.outgoing)
 
     def _at_least_one(self, hidden: Tensor, share: Share | None) -> Tensor:
-        """Return hidden states, or zeros where a share has none: Megatron's layers do not take none."""
+        """Return hidden states, or zeros if a share has none, since Megatron's layers need at least one position."""
         if share is None or any(share.lengths) or hidden.dim() == _ROWS:
             return hidden
         positions, samples = packed(share, self.cut, dtype=hidden.dtype, device=hidden.device).padded
         return nn.functional.pad(hidden, (0, 0, 0, samples, 0, positions))
 
     def _joined(self, rows_RH: Tensor, share: Share | None) -> Tensor:
-        """Return the rows of all cp ranks in the share's order; each gets the gradient of its own ones."""
+        """Return the rows of all cp ranks in the order of the share; each rank gets the gradient of its own rows."""
         if self.cut.size == 1 or share is None:
             return rows_RH
         portion = packed(share, self.cut, dtype=rows_RH.dtype, device=rows_RH.device).portion
@@ -161,7 +161,7 @@ class ModalityNetwork(nn.Module):
 
 
 _ROWS = 2
-"""Dims of rows."""
+"""The number of dims of rows."""
 
 
 def _blocks(encoder: nn.Module) -> list[Any]:
@@ -169,7 +169,7 @@ def _blocks(encoder: nn.Module) -> list[Any]:
 
 
 def _cp_of(encoder: nn.Module) -> dist.ProcessGroup | None:
-    """Return the ranks over which the blocks of an encoder cut positions; None where it is one."""
+    """Return the cp group of the blocks of an encoder; None if it has one rank."""
     for block in _blocks(encoder):
         group: dist.ProcessGroup | None = vars(block.pg_collection).get("cp")
         return group if group is not None and group.size() > 1 else None
@@ -179,7 +179,7 @@ def _cp_of(encoder: nn.Module) -> dist.ProcessGroup | None:
 def _unable_modality(
     modality: Any, argument: str | Arrange | None, stage: ModuleStageInfo
 ) -> Iterator[Problem]:
-    """Say what a modality cannot be in a job's program."""
+    """Yield why a modality cannot run in a job's program."""
     where = f"modules.{stage.module}"
     if len(modality.encoders) != 1:
         fact = f"has {len(modality.encoders)} encoders; of a job's module the rows go through one."
@@ -190,7 +190,7 @@ def _unable_modality(
     cp = _cp_of(encoder)
     parts = any(block.config.sequence_parallel for block in _blocks(encoder))
     if cut and parts:
-        fact = "has several stages that hand on parts of the positions (sequence_parallel)."
+        fact = "has several stages that pass on parts of the positions (sequence_parallel)."
         yield Problem(where, fact, "Use pp = 1, or sequence_parallel=False for this encoder.")
     if cp is None:
         return
@@ -213,12 +213,12 @@ def _unable_modality(
 def continued(
     name: str, encoder: Any, hidden: Tensor | None, arguments: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """Run a later stage of an encoder on hidden states, which it takes as every stage of Megatron's does."""
+    """Run a later stage of an encoder on hidden states, which it gets by `set_input_tensor` as in Megatron."""
     if not hasattr(encoder, "set_input_tensor"):
         raise TypeError(
             f"modality '{name}' is cut into stages, and {type(encoder).__name__} takes no hidden states. "
             "Give it set_input_tensor(hidden), or a grid with pp = 1."
         )
     encoder.set_input_tensor(hidden)
-    given = {"hidden_states": None, "attention_mask": None, **(arguments or {})}
-    return encoder(**given)  # type: ignore[no-any-return]
+    defaults = {"hidden_states": None, "attention_mask": None}
+    return encoder(**defaults | dict(arguments or {}))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The parts of a rank's `MimoStages` or `MimoModel` as networks that a job's program calls, stage by stage."""
+"""The parts of a `MimoStages` or `MimoModel` on this rank as networks that a job's program calls, stage by stage."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,13 +21,13 @@ def networks_of(
     rank: int,
     encoder_inputs: Mapping[str, str | Arrange] | None = None,
 ) -> dict[str, nn.Module]:
-    """Return the parts of a rank's `MimoStages` or `MimoModel` as the networks that a job's program calls.
+    """Return the parts of a `MimoStages` or `MimoModel` on this rank as networks by module.
 
-    Where the rank has several chunks of a module (Megatron's virtual stages) `model` is a list with one for each; what
-    there is one of is in the first. `encoder_inputs` says of a modality which argument of its encoder takes the rows
-    of a microbatch, or what makes arguments of them; without it the encoder gets the samples' tensors by name. Raises
-    PlanError for what a program cannot call (`LanguageStage`, `ModalityNetwork`), and for parts that the rank should
-    have and the model has not.
+    On a rank with several chunks of a module (virtual stages) `model` is a list with one model for each chunk; modules
+    with one chunk are in the first. `encoder_inputs` has for a modality the name of the encoder's argument that takes
+    the rows of a microbatch, or a function from rows to arguments. Without it the encoder gets the tensors of the
+    samples by name. Raises PlanError for parts that a program cannot call (`LanguageStage`, `ModalityNetwork`), and for
+    parts that the rank hosts and the model lacks.
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
     roles = roles_by_chunk(job.topology, rank)
@@ -63,7 +63,7 @@ def _of_chunk(
 
 
 def _check_experts(modality: nn.Module, topology: Topology, name: str, position: Mapping[str, int]) -> None:
-    """Raise PlanError for experts of an encoder that a program cannot train."""
+    """Raise PlanError if a program cannot train the experts of an encoder."""
     module = topology.modules[name]
     problems = list(unable_experts(modality, module, position, topology.samples_per_microbatch[name]))
     if module.aux_loss:
@@ -74,7 +74,7 @@ def _check_experts(modality: nn.Module, topology: Topology, name: str, position:
 
 
 def _check_cut(network: ModalityNetwork, module: Module) -> None:
-    """Raise PlanError where an encoder does not cut positions as the plan does."""
+    """Raise PlanError if an encoder and the plan split positions over different numbers of cp ranks."""
     if network.cut.size != module.cp:
         fact = (
             f"has cp={module.cp} in the job, and the transformer block of its encoder cp={network.cut.size}."
@@ -84,7 +84,7 @@ def _check_cut(network: ModalityNetwork, module: Module) -> None:
 
 
 def unwrapped(module: Any) -> nn.Module:
-    """Return what Megatron's wrappers (`Float16Module`, `DistributedDataParallel`) hold."""
+    """Return the model inside Megatron's wrappers (`Float16Module`, `DistributedDataParallel`)."""
     while hasattr(module, "module") and isinstance(module.module, nn.Module):
         module = module.module
     return module  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
-"""What the parameters of Megatron's networks are: names, layers, and how each is cut.
+"""The parameters of Megatron's networks: their names, layers and shards.
 
-They go by the names that they have in a model on one process: layers are counted through the module, experts through
-the layer. How each is cut is read from the marks that megatron-core leaves on them (`tensor_model_parallel`,
-`partition_dim`, `sequence_parallel`). Which are an expert's is read from where they are: megatron-core marks those
-(``allreduce=False``) only where ep is above 1.
+Names are those of a model on one process: layers are numbered through the module, and experts through the layer. How a
+parameter is sharded follows from the attributes that megatron-core sets on it (`tensor_model_parallel`,
+`partition_dim`, `sequence_parallel`). Whether it belongs to an expert follows from its name, because megatron-core
+marks those (``allreduce=False``) only if ep is above 1.
 """
 
 import re
@@ -32,8 +32,7 @@ _OF_EXPERT = re.compile(r"(.*\.local_experts)\.(\d+)(\..+)")
 def whole_names(network: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield each key of a network's state dict with its name in a network on one process.
 
-    Megatron counts the layers of a stage from 0; each of them knows its number in the whole. So it does with the
-    experts of a rank.
+    Megatron numbers the layers of a stage and the experts of a rank from 0. Each layer knows its number in the module.
     """
     numbers = {
         name: layer.layer_number - 1
@@ -57,9 +56,9 @@ def whole_names(network: nn.Module) -> Iterator[tuple[str, str]]:
 def table_of(
     network: nn.Module, info: StageInfo, *, tp: int, expert_tp: int = 1, tied: bool = False
 ) -> dict[str, Parameter]:
-    """Return what the parameters of a network are, by their keys; see `shell.modules.HostNetwork.table`.
+    """Return the parameters of a network by their keys; see `shell.modules.HostNetwork.table`.
 
-    Raises PlanError for a weight that is cut and lacks the marks that say how.
+    Raises PlanError for a sharded weight without the attributes that say how it is sharded.
     """
     _check_marks(network, info, tp=tp, expert_tp=expert_tp)
     names, found = dict(whole_names(network)), {}

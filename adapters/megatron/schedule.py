@@ -1,4 +1,4 @@
-"""A step of a job's program, called as megatron-core's schedule functions are."""
+"""A step of a job's program, with the signature of megatron-core's schedule functions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -30,13 +30,13 @@ from mimogrid.shell.world.world import first_failure
 
 
 class ForwardBackward:
-    """A step of a job, called as Megatron's schedule functions are.
+    """A step of a job, with the signature of Megatron's schedule functions.
 
-    `embedded` is the job in the world that Megatron initialized. Its program is what runs, with the networks of
-    `models`, one for each chunk of this rank; where there are none, the job's own. `special_token_ids` are those of
-    the modalities, and `rows_of` says which argument of a modality's encoder is the rows that its module reads
-    (`batches`). `outcome` is what the last training step came to: its gradient norm, whether it was taken; None
-    before the first one and on a rank that idles.
+    `embedded` is the job in the world that Megatron initialized. Its program runs the networks of `models`, one model
+    for each chunk of this rank, or without models the networks of the job. `special_token_ids` are those of the
+    modalities. `rows_of` names the argument of a modality's encoder that has the rows which its module reads
+    (`batches`). `outcome` has the result of the last training step, such as the grad norm; it is None before the first
+    step and on an idle rank.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ForwardBackward:
 
     @property
     def model(self) -> nn.Module | list[nn.Module] | None:
-        """What trains, as Megatron's loops have it: a list where this rank has several chunks, None where nothing."""
+        """The model, as in Megatron's loops: a list on a rank with several chunks, None on a rank without a model."""
         return self.models[0] if len(self.models) == 1 else list(self.models) or None
 
     def __call__(
@@ -76,27 +76,25 @@ class ForwardBackward:
         pg_collection: Any = None,
         force_all_reduce: bool | None = False,
     ) -> list[Any]:
-        """Run a step; return what its loss functions report, microbatch by microbatch, on the ranks of the last stage.
+        """Run a step; return the reports of its loss functions, by microbatch, on the ranks of the last stage.
 
-        `forward_step_func` is called on every rank of the job, once for each microbatch, before the program starts,
-        with `data_iterator` and what stands for this rank's model (`forward_step`). It calls that with a whole
-        microbatch, all samples of all dp ranks, the same on every rank, and returns what comes back and a loss
-        function. Where it is None, the iterator gives all samples of a microbatch as `Example`s, or there is none and
-        they are the job's own; the loss is the cross entropy of the labels by their weights, and every rank of the
-        job gets one dictionary of losses, each a mean over the tokens of the step.
+        `forward_step_func` is called on every rank of the job, once per microbatch, before the program starts
+        (`forward_step`). It calls the model with a whole microbatch: all samples of all dp ranks, the same on every
+        rank. If it is None, the iterator has all samples of a microbatch as `Example`s; without an iterator they are
+        the samples of the job. The loss is then the weighted cross entropy of the labels, and every rank of the job
+        gets one dictionary of losses, each a mean over the tokens of the step.
 
-        Gradients come out finished: summed over all ranks that have to be and divided by the global counts, so
-        there is no `finalize_model_grads_func` to call. A job that updates its weights itself has done so.
+        Gradients are complete: summed over all ranks that contribute and divided by the global counts. There is no
+        `finalize_model_grads_func` to call. A job that updates its own weights has then done so.
 
-        With `forward_only` nothing but the losses comes out, of networks in evaluation mode. With
-        `collect_non_loss_data` besides, it is what the loss functions return of an output with
-        ``non_loss_data=True``; without a `forward_step_func` it is what the loss would judge: on one rank of each
-        dp rank of the last stage, for every microbatch the logits [tokens, V] of that dp rank, sample after sample, as
-        ``{"logits": ...}``; nothing on other ranks.
+        With `forward_only` networks are in evaluation mode, and nothing is trained. With `collect_non_loss_data` as
+        well, the loss functions are called with ``non_loss_data=True``, and what they return is returned. Without a
+        `forward_step_func` it is ``{"logits": ...}`` for each microbatch, the logits [tokens, V] of a dp rank sample
+        after sample, on one rank of each dp rank of the last stage, and nothing on other ranks.
 
-        Raises PlanError for what a job's program cannot do (`forward_step`, `batches`), where the number of
-        microbatches is not the job's, where another model is to be trained than the one that is embedded, and for
-        `collect_non_loss_data` in training; WorldError where a loss function counts other tokens than its mask.
+        Raises PlanError for what a job's program does not support (`forward_step`, `batches`), for another number of
+        microbatches or another model than the job has, and for `collect_non_loss_data` in training; WorldError if a
+        loss function counts other tokens than its mask.
         """
         problems = list(self._mismatches(model, num_microbatches))
         if collect_non_loss_data and not forward_only:
@@ -112,8 +110,8 @@ class ForwardBackward:
             return self._by_host(asked, examples, forward_only=forward_only, collects=collect_non_loss_data)
         batch = None
         if data_iterator is not None:
-            given = first_of(data_iterator)
-            batch = [example for _ in range(num_microbatches) for example in next(given)]
+            microbatches = first_of(data_iterator)
+            batch = [example for _ in range(num_microbatches) for example in next(microbatches)]
         if collect_non_loss_data:
             return [{"logits": logits} for logits in self.embedded.answers(batch)]
         if forward_only:
@@ -121,7 +119,7 @@ class ForwardBackward:
         self.outcome = self.embedded.step(batch)
         return self._in_words(None if self.outcome is None else self.outcome.losses)
 
-    # -- with a forward step of the host's ---------------------------------------------------------------------
+    # -- with a forward step of the host program ------------------------------------------------------------------
 
     def _asked(self, forward_step: ForwardStep, data_iterator: Any) -> list[Microbatch]:
         job = self.embedded.job
@@ -137,7 +135,7 @@ class ForwardBackward:
     def _by_host(
         self, asked: Sequence[Microbatch], batch: Sequence[Example], *, forward_only: bool, collects: bool
     ) -> list[Any]:
-        """Run a step on what the host's forward step said, with its loss functions."""
+        """Run a step on the microbatches of the host program's forward step, with its loss functions."""
         embedded = self.embedded
         if embedded.runtime is None:
             return []
@@ -165,7 +163,7 @@ class ForwardBackward:
     # -- with the job's own loss ---------------------------------------------------------------------------------
 
     def _in_words(self, losses: Mapping[str, float] | None) -> list[dict[str, Tensor]]:
-        """Return losses by the names that Megatron's programs give them."""
+        """Return losses under the names that they have in Megatron's programs."""
         if losses is None:
             return []
         names = sorted(losses, key=lambda name: name != LANGUAGE)
@@ -174,10 +172,10 @@ class ForwardBackward:
         return [{name: torch.tensor(loss, dtype=exact) for name, loss in said.items()}]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up the weights of a whole `MimoModel`, by Megatron's names; all ranks call it, the first one's count.
+        """Load the weights of a whole `MimoModel` by Megatron's names; all ranks call it, the first rank's are used.
 
-        See `states.to_job_state`. For a job with networks of a model; raises WorldError where names or
-        shapes are of another.
+        See `states.to_job_state`. The job must run the networks of a model. Raises WorldError if names or shapes
+        differ from those of the model.
         """
         self.embedded.load_state_dict(to_job_state(state, LANGUAGE))
 
@@ -197,7 +195,7 @@ class ForwardBackward:
 
 
 def _language(job: Job) -> Module:
-    """Return the language model of a job. Raises PlanError where it has none, or several."""
+    """Return the language model of a job. Raises PlanError unless it has exactly one."""
     found = [module for module in job.topology.modules.values() if isinstance(module.model, Gpt)]
     if len(found) != 1:
         fact = f"the job has {len(found)} language models; Megatron's schedules know one."
@@ -213,24 +211,23 @@ def forward_backward_func(
     special_token_ids: Mapping[str, int] | None = None,
     **options: Any,
 ) -> ForwardBackward:
-    """Return a drop-in for what megatron-core's `get_forward_backward_func` returns.
+    """Return a replacement for the function that megatron-core's `get_forward_backward_func` returns.
 
-    A job is embedded in the process group that Megatron initialized, with these options (`Embedded`); who
-    calls this closes it: ``function.embedded.close()``.
+    A job is embedded in the process group that Megatron initialized, with these options (`Embedded`). The caller closes
+    it: ``function.embedded.close()``.
 
-    `model` is what trains: a `MimoStages` or `MimoModel` that this rank has built (None on a rank in no grid), a list
-    of them where it has several chunks, or a `MimoModelConfig`, of which this rank's part is built here, over the
-    job's groups; it is then ``function.model``. Without one the job builds its own networks, of the sizes that the
-    job says, and a forward step's batches have the `special_token_ids` that are given here. For `encoder_inputs` see
-    `networks_of`.
+    `model` is a `MimoStages` or `MimoModel` of this rank (None on a rank in no grid), or a list of them on a rank with
+    several chunks. It may also be a `MimoModelConfig`: then this rank's part is built here on the job's groups, as
+    ``function.model``. Without a model the job builds its own networks, and `special_token_ids` are those of the
+    batches of a forward step. For `encoder_inputs` see `networks_of`.
     """
-    given = model if isinstance(model, list) else [model]
+    models = model if isinstance(model, list) else [model]
     if not special_token_ids:
-        special_token_ids = next((getattr(unwrapped(one), "special_token_ids", None) for one in given), None)
-    told: dict[str, Any] = {"special_token_ids": special_token_ids, "rows_of": encoder_inputs}
+        special_token_ids = next((getattr(unwrapped(one), "special_token_ids", None) for one in models), None)
+    of_batches: dict[str, Any] = {"special_token_ids": special_token_ids, "rows_of": encoder_inputs}
     if isinstance(job, Embedded):
-        return ForwardBackward(job, **told)
-    built = [unwrapped(one) for one in given if isinstance(one, nn.Module)]
+        return ForwardBackward(job, **of_batches)
+    built = [unwrapped(one) for one in models if isinstance(one, nn.Module)]
 
     def networks(embedded: Embedded) -> Networks:
         collections = embedded.enter(
@@ -241,7 +238,7 @@ def forward_backward_func(
             return {}
         if not built:
             for collection in collections.values():
-                # A stage would begin by summing tied weights over it, on CUDA. The job ties its own way.
+                # On CUDA a stage would first sum tied weights over it. The job ties weights itself.
                 collection.embd = None
             built.extend(
                 from_specs(
@@ -257,4 +254,4 @@ def forward_backward_func(
         return networks_of(built, job, role.rank, encoder_inputs)
 
     embedded = Embedded(job, **options) if model is None else Embedded(job, networks, **options)
-    return ForwardBackward(embedded, built, **told)
+    return ForwardBackward(embedded, built, **of_batches)

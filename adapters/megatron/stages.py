@@ -1,4 +1,4 @@
-"""The parts of a `MimoModel` that a rank has: built selectively, and called as Megatron's schedules call it.
+"""The parts of a `MimoModel` on one rank, which Megatron's schedules can call like the whole model.
 
 Shapes in names: S positions, B samples, H hidden, R rows.
 """
@@ -28,11 +28,11 @@ from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
 def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpec:
-    """Return megatron-core's layer with an attention and a norm that run on the CPU, and in any dtype.
+    """Return the specification of megatron-core's layer with an attention and a norm for the CPU and any dtype.
 
-    They are those of the job's own networks: a layer norm, and attention that turns queries and keys by itself, so
-    the model has ``position_embedding_type="none"`` (or learned ones besides). For a causal or any other attention.
-    Where the configuration has experts these are Megatron's, one by one (`SequentialMLP`).
+    They are those of the job's built-in models: a layer norm, and an attention that applies rotary embeddings itself.
+    So the model needs ``position_embedding_type="none"`` (or "learned_absolute", in addition). `causal` says whether
+    the attention is causal. If the configuration has experts, they are Megatron's `SequentialMLP`.
 
     Raises ValueError for a configuration with another norm.
     """
@@ -44,7 +44,7 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
     sizes = sizes_of(config)
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
     mlps = [get_moe_module_spec(use_te=False, num_experts=model.experts)] if model.experts else []
-    # On one rank too the linear layers are megatron's: ours have no place in its checkpoints.
+    # With tp=2 the linear layers are megatron-core's, also on one rank: its checkpoints do not support others.
     return block_spec(model, layers=1, tp=2, weight_grads=WeightGradStore(), mlps=mlps).layer_specs[0]
 
 
@@ -57,15 +57,15 @@ def from_specs(
     collections: Mapping[str, ProcessGroupCollection] | None = None,
     vp_stage: int | None = None,
 ) -> "MimoStages":
-    """Build what this rank hosts of a model that is specified for Megatron's `MimoModel`.
+    """Build this rank's parts of a model with the specifications of a `MimoModel`.
 
-    Nothing is built for modules of other ranks, projections only on a modality's last stage, embedding and
-    output layer of the language model only on its ends. `collections` give each module its groups; without
-    them Megatron's global state does. Its configurations must say the size of pp themselves, as ever there.
-    `vp_stage` says which of a rank's chunks the role is of (`roles_by_chunk`), for those modules that have several.
+    Modules of other ranks are not built. Projections are built on the last stage of a modality, embedding and output
+    layer on the first and the last stage of the language model. `collections` has the groups of each module; without
+    them Megatron's global state is used. Configurations must have the size of pp, as usual in Megatron. `vp_stage` is
+    the chunk that the role is about (`roles_by_chunk`), for modules with several chunks.
 
-    Raises ValueError where the role is of other modules, a modality that is cut into stages has several encoders or
-    a network that is cut into virtual stages cannot be told which it is, RuntimeError where the rank is in no grid.
+    Raises ValueError if the role names modules without a specification, if a modality with several stages has several
+    encoders, or if a network with virtual stages takes no `vp_stage`; RuntimeError if the rank is in no grid.
     """
     known = {LANGUAGE, *modality_submodules_spec}
     if not known.issuperset(role.modules):
@@ -100,21 +100,24 @@ def _built(
     collection: ProcessGroupCollection | None,
     vp_stage: int | None,
 ) -> nn.Module:
-    """Build a network for a stage; it is told of the stage as far as its constructor asks."""
-    told: dict[str, Any] = {"pre_process": info.is_first_stage, "post_process": info.is_last_stage}
+    """Build a network for a stage; it gets the arguments about the stage that its constructor has."""
+    of_stage: dict[str, Any] = {"pre_process": info.is_first_stage, "post_process": info.is_last_stage}
     if collection is not None:
-        told["pg_collection"] = collection
+        of_stage["pg_collection"] = collection
     configs = [value for value in (spec.params or {}).values() if isinstance(value, TransformerConfig)]
     if any(config.virtual_pipeline_model_parallel_size for config in configs):
-        told["vp_stage"] = vp_stage
+        of_stage["vp_stage"] = vp_stage
     asked = inspect.signature(spec.module.__init__).parameters
-    if "vp_stage" in told and "vp_stage" not in asked:
+    if "vp_stage" in of_stage and "vp_stage" not in asked:
         raise ValueError(
             f"'{info.module}' is cut into virtual stages, and {spec.module.__name__} takes no vp_stage, "
             "so all of them would have the same layers."
         )
     spec = copy.copy(spec)
-    spec.params = {**(spec.params or {}), **{name: value for name, value in told.items() if name in asked}}
+    spec.params = {
+        **(spec.params or {}),
+        **{name: value for name, value in of_stage.items() if name in asked},
+    }
     return build_module(spec)  # type: ignore[no-any-return]
 
 
@@ -150,10 +153,10 @@ def _modality_of(
 
 
 class MimoStages(nn.Module):
-    """The parts of a multimodal model that one rank has, called as Megatron's schedules call its `MimoModel`.
+    """The parts of a `MimoModel` on one rank, with its interface for Megatron's schedules.
 
-    Parameters have the names that they have there (``language_model.*``, ``modality_submodules.NAME.*``), so a
-    state dict of the one loads into the other; `config` is that of the language model, on every rank.
+    Parameters have the same names (``language_model.*``, ``modality_submodules.NAME.*``), so the state dict of one
+    loads into the other. `config` is the configuration of the language model, on every rank.
 
     | the rank hosts | forward returns, beside `loss_mask` |
     |---|---|
@@ -185,14 +188,14 @@ class MimoStages(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return what Megatron's distributed checkpoints hold of this rank's parts, by the names that it gives."""
+        """Return this rank's parts for Megatron's distributed checkpoints, under Megatron's names."""
         found: dict[str, Any] = {}
         for module in self.role.modules:
             is_language = module == LANGUAGE
             part = self.language_model if is_language else self.modality_submodules[module]
             name = "language_model" if is_language else f"modality_submodules.{module}"
             groups = self.collections.get(module)
-            # Otherwise Megatron's global state is asked who else holds the same.
+            # Without groups, Megatron's global state says which ranks hold copies.
             known = {} if groups is None else {"dp_cp_group": groups.dp_cp}
             found |= sharded_state_dict_default(
                 part,
@@ -204,15 +207,15 @@ class MimoStages(nn.Module):
         return found
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take what earlier stages sent: tensors by the name of the module that made them.
+        """Set the outputs of earlier stages: tensors by the name of the module that computed them.
 
-        A single tensor is for the language model. Megatron's schedules wrap either into a list.
+        A single tensor is for the language model. Megatron's schedules wrap both into a list.
         """
-        given = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if given is None or isinstance(given, Tensor):
-            given = {} if given is None else {LANGUAGE: given}
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if received is None or isinstance(received, Tensor):
+            received = {} if received is None else {LANGUAGE: received}
         self.input_tensors = {
-            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in given.items()
+            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in received.items()
         }
 
     def forward(  # noqa: PLR0917 -- the order is Megatron's
@@ -224,10 +227,10 @@ class MimoStages(nn.Module):
         labels: Tensor | None = None,
         modality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> tuple[Any, Tensor | None]:
-        """Run the stages of this rank; see the table above, and `MimoModel.forward` for the arguments.
+        """Run the stages of this rank; see the table above for the results and `MimoModel.forward` for the arguments.
 
-        Raises ValueError where rows and placeholders do not match, RuntimeError where a modality has
-        placeholders and no input.
+        Raises ValueError if rows and placeholders do not match, RuntimeError if a modality has placeholders and no
+        input.
         """
         outputs: dict[str, Tensor] = {}
         for name in self.role.modality_module_names:
@@ -256,7 +259,7 @@ class MimoStages(nn.Module):
         return (said if self.role.is_last_stage(LANGUAGE) else {**outputs, LANGUAGE: said}), loss_mask
 
     def _modality(self, name: str, inputs: Mapping[str, Any] | None) -> Tensor | None:
-        """Run this rank's stage of a modality: every stage runs its layers, not only the first."""
+        """Run this rank's stage of a modality. Unlike in Megatron, later stages run their layers, too."""
         submodule: Any = self.modality_submodules[name]
         hidden = self.input_tensors.get(name)
         if inputs is not None and hidden is not None:
@@ -271,7 +274,7 @@ class MimoStages(nn.Module):
             output = encoder(**inputs[key]) if inputs is not None else continued(name, encoder, hidden)
             if not last:
                 return output
-            # Sample by sample; as it lies, [S, B, H] would give samples each other's rows.
+            # Sample by sample; flattening [S, B, H] as it is would give samples each other's rows.
             outputs = [(output.transpose(0, 1) if output.dim() > 2 else output).reshape(-1, output.shape[-1])]  # noqa: PLR2004
         rows: Tensor | None = submodule.project_embeddings(outputs, is_input=True) if outputs else None
         return rows
@@ -279,7 +282,7 @@ class MimoStages(nn.Module):
     def _embed(
         self, input_ids_BS: Tensor, position_ids_BS: Tensor | None, rows: Mapping[str, Tensor]
     ) -> Tensor:
-        """Return [S, B, H]: embeddings of the text, and each modality's rows at its placeholders, in order."""
+        """Return [S, B, H]: embeddings of the text, and the rows of each modality at its placeholders, in order."""
         text = torch.ones_like(input_ids_BS, dtype=torch.bool)
         for token in self.special_token_ids.values():
             text &= input_ids_BS != token

@@ -1,4 +1,4 @@
-"""The state dict of a whole `MimoModel` as weights of a job, whatever its grids, and back."""
+"""Conversion between the state dict of a whole `MimoModel` and the weights of a job, for any grids."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -13,11 +13,11 @@ _LANGUAGE, _MODALITIES = "language_model.", "modality_submodules."
 
 
 def to_job_state(state: Mapping[str, Tensor], language: str) -> dict[str, Tensor]:
-    """Return what a `MimoModel`'s state dict holds of weights, as `Embedded.load_state_dict` takes them.
+    """Return the weights in a `MimoModel`'s state dict under the names that `Embedded.load_state_dict` expects.
 
-    `state` is that of the whole model: full tensors, layers counted from 0 to the last, as one process has them;
-    or one tensor for all layers, the first dim counting them, as Megatron's distributed checkpoints keep them.
-    `language` is what the job calls the language model. Wrappers in names (``module.``) are passed over.
+    `state` has full tensors and all layers, as on one process. One tensor may also hold a weight of all layers, along
+    its first dim, as in Megatron's distributed checkpoints. `language` is the name of the language model in the job.
+    Wrappers in names (``module.``) are ignored.
     """
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -37,7 +37,7 @@ def to_job_state(state: Mapping[str, Tensor], language: str) -> dict[str, Tensor
 
 
 def to_megatron_state(state: Mapping[str, Any], language: str, modules: Collection[str]) -> dict[str, Tensor]:
-    """Return the weights in what `Embedded.state_dict` returned, by the names of a whole `MimoModel`."""
+    """Return the weights in a state of `Embedded.state_dict` under the names of a whole `MimoModel`."""
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, _, name = key.partition(".")

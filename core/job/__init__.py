@@ -1,4 +1,4 @@
-"""What the user wrote, as values: modules and their options, the graph, costs, and every reason to refuse it.
+"""The job that the user wrote, as values: modules and their options, the graph, costs, and validation.
 
 May import: `base`.
 """

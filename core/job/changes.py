@@ -1,15 +1,15 @@
-"""Changes: what of a job may be another when a run goes on, and what makes it another run.
+"""Changes: which keys of a job may change when a run is resumed.
 
-A run is what it computes: which model, from which samples, by which rule. A key is *free* where it decides only where
-and in which order that is computed, how long, and what is kept of it:
+A run is defined by what it computes: which model, from which samples, by which update rule. A key is *free* if it
+decides only where, in which order and for how long this is computed, and what is saved:
 
     free    grids, chunks, split, recompute, microbatches, world_size, [schedule], [train], optimizer.sharded and
             bucket_mb, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
-            (a step takes the samples that follow those of the step before), [optimizer], seed
+            (a step uses the samples after those of the step before), [optimizer], seed
 
-A fixed key that differs is refused unless the user names it: of two runs of a sweep, which differ in one rate, the
-wrong one is easily resumed. Changes are told under the keys of the job file:
+A fixed key that differs is refused unless the user names it. Otherwise it would be easy to resume the wrong one of
+two runs that differ in one learning rate. Changes have the names of keys in the job file:
 
 >>> [str(change) for change in changes(JOB, attrs.evolve(JOB, seed=7, world_size=8))]
 ['seed: 0 -> 7', 'world_size: None -> 8']
@@ -28,12 +28,12 @@ from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, Sched
 
 
 JOB = JobSpec(modules={}, data=DataSpec(source="digits"), batch=BatchSpec(global_size=8))
-"""For examples."""
+"""A job for examples."""
 
 
 @attrs.frozen
 class Change:
-    """A key of the job file, with its value before and after; None: it is not there."""
+    """A key of the job file with its value before and after; None: the key is absent."""
 
     key: str
     before: Any
@@ -44,7 +44,7 @@ class Change:
 
 
 def changes(before: JobSpec, after: JobSpec) -> Iterator[Change]:
-    """Yield every key in which two jobs differ, defaults filled in. Of modules that one job lacks, only the names."""
+    """Yield every key in which two jobs differ, with defaults filled in; of a module in one job only, the name."""
     ours, theirs = (tuple(spec.modules) for spec in (before, after))
     if ours != theirs:
         yield Change("modules", list(ours), list(theirs))
@@ -56,7 +56,7 @@ def changes(before: JobSpec, after: JobSpec) -> Iterator[Change]:
 
 
 def refused(before: JobSpec, after: JobSpec, *, accepted: Iterable[str]) -> Iterator[Change]:
-    """Yield the changes by which a job is not that of a run; `accepted` are keys, or tables, that may change."""
+    """Yield the changes with which a job cannot resume a run; `accepted` are keys or tables that may change."""
     named = tuple(accepted)
     for change in changes(_essence(before), _essence(after)):
         if not any(change.key == key or change.key.startswith(f"{key}.") for key in named):

@@ -1,7 +1,7 @@
-"""Costs: how long things take: seconds per microbatch of a stage, latency and bandwidth of links.
+"""Costs: seconds per microbatch of each stage, latency and bandwidth of each link.
 
-Costs are data: measured, written by hand, or assumed (`pricing`). They are complete, so what they do not name
-costs nothing. They know stages and links by what these print.
+Costs are measured, written by hand, or assumed (`pricing`). They are complete: what they do not name costs nothing.
+Their keys are the names that stages and links print.
 """
 
 import math
@@ -12,10 +12,10 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class StageCosts:
-    """Seconds of a stage: per microbatch, and at the end of a step.
+    """Seconds of a stage, per microbatch and at the end of a step.
 
-    The backward is given whole, or as its two halves. `reduce` is the sum of the gradients over dp ranks where
-    there are several, `update` the step of the optimizer.
+    The backward is one number, or two for its halves. `reduce` is the gradient all-reduce over dp ranks, if there are
+    several; `update` is the step of the optimizer.
     """
 
     forward: float = 0.0
@@ -27,12 +27,12 @@ class StageCosts:
 
     @property
     def splits(self) -> bool:
-        """Whether the halves of the backward are known; if not, it is never split."""
+        """Whether the halves of the backward are known; otherwise it is never split."""
         return self.input_gradient is not None or self.weight_gradient is not None
 
     @property
     def whole_backward(self) -> float:
-        """Seconds of the backward in one piece."""
+        """Seconds of the backward when it is not split."""
         if self.backward is not None:
             return self.backward
         return (self.input_gradient or 0.0) + (self.weight_gradient or 0.0)
@@ -40,9 +40,9 @@ class StageCosts:
 
 @attrs.frozen(kw_only=True)
 class EdgeCosts:
-    """What a message costs: it arrives ``latency + bytes / bytes_per_s`` after both ends have posted it.
+    """The cost of a message: it arrives ``latency + bytes / bytes_per_s`` seconds after both ends have posted it.
 
-    Without `overlap` the sender does nothing else in that time.
+    Without `overlap` the sender computes nothing in that time.
     """
 
     latency: float = 0.0
@@ -50,7 +50,7 @@ class EdgeCosts:
     overlap: bool = True
 
     def carry_s(self, size_bytes: float) -> float:
-        """Return how long a message occupies its channel."""
+        """Return how many seconds a message occupies its channel."""
         return size_bytes / self.bytes_per_s
 
 
@@ -59,11 +59,11 @@ class Costs:
     """The costs of a job on a machine.
 
     Attributes:
-        stages: by the name of a stage (``vision.0``).
-        edge: what holds on every link that `edges` does not name.
-        edges: by the name of an edge (``vision -> language``) or of a link (``language.0 -> language.1``).
-        cores: how many compute actions run at once at full speed, all ranks being on one host; None: all.
-        origin: where the numbers come from, in words; "" where nobody says so.
+        stages: costs by name of the stage (``vision.0``).
+        edge: costs of every link that `edges` does not name.
+        edges: costs by name of the edge (``vision -> language``) or of the link (``language.0 -> language.1``).
+        cores: how many compute actions run at once at full speed, if all ranks share one host; None: no limit.
+        origin: where the numbers come from, in words; "": unknown.
     """
 
     stages: Mapping[str, StageCosts] = attrs.field(factory=dict[str, StageCosts])
@@ -73,11 +73,11 @@ class Costs:
     origin: str = attrs.field(default="", eq=False)
 
     def of(self, stage: object) -> StageCosts:
-        """Return the costs of a stage; nothing where it is not named."""
+        """Return the costs of a stage; a stage without a name here costs nothing."""
         return self.stages.get(str(stage), FREE)
 
     def on(self, link: object, edge: object) -> EdgeCosts:
-        """Return the costs of a link, which may lie on an edge."""
+        """Return the costs of a link; `edge` is the edge that it belongs to, or None."""
         return self.edges.get(str(link)) or self.edges.get(str(edge)) or self.edge
 
 

@@ -1,7 +1,7 @@
-"""The module graph: who feeds whom, and how many rows each module emits for a sample.
+"""The module graph: which modules feed which, and how many rows each module emits for a sample.
 
-Any acyclic graph will do. Rows follow from a sample's description: a source reads what the sample brings, a
-`block` emits one row per row that it gets, a language model one row per position in use.
+The graph is acyclic. Numbers of rows follow from a sample's description: a source module reads the rows of the sample,
+a `block` emits one row for each row that it receives, and a language model emits one row for each position in use.
 
 >>> graph = ModuleGraph.of({"vision": ("vit", ("language",)), "language": ("gpt", ())})
 >>> graph.rows_out(Sample(id=0, length=5, rows={"vision": 4}))
@@ -18,7 +18,7 @@ from mimogrid.core.base.samples import Sample
 
 @attrs.frozen
 class Node:
-    """A module in the graph; `feeders` and `feeds` in file order."""
+    """A module in the graph, with the modules that feed it and those that it feeds, in file order."""
 
     name: str
     model: str
@@ -27,18 +27,18 @@ class Node:
 
     @property
     def is_source(self) -> bool:
-        """Nothing feeds it: its rows come from the data."""
+        """Whether its rows come from the data: no module feeds it."""
         return not self.feeders and not self.reads_text
 
     @property
     def reads_text(self) -> bool:
-        """It is a language model."""
+        """Whether it is a built-in language model, which reads tokens."""
         return self.model == "gpt"
 
 
 @attrs.frozen
 class ModuleGraph:
-    """Nodes in file order, and their names in an order where feeders come first."""
+    """The modules of a job in file order, and their names in an order in which feeders come first."""
 
     nodes: Mapping[str, Node]
     order: tuple[str, ...]
@@ -64,16 +64,16 @@ class ModuleGraph:
 
     @functools.cached_property
     def sources(self) -> tuple[str, ...]:
-        """Modules whose rows come from the data."""
+        """The modules whose rows come from the data."""
         return tuple(name for name, node in self.nodes.items() if node.is_source)
 
     @functools.cached_property
     def texts(self) -> tuple[str, ...]:
-        """The language models."""
+        """The built-in language models."""
         return tuple(name for name, node in self.nodes.items() if node.reads_text)
 
     def rows_in(self, name: str, rows_out: Mapping[str, int], sample: Sample) -> int:
-        """Return how many rows a module reads for a sample, given what its feeders emit."""
+        """Return how many rows a module reads for a sample; `rows_out` are those that its feeders emit."""
         node = self.nodes[name]
         if node.is_source:
             return sample.rows.get(name, 0)
@@ -120,4 +120,4 @@ def find_cycle(feeds: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 
 Graph = ModuleGraph
-"""The name of before, which a source of the user's own may import."""
+"""The former name, which custom sources may import."""

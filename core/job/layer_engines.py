@@ -1,8 +1,9 @@
-"""Engines: whose layers compute a built-in module, the shell's own (local) ones or transformer-engine's.
+"""Engines: whether a built-in module uses local layers or those of transformer-engine.
 
-Both hold the same parameters under the same names, so a checkpoint of one loads into the other. Local layers run on
-any device, in any precision, and round nothing; transformer-engine's are faster in half precision on CUDA, and the only
-ones that multiply in fp8. A module's `engine` asks for one of them, or lets the machine decide:
+Both have the same parameters under the same names, so a checkpoint of one loads into the other. Local layers run on
+any device in any precision, and round nothing more than the precision says. Layers of transformer-engine are faster in
+half precision on CUDA, and only they multiply in fp8. A module's `engine` names one of the two or leaves the choice to
+the machine:
 
 >>> from mimogrid.core.job.models import Vit
 >>> from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec
@@ -28,16 +29,17 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec
 AUTO, LOCAL, TRANSFORMER_ENGINE = "auto", "local", "transformer_engine"
 ENGINES = (AUTO, LOCAL, TRANSFORMER_ENGINE)
 FORMATS = ("none", "hybrid", "e4m3")
-"""Formats of fp8: `hybrid` is e4m3 forward and e5m2 backward."""
+"""Formats of fp8: `hybrid` is e4m3 in the forward and e5m2 in the backward."""
 FP8_MULTIPLE = 16
-"""What the sizes of a product in fp8 are a multiple of."""
+"""The sizes of a matrix product in fp8 are multiples of this."""
 
 
 @attrs.frozen
 class Choice:
-    """Whose layers a module gets on a machine; the `reason` where transformer-engine's were possible by its job.
+    """The layers that a module gets on a machine.
 
-    `version` is that of transformer-engine where the layers are its own: kernels, and recipes of fp8, change with it.
+    `reason` says why they are local although the job would permit transformer-engine. `version` is that of
+    transformer-engine if the layers are its own: kernels and fp8 recipes depend on it.
     """
 
     engine: str
@@ -46,9 +48,10 @@ class Choice:
 
 
 def choose(name: str, spec: JobSpec, *, missing: str, version: str = "") -> Choice:
-    """Return whose layers a module gets where transformer-engine, of a version, lacks what `missing` says; "": nothing.
+    """Return the layers that a module gets.
 
-    Raises PlanError where the job asks for what is not there.
+    `missing` says what transformer-engine lacks on this machine ("": nothing), `version` which version is installed.
+    Raises PlanError if the job asks for layers that the machine does not have.
     """
     module, where = spec.modules[name], f"modules.{name}"
     if module.engine == LOCAL:
@@ -68,7 +71,7 @@ def choose(name: str, spec: JobSpec, *, missing: str, version: str = "") -> Choi
 
 
 def unlike(choices: Mapping[int, Mapping[str, Choice]]) -> Iterator[str]:
-    """Yield which modules ranks would compute with different layers; `choices` are by rank and module.
+    """Yield the modules that ranks would compute with different layers; `choices` are by rank and module.
 
     >>> there, not_there = Choice(TRANSFORMER_ENGINE, ""), Choice(LOCAL, "transformer-engine is not installed")
     >>> list(unlike({0: {"v": there}, 1: {"l": not_there}, 2: {"l": not_there}}))
@@ -95,7 +98,7 @@ def unlike(choices: Mapping[int, Mapping[str, Choice]]) -> Iterator[str]:
 
 
 def engine_problems(name: str, spec: JobSpec) -> Iterator[Problem]:
-    """Yield what no machine could do."""
+    """Yield what a module asks for and no machine can do."""
     module, where = spec.modules[name], f"modules.{name}"
     asks_for_fp8 = module.fp8 != "none"
     if module.engine == TRANSFORMER_ENGINE or asks_for_fp8:
@@ -122,7 +125,7 @@ def engine_problems(name: str, spec: JobSpec) -> Iterator[Problem]:
 
 
 def _objections(module: ModuleSpec, spec: JobSpec) -> Iterator[str]:
-    """Yield why transformer-engine's layers cannot compute a module."""
+    """Yield the reasons why layers of transformer-engine cannot compute a module."""
     if not isinstance(module.options, BuiltIn):
         yield "it is not a built-in model"
     elif module.options.experts:

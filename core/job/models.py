@@ -1,9 +1,8 @@
-"""Models: what the plan must know about a network without building it.
+"""Models: what the plan knows about a network without building it.
 
-For each built-in model its options, and for a module of it every parameter by its layout-independent name,
-with full shape, the stage that owns it and how it shards. Initial weights, trainable patterns, checkpoints,
-gradient reductions and memory all read this one table; the shell builds networks that match it and checks
-that they do.
+Each built-in model has options. From these follows a table of its parameters: layout-independent name, full shape, the
+layer that holds it, and how it is sharded. Initial weights, trainable patterns, checkpoints, gradient reductions and
+memory all use this table. The shell builds networks that match it, and checks that they do.
 
 >>> gpt = Gpt(layers=2, hidden=8, heads=2, vocab=16)
 >>> [p.name for p in gpt.parameters() if p.layer == 1][:3]
@@ -17,28 +16,27 @@ import attrs
 
 FIRST, LAST = "first", "last"
 PROJECTOR, HEAD = "projector.", "output."
-"""What the names of parameters begin with that an edge passes, and that only a loss passes."""
+"""Prefixes of the names of a projector's parameters, which only one edge uses, and of those that only a loss uses."""
 
 
 @attrs.frozen
 class Parameter:
-    """One parameter of a module at full size.
+    """One parameter of a module, at full size.
 
     Attributes:
-        name: layout-independent name inside the module, such as ``layers.3.attention.qkv.weight``.
-        shape: full shape.
-        layer: the layer that holds it, or `FIRST` / `LAST` for the ends of the module.
-        std: standard deviation of its normal initial values; 0 for a constant.
-        constant: the initial value where `std` is 0.
-        tp_dim: the dim that tensor parallelism shards; None: every tp rank holds all of it. For a parameter of
-            an expert it is sharded over expert_tp.
-        tp_blocks: how many equal blocks lie one after the other along that dim, each sharded by itself (2 where
-            the gates of a layer and what they open are one weight).
-        partial: its gradient on one tp rank is a partial sum under sequence parallelism.
-        routes: it chooses experts. Tp ranks deal the tokens among them for that, so its gradient is always
-            partial.
+        name: the layout-independent name inside the module, such as ``layers.3.attention.qkv.weight``.
+        shape: the full shape.
+        layer: the layer that holds it, or `FIRST` or `LAST` for the ends of the module.
+        std: the standard deviation of its normal initial values; 0 for a constant.
+        constant: the initial value if `std` is 0.
+        tp_dim: the dim that is sharded over tp, or over expert_tp for a parameter of an expert; None: every rank holds
+            all of it.
+        tp_blocks: the number of equal blocks along that dim, each of which is sharded separately (2 if the gate and
+            the up projection of a gated layer are one weight).
+        partial: under sequence parallelism its gradient on one tp rank is a partial sum.
+        routes: it is a router's. Tp ranks split the tokens among them for routing, so its gradient is always partial.
         copy: the other end of the module that holds a copy of it (tied embeddings).
-        expert: it belongs to an expert and follows the expert grid.
+        expert: the number of the expert that it belongs to; None: it belongs to no expert.
     """
 
     name: str
@@ -56,7 +54,7 @@ class Parameter:
 
 @attrs.frozen(kw_only=True)
 class Transformer:
-    """Options that all built-in models share; a stack of pre-norm transformer layers."""
+    """The options of all built-in models: a stack of pre-norm transformer layers."""
 
     layers: int
     hidden: int
@@ -75,11 +73,11 @@ class Transformer:
 
     @property
     def head_width(self) -> int:
-        """Width of one attention head."""
+        """The width of one attention head."""
         return self.hidden // self.heads
 
     def parameters(self) -> Iterator[Parameter]:
-        """Yield every parameter of the module except the projectors of its edges."""
+        """Yield every parameter of the module, without the projectors of its edges."""
         yield from self.first_parameters()
         for layer in range(self.layers):
             yield from self.layer_parameters(layer)
@@ -87,11 +85,11 @@ class Transformer:
         yield from self.last_parameters()
 
     def first_parameters(self) -> Iterator[Parameter]:
-        """Yield what comes before the layers."""
+        """Yield the parameters before the layers."""
         yield from ()
 
     def last_parameters(self) -> Iterator[Parameter]:
-        """Yield what comes after the final norm."""
+        """Yield the parameters after the final norm."""
         yield from ()
 
     def layer_parameters(self, layer: int) -> Iterator[Parameter]:
@@ -120,7 +118,7 @@ class Transformer:
 
 @attrs.frozen(kw_only=True)
 class Vit(Transformer):
-    """`vit`: patch rows of width `features` in, rows of width `hidden` out."""
+    """`vit`: reads patch rows of width `features`, emits rows of width `hidden`."""
 
     features: int | None = None
 
@@ -133,12 +131,12 @@ class Vit(Transformer):
 
 @attrs.frozen(kw_only=True)
 class Block(Transformer):
-    """`block`: rows of width `hidden` in, as many out."""
+    """`block`: reads rows of width `hidden`, emits one row of that width for each."""
 
 
 @attrs.frozen(kw_only=True)
 class Gpt(Transformer):
-    """`gpt`: tokens in, with rows at the placeholders; cross-entropy on text."""
+    """`gpt`: reads tokens, with rows at the placeholders; its loss is the cross entropy on text."""
 
     vocab: int
     tied_embeddings: bool = False
@@ -154,7 +152,7 @@ class Gpt(Transformer):
         yield Parameter("embedding.weight", shape, FIRST, std=self.init_std, tp_dim=0, copy=copy)
 
     def last_parameters(self) -> Iterator[Parameter]:
-        """Yield the output projection, unless the embedding serves as one."""
+        """Yield the output projection, unless the embedding is tied to it."""
         if not self.tied_embeddings:
             shape = (self.vocab, self.hidden)
             yield Parameter("output.weight", shape, LAST, std=self.init_std, tp_dim=0)
@@ -162,7 +160,7 @@ class Gpt(Transformer):
 
 @attrs.frozen(kw_only=True)
 class Regressor(Transformer):
-    """`regressor`: rows in; squared error against targets of width `outputs`."""
+    """`regressor`: reads rows; its loss is the squared error against targets of width `outputs`."""
 
     outputs: int = attrs.field(default=attrs.Factory(lambda self: self.hidden, takes_self=True))
 
@@ -179,7 +177,7 @@ BUILT_IN: dict[str, type[BuiltIn]] = {"vit": Vit, "block": Block, "gpt": Gpt, "r
 
 
 def projector(target: str, width_source: int, width_target: int, *, std: float = 0.02) -> Iterator[Parameter]:
-    """Yield the parameters of the projector of an edge; its source's last stage owns them."""
+    """Yield the parameters of the projector of an edge, which the last stage of the source module holds."""
     name = f"{PROJECTOR}{target}"
     yield Parameter(f"{name}.weight", (width_target, width_source), LAST, std=std)
     yield Parameter(f"{name}.bias", (width_target,), LAST)
@@ -191,22 +189,22 @@ def _norm(name: str, hidden: int, layer: int | str) -> Iterator[Parameter]:
 
 
 def _column(name: str, shape: tuple[int, int], layer: int, std: float) -> Iterator[Parameter]:
-    """Output features sharded over tp: weight and bias along dim 0."""
+    """Yield a layer whose output features are sharded over tp: weight and bias along dim 0."""
     yield Parameter(f"{name}.weight", shape, layer, std=std, tp_dim=0)
     yield Parameter(f"{name}.bias", shape[:1], layer, tp_dim=0)
 
 
 def _row(name: str, shape: tuple[int, int], layer: int, std: float) -> Iterator[Parameter]:
-    """Input features sharded over tp; the bias is added once, after the sum over tp."""
+    """Yield a layer whose input features are sharded over tp; the bias is added once, after the sum over tp."""
     yield Parameter(f"{name}.weight", shape, layer, std=std, tp_dim=1)
     yield Parameter(f"{name}.bias", shape[:1], layer, partial=True)
 
 
 @attrs.frozen(kw_only=True)
 class Own:
-    """A module of the user's: `path` names its builder as ``package.module:function``.
+    """A custom module; `path` names its builder as ``package.module:function``.
 
-    The plan knows its output width and nothing of its inside, so it is one stage on tp = cp = ep = 1.
+    The plan knows only the width of its output, so it is one stage with tp = cp = ep = 1.
     """
 
     path: str
@@ -220,9 +218,9 @@ class Own:
 
     @property
     def hidden(self) -> int | None:
-        """Width of the rows that it emits."""
+        """The width of the rows that it emits."""
         return self.width
 
     def parameters(self) -> Iterator[Parameter]:
-        """Yield nothing: its parameters are known once it is built."""
+        """Yield nothing: its parameters are known only when it is built."""
         yield from ()

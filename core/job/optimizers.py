@@ -1,9 +1,9 @@
-"""Optimizers: which of torch's can run here, what each takes and keeps, and what they do to which parameter.
+"""Optimizers: which of torch's optimizers can run, their options and states, and the rate of each parameter.
 
-An optimizer is legal if what it does to a value depends on that value's own gradients and state alone. Then it
-may see a parameter whole or in any parts, so tensor parallelism and sharding change nothing, and what it
-keeps goes into a checkpoint as the parameter itself does. What each class takes is written down here because
-the core has no torch to ask; a test compares the two.
+An optimizer can run if it updates each value by the gradients and the state of that value alone. Then it gives the same
+result for a whole parameter and for any parts of it, so tensor parallelism and sharding change nothing, and its state
+is saved like the parameter. Options and states are listed here because the core cannot ask torch; a test compares the
+lists with torch.
 """
 
 import fnmatch
@@ -17,14 +17,14 @@ from mimogrid.core.job.spec import GroupSpec, OptimizerSpec
 
 @attrs.frozen
 class OptimizerKind:
-    """A class of torch's.
+    """An optimizer class of torch.
 
     Attributes:
-        name: what torch calls it.
-        options: what it takes besides a rate, with defaults.
-        states: what it keeps for each value, and the option that must be on for that; "": always.
-        betas, eps: their defaults; None: it takes none.
-        decays: whether it takes a weight decay.
+        name: the name of the class in torch.
+        options: its options besides the learning rate, with their defaults.
+        states: the states that it keeps for each value, each with the option that must be on; "": always.
+        betas, eps: the defaults; None: it has no such argument.
+        decays: whether it has a weight decay.
     """
 
     name: str
@@ -60,7 +60,7 @@ KINDS: Mapping[str, OptimizerKind] = {
         OptimizerKind("Rprop", _RPROP, {"prev": "", "step_size": ""}, decays=False),
     )
 }
-"""Those that can run, by their names in a job file."""
+"""The optimizers that can run, by their names in a job file."""
 
 REFUSED: Mapping[str, str] = {
     "adafactor": "keeps sums of rows and columns, which ranks that hold parts of a matrix do not have",
@@ -68,16 +68,16 @@ REFUSED: Mapping[str, str] = {
     "lbfgs": "computes the loss several times a step, and products over all parameters",
     "sparseadam": "is for sparse gradients, and there are none here",
 }
-"""Classes of torch's that cannot run here, and why."""
+"""The optimizers of torch that cannot run, and why."""
 
 
 def kind_of(optimizer: OptimizerSpec) -> OptimizerKind:
-    """Return what is known of the job's optimizer; its name is legal."""
+    """Return the class of the job's optimizer, whose name is legal."""
     return KINDS[optimizer.name.lower()]
 
 
 def arguments_of(optimizer: OptimizerSpec) -> Mapping[str, Any]:
-    """Return what torch's class is called with, besides the parameters, rate and decay of each group."""
+    """Return the arguments of torch's class, without the parameters, the rate and the decay of each group."""
     kind = kind_of(optimizer)
     found: dict[str, Any] = dict(kind.options)
     for name, value in optimizer.options.items():
@@ -90,12 +90,12 @@ def arguments_of(optimizer: OptimizerSpec) -> Mapping[str, Any]:
 
 
 def _as_argument(value: object) -> object:
-    """Return a value of the job file as torch takes it: a list as a tuple."""
+    """Return a value of the job file as an argument for torch: a list becomes a tuple."""
     return tuple(cast("list[object]", value)) if isinstance(value, list) else value
 
 
 def states_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
-    """Return the names of what the optimizer keeps for each value of a parameter.
+    """Return the names of the states that the optimizer keeps for each value of a parameter.
 
     >>> states_of(OptimizerSpec(name="sgd")), states_of(OptimizerSpec(name="sgd", options={"momentum": 0.9}))
     ((), ('momentum_buffer',))
@@ -106,11 +106,11 @@ def states_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
     )
 
 
-# -- which parameter is updated how ------------------------------------------------------------------------
+# -- rates and decays --------------------------------------------------------------------------------------
 
 
 def group_of(optimizer: OptimizerSpec, module: str, name: str) -> GroupSpec:
-    """Return the rate and the decay of a parameter: those of the first group that it matches, or of the job.
+    """Return the rate and the decay of a parameter: those of the first group that matches it, or of the job.
 
     >>> bias = GroupSpec(match=("*.bias",), weight_decay=0.0)
     >>> adamw = OptimizerSpec(lr=0.1, weight_decay=0.5, groups=(bias, GroupSpec(modules=("vision",), lr=0.2)))
@@ -125,7 +125,7 @@ def group_of(optimizer: OptimizerSpec, module: str, name: str) -> GroupSpec:
 
 
 def matches(group: GroupSpec, module: str, name: str) -> bool:
-    """Whether a parameter is meant by a group: its module by name, itself by a pattern of ``module.name``."""
+    """Whether a parameter is in a group: by the name of its module, and by a pattern of ``module.name``."""
     if group.modules and module not in group.modules:
         return False
     full = f"{module}.{name}"

@@ -1,6 +1,6 @@
-"""Layout: the first facts that follow from a spec, before anyone asks whether they are legal.
+"""Placement: the ranks of each module, the layers of each stage, and the module graph, as the spec says them.
 
-Where each module's ranks begin, which layers each stage has, what the graph of modules is.
+Validation uses these facts, so they hold for illegal specs, too.
 """
 
 import fnmatch
@@ -25,12 +25,12 @@ def graph_of(spec: JobSpec) -> ModuleGraph:
 
 
 def size_of(grid: GridSpec) -> int:
-    """Return how many ranks a module takes."""
+    """Return how many ranks a module has."""
     return math.prod(int(getattr(grid, axis)) for axis in AXES)
 
 
 def place(spec: JobSpec) -> Mapping[str, Grid]:
-    """Return each module's grid; without an offset it begins where the module before it ends."""
+    """Return the grid of each module; without an offset it begins where the grid of the module before it ends."""
     grids: dict[str, Grid] = {}
     end = 0
     for name, module in spec.modules.items():
@@ -42,7 +42,7 @@ def place(spec: JobSpec) -> Mapping[str, Grid]:
 
 
 def model_of(name: str, spec: JobSpec, source: SourceFacts) -> BuiltIn | Own:
-    """Return the model of a module with what the source decides filled in."""
+    """Return the model of a module, completed with what the source knows."""
     module = spec.modules[name]
     if isinstance(module.options, Vit) and module.options.features is None:
         return attrs.evolve(module.options, features=source.features.get(name))
@@ -52,10 +52,10 @@ def model_of(name: str, spec: JobSpec, source: SourceFacts) -> BuiltIn | Own:
 
 
 def edge_shape(source: BuiltIn | Own, target: BuiltIn | Own) -> tuple[int, bool]:
-    """Return how wide the rows of an edge are, and whether the source projects them to that width.
+    """Return the width of the rows on an edge, and whether the source module projects them to that width.
 
-    An own module takes rows as wide as they come, and emits them as wide as it says; where it does not say,
-    as wide as they are wanted.
+    A custom module reads rows of any width. It emits rows of the width that it declares, or else of the width that
+    the target reads.
     """
     width = source.hidden if isinstance(target, Own) else target.hidden
     differ = source.hidden is not None and source.hidden != width
@@ -63,19 +63,19 @@ def edge_shape(source: BuiltIn | Own, target: BuiltIn | Own) -> tuple[int, bool]
 
 
 def has_loss(module: ModuleSpec) -> bool:
-    """Whether a module has a loss of its own: some models do, and an own module that feeds nobody."""
+    """Whether a module has a loss: some built-in models do, and a custom module that feeds no other."""
     if isinstance(module.options, Mapping):
         return not module.feeds
     return module.options.has_loss
 
 
 def stages_of(module: ModuleSpec) -> int:
-    """Return into how many stages a module is cut: its pipeline ranks times the chunks that each has."""
+    """Return the number of stages of a module: its pipeline ranks times the chunks of each."""
     return module.grid.pp * module.chunks
 
 
 def layer_ranges(module: ModuleSpec, layers: int) -> tuple[range, ...]:
-    """Return the layers of each stage, in order of depth: as `split` says, else in equal parts."""
+    """Return the layers of each stage, first stage first: as `split` says, or in equal parts."""
     stages = stages_of(module)
     counts = module.split or (layers // stages,) * stages
     starts = [sum(counts[:i]) for i in range(stages)]
@@ -83,9 +83,9 @@ def layer_ranges(module: ModuleSpec, layers: int) -> tuple[range, ...]:
 
 
 def balanced(seconds: Sequence[float], parts: int) -> tuple[int, ...]:
-    """Cut a row of layers into parts, none empty, so that the slowest is as fast as it can be.
+    """Return how many layers each part has, so that the slowest part is as fast as possible; no part is empty.
 
-    What makes no difference to that is taken from the front parts, where most microbatches are in flight.
+    Of equally fast splits it is the one with fewest layers in the first parts, which have most microbatches in flight.
 
     >>> balanced([1, 1, 1, 1, 1, 3], 3)
     (2, 3, 1)
@@ -104,7 +104,7 @@ def balanced(seconds: Sequence[float], parts: int) -> tuple[int, ...]:
 
 
 def _cut(seconds: Sequence[float], limit: float, parts: int) -> tuple[int, ...]:
-    """Fill parts from the back up to a limit; each leaves one layer at least for every part before it."""
+    """Fill parts from the back up to a limit; leave at least one layer for each part that is still to come."""
     counts: list[int] = []
     count, filled = 0, 0.0
     slack = limit * 1e-9
@@ -119,7 +119,7 @@ def _cut(seconds: Sequence[float], limit: float, parts: int) -> tuple[int, ...]:
 
 
 def trainable_names(module: ModuleSpec, names: tuple[str, ...]) -> frozenset[str]:
-    """Return which of a module's parameters train.
+    """Return the parameters of a module that are trained.
 
     >>> vision = ModuleSpec(model="vit", options={}, trainable=("projector.*",))
     >>> sorted(trainable_names(vision, ("input.bias", "projector.language.bias")))
@@ -133,5 +133,5 @@ def trainable_names(module: ModuleSpec, names: tuple[str, ...]) -> frozenset[str
 
 
 def matches_any(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a name matches one of the shell-style patterns."""
+    """Whether a name matches any of the shell-style patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,6 +1,6 @@
-"""The spec: what the user wrote, as values, with nothing derived and nothing checked.
+"""The spec: what the user wrote, as values. Nothing in it is derived, and nothing is checked.
 
-Field names are the keys of the job file. `topology.parse` turns a spec into what the rest may trust.
+Field names are the keys of the job file. `topology.parse` checks a spec and turns it into a `Topology`.
 """
 
 from collections.abc import Mapping
@@ -32,9 +32,9 @@ class GridSpec:
 class ModuleSpec:
     """`[modules.NAME]`.
 
-    `options` are those of the built-in model that `model` names, or, for the builder of an own module, the
-    table as written. `split` gives the layers of each pipeline stage where they are not equal. `width` is the
-    output width of an own module.
+    `options` are those of the built-in model that `model` names. For the builder of a custom module they are the table
+    as written. `split` has the number of layers of each stage, if these differ. `width` is the output width of a
+    custom module.
     """
 
     model: str
@@ -63,7 +63,7 @@ class DataSpec:
 
 @attrs.frozen(kw_only=True)
 class BatchSpec:
-    """`[batch]`: samples per optimizer step, and how many microbatches they make."""
+    """`[batch]`: the samples of a step, and the number of microbatches that they are split into."""
 
     global_size: int
     microbatches: int = 1
@@ -73,7 +73,7 @@ class BatchSpec:
 class ScheduleSpec:
     """`[schedule]`.
 
-    `memory_gb` is a cap per rank for orders that choose, and `costs` what they go by: how long things take.
+    `memory_gb` is the most memory that a rank may need (GB of 1e9 bytes). `auto` searches for an order by `costs`.
     """
 
     name: str = ONE_F_ONE_B
@@ -83,9 +83,9 @@ class ScheduleSpec:
 
 @attrs.frozen(kw_only=True)
 class GroupSpec:
-    """`[[optimizer.groups]]`: a rate and a decay for some parameters; None is that of the job.
+    """`[[optimizer.groups]]`: a learning rate and a weight decay for some parameters; None: those of the job.
 
-    A parameter belongs to the first group that it matches: by its module, and by a pattern of ``module.name``.
+    A parameter is in the first group that matches its module, and its ``module.name`` by a pattern.
     """
 
     modules: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ class GroupSpec:
 
 @attrs.frozen(kw_only=True)
 class LossScaleSpec:
-    """`[optimizer] loss_scale`, in fp16: rises by `growth` after `interval` finite steps, falls by `backoff`."""
+    """`[optimizer] loss_scale`, in fp16: grows by `growth` after `interval` finite steps, shrinks by `backoff`."""
 
     initial: float = 65536.0
     growth: float = 2.0
@@ -116,11 +116,11 @@ class SkipSpec:
 
 @attrs.frozen(kw_only=True)
 class OptimizerSpec:
-    """`[optimizer]`. `decay` lowers the rate to `final_lr_fraction` of `lr` by the last step.
+    """`[optimizer]`. `decay` lowers the learning rate to `final_lr_fraction` of `lr` by the last step.
 
-    `decay_fraction` is the part of the steps over which a "wsd" rate falls at the end. `betas` and `eps` are
-    those of the optimizer where None. `bucket_mb` is how many megabytes (1e6 bytes) of gradients are
-    summed in one call, or a little more.
+    `decay_fraction` is the share of the steps, at the end, over which a "wsd" rate falls. `betas` and `eps` are None
+    for the defaults of the optimizer. `bucket_mb` is the size of a bucket of gradients in megabytes (1e6 bytes); a
+    bucket may be a little larger.
     """
 
     name: str = "adamw"
@@ -143,7 +143,7 @@ class OptimizerSpec:
 
 @attrs.frozen(kw_only=True)
 class ProfileSpec:
-    """`[train] profile`: the steps that are profiled, and the ranks that write down what they did."""
+    """`[train] profile`: the steps that are profiled, and the ranks that write profiles."""
 
     steps: tuple[int, ...] = ()
     ranks: tuple[int, ...] = (0,)
@@ -151,11 +151,11 @@ class ProfileSpec:
 
 @attrs.frozen(kw_only=True)
 class TrainSpec:
-    """`[train]`. Time limits are seconds; `threads` is compute threads per CPU rank.
+    """`[train]`. `timeout_s` is in seconds; `threads` is the number of compute threads of a CPU rank.
 
-    A checkpoint is written every `checkpoint_every` steps (0: only at the end), and the newest
-    `keep_checkpoints` are kept, and those of steps that `keep_every` divides (0: none). The samples of
-    `skip_steps` are passed over; of a range, both ends.
+    A checkpoint is written every `checkpoint_every` steps (0: only at the end). The newest `keep_checkpoints` are kept,
+    and those of steps that `keep_every` divides (0: none). The samples of `skip_steps` are skipped; a range includes
+    both ends.
     """
 
     steps: int = 1
@@ -173,15 +173,15 @@ class TrainSpec:
 
 @attrs.frozen(kw_only=True)
 class SourceFacts:
-    """What the plan must know of the data source; every fact may be unknown.
+    """What the plan must know about the data source; each fact may be unknown.
 
     Attributes:
-        sequence: positions of a language sequence, padding included.
-        vocab: tokens are below this.
-        features: width of the rows of each source module.
-        rows: most rows of a sample, per source module.
-        length: most text tokens of a sample.
-        targets: it gives regression targets.
+        sequence: the number of positions of a language sequence, padding included.
+        vocab: all tokens are below this.
+        features: the width of the rows, by source module.
+        rows: the largest number of rows of a sample, by source module.
+        length: the largest number of text tokens of a sample; 0: there is no text.
+        targets: whether it has regression targets.
     """
 
     sequence: int | None = None
@@ -194,7 +194,7 @@ class SourceFacts:
 
 @attrs.frozen(kw_only=True)
 class JobSpec:
-    """A whole job file. The order of `modules` matters: default offsets, order of placeholders."""
+    """A whole job file. The order of `modules` decides default offsets and the order of placeholders."""
 
     modules: Mapping[str, ModuleSpec]
     data: DataSpec

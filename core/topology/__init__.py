@@ -1,4 +1,4 @@
-"""The job parsed once: modules on grids, stages, links, the role of every rank, process groups.
+"""The parsed job: modules on grids, stages, links, the role of every rank, process groups.
 
 May import: `base`, `job`.
 """

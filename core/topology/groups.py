@@ -1,13 +1,13 @@
-"""Groups: every process group that will exist, in one order that all ranks share.
+"""Groups: every process group of a job, in one order for all ranks.
 
-A group is known by its ranks: two uses with equal ranks share one. Groups are made in *slots*, one after the
-other; the groups of a slot are disjoint, so each rank makes exactly one in each slot (alone where it is in
-none) and nothing that it is not in. Two ranks can so never meet in different orders, and the number of calls
-does not grow with the world.
+A group is identified by its ranks: uses with equal ranks share a group. Groups are created in *slots*, one slot after
+another. The groups of a slot are disjoint, so each rank creates exactly one group per slot, alone if it is in none of
+them. Therefore no two ranks create two groups in different orders, and the number of calls does not grow with the
+world.
 
-Where a backend connects the ranks of a group only when they first use it, in the midst of a step they would come to
-that in different orders (a known deadlock of NCCL's communicators of two ranks). So each group is used once as soon
-as it is made, slot by slot: by the same argument everybody gets through.
+Some backends connect the ranks of a group only at its first use. In a step, ranks could reach the first uses in
+different orders and deadlock (NCCL's communicators of two ranks are known for it). So each group is used once when it
+is created, slot by slot, which cannot deadlock for the same reason.
 """
 
 import enum
@@ -21,18 +21,18 @@ from mimogrid.core.topology.topology import Link, Module, Topology
 
 
 COLLECTIVE_AXES = (("tp",), ("cp",), ("tp", "cp"), ("cp", "dp"))
-"""The axes of each module along which its ranks compute, gather rows, and reduce gradients."""
+"""The axes of each module along which ranks compute, gather rows, or reduce gradients."""
 PARTIAL_AXES = ("tp", "cp", "dp")
-"""The axes along which gradients are reduced that are partial along tp, in modules that have such."""
+"""The axes along which gradients are reduced that are partial along tp, in modules with such parameters."""
 EXPERT_AXES = (TOGETHER, ("expert_tp",), ("expert_dp",))
-"""The axes of a module's experts along which tokens cross, shards are gathered, and gradients are reduced."""
+"""The axes of experts along which tokens are exchanged, shards are gathered, or gradients are reduced."""
 
 Ranks = tuple[int, ...]
 Slot = tuple[Ranks, ...]
 
 
 class Purpose(enum.Enum):
-    """What a group is for: computing together, the messages of all, or the messages from one rank to another."""
+    """The use of a group: collectives, the messages of all ranks, or the messages from one rank to another."""
 
     COLLECTIVE = "collective"
     MESSAGES = "messages"
@@ -41,17 +41,17 @@ class Purpose(enum.Enum):
 
 @attrs.frozen
 class Opening:
-    """Groups that are made, and used for the first time, at once. In a channel the sender stands first."""
+    """Groups that are created and first used at the same time. In a channel the sender is the first rank."""
 
     purpose: Purpose
     slot: Slot
 
 
 def openings_of(topology: Topology, *, has_tags: bool) -> tuple[Opening, ...]:
-    """Return every group of a job in the order in which all ranks make them.
+    """Return every group of a job in the order in which all ranks create them.
 
-    With tags one group carries all messages. Without, what shares a communicator runs one after the other, so each
-    ordered pair of ranks has its own.
+    With tags one group carries all messages. Without tags the messages of a communicator run one after another, so each
+    ordered pair of ranks has its own group.
     """
     collectives = tuple(Opening(Purpose.COLLECTIVE, slot) for slot in reversed(groups_of(topology)))
     if has_tags:
@@ -61,21 +61,21 @@ def openings_of(topology: Topology, *, has_tags: bool) -> tuple[Opening, ...]:
 
 
 def groups_of(topology: Topology) -> tuple[Slot, ...]:
-    """Return the slots of the groups for collectives; the first is empty: there each rank is alone."""
+    """Return the slots of the groups for collectives; the first slot is empty: in it each rank is alone."""
     return ((), *in_slots(ranks for ranks in _uses(topology) if len(ranks) > 1))
 
 
 def channels_of(topology: Topology) -> tuple[Ranks, ...]:
-    """Return every (sender, receiver) pair of ranks that a step may use, itself included where it colocates.
+    """Return every (sender, receiver) pair of ranks that a step may use; with colocated stages both may be one rank.
 
-    At a bridge any two ranks of dp ranks that share samples may meet, whatever the rows of a step turn out to be.
+    At a bridge these are all pairs of ranks whose dp ranks share samples, whatever rows a step has.
     """
     pairs = dict.fromkeys(pair for link in topology.links for pair in _ends(topology, link))
     return (*pairs, *((b, a) for a, b in pairs if (b, a) not in pairs))
 
 
 def in_slots(groups: Iterable[Ranks]) -> tuple[Slot, ...]:
-    """Deal groups into as few slots as come to hand: each goes to the first where its ranks are free.
+    """Put groups into slots: each group into the first slot in which its ranks are free.
 
     >>> in_slots([(0, 1), (2, 3), (1, 2), (0, 3), (0, 1)])
     (((0, 1), (2, 3)), ((1, 2), (0, 3)))
@@ -87,8 +87,8 @@ def in_slots(groups: Iterable[Ranks]) -> tuple[Slot, ...]:
         if slot is None:
             slot = (set[int](), list[Ranks]())
             slots.append(slot)
-        taken, members = slot
-        taken.update(ranks)
+        occupied, members = slot
+        occupied.update(ranks)
         members.append(ranks)
     return tuple(tuple(members) for _, members in slots)
 

@@ -1,7 +1,7 @@
-"""From a spec to a topology, with every problem of the job at once.
+"""Parsing: from a spec to a topology, with every problem of the job at once.
 
-`parse` finds every problem of a job and raises them together; what it returns needs no second check. `assemble`
-builds the topology of a spec that is known to be legal.
+`parse` validates a spec and raises all its problems together. `assemble` builds the topology of a spec that is known
+to be legal.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from mimogrid.core.topology.topology import UNKNOWN, Edge, Link, Module, Stage, 
 
 
 def parse(spec: JobSpec, source: SourceFacts) -> Topology:
-    """Turn a spec into a topology. Raises PlanError with every problem that the job has."""
+    """Return the topology of a spec. Raises PlanError with every problem of the job."""
     problems = problems_of(spec, source)
     if problems:
         raise PlanError(problems)
@@ -34,7 +34,7 @@ def parse(spec: JobSpec, source: SourceFacts) -> Topology:
 
 
 def assemble(spec: JobSpec, source: SourceFacts) -> Topology:
-    """Put the topology of a spec together; whoever calls this has made sure that the spec is legal."""
+    """Return the topology of a spec that is legal; nothing is checked."""
     graph = graph_of(spec)
     grids = place(spec)
     models = {name: model_of(name, spec, source) for name in spec.modules}
@@ -112,7 +112,7 @@ def _edge(source: str, target: str, models: Mapping[str, BuiltIn | Own]) -> Edge
 
 
 def _module_depths(graph: ModuleGraph, spec: JobSpec) -> Mapping[str, int]:
-    """Stages from the first stage of a module to the end, along the longest path."""
+    """Return for each module the number of stages from its first stage to the end of the longest path."""
     depths: dict[str, int] = {}
     for name in reversed(graph.order):
         below = max((depths[target] for target in graph.nodes[name].feeds), default=0)
@@ -129,7 +129,7 @@ def _stages(
     depth: int,
     trains_upstream: bool,
 ) -> tuple[StageInfo, ...]:
-    """Return the stages of a module, the first one `depth` stages from the end; what trains before it is known."""
+    """Return the stages of a module; the first one is `depth` stages from the end of the longest path."""
     parameters = (*model.parameters(), *_projectors(model, outputs))
     trains = trainable_names(written, tuple(p.name for p in parameters))
     if isinstance(model, Own) and written.frozen is not True:
@@ -162,7 +162,7 @@ def _projectors(model: BuiltIn | Own, outputs: tuple[Edge, ...]) -> Iterator[Par
 
 
 def _is_held(parameter: Parameter, layers: range, *, first: bool, last: bool) -> bool:
-    """Whether a stage with these layers has a parameter, or a copy of it."""
+    """Whether a stage with these layers holds a parameter or a copy of it."""
     return (
         parameter.layer in layers
         or (first and parameter.layer == FIRST)

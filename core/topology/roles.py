@@ -1,8 +1,8 @@
-"""Roles: what each rank is and hosts, for any rank, on any machine.
+"""Roles: what each rank does, for any rank, on any machine.
 
-A role follows from grids, and from nothing that only a running rank knows: a rank of a thousand can be asked about on
-a laptop, without a process group. Here an encoder is on two dp ranks, ranks 0 and 1, in front of a language model of
-two pipeline ranks, 2 and 3, with two chunks each:
+A role follows from grids alone. It needs no process group, so a laptop can compute the role of any rank of a large job.
+Here an encoder is on two dp ranks, ranks 0 and 1, and feeds a language model on two pipeline ranks, 2 and 3, with two
+chunks each:
 
 >>> from mimogrid.core.base.grid import Axis
 >>> grids = {"vision": Grid((Axis("dp", 2),)), "language": Grid((Axis("tp", 1), Axis("pp", 2)), offset=2)}
@@ -17,14 +17,14 @@ two pipeline ranks, 2 and 3, with two chunks each:
 >>> role(3).group("language", "pp")
 (2, 3)
 
-Any rank knows whether it has the first or the last stage of a module. A rank has no stage of what it does not host:
+A rank has the first or the last stage of a module, or it does not. It has no stage of a module that it does not host:
 
 >>> [role(rank).is_first_stage("language") for rank in range(4)]
 [False, False, True, False]
 >>> [role(rank).is_last_stage("language") for rank in range(4)]
 [False, False, False, True]
 
-Grids may share ranks, all or some, and a rank in no grid has a role, too: it idles.
+Grids may share all or some ranks. A rank in no grid also has a role: it idles.
 
 >>> grids = {"vision": Grid((Axis("dp", 2),)), "language": Grid((Axis("pp", 2),), offset=1)}
 >>> role(1).layout.value, {name: info.pp for name, info in role(1).modules.items()}
@@ -32,9 +32,9 @@ Grids may share ranks, all or some, and a rank in no grid has a role, too: it id
 >>> role(9).is_idle, list(role(9).modules), role(9).is_first_stage("vision")
 (True, [], False)
 
-The roles of a job (`role_of`) also have their stages with layers and parameters, and the links on which these receive
-and send. The vocabulary (layout, stage information, rank role and its predicates) is that of Megatron-LM's pull
-request 3211; there a rank asks its process groups, serves one module, and cannot be idle.
+A role in a job (`role_of`) also has the stages with their layers and parameters, and their links. Names (layout, stage
+information, rank role and its predicates) are those of Megatron-LM's pull request 3211. There a rank asks its process
+groups, hosts one module, and cannot idle.
 """
 
 import enum
@@ -82,15 +82,15 @@ class ModuleStageInfo:
 
 @attrs.frozen
 class RankRole:
-    """What a rank does: the modules that it hosts, its stages of them, its groups and its neighbours.
+    """What a rank does: the modules that it hosts, its stages, its process groups and its pipeline neighbours.
 
     Attributes:
         rank: the rank.
         layout: how the modules share the ranks.
-        modules: the rank's place in each module that it hosts, in file order; a rank in no grid hosts none.
-        language_modules: the language models of the job, wherever they are.
-        grids: of every module of the job its grid, and then the view of its experts if it has any.
-        stages: the stages of the rank, every chunk of every module; only a job knows them (`role_of`).
+        modules: the rank's place in each module that it hosts, in file order; an idle rank hosts none.
+        language_modules: the language models of the job, on whichever ranks.
+        grids: for every module its grid, and then the view of its experts if it has any.
+        stages: the stages of the rank, all chunks of all modules; only a job knows them (`role_of`).
         links_in: the links on which these stages receive activations.
         links_out: the links on which these stages send activations.
     """
@@ -106,7 +106,7 @@ class RankRole:
 
     @property
     def mode(self) -> ModuleLayout:
-        """The layout, by the name that it has in Megatron-LM."""
+        """The layout, under its name in Megatron-LM."""
         return self.layout
 
     def is_first_stage(self, module: str) -> bool:
@@ -138,9 +138,9 @@ class RankRole:
         return tuple(name for name in self.modules if name not in self.language_modules)
 
     def group(self, module: str, axes: str | Iterable[str]) -> tuple[int, ...]:
-        """Return the ranks of the process group that this rank is in along axes of a module, those of experts included.
+        """Return the ranks of this rank's process group along axes of a module or of its experts.
 
-        Raises KeyError for a module that is not in the job, ValueError for an axis that its grids lack.
+        Raises KeyError for a module that the rank does not host, ValueError for an axis that its grids lack.
         """
         names = (axes,) if isinstance(axes, str) else tuple(axes)
         grids = self.grids[module]
@@ -148,7 +148,7 @@ class RankRole:
         return next(has_all, grids[0]).group_of(self.rank, names)
 
     def of_chunk(self, chunk: int) -> "RankRole":
-        """Return the part of the role that concerns one chunk of each module: first and last are said of its stage."""
+        """Return the role in one chunk: `is_first_stage` and `is_last_stage` are then about the stage of that chunk."""
         mine = {info.stage: info for info in self.stages if info.stage.chunk == chunk}
         return attrs.evolve(
             self,
@@ -168,7 +168,7 @@ class RankRole:
 
 
 def layout_of(grids: Iterable[Grid]) -> ModuleLayout:
-    """Return how modules on these grids share the ranks."""
+    """Return how the modules on these grids share ranks."""
     by_offset = sorted(grids, key=lambda grid: grid.offset)
     if all(grid == by_offset[0] for grid in by_offset):
         return ModuleLayout.UNIFIED
@@ -186,8 +186,8 @@ def role_on(
 ) -> RankRole:
     """Return a rank's role on the grids of some modules.
 
-    `chunks` says how many chunks a rank has of a module (1 where it is not named), `experts` which view the experts of
-    a module are laid under. The role knows its stages by name only; `role_of` gives that of a job.
+    `chunks` is the number of chunks of each module, 1 if it is not named. `experts` has the view of a module's experts.
+    The role has the names of its stages; the role in a job (`role_of`) also has their layers and links.
     """
     chunks, experts = chunks or {}, experts or {}
     views = {name: (grid, experts[name]) if name in experts else (grid,) for name, grid in grids.items()}
@@ -218,7 +218,7 @@ def _place(module: str, grids: tuple[Grid, ...], rank: int, chunks: int) -> Modu
 
 
 class HasRoles(Protocol):
-    """A topology, as far as roles are concerned."""
+    """What `role_of` needs of a topology."""
 
     @property
     def world_size(self) -> int:

@@ -1,7 +1,7 @@
-"""Stages: what a module is cut into, and how data flows between them.
+"""Stages: the parts of a module along the pipeline, and the links between them.
 
-A module has ``pp * chunks`` stages. Stage i of it is chunk ``i // pp`` of the ranks at position ``i % pp`` along pp; a
-rank with several chunks of a module has several *virtual stages*, as Megatron calls them.
+A module has ``pp * chunks`` stages. Stage i is chunk ``i // pp`` of the ranks at position ``i % pp`` along pp. A rank
+with several chunks of a module runs several virtual stages.
 """
 
 import attrs
@@ -10,12 +10,12 @@ from mimogrid.core.job.models import HEAD, PROJECTOR, Parameter
 
 
 UNKNOWN = "*"
-"""Stands among the trainable names for the parameters of an own module, known once it is built."""
+"""Among trainable names: the parameters of a custom module, which are known only when it is built."""
 
 
 @attrs.frozen(order=True, cache_hash=True)
 class Stage:
-    """One stage of a module: its position along pp, and which of the rank's chunks. Prints ``name.pp``.
+    """One stage of a module: its position along pp, and its chunk. Prints ``name.pp`` or ``name.pp.chunk``.
 
     >>> print(Stage("language", 1), Stage("language", 1, chunk=2))
     language.1 language.1.2
@@ -31,7 +31,7 @@ class Stage:
 
 @attrs.frozen(cache_hash=True)
 class Edge:
-    """Rows flow from the last stage of `source` to the first of `target`, `width` values each."""
+    """Rows of `width` values flow from the last stage of `source` to the first stage of `target`."""
 
     source: str
     target: str
@@ -44,7 +44,7 @@ class Edge:
 
 @attrs.frozen(cache_hash=True)
 class Link:
-    """Data flows from one stage to another: inside a module (a pipeline link) or along an edge (a bridge)."""
+    """Data flows from one stage to another: inside a module (pipeline link) or along an edge (bridge)."""
 
     source: Stage
     target: Stage
@@ -56,10 +56,16 @@ class Link:
 
 @attrs.frozen
 class StageInfo:
-    """A stage with its layers, its parameters and its place in the whole.
+    """A stage with its layers, its parameters and its place in the pipeline.
 
-    `depth` counts the stages from here to the loss along the longest path, this one included;
-    `trains_upstream` says that something before it trains, so that gradients of its inputs are wanted.
+    Attributes:
+        stage: the stage.
+        layers: the numbers of its layers in the module.
+        first, last: whether it is the first or the last stage of its module.
+        depth: the number of stages from this one to the loss along the longest path, this one included.
+        parameters: the parameters that it holds, at full size.
+        trainable: the names of those that are trained.
+        trains_upstream: whether anything before it is trained, so that it computes gradients of its inputs.
     """
 
     stage: Stage
@@ -73,11 +79,11 @@ class StageInfo:
 
     @property
     def backward(self) -> bool:
-        """Whether the stage has a backward at all: something here or upstream trains."""
+        """Whether the stage has a backward: something in it or upstream is trained."""
         return self.trains_upstream or bool(self.trainable)
 
     def trains_up_to(self, link: Link) -> bool:
-        """Whether anything that a link's data comes through trains; a head and other projectors do not count."""
+        """Whether anything is trained that the data of a link passes through; heads and other projectors are not."""
         mine = f"{PROJECTOR}{link.target.module}."
         return self.trains_upstream or any(
             link.edge is None or name.startswith(mine) or not name.startswith((PROJECTOR, HEAD))

@@ -1,8 +1,6 @@
-"""The topology: the spec, parsed once into what everything else may trust.
+"""The topology: a job parsed into modules on grids, edges, stages and links.
 
-`parse` finds every problem of a job and raises them together; what it returns needs no second check. A
-topology knows the modules with their grids, the edges between them, and the stages that the modules are cut
-into, each with its layers and its distance to the loss.
+It comes from `parse`, which has checked the job, so nothing that uses a topology checks it again.
 """
 
 import functools
@@ -25,7 +23,11 @@ __all__ = ["UNKNOWN", "Edge", "Link", "Module", "Stage", "StageInfo", "Topology"
 
 @attrs.frozen
 class Module:
-    """A module on its grid."""
+    """A module on its grid.
+
+    `experts` is the view of the grid under the axes of the experts; None: there are none. `inputs` and `outputs` are
+    the edges from and to other modules.
+    """
 
     name: str
     model: BuiltIn | Own
@@ -40,7 +42,7 @@ class Module:
 
     @property
     def dp_size(self) -> int:
-        """Data dp ranks: how many different shares of a microbatch its ranks work on."""
+        """The number of dp ranks, each of which works on its own samples of a microbatch."""
         return self.grid.extent("dp")
 
     @property
@@ -50,13 +52,13 @@ class Module:
 
     @property
     def cp(self) -> int:
-        """Context-parallel size: over how many ranks the positions of a sample are cut."""
+        """The number of ranks over which the positions of a sample are split."""
         return self.grid.extent("cp")
 
     def padded(self, positions: int) -> int:
-        """Return positions rounded up to what context parallelism cuts: 2*cp equal chunks, two a rank.
+        """Return positions rounded up so that context parallelism can split them into 2*cp equal chunks, two per rank.
 
-        Where sequence parallelism cuts each rank's part once more, what is left must divide by tp.
+        With sequence parallelism each chunk is also a multiple of tp.
         """
         if self.cp == 1:
             return positions
@@ -75,31 +77,31 @@ class Module:
         return self.padded(max(present, default=0)), len(present)
 
     def ep_dp_ranks(self, dp_rank: int) -> tuple[int, ...]:
-        """Return the dp ranks that compute together with a dp rank: those its experts are spread over."""
+        """Return the dp ranks over which the experts of a dp rank are spread, and which compute together with it."""
         return (dp_rank,) if self.experts is None else ep_dp_ranks_of(self.grid, self.experts)[dp_rank]
 
     def is_partial(self, parameter: Parameter) -> bool:
-        """Whether a parameter's gradient on one tp rank is a part of a sum over tp."""
+        """Whether the gradient of a parameter on one tp rank is a partial sum."""
         return parameter.routes or (parameter.partial and self.sequence_parallel)
 
     @property
     def aux_loss(self) -> float:
-        """The weight of the module's auxiliary loss, which spreads tokens over experts; frozen, it has none."""
+        """The weight of the auxiliary loss, which spreads tokens over experts; 0 for a frozen module."""
         trains = any(info.trainable for info in self.stages)
         return 0.0 if isinstance(self.model, Own) or not self.experts or not trains else self.model.aux_loss
 
     def position(self, rank: int) -> dict[str, int]:
-        """Return a rank's position on every axis, those of the experts included."""
+        """Return the position of a rank on every axis, those of the experts included."""
         return self.grid.position(rank) | (self.experts.position(rank) if self.experts else {})
 
     def experts_at(self, ep: int) -> range:
-        """Return which experts of every layer a position along ep holds."""
+        """Return the experts of each layer that a position along ep holds."""
         if self.experts is None or isinstance(self.model, Own):
             return range(0)
         return block_of(self.model.experts, self.experts.extent("ep"), ep)
 
     def held(self, info: StageInfo, ep: int) -> tuple[Parameter, ...]:
-        """Return the parameters of a stage that a position along ep holds, whole or in part."""
+        """Return the parameters of a stage that a position along ep holds, in whole or in part."""
         experts = self.experts_at(ep)
         return tuple(p for p in info.parameters if p.expert is None or p.expert in experts)
 
@@ -109,7 +111,7 @@ class Module:
         return tuple(p for info in self.stages for p in info.parameters)
 
     def tp_cp_ranks(self, stage: Stage, dp_rank: int) -> tuple[int, ...]:
-        """Return the ranks (along tp and cp) that hold one dp rank of a stage, ascending, as a group has them."""
+        """Return the ranks along tp and cp of one dp rank of a stage, ascending."""
         return _holders(self.grid, stage.pp, dp_rank)
 
     def dp_rank_of(self, rank: int) -> int:
@@ -117,7 +119,7 @@ class Module:
         return self.grid.position_along("dp", rank)
 
     def samples(self, dp_rank: int, microbatch: int, total: int) -> range:
-        """Return which of a step's `total` samples a dp rank has in one of this module's microbatches."""
+        """Return which of the `total` samples of a step a dp rank has in a microbatch of this module."""
         return dp_samples(
             dp_rank=dp_rank,
             dp_size=self.dp_size,
@@ -127,7 +129,7 @@ class Module:
         )
 
     def dp_ranks_over(self, samples: range, microbatch: int, total: int) -> range:
-        """Return which dp ranks have any of these samples in one of this module's microbatches."""
+        """Return the dp ranks that have any of these samples in a microbatch of this module."""
         return dp_ranks_over(
             samples,
             dp_size=self.dp_size,
@@ -139,7 +141,7 @@ class Module:
 
 @attrs.frozen(eq=False)
 class Topology:
-    """A whole job, parsed. There is one per job, and it equals only itself."""
+    """A parsed job. A topology equals only itself."""
 
     spec: JobSpec
     source: SourceFacts
@@ -149,28 +151,28 @@ class Topology:
 
     @property
     def sequence(self) -> int:
-        """Positions of a language sequence, padding included; 0 in a job without text."""
+        """The number of positions of a language sequence, padding included; 0 in a job without text."""
         return self.source.sequence or 0
 
     @functools.cached_property
     def samples_per_microbatch(self) -> Mapping[str, int]:
-        """How many samples a microbatch of each module has."""
+        """The number of samples in a microbatch of each module."""
         total = self.spec.batch.global_size
         return {name: total // module.microbatches for name, module in self.modules.items()}
 
     @functools.cached_property
     def edges(self) -> tuple[Edge, ...]:
-        """Every edge, in file order of its source."""
+        """Every edge, in file order of the source modules."""
         return tuple(edge for module in self.modules.values() for edge in module.outputs)
 
     @functools.cached_property
     def stages(self) -> Mapping[Stage, StageInfo]:
-        """Every stage, module by module in file order."""
+        """Every stage, by module in file order."""
         return {info.stage: info for module in self.modules.values() for info in module.stages}
 
     @functools.cached_property
     def links(self) -> tuple[Link, ...]:
-        """Every pair of stages between which data flows: pipeline links of each module, then bridges."""
+        """Every link: the pipeline links of each module, then the bridges."""
         pipeline_links = (
             Link(a.stage, b.stage, None)
             for module in self.modules.values()
@@ -184,7 +186,7 @@ class Topology:
 
     @functools.cached_property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that host a module; others idle."""
+        """The ranks that host a module, ascending; other ranks idle."""
         return tuple(sorted({r for m in self.modules.values() for r in m.grid.ranks}))
 
     def links_from(self, stage: Stage) -> tuple[Link, ...]:
@@ -210,9 +212,9 @@ class Topology:
 
     @functools.cached_property
     def language_modules(self) -> tuple[str, ...]:
-        """The language models: modules that read text, and the user's own modules that have a loss on text.
+        """The language models: built-in ones, and custom modules with a loss on text.
 
-        The plan does not know what a user's own module reads. It counts one with a loss, unless the source says that
+        The plan does not know what a custom module reads. It counts one that has a loss, unless the source says that
         its samples have no text.
         """
         has_text = self.source.length != 0
@@ -231,7 +233,7 @@ class Topology:
 
     @functools.cached_property
     def _roles(self) -> dict[int, RankRole]:
-        """The roles that were asked for: a world may have 10,000."""
+        """The roles that were asked for. A world may have 10,000 ranks."""
         return {}
 
     def _role(self, rank: int) -> RankRole:

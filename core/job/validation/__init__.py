@@ -1,7 +1,7 @@
-"""Legality: every reason why a job cannot run, found before anything starts.
+"""Validation: every reason why a job cannot run, found before anything starts.
 
-Each file looks at one aspect. Its functions yield the problems that they find, with the numbers, the reason and the
-legal values. A later aspect is asked only where the earlier ones left something to ask about.
+Each file checks one aspect. Its functions yield problems, with the numbers, the reason and the legal values. An aspect
+is checked only if earlier aspects leave it meaningful.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,9 +27,9 @@ RECOMPUTES = ("none", "selective", "full")
 
 
 def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...]:
-    """Return every problem of a job; none means that it is legal.
+    """Return every problem of a job; a legal job has none.
 
-    `source` is None where the source itself is wrong: then nothing is said of how data and modules fit.
+    `source` is None if the source itself is wrong. Then it is not checked whether the data fits the modules.
     """
     found, wiring = list(job_problems(spec)), list(wiring_problems(spec))
     found += wiring
@@ -58,7 +58,7 @@ def _word_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
 
 
 def parity_problems(spec: JobSpec) -> tuple[Problem, ...]:
-    """Return why a job cannot be compared with the same model on one process, legal as it may be."""
+    """Return why a legal job cannot be compared with the same model on one process."""
     return tuple(
         Problem(
             f"modules.{name}.options.dropout",

@@ -1,4 +1,4 @@
-"""What a module is cut into: layers over stages, heads and features over tp, experts over ep."""
+"""How a module is split: layers over stages, heads and features over tp, experts over ep."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from mimogrid.core.job.validation.checks import divisors
 
 
 def cut_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
-    """How layers are cut into stages, and heads out of the hidden size."""
+    """Check how layers are split into stages, and the hidden size into heads."""
     model, where = module.options, f"modules.{name}"
     if isinstance(model, Mapping):
         return
@@ -38,7 +38,7 @@ def cut_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
 
 
 def _stages(name: str, module: ModuleSpec, layers: int) -> Iterator[Problem]:
-    """How many layers each stage has; a rank has a stage for each of its chunks."""
+    """Check how many layers each stage has; a rank has one stage for each of its chunks."""
     where, pp, stages = f"modules.{name}", module.grid.pp, stages_of(module)
     over = f"pp={pp}" if module.chunks == 1 else f"pp={pp} * chunks={module.chunks} = {stages}"
     if module.chunks > 1 and pp == 1:
@@ -65,7 +65,7 @@ def _stages(name: str, module: ModuleSpec, layers: int) -> Iterator[Problem]:
 
 
 def sharding_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
-    """What tensor parallelism shards must divide by tp."""
+    """Check that tp divides what tensor parallelism shards."""
     model, tp, where = module.options, module.grid.tp, f"modules.{name}.grid.tp"
     if isinstance(model, Mapping):
         return
@@ -85,7 +85,7 @@ def sharding_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
 
 
 def expert_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
-    """How experts are laid over the ranks of a stage, and chosen among."""
+    """Check how experts are placed on the ranks of a stage, and how many a token goes to."""
     grid, model, where = module.grid, module.options, f"modules.{name}"
     ranks, wanted = grid.tp * grid.cp * grid.dp, grid.ep * grid.expert_tp
     if ranks % wanted:
@@ -98,7 +98,7 @@ def expert_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
     if isinstance(model, Mapping):
         return
     if model.experts:
-        yield from _deals(name, grid, model)
+        yield from _expert_sizes(name, grid, model)
     elif wanted > 1:
         yield Problem(
             f"{where}.options.experts",
@@ -107,13 +107,13 @@ def expert_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
         )
 
 
-def _deals(name: str, grid: GridSpec, model: BuiltIn) -> Iterator[Problem]:
-    """Experts and their features are dealt evenly, and a token finds as many experts as it wants."""
+def _expert_sizes(name: str, grid: GridSpec, model: BuiltIn) -> Iterator[Problem]:
+    """Check that experts and their features divide evenly, and that a token finds `top_k` experts."""
     where = f"modules.{name}"
     if model.experts % grid.ep:
         yield Problem(
             f"{where}.grid.ep",
-            f"module '{name}' deals {model.experts} experts to ep={grid.ep} ranks: "
+            f"module '{name}' splits {model.experts} experts over ep={grid.ep} ranks: "
             f"{model.experts} is not a multiple of {grid.ep}.",
             f"Legal ep for {model.experts} experts: {divisors(model.experts)}.",
         )

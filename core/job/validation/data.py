@@ -1,4 +1,4 @@
-"""How the data fits the modules that read it."""
+"""Whether the data fits the modules that read it."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 
 
 def data_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
-    """The source gives what modules read from it, as wide as they read it."""
+    """Check that the source has what modules read, and in the width that they read."""
     graph = graph_of(spec)
     for name in graph.sources:
         yield from _features(name, spec.modules[name], source)
@@ -28,25 +28,25 @@ def data_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
 
 
 def _features(name: str, module: ModuleSpec, source: SourceFacts) -> Iterator[Problem]:
-    given, model, where = source.features.get(name), module.options, f"modules.{name}.options"
+    width, model, where = source.features.get(name), module.options, f"modules.{name}.options"
     if isinstance(model, Vit):
-        if given is None and model.features is None:
+        if width is None and model.features is None:
             yield Problem(
                 f"{where}.features",
                 f"the source does not say how wide the patch rows of module '{name}' are.",
                 "Set features to their width.",
             )
-        elif None not in (given, model.features) and given != model.features:
+        elif None not in (width, model.features) and width != model.features:
             yield Problem(
                 f"{where}.features",
-                f"module '{name}' reads rows of width {model.features}, the source gives {given}.",
-                f"Set features = {given} or leave it out.",
+                f"module '{name}' reads rows of width {model.features}, the source gives {width}.",
+                f"Set features = {width} or leave it out.",
             )
-    elif isinstance(model, Transformer) and given not in (None, model.hidden):
+    elif isinstance(model, Transformer) and width not in (None, model.hidden):
         yield Problem(
             f"{where}.hidden",
-            f"module '{name}' reads rows of width {model.hidden}, the source gives {given}.",
-            f"Set hidden = {given}, or use a vit, which embeds rows of any width.",
+            f"module '{name}' reads rows of width {model.hidden}, the source gives {width}.",
+            f"Set hidden = {width}, or use a vit, which embeds rows of any width.",
         )
 
 
@@ -73,7 +73,7 @@ def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts
 
 
 def sequence_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
-    """A language sequence is cut over tp (sequence parallel) and over cp."""
+    """Check that a language sequence divides over tp (with sequence parallelism) and over cp."""
     for name, module in spec.modules.items():
         if source.sequence is None or not isinstance(module.options, Gpt):
             continue

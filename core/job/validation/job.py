@@ -1,22 +1,22 @@
-"""The job as a whole: its batch, its schedule, its run."""
+"""The job as a whole: its batch, its schedule, its training run."""
 
 from collections.abc import Iterator
 
 from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.job.spec import JobSpec, TrainSpec
 from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, divisors, one_of
 from mimogrid.core.job.validation.optimizer import optimizer_problems
 
 
-PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 SAMPLES_MOST = 10_000_000
-"""Beyond this a number is a slip of the hand."""
+"""A larger number is taken for a typing error."""
 
 
 def job_problems(spec: JobSpec) -> Iterator[Problem]:
-    """What holds whatever the modules are."""
-    yield from one_of("precision", spec.precision, PRECISIONS)
+    """Check what does not depend on the modules."""
+    yield from one_of("precision", spec.precision, tuple(VALUE_BYTES))
     yield from at_least("seed", spec.seed, 0)
     yield from one_of("schedule.name", spec.schedule.name, SCHEDULES)
     if spec.schedule.memory_gb is not None:

@@ -1,4 +1,4 @@
-"""The optimizer: its kind, its numbers, its groups of parameters."""
+"""The optimizer: its class, its numbers, its groups of parameters."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ DECAYS = ("constant", "cosine", "linear", "wsd")
 
 
 def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
-    """The optimizer's numbers, by themselves."""
+    """Check the numbers of the optimizer."""
     yield from _kind(optimizer)
     yield from one_of("optimizer.decay", optimizer.decay, DECAYS)
     yield from above_zero("optimizer.lr", optimizer.lr)
@@ -43,7 +43,7 @@ def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
 
 
 def _kind(optimizer: OptimizerSpec) -> Iterator[Problem]:
-    """The optimizer's class, and whether it takes what the job gives it."""
+    """Check the class of the optimizer, and whether it has the arguments that the job sets."""
     where, name = "optimizer.name", optimizer.name.lower()
     if name in REFUSED:
         yield Problem(where, f"'{optimizer.name}' {REFUSED[name]}.", f"Use one of {', '.join(KINDS)}.")
@@ -52,13 +52,13 @@ def _kind(optimizer: OptimizerSpec) -> Iterator[Problem]:
     if name not in KINDS:
         return
     kind = kind_of(optimizer)
-    untaken = {
+    unknown = {
         "betas": kind.betas is None and optimizer.betas is not None,
         "eps": kind.eps is None and optimizer.eps is not None,
         "weight_decay": not kind.decays
         and any((optimizer.weight_decay, *(group.weight_decay for group in optimizer.groups))),
     }
-    for key in (key for key, wrong in untaken.items() if wrong):
+    for key in (key for key, wrong in unknown.items() if wrong):
         yield Problem(f"optimizer.{key}", f"{kind.name} takes no {key}.", "Leave it out.")
     for key, value in optimizer.options.items():
         if key not in kind.options:
@@ -73,7 +73,7 @@ def _kind(optimizer: OptimizerSpec) -> Iterator[Problem]:
 
 
 def _is_like(value: object, default: object) -> bool:
-    """Whether a value can stand in place of a default: a switch, numbers as many, or one number."""
+    """Whether a value has the kind of a default: a boolean, a number, or a pair of numbers."""
     if isinstance(default, tuple):
         pair = tuple(cast("Iterable[object]", value)) if isinstance(value, list | tuple) else ()
         return len(pair) == len(cast("tuple[object, ...]", default)) and all(_is_like(v, 0.0) for v in pair)
@@ -97,7 +97,7 @@ def _loss_scale(rule: LossScaleSpec) -> Iterator[Problem]:
 
 
 def group_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
-    """Every group must mean something; what own models hold is not known before they are built."""
+    """Check that every group matches a parameter; those of custom modules are not known before they are built."""
     known = [(module, name) for module in spec.modules for name in names_of(module, spec, source)]
     own = {name for name, module in spec.modules.items() if isinstance(module.options, Mapping)}
     for i, group in enumerate(spec.optimizer.groups):

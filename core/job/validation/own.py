@@ -1,4 +1,4 @@
-"""Modules of the user's own, of which the plan knows no more than it is told."""
+"""Custom modules, about which the plan knows only their width."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,7 +7,7 @@ from mimogrid.core.job.spec import JobSpec
 
 
 def own_problems(spec: JobSpec) -> Iterator[Problem]:
-    """Own modules are not cut, and their rows have a known width; built-in ones know their own."""
+    """Check that custom modules are not split and declare a width if one is needed; built-in modules do not."""
     for name, module in spec.modules.items():
         where = f"modules.{name}"
         if not isinstance(module.options, Mapping):

@@ -1,4 +1,4 @@
-"""Parameters by name: which there are, and whether the patterns that freeze them match any."""
+"""Parameters by name, and whether the patterns that freeze them match any."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 
 
 def freezing_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
-    """What trains is said in one way, and every pattern means something."""
+    """Check that `frozen` and `trainable` are not both set, and that every pattern matches a parameter."""
     for name, module in spec.modules.items():
         if module.trainable is not None and module.frozen is not False:
             yield Problem(
@@ -26,7 +26,7 @@ def freezing_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
 
 
 def _patterns(name: str, module: ModuleSpec, spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
-    """Every pattern must match something; what an own model holds is not known."""
+    """Check that every pattern matches a parameter; those of a custom module are not known."""
     if isinstance(module.options, Mapping):
         return
     key, patterns = "trainable", module.trainable or ()
@@ -43,7 +43,7 @@ def _patterns(name: str, module: ModuleSpec, spec: JobSpec, source: SourceFacts)
 
 
 def names_of(name: str, spec: JobSpec, source: SourceFacts) -> list[str]:
-    """Return the parameters of a module, projectors included; of an own model these only."""
+    """Return the names of a module's parameters, projectors included; of a custom module only its projectors'."""
     model = model_of(name, spec, source)
     if isinstance(model, Vit) and model.features is None:
         model = attrs.evolve(model, features=1)
@@ -56,7 +56,7 @@ def names_of(name: str, spec: JobSpec, source: SourceFacts) -> list[str]:
 
 
 def nearest_parameter(pattern: str, names: list[str]) -> str:
-    """Point to a like name; a large model has too many to list, so else to the kinds that there are."""
+    """Return the remedy for a pattern: a similar name, or the kinds of names; a large model has too many to list."""
     close = difflib.get_close_matches(pattern, names, n=1)
     kinds = dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)
     return nearest(pattern, names) if close else f"Its parameters: {', '.join(kinds)}."

@@ -1,4 +1,4 @@
-"""What the ranks of a job get: a sample for every dp rank, a place in the world for every grid."""
+"""The ranks of a job: whether every dp rank has samples, and whether the world has the ranks of every grid."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from mimogrid.core.job.validation.sizes import RANKS_MOST
 
 
 def dp_problems(name: str, module: ModuleSpec, spec: JobSpec) -> Iterator[Problem]:
-    """Every dp rank has a sample in every microbatch."""
+    """Check that every dp rank has a sample in every microbatch."""
     size, dp = spec.batch.global_size, module.grid.dp
     count = module.microbatches or spec.batch.microbatches
     if size < 1 or count < 1 or spec.batch.microbatches < 1:
@@ -35,7 +35,7 @@ def dp_problems(name: str, module: ModuleSpec, spec: JobSpec) -> Iterator[Proble
 
 
 def _count_problems(name: str, module: ModuleSpec, spec: JobSpec, count: int) -> Iterator[Problem]:
-    """The module's count of microbatches goes with its chunks and with the job's count."""
+    """Check that a module's number of microbatches suits its chunks and the number of the job."""
     if module.chunks > 1 and count % module.grid.pp:
         yield Problem(
             f"modules.{name}.chunks",
@@ -54,7 +54,7 @@ def _count_problems(name: str, module: ModuleSpec, spec: JobSpec, count: int) ->
 
 
 def world_problems(spec: JobSpec) -> Iterator[Problem]:
-    """Every grid lies in the world."""
+    """Check that the world has the ranks of every grid."""
     if spec.world_size is None:
         return
     if not 1 <= spec.world_size <= RANKS_MOST:

@@ -1,4 +1,4 @@
-"""Sizes of one module that must be positive, and sane, before anything is divided by them."""
+"""Sizes of one module, which are divisors elsewhere and must be positive and not absurd."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,11 +10,11 @@ from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, f
 
 
 RANKS_MOST, LAYERS_MOST, EXPERTS_MOST, WIDTH_MOST = 1_000_000, 10_000, 10_000, 10_000_000
-"""Beyond these a number is a slip of the hand, and enumerating it would take all day."""
+"""Larger numbers are taken for typing errors; it would take too long to enumerate them."""
 
 
 def size_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
-    """Sizes that must be positive before anything can be divided by them."""
+    """Check the sizes of a module."""
     where = f"modules.{name}"
     yield from _grid_sizes(f"{where}.grid", module.grid)
     for key in ("microbatches", "chunks", "width"):
@@ -46,7 +46,7 @@ def _grid_sizes(where: str, grid: GridSpec) -> Iterator[Problem]:
 
 
 def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
-    # A default that follows from another size is as wrong as that one, and need not be said again.
+    # A default that follows from another size is wrong only if that one is, which is reported there.
     defaults = {"kv_heads": model.heads, "ffn": 4 * model.hidden, "outputs": model.hidden}
     for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "top_k", "vocab", "outputs", "features"):
         value = getattr(model, key, None)

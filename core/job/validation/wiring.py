@@ -1,4 +1,4 @@
-"""The graph of modules: names, edges, and who has a loss."""
+"""The module graph: names, edges, and which modules have a loss."""
 
 import math
 import re
@@ -14,12 +14,12 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec
 TENSORS = frozenset(
     "rows tokens labels loss_weights targets lengths loss logits prediction".split()  # noqa: SIM905
 )
-"""What the inputs and outputs of a module hold besides the rows of other modules, which go by their names."""
+"""Names of tensors in the inputs and outputs of a module; rows of other modules have the names of these modules."""
 _MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 def wiring_problems(spec: JobSpec) -> Iterator[Problem]:
-    """Names that can be names, edges that lead somewhere, and no cycle."""
+    """Check that names are legal, that edges lead to modules, and that there is no cycle."""
     names = tuple(spec.modules)
     for name, module in spec.modules.items():
         if not _MODULE_NAME.fullmatch(name):
@@ -76,7 +76,7 @@ def _target(name: str, target: str, spec: JobSpec) -> Iterator[Problem]:
 
 
 def loss_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
-    """What is weighed is there, and the weight is a number."""
+    """Check that a loss weight is a number, and that the module has a loss."""
     where = f"modules.{name}.loss_weight"
     if not math.isfinite(module.loss_weight):
         yield Problem(where, f"is {module.loss_weight}.", "Use a finite number.")

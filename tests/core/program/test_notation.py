@@ -65,7 +65,7 @@ def test_a_program_is_read_back(case: str) -> None:
 
 
 @given(TRANSFERS)
-def test_the_other_end_of_the_other_end(transfer: Send | Recv) -> None:
+def test_the_other_end_of_the_matching_op(transfer: Send | Recv) -> None:
     """A send's other end is a receive, and the other way round; one of the two is at the source."""
     assert transfer == matching_op(matching_op(transfer))
     assert {True, False} == {transfer.at_source, matching_op(transfer).at_source}

@@ -14,14 +14,13 @@ import pytest
 
 import harm
 import sweep
+from injection import parse
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.faults.injection import parse
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.folders import Stopped
-from mimogrid.shell.world.fault_injection import VARIABLE
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.preemption import EXIT_CODE
 
@@ -43,6 +42,12 @@ CASES = [
     "delay rank 3 step 3 for 60 s at lm.1 B3",
     "delay rank 0 step 3 for 0.4 s at UPDATE",
 ]
+
+
+def faulty(line: str) -> dict[str, str]:
+    """The environment in which ``python -m faulty`` is `mimogrid` with a fault."""
+    path = [str(Path(__file__).parents[2] / "support"), os.environ.get("PYTHONPATH", "")]
+    return {"MIMOGRID_FAULT": line, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def free_port() -> int:
@@ -169,8 +174,8 @@ def test_a_launcher_that_is_asked_to_stop_passes_it_on(pool: Pool, opened: Opene
     job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
     folder, whole = tmp_path / "run", tmp_path / "whole"
     assert "" == harm.run(pool, job, whole).report
-    slow = {VARIABLE: "delay rank 1 step 2 for 2 s at UPDATE"}
-    command = [sys.executable, "-m", "mimogrid", "train", str(job.path), "--set", f"train.run_dir={folder}"]
+    slow = faulty("delay rank 1 step 2 for 2 s at UPDATE")
+    command = [sys.executable, "-m", "faulty", "train", str(job.path), "--set", f"train.run_dir={folder}"]
     with subprocess.Popen(command, env=os.environ | slow, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         for line in process.stderr:
@@ -192,9 +197,9 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
     folder, whole = tmp_path / "run", tmp_path / "whole"
     assert "" == harm.run(pool, job, whole).report
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "-m", "mimogrid", "train", str(job.path)]
+    command += ["--max-restarts=1", "-m", "faulty", "train", str(job.path)]
     limits = ["--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
-    environment = os.environ | {VARIABLE: "kill rank 1 step 3 at lm.0 B1"}
+    environment = os.environ | faulty("kill rank 1 step 3 at lm.0 B1")
     done = subprocess.run(
         [*command, *limits], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
@@ -213,14 +218,14 @@ def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others
     command = [
         sys.executable,
         "-m",
-        "mimogrid",
+        "faulty",
         "train",
         str(job.path),
         "--set",
         f"train.run_dir={tmp_path / 'run'}",
     ]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    fault = {VARIABLE: "kill rank 0 step 3 at enc.0 B1", "GLOO_SOCKET_IFNAME": "lo"}
+    fault = faulty("kill rank 0 step 3 at enc.0 B1") | {"GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
             [*command, "--set", "train.timeout_s=60"],
