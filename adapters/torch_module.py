@@ -41,9 +41,11 @@ from mimogrid.shell.job.host import Handed
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
-from mimogrid.shell.runtime.agreement import Outcome
-from mimogrid.shell.runtime.rank import RankRuntime
-from mimogrid.shell.world.groups import Groups, open_groups
+from mimogrid.shell.runtime.agreement import Outcome, check_batch, report_no_batch
+from mimogrid.shell.runtime.forward_only import evaluate, logits
+from mimogrid.shell.runtime.rank import RankRuntime, build_runtime
+from mimogrid.shell.runtime.train_step import train_step
+from mimogrid.shell.world.groups import ProcessGroups, open_groups
 from mimogrid.shell.world.heartbeat import Heartbeat
 from mimogrid.shell.world.preemption import StopRequest
 from mimogrid.shell.world.world import World, first_failure, visit
@@ -78,7 +80,7 @@ class Embedded:
         self,
         job: Job,
         modules: "Networks | Callable[[Embedded], Networks] | None" = None,
-        groups: Groups | None = None,
+        groups: ProcessGroups | None = None,
         *,
         ranks: Sequence[int] | None = None,
         optimizer: Literal["job", "host"] = "job",
@@ -123,7 +125,7 @@ class Embedded:
             with self._ours(), _same_environment():
                 if callable(modules):
                     modules = self._built(modules)
-                self.runtime = self._runtime(modules or {}, steps_itself=optimizer == "job")
+                self.runtime = self._runtime(modules or {}, updates_weights=optimizer == "job")
             self._closing = stack.pop_all()
         # Optimizers set gradients to None; these are views of a buffer, so they are put back before each step.
         buffers = self.runtime.buffers.values() if self.runtime else ()
@@ -142,20 +144,20 @@ class Embedded:
         _check(self.job, networks, None, "job")
         return networks
 
-    def _runtime(self, modules: Mapping[str, nn.Module], *, steps_itself: bool) -> RankRuntime | None:
+    def _runtime(self, modules: Mapping[str, nn.Module], *, updates_weights: bool) -> RankRuntime | None:
         rank = self.world.rank
         if rank not in self.job.topology.ranks:
             return None
         self._agree_on(modules)
-        return RankRuntime(
+        return build_runtime(
             self.job,
             rank,
             self.groups,
             self.device,
             heartbeat=Heartbeat(rank),
-            stop_request=StopRequest(),  # the host program handles signals
-            given=modules,
-            steps_itself=steps_itself,
+            stop_request=StopRequest(),  # signals are the host's
+            user_modules=modules,
+            updates_weights=updates_weights,
         )
 
     def _agree_on(self, modules: Networks) -> None:
@@ -202,9 +204,9 @@ class Embedded:
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
-                return self.runtime.run(index, step, self._upcoming[1], loss=loss)
+                return train_step(self.runtime, index, step, self._upcoming[1], loss=loss)
             step, source = self._step_of(self.runtime, batch)
-            return self.runtime.run(index, step, step, source=source, loss=loss)
+            return train_step(self.runtime, index, step, step, source=source, loss=loss)
 
     def evaluate(
         self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy
@@ -218,7 +220,7 @@ class Embedded:
         if self.runtime is None:
             return None
         with first_failure(self.world), self._ours():
-            return self.runtime.judge(*self._step_of(self.runtime, batch), loss)
+            return evaluate(self.runtime, *self._step_of(self.runtime, batch), loss)
 
     def answers(self, batch: Sequence[Example] | None = None) -> tuple[torch.Tensor, ...]:
         """Return the logits [tokens, V] of each microbatch, on the first tp rank of each dp rank of a last stage."""
@@ -226,7 +228,7 @@ class Embedded:
         if self.runtime is None:
             return ()
         with first_failure(self.world), self._ours():
-            return self.runtime.answer(*self._step_of(self.runtime, batch))
+            return logits(self.runtime, *self._step_of(self.runtime, batch))
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -235,8 +237,8 @@ class Embedded:
             yield
         except Exception:
             if self.runtime is not None:
-                with contextlib.suppress(RuntimeError):  # The others have failed, or are elsewhere.
-                    self.runtime.has_nothing()
+                with contextlib.suppress(RuntimeError):  # They are gone, or wait for something else.
+                    report_no_batch(self.runtime)
             raise
 
     def _check_batch(self, batch: Sequence[Example] | None, index: int) -> None:
@@ -250,7 +252,7 @@ class Embedded:
         """Return the step of a batch and its tensors; check that all ranks have the same batch."""
         if batch is None:
             return self.job.step(self._next(self.index)), None
-        runtime.agree_on(step_of(self.job.topology, tuple(example.sample for example in batch)))
+        check_batch(runtime, step_of(self.job.topology, tuple(example.sample for example in batch)))
         samples = tuple(attrs.evolve(example.sample, id=i) for i, example in enumerate(batch))
         return step_of(self.job.topology, samples), _Batch(batch)
 

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from mimogrid.shell.checkpoint.saving import open_saver
-from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_save
+from mimogrid.shell.checkpoint.state import manifest_of, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.launch import Pool
 
 
@@ -49,16 +50,16 @@ def in_world(place: Place, job: Job, folder: str, saves: int, in_background: boo
                 step, following = following, job.step(index + 1)
                 begun = time.perf_counter()
                 runtime.has_saved = saver.is_ready
-                if runtime.run(index, step, following).all_saved:
+                if train_step(runtime, index, step, following).all_saved:
                     saver.advance()
                 steps.append(time.perf_counter() - begun)
                 if (index + 1) % BETWEEN == 0 and index >= BETWEEN:
                     around.append(sum(steps[-BETWEEN:]) + (held[-1] if held else 0.0))
                 if (index + 1) % BETWEEN == 0:
                     begun = time.perf_counter()
-                    saver.begin(pieces_to_save(runtime), manifest_of(runtime, index + 1))
+                    saver.begin(slices_to_save(runtime), manifest_of(runtime, index + 1))
                     if not in_background:
-                        saver.settle()
+                        saver.wait_for_save()
                     held.append(time.perf_counter() - begun)
         return {"steps": steps, "held_s": held[1:-1], "around_s": around[1:]}
 

@@ -20,7 +20,7 @@ from mimogrid.core.job.models import Gpt
 from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec
 from mimogrid.shell.checkpoint import manifest, tensorfile
 from mimogrid.shell.checkpoint.files import entry_of, shard_name
-from mimogrid.shell.checkpoint.manifest import INDEX, OPTIMIZER, Place, Stored
+from mimogrid.shell.checkpoint.manifest import INDEX, OPTIMIZER, IndexedTensor, ShardPlace
 from mimogrid.shell.job import jobfile
 
 
@@ -51,10 +51,10 @@ def write(folder: Path, count: int, rows: int) -> int:
     partial = checkpoint.with_name(checkpoint.name + manifest.PARTIAL)
     partial.mkdir(parents=True)
     index = {
-        name: Stored(
+        name: IndexedTensor(
             "F32",
             (rows, COLUMNS),
-            tuple(Place(shard_name(rank), (rank * half, 0), (half, COLUMNS)) for rank in range(2)),
+            tuple(ShardPlace(shard_name(rank), (rank * half, 0), (half, COLUMNS)) for rank in range(2)),
         )
         for name in names
     }

@@ -28,10 +28,12 @@ from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Stage
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.runtime import agreement
 from mimogrid.shell.runtime.gradients import StageBuffer
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import open_session
-from mimogrid.shell.runtime.stage import StageRunner
+from mimogrid.shell.runtime.stage import StageStep
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.runtime.transport import Transport
 from mimogrid.shell.world.launch import Pool
 
@@ -45,8 +47,8 @@ class Meter:
     def __init__(self) -> None:
         self.spent = 0.0
 
-    def around(self, owner: type, *names: str) -> None:
-        """Count the time of some methods of a class."""
+    def around(self, owner: Any, *names: str) -> None:
+        """Count the time of some methods of a class, or functions of a module."""
         for name in names:
             setattr(owner, name, self._counted(getattr(owner, name)))
 
@@ -64,12 +66,12 @@ class Meter:
 def in_world(place: Place, job: Job, steps: int) -> dict[str, Any]:
     """Measure one rank."""
     compute, transport = Meter(), Meter()
-    compute.around(StageRunner, "compute")
+    compute.around(StageStep, "compute")
     compute.around(torch.optim.AdamW, "step")
-    compute.around(StageBuffer, "clear", "scale", "partials", "publish")
+    compute.around(StageBuffer, "clear", "scale", "partials", "copy_main_to_model")
     transport.around(StageBuffer, "reduce", "tie")
     transport.around(Transport, "send", "receive", "wait")
-    transport.around(RankRuntime, "gather")
+    transport.around(agreement, "gather_values")
     before = _resident()
     with open_session(place, job) as session:
         runtime = session.runtime
@@ -77,14 +79,14 @@ def in_world(place: Place, job: Job, steps: int) -> dict[str, Any]:
         following = job.step(0)
         for index in range(2):  # warm up: allocator, threads, caches
             step, following = following, job.step(index + 1)
-            runtime.run(index, step, following)
+            train_step(runtime, index, step, following)
         compute.spent = transport.spent = 0.0
         wall, cpu = time.perf_counter(), time.thread_time()
         waited = busy = 0
         durations = []
         for index in range(2, steps + 2):
             step, following = following, job.step(index + 1)
-            for timed in runtime.run(index, step, following).timeline:
+            for timed in train_step(runtime, index, step, following).timeline:
                 spent = timed.end_ns - timed.begin_ns
                 if isinstance(timed.action, Compute):
                     busy += spent
@@ -127,12 +129,12 @@ def _held(runtime: RankRuntime) -> int:
 def _activations(runtime: RankRuntime, index: int, step: Step) -> int:
     """Bytes of activations in flight at most: what a forward saves, times the schedule's microbatches."""
     saved: dict[Stage, int] = {}
-    plain = StageRunner.compute
+    plain = StageStep.compute
 
-    def recorded(runner: StageRunner, action: Compute) -> None:
+    def recorded(stage: StageStep, action: Compute) -> None:
         if action.kind is not Kind.FORWARD or action.stage in saved:
-            return plain(runner, action)
-        weights = {w.untyped_storage().data_ptr() for w in runner.network.parameters()}
+            return plain(stage, action)
+        weights = {w.untyped_storage().data_ptr() for w in stage.runner.network.parameters()}
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,15 +144,15 @@ def _activations(runtime: RankRuntime, index: int, step: Step) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            plain(runner, action)
+            plain(stage, action)
         saved[action.stage] = sum(sizes.values())
         return None
 
-    StageRunner.compute = recorded  # type: ignore[method-assign]
+    StageStep.compute = recorded  # type: ignore[method-assign]
     try:
-        runtime.run(index, step, step)
+        train_step(runtime, index, step, step)
     finally:
-        StageRunner.compute = plain  # type: ignore[method-assign]
+        StageStep.compute = plain  # type: ignore[method-assign]
     actions = plan_step(step, runtime.job.order).of(runtime.rank)
     return sum(size * _most_in_flight(actions, stage) for stage, size in saved.items())
 

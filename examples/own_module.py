@@ -19,14 +19,14 @@ from mimogrid.shell.job.jobs import open_job
 
 
 class Rows(nn.Module):
-    """What a job asks of a network: inputs by name to outputs by name. Around anything that maps rows to rows."""
+    """Wraps a network that maps rows to rows as a job calls it: inputs by name in, outputs by name out."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return one row for each that comes in."""
+        """Return one row for each row of the input."""
         return {"rows": self.network(inputs["rows"])}
 
 

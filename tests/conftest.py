@@ -12,7 +12,7 @@ from hypothesis import settings
 if TYPE_CHECKING:  # The core's tests run where there is no torch.
     from mimogrid.core.job.spec import JobSpec
     from mimogrid.shell.job.jobs import Job
-    from mimogrid.shell.run.parity import Verdict
+    from mimogrid.shell.run.parity import ParityReport
     from mimogrid.shell.world.launch import Pool
     from updates import Seen
 
@@ -59,10 +59,10 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[JobSpec], Job
 
 
 @pytest.fixture(scope="session")
-def verdict(pool: "Pool", opened: "Callable[[JobSpec], Job]") -> "Callable[[JobSpec], Verdict]":
+def parity(pool: "Pool", opened: "Callable[[JobSpec], Job]") -> "Callable[[JobSpec], ParityReport]":
     """Compare the layout of a spec with the same model on one process."""
 
-    def compare(spec: "JobSpec", *, steps: int = 1) -> "Verdict":
+    def compare(spec: "JobSpec", *, steps: int = 1) -> "ParityReport":
         job = opened(spec)
         said = pool.run("mimogrid.shell.run.parity:in_world", job.topology.world_size, job, steps)
         (found,) = [one for one in said if one is not None]

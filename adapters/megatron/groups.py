@@ -10,7 +10,7 @@ from mimogrid.core.topology.roles import RankRole
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.device.device import Device
 from mimogrid.shell.megatron import ProcessGroupCollection
-from mimogrid.shell.world.groups import Groups, destroy
+from mimogrid.shell.world.groups import ProcessGroups, destroy
 from mimogrid.shell.world.world import World
 
 
@@ -41,7 +41,7 @@ _DENSE = {"expt_tp": "tp", "expt_dp": "dp_cp", "intra_expt_dp": "dp_cp", "tp_ep"
 
 @contextlib.contextmanager
 def open_collections(
-    topology: Topology, groups: Groups, world: World, device: Device
+    topology: Topology, groups: ProcessGroups, world: World, device: Device
 ) -> Iterator[Mapping[str, ProcessGroupCollection]]:
     """Return a collection for each module that this rank hosts; all ranks of the world call it.
 

@@ -5,6 +5,7 @@ samples; so does the job, which stops before the update. Losses and norms are co
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ from mimogrid.core.program.lower import plan_step
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.device.streams import Streams
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.runtime.execute import execute
+from mimogrid.shell.runtime.execute import RankContext, execute
+from mimogrid.shell.runtime.tensor_slices import weights_of
 from workload import Options
 
 
@@ -46,7 +48,7 @@ def step_of(bench: Bench, steps: int) -> dict[str, Any]:
         "layers": {
             str(stage): runner.network.layers_by.engine for stage, runner in bench.runtime.stages.items()
         },
-        "parameters": sum(w.numel() for of in bench.runtime.weights().values() for w in of.values()),
+        "parameters": sum(w.numel() for of in weights_of(bench.runtime).values() for w in of.values()),
         "step_s": step_s,
         "step_s_spread": [min(times), max(times)],
         "tokens_per_s": tokens / step_s,
@@ -73,12 +75,17 @@ def peak_flops_per_s(bench: Bench, *, size: int) -> float:
 
 
 class Idle:
-    """A stage, a transport and a finisher that do nothing."""
+    """A stage, a transport, buffers and the end of a step that do nothing."""
 
     dtype = torch.float32
 
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
+
+    @property
+    def buffers(self) -> defaultdict[int, "Idle"]:
+        """Buckets that do nothing."""
+        return defaultdict(lambda: self)
 
     def __getattr__(self, name: str) -> Callable[..., tuple[()]]:
         return lambda *_: ()
@@ -91,9 +98,10 @@ def own_cost(bench: Bench) -> dict[str, Any]:
         Idle(bench.device.streams),
     )
     stages: Any = dict.fromkeys(bench.runtime.stages, idle)
+    context = RankContext(stages, stages, idle, bench.runtime.heartbeat, releases={}, end=idle)  # type: ignore[arg-type]
     times = []
     for _ in range(50):
-        took = bench.seconds(lambda: execute(actions, stages, idle, idle, bench.runtime.heartbeat))  # type: ignore[arg-type]
+        took = bench.seconds(lambda: execute(actions, context))
         times.append(took / len(actions))
     asked = [timed.end.asked_ns - timed.begin.asked_ns for timed in bench.train().timeline]
     return {

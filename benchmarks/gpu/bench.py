@@ -20,9 +20,11 @@ from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.data import Loads
-from mimogrid.shell.runtime.execute import Runs, execute
+from mimogrid.shell.runtime.exchange import gather_values
+from mimogrid.shell.runtime.execute import Executor, execute
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
+from mimogrid.shell.runtime.train_step import train_step
 from workload import Options
 
 
@@ -61,9 +63,11 @@ class Bench:
         """Where this rank computes."""
         return self.session.device
 
-    def train(self, *, update: bool = True, runs: Runs = execute) -> Outcome:
+    def train(self, *, update: bool = True, executor: Executor = execute) -> Outcome:
         """Run the step; without `update`, up to the gradients and their norm."""
-        return self.runtime.run(0, self.step, self.step, update=update, source=self.source, runs=runs)
+        return train_step(
+            self.runtime, 0, self.step, self.step, update=update, source=self.source, executor=executor
+        )
 
     def gradients(self) -> tuple[float, float]:
         """Run the step without its update; return its loss and gradient norm."""
@@ -72,7 +76,7 @@ class Bench:
 
     def seconds(self, body: Callable[[], object]) -> float:
         """Return how long a body takes that all ranks begin together, the device's part included."""
-        self.runtime.gather(torch.zeros(1, device=self.device.torch))
+        gather_values(self.runtime, torch.zeros(1, device=self.device.torch))
         self.device.finish()
         begin = time.perf_counter()
         body()
@@ -97,7 +101,7 @@ def open_bench(place: Place, job: Job, options: Options) -> Iterator[Bench]:
 def slowest(bench: Bench, mine: Sequence[float]) -> list[float]:
     """Return of each of some times the longest that a rank took, on every rank."""
     times = torch.tensor(mine, dtype=torch.float64, device=bench.device.torch)
-    return list(bench.runtime.gather(times).amax(dim=0).tolist())
+    return list(gather_values(bench.runtime, times).amax(dim=0).tolist())
 
 
 def by_turns(

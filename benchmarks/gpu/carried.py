@@ -65,7 +65,7 @@ class Staged:
         streams = self.device.streams
         outgoing = streams.host_buffer(tuple(tensor.shape), tensor.dtype)
         outgoing.copy_(tensor.detach(), non_blocking=True)
-        streams.hear()
+        streams.synchronize()
         return Sent(_posted(dist.isend(outgoing, dst=dst, group=group)), outgoing)
 
     def irecv(self, tensor: Tensor, src: int, group: dist.ProcessGroup) -> Posted:

@@ -34,10 +34,9 @@ from mimogrid.core.step.routes import Message
 from mimogrid.core.topology.topology import Stage
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.runtime.execute import Finisher, Timed, execute
-from mimogrid.shell.runtime.stage import StageRunner
-from mimogrid.shell.runtime.transport import Transport
-from mimogrid.shell.world.heartbeat import Heartbeat
+from mimogrid.shell.runtime.exchange import gather_objects
+from mimogrid.shell.runtime.execute import RankContext, Timed, execute
+from mimogrid.shell.runtime.stage import StageStep
 from workload import Options
 
 
@@ -60,10 +59,10 @@ def in_world(place: Place, job: Job, options: Options) -> dict[str, Any] | None:
     with open_bench(place, job, options) as bench:
         times, of_step = steps_of(bench, options.steps)
         alone = Alone(bench, options.steps)
-        bench.train(update=False, runs=alone)
+        bench.train(update=False, executor=alone)
         step_s, alone_s = (statistics.median(slowest(bench, mine)) for mine in (times, alone.times))
         mine = {"rank": place.rank, "stages": [str(stage) for stage in bench.runtime.stages], **of_step}
-        every = bench.runtime.hand_over(Seen(mine, alone.messages, alone.bytes, alone.posting_s))
+        every = gather_objects(bench.runtime, Seen(mine, alone.messages, alone.bytes, alone.posting_s))
     if not every:
         return None
     messages = sum(seen.messages for seen in every)
@@ -96,7 +95,7 @@ def _in(kinds: tuple[type, ...], timeline: tuple[Timed, ...]) -> float:
 class Recorded:
     """A stage at work, and what it has sent."""
 
-    def __init__(self, stage: StageRunner) -> None:
+    def __init__(self, stage: StageStep) -> None:
         self._stage = stage
         self.sent: dict[Send, Payload] = {}
 
@@ -126,23 +125,19 @@ class Alone:
         self.posting_s = 0.0
         self.messages = self.bytes = 0
 
-    def __call__(
-        self,
-        actions: tuple[Action, ...],
-        stages: Mapping[Stage, StageRunner],
-        transport: Transport,
-        finisher: Finisher,
-        heartbeat: Heartbeat,
-    ) -> tuple[Timed, ...]:
+    def __call__(self, actions: tuple[Action, ...], context: RankContext) -> tuple[Timed, ...]:
         """Run; return the timeline of the step."""
-        recorded: Any = {name: Recorded(stage) for name, stage in stages.items()}
-        timeline = execute(actions, recorded, transport, finisher, heartbeat)
+        recorded: Any = {name: Recorded(stage) for name, stage in context.stages.items()}
+        timeline = execute(actions, attrs.evolve(context, stages=recorded))
         hollow: Any = {name: Hollow(stage) for name, stage in recorded.items()}
-        idle: Any = Idle(transport.streams)
+        idle: Any = Idle(context.transport.streams)
+        alone = attrs.evolve(
+            context, stages=hollow, buffers=dict.fromkeys(hollow, idle), releases={}, end=idle
+        )
         timelines: list[tuple[Timed, ...]] = []
 
         def messages_alone() -> None:
-            timelines.append(execute(actions, hollow, transport, idle, heartbeat))
+            timelines.append(execute(actions, alone))
 
         for _ in range(WARM_UP):
             messages_alone()

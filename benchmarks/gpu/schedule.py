@@ -26,6 +26,7 @@ from mimo import as_megatron_is_run, batches, clear, loss_of, model_of, squared_
 from mimogrid.adapters.megatron import open_collections, to_hyper_comm_grid
 from mimogrid.shell.device.device import DTYPES
 from mimogrid.shell.megatron.layers import config_of
+from mimogrid.shell.runtime.exchange import gather_values
 
 
 GRAPH = {"vision": ["language"], "language": []}
@@ -122,7 +123,7 @@ def run(bench: Bench, model: nn.Module, **communication: Any) -> tuple[float, fl
     )
     loss = sum(float(said["loss"]) for said in losses)
     mine = torch.tensor([loss, squared_norm(bench)], dtype=torch.float64, device=bench.device.torch)
-    total, square = bench.runtime.gather(mine).sum(dim=0).tolist()
+    total, square = gather_values(bench.runtime, mine).sum(dim=0).tolist()
     return total, square**0.5
 
 

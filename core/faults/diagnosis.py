@@ -1,9 +1,9 @@
-"""Blame: of a world that has come to a halt, who was the first to, and in which words that is said.
+"""Diagnosis: which rank brought a world to a halt, and the report that says so.
 
-Each rank keeps on record what it is doing (`HeartbeatRecord`). A rank that was cut off reads the records of all and
-asks `faulty_rank`: a process that is gone or stopped is one. Where all processes run, somebody has fallen behind:
-since every rank knows the programs of all, the waits can be followed from rank to rank, from the action in which
-this one waited to one that waits for nobody.
+Each rank keeps a record of what it does (`HeartbeatRecord`). A rank that was cut off reads the records of all ranks. A
+process that is gone or stopped is faulty. Where all processes run, one has fallen behind. Every rank knows the programs
+of all ranks, so the waits can be followed from rank to rank: from the action in which this rank waited to a rank that
+waits for no other.
 
 >>> seen = HeartbeatRecord(rank=3, host="a", step=12, doing="NORM", index=7, count=9, since_s=1.0)
 >>> print(Diagnosis(seen, "failed", now_s=1.5))
@@ -37,15 +37,22 @@ from mimogrid.core.topology.topology import Stage
 
 RUNNING, STOPPED, GONE, UNKNOWN = "running", "stopped", "gone", "unknown"
 LEFT = "left"
-"""What a rank is doing that has ended by itself, in whatever way."""
+"""What the record of a rank says after the rank has ended by itself, well or with an error."""
 
 
 @attrs.frozen(kw_only=True)
 class HeartbeatRecord:
-    """What a rank was last seen doing, and since when, in seconds of its host's clock.
+    """What a rank does, as it has noted itself.
 
-    `index` counts the actions of the step's program of `count` actions; it is -1 outside of any. `waits` says that
-    it has done its own part of a joint action. `state` is that of the process, where it is on the same host.
+    Attributes:
+        rank, host, pid: the process.
+        step: the step that it is in.
+        doing: the action or the phase.
+        since_s: when that began, by the clock of its host.
+        index: which action of its program that is; -1 outside of programs.
+        count: how many actions the program has.
+        waits: whether it has done its own part of a joint action, and waits for the others.
+        state: the state of the process, if it is on this host.
     """
 
     rank: int
@@ -65,122 +72,125 @@ HeartbeatRecords = Mapping[int, HeartbeatRecord]
 
 @attrs.frozen
 class Diagnosis:
-    """Why a world ended: the rank that is to blame, and the one that noticed.
+    """Why a world ended: the faulty rank, and the rank that noticed.
 
     Attributes:
-        about: what the rank to blame was last seen doing.
-        how: what became of it, such as ``failed``.
-        now_s: when that was found.
-        stages: those of the rank to blame.
-        witness: what the rank that found it was doing, if that is another.
-        owed: the action of the rank to blame that the witness waited for, if the plan tells.
+        faulty: the record of the faulty rank.
+        cause: what happened to it, such as ``failed``.
+        now_s: when the diagnosis was made.
+        stages: the stages of the faulty rank.
+        waiting: the record of the rank that made the diagnosis, if that is another rank.
+        awaited: the action of the faulty rank that this rank waited for, if the program tells.
     """
 
-    about: HeartbeatRecord
-    how: str
+    faulty: HeartbeatRecord
+    cause: str
     now_s: float
     stages: tuple[Stage, ...] = ()
-    witness: HeartbeatRecord | None = None
-    owed: str = ""
+    waiting: HeartbeatRecord | None = None
+    awaited: str = ""
 
     def __str__(self) -> str:
-        text = f"{_who(self.about, self.stages)} {self.how} at step {self.about.step} in {_what(self.about)}"
-        text += f", begun {max(0.0, self.now_s - self.about.since_s):.1f} s before"
-        if self.witness:
-            waited = max(0.0, self.now_s - self.witness.since_s)
-            text += f"; {_who(self.witness)} waited {waited:.1f} s in {_what(self.witness)}"
-            text += f" for its '{self.owed}'" if self.owed else ""
+        faulty, waiting = self.faulty, self.waiting
+        text = f"{_who(faulty, self.stages)} {self.cause} at step {faulty.step} in {_what(faulty)}"
+        text += f", begun {max(0.0, self.now_s - faulty.since_s):.1f} s before"
+        if waiting:
+            waited_s = max(0.0, self.now_s - waiting.since_s)
+            text += f"; {_who(waiting)} waited {waited_s:.1f} s in {_what(waiting)}"
+            text += f" for its '{self.awaited}'" if self.awaited else ""
         return text
 
 
 class DiagnosedError(WorldError):
-    """A world that ended, with the finding of why; `details` are what else the rank itself has to say."""
+    """A world that ended, with the diagnosis of why; `details` are what the rank itself adds to it."""
 
-    def __init__(self, finding: Diagnosis, details: str = "") -> None:
-        self.finding, self.details = finding, details
-        super().__init__(f"{finding}{details}")
+    def __init__(self, diagnosis: Diagnosis, details: str = "") -> None:
+        self.diagnosis, self.details = diagnosis, details
+        super().__init__(f"{diagnosis}{details}")
 
     def __reduce__(self) -> tuple[type["DiagnosedError"], tuple[Diagnosis, str]]:
-        return type(self), (self.finding, self.details)
+        return type(self), (self.diagnosis, self.details)
 
-    def told(self, rank: int, how: str) -> "DiagnosedError":
-        """Return the same with better knowledge of what became of a rank, if it is the one to blame."""
-        if rank != self.finding.about.rank:
+    def with_cause(self, rank: int, cause: str) -> "DiagnosedError":
+        """Return the same with a better known cause, if `rank` is the faulty one."""
+        if rank != self.diagnosis.faulty.rank:
             return self
-        return DiagnosedError(attrs.evolve(self.finding, how=how), self.details)
+        return DiagnosedError(attrs.evolve(self.diagnosis, cause=cause), self.details)
 
 
-def find(
-    me: int, seen: HeartbeatRecords, program: Program | None, *, now_s: float, suspects: Iterable[int] = ()
+def diagnose(
+    me: int, records: HeartbeatRecords, program: Program | None, *, now_s: float, suspects: Iterable[int] = ()
 ) -> Diagnosis:
-    """Return why a rank was cut off. `program` is that of the step in which it was, if it was in one.
+    """Return why rank `me` was cut off. `program` is the program of the step that it was in, if it was in one.
 
-    If there are `suspects` it is one of them.
+    If there are `suspects`, one of them is the faulty rank.
     """
-    rank = faulty_rank(me, seen, program, suspects)
-    about = seen.get(rank) or HeartbeatRecord(
+    rank = faulty_rank(me, records, program, suspects)
+    faulty = records.get(rank) or HeartbeatRecord(
         rank=rank, host="unknown", step=0, doing="nothing", since_s=now_s
     )
     stages = tuple(info.stage for info in program.topology.role(rank).stages) if program else ()
     return Diagnosis(
-        about,
-        _HOW.get(about.state, "stopped answering"),
+        faulty,
+        _CAUSES.get(faulty.state, "stopped answering"),
         now_s,
         stages,
-        witness=seen[me] if rank != me else None,
-        owed=_owed(program, seen[me], rank) if program else "",
+        waiting=records[me] if rank != me else None,
+        awaited=_awaited(program, records[me], rank) if program else "",
     )
 
 
-_HOW = {GONE: "ended without a word", STOPPED: "is stopped", RUNNING: "fell behind"}
+_CAUSES = {GONE: "ended without a word", STOPPED: "is stopped", RUNNING: "fell behind"}
 
 
 def faulty_rank(
-    me: int, seen: HeartbeatRecords, program: Program | None, suspects: Iterable[int] = ()
+    me: int, records: HeartbeatRecords, program: Program | None, suspects: Iterable[int] = ()
 ) -> int:
-    """Return the rank to blame for the halt of rank `me`."""
+    """Return the rank that brought rank `me` to a halt."""
     named = tuple(suspects)
-    others = [s for s in seen.values() if s.rank != me and s.doing != LEFT and (not named or s.rank in named)]
+    others = [
+        r for r in records.values() if r.rank != me and r.doing != LEFT and (not named or r.rank in named)
+    ]
     for state in (GONE, STOPPED):
-        if found := [s for s in others if s.state == state]:
-            return min(found, key=lambda s: s.since_s).rank
-    if unseen := [rank for rank in named if rank not in seen]:
-        return unseen[0]
-    if program and seen[me].index >= 0 and (last := _end_of_waits(me, seen, program)) is not None:
+        if found := [r for r in others if r.state == state]:
+            return min(found, key=lambda r: r.since_s).rank
+    if without_record := [rank for rank in named if rank not in records]:
+        return without_record[0]
+    if program and records[me].index >= 0 and (last := _end_of_waits(me, records, program)) is not None:
         return last
-    # Outside of programs all wait for the one that has come least far, has not done its part, or is at something else.
-    alike = seen[me].doing
+    # Outside of programs all wait for the rank that is least far, has not done its part, or does something else.
+    mine = records[me].doing
     return min(
-        others, key=lambda s: (s.step, s.index < 0, s.waits, s.doing == alike, s.since_s), default=seen[me]
+        others, key=lambda r: (r.step, r.index < 0, r.waits, r.doing == mine, r.since_s), default=records[me]
     ).rank
 
 
-def _end_of_waits(me: int, seen: HeartbeatRecords, program: Program) -> int | None:
-    """Follow the waits from rank to rank; return one that waits for nobody, the longest at what it does."""
-    step, queue, known = seen[me].step, collections.deque([me]), {me}
+def _end_of_waits(me: int, records: HeartbeatRecords, program: Program) -> int | None:
+    """Follow the waits from rank to rank; return the rank that waits for no other, and longest does what it does."""
+    step, queue, known = records[me].step, collections.deque([me]), {me}
     ends: list[HeartbeatRecord] = []
     while queue:
         rank = queue.popleft()
-        awaited = _waits_for(rank, seen, program, step)
+        awaited = _waits_for(rank, records, program, step)
         if not awaited and rank != me:
-            ends.append(seen[rank])
+            ends.append(records[rank])
         fresh = [r for r in awaited if r not in known]
         known.update(fresh)
         queue.extend(fresh)
-    if not ends:  # Both ends have posted: then it is one of those at the other end.
-        partners = (seen[r] for r in _partners(program, me, seen[me].index) if r in seen)
+    if not ends:  # Both ends have posted: then it is a rank at the other end.
+        partners = (records[r] for r in _partners(program, me, records[me].index) if r in records)
         ends = [record for record in partners if record.doing != LEFT]
-    return min(ends, key=lambda s: s.since_s).rank if ends else None
+    return min(ends, key=lambda r: r.since_s).rank if ends else None
 
 
-def _waits_for(rank: int, seen: HeartbeatRecords, program: Program, step: int) -> list[int]:
-    """Return the ranks that have not done what an action waits for."""
-    at = seen[rank]
+def _waits_for(rank: int, records: HeartbeatRecords, program: Program, step: int) -> list[int]:
+    """Return the ranks that have not done what the action of a rank waits for."""
+    at = records[rank]
     if at.step != step or not 0 <= at.index < len(program.of(rank)):
         return []
     action = program.of(rank)[at.index]
     partners = _partners(program, rank, at.index)
-    return [r for r in partners if r in seen and _is_owed(program, seen[r], action, step)]
+    return [r for r in partners if r in records and _is_awaited(program, records[r], action, step)]
 
 
 def _partners(program: Program, rank: int, index: int) -> list[int]:
@@ -192,8 +202,8 @@ def _partners(program: Program, rank: int, index: int) -> list[int]:
     return [other for other in dict.fromkeys(with_whom) if other != rank]
 
 
-def _is_owed(program: Program, peer: HeartbeatRecord, action: Action, step: int) -> bool:
-    """Whether a peer has not yet done its part of an action of another."""
+def _is_awaited(program: Program, peer: HeartbeatRecord, action: Action, step: int) -> bool:
+    """Whether a peer has not yet done its part of an action of another rank."""
     if peer.step != step:
         return peer.step < step
     if peer.index < 0:
@@ -201,12 +211,12 @@ def _is_owed(program: Program, peer: HeartbeatRecord, action: Action, step: int)
     place = _part(program, peer.rank, action)
     if place is None or peer.index != place:
         return place is not None and peer.index < place
-    # What is posted is so once its action is over. In a joint action a rank may have work to do before it waits.
+    # A message is posted once its action is over. In a joint action a rank may have work to do before it waits.
     return isinstance(action, Wait | WaitReduce) or (isinstance(action, Tie | Norm) and not peer.waits)
 
 
 def _part(program: Program, peer: int, action: Action) -> int | None:
-    """Return where in its program a peer does its part of another's action."""
+    """Return where in its program a peer does its part of an action of another rank."""
     if isinstance(action, Wait):
         wanted: Action = matching_op(action.transfer)
         return next((i for i, a in enumerate(program.of(peer)) if a == wanted), None)
@@ -214,12 +224,12 @@ def _part(program: Program, peer: int, action: Action) -> int | None:
     return next((i for i, a in enumerate(program.of(peer)) if meeting(a) == wanted), None)
 
 
-def _owed(program: Program, witness: HeartbeatRecord, peer: int) -> str:
-    actions = program.of(witness.rank)
-    if not 0 <= witness.index < len(actions):
+def _awaited(program: Program, waiting: HeartbeatRecord, peer: int) -> str:
+    actions = program.of(waiting.rank)
+    if not 0 <= waiting.index < len(actions):
         return ""
-    action = actions[witness.index]
-    if peer not in _partners(program, witness.rank, witness.index):
+    action = actions[waiting.index]
+    if peer not in _partners(program, waiting.rank, waiting.index):
         return ""
     place = _part(program, peer, action)
     return "" if place is None else str(program.of(peer)[place])
@@ -236,7 +246,7 @@ def _who(record: HeartbeatRecord, stages: tuple[Stage, ...] = ()) -> str:
 
 def _what(record: HeartbeatRecord) -> str:
     facts = [f"action {record.index + 1} of {record.count}"] if record.index >= 0 else []
-    with contextlib.suppress(ValueError):  # of moments that are no action
+    with contextlib.suppress(ValueError):  # A phase is no action.
         facts += _facts(parse(record.doing))
     return f"'{record.doing}'" + (f" ({', '.join(facts)})" if facts else "")
 

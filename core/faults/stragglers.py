@@ -1,9 +1,9 @@
-"""Stragglers: ranks that take longer than they should, and where their time goes.
+"""Stragglers: ranks that take longer than expected, and whether they compute or load for longer.
 
-Where the costs of a job are known, a plan predicts how long each rank computes. Its seconds need not be those of this
-machine, so the median rank sets the scale: a straggler takes longer than *that* in proportion to its plan. Without
-costs, ranks of one stage do alike work, and each is compared with the median of them; then a rank that is alone at
-its stage has nobody to be compared with.
+With the costs of a job, a simulated step predicts how long each rank computes. Those seconds need not be the seconds
+of this machine, so the median rank sets the scale: a straggler takes longer in proportion to its prediction than the
+median rank. Without costs, each rank is compared with the median of the ranks that host the same stages. A rank that
+has its stages alone is then not compared.
 
 >>> step_times = [StepTimes(0, "lm.0", 1.0), StepTimes(1, "lm.0", 1.1), StepTimes(2, "lm.0", 2.5, load_s=0.2)]
 >>> (found,) = stragglers(step_times, above=1.5)
@@ -29,7 +29,7 @@ class StepTimes:
 
 @attrs.frozen
 class Straggler:
-    """A rank that is slower than what it is compared with, `standard`."""
+    """A rank that is slower than expected; `standard` says what the expectation is."""
 
     step_times: StepTimes
     expected_s: float
@@ -43,7 +43,7 @@ class Straggler:
 
     @property
     def modules(self) -> list[str]:
-        """Those of its stages."""
+        """The modules of its stages."""
         return list(dict.fromkeys(stage.partition(".")[0] for stage in self.step_times.stages.split()))
 
     def __str__(self) -> str:
@@ -58,10 +58,10 @@ class Straggler:
 def stragglers(
     step_times: Sequence[StepTimes], *, above: float, predicted: Mapping[int, float] | None = None
 ) -> Iterator[Straggler]:
-    """Yield the ranks that are busy for more than `above` times what is expected of them, the slowest first.
+    """Yield the ranks that are busy for more than `above` times what is expected, the slowest first.
 
-    `predicted` says how long a plan lets each rank compute; what is expected is that, at the scale of the median rank.
-    Of ranks that it does not name the median of their peers is expected.
+    `predicted` are the seconds that a simulated step lets each rank compute, of which the scale is unknown. A rank
+    without a prediction is expected to take as long as the median of its peers.
     """
     plan = predicted or {}
     ratios = [one.busy_s / plan[one.rank] for one in step_times if plan.get(one.rank)]
@@ -81,14 +81,14 @@ def stragglers(
 
 
 def _cause(step_times: StepTimes, peers: list[StepTimes], expected_s: float) -> str:
-    """Say whether loading explains the greater part of what a rank takes longer."""
+    """Return whether loading or computing explains the greater part of what a rank takes longer."""
     usual = statistics.median_low(p.load_s for p in peers) if len(peers) > 1 else 0.0
     loads = step_times.load_s - usual > 0.5 * (step_times.busy_s - expected_s)
     return "it waits for its data" if loads else "it computes slowly"
 
 
 def mean(steps: Sequence[Sequence[StepTimes]]) -> Iterator[StepTimes]:
-    """Yield the mean pace of each rank over steps; in each step the ranks come in the same order."""
+    """Yield the mean times of each rank over steps; each step has the ranks in the same order."""
     for step_times in zip(*steps, strict=True):
         busy_s = statistics.fmean(step_times.busy_s for step_times in step_times)
         yield attrs.evolve(

@@ -5,10 +5,7 @@ from mimogrid.core.job.models import FIRST, Own
 from mimogrid.core.topology.topology import Module, StageInfo, Topology
 
 
-ASSUMED = (
-    "per microbatch a layer takes 1 s forward, and backward 1 s for each gradient that is wanted of it, "
-    "of its inputs and of its weights; sending takes no time"
-)
+ASSUMED = "each layer counts 1 unit forward, 1 for the input gradient, 1 for the weight gradient; communication is free"
 """What `assumed` assumes, in words."""
 
 

@@ -127,12 +127,10 @@ def retimed(timed: TimedWork, order: Sequence[int], queues: Sequence[IssueQueue]
     return max(busy_until_s)
 
 
-def limit_s(timed: TimedWork, order: Sequence[int]) -> float:
-    """Return a lower bound on the seconds of any order of the same actions; `order` is one of these.
+def lower_bound_s(timed: TimedWork, order: Sequence[int]) -> float:
+    """Return seconds that no order of the same actions beats; `order` is one of these orders.
 
-    The bound is the longest of all sets of actions that run one after the other: those of a pipeline rank, its
-    forwards, and its other actions. A set takes the shortest time before one of its actions can start, its work, and
-    the shortest time after one of them to the end of the step.
+    The sets of actions (`bounds`) are those of each pipeline rank, its forwards alone, and its other actions alone.
     """
     heads = longest_before_s(order, timed.sources, timed.seconds)
     tails = longest_before_s(reversed(order), timed.followers, timed.seconds)

@@ -1,13 +1,13 @@
-"""A module of one's own: what the plan must know of it, and how to build it. This file needs no torch."""
+"""A custom module: what the plan must know about it, and how to build it. This file needs no torch."""
 
 
 def describe(options):
-    """Say what the plan must know: how wide the rows are that the module emits."""
+    """Return what the plan must know: the width of the rows that the module emits."""
     return {"width": options["width"]}
 
 
 def build(*, width, frames):
-    """Build the network; called on the ranks that hold it, with the options of the job file."""
+    """Build the network; called with the options of the job file, on the ranks that host the module."""
     from network import Ears  # noqa: PLC0415 -- imports torch
 
     return Ears(width, frames)

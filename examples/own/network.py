@@ -4,7 +4,7 @@ from torch import nn
 
 
 class Ears(nn.Module):
-    """Rows of `frames` numbers in, as many rows of `width` out; the rows of all samples lie end to end."""
+    """Maps rows [R, frames] to rows [R, width]; the rows of all samples are concatenated."""
 
     def __init__(self, width, frames):
         super().__init__()
@@ -12,5 +12,5 @@ class Ears(nn.Module):
         self.outer = nn.Linear(2 * width, width)
 
     def forward(self, inputs):
-        """Return a row per row; ``inputs["lengths"]`` says how many each sample has."""
+        """Return a row for each row; ``inputs["lengths"]`` has the number of rows of each sample."""
         return {"rows": self.outer(nn.functional.gelu(self.inner(inputs["rows"])))}

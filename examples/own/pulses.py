@@ -1,4 +1,4 @@
-"""A source of one's own: count the loud ones among three to six sounds. The answer is one token."""
+"""A custom source: count the loud ones among three to six sounds. The answer is one token."""
 
 from mimogrid.core.base.hashing import draw_integer
 from mimogrid.core.base.samples import Sample
@@ -9,20 +9,20 @@ PLACEHOLDER = -1
 
 
 class Pulses:
-    """Every draw is a hash of the seed, the sample's id and what it is for, so any rank can make it."""
+    """Every draw is a hash of the seed, the sample's id and its purpose, so any rank can make it."""
 
     def __init__(self, seed, frames):
         self.seed = seed
         self.frames = frames
 
     def describe(self, sample_id):
-        """Rows for the ears, two text tokens, and one position that counts in the loss."""
+        """Return the counts of a sample: rows for the ears, two text tokens, one position in the loss."""
         rows = draw_integer(self.seed, sample_id, "sounds", 3, 6)
         return Sample(id=sample_id, length=2, rows={"ears": rows}, units={"language": 1.0})
 
     def load(self, sample_id, module):
-        """Return what a module reads; called only on a rank that holds the sample."""
-        import torch  # noqa: PLC0415 -- describing a sample needs none
+        """Return the tensors that a module reads; called only on ranks that need the sample."""
+        import torch  # noqa: PLC0415 -- describing a sample needs no torch
 
         count = self.describe(sample_id).rows["ears"]
         loud = [draw_integer(self.seed, sample_id, f"loud.{i}", 0, 1) for i in range(count)]
@@ -37,5 +37,5 @@ class Pulses:
 
 
 def pulses(seed, frames, sequence):
-    """Open the source: `seed` is the job's, the rest are its options; the plan reads `sequence` too."""
+    """Open the source: `seed` is the job's, the rest are its options. The plan reads `sequence`, too."""
     return Pulses(seed, frames)

@@ -1,13 +1,13 @@
-"""Manifests: which checkpoints a run has, what each says of itself, and whether it is whole.
+"""Manifests: which checkpoints a run has, what each contains, and whether it is whole.
 
     checkpoints/step-00000100/
-        manifest.json         step, job, layout, cursor, versions, and size and checksum of every other file
-        index.json            every tensor: its dtype, its full shape, and which file has which part
-        shard-*.safetensors   what each rank holds and no other writes
+        manifest.json         step, job, layout, versions, machine, and size and checksum of every other file
+        index.json            every tensor: its dtype, its full shape, and the file of each part
+        shard-*.safetensors   the slices that one rank writes
 
-A checkpoint is written as ``step-00000100.partial`` and gets its name when it is whole, manifest and all. So whatever
-has such a name and lacks a file, or has one too many, was damaged later: it is refused, by the name of the file.
-Nothing here needs torch.
+A checkpoint is written as ``step-00000100.partial`` and renamed when it is complete, with its manifest. So a checkpoint
+of that name with a file missing, or with one too many, was damaged later. It is refused, and the file is named. Nothing
+here needs torch.
 """
 
 import json
@@ -24,20 +24,20 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.shell.checkpoint.tensorfile import Found, checksum, header_of, size_of, write_text
+from mimogrid.shell.checkpoint.tensorfile import StoredTensor, checksum, header_of, size_of, write_text
 
 
 OPTIMIZER = "optimizer."
-"""Begins the names of what the optimizer keeps; those of weights begin with their module."""
+"""The prefix of the names of optimizer state; names of weights begin with their module."""
 VERSION = 1
 CHECKPOINTS = "checkpoints"
-"""Where they lie in the folder of a run."""
+"""Their folder, in the folder of a run."""
 MANIFEST, INDEX, PARTIAL = "manifest.json", "index.json", ".partial"
 _NAME = re.compile(r"step-\d{8,}")
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
-    """Return where the checkpoint is from which a step is the next."""
+    """Return the folder of the checkpoint after which `step` is the next."""
     return checkpoints / f"step-{step:08}"
 
 
@@ -48,23 +48,23 @@ def published(checkpoints: Path) -> list[Path]:
 
 
 def located(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first, or the one that a folder is. Raises PlanError for none."""
+    """Return the checkpoints of a run, oldest first; of a folder that is a checkpoint, itself. Raises PlanError."""
     if _NAME.fullmatch(folder.name) or (folder / MANIFEST).exists():
         return [folder]
     found = published(folder / CHECKPOINTS) or published(folder)
     if not found:
-        message = "holds no checkpoint." if folder.is_dir() else "is no folder."
+        message = "holds no checkpoint." if folder.is_dir() else "is not a folder."
         raise PlanError([Problem(str(folder), message, "Name the folder of a run, or of a checkpoint.")])
     return found
 
 
 def newest_of(folder: Path) -> Path:
-    """Return the newest checkpoint of a run, or the one that a folder is. Raises PlanError where it is damaged."""
+    """Return the newest checkpoint of a run, or the checkpoint that `folder` is. Raises PlanError if it is damaged."""
     return _whole(located(folder))
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step that is the next after a checkpoint, by its name."""
+    """Return the step that is next after a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -72,14 +72,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself. Raises PlanError."""
+    """Return the manifest of a checkpoint. Raises PlanError where it cannot be used."""
     manifest = _read(checkpoint / MANIFEST)
     version = manifest.get("version")
     if version != VERSION:
         message = f"'{MANIFEST}' is of version {version!r}; this mimogrid reads {VERSION}."
-        remedy = "Use the mimogrid that wrote it."
+        remedy = "Use the version of mimogrid that wrote it."
         raise PlanError([Problem(str(checkpoint), message, remedy)])
-    lacking = [key for key, is_right in _NEEDED.items() if not is_right(manifest.get(key))]
+    lacking = [key for key, is_valid in _NEEDED.items() if not is_valid(manifest.get(key))]
     if lacking:
         raise PlanError([Problem(str(checkpoint), f"'{MANIFEST}' lacks {', '.join(lacking)}.", _OTHER)])
     return manifest
@@ -103,12 +103,12 @@ _NEEDED: Mapping[str, Callable[[object], bool]] = {
     "job": lambda value: isinstance(value, str),
     "files": _is_list_of_files,
 }
-"""What a manifest must say, and what that looks like."""
+"""The keys that a manifest must have, each with a check of its value."""
 
 
 @attrs.frozen
-class Place:
-    """A part of a tensor: which file has it, where it begins in the full one, and its shape."""
+class ShardPlace:
+    """A part of a tensor: its file, where it begins in the full tensor, and its shape."""
 
     file: str
     offsets: tuple[int, ...]
@@ -116,27 +116,27 @@ class Place:
 
 
 @attrs.frozen
-class Stored:
-    """A tensor of a checkpoint."""
+class IndexedTensor:
+    """A tensor in the index of a checkpoint: its full shape, and the places of its parts."""
 
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[Place, ...]
+    parts: tuple[ShardPlace, ...]
 
     @property
     def bytes(self) -> int:
-        """Of the full tensor."""
+        """The size of the full tensor."""
         return size_of(self.dtype, self.shape)
 
 
-def read_index(checkpoint: Path) -> dict[str, Stored]:
+def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
     """Return the tensors of a checkpoint by name. Raises PlanError."""
     try:
         return {
-            name: Stored(
+            name: IndexedTensor(
                 facts["dtype"],
                 tuple(facts["shape"]),
-                tuple(Place(p["file"], tuple(p["offsets"]), tuple(p["shape"])) for p in facts["parts"]),
+                tuple(ShardPlace(p["file"], tuple(p["offsets"]), tuple(p["shape"])) for p in facts["parts"]),
             )
             for name, facts in _read(checkpoint / INDEX).items()
         }
@@ -145,13 +145,13 @@ def read_index(checkpoint: Path) -> dict[str, Stored]:
         raise PlanError([Problem(str(checkpoint), message, _OTHER)]) from None
 
 
-def index_text(tensors: Mapping[str, Stored]) -> str:
-    """Write an index as `read_index` reads it."""
+def index_text(tensors: Mapping[str, IndexedTensor]) -> str:
+    """Return the text of an index, as `read_index` reads it."""
     return canonical({name: attrs.asdict(stored) for name, stored in tensors.items()})
 
 
 def canonical(value: Mapping[str, object]) -> str:
-    """Write a JSON object such that equal values are equal bytes: keys in order, a line for each."""
+    """Write a JSON object so that equal values give equal bytes: keys in order, a line for each."""
     lines = (f"{json.dumps(key)}: {json.dumps(value[key], sort_keys=True)}" for key in sorted(value))
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -176,17 +176,17 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-# -- judging -----------------------------------------------------------------------------------------------
+# -- checking ----------------------------------------------------------------------------------------------
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint of a run, or None. Raises PlanError for one that is damaged."""
+    """Return the newest checkpoint of a run, or None. Raises PlanError if it is damaged."""
     found = published(checkpoints)
     return _whole(found) if found else None
 
 
 def _whole(found: list[Path]) -> Path:
-    """Return the last of some checkpoints. Raises PlanError where it is damaged; the newest whole one is offered."""
+    """Return the last checkpoint of a list. Raises PlanError if it is damaged, and names the newest whole one."""
     faults: dict[Path, tuple[str, ...]] = {}
     for checkpoint in reversed(found):
         faults[checkpoint] = tuple(damage(checkpoint))
@@ -194,35 +194,35 @@ def _whole(found: list[Path]) -> Path:
             break
     if faults[found[-1]]:
         raise PlanError(
-            Problem(str(found[-1]), f"{found[-1].name}: {fault}", way_out(faults))
+            Problem(str(found[-1]), f"{found[-1].name}: {fault}", remedy_for(faults))
             for fault in faults[found[-1]]
         )
     return found[-1]
 
 
-def way_out(faults: Mapping[Path, tuple[str, ...]]) -> str:
-    """Say how to go on from the newest whole checkpoint, by what is wrong with each."""
+def remedy_for(faults: Mapping[Path, tuple[str, ...]]) -> str:
+    """Say how to continue from the newest whole checkpoint, given what is wrong with each."""
     newest_first = sorted(faults, key=step_of, reverse=True)
     whole = next((checkpoint for checkpoint in newest_first if not faults[checkpoint]), None)
     if whole is None:
         return "No checkpoint here is whole: begin a new run."
     if whole is newest_first[0]:
-        return f"The newest, {whole.name}, is whole: runs go on from it."
+        return f"The newest, {whole.name}, is whole: runs continue from it."
     damaged = newest_first[: newest_first.index(whole)]
-    aside = shlex.join(["mv", *map(str, reversed(damaged)), str(whole.parent.parent)])
-    return f"The newest whole one is {whole.name}. To go on from it, put aside what is damaged: {aside}"
+    move = shlex.join(["mv", *map(str, reversed(damaged)), str(whole.parent.parent)])
+    return f"The newest whole one is {whole.name}. To continue from it, move the damaged ones away: {move}"
 
 
 def damage(checkpoint: Path) -> Iterator[str]:
-    """Yield what is wrong with the files of a checkpoint, by its manifest."""
-    if _leads_elsewhere(checkpoint):
-        yield "is a link that leads elsewhere."
+    """Yield what is wrong with a checkpoint: with its files by its manifest, else with what they say."""
+    if _is_link(checkpoint):
+        yield "is a link to another place."
         return
     if not checkpoint.is_dir():
-        yield "is no folder."
+        yield "is not a folder."
         return
-    if _leads_elsewhere(checkpoint / MANIFEST):
-        yield f"'{MANIFEST}' is a link that leads elsewhere."
+    if _is_link(checkpoint / MANIFEST):
+        yield f"'{MANIFEST}' is a link to another place."
         return
     try:
         files = read_manifest(checkpoint)["files"]
@@ -232,20 +232,21 @@ def damage(checkpoint: Path) -> Iterator[str]:
     found = [fault for name, facts in files.items() for fault in _damage_of(checkpoint / name, facts)]
     more = sorted(path.name for path in checkpoint.iterdir() if path.name not in {MANIFEST, *files})
     found += [f"'{name}' is not of this checkpoint: its manifest does not name it." for name in more]
-    yield from found or _untruths(checkpoint, files)
+    yield from found or _inconsistencies(checkpoint, files)
 
 
-def _untruths(checkpoint: Path, files: Iterable[str]) -> Iterator[str]:
-    """Yield where files that are as they were written do not fit together; of each file the first that is wrong.
+def _inconsistencies(checkpoint: Path, files: Iterable[str]) -> Iterator[str]:
+    """Yield where files with the right checksums contradict each other; only the first fault of each file.
 
-    Whoever wrote such a checkpoint, nothing of it is read: no index leads out of its folder, no header out of its file.
+    A checkpoint may have been made to mislead. So no index may name a file outside of its folder, and no header may
+    describe bytes outside of its file.
     """
     try:
         index = read_index(checkpoint)
     except PlanError as error:
         yield from (problem.message for problem in error.problems)
         return
-    headers: dict[str, Mapping[str, Found]] = {}
+    headers: dict[str, Mapping[str, StoredTensor]] = {}
     for name in files:
         if name.endswith(".safetensors"):
             try:
@@ -257,24 +258,26 @@ def _untruths(checkpoint: Path, files: Iterable[str]) -> Iterator[str]:
     for tensor, stored in index.items():
         for place in stored.parts:
             if place.file not in headers:
-                message = f"names '{place.file}' for '{tensor}'; no file of this checkpoint with tensors is called so."
+                message = f"names '{place.file}' for '{tensor}', which is no tensor file of this checkpoint."
                 wrong.setdefault(INDEX, f"'{INDEX}' {message}")
-            elif (said := _contradiction(tensor, stored, place, headers[place.file])) is not None:
-                wrong.setdefault(place.file, f"'{place.file}' {said}")
+            elif (fault := _contradiction(tensor, stored, place, headers[place.file])) is not None:
+                wrong.setdefault(place.file, f"'{place.file}' {fault}")
         if sum(math.prod(place.shape) for place in stored.parts) != math.prod(stored.shape):
-            message = f"has parts of '{tensor}' that are not {list(stored.shape)} together."
+            message = f"has parts of '{tensor}' that do not make {list(stored.shape)} together."
             wrong.setdefault(INDEX, f"'{INDEX}' {message}")
     yield from wrong.values()
 
 
-def _contradiction(tensor: str, stored: Stored, place: Place, header: Mapping[str, Found]) -> str | None:
-    """Return what a file says of a part of a tensor, where that is not what the index says."""
+def _contradiction(
+    tensor: str, stored: IndexedTensor, place: ShardPlace, header: Mapping[str, StoredTensor]
+) -> str | None:
+    """Return how the header of a file contradicts the index about a part of a tensor, if it does."""
     found = header.get(tensor)
     if found is None:
-        return f"has no '{tensor}', '{INDEX}' says it has."
+        return f"has no '{tensor}', and '{INDEX}' says it has."
     if (found.dtype, found.shape) != (stored.dtype, place.shape):
-        told = f"{stored.dtype} {list(place.shape)}"
-        return f"has {found.dtype} {list(found.shape)} for '{tensor}', '{INDEX}' says {told}."
+        indexed = f"{stored.dtype} {list(place.shape)}"
+        return f"has {found.dtype} {list(found.shape)} for '{tensor}', '{INDEX}' says {indexed}."
     ends = (offset + n for offset, n in zip(place.offsets, place.shape, strict=True))
     if (
         any(end > full for end, full in zip(ends, stored.shape, strict=True))
@@ -285,17 +288,18 @@ def _contradiction(tensor: str, stored: Stored, place: Place, header: Mapping[st
 
 
 def _damage_of(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
-    if _leads_elsewhere(path):
-        yield f"'{path.name}' is a link that leads elsewhere."
+    """Yield how a file differs from its size and checksum in the manifest."""
+    if _is_link(path):
+        yield f"'{path.name}' is a link to another place."
     elif not path.is_file():
         yield f"'{path.name}' is missing."
     elif path.stat().st_size != facts["bytes"]:
         yield f"'{path.name}' has {path.stat().st_size} bytes; {facts['bytes']} were written."
     elif checksum(path) != facts["sha256"]:
-        yield f"'{path.name}' is not what was written: its checksum differs."
+        yield f"'{path.name}' has changed since it was written: its checksum differs."
 
 
-def _leads_elsewhere(path: Path) -> bool:
+def _is_link(path: Path) -> bool:
     return path.resolve() != path.parent.resolve() / path.name
 
 
@@ -305,18 +309,18 @@ def _leads_elsewhere(path: Path) -> bool:
 def publish(
     partial: Path, target: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Give a whole checkpoint its name. Raises OSError, also where there is one of that name."""
+    """Write the manifest and rename a complete checkpoint. Raises OSError, also if `target` exists."""
     manifest = {"version": VERSION, **facts, "files": files, "created": time.time()}
     write_text(partial / MANIFEST, canonical(manifest))
-    _settle(partial)
+    _sync_names(partial)
     partial.rename(target)
-    _settle(target.parent)
+    _sync_names(target.parent)
 
 
 def prune(checkpoints: Path, *, keep: int, keep_every: int) -> None:
-    """Let go of all but the newest `keep`, and those of steps that `keep_every` divides.
+    """Remove all checkpoints but the newest `keep` and those of steps that `keep_every` divides.
 
-    Each loses its name first: what is cut off while it is removed would else look damaged.
+    Each is renamed first, so that one whose removal is interrupted does not look damaged.
     """
     for old in published(checkpoints)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
@@ -324,18 +328,18 @@ def prune(checkpoints: Path, *, keep: int, keep_every: int) -> None:
 
 
 def clear(checkpoints: Path) -> None:
-    """Remove what saves left that were cut off."""
+    """Remove what interrupted saves have left."""
     remove(checkpoints.glob(f"step-*{PARTIAL}"))
 
 
 def remove(folders: Iterable[Path]) -> None:
-    """Remove folders, as far as that can be done."""
+    """Remove folders, and ignore what cannot be removed."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _settle(folder: Path) -> None:
-    """Return when the names in a folder are on the disk."""
+def _sync_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk (fsync of the folder)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

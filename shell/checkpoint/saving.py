@@ -1,16 +1,16 @@
-"""Saving: checkpoints that are written while training goes on.
+"""Saving: checkpoints that are written while training continues.
 
-At a save point a rank copies what it writes to host memory, which is all that a step waits for. Then one thread of
-each rank goes two legs, and between them the ranks agree:
+At a save point a rank copies what it writes into host memory. A step waits for nothing else. Then one thread of each
+rank works in two phases, and between them the ranks agree:
 
-    write      every rank its own files, in a folder under a temporary name
-    publish    the first rank the manifest, then the folder's name; then it lets go of old checkpoints
+    write      every rank writes its own files, into a folder with a temporary name
+    publish    the first rank writes the manifest and renames the folder, then removes old checkpoints
 
-The threads touch files and copies, and no process group: those belong to training. Whether all have ended a leg the
-ranks see in the record that they exchange in each step anyway (`RankRuntime.run`), and so all go on in the same
-step, or all learn in the same step that one could not. Until a checkpoint is published the one before is kept. One
-save is in flight at a time. What is written does not depend on when: waiting for the thread at once gives the same
-files.
+The threads use files and copies, and no process group: those belong to training. The ranks learn that all have
+ended a phase from the record that they exchange in each step anyway (`shell.runtime.agreement`). So all continue in
+the same step, or all learn in the same step that one has failed. The previous checkpoint is kept until the new one
+is published. One save is pending at a time. What is written does not depend on when: waiting for the thread at once
+gives the same files.
 """
 
 import contextlib
@@ -27,30 +27,39 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.faults.injection import PUBLISHED, PUBLISHING, SAVING, WRITING
 from mimogrid.shell.checkpoint import manifest, tensorfile
-from mimogrid.shell.checkpoint.files import Pieces, files_of, index_of, items_of, write_shard
-from mimogrid.shell.checkpoint.manifest import Stored, folder_of
+from mimogrid.shell.checkpoint.files import files_of, index_of, items_of, write_shard
+from mimogrid.shell.checkpoint.manifest import IndexedTensor, folder_of
+from mimogrid.shell.runtime.tensor_slices import TensorSlices
+from mimogrid.shell.world.phases import PUBLISHED, PUBLISHING, SAVING, WRITING
 
 
 Files = dict[str, dict[str, Any]]
-"""Size and checksum of files, by name."""
+"""The ``bytes`` and ``sha256`` of files, by name."""
 
 
 @attrs.frozen(eq=False)
-class Flight:
-    """A save under way: where it is written and published, its leg on this rank, and whether that is the last."""
+class PendingSave:
+    """A save that is not published yet.
+
+    Attributes:
+        target: the folder that it gets.
+        facts: its manifest.
+        partial: the folder that it is written into.
+        phase: what the thread of this rank does for it, or has done.
+        is_last_phase: whether that phase is the last.
+    """
 
     target: Path
     facts: Mapping[str, Any]
     partial: Path
-    leg: "Future[Files]"
-    is_last: bool = False
+    phase: "Future[Files]"
+    is_last_phase: bool = False
 
 
 @attrs.frozen
 class Failure:
-    """What a rank could not do: with which file, and the error of the system."""
+    """Why a rank could not save: the file, and the error of the system."""
 
     where: str
     code: int
@@ -58,7 +67,10 @@ class Failure:
 
 
 class Saver:
-    """The checkpoints of a run, as one of its ranks writes them. `open_saver` makes one."""
+    """Writes one rank's part of the checkpoints of a run. `open_saver` makes one.
+
+    `on_phase` is called with the name of each phase that begins, and `on_wait` before this rank waits for the others.
+    """
 
     def __init__(
         self,
@@ -68,99 +80,96 @@ class Saver:
         *,
         keep: int,
         keep_every: int,
-        at: Callable[[str], None],
-        waits: Callable[[], None],
+        on_phase: Callable[[str], None],
+        on_wait: Callable[[], None],
     ) -> None:
         self._folder = folder
         self._group = group
         self._thread = thread
         self._keep = keep
         self._keep_every = keep_every
-        self._at = at
-        self._waits = waits
-        self._flight: Flight | None = None
+        self._on_phase = on_phase
+        self._on_wait = on_wait
+        self._pending: PendingSave | None = None
         self._copies: dict[MetadataIndex, torch.Tensor] = {}
         self._items: list[WriteItem] = []
         self._plans: list[list[WriteItem]] = [[] for _ in range(group.size())]
-        self._index: dict[str, Stored] = {}
+        self._index: dict[str, IndexedTensor] = {}
 
     @property
     def is_ready(self) -> bool:
-        """Whether this rank has ended its leg of the save in flight, if there is one."""
-        return self._flight is None or self._flight.leg.done()
+        """Whether this rank has ended its phase of the pending save, if there is one."""
+        return self._pending is None or self._pending.phase.done()
 
-    def begin(self, pieces: Pieces, facts: Mapping[str, Any]) -> None:
-        """Begin to save the step that `facts` names, after the save before; joint over the group.
+    def begin(self, slices: TensorSlices, facts: Mapping[str, Any]) -> None:
+        """Begin to save the step that `facts` names, once the previous save is published. All ranks call it together.
 
-        The pieces may change as soon as it returns. Raises WorldError where the save before failed.
+        The slices may change as soon as it returns. Raises WorldError if the previous save failed.
         """
-        self.settle()
-        self._at(SAVING)
-        items = items_of(pieces)
+        self.wait_for_save()
+        self._on_phase(SAVING)
+        items = items_of(slices)
         self._plan(items)
-        every = (piece for of_name in pieces.values() for piece in of_name)
-        for item, piece in zip(items, every, strict=True):
+        tensors = (part.tensor for parts in slices.values() for part in parts)
+        for item, tensor in zip(items, tensors, strict=True):
             copy = self._copies.get(item.index)
-            if copy is None or copy.shape != piece.tensor.shape or copy.dtype != piece.tensor.dtype:
-                copy = torch.empty(
-                    piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=not piece.tensor.is_cpu
-                )
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not tensor.is_cpu)
                 self._copies[item.index] = copy
-            copy.copy_(piece.tensor)
-        self._at(WRITING)
+            copy.copy_(tensor)
+        self._on_phase(WRITING)
         target = folder_of(self._folder, facts["step"])
         partial = target.with_name(target.name + manifest.PARTIAL)
-        self._flight = Flight(target, facts, partial, self._thread.submit(self._write, partial))
+        self._pending = PendingSave(target, facts, partial, self._thread.submit(self._write, partial))
 
     def advance(self) -> Path | None:
-        """Go on with the save in flight; joint over the group. Waits for those that are not ready.
+        """Begin the next phase of the pending save; waits for ranks that are not ready. All ranks call it together.
 
-        Returns the checkpoint that was published with it, if one was. Raises WorldError where any rank failed.
+        Returns the checkpoint if it has been published. Raises WorldError if any rank failed.
         """
-        flight = self._flight
-        if flight is None:
+        pending = self._pending
+        if pending is None:
             return None
-        files = self._agreed(flight)
-        if flight.is_last:
-            self._flight = None
+        files = self._agreed(pending)
+        if pending.is_last_phase:
+            self._pending = None
             if not self._group.rank():
-                self._at(PUBLISHED)
-            return flight.target
+                self._on_phase(PUBLISHED)
+            return pending.target
         if not self._group.rank():
-            self._at(PUBLISHING)
-        publishing = self._thread.submit(self._publish, flight, files)
-        self._flight = attrs.evolve(flight, leg=publishing, is_last=True)
+            self._on_phase(PUBLISHING)
+        publishing = self._thread.submit(self._publish, pending, files)
+        self._pending = attrs.evolve(pending, phase=publishing, is_last_phase=True)
         return None
 
-    def settle(self) -> Path | None:
-        """Wait until nothing is in flight; joint over the group. Returns what was published meanwhile."""
+    def wait_for_save(self) -> Path | None:
+        """Wait until no save is pending, and return what was published. All ranks call it together."""
         target = None
-        while self._flight is not None:
+        while self._pending is not None:
             target = self.advance()
         return target
 
     def abandon(self) -> None:
-        """Give up what is in flight, with no other rank; what is being published is published."""
-        flight, self._flight = self._flight, None
+        """Give up the pending save without the other ranks; one that is being published is published."""
+        pending, self._pending = self._pending, None
         self._thread.shutdown(cancel_futures=True)
-        if flight is not None and not self._group.rank():
-            manifest.remove([flight.partial])
+        if pending is not None and not self._group.rank():
+            manifest.remove([pending.partial])
 
     def _plan(self, items: list[WriteItem]) -> None:
-        """Tell the first rank what this one writes, where that has changed; as the layout does not, it hardly does."""
-        news = None if items == self._items else items
+        """Send the first rank what this one writes, if that has changed. It rarely does, as the layout does not."""
+        changed = None if items == self._items else items
         self._items = items
         first = not self._group.rank()
         every: list[Any] | None = [None] * self._group.size() if first else None
-        self._waits()
-        dist.gather_object(news, every, group=self._group, group_dst=0)
-        if every and any(told is not None for told in every):
-            self._plans = [
-                plan if told is None else told for plan, told in zip(self._plans, every, strict=True)
-            ]
+        self._on_wait()
+        dist.gather_object(changed, every, group=self._group, group_dst=0)
+        if every and any(new is not None for new in every):
+            self._plans = [plan if new is None else new for plan, new in zip(self._plans, every, strict=True)]
             self._index = index_of(self._plans)
 
     def _write(self, partial: Path) -> Files:
+        """Write this rank's files, on its thread; the first rank also writes the index."""
         partial.mkdir(parents=True, exist_ok=True)
         files: Files = {}
         for name, items in files_of(self._group.rank(), self._items).items():
@@ -170,22 +179,25 @@ class Saver:
             files[manifest.INDEX] = tensorfile.write_text(partial / manifest.INDEX, index)
         return files
 
-    def _publish(self, flight: Flight, files: Files) -> Files:
+    def _publish(self, pending: PendingSave, files: Files) -> Files:
+        """On the thread of the first rank, publish a save and remove old checkpoints."""
         if not self._group.rank():
-            manifest.publish(flight.partial, flight.target, flight.facts, files)
+            manifest.publish(pending.partial, pending.target, pending.facts, files)
             manifest.prune(self._folder, keep=self._keep, keep_every=self._keep_every)
         return {}
 
-    def _agreed(self, flight: Flight) -> Files:
-        """Return the files of all ranks, once they have ended a leg. Raises WorldError where one failed at it."""
+    def _agreed(self, pending: PendingSave) -> Files:
+        """Return the files of all ranks, once all have ended a phase. Raises WorldError if one failed."""
         every: list[Any] = [None] * self._group.size()
-        mine = _outcome(flight)
-        self._waits()
+        mine = _outcome(pending)
+        self._on_wait()
         dist.all_gather_object(every, mine, group=self._group)
         ranks = dist.get_process_group_ranks(self._group)
-        failures = {rank: said for rank, said in zip(ranks, every, strict=True) if isinstance(said, Failure)}
+        failures = {
+            rank: found for rank, found in zip(ranks, every, strict=True) if isinstance(found, Failure)
+        }
         if failures:
-            raise WorldError(_in_words(flight, failures))
+            raise WorldError(_in_words(pending, failures))
         return {name: facts for files in every for name, facts in sorted(files.items())}
 
 
@@ -196,52 +208,54 @@ def open_saver(
     *,
     keep: int,
     keep_every: int = 0,
-    at: Callable[[str], None] = lambda _: None,
-    waits: Callable[[], None] = lambda: None,
+    on_phase: Callable[[str], None] = lambda _: None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[Saver]:
-    """Open what writes the checkpoints of a run into a folder; joint over `group`.
+    """Open the saver of a run's checkpoints in a folder. All ranks of `group` call it together.
 
-    At the end, the save in flight is waited for; after a failure, given up. `at` hears of the moments, and `waits`
-    whenever this rank has done its part and waits for the others.
+    At the end it waits for the pending save; after a failure it gives that up. The newest `keep` checkpoints are kept,
+    and those of steps that `keep_every` divides (0: no others).
     """
     if not group.rank():
         manifest.clear(folder)
-    waits()
-    dist.barrier(group)  # What follows may write where the first rank has just cleared.
+    on_wait()
+    dist.barrier(group)  # what follows may write where the first rank has just cleared
     with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
-        saver = Saver(folder, group, thread, keep=keep, keep_every=keep_every, at=at, waits=waits)
+        saver = Saver(
+            folder, group, thread, keep=keep, keep_every=keep_every, on_phase=on_phase, on_wait=on_wait
+        )
         try:
             yield saver
-            saver.settle()
+            saver.wait_for_save()
         except BaseException:
             saver.abandon()
             raise
 
 
 def save(
-    folder: Path, pieces: Pieces, facts: Mapping[str, Any], group: dist.ProcessGroup, *, keep: int
+    folder: Path, slices: TensorSlices, facts: Mapping[str, Any], group: dist.ProcessGroup, *, keep: int
 ) -> None:
-    """Write one checkpoint and wait for it; joint over `group`."""
+    """Write one checkpoint and wait for it. All ranks of `group` call it together."""
     with open_saver(folder, group, keep=keep) as saver:
-        saver.begin(pieces, facts)
+        saver.begin(slices, facts)
 
 
-def _outcome(flight: Flight) -> Files | Failure:
-    """Wait for a leg; return its files, or why there are none."""
+def _outcome(pending: PendingSave) -> Files | Failure:
+    """Wait for a phase; return its files, or why there are none."""
     try:
-        return flight.leg.result()
+        return pending.phase.result()
     except OSError as error:
-        return Failure(str(error.filename or flight.partial), error.errno or 0, str(error.strerror or error))
+        return Failure(str(error.filename or pending.partial), error.errno or 0, str(error.strerror or error))
 
 
-def _in_words(flight: Flight, failures: Mapping[int, Failure]) -> str:
-    """Say once what is wrong and what can be done, however many ranks met it."""
+def _in_words(pending: PendingSave, failures: Mapping[int, Failure]) -> str:
+    """Say once what is wrong and what to do about it, however many ranks have failed."""
     first = next(iter(failures.values()))
     same = ", ".join(str(rank) for rank, failure in failures.items() if failure.code == first.code)
     remedy = _REMEDIES.get(first.code, "Repair that")
     return (
-        f"checkpoint '{flight.target.name}' was not saved: '{first.where}': {first.message} (ranks {same}).\n"
-        f"    {remedy}, then go on with --resume {flight.target.parent.parent}. What was saved before is there."
+        f"checkpoint '{pending.target.name}' was not saved: '{first.where}': {first.message} (ranks {same}).\n"
+        f"    {remedy}, then continue with --resume {pending.target.parent.parent}. Earlier ones are still there."
     )
 
 
@@ -249,6 +263,6 @@ _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, or lower train.keep_checkpoints"),
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make the folder writable"),
-    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR), "Put aside what is there"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR), "Move away what is there"),
 }
-"""What a user can do about an error of the file system."""
+"""What a user can do about errors of the file system."""

@@ -4,8 +4,8 @@
     header    JSON: {"__metadata__": {...}, NAME: {"dtype": "F32", "shape": [...], "data_offsets": [...]}, ...}
     values    of all tensors, one after the other
 
-Wider values come first, then names in order, so every tensor is aligned, and equal tensors make equal files. What
-is written is hashed on its way and is on the disk when `write` returns. No more than one tensor is held.
+Tensors with wider values come first, then names in order. So every tensor is aligned, and equal tensors make equal
+files. `write` hashes what it writes, and returns when it is on the disk. Only one tensor at a time is in memory.
 """
 
 import errno
@@ -20,18 +20,18 @@ import attrs
 
 
 CHUNK = 1 << 24
-"""Bytes that are hashed and written at a time: other threads run meanwhile."""
+"""Bytes that are hashed and written at a time; other threads run in between."""
 
 HEADER_MOST = 100_000_000
-"""Bytes of a header that other readers take, too."""
+"""The largest header, in bytes, that other readers accept."""
 
 WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 """Bytes of a value."""
 
 
 @attrs.frozen(eq=False)
-class Entry:
-    """A tensor to write. `values` gives its bytes, when they are wanted."""
+class TensorEntry:
+    """A tensor to write; `values` returns its bytes, and is called when they are written."""
 
     name: str
     dtype: str
@@ -39,10 +39,10 @@ class Entry:
     values: Callable[[], memoryview]
 
 
-def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Write a file; return its size and checksum. Raises OSError."""
+def write(path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Write a file; return its ``bytes`` and ``sha256``. Raises OSError."""
     ordered = sorted(entries, key=lambda entry: (-WIDTHS[entry.dtype], entry.name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for entry in ordered:
         begin, end = end, end + size_of(entry.dtype, entry.shape)
@@ -63,14 +63,14 @@ def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> 
             values = entry.values()
             assert len(values) == size_of(entry.dtype, entry.shape), entry.name
             put(values)
-            del values  # before there are others
+            del values  # before the next tensor is in memory
         flush(file.fileno(), file.flush)
     return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
 
 
 @attrs.frozen
-class Found:
-    """A tensor in a file: what it is, and which bytes are its values."""
+class StoredTensor:
+    """A tensor in a file; its values are the bytes `begin` to `end` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,11 +78,11 @@ class Found:
     end: int
 
 
-def header_of(path: Path) -> dict[str, Found]:
+def header_of(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a file, without reading their values.
 
-    Raises ValueError, which says what is wrong, where the header is none or is not true of the file: values must
-    follow each other without a gap, to the end, each tensor with as many bytes as its shape takes.
+    Raises ValueError, with what is wrong, where there is no header or the file does not match it: the values of all
+    tensors must fill the rest of the file without a gap, and each must have as many bytes as its shape needs.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -92,23 +92,24 @@ def header_of(path: Path) -> dict[str, Found]:
         try:
             table = json.loads(file.read(length))
             table.pop("__metadata__", None)
-            found = {name: _found(of, 8 + length) for name, of in table.items()}
+            found = {name: _stored(entry, 8 + length) for name, entry in table.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"has a header that is none: {error!r}") from None
+            raise ValueError(f"has no valid header: {error!r}") from None
     end = 8 + length
     for name, of in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
         if of.dtype not in WIDTHS or (of.begin, of.end) != (end, end + size_of(of.dtype, of.shape)):
-            told = f"{of.dtype} {list(of.shape)}"
-            raise ValueError(f"says that '{name}', {told}, has the bytes {of.begin} to {of.end}")
+            kind = f"{of.dtype} {list(of.shape)}"
+            raise ValueError(f"says that '{name}', {kind}, has the bytes {of.begin} to {of.end}")
         end = of.end
     if end != size:
         raise ValueError(f"says that its tensors end at byte {end}; it has {size}")
     return found
 
 
-def _found(told: Mapping[str, Any], origin: int) -> Found:
-    begin, end = map(_count, told["data_offsets"])
-    return Found(str(told["dtype"]), tuple(map(_count, told["shape"])), origin + begin, origin + end)
+def _stored(entry: Mapping[str, Any], origin: int) -> StoredTensor:
+    """Return a tensor as its entry in a header describes it; values begin at `origin` in the file."""
+    begin, end = map(_count, entry["data_offsets"])
+    return StoredTensor(str(entry["dtype"]), tuple(map(_count, entry["shape"])), origin + begin, origin + end)
 
 
 def _count(value: object) -> int:
@@ -117,11 +118,11 @@ def _count(value: object) -> int:
     return value
 
 
-def read_into(path: Path, found: Found, values: memoryview) -> None:
-    """Read a tensor's bytes into memory that is there; the file is not mapped, so nothing else stays resident."""
-    assert len(values) == size_of(found.dtype, found.shape), path
+def read_into(path: Path, stored: StoredTensor, values: memoryview) -> None:
+    """Read a tensor's bytes into given memory. The file is not mapped, so that nothing else stays resident."""
+    assert len(values) == size_of(stored.dtype, stored.shape), path
     with path.open("rb", buffering=0) as file:
-        file.seek(found.begin)
+        file.seek(stored.begin)
         for start in range(0, len(values), CHUNK):
             part = values[start : start + CHUNK]
             if file.readinto(part) != len(part):
@@ -129,7 +130,7 @@ def read_into(path: Path, found: Found, values: memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> dict[str, Any]:
-    """Write a text beside tensor files, in the same way. Raises OSError."""
+    """Write a text file in the same way; return its ``bytes`` and ``sha256``. Raises OSError."""
     content = text.encode()
     with path.open("wb") as file:
         file.write(content)
@@ -138,7 +139,7 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
 
 
 def flush(descriptor: int, buffered: Callable[[], None]) -> None:
-    """Return when what was written is on the disk."""
+    """Wait until what was written is on the disk."""
     buffered()
     os.fsync(descriptor)
 

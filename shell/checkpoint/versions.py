@@ -1,13 +1,22 @@
-"""Versions: with what something was computed, as reports and checkpoints say it."""
+"""Versions: what computed something, as reports and checkpoints record it: the software, and the kind of machine.
+
+A resumed run is bitwise the one that never stopped only with the same software on the same kind of machine: other CPUs
+run other kernels, which round differently.
+"""
 
 import importlib.metadata
 import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a run computes with, by name.
+    """Return the versions of the software that a run computes with, by name.
 
-    A package may be there and not installed: mimogrid in a checkout, on the path of Python.
+    A package can be importable without being installed: mimogrid in a checkout, on the path of Python.
     """
     return {"python": platform.python_version()} | {
         name: _version(name) for name in ("mimogrid", "torch", "megatron-core")
@@ -19,3 +28,34 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Return the kind of machine that computes, and the kernels that torch chooses on its CPU."""
+    name = _processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        "device": device.type,
+        "processor": name,
+        "architecture": platform.machine(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    """Return the name of the CPU's model."""
+    try:
+        found = re.search(
+            r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
+        )
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()
+
+
+def differences(facts: Mapping[str, Mapping[str, str]], device: torch.device) -> list[str]:
+    """Return how this machine and its torch differ from those that wrote a manifest; old ones name no machine."""
+    now = machine(device) | {"torch": versions()["torch"]}
+    written = {**facts.get("machine", {}), "torch": facts.get("versions", {}).get("torch", now["torch"])}
+    return [
+        f"{key} {now[key]} instead of {written[key]}" for key in now if written.get(key, now[key]) != now[key]
+    ]

@@ -1,4 +1,4 @@
-"""The command line: one file for what is said to each command, and for what it prints.
+"""The command line: arguments, one file for each larger command, and what they print.
 
 May import: everything below.
 """

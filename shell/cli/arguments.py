@@ -1,176 +1,58 @@
-"""Arguments: what can be said to each command.
+"""Arguments: one frozen value per command, and the parser that makes it.
 
-Each parser says by `command` which function runs (`commands`), and with `job` what is opened before.
+    >>> parse(["check", "job.toml", "--set", "train.steps=20"])
+    CheckArgs(json=False, job=PosixPath('job.toml'), overrides=('train.steps=20',))
+
+A field is an argument. Its name is the flag (`max_shard_gb` is ``--max-shard-gb``), its metadata goes to argparse. The
+docstring of a class is the help of its command.
 """
 
+# ruff: noqa: RUF009 -- the functions in the class bodies return fields
+
 import argparse
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import attrs
+
 from mimogrid.core.pricing.machine import EFFICIENCY
-from mimogrid.shell.cli import commands
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; what it gives has `command`, `job` and `json`, and the command's own."""
-    made = _Parser(prog="mimogrid", description="Run `mimogrid` alone for an overview.")
-    subparsers: Any = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("job", type=Path, metavar="JOB", help="the job file")
-    common.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the job file, such as train.steps=20; repeatable",
-    )
-    common.add_argument("--json", action="store_true", help="print one JSON value")
-    of_rank = argparse.ArgumentParser(add_help=False)
-    of_rank.add_argument("--rank", type=int, metavar="R", help="only this rank")
-
-    def add(name: str, command: Callable[..., int], text: str, *more: Any) -> argparse.ArgumentParser:
-        added: argparse.ArgumentParser = subparsers.add_parser(
-            name, help=text, description=text, parents=[common, *more]
-        )
-        added.set_defaults(command=command)
-        return added
-
-    _add_planning_commands(add, of_rank)
-    _add_running_commands(add)
-    _add_checkpoint_commands(subparsers)
-    return made
+def _positional(metavar: str, text: str) -> Any:
+    """Return a field that is an argument without a flag."""
+    return attrs.field(metadata={"flags": (), "type": Path, "metavar": metavar, "help": text})
 
 
-def _add_planning_commands(
-    add: Callable[..., argparse.ArgumentParser], of_rank: argparse.ArgumentParser
-) -> None:
-    """Add commands that need no torch and no world; `add` makes one that begins with a job."""
-    add("check", commands.check, "parse and verify a job, without torch")
-    roles_parser = add("roles", commands.roles, "who does what", of_rank)
-    roles_parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the map of ranks into a file")
-    add("show", commands.show, "the program of each rank", of_rank)
-    verify_parser = add("verify", commands.prove, "prove a program sound, without torch")
-    verify_parser.add_argument(
-        "--program",
-        type=Path,
-        metavar="FILE",
-        help="prove this one, as `show` prints it, instead of the job's own",
-    )
-    verify_parser.add_argument(
-        "--strict", action="store_true", help="one serial queue per pair of ranks must do, too"
-    )
-    _add_simulate_options(add("simulate", commands.simulate, "the timeline of a step, without running it"))
-    _add_plan_options(
-        add("plan", commands.plan, "the fastest layout on so many GPUs, and why the others are not")
-    )
+def _option(metavar: str | None, text: str, kind: Any = str, default: Any = None, **more: Any) -> Any:
+    """Return a field that is an option with a value; with `required` it has no default."""
+    metadata = {"type": kind, "metavar": metavar, "help": text, **more}
+    return attrs.field(default=attrs.NOTHING if "required" in more else default, metadata=metadata)
 
 
-def _add_running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add commands that start a world of ranks, or join one; `add` makes one that begins with a job."""
-    train_parser = add("train", commands.train, "train a job")
-    train_parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
-    _add_changed(train_parser)
-    train_parser.add_argument(
-        "--transport",
-        choices=["host", "nccl"],
-        help="move data through host memory, or give each local rank a GPU of its own",
-    )
-    probe_parser = add("probe", commands.probe, "measure what a job costs on this machine, as a costs file")
-    probe_parser.add_argument("--out", type=Path, metavar="FILE", help="write the costs file there")
-    probe_parser.add_argument("--repeat", type=int, default=3, metavar="N", help="steps to measure")
-    probe_parser.add_argument(
-        "--microbatch-sizes",
-        type=_sizes,
-        default=(),
-        metavar="N,N,...",
-        help="measure microbatches of so many samples, too",
-    )
-    parity_parser = add("parity", commands.parity, "compare a job's layout with one process")
-    parity_parser.add_argument("--steps", type=int, default=1, metavar="K", help="steps to compare")
+def _switch(text: str) -> Any:
+    """Return a field that is an option without a value."""
+    return attrs.field(default=False, metadata={"action": "store_true", "help": text})
 
 
-def _add_checkpoint_commands(subparsers: Any) -> None:
-    """Add commands that begin with what a run has left, and not with a job."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run, or of a checkpoint")
-    common.add_argument("--json", action="store_true", help="print one JSON value")
-    text = "what is in checkpoints, and which layouts fit, without torch"
-    inspect_parser = subparsers.add_parser("inspect", help=text, description=text, parents=[common])
-    inspect_parser.add_argument("--job", type=Path, metavar="JOB", help="a job: can it go on from there?")
-    inspect_parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    _add_changed(inspect_parser)
-    inspect_parser.set_defaults(command=commands.inspect)
-    text = "the weights of a run for others"
-    export_parser = subparsers.add_parser("export", help=text, description=text, parents=[common])
-    export_parser.add_argument("--to", choices=["safetensors", "dcp"], required=True, help="the format")
-    export_parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; it must be new or empty")
-    export_parser.add_argument(
-        "--max-shard-gb", type=float, default=5.0, metavar="X", help="cut larger modules into several files"
-    )
-    export_parser.set_defaults(command=commands.export, job=None)
+def _repeated(metavar: str, text: str, kind: Any = str, **more: Any) -> Any:
+    """Return a field that is an option with a value, as often as wanted."""
+    metadata = {"type": kind, "metavar": metavar, "action": "append", "help": f"{text}; repeatable", **more}
+    return attrs.field(default=(), converter=tuple, metadata=metadata)
 
 
-def _add_changed(parser: argparse.ArgumentParser) -> None:
-    text = "this key of the job may differ from that of the run: it is meant; repeatable"
-    parser.add_argument("--changed", action="append", default=[], metavar="KEY", help=text)
+def _overrides() -> Any:
+    text = "override a key of the job file, such as train.steps=20"
+    return _repeated("KEY=VALUE", text, flags=("--set",))
 
 
-def _add_simulate_options(parser: argparse.ArgumentParser) -> None:
-    files = {
-        "--svg": "draw the timeline into a file",
-        "--trace": "write a trace for Perfetto",
-        "--compare": "another job, simulated beside this one; --set is for JOB alone",
-    }
-    for option, text in files.items():
-        parser.add_argument(option, type=Path, metavar="FILE", help=text)
-    parser.add_argument(
-        "--costs",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="seconds of stages and edges; a second one is for --compare",
-    )
-    parser.add_argument("--gpu", metavar="NAME", help="price FLOPs and bytes by an accelerator, such as h100")
-    _add_efficiency(parser)
-    parser.add_argument("--schedule", metavar="NAME", help="another schedule than the job's, or all")
-    parser.add_argument(
-        "--ragged", action="store_true", help="dp ranks take as long as what they have of the step's data"
-    )
-    parser.add_argument(
-        "--jitter",
-        type=float,
-        default=0.0,
-        metavar="SIGMA",
-        help="every compute action takes longer or shorter: the standard deviation of the logarithm",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="what the jitter is drawn from")
-    parser.add_argument("--step", type=int, default=0, metavar="K", help="the step whose samples are taken")
-    parser.add_argument(
-        "--draws", type=int, default=1, metavar="N", help="as many seeds, and steps if ragged"
-    )
+def _changed() -> Any:
+    return _repeated("KEY", "allow this key of the job to differ from the run's")
 
 
-def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs that are allocated")
-    parser.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as h100 or a100")
-    parser.add_argument("--memory-gb", type=float, metavar="X", help="memory of each; default: all it has")
-    _add_efficiency(parser)
-    parser.add_argument("--precision", metavar="P", help="price another precision than the job's")
-    parser.add_argument(
-        "--costs",
-        type=Path,
-        metavar="FILE",
-        help="how long the modules of the job took, as `probe` writes it",
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the best one as a job file")
-
-
-def _add_efficiency(parser: argparse.ArgumentParser) -> None:
-    text = f"part of its peak that a GPU reaches; {EFFICIENCY}"
-    parser.add_argument("--efficiency", type=float, default=EFFICIENCY, metavar="E", help=text)
+def _efficiency() -> Any:
+    text = f"the fraction of its peak FLOP/s that a GPU reaches; default {EFFICIENCY}"
+    return _option("E", text, float, EFFICIENCY)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -181,8 +63,204 @@ def _sizes(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers, such as 1,2,4") from None
 
 
+# -- the commands ------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Args:
+    """What every command takes."""
+
+    json: bool = _switch("print one JSON value and nothing else")
+
+
+@attrs.frozen(kw_only=True)
+class JobArgs(Args):
+    """What every command on a job takes."""
+
+    job: Path = _positional("JOB", "the job file")
+    overrides: tuple[str, ...] = _overrides()
+
+
+@attrs.frozen(kw_only=True)
+class RunArgs(Args):
+    """What every command on the checkpoints of a run takes."""
+
+    folder: Path = _positional("RUN", "the folder of a run or of a checkpoint")
+
+
+@attrs.frozen(kw_only=True)
+class CheckArgs(JobArgs):
+    """Check a job and show its layout. Needs no torch."""
+
+
+@attrs.frozen(kw_only=True)
+class RolesArgs(JobArgs):
+    """Show the role of each rank, as a table and a map."""
+
+    rank: int | None = _option("R", "show this rank only", int)
+    svg: Path | None = _option("FILE", "draw the map of the ranks into this file", Path)
+
+
+@attrs.frozen(kw_only=True)
+class ShowArgs(JobArgs):
+    """Print every action of each rank in a step."""
+
+    rank: int | None = _option("R", "show this rank only", int)
+
+
+@attrs.frozen(kw_only=True)
+class VerifyArgs(JobArgs):
+    """Prove that a program is complete, in order and free of deadlock. Needs no torch."""
+
+    program: Path | None = _option(
+        "FILE", "verify the program in this file, as `show` prints it, instead of the job's own", Path
+    )
+    strict: bool = _switch("the program must also run with one serial queue per pair of ranks")
+
+
+@attrs.frozen(kw_only=True)
+class SimulateArgs(JobArgs):
+    """Time a step without running it: idle time and its causes, memory, pictures. Needs no torch."""
+
+    svg: Path | None = _option("FILE", "draw the timeline into this file", Path)
+    trace: Path | None = _option("FILE", "write a trace for Perfetto", Path)
+    compare: Path | None = _option(
+        "FILE", "simulate this job, too, and compare; --set applies to JOB only", Path
+    )
+    costs: tuple[Path, ...] = _repeated(
+        "FILE", "a costs file: seconds of stages and edges; the second one is for the job of --compare", Path
+    )
+    gpu: str | None = _option("NAME", "estimate costs from the data sheet of this GPU, such as h100")
+    efficiency: float = _efficiency()
+    schedule: str | None = _option(
+        "NAME", "use this schedule instead of the job's; `all` compares all of them"
+    )
+    ragged: bool = _switch("time each dp rank by its own samples of the step")
+    jitter: float = _option(
+        "SIGMA", "vary the time of every compute action: the standard deviation of its logarithm", float, 0.0
+    )
+    seed: int = _option("N", "the seed of the jitter", int, 0)
+    step: int = _option("K", "simulate the samples of this step, counted from 0", int, 0)
+    draws: int = _option("N", "simulate this many seeds, and with --ragged as many steps", int, 1)
+
+
+@attrs.frozen(kw_only=True)
+class PlanArgs(JobArgs):
+    """Find the fastest layout on a number of GPUs, and say why the others are slower."""
+
+    gpus: int = _option("N", "the number of GPUs", int, required=True)
+    gpu: str = _option("NAME", "the kind of GPU, such as h100 or a100", required=True)
+    memory_gb: float | None = _option("X", "the memory of each GPU in GB; default: that of its kind", float)
+    efficiency: float = _efficiency()
+    precision: str | None = _option("P", "estimate costs for this precision instead of the job's")
+    costs: Path | None = _option("FILE", "measured times of the job's modules, as `probe` writes them", Path)
+    out: Path | None = _option("FILE", "write the fastest layout as a job file", Path)
+
+
+@attrs.frozen(kw_only=True)
+class ProbeArgs(JobArgs):
+    """Measure the costs of a job on this machine, as a costs file for `simulate`."""
+
+    out: Path | None = _option("FILE", "write the costs file here instead of printing it", Path)
+    repeat: int = _option("N", "the number of steps to measure; default 3", int, 3)
+    microbatch_sizes: tuple[int, ...] = _option(
+        "N,N,...", "measure microbatches of these numbers of samples, too", _sizes, ()
+    )
+
+
+@attrs.frozen(kw_only=True)
+class TrainArgs(JobArgs):
+    """Train a job, on this machine or under torchrun."""
+
+    resume: Path | None = _option("RUN", "continue the run in this folder", Path)
+    changed: tuple[str, ...] = _changed()
+    transport: str | None = _option(
+        None,
+        "send data through host memory, or give each local rank its own GPU and use NCCL",
+        choices=("host", "nccl"),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ParityArgs(JobArgs):
+    """Compare the gradients of a job with those of the same model on one process."""
+
+    steps: int = _option("K", "the number of steps to compare; default 1", int, 1)
+
+
+@attrs.frozen(kw_only=True)
+class InspectArgs(RunArgs):
+    """Show what checkpoints hold, whether they are whole and which layouts fit. Needs no torch."""
+
+    job: Path | None = _option("JOB", "say whether this job can continue from there", Path)
+    overrides: tuple[str, ...] = _overrides()
+    changed: tuple[str, ...] = _changed()
+
+
+@attrs.frozen(kw_only=True)
+class ExportArgs(RunArgs):
+    """Write the weights of a run as safetensors or as torch's distributed checkpoint."""
+
+    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp"))
+    out: Path | None = _option("FOLDER", "write into this folder, which must be new or empty", Path)
+    max_shard_gb: float = _option(
+        "X", "split modules larger than this many GB into several files; default 5", float, 5.0
+    )
+
+
+COMMANDS: Mapping[str, type[Args]] = {
+    "check": CheckArgs,
+    "roles": RolesArgs,
+    "show": ShowArgs,
+    "verify": VerifyArgs,
+    "simulate": SimulateArgs,
+    "plan": PlanArgs,
+    "probe": ProbeArgs,
+    "train": TrainArgs,
+    "parity": ParityArgs,
+    "inspect": InspectArgs,
+    "export": ExportArgs,
+}
+
+
+# -- parsing -----------------------------------------------------------------------------------------------
+
+
+def parse(words: Sequence[str]) -> Args:
+    """Return the arguments of a command. Raises SystemExit for --help, and with code 2 for what is wrong."""
+    found = vars(_parser().parse_args(words))
+    return COMMANDS[found.pop("command")](**found)
+
+
+def overview() -> str:
+    """Return what `mimogrid` alone prints: every command and what it does."""
+    nouns = {name: "RUN" if issubclass(of, RunArgs) else "JOB" for name, of in COMMANDS.items()}
+    commands = (f"    mimogrid {f'{name} {nouns[name]}':<14}{of.__doc__}\n" for name, of in COMMANDS.items())
+    return (
+        "mimogrid trains multimodal models in which every module has its own grid of ranks.\n\n"
+        f"{''.join(commands)}\n"
+        "JOB is a TOML file; start with one from examples/. --set train.steps=20 overrides a key of it.\n"
+        "`mimogrid COMMAND --help` lists the options.\n"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mimogrid", description="Run `mimogrid` alone for an overview.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, of in COMMANDS.items():
+        # Values that are not given have no place in what argparse returns: the fields say the defaults.
+        added = commands.add_parser(
+            name, help=of.__doc__, description=of.__doc__, argument_default=argparse.SUPPRESS
+        )
+        for field in sorted(attrs.fields(of), key=lambda field: field.metadata.get("flags") != ()):
+            how = dict(field.metadata)
+            flags = how.pop("flags", (f"--{field.name.replace('_', '-')}",))
+            added.add_argument(*(flags or (field.name,)), **({"dest": field.name} if flags else {}), **how)
+    return parser
+
+
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command in our words."""
+    """Says in our words what is wrong with a command."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n    See {self.prog} --help.\n")

@@ -1,59 +1,137 @@
-"""Commands: each is given a job that is open, and what was said besides; it returns an exit code.
+"""Commands: which function runs for which arguments, and the short commands themselves.
 
 Whatever takes long to import, or needs torch, is imported by the command that uses it.
 """
 
-import argparse
 import contextlib
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
-from mimogrid.core.program.lower import Program, plan_step
-from mimogrid.core.program.verify import verify
+from mimogrid.core.program.lower import plan_step
+from mimogrid.core.program.verify import verify as faults_of
 from mimogrid.core.step.traffic import EdgeTraffic, edge_traffic
 from mimogrid.core.topology.roles import RankRole, role_of
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.cli import start
+from mimogrid.shell.cli.arguments import (
+    Args,
+    CheckArgs,
+    ExportArgs,
+    InspectArgs,
+    JobArgs,
+    ParityArgs,
+    PlanArgs,
+    ProbeArgs,
+    RolesArgs,
+    ShowArgs,
+    SimulateArgs,
+    TrainArgs,
+    VerifyArgs,
+)
 from mimogrid.shell.cli.output import print_json, write
-from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.job.builders import PlanWarning
+from mimogrid.shell.job.jobs import Job, open_job
 
 
-def check(job: Job, given: argparse.Namespace) -> int:
-    """Verify the program of step 0, and say what runs where and what crosses the edges."""
+def run(args: Args) -> int:  # noqa: PLR0911 -- a line for each command
+    """Run a command; return its exit code. Raises PlanError and WorldError."""
+    with _torch_is_needed():
+        match args:
+            case CheckArgs():
+                return check(_opened(args), args)
+            case RolesArgs():
+                return roles(_opened(args), args)
+            case ShowArgs():
+                return show(_opened(args), args)
+            case VerifyArgs():
+                return verify(_opened(args), args)
+            case SimulateArgs():
+                from mimogrid.shell.cli import simulate  # noqa: PLC0415 -- only what is used
+
+                return simulate.run(_opened(args), args)
+            case PlanArgs():
+                from mimogrid.shell.cli import plan  # noqa: PLC0415 -- only what is used
+
+                return plan.run(_opened(args), args)
+            case ProbeArgs():
+                return start.probe(_opened(args, notes=False), args)
+            case TrainArgs():
+                return start.train(_opened(args, notes=False), args)
+            case ParityArgs():
+                return start.parity(_opened(args, notes=False), args)
+            case InspectArgs():
+                from mimogrid.shell.cli import inspect  # noqa: PLC0415 -- only what is used
+
+                return inspect.run(None if args.job is None else _opened(args), args)
+            case ExportArgs():
+                from mimogrid.shell.cli import export  # noqa: PLC0415 -- imports torch
+
+                return export.run(args)
+            case _:
+                raise AssertionError(args)
+
+
+@contextlib.contextmanager
+def _torch_is_needed() -> Iterator[None]:
+    """Say how to get what a command needs and is not installed. Raises WorldError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in {"torch", "megatron"}:
+            raise
+        message = f"this command needs {error.name}: pip install 'mimogrid[train]'"
+        raise WorldError(message) from None
+
+
+def _opened(args: JobArgs | InspectArgs, *, notes: bool = True) -> Job:
+    """Open the job of a command; note what cannot be checked without torch, unless the ranks will check it."""
+    assert args.job is not None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PlanWarning)
+        job = open_job(args.job, args.overrides)
+    for warning in caught if notes else ():
+        print(f"note: {warning.message}", file=sys.stderr)
+    return job
+
+
+def check(job: Job, args: CheckArgs) -> int:
+    """Verify the program of step 0; print the layout and what crosses the edges."""
     edges: tuple[EdgeTraffic, ...] = ()
     if job.source is not None:
         step = job.step(0)
-        faults = verify(plan_step(step, job.order))
+        faults = faults_of(plan_step(step, job.order))
         if faults:
             remedy = "This is a fault of mimogrid, not of the job: please report it with the job file."
             raise PlanError(Problem("program", fault, remedy) for fault in faults)
         edges = edge_traffic(step)
-    if given.json:
+    if args.json:
         print_json({"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]})
     else:
-        from mimogrid.shell.cli import roles as banner  # noqa: PLC0415 -- rich takes longer to import than to check a job
+        from mimogrid.shell.cli.roles import print_layout  # noqa: PLC0415 -- rich is slow to import
 
-        banner.print_layout(job.topology, edges)
+        print_layout(job.topology, edges)
     return 0
 
 
-def roles(job: Job, given: argparse.Namespace) -> int:
-    """Say who does what."""
+def roles(job: Job, args: RolesArgs) -> int:
+    """Print the role of each rank."""
     topology = job.topology
-    chosen = [role_of(topology, rank) for rank in _ranks(topology, given.rank)]
-    if given.svg:
+    chosen = [role_of(topology, rank) for rank in _ranks(topology, args.rank)]
+    if args.svg:
         from mimogrid.core.draw.ranks import rank_map_svg  # noqa: PLC0415 -- only what is used
 
-        write(given.svg, [rank_map_svg(topology)])
-    if given.json:
+        write(args.svg, [rank_map_svg(topology)])
+    if args.json:
         print_json({"world_size": topology.world_size, "ranks": [_role_values(role) for role in chosen]})
     else:
-        from mimogrid.shell.cli import roles as banner  # noqa: PLC0415
+        from mimogrid.shell.cli.roles import print_roles  # noqa: PLC0415 -- rich is slow to import
 
-        banner.print_roles(topology, chosen)
+        print_roles(topology, chosen)
     return 0
 
 
@@ -75,105 +153,32 @@ def _role_values(role: RankRole) -> dict[str, Any]:
     }
 
 
-def show(job: Job, given: argparse.Namespace) -> int:
+def show(job: Job, args: ShowArgs) -> int:
     """Print the program of step 0."""
-    program = _first_program(job)
+    program = plan_step(job.step(0), job.order)
     programs = {
-        rank: [str(action) for action in program.of(rank)] for rank in _ranks(job.topology, given.rank)
+        rank: [str(action) for action in program.of(rank)] for rank in _ranks(job.topology, args.rank)
     }
-    if given.json:
+    if args.json:
         print_json({"programs": programs})
         return 0
     for rank, actions in programs.items():
         hosted = ", ".join(str(info.stage) for info in job.topology.role(rank).stages)
-        print(f"rank {rank}    # {hosted or 'idles: it is in no grid'}")
+        print(f"rank {rank}    # {hosted or 'idle: in no grid'}")
         for action in actions:
             print(f"    {action}")
     return 0
 
 
-def prove(job: Job, given: argparse.Namespace) -> int:
-    """Verify the program of step 0, or one from a file, and say what is in it."""
-    from mimogrid.shell.cli.verify import verdict  # noqa: PLC0415 -- only what is used
+def verify(job: Job, args: VerifyArgs) -> int:
+    """Verify the program of step 0, or one from a file; print what is in it."""
+    from mimogrid.shell.cli.verify import report_on  # noqa: PLC0415 -- only what is used
 
-    found = verdict(_first_program(job), given.program, strict=given.strict)
-    if found.problems and not given.json:
-        raise PlanError(found.problems)
-    if found.problems:
-        problems = [attrs.asdict(problem) for problem in found.problems]
-        print_json({"ok": False, "strict": found.strict, "problems": problems})
-        return 2
-    if given.json:
-        print_json({"ok": True, **attrs.asdict(found)})
-    else:
-        print(found)
-    return 0
-
-
-def simulate(job: Job, given: argparse.Namespace) -> int:
-    """Simulate a step."""
-    from mimogrid.shell.cli import simulate as simulation  # noqa: PLC0415 -- only what is used
-
-    return simulation.run(job, given)
-
-
-def plan(job: Job, given: argparse.Namespace) -> int:
-    """Search for the fastest layout."""
-    from mimogrid.shell.cli import plan as planning  # noqa: PLC0415 -- only what is used
-
-    return planning.run(job, given)
-
-
-def train(job: Job, given: argparse.Namespace) -> int:
-    """Train the job."""
-    with _torch_is_needed():
-        return start.train(
-            job,
-            resume=given.resume,
-            changed=given.changed,
-            transport=given.transport,
-            as_json=given.json,
-        )
-
-
-def probe(job: Job, given: argparse.Namespace) -> int:
-    """Measure what the job costs on this machine."""
-    sizes = given.microbatch_sizes
-    with _torch_is_needed():
-        return start.probe(job, repeat=given.repeat, sizes=sizes, out=given.out, as_json=given.json)
-
-
-def parity(job: Job, given: argparse.Namespace) -> int:
-    """Compare the job's layout with the same model on one process."""
-    with _torch_is_needed():
-        return start.parity(job, steps=given.steps, as_json=given.json)
-
-
-def inspect(job: Job | None, given: argparse.Namespace) -> int:
-    """Say what is in checkpoints."""
-    from mimogrid.shell.cli import inspect as inspection  # noqa: PLC0415 -- only what is used
-
-    return inspection.run(job, given)
-
-
-def export(_: None, given: argparse.Namespace) -> int:
-    """Write the weights of a checkpoint for others."""
-    with _torch_is_needed():
-        from mimogrid.shell.cli import export as exporting  # noqa: PLC0415 -- imports torch
-
-        return exporting.run(given)
-
-
-@contextlib.contextmanager
-def _torch_is_needed() -> Iterator[None]:
-    """Say how to get what a command needs and is not installed. Raises WorldError."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in {"torch", "megatron"}:
-            raise
-        message = f"this command needs {error.name}: pip install 'mimogrid[train]'"
-        raise WorldError(message) from None
+    report = report_on(plan_step(job.step(0), job.order), args.program, strict=args.strict)
+    if report.problems and not args.json:
+        raise PlanError(report.problems)
+    print_json(report.as_json()) if args.json else print(report)
+    return 2 if report.problems else 0
 
 
 def _ranks(topology: Topology, rank: int | None) -> Sequence[int]:
@@ -185,8 +190,3 @@ def _ranks(topology: Topology, rank: int | None) -> Sequence[int]:
         message = f"rank {rank} is not in the world of {len(world)} ranks."
         raise PlanError([Problem("--rank", message, f"Use 0 to {len(world) - 1}.")])
     return (rank,)
-
-
-def _first_program(job: Job) -> Program:
-    """Return the program of step 0. Raises PlanError where its samples are not known."""
-    return plan_step(job.step(0), job.order)

@@ -1,16 +1,15 @@
-"""Export: the weights of a checkpoint as others read them, on one process and without a world.
+"""Export: the weights of a checkpoint in formats that others read, by one process without a world.
 
-    safetensors   a file for each module (`vision.safetensors`), parameters under their names inside of it, or several
-                  files and an index where it is large; and `config.json`: what the modules are
-    dcp           torch's own distributed checkpoint, for `torch.distributed.checkpoint.load`, ``module.parameter``
-                  as name. It pickles its metadata: that is torch's format. We write it and never read it.
+    safetensors   a file for each module (`vision.safetensors`), with parameters under their names in the module;
+                  several files and an index for a large module; and `config.json`, which describes the modules
+    dcp           torch's distributed checkpoint, for `torch.distributed.checkpoint.load`, with ``module.parameter``
+                  as name. torch pickles its metadata. We write this format and never read it.
 
-Weights are what the optimizer updates: fp32 where the network computes in half precision. One tensor at a time is in
-memory, put together from its parts, and no file is mapped: pages that were read would stay. The folder gets its name
-when it is whole.
+The weights are the main parameters: fp32 where the network computes in half precision. Only one tensor at a time is in
+memory, assembled from its parts. Files are not memory-mapped, because pages that were read would stay resident. The
+folder gets its name when it is complete.
 """
 
-import argparse
 import json
 import warnings
 from collections.abc import Mapping
@@ -28,22 +27,19 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.spec import ModuleSpec
 from mimogrid.shell.checkpoint import manifest, tensorfile
 from mimogrid.shell.checkpoint.files import DTYPES, values_of
-from mimogrid.shell.checkpoint.manifest import CHECKPOINTS, OPTIMIZER, PARTIAL, Stored, canonical
-from mimogrid.shell.checkpoint.tensorfile import Entry, Found
+from mimogrid.shell.checkpoint.manifest import CHECKPOINTS, OPTIMIZER, PARTIAL, IndexedTensor, canonical
+from mimogrid.shell.checkpoint.tensorfile import StoredTensor, TensorEntry
+from mimogrid.shell.cli.arguments import ExportArgs
 from mimogrid.shell.cli.output import print_json
 from mimogrid.shell.job import jobfile
 
 
-FORMATS = ("safetensors", "dcp")
-
-
-def run(given: argparse.Namespace) -> int:
+def run(args: ExportArgs) -> int:
     """Export the newest checkpoint of a run, or the one that is named."""
-    checkpoint = manifest.newest_of(given.folder)
-    out = given.out or _beside(checkpoint, given.to)
-    most = int(given.max_shard_gb * 1e9)
-    files = export(checkpoint, out, to=given.to, bytes_most=most)
-    if given.json:
+    checkpoint = manifest.newest_of(args.folder)
+    out = args.out or _beside(checkpoint, args.to)
+    files = export(checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9))
+    if args.json:
         print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
     else:
         print(f"{checkpoint.name} -> {out}: {', '.join(files)}")
@@ -51,7 +47,10 @@ def run(given: argparse.Namespace) -> int:
 
 
 def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int) -> list[str]:
-    """Write the weights of a whole checkpoint into a new folder; return the files. Raises PlanError."""
+    """Write the weights of a whole checkpoint into a new folder; return the names of the files. Raises PlanError.
+
+    No file of safetensors has more than `bytes_most`, unless a single parameter has.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
     index = {n: s for n, s in manifest.read_index(checkpoint).items() if not n.startswith(OPTIMIZER)}
@@ -73,6 +72,7 @@ def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int) -> list[str
 
 
 def _beside(checkpoint: Path, to: str) -> Path:
+    """Return the default folder of an export: in the run, named after the checkpoint and the format."""
     parent = checkpoint.resolve().parent
     folder = parent.parent if parent.name == CHECKPOINTS else parent
     return folder / f"{checkpoint.name}-{to}"
@@ -83,30 +83,30 @@ def _beside(checkpoint: Path, to: str) -> Path:
 
 @attrs.frozen(eq=False)
 class Weights:
-    """The weights of a checkpoint, put together one by one; files by their name."""
+    """The weights of a checkpoint, assembled one by one: its `index`, and the tensors in its files."""
 
     checkpoint: Path
-    stored: Mapping[str, Stored]
-    files: Mapping[str, Mapping[str, Found]]
+    index: Mapping[str, IndexedTensor]
+    files: Mapping[str, Mapping[str, StoredTensor]]
 
     def full(self, name: str) -> torch.Tensor:
-        """Return a whole tensor."""
-        stored = self.stored[name]
+        """Return a full tensor."""
+        stored = self.index[name]
         whole = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
         for part in stored.parts:
-            there = whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))]
-            block = there if there.is_contiguous() else torch.empty_like(there)
-            found = self.files[part.file][name]
-            tensorfile.read_into(self.checkpoint / part.file, found, values_of(block))
-            if block is not there:
-                there.copy_(block)
+            target = whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))]
+            block = target if target.is_contiguous() else torch.empty_like(target)
+            in_file = self.files[part.file][name]
+            tensorfile.read_into(self.checkpoint / part.file, in_file, values_of(block))
+            if block is not target:
+                target.copy_(block)
         return whole
 
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def _weights(checkpoint: Path, index: Mapping[str, Stored]) -> Weights:
+def _weights(checkpoint: Path, index: Mapping[str, IndexedTensor]) -> Weights:
     names = {part.file for stored in index.values() for part in stored.parts}
     return Weights(checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names})
 
@@ -117,7 +117,7 @@ def _weights(checkpoint: Path, index: Mapping[str, Stored]) -> Weights:
 def _write_safetensors(folder: Path, weights: Weights, checkpoint: Path, bytes_most: int) -> None:
     facts = manifest.read_manifest(checkpoint)
     modules: dict[str, list[str]] = {}
-    for name in sorted(weights.stored):
+    for name in sorted(weights.index):
         modules.setdefault(name.partition(".")[0], []).append(name)
     files = {
         module: _write_module(folder, module, weights, names, bytes_most) for module, names in modules.items()
@@ -139,6 +139,7 @@ def _write_safetensors(folder: Path, weights: Weights, checkpoint: Path, bytes_m
 
 
 def _options(module: ModuleSpec) -> Mapping[str, Any]:
+    """Return the options of a module's model as plain values."""
     options: Any = module.options
     return attrs.asdict(options) if attrs.has(type(options)) else options
 
@@ -146,12 +147,12 @@ def _options(module: ModuleSpec) -> Mapping[str, Any]:
 def _write_module(
     folder: Path, module: str, weights: Weights, names: list[str], bytes_most: int
 ) -> list[str]:
-    """Write one module; return its files."""
+    """Write one module; return the names of its files."""
 
-    def entry(name: str) -> Entry:
-        stored = weights.stored[name]
+    def entry(name: str) -> TensorEntry:
+        stored = weights.index[name]
         inside = name.removeprefix(f"{module}.")
-        return Entry(inside, stored.dtype, stored.shape, lambda: values_of(weights.full(name)))
+        return TensorEntry(inside, stored.dtype, stored.shape, lambda: values_of(weights.full(name)))
 
     shards = _shards(weights, names, bytes_most)
     if len(shards) == 1:
@@ -161,7 +162,7 @@ def _write_module(
         where = {
             n.removeprefix(f"{module}."): file for file, of in zip(files, shards, strict=True) for n in of
         }
-        total = sum(weights.stored[name].bytes for name in names)
+        total = sum(weights.index[name].bytes for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         tensorfile.write_text(folder / f"{module}.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     for file, of in zip(files, shards, strict=True):
@@ -170,11 +171,11 @@ def _write_module(
 
 
 def _shards(weights: Weights, names: list[str], bytes_most: int) -> list[list[str]]:
-    """Deal parameters to files of at most so many bytes; one that is larger has a file of its own."""
+    """Group parameters into files of at most `bytes_most`; a larger parameter gets its own file."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in names:
-        size = weights.stored[name].bytes
+        size = weights.index[name].bytes
         if shards[-1] and filled + size > bytes_most:
             shards.append([])
             filled = 0
@@ -187,13 +188,13 @@ def _shards(weights: Weights, names: list[str], bytes_most: int) -> list[list[st
 
 
 def _write_dcp(folder: Path, weights: Weights) -> None:
-    """Write tensors as torch's planner asks for them; until then they are shapes without values."""
+    """Write tensors one by one, as torch's planner asks for their values; the state dict has only their shapes."""
     shapes = {
         name: torch.empty(stored.shape, dtype=_TORCH[stored.dtype], device="meta")
-        for name, stored in weights.stored.items()
+        for name, stored in weights.index.items()
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # One process is what we want.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
         dcp.save(
             shapes,
             storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
@@ -203,7 +204,10 @@ def _write_dcp(folder: Path, weights: Weights) -> None:
 
 
 class _Streaming(DefaultSavePlanner):
-    """Gives torch a tensor when it writes it. Torch keeps all tensors of a file, so each lets go of its values then."""
+    """Gives torch a tensor when torch writes it.
+
+    torch keeps all tensors of a file, so each tensor's memory is freed when torch asks for the next one.
+    """
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
@@ -212,7 +216,7 @@ class _Streaming(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         self._written.untyped_storage().resize_(0)
-        self._written = self._weights.full(index.fqn).clone()  # memory that numpy has seen cannot be let go
+        self._written = self._weights.full(index.fqn).clone()  # memory that numpy has seen cannot be resized
         return self._written
 
     def transform_object(self, write_item: WriteItem, object: torch.Tensor) -> torch.Tensor:  # noqa: A002

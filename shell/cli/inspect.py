@@ -1,11 +1,10 @@
-"""Inspection: what is in a checkpoint, whether it is whole, and which layouts fit it, without torch.
+"""Inspection: what is in a checkpoint, whether it is whole, and which layouts fit it. Needs no torch.
 
-A checkpoint holds full tensors under names that know no layout. So every legal layout of the same model fits, and
-what can be in the way is another model: a parameter that is not there or has another shape, or a state that the
-optimizer of the job needs and that of the checkpoint did not keep.
+A checkpoint holds full tensors under layout-independent names, so every legal layout of the same model fits. What does
+not fit is another model: a parameter that is missing or has another shape, or a state that the job's optimizer needs
+and the checkpoint lacks.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.changes import refused
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.optimizers import states_of
@@ -22,58 +22,63 @@ from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.checkpoint.manifest import (
     MANIFEST,
     OPTIMIZER,
-    Stored,
+    IndexedTensor,
     damage,
     located,
     read_index,
     read_manifest,
-    way_out,
+    remedy_for,
 )
+from mimogrid.shell.cli.arguments import InspectArgs
 from mimogrid.shell.cli.output import print_json
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
 
 
 SHOWN = 8
-"""Misfits of one kind that are told to people; `--json` tells all."""
+"""How many problems are printed for people; `--json` has all."""
 
 
-def run(job: Job | None, given: argparse.Namespace) -> int:
+def run(job: Job | None, args: InspectArgs) -> int:
     """Inspect a run or a checkpoint; with a job, say whether it fits. Returns 2 where something is wrong."""
-    found = located(given.folder)
-    faults = {checkpoint: tuple(damage(checkpoint)) for checkpoint in found}
-    whole = next((checkpoint for checkpoint in reversed(found) if not faults[checkpoint]), None)
+    faults = {checkpoint: tuple(damage(checkpoint)) for checkpoint in located(args.folder)}
+    whole = next((checkpoint for checkpoint in reversed(faults) if not faults[checkpoint]), None)
     problems = [
-        Problem(str(checkpoint), f"{checkpoint.name}: {fault}", way_out(faults))
-        for checkpoint, said in faults.items()
-        for fault in said
+        Problem(str(checkpoint), f"{checkpoint.name}: {fault}", remedy_for(faults))
+        for checkpoint, found in faults.items()
+        for fault in found
     ]
-    contents = contents_of(whole) if whole else None
     if job is not None and whole is not None:
-        facts = read_manifest(whole)
-        misfits = list(mismatches_of(job.topology, facts, read_index(whole)))
-        problems += [Problem(str(whole), misfit, _REMEDY) for misfit in misfits]
-        before = jobfile.recorded(facts["job"], whole / MANIFEST)
-        for change in refused(before, job.spec, accepted=given.changed):
-            message = f"is {change.after!r}; {whole.name} has {change.before!r}."
-            problems.append(Problem(change.key, message, f"If it is meant: --changed {change.key}."))
-    if given.json:
-        state = [{"name": c.name, "whole": not said, "faults": said} for c, said in faults.items()]
-        told = [attrs.asdict(problem) for problem in problems]
-        print_json({"ok": not problems, "checkpoints": state, "contents": contents, "problems": told})
+        problems += _job_problems(job, whole, args.changed)
+    contents = contents_of(whole) if whole else None
+    if args.json:
+        checkpoints = [{"name": c.name, "whole": not found, "faults": found} for c, found in faults.items()]
+        values = [attrs.asdict(problem) for problem in problems]
+        print_json({"ok": not problems, "checkpoints": checkpoints, "contents": contents, "problems": values})
         return 2 if problems else 0
-    for checkpoint, said in faults.items():
-        print(f"{checkpoint.name}  {'damaged' if said else 'whole'}")
+    for checkpoint, found in faults.items():
+        print(f"{checkpoint.name}  {'damaged' if found else 'whole'}")
     if contents is not None and whole is not None:
         print("\n".join(("", *_in_words(whole, contents))))
     if problems:
         raise PlanError([*problems[:SHOWN], *_rest(problems)])
     if job is not None and whole is not None:
-        print(f"\n{given.job} fits: its layout can go on from {whole.name}.")
+        print(f"\n{args.job} fits: it can continue from {whole.name}.")
     return 0
 
 
-_REMEDY = "Use the model and the optimizer that wrote it; their layout is free."
+def _job_problems(job: Job, checkpoint: Path, changed: tuple[str, ...]) -> Iterator[Problem]:
+    """Yield why a job cannot continue from a whole checkpoint; keys that are `changed` may differ."""
+    facts = read_manifest(checkpoint)
+    for mismatch in mismatches_of(job.topology, facts, read_index(checkpoint)):
+        yield Problem(str(checkpoint), mismatch, _REMEDY)
+    before = jobfile.recorded(facts["job"], checkpoint / MANIFEST)
+    for change in refused(before, job.spec, accepted=changed):
+        message = f"is {change.after!r}; {checkpoint.name} has {change.before!r}."
+        yield Problem(change.key, message, f"If this is intended: --changed {change.key}.")
+
+
+_REMEDY = "Use the model and the optimizer that wrote it, under any layout."
 
 
 def _rest(problems: list[Problem]) -> Iterator[Problem]:
@@ -115,13 +120,13 @@ def _in_words(checkpoint: Path, contents: Mapping[str, Any]) -> Iterator[str]:
     data = contents["data"]
     yield f"{checkpoint}"
     yield f"  step        {contents['step']}, after {contents['steps_taken']} updates"
-    yield f"  size        {_size(contents['bytes'])} in {contents['files']} files"
+    yield f"  size        {in_bytes(contents['bytes'])} in {contents['files']} files"
     yield f"  written by  {versions}; precision {contents['precision']}, schedule {contents['schedule']}"
     yield f"  data        '{data['source']}' from sample {data['next_sample']}, seed {contents['random']['seed']}"
     yield f"  optimizer   {', '.join(contents['optimizer_states']) or 'no states'}"
     for name, module in contents["modules"].items():
         dtypes = ", ".join(module["dtypes"])
-        yield f"  {name}: {module['parameters']} parameters, {_size(module['bytes'])}, {dtypes}"
+        yield f"  {name}: {module['parameters']} parameters, {in_bytes(module['bytes'])}, {dtypes}"
         grid = " ".join(f"{axis}={size}" for axis, size in (module["written_by"] or {}).items())
         yield f"      written as  {grid}"
         if module["fits"]:
@@ -129,19 +134,13 @@ def _in_words(checkpoint: Path, contents: Mapping[str, Any]) -> Iterator[str]:
             yield f"      fits        {'; '.join(axes)}; any dp, and cp as the sequence allows"
 
 
-def _size(count: int) -> str:
-    power = min((len(str(count)) - 1) // 3, len(_UNITS) - 1)
-    return f"{count / 1000**power:.4g} {_UNITS[power]}"
-
-
-_UNITS = ("bytes", "kB", "MB", "GB", "TB")
-
-
 # -- which layouts fit -------------------------------------------------------------------------------------
 
 
-def mismatches_of(topology: Topology, facts: Mapping[str, Any], index: Mapping[str, Stored]) -> Iterator[str]:
-    """Yield why a job cannot go on from a checkpoint. Of modules of the user's own the plan knows no parameters."""
+def mismatches_of(
+    topology: Topology, facts: Mapping[str, Any], index: Mapping[str, IndexedTensor]
+) -> Iterator[str]:
+    """Yield how a checkpoint's tensors differ from a job's. The parameters of custom modules are not known here."""
     states = states_of(topology.spec.optimizer) if facts["steps_taken"] else ()
     for module in topology.modules.values():
         if isinstance(module.model, Own) and not any(name.startswith(f"{module.name}.") for name in index):
@@ -178,6 +177,7 @@ def layouts_of(spec: JobSpec) -> dict[str, dict[str, list[int]]]:
 
 
 def _axes(spec: JobSpec, name: str, module: ModuleSpec) -> Iterator[tuple[str, int, Callable[[int], bool]]]:
+    """Yield the axes to try: the name, the largest size, and whether a size is legal."""
     options: Any = module.options
 
     def problems(tp: int = 1, pp: int = 1, ep: int = 1) -> set[Problem]:

@@ -1,4 +1,4 @@
-"""Output: what commands leave behind: one JSON value on standard output, or files."""
+"""Output: what commands write: one JSON value on standard output, or files that the user named."""
 
 import json
 import shutil
@@ -15,12 +15,12 @@ def print_json(value: object) -> None:
 
 
 def terminal_width(otherwise: int) -> int:
-    """Return the columns of the terminal that is printed to, if it is one."""
+    """Return the columns of the terminal, or `otherwise` where standard output is none."""
     return shutil.get_terminal_size((otherwise, 0)).columns if sys.stdout.isatty() else otherwise
 
 
 def write(path: Path, parts: Iterable[str]) -> None:
-    """Write a file that the user named, part after part. Raises PlanError where it cannot be."""
+    """Write a file that the user named, part after part. Raises PlanError where that fails."""
     try:
         with path.open("w", encoding="utf-8") as file:
             file.writelines(parts)

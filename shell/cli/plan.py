@@ -1,6 +1,5 @@
-"""Planning: the command `plan`: a search told as a table or as JSON, and its winner written as a job file."""
+"""Planning: the command `plan`: a search printed as a table or as JSON, and the best layout as a job file."""
 
-import argparse
 from typing import Any
 
 from rich import box
@@ -13,61 +12,63 @@ from mimogrid.core.plan.layouts import shown
 from mimogrid.core.plan.question import BEST, SLOWER, Layout, Question
 from mimogrid.core.pricing import measured_on
 from mimogrid.core.pricing.machine import machine_of
+from mimogrid.shell.cli.arguments import PlanArgs
 from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.job import costfile, jobfile
 from mimogrid.shell.job.jobs import Job
 
 
 SHOWN = 8
-"""Layouts that fit and are shown in the table."""
+"""How many layouts that fit are shown in the table."""
 
 
-def run(job: Job, given: argparse.Namespace) -> int:
-    """Search, tell what was found, write the winner; 1 where nothing fits."""
-    question = _question(job, given)
+def run(job: Job, args: PlanArgs) -> int:
+    """Search, print what was found, write the best layout. Returns 1 where nothing fits."""
+    question = _question(job, args)
     found = plan(question)
     best = found.best
-    if best is not None and given.out:
-        write(given.out, job_text(job, best, question))
-    if given.json:
-        print_json(_values(found, question, given))
+    if best is not None and args.out:
+        write(args.out, job_text(job, best, question))
+    if args.json:
+        print_json(_values(found, question, args))
     else:
-        _tell(found, question, given)
+        _print(found, question, args)
     return 0 if best is not None else 1
 
 
 def job_text(job: Job, layout: Layout, question: Question) -> str:
-    """Return a layout as the text of a job file, with where it is from."""
+    """Return a layout as the text of a job file; a comment says where it is from."""
     name = job.path.name
     what = f"{question.gpus} x {question.machine.accelerator.name}, {question.machine.precision}"
     return f"# A layout for {name}, found by `mimogrid plan` for {what}.\n{jobfile.dump(layout.spec)}"
 
 
-def _question(job: Job, given: argparse.Namespace) -> Question:
+def _question(job: Job, args: PlanArgs) -> Question:
+    """Return what is searched for. Raises PlanError with everything that is wrong with the arguments."""
     problems: list[Problem] = []
-    if given.gpus < 1:
-        problems.append(Problem("--gpus", f"is {given.gpus}.", "Use 1 or more."))
-    if given.memory_gb is not None and not given.memory_gb > 0:
-        problems.append(Problem("--memory-gb", f"is {given.memory_gb}.", "Use a number above 0."))
+    if args.gpus < 1:
+        problems.append(Problem("--gpus", f"is {args.gpus}.", "Use 1 or more."))
+    if args.memory_gb is not None and not args.memory_gb > 0:
+        problems.append(Problem("--memory-gb", f"is {args.memory_gb}.", "Use a number above 0."))
     if job.source is None:
-        remedy = "Import torch inside its load, and nowhere at the top level."
+        remedy = "Import torch inside its `load`, not at the top level of its file."
         problems.append(Problem("data.source", "its samples are not known without torch.", remedy))
-    machine = machine_of(given.gpu, given.precision or job.spec.precision, given.efficiency)
+    machine = machine_of(args.gpu, args.precision or job.spec.precision, args.efficiency)
     if machine.precision not in machine.accelerator.flops:
         known = tuple(machine.accelerator.flops)
-        message = f"'{machine.precision}' is no precision of {given.gpu}."
+        message = f"'{machine.precision}' is no precision of {args.gpu}."
         problems.append(Problem("--precision", message, nearest(machine.precision, known)))
     if problems:
         raise PlanError(problems)
-    if given.costs:
-        machine = measured_on(machine, job.step(0), costfile.read(given.costs, job.topology))
-    memory = machine.accelerator.memory_bytes if given.memory_gb is None else given.memory_gb * 1e9
+    if args.costs:
+        machine = measured_on(machine, job.step(0), costfile.read(args.costs, job.topology))
+    memory = machine.accelerator.memory_bytes if args.memory_gb is None else args.memory_gb * 1e9
     return Question(
         spec=job.spec,
         facts=job.topology.source,
         samples=job.step(0).samples,
         machine=machine,
-        gpus=given.gpus,
+        gpus=args.gpus,
         memory_bytes=memory,
     )
 
@@ -75,7 +76,7 @@ def _question(job: Job, given: argparse.Namespace) -> Question:
 # -- as a table --------------------------------------------------------------------------------------------
 
 
-def _tell(found: Plan, question: Question, given: argparse.Namespace) -> None:
+def _print(found: Plan, question: Question, args: PlanArgs) -> None:
     console = Console(width=120)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("step", "tokens/s/GPU", "bubble", "others", "peak GB", "layout"):
@@ -85,23 +86,22 @@ def _tell(found: Plan, question: Question, given: argparse.Namespace) -> None:
     for layout in [*rows, *(layout for layout in found.layouts if layout.kind not in {BEST, SLOWER})]:
         table.add_row(*_cells(layout), f"{shown(layout.spec)}\n[bold]{layout.reason}[/bold]")
     console.print(table)
-    peak = f"{question.memory_bytes / 1e9:.4g} GB each"
-    print(f"{question.gpus} x {given.gpu}, {peak}; all of them count, those that idle too.")
-    print(f"Assumed: {question.machine}.")
+    print(f"{question.gpus} x {args.gpu}, {question.memory_bytes / 1e9:.4g} GB each; idle GPUs count, too.")
+    print(f"Estimated costs: {question.machine}.")
     if question.machine.measured:
-        times = ", ".join(f"{name} {times:,.4g}" for name, times in question.machine.measured)
-        print(f"But modules take as long as {given.costs} says, so many times what is assumed: {times}.")
-    print(f"'others' is the part of all computing that is not of module '{found.main}'.")
-    looked = f"{found.looked_at:,} layouts looked at, {found.simulated} simulated"
+        factors = ", ".join(f"{name} {factor:,.4g}" for name, factor in question.machine.measured)
+        print(f"Times of modules are scaled to {args.costs}, by these factors: {factors}.")
+    print(f"'others' is the share of compute outside module '{found.main}'.")
+    looked = f"{found.looked_at:,} layouts examined, {found.simulated} simulated"
     if found.best is None:
-        print(f"{looked}. Nothing fits. The nearest miss: {found.nearest_fit}.")
+        print(f"{looked}. Nothing fits. The closest one: {found.nearest_fit}.")
         return
-    proven = f"none is faster by more than {found.gap:.1%}" if found.gap else "none is faster"
-    print(f"{looked}; {proven} than the best with the same order.")
-    if given.out:
-        print(f"Written: {given.out}.")
+    bound = f" by more than {found.gap:.1%}" if found.gap else ""
+    print(f"{looked}. Under the same schedule, none is faster than the best{bound}.")
+    if args.out:
+        print(f"Written: {args.out}.")
     else:
-        print("Say --out FILE to write the best one as a job file.")
+        print("Use --out FILE to write the best layout as a job file.")
 
 
 def _cells(layout: Layout) -> tuple[str, ...]:
@@ -120,18 +120,18 @@ def _cells(layout: Layout) -> tuple[str, ...]:
 # -- as JSON -----------------------------------------------------------------------------------------------
 
 
-def _values(found: Plan, question: Question, given: argparse.Namespace) -> dict[str, Any]:
+def _values(found: Plan, question: Question, args: PlanArgs) -> dict[str, Any]:
     return {
         "costs": f"assumed: {question.machine}",
         "measured": dict(question.machine.measured),
         "gpus": question.gpus,
-        "gpu": given.gpu,
+        "gpu": args.gpu,
         "memory_bytes": question.memory_bytes,
         "looked_at": found.looked_at,
         "simulated": found.simulated,
         "gap": found.gap,
         "nearest_miss": found.nearest_fit or None,
-        "out": str(given.out) if given.out and found.best else None,
+        "out": str(args.out) if args.out and found.best else None,
         "layouts": [_layout_values(layout, found) for layout in found.layouts],
     }
 

@@ -1,11 +1,13 @@
-"""Banners: a layout and its roles drawn for people."""
+"""Roles: the layout of a job and the roles of its ranks, as tables and a map for people."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.models import FIRST, LAST, Own
 from mimogrid.core.step.traffic import EdgeTraffic
 from mimogrid.core.topology.roles import ModuleLayout, RankRole
@@ -14,7 +16,7 @@ from mimogrid.core.topology.topology import Module, Topology
 
 LAYOUTS = {
     ModuleLayout.UNIFIED: "all modules on all ranks under one grid",
-    ModuleLayout.COLOCATED: "modules share ranks under grids that differ",
+    ModuleLayout.COLOCATED: "modules share ranks, with different grids",
     ModuleLayout.NON_COLOCATED: "every module on ranks of its own",
 }
 MAP_COLUMNS = 64
@@ -23,7 +25,7 @@ NO_STAGE = "·"
 
 
 def print_layout(topology: Topology, edges: Sequence[EdgeTraffic]) -> None:
-    """Print the modules with their grids, the edges between them, and the ranks that idle."""
+    """Print the modules with their grids, the edges between them, and the idle ranks."""
     console = _console()
     console.print(_modules_table(topology))
     if topology.edges:
@@ -32,7 +34,7 @@ def print_layout(topology: Topology, edges: Sequence[EdgeTraffic]) -> None:
 
 
 def print_roles(topology: Topology, roles: Sequence[RankRole]) -> None:
-    """Print who does what; for a whole world also the map of modules over ranks."""
+    """Print a table of the roles; for several ranks also the map of the ranks."""
     console = _console()
     table = _table("rank", "layout", "module", "stage", "first", "last", "position")
     for role in roles[:TABLE_RANKS]:
@@ -54,10 +56,10 @@ def print_roles(topology: Topology, roles: Sequence[RankRole]) -> None:
 
 
 def rank_map(topology: Topology) -> Iterator[str]:
-    """Yield the lines of a map: a row per module, a column per rank or run of like ranks.
+    """Yield the lines of a map: a row per module, a column per rank or run of equal ranks.
 
-    A cell is the pipeline stage that the rank hosts. Neighbours that host the same share a column, unless all
-    ranks fit beside each other.
+    A cell is the pipeline stage that the rank hosts. In a world of more than `MAP_COLUMNS` ranks, neighbours that host
+    the same stages share a column.
     """
     hosted = [_column(topology, rank) for rank in range(topology.world_size)]
     runs = [[rank] for rank in range(topology.world_size)]
@@ -77,10 +79,12 @@ def rank_map(topology: Topology) -> Iterator[str]:
 
 
 def _column(topology: Topology, rank: int) -> Mapping[str, str]:
+    """Return the pipeline stage that a rank hosts, by module."""
     return {info.stage.module: str(info.stage.pp) for info in topology.role(rank).stages}
 
 
 def _span(run: Sequence[int]) -> str:
+    """Write a run of ranks in short: ``3`` or ``6-7``."""
     return str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
 
 
@@ -93,15 +97,15 @@ def _modules_table(topology: Topology) -> Table:
             model.path if isinstance(model, Own) else type(model).__name__.lower(),
             _span(module.grid.ranks) if module.grid.size > 1 else str(module.grid.offset),
             " ".join(f"{a.name}={a.size}" for a in module.grid.axes if a.size > 1) or "1 rank",
-            "its own" if isinstance(model, Own) else _layers(module),
-            "its own" if isinstance(model, Own) else f"{_count(module, trainable=False):,}",
+            "?" if isinstance(model, Own) else _layers(module),
+            "?" if isinstance(model, Own) else f"{_count(module, trainable=False):,}",
             _trained(module),
         )
     return table
 
 
 def _layers(module: Module) -> str:
-    """The number of layers of each stage: ``4 x 8`` where all are equal."""
+    """Return the number of layers of each stage: ``4 x 8`` where all are equal."""
     counts = [len(info.layers) for info in module.stages]
     if len(counts) > 1 and len(set(counts)) == 1:
         return f"{len(counts)} x {counts[0]}"
@@ -109,20 +113,18 @@ def _layers(module: Module) -> str:
 
 
 def _count(module: Module, *, trainable: bool) -> int:
-    """How many numbers a module's parameters hold; a copy counts once."""
+    """Return how many values a module's parameters have; a tied copy counts once."""
     total = 0
     for info in module.stages:
         for parameter in info.parameters:
             is_copy = parameter.layer == FIRST and parameter.copy == LAST and not info.first
             if not is_copy and (not trainable or parameter.name in info.trainable):
-                size = 1
-                for extent in parameter.shape:
-                    size *= extent
-                total += size
+                total += math.prod(parameter.shape)
     return total
 
 
 def _trained(module: Module) -> str:
+    """Return which part of a module trains."""
     if isinstance(module.model, Own):
         return "yes" if any(info.trainable for info in module.stages) else "frozen"
     total, trained = _count(module, trainable=False), _count(module, trainable=True)
@@ -133,11 +135,11 @@ def _trained(module: Module) -> str:
 
 def _edges_table(topology: Topology, traffic: Sequence[EdgeTraffic]) -> Table:
     table = _table("edge", "width", "projector", "messages per step", "sent per step", "leader broadcast")
-    told = {(edge.source, edge.target): edge for edge in traffic}
+    traffic_of = {(edge.source, edge.target): edge for edge in traffic}
     for edge in topology.edges:
-        found = told.get((edge.source, edge.target))
+        found = traffic_of.get((edge.source, edge.target))
         numbers = (
-            (f"{found.messages:,}", _bytes(found.bytes), _bytes(found.bytes_leader_broadcast))
+            (f"{found.messages:,}", in_bytes(found.bytes), in_bytes(found.bytes_leader_broadcast))
             if found
             else ("?", "?", "?")
         )
@@ -154,23 +156,10 @@ def _world_line(topology: Topology) -> str:
 
 
 def _idle_ranks(topology: Topology) -> str:
-    """Ranks in no grid, runs in short: ``3, 6-7``."""
+    """Return the ranks in no grid, runs in short: ``3, 6-7``."""
     idle = [rank for rank in range(topology.world_size) if rank not in set(topology.ranks)]
     runs = itertools.groupby(enumerate(idle), key=lambda pair: pair[1] - pair[0])
     return ", ".join(_span([rank for _, rank in run]) for _, run in runs)
-
-
-def _bytes(number: float) -> str:
-    """Write bytes with the unit that fits.
-
-    >>> _bytes(2_500_000)
-    '2.5 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:  # noqa: PLR2004
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
 
 
 def _mark(flag: bool) -> str:
@@ -185,6 +174,6 @@ def _table(*columns: str) -> Table:
 
 
 def _console() -> Console:
-    """A console that writes plain text of any width where nobody looks (a pipe, a log)."""
+    """Return a console that writes plain text of any width into a pipe or a file."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     return console if console.is_terminal else Console(highlight=False, markup=False, width=200)

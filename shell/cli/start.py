@@ -1,106 +1,116 @@
 """Starting: `train`, `parity` and `probe` as commands, in a world that torchrun made or in one of local processes.
 
-Nothing here imports torch: the processes that need it do, and a run folder is judged before any is started.
+Nothing here imports torch: the processes that need it do, and a run folder is checked before any of them starts.
 """
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.validation import parity_problems
+from mimogrid.shell.cli.arguments import ParityArgs, ProbeArgs, TrainArgs
 from mimogrid.shell.cli.output import print_json, write
-from mimogrid.shell.device.place import prepare, under_torchrun
+from mimogrid.shell.device.place import Place, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.run import folders as runs
+from mimogrid.shell.run import folders
 from mimogrid.shell.world.launch import Pool
-from mimogrid.shell.world.preemption import EXIT_CODE, passing_on
+from mimogrid.shell.world.preemption import EXIT_CODE, forwarding_signals
 
 
 if TYPE_CHECKING:
-    from mimogrid.shell.run.parity import Verdict
+    from mimogrid.shell.run.parity import ParityReport
+    from mimogrid.shell.run.probe.results import Probed
 
 
-def train(
-    job: Job, *, resume: str | None, changed: Sequence[str], transport: str | None, as_json: bool
-) -> int:
+def train(job: Job, args: TrainArgs) -> int:
     """Train a job to its end, or until it is asked to stop. Returns the exit code."""
     place = under_torchrun()
-    if place is not None:
-        prepare()
-        from mimogrid.shell.run.train import in_world  # noqa: PLC0415 -- imports torch
-
-        job = open_job(job.path, job.overrides)  # again, now that sources that need torch can be opened
-        begun = runs.resumed_by_launcher(job.spec, resume)
-        report = in_world(place, job, transport, folder=None, resume=begun, changed=changed)
-    else:
-        with runs.claimed(job, resume, changed) as folder:
-            report = runs.report_of(folder)
-            if report is not None:
-                print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
-            else:
-                body, arguments = "mimogrid.shell.run.train:in_world", (transport, str(folder), resume)
-                report = _first(job, body, *arguments, may_use_cuda=transport is not None)
-    if isinstance(report, runs.Stopped):
+    report = _train_here(job, args) if place is None else _train_at(place, job, args)
+    if isinstance(report, folders.Stopped):
         if place is None or place.rank == job.topology.ranks[0]:
             print(report, file=sys.stderr)
         return EXIT_CODE
-    if as_json and report is not None:
-        print(json.dumps(report))
+    if args.json and report is not None:
+        print_json(report)
     return 0
 
 
-def parity(job: Job, *, steps: int, as_json: bool) -> int:
+def _train_here(job: Job, args: TrainArgs) -> Any:
+    """Train in a world of local processes; return the report, or `Stopped`."""
+    with folders.claimed(job, args.resume, args.changed) as folder:
+        report = folders.finished_report(folder, job.spec.train.steps)
+        if report is not None:
+            print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
+            return report
+        arguments = args.transport, str(folder), args.resume
+        uses_cuda = args.transport is not None
+        return _first(job, "mimogrid.shell.run.train:in_world", *arguments, may_use_cuda=uses_cuda)
+
+
+def _train_at(place: Place, job: Job, args: TrainArgs) -> Any:
+    """Train as one rank of torchrun's world; return the report on the first rank of the job, or `Stopped`."""
+    prepare()
+    from mimogrid.shell.run.train import in_world  # noqa: PLC0415 -- imports torch
+
+    job = open_job(job.path, job.overrides)  # again, now that sources that need torch can be opened
+    resume = folders.resumed_by_launcher(job.spec, args.resume)
+    return in_world(place, job, args.transport, folder=None, resume=resume, changed=args.changed)
+
+
+def parity(job: Job, args: ParityArgs) -> int:
     """Compare a job's layout with one process. Returns the exit code: 1 beyond the tolerance."""
     problems = parity_problems(job.spec)
     if problems:
         raise PlanError(problems)
-    verdict: Verdict = _first(job, "mimogrid.shell.run.parity:in_world", steps)
-    print(json.dumps(verdict.as_json()) if as_json else verdict.in_words())
-    return 0 if verdict.passed else 1
+    report: ParityReport = _first(job, "mimogrid.shell.run.parity:in_world", args.steps)
+    print_json(report.as_json()) if args.json else print(report)
+    return 0 if report.passed else 1
 
 
-def probe(job: Job, *, repeat: int, sizes: Sequence[int], out: Path | None, as_json: bool) -> int:
+def probe(job: Job, args: ProbeArgs) -> int:
     """Measure what a job costs on this machine, and for other sizes of its microbatches. Returns the exit code."""
     place = under_torchrun()
-    problems = list(_unmeasurable(repeat, sizes, out, alone=place is None))
+    problems = list(_probe_problems(args, alone=place is None))
     if problems:
         raise PlanError(problems)
-    if place is not None:
-        prepare()
-        from mimogrid.shell.run.probe import in_world  # noqa: PLC0415 -- imports torch
-
-        mine = in_world(place, open_job(job.path, job.overrides), repeat)
-        if mine is None:  # another rank tells
-            return 0
-        found = [mine]
-    else:
-        jobs = [job, *(open_job(job.path, (*job.overrides, _of_size(job, size))) for size in sizes)]
-        found = [_first(one, "mimogrid.shell.run.probe:in_world", repeat) for one in jobs]
+    found = _probed_here(job, args) if place is None else _probed_at(place, job, args)
+    if not found:  # another rank prints
+        return 0
     from mimogrid.shell.run.probe.results import in_json, in_text  # noqa: PLC0415 -- imports torch
 
     own, *others = found
     text = in_text(own, job, others)
-    if out:
-        write(out, text)
-    if as_json:
+    if args.out:
+        write(args.out, text)
+    if args.json:
         print_json(in_json(own, others))
-    elif not out:
+    elif not args.out:
         print(text, end="")
     return 0
 
 
-def _of_size(job: Job, size: int) -> str:
-    """Return what makes the microbatches of a job have so many samples."""
-    return f"batch.global_size={size * job.spec.batch.microbatches}"
+def _probed_here(job: Job, args: ProbeArgs) -> "list[Probed]":
+    """Measure in a world of local processes for each size of microbatches, the job's own first."""
+    sizes = (f"batch.global_size={size * job.spec.batch.microbatches}" for size in args.microbatch_sizes)
+    jobs = [job, *(open_job(job.path, (*job.overrides, size)) for size in sizes)]
+    return [_first(one, "mimogrid.shell.run.probe:in_world", args.repeat) for one in jobs]
 
 
-def _unmeasurable(repeat: int, sizes: Sequence[int], out: Path | None, *, alone: bool) -> Iterator[Problem]:
+def _probed_at(place: Place, job: Job, args: ProbeArgs) -> "list[Probed]":
+    """Measure as one rank of torchrun's world; only the first rank of the job gets the result."""
+    prepare()
+    from mimogrid.shell.run.probe import in_world  # noqa: PLC0415 -- imports torch
+
+    found = in_world(place, open_job(job.path, job.overrides), args.repeat)
+    return [] if found is None else [found]
+
+
+def _probe_problems(args: ProbeArgs, *, alone: bool) -> Iterator[Problem]:
     """Yield what is wrong with the options of `probe`."""
-    if repeat < 1:
-        yield Problem("--repeat", f"is {repeat}.", "Use 1 or more.")
+    sizes, out = args.microbatch_sizes, args.out
+    if args.repeat < 1:
+        yield Problem("--repeat", f"is {args.repeat}.", "Use 1 or more.")
     if any(size < 1 for size in sizes):
         yield Problem("--microbatch-sizes", f"has {min(sizes)}.", "Use numbers of samples from 1 on.")
     if sizes and not alone:
@@ -111,7 +121,7 @@ def _unmeasurable(repeat: int, sizes: Sequence[int], out: Path | None, *, alone:
 
 
 def _first(job: Job, function: str, *arguments: Any, may_use_cuda: bool = False) -> Any:
-    """Run a function on a world of local processes; return what the first rank of the job says."""
+    """Run a function in a world of local processes; return what the first rank of the job returns."""
     size = job.topology.world_size
-    with Pool(size, may_use_cuda=may_use_cuda) as pool, passing_on(pool.signal):
+    with Pool(size, may_use_cuda=may_use_cuda) as pool, forwarding_signals(pool.signal):
         return next(r for r in pool.run(function, size, job, *arguments) if r is not None)

@@ -1,7 +1,8 @@
-"""Verdicts: what `mimogrid verify` finds in a program, the job's own or one from a file, as `show` prints it."""
+"""Verification: what `mimogrid verify` reports on a program: the job's own, or one from a file, as `show` prints it."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -15,15 +16,15 @@ from mimogrid.core.schedule.actions import Send, Transfer, Wait, WaitReduce
 
 OURS = "This is a fault of mimogrid, not of the job: please report it with the job file."
 THEIRS = "`mimogrid show JOB` prints a program that is sound."
-WITHOUT = "Without --strict it passes: mimogrid has a channel for each direction."
+WITHOUT_STRICT = "Without --strict it passes: mimogrid has a channel for each direction."
 
 
 @attrs.frozen
-class Verdict:
-    """What was found: all `problems`, and whether the program is sound even where it passes strictly.
+class VerifyReport:
+    """What was found in a program: all `problems`, and whether it also passes `strict` verification.
 
-    Of a sound program also how much there is of it: ranks with something to do, actions, messages between
-    ranks, meetings of several ranks, and by stage how many microbatches are in flight at most, and how many may be.
+    For a sound program also its size: ranks with actions, actions, messages between ranks, `joint` actions of several
+    ranks, and per stage the peak of microbatches in flight with its limit.
     """
 
     problems: tuple[Problem, ...]
@@ -35,43 +36,54 @@ class Verdict:
     peak_in_flight: Mapping[str, int] = {}
     max_in_flight: Mapping[str, int] = {}
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the report for a script."""
+        found = attrs.asdict(self)
+        if self.problems:
+            return {"ok": False, "strict": self.strict, "problems": found["problems"]}
+        found["credits"] = found.pop("max_in_flight")
+        return {"ok": True, **found}
+
     def __str__(self) -> str:
         peaks = self.peak_in_flight.items()
-        flying = ", ".join(f"{stage} {peak} of {self.max_in_flight[stage]}" for stage, peak in peaks)
+        in_flight = ", ".join(f"{stage} {peak}/{self.max_in_flight[stage]}" for stage, peak in peaks)
         return (
             f"{self.ranks} ranks, {self.actions} actions, {self.messages} messages, {self.joint} joint actions: "
             "complete, in order, free of deadlock.\n"
-            f"Microbatches in flight at most, of those that may be: {flying}.\n"
+            f"Peak microbatches in flight / limit: {in_flight}.\n"
             f"Also passes with one serial queue per pair of ranks: {'yes' if self.strict else 'no'}."
         )
 
 
-def verdict(program: Program, path: Path | None, *, strict: bool) -> Verdict:
-    """Judge a program, or instead of it what a file has. Raises PlanError for a file that cannot be read."""
+def report_on(program: Program, path: Path | None, *, strict: bool) -> VerifyReport:
+    """Verify a program, or instead of it the one in a file. Raises PlanError for a file that cannot be read."""
     listing = listing_of(program) if path is None else _read(path)
     where, remedy = ("program", OURS) if path is None else (str(path), THEIRS)
     faults = verify(program, listing)
     if faults:
-        return Verdict(tuple(Problem(where, f"{fault}.", remedy) for fault in faults), strict=False)
-    strictly = verify(program, listing, strict=True)
-    if strict and strictly:
-        return Verdict(tuple(Problem(where, f"{fault}.", WITHOUT) for fault in strictly), strict=False)
-    return _counted(program, listing, strict=not strictly)
+        return VerifyReport(tuple(Problem(where, f"{fault}.", remedy) for fault in faults), strict=False)
+    strict_faults = verify(program, listing, strict=True)
+    if strict and strict_faults:
+        problems = tuple(Problem(where, f"{fault}.", WITHOUT_STRICT) for fault in strict_faults)
+        return VerifyReport(problems, strict=False)
+    return _counted(program, listing, strict=not strict_faults)
 
 
 def _read(path: Path) -> Listing:
+    """Return the program that a file holds. Raises PlanError."""
     try:
         return from_text(path.read_text(encoding="utf-8"))
     except OSError as error:
         problem = Problem(
-            str(path), f"cannot be read: {error.strerror}.", "Name a file that `show` has printed."
+            str(path), f"cannot be read: {error.strerror}.", "Name a file with what `mimogrid show` prints."
         )
-    except ValueError as error:  # a line that is no action, or bytes that are no text
-        problem = Problem(str(path), f"{error}.", "`mimogrid show JOB` prints a program in the notation.")
+    except ValueError as error:  # a line that is no action, or bytes that are not UTF-8
+        problem = Problem(str(path), f"{error}.", "`mimogrid show JOB` prints a program in this notation.")
     raise PlanError([problem])
 
 
-def _counted(program: Program, listing: Listing, *, strict: bool) -> Verdict:
+def _counted(program: Program, listing: Listing, *, strict: bool) -> VerifyReport:
+    """Return the report on a sound program."""
     placed = [(rank, action) for rank, actions in listing.items() for action in actions]
     met = {
         (members[0], meeting(action))
@@ -79,7 +91,7 @@ def _counted(program: Program, listing: Listing, *, strict: bool) -> Verdict:
         if not isinstance(action, Transfer | Wait | WaitReduce)
         and len(members := program.joint(rank, action)) > 1
     }
-    return Verdict(
+    return VerifyReport(
         problems=(),
         strict=strict,
         ranks=len({rank for rank, _ in placed}),

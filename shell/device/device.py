@@ -1,8 +1,8 @@
 """The device: chosen once per process, and named nowhere else.
 
-Under a launcher `cuda` with NCCL where a GPU is there, else `cpu` with gloo; a world of local processes is on
-the CPU. The third choice, `host`, computes on CUDA and sends through host memory with gloo, so that many ranks
-can share one GPU in a rehearsal. `nccl` asks a world of local processes for a GPU each.
+Under a launcher it is `cuda` with NCCL if there is a GPU, else `cpu` with gloo. A world of local processes is on the
+CPU. With the transport `host` ranks compute on CUDA and send through host memory with gloo, so many ranks can share a
+GPU. With `nccl` each process of a local world gets a GPU of its own.
 """
 
 import os
@@ -25,11 +25,16 @@ DTYPES = {
 
 @attrs.frozen
 class Device:
-    """Where tensors live, what carries them between ranks, and in which order things are done.
+    """Where tensors are, what carries them between ranks, and in which order the device works.
 
-    `stages_through_host` says that messages leave the device through host memory, and `is_asynchronous` that
-    what is asked of the device is done later than the asking returns. Of the backend, `has_tags` says that messages
-    which share a group are kept apart, and `connects_lazily` that a group is connected when it is first used.
+    Attributes:
+        torch: the device of tensors.
+        backend: the backend of process groups.
+        streams: the order of the device's work.
+        stages_through_host: whether messages leave the device through host memory.
+        is_asynchronous: whether the device works after the call that asks for it has returned.
+        has_tags: whether the backend keeps messages apart that share a group.
+        connects_lazily: whether the backend connects a group when it is first used.
     """
 
     torch: torch.device
@@ -41,16 +46,16 @@ class Device:
     connects_lazily: bool = False
 
     def finish(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait until the device has done all of its work."""
         if self.is_asynchronous:
             torch.cuda.synchronize(self.torch)
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the host's on a device; the host goes on meanwhile.
+    """Return a copy of a host tensor on a device; the host does not wait for it.
 
-    Only from pinned memory does CUDA copy by itself. To copy from any other the driver may let the host wait until the
-    device has come to it, and tells nobody. Torch takes pinned memory again when the copy is over.
+    CUDA copies without the host only from pinned memory. A copy from other memory may block the host until the device
+    has come to it. Torch reuses pinned memory when the copy is over.
     """
     if device.type == "cpu":
         return tensor
@@ -59,9 +64,9 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def of(where: torch.device, *, transport: str | None = None) -> Device:
-    """Return a device as the job sees it; `transport="host"` asks for gloo beside CUDA.
+    """Return a device as the job sees it; `transport="host"` means gloo beside CUDA.
 
-    Raises PlanError where NCCL would have one queue for all of its streams.
+    Raises PlanError where all streams of NCCL would share one queue.
     """
     if where.type == "cpu":
         return Device(where, "gloo", Streams())
@@ -80,7 +85,7 @@ def of(where: torch.device, *, transport: str | None = None) -> Device:
 
 
 def _check_queues() -> None:
-    """Messages are posted ahead, and computing must not wait behind a receive whose sender waits for it."""
+    """Refuse one queue: receives are posted ahead, and computing must not wait behind one whose sender waits for it."""
     if os.environ.get(QUEUES) == "1":
         fact = "is 1: all streams of CUDA share one queue, in which a receive that is posted ahead stops computing."
         remedy = "Set it to 32, or leave it out, before anything uses CUDA."
@@ -88,7 +93,7 @@ def _check_queues() -> None:
 
 
 def choose(place: Place, transport: str | None = None) -> Device:
-    """Return this process's device for a transport: "host", "nccl", or None for what is usual at the place.
+    """Return this process's device for a transport: "host", "nccl", or None for the default of the world.
 
     Raises PlanError where NCCL is asked for more ranks of a host than it has GPUs.
     """

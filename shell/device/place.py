@@ -1,4 +1,4 @@
-"""Places: where this process stands in its world, how it finds the others, and what it sets before it computes."""
+"""Places: a process's rank in its world, how it finds the other ranks, and what it sets before it computes."""
 
 import os
 
@@ -19,7 +19,7 @@ class Place:
 
 
 def under_torchrun() -> Place | None:
-    """Return the place that torchrun (or any launcher that sets its variables) gave, if one did."""
+    """Return the place from the variables of torchrun, or of a launcher that sets the same ones, if they are set."""
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
     return Place(
@@ -30,10 +30,9 @@ def under_torchrun() -> Place | None:
 
 
 def prepare() -> None:
-    """Set what CUDA reads when a process of ours first uses it; what the user has set stays.
+    """Set what CUDA reads at its first use in this process; what the user has set stays.
 
-    Messages and sums have streams of their own, one for each group. CUDA lays streams on this many queues, and
-    on 8 where nothing is said; whatever shares a queue waits for what was asked for before, even for a receive whose
-    sender waits for it in turn.
+    NCCL has a stream for each group. CUDA maps streams to this many queues, 8 by default. Streams that share a queue
+    wait for each other's earlier work, even for a receive whose sender waits for this rank in turn.
     """
     os.environ.setdefault(QUEUES, "32")

@@ -1,19 +1,19 @@
-"""Streams: in which order a device does what it is asked, and when.
+"""Streams: the order in which a device does what it is asked, and when it does it.
 
-A device that computes asynchronously does the work of a stream in order. There is one: modules compute on it, and
-messages and sums are posted on it. What carries these begins when all is done that was asked for before, and goes on
-beside what is asked for after. Who waits for it lets what is asked from there on happen after it; for that neither the
-host nor the device stops. So everything happens as if it were done when it is asked for, and what is posted as if it
-were done when it is waited for.
+A device that computes asynchronously does the work of a stream in order. There is one stream: modules compute on it,
+and messages and reductions are posted on it. A posted operation begins after all that was asked of the stream before,
+and runs beside what is asked after. Waiting for it orders what is asked from there on after it; that stops neither the
+host nor the device. So the results are the same as if everything ran when it is asked for, and a posted operation ran
+when it is waited for.
 
-Memory that nobody holds any more is therefore free for whatever is asked for next, at once and on any device. What is
-posted is held until it is waited for.
+So memory that nothing refers to any more is free at once for what is asked next, on any device. The tensor of a posted
+operation is kept until it is waited for.
 
-    posted     a message or a sum was posted; its `wait` lets what is asked for after it happen after it
-    hear       the host goes on when all is done that was asked for so far
-    mark       a moment in that order; when it was, is read later
+    posted       wraps a message or a reduction that was just posted; what is asked after its `wait` runs after it
+    synchronize  the host waits for all that was asked so far
+    mark         a moment in that order; its time is read later
 
-`Streams` is what a CPU needs, which is nothing: there everything is done in order, when it is asked for.
+`Streams` is for a CPU, which does everything in order when it is asked, so there is nothing to do.
 """
 
 import contextlib
@@ -34,62 +34,62 @@ POLL_S = 0.001
 
 
 class Posted(Protocol):
-    """A message on its way, or a sum."""
+    """A posted message or reduction."""
 
     def wait(self) -> object:
-        """Let what is asked from here on happen after it."""
+        """Order what is asked from here on after it."""
 
 
 class Mark(Protocol):
-    """A moment in the order of what was asked for."""
+    """A moment in the order of a stream."""
 
     @property
     def asked_ns(self) -> int:
-        """When the host asked for it, in nanoseconds of the process's monotonic clock."""
+        """When the host asked for the mark, in nanoseconds of the process's monotonic clock."""
 
     @property
     def ns(self) -> int:
-        """When it was, by the same clock; waits for it."""
+        """When the device was there, by the same clock; waits for it."""
 
 
 @attrs.frozen
 class Past:
-    """A moment that is over when it is asked for."""
+    """A moment of a device that does everything when it is asked."""
 
     asked_ns: int
 
     @property
     def ns(self) -> int:
-        """When it was."""
+        """When the device was there."""
         return self.asked_ns
 
 
 class Streams:
-    """The streams of a device that does everything in order, when it is asked."""
+    """The streams of a device that does everything in order when it is asked."""
 
-    def hear(self) -> None:
-        """Block the host until all is done that was asked for so far, and only that."""
+    def synchronize(self) -> None:
+        """Block the host until the device has done what was asked so far, and only that."""
 
     def mark(self) -> Mark:
-        """Return the moment at which all is done that was asked for so far, which may be yet to come."""
+        """Return the moment at which the device has done what was asked so far; it may be in the future."""
         return Past(time.perf_counter_ns())
 
     def posted(self, work: Posted | None, tensor: torch.Tensor, *, arrives: bool) -> Posted:
-        """Return what was just posted, which reads a tensor, or where its outcome `arrives` there writes it."""
+        """Return an operation that was just posted; it reads the tensor, or writes it where its result `arrives`."""
         assert work is not None, "torch posts nothing where a rank is not in the group"
         return work
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return host memory that a stream can copy from and to by itself."""
+        """Return host memory that a stream can copy from and to without the host."""
         return torch.empty(shape, dtype=dtype)
 
     def named(self, name: str) -> AbstractContextManager[object]:
-        """Let tools that skip state the device know what is asked for inside by a name."""
+        """Name what is asked inside, for tools that watch the device."""
         del name
         return contextlib.nullcontext()
 
     def complete(self, work: dist.Work, timeout: datetime.timedelta, what: str) -> None:
-        """Block the host until work is done. Raises WorldError, which names it, after the timeout."""
+        """Block the host until work is done. Raises WorldError after the timeout; `what` names the work."""
         try:
             work.wait(timeout)
         except RuntimeError as error:
@@ -97,34 +97,34 @@ class Streams:
 
 
 class CudaStreams(Streams):
-    """The stream of a CUDA device that is current when this is made, and that messages and sums are posted on."""
+    """The stream that is current on a CUDA device when this is made; messages and reductions are posted on it, too."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device)
         self._clock = _Clock()
 
-    def hear(self) -> None:
-        """Block the host until all is done that was asked for so far, and only that."""
+    def synchronize(self) -> None:
+        """Block the host until the device has done what was asked so far, and only that."""
         self._stream.record_event().synchronize()
 
     def mark(self) -> Mark:
-        """Return the moment at which all is done that was asked for so far, which may be yet to come."""
+        """Return the moment at which the device has done what was asked so far; it may be in the future."""
         asked_ns = time.perf_counter_ns()
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return self._clock.of(event, asked_ns)
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return pinned memory; torch keeps it until the copies that streams were asked for are done."""
+        """Return pinned memory; torch keeps it until the copies that were asked for are done."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def named(self, name: str) -> AbstractContextManager[object]:
-        """Let tools that skip state the device (NVTX) know what is asked for inside by a name."""
+        """Name what is asked inside, for tools that watch the device (NVTX)."""
         nvtx: AbstractContextManager[object] = torch.cuda.nvtx.range(name)
         return nvtx
 
     def complete(self, work: dist.Work, timeout: datetime.timedelta, what: str) -> None:
-        """Block the host until work is done. Raises WorldError, which names it, after the timeout."""
+        """Block the host until work is done. Raises WorldError after the timeout; `what` names the work."""
         # NCCL's own wait does not hold up the host, and so knows no timeout.
         deadline = time.monotonic() + timeout.total_seconds()
         while not work.is_completed():
@@ -134,11 +134,11 @@ class CudaStreams(Streams):
 
 
 class _Clock:
-    """Tells when events of a device were, by the clock of the process.
+    """Converts the times of a device's events to the clock of the process.
 
-    A device tells only how far two of its events are apart. But an event never is before it was asked for, and is at
-    that very moment where the device has nothing else to do, as when a step has just been agreed on. So all that have
-    not been read are read at once, and the one that was soonest after it was asked for sets the clock.
+    A device only measures how far two of its events are apart. No event is before the host asked for it. An event is at
+    that very moment if the device has nothing else to do, as after a step was agreed on. So all unread events are read
+    together, and the event with the smallest delay after it was asked for sets the clock.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class _Clock:
         return mark
 
     def read(self) -> None:
-        """Wait for the last event that has not been read; then tell of all when they were."""
+        """Wait for the last unread event; then set the times of all unread events."""
         marks = sorted(self._unread, key=lambda mark: mark.asked_ns)
         self._unread = weakref.WeakSet()
         events = [mark.event for mark in marks]
@@ -173,7 +173,7 @@ class _Awaited:
 
     @property
     def ns(self) -> int:
-        """When it was; waits for it."""
+        """When the device was there; waits for it."""
         if self.was_ns is None:
             self.clock.read()
         assert self.was_ns is not None

@@ -37,9 +37,9 @@ from mimogrid.core.topology.topology import UNKNOWN, StageInfo, Topology
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.modules.built_in import RowsStage, TextStage
 from mimogrid.shell.modules.interface import (
-    Groups,
     HostNetwork,
     OwnNetwork,
+    StageGroups,
     StageModule,
     ep_position,
     name_of_weight,
@@ -56,7 +56,7 @@ __all__ = ["HostNetwork", "OwnNetwork", "StageModule", "build_stage", "named_wei
 def build_stage(
     topology: Topology,
     info: StageInfo,
-    groups: Groups,
+    groups: StageGroups,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -92,7 +92,7 @@ def build_stage(
 def _stage(
     topology: Topology,
     info: StageInfo,
-    groups: Groups,
+    groups: StageGroups,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -116,7 +116,7 @@ def _stage(
     return RowsStage(context, module.model)
 
 
-def _broadcast_weights(stage: StageModule, user_module: nn.Module, groups: Groups) -> None:
+def _broadcast_weights(stage: StageModule, user_module: nn.Module, groups: StageGroups) -> None:
     """Give all copies of a weight the values of the first: along dp, along tp if it is not cut, and at both ends."""
     weights = named_weights(stage)
     experts = {parameter.name for parameter in stage.info.parameters if parameter.expert is not None}
@@ -132,7 +132,7 @@ def _broadcast_weights(stage: StageModule, user_module: nn.Module, groups: Group
             dist.broadcast(weights[parameter.name].detach(), group=groups.tie, group_src=0)
 
 
-def _check(stage: StageModule, held: Sequence[Parameter], groups: Groups) -> None:
+def _check(stage: StageModule, held: Sequence[Parameter], groups: StageGroups) -> None:
     """Assert that the built parameters are those of the core's table."""
     planned = {p.name: shard_shape(p, tp_size=cut_over(p, groups).size()) for p in held}
     built = {name_of_weight(stage, name): tuple(w.shape) for name, w in stage.named_parameters()}

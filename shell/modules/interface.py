@@ -19,7 +19,7 @@ from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 
 
-class Groups(Protocol):
+class StageGroups(Protocol):
     """The process groups of a module that a stage computes over. A group has size 1 if its axis has."""
 
     @property
@@ -160,6 +160,6 @@ def name_of_weight(stage: StageModule, built: str) -> str:
     return stage.weight_name(built)
 
 
-def ep_position(groups: Groups) -> int:
+def ep_position(groups: StageGroups) -> int:
     """Return this rank's position along ep."""
     return groups.together.rank() // groups.expert_tp.size()

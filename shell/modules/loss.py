@@ -47,6 +47,20 @@ Loss = Callable[[Predictions], Tensor]
 """A loss of a language model: a scalar sum over the rank's tokens. The runtime divides it by the units of the step."""
 
 
+@attrs.frozen
+class StepLoss:
+    """The loss of a step as a network keeps it: a plain value.
+
+    A loss may be an `nn.Module`, and a network that had it as an attribute would take it for a part of itself.
+    """
+
+    loss: Loss
+
+    def __call__(self, predictions: Predictions) -> Tensor:
+        """Return the loss."""
+        return self.loss(predictions)
+
+
 def weighted_cross_entropy(predictions: Predictions) -> Tensor:
     """Return the sum over tokens of weight times cross entropy: the default loss."""
     losses_T = predictions.cross_entropies()

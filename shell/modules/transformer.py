@@ -28,7 +28,7 @@ from mimogrid.shell.megatron import (
 from mimogrid.shell.megatron.experts import ExpertGroups, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
-from mimogrid.shell.modules.interface import Groups, StageModule, ep_position
+from mimogrid.shell.modules.interface import StageGroups, StageModule, ep_position
 from mimogrid.shell.modules.packing import Packing, TokenSplit
 
 
@@ -38,7 +38,7 @@ class Context:
 
     module: Module
     info: StageInfo
-    groups: Groups
+    groups: StageGroups
     recompute: str
     dtype: torch.dtype
     layers: Choice

@@ -1,4 +1,4 @@
-"""Weights: the layout-independent names of a stage's parameters, their initial values, shards and complete tensors.
+"""Weights: the layout-independent names of a stage's parameters, their initial values and shards.
 
 Initial values depend on (seed, module, name) only. A rank that holds a part of a parameter draws the complete tensor in
 fp64 and keeps its part. So a model starts with the same weights under every layout.
@@ -6,7 +6,7 @@ fp64 and keeps its part. So a model starts with the same weights under every lay
 >>> qkv = Parameter("layers.0.attention.qkv.weight", (4, 2), layer=0, std=0.02, tp_dim=0)
 >>> full = draw(qkv, seed=0, module="language")
 >>> parts = [shard(full, qkv, tp_rank=rank, tp_size=2) for rank in range(2)]
->>> parts[0].shape, bool((unshard(parts, qkv) == full).all())
+>>> parts[0].shape, bool((torch.cat(parts) == full).all())
 (torch.Size([2, 2]), True)
 """
 
@@ -76,14 +76,6 @@ def shard(full: Tensor, parameter: Parameter, *, tp_rank: int, tp_size: int) -> 
     blocks = full.chunk(parameter.tp_blocks, dim=parameter.tp_dim)
     parts = [block.chunk(tp_size, dim=parameter.tp_dim)[tp_rank] for block in blocks]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=parameter.tp_dim)
-
-
-def unshard(shards: Sequence[Tensor], parameter: Parameter) -> Tensor:
-    """Return the complete parameter from the shards of the tp ranks, in their order."""
-    if parameter.tp_dim is None:
-        return shards[0]
-    blocks = zip(*(part.chunk(parameter.tp_blocks, dim=parameter.tp_dim) for part in shards), strict=True)
-    return torch.cat([part for of_block in blocks for part in of_block], dim=parameter.tp_dim)
 
 
 def shard_shape(parameter: Parameter, *, tp_size: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A training run and what it leaves; parity, probing and evaluation, which run the same program.
+"""A training run and what it writes; parity, probing and evaluation, which run the same program.
 
 May import: the core, `device` to `checkpoint`.
 """

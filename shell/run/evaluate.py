@@ -1,8 +1,8 @@
 """Evaluation: greedy answers to held-out samples, by forward-only programs of the same executor.
 
-Every pass runs the whole pipeline over the prompts with the answers so far, and adds one token to each. All
-ranks hear all new tokens, so all know the lengths of the next pass. A pass has as many samples as a training
-step, so that the layout fits it as it is.
+Every pass runs the whole pipeline over the prompts with their answers so far, and adds one token to each answer. All
+ranks get all new tokens, so all know the lengths of the next pass. A pass has as many samples as a training step, so
+that the layout fits it.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import torch
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.topology import Topology
+from mimogrid.shell.runtime.forward_only import predict
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
@@ -32,7 +33,7 @@ class Questions(Protocol):
         ...
 
     def prompt(self, sample_id: int, module: str) -> tuple[int, ...]:
-        """Return what comes before the answer, -1 at placeholders."""
+        """Return the tokens before the answer, -1 at placeholders."""
         ...
 
     def answer(self, sample_id: int) -> tuple[int, ...]:
@@ -40,17 +41,17 @@ class Questions(Protocol):
         ...
 
     def spell(self, tokens: tuple[int, ...]) -> str:
-        """Return tokens in words."""
+        """Return tokens as text."""
         ...
 
     def image(self, sample_id: int) -> Any:
-        """Return what is to be read, as an array of grey values."""
+        """Return the image to read, as an array of grey values."""
         ...
 
 
 @runtime_checkable
 class Examined(Protocol):
-    """A source that can be examined: it holds samples out, task by task."""
+    """A source that holds samples out for evaluation, task by task."""
 
     tasks: tuple[str, ...]
 
@@ -61,42 +62,42 @@ class Examined(Protocol):
 
 @attrs.frozen
 class Answer:
-    """What was answered to a sample, and the truth; neither holds the stop token."""
+    """The predicted and the true answer to a sample, both without the stop token."""
 
     sample_id: int
-    given: tuple[int, ...]
+    predicted: tuple[int, ...]
     true: tuple[int, ...]
 
     @property
     def is_right(self) -> bool:
-        """Whether they are the same, to the last token."""
-        return self.given == self.true
+        """Whether both are the same, to the last token."""
+        return self.predicted == self.true
 
 
 def examine(runtime: RankRuntime, questions: Questions, count: int) -> tuple[Answer, ...]:
-    """Answer at least `count` held-out samples, whole steps of them; the same on every rank."""
+    """Answer at least `count` held-out samples, in passes of a whole step; the same on every rank."""
     size = runtime.job.spec.batch.global_size
     most = max(len(questions.answer(i)) for i in range(size))
     answers: list[Answer] = []
     for start in range(0, count, size):
         ids = range(start, start + size)
-        given: dict[int, tuple[int, ...]] = dict.fromkeys(ids, ())
+        tokens: dict[int, tuple[int, ...]] = dict.fromkeys(ids, ())
         for _ in range(most + 1):
-            given = _one_more(runtime, questions, given)
-        answers += [Answer(i, _until(given[i], questions.stop), questions.answer(i)) for i in ids]
+            tokens = _one_more(runtime, questions, tokens)
+        answers += [Answer(i, _until(tokens[i], questions.stop), questions.answer(i)) for i in ids]
     return tuple(answers)
 
 
 def _one_more(
-    runtime: RankRuntime, questions: Questions, given: Mapping[int, tuple[int, ...]]
+    runtime: RankRuntime, questions: Questions, answers: Mapping[int, tuple[int, ...]]
 ) -> dict[int, tuple[int, ...]]:
     """Add one token to every answer that has not stopped."""
-    asked = _Asked(questions, runtime.topology, given)
-    step = step_of(runtime.topology, tuple(asked.describe(i) for i in given))
-    chosen = runtime.choose(step, asked)
+    prompts = _Prompts(questions, runtime.topology, answers)
+    step = step_of(runtime.topology, tuple(prompts.describe(i) for i in answers))
+    predicted = predict(runtime, step, prompts)
     return {
         i: tokens if questions.stop in tokens else (*tokens, token)
-        for (i, tokens), token in zip(given.items(), chosen, strict=True)
+        for (i, tokens), token in zip(answers.items(), predicted, strict=True)
     }
 
 
@@ -105,23 +106,23 @@ def _until(tokens: tuple[int, ...], stop: int) -> tuple[int, ...]:
 
 
 @attrs.frozen
-class _Asked:
+class _Prompts:
     """A source of prompts, each followed by its answer so far."""
 
     questions: Questions
     topology: Topology
-    given: Mapping[int, tuple[int, ...]]
+    answers: Mapping[int, tuple[int, ...]]
 
     def describe(self, sample_id: int) -> Sample:
         """Return the counts of a prompt with its answer so far."""
         text = self.topology.graph.texts[0]
         prompt = self.questions.prompt(sample_id, text)
-        words = sum(token >= 0 for token in prompt) + len(self.given[sample_id])
+        words = sum(token >= 0 for token in prompt) + len(self.answers[sample_id])
         return Sample(sample_id, words, self.questions.describe(sample_id).rows)
 
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
         """Return the rows of a sample, or its tokens so far."""
         if module not in self.topology.graph.texts:
             return self.questions.load(sample_id, module)
-        tokens = (*self.questions.prompt(sample_id, module), *self.given[sample_id])
+        tokens = (*self.questions.prompt(sample_id, module), *self.answers[sample_id])
         return {"tokens": torch.tensor(tokens)}

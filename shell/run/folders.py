@@ -1,14 +1,14 @@
-"""Run folders: where a run writes, and who may, decided before anything starts.
+"""Run folders: where a run writes, and whether it may, decided before anything starts.
 
-Without a name a new ``runs/<job>-<n>`` is made. A named folder must be empty, or be the run to resume: that which
---resume names, or, where a launcher has restarted the ranks, that which they began. What is resumed must be
+Without a name a new ``runs/<job>-<n>`` is made. A named folder must be empty, or hold the run to resume: the one that
+--resume names, or, where a launcher has restarted the ranks, the one that they had begun. What is resumed must be
 
-    a run            the folder holds its record, or a checkpoint; a folder that is empty may be one
-    of this user     nothing that another user wrote is written over or let go
-    of this job      by the newest checkpoint, or the record where there is none (`core.job.changes`)
-    at rest          no other process is at work in it
+    a run            the folder holds its record or a checkpoint; an empty folder is accepted, too
+    of this user     nothing that another user wrote is overwritten or removed
+    of this job      by the newest checkpoint, or by the record if there is none (`core.job.changes`)
+    idle             no other process trains in it
 
-The record, ``run.json``, is the job that the run was last started with. It is what one process at a time holds locked.
+The record, ``run.json``, is the job that the run was last started with. The process that trains holds a lock on it.
 """
 
 import contextlib
@@ -34,49 +34,49 @@ from mimogrid.shell.job.jobs import Job
 
 REPORT, RECORD = "report.json", "run.json"
 SHOWN = 8
-"""How many keys that differ are told."""
+"""How many of the keys that differ are listed."""
 
 
 @contextlib.contextmanager
 def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) -> Iterator[Path]:
-    """Hold the folder of a run, made if need be; `changed` are keys that may differ from what is resumed.
+    """Hold the folder of a run, a new one if none is named; keys that are `changed` may differ from the resumed run's.
 
-    Raises PlanError for a folder that holds another run; nothing in it has been touched then.
+    Raises PlanError for a folder that must not be used, before anything in it is touched.
     """
     named = job.spec.train.run_dir
     if resume is not None:
         folder = _resumed(Path(resume), named)
         _check_job(folder, job.spec, tuple(changed))
     elif named is None:
-        folder = _fresh(Path("runs"), job.path.stem)
+        folder = _fresh(Path("runs"), name_of(job.path))
     else:
         folder = _empty(named)
     with (folder / RECORD).open("a+", encoding="utf-8") as record:
         _lock(record.fileno(), folder)
         has_record = os.fstat(record.fileno()).st_size > 0
-        if resume is None and has_record:  # Somebody else has found the folder empty, too, and was faster.
-            raise _refused(str(folder), "has just been taken by another run.", _ELSEWHERE)
+        if resume is None and has_record:  # another run found the folder empty, too, and was faster
+            raise _refused(str(folder), "was claimed by another run just now.", _ELSEWHERE)
         record.truncate(0)
         record.write(json.dumps({"job": jobfile.dump(job.spec)}) + "\n")
         record.flush()
         yield folder
 
 
-def resumed_by_launcher(spec: JobSpec, resume: str | None) -> str | None:
-    """Return the run to resume under torchrun: the one that is named, or the one that ranks began before a restart.
+def resumed_by_launcher(spec: JobSpec, resume: Path | str | None) -> Path | str | None:
+    """Return the run to resume under torchrun: the named one, or the one that the ranks had begun before a restart.
 
-    Raises PlanError where torchrun is to restart ranks that could not find what they began.
+    Raises PlanError if torchrun may restart ranks that could not find the run that they had begun.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if resume is None and restarts and spec.train.run_dir is None:
-        raise _refused("", "has no name, and torchrun is to restart its ranks.", "Name it: train.run_dir.")
+        raise _refused("", "has no name, and torchrun may restart its ranks.", "Name it: train.run_dir.")
     has_begun = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return spec.train.run_dir if resume is None and has_begun else resume
 
 
 @attrs.frozen
 class Stopped:
-    """A run that was asked to stop: where it is, and the step that is next."""
+    """A run that stopped because it was asked to: its folder, and the step that is next."""
 
     folder: str
     step: int
@@ -86,16 +86,22 @@ class Stopped:
 
 
 def report_of(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a finished run, if it is one."""
+    """Return the report of a run that has finished once, or None."""
     path = folder / REPORT
     if not path.is_file():
         return None
-    report: dict[str, Any] = json.loads(path.read_text())
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return report
 
 
+def finished_report(folder: Path, steps: int) -> dict[str, Any] | None:
+    """Return the report of a run that has finished so many steps; None where it is to go on."""
+    report = report_of(folder)
+    return report if report is not None and report["steps"] >= steps else None
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file completely or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     partial.replace(path)
@@ -107,10 +113,20 @@ def write_json(path: Path, value: object) -> None:
 _ELSEWHERE = "Name a folder that is new or empty: train.run_dir."
 
 
-def _fresh(parent: Path, stem: str) -> Path:
+def name_of(job: Path) -> str:
+    """Return the name of a job's runs: that of its file, or of its folder where the file is called job.toml.
+
+    >>> name_of(Path("/examples/digits/job.toml")), name_of(Path("/examples/plans/omni.toml"))
+    ('digits', 'omni')
+    """
+    return job.parent.name or job.stem if job.stem == "job" else job.stem
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    """Make the first folder ``NAME-N`` that does not exist."""
     number = 1
     while True:
-        folder = parent / f"{stem}-{number}"
+        folder = parent / f"{name}-{number}"
         try:
             return _made(folder, fresh=True)
         except FileExistsError:
@@ -118,6 +134,7 @@ def _fresh(parent: Path, stem: str) -> Path:
 
 
 def _empty(named: str) -> Path:
+    """Return the named folder, which must be empty or new."""
     folder = Path(named)
     if folder.exists() and not folder.is_dir():
         raise _refused(named, "is a file.", _ELSEWHERE)
@@ -130,19 +147,20 @@ def _empty(named: str) -> Path:
 
 
 def _resumed(folder: Path, named: str | None) -> Path:
+    """Return the folder of a run to resume; `named` is train.run_dir, which must agree."""
     if named is not None and Path(named).resolve() != folder.resolve():
-        remedy = "Give one of the two, or the same folder twice."
-        raise _refused(named, f"is named, and --resume names '{folder}'.", remedy)
+        remedy = "Give only one of the two, or the same folder."
+        raise _refused(named, f"is train.run_dir, but --resume names '{folder}'.", remedy)
     if not folder.is_dir():
         if named is None or folder.exists():
-            remedy = "Name the folder of a run after --resume; one that is also train.run_dir is made."
-            raise _refused(str(folder), "is no folder.", remedy)
+            remedy = "Name the folder of a run with --resume. It is made only if it is also train.run_dir."
+            raise _refused(str(folder), "is not a folder.", remedy)
         return _made(folder)
     _check_access(folder)
     if any(folder.iterdir()):
         if not (folder / RECORD).is_file() and not manifest.published(folder / CHECKPOINTS):
-            remedy = "Name the folder of a run after --resume."
-            raise _refused(str(folder), "holds something, but no run.", remedy)
+            remedy = "Name the folder of a run with --resume."
+            raise _refused(str(folder), "is not empty and holds no run.", remedy)
         _check_owner(folder)
     return folder
 
@@ -151,7 +169,7 @@ def _made(folder: Path, *, fresh: bool = False) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)
     except FileExistsError:
-        raise  # Somebody else was faster: `_fresh` takes the next number.
+        raise  # another run was faster: `_fresh` tries the next number
     except OSError as error:
         remedy = "Name a folder that can be written: train.run_dir."
         raise _refused(str(folder), f"cannot be made: {error.strerror}.", remedy) from None
@@ -162,28 +180,28 @@ def _made(folder: Path, *, fresh: bool = False) -> Path:
 
 
 def _check_access(folder: Path) -> None:
-    """Raise PlanError where a run could not write: it would end at its first checkpoint."""
+    """Raise PlanError where a run could not write: it would fail at its first checkpoint."""
     for path in (folder, folder / CHECKPOINTS):
         if path.exists() and not path.is_dir():
-            raise _refused(str(folder), f"cannot be used: '{path}' is a file.", f"Put '{path}' aside.")
+            raise _refused(str(folder), f"cannot be used: '{path}' is a file.", f"Move '{path}' away.")
         if path.exists() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             remedy = "Make it writable for this user, or name another: train.run_dir."
             raise _refused(str(folder), f"cannot be used: '{path}' cannot be written.", remedy)
 
 
 def _check_owner(folder: Path) -> None:
-    """Raise PlanError where another user wrote what this run would write over, or let go."""
+    """Raise PlanError where another user wrote what this run would overwrite or remove."""
     mine = owner_of_new_file(folder)
     checkpoints = folder / CHECKPOINTS
     for path in (folder / RECORD, checkpoints, *manifest.published(checkpoints)):
         if path.exists() and (owner := path.stat().st_uid) != mine:
             message = f"belongs to {_user(owner)} ('{path}'), and this is {_user(mine)}."
-            remedy = f"To go on from a copy: cp -r {folder} COPY, then --resume COPY."
+            remedy = f"To continue from a copy: cp -r {folder} COPY, then --resume COPY."
             raise _refused(str(folder), message, remedy)
 
 
 def owner_of_new_file(folder: Path) -> int:
-    """Return whom the disk takes this user for: over a network that may be somebody else than the system does."""
+    """Return the owner of what this user writes there. On a network file system that may be another user id."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_uid
 
@@ -196,13 +214,13 @@ def _user(uid: int) -> str:
 
 
 def _check_job(folder: Path, spec: JobSpec, accepted: tuple[str, ...]) -> None:
-    """Raise PlanError where a folder holds the run of another job, or is further than this one wants to go."""
+    """Raise PlanError where a folder holds the run of another job, or has more steps than this job."""
     found = manifest.published(folder / CHECKPOINTS)
     if found:
         try:
             facts = manifest.read_manifest(found[-1])
         except PlanError:
-            return  # A damaged checkpoint is refused with all that is wrong with it, when it is to be loaded.
+            return  # a damaged checkpoint is refused when it is loaded, with everything that is wrong with it
         where, step = found[-1] / manifest.MANIFEST, int(facts["step"])
         if step > spec.train.steps:
             message = f"is {spec.train.steps}; {found[-1]} is at step {step} already."
@@ -219,9 +237,12 @@ def _check_job(folder: Path, spec: JobSpec, accepted: tuple[str, ...]) -> None:
 
 
 def _problems(differing: list[Change], where: Path) -> Iterator[Problem]:
+    """Yield a problem for each key that differs from what the file `where` says."""
     for change in differing[:SHOWN]:
         message = f"is {change.after!r}; the run to resume has {change.before!r} ('{where}')."
-        remedy = f"Resume the run of this job, or begin a new one. If it is meant: --changed {change.key}."
+        remedy = (
+            f"Resume the run of this job, or begin a new one. If this is intended: --changed {change.key}."
+        )
         yield Problem(change.key, message, remedy)
     if len(differing) > SHOWN:
         more = f"{len(differing) - SHOWN} more keys differ."
@@ -229,10 +250,11 @@ def _problems(differing: list[Change], where: Path) -> Iterator[Problem]:
 
 
 def _recorded_text(path: Path) -> str:
+    """Return the text of the job in a record. Raises PlanError."""
     try:
         text = json.loads(path.read_text(encoding="utf-8"))["job"]
     except (OSError, ValueError, KeyError, TypeError):
-        message = "says of no job that can be read."
+        message = "holds no job that can be read."
         raise PlanError(
             [Problem(str(path), message, "Name another folder: there is no checkpoint in it.")]
         ) from None
@@ -244,10 +266,10 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        remedy = "Wait until that has ended, or end it."
+        remedy = "Wait until it has ended, or end it."
         raise _refused(str(folder), "is in use: another process trains there.", remedy) from None
     except OSError:
-        pass  # A disk without locks.
+        pass  # a file system without locks
 
 
 def _refused(folder: str, message: str, remedy: str) -> PlanError:

@@ -1,6 +1,6 @@
-"""Logs: JSON lines in the run folder from every rank, readable lines on a terminal from one.
+"""Logs: JSON lines in the run folder from every rank, readable lines on the terminal from one.
 
-Rank, modules and stages are bound once; a line says the rest:
+Rank and stages are bound once; a call adds the rest:
 
     log.info("step", step=20, loss=0.71)
 """
@@ -20,7 +20,7 @@ from mimogrid.core.topology.roles import RankRole
 
 @contextmanager
 def open_log(folder: Path, role: RankRole, *, speaks: bool) -> Iterator[FilteringBoundLogger]:
-    """Open this rank's log in a run folder; with `speaks`, its lines also go to the terminal."""
+    """Open this rank's log in a run folder; with `speaks`, its lines go to the terminal, too."""
     folder.mkdir(parents=True, exist_ok=True)
     stages = [str(info.stage) for info in role.stages]
     with (folder / f"rank-{role.rank}.jsonl").open("a", encoding="utf-8") as file:
@@ -39,7 +39,7 @@ def open_log(folder: Path, role: RankRole, *, speaks: bool) -> Iterator[Filterin
 
 
 class _Writer:
-    """The last processor: writes an event to the file as JSON, and to a terminal as a line."""
+    """The last processor: writes an event into the file as JSON, and on the terminal as a line."""
 
     def __init__(self, file: TextIO, terminal: TextIO | None) -> None:
         self._file = file

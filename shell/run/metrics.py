@@ -1,13 +1,20 @@
-"""Metrics: what a rank counts over a run, and what its first rank writes down as steps are done."""
+"""Metrics: what a rank counts over a run, and what the first rank writes and shows after each step.
+
+``metrics.jsonl`` has a line per step; `step` is its index, counted from 0 as everywhere else.
+"""
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import attrs
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch.utils.tensorboard import SummaryWriter
 
 from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, stragglers
@@ -16,23 +23,25 @@ from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate import simulate
 from mimogrid.core.step.step import Step
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.run.progress import Progress
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.execute import Timed
 
 
 METRICS = "metrics.jsonl"
 SCALARS_EVERY = 10
+"""Steps from one point of the curves in TensorBoard to the next."""
+PROGRESS_EVERY_S = 10.0
+"""Seconds from one line of progress to the next, where there is no terminal."""
 WINDOW = 64
-"""Steps over which a rank's pace is judged."""
+"""Steps over which step times are averaged before stragglers are named."""
 ABOVE = 1.5
-"""How many times as long as its peers a rank must take to be told of."""
+"""How many times as long as expected a straggler takes."""
 
 
-class Lag:
-    """Paces of a window of steps, at the end of which it tells who straggles.
+class StragglerWatch:
+    """Collects the step times of all ranks, and names the stragglers after each window of steps.
 
-    One slow step says nothing: it may lie behind a checkpoint.
+    One slow step means nothing: it may follow a checkpoint.
     """
 
     def __init__(self, job: Job) -> None:
@@ -41,12 +50,12 @@ class Lag:
         self._window: list[Sequence[StepTimes]] = []
 
     def after(self, step: Step, step_times: Sequence[StepTimes]) -> tuple[Straggler, ...]:
-        """Add a step's paces; return the stragglers of a window that is full, and begin another."""
+        """Add the times of a step; return the stragglers of a window that is full, and begin another."""
         self._window.append(step_times)
         if len(self._window) < WINDOW:
             return ()
         costs = self._job.spec.schedule.costs
-        if costs is not None and self._predicted is None:  # A plan predicts the same of every step.
+        if costs is not None and self._predicted is None:  # a plan predicts the same of every step
             self._predicted = simulate(plan_step(step, self._job.order), costs).busy_s
         steps, self._window = self._window, []
         return tuple(stragglers(list(mean(steps)), above=ABOVE, predicted=self._predicted))
@@ -54,11 +63,10 @@ class Lag:
 
 @attrs.define
 class Tally:
-    """What a rank has counted so far; losses reach back over resumes, throughput does not.
+    """What a rank has counted so far. Losses include those before a resume, throughput does not.
 
-    `busy_ns` and `step_ns` are of all steps but the `last`, with which a device may not be done yet.
-
-    A step that was passed over (`train.skip_steps`) has no loss, and is among those skipped.
+    `busy_ns` and `step_ns` are of all steps but the `last`, which a device may not have finished yet. A step in
+    `train.skip_steps` has no loss, and is among the `skipped`.
     """
 
     begun: float = attrs.field(factory=time.perf_counter)
@@ -85,29 +93,29 @@ class Tally:
 
     @property
     def busy_fraction(self) -> float:
-        """The part of all steps in which this rank computed."""
+        """The fraction of the time of all steps in which this rank computed."""
         busy_ns, step_ns = self._times()
         return busy_ns / step_ns if step_ns else 0.0
 
     def _times(self) -> tuple[int, int]:
-        """Return the nanoseconds of computing and of steps, with those of the last."""
+        """Return the nanoseconds of computing and of steps, the last step included."""
         busy_ns = sum(t.end_ns - t.begin_ns for t in self.last if isinstance(t.action, Compute))
         step_ns = self.last[-1].end_ns - self.last[0].begin_ns if self.last else 0
         return self.busy_ns + busy_ns, self.step_ns + step_ns
 
     @property
     def seconds(self) -> float:
-        """Time since the first step began."""
+        """Seconds since the first step began."""
         return time.perf_counter() - self.begun
 
 
-def recall(folder: Path, steps: int) -> Tally:
-    """Return a tally with the losses of the first steps of a run, and forget what its metrics say of later ones."""
+def resumed_tally(folder: Path, steps: int) -> Tally:
+    """Return a tally with the losses of the first steps of a run; drop the lines of later steps from its metrics."""
     tally, path = Tally(), folder / METRICS
     if not path.is_file():
         return tally
-    lines = path.read_text().splitlines(keepends=True)[:steps]
-    path.write_text("".join(lines))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
+    path.write_text("".join(lines), encoding="utf-8")
     for facts in map(json.loads, lines):
         if not facts["taken"]:
             tally.skipped.append(facts["step"])
@@ -119,16 +127,57 @@ def recall(folder: Path, steps: int) -> Tally:
     return tally
 
 
+class Progress:
+    """Shows the steps that are done: as a bar on a terminal, elsewhere as a line every few seconds."""
+
+    def __init__(self, start: int, steps: int) -> None:
+        self._start = start
+        self._steps = steps
+        self._printed_at = self._begun = time.monotonic()
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        ]
+        console = Console(stderr=True)
+        self._bar = Bar(*columns, console=console) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("training", completed=self._start, total=self._steps)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, done: int, facts: Mapping[str, Any]) -> None:
+        """Show that so many steps are `done`, with the metrics of the last one."""
+        now = time.monotonic()
+        text = (
+            f"loss {facts['loss']:.4f}  {facts['samples_per_s']:.0f} samples/s  "
+            f"{facts['tokens_per_s']:.0f} tokens/s"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=done, description=text)
+        elif done in {self._start + 1, self._steps} or now - self._printed_at > PROGRESS_EVERY_S:
+            left = (now - self._begun) / (done - self._start) * (self._steps - done)
+            print(f"{done}/{self._steps} steps  {text}  {left:.0f} s left", file=sys.stderr, flush=True)  # noqa: T201
+            self._printed_at = now
+
+
 @attrs.frozen(eq=False)
-class Keeper:
-    """Writes metrics as they come: a line each, scalars now and then, progress on the terminal."""
+class MetricsWriter:
+    """Writes a line per step, scalars for TensorBoard, and progress on the terminal."""
 
     lines: TextIO
     scalars: SummaryWriter
     progress: Progress
 
-    def keep(self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()) -> None:
-        """Write one step, and who was found to straggle after it."""
+    def write(self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()) -> None:
+        """Write a step, and the stragglers that were found after it."""
         facts: dict[str, Any] = {
             "step": index,
             "loss": outcome.loss,
@@ -142,20 +191,20 @@ class Keeper:
             "tokens_per_s": tally.tokens / tally.seconds,
         }
         if lagging:
-            facts["stragglers"] = [_told(straggler) for straggler in lagging]
+            facts["stragglers"] = [_straggler_facts(straggler) for straggler in lagging]
         self.lines.write(json.dumps(facts) + "\n")
         if index % SCALARS_EVERY == 0:
             for name in ("loss", "gradient_norm", "learning_rate", "samples_per_s", "tokens_per_s"):
                 self.scalars.add_scalar(name, facts[name], index)
         self.progress.show(index + 1, facts)
 
-    def pass_over(self, index: int) -> None:
-        """Write that a step was passed over."""
+    def write_passed_over(self, index: int) -> None:
+        """Write that a step was passed over because train.skip_steps lists it."""
         self.lines.write(json.dumps({"step": index, "taken": False, "skipped": "listed"}) + "\n")
 
 
-def _told(straggler: Straggler) -> dict[str, Any]:
-    """Return what a line of metrics says of a straggler."""
+def _straggler_facts(straggler: Straggler) -> dict[str, Any]:
+    """Return a straggler as a line of metrics lists it."""
     step_times = straggler.step_times
     return {
         "rank": step_times.rank,
@@ -170,11 +219,11 @@ def _told(straggler: Straggler) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_keeper(folder: Path, steps: int) -> Iterator[Keeper]:
-    """Open the files that metrics go to, and the progress on the terminal."""
+def open_metrics(folder: Path, start: int, steps: int) -> Iterator[MetricsWriter]:
+    """Open the files of the metrics, and the progress on the terminal from step `start` on."""
     with (
-        (folder / METRICS).open("a", encoding="utf-8", buffering=1) as lines,  # a checkpoint counts on them
+        (folder / METRICS).open("a", encoding="utf-8", buffering=1) as lines,  # a resumed run reads them
         contextlib.closing(SummaryWriter(str(folder / "tensorboard"))) as scalars,
-        Progress(steps) as progress,
+        Progress(start, steps) as progress,
     ):
-        yield Keeper(lines, scalars, progress)
+        yield MetricsWriter(lines, scalars, progress)

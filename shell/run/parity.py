@@ -1,10 +1,10 @@
-"""Parity: the job's layout against the same model on one process, gradient by gradient.
+"""Parity: a job's layout against the same model on one process, gradient by gradient.
 
-The reference is plain: one process, the whole batch at once, modules called one after the other in graph
-order, one backward. It shares the networks and the loading of samples with the layout, and nothing else: no
-routes, no program, no transport, no reduction.
+The reference is plain: one process, the whole batch at once, modules called one after the other in graph order, one
+backward. It shares the networks and the loading of samples with the layout, and nothing else: no routes, no program, no
+transport, no reduction.
 
-In half precision both are compared with the reference in fp32 (see `_judged`).
+In half precision both are compared with the reference in fp32 (see `_compared_with_one_process`).
 """
 
 import math
@@ -24,17 +24,18 @@ from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.modules import StageModule, build_stage, named_weights
 from mimogrid.shell.runtime.agreement import Outcome
-from mimogrid.shell.runtime.collect import Tensors
 from mimogrid.shell.runtime.data import Loader
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
+from mimogrid.shell.runtime.tensor_slices import Tensors, full_tensors, gradients_of
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.groups import ModuleGroups
 
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
 """How far a layout may be from one process in the same precision."""
 TIMES = 3.0
-"""How many times farther from fp32 a layout in half precision may be than one process in half precision is."""
+"""How many times the rounding error of one process in half precision a layout may be away from fp32."""
 
 SHOWN = 8
 """How many of the worst parameters are shown."""
@@ -45,7 +46,14 @@ Gradients = Tensors
 
 @attrs.frozen
 class Difference:
-    """How far a parameter's gradient is from the reference: `difference` is relative to its scale."""
+    """How a parameter's gradient differs from the reference.
+
+    Attributes:
+        parameter: ``module.parameter``.
+        difference: the largest difference of a value, relative to the scale of the reference.
+        magnitude: the largest value of the layout's gradient.
+        reference: the largest value of the reference's.
+    """
 
     parameter: str
     difference: float
@@ -54,8 +62,16 @@ class Difference:
 
 
 @attrs.frozen
-class Verdict:
-    """What a comparison came to, and what is legal; `worst` holds the largest differences first."""
+class ParityReport:
+    """The relative differences of the loss and of the gradients, and the tolerance.
+
+    Attributes:
+        loss: the difference of the losses.
+        gradients: the largest difference of a gradient.
+        worst: every parameter, the largest difference first.
+        precision: that of the job.
+        limit: how large a difference may be.
+    """
 
     loss: float
     gradients: float
@@ -65,20 +81,20 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing differs by more than is legal."""
+        """Whether nothing differs by more than the tolerance."""
         return max(self.loss, self.gradients) <= self.limit
 
     def as_json(self) -> dict[str, object]:
-        """Return the verdict with its worst parameters, for a script."""
+        """Return the report with the worst parameters, for a script."""
         whole = {"passed": self.passed, **attrs.asdict(self)}
         return whole | {"worst": whole["worst"][:SHOWN]}
 
-    def in_words(self) -> str:
-        """Return the verdict with its worst parameters, for a person."""
-        from_what = "from fp32, " if self.precision in HALF else ""
+    def __str__(self) -> str:
+        """Return the report with the worst parameters, for people."""
+        reference = "relative to fp32; " if self.precision in HALF else ""
         lines = [
             f"{'passed' if self.passed else 'FAILED'}: loss differs by {self.loss:.2e}, gradients by at "
-            f"most {self.gradients:.2e} ({from_what}{self.precision}: at most {self.limit:.1e} is legal)",
+            f"most {self.gradients:.2e} ({reference}{self.precision} tolerance: {self.limit:.2g})",
             f"{'worst parameters':44} {'difference':>10} {'largest':>10} {'reference':>10}",
         ]
         lines += [
@@ -100,7 +116,7 @@ def on_one_process(
 ) -> tuple[float, Gradients]:
     """Return loss and gradients of a step's samples on one process; `groups` hold this rank alone.
 
-    The precision is that of the job if None is given; `scale` multiplies losses during their backward.
+    None as precision is that of the job. `scale` multiplies losses during their backward; gradients are unscaled again.
     """
     spec = _undivided(job.spec, microbatches, precision or job.spec.precision)
     topology = parse(spec, job.topology.source)
@@ -168,8 +184,8 @@ def compare(
     *,
     precision: str,
     limit: float | None = None,
-) -> Verdict:
-    """Compare (ours, the reference's) loss and gradients; `limit` is that of the precision if None is given."""
+) -> ParityReport:
+    """Compare (our, the reference's) loss, and gradients; None as limit is the precision's tolerance."""
     largest = _largest_by_module(reference)
     names = sorted({*ours, *reference})
     worst = sorted(
@@ -178,7 +194,8 @@ def compare(
     )
     loss = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-30) if losses[0] != losses[1] else 0.0
     gradients = worst[0].difference if worst else 0.0
-    return Verdict(loss, gradients, tuple(worst), precision, TOLERANCE[precision] if limit is None else limit)
+    tolerance = TOLERANCE[precision] if limit is None else limit
+    return ParityReport(loss, gradients, tuple(worst), precision, tolerance)
 
 
 def _difference(
@@ -187,6 +204,7 @@ def _difference(
     reference: torch.Tensor | None,
     largest: Mapping[str, float],
 ) -> Difference:
+    """Compare a gradient; a small one is compared by the scale of its module's `largest`."""
     magnitude, expected = _magnitude(ours), _magnitude(reference)
     if ours is None or reference is None:
         difference = math.inf if magnitude or expected else 0.0
@@ -216,7 +234,7 @@ def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
 
 
 def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:
-    """The same model on one rank: every grid of size 1, and nothing in fp8 if the precision is another."""
+    """Return the same model on one rank: every grid of size 1, and no fp8 if the precision is another."""
     modules = {
         name: attrs.evolve(
             module,
@@ -236,38 +254,40 @@ def _no_rows(width: int, loader: Loader) -> torch.Tensor:
     return torch.empty(0, width, dtype=loader.dtype, device=loader.device)
 
 
-def in_world(place: Place, job: Job, steps: int, transport: str | None = None) -> Verdict | None:
-    """Run on every rank: compare some steps of a job; the first rank of the job returns the verdict."""
+def in_world(place: Place, job: Job, steps: int, transport: str | None = None) -> ParityReport | None:
+    """Compare steps of a job, on every rank of its world; the first rank of the job returns the worst report."""
     with open_session(place, job, transport=transport) as session:
         if session.runtime is None:
             return None
-        chief = place.rank == job.topology.ranks[0]
-        verdicts = []
+        is_first = place.rank == job.topology.ranks[0]
+        reports = []
         for index in range(steps):
             step = job.step(index)
-            outcome = _scaled_to_fit(session.runtime, index, step)
+            outcome = _run_without_overflow(session.runtime, index, step)
             ours = full_gradients(session.runtime)
-            if chief:
-                verdicts.append(_judged(session, job, step, outcome.loss, ours))
-        return max(verdicts, key=lambda v: max(v.gradients, v.loss)) if verdicts else None
+            if is_first:
+                reports.append(_compared_with_one_process(session, job, step, outcome.loss, ours))
+        return max(reports, key=lambda report: max(report.gradients, report.loss)) if reports else None
 
 
-def _scaled_to_fit(runtime: RankRuntime, index: int, step: Step) -> Outcome:
+def _run_without_overflow(runtime: RankRuntime, index: int, step: Step) -> Outcome:
     """Run a step without updating; in fp16 lower the loss scale until nothing overflows, as training would."""
     while True:
-        outcome = runtime.run(index, step, step, update=False)
+        outcome = train_step(runtime, index, step, step, update=False)
         lower = max(runtime.skip_state.scale / 2, 1.0)
         if outcome.taken or lower == runtime.skip_state.scale:
             return outcome
         runtime.skip_state = attrs.evolve(runtime.skip_state, scale=lower)
 
 
-def _judged(session: Session, job: Job, step: Step, loss: float, ours: Gradients) -> Verdict:
+def _compared_with_one_process(
+    session: Session, job: Job, step: Step, loss: float, ours: Gradients
+) -> ParityReport:
     """Compare with one process in the same precision.
 
-    In half precision sums in another order differ by as much as rounding does, so there both are compared
-    with fp32: the layout must not be much farther from it than the one process is with the same microbatches
-    and loss scale.
+    In half precision, sums in another order differ by as much as rounding does. So there both are compared with fp32:
+    the layout must not be more than `TIMES` as far from it as the one process is, with the same microbatches and loss
+    scale.
     """
     precision, alone, device = job.spec.precision, session.groups.alone(), session.device
     if precision not in HALF:
@@ -284,9 +304,4 @@ def _judged(session: Session, job: Job, step: Step, loss: float, ours: Gradients
 
 def full_gradients(runtime: RankRuntime) -> Gradients:
     """Return every full gradient of the job on its first rank, and nothing on others."""
-    return runtime.collect(
-        {
-            stage: {name: w.grad for name, w in buffer.weights.items() if w.grad is not None}
-            for stage, buffer in runtime.buffers.items()
-        }
-    )
+    return full_tensors(runtime, gradients_of(runtime))

@@ -1,4 +1,4 @@
-"""Imported once by the server from which local ranks are forked: what takes seconds to import."""
+"""Preloading: what takes seconds to import, imported once by the server from which local ranks are forked."""
 
 import gc
 

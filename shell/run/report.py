@@ -1,8 +1,8 @@
-"""Reports: what a finished run says of itself, in numbers and pictures."""
+"""Reports: what a finished run leaves about itself, in numbers and pictures."""
 
 import platform
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,22 @@ from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
 from mimogrid.shell.run.metrics import Tally
-from mimogrid.shell.run.pictures import draw_predictions
+from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
+COLUMNS, ROWS = 5, 8
+"""The size of the grid of held-out samples."""
+RIGHT, WRONG = "#0072b2", "#d55e00"  # distinguishable without colour vision; wrong ones also say so
 READ_COUNT, OTHER_COUNT = 1280, 128
-"""Held-out samples that the first task, and each further task, is examined on."""
+"""How many held-out samples evaluate the first task, and each further task."""
 
 Examination = Mapping[str, tuple[Questions, tuple[Answer, ...]]]
-"""The answers to each task."""
+"""The held-out samples and answers of each task."""
 
 
 def examine_tasks(runtime: RankRuntime) -> Examination:
-    """Answer the held-out samples of every task of a source that has some."""
+    """Answer the held-out samples of every task, if the source holds samples out."""
     source = runtime.job.source
     if not isinstance(source, Examined) or not runtime.topology.graph.texts:
         return {}
@@ -46,8 +49,8 @@ def examine_tasks(runtime: RankRuntime) -> Examination:
 
 
 @attrs.frozen
-class OfRank:
-    """What the report says of one rank."""
+class RankReport:
+    """What the report says about one rank; `events` are those of the last step."""
 
     rank: int
     busy_fraction: float
@@ -55,9 +58,9 @@ class OfRank:
     events: tuple[Event, ...]
 
 
-def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[OfRank]:
+def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[RankReport]:
     """Gather every rank's measurements on the first; the others get nothing."""
-    mine = OfRank(
+    mine = RankReport(
         rank=runtime.rank,
         busy_fraction=tally.busy_fraction,
         peak_bytes=_peak_bytes(runtime.device.torch),
@@ -66,7 +69,7 @@ def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[OfRank]:
             for timed in tally.last
         ),
     )
-    return runtime.hand_over(mine)
+    return gather_objects(runtime, mine)
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -75,14 +78,9 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def draw(
-    folder: Path,
-    job: Job,
-    examined: Examination,
-    ranks: list[OfRank],
-) -> None:
-    """Draw the last step that was run below its plan, and answers to held-out samples."""
-    events = [event for of_rank in ranks for event in of_rank.events]
+def draw(folder: Path, job: Job, examined: Examination, ranks: list[RankReport]) -> None:
+    """Draw the last step, its plan above what was measured, and answers to held-out samples."""
+    events = [event for rank in ranks for event in rank.events]
     if events:
         _draw_step(folder, job, events)
     for questions, answers in list(examined.values())[:1]:
@@ -90,7 +88,7 @@ def draw(
 
 
 def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
-    """Draw a measured step; its plan has the job's costs, or else the means of what was measured."""
+    """Draw a measured step below its plan, with the job's costs, or else with the mean times of its actions."""
     train = job.spec.train
     last = max(step for step in range(train.steps) if not is_passed_over(train, step))
     program = plan_step(job.step(last), job.order)
@@ -99,8 +97,39 @@ def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
     with (folder / "trace.json").open("w", encoding="utf-8") as file:
         file.writelines(perfetto.lines(ran))
     costs = "the job's costs" if job.spec.schedule.costs else "the mean times of its actions"
-    title = f"step {last}: {ran.step_s:.4g} s measured, {planned.step_s:.4g} s planned with {costs}"
+    title = (
+        f"step {last} (the last): {ran.step_s:.4g} s measured, {planned.step_s:.4g} s planned with {costs}"
+    )
     (folder / "timeline.svg").write_text(svg(above(planned, ran, title)), encoding="utf-8")
+
+
+def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]) -> None:
+    """Draw a grid of samples with their answers; wrong ones come first and take at most half of it."""
+    import matplotlib as mpl  # noqa: PLC0415 -- takes a second to import, and is used once a run
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    wrong = [answer for answer in answers if not answer.is_right]
+    right = [answer for answer in answers if answer.is_right]
+    chosen = [*wrong[: COLUMNS * ROWS // 2], *right][: COLUMNS * ROWS]
+    pictures = [questions.image(answer.sample_id) for answer in chosen]
+    widest = max(picture.shape[1] for picture in pictures)
+    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2.6 * COLUMNS, 0.95 * ROWS), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, answer, picture in zip(axes.flat, chosen, pictures, strict=False):
+        axis.imshow(picture, cmap="gray_r", aspect="equal", vmin=0, vmax=1)
+        axis.set_xlim(-0.5, widest - 0.5)  # one scale for all, however long
+        predicted, true = questions.spell(answer.predicted), questions.spell(answer.true)
+        title = predicted if answer.is_right else f"read {predicted or 'nothing'}, is {true}"
+        colour = RIGHT if answer.is_right else WRONG
+        axis.set_title(title, fontsize=9, color=colour, loc="left")
+    shown = f"{len(answers)} held-out strips, {len(wrong)} misread"
+    figure.suptitle(f"{shown} (misread ones first, with what they are)", fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def compose(
@@ -108,7 +137,7 @@ def compose(
     tally: Tally,
     training_s: float,
     examined: Examination,
-    ranks: list[OfRank],
+    ranks: list[RankReport],
 ) -> dict[str, Any]:
     """Return the report of a run."""
     accuracy = {
@@ -129,8 +158,8 @@ def compose(
         "training_s": training_s,
         "samples_per_s": tally.samples / training_s if training_s else 0.0,
         "tokens_per_s": tally.tokens / training_s if training_s else 0.0,
-        "busy_fraction": {str(of.rank): of.busy_fraction for of in ranks},
-        "peak_bytes": {str(of.rank): of.peak_bytes for of in ranks},
+        "busy_fraction": {str(rank.rank): rank.busy_fraction for rank in ranks},
+        "peak_bytes": {str(rank.rank): rank.peak_bytes for rank in ranks},
         "machine": platform.platform(),
         "versions": versions(),
     }

@@ -1,8 +1,7 @@
-"""Data: what a stage loads of its own share, checked against what the source had described.
+"""Data: what a stage loads of its own share, checked against the description of the source.
 
-A source describes any sample to every rank, and loads it only where it is needed: rows on the first stage
-of a source module, tokens on the first of a language model, targets on the last stage of a module with a
-loss.
+A source describes every sample to every rank, and loads it where it is needed: rows on the first stage of a source
+module, tokens on the first stage of a language model, targets on the last stage of a module with a loss.
 """
 
 import time
@@ -13,7 +12,6 @@ import torch
 
 from mimogrid.core.base.errors import WorldError
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.faults.injection import READING
 from mimogrid.core.job.models import Block, Gpt, Own, Regressor, Vit
 from mimogrid.core.step.step import Share
 from mimogrid.core.topology.topology import Module
@@ -22,7 +20,7 @@ from mimogrid.shell.modules.packing import check_placeholders
 
 
 EXACT = frozenset({"loss_weights", "targets"})
-"""What losses are computed with in fp32 where the network computes in half precision."""
+"""Inputs of losses, which stay in fp32 if the network computes in half precision."""
 
 
 class Loads(Protocol):
@@ -33,18 +31,18 @@ class Loads(Protocol):
         ...
 
 
-class Clocked:
-    """A source that counts the seconds which loading takes. `at` hears of the moment."""
+class TimedSource:
+    """A source that counts the seconds which loading takes, and calls `before_load` before each load."""
 
-    def __init__(self, source: Loads, at: Callable[[str], None]) -> None:
+    def __init__(self, source: Loads, before_load: Callable[[], None]) -> None:
         self._source = source
-        self._at = at
+        self._before_load = before_load
         self._seconds = 0.0
 
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
-        """Return what the source does."""
+        """Load a sample's tensors for a module."""
         begin = time.perf_counter()
-        self._at(READING)
+        self._before_load()
         loaded = self._source.load(sample_id, module)
         self._seconds += time.perf_counter() - begin
         return loaded
@@ -66,11 +64,11 @@ class Loader:
     def inputs(self, module: Module, share: Share, *, entire: bool = False) -> dict[str, torch.Tensor]:
         """Return what the first stage of a module reads from the data, sample after sample.
 
-        A source module reads its rows; `entire`: and whatever else its samples have for it.
+        A source module reads its rows; with `entire`, all that its samples have for it.
         """
         if isinstance(module.model, Gpt):
             columns = self._columns(module, share, ("tokens",), share.lengths)
-            # Before they go to the device: to read a value there is to wait for all that it computes.
+            # On the host: reading a value on the device waits for all of its work.
             check_placeholders(columns["tokens"], share)
             return self._joined(module, columns)
         if module.inputs:
@@ -79,7 +77,7 @@ class Loader:
         return self._joined(module, columns)
 
     def targets(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
-        """Return what the last stage of a module with a loss compares with."""
+        """Return what the loss of a module's last stage compares its predictions with."""
         match module.model:
             case Gpt():
                 columns = self._columns(module, share, ("labels", "loss_weights"), share.lengths)
@@ -93,7 +91,7 @@ class Loader:
                 return {}
 
     def _load_all(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
-        """Whatever the source has for a module of the user's beside the rows that others feed it."""
+        """Return all that the source has for a module of the user's, besides the rows that other modules feed it."""
         columns: dict[str, list[torch.Tensor]] = {}
         for sample in share.samples:
             for name, tensor in self._source.load(sample.id, module.name).items():
@@ -141,7 +139,7 @@ class Loader:
 
 
 def _nothing(name: str, module: Module) -> torch.Tensor:
-    """What a dp rank without rows reads when it runs along with dp ranks that have some."""
+    """Return what a dp rank without rows reads when it computes along with dp ranks that have some."""
     match name, module.model:
         case ["rows", Vit(features=width) | Block(hidden=width) | Regressor(hidden=width)]:
             return torch.empty(0, width or 0)
@@ -170,7 +168,7 @@ def _checked(
 
 
 def _check_units(module: Module, share: Share, weights: list[torch.Tensor]) -> None:
-    """The loss is divided by the described count, so the loaded weights must add up to it."""
+    """Check that loss weights add up to the described count, by which the loss is divided."""
     described = sum(sample.units.get(module.name, sample.length) for sample in share.samples)
     loaded = sum(float(of_sample.double().sum()) for of_sample in weights)
     if abs(described - loaded) > 1e-6 * max(1.0, abs(described)):

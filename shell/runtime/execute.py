@@ -1,14 +1,14 @@
 """Execute: one loop over a rank's program, one match.
 
-The executor does what the program says, in its order; it inserts, drops and decides nothing. It marks where
-each action began and ended, which is the measured timeline, and keeps the heartbeat by which others see where it is.
+The executor does what the program says, in its order. It adds, drops and decides nothing. It marks where each action
+began and ended, which is the measured timeline, and keeps the heartbeat by which others see where the rank is.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
 
 import attrs
 
+from mimogrid.core.program.lifetimes import Releases
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
@@ -23,38 +23,44 @@ from mimogrid.core.schedule.actions import (
 )
 from mimogrid.core.topology.topology import Stage
 from mimogrid.shell.device.streams import Mark
-from mimogrid.shell.runtime.stage import StageRunner
+from mimogrid.shell.runtime.gradients import StageBuffer
+from mimogrid.shell.runtime.stage import StageStep
 from mimogrid.shell.runtime.transport import Transport
 from mimogrid.shell.world.heartbeat import Heartbeat
 
 
-class Finisher(Protocol):
-    """Whoever reduces gradients, agrees on the step and takes it."""
+@attrs.frozen
+class StepEnd:
+    """How a training step ends: `agree` does what `NORM` says, `update` what `UPDATE` says."""
 
-    def reduce(self, stage: Stage, bucket: int) -> None:
-        """Post the sum of a bucket of a stage's gradients; return at once."""
-        ...
+    agree: Callable[[], None]
+    update: Callable[[], None]
 
-    def wait(self, stage: Stage, bucket: int) -> None:
-        """Block until that sum is there."""
-        ...
 
-    def tie(self, stage: Stage) -> None:
-        """Sum the gradients of tied weights over the ends of a module."""
-        ...
+@attrs.frozen(eq=False)
+class RankContext:
+    """What the actions of a rank act on in one step.
 
-    def agree(self) -> None:
-        """Agree on the norm, and on whether the step is taken."""
-        ...
+    Attributes:
+        stages: the rank's stages in this step.
+        buffers: the gradients of each stage.
+        transport: what carries messages.
+        heartbeat: where the rank notes what it does.
+        releases: which tensors the stages free after which action.
+        end: how the step ends; None in a forward-only program, which has no such actions.
+    """
 
-    def update(self) -> None:
-        """Take the step, if that was agreed."""
-        ...
+    stages: Mapping[Stage, StageStep]
+    buffers: Mapping[Stage, StageBuffer]
+    transport: Transport
+    heartbeat: Heartbeat
+    releases: Releases
+    end: StepEnd | None = None
 
 
 @attrs.frozen
 class Timed:
-    """An action with when it began and ended, on the device where that does things later than it is asked for."""
+    """An action with its begin and end: on an asynchronous device, when the device did it."""
 
     action: Action
     begin: Mark
@@ -71,11 +77,8 @@ class Timed:
         return self.end.ns
 
 
-Runs = Callable[
-    [tuple[Action, ...], Mapping[Stage, StageRunner], Transport, Finisher, Heartbeat],
-    tuple[Timed, ...],
-]
-"""Whatever runs a rank's program for one step and returns its timeline: `execute`, or who calls it."""
+Executor = Callable[[tuple[Action, ...], RankContext], tuple[Timed, ...]]
+"""Runs a rank's program for one step and returns its timeline: `execute`, or a function around it."""
 
 
 def busy_s(timeline: Iterable[Timed]) -> float:
@@ -83,28 +86,25 @@ def busy_s(timeline: Iterable[Timed]) -> float:
     return sum(t.end_ns - t.begin_ns for t in timeline if isinstance(t.action, Compute)) / 1e9
 
 
-def execute(
-    actions: tuple[Action, ...],
-    stages: Mapping[Stage, StageRunner],
-    transport: Transport,
-    finisher: Finisher,
-    heartbeat: Heartbeat,
-    *,
-    first: int = 0,
-) -> tuple[Timed, ...]:
-    """Run one rank's program for one step, or the part of it that begins with action `first`; return its timeline."""
+def execute(actions: tuple[Action, ...], context: RankContext, *, first: int = 0) -> tuple[Timed, ...]:
+    """Run one rank's program for one step and return its timeline.
+
+    `actions` may be a part of the program: the part that begins with its action number `first`.
+    """
+    streams = context.transport.streams
     timeline: list[Timed] = []
     for index, action in enumerate(actions, first):
-        begin = transport.streams.mark()
-        heartbeat.act(index, action)
-        _act(action, stages, transport, finisher)
-        timeline.append(Timed(action, begin, transport.streams.mark()))
+        begin = streams.mark()
+        context.heartbeat.begin_action(index, action)
+        _act(action, context)
+        for held in context.releases.get(action, ()):
+            context.stages[held.stage].release(held)
+        timeline.append(Timed(action, begin, streams.mark()))
     return tuple(timeline)
 
 
-def _act(
-    action: Action, stages: Mapping[Stage, StageRunner], transport: Transport, finisher: Finisher
-) -> None:
+def _act(action: Action, context: RankContext) -> None:
+    stages, transport = context.stages, context.transport
     match action:
         case Compute():
             stages[action.stage].compute(action)
@@ -117,13 +117,24 @@ def _act(
             transport.wait(action.transfer)
         case Wait(transfer=Recv() as recv):
             stages[recv.stage].deliver(recv, transport.wait(recv))
-        case Reduce(stage, bucket):
-            finisher.reduce(stage, bucket)
-        case WaitReduce(stage, bucket):
-            finisher.wait(stage, bucket)
-        case Tie():
-            finisher.tie(action.stage)
+        case Reduce() | WaitReduce() | Tie():
+            _reduce(action, context)
         case Norm():
-            finisher.agree()
+            assert context.end is not None
+            context.end.agree()
         case Update():
-            finisher.update()
+            assert context.end is not None
+            context.end.update()
+
+
+def _reduce(action: Reduce | WaitReduce | Tie, context: RankContext) -> None:
+    buffer = context.buffers[action.stage]
+    match action:
+        case Reduce(bucket=bucket):
+            buffer.buffers[bucket].reduce()
+        case WaitReduce(bucket=bucket):
+            context.heartbeat.wait_for_others()
+            buffer.buffers[bucket].wait()
+        case Tie():
+            context.heartbeat.wait_for_others()
+            buffer.tie()

@@ -1,20 +1,21 @@
-"""Gradients: flat buffers per stage, summed over the ranks that the gradient plan names.
+"""Gradients: flat buffers per stage, all-reduced over the ranks that the gradient plan names.
 
-Every trainable parameter's gradient is a view of a buffer of its stage, and so is the parameter itself: backward
-passes add into the one, a sum is one all-reduce for each bucket (`core.update.buckets`), posted and waited for
-where the program says, and a parameter that a shard never touched counts as zeros there, not as absent.
+The gradient of every trainable parameter is a view of a buffer of its stage, and so is the parameter. Backward passes
+add into the gradients. The program posts one all-reduce for each bucket (`core.update.buckets`) and waits for it. A
+parameter that a rank never touched has zeros there.
 
-In half precision the network computes with bf16 or fp16 weights, and beside them are fp32 *main* weights, which
-the optimizer updates and checkpoints hold. Gradients are added up in fp32 too: autograd raises each as it comes
-(`Tensor.grad_dtype`). In fp32 and fp64 the main weights are the weights.
+In half precision the network computes with bf16 or fp16 weights. Beside them are fp32 *main parameters*, which the
+optimizer updates and checkpoints hold. Gradients are accumulated in fp32, too: autograd converts each one as it comes
+(`Tensor.grad_dtype`). In fp32 and fp64 the main parameters are the weights.
 
-Where the dp ranks share the update (ZeRO stage 1: Rajbhandari et al. 2020), a shard has the main weights of
-its own part of each bucket only, updates it, and the shards gather the weights. The sum is an all-reduce there
-too: gloo makes its reduce-scatter out of one, and so both ways see the same bits.
+If dp ranks share the update (ZeRO stage 1: Rajbhandari et al. 2020), a rank has the main parameters of its own shard of
+each bucket only. It updates them, and the ranks gather the weights. Gradients are all-reduced in this case, too: gloo
+makes its reduce-scatter out of an all-reduce, so both ways give the same bits.
 
-On a device that computes asynchronously a sum begins after all that computing was asked for before it was posted: torch
-records an event on the current stream, for which the backend's own waits. Waiting for it holds up computing, not
-the host. What is posted and waited for at once (ties, weights that shards gather) is in order with computing anyway.
+On a device that computes asynchronously an all-reduce begins after all computing that was asked for before it was
+posted: torch records an event on the current stream, and the stream of the backend waits for it. Waiting for the
+all-reduce holds up computing, not the host. Operations that are posted and waited for at once (embedding all-reduces,
+the gather of weights) are in order with computing anyway.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,20 +32,20 @@ from mimogrid.shell.device.streams import Posted, Streams
 from mimogrid.shell.world.groups import ModuleGroups
 
 
-LANES = ("dp", "cp", "expert_dp")
+REPLICA_AXES = ("dp", "cp", "expert_dp")
 """The axes along which ranks hold the same values of a parameter."""
 
 
 @attrs.frozen(eq=False)
 class Shard:
-    """The values of a parameter that this rank updates: flat, with their gradient."""
+    """The values of a parameter that this rank updates, flat, with their gradient."""
 
     part: ParameterRange
     main: nn.Parameter
 
 
 class Buffer:
-    """One bucket on this rank: gradients, weights, and the main weights that this rank updates."""
+    """One bucket on this rank: gradients, weights, and the main parameters that this rank updates."""
 
     def __init__(
         self,
@@ -59,9 +60,9 @@ class Buffer:
     ) -> None:
         self.bucket = bucket
         self.shard_group = groups.expert_dp if bucket.section is Section.EXPERTS else groups.dp
-        self._summing = groups.partial if bucket.section is Section.PARTIAL else self.shard_group
+        self._reduce_group = groups.partial if bucket.section is Section.PARTIAL else self.shard_group
         self._streams = streams
-        self._sum: Posted | None = None
+        self._posted: Posted | None = None
         self.shared = shared
         shard = self.shard_group.rank()
         self.updated = range(shard, shard + 1) if shared else range(bucket.shards)
@@ -90,26 +91,26 @@ class Buffer:
                 yield Shard(ParameterRange(span.name, start - span.start, stop - span.start), main)
 
     def parts(self, names: frozenset[str]) -> Iterator[torch.Tensor]:
-        """Yield the gradient of each shard's part of these parameters, of those shards whose parts are updated here."""
+        """Yield the gradients of these parameters in the shards that this rank updates, part by part."""
         starts = {span.name: span.start for span in self.bucket.spans}
         for part in (part for shard in self.updated for part in self.bucket.parts(shard)):
             if part.name in names:
                 yield self.gradients[starts[part.name] + part.start : starts[part.name] + part.stop]
 
     def reduce(self) -> None:
-        """Post the sum of the gradients over the ranks that share it; nobody touches them until it is there."""
+        """Post the all-reduce of the gradients; nothing may touch them until it was waited for."""
         if len(self.gradients):  # Own networks may have none.
-            work = dist.all_reduce(self.gradients, group=self._summing, async_op=True)
-            self._sum = self._streams.posted(work, self.gradients, arrives=True)
+            work = dist.all_reduce(self.gradients, group=self._reduce_group, async_op=True)
+            self._posted = self._streams.posted(work, self.gradients, arrives=True)
 
     def wait(self) -> None:
-        """Let what is computed from here on happen after the sum."""
-        if self._sum is not None:
-            self._sum.wait()
-            self._sum = None
+        """Order what is computed from here on after the all-reduce."""
+        if self._posted is not None:
+            self._posted.wait()
+            self._posted = None
 
     def copy_main_to_model(self) -> None:
-        """Let the weights follow the main weights, on all shards."""
+        """Copy the main parameters to the weights, on all ranks that share the update."""
         if self._is_lowered:
             self.weights[self.own] = self.main
         if self.shared and self.shard_group.size() > 1 and len(self.weights):
@@ -118,10 +119,10 @@ class Buffer:
 
 
 class StageBuffer:
-    """The gradients, and what is updated by them, of one stage on this rank: a buffer for each bucket.
+    """The gradients, weights and main parameters of one stage on this rank: a buffer for each bucket.
 
-    `position` is the rank's (`Module.position`). `weights` are those of the network, and `full` what they were
-    drawn as, before they were rounded to its precision.
+    `position` is the rank's (`Module.position`). `weights` are those of the network, and `full` their initial values
+    before they were rounded to its precision.
     """
 
     def __init__(
@@ -146,10 +147,10 @@ class StageBuffer:
         )
         self._tied = [buffer for buffer in self.buffers if buffer.bucket.section is Section.TIED]
         table = {parameter.name: parameter for parameter in info.parameters}
-        # Where shards share the update, what counts is counted by whoever updates it.
-        counter = {**position, **{axis: 0 for axis in LANES if shared and axis in position}}
+        # If ranks share the update, each counts what it updates.
+        counter = {**position, **{axis: 0 for axis in REPLICA_AXES if shared and axis in position}}
         self.counted = frozenset(n for n in self.weights if counts_in_norm(counter, info, table.get(n)))
-        # Of those, who writes what there is one of for a parameter, however it is cut over tp.
+        # Of these, those for which this rank writes states of the optimizer that are one value for all tp ranks.
         self.written = frozenset(n for n in self.weights if is_written_by(counter, info, table.get(n)))
         self._counted = [part for buffer in self.buffers for part in buffer.parts(self.counted)]
 
@@ -159,7 +160,7 @@ class StageBuffer:
             buffer.gradients.zero_()
 
     def tie(self) -> None:
-        """Sum tied weights over the two ends of the module."""
+        """All-reduce the gradients of tied weights over the two ends of the module."""
         for buffer in self._tied:
             dist.all_reduce(buffer.gradients, group=self._groups.tie)
 
@@ -170,20 +171,20 @@ class StageBuffer:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every gradient here is, counted in the norm or not."""
+        """Whether every gradient on this rank is finite, counted in the norm or not."""
         found = [buffer.gradients.isfinite().all() for buffer in self.buffers]
         return bool(torch.stack(found).all()) if found else True
 
     def partials(self) -> list[float]:
         """Return the sums of squares whose total over all ranks is the square of the global norm.
 
-        There is one for each part of a parameter that some shard would update if they shared the update. So
-        they are the same numbers whether or not they do.
+        There is one for each part of a parameter that a shard of the bucket has. So the numbers are the same whether or
+        not the ranks share the update.
         """
         found = [part.double().square().sum() for part in self._counted]
         return list(torch.stack(found).tolist()) if found else []
 
     def copy_main_to_model(self) -> None:
-        """Let the weights follow the main weights, on all shards."""
+        """Copy the main parameters to the weights, on all ranks that share the update."""
         for buffer in self.buffers:
             buffer.copy_main_to_model()

@@ -1,6 +1,6 @@
-"""The optimizer: torch's, one per rank over the flat main weights that this rank updates.
+"""The optimizer: torch's, one per rank, over the flat main parameters that this rank updates.
 
-Ranks that hold the same weight see the same gradient and take the same step, so nothing is exchanged here.
+Ranks that hold the same weight have the same gradient and take the same step, so nothing is exchanged here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from mimogrid.shell.runtime.gradients import Shard
 
 
 _FUSED = {"AdamW", "Adam", "SGD"}
-"""Those that update all parameters in one operation on CPU and CUDA alike."""
+"""Optimizers that update all parameters in one operation, on CPU and CUDA."""
 
 
 def build(spec: OptimizerSpec, shards: Iterable[tuple[str, Shard]]) -> torch.optim.Optimizer | None:
@@ -51,7 +51,7 @@ def set_rates(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, *, step: in
 
 
 def begin_states(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer make what it keeps, as at its first step; a checkpoint then overwrites it, and the weights."""
+    """Let the optimizer make its state, as in its first step; a checkpoint then overwrites it, and the weights."""
     for group in optimizer.param_groups:
         for main in group["params"]:
             main.grad.zero_()
@@ -59,7 +59,7 @@ def begin_states(optimizer: torch.optim.Optimizer) -> None:
 
 
 def states_of(optimizer: torch.optim.Optimizer | None, shard: Shard) -> Mapping[str, torch.Tensor]:
-    """Return what the optimizer keeps for a shard: a value for each of its own, or one for all."""
+    """Return the state of the optimizer for a shard: tensors with a value for each of its own, or one for all."""
     if optimizer is None:
         return {}
     kept = optimizer.state.get(shard.main, {})

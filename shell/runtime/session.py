@@ -1,7 +1,7 @@
-"""Sessions: from a place to a runtime that can run steps, and back out.
+"""Sessions: a rank's world and runtime, open from the rendezvous to the end of a run.
 
-The order is fixed: meet, compare the plan, join, make the planned groups, build this rank's stages. What a
-session opened it closes, last first, also when a step fails.
+The order is fixed: meet, compare the plan, join, make the planned groups, build this rank's stages. A session closes
+what it opened, last first, also when a step fails.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.faults.injection import BUILDING, RENDEZVOUS
 from mimogrid.core.program.digest import digest_of
 from mimogrid.shell.device import device as devices
 from mimogrid.shell.device.device import Device
@@ -23,13 +22,13 @@ from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import without_known_words
 from mimogrid.shell.megatron.cpu import on_device
-from mimogrid.shell.runtime.rank import RankRuntime
-from mimogrid.shell.world import fault_injection as faults
+from mimogrid.shell.runtime.rank import RankRuntime, build_runtime
 from mimogrid.shell.world.failure import one_report
-from mimogrid.shell.world.groups import Groups, open_groups
+from mimogrid.shell.world.groups import ProcessGroups, open_groups
 from mimogrid.shell.world.heartbeat import Heartbeat
+from mimogrid.shell.world.phases import BUILDING, RENDEZVOUS
 from mimogrid.shell.world.preemption import StopRequest
-from mimogrid.shell.world.world import World, answer, ask, join
+from mimogrid.shell.world.world import World, join, rendezvous, serve_rendezvous
 
 
 @attrs.frozen(eq=False)
@@ -37,7 +36,7 @@ class Session:
     """An open world with this rank's runtime; an idle rank has none."""
 
     world: World
-    groups: Groups
+    groups: ProcessGroups
     device: Device
     runtime: RankRuntime | None
     heartbeat: Heartbeat
@@ -46,7 +45,7 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(place: Place, job: Job, *, transport: str | None = None) -> Iterator[Session]:
-    """Enter the world of a job at a place. Raises PlanError where the world is too small for the job."""
+    """Enter the world of a job at a place in it. Raises PlanError where the world is too small for the job."""
     needed = job.topology.world_size
     if place.size < needed:
         raise PlanError([_too_small(place.size, needed)])
@@ -59,20 +58,20 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
         heartbeat = enter(_heartbeat(place))
         world = _meet(place, datetime.timedelta(seconds=job.spec.train.timeout_s))
         enter(one_report(world, heartbeat, job))
-        heartbeat.at(RENDEZVOUS)
+        heartbeat.enter(RENDEZVOUS)
         if place.meeting is None:
-            answer(world)
+            serve_rendezvous(world)
         enter(join(world, backend=device.backend, digest=digest_of(job.step(0), job.order)))
-        heartbeat.at(BUILDING)
+        heartbeat.enter(BUILDING)
         world.wait_for_all("joined")
         groups = enter(open_groups(job.topology, world, device))
         world.wait_for_all("connected")
         enter(on_device(device.torch, seed=job.spec.seed))
-        # Again, so that a failure is told before the groups are destroyed, which others see as a failure.
+        # Again, so that a failure is reported before the groups are destroyed, which others see as a failure.
         enter(one_report(world, heartbeat, job))
         hosts, stop_request = place.rank in job.topology.ranks, StopRequest()
         runtime = (
-            RankRuntime(job, place.rank, groups, device, heartbeat=heartbeat, stop_request=stop_request)
+            build_runtime(job, place.rank, groups, device, heartbeat=heartbeat, stop_request=stop_request)
             if hosts
             else None
         )
@@ -82,7 +81,7 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
 @contextlib.contextmanager
 def _heartbeat(place: Place) -> Iterator[Heartbeat]:
     """Open this rank's heartbeat; a local world keeps its heartbeats where it meets."""
-    heartbeat = Heartbeat(place.rank, faults.from_environment(place.rank))
+    heartbeat = Heartbeat(place.rank)
     if place.meeting:
         heartbeat.keep_in(Path(place.meeting).parent)
     try:
@@ -98,7 +97,7 @@ def _meet(place: Place, timeout: datetime.timedelta) -> World:
         store: dist.Store = dist.FileStore(place.meeting, place.size)
         store.set_timeout(timeout)
         return World(place.rank, place.size, store, timeout, range(place.size))
-    return ask(next(dist.rendezvous("env://", timeout=timeout))[0], place.rank, place.size, timeout)
+    return rendezvous(next(dist.rendezvous("env://", timeout=timeout))[0], place.rank, place.size, timeout)
 
 
 def _too_small(size: int, needed: int) -> Problem:

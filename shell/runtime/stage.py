@@ -1,16 +1,16 @@
-"""Stages at work: one module stage of this rank, with what it holds for each microbatch in flight.
+"""Stages: one module stage of this rank, and what it holds in a step.
 
-A stage gathers its inputs, runs its network forward or backward, and hands out what the program sends on. A
-backward comes whole or in two halves (see `weight_grads`): the first gives the gradients of the inputs, and what of
-the microbatch is not needed for the second goes with it.
+A `StageRunner` stays over a run: the network, and the process groups that it computes over. A `StageStep` is that stage
+in one step. It gathers its inputs, runs the network forward or backward, and hands out what the program sends. A
+backward runs whole or in two halves (see `weight_grad_store`): the first half computes the gradients of the inputs, the
+second those of the weights.
 
-At a bridge every rank receives an equal part of its dp rank's rows; the ranks along tp and cp then gather the
-whole among themselves, forward at the target and backward at the source.
+On a bridge every rank receives an equal part of its dp rank's rows. The ranks along tp and cp then gather the whole
+from each other, in the forward at the target and in the backward at the source.
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import attrs
@@ -18,60 +18,37 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.base.samples import prefix_sums
+from mimogrid.core.program.lifetimes import Content, Held
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
 from mimogrid.core.step.routes import Message, RowRange, RowSlice, row_ranges
 from mimogrid.core.step.seeds import Seeds, seeds_of
-from mimogrid.core.step.step import aux_name
+from mimogrid.core.step.step import Share, Step, aux_name
 from mimogrid.core.topology.topology import Link, Module, StageInfo
 from mimogrid.core.update.reductions import loss_scale
 from mimogrid.shell.megatron.draws import begin_draws
 from mimogrid.shell.megatron.weight_grad_store import WeightGrads, flush
 from mimogrid.shell.modules import StageModule
-from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
+from mimogrid.shell.modules.loss import Loss, StepLoss, weighted_cross_entropy
 from mimogrid.shell.runtime.data import Loader
 from mimogrid.shell.world.groups import ModuleGroups
 
 
-Arrivals = dict[tuple[Link, Direction], list[tuple[int, torch.Tensor]]]
+Arrivals = dict[tuple[int, Link, Direction], list[tuple[int, torch.Tensor]]]
+"""What receives have brought, by microbatch and link. Rows come in pieces, each with the row of the step at which it
+begins; hidden states come whole, at 0."""
 
 
-@attrs.define(eq=False)
-class InFlight:
-    """What a stage holds of a microbatch: inputs and outputs by name, and what has arrived for it.
-
-    After the backward, the gradients of the inputs stand in their place. Rows arrive in pieces, each with
-    the row of the step at which it begins; hidden states arrive whole, at 0. `products` are those that the
-    first half of a backward leaves to the second.
-    """
-
-    inputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
-    outputs: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
-    arrived: Arrivals = attrs.field(factory=Arrivals)
-    products: WeightGrads = attrs.field(factory=WeightGrads)
-
-
+@attrs.frozen(eq=False, kw_only=True)
 class StageRunner:
     """A stage of this rank, over the steps of a run."""
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        module: Module,
-        info: StageInfo,
-        network: StageModule,
-        groups: ModuleGroups,
-        dtype: torch.dtype,
-    ) -> None:
-        self.rank = rank
-        self.module = module
-        self.info = info
-        self.network = network
-        self.groups = groups
-        self.dtype = dtype
-        self._position = module.grid.position(rank)
-        self._dp_rank = self._position["dp"]
+    rank: int
+    module: Module
+    info: StageInfo
+    network: StageModule
+    groups: ModuleGroups
+    dtype: torch.dtype
 
     def begin(
         self,
@@ -81,28 +58,62 @@ class StageRunner:
         *,
         loss_scale: float = 1.0,
         loss: Loss | None = weighted_cross_entropy,
-    ) -> None:
-        """Make ready for step `index`; `loss`, `aux` and `answers` are those of the step from now on.
+    ) -> "StageStep":
+        """Return the stage in step `index`, and set the network's loss and mode for it.
 
-        Every loss is multiplied by `loss_scale` before its backward; that of a language model is `loss`. Without one
-        nothing is compared with targets: a last stage keeps what it would have judged.
+        Every loss is multiplied by `loss_scale` before its backward. `loss` is the loss of language models; without it
+        a last stage loads no targets and computes no loss, and keeps its logits.
         """
-        self._judges = loss is not None
         if loss is not None:
-            # A loss may be a module, which the network would take for a part of itself.
-            self.network.loss = functools.partial(loss)
-        self._index = index
+            self.network.loss = StepLoss(loss)
         self.network.loss_scale = loss_scale
-        self._loader = loader
         if self.network.training != program.order.training:
             self.network.train(program.order.training)
-        self._program = program
-        self._step = program.routes.step
-        self._topology = program.topology
-        self._in_flight: dict[int, InFlight] = {}
-        self.loss: torch.Tensor | None = None
-        self.aux: torch.Tensor | None = None
-        self.answers: dict[int, torch.Tensor] = {}
+        position = self.module.grid.position(self.rank)
+        return StageStep(self, program, loader, index, loss_scale, loss is not None, position)
+
+
+@attrs.frozen(eq=False)
+class StageStep:
+    """A stage in one step.
+
+    Attributes:
+        runner: the stage.
+        program: the program of the step.
+        loader: what loads the inputs and targets of the stage.
+        index: the number of the step, from which random draws follow.
+        loss_scale: what losses are multiplied by before their backward.
+        with_targets: whether a last stage computes a loss.
+        position: the rank's place along each axis of the module's grid.
+        tensors: what the stage holds, until the program says that it is freed (`core.program.lifetimes`).
+        weight_grads: by microbatch, what the first half of a backward leaves to the second.
+        arrived: what has arrived for computations that have not begun.
+        losses: this rank's part of each loss so far, by the names of `Step.units`.
+        logits: the logits [T, V] of each microbatch, on the first rank of a dp rank of a last stage without targets.
+    """
+
+    runner: StageRunner
+    program: Program
+    loader: Loader
+    index: int
+    loss_scale: float
+    with_targets: bool
+    position: Mapping[str, int]
+    tensors: dict[Held, torch.Tensor] = attrs.field(factory=dict[Held, torch.Tensor])
+    weight_grads: dict[int, WeightGrads] = attrs.field(factory=dict[int, WeightGrads])
+    arrived: Arrivals = attrs.field(factory=Arrivals)
+    losses: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
+    logits: dict[int, torch.Tensor] = attrs.field(factory=dict[int, torch.Tensor])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of what crosses the stage's borders."""
+        return self.runner.dtype
+
+    @property
+    def dp_rank(self) -> int:
+        """The stage's position along dp."""
+        return self.position["dp"]
 
     def compute(self, action: Compute) -> None:
         """Run a microbatch forward, or backward in whole or in half."""
@@ -112,97 +123,110 @@ class StageRunner:
             case Kind.BACKWARD | Kind.INPUT_GRADIENT:
                 self._backward(action.microbatch)
             case Kind.WEIGHT_GRADIENT:
-                flush(self._in_flight[action.microbatch].products)
+                flush(self.weight_grads.pop(action.microbatch))
+
+    def release(self, held: Held) -> None:
+        """Free a tensor; the stage has none where it computed no loss."""
+        self.tensors.pop(held, None)
 
     # -- forward and backward ------------------------------------------------------------------------------
 
     def _forward(self, microbatch: int) -> None:
-        share = self._step.share(self.module.name, self._dp_rank, microbatch)
-        held = self._held(microbatch)
-        trains = self.info.stage in self._program.order.backward
-        if self.info.first:
-            held.inputs |= self._loader.inputs(self.module, share, entire=self.network.reads_entire)
-        for link in self._topology.links_into(self.info.stage):
-            incoming = self._gather(held, link, Direction.FORWARD, microbatch)
-            incoming.requires_grad_(link in self._program.order.gradients)
-            held.inputs[link.source.module] = incoming
-        with_targets = self._judges and self.info.last
-        targets = self._loader.targets(self.module, share) if with_targets else {}
-        if self.network.draws and self._program.order.training:
-            begin_draws(self._seeds(microbatch), self._loader.device)
-        with torch.set_grad_enabled(trains), self._weight_grads(microbatch):
-            held.outputs = self.network(held.inputs | targets, share)
-        if "loss" in held.outputs:
-            loss = held.outputs["loss"].detach()
-            self.loss = loss if self.loss is None else self.loss + loss
-        if aux_name(self.module.name) in held.outputs:
-            aux = held.outputs.pop(aux_name(self.module.name))
-            self.aux = aux if self.aux is None else self.aux + aux
-        if "logits" in held.outputs and self.groups.tp_cp_ranks.rank() == 0:
-            self.answers[microbatch] = held.outputs["logits"]
-        if not trains:
-            held.inputs.clear()
-            sent_on = {link.target.module for link in self._topology.links_from(self.info.stage)}
-            held.outputs = {name: rows for name, rows in held.outputs.items() if name in sent_on}
+        runner, order, topology = self.runner, self.program.order, self.program.topology
+        share, inputs = self._share(microbatch), dict[str, torch.Tensor]()
+        if runner.info.first:
+            inputs |= self.loader.inputs(runner.module, share, entire=runner.network.reads_entire)
+        for link in topology.links_into(runner.info.stage):
+            incoming = self._gather(link, Direction.FORWARD, microbatch)
+            incoming.requires_grad_(link in order.gradients)
+            inputs[link.source.module] = incoming
+            if link in order.gradients:
+                self.tensors[self._held(Content.INPUT, microbatch, link)] = incoming
+        if runner.info.last and self.with_targets:
+            inputs |= self.loader.targets(runner.module, share)
+        if runner.network.draws and order.training:
+            begin_draws(self._seeds(microbatch), self.loader.device)
+        trains = runner.info.stage in order.backward
+        with torch.set_grad_enabled(trains), self._noting_weight_grads(microbatch):
+            outputs = runner.network(inputs, share)
+        for link in topology.links_from(runner.info.stage):
+            self.tensors[self._held(Content.OUTPUT, microbatch, link)] = outputs[link.target.module]
+        self._keep_losses(outputs, microbatch)
+
+    def _keep_losses(self, outputs: dict[str, torch.Tensor], microbatch: int) -> None:
+        """Add up the losses of a forward; keep the loss for its backward, and logits for whoever asked for them."""
+        name = self.runner.module.name
+        if "loss" in outputs:
+            self.tensors[self._held(Content.LOSS, microbatch)] = outputs["loss"]
+            self._add(name, outputs["loss"].detach())
+        if aux_name(name) in outputs:
+            self._add(aux_name(name), outputs[aux_name(name)])
+        if "logits" in outputs and self.runner.groups.tp_cp_ranks.rank() == 0:
+            self.logits[microbatch] = outputs["logits"]
+
+    def _add(self, name: str, loss: torch.Tensor) -> None:
+        self.losses[name] = self.losses[name] + loss if name in self.losses else loss
 
     def _backward(self, microbatch: int) -> None:
-        held = self._in_flight[microbatch]
         roots: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
-        for link in self._topology.links_from(self.info.stage):
-            if link in self._program.order.gradients:
-                roots.append(held.outputs[link.target.module])
-                gradients.append(self._gather(held, link, Direction.BACKWARD, microbatch))
-        if "loss" in held.outputs:
-            units = self._step.units[self.module.name]
-            scale = self.network.loss_scale * loss_scale(self._topology, self.module.name, units)
-            roots.append(held.outputs["loss"])
-            gradients.append(torch.full_like(held.outputs["loss"], scale))
+        stage, topology = self.runner.info.stage, self.program.topology
+        for link in topology.links_from(stage):
+            if link in self.program.order.gradients:
+                roots.append(self.tensors[self._held(Content.OUTPUT, microbatch, link)])
+                gradients.append(self._gather(link, Direction.BACKWARD, microbatch))
+        loss = self.tensors.get(self._held(Content.LOSS, microbatch))
+        if loss is not None:
+            units = self.program.routes.step.units[stage.module]
+            roots.append(loss)
+            scale = self.loss_scale * loss_scale(topology, stage.module, units)
+            gradients.append(torch.full_like(loss, scale))
         pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if r.requires_grad]
-        if pairs:  # A loss, or rows of the user's own, may hang on nothing that trains.
-            with self._weight_grads(microbatch):
+        if pairs:  # A loss, or rows of the user's own, may not depend on anything that trains.
+            with self._noting_weight_grads(microbatch):
                 torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
-        held.outputs.clear()
-        held.inputs = {
-            link.source.module: _gradient(held.inputs[link.source.module])
-            for link in self._topology.links_into(self.info.stage)
-            if link in self._program.order.gradients
-        }
+        for link in topology.links_into(stage):
+            if link in self.program.order.gradients:
+                leaf = self.tensors[self._held(Content.INPUT, microbatch, link)]
+                self.tensors[self._held(Content.GRADIENT, microbatch, link)] = _gradient(leaf)
 
-    def _weight_grads(self, microbatch: int) -> AbstractContextManager[None]:
-        """Open the weight-grad store for a microbatch, if there is a second half for its products."""
-        if self.info.stage not in self._program.order.split:
+    def _noting_weight_grads(self, microbatch: int) -> AbstractContextManager[None]:
+        """Open the weight-grad store for a microbatch whose backward is split."""
+        if self.runner.info.stage not in self.program.order.split:
             return contextlib.nullcontext()
-        return self.network.weight_grads.open(self._held(microbatch).products)
+        return self.runner.network.weight_grads.open(self.weight_grads.setdefault(microbatch, []))
 
-    def last_tokens(self, microbatch: int, logits: torch.Tensor) -> tuple[range, torch.Tensor]:
-        """Return which samples of the step a dp rank has in a microbatch, and the likeliest token after each.
+    def last_tokens(self, microbatch: int) -> tuple[range, torch.Tensor]:
+        """Return which samples of the step a dp rank has in a microbatch, and the likeliest token after each."""
+        logits_TV, module = self.logits[microbatch], self.runner.module
+        ends = torch.tensor(prefix_sums(self._share(microbatch).lengths)[1:], device=logits_TV.device) - 1
+        which = module.samples(self.dp_rank, microbatch, len(self.program.routes.step.samples))
+        return which, logits_TV[ends].argmax(dim=-1)
 
-        `logits` are [T, V], sample after sample.
-        """
-        lengths = self._step.share(self.module.name, self._dp_rank, microbatch).lengths
-        ends = torch.tensor(prefix_sums(lengths)[1:], device=logits.device) - 1
-        which = self.module.samples(self._dp_rank, microbatch, len(self._step.samples))
-        return which, logits[ends].argmax(dim=-1)
+    def _share(self, microbatch: int) -> Share:
+        return self.program.routes.step.share(self.runner.module.name, self.dp_rank, microbatch)
 
     def _seeds(self, microbatch: int) -> Seeds:
-        seed = self._topology.spec.seed
-        return seeds_of(seed, self.info.stage, self._position, step=self._index, microbatch=microbatch)
+        seed, stage = self.program.topology.spec.seed, self.runner.info.stage
+        return seeds_of(seed, stage, self.position, step=self.index, microbatch=microbatch)
+
+    def _held(self, content: Content, microbatch: int, link: Link | None = None) -> Held:
+        return Held(self.runner.info.stage, content, microbatch, link)
 
     # -- what crosses the stage's borders ------------------------------------------------------------------
 
     def shapes(self, recv: Recv) -> list[tuple[Message, tuple[int, ...]]]:
         """Return the messages of a receive with the shape of each."""
-        link = link_of(self._topology, recv)
-        messages = self._program.messages_of(self.rank, recv)
+        link = link_of(self.program.topology, recv)
+        messages = self.program.messages_of(self.runner.rank, recv)
         if link.edge:
             return [(message, (message.rows, link.edge.width)) for message in messages]
-        hidden = self._step.hidden_shape(self.info.stage, self._dp_rank, recv.microbatch)
+        hidden = self._hidden_shape(recv.microbatch)
         return [(message, hidden) for message in messages]
 
     def deliver(self, recv: Recv, messages: list[tuple[Message, torch.Tensor]]) -> None:
         """Take what a receive has brought, piece by piece, to the microbatches that need it."""
-        link = link_of(self._topology, recv)
+        link = link_of(self.program.topology, recv)
         for message, tensor in messages:
             if link.edge is None:
                 self._arrive(recv.microbatch, link, recv.direction, 0, tensor)
@@ -214,74 +238,70 @@ class StageRunner:
                 self._arrive(microbatch, link, recv.direction, piece.start, rows)
 
     def payload(self, send: Send) -> list[tuple[Message, torch.Tensor]]:
-        """Return the messages of a send with the tensor of each; let go of what no later send takes."""
-        link = link_of(self._topology, send)
-        messages = [
-            (message, self._outgoing(link, send, message))
-            for message in self._program.messages_of(self.rank, send)
-        ]
-        if send.direction is Direction.BACKWARD:
-            del self._in_flight[send.microbatch].inputs[link.source.module]
-        elif self.info.stage not in self._program.order.backward:
-            self._let_go(link, send.microbatch)
-        return messages
-
-    def _let_go(self, link: Link, microbatch: int) -> None:
-        """Drop the rows for a target that a backward does not begin at, up to the target's microbatch."""
-        own, target = self.module.microbatches, self._topology.modules[link.target.module].microbatches
-        for number, held in self._in_flight.items():
-            if (number + 1) * target <= (microbatch + 1) * own:
-                held.outputs.pop(link.target.module, None)
+        """Return the messages of a send with the tensor of each."""
+        link = link_of(self.program.topology, send)
+        messages = self.program.messages_of(self.runner.rank, send)
+        return [(message, self._outgoing(link, send, message)) for message in messages]
 
     def _outgoing(self, link: Link, send: Send, message: Message) -> torch.Tensor:
         forward = send.direction is Direction.FORWARD
         if link.edge is None:
-            return self._value(link, send.microbatch, forward=forward)
+            return self._sent(link, send.microbatch, forward=forward)
         pieces = []
         for piece in message.pieces:
             microbatch = piece.microbatch if forward else send.microbatch
-            whole = self._value(link, microbatch, forward=forward)
+            whole = self._sent(link, microbatch, forward=forward)
             pieces.append(self._rows(whole, link, microbatch, piece))
         return torch.cat(pieces)
 
-    def _value(self, link: Link, microbatch: int, *, forward: bool) -> torch.Tensor:
-        """Return what a stage hands on for a microbatch: an output, or the gradient of an input."""
-        held = self._in_flight[microbatch]
-        if forward:
-            return held.outputs[link.target.module].detach()
-        return held.inputs[link.source.module]
+    def _sent(self, link: Link, microbatch: int, *, forward: bool) -> torch.Tensor:
+        """Return what a stage sends of a microbatch: an output, or the gradient of an input."""
+        content = Content.OUTPUT if forward else Content.GRADIENT
+        return self.tensors[self._held(content, microbatch, link)].detach()
 
     def _rows(self, whole: torch.Tensor, link: Link, microbatch: int, piece: RowSlice) -> torch.Tensor:
         """Cut a piece out of all the rows that this dp rank has at a link in a microbatch of its own."""
         first = next(self._parts(link, microbatch)).start
         return whole[piece.start - first : piece.stop - first]
 
-    def _gather(self, held: InFlight, link: Link, direction: Direction, microbatch: int) -> torch.Tensor:
+    def _gather(self, link: Link, direction: Direction, microbatch: int) -> torch.Tensor:
         """Return all of a dp rank's rows of a link: this rank's part, and those of the ranks that share it."""
-        arrived = sorted(held.arrived.pop((link, direction), ()), key=lambda piece: piece[0])
+        arrived = sorted(self.arrived.pop((microbatch, link, direction), ()), key=lambda piece: piece[0])
         if link.edge is None:
             return arrived[0][1] if arrived else self._no_hidden(microbatch)
         sizes = [part.stop - part.start for part in self._parts(link, microbatch)]
-        empty = torch.empty(0, link.edge.width, dtype=self.dtype, device=self._loader.device)
+        empty = torch.empty(0, link.edge.width, dtype=self.dtype, device=self.loader.device)
         mine = torch.cat([empty, *(rows for _, rows in arrived)])
-        return mine if len(sizes) == 1 else all_gather_rows(mine, sizes, self.groups.tp_cp_ranks)
+        return mine if len(sizes) == 1 else all_gather_rows(mine, sizes, self.runner.groups.tp_cp_ranks)
 
     def _no_hidden(self, microbatch: int) -> torch.Tensor:
-        """Hidden states of a dp rank without rows, which runs along with dp ranks that have some."""
-        shape = self._step.hidden_shape(self.info.stage, self._dp_rank, microbatch)
-        return torch.zeros(shape, dtype=self.dtype, device=self._loader.device)
+        """Hidden states of a dp rank without rows, which computes along with dp ranks that have some."""
+        return torch.zeros(self._hidden_shape(microbatch), dtype=self.dtype, device=self.loader.device)
+
+    def _hidden_shape(self, microbatch: int) -> tuple[int, ...]:
+        return self.program.routes.step.hidden_shape(self.runner.info.stage, self.dp_rank, microbatch)
 
     def _parts(self, link: Link, microbatch: int) -> Iterator[RowRange]:
-        return row_ranges(self._step, self.module, link, microbatch, self._dp_rank)
+        return row_ranges(self.program.routes.step, self.runner.module, link, microbatch, self.dp_rank)
 
     def _arrive(
         self, microbatch: int, link: Link, direction: Direction, start: int, tensor: torch.Tensor
     ) -> None:
-        arrived = self._held(microbatch).arrived
-        arrived.setdefault((link, direction), []).append((start, tensor))
+        self.arrived.setdefault((microbatch, link, direction), []).append((start, tensor))
 
-    def _held(self, microbatch: int) -> InFlight:
-        return self._in_flight.setdefault(microbatch, InFlight())
+
+def losses_of(stages: Iterable[StageStep], step: Step) -> dict[str, float]:
+    """Return this rank's part of each loss sum of a step.
+
+    Each cp rank has a part of its own, and all tp ranks have the same, so the first tp rank reports it. Of an auxiliary
+    loss every rank has a part of its own.
+    """
+    losses = dict.fromkeys(step.units, 0.0)
+    for stage in stages:
+        for name, loss in stage.losses.items():
+            if name != stage.runner.module.name or not stage.position["tp"]:
+                losses[name] += float(loss)
+    return losses
 
 
 def _gradient(leaf: torch.Tensor) -> torch.Tensor:

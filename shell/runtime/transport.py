@@ -1,12 +1,13 @@
 """Transport: posts the messages of a transfer, and waits for them.
 
-Shapes come from the plan, so nothing but data crosses the network: no shape, no handshake. A handle and its
-tensor are kept until the transfer is waited for (gloo loses the message of a handle that is dropped). A
-message of a rank to itself stays in memory.
+Shapes come from the plan, so only data crosses the network: no shapes, no handshakes. A handle and its tensor are kept
+until the transfer is waited for, because gloo loses the message of a handle that is dropped. A message of a rank to
+itself stays in memory.
 
-On a device that computes asynchronously a message is posted and waited for in the order of computing (see `streams`),
-as the program has it. With NCCL that stops neither the host nor the device. Through host memory the host stops: gloo
-reads a message when it is posted, so its copy must be complete; and gloo says only to the host that a message has come.
+On a device that computes asynchronously a message is posted and waited for in the order of computing, as the program
+has it (see `streams`). With NCCL that stops neither the host nor the device. Messages through host memory stop the
+host: gloo reads a message when it is posted, so the copy must be complete, and only the host learns that a message has
+come.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,12 +22,12 @@ from mimogrid.core.step.routes import Message
 from mimogrid.core.topology.topology import Link, Topology
 from mimogrid.shell.device.device import Device
 from mimogrid.shell.device.streams import Posted
-from mimogrid.shell.world.groups import Groups
+from mimogrid.shell.world.groups import ProcessGroups
 
 
 @attrs.frozen(eq=False)
 class Pending:
-    """A message on its way: the tensor read or filled, and the handle (None: it stays on this rank)."""
+    """A message that was posted: the tensor read or filled, and the handle; None where it stays on this rank."""
 
     message: Message
     tensor: torch.Tensor
@@ -34,15 +35,15 @@ class Pending:
 
 
 class Transport:
-    """The messages of one rank that are on their way."""
+    """The messages of one rank that are posted and not yet waited for."""
 
-    def __init__(self, topology: Topology, groups: Groups, device: Device) -> None:
+    def __init__(self, topology: Topology, groups: ProcessGroups, device: Device) -> None:
         self._topology = topology
         self._groups = groups
         self._device = device
         self.streams = device.streams
         self._pending: dict[Transfer, list[Pending]] = {}
-        self._home: dict[tuple[Link, Direction, Message], torch.Tensor] = {}
+        self._local: dict[tuple[Link, Direction, Message], torch.Tensor] = {}
         self._tags = _tags(topology)
 
     def send(self, transfer: Send, payload: Iterable[tuple[Message, torch.Tensor]]) -> None:
@@ -51,10 +52,10 @@ class Transport:
         for message, tensor in payload:
             peer = _peer(message, leaves=True, direction=transfer.direction)
             if peer == self._groups.rank:
-                self._home[link, transfer.direction, message] = tensor
+                self._local[link, transfer.direction, message] = tensor
                 pending.append(Pending(message, tensor, None))
                 continue
-            outgoing = self._loaded(tensor.contiguous())
+            outgoing = self._outgoing(tensor.contiguous())
             work = dist.isend(
                 outgoing,
                 dst=self._groups.outside[peer],
@@ -75,7 +76,7 @@ class Transport:
             if peer == self._groups.rank:
                 pending.append(Pending(message, torch.empty(0), None))
                 continue
-            buffer = self._backpressure(shape, dtype)
+            buffer = self._receive_buffer(shape, dtype)
             work = dist.irecv(
                 buffer,
                 src=self._groups.outside[peer],
@@ -97,31 +98,31 @@ class Transport:
         done = []
         for awaited in pending:
             if awaited.work is None:
-                tensor = self._home.pop((link, transfer.direction, awaited.message))
+                tensor = self._local.pop((link, transfer.direction, awaited.message))
             else:
                 awaited.work.wait()
-                tensor = self._unloaded(awaited.tensor)
+                tensor = self._arrived(awaited.tensor)
             done.append((awaited.message, tensor))
         return done
 
     # -- memory that messages leave from and arrive in -----------------------------------------------------
 
-    def _loaded(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return what is posted of a tensor: itself, or a complete copy in host memory."""
+    def _outgoing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what is posted for a tensor: the tensor, or a complete copy of it in host memory."""
         if not self._device.stages_through_host:
             return tensor
         copy = self.streams.host_buffer(tuple(tensor.shape), tensor.dtype)
         copy.copy_(tensor, non_blocking=True)
-        self.streams.hear()
+        self.streams.synchronize()
         return copy
 
-    def _backpressure(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def _receive_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return memory for a message to arrive in."""
         if not self._device.stages_through_host:
             return torch.empty(shape, dtype=dtype, device=self._device.torch)
         return self.streams.host_buffer(shape, dtype)
 
-    def _unloaded(self, buffer: torch.Tensor) -> torch.Tensor:
+    def _arrived(self, buffer: torch.Tensor) -> torch.Tensor:
         """Return what has arrived, on the device."""
         if not self._device.stages_through_host:
             return buffer
@@ -138,7 +139,7 @@ def _peer(message: Message, *, leaves: bool, direction: Direction) -> int:
 
 
 def _tags(topology: Topology) -> Mapping[tuple[Link, Direction], int]:
-    """The first tag of each link and direction; microbatches count up from it."""
-    room = max(module.microbatches for module in topology.modules.values())
+    """Return the first tag of each link and direction; microbatches count up from it."""
+    most = max(module.microbatches for module in topology.modules.values())
     uses = [(link, direction) for link in topology.links for direction in Direction]
-    return {use: i * room for i, use in enumerate(uses)}
+    return {use: i * most for i, use in enumerate(uses)}

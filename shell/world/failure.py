@@ -1,8 +1,8 @@
 """Failures: one report for the whole world, from the first rank that knows.
 
-A rank that raises knows why. A rank that is cut off (its peer closed the connection, or did not answer in time) does
-not: it reads everybody's heartbeat and says whom the world was waiting for. The others end as echoes, without a word
-(`world.first_failure`).
+A rank that raises an error knows why. A rank that is cut off, because its peer closed the connection or did not answer
+in time, does not know. It reads the heartbeats of all ranks and reports the rank that the world was waiting for. The
+other ranks end with an `EchoError`, which is not reported (`world.first_failure`).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import attrs
 import torch.distributed as dist
 
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
-from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis, find
+from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis, diagnose
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.heartbeat import Heartbeat
@@ -27,7 +27,7 @@ CUT_OFF = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "imeo
 
 @contextlib.contextmanager
 def one_report(world: World, heartbeat: Heartbeat, job: Job) -> Iterator[None]:
-    """Raise the first failure of the world as a `DiagnosedError`, and those that it causes as `EchoError`."""
+    """Raise the first failure of the world as a `DiagnosedError`, and failures that follow from it as `EchoError`."""
     try:
         with first_failure(world, lambda: heartbeat.folder):
             yield
@@ -38,24 +38,24 @@ def one_report(world: World, heartbeat: Heartbeat, job: Job) -> Iterator[None]:
 
 
 def _explained(error: Exception, heartbeat: Heartbeat, job: Job) -> DiagnosedError:
-    seen, now_s = heartbeat.records(), time.time()
-    mine = seen[heartbeat.rank]
+    records, now_s = heartbeat.records(), time.time()
+    mine = records[heartbeat.rank]
     if isinstance(error, AbsentError):
-        finding = find(mine.rank, seen, None, now_s=now_s, suspects=error.ranks)
-        return DiagnosedError(_with_stages(finding, job), f"\n{error}")
+        diagnosis = diagnose(mine.rank, records, None, now_s=now_s, suspects=error.ranks)
+        return DiagnosedError(_with_stages(diagnosis, job), f"\n{error}")
     if _is_cut_off(error):
-        finding = find(mine.rank, seen, _program(job, mine.index, mine.step), now_s=now_s)
-        if finding.about.rank != mine.rank:
-            return DiagnosedError(_with_stages(finding, job), f"\n{_last(error)}")
-    finding = _with_stages(Diagnosis(mine, "failed", now_s), job)
+        diagnosis = diagnose(mine.rank, records, _program(job, mine.index, mine.step), now_s=now_s)
+        if diagnosis.faulty.rank != mine.rank:
+            return DiagnosedError(_with_stages(diagnosis, job), f"\n{_first_line(error)}")
+    diagnosis = _with_stages(Diagnosis(mine, "failed", now_s), job)
     why = f": {error}" if isinstance(error, WorldError) else f": {type(error).__name__}: {error}"
     details = "" if isinstance(error, WorldError) else f"\n{''.join(traceback.format_exception(error))}"
-    return DiagnosedError(finding, f"{why}{details.rstrip()}")
+    return DiagnosedError(diagnosis, f"{why}{details.rstrip()}")
 
 
-def _with_stages(finding: Diagnosis, job: Job) -> Diagnosis:
-    infos = job.topology.role(finding.about.rank).stages
-    return attrs.evolve(finding, stages=tuple(info.stage for info in infos))
+def _with_stages(diagnosis: Diagnosis, job: Job) -> Diagnosis:
+    infos = job.topology.role(diagnosis.faulty.rank).stages
+    return attrs.evolve(diagnosis, stages=tuple(info.stage for info in infos))
 
 
 def _program(job: Job, index: int, step: int) -> Program | None:
@@ -64,14 +64,14 @@ def _program(job: Job, index: int, step: int) -> Program | None:
 
 
 def _is_cut_off(error: BaseException) -> bool:
-    """Whether an error, or what it came from, is that of a connection."""
+    """Whether an error, or its cause, is an error of a connection."""
     cause = error.__cause__ or error.__context__
     if isinstance(error, dist.DistError):
         return True
-    said = isinstance(error, RuntimeError) and any(word in str(error) for word in CUT_OFF)
-    return said or (cause is not None and _is_cut_off(cause))
+    says_so = isinstance(error, RuntimeError) and any(word in str(error) for word in CUT_OFF)
+    return says_so or (cause is not None and _is_cut_off(cause))
 
 
-def _last(error: Exception) -> str:
-    """What the backend said, on one line."""
+def _first_line(error: Exception) -> str:
+    """Return the first line of a backend's error."""
     return str(error).strip().splitlines()[0]

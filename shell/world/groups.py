@@ -1,8 +1,8 @@
-"""Process groups: exactly those of the plan, created in its order, destroyed at the end.
+"""Process groups: the groups of the plan, created in its order, destroyed at the end.
 
-Where a group is connected only when it is first used, it is used once as soon as it is made (`core.topology.groups`
-has the order): ranks together by a sum of one number, a channel by a message of one number, posted as those of a
-step are, because NCCL makes other communicators for other ways of posting.
+Some backends connect a group when it is first used. With them each group is used once as soon as it is made, in the
+order of `core.topology.groups`: a collective group by an all-reduce of one number, a channel by a message of one
+number. Both are posted like those of a step, because NCCL makes other communicators for other ways of posting.
 """
 
 import contextlib
@@ -24,11 +24,16 @@ from mimogrid.shell.world.world import World
 class ModuleGroups:
     """The groups of one module that a rank is in; along an axis of size 1, the rank alone.
 
-    `tp_cp_ranks` share a dp rank (tp and cp), `dp` is everyone with the same shard of the weights (cp and dp), and
-    `partial` everyone who has a part of a gradient that is partial along tp; None where none is. `tie` joins the ends
-    of the pipeline. Of the ranks that share experts `together` are those among whom tokens cross, `expert_tp` hold
-    the shards of the same experts, and `expert_dp` the same shards. Networks are built one stage at a time, so their
-    `pp` is the rank.
+    Attributes:
+        tp, cp: the ranks along one axis.
+        dp: the ranks with the same shard of the weights, along cp and dp.
+        partial: the ranks that each have a part of a gradient that is partial along tp; None where no gradient is.
+        pp: this rank alone, because networks are built one stage at a time.
+        tp_cp_ranks: the ranks that share a dp rank.
+        together: the ranks that exchange tokens for their experts.
+        expert_tp: the ranks that hold the shards of the same experts.
+        expert_dp: the ranks that hold the same shards of experts.
+        tie: the two ends of the pipeline, where both hold a weight.
     """
 
     tp: dist.ProcessGroup
@@ -44,13 +49,14 @@ class ModuleGroups:
 
 
 @attrs.frozen(eq=False)
-class Groups:
-    """Every group of this rank by its ranks, and the groups that carry messages.
+class ProcessGroups:
+    """The groups that a rank is in.
 
-    `outside` says which rank of torch's default process group a rank of the job is; torch asks for it where a
-    message goes to a peer.
-
-    Which group carries which messages, see `core.topology.groups.openings_of`.
+    Attributes:
+        rank: the rank.
+        by_ranks: the groups of collectives, by their ranks.
+        channels: by source and target of a message the group that carries it (`core.topology.groups.openings_of`).
+        outside: for each rank of the job its rank in torch's default process group, by which torch names peers.
     """
 
     rank: int
@@ -103,7 +109,7 @@ class Groups:
 
 
 @contextlib.contextmanager
-def open_groups(topology: Topology, world: World, device: Device) -> Iterator[Groups]:
+def open_groups(topology: Topology, world: World, device: Device) -> Iterator[ProcessGroups]:
     """Create this rank's groups in the order of the plan; destroy them on exit."""
     made: dict[Purpose, dict[Ranks, dist.ProcessGroup]] = {purpose: {} for purpose in Purpose}
     opened: list[dist.ProcessGroup] = []
@@ -117,7 +123,7 @@ def open_groups(topology: Topology, world: World, device: Device) -> Iterator[Gr
                 made[opening.purpose] |= groups
                 if device.connects_lazily:
                     _connect(opening, groups, world, device)
-        yield Groups(world.rank, made[Purpose.COLLECTIVE], _channels(topology, made), world.outside)
+        yield ProcessGroups(world.rank, made[Purpose.COLLECTIVE], _channels(topology, made), world.outside)
     finally:
         destroy(opened)
 
@@ -125,9 +131,8 @@ def open_groups(topology: Topology, world: World, device: Device) -> Iterator[Gr
 def destroy(groups: Sequence[dist.ProcessGroup]) -> None:
     """Destroy groups, the last one first."""
     for group in reversed(groups):
-        with contextlib.suppress(
-            ValueError
-        ):  # A host that failed has destroyed its world, and these with it.
+        # A host program that failed has destroyed its default process group, and these groups with it.
+        with contextlib.suppress(ValueError):
             dist.destroy_process_group(group)
 
 

@@ -1,10 +1,9 @@
-"""Pulses: what each rank is doing, on record for whoever wants to know why it does not answer.
+"""Heartbeats: a record of what each rank does, for others who find that it does not answer.
 
-A heartbeat is one record in a mapped file, ``rank-N`` in a folder that all ranks can read: written without a system
-call, and still there after the process was killed. It says host, process, step, action and since when. A local
-world keeps its heartbeats where it meets, a run under a launcher in its run folder.
-
-While nobody has named a folder, the record is in memory.
+The record is in a mapped file, ``rank-N`` in a folder that all ranks can read. Writing it takes no system call, and
+the file is still there after the process was killed. It holds host, process, step, action, and the time when that
+began. A local world keeps its heartbeats where it meets, a run under a launcher in its run folder. Until a folder is
+named, the record is in memory.
 """
 
 import contextlib
@@ -14,12 +13,12 @@ import os
 import platform
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mimogrid.core.faults.diagnosis import GONE, LEFT, RUNNING, STOPPED, UNKNOWN, HeartbeatRecord
-from mimogrid.core.faults.injection import RENDEZVOUS, Fault
 from mimogrid.core.schedule.actions import Action
-from mimogrid.shell.world.fault_injection import strike
+from mimogrid.shell.world.phases import RENDEZVOUS
 
 
 _RECORD = struct.Struct("<64sqqqqqd200s")
@@ -28,12 +27,16 @@ _WAITS = struct.Struct("<q")
 _CHANGING_AT = struct.calcsize("<64sq")
 
 
-class Heartbeat:
-    """The record of this rank. Every change of what it does goes through here, so faults on purpose do, too."""
+Observer = Callable[[int, int, str], None]
+"""Called with rank, step, and the action or phase that begins there."""
 
-    def __init__(self, rank: int, fault: Fault | None = None) -> None:
+
+class Heartbeat:
+    """The record of this rank. An observer is called after each change of it."""
+
+    def __init__(self, rank: int, observer: Observer | None = None) -> None:
         self.rank = rank
-        self._fault = fault
+        self._observer = observer
         self._step = self._count = 0
         self._counts_actions = True
         self._path: Path | None = None
@@ -54,35 +57,34 @@ class Heartbeat:
         """Where the records of all ranks are, if it is known."""
         return self._path.parent if self._path else None
 
-    def begin(self, step: int, count: int, *, training: bool = True) -> None:
-        """Begin a program of `count` actions; those of one that does not train are not counted."""
+    def begin_program(self, step: int, count: int, *, training: bool = True) -> None:
+        """Begin a program of `count` actions. The actions of a forward-only program are not numbered."""
         self._step, self._count, self._counts_actions = step, count, training
 
-    def act(self, index: int, action: Action) -> None:
+    def begin_action(self, index: int, action: Action) -> None:
         """Note that an action begins."""
-        doing = _notation(action)
+        notation = _notation(action)
         where = index if self._counts_actions else -1
-        _CHANGING.pack_into(self._map, _CHANGING_AT, 0, self._step, where, self._count, time.time(), doing)
-        if self._fault:
-            self._strike(doing.decode())
+        _CHANGING.pack_into(self._map, _CHANGING_AT, 0, self._step, where, self._count, time.time(), notation)
+        if self._observer:
+            self.observe(notation.decode())
 
-    def at(self, moment: str) -> None:
-        """Note what begins outside of programs, in the words of `core.faults.injection.MOMENTS`."""
-        self._write(moment)
-        if self._fault:
-            self._strike(moment)
+    def enter(self, phase: str) -> None:
+        """Note a phase that begins outside of programs (`phases`)."""
+        self._write(phase)
+        self.observe(phase)
 
-    def within(self, moment: str) -> None:
-        """Let a fault strike within an action, which stays on record."""
-        if self._fault:
-            self._strike(moment)
+    def observe(self, phase: str) -> None:
+        """Call the observer for a phase within an action; the record keeps the action."""
+        if self._observer:
+            self._observer(self.rank, self._step, phase)
 
-    def wait(self) -> None:
+    def wait_for_others(self) -> None:
         """Note that this rank has done its own part of a joint action, and waits for the others."""
         _WAITS.pack_into(self._map, _CHANGING_AT, 1)
 
     def close(self, *, well: bool) -> None:
-        """Note that this rank leaves by itself; one that ends well takes its record with it."""
+        """Note that this rank leaves by itself; a rank that ends well removes its record."""
         self._write(LEFT)
         if well and self._path:
             self._path.unlink(missing_ok=True)
@@ -100,13 +102,6 @@ class Heartbeat:
     def _write(self, doing: str) -> None:
         host, text = platform.node().encode(), doing.encode()
         _RECORD.pack_into(self._map, 0, host, os.getpid(), 0, self._step, -1, self._count, time.time(), text)
-
-    def _strike(self, doing: str) -> None:
-        if self._fault and self._fault.strikes(rank=self.rank, step=self._step, doing=doing):
-            fault = self._fault
-            if fault.step is not None:
-                self._fault = None
-            strike(fault)
 
 
 def read(folder: Path) -> dict[int, HeartbeatRecord]:

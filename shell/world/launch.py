@@ -1,13 +1,13 @@
 """Launch: worlds of local processes, on loopback, without torchrun.
 
-A pool keeps its processes between worlds: they are forked from a server that has torch and megatron-core
-imported already, so a world starts in milliseconds. Each world meets over a file in a temporary folder.
+A pool keeps its processes between worlds. They are forked from a server that has imported torch and megatron-core, so a
+world starts in milliseconds. Each world meets over a file in a temporary folder.
 
-Processes that may use CUDA each import for themselves. Importing megatron-core asks the CUDA driver whether there is a
-GPU; and what is forked from a process that has asked it anything is told that there is none.
+Processes that may use CUDA import both themselves. Importing megatron-core asks the CUDA driver for GPUs, and to a
+process that is forked after that the driver shows none.
 
-If a process raises, dies, or is found to have stopped, the others are ended at once, the stopped one included, and
-`WorldError` carries the first failure.
+If a process raises, dies, or is found to be stopped, all processes are ended at once, and a `WorldError` carries the
+first failure.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from mimogrid.shell.world import heartbeat
 
 
 GRACE_S = 1.0
-"""How long after the first failure others may still report, so that the cause is told from its echoes."""
+"""How long after the first failure others may still report, so that the cause is known from what follows from it."""
 
 
 @attrs.frozen
@@ -47,7 +47,7 @@ class Task:
 
 @attrs.frozen
 class Report:
-    """What a process says at the end of a task: its result, or its failure; or how it `died`."""
+    """What a process reports at the end of a task: its result, or its failure; or how it `died`."""
 
     result: Any = None
     failure: str | None = None
@@ -131,13 +131,13 @@ class Pool:
             waiting = {worker[1]: rank for rank, worker in enumerate(workers) if rank not in reports}
             for connection in multiprocessing.connection.wait(list(waiting), timeout=left):
                 rank = waiting[connection]  # type: ignore[index]
-                reports[rank] = _hear(rank, *workers[rank])
+                reports[rank] = _received(rank, *workers[rank])
                 if reports[rank].failure and deadline is None:
                     deadline = time.monotonic() + GRACE_S
         return reports
 
 
-def _hear(rank: int, process: BaseProcess, connection: Connection) -> Report:
+def _received(rank: int, process: BaseProcess, connection: Connection) -> Report:
     try:
         report: Report = connection.recv()
     except EOFError:
@@ -149,10 +149,10 @@ def _hear(rank: int, process: BaseProcess, connection: Connection) -> Report:
 
 
 def _raise_first_failure(reports: dict[int, Report], folder: Path) -> None:
-    """Raise the failure that is a cause; a closed connection is only the echo of another rank's.
+    """Raise the first failure, not one that follows from it, such as a closed connection.
 
-    A process that dies cannot claim to be the first, so the first to notice does, and knows who died but not how.
-    If nobody has noticed, there is the dead rank's heartbeat in `folder`.
+    A process that dies cannot report. The first rank that notices reports which process died, but not how. If no rank
+    has noticed, the heartbeat of the dead rank is in `folder`.
     """
     failed = {rank: report for rank, report in reports.items() if report.failure}
     if not failed:
@@ -160,11 +160,11 @@ def _raise_first_failure(reports: dict[int, Report], folder: Path) -> None:
     rank, first = min(failed.items(), key=lambda item: (item[1].died is None, item[1].is_echo))
     if first.died is None:
         raise first.error or WorldError(first.failure)
-    told = [report.error for report in failed.values() if isinstance(report.error, DiagnosedError)]
-    if noticed := [error for error in told if error.finding.about.rank == rank]:
-        raise noticed[0].told(rank, first.died)
-    seen = heartbeat.read(folder).get(rank)
-    raise DiagnosedError(Diagnosis(seen, first.died, time.time())) if seen else WorldError(first.failure)
+    errors = [report.error for report in failed.values() if isinstance(report.error, DiagnosedError)]
+    if noticed := [error for error in errors if error.diagnosis.faulty.rank == rank]:
+        raise noticed[0].with_cause(rank, first.died)
+    record = heartbeat.read(folder).get(rank)
+    raise DiagnosedError(Diagnosis(record, first.died, time.time())) if record else WorldError(first.failure)
 
 
 def _work(connection: Connection, folder: str) -> None:

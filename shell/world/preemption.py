@@ -1,8 +1,8 @@
 """Preemption: a request to stop, from a scheduler that wants the machine back.
 
-SIGTERM and SIGUSR1 are the same wish, to any rank. The rank hands it in with the next agreement on a step, so all ranks
-stop after the same step, save, and exit with `EXIT_CODE`, which is not 0: launchers restart on it. A second signal ends
-the process at once, for it may hang; but not while it saves what it was asked to save: that is what both want.
+SIGTERM and SIGUSR1, to any rank, request the run to stop. The rank reports the request in the next agreement on a
+step. So all ranks stop after the same step, save, and exit with `EXIT_CODE`, which is not 0, because launchers restart
+on it. A second signal ends the process at once, because it may hang. While the process saves, it has no effect.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import attrs
 
 
 EXIT_CODE = os.EX_TEMPFAIL
-"""75, "try again": what a process that was asked to stop exits with once all is saved."""
+"""75, "try again": the exit code of a process that was asked to stop, once all is saved."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECOND_S = 2.0
 """Signals closer than this are one: a scheduler signals a launcher and its children, and the launcher passes it on."""
@@ -25,49 +25,49 @@ SECOND_S = 2.0
 
 @attrs.define(eq=False)
 class StopRequest:
-    """Whether this process was asked to stop, and whether that is being done."""
+    """Whether this process was asked to stop: when, by the monotonic clock, and whether it now saves and stops."""
 
-    asked_s: float | None = None
-    is_granted: bool = False
+    received_s: float | None = None
+    is_accepted: bool = False
 
     @property
-    def is_there(self) -> bool:
-        """Whether it was."""
-        return self.asked_s is not None
+    def is_received(self) -> bool:
+        """Whether the process was asked to stop."""
+        return self.received_s is not None
 
-    def grant(self) -> None:
-        """Hear no more signals: the world has agreed to stop, and is about to save."""
-        self.is_granted = True
+    def accept(self) -> None:
+        """Ignore further signals: the ranks have agreed to stop, and are about to save."""
+        self.is_accepted = True
 
-    def hear(self, number: int, _: FrameType | None) -> None:
-        """Note a signal; the second ends the process as if nobody had listened."""
+    def receive(self, number: int, _: FrameType | None) -> None:
+        """Note a signal; the second one ends the process, as without this handler."""
         now = time.monotonic()
-        if self.asked_s is None:
-            self.asked_s = now
-        elif now - self.asked_s > SECOND_S and not self.is_granted:
+        if self.received_s is None:
+            self.received_s = now
+        elif now - self.received_s > SECOND_S and not self.is_accepted:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager
-def listening(stop_request: StopRequest) -> Iterator[None]:
-    """Hear signals as a wish; afterwards they are what they were.
+def receiving_signals(stop_request: StopRequest) -> Iterator[None]:
+    """Take signals as a request to stop while open.
 
-    After a failure they are still heard: a launcher that has seen another rank die signals this one at once, which is
-    about to say why, and end.
+    After a failure they stay so. A launcher that has seen another rank die signals this rank at once, and this rank
+    still has to report why it ends.
     """
-    before = _handle(stop_request.hear)
+    before = _handle(stop_request.receive)
     try:
         yield
     except BaseException:
-        stop_request.is_granted = False  # There is nothing left to save: a second signal ends the process.
+        stop_request.is_accepted = False  # There is nothing left to save: a second signal ends the process.
         raise
     _restore(before)
 
 
 @contextlib.contextmanager
-def passing_on(send: Callable[[int], None]) -> Iterator[None]:
-    """Give the signals that this process gets to those that it has started."""
+def forwarding_signals(send: Callable[[int], None]) -> Iterator[None]:
+    """Forward the signals of this process to the processes that it has started."""
     before = _handle(lambda number, _: send(number))
     try:
         yield
@@ -76,7 +76,7 @@ def passing_on(send: Callable[[int], None]) -> Iterator[None]:
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Install a handler; return what was there."""
+    """Install a handler; return the handlers before it."""
     return {number: signal.signal(number, handler) for number in SIGNALS}
 
 

@@ -1,10 +1,9 @@
 """The world: processes that have found each other and agree on the plan.
 
-A world meets over a store, compares the digest of the plan before any group is made, creates the planned groups,
-and closes whatever it opened. `join` makes one of processes that were started for the job; `visit` makes one inside a
-process group that belongs to a host, and leaves nothing behind there. The store that brought the ranks
-together also tells a failure from its echoes: the first rank to fail says so there, and the others know that
-they were only cut off.
+A world meets over a store, compares the digest of the plan before any group is made, creates the planned groups, and
+closes what it opened. `join` joins processes that were started for the job. `visit` makes a world inside a process
+group that belongs to a host program, and leaves nothing behind there. The first rank to fail notes that in the store,
+so the others know that their own failures follow from it.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ POLL_S = 0.02
 
 
 class AbsentError(WorldError):
-    """Ranks that did not come to where all the others are."""
+    """Ranks did not reach a point in time that all the others reached."""
 
     def __init__(self, ranks: tuple[int, ...], what: str) -> None:
         self.ranks = ranks
@@ -35,12 +34,18 @@ class AbsentError(WorldError):
 
 @attrs.frozen(eq=False)
 class World:
-    """A joined world: this process's place in it, and the store that all share.
+    """A joined world: this process's place in it, and the store that all ranks share.
 
-    `outside` says, of every rank of this world, which rank of torch's default process group it is: the same
-    one, unless a host put the job elsewhere. In a visited world every rank calls for every group: where only
-    members call, torch names a group by how many its members have, and a host's may have different numbers.
-    `name` tells a world from others that met over the same launcher's store.
+    Attributes:
+        rank, size: this process's rank, and how many ranks there are.
+        store: the store of this world.
+        timeout: how long a rank waits for others.
+        outside: for each rank of this world its rank in torch's default process group. They are the same, unless a host
+            program puts the job on other ranks.
+        is_visited: whether the process group belongs to a host program. Then every rank makes every group. Where only
+            members make a group, torch names it by how many groups its members have, and the ranks of a host program
+            may have different numbers of them.
+        name: distinguishes worlds that met over the store of one launcher.
     """
 
     rank: int
@@ -52,9 +57,9 @@ class World:
     name: str = ""
 
     def make_groups(self, slot: Slot, *, backend: str, purpose: str) -> Mapping[Ranks, dist.ProcessGroup]:
-        """Make the groups of a slot; return the one that this rank is in, by its ranks.
+        """Make the groups of a slot; return the group that this rank is in, by its ranks.
 
-        Where the slot has none for it, the rank is alone in a group; in a visited world, only in the empty slot.
+        A rank for which the slot has no group gets a group of its own; in a visited world, only in the empty slot.
         """
         mine = next((ranks for ranks in slot if self.rank in ranks), (self.rank,))
         wanted: Sequence[Ranks] = (mine,)
@@ -73,10 +78,10 @@ class World:
         return {ranks: group for ranks, group in made.items() if self.rank in ranks}
 
     def agree_on(self, digest: str) -> None:
-        """Compare the plan's digest over the world. Raises WorldError where a rank planned another job."""
+        """Compare the digest of the plan over the world. Raises WorldError where a rank planned another job."""
         self.store.set(f"digest/{self.rank}", digest)
         self.wait_for_all("met")
-        first = self._hear("digest/0")
+        first = self._value_of_first("digest/0")
         if digest != first:
             raise WorldError(
                 f"rank {self.rank} planned another job than rank 0: digest {digest[:12]} against "
@@ -84,41 +89,41 @@ class World:
             )
 
     def first_decides(self, key: str, decide: Callable[[], str]) -> str:
-        """Return what rank 0 decides; the other ranks hear it. Raises AbsentError where it does not in time."""
+        """Return what rank 0 decides, on every rank. Raises AbsentError where rank 0 does not decide in time."""
         if self.rank == 0:
             self.store.set(key, decide())
-        return self._hear(key)
+        return self._value_of_first(key)
 
     def wait_for_all(self, what: str) -> None:
-        """Wait until every rank is this far; one that left before would break the others' connecting.
+        """Wait until every rank is this far: a rank that left earlier would break the connections of the others.
 
-        Raises AbsentError where some do not come in time.
+        Raises AbsentError for ranks that do not come in time.
         """
         self.store.set(f"{what}/{self.rank}", "")
         if self.store.add(f"{what}/count", 1) == self.size:
             self.store.set(f"{what}/all", "")
-        self._await(
+        self._wait_for(
             f"{what}/all", lambda: (r for r in range(self.size) if not self.store.check([f"{what}/{r}"]))
         )
 
-    def _hear(self, key: str) -> str:
-        """Return what rank 0 says."""
-        self._await(key, lambda: (0,))
+    def _value_of_first(self, key: str) -> str:
+        """Return the value that rank 0 sets for a key."""
+        self._wait_for(key, lambda: (0,))
         return str(self.store.get(key).decode())
 
-    def _await(self, key: str, owing: Callable[[], Iterable[int]]) -> None:
-        """Wait for a key; `owing` tells who has not come with it."""
+    def _wait_for(self, key: str, absent: Callable[[], Iterable[int]]) -> None:
+        """Wait for a key; `absent` returns the ranks that have not done their part of it."""
         try:
-            # The store may be a host's, with a time limit of its own that is not ours to change.
+            # The store may belong to a host program, and keeps the time limit that it has.
             self.store.wait([key], self.timeout)
         except RuntimeError as error:  # Which of its kinds depends on the store.
-            raise AbsentError(tuple(owing()), key) from error
+            raise AbsentError(tuple(absent()), key) from error
 
     def first_to_fail(self, folder: Path | None) -> int | None:
-        """Return which rank of the world failed first, this one if none did before; others only echo it.
+        """Return which rank of the world failed first: this one if none did before.
 
-        Where the store is gone with the rank that kept it, the first is the first to say so in a folder of all; None
-        is another one, which nobody can name.
+        If the store is gone with the rank that kept it, the first rank to make a file in a shared folder is the first.
+        None is another rank, which is not known.
         """
         try:
             first: bytes = self.store.compare_set("failed", "", str(self.rank))
@@ -135,14 +140,14 @@ class World:
 
 @contextlib.contextmanager
 def first_failure(world: World, folder: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
-    """Let the first failure of the world through as it is, and turn those that it causes into `EchoError`.
+    """Let the first failure of the world through as it is, and turn failures that follow from it into `EchoError`.
 
-    `folder` names one that all ranks share, if there is one by the time of the failure.
+    `folder` returns a folder that all ranks share, if there is one by the time of the failure.
     """
     try:
         yield
     except PlanError:
-        # Where only some ranks meet it, the others are to know that they echo it.
+        # If only some ranks have it, the others fail because of it.
         world.first_to_fail(folder())
         raise
     except (EchoError, DiagnosedError):
@@ -155,40 +160,44 @@ def first_failure(world: World, folder: Callable[[], Path | None] = lambda: None
         raise EchoError(f"rank {world.rank} was cut off: {who} failed first") from error
 
 
-def ask(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> World:
-    """Return a world in a fresh part of a launcher's store, where the ranks of earlier attempts have left their keys.
+def rendezvous(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> World:
+    """Return a world in a fresh part of a launcher's store, where ranks of earlier attempts have left their keys.
 
-    torchrun keeps its store when it restarts ranks, and does not number the attempts alike on all nodes. So each
-    process leaves an id that is its own, and rank 0 answers each id with the name of the part (`answer`).
+    torchrun keeps its store when it restarts ranks, and nodes do not number the attempts alike. So each process sets an
+    id of its own, and rank 0 answers each id with the prefix of the part (`serve_rendezvous`).
     """
     store.set_timeout(timeout)
     me = uuid.uuid4().hex
-    store.set(f"hello/{rank}", me)
+    store.set(f"rendezvous/id/{rank}", me)
     if rank == 0:
         return World(rank, size, dist.PrefixStore(me, store), timeout, range(size), name=me)
     try:
-        part = store.get(f"answer/{me}").decode()
+        prefix = store.get(f"rendezvous/prefix/{me}").decode()
     except RuntimeError as error:
         absent = AbsentError((0,), "rendezvous")
-        raise absent if rank == 1 else EchoError(str(absent)) from error  # one of them tells
-    return World(rank, size, dist.PrefixStore(part, store), timeout, range(size), name=part)
+        raise absent if rank == 1 else EchoError(str(absent)) from error  # One rank reports it.
+    return World(rank, size, dist.PrefixStore(prefix, store), timeout, range(size), name=prefix)
 
 
-def answer(world: World) -> None:
-    """On rank 0, tell every other rank the part of the store; a stale id is answered too, and nobody hears."""
+def serve_rendezvous(world: World) -> None:
+    """Give every other rank the prefix of the world's part of the store, on rank 0; the others confirm it.
+
+    An id of an earlier attempt gets an answer, too, which no process reads. Raises AbsentError for ranks that do not
+    confirm in time.
+    """
     if world.rank != 0:
-        world.store.set(f"heard/{world.rank}", "")
+        world.store.set(f"confirmed/{world.rank}", "")
         return
     assert isinstance(world.store, dist.PrefixStore)
     store, deadline = world.store.underlying_store, time.monotonic() + world.timeout.total_seconds()
     answered, missing = set[str](), set(range(1, world.size))
-    while missing := {rank for rank in missing if not world.store.check([f"heard/{rank}"])}:
+    while missing := {rank for rank in missing if not world.store.check([f"confirmed/{rank}"])}:
         for rank in missing:
-            if store.check([f"hello/{rank}"]):
-                other = store.get(f"hello/{rank}").decode()
+            if store.check([f"rendezvous/id/{rank}"]):
+                other = store.get(f"rendezvous/id/{rank}").decode()
                 if other not in answered:
                     answered.add(other)
-                    store.set(f"answer/{other}", world.name)
+                    store.set(f"rendezvous/prefix/{other}", world.name)
         if time.monotonic() > deadline:
             raise AbsentError(tuple(sorted(missing)), "rendezvous")
         time.sleep(POLL_S)
@@ -198,7 +207,7 @@ def answer(world: World) -> None:
 def join(world: World, *, backend: str, digest: str) -> Iterator[None]:
     """Join a world that has met; leave it on exit.
 
-    Raises WorldError, before any group is made, where the digests of the plan differ.
+    Raises WorldError before any group is made, if the digests of the plan differ.
     """
     world.agree_on(digest)
     dist.init_process_group(
@@ -215,11 +224,11 @@ def join(world: World, *, backend: str, digest: str) -> Iterator[None]:
 
 
 def visit(*, ranks: Sequence[int], timeout_s: float, digest: str) -> World:
-    """Enter a world of some ranks of the default process group, which a host has initialized and keeps.
+    """Enter a world of some ranks of the default process group, which a host program has initialized and keeps.
 
-    Every rank of the host's calls it, those that are not among `ranks` too: they come after the others and
-    idle. The ranks must ascend, because torch sorts the ranks of a group. Raises WorldError where the digests
-    of the plan differ, and where there is no process group.
+    Every rank of the host program calls it. Ranks that are not among `ranks` come after the others and idle. The ranks
+    must ascend, because torch sorts the ranks of a group. Raises WorldError if the digests of the plan differ, or if
+    there is no process group.
     """
     if not dist.is_initialized():
         raise WorldError("there is no process group: the host calls torch.distributed.init_process_group.")
@@ -228,10 +237,10 @@ def visit(*, ranks: Sequence[int], timeout_s: float, digest: str) -> World:
         message = f"{list(ranks)} are not ascending ranks of the host's world 0..{size - 1}."
         raise PlanError([Problem("ranks", message, "Name each rank of the host's once, in ascending order.")])
     outside = (*ranks, *(rank for rank in range(size) if rank not in set(ranks)))
-    # Public functions do not lead to the store of a process group that somebody else initialized.
+    # No public function returns the store of a process group that another program initialized.
     shared = dist.distributed_c10d._get_default_store()
     me = dist.get_rank()
-    # Each visit has keys of its own: the n-th of a rank is the n-th of all.
+    # Each visit has keys of its own: the n-th visit of one rank is the n-th visit of all.
     nth = shared.add(f"mimogrid/visits/{me}", 1)
     store = dist.PrefixStore(f"mimogrid/{nth}", shared)
     timeout = datetime.timedelta(seconds=timeout_s)

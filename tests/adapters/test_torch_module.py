@@ -191,7 +191,7 @@ def test_a_state_of_another_model_is_refused(pool: Pool, opened: Opened) -> None
     with pytest.raises(WorldError) as refused:
         pool.run("hosts:foreign_state", 4, opened(job(GRIDS)))
     assert "'enc.layers.0.mlp.up.weight' is missing" in str(refused.value)
-    assert "'enc.projector.wieght' is of no module here" in str(refused.value)
+    assert "'enc.projector.wieght' belongs to no module of the job" in str(refused.value)
 
 
 def test_steps_that_are_passed_over_take_no_samples(pool: Pool, opened: Opened, tmp_path: Path) -> None:

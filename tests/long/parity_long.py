@@ -22,7 +22,7 @@ from layouts import layouts
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.run.parity import Verdict
+from mimogrid.shell.run.parity import ParityReport
 from mimogrid.shell.world.launch import Pool
 
 
@@ -38,11 +38,11 @@ class Tally:
         self.loss = self.gradients = 0.0
         self.counts: collections.Counter[str] = collections.Counter()
 
-    def add(self, job: Job, verdict: Verdict) -> None:
+    def add(self, job: Job, report: ParityReport) -> None:
         """Count a layout that agreed."""
         self.counts.update(features(job))
-        self.loss = max(self.loss, verdict.loss)
-        self.gradients = max(self.gradients, verdict.gradients)
+        self.loss = max(self.loss, report.loss)
+        self.gradients = max(self.gradients, report.gradients)
 
     def summary(self) -> str:
         """Return what came of it, as a list in Markdown."""
@@ -92,10 +92,10 @@ def run(pool: Pool, path: Path, tally: Tally, *, count: int, start: int) -> None
         note(jobfile.dump(spec))
         path.write_text(jobfile.dump(spec))
         job = open_job(path)
-        verdicts = pool.run("mimogrid.shell.run.parity:in_world", job.topology.world_size, job, 1)
-        verdict = next(v for v in verdicts if v)
-        assert verdict.passed, verdict.in_words()
-        tally.add(job, verdict)
+        reports = pool.run("mimogrid.shell.run.parity:in_world", job.topology.world_size, job, 1)
+        report = next(v for v in reports if v)
+        assert report.passed, str(report)
+        tally.add(job, report)
 
     check()
 

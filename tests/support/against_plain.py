@@ -11,18 +11,20 @@ from mimogrid.core.update.reductions import loss_weight
 from mimogrid.shell.device.device import DTYPES
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.run.parity import Verdict, compare, full_gradients
+from mimogrid.shell.run.parity import ParityReport, compare, full_gradients
+from mimogrid.shell.runtime.forward_only import predict
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.train_step import train_step
 from stages import full_weights
 
 
-def verdict_in_world(place: Place, job: Job, index: int = 0) -> Verdict | None:
-    """Run on every rank: compare one step; the first rank of the job returns the verdict."""
+def parity_in_world(place: Place, job: Job, index: int = 0) -> ParityReport | None:
+    """Run on every rank: compare one step; the first rank of the job returns the report."""
     with open_session(place, job) as session:
         if session.runtime is None:
             return None
         step = job.step(index)
-        outcome = session.runtime.run(index, step, step, update=False)
+        outcome = train_step(session.runtime, index, step, step, update=False)
         ours = full_gradients(session.runtime)
         if place.rank != job.topology.ranks[0]:
             return None
@@ -66,7 +68,7 @@ def norms_in_world(place: Place, job: Job) -> tuple[float, float] | None:
         if session.runtime is None:
             return None
         step = job.step(0)
-        outcome = session.runtime.run(0, step, step, update=False)
+        outcome = train_step(session.runtime, 0, step, step, update=False)
         squares = [float(g.double().square().sum()) for g in full_gradients(session.runtime).values()]
         return (outcome.gradient_norm, sum(squares) ** 0.5) if squares else None
 
@@ -74,4 +76,4 @@ def norms_in_world(place: Place, job: Job) -> tuple[float, float] | None:
 def chosen_in_world(place: Place, job: Job) -> list[int] | None:
     """Run on every rank: the likeliest token after each sample of the first step, by a forward-only program."""
     with open_session(place, job) as session:
-        return session.runtime and session.runtime.choose(job.step(0), job.source)
+        return session.runtime and predict(session.runtime, job.step(0), job.source)

@@ -27,10 +27,10 @@ from mimogrid.shell.checkpoint.manifest import folder_of
 from mimogrid.shell.checkpoint.state import (
     gather,
     manifest_of,
-    pieces_to_load,
-    pieces_to_save,
     restore,
     scatter,
+    slices_to_load,
+    slices_to_save,
 )
 from mimogrid.shell.device import device as devices
 from mimogrid.shell.device.device import Device
@@ -39,10 +39,13 @@ from mimogrid.shell.device.streams import CudaStreams
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.run.parity import full_gradients, on_one_process
-from mimogrid.shell.runtime.execute import Timed, execute
+from mimogrid.shell.runtime.agreement import check_batch
+from mimogrid.shell.runtime.execute import RankContext, Timed, execute
+from mimogrid.shell.runtime.forward_only import evaluate, predict
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
-from mimogrid.shell.runtime.stage import StageRunner
+from mimogrid.shell.runtime.stage import StageStep
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.runtime.transport import Transport
 from ordered import OrderedStreams
 
@@ -67,7 +70,7 @@ def _steps(session: Session, job: Job, steps: int) -> Iterator[Taken]:
     assert session.runtime
     for index in range(steps):
         before = [w.detach().clone() for w in _weights(session)]
-        outcome = session.runtime.run(index, job.step(index), job.step(index + 1))
+        outcome = train_step(session.runtime, index, job.step(index), job.step(index + 1))
         same = all(torch.equal(a, b) for a, b in zip(before, _weights(session), strict=True))
         yield Taken(outcome.loss, outcome.gradient_norm, outcome.taken, not same)
 
@@ -84,7 +87,7 @@ def gradients(place: Place, job: Job) -> tuple[float, Mapping[str, np.ndarray]] 
         if session.runtime is None:
             return None
         step = job.step(0)
-        loss = session.runtime.run(0, step, step, update=False).loss
+        loss = train_step(session.runtime, 0, step, step, update=False).loss
         found = full_gradients(session.runtime)
         return (loss, {name: g.numpy() for name, g in found.items()}) if found else None
 
@@ -95,7 +98,7 @@ def norms(place: Place, job: Job) -> tuple[float, float] | None:
         if session.runtime is None:
             return None
         step = job.step(0)
-        norm = session.runtime.run(0, step, step).gradient_norm
+        norm = train_step(session.runtime, 0, step, step).gradient_norm
         _, alone = on_one_process(job, step, session.groups.alone(), session.device)
         return norm, float(sum(g.square().sum() for g in alone.values())) ** 0.5
 
@@ -151,7 +154,7 @@ def sent(place: Place, job: Job) -> Sent | None:
             return None
         step = job.step(0)
         with _counting() as (messages, volume, calls):
-            session.runtime.run(0, step, step)
+            train_step(session.runtime, 0, step, step)
         program = plan_step(step, job.order)
         planned = sum(
             _peer(message, place.rank) != place.rank
@@ -217,22 +220,25 @@ def holding(place: Place, job: Job) -> tuple[dict[Stage, int], dict[Stage, int],
             return None
         runtime, step = session.runtime, job.step(0)
         most: tuple[dict[Stage, int], dict[Stage, int]] = ({}, {})
+        stages: set[StageStep] = set()
 
-        def noted(stage: StageRunner, action: Compute) -> None:
-            found = most[not stage._program.order.training]
+        def noted(stage: StageStep, action: Compute) -> None:
+            stages.add(stage)
+            found = most[not stage.program.order.training]
             found[action.stage] = max(found.get(action.stage, 0), _held(stage))
             compute(stage, action)
 
-        compute = StageRunner.compute
-        with patch.object(StageRunner, "compute", noted):
-            runtime.run(0, step, step)
-            left = sum(map(_held, runtime.stages.values()))
-            runtime.judge(step)
-        return *most, left + sum(map(_held, runtime.stages.values()))
+        compute = StageStep.compute
+        with patch.object(StageStep, "compute", noted):
+            train_step(runtime, 0, step, step)
+            evaluate(runtime, step)
+        return *most, sum(map(_held, stages))
 
 
-def _held(stage: StageRunner) -> int:
-    return sum(bool(held.inputs or held.outputs or held.products) for held in stage._in_flight.values())
+def _held(stage: StageStep) -> int:
+    return len(
+        {held.microbatch for held in stage.tensors} | {k for k, left in stage.weight_grads.items() if left}
+    )
 
 
 # -- what waits for what -----------------------------------------------------------------------------------
@@ -250,16 +256,16 @@ def ordered(
     with patch.object(devices, "choose", lambda *_: device), open_session(place, job) as session:
         assert session.runtime
         with streams.watching():
-            runs = _summing_too_early if too_early else execute
-            session.runtime.run(0, job.step(0), job.step(1), runs=runs)
+            executor = _summing_too_early if too_early else execute
+            train_step(session.runtime, 0, job.step(0), job.step(1), executor=executor)
     return tuple(streams.places), tuple(streams.wrong)
 
 
-def _summing_too_early(actions: tuple[Action, ...], *others: Any) -> tuple[Timed, ...]:
+def _summing_too_early(actions: tuple[Action, ...], context: RankContext) -> tuple[Timed, ...]:
     last = max(i for i, action in enumerate(actions) if isinstance(action, Compute))
     sums = tuple(action for action in actions[last:] if isinstance(action, Reduce))
     rest = tuple(action for action in actions[last:] if not isinstance(action, Reduce))
-    return execute((*actions[:last], *sums, *rest), *others)
+    return execute((*actions[:last], *sums, *rest), context)
 
 
 def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str]:
@@ -284,7 +290,7 @@ def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str
         with noted("all_reduce"), noted("isend"), noted("irecv"):
             session = stack.enter_context(open_session(place, job))
         assert session.runtime
-        loss = session.runtime.run(0, job.step(0), job.step(1)).loss
+        loss = train_step(session.runtime, 0, job.step(0), job.step(1)).loss
         said = ""
         if place.rank == 0:
             work = dist.irecv(torch.zeros(1), src=1, tag=1 << 20)
@@ -313,11 +319,11 @@ def marked(place: Place, job: Job) -> list[str]:
         def elapsed_time(self, _: "Event") -> float:
             return 0.0
 
-    def noting(actions: tuple[Action, ...], *others: Any) -> tuple[Timed, ...]:
+    def noting(actions: tuple[Action, ...], context: RankContext) -> tuple[Timed, ...]:
         end = next(i for i, action in enumerate(actions) if isinstance(action, Norm))
-        timeline = execute(actions[:end], *others)
+        timeline = execute(actions[:end], context)
         said.append("agreeing")
-        return (*timeline, *execute(actions[end:], *others, first=end))
+        return (*timeline, *execute(actions[end:], context, first=end))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(torch.cuda, "Event", Event))
@@ -327,7 +333,7 @@ def marked(place: Place, job: Job) -> list[str]:
         session = stack.enter_context(open_session(place, job))
         assert session.runtime
         for index in range(2):
-            session.runtime.run(index, job.step(index), job.step(index + 1), runs=noting)
+            train_step(session.runtime, index, job.step(index), job.step(index + 1), executor=noting)
             said.append("done")
     return said
 
@@ -358,15 +364,15 @@ def placed(place: Place, job: Job) -> tuple[float, float, set[str]] | None:
             return None
         waits: list[str] = []
 
-        def noting(actions: tuple[Action, ...], *others: Any) -> tuple[Timed, ...]:
+        def noting(actions: tuple[Action, ...], context: RankContext) -> tuple[Timed, ...]:
             end = next(i for i, action in enumerate(actions) if isinstance(action, Norm))
             cuda.waits.clear()
-            timeline = execute(actions[:end], *others)
+            timeline = execute(actions[:end], context)
             waits.extend(cuda.waits)
-            return (*timeline, *execute(actions[end:], *others, first=end))
+            return (*timeline, *execute(actions[end:], context, first=end))
 
         step, runtime = job.step(0), session.runtime
-        outcome = runtime.run(0, step, job.step(1), runs=noting)
+        outcome = train_step(runtime, 0, step, job.step(1), executor=noting)
         _also(runtime, job, Path(place.meeting or "").parent / "saved")
         return outcome.loss, outcome.gradient_norm, set(waits)
 
@@ -375,13 +381,13 @@ def _also(runtime: RankRuntime, job: Job, folder: Path) -> None:
     """Evaluate, compare the data, collect gradients, and let weights and states leave and come back."""
     assert job.source
     step = job.step(1)
-    runtime.agree_on(step)
-    runtime.judge(step)
+    check_batch(runtime, step)
+    evaluate(runtime, step)
     if runtime.topology.graph.texts:
-        runtime.choose(step, job.source)
+        predict(runtime, step, job.source)
     full_gradients(runtime)
     facts = manifest_of(runtime, 1)
     scatter(runtime, gather(runtime), facts)
-    saving.save(folder, pieces_to_save(runtime), facts, runtime.group, keep=1)
-    checkpoint.load(folder_of(folder, 1), pieces_to_load(runtime, facts), runtime.group)
+    saving.save(folder, slices_to_save(runtime), facts, runtime.group, keep=1)
+    checkpoint.load(folder_of(folder, 1), slices_to_load(runtime, facts), runtime.group)
     restore(runtime, facts)

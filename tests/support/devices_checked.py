@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from layouts import job
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.schedule.actions import Norm
+from mimogrid.core.schedule.actions import Action, Norm
 from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.run.parity import TOLERANCE, Verdict
-from mimogrid.shell.runtime.execute import Timed, execute
+from mimogrid.shell.run.parity import TOLERANCE, ParityReport
+from mimogrid.shell.runtime.execute import RankContext, Timed, execute
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.launch import Pool
 
 
@@ -65,12 +66,12 @@ def parity(pool: Pool, opened: Opened, where: Where, precision: str) -> dict[str
     for layout, transport in (*((world, where.shared) for world in WORLDS), (ALONE, where.own)):
         opened_job = opened(job(layout, precision=precision))
         arguments = (opened_job, 1, transport)
-        verdict: Verdict = first(
+        report: ParityReport = first(
             pool.run("mimogrid.shell.run.parity:in_world", opened_job.topology.world_size, *arguments)
         )
-        assert verdict.passed, verdict.in_words()
-        assert verdict.limit <= TOLERANCE.get(precision, math.inf)
-        found[layout] = {"loss": verdict.loss, "gradients": verdict.gradients, "limit": verdict.limit}
+        assert report.passed, str(report)
+        assert report.limit <= TOLERANCE.get(precision, math.inf)
+        found[layout] = {"loss": report.loss, "gradients": report.gradients, "limit": report.limit}
     return found
 
 
@@ -158,28 +159,28 @@ def come_and_go(place: Place, opened: Job, transport: str | None, times: int) ->
 def _train(place: Place, opened: Job, transport: str | None) -> None:
     with open_session(place, opened, transport=transport) as session:
         assert session.runtime
-        session.runtime.run(0, opened.step(0), opened.step(1))
+        train_step(session.runtime, 0, opened.step(0), opened.step(1))
         session.world.wait_for_all("trained")
 
 
 def without_waiting(place: Place, opened: Job, transport: str | None) -> int:
     """Train a step in which waiting for the device is an error up to the agreement; return the actions till then."""
 
-    def strictly(actions: Any, *others: Any) -> tuple[Timed, ...]:
+    def strictly(actions: tuple[Action, ...], context: RankContext) -> tuple[Timed, ...]:
         end = next(i for i, action in enumerate(actions) if isinstance(action, Norm))
         if torch.cuda.is_initialized():
             torch.cuda.set_sync_debug_mode("error")
         try:
-            timeline = execute(actions[:end], *others)
+            timeline = execute(actions[:end], context)
         finally:
             if torch.cuda.is_initialized():
                 torch.cuda.set_sync_debug_mode("default")
-        return (*timeline, *execute(actions[end:], *others, first=end))
+        return (*timeline, *execute(actions[end:], context, first=end))
 
     with open_session(place, opened, transport=transport) as session:
         assert session.runtime
-        session.runtime.run(0, opened.step(0), opened.step(1))  # fills what is kept from step to step
-        timeline = session.runtime.run(0, opened.step(0), opened.step(1), runs=strictly).timeline
+        train_step(session.runtime, 0, opened.step(0), opened.step(1))  # fills what is kept from step to step
+        timeline = train_step(session.runtime, 0, opened.step(0), opened.step(1), executor=strictly).timeline
         return sum(not isinstance(timed.action, Norm) for timed in timeline)
 
 

@@ -15,7 +15,10 @@ from torch.nn import functional
 
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.forward_only import predict
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.tensor_slices import weights_of
+from mimogrid.shell.runtime.train_step import train_step
 
 
 @attrs.frozen
@@ -50,12 +53,12 @@ def tell(place: Place, job: Job, steps: tuple[int, ...], update: bool) -> Told |
         for stage, runner in runtime.stages.items():
             runner.network.register_forward_pre_hook(lambda *_, name=str(stage): where.append(name))
         with _listening(heard, where):
-            outcomes = [runtime.run(i, job.step(i), job.step(i + 1), update=update) for i in steps]
+            outcomes = [train_step(runtime, i, job.step(i), job.step(i + 1), update=update) for i in steps]
         gradients = [w.grad for buffer in runtime.buffers.values() for w in buffer.weights.values()]
-        weights = [w for named in runtime.weights().values() for w in named.values()]
+        weights = [w for named in weights_of(runtime).values() for w in named.values()]
         quiet: list[Drawn] = []
         with _listening(quiet, where):
-            runtime.choose(job.step(steps[0]), job.source)
+            predict(runtime, job.step(steps[0]), job.source)
         return Told(
             positions={r.module.name: r.module.grid.position(place.rank) for r in runtime.stages.values()},
             draws=tuple(heard),

@@ -2,7 +2,7 @@
 
 import collections
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -20,9 +20,10 @@ from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Stage, Topology
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.runtime import rank as shell_step
+from mimogrid.shell.runtime import train_step as shell_step
 from mimogrid.shell.runtime.session import Session, open_session
-from mimogrid.shell.runtime.stage import StageRunner
+from mimogrid.shell.runtime.stage import StageStep
+from mimogrid.shell.runtime.train_step import train_step
 
 
 LAST = 1 << 30
@@ -94,7 +95,7 @@ def apart_in_world(place: Place, job: Job, delay: int) -> dict[str, float]:
 
 def _gradients(session: Session, job: Job) -> dict[str, torch.Tensor]:
     assert session.runtime
-    session.runtime.run(0, job.step(0), job.step(0), update=False)
+    train_step(session.runtime, 0, job.step(0), job.step(0), update=False)
     return {
         f"{stage}.{name}": weight.grad.clone()
         for stage, buffer in session.runtime.buffers.items()
@@ -136,19 +137,21 @@ def _work(session: Session, job: Job) -> Work:
     flops: collections.Counter[str] = collections.Counter()
     seen: list[tuple[frozenset[str], int, int]] = []
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
-    compute = StageRunner.compute
+    stages: set[StageStep] = set()
+    compute = StageStep.compute
 
-    def noting(self: StageRunner, action: Compute) -> None:
+    def noting(self: StageStep, action: Compute) -> None:
+        stages.add(self)
         if action.kind is Kind.WEIGHT_GRADIENT and not seen:
-            seen.append((_touched(session), len(saved), _noted(session)))
+            seen.append((_touched(session), len(saved), _noted(stages)))
         with FlopCounterMode(display=False) as counter, _watching(saved):
             compute(self, action)
         flops[action.kind.value] += counter.get_total_flops()
 
-    with patch.object(StageRunner, "compute", noting):
-        session.runtime.run(0, job.step(0), job.step(0), update=False)
+    with patch.object(StageStep, "compute", noting):
+        train_step(session.runtime, 0, job.step(0), job.step(0), update=False)
     touched, held, noted = seen[0] if seen else (frozenset[str](), len(saved), 0)
-    return Work(dict(flops), touched, held, (noted, _noted(session)))
+    return Work(dict(flops), touched, held, (noted, _noted(stages)))
 
 
 def _touched(session: Session) -> frozenset[str]:
@@ -161,9 +164,8 @@ def _touched(session: Session) -> frozenset[str]:
     )
 
 
-def _noted(session: Session) -> int:
-    assert session.runtime
-    return sum(len(held.products) for s in session.runtime.stages.values() for held in s._in_flight.values())
+def _noted(stages: Iterable[StageStep]) -> int:
+    return sum(len(products) for stage in stages for products in stage.weight_grads.values())
 
 
 class _Saved:

@@ -1,6 +1,6 @@
 """Harm: runs in which something goes wrong on purpose, and what must be true of them afterwards.
 
-A *case* is a fault, by its line in the notation (`core.faults.injection`), and what is to become of the run: it
+A *case* is a fault, by its line in the notation (`injection`), and what is to become of the run: it
 ends with a report that names the rank, or goes on as if nothing had happened. Either way the run that is resumed
 ends with the weights of one that nothing ever happened to.
 """
@@ -17,16 +17,16 @@ from unittest.mock import patch
 
 import attrs
 
+from injection import Fault, Harm, injected, parse
 from layouts import job as written
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.faults.injection import Fault, Harm, parse
 from mimogrid.core.job.spec import JobSpec, TrainSpec
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import metrics, train
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.rank import RankRuntime
-from mimogrid.shell.world.fault_injection import VARIABLE
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.launch import Pool
 
 
@@ -113,7 +113,7 @@ def job(grids: str = "enc(1,1,2)@0 lm(1,2,1)@2") -> JobSpec:
 
 def in_world(place: Place, job: Job, folder: str, resume: str | None, fault: str) -> Any:
     """Train with a fault ("": none)."""
-    with patch.dict(os.environ, {VARIABLE: fault} if fault else {}):
+    with injected(fault):
         return train.in_world(place, job, None, folder, resume)
 
 
@@ -177,12 +177,11 @@ def _resumed_at(folder: Path) -> int:
 
 def asked(place: Place, job: Job, folder: str, rank: int, step: int) -> Any:
     """Train; in one step one rank gets a signal that asks it to stop."""
-    run_step = RankRuntime.run
 
     def disturbed(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Outcome:
         if (runtime.rank, index) == (rank, step):
             os.kill(os.getpid(), signal.SIGUSR1)
-        return run_step(runtime, index, *arguments, **named)
+        return train_step(runtime, index, *arguments, **named)
 
-    with patch.object(RankRuntime, "run", disturbed):
+    with patch.object(train, "train_step", disturbed):
         return train.in_world(place, job, None, folder)

@@ -34,6 +34,8 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.modules.loss import Predictions, weighted_cross_entropy
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.tensor_slices import full_tensors, weights_of
+from mimogrid.shell.runtime.train_step import train_step
 
 
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -91,8 +93,10 @@ def by_itself(place: Place, job: Job, steps: int) -> Trained | None:
         runtime = session.runtime
         if runtime is None:
             return None
-        outcomes = [runtime.run(index, job.step(index), job.step(index + 1)) for index in range(steps)]
-        return _trained([*outcomes], runtime.collect(runtime.weights()))
+        outcomes = [
+            train_step(runtime, index, job.step(index), job.step(index + 1)) for index in range(steps)
+        ]
+        return _trained([*outcomes], full_tensors(runtime, weights_of(runtime)))
 
 
 def settings(place: Place, job: Job) -> tuple[list[Any], list[list[Any]], float]:

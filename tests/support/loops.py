@@ -18,6 +18,7 @@ from mimogrid.adapters.megatron.batches import Batch, examples_of
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.runtime.tensor_slices import full_tensors
 
 
 SEQUENCE, SAMPLES, MICROBATCHES = 16, 12, 4
@@ -142,7 +143,7 @@ def stepped(  # noqa: PLR0917 -- what a pool calls has no keywords
             stage: {name: w.grad for name, w in buffer.weights.items()}
             for stage, buffer in runtime.buffers.items()
         }
-        gradients = runtime.collect(of_stage)
+        gradients = full_tensors(runtime, of_stage)
         function.embedded.close()
         return Stepped(
             [report["lm loss"].tolist() for report in reports],

@@ -35,13 +35,14 @@ from mimogrid.core.step.step import Share
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import saving
 from mimogrid.shell.checkpoint.manifest import published, read_manifest
-from mimogrid.shell.checkpoint.state import gather, manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.checkpoint.state import gather, manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
+from mimogrid.shell.runtime.tensor_slices import full_tensors
 
 
 PLACEHOLDER = 99
@@ -327,7 +328,7 @@ def trained(
                 stage: {name: w.grad for name, w in buffer.weights.items()}
                 for stage, buffer in runtime.buffers.items()
             }
-            gradients = runtime.collect(of_stage)
+            gradients = full_tensors(runtime, of_stage)
         state = function.state_dict()
         embedded.close()
         return Seen(
@@ -435,14 +436,14 @@ def saved(
         assert runtime is not None
         if published(folder):
             facts = read_manifest(published(folder)[-1])
-            checkpoint.load(published(folder)[-1], pieces_to_load(runtime, facts), runtime.group)
+            checkpoint.load(published(folder)[-1], slices_to_load(runtime, facts), runtime.group)
             restore(runtime, facts)
         else:
             function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
             embedded.step()
         saving.save(
             folder,
-            pieces_to_save(runtime),
+            slices_to_save(runtime),
             manifest_of(runtime, len(published(folder))),
             runtime.group,
             keep=9,

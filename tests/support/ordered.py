@@ -77,7 +77,7 @@ class OrderedStreams(Streams):
 
     # -- what the transport calls --------------------------------------------------------------------------
 
-    def hear(self) -> None:
+    def synchronize(self) -> None:
         """Let the host know all that the stream does."""
         if self._is_called():
             self._learn(HOST, COMPUTE)

@@ -199,6 +199,7 @@ def pretending() -> Iterator[Pretending]:
         "default_generators": {0: torch.default_generator, CUDA: torch.default_generator},
         "manual_seed": torch.default_generator.manual_seed,
         "get_device_capability": lambda *_: (9, 0),
+        "get_device_name": lambda *_: "pretended",
         "synchronize": lambda *_: None,
     }
     objects = patch.object(dist.distributed_c10d, "_get_object_coll_device", lambda _: "cuda:0")

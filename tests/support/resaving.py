@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
-from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.session import open_session
@@ -15,7 +15,7 @@ def in_world(place: Place, job: Job, saved: Path, folder: Path, transport: str |
     with open_session(place, job, transport=transport) as session:
         assert session.runtime is not None
         facts = manifest.read_manifest(saved)
-        checkpoint.load(saved, pieces_to_load(session.runtime, facts), session.runtime.group)
+        checkpoint.load(saved, slices_to_load(session.runtime, facts), session.runtime.group)
         restore(session.runtime, facts)
         again = manifest_of(session.runtime, facts["step"])
-        saving.save(folder, pieces_to_save(session.runtime), again, session.runtime.group, keep=2)
+        saving.save(folder, slices_to_save(session.runtime), again, session.runtime.group, keep=2)

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.run import pictures, report, train
+from mimogrid.shell.run import report, train
 from mimogrid.shell.world.launch import Pool
 
 
@@ -20,5 +20,5 @@ def trained(pool: Pool, job: Job, folder: Path, *, resume: bool = False) -> dict
 
 def briefly(place: Place, job: Job, *arguments: Any) -> Any:
     """Train as the command does; in the end examine one batch of each task, not 1,280 samples, and draw five."""
-    with patch.multiple(report, READ_COUNT=1, OTHER_COUNT=1), patch.object(pictures, "ROWS", 1):
+    with patch.multiple(report, READ_COUNT=1, OTHER_COUNT=1, ROWS=1):
         return train.in_world(place, job, *arguments)

@@ -15,8 +15,10 @@ from mimogrid.shell.checkpoint import saving
 from mimogrid.shell.checkpoint.saving import Saver
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run import train
 from mimogrid.shell.run.train import in_world
 from mimogrid.shell.runtime.rank import RankRuntime
+from mimogrid.shell.runtime.train_step import train_step
 
 
 def killed(  # noqa: PLR0917 -- a body is called by position
@@ -40,19 +42,19 @@ def killed(  # noqa: PLR0917 -- a body is called by position
 def slow(place: Place, job: Job, folder: str) -> Any:
     """Train; what is being saved is written only when it is waited for."""
     wanted = threading.Event()
-    settle, write_shard = Saver.settle, saving.write_shard
+    wait_for_save, write_shard = Saver.wait_for_save, saving.write_shard
 
     def write(*arguments: Any) -> dict[str, Any]:
         wanted.wait()
         wanted.clear()
         return write_shard(*arguments)
 
-    def settled(saver: Saver) -> Path | None:
+    def waiting(saver: Saver) -> Path | None:
         if not saver.is_ready:
             wanted.set()
-        return settle(saver)
+        return wait_for_save(saver)
 
-    with _writing(lambda _: True, write), patch.object(Saver, "settle", settled):
+    with _writing(lambda _: True, write), patch.object(Saver, "wait_for_save", waiting):
         return in_world(place, job, None, folder)
 
 
@@ -89,11 +91,9 @@ def _writing(concerned: Callable[[Path], bool], instead: Callable[..., dict[str,
 
 @contextmanager
 def _before_steps(act: Callable[[int], None]) -> Iterator[None]:
-    run = RankRuntime.run
-
     def acting(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Any:
         act(index)
-        return run(runtime, index, *arguments, **named)
+        return train_step(runtime, index, *arguments, **named)
 
-    with patch.object(RankRuntime, "run", acting):
+    with patch.object(train, "train_step", acting):
         yield

@@ -36,6 +36,7 @@ from mimogrid.shell.job.sources.synthetic import Synthetic, synthetic
 from mimogrid.shell.run import train
 from mimogrid.shell.run.folders import Stopped
 from mimogrid.shell.runtime.rank import RankRuntime
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world import preemption
 from mimogrid.shell.world.launch import Pool
 from scale import nightly_only
@@ -176,7 +177,7 @@ def in_world(place: Place, job: Job, folder: str, resume: str | None, case: Case
             for owner, name, instead in _striking(case):
                 stack.enter_context(patch.object(owner, name, instead))
         elif struck and case.way != "one":
-            stack.enter_context(patch.object(RankRuntime, "run", _signalled(case)))
+            stack.enter_context(patch.object(train, "train_step", _signalled(case)))
         fault = _fault(job, case) if case.way == "one" else ""
         return harm.in_world(place, job, folder, resume, fault)
 
@@ -188,12 +189,10 @@ def _fault(job: Job, case: Case) -> str:
 
 
 def _signalled(case: Case) -> Callable[..., Any]:
-    run = RankRuntime.run
-
     def signalled(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Any:
         if index == case.step:
             os.kill(os.getpid(), signal.SIGTERM if case.way == "term" else signal.SIGKILL)
-        return run(runtime, index, *arguments, **named)
+        return train_step(runtime, index, *arguments, **named)
 
     return signalled
 
@@ -201,7 +200,7 @@ def _signalled(case: Case) -> Callable[..., Any]:
 def _striking(case: Case) -> Iterator[tuple[Any, str, Any]]:
     """Yield what is put in place of functions so that a save comes to harm at one moment."""
     wanted = f"step-{case.step:08}"
-    write_shard, settle = saving.write_shard, manifest._settle
+    write_shard, sync_names = saving.write_shard, manifest._sync_names
 
     def strike(path: Path) -> None:
         if case.harm == "kill":
@@ -217,8 +216,8 @@ def _striking(case: Case) -> Iterator[tuple[Any, str, Any]]:
         strike(path)
         return written
 
-    def settles(folder: Path) -> None:
-        settle(folder)
+    def syncs(folder: Path) -> None:
+        sync_names(folder)
         named = (folder / wanted).is_dir() and not (folder / f"{wanted}{manifest.PARTIAL}").exists()
         if (case.way == "the manifest is written" and wanted in folder.name) or (
             case.way == "the checkpoint has its name" and named
@@ -235,7 +234,7 @@ def _striking(case: Case) -> Iterator[tuple[Any, str, Any]]:
         case "half of an old one is removed":
             yield manifest.shutil, "rmtree", removes
         case _:
-            yield manifest, "_settle", settles
+            yield manifest, "_sync_names", syncs
 
 
 # -- judging -----------------------------------------------------------------------------------------------
@@ -293,13 +292,13 @@ def uninterrupted(pool: Pool, name: str, folder: Path) -> Path:
 
 def asked_twice(place: Place, job: Job, folder: str, during_the_save: bool) -> Any:
     """Train; rank 0 gets SIGTERM in step 2, and again: at once, or while it saves. No two signals are one here."""
-    run, write_shard = RankRuntime.run, saving.write_shard
+    write_shard = saving.write_shard
 
     def stepping(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Any:
         if (runtime.rank, index) == (0, 2):
             for _ in range(1 if during_the_save else 2):
                 os.kill(os.getpid(), signal.SIGTERM)
-        return run(runtime, index, *arguments, **named)
+        return train_step(runtime, index, *arguments, **named)
 
     def writing(path: Path, *arguments: Any) -> dict[str, Any]:
         if "step-00000003" in str(path):
@@ -309,7 +308,7 @@ def asked_twice(place: Place, job: Job, folder: str, during_the_save: bool) -> A
 
     with (
         patch.object(preemption, "SECOND_S", -1.0),
-        patch.object(RankRuntime, "run", stepping),
+        patch.object(train, "train_step", stepping),
         patch.object(saving, "write_shard", writing),
     ):
         return train.in_world(place, job, None, folder)

@@ -12,12 +12,14 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.topology.groups import Ranks, Slot, channels_of, groups_of
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
-from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.job.sources import Source
 from mimogrid.shell.runtime.optimizer import states_of
 from mimogrid.shell.runtime.session import Session, open_session
+from mimogrid.shell.runtime.tensor_slices import weights_of
+from mimogrid.shell.runtime.train_step import train_step
 from own import WithFacts, written
 
 
@@ -48,7 +50,7 @@ def read(place: Place, job: Job) -> dict[str, tuple[int, frozenset[int]]]:
     with open_session(place, attrs.evolve(job, source=noted)) as session:
         if session.runtime is not None:
             step = job.step(0)
-            session.runtime.run(0, step, step)
+            train_step(session.runtime, 0, step, step)
     return {
         name: (
             job.topology.modules[name].dp_rank_of(place.rank),
@@ -87,7 +89,7 @@ def trainable(place: Place, job: Job) -> Trained | None:
         weights = _weights(session)
         before = {name: weight.detach().clone() for name, weight in weights.items()}
         for index in range(2):
-            session.runtime.run(index, job.step(index), job.step(index + 1))
+            train_step(session.runtime, index, job.step(index), job.step(index + 1))
         changed = {name for name, weight in weights.items() if not weight.equal(before[name])}
         asking = {name for name, weight in weights.items() if weight.requires_grad}
         return Trained(frozenset(names), frozenset(asking), frozenset(changed))
@@ -95,7 +97,7 @@ def trainable(place: Place, job: Job) -> Trained | None:
 
 def _weights(session: Session) -> dict[str, Tensor]:
     assert session.runtime is not None
-    return {f"{s.module}.{n}": w for s, own in session.runtime.weights().items() for n, w in own.items()}
+    return {f"{s.module}.{n}": w for s, own in weights_of(session.runtime).items() for n, w in own.items()}
 
 
 # -- what is kept ------------------------------------------------------------------------------------------
@@ -110,9 +112,9 @@ def saved(place: Place, job: Job, folder: Path, steps: int) -> Kept:
     with open_session(place, job) as session:
         assert session.runtime is not None
         for index in range(steps):
-            session.runtime.run(index, job.step(index), job.step(index + 1))
+            train_step(session.runtime, index, job.step(index), job.step(index + 1))
         facts = manifest_of(session.runtime, steps)
-        saving.save(folder, pieces_to_save(session.runtime), facts, session.runtime.group, keep=1)
+        saving.save(folder, slices_to_save(session.runtime), facts, session.runtime.group, keep=1)
         return _kept(session)
 
 
@@ -123,7 +125,7 @@ def loaded(place: Place, job: Job, folder: Path) -> Kept:
         newest = manifest.newest(folder)
         assert newest is not None
         facts = manifest.read_manifest(newest)
-        checkpoint.load(newest, pieces_to_load(session.runtime, facts), session.runtime.group)
+        checkpoint.load(newest, slices_to_load(session.runtime, facts), session.runtime.group)
         restore(session.runtime, facts)
         return _kept(session)
 

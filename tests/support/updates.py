@@ -1,8 +1,10 @@
 """Updates: bodies that train some steps and tell what came of it: decisions, weights, what the optimizer keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import attrs
 import numpy as np
@@ -12,12 +14,15 @@ from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
-from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
+from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.optimizer import states_of
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.runtime.stage import StageStep
+from mimogrid.shell.runtime.tensor_slices import weights_of
+from mimogrid.shell.runtime.train_step import train_step
 
 
 @attrs.frozen
@@ -74,16 +79,16 @@ def train(  # noqa: PLR0917 -- a body is called by position
             newest = manifest.newest(resume)
             assert newest is not None
             facts = manifest.read_manifest(newest)
-            checkpoint.load(newest, pieces_to_load(runtime, facts), runtime.group)
+            checkpoint.load(newest, slices_to_load(runtime, facts), runtime.group)
             restore(runtime, facts)
         outcomes = []
         for index in steps:
             if not is_passed_over(job.spec.train, index):
-                if spoilt and spoilt.step == index and spoilt.rank == place.rank:
-                    _spoil(runtime, spoilt)
+                spoils = spoilt and spoilt.step == index and spoilt.rank == place.rank
                 step = job.step(index if samples is None else samples)
-                outcomes.append(runtime.run(index, step, step))
-        pieces = pieces_to_save(runtime)
+                with _spoiling(runtime, spoilt) if spoils else nullcontext():
+                    outcomes.append(train_step(runtime, index, step, step))
+        pieces = slices_to_save(runtime)
         if save is not None:
             facts = manifest_of(runtime, steps.stop)
             saving.save(save, pieces, facts, runtime.group, keep=1)
@@ -96,7 +101,7 @@ def train(  # noqa: PLR0917 -- a body is called by position
             skip_state=attrs.asdict(runtime.skip_state),
             weights={
                 f"{stage}.{name}": _array(weight)
-                for stage, weights in runtime.weights().items()
+                for stage, weights in weights_of(runtime).items()
                 for name, weight in weights.items()
             },
             pieces={
@@ -107,20 +112,24 @@ def train(  # noqa: PLR0917 -- a body is called by position
         )
 
 
-def _spoil(runtime: RankRuntime, spoilt: Spoilt) -> None:
-    """Let the next computation of the stage that holds the parameter leave an infinite value in its gradient."""
+@contextmanager
+def _spoiling(runtime: RankRuntime, spoilt: Spoilt) -> Iterator[None]:
+    """Let the first computation of the stage that holds the parameter leave an infinite value in its gradient."""
     stage = next(s for s, buffer in runtime.buffers.items() if spoilt.name in buffer.weights)
-    runner, gradient = runtime.stages[stage], runtime.buffers[stage].weights[spoilt.name].grad
-    compute = runner.compute
+    gradient, compute = runtime.buffers[stage].weights[spoilt.name].grad, StageStep.compute
     assert stage.module == spoilt.module
     assert gradient is not None
+    done = False
 
-    def spoil(action: Compute) -> None:
-        compute(action)
-        gradient.view(-1)[-1] = torch.inf
-        runner.compute = compute  # type: ignore[method-assign]
+    def spoil(self: StageStep, action: Compute) -> None:
+        nonlocal done
+        compute(self, action)
+        if action.stage == stage and not done:
+            gradient.view(-1)[-1] = torch.inf
+            done = True
 
-    runner.compute = spoil  # type: ignore[method-assign]
+    with patch.object(StageStep, "compute", spoil):
+        yield
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Clock: how long something takes on a machine that others use, too.
+"""Clock: how long something takes on a machine that is shared with other programs.
 
-A machine makes things slower and never faster. So time in which others had the core is not counted, steps in which
-allocators, threads and connections are made are left out, and of several readings the faster half counts.
+Other programs make things slower, never faster. So time in which they had the core is not counted, the first steps, in
+which allocators, threads and connections are made, are left out, and of several measurements the faster half counts.
 """
 
 import statistics
@@ -15,54 +15,55 @@ from mimogrid.shell.device.device import Device
 
 
 WARM_UP = 2
-"""Steps that are not counted: allocators, threads, connections."""
+"""How many first steps are not counted."""
 
 
 @attrs.frozen
-class Reading:
-    """Seconds of an action: from begin to end, without those in which others had the core, and those of computing."""
+class Measurement:
+    """Seconds of an action: from begin to end without those spent waiting for a core, and those spent computing."""
 
-    lasted: float
-    worked: float
+    elapsed_s: float
+    busy_s: float
 
 
 @attrs.frozen(eq=False)
 class Clock:
-    """Reads how long this thread has been at something."""
+    """Measures what this thread does."""
 
     device: Device
 
     def now(self) -> tuple[float, float]:
-        """Return seconds without those spent waiting for a core, and seconds of computing.
+        """Return the clock without the time spent waiting for a core, and the seconds of computing.
 
-        Linux tells how long a thread has waited for a core; elsewhere nobody does, and the machine must be quiet.
+        Only Linux reports how long a thread has waited for a core. Elsewhere the machine must be idle.
         """
         self.device.finish()
-        now = _at_work()
+        now = _running_s()
         return now, time.perf_counter() if self.device.is_asynchronous else time.thread_time()
 
-    def since(self, begin: tuple[float, float]) -> Reading:
+    def since(self, begin: tuple[float, float]) -> Measurement:
         """Return what has passed since `now` gave `begin`."""
-        lasted, worked = (there - here for here, there in zip(begin, self.now(), strict=True))
-        return Reading(max(lasted, 0.0), worked)
+        elapsed_s, busy_s = (now - then for then, now in zip(begin, self.now(), strict=True))
+        return Measurement(max(elapsed_s, 0.0), busy_s)
 
 
-def _at_work() -> float:
-    """Return the clock, less what this thread has waited for a core until that very moment.
+def _running_s() -> float:
+    """Return the clock, less the time that this thread has waited for a core until that moment.
 
-    Who loses the core between the two readings would have waited by one and not by the other: a wait longer than the
-    action makes it last nothing. So both are read until no wait has come between.
+    A thread that loses the core between reading the two would count the wait in one and not in the other. A long wait
+    would then make an action take no time. So both are read again until there was no wait between.
     """
-    before = _waited_for_a_core()
+    before = _core_wait_s()
     while True:
         now = time.perf_counter()
-        waited = _waited_for_a_core()
+        waited = _core_wait_s()
         if waited == before:
             return now - waited
         before = waited
 
 
-def _waited_for_a_core() -> float:
+def _core_wait_s() -> float:
+    """Return how long this thread has waited for a core, 0 where that is not known."""
     try:
         return int(Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
     except (OSError, IndexError):
@@ -70,10 +71,10 @@ def _waited_for_a_core() -> float:
 
 
 def usual(seconds: Sequence[float]) -> float:
-    """Return the median of the faster half: what else a machine does only ever makes things slower."""
+    """Return the median of the faster half."""
     return statistics.median(sorted(seconds)[: (len(seconds) + 1) // 2])
 
 
 def rounded(number: float) -> float:
-    """Four digits are more than a measurement has."""
+    """Return a number with four digits, more than a measurement has."""
     return float(f"{number:.4g}")

@@ -1,7 +1,8 @@
-"""Communication: links and sums of gradients, measured by themselves, between steps.
+"""Communication: links and gradient all-reduces, measured by themselves between steps.
 
-A link is a line through two messages, one value and as many as the job sends: latency is where it begins, bandwidth its
-slope. The sums of a stage are posted and waited for as a step does it, with nothing to compute meanwhile.
+A link is measured with two messages: one value, and as many values as the job sends. The line through the two times
+gives latency and bandwidth. The all-reduces of a stage are posted and waited for as in a step, with no computation
+beside them.
 """
 
 import math
@@ -17,19 +18,20 @@ from mimogrid.core.step.routes import Message
 from mimogrid.core.step.traffic import message_bytes
 from mimogrid.core.topology.topology import Link, Stage
 from mimogrid.shell.run.probe.clock import WARM_UP, rounded, usual
+from mimogrid.shell.runtime.exchange import gather_values
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session
 from mimogrid.shell.runtime.transport import Transport
 
 
 PINGS = 21
-"""Messages there and back, for each size."""
+"""How many messages go there and back, for each size."""
 LEAST_BYTES = 1 << 16
-"""A bandwidth is measured with a message of this size, or with the job's own if that is larger."""
+"""The size of the message that measures a bandwidth; a larger message of the job is used instead."""
 
 
 def costs_of_edges(session: Session, runtime: RankRuntime, program: Program) -> dict[str, EdgeCosts]:
-    """Measure every link between the first two ranks that it joins."""
+    """Measure every link, between the first two ranks that it joins; return the costs by edge or link."""
     found: dict[str, EdgeCosts] = {}
     transport = Transport(runtime.topology, session.groups, session.device)
     for link in runtime.topology.links:
@@ -40,7 +42,7 @@ def costs_of_edges(session: Session, runtime: RankRuntime, program: Program) -> 
 
 
 def _first_message(program: Program, link: Link) -> tuple[Send, Message] | None:
-    """Return the first message of a step that carries anything over a link forward."""
+    """Return the first message with any bytes that a step sends forward over a link, and its action."""
     for k in range(program.topology.modules[link.target.module].microbatches):
         send = Send(link.source, Direction.FORWARD, k, link.target)
         for message in program.messages(send):
@@ -52,7 +54,7 @@ def _first_message(program: Program, link: Link) -> tuple[Send, Message] | None:
 def _pinged(
     runtime: RankRuntime, program: Program, transport: Transport, send: Send, message: Message
 ) -> EdgeCosts:
-    """Send one value, and as many as the job does, and take the line through the two."""
+    """Measure a link with one value and with as many as the job sends."""
     itemsize = runtime.stages[next(iter(runtime.stages))].dtype.itemsize
     size = max(message_bytes(program.routes.step, message), LEAST_BYTES) // itemsize
     one, all_ = (_round_s(runtime, transport, send, message, count) for count in (1, size))
@@ -61,7 +63,7 @@ def _pinged(
 
 
 def _round_s(runtime: RankRuntime, transport: Transport, send: Send, message: Message, count: int) -> float:
-    """Return, on every rank, how long the source of a message sends so many values and gets one back."""
+    """Return on every rank how long it takes to send `count` values to the target of a message and get one back."""
     dtype = runtime.stages[next(iter(runtime.stages))].dtype
     recv = Recv(send.peer, send.direction, send.microbatch, send.stage)
     source, target = message.rank_source, message.rank_target
@@ -81,11 +83,11 @@ def _round_s(runtime: RankRuntime, transport: Transport, send: Send, message: Me
             dist.send(answer, dst=source, group=runtime.group)
         seconds.append(time.perf_counter() - begin)
     mine = torch.tensor([usual(seconds)], dtype=torch.float64, device=runtime.device.torch)
-    return float(runtime.gather(mine)[runtime.topology.ranks.index(source)])
+    return float(gather_values(runtime, mine)[runtime.topology.ranks.index(source)])
 
 
 def summing_s(runtime: RankRuntime, stage: Stage, repeat: int) -> float:
-    """Return how long all sums of a stage's gradients take, posted one after the other and then waited for."""
+    """Return how long all gradient all-reduces of a stage take, posted one after the other and then waited for."""
     program = plan_step(runtime.job.step(0), runtime.job.order)
     buckets = [reduce.bucket for reduce in program.sums(runtime.rank) if reduce.stage == stage]
     seconds: list[float] = []

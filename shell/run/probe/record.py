@@ -1,4 +1,4 @@
-"""Record: what one rank of a job has measured, as it is handed over to the first."""
+"""Record: what one rank of a job has measured, as it sends it to the first."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,16 +11,16 @@ from mimogrid.shell.run.probe.steps import Steps
 
 
 @attrs.frozen(kw_only=True)
-class OfRank:
-    """What a rank found.
+class RankProbe:
+    """What a rank measured.
 
     Attributes:
-        rank: who found it.
+        rank: the rank.
         host: the name of its machine.
         own: steps in turns under the job's own schedule.
-        others: those under a schedule with backwards the other way, if there is one.
-        sums: per stage, seconds of all sums of its gradients.
-        core_s: seconds of all threads in a step without turns; None where it is not cores that compute.
+        others: steps under a schedule that splits backwards if the job's does not, and the other way round.
+        sums: seconds of all gradient all-reduces, by stage.
+        core_s: CPU seconds of all threads in a step without turns; None where the rank does not compute on cores.
         peak: bytes by which memory has grown.
     """
 
@@ -33,13 +33,13 @@ class OfRank:
     peak: int
 
     def agreeing(self) -> float:
-        """Return the seconds of computing in which the rank agrees on a step with all others."""
-        return self.own.worked(Norm())
+        """Return the CPU seconds of the grad-norm sync of a step."""
+        return self.own.busy_s(Norm())
 
     def updating(self) -> float:
-        """Return the seconds of computing in which its optimizer takes a step."""
-        return self.own.worked(Update())
+        """Return the CPU seconds of an optimizer step."""
+        return self.own.busy_s(Update())
 
     def planning(self) -> float:
-        """Return the seconds of computing in which it plans a step."""
+        """Return the CPU seconds of planning a step."""
         return usual(self.own.planning)

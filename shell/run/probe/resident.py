@@ -1,4 +1,4 @@
-"""Resident: the most memory that this process has had at once, by the books of Linux."""
+"""Resident: the peak of this process's memory, as Linux counts it."""
 
 import contextlib
 import ctypes
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def fresh_peak() -> int:
-    """Give back what was freed, and forget the peak of what was resident; return what is resident now.
+    """Return freed memory to the system, reset the peak, and return the bytes that are resident now.
 
-    A process that has run another job before would else reuse its memory, and remember its peak.
+    Otherwise a process that has run another job would reuse that job's memory, and report its peak.
     """
-    with contextlib.suppress(AttributeError, OSError):  # not every C library can, nor may everybody
+    with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -13,7 +13,7 @@ from mimogrid.shell.job.jobs import Job
 
 @attrs.frozen(kw_only=True)
 class Memory:
-    """Bytes of a rank: the growth of what is resident from before its stages were built, and what a plan says."""
+    """Bytes of a rank: the growth of resident memory since before its stages were built, and what the plan expects."""
 
     peak: int
     planned: int
@@ -24,11 +24,11 @@ class Probed:
     """What was measured of a job.
 
     Attributes:
-        samples: per module, how many samples a microbatch has.
-        costs: what was found, ready for a simulation.
-        split: per stage that can be split, the seconds of its two halves over those of its whole backward.
-        spread: per stage, how far the repetitions of an action are apart, relative to their median.
-        memory: by rank.
+        samples: the number of samples in a microbatch, by module.
+        costs: the costs, ready for a simulation.
+        split: the seconds of the two halves of a backward over those of a whole one, by stage that can be split.
+        spread: how far the repetitions of an action are apart, relative to their median, by stage.
+        memory: memory, by rank.
     """
 
     samples: Mapping[str, float]
@@ -38,7 +38,7 @@ class Probed:
     memory: Mapping[int, Memory]
 
     def of_stages(self) -> dict[str, dict[str, Any]]:
-        """Return the seconds of every stage, with the samples that they are for."""
+        """Return the seconds of every stage, with the samples of a microbatch that they are for."""
         table = costfile.table_of(self.costs)["stages"]
         return {
             name: {"samples": self.samples[name.partition(".")[0]], **table.get(name, {})} for name in table
@@ -46,13 +46,13 @@ class Probed:
 
 
 def in_text(found: Probed, job: Job, others: Sequence[Probed] = ()) -> str:
-    """Return a costs file; what was measured of other sizes of microbatches stands in its comments."""
+    """Return a costs file; its comments have what was measured of microbatches of other sizes."""
     lines = [
         f"Measured by `mimogrid probe` for {job.path.name}. {found.costs.origin}.",
-        "Seconds of stages are medians of the faster half of steps run in turns: nobody else computed. Those of",
-        "joint actions are what they would take with a core for each rank. Posting messages is part of its stage;",
-        "agreement, optimizer and planning are `update`. A backward is told by halves where it can be split; they",
-        "add up to what the job's own schedule takes.",
+        "Seconds of stages are medians of the faster half of steps in which ranks took turns to compute. Those of",
+        "joint actions are what they would take with a core for each rank. Posting messages counts for its stage.",
+        "Grad-norm sync, optimizer and planning are `update`. A backward that can be split has its two halves here,",
+        "which add up to the time of a backward under the job's own schedule.",
     ]
     lines += [f"{name}: repetitions differ by {spread:.0%}" for name, spread in found.spread.items()]
     lines += [
@@ -66,14 +66,14 @@ def in_text(found: Probed, job: Job, others: Sequence[Probed] = ()) -> str:
     ]
     for other in others:
         for name, seconds in other.of_stages().items():
-            told = ", ".join(f"{key} {value:.4g}" for key, value in seconds.items())
-            lines.append(f"other microbatches: {name}: {told}")
+            values = ", ".join(f"{key} {value:.4g}" for key, value in seconds.items())
+            lines.append(f"other microbatches: {name}: {values}")
     comments = "".join(f"# {line}\n" for line in lines)
     return f"{comments}\n{tomlkit.dumps(costfile.table_of(found.costs))}"
 
 
 def in_json(found: Probed, others: Sequence[Probed] = ()) -> dict[str, Any]:
-    """Return all that was measured, for a script."""
+    """Return everything that was measured, for a script."""
     sizes = sorted((found, *others), key=lambda one: max(one.samples.values()))
     table = costfile.table_of(found.costs)
     return {

@@ -1,8 +1,8 @@
 """Stages: the costs of a stage, from what all ranks that host it have measured.
 
-An action takes as long as the slowest of the ranks that join in it. What a program does beside computing has its place
-in the costs, too: posting messages belongs to the stage that posts them, and agreement, optimizer and the planning of a
-step are `update`, timed when all ranks do them at once, as at the end of every step.
+A joint action takes as long as its slowest rank. The costs include what a program does besides computing: posting
+messages counts for the stage that posts them; grad-norm sync, optimizer and the planning of a step are `update`, timed
+as if all ranks did them at once, as they do at the end of every step.
 """
 
 import functools
@@ -18,21 +18,21 @@ from mimogrid.core.schedule.actions import Action, Compute, Direction, Kind, Rec
 from mimogrid.core.topology.topology import Module, Stage, StageInfo
 from mimogrid.shell.run.probe.clock import rounded
 from mimogrid.shell.run.probe.cores import allowed_cores
-from mimogrid.shell.run.probe.record import OfRank
+from mimogrid.shell.run.probe.record import RankProbe
 from mimogrid.shell.run.probe.steps import Steps
 
 
 @attrs.frozen(eq=False)
-class OfStage:
-    """What all ranks found of a stage, where so many `cores` compute at full speed (None: one for each rank)."""
+class StageProbe:
+    """What all ranks measured of a stage, where `cores` compute at full speed (None: one for each rank)."""
 
     program: Program
     stage: Stage
-    ranks: Sequence[OfRank]
+    ranks: Sequence[RankProbe]
     cores: float | None
 
     @property
-    def holders(self) -> list[OfRank]:
+    def hosts(self) -> list[RankProbe]:
         """The ranks that host the stage."""
         return [of for of in self.ranks if any(info.stage == self.stage for info in self._infos(of.rank))]
 
@@ -42,13 +42,13 @@ class OfStage:
             forward=rounded(self._compute(Kind.FORWARD) or 0.0),
             **self._backward(),
             reduce=rounded(max(of.sums[self.stage] for of in self.ranks) + self._longest(Tie(self.stage))),
-            update=rounded(max(self._ending(of) for of in self.holders)),
+            update=rounded(max(self._ending(of) for of in self.hosts)),
         )
 
     def _backward(self) -> dict[str, float]:
         """Return the seconds of a backward, by halves where they were measured.
 
-        Halves add up to a whole backward where the job's own schedule does not split it.
+        If the job's own schedule does not split it, the halves are scaled to add up to a whole backward.
         """
         whole, first, second = self._backwards
         if first is None or second is None:
@@ -63,7 +63,7 @@ class OfStage:
 
     @functools.cached_property
     def _backwards(self) -> tuple[float | None, float | None, float | None]:
-        """Seconds of a whole backward and of its two halves, whatever was measured of these."""
+        """The seconds of a whole backward and of its two halves, as far as they were measured."""
         return (
             self._compute(Kind.BACKWARD),
             self._compute(Kind.INPUT_GRADIENT),
@@ -74,10 +74,10 @@ class OfStage:
         """Return how far the repetitions of an action of the stage are apart, relative to their median."""
         return statistics.median(
             (max(seconds) - min(seconds)) / max(statistics.median(seconds), 1e-9)
-            for of in self.holders
-            for action, readings in of.own.actions.items()
+            for of in self.hosts
+            for action, measurements in of.own.actions.items()
             if isinstance(action, Compute) and action.stage == self.stage
-            for seconds in [[reading.lasted for reading in readings]]
+            for seconds in [[measurement.elapsed_s for measurement in measurements]]
         )
 
     def _compute(self, kind: Kind) -> float | None:
@@ -86,16 +86,16 @@ class OfStage:
         return next((statistics.fmean(seconds) for seconds in found if seconds), None)
 
     def _longest_of_each(self, kind: Kind, which: int) -> list[float]:
-        """Return the seconds of every action of a kind in the steps of a schedule: the longest of ranks that join."""
+        """Return the seconds of every action of a kind under a schedule: those of its slowest rank."""
         longest: dict[tuple[tuple[int, ...], int], float] = {}
-        for of in self.holders:
+        for of in self.hosts:
             steps = (of.own, *of.others)[which]
             posting = self._posting(steps, kind)
             for action in self._of_kind(steps, kind):
                 joined = self.program.joint(of.rank, action)
                 enough = 1.0 if self.cores is None else min(1.0, self.cores / len(joined))
                 key = joined, action.microbatch
-                longest[key] = max(longest.get(key, 0.0), enough * steps.lasted(action) + posting)
+                longest[key] = max(longest.get(key, 0.0), enough * steps.elapsed_s(action) + posting)
         return list(longest.values())
 
     def _of_kind(self, steps: Steps, kind: Kind) -> list[Compute]:
@@ -104,12 +104,12 @@ class OfStage:
         return [action for action in computes if (action.stage, action.kind) == (self.stage, kind)]
 
     def _posting(self, steps: Steps, kind: Kind) -> float:
-        """Return what posting messages adds to each action of a kind on a rank."""
+        """Return the seconds of posting messages per action of a kind on a rank."""
         if kind is Kind.WEIGHT_GRADIENT:
             return 0.0
         direction = Direction.FORWARD if kind is Kind.FORWARD else Direction.BACKWARD
         posts = sum(
-            steps.worked(action)
+            steps.busy_s(action)
             for action in steps.actions
             if isinstance(action, Send | Recv) and (action.stage, action.direction) == (self.stage, direction)
         )
@@ -117,21 +117,21 @@ class OfStage:
         return posts / count if count else 0.0
 
     def _longest(self, action: Action) -> float:
-        """Return how long the slowest rank is at an action of its own steps; nothing where none has it."""
-        return max((of.own.lasted(action) for of in self.holders if action in of.own.actions), default=0.0)
+        """Return the seconds of the slowest rank for an action of its own steps; 0 where no rank has it."""
+        return max((of.own.elapsed_s(action) for of in self.hosts if action in of.own.actions), default=0.0)
 
-    def _ending(self, of: OfRank) -> float:
-        """A stage's part of what a rank does once per step, when all do.
+    def _ending(self, of: RankProbe) -> float:
+        """Return a stage's share of what a rank does once per step, when all ranks do it.
 
-        Who begins the next step must have planned it; the others have time for that until they hear from him.
+        Ranks of the first stages must plan the next step before they begin it. The others plan while they wait.
         """
-        parts = [self._at_once(of, one) for one in (OfRank.agreeing, OfRank.updating)]
+        parts = [self._at_once(of, one) for one in (RankProbe.agreeing, RankProbe.updating)]
         if any(info.first and not self._module(info.stage).inputs for info in self._infos(of.rank)):
-            parts.append(self._at_once(of, OfRank.planning))
+            parts.append(self._at_once(of, RankProbe.planning))
         return sum(parts) / len(self._infos(of.rank))
 
-    def _at_once(self, of: OfRank, what: Callable[[OfRank], float]) -> float:
-        """Return how long a rank is at something that all ranks of its host do at once, sharing the cores evenly."""
+    def _at_once(self, of: RankProbe, what: Callable[[RankProbe], float]) -> float:
+        """Return the seconds of what all ranks of a host do at once, if they share the cores evenly."""
         mine = what(of)
         cores = min(allowed_cores(), self.cores or math.inf)
         shared = sum(min(mine, what(other)) for other in self.ranks if other.host == of.host)

@@ -1,10 +1,18 @@
-"""Blame: from what every rank was last seen doing follows whom the world waits for."""
+"""Diagnosis: the records of all ranks tell which rank the world waits for."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jobs
-from mimogrid.core.faults.diagnosis import GONE, LEFT, RUNNING, STOPPED, HeartbeatRecord, faulty_rank, find
+from mimogrid.core.faults.diagnosis import (
+    GONE,
+    LEFT,
+    RUNNING,
+    STOPPED,
+    HeartbeatRecord,
+    diagnose,
+    faulty_rank,
+)
 from mimogrid.core.program.lower import Program
 from mimogrid.core.program.replay import replay
 
@@ -77,14 +85,14 @@ def test_at_one_moment_the_one_that_waits_for_nobody_is_to_blame() -> None:
 
 def test_one_that_never_came_is_named_without_a_sighting() -> None:
     """Those who are missing are known before anything is known of them."""
-    finding = find(0, {0: seen(0, -1, doing="rendezvous")}, None, now_s=4.0, suspects=(3,))
-    assert str(finding).startswith("rank 3 (host unknown) stopped answering")
+    diagnosis = diagnose(0, {0: seen(0, -1, doing="rendezvous")}, None, now_s=4.0, suspects=(3,))
+    assert str(diagnosis).startswith("rank 3 (host unknown) stopped answering")
 
 
 def test_a_report_names_all_that_the_law_asks_for() -> None:
     """Rank, host, module, stage, step, action, microbatch, edge, and who waited for what."""
     world = halted(PROGRAM, 3, [str(a) for a in LISTING[3]].index("l.1 F2"))
-    line = str(find(2, world, PROGRAM, now_s=6.0))
+    line = str(diagnose(2, world, PROGRAM, now_s=6.0))
     assert line.startswith("rank 3 (host h, module l, stage l.1) fell behind at step 3 in 'l.1 F2' (action ")
     assert "microbatch 2), begun 1.0 s before; rank 2 (host h) waited 3.0 s in '" in line
     assert "edge l.0 -> l.1) for its 'l.1 " in line

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimogrid.core.faults.injection import MOMENTS, Fault, Harm, parse
+from injection import Fault, Harm, parse
 
 
-moments = st.sampled_from([*MOMENTS, "l.0 F2", "l.0 WAIT_RECV_F* <- v.0", "NORM"])
+moments = st.sampled_from(["rendezvous", "between steps", "l.0 F2", "l.0 WAIT_RECV_F* <- v.0", "NORM"])
 seconds = st.floats(0.001, 1e6).map(lambda s: float(f"{s:g}"))
 faults = st.builds(
     lambda harm, rank, step, moment, s: Fault(harm, rank, step, moment, s if harm is Harm.DELAY else 0.0),

@@ -106,6 +106,15 @@ def test_chunks_go_on_with_what_stages_saved(run: Run, tmp_path: Path) -> None:
     assert pytest.approx(expected, rel=1e-9) == losses
 
 
+@pytest.mark.parametrize("layout", [[], OTHER_LAYOUTS[2]], ids=["layout of the job", "sharded"])
+def test_a_state_is_pickled_without_the_buffers_around_it(pool: Pool, layout: list[str]) -> None:
+    """Ranks pickle their values, and not the flat buffers that these are views of."""
+    job = open_job(DIGITS, [*SETTINGS, *layout])
+    said = [each for each in pool.run("pickled:in_world", job.topology.world_size, job) if each is not None]
+    pickled, of_tensors = (sum(column) for column in zip(*said, strict=True))
+    assert of_tensors < pickled < 2 * of_tensors
+
+
 def test_saving_what_was_loaded_gives_the_same_bytes(
     pool: Pool, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -255,7 +264,7 @@ HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "a header that is no JSON": (
         _forge(lambda p: p.write_bytes(p.read_bytes()[:8] + b"!" + p.read_bytes()[9:])),
-        "a header that is none",
+        "no valid header",
     ),
     "a header of a larger tensor": (_forge(_lie("shape", [1 << 40])), "has the bytes"),
     "a header of a negative size": (_forge(_lie("shape", [-1, -64])), "no count"),
@@ -286,7 +295,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(
     assert name in text
     assert said in text
     assert f"The newest whole one is step-{EVERY:08}" in text
-    command = refused.value.problems[0].remedy.partition("put aside what is damaged: ")[2]
+    command = refused.value.problems[0].remedy.partition("move the damaged ones away: ")[2]
     assert not subprocess.run(command, shell=True, check=True).returncode
     assert tmp_path / "checkpoints" / f"step-{EVERY:08}" == manifest.newest(tmp_path / "checkpoints")
 
@@ -327,6 +336,28 @@ def test_a_run_without_a_checkpoint_begins_again(run: Run, stopped: Path) -> Non
     assert STEPS == report["steps"]
     log = (stopped / "logs" / "rank-0.jsonl").read_text().splitlines()
     assert any("no whole checkpoint" in json.loads(line)["event"] for line in log)
+
+
+def test_a_finished_run_goes_on_to_a_larger_number_of_steps(
+    run: Run, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The losses before stay, and the report is the one of all steps."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    report = run(tmp_path / "run", "precision=fp64", f"train.steps={STEPS + 2}", resume=True)
+    assert STEPS + 2 == report["steps"] == len(report["losses"])
+    assert whole[1]["losses"] == report["losses"][:STEPS]
+    assert report == run(tmp_path / "run", "precision=fp64", f"train.steps={STEPS + 2}", resume=True)
+
+
+def test_another_kind_of_machine_is_logged(run: Run, stopped: Path) -> None:
+    """Resuming is bitwise on one kind of CPU only."""
+    checkpoint = manifest.newest(stopped / "checkpoints")
+    assert checkpoint is not None
+    _rewrite(machine={"kernels": "OTHER"})(checkpoint)
+    run(stopped, "precision=fp64", resume=True)
+    log = [json.loads(line) for line in (stopped / "logs" / "rank-0.jsonl").read_text().splitlines()]
+    (warning,) = (line["event"] for line in log if "another kind of machine" in line["event"])
+    assert "instead of OTHER" in warning
 
 
 def _shards(folder: Path) -> list[str]:

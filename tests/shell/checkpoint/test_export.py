@@ -205,7 +205,7 @@ def test_a_folder_without_a_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     """It is named, and what is wanted is said."""
-    for folder, said in ((tmp_path, "holds no checkpoint"), (tmp_path / "none", "is no folder")):
+    for folder, said in ((tmp_path, "holds no checkpoint"), (tmp_path / "none", "is not a folder")):
         assert 2 == cli.main([*command, str(folder)])
         text = capsys.readouterr().err
         assert str(folder) in text

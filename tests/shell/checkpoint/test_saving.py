@@ -179,7 +179,7 @@ def test_a_file_where_a_folder_is_needed(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     report = failure(pool.run("stalling:told", 4, job(), str(tmp_path)))
     assert f"{tmp_path}/checkpoints" in report
-    assert "Put aside what is there" in report
+    assert "Move away what is there" in report
     with pytest.raises(PlanError, match=f"'{tmp_path}/checkpoints' is a file"):
         enter(runs.claimed(job(), tmp_path))
 

@@ -82,7 +82,7 @@ def test_nothing_fits(job, capsys):
     assert 1 == code
     assert "short by" in found["nearest_miss"]
     assert 1 == main(["plan", *map(str, arguments)])
-    assert "The nearest miss: " in capsys.readouterr().out
+    assert "The closest one: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

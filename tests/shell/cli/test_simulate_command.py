@@ -9,7 +9,7 @@ import pytest
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import EdgeCosts, StageCosts
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.shell.cli import simulate as simulation
+from mimogrid.shell.cli import simulate, timing
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.jobs import open_job
@@ -150,8 +150,8 @@ def test_simulate_draws_for_people(job, capsys):
     assert 0 == main(["simulate", str(job)])
     printed = capsys.readouterr().out
     assert "rank 2  language.1 |" in printed
-    assert "x the limit" in printed
-    assert "Costs: assumed, as no --costs is given" in printed
+    assert "x the lower bound; bubble " in printed
+    assert "No costs given: each layer counts 1 unit forward" in printed
 
 
 def test_simulate_writes_pictures(job, capsys):
@@ -182,7 +182,7 @@ def test_another_schedule_than_the_jobs(job, capsys):
     found = json.loads(capsys.readouterr().out)
     assert ("gpipe", 8) == (found["schedule"], found["peak_in_flight"]["vision.0"])
     assert 2 == main(["simulate", str(job), "--schedule", "gpip"])
-    assert "--schedule: 'gpip' is none.\n    Did you mean 'gpipe'?" in capsys.readouterr().err
+    assert "--schedule: 'gpip' is no schedule.\n    Did you mean 'gpipe'?" in capsys.readouterr().err
 
 
 def test_two_jobs_are_compared(job, capsys):
@@ -197,7 +197,7 @@ def test_two_jobs_are_compared(job, capsys):
     printed = capsys.readouterr().out
     slower = min(found["jobs"], key=lambda one: one["samples_per_s"])
     assert (
-        f"x as many samples a second as {job.parent.name}/job.toml ({'first' if slower is first else 'second'})"
+        f"x as many samples/s as {job.parent.name}/job.toml ({'first' if slower is first else 'second'})"
         in (printed)
     )
 
@@ -232,7 +232,7 @@ def test_uneven_steps_are_drawn(job, capsys):
     each = [simulated("--jitter", "0.2", "--seed", str(seed))["step_time"] for seed in range(3)]
     assert each == drawn["draws"]
     assert 0 == main(["simulate", str(job), "--jitter", "0.2", "--draws", "3"])
-    assert f"Of 3 draws: median {sorted(each)[1]:.6g} s" in capsys.readouterr().out
+    assert f"Median of 3 draws: {sorted(each)[1]:.6g} s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -242,12 +242,12 @@ def test_uneven_steps_are_drawn(job, capsys):
         (["--jitter", "-1"], "--jitter: is -1."),
         (["--draws", "0"], "--draws: is 0."),
         (["--step", "-1"], "--step: is -1."),
-        (["--schedule", "all", "--svg", "a.svg"], "--svg, --trace: draw jobs under one schedule."),
-        (["--compare", "job.toml", "--trace", "a.json"], "--trace: is of one job."),
+        (["--schedule", "all", "--svg", "a.svg"], "--svg, --trace: show one schedule."),
+        (["--compare", "job.toml", "--trace", "a.json"], "--trace: shows one job."),
         (["--costs", "a.toml", "--costs", "b.toml"], "--costs: is given 2 times."),
         (
             ["--schedule", "all", "--compare", "job.toml"],
-            "--compare: two jobs are compared under one schedule.",
+            "--compare: compares two jobs under one schedule.",
         ),
     ],
 )
@@ -259,7 +259,7 @@ def test_options_that_do_not_go_together(job, capsys, options, words):
 
 def test_a_world_too_large_to_draw_is_told_by_classes(job, capsys, monkeypatch):
     """One rank of each stands for all, in text and in the trace."""
-    monkeypatch.setattr(simulation, "DRAWN", 100)
+    monkeypatch.setattr(simulate, "DRAWN", 100)
     options = ["--set", "modules.language.grid.dp=4", "--set", "batch.global_size=32", "--trace", "a.json"]
     assert 0 == main(["simulate", str(job), *options])
     printed = capsys.readouterr().out
@@ -309,7 +309,7 @@ def test_an_accelerator_prices_a_job(job, capsys):
     [
         (["--gpu", "h1000"], "Did you mean 'h100'?"),
         (["--gpu", "h100", "--efficiency", "0"], "part of its peak"),
-        (["--gpu", "h100", "--costs", "costs.toml"], "prices what --costs gives"),
+        (["--gpu", "h100", "--costs", "costs.toml"], "estimates costs, and --costs gives them"),
     ],
 )
 def test_what_no_accelerator_can_price(job, capsys, options, words):
@@ -322,6 +322,6 @@ def test_many_classes_are_told_beforehand(job, monkeypatch, capsys):
     """Beside the answer it says how many ranks have to be walked, where they are many."""
     assert main(["simulate", str(job)]) == 0
     assert "" == capsys.readouterr().err
-    monkeypatch.setattr(simulation, "MANY", 2)
+    monkeypatch.setattr(timing, "MANY", 2)
     assert main(["simulate", str(job)]) == 0
     assert "Timing 3 ranks in 3 classes" in capsys.readouterr().err

@@ -173,11 +173,11 @@ def test_a_wait_for_a_core_is_not_counted_however_it_falls(monkeypatch):
             seconds, waited = seconds + 7, waited + 7
         return waited
 
-    monkeypatch.setattr(clock, "_waited_for_a_core", waits)
+    monkeypatch.setattr(clock, "_core_wait_s", waits)
     monkeypatch.setattr(clock.time, "perf_counter", lambda: seconds)
-    begin = clock._at_work()
+    begin = clock._running_s()
     seconds += 1
-    assert 1 == clock._at_work() - begin
+    assert 1 == clock._running_s() - begin
     assert 7 * len(losing) == waited
 
 

@@ -88,7 +88,7 @@ def test_the_run_of_another_job_is_refused_unless_that_is_meant(
     assert said in error
     assert str(manifest.folder_of(run / "checkpoints", 100) if has_checkpoint else run / runs.RECORD) in error
     key = override.partition("=")[0]
-    assert f"If it is meant: --changed {key}." in error
+    assert f"If this is intended: --changed {key}." in error
     refusal(job(override), run, ("train",))
     assert run == claim(job(override), run, (key,))
 
@@ -110,6 +110,23 @@ def test_a_run_that_is_further_than_the_job_goes_is_refused(run: Path) -> None:
     saved(run, job(), 100)
     assert "is at step 100 already" in str(refusal(job("train.steps=50"), run))
     assert run == claim(job("train.steps=100"), run)
+
+
+def test_a_run_without_a_name_is_called_after_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the file, or after its folder where the file is called job.toml."""
+    monkeypatch.chdir(tmp_path)
+    plan = open_job(DIGITS.parents[1] / "plans" / "clip_llama7b_8.toml")
+    claimed = [claim(job()), claim(job()), claim(plan)]
+    assert ["digits-1", "digits-2", "clip_llama7b_8-1"] == [folder.name for folder in claimed]
+
+
+def test_a_finished_run_is_finished_up_to_its_steps(run: Path) -> None:
+    """A job that wants more steps goes on."""
+    runs.write_json(run / runs.REPORT, {"steps": 100})
+    assert {"steps": 100} == runs.finished_report(run, 100) == runs.finished_report(run, 50)
+    assert runs.finished_report(run, 101) is None
 
 
 def test_the_run_of_another_user_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +164,7 @@ def test_two_that_found_the_same_folder_empty(tmp_path: Path, monkeypatch: pytes
     mine = job(f"train.run_dir={tmp_path / 'run'}")
     claim(mine)
     monkeypatch.setattr(runs, "_empty", Path)
-    with pytest.raises(PlanError, match="has just been taken"):
+    with pytest.raises(PlanError, match="was claimed by another run"):
         claim(mine)
 
 
@@ -165,6 +182,6 @@ def test_a_record_that_says_nothing_is_refused_by_its_name(run: Path, text: str)
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
     """Something of the user's own may be in it."""
     (tmp_path / "mine").touch()
-    assert "holds something, but no run" in str(refusal(job(), tmp_path))
+    assert "is not empty and holds no run" in str(refusal(job(), tmp_path))
     (tmp_path / "mine").unlink()
     assert tmp_path == claim(job(), tmp_path)

@@ -56,6 +56,8 @@ def test_a_run_leaves_all_that_the_design_names(trained: Trained) -> None:
     assert all(0 < fraction < 1 for fraction in report["busy_fraction"].values())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert report["losses"] == [line["loss"] for line in lines]
+    modes = {(folder / name).stat().st_mode for name in ("report.json", "weights.safetensors")}
+    assert 1 == len(modes)
     assert b"\x89PNG" == (folder / "predictions.png").read_bytes()[:4]
     assert 4 == len(list((folder / "logs").glob("rank-*.jsonl")))
     assert 1 == len(list((folder / "tensorboard").glob("events.*")))
@@ -156,7 +158,7 @@ def test_resuming_a_finished_run_does_nothing(trained: Trained) -> None:
     """A finished run stays as it is, with exit code 0."""
     _, folder = trained("train.steps=1", "train.evaluate=false")
     before = (folder / "report.json").read_bytes()
-    done = _mimogrid("train", str(DIGITS), "--resume", str(folder))
+    done = _mimogrid("train", str(DIGITS), "--resume", str(folder), "--set", "train.steps=1")
     assert 0 == done.returncode
     assert "is finished" in done.stderr
     assert before == (folder / "report.json").read_bytes()

@@ -14,8 +14,8 @@ from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.parity import TOLERANCE
 from mimogrid.shell.world.launch import Pool
+from parity import Parity, assert_same
 from scale import nightly_only
-from verdicts import Verdicts, assert_same
 
 
 pytestmark = pytest.mark.world
@@ -70,66 +70,66 @@ CASES = [
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_a_cut_layout_is_the_model(verdict: Verdicts, line: str) -> None:
+def test_a_cut_layout_is_the_model(parity: Parity, line: str) -> None:
     """Ragged samples, some without a modality, over ranks that each have a part of the positions."""
-    assert_same(verdict, cut(line))
+    assert_same(parity, cut(line))
 
 
-def test_modules_with_microbatches_of_their_own(verdict: Verdicts) -> None:
+def test_modules_with_microbatches_of_their_own(parity: Parity) -> None:
     """An encoder makes four microbatches of each of the language model's, and both are cut."""
-    assert_same(verdict, cut("enc(1,1,1)@0*2 lm(1,1,1)@2/2 | enc.cp=2 lm.cp=2", samples=6))
+    assert_same(parity, cut("enc(1,1,1)@0*2 lm(1,1,1)@2/2 | enc.cp=2 lm.cp=2", samples=6))
 
 
 @pytest.mark.parametrize("order", [("pp", "cp", "dp", "tp"), *nightly_only([("cp", "tp", "dp", "pp")])])
-def test_axes_in_any_order(verdict: Verdicts, order: tuple[str, ...]) -> None:
+def test_axes_in_any_order(parity: Parity, order: tuple[str, ...]) -> None:
     """Which ranks share a sample changes nothing."""
-    assert_same(verdict, cut("enc(2,1,2)@0 lm(2,2,1)@0 | enc.cp=2 lm.cp=2 lm.sp", order=order))
+    assert_same(parity, cut("enc(2,1,2)@0 lm(2,2,1)@0 | enc.cp=2 lm.cp=2 lm.sp", order=order))
 
 
 @pytest.mark.parametrize("recompute", ["full", *nightly_only(["selective"])])
-def test_recomputation(verdict: Verdicts, recompute: str) -> None:
+def test_recomputation(parity: Parity, recompute: str) -> None:
     """What is computed twice gathers its keys twice."""
     changes = {name: {"recompute": recompute} for name in ("enc", "lm")}
-    assert_same(verdict, cut("enc(2,1,1)@0 lm(1,2,1)@4 | enc.cp=2 enc.sp lm.cp=2", changes=changes))
+    assert_same(parity, cut("enc(2,1,1)@0 lm(1,2,1)@4 | enc.cp=2 enc.sp lm.cp=2", changes=changes))
 
 
 @pytest.mark.parametrize(
     "grids", ["lm(1,2,1)@2 | enc.cp=2 lm.cp=2", *nightly_only(["lm(2,1,1)@2 | lm.cp=2 lm.sp"])]
 )
-def test_tied_embeddings(verdict: Verdicts, grids: str) -> None:
+def test_tied_embeddings(parity: Parity, grids: str) -> None:
     """Both ends of a module sum what their ranks have of a weight's gradient."""
     changes = {"lm": {"options": {"tied_embeddings": True}}}
-    assert_same(verdict, cut(f"enc(1,1,1)@0 {grids}", changes=changes))
+    assert_same(parity, cut(f"enc(1,1,1)@0 {grids}", changes=changes))
 
 
-def test_shared_key_value_heads(verdict: Verdicts) -> None:
+def test_shared_key_value_heads(parity: Parity) -> None:
     """Fewer heads are gathered than ask."""
     changes = {name: {"options": {"kv_heads": 1}} for name in ("enc", "lm")}
-    assert_same(verdict, cut("enc(1,1,1)@0 lm(1,1,1)@2 | enc.cp=2 lm.cp=4", changes=changes))
+    assert_same(parity, cut("enc(1,1,1)@0 lm(1,1,1)@2 | enc.cp=2 lm.cp=4", changes=changes))
 
 
 @pytest.mark.parametrize("trainable", [("projector.*",), *nightly_only([("layers.0.*",)])])
-def test_partly_frozen(verdict: Verdicts, trainable: tuple[str, ...]) -> None:
+def test_partly_frozen(parity: Parity, trainable: tuple[str, ...]) -> None:
     """Where an encoder trains in part, its ranks still add up to it."""
     changes = {"enc": {"trainable": trainable}}
-    assert_same(verdict, cut("enc(1,1,1)@0 lm(1,1,1)@2 | enc.cp=2 lm.cp=2", changes=changes))
+    assert_same(parity, cut("enc(1,1,1)@0 lm(1,1,1)@2 | enc.cp=2 lm.cp=2", changes=changes))
 
 
 @pytest.mark.parametrize("sp", [" enc.sp lm.sp", *nightly_only([""])])
-def test_samples_of_one_row(verdict: Verdicts, sp: str) -> None:
+def test_samples_of_one_row(parity: Parity, sp: str) -> None:
     """Most ranks have nothing but padding, and a rank may have no token that counts."""
     spec = cut(
         "enc(2,1,1)@0 lm(2,1,1)@0 | enc.cp=4 lm.cp=4" + sp, rows={"enc": (1, 1)}, samples=2, microbatches=2
     )
-    assert_same(verdict, spec)
+    assert_same(parity, spec)
 
 
 @pytest.mark.parametrize("absent", [0.7, *nightly_only([1.0])])
-def test_microbatches_without_rows(verdict: Verdicts, absent: float) -> None:
+def test_microbatches_without_rows(parity: Parity, absent: float) -> None:
     """Most samples lack the modality, or all do."""
     spec = cut("enc(1,2,1)@0 lm(1,1,1)@4 | enc.cp=2 lm.cp=2", samples=2)
     options = {**spec.data.options, "absent": {"enc": absent}}
-    assert_same(verdict, attrs.evolve(spec, data=attrs.evolve(spec.data, options=options)))
+    assert_same(parity, attrs.evolve(spec, data=attrs.evolve(spec.data, options=options)))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_microbatches_without_rows(verdict: Verdicts, absent: float) -> None:
 def test_a_cut_layout_is_the_plain_model(pool: Pool, opened: Callable[[JobSpec], Job], line: str) -> None:
     """The same comparison with a model in mere torch, which knows nothing of positions that are cut."""
     job = opened(cut(line))
-    said = pool.run("against_plain:verdict_in_world", job.topology.world_size, job)
+    said = pool.run("against_plain:parity_in_world", job.topology.world_size, job)
     (found,) = [one for one in said if one is not None]
     assert max(found.loss, found.gradients) <= TOLERANCE["fp64"], found
 

@@ -17,9 +17,9 @@ from mimogrid.core.job.spec import GridSpec, JobSpec
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.parity import TOLERANCE
 from mimogrid.shell.world.launch import Pool
+from parity import Parity, assert_same
 from running import trained
 from scale import nightly_only, one_of_each
-from verdicts import Verdicts, assert_same
 
 
 world = pytest.mark.world
@@ -93,9 +93,9 @@ CASES = [
 
 @world
 @pytest.mark.parametrize("line", CASES)
-def test_any_layout_of_experts_is_the_model(verdict: Verdicts, line: str) -> None:
+def test_any_layout_of_experts_is_the_model(parity: Parity, line: str) -> None:
     """Ragged samples, some without a modality, over ranks that each hold some experts or a part of them."""
-    assert_same(verdict, spread(line))
+    assert_same(parity, spread(line))
 
 
 @world
@@ -116,17 +116,17 @@ def test_any_layout_of_experts_is_the_model(verdict: Verdicts, line: str) -> Non
         [0.8, 1.0],
     ),
 )
-def test_dp_ranks_without_rows_lend_their_experts(verdict: Verdicts, line: str, absent: float) -> None:
+def test_dp_ranks_without_rows_lend_their_experts(parity: Parity, line: str, absent: float) -> None:
     """Where dp ranks compute together some have no sample with images in a microbatch; in places none has."""
-    assert_same(verdict, spread(line, absent={"enc": absent}, samples=4))
+    assert_same(parity, spread(line, absent={"enc": absent}, samples=4))
 
 
 @world
 @pytest.mark.parametrize("recompute", ["full", *nightly_only(["selective"])])
-def test_what_is_recomputed_is_routed_alike(verdict: Verdicts, recompute: str) -> None:
+def test_what_is_recomputed_is_routed_alike(parity: Parity, recompute: str) -> None:
     """Tokens cross twice; the auxiliary loss counts once."""
     words = f"lm.experts=4 lm.ep=2 lm.expert_tp=2 lm.aux_loss=0.1 lm.recompute={recompute}"
-    assert_same(verdict, spread(f"enc(1,1,1)@0 lm(2,1,2)@1 | {words}"))
+    assert_same(parity, spread(f"enc(1,1,1)@0 lm(2,1,2)@1 | {words}"))
 
 
 @world
@@ -144,20 +144,20 @@ def test_what_is_recomputed_is_routed_alike(verdict: Verdicts, recompute: str) -
         ),
     ],
 )
-def test_partly_frozen_experts(verdict: Verdicts, words: str) -> None:
+def test_partly_frozen_experts(parity: Parity, words: str) -> None:
     """Ranks whose own experts are frozen still take part in the backward of those that train."""
     experts = "enc.experts=2 enc.ep=2 enc.aux_loss=0.3 lm.experts=4 lm.ep=2 lm.aux_loss=0.1"
-    assert_same(verdict, spread(f"enc(1,1,2)@0 lm(1,2,2)@2 | {experts} {words}"))
+    assert_same(parity, spread(f"enc(1,1,2)@0 lm(1,2,2)@2 | {experts} {words}"))
 
 
 @world
 @pytest.mark.parametrize("order", [("dp", "tp", "cp", "pp"), *nightly_only([("tp", "pp", "dp", "cp")])])
-def test_axes_in_any_order(verdict: Verdicts, order: tuple[str, ...]) -> None:
+def test_axes_in_any_order(parity: Parity, order: tuple[str, ...]) -> None:
     """Experts lie over consecutive ranks, whatever these share."""
     words = (
         "enc.experts=2 enc.expert_tp=2 enc.aux_loss=0.3 lm.experts=4 lm.ep=2 lm.expert_tp=2 lm.aux_loss=0.1"
     )
-    assert_same(verdict, spread(f"enc(2,2,2)@0 lm(2,1,2)@0 | {words}", order=order))
+    assert_same(parity, spread(f"enc(2,2,2)@0 lm(2,1,2)@0 | {words}", order=order))
 
 
 # -- against the plain model -------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_experts_are_those_of_the_plain_model(
 ) -> None:
     """The same comparison with a model in mere torch, which routes token by token."""
     job = opened(spread(line, absent={"enc": 0.5}))
-    said = pool.run("against_plain:verdict_in_world", job.topology.world_size, job)
+    said = pool.run("against_plain:parity_in_world", job.topology.world_size, job)
     (found,) = [one for one in said if one is not None]
     assert max(found.loss, found.gradients) <= TOLERANCE["fp64"], found
 

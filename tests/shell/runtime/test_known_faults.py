@@ -27,7 +27,7 @@ from mimogrid.core.topology.topology import Topology
 from mimogrid.core.update.reductions import counts_in_norm
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.modules.weights import draw
-from mimogrid.shell.run.parity import TOLERANCE, Verdict
+from mimogrid.shell.run.parity import TOLERANCE, ParityReport
 from mimogrid.shell.world.launch import Pool
 from scale import nightly_only
 from traces import Kept, Trained
@@ -38,7 +38,7 @@ world = pytest.mark.world
 
 PAIRS = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)]
 Opened = Callable[[JobSpec], Job]
-Judged = Callable[[JobSpec], Verdict]
+Judged = Callable[[JobSpec], ParityReport]
 Train = Callable[..., list[Seen]]
 
 
@@ -46,10 +46,10 @@ Train = Callable[..., list[Seen]]
 def judged(pool: Pool, opened: Opened) -> Judged:
     """Compare a layout with `plain`, which knows no layout, and see that nothing was left out."""
 
-    def judge(spec: JobSpec) -> Verdict:
+    def judge(spec: JobSpec) -> ParityReport:
         job = opened(spec)
-        said = pool.run("against_plain:verdict_in_world", job.topology.world_size, job)
-        found: Verdict
+        said = pool.run("against_plain:parity_in_world", job.topology.world_size, job)
+        found: ParityReport
         (found,) = [one for one in said if one is not None]
         assert trained_by_plan(job.topology) == {d.parameter for d in found.worst}
         return found
@@ -62,9 +62,9 @@ def trained_by_plan(topology: Topology) -> set[str]:
     return {f"{stage.module}.{name}" for stage, info in topology.stages.items() for name in info.trainable}
 
 
-def assert_exact(found: Verdict) -> None:
+def assert_exact(found: ParityReport) -> None:
     """Loss and every gradient are right, and there is something to be right about."""
-    assert TOLERANCE["fp64"] >= max(found.loss, found.gradients), found.in_words()
+    assert TOLERANCE["fp64"] >= max(found.loss, found.gradients), str(found)
     assert any(difference.magnitude for difference in found.worst)
 
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, note, settings
 from layouts import MODELS, PIPELINE_INSIDE, PIPELINE_LAST, job, layouts
 from mimogrid.core.job.spec import DataSpec, JobSpec, ModuleSpec
 from mimogrid.shell.job import jobfile
+from parity import Parity, assert_same
 from scale import drawn, nightly_only, one_of_each
-from verdicts import Verdicts, assert_same
 
 
 pytestmark = pytest.mark.world
@@ -110,9 +110,9 @@ def cases(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("grids", [*cases(GRIDS), *nightly_only(cases(MORE_GRIDS))])
-def test_a_layout_is_the_model(verdict: Verdicts, grids: str) -> None:
+def test_a_layout_is_the_model(parity: Parity, grids: str) -> None:
     """The default order of the axes, pp slowest; ragged samples, some without a modality, uneven shares."""
-    assert_same(verdict, job(grids))
+    assert_same(parity, job(grids))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_a_layout_is_the_model(verdict: Verdicts, grids: str) -> None:
         [PIPELINE_INSIDE, ("dp", "pp", "tp", "cp"), ("pp", "tp", "dp", "cp")],
     ),
 )
-def test_axes_in_any_order(verdict: Verdicts, grids: str, order: tuple[str, ...]) -> None:
+def test_axes_in_any_order(parity: Parity, grids: str, order: tuple[str, ...]) -> None:
     """Which axis varies fastest changes who does what, and nothing else."""
-    assert_same(verdict, job(grids, order=order))
+    assert_same(parity, job(grids, order=order))
 
 
 @pytest.mark.parametrize(
@@ -142,20 +142,20 @@ def test_axes_in_any_order(verdict: Verdicts, grids: str, order: tuple[str, ...]
         ["gpipe", "1f1b"],
     ),
 )
-def test_many_microbatches(verdict: Verdicts, grids: str, schedule: str) -> None:
+def test_many_microbatches(parity: Parity, grids: str, schedule: str) -> None:
     """Sixteen microbatches, more than any stage has in flight."""
-    assert_same(verdict, job(grids, microbatches=16, schedule=schedule))
+    assert_same(parity, job(grids, microbatches=16, schedule=schedule))
 
 
 @pytest.mark.parametrize("samples", [1, *nightly_only([2, 7])])
-def test_few_samples(verdict: Verdicts, samples: int) -> None:
+def test_few_samples(parity: Parity, samples: int) -> None:
     """One, two and seven samples in a microbatch."""
-    assert_same(verdict, job("enc(2,1,1)@0 lm(1,2,1)@2", samples=samples, microbatches=3))
+    assert_same(parity, job("enc(2,1,1)@0 lm(1,2,1)@2", samples=samples, microbatches=3))
 
 
-def test_one_sample_for_each_dp_rank(verdict: Verdicts) -> None:
+def test_one_sample_for_each_dp_rank(parity: Parity) -> None:
     """Five dp ranks with one sample each feed three dp ranks."""
-    assert_same(verdict, job("enc(1,1,5)@0 lm(1,1,3)@5", samples=5))
+    assert_same(parity, job("enc(1,1,5)@0 lm(1,1,3)@5", samples=5))
 
 
 @pytest.mark.parametrize(
@@ -176,28 +176,28 @@ def test_one_sample_for_each_dp_rank(verdict: Verdicts) -> None:
         ),
     ],
 )
-def test_modules_with_microbatches_of_their_own(verdict: Verdicts, grids: str) -> None:
+def test_modules_with_microbatches_of_their_own(parity: Parity, grids: str) -> None:
     """A module may work through the step in twice, four times or half as many microbatches as others."""
-    assert_same(verdict, job(grids, samples=12))
+    assert_same(parity, job(grids, samples=12))
 
 
-def test_ranks_that_idle(verdict: Verdicts) -> None:
+def test_ranks_that_idle(parity: Parity) -> None:
     """The first rank, the last one and one between the modules have nothing to do."""
-    assert_same(verdict, job("enc(1,1,2)@1 lm(1,2,1)@4", world_size=8))
+    assert_same(parity, job("enc(1,1,2)@1 lm(1,2,1)@4", world_size=8))
 
 
 @pytest.mark.parametrize("split", [(1, 3), *nightly_only([(3, 1)])])
-def test_stages_of_unequal_depth(verdict: Verdicts, split: tuple[int, ...]) -> None:
+def test_stages_of_unequal_depth(parity: Parity, split: tuple[int, ...]) -> None:
     """Layers are cut as the job says."""
     changes = {name: {"split": split, "options": {"layers": 4}} for name in ("enc", "lm")}
-    assert_same(verdict, job("enc(1,2,1)@0 lm(2,2,1)@2", changes=changes))
+    assert_same(parity, job("enc(1,2,1)@0 lm(2,2,1)@2", changes=changes))
 
 
 @pytest.mark.parametrize("kv_heads", [2, *nightly_only([1])])
-def test_shared_key_value_heads(verdict: Verdicts, kv_heads: int) -> None:
+def test_shared_key_value_heads(parity: Parity, kv_heads: int) -> None:
     """Query heads that share keys and values, sharded by as many ranks as there are of these."""
     changes = {name: {"options": {"kv_heads": kv_heads}} for name in ("enc", "lm")}
-    assert_same(verdict, job(f"enc({kv_heads},1,2)@0 lm({kv_heads},2,1)@4", changes=changes))
+    assert_same(parity, job(f"enc({kv_heads},1,2)@0 lm({kv_heads},2,1)@4", changes=changes))
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,10 @@ def test_shared_key_value_heads(verdict: Verdicts, kv_heads: int) -> None:
         [PIPELINE_LAST, PIPELINE_INSIDE],
     ),
 )
-def test_tied_embeddings(verdict: Verdicts, grids: str, order: tuple[str, ...]) -> None:
+def test_tied_embeddings(parity: Parity, grids: str, order: tuple[str, ...]) -> None:
     """A weight that both ends of a module hold gets the sum of both gradients; both may be one."""
     changes = {"lm": {"options": {"tied_embeddings": True}}}
-    assert_same(verdict, job(grids, order=order, changes=changes))
+    assert_same(parity, job(grids, order=order, changes=changes))
 
 
 @pytest.mark.parametrize(
@@ -228,10 +228,10 @@ def test_tied_embeddings(verdict: Verdicts, grids: str, order: tuple[str, ...]) 
         [True, False],
     ),
 )
-def test_sequence_parallel(verdict: Verdicts, grids: str, tied: bool) -> None:
+def test_sequence_parallel(parity: Parity, grids: str, tied: bool) -> None:
     """Between the linears each tp rank holds a part of the positions."""
     spec = job(grids, data={"sequence": 12}, changes={"lm": {"options": {"tied_embeddings": tied}}})
-    assert_same(verdict, in_parts(spec))
+    assert_same(parity, in_parts(spec))
 
 
 def in_parts(spec: JobSpec) -> JobSpec:
@@ -246,22 +246,22 @@ def in_parts(spec: JobSpec) -> JobSpec:
 # -- losses ------------------------------------------------------------------------------------------------
 
 
-def test_losses_are_weighed(verdict: Verdicts) -> None:
+def test_losses_are_weighed(parity: Parity) -> None:
     """Three losses, in the middle and at the ends of the graph, each with a weight."""
     changes = {"lm": {"loss_weight": 0.5}, "gen1": {"loss_weight": 3.0}, "gen2": {"loss_weight": 0.0}}
     grids = "enc(1,1,2)@0->lm,gen2 lm(1,2,1)@2->gen1 gen1(1,1,3)@4 gen2(1,1,1)@7"
-    assert_same(verdict, job(grids, changes=changes))
+    assert_same(parity, job(grids, changes=changes))
 
 
-def test_a_loss_without_units_is_nothing(verdict: Verdicts) -> None:
+def test_a_loss_without_units_is_nothing(parity: Parity) -> None:
     """No text in the whole step: the language model's loss is 0 over 0, and the generator's still counts."""
     spec = job("enc(1,1,2)@0 lm(1,2,1)@2->gen gen(1,1,1)@4", data={"text": [0, 0], "absent": {"enc": 0.2}})
-    assert_same(verdict, spec)
+    assert_same(parity, spec)
 
 
-def test_samples_without_text(verdict: Verdicts) -> None:
+def test_samples_without_text(parity: Parity) -> None:
     """Some samples have neither text nor rows."""
-    assert_same(verdict, job("enc(1,1,3)@0 lm(1,2,2)@3", data={"text": [0, 2], "absent": {"enc": 0.6}}))
+    assert_same(parity, job("enc(1,1,3)@0 lm(1,2,2)@3", data={"text": [0, 2], "absent": {"enc": 0.6}}))
 
 
 # -- absence -----------------------------------------------------------------------------------------------
@@ -287,16 +287,16 @@ LACKING = {
         list(LACKING),
     ),
 )
-def test_a_modality_may_be_absent(verdict: Verdicts, grids: str, lacking: str) -> None:
+def test_a_modality_may_be_absent(parity: Parity, grids: str, lacking: str) -> None:
     """Microbatches without rows of an encoder, wherever they stand: no hang, and nothing is missed."""
     missing = {"enc": list(LACKING[lacking])}
-    assert_same(verdict, written(job(grids, samples=3, data={"absent": {"enc": 0.0}}), missing=missing))
+    assert_same(parity, written(job(grids, samples=3, data={"absent": {"enc": 0.0}}), missing=missing))
 
 
-def test_everything_may_be_absent(verdict: Verdicts) -> None:
+def test_everything_may_be_absent(parity: Parity) -> None:
     """A step without a single row for the only loss has loss 0 and zero gradients."""
     spec = job("enc(1,1,2)@0->gen gen(1,2,1)@2", data={"absent": {"enc": 1.0}})
-    assert_same(verdict, spec)
+    assert_same(parity, spec)
 
 
 @pytest.mark.parametrize(
@@ -306,9 +306,9 @@ def test_everything_may_be_absent(verdict: Verdicts) -> None:
         *nightly_only(["enc(1,1,2)@0 aud(1,1,1)@2 lm(2,2,1)@3"]),
     ],
 )
-def test_placeholders_among_the_text(verdict: Verdicts, grids: str) -> None:
+def test_placeholders_among_the_text(parity: Parity, grids: str) -> None:
     """Rows stand anywhere in the sequence, and tokens weigh 0, a quarter or a half."""
-    assert_same(verdict, written(job(grids), spread=True))
+    assert_same(parity, written(job(grids), spread=True))
 
 
 def written(spec: JobSpec, **options: Any) -> JobSpec:
@@ -349,21 +349,21 @@ def written(spec: JobSpec, **options: Any) -> JobSpec:
     ],
     ids=str,
 )
-def test_frozen_modules(verdict: Verdicts, changes: dict[str, Any]) -> None:
+def test_frozen_modules(parity: Parity, changes: dict[str, Any]) -> None:
     """What is frozen has no gradient on either side; what trains, behind or before it, has all of its own."""
     grids = "enc(1,1,2)@0->mid,lm mid(1,1,1)@2 lm(1,2,1)@3->gen gen(1,1,2)@5"
-    assert_same(verdict, job(grids, changes=changes))
+    assert_same(parity, job(grids, changes=changes))
 
 
 @pytest.mark.parametrize(
     ("trainable", "sequence_parallel"),
     one_of_each(["*weight", "*.bias", *nightly_only(["*.attention.qkv.bias"])], [False, True]),
 )
-def test_biases_and_weights_apart(verdict: Verdicts, trainable: str, sequence_parallel: bool) -> None:
+def test_biases_and_weights_apart(parity: Parity, trainable: str, sequence_parallel: bool) -> None:
     """Of a sharded layer the bias may train and the weight not, or the other way round."""
     changes = {name: {"trainable": (trainable,)} for name in ("enc", "lm")}
     spec = job("enc(2,1,1)@0 lm(2,2,1)@2", data={"sequence": 12}, changes=changes)
-    assert_same(verdict, in_parts(spec) if sequence_parallel else spec)
+    assert_same(parity, in_parts(spec) if sequence_parallel else spec)
 
 
 @pytest.mark.parametrize(
@@ -374,10 +374,10 @@ def test_biases_and_weights_apart(verdict: Verdicts, trainable: str, sequence_pa
         *nightly_only([("layers.0.*",), ("output.weight", "embedding.weight")]),
     ],
 )
-def test_patterns_and_tied_embeddings(verdict: Verdicts, trainable: tuple[str, ...]) -> None:
+def test_patterns_and_tied_embeddings(parity: Parity, trainable: tuple[str, ...]) -> None:
     """A tied weight trains at both ends or at none."""
     changes = {"lm": {"options": {"tied_embeddings": True}, "trainable": trainable[-1:]}}
-    assert_same(verdict, job("enc(1,1,2)@0 lm(2,2,1)@2", changes=changes))
+    assert_same(parity, job("enc(1,1,2)@0 lm(2,2,1)@2", changes=changes))
 
 
 # -- modules of the user's ---------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def own(function: str, *feeds: str, **options: Any) -> ModuleSpec:
     return ModuleSpec(model=f"own:{function}", options=options, feeds=feeds)
 
 
-def test_modules_of_the_user(verdict: Verdicts) -> None:
+def test_modules_of_the_user(parity: Parity) -> None:
     """An encoder of the user's feeds a language model, and that one's rows a loss of the user's."""
     spec = job("enc(1,1,2)@0 lm(1,2,1)@2->gen gen(1,1,3)@4", changes={"gen": {"loss_weight": 0.5}})
     changed = {
@@ -396,23 +396,23 @@ def test_modules_of_the_user(verdict: Verdicts) -> None:
         "gen": attrs.evolve(spec.modules["gen"], model="own:judge", options={"features": 16}),
     }
     data = attrs.evolve(spec.data, options={**spec.data.options, "features": {"enc": 5}})
-    assert_same(verdict, attrs.evolve(spec, modules={**spec.modules, **changed}, data=data))
+    assert_same(parity, attrs.evolve(spec, modules={**spec.modules, **changed}, data=data))
 
 
-def test_a_module_without_weights(verdict: Verdicts) -> None:
+def test_a_module_without_weights(parity: Parity) -> None:
     """Rows pass through a module of the user's that holds nothing to train, before and behind what trains."""
     spec = job("enc(1,1,2)@0->mid mid(1,1,1)@2->gen gen(1,2,1)@3", changes={"enc": {"frozen": True}})
     passing = attrs.evolve(spec.modules["mid"], model="own:passing", options={"width": 16})
     for frozen in (True, False):
         enc = attrs.evolve(spec.modules["enc"], frozen=frozen, options=attrs.evolve(MODELS["vit"], hidden=16))
         modules = {**spec.modules, "enc": enc, "mid": passing}
-        assert_same(verdict, attrs.evolve(spec, modules=modules))
+        assert_same(parity, attrs.evolve(spec, modules=modules))
 
 
-def test_targets_that_are_called_alike(verdict: Verdicts) -> None:
+def test_targets_that_are_called_alike(parity: Parity) -> None:
     """The projector of one edge may train and that of another, whose target's name begins alike, not."""
     changes = {"enc": {"trainable": ("projector.lm2.*",)}}
-    assert_same(verdict, job("enc(1,1,2)@0->lm,lm2 lm(1,1,1)@2 lm2(1,1,1)@3", changes=changes))
+    assert_same(parity, job("enc(1,1,2)@0->lm,lm2 lm(1,1,1)@2 lm2(1,1,1)@3", changes=changes))
 
 
 # -- precision, steps --------------------------------------------------------------------------------------
@@ -427,14 +427,14 @@ def test_targets_that_are_called_alike(verdict: Verdicts) -> None:
         ),
     ],
 )
-def test_single_precision(verdict: Verdicts, grids: str) -> None:
+def test_single_precision(parity: Parity, grids: str) -> None:
     """In fp32 layouts agree as closely as its rounding lets them."""
-    assert_same(verdict, job(grids, precision="fp32"))
+    assert_same(parity, job(grids, precision="fp32"))
 
 
-def test_further_steps(verdict: Verdicts) -> None:
+def test_further_steps(parity: Parity) -> None:
     """Later steps, of other samples and so of other shapes, agree as the first one does."""
-    assert_same(verdict, job("enc(1,1,3)@0 lm(2,2,1)@3"), steps=3)
+    assert_same(parity, job("enc(1,1,3)@0 lm(2,2,1)@3"), steps=3)
 
 
 # -- chunks ------------------------------------------------------------------------------------------------
@@ -450,14 +450,14 @@ INTERLEAVED = {
 
 
 @pytest.mark.parametrize("case", [*list(INTERLEAVED)[3:], *nightly_only(list(INTERLEAVED)[:3])])
-def test_interleaved_chunks(verdict: Verdicts, case: str) -> None:
+def test_interleaved_chunks(parity: Parity, case: str) -> None:
     """Several chunks of a module on a rank, in the interleaved order, train the same model."""
     line, layers, options = INTERLEAVED[case]
     changes: dict[str, dict[str, Any]] = {
         name: {"chunks": count // 2, "options": {"layers": count}} for name, count in layers.items()
     }
     changes["lm"]["options"] |= options
-    assert_same(verdict, job(line, schedule="interleaved", changes=changes))
+    assert_same(parity, job(line, schedule="interleaved", changes=changes))
 
 
 # -- at random ---------------------------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def test_interleaved_chunks(verdict: Verdicts, case: str) -> None:
 
 @settings(max_examples=drawn(15), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts())
-def test_any_layout_is_the_model(verdict: Verdicts, spec: JobSpec) -> None:
+def test_any_layout_is_the_model(parity: Parity, spec: JobSpec) -> None:
     """Whatever graph, grids, offsets, shares, microbatches, splits and freezing a job has."""
     note(jobfile.dump(spec))
-    assert_same(verdict, spec)
+    assert_same(parity, spec)

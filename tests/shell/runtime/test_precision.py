@@ -11,7 +11,7 @@ import pytest
 
 import layouts
 from mimogrid.core.job.spec import JobSpec, LossScaleSpec, OptimizerSpec, SkipSpec
-from mimogrid.shell.run.parity import Verdict
+from mimogrid.shell.run.parity import ParityReport
 from scale import nightly_only, one_of_each
 from updates import Seen, Spoilt, assert_same, put_together
 
@@ -44,11 +44,11 @@ def job(precision: str, grids: str = GRIDS, **optimizer: Any) -> JobSpec:
     ),
 )
 def test_a_layout_rounds_no_more_than_one_process(
-    verdict: Callable[[JobSpec], Verdict], layout: tuple[str, str], precision: str
+    parity: Callable[[JobSpec], ParityReport], layout: tuple[str, str], precision: str
 ) -> None:
     """Gradients of a layout are as near to fp32 as those of one process in the same precision."""
     grids, schedule = layout
-    found = verdict(layouts.job(grids, precision=precision, schedule=schedule))
+    found = parity(layouts.job(grids, precision=precision, schedule=schedule))
     assert found.passed, found.in_words()
     assert 1e-4 < found.gradients
     assert found.limit < {"bf16": 0.2, "fp16": 0.03}[precision]

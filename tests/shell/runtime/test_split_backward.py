@@ -21,7 +21,7 @@ from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.run.parity import Verdict
+from mimogrid.shell.run.parity import ParityReport
 from mimogrid.shell.world.launch import Pool
 from scale import drawn, nightly_only, one_of_each
 
@@ -235,7 +235,7 @@ def test_nothing_else_is_kept(working: Working, layout: str) -> None:
         ["zb-h1", "zb-h2"],
     ),
 )
-def test_schedules_that_split(verdict: Callable[..., Verdict], grids: str, schedule: str) -> None:
+def test_schedules_that_split(parity: Callable[..., ParityReport], grids: str, schedule: str) -> None:
     """A layout whose schedule splits backwards is the model, in every step."""
-    found = verdict(job(grids, microbatches=6, schedule=schedule), steps=2)
+    found = parity(job(grids, microbatches=6, schedule=schedule), steps=2)
     assert found.passed, found

@@ -15,14 +15,13 @@ import pytest
 import harm
 import launching
 import sweep
+from injection import parse
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.faults.injection import parse
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.folders import Stopped
-from mimogrid.shell.world.fault_injection import VARIABLE
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.preemption import EXIT_CODE
 from scale import nightly_only
@@ -49,6 +48,12 @@ CASES = [
         ]
     ),
 ]
+
+
+def faulty(line: str) -> dict[str, str]:
+    """The environment in which ``python -m faulty`` is `mimogrid` with a fault."""
+    path = [str(Path(__file__).parents[2] / "support"), os.environ.get("PYTHONPATH", "")]
+    return {"MIMOGRID_FAULT": line, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def free_port() -> int:
@@ -176,8 +181,8 @@ def test_a_launcher_that_is_asked_to_stop_passes_it_on(pool: Pool, opened: Opene
     job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
     folder, whole = tmp_path / "run", tmp_path / "whole"
     assert "" == harm.run(pool, job, whole).report
-    slow = {VARIABLE: "delay rank 1 step 2 for 2 s at UPDATE"}
-    command = [sys.executable, "-m", "mimogrid", "train", str(job.path), "--set", f"train.run_dir={folder}"]
+    slow = faulty("delay rank 1 step 2 for 2 s at UPDATE")
+    command = [sys.executable, "-m", "faulty", "train", str(job.path), "--set", f"train.run_dir={folder}"]
     with subprocess.Popen(command, env=os.environ | slow, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         for line in process.stderr:
@@ -199,8 +204,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
     folder, whole, said = tmp_path / "run", tmp_path / "whole", tmp_path / "said"
     assert "" == harm.run(pool, job, whole).report
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
-    fault = {VARIABLE: "kill rank 1 step 3 at lm.0 B1"}
-    launching.under_torchrun(2, fault, arguments, said, restarts=1)
+    launching.under_torchrun(2, arguments, said, fault="kill rank 1 step 3 at lm.0 B1", restarts=1)
     assert 1 == said.read_text().count("mimogrid: rank 1 (host "), said.read_text()
     assert "resuming  step 2" in said.read_text()
     assert harm.left(whole) == harm.left(folder)
@@ -214,12 +218,12 @@ def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others
     job = opened(harm.job("enc(1,1,1)@0 lm(1,2,1)@1"))
     arguments = ["train", str(job.path), "--set", f"train.run_dir={tmp_path / 'run'}"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    fault = {VARIABLE: "kill rank 0 step 3 at enc.0 B1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         launching.started(
-            place | fault | {"RANK": str(rank)},
             [*arguments, "--set", "train.timeout_s=60"],
             tmp_path / f"said-{rank}",
+            place | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            fault="kill rank 0 step 3 at enc.0 B1",
         )
         for rank in range(3)
     ]

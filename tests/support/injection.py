@@ -1,7 +1,8 @@
-"""Faults: what a test lets go wrong, on which rank, at which step and moment.
+"""Injection: faults on purpose, done to a rank by an observer of its heartbeat.
 
-A moment is what a rank is *doing*: an action of its program in its notation, or one of `MOMENTS`. A fault names it by
-a shell pattern, and strikes the first time that it fits. Each prints as one line and is read back from it:
+A fault names a rank, a step, and by a shell pattern what the rank does then: an action of its program in its notation,
+or a phase of `shell.world.phases`. It strikes the first time that this fits. Each prints as one line and is read back
+from it:
 
 >>> fault = parse("kill rank 1 step 3 at lm.0 B*")
 >>> fault.strikes(rank=1, step=3, doing="lm.0 B2"), fault.strikes(rank=1, step=2, doing="lm.0 B2")
@@ -9,33 +10,24 @@ a shell pattern, and strikes the first time that it fits. Each prints as one lin
 >>> print(parse("delay rank 0 step 2 for 0.5 s at NORM"))
 delay rank 0 step 2 for 0.5 s at NORM
 
-A rank that is slow all the time is delayed in ``every step``, each time that the moment comes:
+A rank that is slow all the time is delayed in ``every step``, each time that the pattern fits:
 
 >>> parse("delay rank 0 every step for 0.02 s at enc.0 F*").strikes(rank=0, step=7, doing="enc.0 F1")
 True
 """
 
+import contextlib
 import enum
 import fnmatch
+import functools
+import os
 import re
+import signal
+import time
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import attrs
-
-
-MOMENTS = (
-    RENDEZVOUS := "rendezvous",
-    BUILDING := "building",
-    BETWEEN := "between steps",
-    LOADING := "loading a checkpoint",
-    READING := "reading data",
-    SAVING := "saving a checkpoint",
-    WRITING := "writing a checkpoint",
-    PUBLISHING := "publishing a checkpoint",
-    PUBLISHED := "a checkpoint is published",
-    FINISHING := "writing results",
-    COLLECTING := "collecting results",
-)
-"""What a rank does outside of programs, or, reading data, within an action. Only the first rank of a job publishes."""
 
 
 class Harm(enum.Enum):
@@ -83,3 +75,44 @@ def parse(line: str) -> Fault:
     seconds = float(found["seconds"] or 0)
     step = int(found["step"]) if found["step"] else None
     return Fault(Harm(found["harm"]), int(found["rank"]), step, found["moment"], seconds)
+
+
+class InjectedError(RuntimeError):
+    """Raised where a fault wants a rank to fail."""
+
+
+@attrs.define
+class Injector:
+    """An observer of a heartbeat that does a fault to this process: once, or in every step."""
+
+    fault: Fault | None
+
+    def __call__(self, rank: int, step: int, doing: str) -> None:
+        """Let the fault strike, if this is its rank and moment."""
+        fault = self.fault
+        if fault is None or not fault.strikes(rank=rank, step=step, doing=doing):
+            return
+        if fault.step is not None:
+            self.fault = None
+        match fault.harm:
+            case Harm.FAIL:
+                raise InjectedError(f"a fault on purpose: {fault}")
+            case Harm.DELAY:
+                time.sleep(fault.seconds)
+            case Harm.STOP:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case Harm.KILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def injected(line: str) -> Iterator[None]:
+    """Let sessions that are opened meanwhile in this process suffer a fault ("": none)."""
+    from mimogrid.shell.runtime import session  # noqa: PLC0415 -- the notation needs no torch
+
+    if not line:
+        yield
+        return
+    heartbeat = functools.partial(session.Heartbeat, observer=Injector(parse(line)))
+    with patch.object(session, "Heartbeat", heartbeat):
+        yield

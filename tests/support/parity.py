@@ -1,17 +1,17 @@
-"""Verdicts: what the fixture `verdict` gives, and what it must be."""
+"""Parity: what the fixture `parity` returns, and what must hold for it."""
 
 from collections.abc import Callable
 
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.job import jobfile
-from mimogrid.shell.run.parity import TOLERANCE, Verdict
+from mimogrid.shell.run.parity import TOLERANCE, ParityReport
 
 
-Verdicts = Callable[..., Verdict]
+Parity = Callable[..., ParityReport]
 
 
-def assert_same(verdict: Verdicts, spec: JobSpec, *, steps: int = 1) -> None:
+def assert_same(parity: Parity, spec: JobSpec, *, steps: int = 1) -> None:
     """The layout of a spec is the same as one process."""
-    found = verdict(spec, steps=steps)
+    found = parity(spec, steps=steps)
     assert found.passed, (found, jobfile.dump(spec))
     assert max(found.loss, found.gradients) <= TOLERANCE[spec.precision]

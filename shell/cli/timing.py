@@ -1,0 +1,186 @@
+"""Timing: steps simulated as the options of `simulate` ask for: under one schedule, under all, or of two jobs."""
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.schedules import SCHEDULES
+from mimogrid.core.pricing import on_machine
+from mimogrid.core.pricing.assumed import assumed
+from mimogrid.core.pricing.machine import machine_of
+from mimogrid.core.program.lower import plan_step
+from mimogrid.core.schedule.layer_split import topology_of
+from mimogrid.core.simulate import MANY, rank_classes_of, simulate
+from mimogrid.core.simulate.breakdown import idle_s, idle_s_by_rank
+from mimogrid.core.simulate.memory import Level, peaks
+from mimogrid.core.simulate.rank_classes import RankClasses
+from mimogrid.core.simulate.timeline import Timeline
+from mimogrid.core.simulate.unevenness import DurationFactors
+from mimogrid.core.step.step import Step
+from mimogrid.shell.cli.arguments import SimulateArgs
+from mimogrid.shell.job import costfile
+from mimogrid.shell.job.jobs import Job
+
+
+@attrs.frozen(eq=False)
+class PricedJob:
+    """A job with the costs of its stages and links, and where these are from: nothing where none were given."""
+
+    job: Job
+    costs: Costs
+    origin: str
+
+
+@attrs.frozen(eq=False)
+class SimulatedStep:
+    """One simulated step of a job.
+
+    Attributes:
+        job: the job, under the schedule that was simulated.
+        origin: where its costs are from; empty where none were given.
+        step: the samples of the step.
+        timeline: what every rank does when.
+        idle_by_rank: seconds of idling, by rank and cause.
+        peaks: the peak of memory of every rank.
+    """
+
+    job: Job
+    origin: str
+    step: Step
+    timeline: Timeline
+    idle_by_rank: Mapping[int, Mapping[str, float]]
+    peaks: Mapping[int, Level]
+
+    @property
+    def name(self) -> str:
+        """The file of the job, with its folder."""
+        return f"{self.job.path.parent.name}/{self.job.path.name}"
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the job takes, idle ones included."""
+        return self.job.topology.world_size
+
+    @property
+    def idle(self) -> dict[str, float]:
+        """Seconds of idling by cause, summed over ranks."""
+        return idle_s(self.timeline, self.idle_by_rank)
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Samples a second, unless the step takes no time."""
+        return self._per_s(len(self.step.samples))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Positions in use of language sequences a second, as training counts them."""
+        return self._per_s(self.step.tokens)
+
+    @property
+    def peak(self) -> tuple[int, Level]:
+        """The rank that needs the most memory, and when."""
+        return max(self.peaks.items(), key=lambda peak: peak[1].bytes)
+
+    def _per_s(self, count: int) -> float | None:
+        return count / self.timeline.step_s if self.timeline.step_s else None
+
+
+def drawn(job: Job, args: SimulateArgs) -> list[SimulatedStep]:
+    """Simulate a job once for each of the `draws`."""
+    priced = _priced(job, args, schedule=args.schedule)
+    return [_simulated(priced, args, draw) for draw in range(args.draws)]
+
+
+def under_all_schedules(job: Job, args: SimulateArgs) -> dict[str, SimulatedStep | tuple[Problem, ...]]:
+    """Simulate a job under every schedule; where one is not legal for it, return the problems instead."""
+    found: dict[str, SimulatedStep | tuple[Problem, ...]] = {}
+    for name in SCHEDULES:
+        try:
+            found[name] = _simulated(_priced(job, args, schedule=name), args)
+        except PlanError as error:
+            found[name] = error.problems
+    return found
+
+
+def compared(job: Job, other: Job, args: SimulateArgs) -> dict[str, SimulatedStep]:
+    """Simulate two jobs; return both by name. The second has the second costs file, if there are two."""
+    pairs = enumerate((job, other))
+    found = [_simulated(_priced(one, args, schedule=args.schedule, which=i), args) for i, one in pairs]
+    first, second = (step.name for step in found)
+    if first == second:
+        first, second = f"{first} (first)", f"{second} (second)"
+    return {first: found[0], second: found[1]}
+
+
+def _priced(job: Job, args: SimulateArgs, *, schedule: str | None, which: int = 0) -> PricedJob:
+    """Give a job its schedule and the costs that are asked for, by which it may also be ordered.
+
+    `which` counts the jobs that are compared; a single costs file serves both. Raises PlanError where anything is not
+    legal.
+    """
+    changes: dict[str, Any] = {"name": schedule} if schedule else {}
+    if args.costs:
+        path = args.costs[min(which, len(args.costs) - 1)]
+        costs = costfile.read(path, job.topology)
+        return PricedJob(_under(job, **changes, costs=costs), costs, _origin(costs, str(path)))
+    if args.gpu:
+        machine = machine_of(args.gpu, job.spec.precision, args.efficiency)
+        costs = on_machine(job.step(args.step), machine)
+        return PricedJob(_under(job, **changes, costs=costs), costs, f"assumed: {machine}")
+    job = _under(job, **changes)
+    if job.spec.schedule.costs:
+        costs = job.spec.schedule.costs
+        return PricedJob(job, costs, _origin(costs, "schedule.costs of the job"))
+    return PricedJob(job, assumed(job.topology), "")
+
+
+def _under(job: Job, **changes: Any) -> Job:
+    """Return a job with changes of its schedule. Raises PlanError where they are not legal for it."""
+    facts = job.topology.source
+    spec = attrs.evolve(job.spec, schedule=attrs.evolve(job.spec.schedule, **changes))
+    return attrs.evolve(job, topology=topology_of(spec, facts))
+
+
+def _origin(costs: Costs, place: str) -> str:
+    """Say where costs are from: first what they say themselves."""
+    return f"{costs.origin}, from {place}" if costs.origin else f"from {place}"
+
+
+def _simulated(priced: PricedJob, args: SimulateArgs, draw: int = 0) -> SimulatedStep:
+    """Simulate a step. Draw 0 is the step as asked for; each further one has the next seed and, if ragged, samples."""
+    job, costs = priced.job, priced.costs
+    step = job.step(args.step + draw * args.ragged)
+    factors = DurationFactors(step, ragged=args.ragged, jitter=args.jitter, seed=args.seed + draw)
+    uneven = factors if args.ragged or args.jitter else None
+    program = plan_step(step, job.order)
+    classes = rank_classes_of(program, costs, uneven)
+    _announce(classes)
+    timeline = simulate(program, costs, duration_factors=uneven, classes=classes)
+    idle = idle_s_by_rank(timeline, costs, factors)
+    return SimulatedStep(job, priced.origin, step, timeline, idle, peaks(timeline))
+
+
+def _announce(classes: RankClasses) -> None:
+    """Say beforehand what takes minutes: timing that many classes of ranks."""
+    count = len(classes.members)
+    if count > MANY:
+        print(
+            f"Timing {len(classes.leader):,} ranks in {count:,} classes with equal timelines. This takes minutes.",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Keep the garbage collector from searching the values of a large plan: half of the time, for no cycles."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,59 @@
+"""Forward-only programs: losses, next tokens and logits of a step, without backward or update."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from mimogrid.core.program.lower import plan_step
+from mimogrid.core.step.step import Step
+from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
+from mimogrid.shell.runtime.agreement import means_of
+from mimogrid.shell.runtime.data import Loads
+from mimogrid.shell.runtime.exchange import gather_values
+from mimogrid.shell.runtime.execute import execute
+from mimogrid.shell.runtime.rank import RankRuntime, begin_program
+from mimogrid.shell.runtime.stage import StageStep, losses_of
+
+
+def evaluate(
+    runtime: RankRuntime,
+    step: Step,
+    source: Loads | None = None,
+    loss: Loss = weighted_cross_entropy,
+) -> Mapping[str, float]:
+    """Return each module's loss of a step, divided by its count, on every rank."""
+    stages = _forward(runtime, step, source, loss=loss)
+    sums = torch.tensor([*losses_of(stages, step).values()], dtype=torch.float64, device=runtime.device.torch)
+    means = means_of(step, gather_values(runtime, sums).sum(dim=0).tolist())
+    return {name: mean for name, mean in means.items() if name in runtime.topology.modules}
+
+
+def predict(runtime: RankRuntime, step: Step, source: Loads | None = None) -> list[int]:
+    """Return the likeliest next token of every sample of a step, on every rank."""
+    tokens = torch.zeros(len(step.samples), dtype=torch.float64, device=runtime.device.torch)
+    for stage in _forward(runtime, step, source):
+        for microbatch in stage.logits:
+            samples, last = stage.last_tokens(microbatch)
+            tokens[samples.start : samples.stop] = last
+    return [int(token) for token in gather_values(runtime, tokens).sum(dim=0).tolist()]
+
+
+def logits(runtime: RankRuntime, step: Step, source: Loads | None = None) -> tuple[torch.Tensor, ...]:
+    """Return the logits [T, V] of each microbatch, sample after sample.
+
+    They are on the first rank of each dp rank of a last stage; other ranks have none.
+    """
+    stages = _forward(runtime, step, source)
+    return tuple(stage.logits[microbatch] for stage in stages for microbatch in sorted(stage.logits))
+
+
+def _forward(
+    runtime: RankRuntime, step: Step, source: Loads | None, *, loss: Loss | None = None
+) -> Iterable[StageStep]:
+    """Run the forwards of a step; return the stages of this rank in it."""
+    program = plan_step(step, runtime.job.forward_order)
+    actions = program.of(runtime.rank)
+    context = begin_program(runtime, program, actions, source=source, loss=loss)
+    runtime.heartbeat.begin_program(runtime.job.spec.train.steps, len(actions), training=False)
+    execute(actions, context)
+    return context.stages.values()

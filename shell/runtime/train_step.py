@@ -1,0 +1,89 @@
+"""The training step: forwards and backwards by the program, one agreement of all ranks, one update."""
+
+import attrs
+
+from mimogrid.core.program.lower import plan_step
+from mimogrid.core.schedule.order import Order
+from mimogrid.core.step.step import Step
+from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
+from mimogrid.shell.runtime import optimizer
+from mimogrid.shell.runtime.agreement import Agreed, Outcome, agree
+from mimogrid.shell.runtime.data import Loads
+from mimogrid.shell.runtime.execute import Executor, StepEnd, execute
+from mimogrid.shell.runtime.rank import RankRuntime, begin_program
+from mimogrid.shell.world.phases import BETWEEN
+
+
+def train_step(
+    runtime: RankRuntime,
+    index: int,
+    step: Step,
+    following: Step,
+    *,
+    update: bool = True,
+    source: Loads | None = None,
+    loss: Loss = weighted_cross_entropy,
+    executor: Executor = execute,
+    order: Order | None = None,
+) -> Outcome:
+    """Train step `index`, and agree on the samples of the `following` step; without `update` stop at the gradients.
+
+    Samples are from `source`, or else from the job. `loss` is the loss of language models. `order` replaces the order
+    of the job. Raises WorldError where
+    loaded data are not as described, or where ranks describe the samples of the following step differently.
+    """
+    agreed: Agreed | None = None
+
+    def norm() -> None:
+        nonlocal agreed
+        agreed = agree(runtime, context.stages.values(), index, step, following)
+
+    def take() -> None:
+        assert agreed is not None  # NORM comes before UPDATE.
+        if update:
+            _take(runtime, agreed, index)
+
+    program = plan_step(step, order or runtime.job.order)
+    actions = program.of(runtime.rank)
+    context = begin_program(
+        runtime,
+        program,
+        actions,
+        source=source,
+        index=index,
+        loss_scale=runtime.skip_state.scale,
+        loss=loss,
+        end=StepEnd(norm, take),
+    )
+    for buffer in runtime.buffers.values():
+        buffer.clear()
+    runtime.heartbeat.begin_program(index, len(actions))
+    runtime.last_timeline = executor(actions, context)
+    runtime.heartbeat.enter(BETWEEN)
+    runtime.last_load_s = runtime.source.lap()
+    assert agreed is not None  # Every training program has NORM.
+    return attrs.evolve(agreed.outcome, timeline=runtime.last_timeline)
+
+
+def _take(runtime: RankRuntime, agreed: Agreed, index: int) -> None:
+    """Update the weights, if the ranks agreed to."""
+    runtime.skip_state = agreed.skip_state
+    if not agreed.outcome.taken:
+        return
+    runtime.steps_taken += 1
+    if runtime.updates_weights:
+        _update(runtime, agreed.outcome.gradient_norm, index)
+
+
+def _update(runtime: RankRuntime, norm: float, index: int) -> None:
+    """Clip by the global norm, update the main parameters, and copy them to the model."""
+    spec, buffers = runtime.job.spec, runtime.buffers.values()
+    limit = spec.optimizer.clip_norm
+    if limit and norm > limit:
+        for buffer in buffers:
+            buffer.scale(limit / norm)
+    if runtime.optimizer is not None:
+        optimizer.set_rates(runtime.optimizer, spec.optimizer, step=index, steps=spec.train.steps)
+        runtime.optimizer.step()
+    for buffer in buffers:
+        buffer.copy_main_to_model()
