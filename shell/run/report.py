@@ -13,8 +13,8 @@ from mimogrid.core.draw import perfetto
 from mimogrid.core.draw.picture import above
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.program.lower import plan_step
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.measured import mean_costs, measured
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import Event
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint.versions import versions

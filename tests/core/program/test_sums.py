@@ -9,7 +9,7 @@ from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.program.lower import Program
 from mimogrid.core.program.verify import listing_of, verify
 from mimogrid.core.schedule.actions import Compute, Reduce, WaitReduce
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.simulation import simulate
 from timed import rank_by_rank
 
 

@@ -27,7 +27,7 @@ from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.scheduler import TimedWork, lower_bound_s, retimed, schedule
 from mimogrid.core.schedule.tuning import bytes_needed, timed_by, tuned
 from mimogrid.core.schedule.work import unit_seconds, work_of
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.topology.parse import assemble, parse
 from mimogrid.core.topology.topology import Stage, Topology
 from scale import drawn

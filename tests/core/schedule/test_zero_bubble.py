@@ -7,7 +7,7 @@ from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.program.verify import verify
 from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.schedule.orders import order_of
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.topology.topology import Topology
 
 
