@@ -114,8 +114,8 @@ class Config:
         """Note which probabilities of dropping something in training are not zero."""
         for key in keys:
             if self.get(key):
-                message = f"is {json.dumps(self.get(key))}: a module drops nothing that its job does not say."
-                self.problem(key, message, "Write 0.0 there, and give the module the option dropout.")
+                message = f"is {json.dumps(self.get(key))}; what a module drops is an option of the job."
+                self.problem(key, message, "Write 0.0 there, and set the module's option dropout.")
 
     def problem(self, key: str, message: str, remedy: str) -> None:
         """Note what is wrong with a key, or with the table where it is empty, once."""

@@ -34,7 +34,7 @@ def read(config: Config) -> Model:
     prefix = f"{config.prefix('multi_modal_projector.linear_1.weight')}multi_modal_projector."
     edge = linear(f"{prefix}linear_1", "projector.language.up", (hidden, vision.options["hidden"]), bias=bias)
     edge |= linear(f"{prefix}linear_2", "projector.language.down", (hidden, hidden), bias=bias)
-    vision = _taken(config, vision)
+    vision = _shortened(config, vision)
     vision = attrs.evolve(
         vision, feeds=("language",), projector={"language": table}, recipes={**vision.recipes, **edge}
     )
@@ -45,12 +45,12 @@ def read(config: Config) -> Model:
     )
 
 
-def _taken(config: Config, vision: Module) -> Module:
-    """Return the tower up to the layer whose rows are taken; what comes after is carried."""
-    layers, taken = vision.options["layers"], config.get("vision_feature_layer")
+def _shortened(config: Config, vision: Module) -> Module:
+    """Return the tower up to the layer whose rows the language model reads; what comes after is carried."""
+    layers, layer = vision.options["layers"], config.get("vision_feature_layer")
     strategy = config.get("vision_feature_select_strategy")
-    if type(taken) is not int or not -layers <= taken <= layers or taken % (layers + 1) == 0:
-        message = f"is {taken}; a tower of {layers} layers gives the rows of one, from -{layers} to {layers}."
+    if type(layer) is not int or not -layers <= layer <= layers or layer == 0:
+        message = f"is {layer}; a tower of {layers} layers gives the rows of one, from -{layers} to {layers}."
         config.problem("vision_feature_layer", message, "Use a checkpoint that takes one layer.")
         return vision
     if strategy not in {"default", "full"}:
@@ -58,7 +58,7 @@ def _taken(config: Config, vision: Module) -> Module:
     if strategy == "default" and not vision.option("class_token"):
         message = "is 'default', which drops the class token, and the tower has none."
         config.problem("vision_feature_select_strategy", message, 'Write "full".')
-    kept = taken if taken > 0 else layers + 1 + taken
+    kept = layer if layer > 0 else layers + 1 + layer
     unused = ("final_norm.", *(f"layers.{n}." for n in range(kept, layers)))
     dropped = {name: recipe for name, recipe in vision.recipes.items() if name.startswith(unused)}
     names = sorted({tensor.name for recipe in dropped.values() for tensor in recipe.tensors})

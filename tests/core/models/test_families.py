@@ -115,6 +115,19 @@ def test_the_tables_of_the_vl_models() -> None:
     assert (4, 0) == (old.placeholders["video"].per_second, new.placeholders["video"].per_second)
 
 
+@pytest.mark.parametrize(("layer", "layers"), [(-1, 3), (-2, 2), (-3, 1), (1, 1), (3, 3)])
+def test_layers_of_a_tower(layer: int, layers: int) -> None:
+    """A tower ends at the layer whose rows are read; hidden states count from 0, before the first layer."""
+    model = read_config({**LLAVA, "vision_feature_layer": layer, "vision_feature_select_strategy": "full"})
+    vision = model.modules["vision"]
+    assert layers == vision.options["layers"]
+    assert {f"layers.{n}." for n in range(layers)} == {
+        n[:9] for n in vision.recipes if n.startswith("layers.")
+    }
+    assert 10 == model.rows_of("image", 1, 12, 12)
+    assert 9 == read_config(LLAVA).rows_of("image", 1, 12, 12)
+
+
 def test_windows() -> None:
     """Windows slide in the layers from the first on; those before are full."""
     options = read_config(SLIDING).modules["language"].options

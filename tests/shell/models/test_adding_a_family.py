@@ -4,7 +4,6 @@ import doctest
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +41,7 @@ def test_the_family_that_is_added(window: int | None, tmp_path: Path) -> None:
     )
     file: dict[str, Any] = {}
     exec(text, file)
-    (family,) = SimpleNamespace(**file).FAMILIES
+    (family,) = file["FAMILIES"]
     assert isinstance(family, Family)
     hf.MistralForCausalLM(hf.MistralConfig(**TEXT, sliding_window=window)).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
