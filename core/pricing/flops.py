@@ -240,7 +240,7 @@ def _layer(model: BuiltIn, load: Load, prefix: str) -> Iterator[_Product]:
 
     hidden, inner = model.hidden, model.heads * model.head_width
     yield _Product(f"{prefix}attention_norm")
-    yield linear("attention.qkv", hidden, inner + 2 * model.kv_heads * model.head_width)
+    yield linear("attention.qkv", hidden, model.qkv_width)
     yield _Product("", 4 * load.pairs * inner)
     yield linear("attention.out", inner, hidden)
     yield _Product(f"{prefix}mlp_norm")
@@ -249,7 +249,7 @@ def _layer(model: BuiltIn, load: Load, prefix: str) -> Iterator[_Product]:
         yield linear("mlp.experts.{}.up", hidden, model.ffn, model.top_k, model.experts)
         yield linear("mlp.experts.{}.down", model.ffn, hidden, model.top_k, model.experts)
     else:
-        yield linear("mlp.up", hidden, model.ffn)
+        yield linear("mlp.up", hidden, model.up_width)
         yield linear("mlp.down", model.ffn, hidden)
 
 

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.shell.runtime.collect import Tensors
+from mimogrid.shell.runtime.tensor_slices import Tensors
 
 
 @attrs.frozen
