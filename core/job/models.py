@@ -216,25 +216,35 @@ class Block(Transformer):
 
 @attrs.frozen(kw_only=True)
 class Gpt(Transformer):
-    """`gpt`: reads tokens, with rows at the placeholders; its loss is the cross entropy on text."""
+    """`gpt`: reads tokens, with rows at the placeholders; its loss is the cross entropy on text.
+
+    `vocab_padding` rows follow those of the vocabulary, so that tp divides them. No token reads them, their logits are
+    minus infinity, and their gradients are zero.
+    """
 
     vocab: int
+    vocab_padding: int = 0
     tied_embeddings: bool = False
 
     causal = True
     has_loss = True
     reads_text = True
 
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the token embedding."""
+        return self.vocab + self.vocab_padding
+
     def first_parameters(self) -> Iterator[Parameter]:
         """Yield the token embedding."""
-        shape = (self.vocab, self.hidden)
+        shape = (self.vocab_rows, self.hidden)
         copy = LAST if self.tied_embeddings else None
         yield Parameter("embedding.weight", shape, FIRST, std=self.init_std, tp_dim=0, copy=copy)
 
     def last_parameters(self) -> Iterator[Parameter]:
         """Yield the output projection, unless the embedding is tied to it."""
         if not self.tied_embeddings:
-            shape = (self.vocab, self.hidden)
+            shape = (self.vocab_rows, self.hidden)
             yield Parameter("output.weight", shape, LAST, std=self.init_std, tp_dim=0)
 
 

@@ -257,7 +257,7 @@ def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Produc
     yield _Product("final_norm")
     if isinstance(model, Gpt):
         name = "embedding" if model.tied_embeddings else "output"
-        yield _Product(name, 2 * load.rows * model.hidden * model.vocab, branch=True)
+        yield _Product(name, 2 * load.rows * model.hidden * model.vocab_rows, branch=True)
     if isinstance(model, Regressor):
         yield _Product("output", 2 * load.rows * model.hidden * model.outputs, branch=True)
     for edge in edges:

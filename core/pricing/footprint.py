@@ -92,7 +92,7 @@ def deferred_values(module: Module, info: StageInfo, shape: tuple[int, int, int]
     # Outputs that are all-reduced over tp have a whole gradient on each rank.
     each = 2 * tokens * hidden / shared + 2 * tokens * hidden + tokens * (inner + middle) / tp
     head = (
-        tokens * (hidden + model.vocab / tp)
+        tokens * (hidden + model.vocab_rows / tp)
         if isinstance(model, Gpt) and info.last and LAST in trained
         else 0.0
     )

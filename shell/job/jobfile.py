@@ -26,6 +26,7 @@ from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.former_names import current_path
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.hf import lay_options
+from mimogrid.shell.job.published import lay_weights
 from mimogrid.shell.job.tables import (
     TableProblem,
     WrongValueError,
@@ -106,7 +107,7 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
         )
         return ParsedJob(None, (*problems, empty))
     costs, of_costs = _take_costs(table, Path(path).parent)
-    problems += [*of_costs, *lay_options(table, Path(path).parent)]
+    problems += [*of_costs, *lay_options(table, Path(path).parent), *lay_weights(table, Path(path).parent)]
     job = attrs.evolve(_read_table(table), overrides=places)
     if costs and job.spec:
         job = attrs.evolve(job, spec=_with_costs(job.spec, costs))

@@ -93,14 +93,15 @@ def sharding_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
     if not model.experts:
         shards["ffn features"] = model.ffn
     if isinstance(model, Gpt):
-        shards["vocabulary entries"] = model.vocab
+        shards["vocabulary entries"] = model.vocab_rows
     common = math.gcd(*shards.values())
     for what, count in shards.items():
         if count % tp:
             yield Problem(
                 where,
                 f"module '{name}' splits {count} {what} over tp={tp}: {count} is not a multiple of {tp}.",
-                f"Legal tp for this module: {divisors(common)}.",
+                f"Legal tp for this module: {divisors(common)}."
+                + (f" Or pad: options.vocab_padding = {-count % tp}." if what == "vocabulary entries" else ""),
             )
 
 
