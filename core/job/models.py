@@ -23,7 +23,7 @@ PROJECTOR, HEAD = "projector.", "output."
 NORMS = ("layernorm", "rmsnorm")
 PARTS = (
     *("norm", "norm_eps", "activation", "gated", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"),
-    *("rotary_base", "rotary_scaling"),
+    *("rotary_base", "rotary_scaling", "window"),
 )
 """Options that say what the parts of a layer compute; all else is sizes."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
@@ -86,6 +86,8 @@ class Transformer:
         qk_norm: queries and keys pass an RMS norm, head by head.
         rotary_base: the base of the rotary frequencies.
         rotary_scaling: how the frequencies are stretched (`core.models.frequencies.parse_scaling`); empty: not at all.
+        window: a token of a causal model sees itself and the `window` - 1 before it; 0: all before it.
+        full_layers: layers without the window.
         dropout: the probability of dropping a value in training.
         experts: experts of an MLP; 0: it is dense.
         top_k: experts that a token goes to.
@@ -111,6 +113,8 @@ class Transformer:
     qk_norm: bool = False
     rotary_base: float = 10_000.0
     rotary_scaling: Mapping[str, Any] = attrs.field(factory=dict[str, Any], hash=False)
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
     dropout: float = 0.0
     experts: int = 0
     top_k: int = 2
@@ -183,6 +187,10 @@ class Transformer:
                 *_row(f"{name}.down", (hidden, self.ffn), layer, deep),
             ):
                 yield attrs.evolve(parameter, expert=expert, partial=False)
+
+    def window_of(self, layer: int) -> int:
+        """Return the window of a layer; 0: none."""
+        return 0 if layer in self.full_layers else self.window
 
     def changed(self, options: tuple[str, ...]) -> tuple[str, ...]:
         """Return those of some options that are not as they are by default."""

@@ -9,7 +9,8 @@ gradients:
     the gradient of its weights    if its matrix trains
 
 Attention has no weights: 4 * hidden operations forward per pair of a query and a key, and twice that backward, if
-anything before it trains. A causal sequence of L positions has L (L + 1) / 2 pairs, any other L^2. So frozen layers
+anything before it trains. A causal sequence of L positions has L (L + 1) / 2 pairs, any other L^2; a window of a layer
+does not make them fewer here, as local layers compute all pairs and mask those outside. So frozen layers
 with something trainable upstream have only gradients of their inputs; with nothing trainable upstream they have none.
 
 Embedding look-ups, norms, activations and rotations are not counted: they are no products, and small. Recomputation is

@@ -94,9 +94,11 @@ class CoreAttention(nn.Module):
         attn_mask_type: AttnMaskType,
         pg_collection: ProcessGroupCollection,
         rotary: Rotary = Rotary(),  # noqa: B008 -- frozen
+        window: int = 0,
         **_: object,
     ) -> None:
         super().__init__()
+        self.window = window
         self.rotary = rotary
         self.dropout = float(config.attention_dropout)
         self.causal = attn_mask_type is AttnMaskType.causal
@@ -118,7 +120,8 @@ class CoreAttention(nn.Module):
         draws = get_cuda_rng_tracker().fork() if self.forks and self.training else contextlib.nullcontext()
         with draws:
             if self.cut.size == 1:
-                mixed = self._attend(query, key, value_SBND, None if self.causal else attention_mask)
+                mask = self._in_window(len(query), len(query), query.device) if self.causal else attention_mask
+                mixed = self._attend(query, key, value_SBND, mask)
             else:
                 mixed = self._attend_in_parts(query, key, value_SBND, attention_mask)
         return mixed.flatten(2)
@@ -143,9 +146,15 @@ class CoreAttention(nn.Module):
         for part, chunk in zip(query.chunk(2), self.cut.chunks, strict=True):
             keys = (chunk + 1) * len(part)
             key, value = in_order[:keys].chunk(2, dim=-1)
-            earlier = _no_later_key(len(part), keys, query.device) if chunk else None
+            earlier = self._in_window(len(part), keys, query.device)
             mixed.append(self._attend(part, key, value, earlier))
         return torch.cat(mixed)
+
+    def _in_window(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """Return which keys queries may see; None: all up to their own, where both are the same positions."""
+        if not self.window and queries == keys:
+            return None
+        return _visible(queries, keys, self.window or keys, device)
 
     def _attend(self, query_SBND: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with a mask, or causally if there is none and queries and keys are the same positions."""
@@ -162,9 +171,13 @@ class CoreAttention(nn.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _no_later_key(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return which of the first `keys` positions each of the last `queries` of them may see, [queries, keys]."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def _visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Return which of the first `keys` positions each of the last `queries` of them may see, [queries, keys].
+
+    These are its own and the `window` - 1 before it.
+    """
+    earlier = keys - queries
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(earlier).triu(earlier - window + 1)
 
 
 class _Rotation(torch.autograd.Function):
@@ -388,15 +401,17 @@ def config_of(
 
 
 def block_spec(
-    model: BuiltIn, *, layers: int, tp: int, weight_grads: WeightGradStore, mlps: Sequence[Any] = ()
+    model: BuiltIn, *, layers: range, tp: int, weight_grads: WeightGradStore, mlps: Sequence[Any] = ()
 ) -> TransformerBlockSubmodules:
     """Return the specification of a stack of layers and its final norm.
 
-    `mlps` are the specifications of the MLPs, layer by layer, if they are not dense.
+    `layers` are numbered within the model. `mlps` are the specifications of the MLPs, layer by layer, if they are not dense.
     """
-    chosen = mlps or [_dense(model, tp, weight_grads)] * layers
+    chosen = mlps or [_dense(model, tp, weight_grads)] * len(layers)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, tp, weight_grads, mlp) for mlp in chosen],
+        layer_specs=[
+            _layer_spec(model, layer, tp, weight_grads, mlp) for layer, mlp in zip(layers, chosen, strict=True)
+        ],
         layer_norm=NORMS[model.norm],
     )
 
@@ -428,12 +443,7 @@ def linears_of(mlp: Any) -> MLPSubmodules:
     return found
 
 
-def core_attention_of(model: BuiltIn) -> Any:
-    """Return what Megatron builds the core attention of a layer from."""
-    return functools.partial(CoreAttention, rotary=Rotary.of(model))
-
-
-def _layer_spec(model: BuiltIn, tp: int, weight_grads: WeightGradStore, mlp: Any) -> ModuleSpec:
+def _layer_spec(model: BuiltIn, layer: int, tp: int, weight_grads: WeightGradStore, mlp: Any) -> ModuleSpec:
     column, row = _linears(tp, weight_grads, model.qkv_bias, model.out_bias)
     head_norm = LocalRMSNorm if model.qk_norm else None
     attention = ModuleSpec(
@@ -441,7 +451,9 @@ def _layer_spec(model: BuiltIn, tp: int, weight_grads: WeightGradStore, mlp: Any
         params={"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
-            core_attention=core_attention_of(model),
+            core_attention=functools.partial(
+                CoreAttention, rotary=Rotary.of(model), window=model.window_of(layer)
+            ),
             linear_proj=row,
             q_layernorm=head_norm,
             k_layernorm=head_norm,

@@ -48,6 +48,9 @@ def _parts_of_layers(where: str, model: Transformer) -> Iterator[Problem]:
             parse_scaling(f"{where}.rotary_scaling", model.rotary_scaling)
         except PlanError as error:
             yield from error.problems
+    if model.window and not model.causal:
+        message = "is for causal models; here every row sees every other."
+        yield Problem(f"{where}.window", message, "Leave it out.")
     if model.experts and (changed := model.changed(DENSE_ONLY)):
         message = f"experts have two linear layers with biases and a GELU between them; not {', '.join(changed)}."
         yield Problem(f"{where}.experts", message, "Leave out these options, or the experts.")

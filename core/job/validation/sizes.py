@@ -61,6 +61,7 @@ def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
     yield from at_least(f"{where}.experts", model.experts, 0, "0: a dense model.")
     yield from at_most(f"{where}.experts", model.experts, EXPERTS_MOST)
     yield from at_least(f"{where}.vocab_padding", getattr(model, "vocab_padding", 0), 0)
+    yield from at_least(f"{where}.window", model.window, 0, "0: a token sees all before it.")
     yield from finite(f"{where}.aux_loss", model.aux_loss)
     for key in ("init_std", "norm_eps", "rotary_base"):
         yield from above_zero(f"{where}.{key}", getattr(model, key))
