@@ -13,37 +13,39 @@ from mimogrid.adapters.huggingface import Job
 from mimogrid.shell.device.place import Place
 
 
+Batch = Mapping[str, torch.Tensor]
+Layout = Mapping[str, Any]
+"""Keywords of `Job.from_pretrained`."""
+
+
 @attrs.frozen
-class Step:
+class Seen:
     """The loss of a step on a layout, and full gradients by name on the first rank."""
 
     loss: float | None
-    gradients: Mapping[str, np.ndarray] | None
+    gradients: Mapping[str, np.ndarray]
 
 
-def steps(
-    place: Place, folder: Path, layouts: Sequence[Mapping[str, Any]], batch: Mapping[str, torch.Tensor]
-) -> list[Step]:
-    """Run one step of a batch on each of several layouts, in one world."""
+def steps(place: Place, folder: Path, layouts: Sequence[Layout], batch: Batch) -> list[Seen]:
+    """Run one step of a batch on each of several layouts, one after the other."""
     seen = []
     with host(place):
         for layout in layouts:
             with Job.from_pretrained(folder, **layout).open() as running:
                 outcome, gradients = running.step(batch), running.gradients()
-            arrays = {name: tensor.numpy() for name, tensor in gradients.items()} if gradients else None
-            seen.append(Step(outcome.loss if outcome else None, arrays))
+            assert (gradients is None) == (place.rank != 0)
+            arrays = {name: tensor.float().numpy() for name, tensor in (gradients or {}).items()}
+            if layout["precision"] == "fp64":
+                arrays = {name: tensor.numpy() for name, tensor in (gradients or {}).items()}
+            seen.append(Seen(outcome.loss if outcome else None, arrays))
     return seen
 
 
 def saved(
-    place: Place,
-    folder: Path,
-    layout: Mapping[str, Any],
-    out: Path,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-) -> None:
-    """Train steps, and save."""
+    place: Place, folder: Path, layout: Layout, batches: Sequence[Batch], out: Path
+) -> list[float | None]:
+    """Train on batches and save; return their losses."""
     with host(place), Job.from_pretrained(folder, **layout).open() as running:
-        for batch in batches:
-            running.step(batch)
+        outcomes = [running.step(batch) for batch in batches]
         running.save_pretrained(out)
+    return [outcome.loss if outcome else None for outcome in outcomes]
