@@ -70,9 +70,7 @@ class Job:
         module = {"weights": str(checkpoint.folder), **more.get(LANGUAGE, {}), "grid": dict(grids[LANGUAGE])}
         options = checkpoint.model.modules[LANGUAGE].table()["options"]
         _fit(module, layers=options["layers"], vocab=options["vocab"])
-        job = cls(
-            checkpoint, {"precision": precision, **tables, "modules": {**more, LANGUAGE: module}}
-        )
+        job = cls(checkpoint, {"precision": precision, **tables, "modules": {**more, LANGUAGE: module}})
         job.sized(_least_samples(job.tables), job.parts)  # It raises what is wrong before anything starts.
         return job
 
@@ -100,7 +98,9 @@ class Job:
         topology = self.sized(_least_samples(self.tables), self.parts).topology
         module, options = topology.modules[LANGUAGE], self.tables["modules"][LANGUAGE].get("options", {})
         axes = " ".join(f"{axis.name}={axis.size}" for axis in module.grid.axes)
-        values = sum(recipe.stored_values for recipe in self.checkpoint.model.modules[LANGUAGE].recipes.values())
+        values = sum(
+            recipe.stored_values for recipe in self.checkpoint.model.modules[LANGUAGE].recipes.values()
+        )
         lines = [
             f"{LANGUAGE}: {self.checkpoint.config['architectures'][0]}, {values:,} parameters, on {axes}",
             f"layers: {' | '.join(str(len(info.layers)) for info in module.stages)}",
@@ -255,9 +255,7 @@ def _examples(batch: Mapping[str, torch.Tensor]) -> tuple[Example, ...]:
     if (labels[~mask] != IGNORED).any():
         raise PlanError([Problem("batch.labels", "has labels of padding.", f"Set them to {IGNORED}.")])
     lengths = mask.sum(dim=1).tolist()
-    return tuple(
-        _example(i, tokens[i, :length], labels[i, :length]) for i, length in enumerate(lengths)
-    )
+    return tuple(_example(i, tokens[i, :length], labels[i, :length]) for i, length in enumerate(lengths))
 
 
 def _example(index: int, tokens: torch.Tensor, labels: torch.Tensor) -> Example:

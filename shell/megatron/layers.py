@@ -93,7 +93,7 @@ class CoreAttention(nn.Module):
         config: TransformerConfig,
         attn_mask_type: AttnMaskType,
         pg_collection: ProcessGroupCollection,
-        rotary: Rotary = Rotary(),  # noqa: B008 -- frozen
+        rotary: Rotary = Rotary(),
         window: int = 0,
         **_: object,
     ) -> None:
@@ -120,7 +120,9 @@ class CoreAttention(nn.Module):
         draws = get_cuda_rng_tracker().fork() if self.forks and self.training else contextlib.nullcontext()
         with draws:
             if self.cut.size == 1:
-                mask = self._in_window(len(query), len(query), query.device) if self.causal else attention_mask
+                mask = (
+                    self._in_window(len(query), len(query), query.device) if self.causal else attention_mask
+                )
                 mixed = self._attend(query, key, value_SBND, mask)
             else:
                 mixed = self._attend_in_parts(query, key, value_SBND, attention_mask)
@@ -213,7 +215,7 @@ def rotary_table(
     device: torch.device,
     cut: ZigZag = WHOLE,
     *,
-    rotary: Rotary = Rotary(),  # noqa: B008 -- frozen
+    rotary: Rotary = Rotary(),
 ) -> tuple[Tensor, Tensor]:
     """Return the cosines [S, 1, 1, D] and sines [S, 1, 1, D / 2] of S positions: those of `cut`, by default 0, 1, ...
 
@@ -257,11 +259,6 @@ class Affine(nn.Linear):
         )
 
 
-def _with_bias(bias: bool, has_bias: bool | None) -> bool:
-    """Return whether a linear has a bias: as Megatron's configuration says for all, or as its own specification."""
-    return bias if has_bias is None else has_bias
-
-
 class Linear(Affine):
     """Replaces Megatron's tensor-parallel linears for tp = 1: one operation instead of about eight.
 
@@ -276,7 +273,7 @@ class Linear(Affine):
         config: TransformerConfig,
         bias: bool,
         weight_grads: WeightGradStore,
-        has_bias: bool | None = None,
+        no_bias: bool = False,
         **_: object,
     ) -> None:
         super().__init__(
@@ -284,7 +281,7 @@ class Linear(Affine):
             output_size,
             dtype=config.params_dtype,
             weight_grads=weight_grads,
-            bias=_with_bias(bias, has_bias),
+            bias=bias and not no_bias,
         )
 
     def forward(self, input: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: A002
@@ -303,10 +300,10 @@ class _Sharded:
         *arguments: Any,
         weight_grads: WeightGradStore,
         bias: bool,
-        has_bias: bool | None = None,
+        no_bias: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(*arguments, bias=_with_bias(bias, has_bias), **options)
+        super().__init__(*arguments, bias=bias and not no_bias, **options)  # type: ignore[call-arg]
         self.weight_grads = weight_grads
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **how: Any) -> Tensor:  # noqa: A002
@@ -379,7 +376,7 @@ def config_of(
             gated_linear_unit=model.gated,
             normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
             layernorm_epsilon=model.norm_eps,
-            add_bias_linear=True,  # Local linears go by the options (`has_bias`).
+            add_bias_linear=True,  # Local linears go by the options besides.
             tensor_model_parallel_size=tp,
             sequence_parallel=sequence_parallel,
             pipeline_model_parallel_size=1,
@@ -405,12 +402,14 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """Return the specification of a stack of layers and its final norm.
 
-    `layers` are numbered within the model. `mlps` are the specifications of the MLPs, layer by layer, if they are not dense.
+    `layers` are numbered within the model. `mlps` are the specifications of the MLPs, layer by layer, if they
+    are not dense.
     """
     chosen = mlps or [_dense(model, tp, weight_grads)] * len(layers)
     return TransformerBlockSubmodules(
         layer_specs=[
-            _layer_spec(model, layer, tp, weight_grads, mlp) for layer, mlp in zip(layers, chosen, strict=True)
+            _layer_spec(model, layer, tp, weight_grads, mlp)
+            for layer, mlp in zip(layers, chosen, strict=True)
         ],
         layer_norm=NORMS[model.norm],
     )
@@ -420,7 +419,7 @@ def _linears(tp: int, weight_grads: WeightGradStore, bias_in: bool, bias_out: bo
     """Yield the specifications of a pair of linears, the first cut by its outputs and the second by its inputs."""
     kinds = (ColumnLinear, RowLinear) if tp > 1 else (Linear, Linear)
     for kind, bias in zip(kinds, (bias_in, bias_out), strict=True):
-        yield ModuleSpec(module=kind, params={"weight_grads": weight_grads, "has_bias": bias})
+        yield ModuleSpec(module=kind, params={"weight_grads": weight_grads, "no_bias": not bias})
 
 
 def _dense(model: BuiltIn, tp: int, weight_grads: WeightGradStore) -> Any:

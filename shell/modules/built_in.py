@@ -93,7 +93,6 @@ class TextStage(TransformerStage):
         weights_T = self.take_target(inputs["loss_weights"], packing)
         return {"loss": self.loss(Predictions(logits_TV, labels_T, weights_T, share, self.tp))}
 
-
     def _without_padding(self, logits_TV: Tensor) -> Tensor:
         """Return logits that never predict an entry that pads the vocabulary."""
         entries = logits_TV.shape[1]

@@ -110,7 +110,9 @@ def write_published(
         files[-1][name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
     count = len(files)
-    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [ONE_FILE]
+    names = (
+        [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [ONE_FILE]
+    )
     for file, held in zip(names, files, strict=True):
         save_file(held, out / file, metadata={"format": "pt"})
     if count > 1:

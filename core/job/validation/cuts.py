@@ -52,7 +52,9 @@ def _parts_of_layers(where: str, model: Transformer) -> Iterator[Problem]:
         message = "is for causal models; here every row sees every other."
         yield Problem(f"{where}.window", message, "Leave it out.")
     if model.experts and (changed := model.changed(DENSE_ONLY)):
-        message = f"experts have two linear layers with biases and a GELU between them; not {', '.join(changed)}."
+        message = (
+            f"experts have two linear layers with biases and a GELU between them; not {', '.join(changed)}."
+        )
         yield Problem(f"{where}.experts", message, "Leave out these options, or the experts.")
 
 
@@ -104,7 +106,9 @@ def sharding_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
                 where,
                 f"module '{name}' splits {count} {what} over tp={tp}: {count} is not a multiple of {tp}.",
                 f"Legal tp for this module: {divisors(common)}."
-                + (f" Or pad: options.vocab_padding = {-count % tp}." if what == "vocabulary entries" else ""),
+                + (
+                    f" Or pad: options.vocab_padding = {-count % tp}." if what == "vocabulary entries" else ""
+                ),
             )
 
 
