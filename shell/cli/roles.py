@@ -12,6 +12,7 @@ from mimogrid.core.job.models import FIRST, LAST, Own
 from mimogrid.core.step.traffic import EdgeTraffic
 from mimogrid.core.topology.roles import ModuleLayout, RankRole
 from mimogrid.core.topology.topology import Module, Topology
+from mimogrid.shell.cli.output import terminal
 
 
 LAYOUTS = {
@@ -157,7 +158,8 @@ def _world_line(topology: Topology) -> str:
 
 def _idle_ranks(topology: Topology) -> str:
     """Return the ranks in no grid, runs in short: ``3, 6-7``."""
-    idle = [rank for rank in range(topology.world_size) if rank not in set(topology.ranks)]
+    hosting = set(topology.ranks)
+    idle = [rank for rank in range(topology.world_size) if rank not in hosting]
     runs = itertools.groupby(enumerate(idle), key=lambda pair: pair[1] - pair[0])
     return ", ".join(_span([rank for _, rank in run]) for _, run in runs)
 
@@ -175,5 +177,6 @@ def _table(*columns: str) -> Table:
 
 def _console() -> Console:
     """Return a console that writes plain text of any width into a pipe or a file."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)
+    file = terminal()
+    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+    return console if console.is_terminal else Console(file=file, highlight=False, markup=False, width=200)
