@@ -131,3 +131,11 @@ def faults(session: nox.Session) -> None:
     """Disturb and interrupt two hundred runs and resume them; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--summary", "docs/faults-run.md"]
     session.run("python", "tests/long/faults.py", *arguments, env={"PYTHONPATH": "tests/support"})
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Give the commands that need no torch files and arguments that nobody would write, for twenty minutes."""
+    # The seeds go on where the test of every day ends.
+    arguments = session.posargs or ["1200", "1000"]
+    session.run("python", "tests/long/fuzzing.py", *arguments, env={"PYTHONPATH": "src"})

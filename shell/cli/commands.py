@@ -91,7 +91,7 @@ def _torch_is_needed() -> Iterator[None]:
 
 
 def _opened(args: JobArgs | InspectArgs) -> Job:
-    """Open the job of a command. Ranks check what cannot be checked without torch, so a command with ranks is silent."""
+    """Open the job of a command. One with ranks is silent: they check what cannot be checked without torch."""
     assert args.job is not None
     if isinstance(args, PlanningArgs | InspectArgs):
         return opened(args.job, args.overrides, run_code=not args.no_code, silent=args.json)
