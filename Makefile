@@ -11,7 +11,7 @@ export PYTHON
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL = help
-.PHONY: help venv same-python train test lint types clean
+.PHONY: help venv same-python train test quick lint types clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
@@ -55,7 +55,10 @@ train: venv ## Train the example: real images, on CPU.
 	"$(BIN)/mimogrid" train examples/digits/job.toml
 
 test: venv ## Run every test that needs no GPU, and the examples in docstrings.
-	"$(BIN)/pytest" -m "not gpu" --numprocesses 2 --dist loadfile
+	$(NOX) --session tests
+
+quick: venv ## Run the core's tests with fewer draws, and one world: half a minute.
+	$(NOX) --session quick
 
 lint: venv ## Check format, style, spelling and layers.
 	$(NOX) --session lint

@@ -16,6 +16,9 @@ nox.options.default_venv_backend = "none"  # `--force-venv-backend venv` isolate
 LOCK = Path("requirements.lock").resolve()
 IMPORTED = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
 BEYOND_THE_CORE = re.compile(r"(torch|megatron|mimogrid\.shell|mimogrid\.adapters)\b")
+WORKERS = ("--numprocesses", "2", "--dist", "worksteal", "--durations", "20", "-m", "not gpu")
+A_WORLD = "tests/shell/runtime/test_parity.py::test_a_layout_is_the_model[enc(2,2,1)@0 lm(2,2,1)@4]"
+SCALE = "MIMOGRID_TEST_SCALE"
 
 
 @nox.session
@@ -37,18 +40,43 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test that needs no GPU, and the examples in docstrings."""
-    session.run("pytest", "-m", "not gpu", "--numprocesses", "2", "--dist", "loadfile", *session.posargs)
+    session.run("pytest", *WORKERS, *session.posargs)
+
+
+@nox.session(default=False)
+def quick(session: nox.Session) -> None:
+    """Run the core's tests with fewer draws, and one world: half a minute."""
+    session.run("pytest", *WORKERS, A_WORLD, "tests/core", "src/mimogrid/core", env={SCALE: "0.2"})
+
+
+@nox.session(default=False)
+def nightly(session: nox.Session) -> None:
+    """Run every case of the fixed lists, eight times as many draws, and the GPU benchmark on the CPU."""
+    everything = ("tests", "tests/gpu/test_gpu_benchmark.py", "src/mimogrid/core", "src/mimogrid/shell")
+    session.run("pytest", *WORKERS, *(session.posargs or everything), env={SCALE: "8"})
 
 
 @nox.session(venv_backend="venv", reuse_venv=True)
 def core(session: nox.Session) -> None:
     """Run the core's tests, those files that import neither torch nor the shell, where there is no torch."""
-    session.install("--constraint", str(LOCK), "attrs", "hypothesis", "pytest")
+    session.install("--constraint", str(LOCK), "attrs", "hypothesis", "pytest", "pytest-xdist")
+    session.run("python", "-c", "import importlib.util as u; assert u.find_spec('torch') is None")
+    alone = ("-p", "no:cacheprovider", *session.posargs, "src/mimogrid/core")
+    session.run("pytest", *WORKERS, *alone, *_files_of_the_core(session))
+
+
+@nox.session(default=False)
+def shell(session: nox.Session) -> None:
+    """Run the tests that `core` leaves: those that need torch."""
+    others = [f"--ignore={file}" for file in _files_of_the_core(session)]
+    session.run("pytest", *WORKERS, *others, *session.posargs, "tests", "src/mimogrid/shell")
+
+
+def _files_of_the_core(session: nox.Session) -> list[str]:
     files = [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if _needs_only_core(file)]
     if not files:
         session.error("no file in tests/ is the core's alone")
-    session.run("python", "-c", "import importlib.util as u; assert u.find_spec('torch') is None")
-    session.run("pytest", "-p", "no:cacheprovider", *session.posargs, "src/mimogrid/core", *files)
+    return files
 
 
 def _needs_only_core(file: Path) -> bool:

@@ -27,7 +27,7 @@ import torch
 
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate import simulate
-from mimogrid.core.simulate.unevenness import Pace
+from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.probe.results import Probed
@@ -102,7 +102,9 @@ def compare(pool: Pool, path: Path, *, repeat: int, steps: int) -> Compared:
     real = _first(pool.run(f"{Path(__file__).stem}:in_world", size, job, steps))
     probed: Probed = _first(pool.run("mimogrid.shell.run.probe:in_world", size, job, repeat))
     predicted = [
-        simulate(plan_step(step, job.order), probed.costs, pace=Pace(step, ragged=True)).step_s
+        simulate(
+            plan_step(step, job.order), probed.costs, duration_factors=DurationFactors(step, ragged=True)
+        ).step_s
         for step in (job.step(WARM_UP + i) for i in range(steps))
     ]
     return Compared(path.stem, size, statistics.median(predicted), tuple(real), probed.costs.cores)

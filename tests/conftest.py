@@ -1,5 +1,6 @@
 """What the tests share: one pool of processes for every world, and jobs opened from a spec."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,23 @@ settings.register_profile("without a clock", settings(), deadline=None)
 settings.load_profile("without a clock")
 
 
+IMPORTED = (
+    "hypothesis.strategies",
+    "matplotlib.pyplot",
+    "sklearn.datasets",
+    "torch.utils.tensorboard",
+    "mimogrid.shell.run.preload",
+)
+"""What ranks import, now or when they need it; every test that kills a rank starts new ones. The last one freezes."""
+
+
 @pytest.fixture(scope="session")
 def pool() -> "Iterator[Pool]":
-    """Eight processes that run one world after the other."""
+    """Eight processes that run one world after the other, forked from one that has imported everything."""
     from mimogrid.shell.world.launch import Pool  # noqa: PLC0415
 
     with Pool(8) as pool:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
         yield pool
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.moved import current_path
+from mimogrid.former_names import current_path
 
 
 TORCH = frozenset({"torch", "torchvision", "torchaudio", "megatron", "transformer_engine"})

@@ -23,7 +23,7 @@ from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import BUILT_IN
 from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, ModuleSpec
-from mimogrid.moved import current_path
+from mimogrid.former_names import current_path
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.hf import lay_options
 from mimogrid.shell.job.tables import (

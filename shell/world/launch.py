@@ -75,7 +75,7 @@ class Pool:
         Raises PlanError or WorldError for the first failure; the pool can be used again after it.
         """
         assert size <= self._size, f"a pool of {self._size} cannot run {size} ranks"
-        while len(self._workers) < self._size:
+        while len(self._workers) < size:
             self._workers.append(self._start())
         with tempfile.TemporaryDirectory(prefix="mimogrid-") as folder:
             meeting = str(Path(folder) / "meeting")
@@ -83,10 +83,14 @@ class Pool:
                 for rank in range(size):
                     task = Task(function, Place(rank, size, meeting, local_rank=rank), arguments)
                     self._workers[rank][1].send(task)
-                return self._collect(self._workers[:size], Path(folder))
+                reports = self._collect(self._workers[:size])
             except BaseException:
                 self.close()
                 raise
+            if len(reports) < size or any(report.died for report in reports.values()):
+                self.close()
+            _raise_first_failure(reports, Path(folder))
+            return [reports[rank].result for rank in range(size)]
 
     def signal(self, number: int) -> None:
         """Send a signal to every process of the pool."""
@@ -116,7 +120,8 @@ class Pool:
         theirs.close()
         return process, ours
 
-    def _collect(self, workers: list[tuple[BaseProcess, Connection]], folder: Path) -> list[Any]:
+    def _collect(self, workers: list[tuple[BaseProcess, Connection]]) -> dict[int, Report]:
+        """Return what each process reports; after the first failure only what comes soon."""
         reports: dict[int, Report] = {}
         deadline: float | None = None
         while len(reports) < len(workers):
@@ -129,8 +134,7 @@ class Pool:
                 reports[rank] = _received(rank, *workers[rank])
                 if reports[rank].failure and deadline is None:
                     deadline = time.monotonic() + GRACE_S
-        _raise_first_failure(reports, folder)
-        return [reports[rank].result for rank in range(len(workers))]
+        return reports
 
 
 def _received(rank: int, process: BaseProcess, connection: Connection) -> Report:

@@ -1,6 +1,6 @@
 """mimogrid: every module of a multimodal model on its own grid of ranks, trained as one pipeline."""
 
-from mimogrid.moved import install as _install
+from mimogrid.former_names import install as _install
 
 
 _install()

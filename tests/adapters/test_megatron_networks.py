@@ -30,6 +30,7 @@ from mimogrid.shell.checkpoint.manifest import published
 from mimogrid.shell.cli.export import export
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
+from scale import nightly_only
 
 
 Opened = Callable[[JobSpec], Job]
@@ -133,17 +134,21 @@ TIED = {"share_embeddings_and_output_weights": True}
 @pytest.mark.parametrize(
     ("grids", "transformer", "options"),
     [
-        (({"dp": 2}, {"pp": 2}), {}, LEARNED),
-        (({"dp": 1}, {"tp": 2, "pp": 2}), {}, LEARNED),
-        (({"dp": 3}, {"tp": 2, "dp": 2}), {"sequence_parallel": True}, PARTS | LEARNED),
         (({"dp": 1}, {"tp": 2, "pp": 2}), {"sequence_parallel": True}, PARTS),
         (({"dp": 1}, {"cp": 2, "pp": 2}), {}, LEARNED),
-        (({"dp": 2}, {"tp": 2, "cp": 2}), {"sequence_parallel": True}, PARTS),
         (({"dp": 1}, {"pp": 3}), {"num_layers_in_first_pipeline_stage": 1}, {}),
-        (({"dp": 1}, {"tp": 2, "pp": 2}), {"num_query_groups": 2, "add_bias_linear": False}, {}),
         (({"dp": 1}, {"tp": 2, "dp": 2}), {"gated_linear_unit": True, "activation_func": silu}, {}),
-        (({"dp": 1}, {"dp": 2}), {}, TIED),
         (({"dp": 1}, {"tp": 2, "pp": 2}), {}, TIED),
+        *nightly_only(
+            [
+                (({"dp": 2}, {"pp": 2}), {}, LEARNED),
+                (({"dp": 1}, {"tp": 2, "pp": 2}), {}, LEARNED),
+                (({"dp": 3}, {"tp": 2, "dp": 2}), {"sequence_parallel": True}, PARTS | LEARNED),
+                (({"dp": 2}, {"tp": 2, "cp": 2}), {"sequence_parallel": True}, PARTS),
+                (({"dp": 1}, {"tp": 2, "pp": 2}), {"num_query_groups": 2, "add_bias_linear": False}, {}),
+                (({"dp": 1}, {"dp": 2}), {}, TIED),
+            ]
+        ),
     ],
 )
 def test_a_language_model_of_megatrons_trains_in_stages(
@@ -172,9 +177,9 @@ TWICE = {"virtual_pipeline_model_parallel_size": 2}
 @pytest.mark.parametrize(
     ("grid", "transformer", "options"),
     [
-        ({"pp": 2}, {}, LEARNED),
         ({"tp": 2, "pp": 2}, {"sequence_parallel": True}, {**PARTS, **TIED}),
         ({"dp": 2, "pp": 2}, {"layers": 6, "num_layers_in_first_pipeline_stage": 4}, {}),
+        *nightly_only([({"pp": 2}, {}, LEARNED)]),
     ],
 )
 def test_a_language_model_of_megatrons_trains_in_virtual_stages(
@@ -194,7 +199,7 @@ def test_a_language_model_of_megatrons_trains_in_virtual_stages(
 
 
 def test_a_rank_with_chunks_has_a_network_for_each(opened: Opened) -> None:
-    """One for both would be given two places in the pipeline."""
+    """One network for both would have two places in the pipeline."""
     config = {"layers": 4, "language": {"max_sequence_length": 16}, "pp": 2, **TWICE}
     job = job_for(opened, config, {"dp": 1}, {"pp": 2})
     with pytest.raises(PlanError, match="is 2; the host gave 1 networks for each pipeline rank"):
@@ -248,19 +253,23 @@ def spread(ep: int, expert_tp: int = 1) -> Mapping[str, Any]:
     ("grid", "transformer", "cut"),
     [
         ({"tp": 1, "dp": 2}, {}, {"expert_model_parallel_size": 2}),
-        ({"tp": 2, "pp": 2}, BALANCED, spread(2)),
         (
             {"tp": 2, "cp": 2},
             {**BALANCED, **GATED, **GATHERED, "moe_shared_expert_intermediate_size": 16},
             spread(2, expert_tp=2),
         ),
-        ({"tp": 1, "cp": 2, "dp": 2}, BALANCED, {"expert_model_parallel_size": 2}),
-        (
-            {"tp": 2, "cp": 2},
-            {**BALANCED, **GATHERED, "moe_layer_freq": [0, 1, 1, 0]},
-            spread(4),
-        ),
         ({"tp": 1, "dp": 2, "pp": 2}, BALANCED, {**RECOMPUTED, **TWICE}),
+        *nightly_only(
+            [
+                ({"tp": 2, "pp": 2}, BALANCED, spread(2)),
+                ({"tp": 1, "cp": 2, "dp": 2}, BALANCED, {"expert_model_parallel_size": 2}),
+                (
+                    {"tp": 2, "cp": 2},
+                    {**BALANCED, **GATHERED, "moe_layer_freq": [0, 1, 1, 0]},
+                    spread(4),
+                ),
+            ]
+        ),
     ],
 )
 def test_experts_of_megatrons_train_wherever_they_lie(
@@ -279,7 +288,7 @@ def test_experts_of_megatrons_train_wherever_they_lie(
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("cp", [1, *nightly_only([2])])
 def test_experts_of_an_encoder_train_wherever_they_lie(pool: Pool, opened: Opened, cp: int) -> None:
     """Also in microbatches in which a dp rank has no rows, and another, with which it computes, has some."""
     whole = {"layers": 2, "language": {"max_sequence_length": 16}}
@@ -302,12 +311,16 @@ ONLY_IN_PARTS = ("sequence_parallel", "num_layers_in_first_pipeline_stage")
 @pytest.mark.parametrize(
     ("vision", "chunks", "language"),
     [
-        ({"pp": 2}, {}, {"dp": 2}),
         ({"tp": 2, "pp": 2}, {}, {"tp": 2}),
-        ({"dp": 2, "pp": 2}, {}, {"pp": 2}),
         ({"pp": 2}, TWICE, {"pp": 2}),
-        ({"cp": 2, "pp": 2}, {}, {"dp": 2}),
         ({"cp": 2, "dp": 2}, EXPERTS | {"expert_model_parallel_size": 2}, {"cp": 2}),
+        *nightly_only(
+            [
+                ({"pp": 2}, {}, {"dp": 2}),
+                ({"dp": 2, "pp": 2}, {}, {"pp": 2}),
+                ({"cp": 2, "pp": 2}, {}, {"dp": 2}),
+            ]
+        ),
     ],
 )
 def test_an_encoder_of_megatrons_trains_in_stages(
@@ -329,7 +342,8 @@ def test_an_encoder_of_megatrons_trains_in_stages(
 
 @pytest.mark.world
 @pytest.mark.parametrize(
-    "options", [{"add_bias_linear": False}, {"gated_linear_unit": True, "activation_func": silu}]
+    "options",
+    [{"gated_linear_unit": True, "activation_func": silu}, *nightly_only([{"add_bias_linear": False}])],
 )
 def test_gradients_are_summed_in_the_plans_buckets(
     pool: Pool, opened: Opened, options: Mapping[str, Any]
@@ -373,7 +387,7 @@ def resaved(
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [True, *nightly_only([False])])
 def test_checkpoints_of_gated_networks_fit_any_layout(
     pool: Pool, opened: Opened, tmp_path: Path, sharded: bool
 ) -> None:
@@ -395,7 +409,7 @@ def test_checkpoints_of_gated_networks_fit_any_layout(
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, *nightly_only([True])])
 def test_checkpoints_with_experts_fit_any_layout(
     pool: Pool, opened: Opened, tmp_path: Path, sharded: bool
 ) -> None:
@@ -414,7 +428,7 @@ def test_checkpoints_with_experts_fit_any_layout(
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1"])
+@pytest.mark.parametrize("schedule", ["zb-h1", *nightly_only(["gpipe"])])
 def test_any_order_trains_networks_of_megatrons(pool: Pool, opened: Opened, schedule: str) -> None:
     """Also one that splits backwards, which these networks do in the first half."""
     whole = {"layers": 2, "language": {"max_sequence_length": 16}}
@@ -509,17 +523,17 @@ def test_experts_whose_ways_depend_on_the_layout_are_refused(
 def test_networks_that_cannot_cut_positions_are_refused(opened: Opened) -> None:
     """Under cp a network has a part of each sample, and an attention that sees the rest and knows what is padding."""
 
-    def handed(argument: Any, *, theirs: bool) -> ModalityNetwork:
+    def network(argument: Any, *, theirs: bool) -> ModalityNetwork:
         modality = nn.Module()
         encoder = megatrons.of_two(TransformerBlock, theirs=theirs, causal=False)
         modality.encoders = nn.ModuleDict({"eye": encoder})
         return ModalityNetwork(modality, argument)
 
-    assert ZigZag(0, 2) == handed(megatrons.arranged, theirs=False).cut
+    assert ZigZag(0, 2) == network(megatrons.arranged, theirs=False).cut
     with pytest.raises(PlanError, match="gets whole rows, of which each of cp=2 ranks is to have a part"):
-        handed("pixels", theirs=False)
+        network("pixels", theirs=False)
     with pytest.raises(PlanError, match=r"an attention \(DotProductAttention\) that is not known"):
-        handed(megatrons.arranged, theirs=True)
+        network(megatrons.arranged, theirs=True)
     with pytest.raises(PlanError, match="attends to the positions of one of cp=2 ranks only"):
         language_of(opened, theirs=True)
 

@@ -14,6 +14,7 @@ import attrs
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pretended
 from mimogrid.core.base.errors import WorldError
@@ -340,14 +341,25 @@ def marked(place: Place, job: Job) -> list[str]:
 # -- as on a GPU -------------------------------------------------------------------------------------------
 
 
+def usual(place: Place, job: Job) -> tuple[float, float] | None:
+    """Train a step on the CPU, for `placed` to be compared with; return loss and norm."""
+    with sdpa_kernel(SDPBackend.MATH):
+        seen = train(place, job, 1)
+    return (seen[0].loss, seen[0].norm) if seen else None
+
+
 def placed(place: Place, job: Job) -> tuple[float, float, set[str]] | None:
     """Train a step on a device that is said to be CUDA's, then do all else that reads or writes weights there.
 
     Return loss and norm, and what the host would wait for the device with before NORM.
+
+    Here and in `usual` attention has the one kernel that runs on any tensor: others sum in an order of their own,
+    which depends on the machine.
     """
     device = patch.object(devices, "choose", lambda *_: pretended.device())
     layers = patch.object(engine, "missing", lambda *_: "the device only says that it is CUDA's")
-    with pretended.pretending() as cuda, device, layers, open_session(place, job) as session:
+    kernel = sdpa_kernel(SDPBackend.MATH)
+    with kernel, pretended.pretending() as cuda, device, layers, open_session(place, job) as session:
         if session.runtime is None:
             return None
         waits: list[str] = []

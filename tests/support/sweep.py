@@ -39,6 +39,7 @@ from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world import preemption
 from mimogrid.shell.world.launch import Pool
+from scale import nightly_only
 
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ def some() -> list[Case]:
     every = [case for case in cases() if case.job == "epochs" and case.beside]
     kinds = (
         [case for case in every if case.way == "one"],
-        [case for case in every if case.way == "term"],
         [case for case in every if case.way in SAVES],
+        *nightly_only([[case for case in every if case.way == "term"]]),
     )
     return [kind[draw_integer(STEPS, i, "kind", 0, len(kind) - 1)] for i, kind in enumerate(kinds)]
 

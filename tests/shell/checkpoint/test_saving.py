@@ -17,6 +17,7 @@ from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders as runs
 from mimogrid.shell.world.launch import Pool
 from running import trained
+from scale import one_of_each
 
 
 pytestmark = pytest.mark.world
@@ -68,12 +69,12 @@ def test_waiting_for_a_save_at_once_gives_the_same_files(run: Run, whole: Whole,
     assert files == contents(tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("ranks", "step"), [((2,), 3), ((0, 1, 2, 3), 5)])
+@pytest.mark.parametrize(("kind", "death"), one_of_each([*KINDS], [((2,), 3), ((0, 1, 2, 3), 5)]))
 def test_a_run_that_was_killed_goes_on_bitwise(  # noqa: PLR0917 -- fixtures and cases
-    pool: Pool, run: Run, whole: Whole, tmp_path: Path, kind: str, ranks: tuple[int, ...], step: int
+    pool: Pool, run: Run, whole: Whole, tmp_path: Path, kind: str, death: tuple[tuple[int, ...], int]
 ) -> None:
     """One rank dies, or all do while a checkpoint is being written: losses and files are as if none had."""
+    ranks, step = death
     opened = job(*KINDS[kind])
     with pytest.raises(WorldError, match="killed by signal 9"):
         pool.run("stalling:killed", 4, opened, str(tmp_path), ranks, step, "step-00000004")

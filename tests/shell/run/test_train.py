@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from mimogrid.core.program.lower import plan_step
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.world.launch import Pool
+from scale import nightly
 
 
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = ROOT / "examples" / "digits" / "job.toml"
-TRAIN = "mimogrid.shell.run.train:in_world"
+TRAIN = "running:briefly"
 COMMON = ("train.steps=4", "precision=fp64", "optimizer.warmup_steps=1")
 
 Trained = Callable[..., tuple[dict[str, Any], Path]]
@@ -129,17 +130,18 @@ def test_two_runs_are_bitwise_equal(trained: Trained) -> None:
     assert (first[1] / "weights.safetensors").read_bytes() == (second[1] / "weights.safetensors").read_bytes()
 
 
-def test_torchrun_on_one_node_and_on_two_trains_to_the_same_bits(trained: Trained, tmp_path: Path) -> None:
+@nightly
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_on_one_node_and_on_two_trains_to_the_same_bits(
+    trained: Trained, tmp_path: Path, nodes: int
+) -> None:
     """Built-in launch, one torchrun agent and two agents on loopback give bitwise the same losses."""
     overrides = ["train.steps=3", "train.evaluate=false"]
     ours, _ = trained(*overrides)
-    one, two = tmp_path / "one", tmp_path / "two"
-    _await([_torchrun(overrides, one, "--standalone", "--nproc-per-node=4")])
-    meeting = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    meeting = [f"--nnodes={nodes}", f"--nproc-per-node={4 // nodes}", "--rdzv-backend=c10d"]
     meeting.append(f"--rdzv-endpoint=127.0.0.1:{_free_port()}")
-    _await([_torchrun(overrides, two, *meeting, f"--node-rank={node}") for node in range(2)])
-    for folder in (one, two):
-        assert ours["losses"] == json.loads((folder / "report.json").read_text())["losses"]
+    _await([_torchrun(overrides, tmp_path, *meeting, f"--node-rank={node}") for node in range(nodes)])
+    assert ours["losses"] == json.loads((tmp_path / "report.json").read_text())["losses"]
 
 
 def test_a_folder_of_another_run_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mimogrid.core.update.buckets import optimizer_bytes
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime import optimizer
 from mimogrid.shell.world.launch import Pool
+from scale import nightly_only, one_of_each
 from updates import Seen, assert_same, put_together
 
 
@@ -37,6 +38,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "adagrad": {"initial_accumulator_value": 0.1},
     "asgd": {"t0": 1.0},
 }
+OFTEN = ("adamw", "sgd", "adagrad")
+"""Classes that train in every run of the tests: moments, a momentum, and a state that does not begin at zero."""
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -84,7 +87,7 @@ class _Stub:
 
 
 @world
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*OFTEN, *nightly_only(sorted({*KINDS} - {*OFTEN}))])
 def test_every_class_trains_and_resumes_bitwise_under_sharding_or_without(
     train: Train, tmp_path: Path, name: str
 ) -> None:
@@ -146,8 +149,7 @@ SHARED: Mapping[str, JobSpec] = {
 
 
 @world
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize(("case", "precision"), one_of_each([*SHARED], ["fp32", "bf16"]))
 def test_an_update_that_dp_ranks_share_is_bitwise_the_one_that_they_repeat(
     train: Train, opened: Opened, case: str, precision: str
 ) -> None:
@@ -172,7 +174,7 @@ def test_an_update_that_dp_ranks_share_is_bitwise_the_one_that_they_repeat(
 
 
 @world
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", *nightly_only(["fp32"])])
 def test_what_dp_ranks_share_loads_under_other_dp_ranks(train: Train, tmp_path: Path, precision: str) -> None:
     """A checkpoint of three dp ranks that share the update is that of two, of one, and of none that share."""
     rule = OptimizerSpec(lr=0.01, sharded=True)

@@ -13,6 +13,7 @@ import attrs
 import pytest
 
 import harm
+import launching
 import sweep
 from injection import parse
 from mimogrid.core.base.errors import WorldError
@@ -23,6 +24,7 @@ from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.folders import Stopped
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.preemption import EXIT_CODE
+from scale import nightly_only
 
 
 pytestmark = pytest.mark.world
@@ -30,17 +32,21 @@ pytestmark = pytest.mark.world
 Opened = Callable[[JobSpec], Job]
 CASES = [
     "fail rank 0 step 3 at enc.0 B1",
-    "fail rank 3 step 3 at saving a checkpoint",
-    "kill rank 0 step 0 at building",
-    "kill rank 3 step 3 at lm.1 F0",
-    "kill rank 0 step 3 at enc.0 REDUCE0",
     "kill rank 0 step 3 at publishing a checkpoint",
-    "kill rank 0 step 3 at a checkpoint is published",
-    "stop rank 3 step 0 at rendezvous",
     "stop rank 3 step 3 at lm.1 B1",
-    "stop rank 0 step 3 at NORM",
     "delay rank 3 step 3 for 60 s at lm.1 B3",
     "delay rank 0 step 3 for 0.4 s at UPDATE",
+    *nightly_only(
+        [
+            "fail rank 3 step 3 at saving a checkpoint",
+            "kill rank 0 step 0 at building",
+            "kill rank 3 step 3 at lm.1 F0",
+            "kill rank 0 step 3 at enc.0 REDUCE0",
+            "kill rank 0 step 3 at a checkpoint is published",
+            "stop rank 3 step 0 at rendezvous",
+            "stop rank 0 step 3 at NORM",
+        ]
+    ),
 ]
 
 
@@ -78,7 +84,7 @@ def test_a_run_ends_with_the_right_report_or_goes_on(
     """The report names rank, module, step and action; the resumed run ends with the same bits."""
     (case,) = (case for case in harm.cases() if line == str(case))
     ended = harm.judge(pool, job, tmp_path / "run", whole, case)
-    assert ended.seconds < 3 * harm.LIMIT_S + 20
+    assert ended.seconds < harm.LONG_S  # whoever is waited for for so long is not waited for to the end
 
 
 EVEN = Costs(stages=dict.fromkeys(("enc.0", "lm.0", "lm.1"), StageCosts(forward=1.0, backward=2.0)))
@@ -110,19 +116,20 @@ def test_a_rank_that_is_always_slow_is_told_of(  # noqa: PLR0917 -- fixtures and
     pool.run("harm:watched", 4, slow, str(tmp_path / "run"), line, window)
     rank, module = parse(line).rank, stage.partition(".")[0]
     log = map(json.loads, (tmp_path / "run" / "logs" / "rank-0.jsonl").read_text().splitlines())
-    first, *_ = [entry["event"] for entry in log if entry["event"].startswith("straggler")]
-    assert first.startswith(f"straggler: rank {rank} (module {module}, stage {stage}) computes for ")
-    assert f" times {standard}, " in first
-    assert first.endswith(f": {cause}")
+    # On a busy machine another rank may be slow, too.
+    begins = f"straggler: rank {rank} (module {module}, stage {stage}) computes for "
+    said, *_ = [entry["event"] for entry in log if entry["event"].startswith(begins)]
+    assert f" times {standard}, " in said
+    assert said.endswith(f": {cause}")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [window - 1] == [step["step"] for step in steps if "stragglers" in step]
-    record, *_ = steps[window - 1]["stragglers"]
+    (record,) = [of_rank for of_rank in steps[window - 1]["stragglers"] if rank == of_rank["rank"]]
     told = (rank, [module], [stage], standard, cause)
     assert told == tuple(record[key] for key in ("rank", "modules", "stages", "standard", "cause"))
     assert record["busy_s"] > 1.5 * record["expected_s"] > 0
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [3, *nightly_only([0])])
 def test_a_rank_that_is_asked_to_stop_stops_all_after_the_step(
     pool: Pool, job: Job, whole: Path, tmp_path: Path, rank: int
 ) -> None:
@@ -194,18 +201,12 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
 ) -> None:
     """The restarted ranks go on from the last checkpoint; one report says who died."""
     job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
-    folder, whole = tmp_path / "run", tmp_path / "whole"
+    folder, whole, said = tmp_path / "run", tmp_path / "whole", tmp_path / "said"
     assert "" == harm.run(pool, job, whole).report
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "-m", "faulty", "train", str(job.path)]
-    limits = ["--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
-    environment = os.environ | faulty("kill rank 1 step 3 at lm.0 B1")
-    done = subprocess.run(
-        [*command, *limits], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert 0 == done.returncode, done.stderr
-    assert 1 == done.stderr.count("mimogrid: rank 1 (host "), done.stderr
-    assert "resuming  step 2" in done.stderr
+    arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
+    launching.under_torchrun(2, arguments, said, fault="kill rank 1 step 3 at lm.0 B1", restarts=1)
+    assert 1 == said.read_text().count("mimogrid: rank 1 (host "), said.read_text()
+    assert "resuming  step 2" in said.read_text()
     assert harm.left(whole) == harm.left(folder)
     assert not (folder / "heartbeats").exists()
 
@@ -215,27 +216,20 @@ def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others
 ) -> None:
     """Under a launcher that keeps no store of its own: the survivors agree over the run folder who tells."""
     job = opened(harm.job("enc(1,1,1)@0 lm(1,2,1)@1"))
-    command = [
-        sys.executable,
-        "-m",
-        "faulty",
-        "train",
-        str(job.path),
-        "--set",
-        f"train.run_dir={tmp_path / 'run'}",
-    ]
+    arguments = ["train", str(job.path), "--set", f"train.run_dir={tmp_path / 'run'}"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    fault = faulty("kill rank 0 step 3 at enc.0 B1") | {"GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
-        subprocess.Popen(
-            [*command, "--set", "train.timeout_s=60"],
-            env=os.environ | place | fault | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+        launching.started(
+            [*arguments, "--set", "train.timeout_s=60"],
+            tmp_path / f"said-{rank}",
+            place | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            fault="kill rank 0 step 3 at enc.0 B1",
         )
         for rank in range(3)
     ]
-    said = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [-signal.SIGKILL, 1, 1] == [rank.returncode for rank in ranks], said
+    for rank in ranks:
+        rank.join(timeout=200)
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(3)]
+    assert [-signal.SIGKILL, 1, 1] == [rank.exitcode for rank in ranks], said
     assert 1 == "".join(said).count("mimogrid: rank 0 (host "), said
     assert "ended without a word at step 3 in 'enc.0 B1'" in "".join(said)

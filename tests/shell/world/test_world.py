@@ -16,6 +16,7 @@ from mimogrid.core.job.spec import DataSpec, JobSpec
 from mimogrid.core.step.traffic import edge_traffic
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
+from scale import drawn, nightly_only, one_of_each
 
 
 pytestmark = pytest.mark.world
@@ -48,19 +49,19 @@ def lying(wrong: str, sample_id: int) -> JobSpec:
     return attrs.evolve(spec, data=DataSpec(source="own:lying", options=options))
 
 
-def failure(pool: Pool, opened_job: Job, steps: int = 2, seconds: float = 20) -> str:
-    """The report of a world that fails in good time; the pool works again after it."""
+def failure(pool: Pool, opened_job: Job, steps: int = 2) -> str:
+    """The report of a world that fails long before anything has waited for its time; the pool works again after it."""
     begun = time.monotonic()
     with pytest.raises(WorldError) as caught:
         pool.run("bodies:train", opened_job.topology.world_size, opened_job, steps)
-    assert time.monotonic() - begun < seconds
+    assert time.monotonic() - begun < opened_job.spec.train.timeout_s / 2
     return str(caught.value)
 
 
 # -- failures ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, *nightly_only([0])])
 def test_a_rank_that_raises_ends_all(pool: Pool, opened: Opened, rank: int) -> None:
     """Its traceback comes once, nobody else's, within seconds; and the pool works again."""
     report = failure(pool, opened(fragile("raise", rank=rank)))
@@ -198,7 +199,11 @@ def test_every_layout_of_a_model_trains_alike(pool: Pool, opened: Opened) -> Non
 
 
 @pytest.mark.parametrize(
-    "grids", ["lm(2,2,2)@0", "enc(2,1,2)@0->mid,lm mid(1,2,1)@1 lm(2,2,1)@4", "enc(1,1,3)@0 lm(4,1,1)@4"]
+    "grids",
+    [
+        "lm(2,2,2)@0",
+        *nightly_only(["enc(2,1,2)@0->mid,lm mid(1,2,1)@1 lm(2,2,1)@4", "enc(1,1,3)@0 lm(4,1,1)@4"]),
+    ],
 )
 def test_one_norm_for_all(pool: Pool, opened: Opened, grids: str) -> None:
     """Every rank clips by the norm of the whole gradient: shards once, copies once, tied weights once."""
@@ -214,15 +219,18 @@ def test_one_norm_for_all(pool: Pool, opened: Opened, grids: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "grids",
-    [
-        "enc(1,1,2)@0 lm(1,1,1)@2",
-        "enc(2,1,2)@0->mid,lm mid(1,2,1)@3 lm(2,2,1)@4",
-        "enc(1,1,3)@0 aud(1,1,1)@2 lm(1,1,2)@2->gen gen(2,1,1)@5",
-        "enc(1,1,2)@0*2 lm(1,1,3)@1/2",
-    ],
+    ("grids", "frozen"),
+    one_of_each(
+        [
+            "enc(2,1,2)@0->mid,lm mid(1,2,1)@3 lm(2,2,1)@4",
+            "enc(1,1,2)@0*2 lm(1,1,3)@1/2",
+            *nightly_only(
+                ["enc(1,1,2)@0 lm(1,1,1)@2", "enc(1,1,3)@0 aud(1,1,1)@2 lm(1,1,2)@2->gen gen(2,1,1)@5"]
+            ),
+        ],
+        [False, True],
+    ),
 )
-@pytest.mark.parametrize("frozen", [False, True])
 def test_exactly_the_plan_is_sent(pool: Pool, opened: Opened, grids: str, frozen: bool) -> None:
     """Gloo gets the messages and bytes that the plan counts, per edge; no shapes and no broadcasts."""
     changes = {"enc": {"frozen": frozen}}
@@ -246,9 +254,9 @@ def test_exactly_the_plan_is_sent(pool: Pool, opened: Opened, grids: str, frozen
 
 
 def test_nothing_stays_of_a_world(pool: Pool, opened: Opened) -> None:
-    """Twenty worlds one after the other leave no group and no thread behind."""
+    """Worlds one after the other leave no group and no thread behind."""
     opened_job = opened(job("enc(2,1,1)@0 lm(1,2,1)@1", world_size=4))
-    seen = [pool.run("bodies:leftovers", 4, opened_job) for _ in range(20)]
+    seen = [pool.run("bodies:leftovers", 4, opened_job) for _ in range(drawn(8))]
     assert {0} == {groups for world in seen for groups, _ in world}
     for first, last in zip(seen[2], seen[-1], strict=True):
         assert first[1] >= last[1]
