@@ -13,6 +13,7 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation import parity_problems
 from mimogrid.shell.cli import start
+from mimogrid.shell.cli.arguments import ParityArgs
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
 
@@ -167,5 +168,6 @@ def test_parity_refuses_dropout(opened: Callable[[JobSpec], Job]) -> None:
     assert ["modules.enc.options.dropout", "modules.lm.options.dropout"] == [
         problem.where for problem in parity_problems(spec)
     ]
+    job = opened(spec)
     with pytest.raises(PlanError, match=r"--set modules\.enc\.options\.dropout=0"):
-        start.parity(opened(spec), steps=1, as_json=False)
+        start.parity(job, ParityArgs(job=job.path))
