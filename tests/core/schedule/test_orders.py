@@ -12,6 +12,7 @@ from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
 from mimogrid.core.topology.topology import Topology
+from scale import drawn
 
 
 def picture(topology: Topology, *, training: bool = True) -> str:
@@ -99,7 +100,7 @@ def test_encoders_of_unequal_depth() -> None:
 
 
 def test_skip_edge() -> None:
-    """With an edge around the middle module the longest way to the loss counts."""
+    """With an edge around the middle module the longest path to the loss counts."""
     check(
         "1f1b",
         CASES["skip edge"],
@@ -113,7 +114,7 @@ def test_skip_edge() -> None:
 
 
 def test_frozen_modules_have_no_backward() -> None:
-    """A frozen encoder runs forwards only; behind a trained one, a frozen language model still hands gradients on."""
+    """A frozen encoder runs forwards only; behind a trained one, a frozen language model passes gradients on."""
     check(
         "1f1b",
         "v vit frozen > l; l gpt pp2",
@@ -136,7 +137,7 @@ def test_frozen_modules_have_no_backward() -> None:
 
 
 def test_a_frozen_encoder_does_not_run_away() -> None:
-    """Its limit in flight bounds how far its outputs run ahead of who consumes them."""
+    """Its limit bounds how far its outputs run ahead of their readers."""
     topology = job("v vit frozen > l; l gpt", microbatches=16, batch=16)
     actions = [a for a in order_of(topology).actions if a.kind is Kind.FORWARD]
     ahead = most = 0
@@ -164,7 +165,7 @@ def test_evaluation_runs_forwards_only() -> None:
 
 
 def test_in_flight_limits_count_samples() -> None:
-    """Who makes microbatches twice as large has as many in flight as cover what its readers hold, and one more."""
+    """A stage with microbatches twice as large has as many in flight as cover its readers' limits, and one more."""
     topology = job("a vit m2 > l; b vit m8 > l; l gpt pp2", batch=16, microbatches=4)
     expected = {"a.0": 2, "b.0": 5, "l.0": 2, "l.1": 1}
     assert expected == {
@@ -191,14 +192,14 @@ def test_colocated_stages_take_turns() -> None:
     assert ["v.0 F0", "l.0 F0", "l.0 B0", "v.0 F1"] == list(map(str, order_of(topology).actions))[:4]
 
 
-@settings(max_examples=40)
+@settings(max_examples=drawn(40))
 @given(
     st.sampled_from(sorted(CASES)), st.sampled_from(["1f1b", "gpipe"]), st.sampled_from([4, 8]), st.booleans()
 )
 def test_every_order_is_complete_and_possible(
     case: str, schedule: str, microbatches: int, training: bool
 ) -> None:
-    """In any order everything is there once, comes after what it needs, and no stage exceeds its limit in flight."""
+    """Every order has all actions once, each after those that it needs, and no stage exceeds its limit in flight."""
     topology = job(CASES[case], schedule=schedule, microbatches=microbatches, batch=48)
     order = order_of(topology, training=training)
     done: set[Compute] = set()
