@@ -7,6 +7,8 @@ terminal may lack characters.
 import codecs
 import contextlib
 import json
+import locale
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -59,7 +61,12 @@ codecs.register_error("mimogrid.plain", _plain)
 
 
 def encode_plainly() -> None:
-    """Let standard output and error write whatever they are given, also where they have only ASCII."""
+    """Let standard output and error write whatever they are given, also where they have only ASCII.
+
+    Ranks run in the UTF-8 mode of Python there: torch reads files of its own in the encoding of the locale.
+    """
+    if codecs.lookup(locale.getencoding()).name == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="mimogrid.plain")

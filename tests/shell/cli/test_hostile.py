@@ -143,6 +143,14 @@ def test_a_terminal_without_the_characters_gets_plain_ones(tmp_path, encoding, c
     done.stdout.decode(encoding)
 
 
+def test_ranks_read_utf_8_where_the_locale_has_only_ascii():
+    """Torch reads files of its own in the encoding of the locale."""
+    code = "import os; from mimogrid.shell.cli import main as m; m.main(['--version']); print(os.environ['PYTHONUTF8'])"
+    plain = {"PYTHONPATH": str(ROOT / "src"), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    said = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, check=True).stdout
+    assert b"1" == said.split()[-1]
+
+
 def test_a_misspelt_command_is_told_the_nearest(capsys):
     """And the version can be asked for."""
     assert 2 == main(["simualte", str(FIRST)])
