@@ -1,5 +1,7 @@
 """The training step: forwards and backwards by the program, one agreement of all ranks, one update."""
 
+from collections.abc import Iterable
+
 import attrs
 
 from mimogrid.core.program.lower import plan_step
@@ -10,6 +12,7 @@ from mimogrid.shell.runtime.agreement import Agreed, Outcome, agree
 from mimogrid.shell.runtime.data import Loads
 from mimogrid.shell.runtime.execute import Executor, StepEnd, execute
 from mimogrid.shell.runtime.rank import RankRuntime, begin_program
+from mimogrid.shell.runtime.stage import StageStep
 from mimogrid.shell.world.phases import BETWEEN
 
 
@@ -31,9 +34,9 @@ def train_step(
     """
     agreed: Agreed | None = None
 
-    def norm() -> None:
+    def norm(stages: Iterable[StageStep]) -> None:
         nonlocal agreed
-        agreed = agree(runtime, context.stages.values(), index, step, following)
+        agreed = agree(runtime, stages, index, step, following)
 
     def take() -> None:
         assert agreed is not None  # NORM comes before UPDATE.
