@@ -17,7 +17,7 @@ from unittest.mock import patch
 import attrs
 import torch.distributed as dist
 
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import train
 from mimogrid.shell.runtime.agreement import Outcome
@@ -75,7 +75,7 @@ class Held:
         )
 
 
-def in_world(place: Place, job: Job, folder: str, early: int) -> tuple[Held, Held]:
+def in_world(place: RankPlace, job: Job, folder: str, early: int) -> tuple[Held, Held]:
     """Train; return what this rank held after `early` steps and after the last."""
     held, last = dict[int, Held](), job.spec.train.steps - 1
 

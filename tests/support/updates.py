@@ -15,7 +15,7 @@ from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
 from mimogrid.shell.checkpoint.state import manifest_of, pieces_to_load, pieces_to_save, restore
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.optimizer import states_of
 from mimogrid.shell.runtime.pieces import weights_of
@@ -59,7 +59,7 @@ class Seen:
 
 
 def train(  # noqa: PLR0917 -- a body is called by position
-    place: Place,
+    place: RankPlace,
     job: Job,
     steps: range,
     spoilt: Spoilt | None = None,
