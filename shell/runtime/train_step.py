@@ -1,7 +1,5 @@
 """The training step: forwards and backwards by the program, one agreement of all ranks, one update."""
 
-from collections.abc import Iterable
-
 import attrs
 
 from mimogrid.core.program.lower import plan_step
@@ -12,7 +10,6 @@ from mimogrid.shell.runtime.agreement import Agreed, Outcome, agree
 from mimogrid.shell.runtime.data import Loads
 from mimogrid.shell.runtime.execute import Executor, StepEnd, execute
 from mimogrid.shell.runtime.rank import RankRuntime, begin_program
-from mimogrid.shell.runtime.stage import StageStep
 from mimogrid.shell.world.phases import BETWEEN
 
 
@@ -32,17 +29,7 @@ def train_step(
     Samples are from `source`, or else from the job. `loss` is the loss of language models. Raises WorldError where
     loaded data are not as described, or where ranks describe the samples of the following step differently.
     """
-    agreed: Agreed | None = None
-
-    def norm(stages: Iterable[StageStep]) -> None:
-        nonlocal agreed
-        agreed = agree(runtime, stages, index, step, following)
-
-    def take() -> None:
-        assert agreed is not None  # NORM comes before UPDATE.
-        if update:
-            _take(runtime, agreed, index)
-
+    agreed: list[Agreed] = []
     program = plan_step(step)
     actions = program.of(runtime.rank)
     context = begin_program(
@@ -53,7 +40,10 @@ def train_step(
         index=index,
         loss_scale=runtime.skip_state.scale,
         loss=loss,
-        end=StepEnd(norm, take),
+        end=StepEnd(
+            agree=lambda stages: agreed.append(agree(runtime, stages, index, step, following)),
+            update=lambda: _take(runtime, agreed[0], index) if update else None,
+        ),
     )
     for buffer in runtime.buffers.values():
         buffer.clear()
@@ -61,8 +51,7 @@ def train_step(
     runtime.last_timeline = executor(actions, context)
     runtime.heartbeat.enter(BETWEEN)
     runtime.last_load_s = runtime.source.lap()
-    assert agreed is not None  # Every training program has NORM.
-    return attrs.evolve(agreed.outcome, timeline=runtime.last_timeline)
+    return attrs.evolve(agreed[0].outcome, timeline=runtime.last_timeline)
 
 
 def _take(runtime: RankRuntime, agreed: Agreed, index: int) -> None:
