@@ -28,7 +28,7 @@ import attrs
 
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
 from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis
-from mimogrid.shell.device.place import Place, prepare
+from mimogrid.shell.device.place import RankPlace, prepare
 from mimogrid.shell.world import heartbeat
 
 
@@ -41,7 +41,7 @@ class Task:
     """A function of this rank's place in a world: ``function(place, *arguments)``."""
 
     function: str
-    place: Place
+    place: RankPlace
     arguments: tuple[Any, ...]
 
 
@@ -81,7 +81,7 @@ class Pool:
             meeting = str(Path(folder) / "meeting")
             try:
                 for rank in range(size):
-                    task = Task(function, Place(rank, size, meeting, local_rank=rank), arguments)
+                    task = Task(function, RankPlace(rank, size, meeting, local_rank=rank), arguments)
                     self._workers[rank][1].send(task)
                 reports = self._collect(self._workers[:size])
             except BaseException:
