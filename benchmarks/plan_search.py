@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mimogrid.core.plan import plan
-from mimogrid.core.plan.question import Question
+from mimogrid.core.plan.layouts import Question
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.shell.job.jobs import open_job
 

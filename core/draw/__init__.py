@@ -1,4 +1,4 @@
 """Draw: timelines and layouts as text for a terminal, SVG for a page, a trace for Perfetto.
 
-A timeline is a `Timeline`, whoever made it: a simulated step and a measured one (`measured`) are drawn alike.
+A simulated step and a measured one (`measured`) are both a `Timeline`, and are drawn alike.
 """

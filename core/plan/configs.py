@@ -1,22 +1,24 @@
-"""Options: one way to lay one module out, with a price that no schedule can beat.
+"""Configurations: one way to lay one module out, with a time that no schedule beats.
 
-A *shape* is how the ranks of one dp rank and one stage share a module: tp, cp, ep. With a number of stages, chunks,
-dp ranks and microbatches it is a *way*, and a way with a price is an *option*. Alone on its ranks it takes at
-least, for each of these,
+A `ParallelShape` is how the ranks of one dp rank and one stage share a module: tp, cp, ep. With a number of stages,
+chunks, dp ranks and microbatches it is a `ParallelConfig`, and with its seconds and bytes a `PricedConfig`. Alone on
+its ranks a module takes, by the bound of `bounds`, at least the maximum over its pipeline ranks of
 
-    head + microbatches * (forward + backward) + the longer of tail and reduction, + the slowest update
+    head + microbatches * (forward + backward) + max(tail, all-reduce)
 
-where head is the way of the first microbatch to the rank and tail the way of the last gradient from it.
+plus the slowest update. The head is how long the first microbatch needs to the rank, the tail how long the last
+gradient needs from it.
 """
 
 import math
 
 import attrs
 
+from mimogrid.core.base.bounds import bound_s
 from mimogrid.core.job.spec import GridSpec
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class ParallelShape:
     """How the ranks of one dp rank and one stage share a module."""
 
@@ -75,7 +77,7 @@ class ParallelConfig:
 
 @attrs.frozen
 class RankTime:
-    """What a pipeline rank of a module adds to a bound: seconds, of which `work` per microbatch."""
+    """Seconds of one pipeline rank of a module; `work` is per microbatch, `reduce` the all-reduce of its gradients."""
 
     head: float
     work: float
@@ -86,16 +88,24 @@ class RankTime:
 
 @attrs.frozen
 class RankBytes:
-    """What a pipeline rank keeps: always, and for each microbatch in flight; `depth` of them are with 1F1B."""
+    """Bytes of one pipeline rank: always, and for each microbatch in flight; with 1F1B there are `depth` of these."""
 
     kept: float
-    flying: float
+    in_flight: float
     depth: int
 
 
 @attrs.frozen(eq=False)
 class PricedConfig:
-    """One way to lay a module out; `forward` and `backward` are seconds of the way through all of its stages."""
+    """A configuration of a module with its price.
+
+    Attributes:
+        module: the name of the module.
+        config: how it is laid out.
+        split: the layers of each stage.
+        forward, backward: seconds of one microbatch through all stages.
+        times, bytes: seconds and bytes of each pipeline rank.
+    """
 
     module: str
     config: ParallelConfig
@@ -112,22 +122,23 @@ class PricedConfig:
 
     @property
     def depth(self) -> int:
-        """Microbatches that are in flight above the module for it to be busy."""
+        """How many microbatches the modules before it need in flight to keep it busy."""
         return max(rank.depth for rank in self.bytes)
 
-    def bound(self, head: float = 0.0, tail: float = 0.0) -> float:
-        """Return a time that no order beats, if the first microbatch arrives after `head`."""
+    def bound_s(self, head: float = 0.0, tail: float = 0.0) -> float:
+        """Return seconds that no order beats, if `head` pass before the first microbatch and `tail` after the last."""
+        count = self.config.microbatches
         return max(
-            head + rank.head + self.config.microbatches * rank.work + max(rank.tail + tail, rank.reduce)
+            bound_s((head + rank.head,), count * rank.work, (max(rank.tail + tail, rank.reduce),))
             for rank in self.times
         ) + max(rank.update for rank in self.times)
 
     def bytes_at_most(self, below: int) -> tuple[float, ...]:
-        """Return what each pipeline rank holds with 1F1B, where `below` microbatches fly behind the module."""
+        """Return what each pipeline rank holds with 1F1B, if the modules behind have `below` microbatches in flight."""
+        config = self.config
         return tuple(
             rank.kept
-            + rank.flying
-            * min(rank.depth + below * self.config.chunks, self.config.microbatches * self.config.chunks)
+            + rank.in_flight * min(rank.depth + below * config.chunks, config.microbatches * config.chunks)
             for rank in self.bytes
         )
 

@@ -1,12 +1,12 @@
-"""Evaluation: one layout, timed by simulation and weighed.
+"""Evaluation: one layout, timed by simulation, with its memory.
 
-Seconds are those of the samples as they are, spread evenly over dp ranks and microbatches; bytes are counted as if
+Seconds are those of the samples as they are, spread evenly over dp ranks and microbatches. Bytes are counted as if
 every sample were the largest. So dp ranks are alike, and a thousand GPUs are simulated as a few dozen rank classes
 (`lockstep`).
 
-At first so many microbatches of a long step are simulated as fill the pipelines twice; the others go on at the pace of
-the busiest rank. A layout that is told in the end is confirmed: all microbatches are simulated, and of each module the
-rank that holds most is lowered, so that its messages count, too.
+Of a long step at first only so many microbatches are simulated as fill the pipelines twice; each further microbatch
+adds the time of the busiest rank. A layout that the plan shows in the end is confirmed: all microbatches are simulated,
+and for each module the rank that holds most is lowered, so that its messages count, too.
 """
 
 import math
@@ -19,8 +19,7 @@ from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.schedules import AUTO, GPIPE
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.core.job.validation import problems_of
-from mimogrid.core.plan.layouts import shown
-from mimogrid.core.plan.question import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question
+from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
@@ -35,24 +34,24 @@ from mimogrid.core.topology.topology import Topology
 
 
 LOWERED = 4
-"""What lowering an action costs, in actions that are simulated."""
+"""How many simulated actions lowering one action counts as."""
 WHOLE = frozenset({GPIPE, AUTO})
-"""Orders of which a short step says nothing: GPipe holds all microbatches, and `auto` finds another order for fewer."""
+"""Orders that a short step says nothing of: GPipe holds all microbatches, and `auto` finds another order for fewer."""
 
 
 @attrs.define(eq=False)
 class Evaluator:
-    """Times and weighs layouts of a job around its `main` module; `effort` counts actions that it simulated."""
+    """Evaluates layouts of a job around its `main` module; `effort` counts the actions that it has simulated."""
 
     question: Question
     main: str
     simulated: int = 0
     effort: int = 0
     _orders: dict[object, Order] = attrs.field(factory=dict[object, Order])
-    """By all that an order depends on."""
+    """By everything that an order depends on."""
 
-    def tried(self, spec: JobSpec) -> Layout:
-        """Time a layout for a short step, and say whether it is legal and fits."""
+    def evaluated(self, spec: JobSpec) -> Layout:
+        """Return a layout with its time for a short step, or with the reason why it is illegal or does not fit."""
         question = self.question
         problems = problems_of(spec, question.facts)
         if problems:
@@ -67,7 +66,7 @@ class Evaluator:
             return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
 
     def confirmed(self, layout: Layout) -> Layout:
-        """Return a layout with its time for the whole step and its memory, which the short one shows."""
+        """Return a layout with its time for the whole step, and its memory, for which the short step is enough."""
         question, spec = self.question, layout.spec
         topology = question.topology(spec)
         peaks = self._peaks(_shortened(spec))
@@ -78,16 +77,16 @@ class Evaluator:
         reason = _too_much(topology, largest, *peaks[largest], question.memory_bytes)
         return attrs.evolve(layout, kind=TOO_LARGE, reason=reason, peak_bytes=most)
 
-    def _timed(self, spec: JobSpec, topology: Topology, played: JobSpec) -> Layout:
-        """Time so many microbatches of a layout as are `played`; the others go on at the pace of the busiest rank."""
+    def _timed(self, spec: JobSpec, topology: Topology, simulated: JobSpec) -> Layout:
+        """Time a layout by the step of `simulated`; each microbatch beyond adds the time of the busiest rank."""
         question = self.question
         step = step_of(topology, question.samples)
         costs = on_machine(step, question.machine, spread=True)
-        program = self._program(played)
+        program = self._program(simulated)
         timed = lockstep(program, costs)
         self.simulated += 1
         self.effort += sum(len(computes) for computes in timed.computes)
-        count, short = spec.batch.microbatches, played.batch.microbatches
+        count, short = spec.batch.microbatches, simulated.batch.microbatches
         more = max(timed.busy_s, default=0.0) * (count - short) / short
         step_s = timed.step_s + more
         busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.rank_classes, strict=True))
@@ -106,14 +105,14 @@ class Evaluator:
             lower_bound_s=lower_bound_s(program, costs, timed) + more,
         )
 
-    def _program(self, played: JobSpec) -> Program:
+    def _program(self, spec: JobSpec) -> Program:
         """Return the program of a step with the largest samples."""
-        topology = self.question.topology(played)
-        step = step_of(topology, self.question.largest[: played.batch.global_size])
+        topology = self.question.topology(spec)
+        step = step_of(topology, self.question.largest[: spec.batch.global_size])
         return Program(self._order(topology), Routes(step))
 
     def _order(self, topology: Topology) -> Order:
-        """Return the order of a layout; it is the same for all with as many stages on as many ranks in common."""
+        """Return the order of a layout. Layouts with equal stages that share ranks alike have the same order."""
         schedule = topology.spec.schedule
         work = work_of(topology, training=True, splits=True)
         counts = tuple(module.microbatches for module in topology.modules.values())
@@ -132,13 +131,13 @@ class Evaluator:
             self._orders[key] = order_of(topology)
         return self._orders[key]
 
-    def _peaks(self, played: JobSpec) -> dict[str, tuple[int, int]]:
-        """Return, per module, the rank that holds most of those with it, and how many bytes that is.
+    def _peaks(self, spec: JobSpec) -> dict[str, tuple[int, int]]:
+        """Return, per module, the rank with it that holds most, and how many bytes that is.
 
-        Of ranks that host the same stages the one with most samples counts; of several such the one that keeps most
-        for microbatches in flight is lowered, and its messages are counted.
+        Of ranks that host the same stages, the one that saves most of a microbatch counts. Of these, the one that holds
+        most for microbatches in flight is lowered, and its messages are counted.
         """
-        program = self._program(played)
+        program = self._program(spec)
         topology = program.topology
         kept_most = {
             rank: bytes_in_flight(program, rank)
@@ -159,7 +158,7 @@ class Evaluator:
 
 
 def _shortened(spec: JobSpec) -> JobSpec:
-    """Return the job with fewer microbatches of the same size, enough to fill its pipelines twice and drain them."""
+    """Return the job with fewer microbatches of the same size, enough to fill and drain its pipelines twice."""
     count, modules = spec.batch.microbatches, spec.modules.values()
     deep = 2 * sum(module.grid.pp for module in modules)
     fitting = (few for few in range(deep, count) if _divides(few, spec))
@@ -175,7 +174,7 @@ def _shortened(spec: JobSpec) -> JobSpec:
 
 
 def _divides(few: int, spec: JobSpec) -> bool:
-    """Whether a step is so many microbatches over and over, for every module, and these fill its chunks."""
+    """Whether a step consists of repetitions of so many microbatches, for every module, and these fill its chunks."""
     count, modules = spec.batch.microbatches, spec.modules.values()
     return (
         count % few == 0
@@ -201,14 +200,14 @@ def _work(topology: Topology, costs: Costs) -> Iterator[tuple[str, float]]:
         yield name, each * module.microbatches * ranks
 
 
-def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, cap: float) -> str:
-    """Say of the rank of a module that holds most by how much that is too much."""
+def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, memory_bytes: float) -> str:
+    """Return by how much the rank of a module that holds most holds too much, in words."""
     stage = f"{module}.{topology.modules[module].grid.position_along('pp', rank)}"
-    return f"does not fit: {needs(stage, size_bytes, cap)}"
+    return f"does not fit: {needs(stage, size_bytes, memory_bytes)}"
 
 
 def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
-    """Return the rank, of some that host the same stages, that keeps most of a microbatch."""
+    """Return the rank, of some that host the same stages, that saves most of a microbatch."""
     step = program.routes.step
     stages = [info.stage for info in program.topology.role(ranks[0]).stages]
     modules = [program.topology.modules[stage.module] for stage in stages]
@@ -220,13 +219,3 @@ def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
         )
 
     return max(ranks, key=saved)
-
-
-def needs(what: str, size_bytes: float, cap: float) -> str:
-    """Say by how much something is too large.
-
-    >>> needs("language.0", 93.1e9, 80e9)
-    'language.0 needs 93.1 GB of 80.0 GB per GPU, short by 13.1 GB'
-    """
-    short = (size_bytes - cap) / 1e9
-    return f"{what} needs {size_bytes / 1e9:.1f} GB of {cap / 1e9:.1f} GB per GPU, short by {short:.1f} GB"

@@ -1,24 +1,91 @@
-"""Layouts as jobs: a candidate of the walk written into the job file's terms, and said in a line."""
+"""Layouts: what a search is asked, a candidate as a job, and what the search says of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
+from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.placement import place
 from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
-from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
-from mimogrid.core.plan.question import Question
-from mimogrid.core.plan.walk import BESIDE, Candidate
+from mimogrid.core.plan.search_space import Illegal, SearchSpace
+from mimogrid.core.pricing.machine import Machine
+from mimogrid.core.topology.parse import assemble
+from mimogrid.core.topology.topology import Topology
+
+
+BEST, SLOWER, TOO_LARGE, ILLEGAL = "best", "slower", "too large", "illegal"
+
+
+@attrs.frozen(kw_only=True)
+class Layout:
+    """A layout of a job, and how it does; all numbers are 0 where it cannot run.
+
+    Attributes:
+        spec: the job with this layout.
+        kind: the best, slower than that, too large for the memory, or illegal.
+        reason: why it is not the best, or that it is, in words.
+        step_s: seconds of a step.
+        tokens_per_s_per_gpu: over all GPUs that are allocated.
+        active: GPUs in a grid; the other ones idle.
+        bubble: part of the time of all allocated GPUs in which nothing is computed.
+        encoder_share: part of all computing that is not the main module's.
+        peak_bytes: per module, what the rank with that module that needs most needs in all.
+        lower_bound_s: seconds that no order of these grids beats.
+    """
+
+    spec: JobSpec
+    kind: str
+    reason: str
+    step_s: float = 0.0
+    tokens_per_s_per_gpu: float = 0.0
+    active: int = 0
+    bubble: float = 0.0
+    encoder_share: float = 0.0
+    peak_bytes: Mapping[str, float] = attrs.field(factory=dict[str, float])
+    lower_bound_s: float = 0.0
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Question:
+    """What is asked: a legal job with the samples of one step, on so many GPUs with so much memory each.
+
+    Seconds and bytes are those of the machine's precision, whatever the job says.
+    """
+
+    spec: JobSpec
+    facts: SourceFacts
+    samples: tuple[Sample, ...]
+    machine: Machine
+    gpus: int
+    memory_bytes: float
+
+    def topology(self, spec: JobSpec) -> Topology:
+        """Return the topology of a layout of the job, in the precision of the machine."""
+        return assemble(attrs.evolve(spec, precision=self.machine.precision), self.facts)
+
+    @property
+    def largest(self) -> tuple[Sample, ...]:
+        """As many samples, each with the most rows and the longest text of any: memory must hold these."""
+        names = dict.fromkeys(name for sample in self.samples for name in sample.rows)
+        rows = {name: max(sample.rows.get(name, 0) for sample in self.samples) for name in names}
+        length = max(sample.length for sample in self.samples)
+        room = self.facts.sequence - sum(rows.values()) if self.facts.sequence else length
+        return (Sample(id=0, length=min(length, max(room, 1)), rows=rows),) * len(self.samples)
+
+
+# -- as jobs -----------------------------------------------------------------------------------------------
 
 
 def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     """Return the job with the layout of a candidate; modules that it does not name lie at rank 0, on one rank."""
-    options = {main: candidate.main} | {name: placed.priced for name, placed in candidate.others.items()}
+    configs = {main: candidate.main} | {name: placed.priced for name, placed in candidate.others.items()}
     offsets = _offsets(question, candidate)
     count = candidate.main.config.microbatches
     modules = {
-        name: _laid_out(module, options[name], offsets[name], count) if name in options else _alone(module)
+        name: _laid_out(module, configs[name], offsets[name], count) if name in configs else _alone(module)
         for name, module in question.spec.modules.items()
     }
     order = INTERLEAVED if candidate.main.config.chunks > 1 else ONE_F_ONE_B
@@ -32,7 +99,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
 
 
 def _laid_out(module: ModuleSpec, priced: PricedConfig, offset: int, count: int) -> ModuleSpec:
-    """Return a module with an option at an offset, in a job of so many microbatches; defaults are not written."""
+    """Return a module in a configuration, in a job of `count` microbatches; defaults are not written."""
     return attrs.evolve(
         module,
         grid=attrs.evolve(priced.config.grid, offset=offset),
@@ -47,7 +114,7 @@ def _alone(module: ModuleSpec) -> ModuleSpec:
 
 
 def _offsets(question: Question, candidate: Candidate) -> Mapping[str, int]:
-    """Lay modules behind each other, those with most tp first, each beginning at a multiple of it if there is room."""
+    """Lay modules behind each other, those with most tp first, each at a multiple of it if there is room."""
     beside = [(name, p.priced) for name, p in candidate.others.items() if p.place == BESIDE]
     beside.sort(key=lambda each: -each[1].config.shape.ranks)
     room = question.gpus - candidate.ranks
@@ -61,7 +128,7 @@ def _offsets(question: Question, candidate: Candidate) -> Mapping[str, int]:
 
 
 def shown(spec: JobSpec) -> str:
-    """Say a layout in a line: modules in file order with their first rank, microbatches, order.
+    """Return a layout in a line: modules in file order with their first rank, microbatches, order.
 
     For example ``vision dp=8 @16, language tp=2 pp=4 dp=2 @0; 16 microbatches, 1f1b``.
     """
@@ -77,3 +144,77 @@ def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:
     more += [f"recompute={module.recompute}"] * (module.recompute != "none")
     own = [f"m={module.microbatches}"] * (module.microbatches is not None)
     return " ".join([name, *(sizes or ["tp=1"]), *more, *own, f"@{offset}"])
+
+
+# -- why a layout is not the best --------------------------------------------------------------------------
+
+
+def compared(layout: Layout, best: Layout, own: Layout) -> Layout:
+    """Return a layout that fits with how many times slower it is than the best one."""
+    reason = "the fastest" if layout is best else f"{layout.step_s / best.step_s:.2f} x slower"
+    found = attrs.evolve(layout, kind=BEST if layout is best else SLOWER, reason=reason)
+    return marked_own(found) if layout.spec == own.spec else found
+
+
+def marked_own(layout: Layout) -> Layout:
+    """Return a layout with a reason that says that it is the job's own."""
+    return attrs.evolve(layout, reason=f"the job's own layout: {layout.reason}")
+
+
+def too_large(candidates: Candidates, question: Question, best: Layout | None) -> Iterator[Layout]:
+    """Yield layouts that do not fit and might beat the best time, one for each shape and pp of the main module."""
+    known: set[str] = set()
+    for layout in candidates.out_of_memory:
+        if best is not None and layout.bound >= best.step_s:
+            continue
+        priced = layout.candidate.main
+        if (kind := f"{priced.config.shape} {priced.config.pp}") not in known:
+            known.add(kind)
+            yield Layout(
+                spec=layout_of(question, priced.module, layout.candidate),
+                kind=TOO_LARGE,
+                reason=f"does not fit: {_lacking(layout, question.memory_bytes)}",
+            )
+
+
+def _lacking(layout: OutOfMemory, memory_bytes: float) -> str:
+    priced = layout.candidate.main
+    if layout.module != priced.module and layout.module in layout.candidate.others:
+        priced = layout.candidate.others[layout.module].priced
+    return f"{needs(f'{layout.module}.{layout.pp}', layout.needs, memory_bytes)} with {priced}"
+
+
+def nearest_fit(candidates: Candidates, evaluated: Sequence[Layout], question: Question) -> str:
+    """Return what lacks least where nothing fits, in words."""
+    if candidates.out_of_memory:
+        least = min(candidates.out_of_memory, key=lambda layout: layout.needs)
+        return _lacking(least, question.memory_bytes)
+    return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs"
+
+
+def illegal(spaces: Mapping[str, SearchSpace], question: Question) -> Iterator[Layout]:
+    """Yield the illegal shapes that one would try first, powers of two of tp alone, with the reasons."""
+    for space in spaces.values():
+        for each in space.illegal:
+            if each.shape.cp == each.shape.ep == 1 and each.shape.tp & (each.shape.tp - 1) == 0:
+                yield Layout(
+                    spec=_with_shape(question.spec, each),
+                    kind=ILLEGAL,
+                    reason=f"illegal: {each.problem.message}",
+                )
+
+
+def _with_shape(spec: JobSpec, each: Illegal) -> JobSpec:
+    module = spec.modules[each.module]
+    grid = attrs.evolve(module.grid, tp=each.shape.tp)
+    return attrs.evolve(spec, modules={**spec.modules, each.module: attrs.evolve(module, grid=grid)})
+
+
+def needs(what: str, size_bytes: float, memory_bytes: float) -> str:
+    """Return by how much something is too large, in words.
+
+    >>> needs("language.0", 93.1e9, 80e9)
+    'language.0 needs 93.1 GB of 80.0 GB per GPU, short by 13.1 GB'
+    """
+    has, cap, short = (size / 1e9 for size in (size_bytes, memory_bytes, size_bytes - memory_bytes))
+    return f"{what} needs {has:.1f} GB of {cap:.1f} GB per GPU, short by {short:.1f} GB"

@@ -1,7 +1,7 @@
-"""Search: which layouts are looked at how closely, as far as a budget of simulated actions goes.
+"""Search: which layouts are evaluated, and how closely, within a budget of simulated actions.
 
-All that a walk promises are timed for a short step, in the order of their bounds. On the best of them other orders are
-tried. What is told in the end is confirmed, timed for its whole step and weighed.
+The candidates are timed for a short step, in the order of their bounds. On the best of them other orders are tried. The
+layouts that the plan shows are confirmed: timed for the whole step, with their memory.
 """
 
 import math
@@ -11,53 +11,51 @@ import attrs
 from mimogrid.core.job.schedules import AUTO, INTERLEAVED, ONE_F_ONE_B, SCHEDULES
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation import problems_of
+from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.layouts import layout_of
-from mimogrid.core.plan.question import SLOWER, Layout, Question
-from mimogrid.core.plan.walk import Walk
+from mimogrid.core.plan.layouts import SLOWER, Layout, Question, layout_of
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
 
 
 REFINED = 3
-"""Of the best layouts, on how many other orders are tried."""
-ONE = frozenset({ONE_F_ONE_B, INTERLEAVED})
-"""Two names of one order: what interleaves is that ranks have several chunks."""
+"""On how many of the best layouts other orders are tried."""
+ONE_ORDER = frozenset({ONE_F_ONE_B, INTERLEAVED})
+"""Two names of one order, which interleaves where ranks have several chunks."""
 TUNED = 2
 """On how many of the best layouts `auto` is tried."""
 TUNED_AT_MOST = 6_000
-"""Actions of a step, of all stages: `auto` tries orders of a larger one for too long."""
+"""Actions of a step, of all stages. On a larger step `auto` would take too long."""
 
 
 @attrs.define(eq=False)
 class Search:
-    """Layouts that were looked at closely: at first for a short step, those that matter for the whole one.
+    """The layouts that were evaluated so far. `whole` has the numbers of those that were confirmed.
 
-    Budgets are in actions that are simulated (`Evaluator.effort`). `whole` has the numbers of the layouts that were
-    confirmed.
+    Budgets are numbers of simulated actions (`Evaluator.effort`).
     """
 
     evaluator: Evaluator
     layouts: list[Layout] = attrs.field(factory=list[Layout])
     whole: set[int] = attrs.field(factory=set[int])
 
-    def candidates(self, walked: Walk, question: Question, budget: int) -> float:
-        """Simulate candidates while their bounds promise anything; return the least bound of what is left."""
+    def candidates(self, found: Candidates, question: Question, budget: int) -> float:
+        """Evaluate candidates while their bounds are below the best time; return the least bound of what is left."""
         until = self.evaluator.effort + budget
         best = min((layout.step_s for layout in self.layouts if layout.kind == SLOWER), default=math.inf)
-        for candidate in walked.candidates:
+        for candidate in found.candidates:
             if candidate.bound >= best:
                 return best
             if self.evaluator.effort >= until:
-                return min(candidate.bound, walked.passed)
-            layout = self.layouts[self.judge(layout_of(question, self.evaluator.main, candidate))]
+                return min(candidate.bound, found.left_out_s)
+            layout = self.layouts[self.evaluate(layout_of(question, self.evaluator.main, candidate))]
             if layout.kind == SLOWER:
                 best = min(best, layout.step_s)
-        return walked.passed
+        return found.left_out_s
 
     def orders(self, budget: int) -> None:
-        """Try other orders on the best layouts, then on those that are small enough the one that `auto` finds."""
+        """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""
         until = self.evaluator.effort + budget
         for i in self._ranked()[:REFINED]:
             layout = self.layouts[i]
@@ -66,16 +64,16 @@ class Search:
             for name in SCHEDULES:
                 other = self._under(layout.spec, name)
                 if other is not None and self.evaluator.effort < until:
-                    self.judge(other)
+                    self.evaluate(other)
         for i in self._ranked()[:TUNED]:
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
             if actions <= TUNED_AT_MOST and layout.step_s > layout.lower_bound_s:
-                self.judge(self._tuned(layout.spec))
+                self.evaluate(self._tuned(layout.spec))
 
     def _tuned(self, spec: JobSpec) -> JobSpec:
-        """Return a layout under `auto`, whose order goes by costs and a cap on memory: so they stand in the job."""
+        """Return a layout under `auto`, with the costs and the cap on memory that its order depends on."""
         question = self.evaluator.question
         step = step_of(question.topology(spec), question.samples)
         schedule = attrs.evolve(
@@ -87,17 +85,14 @@ class Search:
         return attrs.evolve(spec, schedule=schedule)
 
     def _under(self, spec: JobSpec, name: str) -> JobSpec | None:
-        """Return a layout under another order, unless that is illegal, or the same."""
-        if name in ONE | {AUTO, spec.schedule.name}:
+        """Return a layout under another order; None if that is illegal, or the same."""
+        if name in ONE_ORDER | {AUTO, spec.schedule.name}:
             return None
         other = attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, name=name))
         return None if problems_of(other, self.evaluator.question.facts) else other
 
     def confirm(self, count: int, budget: int) -> list[int]:
-        """Weigh so many of the best layouts, and time them for the whole step; the very best in any case.
-
-        Return the numbers of those best ones that were confirmed.
-        """
+        """Confirm so many of the best layouts, the very best in any case; return the numbers of those confirmed."""
         until = self.evaluator.effort + budget
         while True:
             ranked = self._ranked()[:count]
@@ -111,7 +106,7 @@ class Search:
         self.whole.add(i)
 
     @property
-    def told(self) -> list[Layout]:
+    def confirmed(self) -> list[Layout]:
         """The layouts that were confirmed, the fastest first."""
         return [self.layouts[i] for i in self._ranked() if i in self.whole]
 
@@ -121,16 +116,16 @@ class Search:
         return sorted(fits, key=lambda i: self.layouts[i].step_s)
 
     def own(self, spec: JobSpec) -> Layout:
-        """Judge the job's own layout, and confirm it."""
-        i = self.judge(spec)
+        """Evaluate the job's own layout, and confirm it."""
+        i = self.evaluate(spec)
         if self.layouts[i].kind == SLOWER and i not in self.whole:
             self._confirm(i)
         return self.layouts[i]
 
-    def judge(self, spec: JobSpec) -> int:
-        """Time a layout for a short step, unless it has been; return its number."""
+    def evaluate(self, spec: JobSpec) -> int:
+        """Evaluate a layout for a short step, unless that has been done; return its number."""
         for i, layout in enumerate(self.layouts):
             if layout.spec == spec:
                 return i
-        self.layouts.append(self.evaluator.tried(spec))
+        self.layouts.append(self.evaluator.evaluated(spec))
         return len(self.layouts) - 1

@@ -1,17 +1,18 @@
-"""Pricing: the costs of a job that nobody has measured.
+"""Pricing: the costs of a job before anything is measured.
 
 Seconds on an accelerator follow from what the job does:
 
-    products       operations (`flops`, padding included, as it is computed) over ranks, at a part of the peak
-    weights        never faster than reading those of the rank once
-    tp, cp, ep     inside the compute action: two sums over tp per layer and direction, the keys and values that cp
-                   gathers, the tokens that cross to experts and back
-    links          bytes over the bandwidth of the node, or of the network where any of their ranks is in another
-    reduce         the sum of gradients over dp ranks: each byte twice over the slowest link
-    update         Adam reads and writes weights, gradients and moments: memory bandwidth
+    products       operations (`flops`, padding included) divided among ranks, at a part of the peak
+    weights        at least the time in which a rank reads its weights once
+    tp, cp, ep     inside the compute action: two all-reduces over tp per layer and direction, the all-gather of keys
+                   and values over cp, the tokens that go to experts and back
+    links          bytes over the bandwidth of the node, or of the network if any of their ranks is in another node
+    reduce         the all-reduce of gradients over dp ranks: each byte twice over the slowest link
+    update         Adam reads and writes weights, gradients and moments, at memory bandwidth
 
-Of a microbatch the dp rank that has most counts, since the others wait for it in the end; of microbatches their mean.
-A module of the user's own takes no time. Where not even the accelerator is known, time goes by layers (`assumed`).
+In a microbatch the dp rank with the largest load counts, since the others wait for it in the end. A stage costs the
+mean of its microbatches. A module of the user's own takes no time. Where the accelerator is unknown, every layer takes
+one second (`assumed`).
 """
 
 import math
@@ -32,7 +33,7 @@ from mimogrid.core.topology.topology import Module
 def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
     """Return the costs of a job on a machine.
 
-    With `spread`, for a step in which every microbatch has rows of every module: what is there is spread over all.
+    With `spread`, the rows of each module are spread evenly over all its microbatches.
     """
     topology = step.topology
     stages: dict[str, StageCosts] = {}
@@ -44,7 +45,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
             machine,
             flops=module_units(topology, module, load),
             values=values_of_units(module),
-            repeats=topology.spec.modules[module.name].recompute == "full",
+            recomputes=topology.spec.modules[module.name].recompute == "full",
         )
         for info in module.stages:
             stages[str(info.stage)] = joined(of_units(info, parts) if parts else ())
@@ -55,8 +56,8 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
 def measured_on(machine: Machine, step: Step, costs: Costs) -> Machine:
     """Return the machine on which the modules of a job take as long as its costs say.
 
-    Of each module all stages count, forward and backward: how it is cut may then be another. What nobody assumes
-    anything of (a module of the user's own), or what took no time, stays as it is.
+    For each module all stages count together, forward and backward, so that its layout may change. A module of the
+    user's own, or one that took no time, stays as it is.
     """
     assumed_costs = on_machine(step, attrs.evolve(machine, measured=()))
     found: list[tuple[str, float]] = []
@@ -75,9 +76,9 @@ def _whole_s(costs: StageCosts) -> float:
 
 
 def _dp_rank_load(module: Module, lengths: Sequence[int], sequence: int, *, spread: bool = False) -> Load:
-    """Return what the dp rank with most computes on in a microbatch, padded: the mean over those where it has any.
+    """Return the padded load of a microbatch on the dp rank with most: the mean over microbatches in which it has any.
 
-    With `spread`, the mean over all. `lengths` are the positions of every sample of the step.
+    With `spread`, the mean over all microbatches. `lengths` are the positions of every sample of the step.
     """
     dp_ranks = (
         _of_dp_rank(module, dp_rank, lengths, sequence, spread=spread) for dp_rank in range(module.dp_size)

@@ -16,9 +16,9 @@ a class have peers in different classes, as in modules that share some of their 
 earlier because a later one needs it.
 
 This is a clock of its own, beside `scheduler.retimed` and `simulate`, because the search for layouts (`plan`) needs
-what neither gives. `retimed` runs before any step is known, tens of thousands of times a job: it has no sizes, no
-channels and no all-reduces. `simulate` has them, and needs the programs of all rank classes, which take several times
-as long to lower as a lockstep takes in all.
+what neither gives. `retimed` times the orders that `auto` tries, before any step is known: it has no sizes, no channels
+and no all-reduces. `simulate` has them, but takes about a hundred times as long on a thousand ranks: it looks for rank
+classes and lowers their programs.
 """
 
 import collections

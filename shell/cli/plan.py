@@ -8,8 +8,7 @@ from rich.table import Table
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.plan import Plan, plan
-from mimogrid.core.plan.layouts import shown
-from mimogrid.core.plan.question import BEST, SLOWER, Layout, Question
+from mimogrid.core.plan.layouts import BEST, SLOWER, Layout, Question, shown
 from mimogrid.core.pricing import measured_on
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.shell.cli.arguments import PlanArgs

@@ -146,7 +146,7 @@ def compose(
     }
     first, *others = accuracy.items() if accuracy else [(None, None)]
     return {
-        "layout": runtime.topology.role(runtime.rank).layout.value,
+        "layout": runtime.role.layout.value,
         "world_size": runtime.topology.world_size,
         "steps": runtime.job.spec.train.steps,
         "skipped_steps": tally.skipped,

@@ -30,8 +30,6 @@ FORMER: Mapping[str, str] = {
     "mimogrid.shell.jobfile": "mimogrid.shell.job.jobfile",
     "mimogrid.shell.jobs": "mimogrid.shell.job.jobs",
     "mimogrid.shell.sources": "mimogrid.shell.job.sources",
-    "mimogrid.shell.sources.digits": "mimogrid.shell.job.sources.digits",
-    "mimogrid.shell.sources.synthetic": "mimogrid.shell.job.sources.synthetic",
 }
 
 
@@ -77,4 +75,4 @@ class _Alias:
 
 def install() -> None:
     """Let imports find modules by their former names."""
-    sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder())

@@ -1,5 +1,6 @@
 """Plans: what is printed is legal, fits, and is not beaten by what could be found by trying everything."""
 
+import functools
 import itertools
 
 import attrs
@@ -12,8 +13,8 @@ from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation import problems_of
-from mimogrid.core.plan import plan
-from mimogrid.core.plan.question import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
+from mimogrid.core.plan import BUDGET, plan
+from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
 from mimogrid.core.plan.search_space import enough
 from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.machine import machine_of
@@ -56,10 +57,16 @@ def question(gpus=4, *, memory=80 * GB, batch=8, rows=256, **vision):
     )
 
 
+@functools.lru_cache
+def planned(gpus=4, *, memory=80 * GB, batch=8, budget=BUDGET):
+    """A question and its plan, made once."""
+    asked = question(gpus, memory=memory, batch=batch)
+    return asked, plan(asked, budget=budget)
+
+
 def test_what_is_printed_is_legal_and_fits():
     """Every layout that has a time can be parsed, and those that fit do."""
-    asked = question()
-    found = plan(asked)
+    asked, found = planned()
     assert BEST == found.layouts[0].kind
     for layout in found.layouts:
         if layout.kind in {BEST, SLOWER}:
@@ -77,7 +84,7 @@ def test_the_same_job_gives_the_same_plan():
 
 def test_every_layout_has_a_reason():
     """And the job's own is among them."""
-    found = plan(question(gpus=3))
+    _, found = planned(gpus=3)
     assert all(layout.reason for layout in found.layouts)
     assert "the job's own layout" in found.own.reason
     assert found.own in found.layouts
@@ -85,9 +92,9 @@ def test_every_layout_has_a_reason():
 
 def test_less_memory_is_respected():
     """What is fastest with room enough is told as too large, by how much, with less."""
-    free = plan(question())
+    _, free = planned()
     cap = min(max(free.best.peak_bytes.values()) * 0.8, 80 * GB)
-    tight = plan(question(memory=cap))
+    _, tight = planned(memory=cap)
     assert max(tight.best.peak_bytes.values()) <= cap
     assert tight.best.step_s >= free.best.step_s
     assert any("short by" in layout.reason for layout in tight.layouts if layout.kind == TOO_LARGE)
@@ -95,7 +102,7 @@ def test_less_memory_is_respected():
 
 def test_where_nothing_fits_the_nearest_miss_is_named():
     """With the stage, what it needs and what is missing."""
-    found = plan(question(memory=0.5 * GB))
+    _, found = planned(memory=0.5 * GB)
     assert found.best is None
     assert "short by" in found.nearest_fit
     assert "language" in found.nearest_fit or "vision" in found.nearest_fit
@@ -104,8 +111,8 @@ def test_where_nothing_fits_the_nearest_miss_is_named():
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_what_is_told_is_what_a_simulation_tells(gpus):
     """The time of each layout is that of its whole program with every rank, or a little more; so is its memory."""
-    asked = question(gpus=gpus, batch=32)
-    for layout in plan(asked).layouts:
+    asked, found = planned(gpus, batch=32)
+    for layout in found.layouts:
         if layout.kind in {BEST, SLOWER}:
             costs = on_machine(
                 step_of(asked.topology(layout.spec), asked.samples), asked.machine, spread=True
@@ -122,7 +129,7 @@ def test_what_is_told_is_what_a_simulation_tells(gpus):
 
 def test_orders_are_tried_on_the_best_layouts():
     """Those with split backwards and `auto`, whose costs and cap stand in the job; none twice under two names."""
-    layouts = [layout for layout in plan(question(gpus=4, batch=32)).layouts if layout.step_s]
+    layouts = [layout for layout in planned(4, batch=32)[1].layouts if layout.step_s]
     names = {layout.spec.schedule.name for layout in layouts}
     assert names & {"zb-h1", "zb-h2", "auto"}
     for layout in layouts:
@@ -134,7 +141,7 @@ def test_orders_are_tried_on_the_best_layouts():
 
 def test_idle_gpus_are_paid_for():
     """Tokens per second count over all that are allocated."""
-    found = plan(question(gpus=4))
+    _, found = planned()
     best = found.best
     assert 8 * 512 / best.step_s / 4 == pytest.approx(best.tokens_per_s_per_gpu)
 
@@ -175,7 +182,7 @@ def test_nothing_is_faster_in_a_small_world(vision):
 
 def test_bounds_are_below_what_is_simulated():
     """No layout is faster than what was promised of the best that was left out."""
-    found = plan(question(gpus=4))
+    _, found = planned()
     for layout in found.layouts:
         if layout.step_s:
             assert layout.lower_bound_s <= layout.step_s * (1 + 1e-9)
@@ -183,7 +190,7 @@ def test_bounds_are_below_what_is_simulated():
 
 def test_a_thousand_gpus_are_planned():
     """On all of them or on fewer, never on more."""
-    found = plan(question(gpus=1024, batch=256), budget=10_000)
+    _, found = planned(1024, batch=128, budget=10_000)
     assert 0 < found.best.active <= 1024
 
 

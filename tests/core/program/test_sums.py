@@ -101,7 +101,7 @@ def test_two_ranks_that_post_sums_in_another_order() -> None:
     a, b = lines.index("l.0 REDUCE0"), lines.index("l.0 REDUCE1")
     lines[a], lines[b] = lines[b], lines[a]
     assert (
-        "rank 1 comes to 'l.0 REDUCE1' when rank 0 comes to 'l.0 REDUCE0': a communicator of both would mix them up",
+        "rank 1 reaches 'l.0 REDUCE1' when rank 0 reaches 'l.0 REDUCE0': a communicator of both would mix them up",
     ) == verify(planned, edited(listing, 1, *lines))
 
 
