@@ -1,8 +1,8 @@
 """Every check of minutes: ``nox``; one of them: ``nox -s types``. Longer ones run only by name: ``nox --list``.
 
-``make test``, ``make lint`` and ``make types`` come here. ``lint``, ``types`` and ``shell`` use the environment that nox
-runs in, because a second torch takes minutes; ``core`` and ``package`` make environments of their own,
-because what is missing there is the point.
+``make test``, ``make lint`` and ``make types`` come here. ``lint``, ``types`` and ``shell`` use the environment that
+nox runs in, because a second torch takes minutes. ``core`` and ``package`` make environments of their own, because
+what is missing there is the point.
 """
 
 import re
