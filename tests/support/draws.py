@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch.nn import functional
 
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.forward_only import predict
 from mimogrid.shell.runtime.session import open_session
@@ -42,7 +42,7 @@ class RankDraws:
     evaluated: tuple[Drawn, ...]
 
 
-def tell(place: Place, job: Job, steps: tuple[int, ...], update: bool) -> RankDraws | None:
+def tell(place: RankPlace, job: Job, steps: tuple[int, ...], update: bool) -> RankDraws | None:
     """Run some steps of a job and then one of them forwards only, listening."""
     with open_session(place, job) as session:
         runtime = session.runtime

@@ -1,4 +1,4 @@
-"""Measured steps: clocks, ways of messages, and the costs that follow."""
+"""Measured steps: clocks, messages on their way, and the costs that follow."""
 
 import attrs
 import pytest
@@ -32,7 +32,7 @@ def shifted(events, by):
 
 
 def test_a_step_that_was_simulated_is_measured_as_such():
-    """Times, idling and its causes: only when a message left is what a clock cannot tell from when it was ready."""
+    """Times, idling and its causes: a clock cannot distinguish when a message left from when it was ready."""
     program, timeline, _ = simulated()
     ran = measured(program, timeline.events)
     assert timeline.events == ran.events
