@@ -25,6 +25,7 @@ class OptimizerKind:
         states: the states that it keeps for each value, each with the option that must be on; "": always.
         betas, eps: the defaults; None: it has no such argument.
         decays: whether it has a weight decay.
+        counters: the states that are one value for a whole parameter.
     """
 
     name: str
@@ -33,6 +34,7 @@ class OptimizerKind:
     betas: tuple[float, float] | None = None
     eps: float | None = None
     decays: bool = True
+    counters: tuple[str, ...] = ("step",)
 
 
 _BETAS = (0.9, 0.95)
@@ -49,14 +51,16 @@ KINDS: Mapping[str, OptimizerKind] = {
     for kind in (
         OptimizerKind("AdamW", {"amsgrad": False}, _AMSGRAD, _BETAS, 1e-8),
         OptimizerKind("Adam", {"amsgrad": False}, _AMSGRAD, _BETAS, 1e-8),
-        OptimizerKind("SGD", _SGD, {"momentum_buffer": "momentum"}),
-        OptimizerKind("NAdam", _NADAM, _ADAM, _BETAS, 1e-8),
+        OptimizerKind("SGD", _SGD, {"momentum_buffer": "momentum"}, counters=()),
+        OptimizerKind("NAdam", _NADAM, _ADAM, _BETAS, 1e-8, counters=("step", "mu_product")),
         OptimizerKind("RAdam", {"decoupled_weight_decay": False}, _ADAM, _BETAS, 1e-8),
         OptimizerKind("Adamax", {}, {"exp_avg": "", "exp_inf": ""}, _BETAS, 1e-8),
         OptimizerKind("RMSprop", _RMSPROP, _RMSPROP_STATES, eps=1e-8),
         OptimizerKind("Adagrad", {"lr_decay": 0.0, "initial_accumulator_value": 0.0}, {"sum": ""}, eps=1e-10),
         OptimizerKind("Adadelta", {"rho": 0.9}, {"square_avg": "", "acc_delta": ""}, eps=1e-6),
-        OptimizerKind("ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, {"ax": ""}),
+        OptimizerKind(
+            "ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, {"ax": ""}, counters=("step", "eta", "mu")
+        ),
         OptimizerKind("Rprop", _RPROP, {"prev": "", "step_size": ""}, decays=False),
     )
 }
@@ -104,6 +108,11 @@ def states_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
     return tuple(
         name for name, option in kind_of(optimizer).states.items() if not option or arguments[option]
     )
+
+
+def counters_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
+    """Return the names of the states that the optimizer keeps once for each parameter, as one value."""
+    return kind_of(optimizer).counters
 
 
 # -- rates and decays --------------------------------------------------------------------------------------
