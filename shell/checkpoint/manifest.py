@@ -183,7 +183,7 @@ def _damage(checkpoint: Path, on_read: Callable[[int], None]) -> Iterator[str]:
         return
     files = manifest["files"]
     if checkpoint.name != (name := folder_of(checkpoint.parent, manifest["step"]).name):
-        yield f"has another name than its manifest gives it, '{name}'."
+        yield f"should be named '{name}': its '{MANIFEST}' says step {manifest['step']}."
         return
     found = [
         fault for name, facts in files.items() for fault in _damage_of(checkpoint / name, facts, on_read)
@@ -197,9 +197,16 @@ def _inconsistencies(checkpoint: Path, facts: Mapping[str, Any]) -> Iterator[str
     """Yield where files with the right checksums contradict each other, or the job that wrote them."""
     try:
         index = read_index(checkpoint)
-        spec = jobfile.recorded(facts["job"], checkpoint / MANIFEST)
     except PlanError as error:
         yield from (problem.message for problem in error.problems)
+        return
+    try:
+        spec = jobfile.recorded(facts["job"], checkpoint / MANIFEST)
+    except PlanError as error:
+        yield f"'{MANIFEST}' {error.problems[0].message}"
+        return
+    except RecursionError:
+        yield f"'{MANIFEST}' holds a job that is nested too deeply."
         return
     found = list(contradictions(checkpoint, facts["files"], index))
     yield from found or itertools.islice(_differences(spec, facts, described(index)), SHOWN)

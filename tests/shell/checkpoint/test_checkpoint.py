@@ -129,7 +129,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(
     files = sorted(path.name for path in saved.glob("shard-*"))
     assert files == sorted(path.name for path in again.glob("shard-*"))
     assert [(saved / f).read_bytes() for f in files] == [(again / f).read_bytes() for f in files]
-    ours, theirs = (manifest.read_manifest(c) | {"created": 0} for c in (saved, again))
+    ours, theirs = (manifest.read_manifest(c) | {"created": 0, "digest": ""} for c in (saved, again))
     assert ours == theirs
 
 
@@ -273,10 +273,10 @@ HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
         _rewrite(watch={"scale": math.inf, "good": 0, "losses": [], "norms": []}),
         "for watch",
     ),
-    "another step": (_rewrite(step=9), "has another name than its manifest gives it, 'step-00000009'"),
+    "another step": (_rewrite(step=9), "says step 9"),
     "another next sample": (_rewrite(data={"source": "digits", "next_sample": 0}), "for data"),
     "a manifest that says more": (_harm(_say_more, manifest.MANIFEST), "checksum differs"),
-    "a checkpoint of another step": (_renamed, "its manifest gives it, 'step-00000006'"),
+    "a checkpoint of another step": (_renamed, "'manifest.json' says step 6"),
     "an index that leads out": (
         _lead_to("../step-00000004/shard-00001-model-00001-of-00001.safetensors"),
         "../",
@@ -315,7 +315,6 @@ HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
     "a header of unknown values": (_forge(_lie("dtype", "PICKLE")), "has the bytes"),
     "a header of other values": (_forge(_lie("data_offsets", [0, 1 << 50])), "has the bytes"),
     "a header without a tensor": (_forge(_header(dict.popitem)), "tensors end at"),
-    "a header without places": (_forge(_header(lambda header: header.pop("__metadata__"))), "says at"),
     "values beyond what the header says": (
         _forge(lambda p: p.write_bytes(p.read_bytes() + b"more")),
         "says that its tensors end at",
