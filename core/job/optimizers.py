@@ -26,6 +26,7 @@ class OptimizerKind:
         betas, eps: the defaults; None: it has no such argument.
         decays: whether it has a weight decay.
         counters: the states that are one value for a whole parameter.
+        starts_with_states: whether it makes its states before its first update.
     """
 
     name: str
@@ -35,6 +36,7 @@ class OptimizerKind:
     eps: float | None = None
     decays: bool = True
     counters: tuple[str, ...] = ("step",)
+    starts_with_states: bool = False
 
 
 _BETAS = (0.9, 0.95)
@@ -44,6 +46,7 @@ _SGD = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
 _RMSPROP = {"alpha": 0.99, "momentum": 0.0, "centered": False}
 _RMSPROP_STATES = {"square_avg": "", "momentum_buffer": "momentum", "grad_avg": "centered"}
 _RPROP = {"etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0)}
+_ADAGRAD = {"lr_decay": 0.0, "initial_accumulator_value": 0.0}
 _NADAM = {"momentum_decay": 0.004, "decoupled_weight_decay": False}
 
 KINDS: Mapping[str, OptimizerKind] = {
@@ -56,7 +59,7 @@ KINDS: Mapping[str, OptimizerKind] = {
         OptimizerKind("RAdam", {"decoupled_weight_decay": False}, _ADAM, _BETAS, 1e-8),
         OptimizerKind("Adamax", {}, {"exp_avg": "", "exp_inf": ""}, _BETAS, 1e-8),
         OptimizerKind("RMSprop", _RMSPROP, _RMSPROP_STATES, eps=1e-8),
-        OptimizerKind("Adagrad", {"lr_decay": 0.0, "initial_accumulator_value": 0.0}, {"sum": ""}, eps=1e-10),
+        OptimizerKind("Adagrad", _ADAGRAD, {"sum": ""}, eps=1e-10, starts_with_states=True),
         OptimizerKind("Adadelta", {"rho": 0.9}, {"square_avg": "", "acc_delta": ""}, eps=1e-6),
         OptimizerKind(
             "ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, {"ax": ""}, counters=("step", "eta", "mu")
@@ -108,11 +111,6 @@ def states_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
     return tuple(
         name for name, option in kind_of(optimizer).states.items() if not option or arguments[option]
     )
-
-
-def counters_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
-    """Return the names of the states that the optimizer keeps once for each parameter, as one value."""
-    return kind_of(optimizer).counters
 
 
 # -- rates and decays --------------------------------------------------------------------------------------

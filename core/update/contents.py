@@ -1,8 +1,8 @@
 """Contents: what a checkpoint of a job holds, and the bounds of the numbers beside its tensors.
 
 A checkpoint holds a full tensor for each parameter of the job, under ``module.parameter``, and for each state that the
-optimizer keeps of a trained one, under ``optimizer.STATE.module.parameter``. Before the first update there may be no
-states. The parameters of a custom module are not known here; their states are.
+optimizer keeps of a trained one, under ``optimizer.STATE.module.parameter``. Most optimizers have none before the first
+update. The parameters of a custom module are not known here; their states are.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, cast
 import attrs
 
 from mimogrid.core.job.models import Own
-from mimogrid.core.job.optimizers import counters_of, states_of
+from mimogrid.core.job.optimizers import kind_of, states_of
 from mimogrid.core.topology.topology import Module, Topology
 
 
@@ -59,7 +59,7 @@ def table_of(topology: Topology, found: Tensors, *, steps_taken: int) -> Tensors
 
     What is known only to a custom module is taken from the tensors that were `found`.
     """
-    keeps = steps_taken > 0 or any(name.startswith(OPTIMIZER) for name in found)
+    keeps = steps_taken > 0 or kind_of(topology.spec.optimizer).starts_with_states
     table: dict[str, Described] = {}
     for module in topology.modules.values():
         for name, weight, trains in _weights(module, topology.spec.precision, found):
@@ -115,7 +115,7 @@ def _states(topology: Topology, name: str, weight: Described) -> Iterator[tuple[
     optimizer, dtypes = topology.spec.optimizer, frozenset({MAIN_DTYPES[topology.spec.precision]})
     for state in states_of(optimizer):
         yield f"{OPTIMIZER}{state}.{name}", Described(dtypes, weight.shape)
-    for state in counters_of(optimizer):
+    for state in kind_of(optimizer).counters:
         yield f"{OPTIMIZER}{state}.{name}", Described(COUNTER_DTYPES, (1,))
 
 

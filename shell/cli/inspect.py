@@ -94,7 +94,8 @@ class Progress:
     """Tells on standard error how much of some checkpoints has been read: at most once a second, and at the end."""
 
     def __init__(self, checkpoints: Sequence[Path]) -> None:
-        self._total = sum(path.stat().st_size for c in checkpoints for path in c.glob("*") if path.is_file())
+        files = (path for checkpoint in checkpoints for path in checkpoint.glob("*") if path.is_file())
+        self._total = sum(path.stat().st_size for path in files if path.name != MANIFEST)
         self._read, self._begin = 0, time.monotonic()
         self._told = self._begin
 

@@ -73,6 +73,7 @@ def test_of_a_custom_module_a_weight_has_all_states_or_none() -> None:
     del whole["optimizer.exp_avg_sq.lm.w"]
     (fault,) = table_faults(job, whole, steps_taken=3)
     assert "optimizer.exp_avg_sq.lm.w" in fault
+    assert list(table_faults(job, whole, steps_taken=0))
 
 
 @pytest.mark.parametrize(("name", "states"), [("sgd", 0), ("nadam", 4), ("asgd", 4), ("adagrad", 2)])

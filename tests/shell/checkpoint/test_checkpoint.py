@@ -239,6 +239,10 @@ def _say_more(path: Path) -> None:
     path.write_text(canonical(json.loads(path.read_text()) | {"steps_taken": 5}))
 
 
+def _of_format_1(path: Path) -> None:
+    path.write_text(canonical(json.loads(path.read_text()) | {"version": 1}))
+
+
 def _drop(name: str) -> Callable[[dict[str, Any]], object]:
     return lambda index: index.pop(name)
 
@@ -273,6 +277,7 @@ HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
         _rewrite(watch={"scale": math.inf, "good": 0, "losses": [], "norms": []}),
         "for watch",
     ),
+    "a format of before, with a checksum": (_harm(_of_format_1, manifest.MANIFEST), "checksum differs"),
     "another step": (_rewrite(step=9), "says step 9"),
     "another next sample": (_rewrite(data={"source": "digits", "next_sample": 0}), "for data"),
     "a manifest that says more": (_harm(_say_more, manifest.MANIFEST), "checksum differs"),
@@ -371,6 +376,19 @@ def test_what_was_not_published_is_not_seen(whole: tuple[Path, dict[str, Any]], 
     (newest / manifest.MANIFEST).unlink()
     newest.rename(newest.with_name(newest.name + manifest.PARTIAL))
     assert tmp_path / "checkpoints" / f"step-{EVERY:08}" == manifest.newest(tmp_path / "checkpoints")
+
+
+def test_a_checkpoint_of_format_1_goes_on_bitwise(
+    run: Run, whole: tuple[Path, dict[str, Any]], stopped: Path
+) -> None:
+    """Its manifest has no checksum and names no machine; what it saves next is of the new format."""
+    path = stopped / "checkpoints" / f"step-{EVERY:08}" / manifest.MANIFEST
+    facts = json.loads(path.read_text()) | {"version": 1}
+    path.write_text(canonical({key: facts[key] for key in facts.keys() - {manifest.DIGEST, "machine"}}))
+    assert whole[1]["losses"] == run(stopped, "precision=fp64", resume=True)["losses"]
+    newest = manifest.newest(stopped / "checkpoints")
+    assert newest
+    assert manifest.VERSION == manifest.read_manifest(newest)["version"]
 
 
 def test_a_run_without_a_checkpoint_begins_again(run: Run, stopped: Path) -> None:
