@@ -94,13 +94,13 @@ def _probed_here(job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure in a world of local processes for each size of microbatches, the job's own first."""
     sizes = (f"batch.global_size={size * job.spec.batch.microbatches}" for size in args.microbatch_sizes)
     jobs = [job, *(open_job(job.path, (*job.overrides, size)) for size in sizes)]
-    return [_first(one, "mimogrid.shell.run.probe:in_world", args.repeat) for one in jobs]
+    return [_first(one, "mimogrid.shell.run.probe.measure:in_world", args.repeat) for one in jobs]
 
 
 def _probed_at(place: Place, job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure as one rank of torchrun's world; only the first rank of the job gets the result."""
     prepare()
-    from mimogrid.shell.run.probe import in_world  # noqa: PLC0415 -- imports torch
+    from mimogrid.shell.run.probe.measure import in_world  # noqa: PLC0415 -- imports torch
 
     found = in_world(place, open_job(job.path, job.overrides), args.repeat)
     return [] if found is None else [found]

@@ -204,8 +204,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
     folder, whole, said = tmp_path / "run", tmp_path / "whole", tmp_path / "said"
     assert "" == harm.run(pool, job, whole).report
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
-    fault = faulty("kill rank 1 step 3 at lm.0 B1")
-    launching.under_torchrun(2, fault, arguments, said, restarts=1)
+    launching.under_torchrun(2, arguments, said, fault="kill rank 1 step 3 at lm.0 B1", restarts=1)
     assert 1 == said.read_text().count("mimogrid: rank 1 (host "), said.read_text()
     assert "resuming  step 2" in said.read_text()
     assert harm.left(whole) == harm.left(folder)
@@ -219,12 +218,12 @@ def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others
     job = opened(harm.job("enc(1,1,1)@0 lm(1,2,1)@1"))
     arguments = ["train", str(job.path), "--set", f"train.run_dir={tmp_path / 'run'}"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    fault = faulty("kill rank 0 step 3 at enc.0 B1") | {"GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         launching.started(
-            place | fault | {"RANK": str(rank)},
             [*arguments, "--set", "train.timeout_s=60"],
             tmp_path / f"said-{rank}",
+            place | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            fault="kill rank 0 step 3 at enc.0 B1",
         )
         for rank in range(3)
     ]
