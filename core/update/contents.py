@@ -1,13 +1,14 @@
 """Contents: what a checkpoint of a job holds, and the bounds of the numbers beside its tensors.
 
-A checkpoint holds a full tensor for each parameter of the job, under ``module.parameter``, and for each state that the
-optimizer keeps of a trained one, under ``optimizer.STATE.module.parameter``. Most optimizers have none before the first
-update. The parameters of a custom module are not known here; their states are.
+A checkpoint holds a full tensor for each parameter of the job, under ``module.parameter``, and for each state that
+the optimizer keeps of a trained one, under ``optimizer.STATE.module.parameter``. Most optimizers have none before the
+first update. The parameters of a custom module, or of a network that a host program gives, are not known here; their
+states are.
 """
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import attrs
@@ -54,15 +55,36 @@ Tensors = Mapping[str, Described]
 """Full tensors by name."""
 
 
-def table_of(topology: Topology, found: Tensors, *, steps_taken: int) -> Tensors:
+def custom_modules(topology: Topology, found: Tensors) -> frozenset[str]:
+    """Return the modules whose parameters the plan does not know.
+
+    Those are custom modules, and built-in ones for which a host program gave a network with other parameters: most
+    names of the table are missing among the tensors that were `found`, and others are there.
+    """
+    return frozenset(
+        name
+        for name, module in topology.modules.items()
+        if isinstance(module.model, Own) or _is_of_a_host(module, found)
+    )
+
+
+def _is_of_a_host(module: Module, found: Tensors) -> bool:
+    names = {f"{module.name}.{parameter.name}" for parameter in module.parameters}
+    has_any = any(name.startswith(f"{module.name}.") for name in found)
+    return has_any and 2 * len(names & found.keys()) < len(names)
+
+
+def table_of(topology: Topology, found: Tensors, custom: Collection[str], *, steps_taken: int) -> Tensors:
     """Return the tensors of a checkpoint of a job after so many updates.
 
-    What is known only to a custom module is taken from the tensors that were `found`.
+    What is known only to `custom` modules is taken from the tensors that were `found`.
     """
     keeps = steps_taken > 0 or kind_of(topology.spec.optimizer).starts_with_states
     table: dict[str, Described] = {}
+    precision = topology.spec.precision
     for module in topology.modules.values():
-        for name, weight, trains in _weights(module, topology.spec.precision, found):
+        weights = _found_weights(module, found) if module.name in custom else _weights(module, precision)
+        for name, weight, trains in weights:
             table[name] = weight
             if trains and keeps:
                 table |= _states(topology, name, weight)
@@ -71,7 +93,7 @@ def table_of(topology: Topology, found: Tensors, *, steps_taken: int) -> Tensors
 
 def table_faults(topology: Topology, found: Tensors, *, steps_taken: int) -> Iterator[str]:
     """Yield how tensors that were `found` differ from the table of their job."""
-    table = table_of(topology, found, steps_taken=steps_taken)
+    table = table_of(topology, found, custom_modules(topology, found), steps_taken=steps_taken)
     yield from lacking(table, found)
     yield from (f"has '{name}', which its job does not have." for name in found.keys() - table.keys())
     for name in sorted(found.keys() & table.keys()):
@@ -93,22 +115,22 @@ def lacking(table: Tensors, found: Tensors) -> Iterator[str]:
             yield f"has {list(found[name].shape)} for '{name}', the job needs {list(of.shape)}."
 
 
-def _weights(module: Module, precision: str, found: Tensors) -> Iterator[tuple[str, Described, bool]]:
+def _weights(module: Module, precision: str) -> Iterator[tuple[str, Described, bool]]:
     """Yield the weights of a module, and whether each is trained."""
     dtypes = {True: frozenset({MAIN_DTYPES[precision]}), False: frozenset({NETWORK_DTYPES[precision]})}
     for info in module.stages:
         for parameter in info.parameters:
             trains = parameter.name in info.trainable
             yield f"{module.name}.{parameter.name}", Described(dtypes[trains], parameter.shape), trains
-    if isinstance(module.model, Own):
-        known = {f"{module.name}.{parameter.name}" for parameter in module.parameters}
-        trains = any(info.trainable for info in module.stages)
-        with_states = (
-            {name.split(".", 2)[-1] for name in found if name.startswith(OPTIMIZER)} if trains else set[str]()
-        )
-        for name, of in found.items():
-            if name.startswith(f"{module.name}.") and name not in known:
-                yield name, of, name in with_states
+
+
+def _found_weights(module: Module, found: Tensors) -> Iterator[tuple[str, Described, bool]]:
+    """Yield the weights of a custom module that were found; one that has any state is trained."""
+    trains = any(info.trainable for info in module.stages)
+    with_states = {name.split(".", 2)[-1] for name in found if name.startswith(OPTIMIZER)}
+    for name, of in found.items():
+        if name.startswith(f"{module.name}."):
+            yield name, of, trains and name in with_states
 
 
 def _states(topology: Topology, name: str, weight: Described) -> Iterator[tuple[str, Described]]:

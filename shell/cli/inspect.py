@@ -19,7 +19,7 @@ from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.changes import refused
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.job.validation import problems_of
-from mimogrid.core.update.contents import OPTIMIZER, lacking, table_of, written_as
+from mimogrid.core.update.contents import OPTIMIZER, custom_modules, lacking, table_of, written_as
 from mimogrid.shell.checkpoint.index import described, read_index
 from mimogrid.shell.checkpoint.manifest import (
     MANIFEST,
@@ -73,10 +73,10 @@ def run(job: Job | None, args: InspectArgs) -> int:
 def _job_problems(job: Job, checkpoint: Path, changed: tuple[str, ...]) -> Iterator[Problem]:
     """Yield why a job cannot continue from a whole checkpoint; keys that are `changed` may differ."""
     facts, found = read_manifest(checkpoint), described(read_index(checkpoint))
-    table = table_of(job.topology, found, steps_taken=facts["steps_taken"])
-    for mismatch in lacking(table, found):
-        yield Problem(str(checkpoint), mismatch, _REMEDY)
     before = jobfile.recorded(facts["job"], checkpoint / MANIFEST)
+    custom = custom_modules(topology_of(before, found), found)
+    for mismatch in lacking(table_of(job.topology, found, custom, steps_taken=facts["steps_taken"]), found):
+        yield Problem(str(checkpoint), mismatch, _REMEDY)
     for change in refused(before, job.spec, accepted=changed):
         message = f"is {change.after!r}; {checkpoint.name} has {change.before!r}."
         yield Problem(change.key, message, f"If this is intended: --changed {change.key}.")

@@ -24,13 +24,13 @@ def topology(precision: str = "bf16", **fields: Any) -> Topology:
 
 def test_a_table_has_weights_and_the_states_of_trained_ones() -> None:
     """Frozen weights have the dtype of the network, trained ones and their states that of main parameters."""
-    table = table_of(topology(), {}, steps_taken=1)
+    table = table_of(topology(), {}, (), steps_taken=1)
     assert Described(frozenset({"BF16"}), (8, 5)) == table["enc.input.weight"]
     assert Described(frozenset({"F32"}), (12, 16)) == table["lm.embedding.weight"]
     assert Described(frozenset({"F32"}), (12, 16)) == table["optimizer.exp_avg_sq.lm.embedding.weight"]
     assert (1,) == table["optimizer.step.lm.embedding.weight"].shape
     assert not any(name.startswith("optimizer.") and ".enc." in name for name in table)
-    assert not any(name.startswith("optimizer.") for name in table_of(topology(), {}, steps_taken=0))
+    assert not any(name.startswith("optimizer.") for name in table_of(topology(), {}, (), steps_taken=0))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_table_has_weights_and_the_states_of_trained_ones() -> None:
 def test_a_tensor_too_few_or_too_many_or_another_is_a_fault(name: str) -> None:
     """Each is said with the name of the tensor."""
     job = topology()
-    whole = dict(table_of(job, {}, steps_taken=3))
+    whole = dict(table_of(job, {}, (), steps_taken=3))
     assert [] == list(table_faults(job, whole, steps_taken=3))
     wrong = Described(frozenset({"F64"}), whole[name].shape)
     other = attrs.evolve(whole[name], shape=(*whole[name].shape, 1))
@@ -79,7 +79,7 @@ def test_of_a_custom_module_a_weight_has_all_states_or_none() -> None:
 @pytest.mark.parametrize(("name", "states"), [("sgd", 0), ("nadam", 4), ("asgd", 4), ("adagrad", 2)])
 def test_what_is_one_value_for_a_parameter_is_counted_in(name: str, states: int) -> None:
     """Steps and products belong to the state as moments do."""
-    table = table_of(topology(optimizer=OptimizerSpec(name=name)), {}, steps_taken=1)
+    table = table_of(topology(optimizer=OptimizerSpec(name=name)), {}, (), steps_taken=1)
     assert states == sum(n.endswith(".lm.embedding.weight") and n.startswith("optimizer.") for n in table)
 
 
@@ -138,3 +138,13 @@ def test_what_follows_from_job_and_step_is_written_once() -> None:
     written = written_as(topology(), 5)
     assert 5 * 12 == written["data"]["next_sample"]
     assert {"tp": 2, "cp": 1, "dp": 1, "pp": 2, "ep": 1, "chunks": 1, "offset": 1} == written["layout"]["lm"]
+
+
+def test_a_host_programs_network_has_names_of_its_own() -> None:
+    """Its weights are not those of the built-in model; a module of which nothing is there is missing."""
+    job = topology("fp32")
+    whole = table_of(job, {}, (), steps_taken=3)
+    others = {name.replace("enc.", "enc.network."): of for name, of in whole.items()}
+    assert [] == list(table_faults(job, others, steps_taken=3))
+    without = {name: of for name, of in whole.items() if not name.startswith("enc.")}
+    assert "has no 'enc.input.weight'" in next(table_faults(job, without, steps_taken=3))
