@@ -444,7 +444,7 @@ def saved(
         saving.save(
             folder,
             slices_to_save(runtime),
-            manifest_of(runtime, len(published(folder))),
+            manifest_of(runtime, 1 + len(published(folder))),
             runtime.group,
             keep=9,
         )
