@@ -11,7 +11,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.validation import parity_problems
 from mimogrid.shell.cli.arguments import ParityArgs, ProbeArgs, TrainArgs
 from mimogrid.shell.cli.output import print_json, write
-from mimogrid.shell.device.place import Place, prepare, under_torchrun
+from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders
 from mimogrid.shell.world.launch import Pool
@@ -48,7 +48,7 @@ def _train_here(job: Job, args: TrainArgs) -> Any:
         return _first(job, "mimogrid.shell.run.train:in_world", *arguments, may_use_cuda=uses_cuda)
 
 
-def _train_at(place: Place, job: Job, args: TrainArgs) -> Any:
+def _train_at(place: RankPlace, job: Job, args: TrainArgs) -> Any:
     """Train as one rank of torchrun's world; return the report on the first rank of the job, or `Stopped`."""
     prepare()
     from mimogrid.shell.run.train import in_world  # noqa: PLC0415 -- imports torch
@@ -97,7 +97,7 @@ def _probed_here(job: Job, args: ProbeArgs) -> "list[Probed]":
     return [_first(one, "mimogrid.shell.run.probe.measure:in_world", args.repeat) for one in jobs]
 
 
-def _probed_at(place: Place, job: Job, args: ProbeArgs) -> "list[Probed]":
+def _probed_at(place: RankPlace, job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure as one rank of torchrun's world; only the first rank of the job gets the result."""
     prepare()
     from mimogrid.shell.run.probe.measure import in_world  # noqa: PLC0415 -- imports torch
