@@ -53,7 +53,9 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
         folder = _empty(named)
     with run_lock.owned(folder):
         record = folder / RECORD
-        if resume is None and record.exists() and record.stat().st_size:  # another run found the folder empty, too
+        if (
+            resume is None and record.exists() and record.stat().st_size
+        ):  # another run found the folder empty, too
             raise _refused(str(folder), "was claimed by another run just now.", _ELSEWHERE)
         write_json(record, {"job": jobfile.dump(job.spec)})
         yield folder

@@ -126,7 +126,7 @@ def _take(descriptor: int, folder: Path) -> None:
 def _beats_on(folder: Path, owner: Owner) -> bool:
     """Watch whether an owner on another host lives."""
     where = f"process {owner.pid} on host '{owner.host}'"
-    print(f"run folder '{folder}' was left by {where}: watching for {STALE_S:g} s", file=sys.stderr)
+    sys.stderr.write(f"run folder '{folder}' was left by {where}: watching it for {STALE_S:g} s\n")
     deadline = time.monotonic() + STALE_S
     while time.monotonic() < deadline:
         time.sleep(min(0.2, STALE_S))
@@ -141,7 +141,7 @@ def _beat(folder: Path, me: Owner, ended: threading.Event) -> None:
         owner = read(folder)
         if owner is not None and attrs.evolve(owner, beats=0) != attrs.evolve(me, beats=0):
             where = f"process {owner.pid} on host '{owner.host}'"
-            print(f"mimogrid: run folder '{folder}' is now that of {where}: this run ends", file=sys.stderr)
+            sys.stderr.write(f"mimogrid: run folder '{folder}' is now that of {where}: this run ends\n")
             sys.stderr.flush()
             os._exit(1)
         me = attrs.evolve(me, beats=me.beats + 1)
@@ -182,7 +182,8 @@ def _flock(descriptor: int, kind: int) -> bool | None:
 def _in_use(folder: Path) -> PlanError:
     owner = read(folder)
     if owner is None:
-        message, remedy = "is in use: another process trains there.", "Wait until it has ended, or end it."
+        message = "is in use: another process trains there."
+        remedy = f"Wait until it has ended, or end what has '{folder / LOCK}' open (fuser)."
     else:
         age_s = max(0.0, time.time() - (folder / LOCK).stat().st_mtime)
         message = (

@@ -4,8 +4,8 @@ The child of a launcher holds the reading end of a pipe whose writing end only t
 ends, the kernel closes that end. On Linux it then sends SIGKILL to this process, which may be stopped, or busy in a
 library that does not return. Elsewhere a thread waits for the end of the pipe.
 
-torchrun gives its ranks no such pipe. There the kernel sends SIGKILL when the parent ends (PR_SET_PDEATHSIG). The server
-from which ranks are forked does the same. A forked process does not inherit it.
+torchrun gives its ranks no such pipe. There the kernel sends SIGKILL when the parent ends (PR_SET_PDEATHSIG). The
+server from which ranks are forked asks for the same. A process that it forks does not inherit this.
 """
 
 import contextlib

@@ -4,17 +4,24 @@ import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from injection import injected
 from mimogrid.shell.cli.main import main
+from mimogrid.shell.device.place import Place
+from mimogrid.shell.run import train
+from mimogrid.shell.world.launch import Pool
 
 
-METHOD = "forkserver"
+METHOD: Literal["forkserver"] = "forkserver"
 
 
 def command(variables: Mapping[str, str], arguments: Sequence[str], said: Path) -> None:
@@ -23,15 +30,59 @@ def command(variables: Mapping[str, str], arguments: Sequence[str], said: Path) 
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.stderr.fileno())
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     fault = variables.get("MIMOGRID_FAULT") if first else None
-    with injected(fault) if fault else contextlib.nullcontext():
+    with _suffering(fault) if fault else contextlib.nullcontext():
         code = main(list(arguments))
     if code:
         sys.exit(code)
 
 
+@contextlib.contextmanager
+def _suffering(fault: str) -> Iterator[None]:
+    """Let this rank suffer a fault, or the ranks of the local world that this process starts."""
+    run = Pool.run
+
+    def run_with_fault(pool: Pool, _: str, size: int, *arguments: Any) -> list[Any]:
+        return run(pool, "launching:train_with_fault", size, fault, *arguments)
+
+    with injected(fault), patch.object(Pool, "run", run_with_fault):
+        yield
+
+
+def train_with_fault(place: Place, fault: str, *arguments: Any) -> Any:
+    """Train on a rank of a local world with a fault."""
+    with injected(fault):
+        return train.in_world(place, *arguments)
+
+
+def holders(folder: Path) -> set[int]:
+    """The processes that hold the lock of a run folder: its launcher and its ranks."""
+    return {int(link.parts[2]) for link in Path("/proc").glob("[0-9]*/fd/*") if _is_lock(link, folder)}
+
+
+def _is_lock(link: Path, folder: Path) -> bool:
+    try:
+        return link.readlink() == folder.resolve() / "run.lock"
+    except OSError:  # of a process that has ended
+        return False
+
+
+def await_that(holds: Callable[[], bool], limit_s: float) -> float:
+    """Wait until something holds; return the seconds that it took. Raises AssertionError after the limit."""
+    begun = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begun < limit_s, f"not within {limit_s:g} s"
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def context() -> ForkServerContext:
+    """The context from which processes come with everything imported."""
+    return multiprocessing.get_context(METHOD)
+
+
 def started(variables: Mapping[str, str], arguments: Sequence[str], said: Path) -> BaseProcess:
     """Start `mimogrid` in a process of its own."""
-    process = multiprocessing.get_context(METHOD).Process(target=command, args=(variables, arguments, said))
+    process = context().Process(target=command, args=(variables, arguments, said))
     process.start()
     return process
 

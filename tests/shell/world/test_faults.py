@@ -4,8 +4,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,12 +47,6 @@ CASES = [
         ]
     ),
 ]
-
-
-def faulty(line: str) -> dict[str, str]:
-    """The environment in which ``python -m faulty`` is `mimogrid` with a fault."""
-    path = [str(Path(__file__).parents[2] / "support"), os.environ.get("PYTHONPATH", "")]
-    return {"MIMOGRID_FAULT": line, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def free_port() -> int:
@@ -176,35 +169,60 @@ def test_a_run_that_is_interrupted_anywhere_ends_the_same(
     sweep.judge(pool, case, tmp_path, uninterrupted)
 
 
-def test_a_launcher_that_is_asked_to_stop_passes_it_on(pool: Pool, opened: Opened, tmp_path: Path) -> None:
-    """The command saves and exits with a code that launchers restart on."""
-    job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
-    folder, whole = tmp_path / "run", tmp_path / "whole"
-    assert "" == harm.run(pool, job, whole).report
-    slow = faulty("delay rank 1 step 2 for 2 s at UPDATE")
-    command = [sys.executable, "-m", "faulty", "train", str(job.path), "--set", f"train.run_dir={folder}"]
-    with subprocess.Popen(command, env=os.environ | slow, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        for line in process.stderr:
-            if line.startswith("step 1/"):
-                break
-        process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
-    assert EXIT_CODE == process.returncode, said
-    assert "was asked to stop, and is saved" in said
-    assert "" == harm.run(pool, job, folder, resume=True).report
-    assert harm.left(whole) == harm.left(folder)
+@pytest.fixture(scope="module")
+def pair(opened: Opened) -> Job:
+    """A job on two ranks."""
+    return opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
+
+
+@pytest.fixture(scope="module")
+def whole_pair(pool: Pool, pair: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of that job that nothing happened to."""
+    folder = tmp_path_factory.mktemp("pair")
+    assert "" == harm.run(pool, pair, folder).report
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *nightly_only([signal.SIGTERM]), signal.SIGHUP])
+def test_a_launcher_that_is_asked_to_stop_passes_it_on(
+    pool: Pool, pair: Job, whole_pair: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The command saves, exits with a code that launchers restart on, and prints the command that goes on."""
+    folder, said = tmp_path / "run", tmp_path / "said"
+    fault = {"MIMOGRID_FAULT": "delay rank 1 step 2 for 2 s at UPDATE"}
+    process = launching.started(fault, ["train", str(pair.path), "--set", f"train.run_dir={folder}"], said)
+    launching.await_that(lambda: "step 1/" in said.read_text() if said.exists() else False, 60.0)
+    os.kill(process.pid or 0, number)
+    process.join(timeout=60)
+    assert EXIT_CODE == process.exitcode, said.read_text()
+    assert "was asked to stop, and is saved: step 3 is next" in said.read_text()
+    assert f"mimogrid train {pair.path} --set train.run_dir={folder} --resume {folder}" in said.read_text()
+    assert "" == harm.run(pool, pair, folder, resume=True).report
+    assert harm.left(whole_pair) == harm.left(folder)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(pair: Job, tmp_path: Path) -> None:
+    """Also where a rank hangs."""
+    folder, said = tmp_path / "run", tmp_path / "said"
+    fault = {"MIMOGRID_FAULT": "delay rank 1 step 1 for 60 s at UPDATE"}
+    process = launching.started(fault, ["train", str(pair.path), "--set", f"train.run_dir={folder}"], said)
+    launching.await_that(lambda: "step 0/" in said.read_text() if said.exists() else False, 60.0)
+    for wait_s in (1.0, 0.0):
+        os.kill(process.pid or 0, signal.SIGINT)
+        time.sleep(wait_s)
+    process.join(timeout=10)
+    assert 130 == process.exitcode, said.read_text()
+    assert "Ctrl-C again ends the run at once" in said.read_text()
+    assert not launching.holders(folder)
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
-    pool: Pool, opened: Opened, tmp_path: Path
+    pair: Job, whole_pair: Path, tmp_path: Path
 ) -> None:
     """The restarted ranks go on from the last checkpoint; one report says who died."""
-    job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
-    folder, whole, said = tmp_path / "run", tmp_path / "whole", tmp_path / "said"
-    assert "" == harm.run(pool, job, whole).report
+    job, whole, folder, said = pair, whole_pair, tmp_path / "run", tmp_path / "said"
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
-    fault = faulty("kill rank 1 step 3 at lm.0 B1")
+    fault = {"MIMOGRID_FAULT": "kill rank 1 step 3 at lm.0 B1"}
     launching.under_torchrun(2, fault, arguments, said, restarts=1)
     assert 1 == said.read_text().count("mimogrid: rank 1 (host "), said.read_text()
     assert "resuming  step 2" in said.read_text()
@@ -219,7 +237,7 @@ def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others
     job = opened(harm.job("enc(1,1,1)@0 lm(1,2,1)@1"))
     arguments = ["train", str(job.path), "--set", f"train.run_dir={tmp_path / 'run'}"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    fault = faulty("kill rank 0 step 3 at enc.0 B1") | {"GLOO_SOCKET_IFNAME": "lo"}
+    fault = {"MIMOGRID_FAULT": "kill rank 0 step 3 at enc.0 B1"} | {"GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         launching.started(
             place | fault | {"RANK": str(rank)},
