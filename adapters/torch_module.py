@@ -37,7 +37,7 @@ from mimogrid.core.topology.roles import RankRole, role_of
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint.state import facts_of, gather, restore, scatter
 from mimogrid.shell.device import device as devices
-from mimogrid.shell.job.host import Handed
+from mimogrid.shell.job.host import HostSource
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
@@ -245,7 +245,7 @@ class Embedded:
         if batch is not None and len(batch) != self.job.spec.batch.global_size:
             fact = f"the host gave {len(batch)} samples, a step has {self.job.spec.batch.global_size}."
             raise PlanError([Problem("batch.global_size", fact, "Give every rank all samples of the step.")])
-        if batch is None and isinstance(self.job.source, Handed):
+        if batch is None and isinstance(self.job.source, HostSource):
             self.job.source.load(index, "")
 
     def _step_of(self, runtime: RankRuntime, batch: Sequence[Example] | None) -> "tuple[Step, _Batch | None]":

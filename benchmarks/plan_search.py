@@ -13,8 +13,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from mimogrid.core.plan import plan
 from mimogrid.core.plan.layouts import Question
+from mimogrid.core.plan.planner import plan
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.shell.job.jobs import open_job
 

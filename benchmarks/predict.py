@@ -26,7 +26,7 @@ import attrs
 import torch
 
 from mimogrid.core.program.lower import plan_step
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.shell.device.place import Place
 from mimogrid.shell.job.jobs import Job, open_job
@@ -100,7 +100,7 @@ def compare(pool: Pool, path: Path, *, repeat: int, steps: int) -> Compared:
     job = open_job(path)
     size = job.topology.world_size
     real = _first(pool.run(f"{Path(__file__).stem}:in_world", size, job, steps))
-    probed: Probed = _first(pool.run("mimogrid.shell.run.probe:in_world", size, job, repeat))
+    probed: Probed = _first(pool.run("mimogrid.shell.run.probe.measure:in_world", size, job, repeat))
     predicted = [
         simulate(
             plan_step(step, job.order), probed.costs, duration_factors=DurationFactors(step, ragged=True)

@@ -24,8 +24,8 @@ from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.orders import order_of
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.memory import peak_bytes
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.parse import parse
 

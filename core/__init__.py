@@ -1,4 +1,5 @@
-"""The functional core: what every rank will do, decided by pure functions over immutable values.
+"""The functional core: pure functions over immutable values that decide what every rank will do.
 
-Nothing here imports torch, reads a clock, a file or the environment, or knows which rank it runs on.
+Nothing here imports torch, reads a clock, a file or the environment, or knows its own rank. A value may memoize what it
+computes, and functions may cache results; callers cannot see either.
 """

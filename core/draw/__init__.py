@@ -1,4 +1,4 @@
-"""Draw: timelines and layouts as text for a terminal, SVG for a page, a trace for Perfetto.
+"""Timelines, planned or measured, and layouts: as text for a terminal, as SVG, as a trace for Perfetto.
 
-A timeline is a `Timeline`, whoever made it: a simulated step and a measured one (`measured`) are drawn alike.
+May import: `base` to `simulate`.
 """

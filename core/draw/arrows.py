@@ -1,4 +1,4 @@
-"""Arrows: messages between rows; of too many, some."""
+"""Arrows: messages between rows, and a selection of them where there are too many."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -11,13 +11,13 @@ from mimogrid.core.simulate.timeline import MessageInterval
 
 
 MOST_ARROWS = 160
-"""Messages that are drawn at most."""
+"""The most messages that are drawn."""
 
 
-def thinned(messages: Iterable[MessageInterval]) -> tuple[list[MessageInterval], int]:
-    """Return few enough messages to be seen, and of how many microbatches one is shown.
+def selected(messages: Iterable[MessageInterval]) -> tuple[list[MessageInterval], int]:
+    """Return at most `MOST_ARROWS` messages, and the stride between the microbatches that they are of.
 
-    First, all; then one of each transfer; then those of every second microbatch, of every fourth, ...
+    All of them, if they are few. Else one of each transfer; else those of every second microbatch, of every fourth, ...
     """
     found = list(messages)
     if len(found) <= MOST_ARROWS:
@@ -34,7 +34,7 @@ def thinned(messages: Iterable[MessageInterval]) -> tuple[list[MessageInterval],
 def arrow_parts(
     page: Page, picture: Picture, messages: Sequence[MessageInterval], where: Mapping[int, float]
 ) -> Iterator[str]:
-    """Draw messages between rows; `where` gives the top of each rank's. What the step waited for is bold."""
+    """Draw messages between rows; `where` has the top of each rank's row. Those on the critical path are bold."""
     critical = {
         (segment.action, segment.end_s)
         for row in picture.rows[:1]

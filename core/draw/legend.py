@@ -1,4 +1,4 @@
-"""Legend: what the colours, patterns and lines of a page mean, as far as they come up in it."""
+"""Legend: what the colours, patterns and lines mean that a page has."""
 
 import collections
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS
 
 @attrs.frozen
 class LegendEntry:
-    """Words with what they explain: filled boxes with letters in them, or an arrow."""
+    """An explanation, with what it explains: filled boxes with letters in them, or an arrow."""
 
     words: str
     swatches: tuple[tuple[Fill, str], ...] = ()
@@ -31,7 +31,7 @@ class LegendEntry:
 
 
 def legend(pictures: Sequence[Picture], page: Page, stride: int) -> Iterator[LegendEntry]:
-    """Yield entries for all that is drawn; microbatches with arrows are `stride` apart, if there are any."""
+    """Yield entries for everything that is drawn. Microbatches with arrows are `stride` apart; 0 means no arrows."""
     rows = [row for picture in pictures for row in picture.rows]
     yield from _modules(page, rows)
     yield from _other_time(rows)
@@ -48,7 +48,7 @@ def legend(pictures: Sequence[Picture], page: Page, stride: int) -> Iterator[Leg
 
 
 def _modules(page: Page, rows: Sequence[Row]) -> Iterator[LegendEntry]:
-    """Yield the colours of modules and chunks for each kind of action, and what the letters of kinds mean."""
+    """Yield the colours of modules and chunks for each kind of action, and the meaning of the letters."""
     kinds: dict[tuple[str, int], set[Kind]] = collections.defaultdict(set)
     for row in rows:
         for _, action in row.computes:
@@ -61,12 +61,12 @@ def _modules(page: Page, rows: Sequence[Row]) -> Iterator[LegendEntry]:
         )
         yield LegendEntry(f"{name} chunk {chunk}" if page.chunks[name] > 1 else name, swatches, bold=True)
     seen = set[Kind]().union(*kinds.values())
-    if told := ", ".join(f"{kind.value} {words}" for kind, words in marks.LETTERS.items() if kind in seen):
-        yield LegendEntry(told)
+    if letters := ", ".join(f"{kind.value} {words}" for kind, words in marks.LETTERS.items() if kind in seen):
+        yield LegendEntry(letters)
 
 
 def _other_time(rows: Sequence[Row]) -> Iterator[LegendEntry]:
-    """Yield what ranks do besides computing, and why they idle."""
+    """Yield what ranks do beside computing, and why they idle."""
     events = (event for row in rows for event in row.events if event.end_s > event.begin_s)
     if any(isinstance(event.action, WaitReduce | Tie | Norm | Update) for event in events):
         yield LegendEntry("reduce, agree, update", ((Fill(GREY, WHITE), ""),))

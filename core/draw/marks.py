@@ -1,7 +1,7 @@
-"""Marks: what pictures are made of: inks and patterns, texts with a known width, shapes of SVG.
+"""Marks: the elements of pictures: inks and patterns, texts with a known width, shapes of SVG.
 
-A module has a hue, and what it does a lightness or a pattern, so that a picture says the same without colour: a forward
-is light, a backward dark; of its halves the gradient of inputs is dark and striped, that of weights an outline.
+A module has a hue. A kind of action has a lightness or a pattern, so that a picture can be read without colour: a
+forward is light, a backward is dark, the gradient of inputs is dark and striped, and that of weights is an outline.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ class Ink:
     dark: str
 
     def of(self, kind: Kind, chunk: int = 0, chunks: int = 1) -> "Fill":
-        """Return how an action of a kind is filled; later chunks of a rank are paler."""
+        """Return the fill of a kind of action; later chunks of a rank are paler."""
         pale = chunk / max(chunks - 1, 1)
         match kind:
             case Kind.FORWARD:
@@ -102,7 +102,7 @@ def mixed(colour: str, white: float) -> str:
 
 
 def width_of(words: str, size: float) -> float:
-    """Return how wide a text is at most: fonts differ, so this errs on the wide side."""
+    """Return the width of a text, in pixels, in a wide font: fonts differ."""
     return len(words) * size * 0.6
 
 
@@ -153,13 +153,13 @@ def line(path: str, *, stroke: str = FAINT, width: float = 1.0, more: str = "") 
     return f'<path d="{path}" fill="none" stroke="{stroke}" stroke-width="{width:g}"{more}/>'
 
 
-def words(x: float, y: float, told: str, *, size: float, fill: str = BLACK, more: str = "") -> str:
+def words(x: float, y: float, text: str, *, size: float, fill: str = BLACK, more: str = "") -> str:
     """Return a text; `y` is its base line."""
-    return f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" fill="{fill}"{more}>{escape(told)}</text>'
+    return f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" fill="{fill}"{more}>{escape(text)}</text>'
 
 
 def with_tip(tip: str, parts: Iterable[str]) -> Iterator[str]:
-    """Yield parts as a group that says what it is when pointed at, and to readers of screens."""
+    """Yield parts as a group with a tip, for the pointer and for screen readers."""
     yield f"<g><title>{escape(tip)}</title>"
     yield from parts
     yield "</g>"

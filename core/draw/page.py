@@ -1,4 +1,4 @@
-"""Page: where things are on a drawn page. One scale of time and one of memory hold for all rows of all its pictures.
+"""Page: where things are on a drawn page. All rows of all its pictures have one scale of time and one of memory.
 
 All lengths are in pixels.
 """
@@ -14,14 +14,14 @@ from mimogrid.core.draw.picture import Picture, Row
 
 
 WIDEST, NARROWEST, MARGIN = 1500.0, 640.0, 16.0
-"""How long a step is drawn at most and at least; what is left free around the page."""
+"""The longest and the shortest that a step is drawn; the margin around the page."""
 LONGEST_NAME = 300.0
 TITLE, HEADING, LEGEND, AXIS = 14.0, 11.5, 11.0, 10.0
 """Sizes of letters."""
 SIZES = ((16, (20.0, 16.0, 8.0)), (40, (15.0, 11.0, 6.0)), (math.inf, (11.0, 7.0, 4.0)))
-"""Heights of a cell, of the memory under it and of the gap to the next row, by how many rows there are at most."""
+"""For up to so many rows: heights of a cell, of the memory under it, and of the gap to the next row."""
 SMALL, VISIBLE = 3.0, 0.7
-"""A narrower cell has neither border nor tip; and what is narrower yet is merged with what follows."""
+"""Cells below the first width have neither border nor tip; those below the second are merged with what follows."""
 
 
 @attrs.frozen
@@ -31,11 +31,11 @@ class Page:
     Attributes:
         inks: per module, its colours.
         chunks: per module, on how many chunks a rank computes.
-        left: where time begins; names stand before it.
-        long: how long the longest step is drawn.
-        step_s: the longest step.
-        most_bytes: what any rank holds at most.
-        right: room behind the longest step, for what a rank holds at most.
+        left: where time begins; names stand to its left.
+        long: the length of the longest step.
+        step_s: the longest step, in seconds.
+        most_bytes: the most that any rank holds.
+        right: room behind the longest step, for the most that a rank holds.
         cell: height of an action.
         strip: height of the memory under it.
         gap: from there to the next row.
@@ -69,7 +69,7 @@ class Page:
 
     @property
     def small(self) -> float:
-        """The size of what is told beside a strip."""
+        """The size of the text beside a strip of memory."""
         return _small(self.cell)
 
     @property
@@ -78,16 +78,16 @@ class Page:
         return self.long / self.step_s if self.step_s else 0.0
 
     def x(self, seconds: float) -> float:
-        """Where a moment of a step is."""
+        """Where a time of a step is."""
         return self.left + seconds * self.scale
 
     def height(self, row: Row) -> float:
-        """Of its cells and its memory."""
-        return self.cell + (1 + self.strip if row.remembers else 0)
+        """The height of a row, with its memory."""
+        return self.cell + (1 + self.strip if row.has_memory else 0)
 
 
 def page_of(pictures: Sequence[Picture]) -> Page:
-    """Return a page on which all pictures have room."""
+    """Return a page with room for all pictures."""
     rows = [row for picture in pictures for row in picture.rows]
     topologies = {id(row.timeline): row.timeline.program.topology for row in rows}.values()
     modules = {name: module for topology in topologies for name, module in topology.modules.items()}
@@ -108,7 +108,7 @@ def page_of(pictures: Sequence[Picture]) -> Page:
 
 
 def _readable(rows: Sequence[Row], font: float) -> float:
-    """Return how many pixels a second make the number of every action fit into its cell."""
+    """Return how many pixels a second has if the number of every action fits into its cell."""
     wanted = (
         (marks.width_of(str(action.microbatch), font) + 5) / (event.end_s - event.begin_s)
         for row in rows
@@ -127,13 +127,13 @@ def _small(cell: float) -> float:
 
 
 def name_of(row: Row, font: float) -> str:
-    """Return what stands before a row, cut to fit."""
-    told = f"{row.name}  {row.told}" if row.told else row.name
-    return marks.cut(told, font, LONGEST_NAME)
+    """Return the name of a row, cut to fit."""
+    name = f"{row.name}  {row.source}" if row.source else row.name
+    return marks.cut(name, font, LONGEST_NAME)
 
 
 def headed(row: Row) -> Iterator[tuple[str, str, float]]:
-    """Yield the modules of a row, the sizes of their grids, and how wide a heading that makes."""
+    """Yield the modules of a row, the sizes of their grids, and the widths of these headings."""
     topology = row.timeline.program.topology
     for name in row.modules:
         axes = topology.modules[name].grid.axes

@@ -1,8 +1,8 @@
 """Perfetto: a timeline in the JSON trace format that Perfetto and Chrome open.
 
 A process is a rank. It has a track for what it computes, one for its transfers, and a counter for the bytes that it
-holds. An arrow (a *flow*) leads from the action that made a message to the one that reads it. Names are those of the
-notation; times are in microseconds. Records are made rank after rank, so a trace of any length needs little memory.
+holds. An arrow (a *flow*) leads from the action that makes a message to the one that reads it. Names are those of the
+notation; times are in microseconds. Records are written rank by rank, so a trace of any length needs little memory.
 
 Format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
@@ -12,11 +12,9 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mimogrid.core.draw.marks import LETTERS
-from mimogrid.core.program.lower import link_of
 from mimogrid.core.schedule.actions import Action, Compute, Recv, Send, Transfer, Wait
-from mimogrid.core.simulate.memory import trace
+from mimogrid.core.simulate.memory import trace, transfer_bytes
 from mimogrid.core.simulate.timeline import Event, Timeline, sent_as
-from mimogrid.core.step.traffic import message_bytes
 
 
 Record = Mapping[str, Any]
@@ -24,7 +22,7 @@ Record = Mapping[str, Any]
 COMPUTING, MOVING = 0, 1
 """The two tracks of a rank."""
 WITHIN = 0.01
-"""An arrow binds to the action that encloses its end, so it ends this part of the action's length inside."""
+"""An arrow belongs to the action that its end lies in. So it ends this part of the action's length from the border."""
 
 
 def lines(timeline: Timeline, ranks: Iterable[int] | None = None) -> Iterator[str]:
@@ -38,7 +36,7 @@ def lines(timeline: Timeline, ranks: Iterable[int] | None = None) -> Iterator[st
 
 
 def records(timeline: Timeline, ranks: Iterable[int] | None = None) -> Iterator[Record]:
-    """Yield the records of a trace; a rank that is not among `ranks` is stood for by the first of its class."""
+    """Yield the records of a trace. For a peer that is not among `ranks`, the leader of its class stands."""
     chosen = tuple(timeline.classes.leader if ranks is None else ranks)
     drawn = frozenset(chosen)
     sizes: dict[Hashable, int] = {}
@@ -56,8 +54,8 @@ def _names(timeline: Timeline, rank: int, *, alone: bool) -> Iterator[Record]:
     name = f"rank {rank}{f' x {count}' if count > 1 else ''}: {stages}"
     yield {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": name}}
     yield {"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0, "args": {"sort_index": rank}}
-    for track, told in ((COMPUTING, "compute"), (MOVING, "transfers")):
-        yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": track, "args": {"name": told}}
+    for track, name in ((COMPUTING, "compute"), (MOVING, "transfers")):
+        yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": track, "args": {"name": name}}
         yield {
             "ph": "M",
             "name": "thread_sort_index",
@@ -75,7 +73,7 @@ def _slice(timeline: Timeline, event: Event, sizes: dict[Hashable, int]) -> Reco
         stage = moved.stage
         args = {"module": stage.module, "stage": str(stage), "microbatch": moved.microbatch}
     if isinstance(moved, Transfer):
-        args |= {"peer": str(moved.peer), "bytes": _bytes(timeline, event.rank, moved, sizes)}
+        args |= {"peer": str(moved.peer), "bytes": transfer_bytes(timeline.program, event.rank, moved, sizes)}
     return {
         "ph": "X",
         "name": str(action),
@@ -100,17 +98,6 @@ def _category(action: Action) -> str:
             return "finish"
 
 
-def _bytes(timeline: Timeline, rank: int, transfer: Transfer, known: dict[Hashable, int]) -> int:
-    """The bytes that a rank sends or receives in a transfer; `known` are those of transfers that are alike."""
-    program = timeline.program
-    first = program.routes.first(link_of(program.topology, transfer), transfer.microbatch)
-    key = rank, transfer.stage, transfer.peer, transfer.at_source, first
-    if key not in known:
-        messages = program.messages_of(rank, transfer)
-        known[key] = sum(message_bytes(program.routes.step, message) for message in messages)
-    return known[key]
-
-
 def _ends(timeline: Timeline, rank: int, drawn: frozenset[int]) -> Iterator[Record]:
     """Yield this rank's ends of its messages; both ends of one have the same id."""
     made: Event | None = None
@@ -132,7 +119,7 @@ def _ends(timeline: Timeline, rank: int, drawn: frozenset[int]) -> Iterator[Reco
 
 
 def _arrows(timeline: Timeline, event: Event, transfer: Transfer, drawn: frozenset[int]) -> Iterator[Record]:
-    """Yield the ends of a transfer's messages at the action that made or reads them."""
+    """Yield the ends of a transfer's messages, at the action that makes or reads them."""
     sends, rank, leader = isinstance(transfer, Send), event.rank, timeline.classes.leader
     within = WITHIN * (event.end_s - event.begin_s)
     at = event.end_s - within if sends else event.begin_s + within
@@ -153,7 +140,7 @@ def _arrows(timeline: Timeline, event: Event, transfer: Transfer, drawn: frozens
 
 
 def _peers(timeline: Timeline, rank: int, transfer: Transfer) -> Iterator[int]:
-    """Yield who is at the other ends of a transfer; of a rank that stands for its dp rank, of all its dp rank."""
+    """Yield the ranks at the other ends of a transfer; for a rank that stands for its dp rank, of all its ranks."""
     program = timeline.program
     module = program.topology.modules[transfer.stage.module]
     dp_rank = module.tp_cp_ranks(transfer.stage, module.dp_rank_of(rank)) if timeline.by_dp_ranks else (rank,)

@@ -1,7 +1,7 @@
-"""Picture: what a drawn timeline shows: which ranks, in which order, and whom each stands for.
+"""Picture: what a drawn timeline shows: which ranks, in which order, and how many ranks each stands for.
 
-Up to `MOST` ranks each has a row. Of a larger world one rank of each class is drawn, which stands for all that live
-through the step alike. Of two timelines of one program, each rank of the first stands above itself in the second.
+Up to `MOST` ranks, each has a row. In a larger world only the leader of each rank class has one. Of two timelines of
+one program, each rank of the first stands above the same rank of the second.
 """
 
 import collections
@@ -18,7 +18,7 @@ from mimogrid.core.topology.topology import Topology
 
 
 MOST = 64
-"""So many ranks, or classes of them, are drawn."""
+"""The most ranks, or rank classes, that are drawn."""
 
 
 @attrs.frozen(eq=False)
@@ -26,20 +26,20 @@ class Row:
     """A rank of a timeline.
 
     Attributes:
-        timeline: what it is a part of.
-        rank: whose row it is.
+        timeline: of the whole step.
+        rank: the rank.
         count: how many ranks it stands for, itself included.
-        critical: what it adds to the critical path, by itself or together with others.
-        told: which of several timelines this is, if there are several.
-        remembers: whether the memory of the rank is shown.
+        critical: the segments of the critical path that it takes part in.
+        source: which of several timelines this is, if there are several.
+        has_memory: whether the memory of the rank is shown.
     """
 
     timeline: Timeline
     rank: int
     count: int
     critical: tuple[PathSegment, ...]
-    told: str = ""
-    remembers: bool = True
+    source: str = ""
+    has_memory: bool = True
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -48,31 +48,31 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The rank with its stages and whom it stands for."""
+        """The rank with its stages, and how many ranks it stands for."""
         stages = " ".join(str(info.stage) for info in self._topology.role(self.rank).stages)
         return f"rank {self.rank}{f' x {self.count}' if self.count > 1 else ''}  {stages}"
 
     @functools.cached_property
     def events(self) -> tuple[Event, ...]:
-        """What the rank does when."""
+        """The events of the rank."""
         return self.timeline.events_of(self.rank)
 
     @property
     def computes(self) -> Iterator[tuple[Event, Compute]]:
-        """What the rank computes when."""
+        """The events in which the rank computes, with their actions."""
         return ((event, event.action) for event in self.events if isinstance(event.action, Compute))
 
     @functools.cached_property
     def idles(self) -> tuple[Idle, ...]:
         """When the rank computes nothing, and why."""
-        track = self.timeline.rank_timelines[self.timeline.classes.leader[self.rank]]
+        mine = self.timeline.rank_timelines[self.timeline.classes.leader[self.rank]]
         whole = (0.0, self.timeline.step_s)
-        return tuple(idles_of(self.rank, self.events, track.posted(), whole=whole))
+        return tuple(idles_of(self.rank, self.events, mine.posted(), whole=whole))
 
     @functools.cached_property
     def levels(self) -> tuple[Level, ...]:
         """What the rank holds over time, if that is shown."""
-        return trace(self.timeline, self.rank) if self.remembers else ()
+        return trace(self.timeline, self.rank) if self.has_memory else ()
 
     @property
     def _topology(self) -> Topology:
@@ -81,13 +81,13 @@ class Row:
 
 @attrs.frozen(eq=False)
 class Picture:
-    """Rows from top to bottom, and what is told of them.
+    """Rows from top to bottom.
 
     Attributes:
-        title: what is shown.
+        title: the text above them.
         rows: the ranks.
-        note: what is not shown.
-        arrows: whether messages are.
+        note: what is not shown, in words.
+        arrows: whether messages are shown.
     """
 
     title: str
@@ -97,13 +97,13 @@ class Picture:
 
     @property
     def groups(self) -> Iterator[tuple[tuple[str, ...], tuple[Row, ...]]]:
-        """Yield neighbours that host the same modules, with these."""
+        """Yield rows next to each other that host the same modules, with these modules."""
         for modules, rows in itertools.groupby(self.rows, key=lambda row: row.modules):
             yield modules, tuple(rows)
 
     @property
     def messages(self) -> Iterator[MessageInterval]:
-        """Yield the messages between ranks that are drawn; those of a class between those that stand for it."""
+        """Yield the messages between ranks that are drawn; messages of other ranks are those of their leaders."""
         if not self.arrows:
             return
         rows = {row.rank: row for row in self.rows}
@@ -130,19 +130,19 @@ def picture(timeline: Timeline, title: str = "") -> Picture:
 
 
 def above(planned: Timeline, measured: Timeline, title: str = "") -> Picture:
-    """Return the picture of a plan above what came of it, rank by rank. Both are of one program."""
+    """Return the picture of a planned timeline above the measured one, rank by rank. Both are of one program."""
     chosen, note = _chosen(planned)
     segments = _segments(planned)
     rows: list[Row] = []
     for rank, count in chosen.items():
         critical = tuple(segments[planned.classes.leader[rank]])
-        rows.append(Row(planned, rank, count, critical, "planned", remembers=False))
+        rows.append(Row(planned, rank, count, critical, "planned", has_memory=False))
         rows.append(Row(measured, rank, 1, (), "measured"))
     return Picture(title, tuple(rows), note, arrows=False)
 
 
 def _segments(timeline: Timeline) -> Mapping[int, list[PathSegment]]:
-    """Return the legs of the critical path by whoever stands for those that take part in them."""
+    """Return the segments of the critical path that each leader takes part in, or a rank of its class."""
     found: dict[int, list[PathSegment]] = collections.defaultdict(list)
     for segment in timeline.critical_path:
         for leader in timeline.classes.leaders_of(timeline.program.joint(segment.rank, segment.action)):
@@ -151,7 +151,7 @@ def _segments(timeline: Timeline) -> Mapping[int, list[PathSegment]]:
 
 
 def _chosen(timeline: Timeline) -> tuple[Mapping[int, int], str]:
-    """Return the ranks that are drawn, with how many each stands for, and what is not drawn."""
+    """Return the ranks that are drawn, with how many ranks each stands for, and what is not drawn, in words."""
     classes = timeline.classes
     if len(classes.leader) <= MOST:
         return dict.fromkeys(classes.leader, 1), ""

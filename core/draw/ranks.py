@@ -1,7 +1,7 @@
-"""Ranks: who is where, as a picture. A row per module; a cell, or in a large world a block, is a rank's place in it.
+"""Ranks: which modules every rank hosts, as a picture. A row is a module; a cell is a rank's position in it.
 
-Up to `MOST` ranks are drawn one by one, `PER_LINE` in a line. Of more, neighbours in one stage are one block, on a line
-that is all of the world.
+Up to `MOST` ranks are drawn one by one, `PER_LINE` in a line. In a larger world neighbours in one stage are one block,
+on a line with the whole world.
 """
 
 import itertools
@@ -11,6 +11,7 @@ import attrs
 
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, BOLD, FAINT, GREY, MIDDLE, RIGHT, WHITE, Ink
+from mimogrid.core.draw.rank_map import runs_by
 from mimogrid.core.topology.topology import Module, Stage, StageInfo, Topology
 
 
@@ -18,25 +19,25 @@ MOST, PER_LINE = 128, 16
 CELL_WIDTH, CELL_HEIGHT, SMALLEST = 74.0, 40.0, 7.5
 MARGIN = 16.0
 WORLD_WIDTH, NARROW = 1200.0, 3.0
-"""How wide a large world is drawn, and how wide a dp rank must be to be set apart in it."""
+"""The width of a large world, and the least width at which its dp ranks are separated by lines."""
 IDLE = ""
-"""Stands for the row of ranks without a module."""
+"""The row of ranks without a module."""
 
 
 def rank_map_svg(topology: Topology) -> str:
-    """Return who is where."""
+    """Return the picture of a world."""
     inks = marks.inks_of(topology.modules)
-    told = [
+    widths = [
         (marks.width_of(name, 13 * 1.08), marks.width_of(_role(m), 10.5), marks.width_of(_shape(m), 10.5))
         for name, m in topology.modules.items()
     ]
-    drawn = _Map(topology, inks, 2 * MARGIN + max(max(each) for each in told))
+    drawn = _Map(topology, inks, 2 * MARGIN + max(max(each) for each in widths))
     return _cells(drawn) if topology.world_size <= MOST else _blocks(drawn)
 
 
 @attrs.frozen
 class _Map:
-    """What a map of ranks is drawn from."""
+    """What the picture is drawn from."""
 
     topology: Topology
     inks: Mapping[str, Ink]
@@ -46,20 +47,20 @@ class _Map:
         return self.left + column * CELL_WIDTH
 
     def rows(self, ranks: Sequence[int]) -> list[str]:
-        """The modules that some of these ranks host, and `IDLE` if one hosts none."""
+        """Return the modules that some of these ranks host, and `IDLE` if one of them hosts none."""
         modules = self.topology.modules
         hosting = [name for name in modules if any(rank in modules[name].grid for rank in ranks)]
         return hosting + [IDLE] * any(not self.topology.role(rank).stages for rank in ranks)
 
 
 def _role(module: Module) -> str:
-    """A module's place in the whole, in a few words."""
-    told = f"feeds {', '.join(edge.target for edge in module.outputs)}" if module.outputs else "has the loss"
-    return told if any(info.trainable for info in module.stages) else f"{told}; frozen"
+    """Return whom a module feeds, and whether it is frozen, in a few words."""
+    role = f"feeds {', '.join(edge.target for edge in module.outputs)}" if module.outputs else "has the loss"
+    return role if any(info.trainable for info in module.stages) else f"{role}; frozen"
 
 
 def _shape(module: Module) -> str:
-    """The sizes of a module's grid."""
+    """Return the sizes of a module's grid."""
     sizes = ", ".join(f"{axis.name} {axis.size}" for axis in module.grid.axes if axis.size > 1)
     return f"{sizes or 'dp 1'}: {module.grid.size:,} rank{'s' * (module.grid.size > 1)}"
 
@@ -101,15 +102,15 @@ def _line(drawn: _Map, ranks: range, top: float) -> Iterator[str]:
 
 
 def _cell(drawn: _Map, info: StageInfo, rank: int, x: float, y: float) -> Iterator[str]:
-    """One rank's cell in a module: odd stages dark, so that the borders between stages are seen."""
+    """Draw one rank's cell in a module. Odd stages are dark, so that stages can be told apart."""
     module = drawn.topology.modules[info.stage.module]
     ink, grid = drawn.inks[info.stage.module], module.grid
     fill, colour = (ink.dark, WHITE) if info.stage.pp % 2 else (ink.light, BLACK)
     position = grid.position(rank)
-    told = " ".join(f"{axis}{i}" for axis, i in position.items() if axis != "pp" and grid.extent(axis) > 1)
+    place = " ".join(f"{axis}{i}" for axis, i in position.items() if axis != "pp" and grid.extent(axis) > 1)
     chunks = [i.stage for i in module.stages if i.stage.pp == info.stage.pp]
     if len(chunks) > 1:
-        told = f"{told} {len(chunks)} chunks".strip()
+        place = f"{place} {len(chunks)} chunks".strip()
     middle = x + CELL_WIDTH / 2
     stage, size = str(info.stage), _fitting(str(info.stage), 11, bold=True)
     if size < SMALLEST:
@@ -117,16 +118,16 @@ def _cell(drawn: _Map, info: StageInfo, rank: int, x: float, y: float) -> Iterat
     tip = f"rank {rank}: {', '.join(map(str, chunks))}, {position}"
     parts = [
         marks.rect(x + 2, y, CELL_WIDTH - 4, CELL_HEIGHT, fill, more=' rx="4"'),
-        marks.words(middle, y + (17 if told else 24), stage, size=size, fill=colour, more=MIDDLE + BOLD),
+        marks.words(middle, y + (17 if place else 24), stage, size=size, fill=colour, more=MIDDLE + BOLD),
     ]
-    if told:
-        parts.append(marks.words(middle, y + 32, told, size=_fitting(told, 10.5), fill=colour, more=MIDDLE))
+    if place:
+        parts.append(marks.words(middle, y + 32, place, size=_fitting(place, 10.5), fill=colour, more=MIDDLE))
     yield from marks.with_tip(tip, parts)
 
 
-def _fitting(told: str, size: float, *, bold: bool = False) -> float:
-    """Return the size, up to `size`, at which a text fits into a cell."""
-    return round(min(size, (CELL_WIDTH - 8) / marks.width_of(told, 1.2 if bold else 1)), 2)
+def _fitting(text: str, size: float, *, bold: bool = False) -> float:
+    """Return the largest size, up to `size`, at which a text fits into a cell."""
+    return round(min(size, (CELL_WIDTH - 8) / marks.width_of(text, 1.2 if bold else 1)), 2)
 
 
 # -- many ranks --------------------------------------------------------------------------------------------
@@ -145,11 +146,11 @@ def _blocks(drawn: _Map) -> str:
         module = topology.modules.get(name)
         ink = drawn.inks[name].dark if module else GREY
         found = list(_runs(topology, name))
-        told = (_role(module), _shape(module)) if module else (f"idle: {sum(map(len, found)):,} ranks", "")
+        texts = (_role(module), _shape(module)) if module else (f"idle: {sum(map(len, found)):,} ranks", "")
         parts.append(marks.words(MARGIN, y + 13, name or "no module", size=13, fill=ink, more=BOLD))
         parts += [
             marks.words(MARGIN, y + 27 + 13 * i, each, size=10.5, fill=GREY)
-            for i, each in enumerate(told)
+            for i, each in enumerate(texts)
             if each
         ]
         for ranks in found:
@@ -163,7 +164,7 @@ def _blocks(drawn: _Map) -> str:
 
 
 def _ticks(drawn: _Map, scale: float, bottom: float) -> Iterator[str]:
-    """The first rank, and the ranks with which modules begin and end, as far as their numbers have room."""
+    """Draw the ranks at which modules begin and end, and the numbers of those that have room for it."""
     topology = drawn.topology
     wanted = {0, topology.world_size}
     for module in topology.modules.values():
@@ -179,23 +180,19 @@ def _ticks(drawn: _Map, scale: float, bottom: float) -> Iterator[str]:
 
 
 def _runs(topology: Topology, name: str) -> Iterator[range]:
-    """Yield runs of neighbours in one pipeline stage of a module, or in no module."""
+    """Yield runs of neighbours in one pipeline stage of a module; if it is `IDLE`, runs of idle ranks."""
 
-    def where(rank: int) -> int | None:
-        """The stage, -1 for the idle; None is elsewhere."""
-        if not name:
+    def stage_of(rank: int) -> int | None:
+        if name == IDLE:
             return None if topology.role(rank).stages else -1
         grid = topology.modules[name].grid
         return grid.position(rank)["pp"] if rank in grid else None
 
-    for found, ranks in itertools.groupby(range(topology.world_size), key=where):
-        run = list(ranks)
-        if found is not None:
-            yield range(run[0], run[-1] + 1)
+    return (run for stage, run in runs_by(topology.world_size, stage_of) if stage is not None)
 
 
 def _block(drawn: _Map, module: Module, ranks: range, extent: tuple[float, float], y: float) -> Iterator[str]:
-    """A run of ranks in one stage, with a line between dp ranks where they are wide enough."""
+    """Draw a run of ranks in one stage, with lines between dp ranks that are wide enough."""
     x, width = extent
     pp = module.grid.position(ranks[0])["pp"]
     ink = drawn.inks[module.name]
@@ -209,12 +206,12 @@ def _block(drawn: _Map, module: Module, ranks: range, extent: tuple[float, float
         parts.append(marks.line(cuts, stroke=colour, width=0.7, more=' stroke-opacity="0.6"'))
     first, last = ranks[0], ranks[-1]
     middle = x + width / 2
-    for told in (stage, f"pp{pp}", str(pp)):
-        if marks.width_of(told, 11 * 1.08) + 4 <= width:
-            parts.append(marks.words(middle, y + 15, told, size=11, fill=colour, more=MIDDLE + BOLD))
+    for name in (stage, f"pp{pp}", str(pp)):
+        if marks.width_of(name, 11 * 1.08) + 4 <= width:
+            parts.append(marks.words(middle, y + 15, name, size=11, fill=colour, more=MIDDLE + BOLD))
             break
-    told = f"{first:,}-{last:,}" if last > first else f"{first:,}"
-    if marks.width_of(told, 10) + 4 <= width:
-        parts.append(marks.words(middle, y + 28, told, size=10, fill=colour, more=MIDDLE))
+    numbers = f"{first:,}-{last:,}" if last > first else f"{first:,}"
+    if marks.width_of(numbers, 10) + 4 <= width:
+        parts.append(marks.words(middle, y + 28, numbers, size=10, fill=colour, more=MIDDLE))
     tip = f"ranks {first:,} to {last:,}: {stage}"
     yield from marks.with_tip(tip, parts)

@@ -3,7 +3,7 @@
     rank 0  vision.0     | 0 | 1 | 2 |            |   0   | 3 |   1   |           cells to scale
                          ▂▃▄▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▄▄▄▄▅▅▅▅▄▄▄▄▄▄▄▄▄▄▄   4.42 MB  bytes, and the most of them
 
-What is too small to be told apart is merged.
+Cells that are too small to be seen are merged.
 """
 
 import collections
@@ -22,14 +22,14 @@ from mimogrid.core.simulate.timeline import DRAIN, EDGE, SLOWER_MODULE, WARM_UP
 
 
 SHADES = {WARM_UP: "#f3f5f8", SLOWER_MODULE: "dots", EDGE: "slants", DRAIN: "lines"}
-"""How idle time is shaded: differently without colour, too."""
+"""The shades of idle time, which differ without colour, too."""
 KEPT, PASSING = "#b4bec8", "#66727f"
-"""Colours of memory: what is kept all the time, and what comes and goes."""
+"""Colours of memory: of bytes that are there all the time, and of those that come and go."""
 CRITICAL = "#111111"
 
 
 def row_parts(page: Page, row: Row, y: float) -> Iterator[str]:
-    """Draw a row whose top is at y, but for the line around what is critical, which lies above all rows."""
+    """Draw a row whose top is at y. The critical path lies above all rows (`critical_parts`)."""
     base = y + page.cell / 2 + page.font * 0.36
     yield marks.words(page.left - 10, base, name_of(row, page.font), size=page.font, more=RIGHT)
     height = page.cell / max(len(row.modules), 1)
@@ -43,15 +43,15 @@ def row_parts(page: Page, row: Row, y: float) -> Iterator[str]:
     for event in row.events:
         width = (event.end_s - event.begin_s) * page.scale
         if isinstance(event.action, WaitReduce | Tie | Norm | Update) and width >= VISIBLE:
-            thin = page.cell * 0.4
-            box = marks.rect(page.x(event.begin_s), y + (page.cell - thin) / 2, width, thin, GREY)
+            low = page.cell * 0.4
+            box = marks.rect(page.x(event.begin_s), y + (page.cell - low) / 2, width, low, GREY)
             yield from marks.with_tip(str(event.action), [box])
-    if row.remembers:
+    if row.has_memory:
         yield from _strip(page, row, y + page.cell + 1)
 
 
 def _cells(page: Page, row: Row, y: float) -> Iterator[str]:
-    """Draw wide actions as cells with numbers and tips, narrow ones as one shape per colour."""
+    """Draw wide actions as cells with numbers and tips, and narrow ones as one shape per colour."""
     narrow: dict[str, list[str]] = collections.defaultdict(list)
     until = -math.inf
     for event, action in row.computes:
@@ -86,7 +86,7 @@ def _cell(page: Page, action: Compute, fill: Fill, extent: tuple[float, float], 
 
 
 def _strip(page: Page, row: Row, y: float) -> Iterator[str]:
-    """Draw bytes over time on the scale of the page, what is kept all the time below, the most of them beside it."""
+    """Draw bytes over time on the scale of the page, those that are always there below, and the peak beside it."""
     levels, end = row.levels, page.x(row.timeline.step_s)
     if not page.most_bytes or not levels:
         return
@@ -98,8 +98,8 @@ def _strip(page: Page, row: Row, y: float) -> Iterator[str]:
     for begin, size in _steps(page, levels):
         parts.append(f"H{begin:.1f}V{bottom - size * high:.2f}")
     shape = f"M{page.left:.1f} {bottom:.2f}{''.join(parts)}H{end:.1f}V{bottom:.2f}z"
-    told = ", ".join(f"{part} {in_bytes(size)}" for part, size in peak.parts.items() if size)
-    tip = f"at most {in_bytes(peak.bytes)}, at {peak.at_s:.6g} s: {told}"
+    purposes = ", ".join(f"{part} {in_bytes(size)}" for part, size in peak.parts.items() if size)
+    tip = f"at most {in_bytes(peak.bytes)}, at {peak.at_s:.6g} s: {purposes}"
     yield from marks.with_tip(
         tip,
         (
@@ -109,12 +109,11 @@ def _strip(page: Page, row: Row, y: float) -> Iterator[str]:
     )
     x, top = page.x(peak.at_s), bottom - peak.bytes * high
     yield f'<circle cx="{x:.1f}" cy="{top:.1f}" r="1.7" fill="{BLACK}"/>'
-    told = in_bytes(peak.bytes)
-    yield marks.words(page.end + 8, bottom, told, size=page.small, fill=GREY)
+    yield marks.words(page.end + 8, bottom, in_bytes(peak.bytes), size=page.small, fill=GREY)
 
 
 def _steps(page: Page, levels: Sequence[Level]) -> Iterator[tuple[float, int]]:
-    """Yield where a level begins and how high it is; of those within a pixel the highest, then the last."""
+    """Yield where a level begins, and its bytes. Of several within a pixel, the highest and then the last."""
     for at, found in itertools.groupby(levels, key=lambda level: round(page.x(level.at_s))):
         sizes = [level.bytes for level in found]
         yield at, max(sizes)
@@ -123,7 +122,7 @@ def _steps(page: Page, levels: Sequence[Level]) -> Iterator[tuple[float, int]]:
 
 
 def critical_parts(page: Page, row: Row, y: float) -> Iterator[str]:
-    """Draw a line around what the step waited for."""
+    """Draw a line around the segments of the critical path."""
     for segment in row.critical:
         width = (segment.end_s - segment.begin_s) * page.scale
         if isinstance(segment.action, Send) or width < VISIBLE:

@@ -4,8 +4,8 @@
     rank 0  vision.0     | 0 | 1 | 2 |            |   0   | 3 |   1   |           cells to scale
                          ▂▃▄▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅▄▄▄▄▅▅▅▅▄▄▄▄▄▄▄▄▄▄▄   4.42 MB  bytes, and the most of them
 
-Several pictures stand one above the other on one scale of time and one of memory. What is too small to be told apart is
-merged, and of too many messages some are drawn, so a page has a bounded size for any world.
+Several pictures stand one above the other, with one scale of time and one of memory. Cells that are too small to be
+seen are merged, and of too many messages some are drawn. So a page has a bounded size for any world.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mimogrid.core.draw import marks
-from mimogrid.core.draw.arrows import arrow_parts, thinned
+from mimogrid.core.draw.arrows import arrow_parts, selected
 from mimogrid.core.draw.legend import legend, legend_parts, wrapped
 from mimogrid.core.draw.marks import BOLD, GREY, MIDDLE, RIGHT
 from mimogrid.core.draw.page import AXIS, HEADING, LEGEND, MARGIN, TITLE, Page, headed, page_of
@@ -28,7 +28,7 @@ def svg(*pictures: Picture) -> str:
     parts: list[str] = []
     y = MARGIN
     for number, picture in enumerate(pictures):
-        arrows, stride = thinned(picture.messages)
+        arrows, stride = selected(picture.messages)
         y = _title(page, picture, y, parts)
         if not number:
             y = _legend(page, pictures, stride if arrows else 0, y, parts)
@@ -36,13 +36,13 @@ def svg(*pictures: Picture) -> str:
     return marks.document(page.width, y + MARGIN - 6, parts)
 
 
-# Each of these adds the parts of what begins at `top`, and returns where it ends.
+# Each of these adds the parts that begin at `top`, and returns where they end.
 
 
 def _title(page: Page, picture: Picture, top: float, parts: list[str]) -> float:
     y = top
-    for told in marks.wrapped(picture.title, TITLE, page.width - 2 * MARGIN):
-        parts.append(marks.words(MARGIN, y + TITLE, told, size=TITLE, more=BOLD))
+    for line in marks.wrapped(picture.title, TITLE, page.width - 2 * MARGIN):
+        parts.append(marks.words(MARGIN, y + TITLE, line, size=TITLE, more=BOLD))
         y += TITLE + 6
     if picture.note:
         parts.append(marks.words(MARGIN, y + LEGEND, picture.note, size=LEGEND, fill=GREY))
@@ -107,8 +107,8 @@ def _axis(page: Page, picture: Picture, top: float, bottom: float) -> Iterator[s
         x = page.x(i * step)
         yield marks.line(f"M{x:.2f} {top:.2f}V{bottom:.2f}")
         last = i == count
-        told = f"{i * step:.6g}" + (" s" if last else "")
-        yield marks.words(x, bottom + 13, told, size=AXIS, fill=GREY, more=RIGHT if last and i else MIDDLE)
+        seconds = f"{i * step:.6g}" + (" s" if last else "")
+        yield marks.words(x, bottom + 13, seconds, size=AXIS, fill=GREY, more=RIGHT if last and i else MIDDLE)
     for end in {row.timeline.step_s for row in picture.rows}:
         dash = ' stroke-dasharray="4 3"'
         yield marks.line(f"M{page.x(end):.2f} {top:.2f}V{bottom:.2f}", stroke=GREY, more=dash)

@@ -1,4 +1,4 @@
-"""Text: a timeline for a terminal. Rows are ranks; a cell is a compute action with its microbatch.
+"""Text: a timeline for a terminal. A row is a rank; a cell is a compute action with its microbatch.
 
 >>> from mimogrid.core.schedule.actions import parse
 >>> lines = [(0, "a.0 F0", 0, 1), (0, "a.0 B0", 2, 4), (1, "b.0 F0", 1, 2)]
@@ -8,22 +8,23 @@ rank 1  b.0 |    F0
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from mimogrid.core.draw.rank_map import runs
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate.timeline import Event, by_rank, span
 
 
 WIDTH = 172
-"""Columns where nobody says how many there are."""
+"""Columns, where the width of the terminal is not known."""
 NARROWEST = 20
-"""Columns that the cells get, however narrow the terminal is."""
+"""Columns that the cells have at least, however narrow the terminal is."""
 LONGEST = 24
 """Characters of a list of ranks."""
 CUT = "(narrowed to {} columns: some numbers are left out)"
 
 Cell = tuple[Compute, float, float]
-"""What is computed, from when to when."""
+"""A compute action, its begin and its end."""
 
 
 def text(
@@ -31,7 +32,7 @@ def text(
 ) -> str:
     """Return a row per rank, to scale, in at most `width` columns; neighbours that do the same share a row.
 
-    `members` tells whom a rank stands for. Where numbers had to be left out, the last line says so.
+    `members` has the ranks that a rank stands for. Where numbers are left out, the last line says so.
     """
     mine = {rank: _cells(found) for rank, found in by_rank(events).items()}
     cells = [cell for found in mine.values() for cell in found]
@@ -50,7 +51,7 @@ def text(
         f"{a:<{wide[0]}}  {b:<{wide[1]}} | {_row(mine[ranks[0]], whole[0], scale)}".rstrip()
         for (a, b), ranks in zip(heads, rows, strict=True)
     ]
-    cut = any(_backpressure(cell, whole[0], scale) < len(_label(cell)) for cell in cells if cell[1] < cell[2])
+    cut = any(_width(cell, whole[0], scale) < len(_label(cell)) for cell in cells if cell[1] < cell[2])
     return "\n".join(lines + [CUT.format(width)] * cut)
 
 
@@ -78,7 +79,7 @@ def _columns(cell: Cell, begin: float, scale: float) -> tuple[int, int]:
     return start, stop
 
 
-def _backpressure(cell: Cell, begin: float, scale: float) -> int:
+def _width(cell: Cell, begin: float, scale: float) -> int:
     start, stop = _columns(cell, begin, scale)
     return stop - start
 
@@ -105,14 +106,3 @@ def _shortened(ranks: Sequence[int]) -> str:
     found = list(runs(sorted(ranks)))
     whole = ",".join(found)
     return whole if len(whole) <= LONGEST else f"{','.join(found[:2])},... ({len(ranks)} ranks)"
-
-
-def runs(ranks: Sequence[int]) -> Iterator[str]:
-    """Yield ascending numbers in short.
-
-    >>> list(runs([0, 1, 2, 4]))
-    ['0-2', '4']
-    """
-    for _, run in itertools.groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0]):
-        found = [rank for _, rank in run]
-        yield str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"

@@ -20,8 +20,8 @@ from mimogrid.core.job.schedules import AUTO, GPIPE
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
-from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.footprint import ranks_by_stages
+from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of

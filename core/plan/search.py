@@ -14,7 +14,7 @@ from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER, Layout, Question, layout_of
-from mimogrid.core.pricing import on_machine
+from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
 

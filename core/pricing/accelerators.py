@@ -1,9 +1,9 @@
-"""Accelerators: what a GPU can do at most, by name, from what its maker says.
+"""Accelerators: the peaks of GPUs by name, from the datasheets of their makers.
 
-Peaks are of dense matrix products in a precision, without sparsity; fp32 is plain fp32, as tf32 is off here.
-Bandwidths are bytes per second in one direction, of one GPU: makers add both directions up, so these are half of
-what their sheets say for links. No sheet tells latencies: those are what messages of a few bytes commonly take, over a
-link of the node and over a network adapter. `per_node` is how many GPUs the maker's usual server holds.
+Peak operations are for dense matrix products in a precision, without sparsity; fp32 is plain fp32, as tf32 is off here.
+Bandwidths are bytes per second in one direction of one GPU. For links, datasheets add both directions up, so these are
+half of their numbers. No datasheet has latencies: these are common times of messages of a few bytes, over a link of the
+node and over a network adapter. `per_node` is how many GPUs the maker's usual server has.
 
 >>> ACCELERATORS["h100"].flops["bf16"] / 1e12, ACCELERATORS["h100"].memory_bytes / 1e9
 (989.4, 80.0)
@@ -16,7 +16,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Accelerator:
-    """One GPU in its usual server; `source` says where the numbers are from."""
+    """One GPU in its usual server; `source` says where the numbers come from."""
 
     name: str
     flops: Mapping[str, float]

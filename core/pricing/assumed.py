@@ -1,4 +1,4 @@
-"""Assumed: costs where nothing is known. Every layer takes a second: enough to see the shape of a schedule."""
+"""Assumed: costs where nothing is known. Every layer takes a second, which is enough to see the shape of a schedule."""
 
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.job.models import FIRST, Own
@@ -6,16 +6,16 @@ from mimogrid.core.topology.topology import Module, StageInfo, Topology
 
 
 ASSUMED = "each layer counts 1 unit forward, 1 for the input gradient, 1 for the weight gradient; communication is free"
-"""What `assumed` assumes, in words."""
+"""The assumption, in words."""
 
 
 def assumed(topology: Topology) -> Costs:
-    """Return costs for a job that nobody has measured: time goes by layers (see `ASSUMED`)."""
+    """Return costs for a job of which nothing is measured (see `ASSUMED`)."""
     return Costs(stages={str(stage): _assumed(topology, info) for stage, info in topology.stages.items()})
 
 
 def _assumed(topology: Topology, info: StageInfo) -> StageCosts:
-    """Return what is assumed of a stage; one of the user's own counts as a layer."""
+    """Return the costs assumed for a stage; one of the user's own counts as a layer."""
     module = topology.modules[info.stage.module]
     if isinstance(module.model, Own):
         trains = float(bool(info.trainable))
@@ -29,7 +29,7 @@ def _assumed(topology: Topology, info: StageInfo) -> StageCosts:
 
 
 def assumed_of_layers(module: Module) -> tuple[StageCosts, ...]:
-    """Return what is assumed of every layer of a built-in model, wherever it is cut into stages."""
+    """Return the costs assumed for every layer of a built-in model, however it is cut into stages."""
     train = {p.layer for p in module.parameters for info in module.stages if p.name in info.trainable}
     before = module.stages[0].trains_upstream or FIRST in train
     costs: list[StageCosts] = []

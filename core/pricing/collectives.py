@@ -1,7 +1,7 @@
-"""Collectives: the seconds that ranks along some axes of a grid take to exchange bytes.
+"""Collectives: the seconds in which ranks along some axes of a grid exchange bytes.
 
-Sums over n ranks move 2 (n-1)/n of their bytes through each rank, gathers (n-1)/n, as rings do; each costs log2 n
-latencies per direction, as trees do. The slowest link among the ranks counts.
+An all-reduce over n ranks moves 2 (n-1)/n of its bytes through each rank, an all-gather (n-1)/n, as in a ring. The
+latency is that of a tree: log2 n times per direction. The slowest link among the ranks counts.
 """
 
 import functools
@@ -14,12 +14,12 @@ from mimogrid.core.topology.topology import Link, Topology
 
 
 def all_reduce_s(size_bytes: float, grid: Grid, axes: tuple[str, ...], machine: Machine) -> float:
-    """Return the seconds in which the ranks along some axes sum so many bytes."""
+    """Return the seconds in which the ranks along some axes all-reduce so many bytes."""
     return 2 * gather_s(size_bytes, grid, axes, machine)
 
 
 def gather_s(size_bytes: float, grid: Grid, axes: tuple[str, ...], machine: Machine) -> float:
-    """Return the seconds in which the ranks along some axes gather so many bytes in all."""
+    """Return the seconds in which the ranks along some axes all-gather so many bytes in all."""
     size = math.prod(grid.extent(axis) for axis in axes)
     if size == 1:
         return 0.0
@@ -28,7 +28,7 @@ def gather_s(size_bytes: float, grid: Grid, axes: tuple[str, ...], machine: Mach
 
 
 def moved_s(size_bytes: float, grid: Grid, axes: tuple[str, ...], machine: Machine) -> float:
-    """Return the seconds of a gather but for latency."""
+    """Return the seconds of an all-gather without latency."""
     size = math.prod(grid.extent(axis) for axis in axes)
     return _link_along(grid, axes, machine).carry_s(size_bytes * (size - 1) / size) if size > 1 else 0.0
 
@@ -40,13 +40,13 @@ def _link_along(grid: Grid, axes: tuple[str, ...], machine: Machine) -> EdgeCost
 
 @functools.lru_cache(maxsize=1 << 12)
 def _is_within(grid: Grid, axes: tuple[str, ...], per_node: int) -> bool:
-    """Whether every group of ranks along some axes is within a node."""
+    """Return whether every group of ranks along some axes is within a node."""
     known = tuple(axis.name for axis in grid.axes if axis.name in axes)
     return all(len({rank // per_node for rank in ranks}) == 1 for ranks in grid.ranks_along(known))
 
 
 def is_near(topology: Topology, link: Link, machine: Machine) -> bool:
-    """Whether a link stays within a node: for a pipeline link each pair of ranks, for a bridge all ranks."""
+    """Return whether a link is within a node: each pair of ranks of a pipeline link, all ranks of a bridge."""
     per_node = machine.accelerator.per_node
     ends = [_ranks(topology, stage.module, stage.pp) for stage in (link.source, link.target)]
     if link.edge is None:

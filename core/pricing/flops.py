@@ -1,20 +1,20 @@
-"""FLOPs: the floating point operations of every stage, from the rows and tokens that samples really have.
+"""FLOPs: the floating point operations of every stage, for the rows and tokens that samples really have.
 
 A module is a chain of *products*, in the order in which data passes them: the embedding of rows, per layer
 queries-keys-values, attention, its output, the two of the MLP (of `top_k` experts), at the end the head and the
 projectors of its edges. A product of T rows with an [m, n] matrix is 2*T*m*n operations, and so is each of its two
 gradients:
 
-    the gradient of its inputs     where anything before it trains, in the chain or upstream of the module
-    the gradient of its weights    where its matrix trains
+    the gradient of its inputs     if anything before it trains, in the chain or upstream of the module
+    the gradient of its weights    if its matrix trains
 
-Attention multiplies no weights: forward 4 * hidden per pair of a query and a key, and twice that backward, where
-anything before it trains. A causal sequence of L positions has L (L + 1) / 2 pairs, any other L^2. So frozen
-layers with something trainable upstream have gradients of their inputs only, and with nothing upstream none.
+Attention has no weights: 4 * hidden operations forward per pair of a query and a key, and twice that backward, if
+anything before it trains. A causal sequence of L positions has L (L + 1) / 2 pairs, any other L^2. So frozen layers
+with something trainable upstream have only gradients of their inputs; with nothing trainable upstream they have none.
 
-Looking up embeddings, norms, activations and rotations are not counted: they are no products, and small.
-Recomputation is kept apart: it takes time and is no work of the model. A module of the user's own counts as
-nothing, as the plan cannot see into it.
+Embedding look-ups, norms, activations and rotations are not counted: they are no products, and small. Recomputation is
+counted apart: it takes time, and is no work of the model. A module of the user's own counts as nothing, since the plan
+does not know its parts.
 
 >>> from mimogrid.core.job.models import Vit
 >>> load = Load.of([3], causal=False)
@@ -47,7 +47,7 @@ _Part = TypeVar("_Part")
 
 @attrs.frozen(kw_only=True)
 class Flops:
-    """Floating point operations; `recomputed` are forward ones that are done once more in the backward."""
+    """Floating point operations; `recomputed` are forward operations that the backward repeats."""
 
     forward: float = 0.0
     input_gradient: float = 0.0
@@ -56,7 +56,7 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What the model needs, however it is laid out: without recomputation."""
+        """The operations of the model in any layout: without recomputation."""
         return self.forward + self.input_gradient + self.weight_gradient
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -78,12 +78,12 @@ class Flops:
 
 @attrs.frozen
 class Load:
-    """What a module computes on.
+    """The size of a module's input.
 
     Attributes:
-        positions: rows in the layers, padding included where it is computed.
+        positions: rows in the layers, with the padding that is computed.
         pairs: pairs of a query and a key that it may see.
-        rows: rows that come in from the data, and that the head and the projectors read: never padding.
+        rows: rows from the data, which the head and the projectors read: never padding.
     """
 
     positions: float = 0.0
@@ -92,7 +92,7 @@ class Load:
 
     @classmethod
     def of(cls, lengths: Iterable[int], *, causal: bool, rows: float | None = None) -> "Load":
-        """Return the load of samples of these lengths; `rows` where fewer of them are real."""
+        """Return the load of samples of these lengths; `rows` if some of the positions are padding."""
         lengths = tuple(lengths)
         pairs = sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
         return cls(sum(lengths), pairs, sum(lengths) if rows is None else rows)
@@ -108,7 +108,7 @@ class Load:
 
 
 def stage_flops(step: Step) -> Mapping[Stage, Flops]:
-    """Return what each stage computes in a microbatch, all dp ranks together: the mean over the step."""
+    """Return the operations of each stage in a microbatch, all dp ranks together: the mean over the step."""
     return {
         info.stage: sum_of(of_units(info, own) if own else ())
         for module in step.topology.modules.values()
@@ -118,7 +118,7 @@ def stage_flops(step: Step) -> Mapping[Stage, Flops]:
 
 
 def model_flops(step: Step) -> Mapping[str, float]:
-    """Return what each module needs in the whole step, recomputation not counted: what MFU divides."""
+    """Return the operations of each module in the whole step, without recomputation, as MFU counts them."""
     found = dict.fromkeys(step.topology.modules, 0.0)
     for stage, flops in stage_flops(step).items():
         found[stage.module] += flops.model * step.topology.modules[stage.module].microbatches
@@ -126,13 +126,13 @@ def model_flops(step: Step) -> Mapping[str, float]:
 
 
 def lengths_of(step: Step, module: str) -> tuple[int, ...]:
-    """Return the positions of each sample in the layers of a module; for a language model, those in use."""
+    """Return the positions of each sample in the layers of a module; in a language model, without padding."""
     starts = step.rows_start[module]
     return tuple(b - a for a, b in itertools.pairwise(starts))
 
 
 def real_load(model: BuiltIn, lengths: Iterable[int]) -> Load:
-    """Return the load of samples, nothing padded."""
+    """Return the load of samples without padding."""
     return Load.of(lengths, causal=model.causal)
 
 
@@ -161,9 +161,9 @@ def units(
     trains_upstream: bool = False,
     recompute: str = "none",
 ) -> tuple[Flops, ...]:
-    """Return the operations of a module in parts that no stage cuts: what enters, each layer, what leaves.
+    """Return the operations of a module in parts that no stage cuts: the entry, each layer, the exit.
 
-    `trainable` are names of parameters; `edges` those that leave the module.
+    `trainable` has the names of parameters that train, and `edges` those that leave the module.
     """
     before = trains_upstream
     found: list[Flops] = []
@@ -174,7 +174,7 @@ def units(
 
 
 def of_units(info: StageInfo, parts: Sequence[_Part]) -> Iterator[_Part]:
-    """Yield those parts of a module (see `units`) that a stage has."""
+    """Yield the parts of a module (see `units`) that a stage has."""
     if info.first:
         yield parts[0]
     for layer in info.layers:
@@ -207,10 +207,10 @@ def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops,
 
 @attrs.frozen
 class _Product:
-    """A product along the chain: the parameters in it by the beginning of their names, and its operations.
+    """A product along the chain: the prefix of its parameters' names, and its operations.
 
-    What holds no parameters is attention; what has no operations (a norm) can train all the same. A product on
-    a branch is followed by nothing. `copies` are the experts among whom tokens are dealt.
+    Attention has no parameters. A norm has no operations here, and can train. Nothing follows a product on a branch.
+    `copies` is the number of experts.
     """
 
     name: str
@@ -220,7 +220,7 @@ class _Product:
 
 
 def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[tuple[_Product, ...]]:
-    """Yield the products of what enters, of each layer, and of what leaves."""
+    """Yield the products of the entry, of each layer, and of the exit."""
     yield tuple(_entry(model, load))
     for layer in range(model.layers):
         yield tuple(_layer(model, load, f"layers.{layer}."))
@@ -269,7 +269,7 @@ def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Produc
 def _of_chain(
     chain: Iterable[_Product], trainable: Collection[str], before: bool, recompute: str
 ) -> tuple[Flops, bool]:
-    """Return the operations of a chain, and whether anything before its end trains, or in it."""
+    """Return the operations of a chain, and whether anything in it or before it trains."""
     forward = inputs = weights = again = 0.0
     for product in chain:
         weight, other = _trains(product, trainable)
@@ -286,7 +286,7 @@ def _of_chain(
 
 
 def _trains(product: _Product, trainable: Collection[str]) -> tuple[float, bool]:
-    """Return what part of a product's matrices trains, and whether a bias of it does."""
+    """Return the part of a product's matrices that trains, and whether one of its biases does."""
     if not product.name:
         return 0.0, False
     names = [product.name.format(i) for i in range(product.copies)] or [product.name]

@@ -1,9 +1,9 @@
-"""Footprint: the bytes that a rank keeps, and those of each microbatch that a stage has in flight.
+"""Footprint: the bytes that a rank keeps all the time, and those of each microbatch that a stage has in flight.
 
 Weights, gradients and what the optimizer keeps follow from the table of parameters, exactly. What a microbatch
-in flight keeps for its backward is an estimate: per layer and position the values that a pre-norm transformer
+in flight saves for its backward is an estimate: per layer and position the values that a pre-norm transformer
 layer saves (inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head
-the attention scores and their softmax. Temporary buffers and the allocator's losses are not in it, nor is a
+the attention scores and their softmax. Temporary buffers and the allocator's losses are not included, nor is a
 module of the user's own.
 """
 
@@ -33,7 +33,7 @@ class Kept:
 
 
 def kept(topology: Topology, rank: int) -> Kept:
-    """Return what a rank holds all the time: its weights, and gradients and the optimizer's for those that train."""
+    """Return the bytes that a rank holds all the time: weights, and for those that train gradients and optimizer."""
     precision = topology.spec.precision
     weights = trained = 0
     for info in topology.role(rank).stages:
@@ -48,7 +48,7 @@ def kept(topology: Topology, rank: int) -> Kept:
 
 
 def saved_values(module: Module, info: StageInfo, shape: tuple[int, int, int], recompute: str) -> float:
-    """Return how many values a stage saves of a microbatch until its backward, where there is one.
+    """Return how many values a stage saves of a microbatch for its backward; 0 without a backward.
 
     `shape` is (positions, samples, hidden) of the hidden states on a rank.
     """
@@ -76,9 +76,8 @@ def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recom
 def deferred_values(module: Module, info: StageInfo, shape: tuple[int, int, int]) -> float:
     """Return how many values a stage keeps of a microbatch between the halves of a split backward.
 
-    They are what the products for the gradients of weights read (`shell/megatron/weight_grad_store.py`): the input
-    of every matrix that trains, and the gradient of its output. Recomputation does not make them fewer. `shape` is
-    as in `saved_values`.
+    These are what the weight gradients need (`shell/megatron/weight_grad_store.py`): the input of every matrix that
+    trains, and the gradient of its output. Recomputation does not make them fewer. `shape` is as in `saved_values`.
     """
     model = module.model
     if isinstance(model, Own):
@@ -90,7 +89,7 @@ def deferred_values(module: Module, info: StageInfo, shape: tuple[int, int, int]
     qkv = (model.heads + 2 * model.kv_heads) * model.head_width
     trained = {p.layer for p in info.parameters if p.name in info.trainable and len(p.shape) > 1}
     layers = sum(layer in trained for layer in info.layers)
-    # Outputs that ranks along tp sum have a whole gradient on each of them.
+    # Outputs that are all-reduced over tp have a whole gradient on each rank.
     each = 2 * tokens * hidden / shared + 2 * tokens * hidden + tokens * (qkv + hidden + 2 * middle) / tp
     head = (
         tokens * (hidden + model.vocab / tp)
@@ -104,7 +103,7 @@ def deferred_values(module: Module, info: StageInfo, shape: tuple[int, int, int]
 
 
 def largest_shape(topology: Topology, module: Module) -> tuple[int, int, int]:
-    """Return (positions, samples, hidden) of a microbatch on a rank if all samples are as large as they get."""
+    """Return (positions, samples, hidden) of a microbatch on a rank if all samples are as large as possible."""
     samples = -(-topology.samples_per_microbatch[module.name] // module.dp_size)
     positions = topology.sequence if isinstance(module.model, Gpt) else _most_rows(topology)[module.name]
     return module.padded(positions) // module.cp, samples, module.model.hidden or 0
@@ -116,7 +115,7 @@ def _most_rows(topology: Topology) -> Mapping[str, int]:
 
 
 def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = False) -> float:
-    """Return what a rank of a stage keeps for a microbatch in flight, at most; more if its backward is `split`."""
+    """Return the most bytes that a rank of a stage keeps for a microbatch in flight, with or without `split`."""
     module, info = topology.modules[stage.module], topology.stages[stage]
     recompute = topology.spec.modules[stage.module].recompute
     shape = largest_shape(topology, module)
@@ -127,7 +126,7 @@ def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = Fals
 
 
 def most_message_bytes(topology: Topology, link: Link) -> float:
-    """Return how large a microbatch is on a link, at most, from one rank to another that mirrors it."""
+    """Return the most bytes of a microbatch on a link, from one rank to the rank at the same position."""
     target = topology.modules[link.target.module]
     positions, samples, hidden = largest_shape(topology, target)
     if link.edge:

@@ -1,6 +1,6 @@
 """Machine: accelerators of a kind, how much of their peak they reach, and the links between them.
 
-Nodes are filled in order of ranks. What is not known is not hidden: efficiency is one number that the user may set.
+Nodes are filled in order of ranks. The efficiency is an assumption, so it is one number that the user may set.
 """
 
 import attrs
@@ -12,16 +12,16 @@ from mimogrid.core.pricing.accelerators import ACCELERATORS, Accelerator
 
 
 EFFICIENCY = 0.5
-"""The part of its peak that an accelerator reaches in the products of a large model, communication apart."""
+"""The part of its peak that an accelerator reaches in the products of a large model, without communication."""
 LINK_EFFICIENCY = 0.8
 """The part of its bandwidth that a link reaches with large messages."""
 
 
 @attrs.frozen(kw_only=True)
 class Machine:
-    """Accelerators of one kind, and which part of their peaks they reach.
+    """Accelerators of one kind, and the part of their peaks that they reach.
 
-    `measured` has modules that take so many times as long as follows from that; the others are taken at their word.
+    `measured` has, by module, how many times as long as this it takes; other modules take as long as this.
     """
 
     accelerator: Accelerator
@@ -36,12 +36,12 @@ class Machine:
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of a value that is computed with and sent."""
+        """Bytes of a value in computation and in messages."""
         return VALUE_BYTES[self.precision]
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of a value that is summed or kept by the optimizer: never fewer than those of fp32."""
+        """Bytes of a value in an all-reduce or in the optimizer: never fewer than in fp32."""
         return max(self.value_bytes, VALUE_BYTES["fp32"])
 
     def times(self, module: str) -> float:
@@ -67,7 +67,7 @@ class Machine:
 
 
 def machine_of(gpu: str, precision: str, efficiency: float = EFFICIENCY) -> Machine:
-    """Return the machine of an accelerator by its name. Raises PlanError for what is not known of it."""
+    """Return the machine of an accelerator by its name. Raises PlanError for an unknown name or a wrong efficiency."""
     if gpu not in ACCELERATORS:
         message = f"'{gpu}' is not known."
         raise PlanError([Problem("--gpu", message, nearest(gpu, tuple(ACCELERATORS)))])

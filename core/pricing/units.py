@@ -1,6 +1,6 @@
-"""Units: what the parts of a module that no stage cuts (`flops.units`) cost on a machine, for a load of one dp rank.
+"""Units: the seconds of the parts of a module that no stage cuts (`flops.units`), on a machine, for a dp rank's load.
 
-So they price any way to cut the module, by sums over them (`joined`).
+Any stage is a sum of such parts (`joined`).
 """
 
 import math
@@ -18,12 +18,12 @@ from mimogrid.core.update.buckets import local_size
 
 
 ADAM_VALUES = 7
-"""Values that an update reads (weight, gradient, two moments) and writes (weight, two moments)."""
+"""How many values an update reads (weight, gradient, two moments) and writes (weight, two moments)."""
 
 
 @attrs.frozen
 class Values:
-    """How many values of weights a rank holds; of these, how many train, without experts and of experts."""
+    """Values of weights that a rank holds, and of these, those that train: of experts, and all others."""
 
     held: float = 0.0
     trained: float = 0.0
@@ -39,10 +39,10 @@ def unit_costs(
     values: Sequence[Values],
     recomputes: bool,
 ) -> tuple[StageCosts, ...]:
-    """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a load of one dp rank.
+    """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a dp rank's load.
 
-    `flops` and `values` are of these parts; `recomputes` says that layers are computed anew in the backward, with
-    all that their ranks exchange. Nothing for a module of the user's own.
+    `flops` and `values` are of these parts. With `recomputes`, layers are computed again in the backward, with their
+    collectives. Nothing for a module of the user's own.
     """
     if isinstance(module.model, Own):
         return ()
@@ -60,7 +60,7 @@ def unit_costs(
                 machine=machine,
                 shards=shards,
                 reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
-                sums=_sums(module, model, load, machine, entry=i == 0, leaves=i == last),
+                collectives=_collectives_s(module, model, load, machine, entry=i == 0, leaves=i == last),
                 recomputes=recomputes and in_layers,
             )
             kinds[kind] = StageCosts(
@@ -92,40 +92,40 @@ def _computing_s(
     machine: Machine,
     shards: int,
     reads_s: float,
-    sums: tuple[float, float],
+    collectives: tuple[float, float],
     recomputes: bool,
 ) -> tuple[float, float, float]:
     """Return the seconds of a forward, of the gradients of inputs, and of those of weights.
 
-    Each takes at least as long as it takes to read the weights. `sums` are the seconds of those over ranks, forward and
-    backward. What is computed anew goes before the first gradient.
+    Each takes at least as long as reading the weights. `collectives` are seconds, forward and backward. Recomputation
+    comes before the first gradient.
     """
 
     def seconds(operations: float, least: float) -> float:
         return max(operations / shards / machine.flops, least) if operations else 0.0
 
-    forward_sums, backward_sums = sums
+    forward_s, backward_s = collectives
     inputs, weights = seconds(flops.input_gradient, reads_s), seconds(flops.weight_gradient, reads_s)
-    again = seconds(flops.recomputed, 0.0) + (forward_sums if recomputes and flops.recomputed else 0.0)
+    again = seconds(flops.recomputed, 0.0) + (forward_s if recomputes and flops.recomputed else 0.0)
     if inputs:
-        inputs += backward_sums + again
+        inputs += backward_s + again
     elif weights:
         weights += again
-    return seconds(flops.forward, reads_s) + forward_sums, inputs, weights
+    return seconds(flops.forward, reads_s) + forward_s, inputs, weights
 
 
 def _tp(module: Module) -> int:
     return module.grid.extent("tp")
 
 
-def _sums(
+def _collectives_s(
     module: Module, model: BuiltIn, load: Load, machine: Machine, *, entry: bool, leaves: bool
 ) -> tuple[float, float]:
-    """Return the seconds of what ranks of a dp rank exchange in a part, forward and backward."""
+    """Return the seconds in which the ranks of a dp rank exchange data in a part, forward and backward."""
     block = load.positions / module.cp * model.hidden * machine.value_bytes
     tp = all_reduce_s(block, module.grid, ("tp",), machine)
     if entry or leaves:
-        # Forward the embedding is summed, backward the gradient of what the head reads.
+        # The embedding is all-reduced forward, the gradient of the head's input backward.
         return (tp * entry, tp * leaves) if isinstance(model, Gpt) else (0.0, 0.0)
     keys = load.positions * 2 * model.kv_heads * model.head_width / _tp(module) * machine.value_bytes
     both = 2 * tp + gather_s(keys, module.grid, ("cp",), machine)
@@ -136,7 +136,7 @@ def _sums(
 
 
 def values_of_units(module: Module) -> tuple[Values, ...]:
-    """Return what a rank holds of each part of a module that no stage cuts (see `flops.units`)."""
+    """Return the values that a rank holds of each part of a module that no stage cuts (see `flops.units`)."""
     if isinstance(module.model, Own):
         return ()
     last = module.model.layers + 1
@@ -152,7 +152,7 @@ def values_of_units(module: Module) -> tuple[Values, ...]:
 
 
 def _units_with(parameter: Parameter, info: StageInfo, last: int) -> Iterator[int]:
-    """Yield in which parts a stage has a parameter."""
+    """Yield the parts in which a stage has a parameter."""
     if isinstance(parameter.layer, int):
         yield 1 + parameter.layer
     if parameter.layer == FIRST and info.first:
@@ -168,7 +168,7 @@ def _values_of(module: Module, parameter: Parameter) -> float:
 
 
 def _reduce_s(module: Module, values: Values, machine: Machine) -> float:
-    """Return the seconds that sum gradients over dp ranks; in buffers so large that latency does not count."""
+    """Return the seconds of the all-reduce of gradients over dp ranks, in buckets too large for latency to count."""
     copies = 0.0
     if module.experts is not None:
         size = values.trained_experts * machine.state_bytes
@@ -177,6 +177,6 @@ def _reduce_s(module: Module, values: Values, machine: Machine) -> float:
 
 
 def _update_s(values: Values, machine: Machine) -> float:
-    """Return the seconds in which an optimizer goes over what a rank updates."""
+    """Return the seconds of the optimizer step of what a rank updates."""
     size = (values.trained + values.trained_experts) * machine.state_bytes
     return ADAM_VALUES * size / machine.accelerator.memory_bytes_per_s

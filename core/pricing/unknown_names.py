@@ -1,4 +1,4 @@
-"""Misfits: what costs say of things that a job does not have."""
+"""Unknown names: stages and edges that costs name and the job does not have."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from mimogrid.core.topology.topology import Topology
 
 
 def unknown_names(costs: Costs, topology: Topology) -> Iterator[Problem]:
-    """Yield what costs say of things that the job does not have."""
+    """Yield a problem for every stage or edge that costs name and the job does not have."""
     stages = [str(stage) for stage in topology.stages]
     links = list(dict.fromkeys(str(name) for link in topology.links for name in (link.edge or link, link)))
     for table, named, known in (("stages", costs.stages, stages), ("edges", costs.edges, links)):

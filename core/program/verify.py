@@ -154,7 +154,7 @@ def _mixed(program: Program, listing: Listing, alike: _Alike) -> Iterator[str]:
                 pairs = itertools.zip_longest(mine, theirs)
                 here, there = next((a, b) for a, b in pairs if a != b)
                 yield (
-                    f"rank {rank} comes to '{here}' when rank {other} comes to '{there}': a communicator of both "
+                    f"rank {rank} reaches '{here}' when rank {other} reaches '{there}': a communicator of both "
                     "would mix them up"
                 )
 

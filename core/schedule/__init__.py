@@ -1,4 +1,4 @@
-"""Actions, and the order in which the stages compute: how many microbatches are in flight, made by one scheduler.
+"""Orders of the compute actions of a step, all made by one list scheduler.
 
 May import: `base` to `pricing`.
 """

@@ -130,7 +130,7 @@ def retimed(timed: TimedWork, order: Sequence[int], queues: Sequence[IssueQueue]
 def lower_bound_s(timed: TimedWork, order: Sequence[int]) -> float:
     """Return seconds that no order of the same actions beats; `order` is one of these orders.
 
-    The sets of actions (`bounds`) are those of each pipeline rank, its forwards alone, and its other actions alone.
+    The sets of the bound (`bounds`) are the actions of each pipeline rank, its forwards, and its other actions.
     """
     heads = longest_before_s(order, timed.sources, timed.seconds)
     tails = longest_before_s(reversed(order), timed.followers, timed.seconds)

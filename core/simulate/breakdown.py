@@ -17,7 +17,7 @@ import attrs
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.lower import link_of
 from mimogrid.core.schedule.actions import Compute, Recv, Send
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import CAUSES, PathSegment, Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
 

@@ -15,6 +15,7 @@ from mimogrid.shell.cli import commands
 from mimogrid.shell.cli.arguments import Args, overview, parse
 from mimogrid.shell.cli.output import print_json
 from mimogrid.shell.device.place import under_torchrun
+from mimogrid.shell.world.secrets import without_secrets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,12 @@ def _run(args: Args) -> int:
     except EchoError:
         return 1
     except WorldError as error:
-        print(f"mimogrid: {error}", file=sys.stderr)
+        print(without_secrets(f"mimogrid: {error}"), file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a file system that is gone, no descriptors
+        print(without_secrets(f"mimogrid: {error}"), file=sys.stderr)
         return 1
 
 
@@ -59,4 +65,4 @@ def _report(problems: Sequence[Problem], *, as_json: bool) -> None:
         print_json({"ok": False, "problems": [attrs.asdict(problem) for problem in problems]})
         return
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(without_secrets(str(problem)), file=sys.stderr)

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.core.plan import Plan, plan
 from mimogrid.core.plan.layouts import BEST, SLOWER, Layout, Question, shown
-from mimogrid.core.pricing import measured_on
+from mimogrid.core.plan.planner import Plan, plan
 from mimogrid.core.pricing.machine import machine_of
+from mimogrid.core.pricing.on_machine import measured_on
 from mimogrid.shell.cli.arguments import PlanArgs
 from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.job import costfile, jobfile

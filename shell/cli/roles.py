@@ -1,13 +1,13 @@
 """Roles: the layout of a job and the roles of its ranks, as tables and a map for people."""
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from mimogrid.core.base.units import in_bytes
+from mimogrid.core.draw.rank_map import rank_map, runs, short
 from mimogrid.core.job.models import FIRST, LAST, Own
 from mimogrid.core.step.traffic import EdgeTraffic
 from mimogrid.core.topology.roles import ModuleLayout, RankRole
@@ -19,9 +19,7 @@ LAYOUTS = {
     ModuleLayout.COLOCATED: "modules share ranks, with different grids",
     ModuleLayout.NON_COLOCATED: "every module on ranks of its own",
 }
-MAP_COLUMNS = 64
 TABLE_RANKS = 128
-NO_STAGE = "·"
 
 
 def print_layout(topology: Topology, edges: Sequence[EdgeTraffic]) -> None:
@@ -55,39 +53,6 @@ def print_roles(topology: Topology, roles: Sequence[RankRole]) -> None:
     console.print(_world_line(topology))
 
 
-def rank_map(topology: Topology) -> Iterator[str]:
-    """Yield the lines of a map: a row per module, a column per rank or run of equal ranks.
-
-    A cell is the pipeline stage that the rank hosts. In a world of more than `MAP_COLUMNS` ranks, neighbours that host
-    the same stages share a column.
-    """
-    hosted = [_column(topology, rank) for rank in range(topology.world_size)]
-    runs = [[rank] for rank in range(topology.world_size)]
-    if topology.world_size > MAP_COLUMNS:
-        grouped = itertools.groupby(range(topology.world_size), key=lambda rank: hosted[rank])
-        runs = [list(run) for _, run in grouped]
-    heads = [_span(run) for run in runs]
-    wide = max(len(name) for name in (*topology.modules, "rank"))
-    for start in range(0, len(runs), MAP_COLUMNS // 4):
-        chosen = range(start, min(start + MAP_COLUMNS // 4, len(runs)))
-        widths = {i: max(len(heads[i]), 2) for i in chosen}
-        yield " ".join([f"{'rank':<{wide}} |", *(f"{heads[i]:>{widths[i]}}" for i in chosen)])
-        for name in topology.modules:
-            cells = (f"{hosted[runs[i][0]].get(name, NO_STAGE):>{widths[i]}}" for i in chosen)
-            yield " ".join([f"{name:<{wide}} |", *cells])
-        yield ""
-
-
-def _column(topology: Topology, rank: int) -> Mapping[str, str]:
-    """Return the pipeline stage that a rank hosts, by module."""
-    return {info.stage.module: str(info.stage.pp) for info in topology.role(rank).stages}
-
-
-def _span(run: Sequence[int]) -> str:
-    """Write a run of ranks in short: ``3`` or ``6-7``."""
-    return str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
-
-
 def _modules_table(topology: Topology) -> Table:
     table = _table("module", "model", "ranks", "grid", "layers by stage", "parameters", "trains")
     for module in topology.modules.values():
@@ -95,7 +60,7 @@ def _modules_table(topology: Topology) -> Table:
         table.add_row(
             module.name,
             model.path if isinstance(model, Own) else type(model).__name__.lower(),
-            _span(module.grid.ranks) if module.grid.size > 1 else str(module.grid.offset),
+            short(module.grid.ranks),
             " ".join(f"{a.name}={a.size}" for a in module.grid.axes if a.size > 1) or "1 rank",
             "?" if isinstance(model, Own) else _layers(module),
             "?" if isinstance(model, Own) else f"{_count(module, trainable=False):,}",
@@ -150,16 +115,10 @@ def _edges_table(topology: Topology, traffic: Sequence[EdgeTraffic]) -> Table:
 def _world_line(topology: Topology) -> str:
     idle = topology.world_size - len(topology.ranks)
     ranks = f"{topology.world_size} rank{'s' if topology.world_size > 1 else ''}"
-    layout = topology.role(0).layout
-    idling = f"; {idle} idle ({_idle_ranks(topology)})" if idle else ""
+    layout, hosting = topology.role(0).layout, set(topology.ranks)
+    idle_ranks = ", ".join(runs(rank for rank in range(topology.world_size) if rank not in hosting))
+    idling = f"; {idle} idle ({idle_ranks})" if idle else ""
     return f"{ranks}, {layout.value}: {LAYOUTS[layout]}{idling}."
-
-
-def _idle_ranks(topology: Topology) -> str:
-    """Return the ranks in no grid, runs in short: ``3, 6-7``."""
-    idle = [rank for rank in range(topology.world_size) if rank not in set(topology.ranks)]
-    runs = itertools.groupby(enumerate(idle), key=lambda pair: pair[1] - pair[0])
-    return ", ".join(_span([rank for _, rank in run]) for _, run in runs)
 
 
 def _mark(flag: bool) -> str:

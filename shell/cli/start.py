@@ -15,6 +15,7 @@ from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.device.place import Place, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders
+from mimogrid.shell.world import preflight
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.orphans import end_with_launcher
 from mimogrid.shell.world.preemption import EXIT_CODE, SIGNALS, forwarding_signals
@@ -40,14 +41,16 @@ def train(job: Job, args: TrainArgs) -> int:
 
 def _train_here(job: Job, args: TrainArgs) -> Any:
     """Train in a world of local processes; return the report, or `Stopped`."""
+    size, uses_cuda = job.topology.world_size, args.transport is not None
+    found = [] if args.force else list(preflight.problems(job.topology, on_host=not uses_cuda))
+    if found := [*found, *preflight.allow_files(size)]:
+        raise PlanError(found)
     with folders.claimed(job, args.resume, args.changed) as folder:
         report = folders.finished_report(folder, job.spec.train.steps)
         if report is not None:
             print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
             return report
         arguments = args.transport, str(folder), args.resume
-        uses_cuda = args.transport is not None
-        size = job.topology.world_size
         with Pool(size, may_use_cuda=uses_cuda) as pool, forwarding_signals(pool.signal) as request:
             try:
                 return _first(pool, size, "mimogrid.shell.run.train:in_world", job, *arguments)
@@ -115,14 +118,14 @@ def _probed_here(job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure in a world of local processes for each size of microbatches, the job's own first."""
     sizes = (f"batch.global_size={size * job.spec.batch.microbatches}" for size in args.microbatch_sizes)
     jobs = [job, *(open_job(job.path, (*job.overrides, size)) for size in sizes)]
-    return [_in_fresh_world(one, "mimogrid.shell.run.probe:in_world", args.repeat) for one in jobs]
+    return [_in_fresh_world(one, "mimogrid.shell.run.probe.measure:in_world", args.repeat) for one in jobs]
 
 
 def _probed_at(place: Place, job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure as one rank of torchrun's world; only the first rank of the job gets the result."""
     end_with_launcher()
     prepare()
-    from mimogrid.shell.run.probe import in_world  # noqa: PLC0415 -- imports torch
+    from mimogrid.shell.run.probe.measure import in_world  # noqa: PLC0415 -- imports torch
 
     found = in_world(place, open_job(job.path, job.overrides), args.repeat)
     return [] if found is None else [found]

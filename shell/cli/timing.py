@@ -11,15 +11,15 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.machine import machine_of
+from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.layer_split import topology_of
-from mimogrid.core.simulate import MANY, rank_classes_of, simulate
 from mimogrid.core.simulate.breakdown import idle_s, idle_s_by_rank
 from mimogrid.core.simulate.memory import Level, peaks
 from mimogrid.core.simulate.rank_classes import RankClasses
+from mimogrid.core.simulate.simulation import MANY, rank_classes_of, simulate
 from mimogrid.core.simulate.timeline import Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.core.step.step import Step

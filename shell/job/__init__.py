@@ -1,4 +1,4 @@
-"""Job files, costs files and model configurations read; the user's modules and sources found.
+"""Reads job files, costs files and model configurations, and finds the user's own modules and sources.
 
 May import: the core.
 """

@@ -1,8 +1,8 @@
-"""Builders: functions of the user's own, found by ``package.module:function`` without running their package.
+"""Builders: finds functions of the user's own, ``package.module:function``, without running their package.
 
-Finding walks the import machinery from folder to folder and reads the file as text, so a job with modules of
-the user's own can be checked on a machine without torch. The file itself is run only where that cannot bring
-torch in: its top level imports none, and an import of torch behind it is stopped.
+The search asks Python's import system folder by folder, and reads the file as text. So a job with user modules can be
+checked on a machine without torch. The file itself runs only if that does not import torch: its top level must not
+import it, and an import of torch further down is stopped.
 """
 
 import ast
@@ -23,23 +23,26 @@ from mimogrid.former_names import current_path
 
 
 TORCH = frozenset({"torch", "torchvision", "torchaudio", "megatron", "transformer_engine"})
-"""Packages that are torch, or that bring it along."""
+"""Packages that are torch, or import it."""
 
 
 class PlanWarning(UserWarning):
-    """Something that the plan cannot know, and goes without."""
+    """Something that the plan cannot know, and does without."""
 
 
 class NeedsTorch(Exception):  # noqa: N818 -- a fact about a file, not an error
-    """A file that only runs with torch, where torch is not to be loaded."""
+    """A file runs with torch only, and torch is not to be loaded here."""
 
 
 @attrs.frozen
 class FoundFunction:
-    """A function of the user's own, found but not run.
+    """A function of the user's own that was found but not run.
 
-    `names` are what the file defines or imports at its top level; None where that cannot be told by reading.
-    `imports` are the packages that running its top level would import.
+    Attributes:
+        path: ``package.module:function``.
+        spec: The module's spec in Python's import system.
+        names: The names that the file defines or imports at its top level; None if reading does not show them.
+        imports: The packages that its top level imports.
     """
 
     path: str
@@ -63,13 +66,13 @@ class FoundFunction:
         return not self.imports & TORCH
 
     def load(self) -> Any:
-        """Import the module as Python does, its packages included, and return the function."""
+        """Import the module with its packages, and return the function."""
         return getattr(importlib.import_module(self.module), self.function)
 
     def run_alone(self) -> ModuleType:
-        """Run the file alone, without its packages and without torch; raises NeedsTorch if that fails.
+        """Run the file without its packages and without torch, and return it. Raises NeedsTorch if that fails.
 
-        Where torch is loaded already there is nothing to avoid, and the module is imported as usual.
+        If torch is loaded already, the module is imported as usual.
         """
         if "torch" in sys.modules:
             return importlib.import_module(self.module)
@@ -81,21 +84,21 @@ class FoundFunction:
         return module
 
     def describe(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return what a ``describe(options)`` beside the function says; nothing without one.
+        """Return what the file's ``describe(options)`` returns; {} if there is no such function.
 
-        Raises NeedsTorch where the file cannot be run without torch.
+        Raises NeedsTorch if the file does not run without torch.
         """
         if self.names is not None and "describe" not in self.names:
             return {}
         describe = getattr(self.run_alone(), "describe", None)
-        said = describe(dict(options)) if describe else {}
-        if not isinstance(said, Mapping):
-            raise TypeError(f"describe returned {said!r}, not a mapping")
-        return said
+        described = describe(dict(options)) if describe else {}
+        if not isinstance(described, Mapping):
+            raise TypeError(f"describe returned {described!r}, not a mapping")
+        return described
 
 
 def find(path: str, *, where: str) -> FoundFunction:
-    """Find ``package.module:function``. Raises PlanError, placed at `where`, if it is not there."""
+    """Find ``package.module:function``. Raises PlanError with the place `where` if it is not there."""
     path = current_path(path)
     module, _, function = path.partition(":")
     spec = _spec_of(module, where, path)
@@ -118,7 +121,7 @@ def find(path: str, *, where: str) -> FoundFunction:
 
 
 def make_importable(*folders: Path) -> None:
-    """Let Python find modules in some folders, from now on and after all other places."""
+    """Add folders to the end of Python's search path."""
     for folder in folders:
         if str(folder.resolve()) not in sys.path:
             sys.path.append(str(folder.resolve()))
@@ -128,7 +131,7 @@ def make_importable(*folders: Path) -> None:
 
 
 def _spec_of(module: str, where: str, path: str) -> importlib.machinery.ModuleSpec:
-    """Walk to a module through its packages; none is imported. Raises PlanError."""
+    """Find a module through its packages, without importing them. Raises PlanError."""
     parts = module.split(".")
     importlib.invalidate_caches()
     spec = _top_spec(parts[0])
@@ -168,7 +171,7 @@ def _source_of(spec: importlib.machinery.ModuleSpec) -> str | None:
     read = getattr(spec.loader, "get_source", None)
     try:
         text = read(spec.name) if read else None
-    except (ImportError, SyntaxError):  # undecodable: Python itself will say so better
+    except (ImportError, SyntaxError):  # It cannot be decoded; Python's own error explains that better.
         return None
     return text if isinstance(text, str) else None
 
@@ -177,7 +180,7 @@ def _source_of(spec: importlib.machinery.ModuleSpec) -> str | None:
 
 
 def _names(body: Sequence[ast.stmt]) -> frozenset[str] | None:
-    """The names that a top level defines; None if it defines some that reading cannot tell."""
+    """Return the names that a top level defines; None if reading does not show all of them."""
     names: set[str] = set()
     for node in _flat(body):
         match node:
@@ -195,7 +198,7 @@ def _names(body: Sequence[ast.stmt]) -> frozenset[str] | None:
 
 
 def _imports(body: Sequence[ast.stmt]) -> Iterator[str]:
-    """The top-level packages that running a top level would import."""
+    """Yield the top-level packages that a top level imports."""
     for node in _flat(body):
         match node:
             case ast.Import(names=aliases):
@@ -209,7 +212,7 @@ def _imports(body: Sequence[ast.stmt]) -> Iterator[str]:
 
 
 def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Every statement of a top level, also under if, try and with, but not what only type checkers see."""
+    """Yield all statements of a top level, also under if, try and with, but not those for type checkers only."""
     for node in body:
         yield node
         match node:
@@ -248,7 +251,7 @@ def _without_torch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _registered(module: ModuleType) -> Iterator[None]:
-    """Let a module find itself by name while it runs (dataclasses do); afterwards it is forgotten."""
+    """Register a module by name while it runs, because dataclasses look themselves up."""
     before = sys.modules.get(module.__name__)
     sys.modules[module.__name__] = module
     try:

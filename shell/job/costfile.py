@@ -1,6 +1,6 @@
-"""Costs files: TOML in, `Costs` out.
+"""Costs files: reads `Costs` from TOML.
 
-origin = "probed on ..."   # where the numbers come from, in words; may be left out
+origin = "probed on ..."   # where the numbers come from; optional
 [stages."vision.0"]        # seconds per microbatch
 forward = 1.0
 backward = 2.0             # or input_gradient and weight_gradient
@@ -9,7 +9,7 @@ latency = 0.0
 [edges."vision -> language"]
 bytes_per_s = 1e9
 [machine]
-cores = 2                  # at most so many compute actions at once
+cores = 2                  # how many compute actions run at once at most
 """
 
 import tomllib
@@ -59,7 +59,7 @@ def load(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def costs_of(table: Mapping[str, Any], at: str = "") -> tuple[Costs | None, list[Problem]]:
-    """Return the costs that a table gives, if it can be read, and every problem with it; `at` is where it stands."""
+    """Return the costs of a table, if it can be read, and all of its problems; `at` is the place of the table."""
     converter = new_converter()
     file = converted(converter, table, _File)
     problems = list(file.problems)
@@ -69,9 +69,9 @@ def costs_of(table: Mapping[str, Any], at: str = "") -> tuple[Costs | None, list
     edge = converted(converter, common, EdgeCosts, ("edges",))
     problems += edge.problems
     edges: dict[str, EdgeCosts] = {}
-    for name, given in file.value.edges.items():
-        if isinstance(given, dict):
-            found = converted(converter, common | given, EdgeCosts, ("edges", name))
+    for name, own in file.value.edges.items():
+        if isinstance(own, dict):
+            found = converted(converter, common | own, EdgeCosts, ("edges", name))
             problems += found.problems if edge.value else ()
             edges |= {name: found.value} if found.value else {}
     costs = Costs(
@@ -86,7 +86,7 @@ def costs_of(table: Mapping[str, Any], at: str = "") -> tuple[Costs | None, list
 
 
 def table_of(costs: Costs) -> dict[str, Any]:
-    """Return costs as the table that `costs_of` reads back; defaults are left out."""
+    """Return the table of some costs, without defaults; `costs_of` reads it back."""
     converter = new_converter()
     edges = {name: converter.unstructure(edge) for name, edge in costs.edges.items()}
     table = {

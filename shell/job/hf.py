@@ -1,10 +1,10 @@
 """Sizes of models from a ``config.json`` of Hugging Face: ``options = { config = "path/to/config.json" }``.
 
-The file is read, no weights are. Its sizes become options of the built-in model that the module names; options
-that stand beside `config` go before. What the built-in models do not have is mapped so that work and memory
-are the same: a gated MLP of three matrices, as Llama's, becomes one of two with 3/2 of the width, which has as many
-parameters and takes as many operations. RMS norms become layer norms, and learnt positions rotary ones; neither
-weighs anything. So such a job can be planned, simulated and trained from scratch, and does not load the checkpoint.
+Only this file is read, no weights. Its sizes become options of the module's built-in model. Options beside `config`
+override them. Parts that the built-in models lack become parts with equal work and memory. A gated MLP of three
+matrices, as in Llama, becomes one of two with 3/2 of the width: it has as many parameters and operations. RMS norms
+become layer norms, and learnt positions rotary ones; both are small. So such a job can be planned, simulated and
+trained from scratch. It does not load the checkpoint.
 
 | `model_type` | as a `vit` | as a `gpt` |
 |---|---|---|
@@ -24,11 +24,11 @@ from mimogrid.core.base.errors import PlanError, Problem, nearest
 
 Config = Mapping[str, Any]
 GATED = 3, 2
-"""A gated MLP has three matrices of a width, the built-in ones two."""
+"""Matrices of a gated MLP, and of the built-in one."""
 
 
 def lay_options(table: MutableMapping[str, Any], folder: Path) -> tuple[Problem, ...]:
-    """Put the sizes of every ``options.config`` of a job's table in its place; return what is wrong with them."""
+    """Replace every ``options.config`` in a job's table by the sizes in the file; return the problems."""
     problems: list[Problem] = []
     modules = table.get("modules")
     for name, module in modules.items() if isinstance(modules, dict) else ():
@@ -36,12 +36,12 @@ def lay_options(table: MutableMapping[str, Any], folder: Path) -> tuple[Problem,
         if not isinstance(options, dict) or "config" not in options or ":" in str(module.get("model")):
             continue
         where = f"modules.{name}.options.config"
-        given = options.pop("config")
+        config = options.pop("config")
         try:
-            module["options"] = options_of(where, folder / str(given), str(module.get("model"))) | options
+            module["options"] = options_of(where, folder / str(config), str(module.get("model"))) | options
         except PlanError as error:
             problems += error.problems
-            # What would be read from there is missing: of that nothing need be said again.
+            # Stand-ins for what the file should have, so that nothing else is reported as missing.
             module["options"] = {"layers": 1, "hidden": 2, "heads": 1} | options
             if module.get("model") == "gpt":
                 module["options"].setdefault("vocab", 1)
@@ -144,4 +144,4 @@ READERS: Mapping[str, Mapping[str, Callable[[Config], dict[str, Any]]]] = {
     },
     "gpt": dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl"), _decoder),
 }
-"""Per built-in model, the architectures whose files can be read."""
+"""For each built-in model, the architectures whose files can be read."""

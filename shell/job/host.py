@@ -1,4 +1,4 @@
-"""What a host hands over: stand-ins in the job file for a network and for samples that no name leads to.
+"""Stand-ins in a job file for a network and for samples that a host program supplies.
 
     [modules.ears]
     model = "mimogrid.shell.job.host:module"
@@ -8,7 +8,7 @@
     source = "mimogrid.shell.job.host:samples"
     options = { sequence = 32, features = { vision = 16 } }
 
-A job with them can be checked, drawn and planned like any other; only its host can run it (`adapters`). This
+A job with them can be checked, drawn and planned like any other. Only its host program can run it (`adapters`). This
 file needs no torch.
 """
 
@@ -23,28 +23,28 @@ from mimogrid.core.job.spec import SourceFacts
 
 
 def module(**options: Any) -> NoReturn:
-    """Stand for a network that the host hands over; raises PlanError where it has not."""
+    """Stand for a network of the host program. Raises PlanError, because it is called only if there is none."""
     message = "a module whose model is 'mimogrid.shell.job.host:module' has not been handed over."
     remedy = "Run the job from its host, and name the module there on every rank that hosts it."
     raise PlanError([Problem("modules", message, remedy)])
 
 
 @attrs.frozen
-class Handed:
-    """A source without samples of its own; of those to come it knows only what the plan must know."""
+class HostSource:
+    """A source without samples of its own. It knows what the plan must know of the host program's samples."""
 
     known: SourceFacts
 
     def facts(self) -> SourceFacts:
-        """What the plan must know."""
+        """Return what the plan must know."""
         return self.known
 
     def describe(self, sample_id: int) -> Sample:
-        """Return an empty sample: what the host will hand over is not known yet."""
+        """Return an empty sample, because the host program's samples are not known yet."""
         return Sample(id=sample_id, length=0, rows={})
 
     def load(self, sample_id: int, module: str) -> NoReturn:
-        """Raise PlanError: the host has them."""
+        """Raise PlanError: the host program has the samples."""
         message = "the samples of this job are the host's, and it has handed over none for this step."
         remedy = "Run the job from its host, and give each step its batch."
         raise PlanError([Problem("data.source", message, remedy)])
@@ -58,8 +58,8 @@ def samples(
     rows: Mapping[str, int] | None = None,
     length: int | None = None,
     targets: bool = True,
-) -> Handed:
-    """Stand for samples that the host hands over; the options are `core.job.spec.SourceFacts`."""
+) -> HostSource:
+    """Stand for samples of the host program; the options are those of `core.job.spec.SourceFacts`."""
     facts = SourceFacts(
         sequence=sequence,
         vocab=vocab,
@@ -68,4 +68,4 @@ def samples(
         length=length,
         targets=targets,
     )
-    return Handed(facts)
+    return HostSource(facts)

@@ -1,12 +1,11 @@
-"""Job files: TOML in, `JobSpec` out, and back.
+"""Job files: reads a `JobSpec` from TOML, and writes it.
 
-`load` takes what a user wrote literally and reports everything that is not right together: keys that do not
-exist with the nearest that do, values of the wrong type, what is missing. Overrides (``a.b.c=value``) are
-laid over the file before it is read, so their mistakes read like any other's.
+`load` reads a file strictly and reports all problems together: unknown keys with the nearest known one, values of the
+wrong type, missing keys. Overrides (``a.b.c=value``) are set before the file is read, so their mistakes are reported in
+the same form.
 
-`read` goes on where `load` stops: where the mistakes leave enough to understand what was meant (a misspelt
-key stands for its nearest neighbour), it returns a spec besides the problems, so that problems of the plan
-can be reported in the same run.
+`read` also returns a spec if the mistakes leave enough to understand the file (a misspelt key stands for the nearest
+known one). Then problems of the plan can be reported in the same run.
 """
 
 import copy
@@ -27,7 +26,15 @@ from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.former_names import current_path
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.hf import lay_options
-from mimogrid.shell.job.tables import TableProblem, Wrong, converted, dotted, new_converter, shown, table_hook
+from mimogrid.shell.job.tables import (
+    TableProblem,
+    WrongValueError,
+    converted,
+    dotted,
+    new_converter,
+    shown,
+    table_hook,
+)
 
 
 REQUIRED = {
@@ -36,16 +43,18 @@ REQUIRED = {
     "batch": "Add a table [batch] with global_size = N.",
 }
 OWN_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-"""How things of the user's own are named: ``package.module:function``."""
+"""How the user's own modules and sources are named: ``package.module:function``."""
 
 
 @attrs.frozen
 class ParsedJob:
-    """A job file as far as it could be read.
+    """A job file as far as it can be read.
 
-    `spec` is what the user probably meant; None where that cannot be told. It may be trusted only without
-    `problems`. `doubtful` are the tables that a mistake left incomplete: what the plan says of them may be a
-    consequence of that mistake. `overrides` says which places were given on the command line.
+    Attributes:
+        spec: What the user probably meant; None if that is not clear. It is reliable only without `problems`.
+        problems: All problems of the text.
+        doubtful: Tables that a mistake left incomplete. Problems of the plan there may be consequences of the mistake.
+        overrides: For each place that an override set, the text of the override.
     """
 
     spec: JobSpec | None
@@ -54,11 +63,11 @@ class ParsedJob:
     overrides: Mapping[str, str] = attrs.field(factory=dict[str, str])
 
     def explains(self, problem: Problem) -> bool:
-        """Whether a problem of the plan may be a mere consequence of one found here."""
+        """Whether a problem of the plan may be a consequence of a problem of the text."""
         return any(_is_within(problem.where, table) for table in self.doubtful)
 
     def annotated(self, problem: Problem) -> Problem:
-        """Return the problem, with the override that it comes from if it comes from one."""
+        """Return the problem, with the override that it comes from, if any."""
         for place, text in self.overrides.items():
             if _is_within(problem.where, place):
                 return attrs.evolve(problem, message=f"{problem.message} (Given by --set {text}.)")
@@ -71,10 +80,10 @@ def _is_within(where: str, place: str) -> bool:
 
 def load(path: Path | str, overrides: Iterable[str] = ()) -> JobSpec:
     """Read a job file. Raises PlanError with every problem of its text."""
-    reading = read(path, overrides)
-    if reading.problems or reading.spec is None:
-        raise PlanError(reading.problems)
-    return reading.spec
+    parsed_job = read(path, overrides)
+    if parsed_job.problems or parsed_job.spec is None:
+        raise PlanError(parsed_job.problems)
+    return parsed_job.spec
 
 
 def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
@@ -85,10 +94,10 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
     except PlanError as error:
         return ParsedJob(None, error.problems)
     problems: list[Problem] = []
-    given: dict[str, str] = {}
+    places: dict[str, str] = {}
     for entry in overrides:
         try:
-            given[_lay_over(table, entry)] = entry
+            places[_lay_over(table, entry)] = entry
         except PlanError as error:
             problems += error.problems
     if not table:
@@ -98,27 +107,29 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
         return ParsedJob(None, (*problems, empty))
     costs, of_costs = _take_costs(table, Path(path).parent)
     problems += [*of_costs, *lay_options(table, Path(path).parent)]
-    reading = _read_table(table)
-    if costs and reading.spec:
-        priced = attrs.evolve(reading.spec.schedule, costs=costs)
-        reading = attrs.evolve(reading, spec=attrs.evolve(reading.spec, schedule=priced))
-    found = ParsedJob(reading.spec, (), reading.doubtful, given)
-    problems += [found.annotated(problem) for problem in reading.problems]
-    return attrs.evolve(found, problems=tuple(problems))
+    job = attrs.evolve(_read_table(table), overrides=places)
+    if costs and job.spec:
+        job = attrs.evolve(job, spec=_with_costs(job.spec, costs))
+    problems += [job.annotated(problem) for problem in job.problems]
+    return attrs.evolve(job, problems=tuple(problems))
+
+
+def _with_costs(spec: JobSpec, costs: Costs | None) -> JobSpec:
+    return attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, costs=costs))
 
 
 def parsed(text: str) -> JobSpec:
     """Read what `dump` wrote. Raises PlanError."""
     table = _parsed(text, "job")
     costs, problems = _take_costs(table, Path())
-    reading = _read_table(table)
-    if problems or reading.problems or reading.spec is None:
-        raise PlanError([*problems, *reading.problems])
-    return attrs.evolve(reading.spec, schedule=attrs.evolve(reading.spec.schedule, costs=costs))
+    job = _read_table(table)
+    if problems or job.problems or job.spec is None:
+        raise PlanError([*problems, *job.problems])
+    return _with_costs(job.spec, costs)
 
 
 def recorded(text: object, where: Path) -> JobSpec:
-    """Read the job that a run or a checkpoint says it is of. Raises PlanError with the name of the file."""
+    """Read the job that a run or a checkpoint recorded. Raises PlanError with the name of the file."""
     try:
         return parsed(str(text))
     except PlanError as error:
@@ -127,7 +138,7 @@ def recorded(text: object, where: Path) -> JobSpec:
 
 
 def dump(spec: JobSpec) -> str:
-    """Write a spec as a job file that `load` reads back to an equal spec; defaults are left out."""
+    """Write a spec as a job file, without defaults; `load` reads it back to an equal spec."""
     import tomlkit  # noqa: PLC0415  (slow to import, and few commands write)
 
     document = tomlkit.document()
@@ -149,7 +160,7 @@ def dump(spec: JobSpec) -> str:
 
 
 def _flat_table(value: Mapping[str, Any]) -> Any:
-    """A TOML table whose own tables stand on one line each."""
+    """Return a TOML table with its inner tables on one line each."""
     import tomlkit  # noqa: PLC0415
 
     table = tomlkit.table()
@@ -197,7 +208,7 @@ def _parsed(text: str, name: str) -> dict[str, Any]:
 
 
 def _explained(message: str, text: str) -> tuple[str, str]:
-    """Say in our words what the TOML parser says in its own."""
+    """Return fact and remedy for a message of the TOML parser."""
     fact, line, column = _located(message, text)
     at = f"(line {line}, column {column})"
     twice = re.match(r"Cannot (?:declare|redefine namespace) \((.*?)\)", fact)
@@ -215,7 +226,7 @@ def _explained(message: str, text: str) -> tuple[str, str]:
 
 
 def _located(message: str, text: str) -> tuple[str, int, int]:
-    """Split the parser's message into the fact, the line and the column."""
+    """Split the parser's message into fact, line and column."""
     place = re.search(r" \(at line (\d+), column (\d+)\)$", message)
     if place:
         return message[: place.start()], int(place[1]), int(place[2])
@@ -233,7 +244,7 @@ def _first_declared(path: list[str], text: str) -> int:
 
 
 def _lay_over(table: dict[str, Any], entry: str) -> str:
-    """Put an override ``a.b.c=value`` into the table; return its place. Raises PlanError."""
+    """Set an override ``a.b.c=value`` in the table; return its place. Raises PlanError."""
     key, equals, text = entry.partition("=")
     path = _key_path(key)
     if not equals or not path:
@@ -250,7 +261,7 @@ def _lay_over(table: dict[str, Any], entry: str) -> str:
 
 
 def _key_path(key: str) -> tuple[str, ...]:
-    """Read a dotted key as TOML does; () if it is none."""
+    """Read a dotted key as TOML does; () if it is not one."""
     try:
         table: Any = tomllib.loads(f"{key} = 0")
     except tomllib.TOMLDecodeError:
@@ -265,7 +276,7 @@ def _key_path(key: str) -> tuple[str, ...]:
 
 
 def _override_value(text: str) -> object:
-    """Read a value as TOML does; what is none (and a date, which no job has) is a string."""
+    """Read a value as TOML does. What is not TOML is a string, and so is a date, which no job has."""
     try:
         table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -281,18 +292,18 @@ def _override_value(text: str) -> object:
 def _take_costs(table: dict[str, Any], folder: Path) -> tuple[Costs | None, list[Problem]]:
     """Take `schedule.costs` out of a job's tables: the tables of a costs file, or its path from the job's folder."""
     schedule = table.get("schedule")
-    given = schedule.pop("costs", None) if isinstance(schedule, dict) else None
+    costs = schedule.pop("costs", None) if isinstance(schedule, dict) else None
     where = "schedule.costs"
     try:
-        if isinstance(given, str):
-            where = str(folder / given)
-            given = costfile.load(folder / given, "Check schedule.costs.")
-        elif given is not None and not isinstance(given, dict):
+        if isinstance(costs, str):
+            where = str(folder / costs)
+            costs = costfile.load(folder / costs, "Check schedule.costs.")
+        elif costs is not None and not isinstance(costs, dict):
             remedy = 'Give the path of a costs file, or its tables: { stages."language.0" = {...} }.'
-            return None, [Problem(where, f"is {shown(given)}.", remedy)]
+            return None, [Problem(where, f"is {shown(costs)}.", remedy)]
     except PlanError as error:
         return None, list(error.problems)
-    return (None, []) if given is None else costfile.costs_of(given, f"{where}.")
+    return (None, []) if costs is None else costfile.costs_of(costs, f"{where}.")
 
 
 # -- tables ------------------------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ def _take_costs(table: dict[str, Any], folder: Path) -> tuple[Costs | None, list
 
 @attrs.frozen
 class _Options:
-    """The options of a module as written, with the model that says what they mean."""
+    """The options of a module as written, with the name of its model."""
 
     model: object
     table: object
@@ -330,15 +341,15 @@ def _job_converter() -> Converter:
 def _model(value: Any, _: Any) -> str:
     if not isinstance(value, str):
         remedy = f"Use one of {', '.join(BUILT_IN)}, or a string of the form package.module:function."
-        raise Wrong(f"is {shown(value)}; expected the name of a model.", remedy)
+        raise WrongValueError(f"is {shown(value)}; expected the name of a model.", remedy)
     if value in BUILT_IN:
         return value
     if ":" not in value:
         remedy = f"{nearest(value, tuple(BUILT_IN))} Your own: package.module:function."
-        raise Wrong(f"'{value}' is not a built-in model.", remedy)
+        raise WrongValueError(f"'{value}' is not a built-in model.", remedy)
     if not OWN_PATH.fullmatch(value):
         message = f"'{value}' is not of the form package.module:function."
-        raise Wrong(message, "Name a module of Python and a function in it.")
+        raise WrongValueError(message, "Name a module of Python and a function in it.")
     return current_path(value)
 
 
@@ -376,7 +387,7 @@ def _problem(problem: TableProblem, table: Mapping[str, Any]) -> Problem:
 
 
 def _homes(problem: TableProblem) -> Iterator[str]:
-    """Tables that have the key which this one lacks."""
+    """Yield the tables that have a key which this one lacks."""
     key, place = problem.path[-1], problem.path[:2]
     if place[0] == "modules" and len(problem.path) > 2:  # noqa: PLR2004
         homes: dict[str, type] = {dotted(place): ModuleSpec, dotted((*place, "grid")): GridSpec}
@@ -389,7 +400,7 @@ def _homes(problem: TableProblem) -> Iterator[str]:
 
 
 def _renamed(table: dict[str, Any], problem: TableProblem) -> bool:
-    """Give a misspelt key the name that it was meant to have, if that is free."""
+    """Rename a misspelt key to the field that was meant, if that is free; return whether it was."""
     inner = _table_of(table, problem)
     if inner is None or not problem.meant or problem.meant in inner:
         return False
@@ -398,7 +409,7 @@ def _renamed(table: dict[str, Any], problem: TableProblem) -> bool:
 
 
 def _dropped(table: dict[str, Any], problem: TableProblem) -> bool:
-    """Leave a faulty key out, unless too much hangs on it: then what the rest says would be of no use."""
+    """Remove a faulty key, unless too much depends on it; return whether it was removed."""
     inner, key = _table_of(table, problem), problem.path[-1]
     if inner is None or key in {"feeds", "model"} or isinstance(inner[key], dict):
         return False
@@ -407,7 +418,7 @@ def _dropped(table: dict[str, Any], problem: TableProblem) -> bool:
 
 
 def _table_of(table: Any, problem: TableProblem) -> dict[str, Any] | None:
-    """The table that holds a faulty key; None for what is no key, such as an entry of a list."""
+    """Return the table with a faulty key; None if it is not a key, such as an entry of a list."""
     for step in problem.path[:-1]:
         table = table.get(step) if isinstance(table, dict) else None
     return table if isinstance(table, dict) and problem.path[-1] in table else None

@@ -1,8 +1,8 @@
-"""Tables: what a TOML parser returns, turned into attrs values with *everything* wrong found at once.
+"""Tables: turns what a TOML parser returns into attrs values, and finds *all* problems at once.
 
-A field of an attrs class is a key of its table; a field without a default is required. Types are taken at
-their word: true is no integer, "4" is no number, a string is no list of its letters. An integer serves as a
-float, and a list becomes a tuple.
+A field of an attrs class is a key of its table. A field without a default is required. Types are strict: true is not an
+integer, "4" is not a number, a string is not a list of its letters. An integer serves as a float, and a list becomes a
+tuple.
 
 >>> @attrs.frozen
 ... class Grid:
@@ -30,8 +30,8 @@ from mimogrid.core.base.errors import nearest
 T = TypeVar("T")
 
 
-class Wrong(ValueError):  # noqa: N818 -- of a value, and read aloud
-    """A value that cannot stand where it does: the fact and the way out, without the place."""
+class WrongValueError(ValueError):
+    """A value that cannot stand where it does: the fact and the remedy, without the place."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -41,10 +41,16 @@ class Wrong(ValueError):  # noqa: N818 -- of a value, and read aloud
 
 @attrs.frozen
 class TableProblem:
-    """One thing wrong at one place of a table.
+    """One problem at one place of a table.
 
-    `missing` marks a key that is not there; `unknown` one that no field has: `table` is the class whose key
-    it was taken for, and `meant` the field that it was probably meant to be.
+    Attributes:
+        path: The keys that lead to the place.
+        message: The fact.
+        remedy: What to do.
+        missing: Whether a required key is missing.
+        unknown: Whether the key is not a field of its class.
+        table: For an unknown key, the class.
+        meant: For an unknown key, the field with the nearest name, if there is one.
     """
 
     path: tuple[str, ...]
@@ -63,17 +69,17 @@ class TableProblem:
 
 @attrs.frozen
 class Converted(Generic[T]):
-    """A value, or the problems that stand against it; never both."""
+    """A value, or the problems of its table; never both."""
 
     value: T | None
     problems: tuple[TableProblem, ...]
 
 
 def converted(converter: Converter, table: object, kind: type[T], path: tuple[str, ...] = ()) -> Converted[T]:
-    """Read a table as a value of an attrs class; `path` is where the table stands."""
+    """Convert a table to a value of an attrs class; `path` is the place of the table."""
     try:
         return Converted(converter.structure(table, kind), ())
-    except (BaseValidationError, Wrong) as error:
+    except (BaseValidationError, WrongValueError) as error:
         return Converted(None, tuple(_problems(error, path)))
 
 
@@ -90,7 +96,7 @@ def new_converter() -> Converter:
 
 
 def table_hook(converter: Converter, kind: type, **overrides: Any) -> Callable[[Any, Any], Any]:
-    """Return the hook that reads a table as `kind`; overrides are those of cattrs."""
+    """Return the hook that converts a table to `kind`; overrides are those of cattrs."""
     read: Callable[[Any, Any], Any] = make_dict_structure_fn(
         kind, converter, _cattrs_forbid_extra_keys=True, **overrides
     )
@@ -118,7 +124,7 @@ def dotted(path: Sequence[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """Write a value as in a job file, in short.
+    """Write a value as in a job file, cut if it is long.
 
     >>> shown([True, "a"])
     '[true, "a"]'
@@ -159,9 +165,9 @@ _KINDS: Mapping[type, str] = {
 _EXAMPLES: Mapping[type, str] = {int: "4", float: "0.5", bool: "true", str: '"text"'}
 
 
-def _mismatch(value: object, expected: str, remedy: str) -> Wrong:
+def _mismatch(value: object, expected: str, remedy: str) -> WrongValueError:
     kind = _KINDS.get(type(value), "a date")
-    return Wrong(f"is {shown(value)}, {kind}; expected {expected}.", remedy)
+    return WrongValueError(f"is {shown(value)}, {kind}; expected {expected}.", remedy)
 
 
 def _scalar(value: Any, kind: type) -> Any:
@@ -220,7 +226,7 @@ def _tuple(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
             remedy = "Use a list." if isinstance(value, dict) else f"Write [{shown(value)}]."
             raise _mismatch(value, f"a list of {_plural(items)}", remedy)
         if items[-1] is not Ellipsis and len(value) != len(items):
-            raise Wrong(
+            raise WrongValueError(
                 f"is {shown(value)}, a list of {len(value)}; expected {len(items)} {_plural(items)}.",
                 f"Give {len(items)} of them.",
             )
@@ -234,14 +240,14 @@ def _plural(items: tuple[Any, ...]) -> str:
 
 
 def _is_choice(kind: Any) -> bool:
-    """Whether a type is a union of several things beside None."""
+    """Whether a type is a union of several types besides None."""
     if typing.get_origin(kind) not in {types.UnionType, typing.Union}:
         return False
     return sum(member is not types.NoneType for member in typing.get_args(kind)) > 1
 
 
 def _choice(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
-    """A union is read as the member that the value looks like."""
+    """Return the hook that converts a value to that member of a union that it looks like."""
     members = [m for m in typing.get_args(kind) if m is not types.NoneType]
 
     def looks_like(member: Any, value: object) -> bool:
@@ -280,7 +286,7 @@ def _problems(error: BaseException, path: tuple[str, ...]) -> Iterator[TableProb
         case BaseValidationError():
             for inner in error.exceptions:
                 yield from _problems(inner, (*path, *_step(inner)))
-        case Wrong():
+        case WrongValueError():
             yield TableProblem(path, error.message, error.remedy)
         case KeyError():
             yield TableProblem(path, "is missing.", "It is required, and has no default.", missing=True)
@@ -289,7 +295,7 @@ def _problems(error: BaseException, path: tuple[str, ...]) -> Iterator[TableProb
 
 
 def _step(error: BaseException) -> tuple[str, ...]:
-    """The step from a group of errors to one of them, which cattrs leaves in a note."""
+    """Return the key from a group of errors to one of them. cattrs leaves it in a note."""
     for note in getattr(error, "__notes__", ()):
         if hasattr(note, "name"):
             return (note.name,)

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, stragglers
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.step import Step
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.agreement import Outcome

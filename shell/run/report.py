@@ -13,8 +13,8 @@ from mimogrid.core.draw import perfetto
 from mimogrid.core.draw.picture import above
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.program.lower import plan_step
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.measured import mean_costs, measured
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import Event
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint.versions import versions
@@ -146,7 +146,7 @@ def compose(
     }
     first, *others = accuracy.items() if accuracy else [(None, None)]
     return {
-        "layout": runtime.topology.role(runtime.rank).layout.value,
+        "layout": runtime.role.layout.value,
         "world_size": runtime.topology.world_size,
         "steps": runtime.job.spec.train.steps,
         "skipped_steps": tally.skipped,

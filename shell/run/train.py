@@ -26,7 +26,6 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.faults.stragglers import Straggler
 from mimogrid.core.job.changes import changes
 from mimogrid.core.step.step import Step
-from mimogrid.core.topology.roles import role_of
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint import files, manifest
 from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
@@ -98,15 +97,16 @@ def _trained(
 ) -> dict[str, Any] | Stopped | None:
     """Train in a folder from the start, or from what was `saved` ("": nothing yet)."""
     job = runtime.job
-    role, settings = role_of(job.topology, runtime.rank), job.spec.train
+    settings = job.spec.train
     is_first = runtime.rank == job.topology.ranks[0]
     with (
-        open_log(folder / "logs", role, speaks=is_first) as log,
+        open_log(folder / "logs", runtime.role, speaks=is_first) as log,
         open_saver(
             folder / CHECKPOINTS,
             runtime.group,
             keep=settings.keep_checkpoints,
             keep_every=settings.keep_every,
+            timeout_s=settings.timeout_s,
             on_phase=session.heartbeat.enter,
             on_wait=session.heartbeat.wait_for_others,
         ) as saver,

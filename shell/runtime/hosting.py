@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import attrs
 from torch import nn
 
+from mimogrid.core.topology.roles import RankRole
 from mimogrid.core.topology.topology import Stage, StageInfo
 from mimogrid.shell.device.device import DTYPES, Device
 from mimogrid.shell.job.jobs import Job
@@ -23,7 +24,7 @@ class Hosted:
 
 
 def host_stages(
-    job: Job, rank: int, groups: ProcessGroups, device: Device, user_modules: Mapping[str, nn.Module]
+    job: Job, role: RankRole, groups: ProcessGroups, device: Device, user_modules: Mapping[str, nn.Module]
 ) -> dict[Stage, Hosted]:
     """Build the stages of a rank.
 
@@ -31,20 +32,26 @@ def host_stages(
     `nn.ModuleList` of one for each.
     """
     found = {}
-    for info in job.topology.role(rank).stages:
+    for info in role.stages:
         network = user_modules.get(info.stage.module)
         if network is not None and job.spec.modules[info.stage.module].chunks > 1:
             assert isinstance(network, nn.ModuleList)
             network = network[info.stage.chunk]
-        found[info.stage] = _host(info, job, rank, groups, device=device, network=network)
+        found[info.stage] = _host(info, job, role, groups, device=device, network=network)
     return found
 
 
 def _host(
-    info: StageInfo, job: Job, rank: int, groups: ProcessGroups, *, device: Device, network: nn.Module | None
+    info: StageInfo,
+    job: Job,
+    role: RankRole,
+    groups: ProcessGroups,
+    *,
+    device: Device,
+    network: nn.Module | None,
 ) -> Hosted:
     module, dtype = job.topology.modules[info.stage.module], DTYPES[job.spec.precision]
-    of_module = groups.of_module(job.topology.role(rank), module.name)
+    of_module = groups.of_module(role, module.name)
     built = build_stage(job.topology, info, of_module, device=device.torch, dtype=dtype, user_module=network)
     # Main parameters begin as they were drawn, before half precision rounds them.
     full = {name: weight.detach() for name, weight in named_weights(built).items()}
@@ -52,7 +59,7 @@ def _host(
     return Hosted(
         # The network knows which of its parameters train; for a module of the user's own the plan does not.
         runner=StageRunner(
-            rank=rank,
+            rank=role.rank,
             module=module,
             info=built.info,
             network=built,
@@ -61,7 +68,7 @@ def _host(
         ),
         buffer=StageBuffer(
             topology=job.topology,
-            position=module.position(rank),
+            position=role.modules[module.name].position,
             info=built.info,
             weights=named_weights(built),
             full=full,

@@ -1,6 +1,6 @@
 """The runtime of a rank: what it has over the steps of a run.
 
-It is state only. What runs with it is beside it: `train_step`, `forward_only`, `agreement`, `pieces`.
+It is state only. What runs with it is beside it: `train_step`, `forward_only`, `agreement`, `tensor_slices`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from torch import nn
 from mimogrid.core.program.lifetimes import releases
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Action
+from mimogrid.core.topology.roles import RankRole
 from mimogrid.core.topology.topology import Stage, Topology
 from mimogrid.core.update.decision import SkipState
 from mimogrid.shell.device.device import DTYPES, Device
@@ -38,7 +39,7 @@ class RankRuntime:
 
     Attributes:
         job: the job.
-        rank: this rank of it.
+        role: what the rank does in it: its stages, links and groups.
         device: where the rank computes.
         groups: the process groups that the rank is in.
         transport: what carries messages between ranks.
@@ -58,7 +59,7 @@ class RankRuntime:
     """
 
     job: Job
-    rank: int
+    role: RankRole
     device: Device
     groups: ProcessGroups
     transport: Transport
@@ -75,6 +76,11 @@ class RankRuntime:
     has_saved: bool = True
     last_timeline: tuple[Timed, ...] = ()
     last_load_s: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """The rank in the job."""
+        return self.role.rank
 
     @property
     def topology(self) -> Topology:
@@ -103,14 +109,14 @@ def build_runtime(
     `user_modules` are networks that are there already, by the names of their modules.
     """
     assert job.source is not None
-    topology, networks = job.topology, user_modules or {}
-    built = {info.stage.module for info in topology.role(rank).stages} - networks.keys()
+    topology, role, networks = job.topology, job.topology.role(rank), user_modules or {}
+    built = role.modules.keys() - networks.keys()
     engine.agree(built, topology, groups.by_ranks[topology.ranks], device.torch)
-    hosted = host_stages(job, rank, groups, device, networks)
+    hosted = host_stages(job, role, groups, device, networks)
     buffers = {stage: each.buffer for stage, each in hosted.items()}
     return RankRuntime(
         job=job,
-        rank=rank,
+        role=role,
         device=device,
         groups=groups,
         transport=Transport(topology, groups, device),

@@ -122,18 +122,18 @@ def test_networks_of_the_job_take_a_forward_step_too(pool: Pool, opened: Opened)
 
 @pytest.mark.world
 def test_a_loss_that_counts_other_tokens_is_refused(pool: Pool, opened: Opened) -> None:
-    """Gradients would be divided by another count than the program believes: the step is not taken."""
+    """Gradients would be divided by another count than the program assumes, so the step is skipped."""
     job = job_for(opened, COMMON, {"dp": 1}, {"dp": 1})
-    told = pool.run("loops:miscounted", 2, job, COMMON)
-    assert [(False, False)] * 2 == [(changed, taken) for _, changed, taken in told]
+    found = pool.run("loops:miscounted", 2, job, COMMON)
+    assert [(False, False)] * 2 == [(changed, updated) for _, changed, updated in found]
     assert re.match(
-        r"microbatch 0: the loss function counts 48 tokens on this rank, the loss mask 2\d", told[1][0]
+        r"microbatch 0: the loss function counts 48 tokens on this rank, the loss mask 2\d", found[1][0]
     )
 
 
 @pytest.mark.world
 def test_a_forward_step_that_fails_on_one_rank_ends_the_step_on_all(pool: Pool, opened: Opened) -> None:
-    """The others, which would wait for its samples, are told which rank has none; the next step is as ever."""
+    """The others do not wait for its samples: their error names the rank, and the next step works."""
     job = job_for(opened, COMMON, {"dp": 1}, {"dp": 2})
     said = pool.run("loops:failing", 3, job, COMMON, 1)
     assert [("EchoError", True), ("KeyError", True), ("EchoError", True)] == [
@@ -294,7 +294,7 @@ def _has_no_tokens(data_iterator: Any, model: Any) -> Any:
 def test_forward_steps_that_compute_with_what_is_not_there_are_refused(
     language: Module, forward_step: Any, error: type[Exception], said: str
 ) -> None:
-    """They are told where to compute instead."""
+    """The error says where to compute instead."""
     with pytest.raises(error, match=said):
         microbatches_of(forward_step, loops.batches(), None, language, rank=1, total=loops.SAMPLES)
 
@@ -313,7 +313,7 @@ def test_losses_that_are_no_sums_are_refused(language: Module, returned: Any, sa
         judged(language, lambda *_: returned)
 
 
-def test_a_loss_that_fails_says_what_it_was_given(language: Module) -> None:
+def test_a_loss_that_fails_says_what_its_input_was(language: Module) -> None:
     """The batch's own loss mask, of all dp ranks, fits no dp rank's output."""
     with pytest.raises(RuntimeError, match="must match") as caught:
         judged(language, lambda _, output: (output * torch.ones(3, 16)).sum())

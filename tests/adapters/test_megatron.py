@@ -115,7 +115,7 @@ def test_a_grid_that_renumbers_is_refused() -> None:
 # -- roles -------------------------------------------------------------------------------------------------
 
 
-def test_roles_are_told_without_a_process_group() -> None:
+def test_roles_need_no_process_group() -> None:
     """An encoder on two dp ranks, a language model of two stages behind it, and a rank too many."""
     grids = {"vision": hyper(dp=2), "language": hyper(2, tp=1, pp=2)}
     roles = [role_of_grids(grids, rank) for rank in range(5)]
@@ -284,7 +284,7 @@ def collection(pp: int = 0, stages: int = 1) -> Any:
 
 @pytest.fixture
 def cpu() -> Iterator[None]:
-    """Let megatron-core run here, in a world of one; without any it takes no group that it is given."""
+    """Let megatron-core run in a world of one; without a world it accepts no group."""
     with alone():
         yield
 
@@ -457,7 +457,7 @@ def test_every_stage_of_an_encoder_runs() -> None:
         assert torch.equal(2 * ones, theirs(hidden_states=hidden["vision"]))
 
 
-def test_an_encoder_that_cannot_be_told_its_virtual_stage_is_refused() -> None:
+def test_an_encoder_that_takes_no_virtual_stage_is_refused() -> None:
     """It would have the same layers in each of them."""
     config = specs.config(pp=2, layers=4, virtual_pipeline_model_parallel_size=2)
     spec = {"vision": specs.vision(specs.Doubling, projected=False, config=config)}
@@ -589,12 +589,12 @@ def test_a_loop_that_asks_for_more_is_refused(pool: Pool, opened: Opened) -> Non
 
 @pytest.mark.world
 def test_evaluating_trains_nothing(pool: Pool, opened: Opened) -> None:
-    """Dropout rests, weights stay, and samples that were not given are still to come."""
+    """Dropout is off, weights stay, and the next samples of the job stay the next."""
     job = opened(layouts.job("enc(1,1,2)@0 lm(1,2,1)@2", changes={"lm": {"options": {"dropout": 0.5}}}))
-    for losses, again, taken, expected in pool.run("hosts:evaluated", 4, job):
+    for losses, again, trained, expected in pool.run("hosts:evaluated", 4, job):
         assert losses == again
         assert losses["lm"] > 0
-        assert taken == expected
+        assert trained == expected
 
 
 # -- where Megatron's own arithmetic is wrong --------------------------------------------------------------

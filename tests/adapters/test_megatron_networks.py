@@ -199,7 +199,7 @@ def test_a_language_model_of_megatrons_trains_in_virtual_stages(
 
 
 def test_a_rank_with_chunks_has_a_network_for_each(opened: Opened) -> None:
-    """One for both would be given two places in the pipeline."""
+    """One network for both would have two places in the pipeline."""
     config = {"layers": 4, "language": {"max_sequence_length": 16}, "pp": 2, **TWICE}
     job = job_for(opened, config, {"dp": 1}, {"pp": 2})
     with pytest.raises(PlanError, match="is 2; the host gave 1 networks for each pipeline rank"):
@@ -523,17 +523,17 @@ def test_experts_whose_ways_depend_on_the_layout_are_refused(
 def test_networks_that_cannot_cut_positions_are_refused(opened: Opened) -> None:
     """Under cp a network has a part of each sample, and an attention that sees the rest and knows what is padding."""
 
-    def handed(argument: Any, *, theirs: bool) -> ModalityNetwork:
+    def network(argument: Any, *, theirs: bool) -> ModalityNetwork:
         modality = nn.Module()
         encoder = megatrons.of_two(TransformerBlock, theirs=theirs, causal=False)
         modality.encoders = nn.ModuleDict({"eye": encoder})
         return ModalityNetwork(modality, argument)
 
-    assert ZigZag(0, 2) == handed(megatrons.arranged, theirs=False).cut
+    assert ZigZag(0, 2) == network(megatrons.arranged, theirs=False).cut
     with pytest.raises(PlanError, match="gets whole rows, of which each of cp=2 ranks is to have a part"):
-        handed("pixels", theirs=False)
+        network("pixels", theirs=False)
     with pytest.raises(PlanError, match=r"an attention \(DotProductAttention\) that is not known"):
-        handed(megatrons.arranged, theirs=True)
+        network(megatrons.arranged, theirs=True)
     with pytest.raises(PlanError, match="attends to the positions of one of cp=2 ranks only"):
         language_of(opened, theirs=True)
 

@@ -112,7 +112,7 @@ def test_batches_must_be_the_same_on_every_rank(pool: Pool, opened: Opened) -> N
         pool.run("hosts:unlike_batches", 4, opened(hosted(spec)), opened(spec))
 
 
-def test_a_host_that_gives_no_samples_is_told(pool: Pool, opened: Opened) -> None:
+def test_a_step_without_samples_is_refused(pool: Pool, opened: Opened) -> None:
     """A job without samples of its own cannot step alone."""
     with pytest.raises(PlanError, match="handed over none for this step"):
         pool.run("hosts:train", 4, opened(hosted(job(GRIDS))), 1, {})
@@ -129,12 +129,12 @@ def with_own_encoder(model: str) -> JobSpec:
 
 def test_a_module_may_be_an_object(pool: Pool, opened: Opened) -> None:
     """It trains as the same network does that is built by name, from the first dp rank's weights on all dp ranks."""
-    handed = first(
+    passed = first(
         pool.run("hosts:handed", 4, opened(with_own_encoder("mimogrid.shell.job.host:module")), STEPS)
     )
     expected = by_itself(pool, opened(with_own_encoder("own:encoder")))
-    assert expected.losses == handed.losses
-    assert same(expected.weights, handed.weights)
+    assert expected.losses == passed.losses
+    assert same(expected.weights, passed.weights)
 
 
 def test_modules_that_do_not_fit_are_refused(pool: Pool, opened: Opened) -> None:

@@ -1,5 +1,8 @@
 """Cases: the layouts of modules that people have run, and those that other systems get wrong; see `jobs`."""
 
+from hypothesis import strategies as st
+
+
 _VL = "vision vit {} > language; language gpt {}"
 _VAL = "image vit {} > language; audio vit {} > language; language gpt {}"
 
@@ -66,3 +69,31 @@ CASES: dict[str, str] = {
     "frozen language": _VL.format("dp2", "pp2 frozen"),
     "tied": _VL.format("dp2", "pp2 tied"),
 }
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> str:
+    """Any graph of up to four modules on up to nine ranks each, on grids that may overlap."""
+    graph = draw(
+        st.sampled_from(
+            [
+                "a vit {} > c; c gpt {}",
+                "a vit {} > c; b vit {} > c; c gpt {}",
+                "a vit {} > b, c; b block {} > c; c gpt {}",
+                "a vit {} > c; c gpt {} > d; d regressor {}",
+                "a vit {} > c, d; b block {} > d; c gpt {}; d regressor {}",
+            ]
+        )
+    )
+    grids = [
+        "tp{} dp{} pp{} @{} {} {}".format(
+            draw(st.sampled_from((1, 1, 2, 3))),
+            draw(st.sampled_from((1, 2, 3))),
+            draw(st.sampled_from((1, 1, 2))),
+            draw(st.integers(0, 6)),
+            draw(st.sampled_from(("", "", "m2", "m8"))),
+            draw(st.sampled_from(("", "", "frozen"))),
+        )
+        for _ in range(graph.count("{}"))
+    ]
+    return graph.format(*grids)

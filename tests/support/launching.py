@@ -24,13 +24,14 @@ from mimogrid.shell.world.launch import Pool
 METHOD: Literal["forkserver"] = "forkserver"
 
 
-def command(variables: Mapping[str, str], arguments: Sequence[str], said: Path) -> None:
-    """Run `mimogrid` as this process, with these variables; its errors are added to a file. A fault strikes once."""
+def command(arguments: Sequence[str], said: Path, variables: Mapping[str, str], fault: str) -> None:
+    """Run `mimogrid` as this process, with these variables; what it says as an error is added to a file.
+
+    After a restart by a launcher the fault is over.
+    """
     os.environ.update(variables)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.stderr.fileno())
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    fault = variables.get("MIMOGRID_FAULT") if first else None
-    with _suffering(fault) if fault else contextlib.nullcontext():
+    with _suffering("" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else fault):
         code = main(list(arguments))
     if code:
         sys.exit(code)
@@ -80,15 +81,17 @@ def context() -> ForkServerContext:
     return multiprocessing.get_context(METHOD)
 
 
-def started(variables: Mapping[str, str], arguments: Sequence[str], said: Path) -> BaseProcess:
-    """Start `mimogrid` in a process of its own."""
-    process = context().Process(target=command, args=(variables, arguments, said))
+def started(
+    arguments: Sequence[str], said: Path, variables: Mapping[str, str] | None = None, *, fault: str = ""
+) -> BaseProcess:
+    """Start `mimogrid` in a process of its own, which suffers a fault, or whose ranks do."""
+    process = context().Process(target=command, args=(arguments, said, variables or {}, fault))
     process.start()
     return process
 
 
 def under_torchrun(
-    ranks: int, variables: Mapping[str, str], arguments: Sequence[str], said: Path, *, restarts: int = 0
+    ranks: int, arguments: Sequence[str], said: Path, *, fault: str, restarts: int = 0
 ) -> None:
     """Run `mimogrid` on some ranks of this machine, as torchrun does.
 
@@ -105,4 +108,4 @@ def under_torchrun(
         monitor_interval=0.1,
         start_method=METHOD,
     )
-    elastic_launch(config, command)(variables, arguments, said)
+    elastic_launch(config, command)(arguments, said, {}, fault)

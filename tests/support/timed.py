@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from jobs import job, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.program.lower import Program
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.rank_classes import each_alone
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
 

@@ -1,17 +1,17 @@
 """Sources: where samples come from.
 
-A source answers two questions. ``describe(sample_id)`` is asked on every rank for every sample of a step, so
-it is pure, cheap and free of torch; ``load(sample_id, module)`` is asked only for a rank's own share.
+A source has two methods. Every rank calls ``describe(sample_id)`` for every sample of a step, so it is pure, cheap and
+free of torch. A rank calls ``load(sample_id, module)`` for its own share only.
 
-A source of your own is a function ``package.module:function``. It is called with the ``[data] options`` by
-name, and with those of these that its signature takes:
+A source of your own is a function ``package.module:function``. It is called with the ``[data] options`` by name, and
+with those of these arguments that its signature has:
 
     graph     the module graph (`core.job.graph.ModuleGraph`): what feeds what, which modules read rows or text
-    models    per module, the options of its built-in model, or the options of an own one as written
-    seed      the job's seed: all of a source's randomness hangs on it
+    models    for each module, the options of its built-in model, or the options of an own one as written
+    seed      the job's seed, from which all random numbers of a source must come
 
-and returns a `Source`. If it has a method ``facts()`` that returns `core.job.spec.SourceFacts`, the plan is
-checked against these. To let `mimogrid check` count rows without torch, import torch inside ``load`` only.
+It returns a `Source`. If the source has a method ``facts()`` that returns `core.job.spec.SourceFacts`, the plan is
+checked against these. Import torch inside ``load`` only, and `mimogrid check` can count rows without torch.
 """
 
 import inspect
@@ -38,9 +38,9 @@ BUILT_IN = ("digits", "synthetic")
 
 
 class Source(Protocol):
-    """Samples by id, from 0 without end; the same for the same id on every rank and in every run.
+    """Samples by id, from 0 without end. An id has the same sample on every rank and in every run.
 
-    A source may also have ``held_out(...)``, which returns a source of samples that training never sees.
+    A source may also have ``held_out(...)``, which returns a source of samples that training never uses.
     """
 
     def describe(self, sample_id: int) -> Sample:
@@ -48,26 +48,26 @@ class Source(Protocol):
         ...
 
     def load(self, sample_id: int, module: str) -> "Mapping[str, torch.Tensor]":
-        """Return what a module reads of a sample, beside the rows that other modules feed it.
+        """Return what a module reads of a sample, besides the rows that other modules feed it.
 
         - a module that nothing feeds: ``rows`` [rows, features], float;
-        - a `gpt`: ``tokens``, ``labels`` and ``loss_weights``, flat, one entry per position in use, so as
-          many as placeholders and text tokens together; tokens are -1 at the placeholders. A label is what
-          its position must predict; only positions with a weight count;
+        - a `gpt`: ``tokens``, ``labels`` and ``loss_weights``, flat, with one entry for each position in use
+          (placeholders and text tokens). Tokens are -1 at the placeholders. A label is what its position must
+          predict; only positions with a weight count;
         - a `regressor`: ``targets`` [rows that it reads, outputs], float;
-        - a module of your own: whatever its builder expects.
+        - a module of your own: what its builder expects.
         """
         ...
 
 
 Opened = tuple[Source | None, SourceFacts, list[Problem]]
-"""A source, the facts that the plan needs, and what is wrong; facts may be known without a source."""
+"""A source, the facts that the plan needs, and problems. Facts may be known without a source."""
 
 
 def open_source(spec: JobSpec) -> Opened:
-    """Open the source that a job names. There is none where a problem, or torch not loaded, prevents it."""
+    """Open the source that a job names. There is none if it has a problem, or needs torch and torch is not loaded."""
     graph = _graph(spec)
-    if graph is None:  # the cycle is reported with the rest of the plan's problems
+    if graph is None:  # The cycle is reported with the other problems of the plan.
         return None, SourceFacts(), []
     name = spec.data.source
     if name == "synthetic":
@@ -135,7 +135,7 @@ def _digits(spec: JobSpec, graph: ModuleGraph) -> Opened:
 
 
 def _own(spec: JobSpec, graph: ModuleGraph) -> Opened:
-    """Find a source of the user's own, and run it where that needs no torch that is not there."""
+    """Find a source of the user's own, and run it, unless that needs torch and torch is not loaded."""
     path, options = spec.data.source, spec.data.options
     sequence = options.get("sequence")
     facts = SourceFacts(sequence=sequence if type(sequence) is int else None)
@@ -152,8 +152,8 @@ def _own(spec: JobSpec, graph: ModuleGraph) -> Opened:
             stacklevel=3,
         )
         return None, facts, []
-    told = getattr(source, "facts", None)
-    facts = told() if told else facts
+    own_facts = getattr(source, "facts", None)
+    facts = own_facts() if own_facts else facts
     problems = []
     if graph.texts and facts.sequence is None:
         fact = f"'{path}' does not say how long a sequence of the language model is."
@@ -162,12 +162,12 @@ def _own(spec: JobSpec, graph: ModuleGraph) -> Opened:
 
 
 def _run(found: FoundFunction, spec: JobSpec, graph: ModuleGraph) -> Source:
-    """Call the function. Raises PlanError for what it raises, and for what is no source."""
+    """Call the function. Raises PlanError if it raises, or returns something that is not a source."""
     models = {name: module.options for name, module in spec.modules.items()}
     context: dict[str, Any] = {"graph": graph, "models": models, "seed": spec.seed}
     try:
         function = getattr(found.run_alone(), found.function)
-        source: Source = function(**(_taken(function, context) | dict(spec.data.options)))
+        source: Source = function(**(_accepted(function, context) | dict(spec.data.options)))
     except NeedsTorch:
         raise
     except Exception as error:
@@ -182,8 +182,8 @@ def _run(found: FoundFunction, spec: JobSpec, graph: ModuleGraph) -> Source:
     return source
 
 
-def _taken(function: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the context that a function's signature takes."""
+def _accepted(function: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the context that a function's signature has."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(context)

@@ -1,23 +1,23 @@
 """Digits: a small vision-language task that a CPU learns in a minute.
 
-A strip of one to five handwritten digits (scikit-learn's 1,797 images of 8 x 8 pixels, shipped in
-its package) is cut into upright bands of 8 x 4 pixels, left to right; a band and its place in the
-strip are one patch row. The text spells the strip. One sample in ten is text alone and keeps the
-language model a language model: it copies a few digits, or counts marks.
+A strip of one to five handwritten digits (from scikit-learn's 1,797 images of 8 x 8 pixels) is cut
+into upright bands of 8 x 4 pixels, left to right. A band and its place in the strip are one patch
+row. The text spells the strip. One sample in ten is text only, so that the language model also
+learns text: it copies a few digits, or counts marks.
 
     read    ▯ ▯ ▯ ▯ ▯ ▯  read  3 1 4  stop       two rows per digit wait at the placeholders ▯
     copy    copy 7 0 2 =  7 0 2  stop             the digits of a copy are distinct
     count   count | | | =  3  stop
 
-A loss weight of 1 is on what follows the prompt, the stop included; the stop is only ever
-predicted, so it stands in the labels and not among the tokens.
+What follows the prompt has a loss weight of 1, the stop included. The stop is only predicted, so it
+is among the labels and not among the tokens.
 
-Everything follows from (seed, id). Ids never end and no epoch repeats: strips are drawn afresh and
+Samples depend on (seed, id) only. Ids never end and no epoch repeats: each id has a new strip, and
 each digit is jittered. A jitter (shift, turn, scale, slant, bend, brightness) is linear in the
-pixels, so a bank of 64 x 64 matrices makes it one product.
+pixels, so it is one product with a matrix from a bank of 64 x 64 matrices.
 
-One image in five is held out. The split is the same for every seed, so that runs compare;
-`Digits.held_out` draws its strips from these images alone, without jitter.
+One image in five is held out. The split is the same for every seed, so that runs can be compared.
+`Digits.held_out` draws its strips from these images only, without jitter.
 
 >>> source = digits(seed=0, row_modules=("vision",), text_modules=("language",))
 >>> source.describe(3)
@@ -28,7 +28,7 @@ Sample(id=3, length=2, rows={'vision': 2}, placeholders={}, units={'language': 2
 >>> copies.spell((*copies.prompt(2, "language"), *copies.answer(2)))
 'copy 5 6 8 = 5 6 8'
 
-Neither torch nor numpy is imported until tensors are asked for: checking a job must not need them.
+Torch and numpy are imported when tensors are loaded, because checking a job must not need them.
 """
 
 import functools
@@ -55,10 +55,10 @@ PLACEHOLDER = -1
 
 DIGITS_MOST = 5
 SIDE = 8
-BAND = 4  # 2 pixels learn more slowly, and 8 would leave the encoder nothing to join
+BAND = 4  # With 2 pixels the model learns more slowly; with 8 the encoder has nothing to join.
 ROWS_PER_DIGIT = SIDE // BAND
 ROWS_MOST = DIGITS_MOST * ROWS_PER_DIGIT
-TEXT_MOST = 2 * DIGITS_MOST + 2  # a copy of five: copy, five, =, five
+TEXT_MOST = 2 * DIGITS_MOST + 2  # copy, five digits, =, five digits
 
 IMAGES = 1797
 JITTERS = 1024
@@ -69,11 +69,11 @@ class Digits:
     """The strips of one seed: for training, or the held-out ones of one task.
 
     Attributes:
-        seed: of every draw but the split.
-        row_modules: modules that read the patch rows; all read the same.
-        rows_into: for each language model, the row modules whose rows reach it, in the order of
-            its blocks; a module is named once per path.
-        task: "mixed" draws task and length (training); another makes every sample one of that
+        seed: The seed of every draw but the split.
+        row_modules: Modules that read the patch rows; all read the same rows.
+        rows_into: For each language model, the row modules whose rows reach it, in the order of
+            its blocks. A module is named once for each path.
+        task: "mixed" draws task and length (for training). Another task gives every sample that
             task, with 1 + id % 5 digits or marks (held out).
     """
 
@@ -90,12 +90,12 @@ class Digits:
 
     @property
     def sequence(self) -> int:
-        """Positions of a language sequence that hold every sample."""
+        """Positions of a language sequence that fit every sample."""
         blocks = max((len(feeders) for feeders in self.rows_into.values()), default=0)
         return max(TEXT_MOST, blocks * ROWS_MOST + DIGITS_MOST + 1)
 
     def describe(self, sample_id: int) -> Sample:
-        """Return the counts of a sample; pure, and without torch."""
+        """Return the counts of a sample. Pure, without torch."""
         task, digits_count = self._draw(sample_id)
         text, answer = _lengths(task, digits_count)
         rows = digits_count * ROWS_PER_DIGIT if task == "read" else 0
@@ -107,9 +107,9 @@ class Digits:
         )
 
     def load(self, sample_id: int, module: str) -> "Mapping[str, torch.Tensor]":
-        """Return a module's tensors: patch rows, or tokens with what each position must predict.
+        """Return a module's tensors: patch rows, or tokens, labels and loss weights.
 
-        A language model's have one entry per position in use, placeholders (-1) included.
+        A language model gets one entry for each position in use, placeholders (-1) included.
         """
         import torch  # noqa: PLC0415 -- see the module's docstring
 
@@ -117,7 +117,7 @@ class Digits:
             return {"rows": torch.from_numpy(_bands(self.image(sample_id)))}
         prompt, answer = self.prompt(sample_id, module), self.answer(sample_id)
         tokens = (*prompt, *answer)
-        silent = len(prompt) - 1  # the last of the prompt predicts the first of the answer
+        silent = len(prompt) - 1  # The last token of the prompt predicts the first of the answer.
         return {
             "tokens": torch.tensor(tokens),
             "labels": torch.tensor((*tokens[1:], STOP)).clamp(min=0),
@@ -125,9 +125,9 @@ class Digits:
         }
 
     def held_out(self, *, task: Task = "read") -> "Digits":
-        """Return one task on images that training never sees; five ids have all five lengths.
+        """Return one task on images that training never uses. Five ids have all five lengths.
 
-        Copies and counts are drawn apart from training's, but short ones are too few not to recur.
+        Copies and counts have draws of their own, but there are few short ones, so some recur.
         """
         return attrs.evolve(self, task=task)
 
@@ -155,7 +155,7 @@ class Digits:
                 return (digits_count,)
 
     def spell(self, tokens: Iterable[int]) -> str:
-        """Return tokens in words; what follows a stop is dropped."""
+        """Return tokens as words, up to a stop."""
         words: list[str] = []
         for token in tokens:
             if token == STOP:
@@ -164,7 +164,7 @@ class Digits:
         return " ".join(words)
 
     def image(self, sample_id: int) -> Any:
-        """Return the strip as the model sees it: float32 [8, 8n], ink about 1; [8, 0] if none."""
+        """Return the strip as the model gets it: float32 [8, 8n], ink about 1; [8, 0] without digits."""
         import numpy as np  # noqa: PLC0415
 
         pictures = self._pictures(sample_id)
@@ -178,14 +178,14 @@ class Digits:
         return pixels.reshape(-1, SIDE, SIDE).transpose(1, 0, 2).reshape(SIDE, -1)
 
     def _pictures(self, sample_id: int) -> tuple[int, ...]:
-        """The images of a strip, left to right; none for text alone."""
+        """Return the images of a strip, left to right; () for text only."""
         task, count = self._draw(sample_id)
         pool = pools()[0 if self.task == "mixed" else 1]
         places = range(count if task == "read" else 0)
         return tuple(pool[self._bits(sample_id, f"picture.{i}") % len(pool)] for i in places)
 
     def _draw(self, sample_id: int) -> tuple[Task, int]:
-        """The task of a sample, and how many digits or marks it has."""
+        """Return the task of a sample, and its number of digits or marks."""
         if self.task != "mixed":
             return self.task, 1 + sample_id % DIGITS_MOST
         length, chance = divmod(self._bits(sample_id, "task"), 20)
@@ -203,7 +203,7 @@ def digits(
     *,
     rows_into: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Digits:
-    """Return the source; without `rows_into` every row module feeds every text module once."""
+    """Return the source. By default every row module feeds every text module once."""
     return Digits(
         seed=seed,
         row_modules=row_modules,
@@ -213,14 +213,14 @@ def digits(
 
 @functools.cache
 def pools() -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the images to train on and the held-out ones, about one in five."""
+    """Return the images for training, and the held-out images, about one in five."""
     out = [draw_bits(0, image, "held out") % 5 == 0 for image in range(IMAGES)]
     kept = tuple(image for image in range(IMAGES) if not out[image])
     return kept, tuple(image for image in range(IMAGES) if out[image])
 
 
 def _lengths(task: Task, digits_count: int) -> tuple[int, int]:
-    """How many text tokens a sample has, and how many of them are the answer."""
+    """Return the number of text tokens of a sample, and how many of them are the answer."""
     match task:
         case "read":
             return digits_count + 1, digits_count
@@ -231,7 +231,7 @@ def _lengths(task: Task, digits_count: int) -> tuple[int, int]:
 
 
 def _distinct(bits: int, count: int) -> tuple[int, ...]:
-    """Some of the ten digits in random order; after a digit that came twice, two could follow."""
+    """Return distinct digits in random order. After a digit that came twice, two digits could follow."""
     left, chosen = list(range(10)), list[int]()
     for _ in range(count):
         bits, index = divmod(bits, len(left))
@@ -241,7 +241,7 @@ def _distinct(bits: int, count: int) -> tuple[int, ...]:
 
 @functools.cache
 def _images() -> tuple[Any, tuple[int, ...]]:
-    """All images as float32 [1797, 64] in 0..1, and the digit that each shows."""
+    """Return all images as float32 [1797, 64] in 0..1, and the digit of each."""
     import numpy as np  # noqa: PLC0415
     from sklearn.datasets import load_digits  # type: ignore[import-untyped] # noqa: PLC0415
 
@@ -250,9 +250,9 @@ def _images() -> tuple[Any, tuple[int, ...]]:
 
 
 def _bands(strip: Any) -> Any:
-    """A strip [8, 8n] as patch rows [2n, features]: pixels of a band, then its place, one-hot.
+    """Return a strip [8, 8n] as patch rows [2n, features]: the pixels of a band, then its place, one-hot.
 
-    Rotary attention sees distances only: nothing else would tell which half of which digit it is.
+    Rotary attention depends on distances only, so the place says which half of which digit a band is.
     """
     import numpy as np  # noqa: PLC0415
 
@@ -263,10 +263,10 @@ def _bands(strip: Any) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _jitters(seed: int) -> Any:
-    """The bank of jitters: float32 [JITTERS, 64, 64], pixels to jittered pixels, bilinear."""
+    """Return the bank of jitters: float32 [JITTERS, 64, 64], pixels to jittered pixels, bilinear."""
     import numpy as np  # noqa: PLC0415
 
-    # Philox is a counter-based hash as well, and faster than a digest for each of 27,000 draws.
+    # Philox is a counter-based hash too, and faster than a digest for each of 27,000 draws.
     draws = np.random.Generator(np.random.Philox(key=draw_bits(seed, 0, "jitters")))
 
     def within(most: float, *shape: int) -> Any:
@@ -275,7 +275,7 @@ def _jitters(seed: int) -> Any:
     turn, slant, brightness = within(math.radians(12)), within(0.15), 1 + within(0.15)
     scale_y, scale_x = np.exp(within(0.12)), np.exp(within(0.12))
     shift_y, shift_x = within(0.9), within(0.9)
-    # Where a pixel of the jittered image looks in the original: an affine map about the centre,
+    # The place in the original from which a jittered pixel is read: an affine map about the centre,
     # bent by a mesh of 3 x 3 knots with tents between them.
     across = np.arange(float(SIDE))
     centre = (SIDE - 1) / 2

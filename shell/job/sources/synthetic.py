@@ -1,15 +1,15 @@
-"""Synthetic: random inputs for any module graph, for tests, benchmarks and trying a layout.
+"""Synthetic: random samples for any module graph, for tests, benchmarks and trying a layout.
 
-Every number is a hash of (seed, sample id, field) or is drawn from a generator seeded by one, so any process
-gives the same sample for the same id in any order.
+Every number is a hash of (seed, sample id, field), or comes from a generator seeded by such a hash. So every process
+gets the same sample for an id, in any order of ids.
 
     [data]
     source = "synthetic"
     options = { sequence = 32, rows = { vision = [2, 6] }, absent = { vision = 0.3 }, text = [4, 8] }
 
-A source module reads 2 to 6 rows per sample unless `rows` says otherwise, of width `features` (one number
-for all, or one per module) where its model does not settle the width. The text has 4 to 8 tokens, or fewer
-where the longest rows leave less room in `sequence`.
+A source module reads 2 to 6 rows per sample, or as many as `rows` says. Their width is that of its model, or else
+`features` (one number for all modules, or one for each). The text has 4 to 8 tokens, or fewer if the longest rows
+leave less of `sequence`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,12 +36,12 @@ TEXT = (4, 8)
 FEATURES = 16
 
 Models = Mapping[str, BuiltIn | Mapping[str, Any]]
-"""Per module, the options of its model."""
+"""For each module, the options of its model."""
 
 
 @attrs.frozen(kw_only=True)
 class Options:
-    """`[data] options`. Ranges include both ends; `absent` is the chance that a sample lacks a modality."""
+    """`[data] options`. Ranges include both ends. `absent` is the probability that a sample lacks a modality."""
 
     sequence: int = 32
     rows: Mapping[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]])
@@ -52,10 +52,7 @@ class Options:
 
 @attrs.frozen(kw_only=True)
 class Synthetic:
-    """Random samples for a graph.
-
-    `rows` and `absent` hold an entry for every source module; `features` is the width of its rows.
-    """
+    """Random samples for a graph. `rows`, `absent` and `features` (the width of rows) have all source modules."""
 
     seed: int
     graph: ModuleGraph
@@ -66,7 +63,7 @@ class Synthetic:
     text: tuple[int, int]
 
     def describe(self, sample_id: int) -> Sample:
-        """Return the counts of a sample; pure, and without torch."""
+        """Return the counts of a sample. Pure, without torch."""
         seed, has_text = self.seed, bool(self.graph.texts)
         return Sample(
             id=sample_id,
@@ -81,7 +78,7 @@ class Synthetic:
         return draw_integer(self.seed, sample_id, f"rows.{name}", *self.rows[name])
 
     def load(self, sample_id: int, module: str) -> "Mapping[str, torch.Tensor]":
-        """Return what a module reads of a sample beside the rows that others feed it."""
+        """Return what a module reads of a sample, besides the rows that other modules feed it."""
         sample, model = self.describe(sample_id), self.models[module]
         rows_in = self.graph.rows_in(module, self.graph.rows_out(sample), sample)
         tensors: dict[str, torch.Tensor] = {}
@@ -96,8 +93,8 @@ class Synthetic:
     def _text(
         self, sample: Sample, module: str, vocab: int, placeholders: int
     ) -> "Mapping[str, torch.Tensor]":
-        """Tokens, labels and loss weights of all positions in use; the placeholders come first."""
-        import torch  # noqa: PLC0415 -- descriptions must stay free of it
+        """Return tokens, labels and loss weights of all positions in use, the placeholders first."""
+        import torch  # noqa: PLC0415 -- descriptions need no torch
 
         def drawn(field: str) -> torch.Tensor:
             generator = self._generator(sample.id, f"{module}.{field}")
@@ -110,7 +107,7 @@ class Synthetic:
         }
 
     def _normal(self, sample_id: int, field: str, *shape: int) -> "torch.Tensor":
-        """Standard normal numbers that float32 holds exactly, so that every precision sees the same."""
+        """Return standard normal numbers that float32 holds exactly, so every precision gets the same."""
         import torch  # noqa: PLC0415
 
         drawn = torch.randn(shape, generator=self._generator(sample_id, field), dtype=torch.float64)
@@ -125,30 +122,30 @@ class Synthetic:
 def synthetic(
     *, graph: ModuleGraph, models: Models, seed: int, options: Mapping[str, Any]
 ) -> tuple[Synthetic | None, SourceFacts, tuple[Problem, ...]]:
-    """Return the source for a graph and what the plan must know of it, or what is wrong with the options."""
+    """Return the source for a graph and the facts for the plan, or the problems of the options."""
     read = converted(new_converter(), options, Options, ("data", "options"))
     if read.value is None:
         return None, SourceFacts(), tuple(Problem(f.where, f.message, f.remedy) for f in read.problems)
-    given = read.value
-    problems = tuple(_problems(given, graph))
+    chosen = read.value
+    problems = tuple(_problems(chosen, graph))
     if problems:
         return None, SourceFacts(), problems
     sources = graph.sources
-    features = {name: _features(name, models[name], given) for name in sources}
-    rows = {name: given.rows.get(name, ROWS) for name in sources}
+    features = {name: _features(name, models[name], chosen) for name in sources}
+    rows = {name: chosen.rows.get(name, ROWS) for name in sources}
     most = {name: high for name, (_, high) in rows.items()}
-    text = given.text or _room_for_text(graph, given.sequence, most)
+    text = chosen.text or _text_range(graph, chosen.sequence, most)
     source = Synthetic(
         seed=seed,
         graph=graph,
         models=models,
         rows=rows,
-        absent={name: given.absent.get(name, 0.0) for name in sources},
+        absent={name: chosen.absent.get(name, 0.0) for name in sources},
         features=features,
         text=text,
     )
     facts = SourceFacts(
-        sequence=given.sequence if graph.texts else None,
+        sequence=chosen.sequence if graph.texts else None,
         features=features,
         rows=most,
         length=text[1] if graph.texts else 0,
@@ -156,46 +153,46 @@ def synthetic(
     return source, facts, ()
 
 
-def _features(name: str, model: BuiltIn | Mapping[str, Any], given: Options) -> int:
-    """The width of a module's rows: as the options say for it, else as its model needs it."""
-    if isinstance(given.features, Mapping) and name in given.features:
-        return given.features[name]
+def _features(name: str, model: BuiltIn | Mapping[str, Any], chosen: Options) -> int:
+    """Return the width of a module's rows: that of its options, else that of its model, else the default."""
+    if isinstance(chosen.features, Mapping) and name in chosen.features:
+        return chosen.features[name]
     if isinstance(model, Vit) and model.features is not None:
         return model.features
     if isinstance(model, Transformer) and not isinstance(model, Vit):
         return model.hidden
-    return FEATURES if isinstance(given.features, Mapping) else given.features
+    return FEATURES if isinstance(chosen.features, Mapping) else chosen.features
 
 
-def _room_for_text(graph: ModuleGraph, sequence: int, rows: Mapping[str, int]) -> tuple[int, int]:
-    """The default range of text tokens, cut to what the longest rows leave of the sequence."""
+def _text_range(graph: ModuleGraph, sequence: int, rows: Mapping[str, int]) -> tuple[int, int]:
+    """Return the default range of text tokens, cut to what the longest rows leave of the sequence."""
     longest = graph.rows_out(Sample(id=0, length=0, rows=rows))
-    room = sequence - max((longest[name] for name in graph.texts), default=0)
-    high = max(1, min(TEXT[1], room))
+    left = sequence - max((longest[name] for name in graph.texts), default=0)
+    high = max(1, min(TEXT[1], left))
     return min(TEXT[0], high), high
 
 
-def _problems(given: Options, graph: ModuleGraph) -> Iterator[Problem]:
+def _problems(chosen: Options, graph: ModuleGraph) -> Iterator[Problem]:
     for key in ("rows", "absent", "features"):
-        table = getattr(given, key)
+        table = getattr(chosen, key)
         for name in table if isinstance(table, Mapping) else ():
             yield from _not_a_source(f"data.options.{key}.{name}", name, graph)
-    for name, span in given.rows.items():
+    for name, span in chosen.rows.items():
         yield from _bad_range(f"data.options.rows.{name}", span)
-    if given.text is not None:
-        yield from _bad_range("data.options.text", given.text)
-    for name, chance in given.absent.items():
+    if chosen.text is not None:
+        yield from _bad_range("data.options.text", chosen.text)
+    for name, chance in chosen.absent.items():
         if not 0 <= chance <= 1:
             yield Problem(
                 f"data.options.absent.{name}", f"is {chance}, no chance.", "Use a number from 0 to 1."
             )
-    widths = given.features.items() if isinstance(given.features, Mapping) else [("", given.features)]
+    widths = chosen.features.items() if isinstance(chosen.features, Mapping) else [("", chosen.features)]
     for name, width in widths:
         if width < 1:
             where = f"data.options.features.{name}".rstrip(".")
             yield Problem(where, f"is {width}.", "Use a width of 1 or more.")
-    if given.sequence < 1:
-        yield Problem("data.options.sequence", f"is {given.sequence}.", "Use 1 position or more.")
+    if chosen.sequence < 1:
+        yield Problem("data.options.sequence", f"is {chosen.sequence}.", "Use 1 position or more.")
 
 
 def _not_a_source(where: str, name: str, graph: ModuleGraph) -> Iterator[Problem]:

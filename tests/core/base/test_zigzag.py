@@ -28,7 +28,7 @@ def test_every_rank_has_as_many_pairs(size: int, length: int) -> None:
 
 @given(size=SIZES, length=LENGTHS)
 def test_what_was_gathered_comes_back_in_order(size: int, length: int) -> None:
-    """Chunks of all parts laid end to end are the sequence again, taken at the places that are said."""
+    """Chunks of all parts, end to end and at these places, are the sequence."""
     whole = ZigZag(0, size)
     laid = [p for part in whole.everyone() for p in part.positions(2 * size * length)]
     places = whole.gathered()

@@ -19,9 +19,9 @@ from mimogrid.core.draw.text import text as in_text
 from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.schedule.actions import Compute, Kind, Send
-from mimogrid.core.simulate import MANY, simulate
 from mimogrid.core.simulate.measured import measured
 from mimogrid.core.simulate.memory import peak_bytes
+from mimogrid.core.simulate.simulation import MANY, simulate
 from timed import rank_by_rank
 
 

@@ -59,7 +59,7 @@ FIXED = {
 
 @pytest.mark.parametrize("key", FREE)
 def test_where_and_how_long_is_free(key: str) -> None:
-    """It is told, and not refused."""
+    """It is listed and not refused."""
     assert [key] == [change.key for change in changes(SPEC, FREE[key])]
     assert [] == list(refused(SPEC, FREE[key], accepted=()))
 
@@ -75,8 +75,8 @@ def test_what_is_trained_is_fixed_unless_it_is_named(key: str) -> None:
 
 def test_every_key_is_free_or_fixed() -> None:
     """A key that is added to the job file is seen as a change, so it cannot be forgotten."""
-    told = {change.key.partition(".")[0] for change in changes(SPEC, attrs.evolve(SPEC, modules={}))}
-    assert {"modules"} == told
+    found = {change.key.partition(".")[0] for change in changes(SPEC, attrs.evolve(SPEC, modules={}))}
+    assert {"modules"} == found
     flat = [change for other in {**FREE, **FIXED}.values() for change in changes(SPEC, other)]
     assert {field.name for field in attrs.fields(JobSpec)} == {c.key.partition(".")[0] for c in flat}
 

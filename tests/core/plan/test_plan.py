@@ -13,13 +13,13 @@ from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation import problems_of
-from mimogrid.core.plan import BUDGET, plan
 from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
+from mimogrid.core.plan.planner import BUDGET, plan
 from mimogrid.core.plan.search_space import enough
-from mimogrid.core.pricing import on_machine
 from mimogrid.core.pricing.machine import machine_of
-from mimogrid.core.simulate import simulate
+from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.simulate.memory import peak_bytes
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.step import step_of
 from timed import rank_by_rank
 

@@ -9,11 +9,11 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.pricing import measured_on, on_machine
 from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.flops import stage_flops
 from mimogrid.core.pricing.machine import EFFICIENCY, LINK_EFFICIENCY, machine_of
-from mimogrid.core.simulate import simulate
+from mimogrid.core.pricing.on_machine import measured_on, on_machine
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Stage
 

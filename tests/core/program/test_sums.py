@@ -9,7 +9,7 @@ from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.program.lower import Program
 from mimogrid.core.program.verify import listing_of, verify
 from mimogrid.core.schedule.actions import Compute, Reduce, WaitReduce
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.simulation import simulate
 from timed import rank_by_rank
 
 
@@ -101,7 +101,7 @@ def test_two_ranks_that_post_sums_in_another_order() -> None:
     a, b = lines.index("l.0 REDUCE0"), lines.index("l.0 REDUCE1")
     lines[a], lines[b] = lines[b], lines[a]
     assert (
-        "rank 1 comes to 'l.0 REDUCE1' when rank 0 comes to 'l.0 REDUCE0': a communicator of both would mix them up",
+        "rank 1 reaches 'l.0 REDUCE1' when rank 0 reaches 'l.0 REDUCE0': a communicator of both would mix them up",
     ) == verify(planned, edited(listing, 1, *lines))
 
 

@@ -12,6 +12,7 @@ from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
 from mimogrid.core.topology.topology import Topology
+from scale import drawn
 
 
 def picture(topology: Topology, *, training: bool = True) -> str:
@@ -191,7 +192,7 @@ def test_colocated_stages_take_turns() -> None:
     assert ["v.0 F0", "l.0 F0", "l.0 B0", "v.0 F1"] == list(map(str, order_of(topology).actions))[:4]
 
 
-@settings(max_examples=40)
+@settings(max_examples=drawn(40))
 @given(
     st.sampled_from(sorted(CASES)), st.sampled_from(["1f1b", "gpipe"]), st.sampled_from([4, 8]), st.booleans()
 )

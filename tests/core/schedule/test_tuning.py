@@ -27,9 +27,10 @@ from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.scheduler import TimedWork, lower_bound_s, retimed, schedule
 from mimogrid.core.schedule.tuning import bytes_needed, timed_by, tuned
 from mimogrid.core.schedule.work import unit_seconds, work_of
-from mimogrid.core.simulate import simulate
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.topology.parse import assemble, parse
 from mimogrid.core.topology.topology import Stage, Topology
+from scale import drawn
 
 
 ENCODER = Stage("v", 0)
@@ -97,7 +98,7 @@ def costs_for(topology: Topology) -> st.SearchStrategy[Costs]:
     return st.builds(Costs, stages=stages, edge=edge)
 
 
-@settings(max_examples=40)
+@settings(max_examples=drawn(25))
 @given(st.data(), st.sampled_from(sorted(CASES)), st.sampled_from([4, 8]))
 def test_never_slower_than_the_best_named_order(data: st.DataObject, case: str, microbatches: int) -> None:
     """Whatever things cost, `auto` takes no longer than any order that has a name."""
@@ -206,7 +207,7 @@ CAPPED = (
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=drawn(15), deadline=None)
 @given(st.sampled_from(CAPPED), st.floats(0.0, 1.1))
 def test_any_cap_gives_an_order_or_an_error(text: str, part: float) -> None:
     """Between what is kept anyway and what an order without a cap needs, `auto` fits or says that nothing does."""

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from jobs import job, program_for, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.program.lower import Program
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.collapse import collapse_tp_cp
+from mimogrid.core.simulate.simulation import simulate
 from timed import rank_by_rank
 
 

@@ -7,8 +7,8 @@ from jobs import program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.schedule.actions import Norm, Update, WaitReduce, parse
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.measured import mean_costs, measured, on_one_clock
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import EDGE, Event, by_rank
 
 

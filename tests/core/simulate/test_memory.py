@@ -9,8 +9,8 @@ from jobs import program_for, program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.footprint import kept, most_bytes_in_flight
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.memory import deferred_bytes, peak_bytes, peaks, saved_bytes, trace
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.parse import assemble
 from timed import rank_by_rank, timed_jobs

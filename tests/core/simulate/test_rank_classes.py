@@ -4,8 +4,8 @@ from hypothesis import given, settings
 
 from jobs import program_for, program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts
-from mimogrid.core.simulate import rank_classes_of, simulate
 from mimogrid.core.simulate.rank_classes import alike_in_time
+from mimogrid.core.simulate.simulation import rank_classes_of, simulate
 from mimogrid.core.simulate.unevenness import DurationFactors
 from timed import rank_by_rank, timed_jobs
 

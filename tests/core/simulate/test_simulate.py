@@ -14,8 +14,8 @@ from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.program.replay import replay
 from mimogrid.core.schedule.actions import Compute, Kind, Reduce, Send, parse
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.breakdown import shares
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import by_rank
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from jobs import job, program_for, program_of, step_with
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.schedule.actions import Compute, Kind, parse
-from mimogrid.core.simulate import simulate
 from mimogrid.core.simulate.breakdown import ALL_CAUSES, JITTER, RAGGED, idle_s, idle_s_by_rank
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.core.topology.topology import Stage
 from timed import timed_jobs

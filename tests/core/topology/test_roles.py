@@ -108,7 +108,7 @@ def test_every_case(text: str) -> None:
 
 @pytest.mark.parametrize("text", CASES.values(), ids=CASES)
 def test_every_stage_is_hosted_by_the_ranks_of_its_position(text: str) -> None:
-    """The stages of a rank, chunks included, are those whose holders it is among; its links are theirs."""
+    """A rank has the stages that it holds a dp rank of, chunks included, and their links."""
     topology = job(text, batch=24)
     for rank in range(topology.world_size):
         role = role_of(topology, rank)
@@ -125,7 +125,7 @@ def test_every_stage_is_hosted_by_the_ranks_of_its_position(text: str) -> None:
 
 
 def test_chunks() -> None:
-    """A rank with several chunks has all of them; whether it is first or last is said of any of them."""
+    """A rank with several chunks lists all of them. It is first or last if any of them is."""
     topology = job("vision vit > language; language gpt pp2 chunks2")
     first, last = (role_of(topology, rank) for rank in (1, 2))
     assert ["language.0", "language.0.1"] == [str(info.stage) for info in first.stages]
@@ -138,7 +138,7 @@ def test_chunks() -> None:
 
 
 def test_groups_of_a_rank() -> None:
-    """Along axes of a module, of its experts too, a rank is in one group; the axes of each are those of one grid."""
+    """A rank has one group along any axes of a module, or of its experts, but not along axes of both."""
     role = role_of(job(CASES["tp2dp2ep4"], batch=24), 7)
     assert (6, 7) == role.group("language", "tp")
     assert (5, 7) == role.group("language", ("cp", "dp"))
@@ -148,7 +148,7 @@ def test_groups_of_a_rank() -> None:
 
 
 def test_a_role_needs_grids_only() -> None:
-    """Grids, chunks and the names of language models give the role of a job, but for what its stages hold."""
+    """Grids, chunks and names of language models determine a role, without the layers and links of its stages."""
     topology = job("vision vit dp2 > language; language gpt tp2 pp2 chunks2 @1")
     grids = {name: module.grid for name, module in topology.modules.items()}
     for rank in range(topology.world_size):
@@ -157,13 +157,13 @@ def test_a_role_needs_grids_only() -> None:
 
 
 def own(spec: JobSpec, facts: SourceFacts) -> Topology:
-    """Return a job whose last module is replaced by one of the user's own."""
+    """Return a job with a custom module in place of its language model."""
     modules = {**spec.modules, "language": ModuleSpec(model="mine:build", options={}, width=8)}
     return parse(attrs.evolve(spec, modules=modules), facts)
 
 
-def test_a_language_model_of_the_users_own() -> None:
-    """The user's own module that has a loss is a language model, unless the source says that there is no text."""
+def test_a_custom_language_model() -> None:
+    """A custom module with a loss is a language model, unless the source says that there is no text."""
     topology = job("vision vit dp2 > language; language gpt")
     for length, is_language in ((None, True), (5, True), (0, False)):
         role = role_of(own(topology.spec, attrs.evolve(topology.source, length=length)), 2)

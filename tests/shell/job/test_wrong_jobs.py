@@ -11,6 +11,7 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import open_job
+from scale import drawn
 from wrong import WAYS, wrong_jobs
 
 
@@ -23,7 +24,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("wrong") / "job.toml"
 
 
-@settings(max_examples=15, derandomize=True, suppress_health_check=SLOW)
+@settings(max_examples=drawn(15), derandomize=True, suppress_health_check=SLOW)
 @given(spec=layouts())
 def test_unspoiled_they_are_legal(path: Path, spec: JobSpec) -> None:
     """What is refused below is refused for the one thing that was changed."""
@@ -32,7 +33,7 @@ def test_unspoiled_they_are_legal(path: Path, spec: JobSpec) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=3, derandomize=True, suppress_health_check=SLOW)
+@settings(max_examples=drawn(3), derandomize=True, suppress_health_check=SLOW)
 @given(data=st.data())
 def test_a_wrong_job_is_refused_where_it_is_wrong(path: Path, way: str, data: st.DataObject) -> None:
     """Opening it says which key is wrong and what to do, and leaves nothing behind."""

@@ -72,7 +72,7 @@ def probed(pool):
     """Probe a job in a world of the pool."""
 
     def probe(job, repeat=1):
-        said = pool.run("mimogrid.shell.run.probe:in_world", job.topology.world_size, job, repeat)
+        said = pool.run("mimogrid.shell.run.probe.measure:in_world", job.topology.world_size, job, repeat)
         (found,) = [one for one in said if one is not None]
         return found
 

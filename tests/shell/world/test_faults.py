@@ -189,8 +189,8 @@ def test_a_launcher_that_is_asked_to_stop_passes_it_on(
 ) -> None:
     """The command saves, exits with a code that launchers restart on, and prints the command that goes on."""
     folder, said = tmp_path / "run", tmp_path / "said"
-    fault = {"MIMOGRID_FAULT": "delay rank 1 step 2 for 2 s at UPDATE"}
-    process = launching.started(fault, ["train", str(pair.path), "--set", f"train.run_dir={folder}"], said)
+    arguments = ["train", str(pair.path), "--set", f"train.run_dir={folder}"]
+    process = launching.started(arguments, said, fault="delay rank 1 step 2 for 2 s at UPDATE")
     launching.await_that(lambda: "step 1/" in said.read_text() if said.exists() else False, 60.0)
     os.kill(process.pid or 0, number)
     process.join(timeout=60)
@@ -204,8 +204,8 @@ def test_a_launcher_that_is_asked_to_stop_passes_it_on(
 def test_a_second_ctrl_c_ends_a_run_at_once(pair: Job, tmp_path: Path) -> None:
     """Also where a rank hangs."""
     folder, said = tmp_path / "run", tmp_path / "said"
-    fault = {"MIMOGRID_FAULT": "delay rank 1 step 1 for 60 s at UPDATE"}
-    process = launching.started(fault, ["train", str(pair.path), "--set", f"train.run_dir={folder}"], said)
+    arguments = ["train", str(pair.path), "--set", f"train.run_dir={folder}"]
+    process = launching.started(arguments, said, fault="delay rank 1 step 1 for 60 s at UPDATE")
     launching.await_that(lambda: "step 0/" in said.read_text() if said.exists() else False, 60.0)
     for wait_s in (1.0, 0.0):
         os.kill(process.pid or 0, signal.SIGINT)
@@ -222,8 +222,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
     """The restarted ranks go on from the last checkpoint; one report says who died."""
     job, whole, folder, said = pair, whole_pair, tmp_path / "run", tmp_path / "said"
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
-    fault = {"MIMOGRID_FAULT": "kill rank 1 step 3 at lm.0 B1"}
-    launching.under_torchrun(2, fault, arguments, said, restarts=1)
+    launching.under_torchrun(2, arguments, said, fault="kill rank 1 step 3 at lm.0 B1", restarts=1)
     assert 1 == said.read_text().count("mimogrid: rank 1 (host "), said.read_text()
     assert "resuming  step 2" in said.read_text()
     assert harm.left(whole) == harm.left(folder)
@@ -237,12 +236,12 @@ def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others
     job = opened(harm.job("enc(1,1,1)@0 lm(1,2,1)@1"))
     arguments = ["train", str(job.path), "--set", f"train.run_dir={tmp_path / 'run'}"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    fault = {"MIMOGRID_FAULT": "kill rank 0 step 3 at enc.0 B1"} | {"GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         launching.started(
-            place | fault | {"RANK": str(rank)},
             [*arguments, "--set", "train.timeout_s=60"],
             tmp_path / f"said-{rank}",
+            place | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            fault="kill rank 0 step 3 at enc.0 B1",
         )
         for rank in range(3)
     ]

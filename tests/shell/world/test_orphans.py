@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,10 +54,10 @@ def test_the_ranks_of_a_killed_launcher_end_and_the_run_goes_on(
     """Also a rank that sleeps or is stopped; the lock is free at once, and what is resumed is exact."""
     folder, said = tmp_path / "run", tmp_path / "said"
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}"]
-    launcher = launching.started({"MIMOGRID_FAULT": fault}, arguments, said)
+    launcher = launching.started(arguments, said, fault=fault)
     launching.await_that((folder / "checkpoints" / "step-00000002").exists, 60.0)
     refused = tmp_path / "refused"
-    beside = launching.started({}, ["train", str(job.path), "--resume", str(folder)], refused)
+    beside = launching.started(["train", str(job.path), "--resume", str(folder)], refused)
     beside.join(timeout=30)
     assert 2 == beside.exitcode
     assert f"is in use: process {launcher.pid} on host '" in refused.read_text()
@@ -66,7 +67,7 @@ def test_the_ranks_of_a_killed_launcher_end_and_the_run_goes_on(
     os.kill(launcher.pid or 0, signal.SIGKILL)
     launching.await_that(lambda: all(map(is_gone, ranks)), AT_ONCE_S)
     assert not launching.holders(folder)
-    again = launching.started({}, ["train", str(job.path), "--resume", str(folder)], tmp_path / "again")
+    again = launching.started(["train", str(job.path), "--resume", str(folder)], tmp_path / "again")
     again.join(timeout=60)
     assert 0 == again.exitcode, (tmp_path / "again").read_text()
     assert harm.left(whole) == harm.left(folder)
@@ -75,10 +76,12 @@ def test_the_ranks_of_a_killed_launcher_end_and_the_run_goes_on(
 def test_the_ranks_of_a_killed_agent_end(job: Job, tmp_path: Path) -> None:
     """Under torchrun likewise."""
     folder = tmp_path / "run"
-    fault = {"MIMOGRID_FAULT": "delay rank 1 step 3 for 60 s at lm.0 B1"}
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}"]
-    context = launching.context()
-    agent = context.Process(target=launching.under_torchrun, args=(2, fault, arguments, tmp_path / "said"))
+    agent = launching.context().Process(
+        target=launching.under_torchrun,
+        args=(2, arguments, tmp_path / "said"),
+        kwargs={"fault": "delay rank 1 step 3 for 60 s at lm.0 B1"},
+    )
     agent.start()
     launching.await_that((folder / "checkpoints" / "step-00000002").exists, 60.0)
     ranks = launching.holders(folder)
@@ -140,8 +143,6 @@ def test_the_server_of_a_killed_launcher_ends_while_it_imports(job: Job, tmp_pat
 
 def test_the_launcher_may_start_ranks_from_any_thread(pool: Pool) -> None:
     """The kernel looks at the launcher's process, not at the thread that has started a rank."""
-    import threading  # noqa: PLC0415
-
     said: list[object] = []
     with Pool(1) as own:
         thread = threading.Thread(target=lambda: said.extend(own.run("bodies:alive", 1)))

@@ -1,0 +1,106 @@
+"""Pricing: the costs of a job before anything is measured.
+
+Seconds on an accelerator follow from what the job does:
+
+    products       operations (`flops`, padding included) divided among ranks, at a part of the peak
+    weights        at least the time in which a rank reads its weights once
+    tp, cp, ep     inside the compute action: two all-reduces over tp per layer and direction, the all-gather of keys
+                   and values over cp, the tokens that go to experts and back
+    links          bytes over the bandwidth of the node, or of the network if any of their ranks is in another node
+    reduce         the all-reduce of gradients over dp ranks: each byte twice over the slowest link
+    update         Adam reads and writes weights, gradients and moments, at memory bandwidth
+
+In a microbatch the dp rank with the largest load counts, since the others wait for it in the end. A stage costs the
+mean of its microbatches. A module of the user's own takes no time. Where the accelerator is unknown, every layer takes
+one second (`assumed`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import attrs
+
+from mimogrid.core.base.samples import dp_samples
+from mimogrid.core.job.costs import Costs, StageCosts
+from mimogrid.core.pricing.collectives import is_near
+from mimogrid.core.pricing.flops import Load, lengths_of, module_units, of_units, padded_load
+from mimogrid.core.pricing.machine import Machine
+from mimogrid.core.pricing.units import joined, unit_costs, values_of_units
+from mimogrid.core.step.step import Step
+from mimogrid.core.topology.topology import Module
+
+
+def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
+    """Return the costs of a job on a machine.
+
+    With `spread`, the rows of each module are spread evenly over all its microbatches.
+    """
+    topology = step.topology
+    stages: dict[str, StageCosts] = {}
+    for module in topology.modules.values():
+        load = _dp_rank_load(module, lengths_of(step, module.name), topology.sequence, spread=spread)
+        parts = unit_costs(
+            module,
+            load,
+            machine,
+            flops=module_units(topology, module, load),
+            values=values_of_units(module),
+            recomputes=topology.spec.modules[module.name].recompute == "full",
+        )
+        for info in module.stages:
+            stages[str(info.stage)] = joined(of_units(info, parts) if parts else ())
+    edges = {str(link): machine.link(within=is_near(topology, link, machine)) for link in topology.links}
+    return Costs(stages=stages, edges=edges)
+
+
+def measured_on(machine: Machine, step: Step, costs: Costs) -> Machine:
+    """Return the machine on which the modules of a job take as long as its costs say.
+
+    For each module all stages count together, forward and backward, so that its layout may change. A module of the
+    user's own, or one that took no time, stays as it is.
+    """
+    assumed_costs = on_machine(step, attrs.evolve(machine, measured=()))
+    found: list[tuple[str, float]] = []
+    for name, module in step.topology.modules.items():
+        stages = [info.stage for info in module.stages]
+        took, should = (
+            math.fsum(_whole_s(each.of(stage)) for stage in stages) for each in (costs, assumed_costs)
+        )
+        if took and should:
+            found.append((name, took / should))
+    return attrs.evolve(machine, measured=tuple(found))
+
+
+def _whole_s(costs: StageCosts) -> float:
+    return costs.forward + costs.whole_backward
+
+
+def _dp_rank_load(module: Module, lengths: Sequence[int], sequence: int, *, spread: bool = False) -> Load:
+    """Return the padded load of a microbatch on the dp rank with most: the mean over microbatches in which it has any.
+
+    With `spread`, the mean over all microbatches. `lengths` are the positions of every sample of the step.
+    """
+    dp_ranks = (
+        _of_dp_rank(module, dp_rank, lengths, sequence, spread=spread) for dp_rank in range(module.dp_size)
+    )
+    return max(dp_ranks, key=_size)
+
+
+def _size(load: Load) -> tuple[float, float, float]:
+    return load.positions, load.pairs, load.rows
+
+
+def _of_dp_rank(module: Module, dp_rank: int, lengths: Sequence[int], sequence: int, *, spread: bool) -> Load:
+    count, whole = 0, Load()
+    for k in range(module.microbatches):
+        chosen = dp_samples(
+            dp_rank=dp_rank,
+            dp_size=module.dp_size,
+            microbatch=k,
+            microbatches=module.microbatches,
+            total=len(lengths),
+        )
+        share = lengths[chosen.start : chosen.stop]
+        if any(share):
+            count, whole = count + 1, whole + padded_load(module, share, sequence)
+    return whole * (1 / (module.microbatches if spread else max(count, 1)))
