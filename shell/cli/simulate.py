@@ -23,6 +23,7 @@ from mimogrid.core.pricing.assumed import ASSUMED
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.shell.cli.arguments import SimulateArgs
+from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.cli.timing import (
     SimulatedStep,
@@ -31,7 +32,7 @@ from mimogrid.shell.cli.timing import (
     under_all_schedules,
     without_garbage_collection,
 )
-from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.job.jobs import Job
 
 
 ALL = "all"
@@ -51,7 +52,8 @@ def run(job: Job, args: SimulateArgs) -> int:
         if args.schedule == ALL:
             _print_schedules(under_all_schedules(job, args), args)
         elif args.compare:
-            _print_jobs(compared(job, open_job(args.compare), args), args)
+            other = opened(args.compare, run_code=not args.no_code, silent=args.json)
+            _print_jobs(compared(job, other, args), args)
         else:
             _print_job(drawn(job, args), args)
     return 0

@@ -12,7 +12,7 @@ from mimogrid.core.base.errors import PlanError, Problem, WorldError
 from mimogrid.core.job.validation import parity_problems
 from mimogrid.shell.cli.arguments import ParityArgs, ProbeArgs, TrainArgs
 from mimogrid.shell.cli.output import print_json, write
-from mimogrid.shell.device.place import Place, prepare, under_torchrun
+from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders
 from mimogrid.shell.world import preflight
@@ -71,7 +71,7 @@ def _command(job: Job, stopped: folders.Stopped) -> str:
     return shlex.join(["mimogrid", "train", str(job.path), *overrides, "--resume", stopped.folder])
 
 
-def _train_at(place: Place, job: Job, args: TrainArgs) -> Any:
+def _train_at(place: RankPlace, job: Job, args: TrainArgs) -> Any:
     """Train as one rank of torchrun's world; return the report on the first rank of the job, or `Stopped`."""
     end_with_launcher()
     prepare()
@@ -121,7 +121,7 @@ def _probed_here(job: Job, args: ProbeArgs) -> "list[Probed]":
     return [_in_fresh_world(one, "mimogrid.shell.run.probe.measure:in_world", args.repeat) for one in jobs]
 
 
-def _probed_at(place: Place, job: Job, args: ProbeArgs) -> "list[Probed]":
+def _probed_at(place: RankPlace, job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure as one rank of torchrun's world; only the first rank of the job gets the result."""
     end_with_launcher()
     prepare()

@@ -32,7 +32,7 @@ from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
 from mimogrid.shell.checkpoint.saving import Saver, open_saver
 from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.checkpoint.versions import differences
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import report, run_lock
@@ -57,7 +57,7 @@ REFUSED = "refused: "
 
 
 def in_world(  # noqa: PLR0917 -- a body is called by position
-    place: Place,
+    place: RankPlace,
     job: Job,
     transport: str | None,
     folder: str | None,

@@ -30,7 +30,7 @@ import attrs
 
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
 from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis
-from mimogrid.shell.device.place import Place, prepare
+from mimogrid.shell.device.place import RankPlace, prepare
 from mimogrid.shell.world import heartbeat
 from mimogrid.shell.world.orphans import end_with_launcher
 
@@ -44,7 +44,7 @@ class Task:
     """A function of this rank's place in a world: ``function(place, *arguments)``."""
 
     function: str
-    place: Place
+    place: RankPlace
     arguments: tuple[Any, ...]
 
 
@@ -84,16 +84,12 @@ class Pool:
             meeting = str(Path(folder) / "meeting")
             try:
                 for rank in range(size):
-                    task = Task(function, Place(rank, size, meeting, local_rank=rank), arguments)
+                    task = Task(function, RankPlace(rank, size, meeting, local_rank=rank), arguments)
                     self._workers[rank][1].send(task)
-                reports = self._collect(self._workers[:size])
+                return self._collect(self._workers[:size], Path(folder))
             except BaseException:
                 self.close()
                 raise
-            if len(reports) < size or any(report.died for report in reports.values()):
-                self.close()
-            _raise_first_failure(reports, Path(folder))
-            return [reports[rank].result for rank in range(size)]
 
     def signal(self, number: int) -> None:
         """Send a signal to every process of the pool."""
@@ -123,8 +119,7 @@ class Pool:
         theirs.close()
         return process, ours
 
-    def _collect(self, workers: list[tuple[BaseProcess, Connection]]) -> dict[int, Report]:
-        """Return what each process reports; after the first failure only what comes soon."""
+    def _collect(self, workers: list[tuple[BaseProcess, Connection]], folder: Path) -> list[Any]:
         reports: dict[int, Report] = {}
         deadline: float | None = None
         while len(reports) < len(workers):
@@ -137,7 +132,8 @@ class Pool:
                 reports[rank] = _received(rank, *workers[rank])
                 if reports[rank].failure and deadline is None:
                     deadline = time.monotonic() + GRACE_S
-        return reports
+        _raise_first_failure(reports, folder)
+        return [reports[rank].result for rank in range(len(workers))]
 
 
 def _received(rank: int, process: BaseProcess, connection: Connection) -> Report:

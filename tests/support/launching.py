@@ -16,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from injection import injected
 from mimogrid.shell.cli.main import main
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.run import train
 from mimogrid.shell.world.launch import Pool
 
@@ -49,7 +49,7 @@ def _suffering(fault: str) -> Iterator[None]:
         yield
 
 
-def train_with_fault(place: Place, fault: str, *arguments: Any) -> Any:
+def train_with_fault(place: RankPlace, fault: str, *arguments: Any) -> Any:
     """Train on a rank of a local world with a fault."""
     with injected(fault):
         return train.in_world(place, *arguments)
