@@ -12,6 +12,8 @@ one whose parts contradict each other, or the table of the job that wrote it (`c
 damage; who may write there can also renew them. Nothing here needs torch.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import os
@@ -270,11 +272,41 @@ def publish(
 def prune(checkpoints: Path, *, keep: int, keep_every: int) -> None:
     """Remove all checkpoints but the newest `keep` and those of steps that `keep_every` divides.
 
-    Each is renamed first, so that one whose removal is interrupted does not look damaged.
+    Each is renamed first, so that one whose removal is interrupted does not look damaged. One that a process reads
+    (`reading`) is left until the next save.
     """
     for old in published(checkpoints)[:-keep]:
-        if not keep_every or step_of(old) % keep_every:
+        if (not keep_every or step_of(old) % keep_every) and not _is_read(old):
             shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Keep a checkpoint from being removed while open. Raises PlanError where it has just been removed.
+
+    Who reads shares a lock on the manifest, and who removes needs it alone. A file system without locks keeps nothing.
+    """
+    try:
+        file = (checkpoint / MANIFEST).open("rb")
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}. Its run may have just removed it."
+        raise PlanError([Problem(str(checkpoint), message, "Take a newer checkpoint.")]) from None
+    with file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _is_read(checkpoint: Path) -> bool:
+    """Whether another process reads a checkpoint."""
+    try:
+        with (checkpoint / MANIFEST).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def clear(checkpoints: Path) -> None:

@@ -191,6 +191,7 @@ class TrainArgs(JobArgs):
         "send data through host memory, or give each local rank its own GPU and use NCCL",
         choices=("host", "nccl"),
     )
+    force: bool = _switch("start even if this machine has too few cores or too little memory for the ranks")
 
 
 @attrs.frozen(kw_only=True)

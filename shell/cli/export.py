@@ -41,7 +41,8 @@ def run(args: ExportArgs) -> int:
     """Export the newest checkpoint of a run, or the one that is named."""
     checkpoint = manifest.newest_of(args.folder)
     out = args.out or _beside(checkpoint, args.to)
-    files = export(checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9))
+    with manifest.reading(checkpoint):
+        files = export(checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9))
     if args.json:
         print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
     else:

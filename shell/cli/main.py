@@ -17,6 +17,7 @@ from mimogrid.shell.cli import commands
 from mimogrid.shell.cli.arguments import Args, ParityArgs, ProbeArgs, TrainArgs, overview, parse
 from mimogrid.shell.cli.output import encode_plainly, escaped, print_json
 from mimogrid.shell.device.place import under_torchrun
+from mimogrid.shell.world.secrets import without_secrets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +57,12 @@ def _run(args: Args) -> int:
     except EchoError:
         return 1
     except WorldError as error:
-        print(printable(f"mimogrid: {error}"), file=sys.stderr)
+        print(_shown(f"mimogrid: {error}"), file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a file system that is gone, no descriptors
+        print(_shown(f"mimogrid: {error}"), file=sys.stderr)
         return 1
 
 
@@ -66,4 +72,9 @@ def _report(problems: Sequence[Problem], *, as_json: bool) -> None:
         print_json({"ok": False, "problems": [attrs.asdict(problem) for problem in problems]})
         return
     for problem in problems:
-        print(printable(str(problem)), file=sys.stderr)
+        print(_shown(str(problem)), file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    """Return a text as it may stand on a terminal, and in a log of it."""
+    return printable(without_secrets(text))

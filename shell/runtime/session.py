@@ -44,8 +44,11 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(place: RankPlace, job: Job, *, transport: str | None = None) -> Iterator[Session]:
+def open_session(
+    place: RankPlace, job: Job, *, transport: str | None = None, stop_request: StopRequest | None = None
+) -> Iterator[Session]:
     """Enter the world of a job at a place in it. Raises PlanError where the world is too small for the job."""
+    stop_request = stop_request or StopRequest()
     needed = job.topology.world_size
     if place.size < needed:
         raise PlanError([_too_small(place.size, needed)])
@@ -69,10 +72,9 @@ def open_session(place: RankPlace, job: Job, *, transport: str | None = None) ->
         enter(on_device(device.torch, seed=job.spec.seed))
         # Again, so that a failure is reported before the groups are destroyed, which others see as a failure.
         enter(one_report(world, heartbeat, job))
-        hosts, stop_request = place.rank in job.topology.ranks, StopRequest()
         runtime = (
             build_runtime(job, place.rank, groups, device, heartbeat=heartbeat, stop_request=stop_request)
-            if hosts
+            if place.rank in job.topology.ranks
             else None
         )
         yield Session(world, groups, device, runtime, heartbeat, stop_request)

@@ -7,7 +7,7 @@ Processes that may use CUDA import both themselves. Importing megatron-core asks
 process that is forked after that the driver shows none.
 
 If a process raises, dies, or is found to be stopped, all processes are ended at once, and a `WorldError` carries the
-first failure.
+first failure. All processes end with this one (`orphans`). They listen on loopback only.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -30,6 +32,7 @@ from mimogrid.core.base.errors import EchoError, PlanError, WorldError
 from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis
 from mimogrid.shell.device.place import RankPlace, prepare
 from mimogrid.shell.world import heartbeat
+from mimogrid.shell.world.orphans import end_with_launcher
 
 
 GRACE_S = 1.0
@@ -165,10 +168,14 @@ def _raise_first_failure(reports: dict[int, Report], folder: Path) -> None:
 
 def _work(connection: Connection, folder: str) -> None:
     """Run tasks as they come, until the pool is gone."""
+    end_with_launcher()
+    # A terminal's Ctrl-C also comes to the ranks; the launcher says what becomes of them.
+    signal.signal(signal.SIGINT, lambda *_: None)
     os.chdir(folder)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
     prepare()
-    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             task: Task = connection.recv()
             connection.send(_run(task))

@@ -391,3 +391,8 @@ def _also(runtime: RankRuntime, job: Job, folder: Path) -> None:
     saving.save(folder, slices_to_save(runtime), facts, runtime.group, keep=1)
     checkpoint.load(folder_of(folder, 1), slices_to_load(runtime, facts), runtime.group)
     restore(runtime, facts)
+
+
+def alive(place: RankPlace) -> bool:
+    """Return that this rank runs."""
+    return place.rank >= 0

@@ -3,8 +3,7 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,17 +16,12 @@ from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.preemption import EXIT_CODE
+from scale import nightly_only
 
 
 pytestmark = pytest.mark.world
 
 Opened = Callable[[JobSpec], Job]
-
-
-def faulty(line: str) -> dict[str, str]:
-    """The environment in which ``python -m faulty`` is `mimogrid` with a fault."""
-    path = [str(Path(__file__).parents[2] / "support"), os.environ.get("PYTHONPATH", "")]
-    return {"MIMOGRID_FAULT": line, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def free_port() -> int:
@@ -51,33 +45,58 @@ def test_a_run_that_is_interrupted_anywhere_ends_the_same(
     sweep.judge(pool, case, tmp_path, uninterrupted)
 
 
-def test_a_launcher_that_is_asked_to_stop_passes_it_on(pool: Pool, opened: Opened, tmp_path: Path) -> None:
-    """The command saves and exits with a code that launchers restart on."""
-    job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
-    folder, whole = tmp_path / "run", tmp_path / "whole"
-    assert "" == harm.run(pool, job, whole).report
-    slow = faulty("delay rank 1 step 2 for 2 s at UPDATE")
-    command = [sys.executable, "-m", "faulty", "train", str(job.path), "--set", f"train.run_dir={folder}"]
-    with subprocess.Popen(command, env=os.environ | slow, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        for line in process.stderr:
-            if line.startswith("1/"):
-                break
-        process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
-    assert EXIT_CODE == process.returncode, said
-    assert "was asked to stop, and is saved" in said
-    assert "" == harm.run(pool, job, folder, resume=True).report
-    assert harm.left(whole) == harm.left(folder)
+@pytest.fixture(scope="module")
+def pair(opened: Opened) -> Job:
+    """A job on two ranks."""
+    return opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
+
+
+@pytest.fixture(scope="module")
+def whole_pair(pool: Pool, pair: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of that job that nothing happened to."""
+    folder = tmp_path_factory.mktemp("pair")
+    assert "" == harm.run(pool, pair, folder).report
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *nightly_only([signal.SIGTERM]), signal.SIGHUP])
+def test_a_launcher_that_is_asked_to_stop_passes_it_on(
+    pool: Pool, pair: Job, whole_pair: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The command saves, exits with a code that launchers restart on, and prints the command that goes on."""
+    folder, said = tmp_path / "run", tmp_path / "said"
+    arguments = ["train", str(pair.path), "--set", f"train.run_dir={folder}"]
+    process = launching.started(arguments, said, fault="delay rank 1 step 2 for 2 s at UPDATE")
+    launching.await_that(lambda: "step 1/" in said.read_text() if said.exists() else False, 60.0)
+    os.kill(process.pid or 0, number)
+    process.join(timeout=60)
+    assert EXIT_CODE == process.exitcode, said.read_text()
+    assert "was asked to stop, and is saved: step 3 is next" in said.read_text()
+    assert f"mimogrid train {pair.path} --set train.run_dir={folder} --resume {folder}" in said.read_text()
+    assert "" == harm.run(pool, pair, folder, resume=True).report
+    assert harm.left(whole_pair) == harm.left(folder)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(pair: Job, tmp_path: Path) -> None:
+    """Also where a rank hangs."""
+    folder, said = tmp_path / "run", tmp_path / "said"
+    arguments = ["train", str(pair.path), "--set", f"train.run_dir={folder}"]
+    process = launching.started(arguments, said, fault="delay rank 1 step 1 for 60 s at UPDATE")
+    launching.await_that(lambda: "step 0/" in said.read_text() if said.exists() else False, 60.0)
+    for wait_s in (1.0, 0.0):
+        os.kill(process.pid or 0, signal.SIGINT)
+        time.sleep(wait_s)
+    process.join(timeout=10)
+    assert 130 == process.exitcode, said.read_text()
+    assert "Ctrl-C again ends the run at once" in said.read_text()
+    assert not launching.holders(folder)
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
-    pool: Pool, opened: Opened, tmp_path: Path
+    pair: Job, whole_pair: Path, tmp_path: Path
 ) -> None:
     """The restarted ranks go on from the last checkpoint; one report says who died."""
-    job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
-    folder, whole, said = tmp_path / "run", tmp_path / "whole", tmp_path / "said"
-    assert "" == harm.run(pool, job, whole).report
+    job, whole, folder, said = pair, whole_pair, tmp_path / "run", tmp_path / "said"
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}", "--set", "train.timeout_s=60"]
     launching.under_torchrun(2, arguments, said, fault="kill rank 1 step 3 at lm.0 B1", restarts=1)
     assert 1 == said.read_text().count("mimogrid: rank 1 (host "), said.read_text()
