@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 from mimogrid.core.base.errors import WorldError
 from mimogrid.shell.checkpoint import manifest, tensorfile
 from mimogrid.shell.checkpoint.files import files_of, index_of, items_of, write_shard
-from mimogrid.shell.checkpoint.manifest import IndexedTensor, folder_of
+from mimogrid.shell.checkpoint.index import INDEX, IndexedTensor, index_text
+from mimogrid.shell.checkpoint.manifest import folder_of
 from mimogrid.shell.runtime.tensor_slices import TensorSlices
 from mimogrid.shell.world.phases import PUBLISHED, PUBLISHING, SAVING, WRITING
 
@@ -175,8 +176,7 @@ class Saver:
         for name, items in files_of(self._group.rank(), self._items).items():
             files[name] = write_shard(partial / name, items, self._copies)
         if self._index:
-            index = manifest.index_text(self._index)
-            files[manifest.INDEX] = tensorfile.write_text(partial / manifest.INDEX, index)
+            files[INDEX] = tensorfile.write_text(partial / INDEX, index_text(self._index))
         return files
 
     def _publish(self, pending: PendingSave, files: Files) -> Files:

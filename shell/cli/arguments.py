@@ -204,6 +204,7 @@ class ParityArgs(JobArgs):
 class InspectArgs(RunArgs):
     """Show what checkpoints hold, whether they are whole and which layouts fit. Needs no torch."""
 
+    verify: bool = _switch("say meanwhile, on standard error, how much of the files has been checked")
     job: Path | None = _option("JOB", "say whether this job can continue from there", Path)
     overrides: tuple[str, ...] = _overrides()
     no_code: bool = _no_code()

@@ -98,7 +98,7 @@ def checkpoints(pool: Pool, where: Where, folder: Path) -> dict[str, Any]:
         pool.run("resaving:in_world", size, opened_job, written[-1], to, transport)
         written.append(to / name)
     files = [{path.name: path.read_bytes() for path in saved.glob("shard-*")} for saved in written]
-    facts = [manifest.read_manifest(saved) | {"created": 0} for saved in written]
+    facts = [manifest.read_manifest(saved) | {"created": 0, "digest": ""} for saved in written]
     assert files[0] == files[1] == files[2]
     assert facts[0] == facts[1] == facts[2]
     return {"bytes": sum(map(len, files[0].values()))}

@@ -375,7 +375,7 @@ def test_a_trace_has_the_bytes():
 @pytest.mark.parametrize(("leaders_only", "many"), [(False, MANY), (True, MANY), (True, 0)])
 def test_a_trace_has_an_arrow_per_message(leaders_only, many, monkeypatch):
     """From within the action that makes it to within the one that reads it; also if a rank stands for its dp rank."""
-    monkeypatch.setattr("mimogrid.core.simulate.MANY", many)
+    monkeypatch.setattr("mimogrid.core.simulate.simulation.MANY", many)
     _, timeline = timed(WIDE, batch=48, microbatches=2, latency=0.25)
     found = traced(timeline, timeline.classes.members if leaders_only else None)
     starts = {arrow["id"]: arrow for arrow in found if "s" == arrow["ph"]}

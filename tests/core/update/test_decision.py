@@ -87,3 +87,11 @@ def test_a_list_of_steps_means_single_ones_and_ranges(entries: list[int | tuple[
         listed |= {entry} if isinstance(entry, int) else set(range(entry[0], entry[1] + 1))
     train = TrainSpec(skip_steps=tuple(entries))
     assert listed == {step for step in range(25) if is_passed_over(train, step)}
+
+
+def test_a_scale_never_becomes_infinite() -> None:
+    """Gradients of zero let it rise without end; an infinite scale would never fall again."""
+    skip_state, rule = SkipState(scale=2.0**1022), OptimizerSpec(loss_scale=LossScaleSpec(interval=1))
+    for expected in (2.0**1023, 2.0**1023):
+        skip_state, _ = decide(skip_state, rule, loss=0.0, norm=0.0, finite=True, half=True)
+        assert expected == skip_state.scale

@@ -61,7 +61,7 @@ def test_a_launcher_that_is_asked_to_stop_passes_it_on(pool: Pool, opened: Opene
     with subprocess.Popen(command, env=os.environ | slow, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         for line in process.stderr:
-            if line.startswith("step 1/"):
+            if line.startswith("1/"):
                 break
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read()
