@@ -54,8 +54,8 @@ same-python:
 train: venv ## Train the example: real images, on CPU.
 	"$(BIN)/mimogrid" train examples/digits/job.toml
 
-test: venv ## Run every test that needs no GPU, and the examples in docstrings.
-	$(NOX) --session tests
+test: venv ## Run every test that needs no GPU: the core's where there is no torch, then all others.
+	$(NOX) --session core shell
 
 quick: venv ## Run the core's tests with fewer draws, and one world: half a minute.
 	$(NOX) --session quick

@@ -1,8 +1,8 @@
 """Every check of minutes: ``nox``; one of them: ``nox -s types``. Longer ones run only by name: ``nox --list``.
 
-``make lint`` and ``make types`` come here. ``lint``, ``types`` and ``tests`` use the environment that nox
-runs in, because a second torch takes minutes; ``core`` and ``package`` make environments of their own,
-because what is missing there is the point.
+``make test``, ``make lint`` and ``make types`` come here. ``lint``, ``types`` and ``shell`` use the environment that
+nox runs in, because a second torch takes minutes. ``core`` and ``package`` make environments of their own, because
+what is missing there is the point.
 """
 
 import re
@@ -37,12 +37,6 @@ def types(session: nox.Session) -> None:
     session.run("pyright")
 
 
-@nox.session
-def tests(session: nox.Session) -> None:
-    """Run every test that needs no GPU, and the examples in docstrings."""
-    session.run("pytest", *WORKERS, *session.posargs)
-
-
 @nox.session(default=False)
 def quick(session: nox.Session) -> None:
     """Run the core's tests with fewer draws, and one world: half a minute."""
@@ -65,7 +59,7 @@ def core(session: nox.Session) -> None:
     session.run("pytest", *WORKERS, *alone, *_files_of_the_core(session))
 
 
-@nox.session(default=False)
+@nox.session
 def shell(session: nox.Session) -> None:
     """Run the tests that `core` leaves: those that need torch."""
     others = [f"--ignore={file}" for file in _files_of_the_core(session)]
@@ -131,3 +125,11 @@ def faults(session: nox.Session) -> None:
     """Disturb and interrupt two hundred runs and resume them; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--summary", "docs/faults-run.md"]
     session.run("python", "tests/long/faults.py", *arguments, env={"PYTHONPATH": "tests/support"})
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Give the commands that need no torch files and arguments that nobody would write, for twenty minutes."""
+    # The seeds go on where the test of every day ends.
+    arguments = session.posargs or ["1200", "1000"]
+    session.run("python", "tests/long/fuzzing.py", *arguments, env={"PYTHONPATH": "src"})

@@ -24,7 +24,7 @@ import torch
 
 from mimogrid.shell.checkpoint.saving import open_saver
 from mimogrid.shell.checkpoint.state import manifest_of, slices_to_save
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.runtime.session import open_session
 from mimogrid.shell.runtime.train_step import train_step
@@ -36,7 +36,7 @@ BETWEEN = 4
 """Steps between two saves: both legs end in them."""
 
 
-def in_world(place: Place, job: Job, folder: str, saves: int, in_background: bool) -> dict[str, Any]:
+def in_world(place: RankPlace, job: Job, folder: str, saves: int, in_background: bool) -> dict[str, Any]:
     """Measure one rank."""
     with open_session(place, job) as session:
         runtime = session.runtime

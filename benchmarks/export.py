@@ -7,6 +7,7 @@ optimizer that are not exported, and exports it in a process of its own, once in
 """
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -16,16 +17,17 @@ from pathlib import Path
 
 import torch
 
-from mimogrid.core.job.models import Gpt
-from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec
+from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.topology.parse import assemble
+from mimogrid.core.update.contents import OPTIMIZER, written_as
 from mimogrid.shell.checkpoint import manifest, tensorfile
 from mimogrid.shell.checkpoint.files import entry_of, shard_name
-from mimogrid.shell.checkpoint.manifest import INDEX, OPTIMIZER, IndexedTensor, ShardPlace
+from mimogrid.shell.checkpoint.index import INDEX, IndexedTensor, ShardPlace, index_text
 from mimogrid.shell.job import jobfile
 
 
 JOB = JobSpec(
-    modules={"language": ModuleSpec(model="gpt", options=Gpt(layers=1, hidden=8, heads=1, vocab=8))},
+    modules={"language": ModuleSpec(model="benchmark:network", options={})},  # whose parameters are not known
     data=DataSpec(source="synthetic"),
     batch=BatchSpec(global_size=1),
 )
@@ -58,17 +60,23 @@ def write(folder: Path, count: int, rows: int) -> int:
         )
         for name in names
     }
-    files = {INDEX: tensorfile.write_text(partial / INDEX, manifest.index_text(index))}
+    counters = [f"{OPTIMIZER}step.{name}" for name in weights]
+    index |= {name: IndexedTensor("F32", (1,), (ShardPlace(shard_name(0), (0,), (1,)),)) for name in counters}
+    files = {INDEX: tensorfile.write_text(partial / INDEX, index_text(index))}
     for rank in range(2):
         block = torch.full((half, COLUMNS), float(rank))
-        name = shard_name(rank)
-        files[name] = tensorfile.write(partial / name, [entry_of(n, block) for n in names], {"format": "pt"})
+        file = shard_name(rank)
+        held = {n: part for n, of in index.items() for part in of.parts if part.file == file}
+        entries = [entry_of(n, block if n in names else block[0, :1]) for n in held]
+        places = {n: {"saved_offsets": part.offsets} for n, part in held.items()}
+        metadata = {"format": "pt", tensorfile.SHARDING: json.dumps(places)}
+        files[file] = tensorfile.write(partial / file, entries, metadata)
     facts = {
         "step": 1,
         "steps_taken": 1,
-        "watch": {},
+        "watch": {"scale": 1.0, "good": 0, "losses": [], "norms": []},
         "job": jobfile.dump(JOB),
-        "precision": "fp32",
+        **written_as(assemble(JOB, SourceFacts()), 1),
         "versions": {},
     }
     manifest.publish(partial, checkpoint, facts, files)

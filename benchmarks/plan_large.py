@@ -42,11 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("ranks", type=int, nargs="*", default=[100, 1_000, 10_000])
     parser.add_argument("--microbatches", type=int, default=4)
-    given = parser.parse_args()
-    columns = [measure(ranks, given.microbatches) for ranks in given.ranks]
+    args = parser.parse_args()
+    columns = [measure(ranks, args.microbatches) for ranks in args.ranks]
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mimogrid", "attrs"))
     print(f"{processor()}; Python {platform.python_version()}; {versions}")
-    print(f"{given.microbatches} microbatches; CPU milliseconds, and microseconds per rank\n")
+    print(f"{args.microbatches} microbatches; CPU milliseconds, and microseconds per rank\n")
     print(f"{'':12}" + "".join(f"{count:>14,} ranks" for _, count in columns))
     for part in columns[0][0]:
         cells = ((seconds[part], seconds[part] / count * 1e6) for seconds, count in columns)

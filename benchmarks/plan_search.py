@@ -33,21 +33,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write the table there, too")
     out = parser.parse_args().out
-    told: list[str] = []
+    lines: list[str] = []
 
-    def tell(line: str) -> None:
-        told.append(line)
+    def say(line: str) -> None:
+        lines.append(line)
         print(line, flush=True)
 
     cores, python = os.cpu_count(), platform.python_version()
-    tell(
+    say(
         f"{platform.machine()}, {cores} cores, {platform.system()}; Python {python}, attrs {version('attrs')}"
     )
-    tell(f"{'job':24}{'GPUs':>6}{'CPU s':>8}{'looked at':>11}{'simulated':>11}{'gap':>7}  step")
+    say(f"{'job':24}{'GPUs':>6}{'CPU s':>8}{'looked at':>11}{'simulated':>11}{'gap':>7}  step")
     for name, gpus, gpu in JOBS:
-        tell(searched(name, gpus, gpu))
+        say(searched(name, gpus, gpu))
     if out:
-        out.write_text("\n".join(told) + "\n", encoding="utf-8")
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def searched(name: str, gpus: int, gpu: str) -> str:

@@ -28,7 +28,7 @@ import torch
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.unevenness import DurationFactors
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.probe.results import Probed
 from mimogrid.shell.runtime.session import open_session
@@ -81,7 +81,7 @@ HEAD = (
 )
 
 
-def in_world(place: Place, job: Job, steps: int) -> list[float] | None:
+def in_world(place: RankPlace, job: Job, steps: int) -> list[float] | None:
     """Run some steps; return how long each took on the first rank."""
     with open_session(place, job) as session:
         assert session.runtime is not None

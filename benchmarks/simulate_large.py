@@ -36,18 +36,18 @@ def main() -> None:
     parser.add_argument("ranks", type=int, nargs="*", default=[100, 1_000, 10_000])
     parser.add_argument("--microbatches", type=int, default=512)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        print(json.dumps(measure(given.ranks[0], given.microbatches)))
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.ranks[0], args.microbatches)))
         return
-    print(f"{given.microbatches} microbatches")
-    for ranks in given.ranks:
-        command = [sys.executable, __file__, str(ranks), "--microbatches", str(given.microbatches), "--one"]
+    print(f"{args.microbatches} microbatches")
+    for ranks in args.ranks:
+        command = [sys.executable, __file__, str(ranks), "--microbatches", str(args.microbatches), "--one"]
         found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         print(
             f"{found['ranks']:>8,} ranks  {found['classes']:>4} classes  {found['samples']:>9,} samples  "
             f"{found['seconds']:6.2f} s CPU  {found['bytes'] / 2**20:6.0f} MiB  "
-            f"ratio to the limit {found['ratio']:.4f}"
+            f"ratio to the lower bound {found['ratio']:.4f}"
         )
 
 

@@ -17,11 +17,12 @@ from unittest.mock import patch
 import attrs
 import torch.distributed as dist
 
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import train
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.rank import RankRuntime
+from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.launch import Pool
 
 
@@ -74,18 +75,17 @@ class Held:
         )
 
 
-def in_world(place: Place, job: Job, folder: str, early: int) -> tuple[Held, Held]:
+def in_world(place: RankPlace, job: Job, folder: str, early: int) -> tuple[Held, Held]:
     """Train; return what this rank held after `early` steps and after the last."""
     held, last = dict[int, Held](), job.spec.train.steps - 1
-    run_step = RankRuntime.run
 
-    def watched(runtime: RankRuntime, index: int, *arguments: Any) -> Outcome:
-        outcome = run_step(runtime, index, *arguments)
+    def watched(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Outcome:
+        outcome = train_step(runtime, index, *arguments, **named)
         if index in {early, last}:
             held[index] = Held.now()
         return outcome
 
-    with patch.object(RankRuntime, "run", watched):
+    with patch.object(train, "train_step", watched):
         train.in_world(place, job, None, folder)
     return held[early], held[last]
 

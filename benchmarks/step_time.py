@@ -26,7 +26,7 @@ from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Wait
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Stage
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.runtime import agreement
 from mimogrid.shell.runtime.gradients import StageBuffer
@@ -63,7 +63,7 @@ class Meter:
         return counted
 
 
-def in_world(place: Place, job: Job, steps: int) -> dict[str, Any]:
+def in_world(place: RankPlace, job: Job, steps: int) -> dict[str, Any]:
     """Measure one rank."""
     compute, transport = Meter(), Meter()
     compute.around(StageStep, "compute")

@@ -80,7 +80,7 @@ ON_CPU = {
 
 
 def module_grids() -> dict[str, HyperCommGrid]:
-    """Place the modules on ranks, as Megatron does."""
+    """RankPlace the modules on ranks, as Megatron does."""
     return {
         "vision": HyperCommGrid([1, 1, 2, 1], ["tp", "cp", "dp", "pp"], rank_offset=0),
         "language": HyperCommGrid([1, 1, 1, 2], ["tp", "cp", "dp", "pp"], rank_offset=2),

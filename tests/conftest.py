@@ -1,6 +1,7 @@
 """What the tests share: one pool of processes for every world, and jobs opened from a spec."""
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:  # The core's tests run where there is no torch.
     from mimogrid.shell.world.launch import Pool
     from updates import Seen
 
+
+# Before anything imports torch: the workers share the cores already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What is tested is what is computed, and not how long that takes where much else runs.
 settings.register_profile("without a clock", settings(), deadline=None)

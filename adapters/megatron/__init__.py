@@ -24,7 +24,7 @@ from mimogrid.adapters.megatron.grids import (
 )
 from mimogrid.adapters.megatron.groups import open_collections
 from mimogrid.adapters.megatron.jobs import job_file_of, job_of, open_job_of
-from mimogrid.adapters.megatron.modality import ModalityNetwork, block_of
+from mimogrid.adapters.megatron.modality import ModalityNetwork, SequenceFirst, block_of
 from mimogrid.adapters.megatron.networks import networks_of
 from mimogrid.adapters.megatron.schedule import ForwardBackward, forward_backward_func
 from mimogrid.adapters.megatron.stages import MimoStages, from_specs, layer_spec
@@ -36,6 +36,7 @@ __all__ = [
     "ForwardBackward",
     "MimoStages",
     "ModalityNetwork",
+    "SequenceFirst",
     "block_of",
     "forward_backward_func",
     "from_hyper_comm_grid",

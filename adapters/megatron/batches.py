@@ -18,6 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from mimogrid.adapters.megatron.modality import SequenceFirst
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.samples import Sample
@@ -147,11 +148,14 @@ def _parts_of(
             )
             raise PlanError([Problem(where, fact, "Give it to the encoder as it is built.")])
         whole[argument] = value
+    first = rows_of.argument if isinstance(rows_of, SequenceFirst) else None
     cut = {
-        argument: _cut(value, counts, f"modality_inputs.{name}.{argument}")
+        argument: (_by_sample if argument == first else _cut)(
+            value, counts, f"modality_inputs.{name}.{argument}"
+        )
         for argument, value in whole.items()
     }
-    rows = _rows(whole, cut, counts, rows_of)
+    rows = _rows(whole, cut, counts, first or rows_of)
     return [{**{a: parts[i] for a, parts in cut.items()}, "rows": rows[i]} for i in range(len(counts))]
 
 
@@ -171,9 +175,29 @@ def _rows(
     return [torch.empty(count, 0) for count in counts]
 
 
+def _by_sample(value_SBF: Tensor, counts: Sequence[int], where: str) -> Sequence[Tensor]:
+    """Split a tensor [S, B, F] over samples, [S, F] each. Every sample has S rows (`SequenceFirst`)."""
+    if (
+        value_SBF.dim() != _BLOCK
+        or tuple(value_SBF.shape[:2]) != (counts[0], len(counts))
+        or len(set(counts)) > 1
+    ):
+        fact = (
+            f"has the shape {list(value_SBF.shape)}, declared [positions, samples, features]; "
+            f"the {len(counts)} samples have {_some(counts)} placeholders."
+        )
+        raise PlanError([Problem(where, fact, "Give as many positions as each sample has placeholders.")])
+    return value_SBF.unbind(1)
+
+
 def _cut(value: Tensor, counts: Sequence[int], where: str) -> Sequence[Tensor]:
-    """Split the items of a tensor over samples, in proportion to their rows, or one for each sample that has rows."""
+    """Split the items of a tensor over samples, in proportion to their rows, or one for each sample that has rows.
+
+    Raises PlanError for a tensor that may as well be [positions, samples, features].
+    """
     items, rows = len(value), sum(counts)
+    if value.dim() == _BLOCK and len(counts) > 1 and value.shape[1] == len(counts):
+        raise PlanError([_ambiguous(value, counts, where)])
     if all(items * count % rows == 0 for count in counts):
         sizes = [items * count // rows for count in counts]
     elif items == sum(1 for count in counts if count):
@@ -182,6 +206,23 @@ def _cut(value: Tensor, counts: Sequence[int], where: str) -> Sequence[Tensor]:
         raise PlanError([_uneven(items, counts, where)])
     parts: Sequence[Tensor] = value.split(sizes)
     return parts
+
+
+def _ambiguous(value: Tensor, counts: Sequence[int], where: str) -> Problem:
+    fact = (
+        f"has the shape {list(value.shape)} for {len(counts)} samples: it may be [positions, samples, features] or "
+        "[items, rows, features], and each would give the samples other rows."
+    )
+    argument = where.rpartition(".")[2]
+    remedy = (
+        f"Declare the first with encoder_inputs={{...: SequenceFirst('{argument}')}}. For the second give "
+        "`Example`s with tensors of their own."
+    )
+    return Problem(where, fact, remedy)
+
+
+_BLOCK = 3
+"""The number of dims of a block of positions and samples."""
 
 
 def _uneven(items: int, counts: Sequence[int], where: str) -> Problem:

@@ -6,6 +6,7 @@ Shapes in names: S positions, B samples, H hidden, R rows, F features.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.attention import Attention
@@ -13,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from mimogrid.adapters.megatron.parameters import table_of
-from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.errors import PlanError, Problem, WorldError
 from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share
@@ -53,6 +54,26 @@ def packed(share: Share, cut: ZigZag, *, dtype: torch.dtype, device: torch.devic
     return pack_rows(share, multiple=multiple, dtype=dtype, device=device, cut=cut)
 
 
+@attrs.frozen
+class SequenceFirst:
+    """The layout [S, B, F] of an encoder's `argument`, in which Megatron's own iterators yield hidden states.
+
+    Every sample of a microbatch has S rows, one for each of its placeholders. A job deals samples to dp ranks, so the
+    tensor is cut along B, and the encoder of a dp rank gets the block of its own samples. `mask` names the argument
+    that takes the mask of that block, [B, 1, 1, S] or None; "": the encoder takes none.
+    """
+
+    argument: str
+    mask: str = ""
+
+    def __call__(self, rows_RF: Tensor | None, share: Share, cut: ZigZag) -> Mapping[str, Any]:
+        """Return the arguments of the encoder for a share; on a later stage there are no rows."""
+        if rows_RF is None:
+            return {}
+        block_SBF, mask = block_of(rows_RF, share, cut)
+        return {self.argument: block_SBF, **({self.mask: mask} if self.mask else {})}
+
+
 class ModalityNetwork(nn.Module):
     """A modality of a `MimoModel` as a module of a job; pass it to `Embedded` under the name of the module.
 
@@ -61,9 +82,9 @@ class ModalityNetwork(nn.Module):
     the job the module is a custom module as wide as the language model, or a `vit`. A `vit` may have several stages
     (`stage`); this is then one of them (a `shell.modules.HostNetwork`). The modality has its own projection.
 
-    An output with three dims is [S, B, H] from a `TransformerBlock`, with several stages or with cp, and [B, S, H]
-    otherwise. Rows are returned sample after sample. Megatron flattens both layouts as they are, which gives samples
-    each other's rows.
+    An output with three dims is [S, B, H] from a `TransformerBlock`, with several stages, with cp, or if the inputs are
+    `SequenceFirst`; otherwise it is [B, S, H]. Rows are returned sample after sample. Megatron flattens both layouts as
+    they are, which gives samples each other's rows.
 
     Under cp a rank has its part of the positions of a sample, in Megatron's zig-zag. The cp group is that of the
     encoder's `TransformerBlock`.
@@ -130,12 +151,24 @@ class ModalityNetwork(nn.Module):
 
     def _flat(self, said: Tensor, share: Share | None, encoder: nn.Module) -> Tensor:
         """Return rows [R, H], sample after sample."""
+        if not isinstance(said, Tensor):
+            raise WorldError(
+                f"the encoder of modality '{self.stage.module}' returned a {type(said).__name__}, not a tensor. "
+                "Wrap it in a network that returns the rows."
+            )
         alone = self.stage.is_first_stage and self.cut.size == 1
-        by_position = isinstance(encoder, TransformerBlock) or not alone
+        by_position = (
+            isinstance(encoder, TransformerBlock) or isinstance(self.argument, SequenceFirst) or not alone
+        )
         if said.dim() == _ROWS or not by_position:
             return said.reshape(-1, said.shape[-1])
         assert share is not None, "a custom module returns rows"
         packing = packed(share, self.cut, dtype=said.dtype, device=said.device)
+        if tuple(said.shape[:2]) != packing.padded:
+            raise WorldError(
+                f"the encoder of modality '{self.stage.module}' returned [S, B] = {list(said.shape[:2])}, and its "
+                f"samples make a block of {list(packing.padded)}: return a row for each placeholder, [S, B, H]."
+            )
         return said.flatten(0, 1).index_select(0, packing.outgoing)
 
     def _at_least_one(self, hidden: Tensor, share: Share | None) -> Tensor:

@@ -14,12 +14,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec as MegatronSpec
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from mimogrid.adapters.megatron.grids import LANGUAGE
 from mimogrid.adapters.megatron.jobs import sizes_of
 from mimogrid.adapters.megatron.modality import continued
+from mimogrid.adapters.megatron.states import sharded_parts
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.topology.roles import ModuleStageInfo, RankRole
 from mimogrid.shell.megatron import ProcessGroupCollection
@@ -103,7 +103,8 @@ def _built(
     """Build a network for a stage; it gets the arguments about the stage that its constructor has."""
     of_stage: dict[str, Any] = {"pre_process": info.is_first_stage, "post_process": info.is_last_stage}
     if collection is not None:
-        of_stage["pg_collection"] = collection
+        # Megatron's projector asks for one group, its other networks for all of them.
+        of_stage |= {"pg_collection": collection, "tp_group": collection.tp}
     configs = [value for value in (spec.params or {}).values() if isinstance(value, TransformerConfig)]
     if any(config.virtual_pipeline_model_parallel_size for config in configs):
         of_stage["vp_stage"] = vp_stage
@@ -193,18 +194,23 @@ class MimoStages(nn.Module):
         for module in self.role.modules:
             is_language = module == LANGUAGE
             part = self.language_model if is_language else self.modality_submodules[module]
+            assert part is not None
             name = "language_model" if is_language else f"modality_submodules.{module}"
             groups = self.collections.get(module)
             # Without groups, Megatron's global state says which ranks hold copies.
             known = {} if groups is None else {"dp_cp_group": groups.dp_cp}
-            found |= sharded_state_dict_default(
+            found |= sharded_parts(
                 part,
                 f"{prefix}{name}.",
                 sharded_offsets,
                 {**(metadata or {}), **known},
-                **({} if groups is None else {"tp_group": groups.tp}),
+                tp_group=None if groups is None else groups.tp,
             )
         return found
+
+    def state_dict_for_save_checkpoint(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Return the state dict, under the name by which Megatron's checkpoints ask for it."""
+        return self.state_dict(*arguments, **options)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Set the outputs of earlier stages: tensors by the name of the module that computed them.

@@ -1,10 +1,12 @@
-"""Conversion between the state dict of a whole `MimoModel` and the weights of a job, for any grids."""
+"""State dicts of Megatron: between a whole `MimoModel` and the weights of a job, and the shards of a rank's parts."""
 
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch.distributed as dist
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from torch import Tensor, nn
 
 
 _WRAPPERS = re.compile(r"(?<![^.])module\.")
@@ -45,3 +47,39 @@ def to_megatron_state(state: Mapping[str, Any], language: str, modules: Collecti
             head = _LANGUAGE if module == language else f"{_MODALITIES}{module}."
             found[f"{head}{name}"] = tensor
     return found
+
+
+def sharded_parts(
+    network: nn.Module,
+    prefix: str,
+    offsets: Any,
+    metadata: Mapping[str, Any],
+    *,
+    tp_group: dist.ProcessGroup | None,
+) -> dict[str, Any]:
+    """Return the shards of a network for Megatron's distributed checkpoints, part by part.
+
+    A part that knows how its weights are cut (`sharded_state_dict`) says so itself. What is left over belongs to parts
+    that every tp and dp rank holds whole. A network without that method is taken apart, because Megatron writes all
+    of such a network as copies: of weights that are cut over tp, one shard would stand for all.
+    """
+    if hasattr(network, "sharded_state_dict") and not _is_modality(network):
+        return dict(sharded_state_dict_default(network, prefix, offsets, dict(metadata), tp_group=tp_group))
+    own = {
+        **dict(network.named_parameters(recurse=False)),
+        **{
+            name: buffer
+            for name, buffer in network.named_buffers(recurse=False)
+            if name not in network._non_persistent_buffers_set
+        },
+    }
+    groups = {} if tp_group is None else {"tp_group": tp_group, "dp_cp_group": metadata.get("dp_cp_group")}
+    found: dict[str, Any] = dict(make_sharded_tensors_for_checkpoint(own, prefix, {}, offsets, **groups))
+    for name, child in network.named_children():
+        found |= sharded_parts(child, f"{prefix}{name}.", offsets, metadata, tp_group=tp_group)
+    return found
+
+
+def _is_modality(network: nn.Module) -> bool:
+    """Whether a network is a modality of a `MimoModel`: its own method does not say which tp ranks hold copies."""
+    return hasattr(network, "encoders") and hasattr(network, "input_projections")

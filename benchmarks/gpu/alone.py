@@ -15,7 +15,7 @@ from bench import WARM_UP, Bench, compared, open_bench, peak_bytes
 from mimo import as_megatron_is_run, batches, clear, loss_of, model_of, squared_norm
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.program.lower import plan_step
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.device.streams import Streams
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.execute import RankContext, execute
@@ -27,7 +27,7 @@ PRODUCT = {True: 8192, False: 512}
 """The size of the matrices whose product shows what the device reaches, on a GPU and on a CPU."""
 
 
-def in_world(place: Place, job: Job, options: Options) -> dict[str, Any]:
+def in_world(place: RankPlace, job: Job, options: Options) -> dict[str, Any]:
     """Measure a job on its one rank."""
     with open_bench(place, job, options) as bench:
         beside = beside_mimo(bench, options.pairs)

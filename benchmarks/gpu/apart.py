@@ -9,13 +9,13 @@ there.
 from typing import Any
 
 from bench import compared, open_bench
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from schedule import open_schedule
 from workload import Options
 
 
-def in_world(place: Place, job: Job, options: Options) -> dict[str, Any]:
+def in_world(place: RankPlace, job: Job, options: Options) -> dict[str, Any]:
     """Compare, on every rank of the world; all return the same."""
     with open_bench(place, job, options) as bench, open_schedule(bench) as theirs:
         return compared(bench, theirs, options.pairs)

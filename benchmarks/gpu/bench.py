@@ -16,7 +16,7 @@ import torch
 
 from mimogrid.core.step.step import Step
 from mimogrid.shell.device.device import Device
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.data import Loads
@@ -85,7 +85,7 @@ class Bench:
 
 
 @contextlib.contextmanager
-def open_bench(place: Place, job: Job, options: Options) -> Iterator[Bench]:
+def open_bench(place: RankPlace, job: Job, options: Options) -> Iterator[Bench]:
     """Enter the world of a job. Alone on a GPU with NCCL; ranks that share it talk through host memory."""
     transport = ("nccl" if place.size == 1 else "host") if options.on_gpu else None
     with open_session(place, job, transport=transport) as session:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
-def facts(_: Place, on_gpu: bool) -> dict[str, Any]:
+def facts(_: RankPlace, on_gpu: bool) -> dict[str, Any]:
     """Return machine and versions, by name; None is what is not there, or not known."""
     there = on_gpu and torch.cuda.is_available()
     gpu = torch.cuda.get_device_properties(0) if there else None

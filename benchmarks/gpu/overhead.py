@@ -32,7 +32,7 @@ from bench import WARM_UP, Bench, open_bench, peak_bytes, slowest
 from mimogrid.core.schedule.actions import Action, Compute, Recv, Send, Wait
 from mimogrid.core.step.routes import Message
 from mimogrid.core.topology.topology import Stage
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.execute import RankContext, Timed, execute
@@ -54,7 +54,7 @@ class Seen:
     posting_s: float
 
 
-def in_world(place: Place, job: Job, options: Options) -> dict[str, Any] | None:
+def in_world(place: RankPlace, job: Job, options: Options) -> dict[str, Any] | None:
     """Measure on one of four ranks; the first tells."""
     with open_bench(place, job, options) as bench:
         times, of_step = steps_of(bench, options.steps)

@@ -9,6 +9,7 @@ from xml.sax.saxutils import escape
 
 import attrs
 
+from mimogrid.core.base.text import printable
 from mimogrid.core.schedule.actions import Kind
 
 
@@ -155,12 +156,12 @@ def line(path: str, *, stroke: str = FAINT, width: float = 1.0, more: str = "") 
 
 def words(x: float, y: float, text: str, *, size: float, fill: str = BLACK, more: str = "") -> str:
     """Return a text; `y` is its base line."""
-    return f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" fill="{fill}"{more}>{escape(text)}</text>'
+    return f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" fill="{fill}"{more}>{escape(printable(text))}</text>'
 
 
 def with_tip(tip: str, parts: Iterable[str]) -> Iterator[str]:
     """Yield parts as a group with a tip, for the pointer and for screen readers."""
-    yield f"<g><title>{escape(tip)}</title>"
+    yield f"<g><title>{escape(printable(tip))}</title>"
     yield from parts
     yield "</g>"
 

@@ -13,7 +13,7 @@ import attrs
 
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate.memory import Level, trace
-from mimogrid.core.simulate.timeline import Event, Idle, MessageInterval, PathSegment, Timeline, idles_of
+from mimogrid.core.simulate.timeline import Event, Idle, MessageInterval, PathSegment, Timeline
 from mimogrid.core.topology.topology import Topology
 
 
@@ -65,9 +65,7 @@ class Row:
     @functools.cached_property
     def idles(self) -> tuple[Idle, ...]:
         """When the rank computes nothing, and why."""
-        mine = self.timeline.rank_timelines[self.timeline.classes.leader[self.rank]]
-        whole = (0.0, self.timeline.step_s)
-        return tuple(idles_of(self.rank, self.events, mine.posted(), whole=whole))
+        return self.timeline.idles_of(self.rank)
 
     @functools.cached_property
     def levels(self) -> tuple[Level, ...]:

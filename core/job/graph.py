@@ -9,7 +9,8 @@ a `block` emits one row for each row that it receives, and a language model emit
 """
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
@@ -46,21 +47,18 @@ class ModuleGraph:
     @classmethod
     def of(cls, modules: Mapping[str, tuple[str, tuple[str, ...]]]) -> "ModuleGraph":
         """Build the graph of ``{name: (model, feeds)}``. Raises ValueError for a cycle."""
+        feeders: dict[str, list[str]] = {name: [] for name in modules}
+        for name, (_, targets) in modules.items():
+            for target in dict.fromkeys(targets):
+                if target in feeders:
+                    feeders[target].append(name)
         nodes = {
-            name: Node(name, model, tuple(f for f, (_, to) in modules.items() if name in to), feeds)
-            for name, (model, feeds) in modules.items()
+            name: Node(name, model, tuple(feeders[name]), feeds) for name, (model, feeds) in modules.items()
         }
         cycle = find_cycle({name: node.feeds for name, node in nodes.items()})
         if cycle:
             raise ValueError(" -> ".join(cycle))
-        order: list[str] = []
-        while len(order) < len(nodes):
-            order += [
-                name
-                for name, node in nodes.items()
-                if name not in order and all(feeder in order for feeder in node.feeders)
-            ]
-        return cls(nodes, tuple(order))
+        return cls(nodes, tuple(_in_order(feeders)))
 
     @functools.cached_property
     def sources(self) -> tuple[str, ...]:
@@ -87,13 +85,44 @@ class ModuleGraph:
             emitted[name] = self.rows_in(name, emitted, sample) + text
         return emitted
 
+    @functools.cached_property
+    def paths(self) -> int:
+        """How many paths lead from a source module to any one module, at most."""
+        counts: dict[str, int] = {}
+        for name in self.order:
+            counts[name] = max(sum(counts[feeder] for feeder in self.nodes[name].feeders), 1)
+        return max(counts.values(), default=0)
+
     def rows_into(self, name: str) -> tuple[str, ...]:
         """Return the source modules whose rows reach `name`, one entry per path."""
-        return tuple(
-            source
-            for feeder in self.nodes[name].feeders
-            for source in ((feeder,) if self.nodes[feeder].is_source else self.rows_into(feeder))
-        )
+        reached: dict[str, tuple[str, ...]] = {}
+        for module in self.order[: self.order.index(name) + 1]:
+            node = self.nodes[module]
+            reached[module] = tuple(
+                source
+                for feeder in node.feeders
+                for source in ((feeder,) if self.nodes[feeder].is_source else reached[feeder])
+            )
+        return reached[name]
+
+
+def _in_order(feeders: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield names so that feeders come first: those that nothing feeds, then those that only these feed, and so on."""
+    missing = {name: len(of) for name, of in feeders.items()}
+    fed: dict[str, list[str]] = {name: [] for name in feeders}
+    for name, of in feeders.items():
+        for feeder in of:
+            fed[feeder].append(name)
+    place = {name: i for i, name in enumerate(feeders)}
+    ready = [name for name, count in missing.items() if not count]
+    while ready:
+        yield from ready
+        following: list[str] = []
+        for target in itertools.chain.from_iterable(fed[name] for name in ready):
+            missing[target] -= 1
+            if not missing[target]:
+                following.append(target)
+        ready = sorted(following, key=place.__getitem__)
 
 
 def find_cycle(feeds: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
@@ -103,20 +132,22 @@ def find_cycle(feeds: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     ('a', 'b', 'a')
     """
     done: set[str] = set()
-
-    def walk(name: str, path: tuple[str, ...]) -> tuple[str, ...]:
-        if name in path:
-            return (*path[path.index(name) :], name)
-        if name in done:
-            return ()
-        for target in feeds.get(name, ()):
-            cycle = walk(target, (*path, name))
-            if cycle:
-                return cycle
-        done.add(name)
-        return ()
-
-    return next((cycle for name in feeds if (cycle := walk(name, ()))), ())
+    for start in feeds:
+        path = {
+            start: iter(feeds[start])
+        }  # from `start` to where the walk is, with the targets still to visit
+        while path:
+            name, targets = next(reversed(path.items()))
+            target = next(targets, None)
+            if target is None:
+                done.add(name)
+                del path[name]
+            elif target in path:
+                names = [*path]
+                return (*names[names.index(target) :], target)
+            elif target not in done:
+                path[target] = iter(feeds.get(target, ()))
+    return ()
 
 
 Graph = ModuleGraph

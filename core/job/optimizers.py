@@ -25,6 +25,8 @@ class OptimizerKind:
         states: the states that it keeps for each value, each with the option that must be on; "": always.
         betas, eps: the defaults; None: it has no such argument.
         decays: whether it has a weight decay.
+        counters: the states that are one value for a whole parameter.
+        starts_with_states: whether it makes its states before its first update.
     """
 
     name: str
@@ -33,6 +35,8 @@ class OptimizerKind:
     betas: tuple[float, float] | None = None
     eps: float | None = None
     decays: bool = True
+    counters: tuple[str, ...] = ("step",)
+    starts_with_states: bool = False
 
 
 _BETAS = (0.9, 0.95)
@@ -42,6 +46,7 @@ _SGD = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
 _RMSPROP = {"alpha": 0.99, "momentum": 0.0, "centered": False}
 _RMSPROP_STATES = {"square_avg": "", "momentum_buffer": "momentum", "grad_avg": "centered"}
 _RPROP = {"etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0)}
+_ADAGRAD = {"lr_decay": 0.0, "initial_accumulator_value": 0.0}
 _NADAM = {"momentum_decay": 0.004, "decoupled_weight_decay": False}
 
 KINDS: Mapping[str, OptimizerKind] = {
@@ -49,14 +54,16 @@ KINDS: Mapping[str, OptimizerKind] = {
     for kind in (
         OptimizerKind("AdamW", {"amsgrad": False}, _AMSGRAD, _BETAS, 1e-8),
         OptimizerKind("Adam", {"amsgrad": False}, _AMSGRAD, _BETAS, 1e-8),
-        OptimizerKind("SGD", _SGD, {"momentum_buffer": "momentum"}),
-        OptimizerKind("NAdam", _NADAM, _ADAM, _BETAS, 1e-8),
+        OptimizerKind("SGD", _SGD, {"momentum_buffer": "momentum"}, counters=()),
+        OptimizerKind("NAdam", _NADAM, _ADAM, _BETAS, 1e-8, counters=("step", "mu_product")),
         OptimizerKind("RAdam", {"decoupled_weight_decay": False}, _ADAM, _BETAS, 1e-8),
         OptimizerKind("Adamax", {}, {"exp_avg": "", "exp_inf": ""}, _BETAS, 1e-8),
         OptimizerKind("RMSprop", _RMSPROP, _RMSPROP_STATES, eps=1e-8),
-        OptimizerKind("Adagrad", {"lr_decay": 0.0, "initial_accumulator_value": 0.0}, {"sum": ""}, eps=1e-10),
+        OptimizerKind("Adagrad", _ADAGRAD, {"sum": ""}, eps=1e-10, starts_with_states=True),
         OptimizerKind("Adadelta", {"rho": 0.9}, {"square_avg": "", "acc_delta": ""}, eps=1e-6),
-        OptimizerKind("ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, {"ax": ""}),
+        OptimizerKind(
+            "ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, {"ax": ""}, counters=("step", "eta", "mu")
+        ),
         OptimizerKind("Rprop", _RPROP, {"prev": "", "step_size": ""}, decays=False),
     )
 }

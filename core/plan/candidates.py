@@ -75,11 +75,6 @@ class OutOfMemory:
     pp: int
     needs: float
 
-    @property
-    def bound(self) -> float:
-        """The lower bound of the layout."""
-        return self.candidate.bound
-
 
 @attrs.frozen(eq=False)
 class Candidates:
@@ -376,7 +371,7 @@ def _worth_saying(out_of_memory: Iterable[OutOfMemory]) -> tuple[OutOfMemory, ..
     """Return the layout that lacks least, then the fastest ones, each once."""
     out_of_memory = list(out_of_memory)
     least = sorted(out_of_memory, key=lambda layout: layout.needs)[:1]
-    fastest = sorted(out_of_memory, key=lambda layout: (layout.bound, layout.needs))[:KEPT]
+    fastest = sorted(out_of_memory, key=lambda layout: (layout.candidate.bound, layout.needs))[:KEPT]
     return tuple(dict.fromkeys([*least, *fastest]))
 
 

@@ -165,7 +165,7 @@ def too_large(candidates: Candidates, question: Question, best: Layout | None) -
     """Yield layouts that do not fit and might beat the best time, one for each shape and pp of the main module."""
     known: set[str] = set()
     for layout in candidates.out_of_memory:
-        if best is not None and layout.bound >= best.step_s:
+        if best is not None and layout.candidate.bound >= best.step_s:
             continue
         priced = layout.candidate.main
         if (kind := f"{priced.config.shape} {priced.config.pp}") not in known:

@@ -167,7 +167,7 @@ def _recomputing(search: Search, candidates: Candidates, budget: int) -> tuple[f
         return least, looked_at
     for level in RECOMPUTES[RECOMPUTES.index(module.recompute) + 1 :]:
         best_s = min((search.layouts[i].step_s for i in search.confirm(1, 0)), default=math.inf)
-        if any(layout.bound < best_s for layout in candidates.out_of_memory):
+        if any(layout.candidate.bound < best_s for layout in candidates.out_of_memory):
             modules = {**question.spec.modules, main: attrs.evolve(module, recompute=level)}
             other = attrs.evolve(question, spec=attrs.evolve(question.spec, modules=modules))
             step = step_of(other.topology(other.spec), other.samples)

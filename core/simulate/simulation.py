@@ -42,7 +42,9 @@ def simulate(
     same arguments. The more classes there are, the longer it takes.
     """
     if classes is None:
-        classes = each_alone(listing) if listing else rank_classes_of(program, costs, duration_factors)
+        classes = (
+            each_alone(listing) if listing is not None else rank_classes_of(program, costs, duration_factors)
+        )
     if classes.collapsed:
         smaller = simulate(classes.collapsed.program, costs, classes=classes.collapsed.classes)
         return spread(smaller, program, classes)

@@ -174,15 +174,6 @@ class Timeline:
             if message.rank_source == rank
         )
 
-    @functools.cached_property
-    def idles(self) -> tuple[Idle, ...]:
-        """When each rank computes nothing, and why."""
-        return tuple(
-            attrs.evolve(idle, rank=rank)
-            for rank, first in self.classes.leader.items()
-            for idle in self._idles[first]
-        )
-
     def events_of(self, rank: int) -> tuple[Event, ...]:
         """Return the events of a rank, in order of its program."""
         first = self.classes.leader[rank]
@@ -190,6 +181,10 @@ class Timeline:
         if rank == first:
             return events
         return tuple(Event(rank, event.action, event.begin_s, event.end_s) for event in events)
+
+    def idles_of(self, rank: int) -> tuple[Idle, ...]:
+        """Return when a rank computes nothing, and why."""
+        return tuple(attrs.evolve(idle, rank=rank) for idle in self._idles[self.classes.leader[rank]])
 
     def message_intervals_of(self, rank: int) -> Iterator[MessageInterval]:
         """Yield the messages that a rank sends and receives, where they are known."""

@@ -138,6 +138,7 @@ class Routes:
     _repeats: dict[Link, Repeats] = attrs.field(factory=dict[Link, Repeats], init=False, repr=False)
     _reaching: dict[_Key, ByRank] = attrs.field(factory=dict[_Key, ByRank], init=False, repr=False)
     _leaving: dict[_Key, ByRank] = attrs.field(factory=dict[_Key, ByRank], init=False, repr=False)
+    _senders: dict[_Key, ByRank] = attrs.field(factory=dict[_Key, ByRank], init=False, repr=False)
 
     def messages(self, link: Link, microbatch: int) -> tuple[Message, ...]:
         """Return the messages of a link for one microbatch of its target, dp rank by dp rank of the target."""
@@ -181,13 +182,20 @@ class Routes:
         if key not in self._leaving:
             senders = self.step.topology.modules[link.source.module].tp_cp_ranks(link.source, dp_rank)
             self._leaving[key] = _grouped(
-                (m.rank_source, m)
+                (rank, message)
                 for other in self._targets(link, microbatch, dp_rank)
-                for messages in self.reaching(link, microbatch, other).values()
-                for m in messages
-                if m.rank_source in senders
+                for rank in senders
+                for message in self._by_sender(link, microbatch, other).get(rank, ())
             )
         return self._leaving[key]
+
+    def _by_sender(self, link: Link, microbatch: int, dp_rank: int) -> ByRank:
+        """Return the messages into one dp rank of a link's target, by sending rank."""
+        key = (link, microbatch, dp_rank)
+        if key not in self._senders:
+            reaching = self.reaching(link, microbatch, dp_rank).values()
+            self._senders[key] = _grouped((m.rank_source, m) for messages in reaching for m in messages)
+        return self._senders[key]
 
     def repeats(self, link: Link) -> Repeats:
         """Return which microbatches of a link repeat an earlier one."""

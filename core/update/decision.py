@@ -95,7 +95,8 @@ def _fallen(skip_state: SkipState, rule: LossScaleSpec) -> SkipState:
 def _risen(skip_state: SkipState, rule: LossScaleSpec) -> SkipState:
     if skip_state.good + 1 < rule.interval:
         return attrs.evolve(skip_state, good=skip_state.good + 1)
-    return attrs.evolve(skip_state, scale=skip_state.scale * rule.growth, good=0)
+    grown = skip_state.scale * rule.growth
+    return attrs.evolve(skip_state, scale=grown if math.isfinite(grown) else skip_state.scale, good=0)
 
 
 def is_passed_over(train: TrainSpec, step: int) -> bool:

@@ -38,7 +38,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
 from mimogrid.shell.checkpoint import tensorfile
-from mimogrid.shell.checkpoint.manifest import PARTIAL, IndexedTensor, ShardPlace
+from mimogrid.shell.checkpoint.index import IndexedTensor, ShardPlace
+from mimogrid.shell.checkpoint.manifest import PARTIAL, reading
 from mimogrid.shell.checkpoint.tensorfile import TensorEntry
 from mimogrid.shell.runtime.tensor_slices import TensorSlice, TensorSlices
 
@@ -105,7 +106,7 @@ def write_shard(
         if item.tensor_data
     }
     assert len(items) == len(places), "a name occurs twice in a file"
-    metadata = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
+    metadata = {tensorfile.SHARDING: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
     entries = (entry_of(item.index.fqn, tensors[item.index]) for item in items)
     return tensorfile.write(path, entries, metadata)
 
@@ -153,7 +154,7 @@ def load(checkpoint: Path, slices: TensorSlices, group: dist.ProcessGroup) -> No
 
     Raises PlanError where the checkpoint lacks a tensor or has one of another shape.
     """
-    with _failures_as_errors(checkpoint):
+    with reading(checkpoint), _failures_as_errors(checkpoint):
         dcp.load(
             {name: parts[0].tensor for name, parts in slices.items()},
             storage_reader=HuggingFaceStorageReader(str(checkpoint)),

@@ -1,17 +1,21 @@
 """Manifests: which checkpoints a run has, what each contains, and whether it is whole.
 
     checkpoints/step-00000100/
-        manifest.json         step, job, layout, versions, machine, and size and checksum of every other file
+        manifest.json         step, job, layout, versions, machine, size and checksum of every other file, and a
+                              checksum of all of this
         index.json            every tensor: its dtype, its full shape, and the file of each part
         shard-*.safetensors   the slices that one rank writes
 
 A checkpoint is written as ``step-00000100.partial`` and renamed when it is complete, with its manifest. So a checkpoint
-of that name with a file missing, or with one too many, was damaged later. It is refused, and the file is named. Nothing
-here needs torch.
+of that name with a file missing, or with one too many, was damaged later. It is refused, and the file is named. So is
+one whose parts contradict each other, or the table of the job that wrote it (`core.update.contents`). Checksums show
+damage; who may write there can also renew them. Nothing here needs torch.
 """
 
-import json
-import math
+import contextlib
+import fcntl
+import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -21,19 +25,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.shell.checkpoint.tensorfile import StoredTensor, checksum, header_of, size_of, write_text
+from mimogrid.core.job.spec import JobSpec, SourceFacts
+from mimogrid.core.job.validation import problems_of
+from mimogrid.core.topology.parse import assemble
+from mimogrid.core.topology.topology import Topology
+from mimogrid.core.update.contents import Tensors, field_faults, is_count, table_faults, written_as
+from mimogrid.shell.checkpoint.index import INDEX, contradictions, described, read_index
+from mimogrid.shell.checkpoint.jsonfile import OTHER, canonical, read_object
+from mimogrid.shell.checkpoint.tensorfile import checksum, write_text
+from mimogrid.shell.job import jobfile
 
 
-OPTIMIZER = "optimizer."
-"""The prefix of the names of optimizer state; names of weights begin with their module."""
-VERSION = 1
+VERSION = 2
+"""The format that is written. Manifests of format 1 have no checksum of their own."""
+SHOWN = 4
+"""How many differences from the job are listed."""
 CHECKPOINTS = "checkpoints"
 """Their folder, in the folder of a run."""
-MANIFEST, INDEX, PARTIAL = "manifest.json", "index.json", ".partial"
-_NAME = re.compile(r"step-\d{8,}")
+MANIFEST, PARTIAL = "manifest.json", ".partial"
+DIGEST = "digest"
+"""The key of the checksum of everything else in a manifest."""
+_NAME = re.compile(r"step-[0-9]{8,18}")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -49,6 +63,7 @@ def published(checkpoints: Path) -> list[Path]:
 
 def located(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first; of a folder that is a checkpoint, itself. Raises PlanError."""
+    folder = Path(os.path.abspath(folder))  # so that "." has a name; links are not followed
     if _NAME.fullmatch(folder.name) or (folder / MANIFEST).exists():
         return [folder]
     found = published(folder / CHECKPOINTS) or published(folder)
@@ -73,107 +88,36 @@ def step_of(checkpoint: Path) -> int:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint. Raises PlanError where it cannot be used."""
-    manifest = _read(checkpoint / MANIFEST)
+    manifest = read_object(checkpoint / MANIFEST)
     version = manifest.get("version")
-    if version != VERSION:
-        message = f"'{MANIFEST}' is of version {version!r}; this mimogrid reads {VERSION}."
+    if type(version) is not int or version not in (1, VERSION):
+        message = f"'{MANIFEST}' is of version {version!r}; this mimogrid reads 1 and {VERSION}."
         remedy = "Use the version of mimogrid that wrote it."
         raise PlanError([Problem(str(checkpoint), message, remedy)])
-    lacking = [key for key, is_valid in _NEEDED.items() if not is_valid(manifest.get(key))]
-    if lacking:
-        raise PlanError([Problem(str(checkpoint), f"'{MANIFEST}' lacks {', '.join(lacking)}.", _OTHER)])
+    faults = list(field_faults(manifest))
+    if not _is_list_of_files(manifest.get("files")):
+        faults.append("lacks files, each with its bytes and sha256.")
+    if not faults and (version > 1 or DIGEST in manifest) and manifest.get(DIGEST) != digest_of(manifest):
+        faults = ["has changed since it was written: its checksum differs."]
+    if faults:
+        raise PlanError(Problem(str(checkpoint), f"'{MANIFEST}' {fault}", OTHER) for fault in faults)
     return manifest
+
+
+def digest_of(manifest: Mapping[str, object]) -> str:
+    """Return the checksum of everything in a manifest but its checksum."""
+    text = canonical({key: value for key, value in manifest.items() if key != DIGEST})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_list_of_files(value: object) -> bool:
     return isinstance(value, dict) and all(
-        Path(name).name == name and isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys()
+        _FILE.fullmatch(name)
+        and isinstance(facts, dict)
+        and is_count(facts.get("bytes"))
+        and isinstance(facts.get("sha256"), str)
         for name, facts in value.items()
     )
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-_NEEDED: Mapping[str, Callable[[object], bool]] = {
-    "step": _is_count,
-    "steps_taken": _is_count,
-    "watch": lambda value: isinstance(value, dict),
-    "job": lambda value: isinstance(value, str),
-    "files": _is_list_of_files,
-}
-"""The keys that a manifest must have, each with a check of its value."""
-
-
-@attrs.frozen
-class ShardPlace:
-    """A part of a tensor: its file, where it begins in the full tensor, and its shape."""
-
-    file: str
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-@attrs.frozen
-class IndexedTensor:
-    """A tensor in the index of a checkpoint: its full shape, and the places of its parts."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    parts: tuple[ShardPlace, ...]
-
-    @property
-    def bytes(self) -> int:
-        """The size of the full tensor."""
-        return size_of(self.dtype, self.shape)
-
-
-def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
-    """Return the tensors of a checkpoint by name. Raises PlanError."""
-    try:
-        return {
-            name: IndexedTensor(
-                facts["dtype"],
-                tuple(facts["shape"]),
-                tuple(ShardPlace(p["file"], tuple(p["offsets"]), tuple(p["shape"])) for p in facts["parts"]),
-            )
-            for name, facts in _read(checkpoint / INDEX).items()
-        }
-    except (KeyError, TypeError) as error:
-        message = f"'{INDEX}' does not say what is in the files: {error!r}."
-        raise PlanError([Problem(str(checkpoint), message, _OTHER)]) from None
-
-
-def index_text(tensors: Mapping[str, IndexedTensor]) -> str:
-    """Return the text of an index, as `read_index` reads it."""
-    return canonical({name: attrs.asdict(stored) for name, stored in tensors.items()})
-
-
-def canonical(value: Mapping[str, object]) -> str:
-    """Write a JSON object so that equal values give equal bytes: keys in order, a line for each."""
-    lines = (f"{json.dumps(key)}: {json.dumps(value[key], sort_keys=True)}" for key in sorted(value))
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-_OTHER = "Take another checkpoint."
-
-
-def _read(path: Path) -> dict[str, Any]:
-    def refused(message: str) -> PlanError:
-        return PlanError([Problem(str(path.parent), f"'{path.name}' {message}.", _OTHER)])
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise refused("is missing") from None
-    except OSError as error:
-        raise refused(f"cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise refused(f"is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise refused("is no JSON object")
-    return value
 
 
 # -- checking ----------------------------------------------------------------------------------------------
@@ -202,7 +146,7 @@ def _whole(found: list[Path]) -> Path:
 
 def remedy_for(faults: Mapping[Path, tuple[str, ...]]) -> str:
     """Say how to continue from the newest whole checkpoint, given what is wrong with each."""
-    newest_first = sorted(faults, key=step_of, reverse=True)
+    newest_first = sorted(faults, key=lambda c: (len(c.name), c.name), reverse=True)
     whole = next((checkpoint for checkpoint in newest_first if not faults[checkpoint]), None)
     if whole is None:
         return "No checkpoint here is whole: begin a new run."
@@ -213,8 +157,18 @@ def remedy_for(faults: Mapping[Path, tuple[str, ...]]) -> str:
     return f"The newest whole one is {whole.name}. To continue from it, move the damaged ones away: {move}"
 
 
-def damage(checkpoint: Path) -> Iterator[str]:
-    """Yield what is wrong with a checkpoint: with its files by its manifest, else with what they say."""
+def damage(checkpoint: Path, on_read: Callable[[int], None] = lambda _: None) -> Iterator[str]:
+    """Yield what is wrong with a checkpoint: with its files by its manifest, else with what they say.
+
+    Files are read piece by piece; `on_read` is called with the bytes of each.
+    """
+    try:
+        yield from _damage(checkpoint, on_read)
+    except OSError as error:
+        yield f"'{Path(str(error.filename or checkpoint)).name}' cannot be read: {error.strerror}."
+
+
+def _damage(checkpoint: Path, on_read: Callable[[int], None]) -> Iterator[str]:
     if _is_link(checkpoint):
         yield "is a link to another place."
         return
@@ -225,69 +179,67 @@ def damage(checkpoint: Path) -> Iterator[str]:
         yield f"'{MANIFEST}' is a link to another place."
         return
     try:
-        files = read_manifest(checkpoint)["files"]
+        manifest = read_manifest(checkpoint)
     except PlanError as error:
         yield from (problem.message for problem in error.problems)
         return
-    found = [fault for name, facts in files.items() for fault in _damage_of(checkpoint / name, facts)]
+    files = manifest["files"]
+    if checkpoint.name != (name := folder_of(checkpoint.parent, manifest["step"]).name):
+        yield f"should be named '{name}': its '{MANIFEST}' says step {manifest['step']}."
+        return
+    found = [
+        fault for name, facts in files.items() for fault in _damage_of(checkpoint / name, facts, on_read)
+    ]
     more = sorted(path.name for path in checkpoint.iterdir() if path.name not in {MANIFEST, *files})
     found += [f"'{name}' is not of this checkpoint: its manifest does not name it." for name in more]
-    yield from found or _inconsistencies(checkpoint, files)
+    yield from found or _inconsistencies(checkpoint, manifest)
 
 
-def _inconsistencies(checkpoint: Path, files: Iterable[str]) -> Iterator[str]:
-    """Yield where files with the right checksums contradict each other; only the first fault of each file.
-
-    A checkpoint may have been made to mislead. So no index may name a file outside of its folder, and no header may
-    describe bytes outside of its file.
-    """
+def _inconsistencies(checkpoint: Path, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where files with the right checksums contradict each other, or the job that wrote them."""
     try:
         index = read_index(checkpoint)
     except PlanError as error:
         yield from (problem.message for problem in error.problems)
         return
-    headers: dict[str, Mapping[str, StoredTensor]] = {}
-    for name in files:
-        if name.endswith(".safetensors"):
-            try:
-                headers[name] = header_of(checkpoint / name)
-            except ValueError as error:
-                yield f"'{name}' {error}."
-                return
-    wrong: dict[str, str] = {}
-    for tensor, stored in index.items():
-        for place in stored.parts:
-            if place.file not in headers:
-                message = f"names '{place.file}' for '{tensor}', which is no tensor file of this checkpoint."
-                wrong.setdefault(INDEX, f"'{INDEX}' {message}")
-            elif (fault := _contradiction(tensor, stored, place, headers[place.file])) is not None:
-                wrong.setdefault(place.file, f"'{place.file}' {fault}")
-        if sum(math.prod(place.shape) for place in stored.parts) != math.prod(stored.shape):
-            message = f"has parts of '{tensor}' that do not make {list(stored.shape)} together."
-            wrong.setdefault(INDEX, f"'{INDEX}' {message}")
-    yield from wrong.values()
+    try:
+        spec = jobfile.recorded(facts["job"], checkpoint / MANIFEST)
+    except PlanError as error:
+        yield f"'{MANIFEST}' {error.problems[0].message}"
+        return
+    except RecursionError:
+        yield f"'{MANIFEST}' holds a job that is nested too deeply."
+        return
+    found = list(contradictions(checkpoint, facts["files"], index))
+    yield from found or itertools.islice(_differences(spec, facts, described(index)), SHOWN)
 
 
-def _contradiction(
-    tensor: str, stored: IndexedTensor, place: ShardPlace, header: Mapping[str, StoredTensor]
-) -> str | None:
-    """Return how the header of a file contradicts the index about a part of a tensor, if it does."""
-    found = header.get(tensor)
-    if found is None:
-        return f"has no '{tensor}', and '{INDEX}' says it has."
-    if (found.dtype, found.shape) != (stored.dtype, place.shape):
-        indexed = f"{stored.dtype} {list(place.shape)}"
-        return f"has {found.dtype} {list(found.shape)} for '{tensor}', '{INDEX}' says {indexed}."
-    ends = (offset + n for offset, n in zip(place.offsets, place.shape, strict=True))
-    if (
-        any(end > full for end, full in zip(ends, stored.shape, strict=True))
-        or min(place.offsets, default=0) < 0
-    ):
-        return f"has a part of '{tensor}' at {list(place.offsets)}, outside of {list(stored.shape)}."
-    return None
+def _differences(spec: JobSpec, facts: Mapping[str, Any], found: Tensors) -> Iterator[str]:
+    """Yield how a checkpoint differs from what the job that wrote it holds after so many steps."""
+    problems = problems_of(spec, None)
+    if problems:
+        yield f"'{MANIFEST}' holds a job that cannot run: {problems[0].where}: {problems[0].message}"
+        return
+    topology = topology_of(spec, found)
+    for fault in table_faults(topology, found, steps_taken=facts["steps_taken"]):
+        yield f"'{INDEX}' {fault}"
+    if facts["version"] > 1:
+        for key, value in written_as(topology, facts["step"]).items():
+            if facts.get(key) != value:
+                yield f"'{MANIFEST}' has {facts.get(key)!r} for {key}, its job and its step give {value!r}."
 
 
-def _damage_of(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
+def topology_of(spec: JobSpec, found: Tensors) -> Topology:
+    """Return the topology of the job that wrote a checkpoint; the job is legal.
+
+    A job need not say how wide the rows of its data are. The weights that read them do.
+    """
+    weights = {name: found.get(f"{name}.input.weight") for name in spec.modules}
+    widths = {name: of.shape[-1] if of is not None and of.shape else 1 for name, of in weights.items()}
+    return assemble(spec, SourceFacts(features=widths))
+
+
+def _damage_of(path: Path, facts: Mapping[str, Any], on_read: Callable[[int], None]) -> Iterator[str]:
     """Yield how a file differs from its size and checksum in the manifest."""
     if _is_link(path):
         yield f"'{path.name}' is a link to another place."
@@ -295,12 +247,12 @@ def _damage_of(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"'{path.name}' is missing."
     elif path.stat().st_size != facts["bytes"]:
         yield f"'{path.name}' has {path.stat().st_size} bytes; {facts['bytes']} were written."
-    elif checksum(path) != facts["sha256"]:
+    elif checksum(path, on_read) != facts["sha256"]:
         yield f"'{path.name}' has changed since it was written: its checksum differs."
 
 
 def _is_link(path: Path) -> bool:
-    return path.resolve() != path.parent.resolve() / path.name
+    return path.is_symlink()
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -311,7 +263,7 @@ def publish(
 ) -> None:
     """Write the manifest and rename a complete checkpoint. Raises OSError, also if `target` exists."""
     manifest = {"version": VERSION, **facts, "files": files, "created": time.time()}
-    write_text(partial / MANIFEST, canonical(manifest))
+    write_text(partial / MANIFEST, canonical({**manifest, DIGEST: digest_of(manifest)}))
     _sync_names(partial)
     partial.rename(target)
     _sync_names(target.parent)
@@ -320,11 +272,41 @@ def publish(
 def prune(checkpoints: Path, *, keep: int, keep_every: int) -> None:
     """Remove all checkpoints but the newest `keep` and those of steps that `keep_every` divides.
 
-    Each is renamed first, so that one whose removal is interrupted does not look damaged.
+    Each is renamed first, so that one whose removal is interrupted does not look damaged. One that a process reads
+    (`reading`) is left until the next save.
     """
     for old in published(checkpoints)[:-keep]:
-        if not keep_every or step_of(old) % keep_every:
+        if (not keep_every or step_of(old) % keep_every) and not _is_read(old):
             shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Keep a checkpoint from being removed while open. Raises PlanError where it has just been removed.
+
+    Who reads shares a lock on the manifest, and who removes needs it alone. A file system without locks keeps nothing.
+    """
+    try:
+        file = (checkpoint / MANIFEST).open("rb")
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}. Its run may have just removed it."
+        raise PlanError([Problem(str(checkpoint), message, "Take a newer checkpoint.")]) from None
+    with file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _is_read(checkpoint: Path) -> bool:
+    """Whether another process reads a checkpoint."""
+    try:
+        with (checkpoint / MANIFEST).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def clear(checkpoints: Path) -> None:

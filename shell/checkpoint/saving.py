@@ -15,8 +15,9 @@ gives the same files.
 
 import contextlib
 import errno
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,20 @@ from torch.distributed.checkpoint.planner import WriteItem
 from mimogrid.core.base.errors import WorldError
 from mimogrid.shell.checkpoint import manifest, tensorfile
 from mimogrid.shell.checkpoint.files import files_of, index_of, items_of, write_shard
-from mimogrid.shell.checkpoint.manifest import IndexedTensor, folder_of
+from mimogrid.shell.checkpoint.index import INDEX, IndexedTensor, index_text
+from mimogrid.shell.checkpoint.manifest import folder_of
 from mimogrid.shell.runtime.tensor_slices import TensorSlices
 from mimogrid.shell.world.phases import PUBLISHED, PUBLISHING, SAVING, WRITING
 
 
 Files = dict[str, dict[str, Any]]
 """The ``bytes`` and ``sha256`` of files, by name."""
+
+
+STALLED = 0.7
+"""A rank waits for its file system for this part of the time for which the others wait for it, and says so first."""
+ABANDON_S = 10.0
+"""How long a rank that fails waits for the end of what it is writing."""
 
 
 @attrs.frozen(eq=False)
@@ -76,16 +84,16 @@ class Saver:
         self,
         folder: Path,
         group: dist.ProcessGroup,
-        thread: ThreadPoolExecutor,
         *,
         keep: int,
         keep_every: int,
+        timeout_s: float,
         on_phase: Callable[[str], None],
         on_wait: Callable[[], None],
     ) -> None:
         self._folder = folder
         self._group = group
-        self._thread = thread
+        self._timeout_s = timeout_s
         self._keep = keep
         self._keep_every = keep_every
         self._on_phase = on_phase
@@ -120,7 +128,7 @@ class Saver:
         self._on_phase(WRITING)
         target = folder_of(self._folder, facts["step"])
         partial = target.with_name(target.name + manifest.PARTIAL)
-        self._pending = PendingSave(target, facts, partial, self._thread.submit(self._write, partial))
+        self._pending = PendingSave(target, facts, partial, _in_thread(self._write, partial))
 
     def advance(self) -> Path | None:
         """Begin the next phase of the pending save; waits for ranks that are not ready. All ranks call it together.
@@ -138,7 +146,7 @@ class Saver:
             return pending.target
         if not self._group.rank():
             self._on_phase(PUBLISHING)
-        publishing = self._thread.submit(self._publish, pending, files)
+        publishing = _in_thread(self._publish, pending, files)
         self._pending = attrs.evolve(pending, phase=publishing, is_last_phase=True)
         return None
 
@@ -152,8 +160,10 @@ class Saver:
     def abandon(self) -> None:
         """Give up the pending save without the other ranks; one that is being published is published."""
         pending, self._pending = self._pending, None
-        self._thread.shutdown(cancel_futures=True)
-        if pending is not None and not self._group.rank():
+        if pending is None:
+            return
+        wait([pending.phase], timeout=ABANDON_S)
+        if pending.phase.done() and not self._group.rank():
             manifest.remove([pending.partial])
 
     def _plan(self, items: list[WriteItem]) -> None:
@@ -175,8 +185,7 @@ class Saver:
         for name, items in files_of(self._group.rank(), self._items).items():
             files[name] = write_shard(partial / name, items, self._copies)
         if self._index:
-            index = manifest.index_text(self._index)
-            files[manifest.INDEX] = tensorfile.write_text(partial / manifest.INDEX, index)
+            files[INDEX] = tensorfile.write_text(partial / INDEX, index_text(self._index))
         return files
 
     def _publish(self, pending: PendingSave, files: Files) -> Files:
@@ -189,7 +198,7 @@ class Saver:
     def _agreed(self, pending: PendingSave) -> Files:
         """Return the files of all ranks, once all have ended a phase. Raises WorldError if one failed."""
         every: list[Any] = [None] * self._group.size()
-        mine = _outcome(pending)
+        mine = _outcome(pending, STALLED * self._timeout_s)
         self._on_wait()
         dist.all_gather_object(every, mine, group=self._group)
         ranks = dist.get_process_group_ranks(self._group)
@@ -208,6 +217,7 @@ def open_saver(
     *,
     keep: int,
     keep_every: int = 0,
+    timeout_s: float = 600.0,
     on_phase: Callable[[str], None] = lambda _: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[Saver]:
@@ -220,16 +230,21 @@ def open_saver(
         manifest.clear(folder)
     on_wait()
     dist.barrier(group)  # what follows may write where the first rank has just cleared
-    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
-        saver = Saver(
-            folder, group, thread, keep=keep, keep_every=keep_every, on_phase=on_phase, on_wait=on_wait
-        )
-        try:
-            yield saver
-            saver.wait_for_save()
-        except BaseException:
-            saver.abandon()
-            raise
+    saver = Saver(
+        folder,
+        group,
+        keep=keep,
+        keep_every=keep_every,
+        timeout_s=timeout_s,
+        on_phase=on_phase,
+        on_wait=on_wait,
+    )
+    try:
+        yield saver
+        saver.wait_for_save()
+    except BaseException:
+        saver.abandon()
+        raise
 
 
 def save(
@@ -240,11 +255,27 @@ def save(
         saver.begin(slices, facts)
 
 
-def _outcome(pending: PendingSave) -> Files | Failure:
+def _in_thread(function: Callable[..., Files], *arguments: Any) -> "Future[Files]":
+    """Run a phase beside training. A process may end while a file system keeps the thread waiting."""
+    phase: Future[Files] = Future()
+
+    def run() -> None:
+        try:
+            phase.set_result(function(*arguments))
+        except BaseException as error:
+            phase.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return phase
+
+
+def _outcome(pending: PendingSave, limit_s: float) -> Files | Failure:
     """Wait for a phase; return its files, or why there are none."""
     try:
-        return pending.phase.result()
+        return pending.phase.result(timeout=limit_s)
     except OSError as error:
+        if not pending.phase.done():
+            return Failure(str(pending.partial), errno.ETIMEDOUT, "the file system does not answer")
         return Failure(str(error.filename or pending.partial), error.errno or 0, str(error.strerror or error))
 
 
@@ -261,6 +292,10 @@ def _in_words(pending: PendingSave, failures: Mapping[int, Failure]) -> str:
 
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, or lower train.keep_checkpoints"),
+    **dict.fromkeys(
+        (errno.ETIMEDOUT, errno.EIO, errno.ENOTCONN, errno.ESTALE),
+        "Look at the file system (dmesg, mount, df)",
+    ),
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make the folder writable"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR), "Move away what is there"),

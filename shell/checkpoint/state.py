@@ -19,8 +19,8 @@ import torch.distributed as dist
 from mimogrid.core.base.errors import WorldError
 from mimogrid.core.topology.topology import Stage
 from mimogrid.core.update.buckets import ParameterRange, Span
+from mimogrid.core.update.contents import OPTIMIZER, written_as
 from mimogrid.core.update.decision import SkipState
-from mimogrid.shell.checkpoint.manifest import OPTIMIZER
 from mimogrid.shell.checkpoint.versions import machine, versions
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.runtime.gradients import Buffer, Shard
@@ -47,24 +47,11 @@ def facts_of(runtime: RankRuntime) -> dict[str, Any]:
 
 def manifest_of(runtime: RankRuntime, step: int) -> dict[str, Any]:
     """Return the manifest of a checkpoint after which `step` is the next: the state of the run, and what wrote it."""
-    spec = runtime.job.spec
     return {
         "step": step,
         **facts_of(runtime),
-        "job": jobfile.dump(spec),
-        "layout": {
-            name: {
-                **{axis.name: axis.size for axis in module.grid.axes},
-                "ep": spec.modules[name].grid.ep,
-                "chunks": spec.modules[name].chunks,
-                "offset": module.grid.offset,
-            }
-            for name, module in runtime.topology.modules.items()
-        },
-        "schedule": spec.schedule.name,
-        "precision": spec.precision,
-        "data": {"source": spec.data.source, "next_sample": step * spec.batch.global_size},
-        "random": {"seed": spec.seed, "next_step": step},
+        "job": jobfile.dump(runtime.job.spec),
+        **written_as(runtime.topology, step),
         "versions": versions(),
         "machine": machine(runtime.device.torch),
     }

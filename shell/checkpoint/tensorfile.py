@@ -18,12 +18,17 @@ from typing import Any
 
 import attrs
 
+from mimogrid.core.update.contents import is_count
+
 
 CHUNK = 1 << 24
 """Bytes that are hashed and written at a time; other threads run in between."""
 
 HEADER_MOST = 100_000_000
 """The largest header, in bytes, that other readers accept."""
+
+SHARDING = "DCP_SHARDING_INFO"
+"""The key of a header's metadata under which DCP keeps where each tensor begins in the full one."""
 
 WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 """Bytes of a value."""
@@ -70,10 +75,14 @@ def write(path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str
 
 @attrs.frozen
 class StoredTensor:
-    """A tensor in a file; its values are the bytes `begin` to `end` of the file."""
+    """A tensor in a file; its values are the bytes `begin` to `end` of the file.
+
+    `offsets` say where it begins in a full tensor, of which the file may hold a part.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    offsets: tuple[int, ...]
     begin: int
     end: int
 
@@ -90,10 +99,10 @@ def header_of(path: Path) -> dict[str, StoredTensor]:
         if length > min(size - 8, HEADER_MOST):
             raise ValueError(f"says that its header has {length} bytes, of {size} in all")
         try:
-            table = json.loads(file.read(length))
-            table.pop("__metadata__", None)
-            found = {name: _stored(entry, 8 + length) for name, entry in table.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            table = _object(file.read(length))
+            offsets = _offsets(table.pop("__metadata__", {}))
+            found = {name: _stored(name, entry, offsets, 8 + length) for name, entry in table.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"has no valid header: {error!r}") from None
     end = 8 + length
     for name, of in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -106,14 +115,36 @@ def header_of(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _stored(entry: Mapping[str, Any], origin: int) -> StoredTensor:
+def _object(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object as other readers do: UTF-8, and nothing before its brace."""
+    value = json.loads(text.decode("utf-8"))
+    if not isinstance(value, dict) or text[:1] != b"{":
+        raise ValueError("no JSON object")
+    return value
+
+
+def _offsets(metadata: Mapping[str, object]) -> dict[str, tuple[int, ...]] | None:
+    """Return where the tensors of a file begin in the full ones; None where the file holds full tensors."""
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that is no text")
+    if SHARDING not in metadata:
+        return None
+    places = _object(str(metadata[SHARDING]).encode())
+    return {name: tuple(map(_count, place["saved_offsets"])) for name, place in places.items()}
+
+
+def _stored(
+    name: str, entry: Mapping[str, Any], offsets: Mapping[str, tuple[int, ...]] | None, origin: int
+) -> StoredTensor:
     """Return a tensor as its entry in a header describes it; values begin at `origin` in the file."""
     begin, end = map(_count, entry["data_offsets"])
-    return StoredTensor(str(entry["dtype"]), tuple(map(_count, entry["shape"])), origin + begin, origin + end)
+    shape = tuple(map(_count, entry["shape"]))
+    start = (0,) * len(shape) if offsets is None else offsets[name]
+    return StoredTensor(str(entry["dtype"]), shape, start, origin + begin, origin + end)
 
 
 def _count(value: object) -> int:
-    if type(value) is not int or value < 0:
+    if not isinstance(value, int) or not is_count(value):
         raise ValueError(f"{value!r} is no count")
     return value
 
@@ -152,7 +183,11 @@ def size_of(dtype: str, shape: Iterable[int]) -> int:
     return size
 
 
-def checksum(path: Path) -> str:
-    """Return the checksum of a file."""
+def checksum(path: Path, on_read: Callable[[int], None] = lambda _: None) -> str:
+    """Return the checksum of a file; `on_read` is called with the bytes of each piece that was read."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(CHUNK):
+            digest.update(part)
+            on_read(len(part))
+    return digest.hexdigest()

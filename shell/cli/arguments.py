@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import attrs
 
+from mimogrid.core.base.errors import nearest
 from mimogrid.core.pricing.machine import EFFICIENCY
 
 
@@ -81,6 +82,17 @@ class JobArgs(Args):
     overrides: tuple[str, ...] = _overrides()
 
 
+def _no_code() -> Any:
+    return _switch("run no code that the job names; what only that code knows is then not known")
+
+
+@attrs.frozen(kw_only=True)
+class PlanningArgs(JobArgs):
+    """What every command takes that only looks at a job."""
+
+    no_code: bool = _no_code()
+
+
 @attrs.frozen(kw_only=True)
 class RunArgs(Args):
     """What every command on the checkpoints of a run takes."""
@@ -89,12 +101,12 @@ class RunArgs(Args):
 
 
 @attrs.frozen(kw_only=True)
-class CheckArgs(JobArgs):
+class CheckArgs(PlanningArgs):
     """Check a job and show its layout. Needs no torch."""
 
 
 @attrs.frozen(kw_only=True)
-class RolesArgs(JobArgs):
+class RolesArgs(PlanningArgs):
     """Show the role of each rank, as a table and a map."""
 
     rank: int | None = _option("R", "show this rank only", int)
@@ -102,14 +114,14 @@ class RolesArgs(JobArgs):
 
 
 @attrs.frozen(kw_only=True)
-class ShowArgs(JobArgs):
+class ShowArgs(PlanningArgs):
     """Print every action of each rank in a step."""
 
     rank: int | None = _option("R", "show this rank only", int)
 
 
 @attrs.frozen(kw_only=True)
-class VerifyArgs(JobArgs):
+class VerifyArgs(PlanningArgs):
     """Prove that a program is complete, in order and free of deadlock. Needs no torch."""
 
     program: Path | None = _option(
@@ -119,7 +131,7 @@ class VerifyArgs(JobArgs):
 
 
 @attrs.frozen(kw_only=True)
-class SimulateArgs(JobArgs):
+class SimulateArgs(PlanningArgs):
     """Time a step without running it: idle time and its causes, memory, pictures. Needs no torch."""
 
     svg: Path | None = _option("FILE", "draw the timeline into this file", Path)
@@ -145,7 +157,7 @@ class SimulateArgs(JobArgs):
 
 
 @attrs.frozen(kw_only=True)
-class PlanArgs(JobArgs):
+class PlanArgs(PlanningArgs):
     """Find the fastest layout on a number of GPUs, and say why the others are slower."""
 
     gpus: int = _option("N", "the number of GPUs", int, required=True)
@@ -179,6 +191,7 @@ class TrainArgs(JobArgs):
         "send data through host memory, or give each local rank its own GPU and use NCCL",
         choices=("host", "nccl"),
     )
+    force: bool = _switch("start even if this machine has too few cores or too little memory for the ranks")
 
 
 @attrs.frozen(kw_only=True)
@@ -192,8 +205,10 @@ class ParityArgs(JobArgs):
 class InspectArgs(RunArgs):
     """Show what checkpoints hold, whether they are whole and which layouts fit. Needs no torch."""
 
+    verify: bool = _switch("say meanwhile, on standard error, how much of the files has been checked")
     job: Path | None = _option("JOB", "say whether this job can continue from there", Path)
     overrides: tuple[str, ...] = _overrides()
+    no_code: bool = _no_code()
     changed: tuple[str, ...] = _changed()
 
 
@@ -228,6 +243,8 @@ COMMANDS: Mapping[str, type[Args]] = {
 
 def parse(words: Sequence[str]) -> Args:
     """Return the arguments of a command. Raises SystemExit for --help, and with code 2 for what is wrong."""
+    if words and words[0] not in COMMANDS and not words[0].startswith("-"):
+        _Parser(prog="mimogrid").error(f"'{words[0]}' is no command. {nearest(words[0], tuple(COMMANDS))}")
     found = vars(_parser().parse_args(words))
     return COMMANDS[found.pop("command")](**found)
 
@@ -246,6 +263,9 @@ def overview() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mimogrid", description="Run `mimogrid` alone for an overview.")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, of in COMMANDS.items():
         # Values that are not given have no place in what argparse returns: the fields say the defaults.
@@ -257,6 +277,19 @@ def _parser() -> argparse.ArgumentParser:
             flags = how.pop("flags", (f"--{field.name.replace('_', '-')}",))
             added.add_argument(*(flags or (field.name,)), **({"dest": field.name} if flags else {}), **how)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version, which takes time to look up."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 -- only what is used
+
+        try:
+            print(f"mimogrid {version('mimogrid')}")
+        except PackageNotFoundError:
+            print("mimogrid, not installed")
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,6 +26,7 @@ from mimogrid.shell.cli.arguments import (
     JobArgs,
     ParityArgs,
     PlanArgs,
+    PlanningArgs,
     ProbeArgs,
     RolesArgs,
     ShowArgs,
@@ -33,6 +34,7 @@ from mimogrid.shell.cli.arguments import (
     TrainArgs,
     VerifyArgs,
 )
+from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.job.builders import PlanWarning
 from mimogrid.shell.job.jobs import Job, open_job
@@ -59,11 +61,11 @@ def run(args: Args) -> int:  # noqa: PLR0911 -- a line for each command
 
                 return plan.run(_opened(args), args)
             case ProbeArgs():
-                return start.probe(_opened(args, notes=False), args)
+                return start.probe(_opened(args), args)
             case TrainArgs():
-                return start.train(_opened(args, notes=False), args)
+                return start.train(_opened(args), args)
             case ParityArgs():
-                return start.parity(_opened(args, notes=False), args)
+                return start.parity(_opened(args), args)
             case InspectArgs():
                 from mimogrid.shell.cli import inspect  # noqa: PLC0415 -- only what is used
 
@@ -88,21 +90,25 @@ def _torch_is_needed() -> Iterator[None]:
         raise WorldError(message) from None
 
 
-def _opened(args: JobArgs | InspectArgs, *, notes: bool = True) -> Job:
-    """Open the job of a command; note what cannot be checked without torch, unless the ranks will check it."""
+def _opened(args: JobArgs | InspectArgs) -> Job:
+    """Open the job of a command. One with ranks is silent: they check what cannot be checked without torch."""
     assert args.job is not None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", PlanWarning)
-        job = open_job(args.job, args.overrides)
-    for warning in caught if notes else ():
-        print(f"note: {warning.message}", file=sys.stderr)
-    return job
+    if isinstance(args, PlanningArgs | InspectArgs):
+        return opened(args.job, args.overrides, run_code=not args.no_code, silent=args.json)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlanWarning)
+        return open_job(args.job, args.overrides)
 
 
 def check(job: Job, args: CheckArgs) -> int:
     """Verify the program of step 0; print the layout and what crosses the edges."""
     edges: tuple[EdgeTraffic, ...] = ()
-    if job.source is not None:
+    many = _work(job) > CHECKED_MOST
+    if many:
+        print(
+            "note: this is too much to verify in seconds; `mimogrid verify` takes its time.", file=sys.stderr
+        )
+    if job.source is not None and not many:
         step = job.step(0)
         faults = faults_of(plan_step(step, job.order))
         if faults:
@@ -116,6 +122,19 @@ def check(job: Job, args: CheckArgs) -> int:
 
         print_layout(job.topology, edges)
     return 0
+
+
+CHECKED_MOST = 150_000
+"""`check` verifies a step of so much work in about ten seconds."""
+
+
+def _work(job: Job) -> int:
+    """Return how much a step is to verify: forwards of all ranks, and the samples as far as each module counts them."""
+    topology, samples = job.topology, job.spec.batch.global_size
+    forwards = sum(
+        m.grid.size * m.microbatches * len(m.stages) // m.grid.extent("pp") for m in topology.modules.values()
+    )
+    return forwards + samples * len(topology.modules) // 10
 
 
 def roles(job: Job, args: RolesArgs) -> int:

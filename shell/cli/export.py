@@ -25,9 +25,12 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.spec import ModuleSpec
+from mimogrid.core.update.contents import OPTIMIZER
 from mimogrid.shell.checkpoint import manifest, tensorfile
 from mimogrid.shell.checkpoint.files import DTYPES, values_of
-from mimogrid.shell.checkpoint.manifest import CHECKPOINTS, OPTIMIZER, PARTIAL, IndexedTensor, canonical
+from mimogrid.shell.checkpoint.index import IndexedTensor, read_index
+from mimogrid.shell.checkpoint.jsonfile import canonical
+from mimogrid.shell.checkpoint.manifest import CHECKPOINTS, PARTIAL
 from mimogrid.shell.checkpoint.tensorfile import StoredTensor, TensorEntry
 from mimogrid.shell.cli.arguments import ExportArgs
 from mimogrid.shell.cli.output import print_json
@@ -38,7 +41,8 @@ def run(args: ExportArgs) -> int:
     """Export the newest checkpoint of a run, or the one that is named."""
     checkpoint = manifest.newest_of(args.folder)
     out = args.out or _beside(checkpoint, args.to)
-    files = export(checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9))
+    with manifest.reading(checkpoint):
+        files = export(checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9))
     if args.json:
         print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
     else:
@@ -53,7 +57,7 @@ def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int) -> list[str
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
-    index = {n: s for n, s in manifest.read_index(checkpoint).items() if not n.startswith(OPTIMIZER)}
+    index = {n: s for n, s in read_index(checkpoint).items() if not n.startswith(OPTIMIZER)}
     partial = out.with_name(out.name + PARTIAL)
     try:
         manifest.remove([partial])
@@ -124,7 +128,9 @@ def _write_safetensors(folder: Path, weights: Weights, checkpoint: Path, bytes_m
     }
     spec = jobfile.recorded(facts["job"], checkpoint / manifest.MANIFEST)
     config = {
-        **{key: facts[key] for key in ("step", "steps_taken", "precision", "versions", "job")},
+        **{key: facts[key] for key in ("step", "steps_taken", "job")},
+        "precision": spec.precision,
+        "versions": facts.get("versions", {}),
         "modules": {
             name: {
                 "model": module.model,

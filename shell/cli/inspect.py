@@ -5,29 +5,29 @@ not fit is another model: a parameter that is missing or has another shape, or a
 and the checkpoint lacks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.changes import refused
-from mimogrid.core.job.models import Own
-from mimogrid.core.job.optimizers import states_of
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.job.validation import problems_of
-from mimogrid.core.topology.topology import Topology
+from mimogrid.core.update.contents import OPTIMIZER, custom_modules, lacking, table_of, written_as
+from mimogrid.shell.checkpoint.index import described, read_index
 from mimogrid.shell.checkpoint.manifest import (
     MANIFEST,
-    OPTIMIZER,
-    IndexedTensor,
     damage,
     located,
-    read_index,
     read_manifest,
     remedy_for,
+    topology_of,
 )
 from mimogrid.shell.cli.arguments import InspectArgs
 from mimogrid.shell.cli.output import print_json
@@ -41,7 +41,10 @@ SHOWN = 8
 
 def run(job: Job | None, args: InspectArgs) -> int:
     """Inspect a run or a checkpoint; with a job, say whether it fits. Returns 2 where something is wrong."""
-    faults = {checkpoint: tuple(damage(checkpoint)) for checkpoint in located(args.folder)}
+    found_there = located(args.folder)
+    with Progress(found_there) if args.verify else contextlib.nullcontext() as progress:
+        on_read = progress.read if progress else lambda _: None
+        faults = {checkpoint: tuple(damage(checkpoint, on_read)) for checkpoint in found_there}
     whole = next((checkpoint for checkpoint in reversed(faults) if not faults[checkpoint]), None)
     problems = [
         Problem(str(checkpoint), f"{checkpoint.name}: {fault}", remedy_for(faults))
@@ -69,10 +72,11 @@ def run(job: Job | None, args: InspectArgs) -> int:
 
 def _job_problems(job: Job, checkpoint: Path, changed: tuple[str, ...]) -> Iterator[Problem]:
     """Yield why a job cannot continue from a whole checkpoint; keys that are `changed` may differ."""
-    facts = read_manifest(checkpoint)
-    for mismatch in mismatches_of(job.topology, facts, read_index(checkpoint)):
-        yield Problem(str(checkpoint), mismatch, _REMEDY)
+    facts, found = read_manifest(checkpoint), described(read_index(checkpoint))
     before = jobfile.recorded(facts["job"], checkpoint / MANIFEST)
+    custom = custom_modules(topology_of(before, found), found)
+    for mismatch in lacking(table_of(job.topology, found, custom, steps_taken=facts["steps_taken"]), found):
+        yield Problem(str(checkpoint), mismatch, _REMEDY)
     for change in refused(before, job.spec, accepted=changed):
         message = f"is {change.after!r}; {checkpoint.name} has {change.before!r}."
         yield Problem(change.key, message, f"If this is intended: --changed {change.key}.")
@@ -84,6 +88,33 @@ _REMEDY = "Use the model and the optimizer that wrote it, under any layout."
 def _rest(problems: list[Problem]) -> Iterator[Problem]:
     if len(problems) > SHOWN:
         yield Problem("and", f"{len(problems) - SHOWN} more like these.", "See them all with --json.")
+
+
+class Progress:
+    """Tells on standard error how much of some checkpoints has been read: at most once a second, and at the end."""
+
+    def __init__(self, checkpoints: Sequence[Path]) -> None:
+        files = (path for checkpoint in checkpoints for path in checkpoint.glob("*") if path.is_file())
+        self._total = sum(path.stat().st_size for path in files if path.name != MANIFEST)
+        self._read, self._begin = 0, time.monotonic()
+        self._told = self._begin
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tell()
+
+    def read(self, count: int) -> None:
+        """Count bytes that were read."""
+        self._read += count
+        if time.monotonic() - self._told >= 1.0:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        seconds = self._told - self._begin
+        print(f"read {in_bytes(self._read)} of {in_bytes(self._total)} in {seconds:.0f} s", file=sys.stderr)
 
 
 # -- what is in it -----------------------------------------------------------------------------------------
@@ -99,15 +130,19 @@ def contents_of(checkpoint: Path) -> dict[str, Any]:
             module["parameters"] += 1
             module["bytes"] += stored.bytes
             module["dtypes"] = sorted({*module["dtypes"], stored.dtype})
-    fits = layouts_of(jobfile.recorded(facts["job"], checkpoint / MANIFEST))
+    spec = jobfile.recorded(facts["job"], checkpoint / MANIFEST)
+    fits, written = layouts_of(spec), written_as(topology_of(spec, described(index)), facts["step"])
     for name, module in modules.items():
-        module["written_by"] = facts["layout"].get(name)
+        module["written_by"] = written["layout"].get(name)
         module["fits"] = fits.get(name)
     states = {name.split(".")[1] for name in index if name.startswith(OPTIMIZER)}
-    kept = ("step", "steps_taken", "precision", "schedule", "data", "random", "versions", "created")
     return {
         "name": checkpoint.name,
-        **{key: facts[key] for key in kept},
+        "step": facts["step"],
+        "steps_taken": facts["steps_taken"],
+        **{key: written[key] for key in ("precision", "schedule", "data", "random")},
+        "versions": facts.get("versions", {}),
+        "created": facts.get("created"),
         "files": len(facts["files"]),
         "bytes": sum(file["bytes"] for file in facts["files"].values()),
         "optimizer_states": sorted(states),
@@ -135,30 +170,6 @@ def _in_words(checkpoint: Path, contents: Mapping[str, Any]) -> Iterator[str]:
 
 
 # -- which layouts fit -------------------------------------------------------------------------------------
-
-
-def mismatches_of(
-    topology: Topology, facts: Mapping[str, Any], index: Mapping[str, IndexedTensor]
-) -> Iterator[str]:
-    """Yield how a checkpoint's tensors differ from a job's. The parameters of custom modules are not known here."""
-    states = states_of(topology.spec.optimizer) if facts["steps_taken"] else ()
-    for module in topology.modules.values():
-        if isinstance(module.model, Own) and not any(name.startswith(f"{module.name}.") for name in index):
-            yield f"has nothing of module '{module.name}'."
-        for info in module.stages:
-            for parameter in info.parameters:
-                trains = parameter.name in info.trainable
-                name, shape = f"{module.name}.{parameter.name}", parameter.shape
-                stored = index.get(name)
-                if stored is None:
-                    yield f"has no '{name}', the job needs {list(shape)}."
-                elif stored.shape != shape:
-                    yield f"has {list(stored.shape)} for '{name}', the job needs {list(shape)}."
-                else:
-                    kept = [f"{OPTIMIZER}{state}.{name}" for state in states if trains]
-                    yield from (
-                        f"has no '{n}', which the job's optimizer needs." for n in kept if n not in index
-                    )
 
 
 def layouts_of(spec: JobSpec) -> dict[str, dict[str, list[int]]]:

@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 the job or the command is wrong, with every problem listed
 was asked to stop, and can be resumed. With ``--json`` standard output gets one value and nothing else.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,20 +12,24 @@ from collections.abc import Sequence
 import attrs
 
 from mimogrid.core.base.errors import EchoError, PlanError, Problem, WorldError
+from mimogrid.core.base.text import printable
 from mimogrid.shell.cli import commands
-from mimogrid.shell.cli.arguments import Args, overview, parse
-from mimogrid.shell.cli.output import print_json
+from mimogrid.shell.cli.arguments import Args, ParityArgs, ProbeArgs, TrainArgs, overview, parse
+from mimogrid.shell.cli.output import encode_plainly, escaped, print_json
 from mimogrid.shell.device.place import under_torchrun
+from mimogrid.shell.world.secrets import without_secrets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
+    encode_plainly()
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words in (["-h"], ["--help"], ["help"]):
         print(overview(), end="")
         return 0
     try:
-        args = parse(words)
+        with escaped():
+            args = parse(words)
     except SystemExit as error:
         return int(error.code or 0)
     try:
@@ -39,8 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Args) -> int:
     """Run a command; turn errors into words and an exit code."""
+    # A rank of torchrun's may draw a bar of progress, in escapes of its own.
+    draws = isinstance(args, TrainArgs | ParityArgs | ProbeArgs)
     try:
-        return commands.run(args)
+        with contextlib.nullcontext() if draws else escaped():
+            return commands.run(args)
     except PlanError as error:
         place = under_torchrun()
         if place is None or place.rank == 0:  # all ranks find the same problems: one prints them
@@ -49,7 +57,12 @@ def _run(args: Args) -> int:
     except EchoError:
         return 1
     except WorldError as error:
-        print(f"mimogrid: {error}", file=sys.stderr)
+        print(_shown(f"mimogrid: {error}"), file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a file system that is gone, no descriptors
+        print(_shown(f"mimogrid: {error}"), file=sys.stderr)
         return 1
 
 
@@ -59,4 +72,9 @@ def _report(problems: Sequence[Problem], *, as_json: bool) -> None:
         print_json({"ok": False, "problems": [attrs.asdict(problem) for problem in problems]})
         return
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(_shown(str(problem)), file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    """Return a text as it may stand on a terminal, and in a log of it."""
+    return printable(without_secrets(text))

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
@@ -12,7 +13,7 @@ from mimogrid.core.plan.planner import Plan, plan
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.pricing.on_machine import measured_on
 from mimogrid.shell.cli.arguments import PlanArgs
-from mimogrid.shell.cli.output import print_json, write
+from mimogrid.shell.cli.output import print_json, terminal, write
 from mimogrid.shell.job import costfile, jobfile
 from mimogrid.shell.job.jobs import Job
 
@@ -49,9 +50,11 @@ def _question(job: Job, args: PlanArgs) -> Question:
         problems.append(Problem("--gpus", f"is {args.gpus}.", "Use 1 or more."))
     if args.memory_gb is not None and not args.memory_gb > 0:
         problems.append(Problem("--memory-gb", f"is {args.memory_gb}.", "Use a number above 0."))
-    if job.source is None:
-        remedy = "Import torch inside its `load`, not at the top level of its file."
-        problems.append(Problem("data.source", "its samples are not known without torch.", remedy))
+    try:
+        samples = job.step(0).samples
+    except PlanError as error:
+        samples = ()
+        problems += error.problems
     machine = machine_of(args.gpu, args.precision or job.spec.precision, args.efficiency)
     if machine.precision not in machine.accelerator.flops:
         known = tuple(machine.accelerator.flops)
@@ -65,7 +68,7 @@ def _question(job: Job, args: PlanArgs) -> Question:
     return Question(
         spec=job.spec,
         facts=job.topology.source,
-        samples=job.step(0).samples,
+        samples=samples,
         machine=machine,
         gpus=args.gpus,
         memory_bytes=memory,
@@ -76,14 +79,14 @@ def _question(job: Job, args: PlanArgs) -> Question:
 
 
 def _print(found: Plan, question: Question, args: PlanArgs) -> None:
-    console = Console(width=120)
+    console = Console(file=terminal(), width=120)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("step", "tokens/s/GPU", "bubble", "others", "peak GB", "layout"):
         table.add_column(title, justify="left" if title == "layout" else "right", overflow="fold")
     fits = [layout for layout in found.layouts if layout.kind in {BEST, SLOWER}]
     rows = fits[:SHOWN] + [layout for layout in fits[SHOWN:] if layout is found.own]
     for layout in [*rows, *(layout for layout in found.layouts if layout.kind not in {BEST, SLOWER})]:
-        table.add_row(*_cells(layout), f"{shown(layout.spec)}\n[bold]{layout.reason}[/bold]")
+        table.add_row(*_cells(layout), f"{escape(shown(layout.spec))}\n[bold]{escape(layout.reason)}[/bold]")
     console.print(table)
     print(f"{question.gpus} x {args.gpu}, {question.memory_bytes / 1e9:.4g} GB each; idle GPUs count, too.")
     print(f"Estimated costs: {question.machine}.")

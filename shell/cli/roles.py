@@ -12,6 +12,7 @@ from mimogrid.core.job.models import FIRST, LAST, Own
 from mimogrid.core.step.traffic import EdgeTraffic
 from mimogrid.core.topology.roles import ModuleLayout, RankRole
 from mimogrid.core.topology.topology import Module, Topology
+from mimogrid.shell.cli.output import terminal
 
 
 LAYOUTS = {
@@ -134,5 +135,6 @@ def _table(*columns: str) -> Table:
 
 def _console() -> Console:
     """Return a console that writes plain text of any width into a pipe or a file."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)
+    file = terminal()
+    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+    return console if console.is_terminal else Console(file=file, highlight=False, markup=False, width=200)

@@ -23,6 +23,7 @@ from mimogrid.core.pricing.assumed import ASSUMED
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.shell.cli.arguments import SimulateArgs
+from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.cli.timing import (
     SimulatedStep,
@@ -31,13 +32,15 @@ from mimogrid.shell.cli.timing import (
     under_all_schedules,
     without_garbage_collection,
 )
-from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.job.jobs import Job
 
 
 ALL = "all"
 PLACES = 4
 """How many places on the critical path are printed one by one."""
 CAUSES = {**CAUSES_IN_WORDS, RAGGED: "ragged data", JITTER: "jitter"}
+JITTER_MOST, STEPS_MOST = 10, 10**12
+"""A jitter of 10 varies times by factors of some thousands; larger numbers are taken for typing errors."""
 DRAWN = 200_000
 """Of a timeline with more actions, only one rank of each class is printed and traced."""
 
@@ -51,7 +54,8 @@ def run(job: Job, args: SimulateArgs) -> int:
         if args.schedule == ALL:
             _print_schedules(under_all_schedules(job, args), args)
         elif args.compare:
-            _print_jobs(compared(job, open_job(args.compare), args), args)
+            other = opened(args.compare, run_code=not args.no_code, silent=args.json)
+            _print_jobs(compared(job, other, args), args)
         else:
             _print_job(drawn(job, args), args)
     return 0
@@ -62,10 +66,14 @@ def _problems(args: SimulateArgs) -> Iterator[Problem]:
     if args.schedule is not None and args.schedule not in {ALL, *SCHEDULES}:
         remedy = nearest(args.schedule, (*SCHEDULES, ALL))
         yield Problem("--schedule", f"'{args.schedule}' is no schedule.", remedy)
-    numbers = (("--jitter", args.jitter, 0), ("--step", args.step, 0), ("--draws", args.draws, 1))
-    for option, value, least in numbers:
-        if not least <= value < float("inf"):
-            yield Problem(option, f"is {value:g}.", f"Use {least} or more.")
+    numbers = (
+        ("--jitter", args.jitter, 0, JITTER_MOST),
+        ("--step", args.step, 0, STEPS_MOST),
+        ("--draws", args.draws, 1, STEPS_MOST),
+    )
+    for option, value, least, most in numbers:
+        if not least <= value <= most:
+            yield Problem(option, f"is {value:g}.", f"Use {least} to {most:,}.")
     if args.draws > 1 and not (args.jitter or args.ragged):
         yield Problem("--draws", "would all be the same.", "Add --jitter SIGMA, --ragged, or both.")
     if args.draws > 1 and (args.schedule == ALL or args.compare):

@@ -3,19 +3,22 @@
 Nothing here imports torch: the processes that need it do, and a run folder is checked before any of them starts.
 """
 
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.errors import PlanError, Problem, WorldError
 from mimogrid.core.job.validation import parity_problems
 from mimogrid.shell.cli.arguments import ParityArgs, ProbeArgs, TrainArgs
 from mimogrid.shell.cli.output import print_json, write
-from mimogrid.shell.device.place import Place, prepare, under_torchrun
+from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders
+from mimogrid.shell.world import preflight
 from mimogrid.shell.world.launch import Pool
-from mimogrid.shell.world.preemption import EXIT_CODE, forwarding_signals
+from mimogrid.shell.world.orphans import end_with_launcher
+from mimogrid.shell.world.preemption import EXIT_CODE, SIGNALS, forwarding_signals
 
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ def train(job: Job, args: TrainArgs) -> int:
     report = _train_here(job, args) if place is None else _train_at(place, job, args)
     if isinstance(report, folders.Stopped):
         if place is None or place.rank == job.topology.ranks[0]:
-            print(report, file=sys.stderr)
+            print(f"{report}\n    To go on: {_command(job, report)}", file=sys.stderr)
         return EXIT_CODE
     if args.json and report is not None:
         print_json(report)
@@ -38,18 +41,39 @@ def train(job: Job, args: TrainArgs) -> int:
 
 def _train_here(job: Job, args: TrainArgs) -> Any:
     """Train in a world of local processes; return the report, or `Stopped`."""
+    size, uses_cuda = job.topology.world_size, args.transport is not None
+    found = [] if args.force else list(preflight.problems(job.topology, on_host=not uses_cuda))
+    if found := [*found, *preflight.allow_files(size)]:
+        raise PlanError(found)
     with folders.claimed(job, args.resume, args.changed) as folder:
         report = folders.finished_report(folder, job.spec.train.steps)
         if report is not None:
             print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
             return report
         arguments = args.transport, str(folder), args.resume
-        uses_cuda = args.transport is not None
-        return _first(job, "mimogrid.shell.run.train:in_world", *arguments, may_use_cuda=uses_cuda)
+        with Pool(size, may_use_cuda=uses_cuda) as pool, forwarding_signals(pool.signal) as request:
+            try:
+                return _first(pool, size, "mimogrid.shell.run.train:in_world", job, *arguments)
+            except WorldError as error:
+                if request.is_received and _died_as_asked(error):
+                    return folders.stopped(folder)
+                raise
 
 
-def _train_at(place: Place, job: Job, args: TrainArgs) -> Any:
+def _died_as_asked(error: WorldError) -> bool:
+    """Whether a rank ended by a signal that asks it to stop: at that time it was not in the run yet, or it hung."""
+    return any(f"killed by signal {number:d}" in str(error).partition("\n")[0] for number in SIGNALS)
+
+
+def _command(job: Job, stopped: folders.Stopped) -> str:
+    """Return the command that goes on with a run."""
+    overrides = (word for override in job.overrides for word in ("--set", override))
+    return shlex.join(["mimogrid", "train", str(job.path), *overrides, "--resume", stopped.folder])
+
+
+def _train_at(place: RankPlace, job: Job, args: TrainArgs) -> Any:
     """Train as one rank of torchrun's world; return the report on the first rank of the job, or `Stopped`."""
+    end_with_launcher()
     prepare()
     from mimogrid.shell.run.train import in_world  # noqa: PLC0415 -- imports torch
 
@@ -63,7 +87,7 @@ def parity(job: Job, args: ParityArgs) -> int:
     problems = parity_problems(job.spec)
     if problems:
         raise PlanError(problems)
-    report: ParityReport = _first(job, "mimogrid.shell.run.parity:in_world", args.steps)
+    report: ParityReport = _in_fresh_world(job, "mimogrid.shell.run.parity:in_world", args.steps)
     print_json(report.as_json()) if args.json else print(report)
     return 0 if report.passed else 1
 
@@ -94,11 +118,12 @@ def _probed_here(job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure in a world of local processes for each size of microbatches, the job's own first."""
     sizes = (f"batch.global_size={size * job.spec.batch.microbatches}" for size in args.microbatch_sizes)
     jobs = [job, *(open_job(job.path, (*job.overrides, size)) for size in sizes)]
-    return [_first(one, "mimogrid.shell.run.probe.measure:in_world", args.repeat) for one in jobs]
+    return [_in_fresh_world(one, "mimogrid.shell.run.probe.measure:in_world", args.repeat) for one in jobs]
 
 
-def _probed_at(place: Place, job: Job, args: ProbeArgs) -> "list[Probed]":
+def _probed_at(place: RankPlace, job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure as one rank of torchrun's world; only the first rank of the job gets the result."""
+    end_with_launcher()
     prepare()
     from mimogrid.shell.run.probe.measure import in_world  # noqa: PLC0415 -- imports torch
 
@@ -120,8 +145,12 @@ def _probe_problems(args: ProbeArgs, *, alone: bool) -> Iterator[Problem]:
         yield Problem(str(out), "cannot be written: no such folder.", "Name a file in a folder that exists.")
 
 
-def _first(job: Job, function: str, *arguments: Any, may_use_cuda: bool = False) -> Any:
+def _first(pool: Pool, size: int, function: str, *arguments: Any) -> Any:
     """Run a function in a world of local processes; return what the first rank of the job returns."""
-    size = job.topology.world_size
-    with Pool(size, may_use_cuda=may_use_cuda) as pool, forwarding_signals(pool.signal):
-        return next(r for r in pool.run(function, size, job, *arguments) if r is not None)
+    return next(r for r in pool.run(function, size, *arguments) if r is not None)
+
+
+def _in_fresh_world(job: Job, function: str, *arguments: Any) -> Any:
+    """Run a function in a world that is for nothing else."""
+    with Pool(job.topology.world_size) as pool:
+        return _first(pool, job.topology.world_size, function, job, *arguments)

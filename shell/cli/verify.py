@@ -12,6 +12,7 @@ from mimogrid.core.program.lower import Program
 from mimogrid.core.program.replay import meeting
 from mimogrid.core.program.verify import in_flight, listing_of, verify
 from mimogrid.core.schedule.actions import Send, Transfer, Wait, WaitReduce
+from mimogrid.shell.job.textfiles import read_text
 
 
 OURS = "This is a fault of mimogrid, not of the job: please report it with the job file."
@@ -71,15 +72,12 @@ def report_on(program: Program, path: Path | None, *, strict: bool) -> VerifyRep
 
 def _read(path: Path) -> Listing:
     """Return the program that a file holds. Raises PlanError."""
+    text = read_text(path, "Name a file with what `mimogrid show` prints.")
     try:
-        return from_text(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        problem = Problem(
-            str(path), f"cannot be read: {error.strerror}.", "Name a file with what `mimogrid show` prints."
-        )
-    except ValueError as error:  # a line that is no action, or bytes that are not UTF-8
-        problem = Problem(str(path), f"{error}.", "`mimogrid show JOB` prints a program in this notation.")
-    raise PlanError([problem])
+        return from_text(text)
+    except ValueError as error:  # a line that is no action
+        remedy = "`mimogrid show JOB` prints a program in this notation."
+        raise PlanError([Problem(str(path), f"{error}.", remedy)]) from None
 
 
 def _counted(program: Program, listing: Listing, *, strict: bool) -> VerifyReport:

@@ -11,7 +11,7 @@ import attrs
 import torch
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.shell.device.place import QUEUES, Place
+from mimogrid.shell.device.place import QUEUES, RankPlace
 from mimogrid.shell.device.streams import CudaStreams, Streams
 
 
@@ -92,7 +92,7 @@ def _check_queues() -> None:
         raise PlanError([Problem(f"environment.{QUEUES}", fact, remedy)])
 
 
-def choose(place: Place, transport: str | None = None) -> Device:
+def choose(place: RankPlace, transport: str | None = None) -> Device:
     """Return this process's device for a transport: "host", "nccl", or None for the default of the world.
 
     Raises PlanError where NCCL is asked for more ranks of a host than it has GPUs.

@@ -9,7 +9,7 @@ QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 @attrs.frozen
-class Place:
+class RankPlace:
     """A rank of a world; `meeting` is the file over which a local world meets (None: torchrun's store)."""
 
     rank: int
@@ -18,11 +18,11 @@ class Place:
     local_rank: int = 0
 
 
-def under_torchrun() -> Place | None:
+def under_torchrun() -> RankPlace | None:
     """Return the place from the variables of torchrun, or of a launcher that sets the same ones, if they are set."""
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
-    return Place(
+    return RankPlace(
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),

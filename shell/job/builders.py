@@ -1,8 +1,8 @@
 """Builders: finds functions of the user's own, ``package.module:function``, without running their package.
 
-The search asks Python's import system folder by folder, and reads the file as text. So a job with user modules can be
-checked on a machine without torch. The file itself runs only if that does not import torch: its top level must not
-import it, and an import of torch further down is stopped.
+`permission` says which functions a job may name. The search asks Python's import system folder by folder, and reads
+the file as text. So a job with user modules can be checked on a machine without torch. The file itself runs only if
+that does not import torch: its top level must not import it, and an import of torch further down is stopped.
 """
 
 import ast
@@ -20,6 +20,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.former_names import current_path
+from mimogrid.shell.job.permission import check_permission
 
 
 TORCH = frozenset({"torch", "torchvision", "torchaudio", "megatron", "transformer_engine"})
@@ -42,13 +43,17 @@ class FoundFunction:
         path: ``package.module:function``.
         spec: The module's spec in Python's import system.
         names: The names that the file defines or imports at its top level; None if reading does not show them.
+        imported: Those of the names that it imports.
         imports: The packages that its top level imports.
+        where: The place in the job that names the function.
     """
 
     path: str
     spec: importlib.machinery.ModuleSpec
     names: frozenset[str] | None
+    imported: frozenset[str]
     imports: frozenset[str]
+    where: str
 
     @property
     def module(self) -> str:
@@ -61,13 +66,34 @@ class FoundFunction:
         return self.path.partition(":")[2]
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it is one of mimogrid's own."""
+        return self.module.startswith("mimogrid.")
+
+    @property
+    def describes(self) -> bool:
+        """Whether a `describe` may stand beside it."""
+        return self.names is None or "describe" in self.names
+
+    @property
     def torch_free(self) -> bool:
         """Whether its top level imports no torch."""
         return not self.imports & TORCH
 
     def load(self) -> Any:
         """Import the module with its packages, and return the function."""
-        return getattr(importlib.import_module(self.module), self.function)
+        return self.function_in(importlib.import_module(self.module))
+
+    def function_in(self, module: ModuleType) -> Any:
+        """Return the function of the module once it has run.
+
+        Raises PlanError where the module has it from elsewhere, from a place whose functions a job may not name.
+        """
+        function = getattr(module, self.function)
+        home = getattr(function, "__module__", None) or self.module
+        if (self.names is None or self.function in self.imported) and home != self.module:
+            check_permission(_spec_of(home, self.where, self.path), self.path, self.where)
+        return function
 
     def run_alone(self) -> ModuleType:
         """Run the file without its packages and without torch, and return it. Raises NeedsTorch if that fails.
@@ -88,7 +114,7 @@ class FoundFunction:
 
         Raises NeedsTorch if the file does not run without torch.
         """
-        if self.names is not None and "describe" not in self.names:
+        if not self.describes:
             return {}
         describe = getattr(self.run_alone(), "describe", None)
         described = describe(dict(options)) if describe else {}
@@ -102,29 +128,24 @@ def find(path: str, *, where: str) -> FoundFunction:
     path = current_path(path)
     module, _, function = path.partition(":")
     spec = _spec_of(module, where, path)
+    check_permission(spec, path, where)
     source = _source_of(spec)
     if source is None:
-        return FoundFunction(path, spec, None, frozenset())
+        return FoundFunction(path, spec, None, frozenset(), frozenset(), where)
     try:
         tree = ast.parse(source)
-    except SyntaxError as error:
-        message = f"'{path}': {spec.origin} is not Python: {error.msg} (line {error.lineno})."
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the parser's own limits, too
+        fact = f"{error.msg} (line {error.lineno})" if isinstance(error, SyntaxError) else str(error)
+        message = f"'{path}': {spec.origin} is not Python: {fact}."
         raise PlanError([Problem(where, message, "Correct the file.")]) from None
     names, imports = _names(tree.body), frozenset(_imports(tree.body))
-    found = FoundFunction(path, spec, names, imports)
+    found = FoundFunction(path, spec, names, _imported(tree.body), imports, where)
     if names is not None and function not in names:
         callables = sorted(name for name in names if not name.startswith("_"))
         remedy = nearest(function, callables) if callables else f"Define {function} there."
         message = f"'{path}': there is no '{function}' in {spec.origin}."
         raise PlanError([Problem(where, message, remedy)])
     return found
-
-
-def make_importable(*folders: Path) -> None:
-    """Add folders to the end of Python's search path."""
-    for folder in folders:
-        if str(folder.resolve()) not in sys.path:
-            sys.path.append(str(folder.resolve()))
 
 
 # -- finding -----------------------------------------------------------------------------------------------
@@ -195,6 +216,12 @@ def _names(body: Sequence[ast.stmt]) -> frozenset[str] | None:
             case _:
                 pass
     return None if names & {"*", "__getattr__"} else frozenset(names)
+
+
+def _imported(body: Sequence[ast.stmt]) -> frozenset[str]:
+    """The names that a top level imports."""
+    nodes = (node for node in _flat(body) if isinstance(node, ast.Import | ast.ImportFrom))
+    return frozenset(a.asname or a.name.partition(".")[0] for node in nodes for a in node.names)
 
 
 def _imports(body: Sequence[ast.stmt]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job.tables import TableProblem, converted, new_converter
+from mimogrid.shell.job.textfiles import TooMuch, read_text, toml_of
 
 
 @attrs.frozen(kw_only=True)
@@ -50,11 +51,10 @@ def read(path: Path, topology: Topology) -> Costs:
 
 def load(path: Path, remedy: str) -> dict[str, Any]:
     """Return the tables of a file. Raises PlanError, with a remedy for a file that is not there."""
+    text = read_text(path, remedy)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError([Problem(str(path), f"cannot be read: {error.strerror}.", remedy)]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return toml_of(text)
+    except (tomllib.TOMLDecodeError, TooMuch) as error:
         raise PlanError([Problem(str(path), f"is not TOML: {error}.", "Correct it there.")]) from None
 
 

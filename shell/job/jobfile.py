@@ -9,6 +9,8 @@ known one). Then problems of the plan can be reported in the same run.
 """
 
 import copy
+import itertools
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +25,7 @@ from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import BUILT_IN
 from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, ModuleSpec
+from mimogrid.core.job.validation.job import too_many_modules
 from mimogrid.former_names import current_path
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.hf import lay_options
@@ -36,6 +39,7 @@ from mimogrid.shell.job.tables import (
     shown,
     table_hook,
 )
+from mimogrid.shell.job.textfiles import TooMuch, read_text, toml_of
 
 
 REQUIRED = {
@@ -45,6 +49,8 @@ REQUIRED = {
 }
 OWN_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """How the user's own modules and sources are named: ``package.module:function``."""
+LONG = 200
+"""Characters of an override that a message repeats."""
 
 
 @attrs.frozen
@@ -106,9 +112,16 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
             str(path), "the job file is empty.", "A job needs [modules.NAME], [data] and [batch]."
         )
         return ParsedJob(None, (*problems, empty))
+    modules = table.get("modules")
+    if isinstance(modules, dict) and (many := tuple(too_many_modules(len(modules)))):
+        return ParsedJob(None, (*problems, *many))  # at once: each could have problems of its own
     costs, of_costs = _take_costs(table, Path(path).parent)
-    problems += [*of_costs, *lay_options(table, Path(path).parent), *lay_weights(table, Path(path).parent)]
+    of_configs = lay_options(table, Path(path).parent)
+    problems += [*of_costs, *itertools.chain.from_iterable(of_configs.values())]
+    problems += lay_weights(table, Path(path).parent)
     job = attrs.evolve(_read_table(table), overrides=places)
+    doubtful = (dotted(("modules", name)) for name in of_configs)
+    job = attrs.evolve(job, doubtful=(*job.doubtful, *doubtful))
     if costs and job.spec:
         job = attrs.evolve(job, spec=_with_costs(job.spec, costs))
     problems += [job.annotated(problem) for problem in job.problems]
@@ -180,20 +193,23 @@ def _flat_table(value: Mapping[str, Any]) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        return read_text(path, "Check the path and its permissions.")
+    except PlanError:
+        near = _neighbours(path)
+        if near is None:
+            raise
         remedy = nearest(path.name, near) if near else "Check the path."
         raise _file_error(path, "there is no such file.", remedy) from None
-    except IsADirectoryError:
-        raise _file_error(path, "is a folder.", "Name the job file in it.") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        message = f"is not a text file in UTF-8 (line {line})."
-        raise _file_error(path, message, "Save it as UTF-8.") from None
-    except OSError as error:
-        message = f"cannot be read: {error.strerror}."
-        raise _file_error(path, message, "Check the path and its permissions.") from None
+
+
+def _neighbours(path: Path) -> list[str] | None:
+    """The job files in the folder of one that is not there; None if it is there or cannot be looked for."""
+    try:
+        if os.path.lexists(path):
+            return None
+        return sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+    except (OSError, ValueError):
+        return None
 
 
 def _file_error(path: Path | str, message: str, remedy: str) -> PlanError:
@@ -202,7 +218,9 @@ def _file_error(path: Path | str, message: str, remedy: str) -> PlanError:
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        return toml_of(text)
+    except TooMuch as error:
+        raise _file_error(name, f"{error}.", "No job needs that.") from None
     except tomllib.TOMLDecodeError as error:
         message, remedy = _explained(str(error), text)
         raise _file_error(name, message, remedy) from None
@@ -247,24 +265,28 @@ def _first_declared(path: list[str], text: str) -> int:
 def _lay_over(table: dict[str, Any], entry: str) -> str:
     """Set an override ``a.b.c=value`` in the table; return its place. Raises PlanError."""
     key, equals, text = entry.partition("=")
-    path = _key_path(key)
+    remedy = "Write --set a.b.c=value, such as --set train.steps=20."
+    where = f"--set {entry if len(entry) <= LONG else entry[:LONG] + ' ...'}"
+    try:
+        path, value = _key_path(key), _override_value(text.strip())
+    except TooMuch as error:
+        raise PlanError([Problem(where, f"{error}.", remedy)]) from None
     if not equals or not path:
-        remedy = "Write --set a.b.c=value, such as --set train.steps=20."
-        raise PlanError([Problem(f"--set {entry}", "is not of the form a.b.c=value.", remedy)])
+        raise PlanError([Problem(where, "is not of the form a.b.c=value.", remedy)])
     for depth, step in enumerate(path[:-1], start=1):
         table = table.setdefault(step, {})
         if not isinstance(table, dict):
             message = f"{dotted(path[:depth])} is {shown(table)}, not a table, so it has no keys."
             remedy = f"Override {dotted(path[:depth])} itself, or name another key."
-            raise PlanError([Problem(f"--set {entry}", message, remedy)])
-    table[path[-1]] = _override_value(text.strip())
+            raise PlanError([Problem(where, message, remedy)])
+    table[path[-1]] = value
     return dotted(path)
 
 
 def _key_path(key: str) -> tuple[str, ...]:
     """Read a dotted key as TOML does; () if it is not one."""
     try:
-        table: Any = tomllib.loads(f"{key} = 0")
+        table: Any = toml_of(f"{key} = 0")
     except tomllib.TOMLDecodeError:
         return ()
     path: list[str] = []
@@ -279,7 +301,7 @@ def _key_path(key: str) -> tuple[str, ...]:
 def _override_value(text: str) -> object:
     """Read a value as TOML does. What is not TOML is a string, and so is a date, which no job has."""
     try:
-        table = tomllib.loads(f"value = {text}")
+        table = toml_of(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
     value = table["value"]

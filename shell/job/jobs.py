@@ -21,13 +21,16 @@ from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
-from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find, make_importable
+from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find
+from mimogrid.shell.job.permission import permit
 from mimogrid.shell.job.sources import Source, open_source
 
 
 @attrs.frozen(eq=False)
 class Job:
-    """A job that can run. `source` is None if only torch, which is not loaded, could open it.
+    """A job that can run. `source` is None if only torch, which is not loaded, or code that was not to run opens it.
+
+    `ran` names the functions of the user's own that ran to open it; `runs_code` says whether any might.
 
     Pickling sends the path of the job file, and the other process opens it again. Every rank makes the same plan from
     the same text, and a source of the user's own need not support pickling.
@@ -37,9 +40,11 @@ class Job:
     overrides: tuple[str, ...]
     topology: Topology
     source: Source | None
+    ran: tuple[str, ...] = ()
+    runs_code: bool = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_job, (self.path, self.overrides)
+        return functools.partial(open_job, run_code=self.runs_code), (self.path, self.overrides)
 
     @property
     def spec(self) -> JobSpec:
@@ -58,25 +63,30 @@ class Job:
 
     def step(self, index: int) -> Step:
         """Return one step of the job. Raises PlanError if its samples are not known, or one does not fit."""
-        if self.source is None:
-            remedy = "Import torch inside its load, and nowhere at the top level."
-            raise PlanError([Problem("data.source", "its samples are not known without torch.", remedy)])
         size = self.spec.batch.global_size
-        return step_of(self.topology, _described(self.source, range(index * size, (index + 1) * size)))
+        return step_of(self.topology, self._described(range(index * size, (index + 1) * size)))
+
+    def _described(self, ids: Iterable[int]) -> tuple[Sample, ...]:
+        if self.source is None:
+            without = "torch" if self.runs_code else "running its code"
+            remedies = ("Leave out --no-code.", "Import torch inside its load, and nowhere at the top level.")
+            message = f"its samples are not known without {without}."
+            raise PlanError([Problem("data.source", message, remedies[self.runs_code])])
+        return tuple(self.source.describe(sample_id) for sample_id in ids)
 
 
-def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
+def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool = True) -> Job:
     """Open a job file. Raises PlanError with every problem of its text, its parts and its plan.
 
     The folder of the job file and the current folder become importable, for the user's own modules and sources.
+    Without `run_code` none of these runs, and what only they know is not known.
     """
-    full_path, overrides = Path(path).resolve(), tuple(overrides)
-    make_importable(Path.cwd(), full_path.parent)
+    full_path, overrides = _permitted(path), tuple(overrides)
     parsed = jobfile.read(path, overrides)
     if parsed.spec is None:
         raise PlanError(parsed.problems)
-    spec, of_builders = with_builders(parsed.spec)
-    source, facts, of_source = open_source(spec)
+    spec, of_builders, ran = with_builders(parsed.spec, run_code=run_code)
+    source, facts, of_source = open_source(spec, run_code=run_code)
     found = parse_job(spec, None if of_source else facts)
     of_plan = [*of_builders, *of_source, *(() if isinstance(found, Topology) else found)]
     problems = [
@@ -89,31 +99,57 @@ def open_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
     costs = found.spec.schedule.costs
     if costs and (strange := list(unknown_names(costs, found))):
         raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)
-    return Job(full_path, overrides, found, source)
+    if source is not None and ":" in spec.data.source:
+        ran = (*ran, spec.data.source)
+    ran = tuple(name for name in ran if not name.startswith("mimogrid."))
+    return Job(full_path, overrides, found, source, tuple(dict.fromkeys(ran)), run_code)
 
 
-def with_builders(spec: JobSpec) -> tuple[JobSpec, list[Problem]]:
-    """Find the builders of own modules, and fill in the widths that they declare."""
+def _permitted(path: Path | str) -> Path:
+    """Return where a job file is; let it name functions under its folder and the current one. Raises PlanError."""
+    try:
+        full_path = Path(path).resolve()
+    except FileNotFoundError:
+        remedy = "Change to a folder that is there, or give the whole path of the job file."
+        raise PlanError([Problem(str(path), "the current folder is gone.", remedy)]) from None
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null byte
+        raise PlanError([Problem(str(path), f"is no path: {error}.", "Check the path.")]) from None
+    permit(full_path.parent)
+    return full_path
+
+
+def with_builders(spec: JobSpec, *, run_code: bool) -> tuple[JobSpec, list[Problem], tuple[str, ...]]:
+    """Find the builders of own modules, and fill in the widths that they declare.
+
+    Returns also the functions that ran, under the name of the builder beside them.
+    """
     problems: list[Problem] = []
+    ran: list[str] = []
     modules: dict[str, ModuleSpec] = {}
     for name, module in spec.modules.items():
         modules[name] = module
         if ":" in module.model:
             try:
-                modules[name] = _with_width(name, module)
+                modules[name], described = _with_width(name, module, run_code=run_code)
+                ran += [module.model] * described
             except PlanError as error:
                 problems += error.problems
-    return attrs.evolve(spec, modules=modules), problems
+    return attrs.evolve(spec, modules=modules), problems, tuple(ran)
 
 
-def _with_width(name: str, module: ModuleSpec) -> ModuleSpec:
+def _with_width(name: str, module: ModuleSpec, *, run_code: bool) -> tuple[ModuleSpec, bool]:
+    """Return a module with its width, and whether a `describe` of the user's ran to tell it."""
     where = f"modules.{name}.model"
     assert not attrs.has(type(module.options))
     found = find(module.model, where=where)
+    runs = found.describes and run_code
     reason = f"'{module.model}' has no describe(options)"
+    if found.describes and not run_code:
+        reason = f"'{module.model}' was not run"
     try:
-        width = found.describe(module.options).get("width")  # type: ignore[arg-type]
+        width = found.describe(module.options).get("width") if runs else None  # type: ignore[arg-type]
     except NeedsTorch as error:
+        runs = False
         width, reason = None, str(error)
     except Exception as error:
         message = f"describe of '{module.model}' raised {type(error).__name__}: {error}."
@@ -131,8 +167,4 @@ def _with_width(name: str, module: ModuleSpec) -> ModuleSpec:
             PlanWarning,
             stacklevel=4,
         )
-    return attrs.evolve(module, width=module.width or width)
-
-
-def _described(source: Source, ids: Iterable[int]) -> tuple[Sample, ...]:
-    return tuple(source.describe(sample_id) for sample_id in ids)
+    return attrs.evolve(module, width=module.width or width), runs

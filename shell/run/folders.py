@@ -6,13 +6,12 @@ Without a name a new ``runs/<job>-<n>`` is made. A named folder must be empty, o
     a run            the folder holds its record or a checkpoint; an empty folder is accepted, too
     of this user     nothing that another user wrote is overwritten or removed
     of this job      by the newest checkpoint, or by the record if there is none (`core.job.changes`)
-    idle             no other process trains in it
+    idle             no other process trains in it (`run_lock`)
 
-The record, ``run.json``, is the job that the run was last started with. The process that trains holds a lock on it.
+The record, ``run.json``, is the job that the run was last started with.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pwd
@@ -30,6 +29,7 @@ from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run import run_lock
 
 
 REPORT, RECORD = "report.json", "run.json"
@@ -51,14 +51,13 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
         folder = _fresh(Path("runs"), name_of(job.path))
     else:
         folder = _empty(named)
-    with (folder / RECORD).open("a+", encoding="utf-8") as record:
-        _lock(record.fileno(), folder)
-        has_record = os.fstat(record.fileno()).st_size > 0
-        if resume is None and has_record:  # another run found the folder empty, too, and was faster
+    with run_lock.owned(folder):
+        record = folder / RECORD
+        if (
+            resume is None and record.exists() and record.stat().st_size
+        ):  # another run found the folder empty, too
             raise _refused(str(folder), "was claimed by another run just now.", _ELSEWHERE)
-        record.truncate(0)
-        record.write(json.dumps({"job": jobfile.dump(job.spec)}) + "\n")
-        record.flush()
+        write_json(record, {"job": jobfile.dump(job.spec)})
         yield folder
 
 
@@ -83,6 +82,12 @@ class Stopped:
 
     def __str__(self) -> str:
         return f"run '{self.folder}' was asked to stop, and is saved: step {self.step} is next."
+
+
+def stopped(folder: Path) -> Stopped:
+    """Return where a run stopped that was ended before it could save: at its newest checkpoint, or at step 0."""
+    found = manifest.published(folder / CHECKPOINTS)
+    return Stopped(str(folder), manifest.step_of(found[-1]) if found else 0)
 
 
 def report_of(folder: Path) -> dict[str, Any] | None:
@@ -226,7 +231,7 @@ def _check_job(folder: Path, spec: JobSpec, accepted: tuple[str, ...]) -> None:
             message = f"is {spec.train.steps}; {found[-1]} is at step {step} already."
             raise PlanError([Problem("train.steps", message, "Raise it, or begin a new run.")])
         before = jobfile.recorded(facts["job"], where)
-    elif (folder / RECORD).is_file():
+    elif (folder / RECORD).is_file() and (folder / RECORD).stat().st_size:  # 0 on a disk that was full
         where = folder / RECORD
         before = jobfile.recorded(_recorded_text(where), where)
     else:
@@ -259,17 +264,6 @@ def _recorded_text(path: Path) -> str:
             [Problem(str(path), message, "Name another folder: there is no checkpoint in it.")]
         ) from None
     return str(text)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    """Hold a file until this process ends. Raises PlanError where another process does."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        remedy = "Wait until it has ended, or end it."
-        raise _refused(str(folder), "is in use: another process trains there.", remedy) from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _refused(folder: str, message: str, remedy: str) -> PlanError:

@@ -16,6 +16,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from mimogrid.core.topology.roles import RankRole
+from mimogrid.shell.world.secrets import without_secrets
 
 
 @contextmanager
@@ -46,11 +47,11 @@ class _Writer:
         self._terminal = terminal
 
     def __call__(self, _: object, __: str, event: Mapping[str, object]) -> str:
-        self._file.write(json.dumps(event, default=str) + "\n")
+        self._file.write(without_secrets(json.dumps(event, default=str)) + "\n")
         self._file.flush()
         if self._terminal:
             bound = ("event", "level", "timestamp", "rank", "stages")
             facts = "  ".join(f"{key} {value}" for key, value in event.items() if key not in bound)
-            self._terminal.write(f"{event['event']}  {facts}".rstrip() + "\n")
+            self._terminal.write(without_secrets(f"{event['event']}  {facts}".rstrip()) + "\n")
             self._terminal.flush()
         raise structlog.DropEvent

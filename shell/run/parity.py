@@ -20,7 +20,7 @@ from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Topology
 from mimogrid.core.update.reductions import loss_scale
 from mimogrid.shell.device.device import DTYPES, Device
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.modules import StageModule, build_stage, named_weights
 from mimogrid.shell.runtime.agreement import Outcome
@@ -254,7 +254,7 @@ def _no_rows(width: int, loader: Loader) -> torch.Tensor:
     return torch.empty(0, width, dtype=loader.dtype, device=loader.device)
 
 
-def in_world(place: Place, job: Job, steps: int, transport: str | None = None) -> ParityReport | None:
+def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = None) -> ParityReport | None:
     """Compare steps of a job, on every rank of its world; the first rank of the job returns the worst report."""
     with open_session(place, job, transport=transport) as session:
         if session.runtime is None:

@@ -32,10 +32,10 @@ from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
 from mimogrid.shell.checkpoint.saving import Saver, open_saver
 from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.checkpoint.versions import differences
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.run import report
+from mimogrid.shell.run import report, run_lock
 from mimogrid.shell.run.folders import REPORT, Stopped, claimed, finished_report, write_json
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
@@ -47,7 +47,7 @@ from mimogrid.shell.runtime.session import Session, open_session
 from mimogrid.shell.runtime.tensor_slices import full_tensors, weights_of
 from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
-from mimogrid.shell.world.preemption import receiving_signals
+from mimogrid.shell.world.preemption import StopRequest, receiving_signals
 
 
 HEARTBEATS = "heartbeats"
@@ -57,7 +57,7 @@ REFUSED = "refused: "
 
 
 def in_world(  # noqa: PLR0917 -- a body is called by position
-    place: Place,
+    place: RankPlace,
     job: Job,
     transport: str | None,
     folder: str | None,
@@ -70,13 +70,19 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
     may differ from it. A run that is asked to stop saves its state, and every rank returns `Stopped`. Raises PlanError
     where no folder can be used, or the newest checkpoint is damaged.
     """
-    with contextlib.ExitStack() as held, open_session(place, job, transport=transport) as session:
+    stop_request = StopRequest()
+    with (
+        receiving_signals(stop_request),
+        contextlib.ExitStack() as held,
+        open_session(place, job, transport=transport, stop_request=stop_request) as session,
+    ):
         path = Path(
             folder
             or _decided_by_rank_0(
                 session, "folder", lambda: held.enter_context(claimed(job, resume, changed))
             )
         )
+        held.enter_context(run_lock.shared(path))
         saved = _decided_by_rank_0(session, "checkpoint", lambda: manifest.newest(path / CHECKPOINTS) or "")
         finished = finished_report(path, job.spec.train.steps)
         if finished is not None or session.runtime is None:
@@ -95,12 +101,12 @@ def _trained(
     is_first = runtime.rank == job.topology.ranks[0]
     with (
         open_log(folder / "logs", runtime.role, speaks=is_first) as log,
-        receiving_signals(session.stop_request),
         open_saver(
             folder / CHECKPOINTS,
             runtime.group,
             keep=settings.keep_checkpoints,
             keep_every=settings.keep_every,
+            timeout_s=settings.timeout_s,
             on_phase=session.heartbeat.enter,
             on_wait=session.heartbeat.wait_for_others,
         ) as saver,

@@ -31,9 +31,12 @@ from mimogrid.shell.world.heartbeat import Heartbeat
 
 @attrs.frozen
 class StepEnd:
-    """How a training step ends: `agree` does what `NORM` says, `update` what `UPDATE` says."""
+    """How a training step ends: `agree` does what `NORM` says, `update` what `UPDATE` says.
 
-    agree: Callable[[], None]
+    Neither may hold the context of the step: a cycle would keep tensors and process groups after their last use.
+    """
+
+    agree: Callable[[Iterable[StageStep]], None]
     update: Callable[[], None]
 
 
@@ -121,7 +124,7 @@ def _act(action: Action, context: RankContext) -> None:
             _reduce(action, context)
         case Norm():
             assert context.end is not None
-            context.end.agree()
+            context.end.agree(stages.values())
         case Update():
             assert context.end is not None
             context.end.update()

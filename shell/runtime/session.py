@@ -18,7 +18,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.program.digest import digest_of
 from mimogrid.shell.device import device as devices
 from mimogrid.shell.device.device import Device
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import without_known_words
 from mimogrid.shell.megatron.cpu import on_device
@@ -44,8 +44,11 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(place: Place, job: Job, *, transport: str | None = None) -> Iterator[Session]:
+def open_session(
+    place: RankPlace, job: Job, *, transport: str | None = None, stop_request: StopRequest | None = None
+) -> Iterator[Session]:
     """Enter the world of a job at a place in it. Raises PlanError where the world is too small for the job."""
+    stop_request = stop_request or StopRequest()
     needed = job.topology.world_size
     if place.size < needed:
         raise PlanError([_too_small(place.size, needed)])
@@ -69,17 +72,16 @@ def open_session(place: Place, job: Job, *, transport: str | None = None) -> Ite
         enter(on_device(device.torch, seed=job.spec.seed))
         # Again, so that a failure is reported before the groups are destroyed, which others see as a failure.
         enter(one_report(world, heartbeat, job))
-        hosts, stop_request = place.rank in job.topology.ranks, StopRequest()
         runtime = (
             build_runtime(job, place.rank, groups, device, heartbeat=heartbeat, stop_request=stop_request)
-            if hosts
+            if place.rank in job.topology.ranks
             else None
         )
         yield Session(world, groups, device, runtime, heartbeat, stop_request)
 
 
 @contextlib.contextmanager
-def _heartbeat(place: Place) -> Iterator[Heartbeat]:
+def _heartbeat(place: RankPlace) -> Iterator[Heartbeat]:
     """Open this rank's heartbeat; a local world keeps its heartbeats where it meets."""
     heartbeat = Heartbeat(place.rank)
     if place.meeting:
@@ -92,7 +94,7 @@ def _heartbeat(place: Place) -> Iterator[Heartbeat]:
     heartbeat.close(well=True)
 
 
-def _meet(place: Place, timeout: datetime.timedelta) -> World:
+def _meet(place: RankPlace, timeout: datetime.timedelta) -> World:
     if place.meeting:
         store: dist.Store = dist.FileStore(place.meeting, place.size)
         store.set_timeout(timeout)

@@ -29,20 +29,10 @@ def train_step(
     """Train step `index`, and agree on the samples of the `following` step; without `update` stop at the gradients.
 
     Samples are from `source`, or else from the job. `loss` is the loss of language models. `order` replaces the order
-    of the job. Raises WorldError where
-    loaded data are not as described, or where ranks describe the samples of the following step differently.
+    of the job. Raises WorldError if loaded data are not as described, or if ranks describe the samples of the following
+    step differently.
     """
-    agreed: Agreed | None = None
-
-    def norm() -> None:
-        nonlocal agreed
-        agreed = agree(runtime, context.stages.values(), index, step, following)
-
-    def take() -> None:
-        assert agreed is not None  # NORM comes before UPDATE.
-        if update:
-            _take(runtime, agreed, index)
-
+    agreed: list[Agreed] = []
     program = plan_step(step, order or runtime.job.order)
     actions = program.of(runtime.rank)
     context = begin_program(
@@ -53,7 +43,10 @@ def train_step(
         index=index,
         loss_scale=runtime.skip_state.scale,
         loss=loss,
-        end=StepEnd(norm, take),
+        end=StepEnd(
+            agree=lambda stages: agreed.append(agree(runtime, stages, index, step, following)),
+            update=lambda: _take(runtime, agreed[0], index) if update else None,
+        ),
     )
     for buffer in runtime.buffers.values():
         buffer.clear()
@@ -61,8 +54,7 @@ def train_step(
     runtime.last_timeline = executor(actions, context)
     runtime.heartbeat.enter(BETWEEN)
     runtime.last_load_s = runtime.source.lap()
-    assert agreed is not None  # Every training program has NORM.
-    return attrs.evolve(agreed.outcome, timeline=runtime.last_timeline)
+    return attrs.evolve(agreed[0].outcome, timeline=runtime.last_timeline)
 
 
 def _take(runtime: RankRuntime, agreed: Agreed, index: int) -> None:

@@ -7,7 +7,7 @@ Processes that may use CUDA import both themselves. Importing megatron-core asks
 process that is forked after that the driver shows none.
 
 If a process raises, dies, or is found to be stopped, all processes are ended at once, and a `WorldError` carries the
-first failure.
+first failure. All processes end with this one (`orphans`). They listen on loopback only.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -28,8 +30,9 @@ import attrs
 
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
 from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis
-from mimogrid.shell.device.place import Place, prepare
+from mimogrid.shell.device.place import RankPlace, prepare
 from mimogrid.shell.world import heartbeat
+from mimogrid.shell.world.orphans import end_with_launcher
 
 
 GRACE_S = 1.0
@@ -41,7 +44,7 @@ class Task:
     """A function of this rank's place in a world: ``function(place, *arguments)``."""
 
     function: str
-    place: Place
+    place: RankPlace
     arguments: tuple[Any, ...]
 
 
@@ -81,16 +84,12 @@ class Pool:
             meeting = str(Path(folder) / "meeting")
             try:
                 for rank in range(size):
-                    task = Task(function, Place(rank, size, meeting, local_rank=rank), arguments)
+                    task = Task(function, RankPlace(rank, size, meeting, local_rank=rank), arguments)
                     self._workers[rank][1].send(task)
-                reports = self._collect(self._workers[:size])
+                return self._collect(self._workers[:size], Path(folder))
             except BaseException:
                 self.close()
                 raise
-            if len(reports) < size or any(report.died for report in reports.values()):
-                self.close()
-            _raise_first_failure(reports, Path(folder))
-            return [reports[rank].result for rank in range(size)]
 
     def signal(self, number: int) -> None:
         """Send a signal to every process of the pool."""
@@ -120,8 +119,7 @@ class Pool:
         theirs.close()
         return process, ours
 
-    def _collect(self, workers: list[tuple[BaseProcess, Connection]]) -> dict[int, Report]:
-        """Return what each process reports; after the first failure only what comes soon."""
+    def _collect(self, workers: list[tuple[BaseProcess, Connection]], folder: Path) -> list[Any]:
         reports: dict[int, Report] = {}
         deadline: float | None = None
         while len(reports) < len(workers):
@@ -134,7 +132,8 @@ class Pool:
                 reports[rank] = _received(rank, *workers[rank])
                 if reports[rank].failure and deadline is None:
                     deadline = time.monotonic() + GRACE_S
-        return reports
+        _raise_first_failure(reports, folder)
+        return [reports[rank].result for rank in range(len(workers))]
 
 
 def _received(rank: int, process: BaseProcess, connection: Connection) -> Report:
@@ -169,10 +168,14 @@ def _raise_first_failure(reports: dict[int, Report], folder: Path) -> None:
 
 def _work(connection: Connection, folder: str) -> None:
     """Run tasks as they come, until the pool is gone."""
+    end_with_launcher()
+    # A terminal's Ctrl-C also comes to the ranks; the launcher says what becomes of them.
+    signal.signal(signal.SIGINT, lambda *_: None)
     os.chdir(folder)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
     prepare()
-    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             task: Task = connection.recv()
             connection.send(_run(task))

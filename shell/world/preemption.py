@@ -1,8 +1,11 @@
-"""Preemption: a request to stop, from a scheduler that wants the machine back.
+"""Preemption: a request to stop, from a scheduler that wants the machine back, a user, or a terminal that is closed.
 
-SIGTERM and SIGUSR1, to any rank, request the run to stop. The rank reports the request in the next agreement on a
-step. So all ranks stop after the same step, save, and exit with `EXIT_CODE`, which is not 0, because launchers restart
-on it. A second signal ends the process at once, because it may hang. While the process saves, it has no effect.
+SIGTERM, SIGUSR1, SIGHUP and SIGINT, to any rank, request the run to stop. The rank reports the request in the next
+agreement on a step. So all ranks stop after the same step, save, and exit with `EXIT_CODE`, which is not 0, because
+launchers restart on it. A second signal ends the process at once, because it may hang. While the process saves, it has
+no effect. A launcher passes signals on, and a second Ctrl-C ends it and its ranks at once, also while they save.
+
+Signals that this process was started to ignore, as by nohup, stay ignored.
 """
 
 import contextlib
@@ -18,9 +21,12 @@ import attrs
 
 EXIT_CODE = os.EX_TEMPFAIL
 """75, "try again": the exit code of a process that was asked to stop, once all is saved."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 SECOND_S = 2.0
 """Signals closer than this are one: a scheduler signals a launcher and its children, and the launcher passes it on."""
+AGAIN_S = 0.3
+"""Ctrl-C twice within this time is one: some wrappers pass on what the terminal has sent already."""
+AGAIN = b"mimogrid: stopping after this step; Ctrl-C again ends the run at once, without saving\n"
 
 
 @attrs.define(eq=False)
@@ -66,18 +72,32 @@ def receiving_signals(stop_request: StopRequest) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forwarding_signals(send: Callable[[int], None]) -> Iterator[None]:
-    """Forward the signals of this process to the processes that it has started."""
-    before = _handle(lambda number, _: send(number))
+def forwarding_signals(send: Callable[[int], None]) -> Iterator[StopRequest]:
+    """Forward the signals of this process to the processes that it has started; the second Ctrl-C interrupts it."""
+    request = StopRequest()
+
+    def forward(number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if request.received_s is None:
+            request.received_s = now
+            if number == signal.SIGINT:
+                os.write(2, AGAIN)
+        elif number == signal.SIGINT and now - request.received_s > AGAIN_S:
+            raise KeyboardInterrupt
+        # A rank that is not in a run yet ends by SIGTERM, and would pass over SIGINT.
+        send(signal.SIGTERM if number == signal.SIGINT else number)
+
+    before = _handle(forward)
     try:
-        yield
+        yield request
     finally:
         _restore(before)
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Install a handler; return the handlers before it."""
-    return {number: signal.signal(number, handler) for number in SIGNALS}
+    """Install a handler for what is not ignored; return the handlers before it."""
+    ignored = {number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
+    return {number: signal.signal(number, handler) for number in SIGNALS if number not in ignored}
 
 
 def _restore(before: Mapping[int, Any]) -> None:

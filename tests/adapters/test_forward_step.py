@@ -14,7 +14,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 import loops
 import megatrons
 import specs
-from mimogrid.adapters.megatron import job_of
+from mimogrid.adapters.megatron import SequenceFirst, job_of
 from mimogrid.adapters.megatron.batches import Batch, examples_of
 from mimogrid.adapters.megatron.forward_step import HostLoss, microbatches_of
 from mimogrid.adapters.torch_module import Example
@@ -196,6 +196,27 @@ def test_items_of_unlike_size_go_to_the_samples_that_have_any(language: Module) 
     found = [e.tensors["vision"] for e in as_examples(batch, language) if "vision" in e.tensors]
     assert sizes.tolist() == [one["sizes"].squeeze(0).tolist() for one in found]
     assert [(4, 0), (2, 0)] == [tuple(one["rows"].shape) for one in found]
+
+
+def test_a_block_of_positions_and_samples_is_declared(language: Module) -> None:
+    """[S, B, F], as Megatron's iterators yield it, is cut along samples; undeclared it is refused."""
+    ids = torch.zeros(3, loops.SEQUENCE, dtype=torch.int64)
+    ids[:, :4] = megatrons.PLACEHOLDER
+    hidden_SBF = torch.arange(4 * 3 * 2.0).view(4, 3, 2)
+    batch = example_batch(input_ids=ids, modality_inputs={"vision": {"eye": {"hidden_states": hidden_SBF}}})
+    with pytest.raises(
+        PlanError, match=r"\[4, 3, 2\] for 3 samples: it may be \[positions, samples, features\]"
+    ):
+        as_examples(batch, language)
+    found = as_examples(batch, language, rows_of={"vision": SequenceFirst("hidden_states")})
+    assert [hidden_SBF[:, i].tolist() for i in range(3)] == [
+        e.tensors["vision"]["rows"].tolist() for e in found
+    ]
+    short = example_batch(
+        input_ids=ids, modality_inputs={"vision": {"eye": {"hidden_states": hidden_SBF[:3]}}}
+    )
+    with pytest.raises(PlanError, match=r"has the shape \[3, 3, 2\], declared .* have 4, 4, 4 placeholders"):
+        as_examples(short, language, rows_of={"vision": SequenceFirst("hidden_states")})
 
 
 POSITIONS = torch.arange(loops.SEQUENCE).expand(3, -1)

@@ -21,6 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 import layouts
+import megatrons
 import specs
 from hosts import Trained
 from megatrons import alone
@@ -656,3 +657,49 @@ def test_a_module_with_two_consumers_gets_both_gradients(pool: Pool, opened: Ope
     np.testing.assert_allclose(first[name] + last[name], both[name], rtol=1e-9, atol=1e-12)
     assert abs(first[name]).max() > 0
     assert abs(both[name] - last[name]).max() > 0
+
+
+# -- shards of encoders ------------------------------------------------------------------------------------
+
+
+def encoder_shards(tp_rank: int = 0, *, tp: int = 1, pp: int = 0, stages: int = 1) -> dict[str, Any]:
+    """What a rank of an encoder with a transformer hands to Megatron's distributed checkpoints."""
+    eye = {"layers": 2, "tp": tp, "pp": stages}
+    config = megatrons.config_of(layers=2, language={}, eye=eye, here={"vision": 2 // stages})
+    groups = collection(pp, stages)
+    groups.tp = groups.tp_cp = specs.OneOf(tp_rank, tp)
+    parts = from_specs(
+        config.language_model_spec,
+        config.modality_submodules_spec,
+        config.special_token_ids,
+        role=role(vision=stage("vision", pp, stages)),
+        collections={"vision": groups},
+    )
+    found = parts.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    return {part.key: part for part in found.values() if hasattr(part, "local_shape")}
+
+
+@pytest.mark.usefixtures("cpu")
+def test_an_encoder_cut_over_tp_is_saved_as_shards() -> None:
+    """Each tp rank writes its own part of a cut weight, and one of them writes what both hold."""
+    first, second = encoder_shards(0, tp=2), encoder_shards(1, tp=2)
+    assert first.keys() == second.keys()
+    cut = [key for key in first if first[key].global_shape != tuple(first[key].local_shape)]
+    assert {"linear_fc1.weight", "linear_fc2.weight", "linear_qkv.weight"} <= {
+        ".".join(key.split(".")[-2:]) for key in cut
+    }
+    for key, part in first.items():
+        other = second[key]
+        assert part.global_shape == other.global_shape
+        if key in cut:
+            assert part.global_offset != other.global_offset, key
+        else:
+            assert [part.replica_id, other.replica_id].count((0, 0, 0)) == 1, key
+
+
+@pytest.mark.usefixtures("cpu")
+def test_stages_of_an_encoder_save_their_own_layers() -> None:
+    """Both stages together write what one rank with all layers would, and nothing twice."""
+    stages = [encoder_shards(tp=2, pp=pp, stages=2) for pp in range(2)]
+    assert not stages[0].keys() & stages[1].keys()
+    assert encoder_shards(tp=2).keys() == stages[0].keys() | stages[1].keys()

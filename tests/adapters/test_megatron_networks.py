@@ -26,7 +26,7 @@ from mimogrid.core.base.errors import PlanError, WorldError
 from mimogrid.core.base.zigzag import ZigZag
 from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, OptimizerSpec, ScheduleSpec
 from mimogrid.core.update.buckets import buckets_of
-from mimogrid.shell.checkpoint.manifest import published
+from mimogrid.shell.checkpoint.manifest import damage, published
 from mimogrid.shell.cli.export import export
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
@@ -402,6 +402,7 @@ def test_checkpoints_of_gated_networks_fit_any_layout(
     first = resaved(pool, opened, tmp_path, whole, layouts, sharded=sharded)
     gated = "language.decoder.layers.0.mlp.linear_fc1.weight"
     for folder in published(tmp_path):
+        assert [] == list(damage(folder))
         exported = folder.with_name(f"{folder.name}-out")
         export(folder, exported, to="safetensors", bytes_most=10**9)
         with safe_open(exported / "language.safetensors", "np") as found:
@@ -425,6 +426,7 @@ def test_checkpoints_with_experts_fit_any_layout(
         name for name in first if name.startswith("language.decoder.layers.1.mlp.experts.local_experts.3.")
     ]
     assert 2 == len(experts)
+    assert [] == [fault for folder in published(tmp_path) for fault in damage(folder)]
 
 
 @pytest.mark.world

@@ -9,7 +9,7 @@ import plain
 from mimogrid.core.step.step import Step
 from mimogrid.core.update.reductions import loss_weight
 from mimogrid.shell.device.device import DTYPES
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.parity import ParityReport, compare, full_gradients
 from mimogrid.shell.runtime.forward_only import predict
@@ -18,7 +18,7 @@ from mimogrid.shell.runtime.train_step import train_step
 from stages import full_weights
 
 
-def parity_in_world(place: Place, job: Job, index: int = 0) -> ParityReport | None:
+def parity_in_world(place: RankPlace, job: Job, index: int = 0) -> ParityReport | None:
     """Run on every rank: compare one step; the first rank of the job returns the report."""
     with open_session(place, job) as session:
         if session.runtime is None:
@@ -62,7 +62,7 @@ def _exact(loaded: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in loaded.items()}
 
 
-def norms_in_world(place: Place, job: Job) -> tuple[float, float] | None:
+def norms_in_world(place: RankPlace, job: Job) -> tuple[float, float] | None:
     """Run on every rank: return the norm that clips, and the one of all full gradients (on the first rank)."""
     with open_session(place, job) as session:
         if session.runtime is None:
@@ -73,7 +73,7 @@ def norms_in_world(place: Place, job: Job) -> tuple[float, float] | None:
         return (outcome.gradient_norm, sum(squares) ** 0.5) if squares else None
 
 
-def chosen_in_world(place: Place, job: Job) -> list[int] | None:
+def chosen_in_world(place: RankPlace, job: Job) -> list[int] | None:
     """Run on every rank: the likeliest token after each sample of the first step, by a forward-only program."""
     with open_session(place, job) as session:
         return session.runtime and predict(session.runtime, job.step(0), job.source)

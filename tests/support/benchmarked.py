@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from hosts import host
 from mimogrid.shell.device.device import Device
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.device.streams import Streams
 
 
@@ -67,7 +67,7 @@ def check_overhead(found: dict[str, Any]) -> None:
         assert 0 < min(spent)
 
 
-def exchange(place: Place) -> list[float]:
+def exchange(place: RankPlace) -> list[float]:
     """Swap tensors with the other rank through host memory, as Megatron's messages are carried; return what came.
 
     The tensor is overwritten as soon as it is posted, and what comes goes into one that wants a gradient.

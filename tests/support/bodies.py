@@ -34,7 +34,7 @@ from mimogrid.shell.checkpoint.state import (
 )
 from mimogrid.shell.device import device as devices
 from mimogrid.shell.device.device import Device
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.device.streams import CudaStreams
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import engine
@@ -60,7 +60,7 @@ class Taken:
     changed: bool
 
 
-def train(place: Place, job: Job, steps: int) -> list[Taken] | None:
+def train(place: RankPlace, job: Job, steps: int) -> list[Taken] | None:
     """Train some steps; an idle rank returns None."""
     with open_session(place, job) as session:
         return list(_steps(session, job, steps)) if session.runtime else None
@@ -81,7 +81,7 @@ def _weights(session: Session) -> Iterator[torch.Tensor]:
         yield from buffer.weights.values()
 
 
-def gradients(place: Place, job: Job) -> tuple[float, Mapping[str, np.ndarray]] | None:
+def gradients(place: RankPlace, job: Job) -> tuple[float, Mapping[str, np.ndarray]] | None:
     """Return loss and full gradients of the first step from the first rank."""
     with open_session(place, job) as session:
         if session.runtime is None:
@@ -92,7 +92,7 @@ def gradients(place: Place, job: Job) -> tuple[float, Mapping[str, np.ndarray]] 
         return (loss, {name: g.numpy() for name, g in found.items()}) if found else None
 
 
-def norms(place: Place, job: Job) -> tuple[float, float] | None:
+def norms(place: RankPlace, job: Job) -> tuple[float, float] | None:
     """Return the global norm as this rank knows it, and that of the gradients of one process."""
     with open_session(place, job) as session:
         if session.runtime is None:
@@ -103,7 +103,7 @@ def norms(place: Place, job: Job) -> tuple[float, float] | None:
         return norm, float(sum(g.square().sum() for g in alone.values())) ** 0.5
 
 
-def open_another(place: Place, job: Job, other: Job, rank: int) -> None:
+def open_another(place: RankPlace, job: Job, other: Job, rank: int) -> None:
     """Open a session, on one rank that of another job; nothing may be open when it is refused."""
     try:
         with open_session(place, other if place.rank == rank else job):
@@ -113,7 +113,7 @@ def open_another(place: Place, job: Job, other: Job, rank: int) -> None:
         raise
 
 
-def with_engine(place: Place, job: Job, versions: Mapping[int, str]) -> None:
+def with_engine(place: RankPlace, job: Job, versions: Mapping[int, str]) -> None:
     """Open a session where some ranks' machines have transformer-engine of a version, as far as they can tell."""
     here = versions.get(place.rank, "")
     lacks = "" if here else "transformer-engine is not installed"
@@ -122,7 +122,7 @@ def with_engine(place: Place, job: Job, versions: Mapping[int, str]) -> None:
         pass
 
 
-def leftovers(place: Place, job: Job) -> tuple[int, int]:
+def leftovers(place: RankPlace, job: Job) -> tuple[int, int]:
     """Train a step and leave; return how many groups and threads there are then."""
     train(place, job, 1)
     groups = len(dist.distributed_c10d._world.pg_map)
@@ -147,7 +147,7 @@ class Sent:
     calls: Mapping[str, int]
 
 
-def sent(place: Place, job: Job) -> Sent | None:
+def sent(place: RankPlace, job: Job) -> Sent | None:
     """Count what a rank hands to gloo in the first step."""
     with open_session(place, job) as session:
         if session.runtime is None:
@@ -210,7 +210,7 @@ def _counting() -> Iterator[tuple[Counter[tuple[str, str]], Counter[tuple[str, s
             each.stop()
 
 
-def holding(place: Place, job: Job) -> tuple[dict[Stage, int], dict[Stage, int], int] | None:
+def holding(place: RankPlace, job: Job) -> tuple[dict[Stage, int], dict[Stage, int], int] | None:
     """Return of how many microbatches each stage holds tensors when it begins to compute, at most.
 
     First in a step of training, then of evaluation; and how many are held when each is over.
@@ -245,7 +245,7 @@ def _held(stage: StageStep) -> int:
 
 
 def ordered(
-    place: Place, job: Job, through_host: bool, without: str | None, too_early: bool = False
+    place: RankPlace, job: Job, through_host: bool, without: str | None, too_early: bool = False
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Train a step on streams that check; return which places ordered something, and what was wrong.
 
@@ -268,7 +268,7 @@ def _summing_too_early(actions: tuple[Action, ...], context: RankContext) -> tup
     return execute((*actions[:last], *sums, *rest), context)
 
 
-def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str]:
+def connected(place: RankPlace, job: Job) -> tuple[list[tuple[str, int]], float, str]:
     """Train a step with a backend that has no tags and connects lazily, on gloo.
 
     Return which calls connected this rank to how many ranks, the loss, and what is said of one who does not come.
@@ -302,7 +302,7 @@ def connected(place: Place, job: Job) -> tuple[list[tuple[str, int]], float, str
     return calls, loss, said
 
 
-def marked(place: Place, job: Job) -> list[str]:
+def marked(place: RankPlace, job: Job) -> list[str]:
     """Train two steps with marks on a device; return in which order they were made, agreed on and read."""
     said: list[str] = []
 
@@ -341,14 +341,14 @@ def marked(place: Place, job: Job) -> list[str]:
 # -- as on a GPU -------------------------------------------------------------------------------------------
 
 
-def usual(place: Place, job: Job) -> tuple[float, float] | None:
+def usual(place: RankPlace, job: Job) -> tuple[float, float] | None:
     """Train a step on the CPU, for `placed` to be compared with; return loss and norm."""
     with sdpa_kernel(SDPBackend.MATH):
         seen = train(place, job, 1)
     return (seen[0].loss, seen[0].norm) if seen else None
 
 
-def placed(place: Place, job: Job) -> tuple[float, float, set[str]] | None:
+def placed(place: RankPlace, job: Job) -> tuple[float, float, set[str]] | None:
     """Train a step on a device that is said to be CUDA's, then do all else that reads or writes weights there.
 
     Return loss and norm, and what the host would wait for the device with before NORM.
@@ -391,3 +391,8 @@ def _also(runtime: RankRuntime, job: Job, folder: Path) -> None:
     saving.save(folder, slices_to_save(runtime), facts, runtime.group, keep=1)
     checkpoint.load(folder_of(folder, 1), slices_to_load(runtime, facts), runtime.group)
     restore(runtime, facts)
+
+
+def alive(place: RankPlace) -> bool:
+    """Return that this rank runs."""
+    return place.rank >= 0

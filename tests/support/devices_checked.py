@@ -16,7 +16,7 @@ from layouts import job
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.schedule.actions import Action, Norm
 from mimogrid.shell.checkpoint import manifest
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.parity import TOLERANCE, ParityReport
 from mimogrid.shell.runtime.execute import RankContext, Timed, execute
@@ -98,7 +98,7 @@ def checkpoints(pool: Pool, where: Where, folder: Path) -> dict[str, Any]:
         pool.run("resaving:in_world", size, opened_job, written[-1], to, transport)
         written.append(to / name)
     files = [{path.name: path.read_bytes() for path in saved.glob("shard-*")} for saved in written]
-    facts = [manifest.read_manifest(saved) | {"created": 0} for saved in written]
+    facts = [manifest.read_manifest(saved) | {"created": 0, "digest": ""} for saved in written]
     assert files[0] == files[1] == files[2]
     assert facts[0] == facts[1] == facts[2]
     return {"bytes": sum(map(len, files[0].values()))}
@@ -136,7 +136,7 @@ def layers(pool: Pool, opened: Opened, where: Where, expected: str) -> dict[str,
 # -- what runs on every rank -------------------------------------------------------------------------------
 
 
-def kind(place: Place, opened: Job, transport: str | None) -> tuple[str, str]:
+def kind(place: RankPlace, opened: Job, transport: str | None) -> tuple[str, str]:
     """Return on which device a rank computes, and with which backend it talks."""
     with open_session(place, opened, transport=transport) as session:
         assert session.runtime
@@ -144,7 +144,7 @@ def kind(place: Place, opened: Job, transport: str | None) -> tuple[str, str]:
         return weight.device.type, session.device.backend
 
 
-def come_and_go(place: Place, opened: Job, transport: str | None, times: int) -> list[tuple[int, int]]:
+def come_and_go(place: RankPlace, opened: Job, transport: str | None, times: int) -> list[tuple[int, int]]:
     """Train a step in worlds one after the other; return the bytes and groups left after each."""
     left = []
     for _ in range(times):
@@ -156,14 +156,14 @@ def come_and_go(place: Place, opened: Job, transport: str | None, times: int) ->
     return left
 
 
-def _train(place: Place, opened: Job, transport: str | None) -> None:
+def _train(place: RankPlace, opened: Job, transport: str | None) -> None:
     with open_session(place, opened, transport=transport) as session:
         assert session.runtime
         train_step(session.runtime, 0, opened.step(0), opened.step(1))
         session.world.wait_for_all("trained")
 
 
-def without_waiting(place: Place, opened: Job, transport: str | None) -> int:
+def without_waiting(place: RankPlace, opened: Job, transport: str | None) -> int:
     """Train a step in which waiting for the device is an error up to the agreement; return the actions till then."""
 
     def strictly(actions: tuple[Action, ...], context: RankContext) -> tuple[Timed, ...]:
@@ -184,7 +184,7 @@ def without_waiting(place: Place, opened: Job, transport: str | None) -> int:
         return sum(not isinstance(timed.action, Norm) for timed in timeline)
 
 
-def classes(place: Place, opened: Job, transport: str | None) -> list[str]:
+def classes(place: RankPlace, opened: Job, transport: str | None) -> list[str]:
     """Return the names of the classes that a rank's networks are made of."""
     with open_session(place, opened, transport=transport) as session:
         assert session.runtime

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch.nn import functional
 
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.forward_only import predict
 from mimogrid.shell.runtime.session import open_session
@@ -31,7 +31,7 @@ class Drawn:
 
 
 @attrs.frozen
-class Told:
+class RankDraws:
     """What a rank says of some steps: position by module, draws, losses, and digests of weights and gradients."""
 
     positions: dict[str, dict[str, int]]
@@ -42,7 +42,7 @@ class Told:
     evaluated: tuple[Drawn, ...]
 
 
-def tell(place: Place, job: Job, steps: tuple[int, ...], update: bool) -> Told | None:
+def tell(place: RankPlace, job: Job, steps: tuple[int, ...], update: bool) -> RankDraws | None:
     """Run some steps of a job and then one of them forwards only, listening."""
     with open_session(place, job) as session:
         runtime = session.runtime
@@ -59,7 +59,7 @@ def tell(place: Place, job: Job, steps: tuple[int, ...], update: bool) -> Told |
         quiet: list[Drawn] = []
         with _listening(quiet, where):
             predict(runtime, job.step(steps[0]), job.source)
-        return Told(
+        return RankDraws(
             positions={r.module.name: r.module.grid.position(place.rank) for r in runtime.stages.values()},
             draws=tuple(heard),
             losses=tuple(outcome.loss for outcome in outcomes),

@@ -18,7 +18,7 @@ from mimogrid.core.schedule.order import Order
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Stage, Topology
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime import train_step as shell_step
 from mimogrid.shell.runtime.session import Session, open_session
@@ -74,7 +74,7 @@ def halving(delay: int) -> Iterator[None]:
 # -- gradients ---------------------------------------------------------------------------------------------
 
 
-def apart_in_world(place: Place, job: Job, delay: int) -> dict[str, float]:
+def apart_in_world(place: RankPlace, job: Job, delay: int) -> dict[str, float]:
     """Run on every rank: return which of its gradients are not the same bits in halves as in whole.
 
     How far, relative to the largest value, by stage and name.
@@ -122,7 +122,7 @@ class Work:
     products: tuple[int, int]
 
 
-def work_in_world(place: Place, job: Job) -> tuple[Work, Work] | None:
+def work_in_world(place: RankPlace, job: Job) -> tuple[Work, Work] | None:
     """Run on every rank: a step with whole backwards, and one with halves, all the second ones last."""
     with open_session(place, job) as session:
         if session.runtime is None:

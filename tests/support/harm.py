@@ -21,7 +21,7 @@ from injection import Fault, Harm, injected, parse
 from layouts import job as written
 from mimogrid.core.base.errors import WorldError
 from mimogrid.core.job.spec import JobSpec, TrainSpec
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import metrics, train
 from mimogrid.shell.runtime.agreement import Outcome
@@ -111,13 +111,13 @@ def job(grids: str = "enc(1,1,2)@0 lm(1,2,1)@2") -> JobSpec:
     return attrs.evolve(spec, train=limits)
 
 
-def in_world(place: Place, job: Job, folder: str, resume: str | None, fault: str) -> Any:
+def in_world(place: RankPlace, job: Job, folder: str, resume: str | None, fault: str) -> Any:
     """Train with a fault ("": none)."""
     with injected(fault):
         return train.in_world(place, job, None, folder, resume)
 
 
-def watched(place: Place, job: Job, folder: str, fault: str, window: int) -> Any:
+def watched(place: RankPlace, job: Job, folder: str, fault: str, window: int) -> Any:
     """Train with a fault; who straggles is told after so many steps."""
     with patch.object(metrics, "WINDOW", window):
         return in_world(place, job, folder, None, fault)
@@ -175,7 +175,7 @@ def _resumed_at(folder: Path) -> int:
     return [line["step"] for line in lines if line["event"] == "resuming"][-1]
 
 
-def asked(place: Place, job: Job, folder: str, rank: int, step: int) -> Any:
+def asked(place: RankPlace, job: Job, folder: str, rank: int, step: int) -> Any:
     """Train; in one step one rank gets a signal that asks it to stop."""
 
     def disturbed(runtime: RankRuntime, index: int, *arguments: Any, **named: Any) -> Outcome:

@@ -29,7 +29,7 @@ from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.hashing import draw_bits
 from mimogrid.core.topology.roles import ModuleLayout, ModuleStageInfo, RankRole
 from mimogrid.shell.device import device as devices
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.modules.loss import Predictions, weighted_cross_entropy
 from mimogrid.shell.runtime.agreement import Outcome
@@ -43,7 +43,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 @contextlib.contextmanager
-def host(place: Place) -> Iterator[None]:
+def host(place: RankPlace) -> Iterator[None]:
     """A process group of a program's own, as big as its world, with ranks that made different groups before."""
     assert place.meeting
     torch.set_num_threads(1)  # Sums are rounded otherwise on another number.
@@ -80,14 +80,14 @@ def _trained(outcomes: list[Outcome | None], state: Mapping[str, torch.Tensor]) 
 # -- a plain loop ------------------------------------------------------------------------------------------
 
 
-def train(place: Place, job: Job, steps: int, options: Mapping[str, Any]) -> Trained:
+def train(place: RankPlace, job: Job, steps: int, options: Mapping[str, Any]) -> Trained:
     """Train a job's own samples in a plain loop."""
     with host(place), Embedded(job, **options) as embedded:
         outcomes = [embedded.step() for _ in range(steps)]
         return _trained(outcomes, embedded.state_dict())
 
 
-def by_itself(place: Place, job: Job, steps: int) -> Trained | None:
+def by_itself(place: RankPlace, job: Job, steps: int) -> Trained | None:
     """Train the same in a world of the job's own, as the command does."""
     with open_session(place, job) as session:
         runtime = session.runtime
@@ -99,7 +99,7 @@ def by_itself(place: Place, job: Job, steps: int) -> Trained | None:
         return _trained([*outcomes], full_tensors(runtime, weights_of(runtime)))
 
 
-def settings(place: Place, job: Job) -> tuple[list[Any], list[list[Any]], float]:
+def settings(place: RankPlace, job: Job) -> tuple[list[Any], list[list[Any]], float]:
     """Everything global that a host may have set: before, then in, between and after two lives of the job.
 
     Last, what the host's own process group sums up when all is over.
@@ -148,7 +148,7 @@ def _settings() -> list[Any]:
 # -- what the host does itself -----------------------------------------------------------------------------
 
 
-def own_optimizer(place: Place, job: Job, steps: int) -> Trained:
+def own_optimizer(place: RankPlace, job: Job, steps: int) -> Trained:
     """Let a program's own optimizer, clipping and schedule take the steps."""
     spec = job.spec.optimizer
     with host(place), Embedded(job, optimizer="host") as embedded:
@@ -168,7 +168,7 @@ def own_optimizer(place: Place, job: Job, steps: int) -> Trained:
         return _trained(outcomes, embedded.state_dict())
 
 
-def own_batches(place: Place, job: Job, source: Job, steps: int) -> Trained:
+def own_batches(place: RankPlace, job: Job, source: Job, steps: int) -> Trained:
     """Give each step its samples, drawn from another job's source."""
     size = job.spec.batch.global_size
     with host(place), Embedded(job) as embedded:
@@ -179,7 +179,7 @@ def own_batches(place: Place, job: Job, source: Job, steps: int) -> Trained:
         return _trained(outcomes, embedded.state_dict())
 
 
-def own_losses(place: Place, job: Job) -> list[tuple[float, float]]:
+def own_losses(place: RankPlace, job: Job) -> list[tuple[float, float]]:
     """Take the first step twice, with the job's loss and with thrice that; return loss and gradient norm."""
     found = []
     for loss in (weighted_cross_entropy, Thrice()):
@@ -225,7 +225,7 @@ def _example(source: Job, sample_id: int) -> Example:
     return Example(sample, _Tensors(source, sample_id))
 
 
-def unlike_batches(place: Place, job: Job, source: Job) -> None:
+def unlike_batches(place: RankPlace, job: Job, source: Job) -> None:
     """Give one rank other samples than the rest."""
     size = job.spec.batch.global_size
     first = size if place.rank == 1 else 0
@@ -233,7 +233,7 @@ def unlike_batches(place: Place, job: Job, source: Job) -> None:
         embedded.step([_example(source, i) for i in range(first, first + size)])
 
 
-def handed(place: Place, job: Job, steps: int) -> Trained:
+def handed(place: RankPlace, job: Job, steps: int) -> Trained:
     """Hand over a network as it would be built by name; on other dp ranks with other weights, which must not count."""
     from own import Encoder  # noqa: PLC0415
 
@@ -243,7 +243,7 @@ def handed(place: Place, job: Job, steps: int) -> Trained:
         return _trained(outcomes, embedded.state_dict())
 
 
-def resumed(place: Place, job: Job, other: Job, steps: int) -> tuple[Trained, Trained]:
+def resumed(place: RankPlace, job: Job, other: Job, steps: int) -> tuple[Trained, Trained]:
     """Train `steps` and save; load under another layout and go on. Returns the first part and the rest."""
     with host(place):
         with Embedded(job) as embedded:
@@ -256,7 +256,7 @@ def resumed(place: Place, job: Job, other: Job, steps: int) -> tuple[Trained, Tr
             return _trained(begun, state), _trained(rest, embedded.state_dict())
 
 
-def refused(place: Place, job: Job, options: Mapping[str, Any]) -> None:
+def refused(place: RankPlace, job: Job, options: Mapping[str, Any]) -> None:
     """Enter with options that do not fit; the host's process group must live on."""
     with host(place):
         try:
@@ -267,7 +267,7 @@ def refused(place: Place, job: Job, options: Mapping[str, Any]) -> None:
             assert total == place.size
 
 
-def foreign_state(place: Place, job: Job) -> None:
+def foreign_state(place: RankPlace, job: Job) -> None:
     """Load a state in which a name is misspelt; on every rank that is an error."""
     with host(place), Embedded(job) as embedded:
         state = embedded.state_dict()
@@ -279,7 +279,7 @@ def foreign_state(place: Place, job: Job) -> None:
 # -- Megatron ----------------------------------------------------------------------------------------------
 
 
-def collections(place: Place, job: Job) -> tuple[dict[str, dict[str, list[int]]], int]:
+def collections(place: RankPlace, job: Job) -> tuple[dict[str, dict[str, list[int]]], int]:
     """Return the ranks of every group of every module's collection, and how many groups are left over."""
     with host(place), Embedded(job) as embedded:
         before = len(dist.distributed_c10d._world.pg_map)
@@ -300,7 +300,7 @@ def collections(place: Place, job: Job) -> tuple[dict[str, dict[str, list[int]]]
 
 
 def as_megatron(
-    place: Place, job: Job, steps: int, changes: Mapping[str, Any] | None = None
+    place: RankPlace, job: Job, steps: int, changes: Mapping[str, Any] | None = None
 ) -> tuple[Trained, list[float]]:
     """Train in a loop like that of Megatron-LM: a schedule function, called with what one is called with."""
     size = job.spec.batch.global_size // job.spec.batch.microbatches
@@ -330,7 +330,7 @@ def as_megatron(
         return _trained([], state), losses
 
 
-def evaluated(place: Place, job: Job) -> tuple[Mapping[str, float], Mapping[str, float], float, float]:
+def evaluated(place: RankPlace, job: Job) -> tuple[Mapping[str, float], Mapping[str, float], float, float]:
     """Evaluate twice and step; beside it, step without having evaluated."""
     with host(place):
         with Embedded(job) as embedded:
@@ -345,7 +345,7 @@ def evaluated(place: Place, job: Job) -> tuple[Mapping[str, float], Mapping[str,
     return first, second, taken.loss, expected.loss
 
 
-def own_modality(place: Place, job: Job, steps: int) -> Trained:
+def own_modality(place: RankPlace, job: Job, steps: int) -> Trained:
     """Train a job with an encoder that is specified for Megatron."""
     import specs  # noqa: PLC0415 -- warns that it is experimental
 
@@ -362,7 +362,7 @@ def own_modality(place: Place, job: Job, steps: int) -> Trained:
 # -- examples ----------------------------------------------------------------------------------------------
 
 
-def example(place: Place, path: str, steps: int) -> list[float]:
+def example(place: RankPlace, path: str, steps: int) -> list[float]:
     """Run the main function of a program, as torchrun would start it."""
     spec = importlib.util.spec_from_file_location("example", path)
     assert spec

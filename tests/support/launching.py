@@ -1,19 +1,27 @@
 """Launching: the command as a launcher starts it, in processes that are forked with everything imported."""
 
+import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from injection import injected
 from mimogrid.shell.cli.main import main
+from mimogrid.shell.device.place import RankPlace
+from mimogrid.shell.run import train
+from mimogrid.shell.world.launch import Pool
 
 
-METHOD = "forkserver"
+METHOD: Literal["forkserver"] = "forkserver"
 
 
 def command(arguments: Sequence[str], said: Path, variables: Mapping[str, str], fault: str) -> None:
@@ -23,21 +31,68 @@ def command(arguments: Sequence[str], said: Path, variables: Mapping[str, str], 
     """
     os.environ.update(variables)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.stderr.fileno())
-    with injected("" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else fault):
+    with _suffering("" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else fault):
         code = main(list(arguments))
     if code:
         sys.exit(code)
 
 
-def started(arguments: Sequence[str], said: Path, variables: Mapping[str, str], *, fault: str) -> BaseProcess:
-    """Start `mimogrid` in a process of its own, which suffers a fault."""
-    context = multiprocessing.get_context(METHOD)
-    process = context.Process(target=command, args=(arguments, said, variables, fault))
+@contextlib.contextmanager
+def _suffering(fault: str) -> Iterator[None]:
+    """Let this rank suffer a fault, or the ranks of the local world that this process starts."""
+    run = Pool.run
+
+    def run_with_fault(pool: Pool, _: str, size: int, *arguments: Any) -> list[Any]:
+        return run(pool, "launching:train_with_fault", size, fault, *arguments)
+
+    with injected(fault), patch.object(Pool, "run", run_with_fault):
+        yield
+
+
+def train_with_fault(place: RankPlace, fault: str, *arguments: Any) -> Any:
+    """Train on a rank of a local world with a fault."""
+    with injected(fault):
+        return train.in_world(place, *arguments)
+
+
+def holders(folder: Path) -> set[int]:
+    """The processes that hold the lock of a run folder: its launcher and its ranks."""
+    return {int(link.parts[2]) for link in Path("/proc").glob("[0-9]*/fd/*") if _is_lock(link, folder)}
+
+
+def _is_lock(link: Path, folder: Path) -> bool:
+    try:
+        return link.readlink() == folder.resolve() / "run.lock"
+    except OSError:  # of a process that has ended
+        return False
+
+
+def await_that(holds: Callable[[], bool], limit_s: float) -> float:
+    """Wait until something holds; return the seconds that it took. Raises AssertionError after the limit."""
+    begun = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begun < limit_s, f"not within {limit_s:g} s"
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def context() -> ForkServerContext:
+    """The context from which processes come with everything imported."""
+    return multiprocessing.get_context(METHOD)
+
+
+def started(
+    arguments: Sequence[str], said: Path, variables: Mapping[str, str] | None = None, *, fault: str = ""
+) -> BaseProcess:
+    """Start `mimogrid` in a process of its own, which suffers a fault, or whose ranks do."""
+    process = context().Process(target=command, args=(arguments, said, variables or {}, fault))
     process.start()
     return process
 
 
-def under_torchrun(ranks: int, arguments: Sequence[str], said: Path, *, fault: str, restarts: int) -> None:
+def under_torchrun(
+    ranks: int, arguments: Sequence[str], said: Path, *, fault: str, restarts: int = 0
+) -> None:
     """Run `mimogrid` on some ranks of this machine, as torchrun does.
 
     Raises ChildFailedError where it fails once more than it may be restarted.

@@ -16,7 +16,7 @@ from hosts import host
 from mimogrid.adapters.megatron import forward_backward_func
 from mimogrid.adapters.megatron.batches import Batch, examples_of
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.tensor_slices import full_tensors
 
@@ -120,7 +120,7 @@ def expected(config: Mapping[str, Any], loss: Any, options: Mapping[str, Any]) -
 
 
 def stepped(  # noqa: PLR0917 -- what a pool calls has no keywords
-    place: Place,
+    place: RankPlace,
     job: Job,
     config: Mapping[str, Any],
     weights: Mapping[str, Any],
@@ -158,7 +158,7 @@ def of_tokens(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     return loss, loss_mask.sum(), {}
 
 
-def both_ways(place: Place, job: Job) -> tuple[list[Any], list[Any]]:
+def both_ways(place: RankPlace, job: Job) -> tuple[list[Any], list[Any]]:
     """Take a step on a forward step of the program's, and the same one on samples; return gradients of both."""
     found = []
     for forward_step in (step_with(of_tokens), None):
@@ -175,7 +175,7 @@ def both_ways(place: Place, job: Job) -> tuple[list[Any], list[Any]]:
     return found[0], found[1]
 
 
-def miscounted(place: Place, job: Job, config: Mapping[str, Any]) -> tuple[str, bool, bool]:
+def miscounted(place: RankPlace, job: Job, config: Mapping[str, Any]) -> tuple[str, bool, bool]:
     """Count every position, whatever the mask says.
 
     Return what this rank is told, whether a weight has changed, and whether the step was taken.
@@ -202,7 +202,7 @@ def miscounted(place: Place, job: Job, config: Mapping[str, Any]) -> tuple[str, 
         return said, changed, function.outcome.taken
 
 
-def failing(place: Place, job: Job, config: Mapping[str, Any], broken: int) -> tuple[str, str, bool]:
+def failing(place: RankPlace, job: Job, config: Mapping[str, Any], broken: int) -> tuple[str, str, bool]:
     """Fail on one rank to make the first step's batch; return what this one is told, and whether it takes the next."""
 
     def forward_step(data_iterator: Any, model: Any) -> Any:
@@ -227,7 +227,7 @@ def failing(place: Place, job: Job, config: Mapping[str, Any], broken: int) -> t
         return type(error).__name__, str(error), function.outcome is not None and function.outcome.taken
 
 
-def meaning(place: Place, job: Job, config: Mapping[str, Any]) -> str:
+def meaning(place: RankPlace, job: Job, config: Mapping[str, Any]) -> str:
     """Return a mean from the loss function, on the ranks of the last stage; return what fails here by that."""
 
     def loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

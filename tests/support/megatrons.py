@@ -36,7 +36,7 @@ from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import saving
 from mimogrid.shell.checkpoint.manifest import published, read_manifest
 from mimogrid.shell.checkpoint.state import gather, manifest_of, restore, slices_to_load, slices_to_save
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
@@ -295,7 +295,7 @@ def expected(job: Job, config: Mapping[str, Any]) -> Seen:
 
 
 def trained(
-    place: Place,
+    place: RankPlace,
     job: Job,
     config: Mapping[str, Any],
     weights: Mapping[str, Any],
@@ -341,7 +341,7 @@ def trained(
 
 
 def its_own(
-    place: Place, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any]
+    place: RankPlace, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> tuple[list[float], Mapping[str, Any], Mapping[str, Any]]:
     """Train a `MimoModel` that is there; return losses, and its weights on this rank before and after the step."""
     with host(place), on_device(torch.device("cpu")):
@@ -365,7 +365,7 @@ def its_own(
 
 
 def in_chunks(
-    place: Place, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any], given: int
+    place: RankPlace, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any], given: int
 ) -> tuple[list[float], Mapping[str, Any]]:
     """Train so many chunks of `MimoModel`s that are there, on ranks 1 and 2; return losses and the state before."""
     with host(place), on_device(torch.device("cpu")):
@@ -407,7 +407,7 @@ def _held(model: nn.Module, begin: str) -> Mapping[str, Any]:
     }
 
 
-def on_some(place: Place, job: Job, config: Mapping[str, Any]) -> None:
+def on_some(place: RankPlace, job: Job, config: Mapping[str, Any]) -> None:
     """Give a network of the language model's on rank 1 and none on rank 2."""
     with host(place):
         alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
@@ -421,7 +421,7 @@ def on_some(place: Place, job: Job, config: Mapping[str, Any]) -> None:
 
 
 def saved(
-    place: Place, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any], folder: Path
+    place: RankPlace, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any], folder: Path
 ) -> Mapping[str, Any]:
     """Take up a checkpoint, or weights where there is none, take a step, and save; return the state on the first rank.
 
@@ -444,7 +444,7 @@ def saved(
         saving.save(
             folder,
             slices_to_save(runtime),
-            manifest_of(runtime, len(published(folder))),
+            manifest_of(runtime, 1 + len(published(folder))),
             runtime.group,
             keep=9,
         )
@@ -453,7 +453,7 @@ def saved(
         return {name: tensor.numpy() for name, tensor in state.items()}
 
 
-def begun(place: Place, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def begun(place: RankPlace, job: Job, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return this rank's weights of the language model as they begin, each rank having drawn its own."""
     hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place):

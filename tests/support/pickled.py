@@ -7,12 +7,12 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from mimogrid.shell.checkpoint.state import gather
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.session import open_session
 
 
-def in_world(place: Place, job: Job) -> tuple[int, int] | None:
+def in_world(place: RankPlace, job: Job) -> tuple[int, int] | None:
     """Return the bytes that this rank pickles, and those of the full tensors that it gets."""
     pickled = 0
     gather_object, all_gather_object = dist.gather_object, dist.all_gather_object

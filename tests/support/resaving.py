@@ -5,12 +5,12 @@ from pathlib import Path
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
 from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.session import open_session
 
 
-def in_world(place: Place, job: Job, saved: Path, folder: Path, transport: str | None = None) -> None:
+def in_world(place: RankPlace, job: Job, saved: Path, folder: Path, transport: str | None = None) -> None:
     """Load `saved`, and save what came of it in `folder`."""
     with open_session(place, job, transport=transport) as session:
         assert session.runtime is not None

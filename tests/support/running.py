@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import report, train
 from mimogrid.shell.world.launch import Pool
@@ -18,7 +18,7 @@ def trained(pool: Pool, job: Job, folder: Path, *, resume: bool = False) -> dict
     return next(report for report in said if report)
 
 
-def briefly(place: Place, job: Job, *arguments: Any) -> Any:
+def briefly(place: RankPlace, job: Job, *arguments: Any) -> Any:
     """Train as the command does; in the end examine one batch of each task, not 1,280 samples, and draw five."""
     with patch.multiple(report, READ_COUNT=1, OTHER_COUNT=1, ROWS=1):
         return train.in_world(place, job, *arguments)

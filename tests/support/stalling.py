@@ -13,7 +13,7 @@ from unittest.mock import patch
 from mimogrid.core.base.errors import EchoError
 from mimogrid.shell.checkpoint import saving
 from mimogrid.shell.checkpoint.saving import Saver
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import train
 from mimogrid.shell.run.train import in_world
@@ -22,7 +22,7 @@ from mimogrid.shell.runtime.train_step import train_step
 
 
 def killed(  # noqa: PLR0917 -- a body is called by position
-    place: Place, job: Job, folder: str, ranks: tuple[int, ...], step: int, stalled: str
+    place: RankPlace, job: Job, folder: str, ranks: tuple[int, ...], step: int, stalled: str
 ) -> None:
     """Train, until these ranks die as a step begins; the checkpoint named `stalled` never gets beyond half a file."""
 
@@ -39,7 +39,7 @@ def killed(  # noqa: PLR0917 -- a body is called by position
         in_world(place, job, None, folder)
 
 
-def slow(place: Place, job: Job, folder: str) -> Any:
+def slow(place: RankPlace, job: Job, folder: str) -> Any:
     """Train; what is being saved is written only when it is waited for."""
     wanted = threading.Event()
     wait_for_save, write_shard = Saver.wait_for_save, saving.write_shard
@@ -58,7 +58,7 @@ def slow(place: Place, job: Job, folder: str) -> Any:
         return in_world(place, job, None, folder)
 
 
-def full(place: Place, job: Job, folder: str, rank: int, limit: int) -> tuple[bool, str]:
+def full(place: RankPlace, job: Job, folder: str, rank: int, limit: int) -> tuple[bool, str]:
     """Train where one rank may write no file of more bytes than a limit; tell how it failed."""
     if place.rank == rank:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -66,7 +66,7 @@ def full(place: Place, job: Job, folder: str, rank: int, limit: int) -> tuple[bo
     return told(place, job, folder)
 
 
-def told(place: Place, job: Job, folder: str) -> tuple[bool, str]:
+def told(place: RankPlace, job: Job, folder: str) -> tuple[bool, str]:
     """Train until it fails; return whether it was an echo, and the error."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     try:

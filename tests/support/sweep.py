@@ -29,7 +29,7 @@ from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.spec import JobSpec, SourceFacts, TrainSpec
 from mimogrid.core.program.lower import plan_step
 from mimogrid.shell.checkpoint import manifest, saving
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.job.sources.synthetic import Synthetic, synthetic
@@ -169,7 +169,7 @@ def some() -> list[Case]:
 # -- in a world --------------------------------------------------------------------------------------------
 
 
-def in_world(place: Place, job: Job, folder: str, resume: str | None, case: Case) -> Any:
+def in_world(place: RankPlace, job: Job, folder: str, resume: str | None, case: Case) -> Any:
     """Train with an interruption."""
     struck = case.rank == place.rank or case.way in {"all", "again"}
     with ExitStack() as stack:
@@ -290,7 +290,7 @@ def uninterrupted(pool: Pool, name: str, folder: Path) -> Path:
 # -- asked twice -------------------------------------------------------------------------------------------
 
 
-def asked_twice(place: Place, job: Job, folder: str, during_the_save: bool) -> Any:
+def asked_twice(place: RankPlace, job: Job, folder: str, during_the_save: bool) -> Any:
     """Train; rank 0 gets SIGTERM in step 2, and again: at once, or while it saves. No two signals are one here."""
     write_shard = saving.write_shard
 

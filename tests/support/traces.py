@@ -13,7 +13,7 @@ from mimogrid.core.topology.groups import Ranks, Slot, channels_of, groups_of
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
 from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.job.sources import Source
 from mimogrid.shell.runtime.optimizer import states_of
@@ -43,7 +43,7 @@ class Noted:
         return self.inner.load(sample_id, module)
 
 
-def read(place: Place, job: Job) -> dict[str, tuple[int, frozenset[int]]]:
+def read(place: RankPlace, job: Job) -> dict[str, tuple[int, frozenset[int]]]:
     """Return this rank's dp rank of each module that it loads samples for, and their ids."""
     assert job.source is not None
     noted = Noted(job.source, [])
@@ -63,7 +63,7 @@ def read(place: Place, job: Job) -> dict[str, tuple[int, frozenset[int]]]:
 # -- what is planned ---------------------------------------------------------------------------------------
 
 
-def planned(place: Place, job: Job) -> tuple[tuple[Slot, ...], tuple[Ranks, ...]]:
+def planned(place: RankPlace, job: Job) -> tuple[tuple[Slot, ...], tuple[Ranks, ...]]:
     """Return the groups and channels that this process would make, in its order."""
     return groups_of(job.topology), channels_of(job.topology)
 
@@ -80,7 +80,7 @@ class Trained:
     changed: frozenset[str]
 
 
-def trainable(place: Place, job: Job) -> Trained | None:
+def trainable(place: RankPlace, job: Job) -> Trained | None:
     """Train two steps; return what trained."""
     with open_session(place, job) as session:
         if session.runtime is None:
@@ -107,7 +107,7 @@ Kept = dict[str, tuple[int, dict[str, np.ndarray]]]
 """By ``module.name``: the optimizer's step count and its moments."""
 
 
-def saved(place: Place, job: Job, folder: Path, steps: int) -> Kept:
+def saved(place: RankPlace, job: Job, folder: Path, steps: int) -> Kept:
     """Train some steps and save; return the optimizer's state."""
     with open_session(place, job) as session:
         assert session.runtime is not None
@@ -118,7 +118,7 @@ def saved(place: Place, job: Job, folder: Path, steps: int) -> Kept:
         return _kept(session)
 
 
-def loaded(place: Place, job: Job, folder: Path) -> Kept:
+def loaded(place: RankPlace, job: Job, folder: Path) -> Kept:
     """Load the newest checkpoint into new weights; return the optimizer's state."""
     with open_session(place, job) as session:
         assert session.runtime is not None

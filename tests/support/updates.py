@@ -15,7 +15,7 @@ from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint import files as checkpoint
 from mimogrid.shell.checkpoint import manifest, saving
 from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.runtime.optimizer import states_of
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -59,7 +59,7 @@ class Seen:
 
 
 def train(  # noqa: PLR0917 -- a body is called by position
-    place: Place,
+    place: RankPlace,
     job: Job,
     steps: range,
     spoilt: Spoilt | None = None,

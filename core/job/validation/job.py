@@ -10,8 +10,10 @@ from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, d
 from mimogrid.core.job.validation.optimizer import optimizer_problems
 
 
-SAMPLES_MOST = 10_000_000
-"""A larger number is taken for a typing error."""
+SAMPLES_MOST, MODULES_MOST = 1_000_000, 500
+"""Larger numbers are taken for typing errors."""
+NAME_BYTES_MOST, PATH_BYTES_MOST = 255, 4000
+"""What a file system takes as the name of a folder, and as a path."""
 
 
 def job_problems(spec: JobSpec) -> Iterator[Problem]:
@@ -25,7 +27,14 @@ def job_problems(spec: JobSpec) -> Iterator[Problem]:
     yield from _train(spec.train)
     if not spec.modules:
         yield Problem("modules", "the job has no module.", "Add a table [modules.NAME].")
+    yield from too_many_modules(len(spec.modules))
     yield from _batch(spec)
+
+
+def too_many_modules(count: int) -> Iterator[Problem]:
+    """Check the number of modules."""
+    if count > MODULES_MOST:
+        yield Problem("modules", f"there are {count:,}.", f"Use at most {MODULES_MOST:,}.")
 
 
 def _train(train: TrainSpec) -> Iterator[Problem]:
@@ -46,8 +55,22 @@ def _train(train: TrainSpec) -> Iterator[Problem]:
         if not 0 <= first <= last:
             remedy = "Steps count from 0; a range is [first, last], both included."
             yield Problem("train.skip_steps", f"has [{first}, {last}].", remedy)
-    if train.run_dir == "":
-        yield Problem("train.run_dir", "is empty.", "Name a folder, or leave it out: runs/<job>-<n>.")
+    if train.run_dir is not None:
+        yield from _run_dir(train.run_dir)
+
+
+def _run_dir(path: str) -> Iterator[Problem]:
+    """Check that a file system can have a folder of that name."""
+    where, remedy = "train.run_dir", "Name a folder, or leave it out: runs/<job>-<n>."
+    longest = max(len(name.encode(errors="replace")) for name in path.split("/"))
+    if not path:
+        yield Problem(where, "is empty.", remedy)
+    elif not path.isprintable():
+        yield Problem(where, f"{path!a} has characters that cannot be printed.", remedy)
+    elif longest > NAME_BYTES_MOST:
+        yield Problem(where, f"has a name of {longest} bytes, more than {NAME_BYTES_MOST}.", remedy)
+    elif len(path.encode()) > PATH_BYTES_MOST:
+        yield Problem(where, f"has {len(path.encode())} bytes, more than {PATH_BYTES_MOST:,}.", remedy)
 
 
 def _batch(spec: JobSpec) -> Iterator[Problem]:
@@ -56,6 +79,7 @@ def _batch(spec: JobSpec) -> Iterator[Problem]:
         *at_least("batch.global_size", size, 1),
         *at_most("batch.global_size", size, SAMPLES_MOST),
         *at_least("batch.microbatches", count, 1),
+        *at_most("batch.microbatches", count, SAMPLES_MOST),
     ]
     yield from wrong
     if not wrong and size % count:

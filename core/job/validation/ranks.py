@@ -55,12 +55,16 @@ def _count_problems(name: str, module: ModuleSpec, spec: JobSpec, count: int) ->
 
 def world_problems(spec: JobSpec) -> Iterator[Problem]:
     """Check that the world has the ranks of every grid."""
+    grids = place(spec)
+    count = max((grid.offset + grid.size for grid in grids.values()), default=0)
+    if count > RANKS_MOST:
+        yield Problem("modules", f"their grids take {count:,} ranks.", f"Use at most {RANKS_MOST:,}.")
     if spec.world_size is None:
         return
     if not 1 <= spec.world_size <= RANKS_MOST:
         yield Problem("world_size", f"is {spec.world_size}.", f"Use 1 to {RANKS_MOST:,} ranks.")
         return
-    for name, grid in place(spec).items():
+    for name, grid in grids.items():
         if grid.offset + grid.size > spec.world_size:
             shape = " * ".join(f"{axis.name}={axis.size}" for axis in grid.axes)
             yield Problem(

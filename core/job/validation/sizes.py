@@ -9,7 +9,7 @@ from mimogrid.core.job.spec import GridSpec, ModuleSpec
 from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, finite
 
 
-RANKS_MOST, LAYERS_MOST, EXPERTS_MOST, WIDTH_MOST = 1_000_000, 10_000, 10_000, 10_000_000
+RANKS_MOST, LAYERS_MOST, EXPERTS_MOST, WIDTH_MOST = 100_000, 10_000, 10_000, 10_000_000
 """Larger numbers are taken for typing errors; it would take too long to enumerate them."""
 
 
@@ -20,6 +20,7 @@ def size_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
     for key in ("microbatches", "chunks", "width"):
         if getattr(module, key) is not None:
             yield from at_least(f"{where}.{key}", getattr(module, key), 1)
+            yield from at_most(f"{where}.{key}", getattr(module, key), WIDTH_MOST)
     if not isinstance(module.options, Mapping):
         yield from _model_sizes(f"{where}.options", module.options)
 

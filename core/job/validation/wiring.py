@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from mimogrid.core.base.errors import Problem, nearest
 from mimogrid.core.job.graph import find_cycle
 from mimogrid.core.job.models import Vit
-from mimogrid.core.job.placement import has_loss
+from mimogrid.core.job.placement import graph_of, has_loss
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
 
 
@@ -15,6 +15,8 @@ TENSORS = frozenset(
     "rows tokens labels loss_weights targets lengths loss logits prediction".split()  # noqa: SIM905
 )
 """Names of tensors in the inputs and outputs of a module; rows of other modules have the names of these modules."""
+PATHS_MOST = 1_000
+"""Rows travel along every path: more of them are taken for a mistake."""
 _MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
@@ -49,13 +51,16 @@ def wiring_problems(spec: JobSpec) -> Iterator[Problem]:
                 f"module '{name}' feeds nobody and has no loss: its output would be used by nothing.",
                 f"Give it feeds = [...], one of: {', '.join(n for n in names if n != name) or 'none'}.",
             )
-    cycle = find_cycle({n: tuple(t for t in m.feeds if t in names) for n, m in spec.modules.items()})
+    cycle = find_cycle({name: module.feeds for name, module in spec.modules.items()})
     if cycle:
         yield Problem(
             f"modules.{cycle[0]}.feeds",
             f"the modules feed each other in a cycle: {' -> '.join(cycle)}.",
             "Take one of these edges out.",
         )
+    elif graph_of(spec).paths > PATHS_MOST:
+        fact = f"the edges join to {graph_of(spec).paths:,} paths from one module to another."
+        yield Problem("modules", fact, f"Use at most {PATHS_MOST:,}: let fewer modules feed the same ones.")
 
 
 def _target(name: str, target: str, spec: JobSpec) -> Iterator[Problem]:

@@ -26,6 +26,7 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.placement import graph_of
 from mimogrid.core.job.spec import JobSpec, SourceFacts
+from mimogrid.core.job.validation.wiring import PATHS_MOST
 from mimogrid.shell.job.builders import FoundFunction, NeedsTorch, PlanWarning, find
 from mimogrid.shell.job.tables import converted, new_converter
 
@@ -64,10 +65,13 @@ Opened = tuple[Source | None, SourceFacts, list[Problem]]
 """A source, the facts that the plan needs, and problems. Facts may be known without a source."""
 
 
-def open_source(spec: JobSpec) -> Opened:
-    """Open the source that a job names. There is none if it has a problem, or needs torch and torch is not loaded."""
+def open_source(spec: JobSpec, *, run_code: bool = True) -> Opened:
+    """Open the source that a job names. There is none if it has a problem, or needs torch and torch is not loaded.
+
+    Without `run_code` a source of the user's own is found, but not opened.
+    """
     graph = _graph(spec)
-    if graph is None:  # The cycle is reported with the other problems of the plan.
+    if graph is None:  # The cycle, or too many paths, is reported with the other problems of the plan.
         return None, SourceFacts(), []
     name = spec.data.source
     if name == "synthetic":
@@ -81,16 +85,17 @@ def open_source(spec: JobSpec) -> Opened:
     if name == "digits":
         return _digits(spec, graph)
     if ":" in name:
-        return _own(spec, graph)
+        return _own(spec, graph, run_code=run_code)
     remedy = f"{nearest(name, BUILT_IN)} Your own: package.module:function."
     return None, SourceFacts(), [Problem("data.source", f"'{name}' is not a built-in source.", remedy)]
 
 
 def _graph(spec: JobSpec) -> ModuleGraph | None:
     try:
-        return graph_of(spec)
+        graph = graph_of(spec)
     except ValueError:
         return None
+    return graph if graph.paths <= PATHS_MOST else None
 
 
 # -- digits ------------------------------------------------------------------------------------------------
@@ -134,22 +139,23 @@ def _digits(spec: JobSpec, graph: ModuleGraph) -> Opened:
 # -- sources of the user's own -----------------------------------------------------------------------------
 
 
-def _own(spec: JobSpec, graph: ModuleGraph) -> Opened:
+def _own(spec: JobSpec, graph: ModuleGraph, *, run_code: bool) -> Opened:
     """Find a source of the user's own, and run it, unless that needs torch and torch is not loaded."""
     path, options = spec.data.source, spec.data.options
     sequence = options.get("sequence")
     facts = SourceFacts(sequence=sequence if type(sequence) is int else None)
     try:
         found = find(path, where="data.source")
+        if not (run_code or found.is_ours):
+            _warn(f"'{path}' was not run: what it gives is not known, and not checked.")
+            return None, facts, []
         source = _run(found, spec, graph)
     except PlanError as error:
         return None, facts, list(error.problems)
     except NeedsTorch as error:
-        warnings.warn(
-            f"data.source: {error}: what '{path}' gives is not known without torch, and not checked here. "
-            "Import torch inside load to have it checked.",
-            PlanWarning,
-            stacklevel=3,
+        _warn(
+            f"{error}: what '{path}' gives is not known without torch, and not checked here. "
+            "Import torch inside load to have it checked."
         )
         return None, facts, []
     own_facts = getattr(source, "facts", None)
@@ -161,14 +167,18 @@ def _own(spec: JobSpec, graph: ModuleGraph) -> Opened:
     return source, facts, problems
 
 
+def _warn(fact: str) -> None:
+    warnings.warn(f"data.source: {fact}", PlanWarning, stacklevel=5)
+
+
 def _run(found: FoundFunction, spec: JobSpec, graph: ModuleGraph) -> Source:
     """Call the function. Raises PlanError if it raises, or returns something that is not a source."""
     models = {name: module.options for name, module in spec.modules.items()}
     context: dict[str, Any] = {"graph": graph, "models": models, "seed": spec.seed}
     try:
-        function = getattr(found.run_alone(), found.function)
+        function = found.function_in(found.run_alone())
         source: Source = function(**(_accepted(function, context) | dict(spec.data.options)))
-    except NeedsTorch:
+    except (NeedsTorch, PlanError):
         raise
     except Exception as error:
         message = f"'{found.path}' raised {type(error).__name__}: {error}."

@@ -15,7 +15,7 @@ from mimogrid.core.job.costs import Costs, EdgeCosts
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.simulate.memory import peak_bytes
 from mimogrid.core.simulate.simulation import simulate
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.probe import resident
 from mimogrid.shell.run.probe.clock import rounded
@@ -29,7 +29,7 @@ from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.session import open_session
 
 
-def in_world(place: Place, job: Job, repeat: int) -> Probed | None:
+def in_world(place: RankPlace, job: Job, repeat: int) -> Probed | None:
     """Measure a job, on every rank of its world; the first rank of the job returns the result."""
     before = resident.fresh_peak()
     with open_session(place, job) as session:

@@ -1,4 +1,4 @@
-"""Pictures: golden text, and laws of what is drawn (inside the page, nothing over anything)."""
+"""Pictures: golden text, and laws of what is drawn: inside the page, without overlaps."""
 
 import itertools
 import json
@@ -71,7 +71,7 @@ def test_text_keeps_to_its_width_and_says_so(width):
 
 
 def test_text_shows_both_halves_of_a_backward():
-    """I is the gradient of the inputs, W that of the weights; nothing is left out where all has room."""
+    """I is the gradient of the inputs, W that of the weights; every number is there if all have room."""
     _, timeline = timed("language gpt pp2", schedule="zb-h1", batch=3, microbatches=3)
     expected = """
 rank 0  language.0 | F0 F1    I0 W0 F2 I1 W1 I2 W2
@@ -80,22 +80,22 @@ rank 1  language.1 |    F0 I0 F1 I1 W0 F2 I2 W1 W2
     assert expected.strip() == in_text(timeline.events)
 
 
-def test_text_tells_whom_a_rank_stands_for():
+def test_text_shows_which_ranks_a_rank_stands_for():
     """One of each class, with the ranks of the class."""
     _, timeline = timed(CROWD, batch=96, microbatches=1)
     members = timeline.classes.members
     events = [event for rank in members for event in timeline.events_of(rank)]
-    told = in_text(events, members=members)
-    assert ["rank 0-95", "rank 96-127", "rank 128-159"] == re.findall("rank [0-9-]+", told)
+    shown = in_text(events, members=members)
+    assert ["rank 0-95", "rank 96-127", "rank 128-159"] == re.findall("rank [0-9-]+", shown)
 
 
 def test_every_compute_action_is_a_cell_with_its_number():
-    """Each is told in words too, for readers of screens and for tips."""
+    """Each has a tip in words, too, which screen readers read."""
     _, timeline = timed(THREE, batch=16, microbatches=8)
-    told = tips(drawn(THREE, batch=16, microbatches=8))
+    found = tips(drawn(THREE, batch=16, microbatches=8))
     computes = [event.action for event in timeline.events if isinstance(event.action, Compute)]
     for action in set(computes):
-        assert computes.count(action) == sum(tip.startswith(f"{action}: ") for tip in told)
+        assert computes.count(action) == sum(tip.startswith(f"{action}: ") for tip in found)
 
 
 @pytest.mark.parametrize("ink", marks.INKS)
@@ -155,7 +155,7 @@ def linear(colour):
 
 
 def lab(colour, vision):
-    """CIELAB of a colour as somebody sees it, D65."""
+    """CIELAB of a colour as one sees it, D65."""
     r, g, b = (sum(w * p for w, p in zip(row, linear(colour), strict=True)) for row in vision)
     x = (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.95047
     y = 0.2126 * r + 0.7152 * g + 0.0722 * b
@@ -269,33 +269,33 @@ def test_messages_are_arrows_from_rank_to_rank():
 def test_of_a_large_world_one_rank_of_each_class_is_drawn():
     """And it says how many are like it; a page is bounded in any world."""
     _, timeline = timed(CROWD, batch=96, microbatches=1)
-    told = [text.text for text in drawn(CROWD, batch=96, microbatches=1).iter(f"{SVG}text")]
+    texts = [text.text for text in drawn(CROWD, batch=96, microbatches=1).iter(f"{SVG}text")]
     assert ["rank 0 x 96  vision.0", "rank 96 x 32  language.0", "rank 128 x 32  language.1"] == [
-        text for text in told if text.startswith("rank")
+        text for text in texts if text.startswith("rank")
     ]
     assert 160 == sum(row.count for row in picture.picture(timeline).rows)
 
 
 def test_a_page_of_many_microbatches_is_bounded():
-    """What is too narrow to be told apart is merged: a row has no more cells than there is room for."""
+    """Cells that are too narrow to be seen are merged: a row has no more cells than there is room for."""
     _, timeline = timed("language gpt pp2", batch=1536, microbatches=1536)
-    found = drawn("language gpt pp2", batch=1536, microbatches=1536)
+    found = ET.fromstring(svg(picture.picture(timeline, "a title")))
     actions = sum(isinstance(event.action, Compute) for event in timeline.events)
     cells = sum(path.get("d").count("M") for path in found.iter(f"{SVG}path") if path.get("transform"))
     assert 0 < cells <= 2 * page.WIDEST / page.VISIBLE < actions
 
 
-def test_a_plan_stands_above_what_came_of_it():
-    """Rank by rank, on one scale, and each tells its own times."""
+def test_a_plan_stands_above_the_measured_step():
+    """Rank by rank, on one scale, each with its own times."""
     program, planned = timed(THREE, batch=4, microbatches=2)
     late = [attrs.evolve(e, begin_s=2 * e.begin_s + 5, end_s=2 * e.end_s + 5) for e in planned.events]
     found = ET.fromstring(svg(picture.above(planned, measured(program, late))))
-    told = [text.text for text in found.iter(f"{SVG}text") if text.text.startswith("rank ")]
+    ranks = [text.text for text in found.iter(f"{SVG}text") if text.text.startswith("rank ")]
     assert [
         f"rank {rank}  {' '.join(str(i.stage) for i in program.topology.role(rank).stages)}  {which}"
         for rank in planned.classes.leader
         for which in ("planned", "measured")
-    ] == told
+    ] == ranks
     extents = {}
     for group in found.iter(f"{SVG}g"):
         tip = group.find(f"{SVG}title").text
@@ -318,7 +318,7 @@ def test_the_map_shows_every_rank_once_in_each_module_that_it_hosts():
     assert 2 == words.count("tp1")
 
 
-def test_the_map_of_a_large_world_tells_of_blocks():
+def test_the_map_of_a_large_world_has_blocks():
     """Ranks of one stage together, those that overlap and those that idle, each rank once per module."""
     topology = job(
         "vision vit dp64 > language; audio vit dp4 @64 > language; language gpt pp4 tp8 dp32 @0",
@@ -336,7 +336,7 @@ def test_the_map_of_a_large_world_tells_of_blocks():
 
 
 def traced(timeline, ranks=None):
-    """The records of a trace, by way of its text."""
+    """The records of a trace, read from its text."""
     return json.loads("".join(perfetto.lines(timeline, ranks)))["traceEvents"]
 
 
@@ -356,7 +356,7 @@ def test_a_trace_holds_every_event_in_microseconds():
             assert said == record["args"]
 
 
-def test_a_trace_tells_bytes():
+def test_a_trace_has_the_bytes():
     """Those of each transfer, at both ends the same in sum, and those that each rank holds at most."""
     _, timeline = timed(THREE, batch=16, microbatches=4)
     found = traced(timeline)
@@ -372,18 +372,18 @@ def test_a_trace_tells_bytes():
     assert peak_bytes(timeline) == most
 
 
-@pytest.mark.parametrize(("folded", "many"), [(False, MANY), (True, MANY), (True, 0)])
-def test_a_trace_has_an_arrow_per_message(folded, many, monkeypatch):
-    """From within the action that made it to within the one that reads it; also where one stands for its dp rank."""
-    monkeypatch.setattr("mimogrid.core.simulate.MANY", many)
+@pytest.mark.parametrize(("leaders_only", "many"), [(False, MANY), (True, MANY), (True, 0)])
+def test_a_trace_has_an_arrow_per_message(leaders_only, many, monkeypatch):
+    """From within the action that makes it to within the one that reads it; also if a rank stands for its dp rank."""
+    monkeypatch.setattr("mimogrid.core.simulate.simulation.MANY", many)
     _, timeline = timed(WIDE, batch=48, microbatches=2, latency=0.25)
-    found = traced(timeline, timeline.classes.members if folded else None)
+    found = traced(timeline, timeline.classes.members if leaders_only else None)
     starts = {arrow["id"]: arrow for arrow in found if "s" == arrow["ph"]}
     ends = {arrow["id"]: arrow for arrow in found if "f" == arrow["ph"]}
     assert starts
     assert starts.keys() == ends.keys()
     assert timeline.by_dp_ranks is (not many)
-    if not folded:
+    if not leaders_only:
         assert len(timeline.message_intervals) == len(starts)
     for i, start in starts.items():
         assert start["ts"] <= ends[i]["ts"]

@@ -91,7 +91,7 @@ def test_every_layout_has_a_reason():
 
 
 def test_less_memory_is_respected():
-    """What is fastest with room enough is told as too large, by how much, with less."""
+    """With less memory, the fastest layout of before is too large, and the plan says by how much."""
     _, free = planned()
     cap = min(max(free.best.peak_bytes.values()) * 0.8, 80 * GB)
     _, tight = planned(memory=cap)
@@ -100,7 +100,7 @@ def test_less_memory_is_respected():
     assert any("short by" in layout.reason for layout in tight.layouts if layout.kind == TOO_LARGE)
 
 
-def test_where_nothing_fits_the_nearest_miss_is_named():
+def test_where_nothing_fits_the_nearest_layout_is_named():
     """With the stage, what it needs and what is missing."""
     _, found = planned(memory=0.5 * GB)
     assert found.best is None
@@ -109,7 +109,7 @@ def test_where_nothing_fits_the_nearest_miss_is_named():
 
 
 @pytest.mark.parametrize("gpus", [2, 4])
-def test_what_is_told_is_what_a_simulation_tells(gpus):
+def test_a_plan_agrees_with_a_simulation(gpus):
     """The time of each layout is that of its whole program with every rank, or a little more; so is its memory."""
     asked, found = planned(gpus, batch=32)
     for layout in found.layouts:

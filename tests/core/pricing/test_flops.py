@@ -54,7 +54,7 @@ def test_forward_is_the_count_by_hand():
     assert 2 * (2 * (linear + attention) + head) == flops[Stage("language", 0)].forward
 
 
-def test_backward_is_twice_the_forward_but_for_what_nobody_wants():
+def test_backward_is_twice_the_forward_without_unused_gradients():
     """Both gradients of every product; none of the first inputs, of which nothing before trains."""
     flops = stage_flops(step_of_two())
     entry, layer, projector = vit_forward(ROWS)

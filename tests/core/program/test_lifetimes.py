@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import jobs
 from mimogrid.core.program.lifetimes import Content, Held, releases
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Action, Compute, Direction, Kind, Send, parse
 
 
@@ -44,7 +44,7 @@ def test_a_stage_that_does_not_train_holds_until_the_send() -> None:
     """A frozen source lets go of its output when it is sent; a last stage of its loss at once."""
     program = jobs.program_of("v vit frozen > l; l gpt pp2")
     assert ["output 2 v.0 -> l.0"] == freed(program, 0)["v.0 SEND_F2 -> l.0"]
-    forwards = plan_step(program.routes.step, training=False)
+    forwards = jobs.program_for(program.routes.step, training=False)
     assert ["loss 0"] == freed(forwards, 2)["l.1 F0"]
     assert ["output 0 l.0 -> l.1"] == freed(forwards, 1)["l.0 SEND_F0 -> l.1"]
 
@@ -74,7 +74,7 @@ def test_everything_is_freed_once_and_never_used_again(
     text = data.draw(
         st.sampled_from([CHAIN, "v vit dp2 m2 > l; l gpt pp2", "v vit frozen m8 > l; l gpt dp2"])
     )
-    program = plan_step(jobs.program_of(text, schedule=schedule).routes.step, training=training)
+    program = jobs.program_for(jobs.program_of(text, schedule=schedule).routes.step, training=training)
     for rank in program.topology.ranks:
         actions = program.of(rank)
         table = releases(program, rank, actions)

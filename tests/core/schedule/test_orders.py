@@ -100,7 +100,7 @@ def test_encoders_of_unequal_depth() -> None:
 
 
 def test_skip_edge() -> None:
-    """With an edge around the middle module the longest way to the loss counts."""
+    """With an edge around the middle module the longest path to the loss counts."""
     check(
         "1f1b",
         CASES["skip edge"],
@@ -114,7 +114,7 @@ def test_skip_edge() -> None:
 
 
 def test_frozen_modules_have_no_backward() -> None:
-    """A frozen encoder runs forwards only; behind a trained one, a frozen language model still hands gradients on."""
+    """A frozen encoder runs forwards only; behind a trained one, a frozen language model passes gradients on."""
     check(
         "1f1b",
         "v vit frozen > l; l gpt pp2",
@@ -137,7 +137,7 @@ def test_frozen_modules_have_no_backward() -> None:
 
 
 def test_a_frozen_encoder_does_not_run_away() -> None:
-    """Its limit in flight bounds how far its outputs run ahead of who consumes them."""
+    """Its limit bounds how far its outputs run ahead of their readers."""
     topology = job("v vit frozen > l; l gpt", microbatches=16, batch=16)
     actions = [a for a in order_of(topology).actions if a.kind is Kind.FORWARD]
     ahead = most = 0
@@ -165,7 +165,7 @@ def test_evaluation_runs_forwards_only() -> None:
 
 
 def test_in_flight_limits_count_samples() -> None:
-    """Who makes microbatches twice as large has as many in flight as cover what its readers hold, and one more."""
+    """A stage with microbatches twice as large has as many in flight as cover its readers' limits, and one more."""
     topology = job("a vit m2 > l; b vit m8 > l; l gpt pp2", batch=16, microbatches=4)
     expected = {"a.0": 2, "b.0": 5, "l.0": 2, "l.1": 1}
     assert expected == {
@@ -199,7 +199,7 @@ def test_colocated_stages_take_turns() -> None:
 def test_every_order_is_complete_and_possible(
     case: str, schedule: str, microbatches: int, training: bool
 ) -> None:
-    """In any order everything is there once, comes after what it needs, and no stage exceeds its limit in flight."""
+    """Every order has all actions once, each after those that it needs, and no stage exceeds its limit in flight."""
     topology = job(CASES[case], schedule=schedule, microbatches=microbatches, batch=48)
     order = order_of(topology, training=training)
     done: set[Compute] = set()

@@ -1,4 +1,4 @@
-"""Auto: the order that is tried out beats what a fixed warm-up depth loses, within memory, and always the same way."""
+"""Auto: it finds an order without the idle time of a fixed warm-up depth, within memory, and the same on all ranks."""
 
 import attrs
 import pytest
@@ -76,7 +76,7 @@ def test_in_flight_limits_of_one_stage(encoder: float, microbatches: int) -> Non
 
 
 def test_the_same_for_all_stages_gives_nothing() -> None:
-    """It is where the limits in flight go that counts."""
+    """More in flight on all stages is no faster; it must be on the right stage."""
     topology, costs = nearly_balanced(2.0, 8)
     timed = timed_by(work_of(topology, training=True, splits=False), costs)
     last = Stage("l", 3)  # what the last stage gets, those before it get, too
@@ -89,7 +89,7 @@ def test_the_same_for_all_stages_gives_nothing() -> None:
 
 
 def costs_for(topology: Topology) -> st.SearchStrategy[Costs]:
-    """Costs of any kind: halves known or not, edges that take time and hold up or not."""
+    """Draw costs: with halves of backwards or without, with edges that take time or not."""
     second = st.sampled_from([0.0, 0.5, 1.0, 1.25, 2.0, 3.0])
     halves = st.builds(StageCosts, forward=second, input_gradient=second, weight_gradient=second)
     whole = st.builds(StageCosts, forward=second, backward=second)
@@ -101,7 +101,7 @@ def costs_for(topology: Topology) -> st.SearchStrategy[Costs]:
 @settings(max_examples=drawn(25))
 @given(st.data(), st.sampled_from(sorted(CASES)), st.sampled_from([4, 8]))
 def test_never_slower_than_the_best_named_order(data: st.DataObject, case: str, microbatches: int) -> None:
-    """Whatever things cost, `auto` takes no longer than any order that has a name."""
+    """With any costs `auto` takes no longer than any named order."""
     topology = job(CASES[case], microbatches=microbatches, batch=48)
     costs = data.draw(costs_for(topology))
     seconds = {
@@ -112,7 +112,7 @@ def test_never_slower_than_the_best_named_order(data: st.DataObject, case: str, 
 
 
 def test_all_ranks_find_the_same() -> None:
-    """Nothing but the job decides: other processes, with other hash seeds, find the same order."""
+    """The order depends on the job only: other processes, with other hash seeds, find the same one."""
     code = (
         "from test_tuning import nearly_balanced, order_of, priced\n"
         "topology, costs = nearly_balanced(1.5, 16); print(*order_of(priced(topology, 'auto', costs)).actions)"
@@ -121,7 +121,7 @@ def test_all_ranks_find_the_same() -> None:
 
 
 def big(name: str, cap: float | None = None) -> Topology:
-    """A language model with something to hold, on four stages."""
+    """Return a language model that needs some memory, on four stages."""
     options = Gpt(layers=4, hidden=256, heads=4, vocab=64)
     spec = JobSpec(
         modules={"l": ModuleSpec(model="gpt", options=options, grid=GridSpec(pp=4))},
@@ -133,7 +133,7 @@ def big(name: str, cap: float | None = None) -> Topology:
 
 
 def test_a_cap_on_memory_is_kept() -> None:
-    """The less memory there is, the fewer microbatches in flight, down to an order that just fits."""
+    """With less memory fewer microbatches are in flight, and the order just fits."""
     orders = {name: order_of(big(name)) for name in NAMED}
     needs = {
         name: max(bytes_needed(big(name), order.max_in_flight, order.split).values())
@@ -159,7 +159,7 @@ def test_what_cannot_fit_is_said(name: str) -> None:
 
 
 def half_frozen(name: str, split: tuple[int, ...] | None = None) -> JobSpec:
-    """24 frozen and 24 trained layers on four ranks; 32 microbatches."""
+    """Return a job of 24 frozen and 24 trained layers on four ranks, with 32 microbatches."""
     frozen = ("embedding.*", *(f"layers.{i}.*" for i in range(24)))
     options = Gpt(layers=48, hidden=8, heads=2, vocab=16)
     return JobSpec(
@@ -173,7 +173,7 @@ def half_frozen(name: str, split: tuple[int, ...] | None = None) -> JobSpec:
 
 
 def test_frozen_layers_count_for_what_they_are() -> None:
-    """Cut for forwards and backwards together, four ranks are 1.44 times as fast as cut by layers; `auto` does it."""
+    """A split by forward and backward time is 1.44 times as fast as an even one, and `auto` finds it."""
     facts = SourceFacts(sequence=64)
 
     def step_s(spec: JobSpec) -> float:
@@ -187,7 +187,7 @@ def test_frozen_layers_count_for_what_they_are() -> None:
 
 
 def test_layers_that_do_not_divide_are_cut_all_the_same() -> None:
-    """Under `auto` five layers lie on three ranks; whoever writes a split keeps it."""
+    """Under `auto` five layers go on three ranks, and a split in the job stays as it is."""
     facts = SourceFacts(sequence=64)
     five = attrs.evolve(
         half_frozen("auto").modules["l"], frozen=False, options=Gpt(layers=5, hidden=8, heads=2, vocab=16)
@@ -210,7 +210,7 @@ CAPPED = (
 @settings(max_examples=drawn(15), deadline=None)
 @given(st.sampled_from(CAPPED), st.floats(0.0, 1.1))
 def test_any_cap_gives_an_order_or_an_error(text: str, part: float) -> None:
-    """Between what is kept anyway and what an order without a cap needs, `auto` fits or says that nothing does."""
+    """For any cap below what an order without a cap needs, `auto` fits or raises an error."""
     topology = job(text, microbatches=8, batch=64)
     always = max(bytes_needed(topology, {}, ()).values())
     free = order_of(topology)
@@ -228,7 +228,7 @@ def test_any_cap_gives_an_order_or_an_error(text: str, part: float) -> None:
 
 @given(st.sampled_from(CAPPED), st.integers(1, 8), st.booleans())
 def test_any_limit_gives_an_order(text: str, limit: int, splits: bool) -> None:
-    """However few microbatches may be in flight, as many are as the stages that are fed ask for."""
+    """With any limit there is an order: as many microbatches are in flight as the fed stages need."""
     work = work_of(job(text, microbatches=8, batch=64), training=True, splits=splits)
     timed = TimedWork(work, unit_seconds(work))
     order = schedule(timed, issue_queues_of(work, IssuePolicy(splits=splits, limit=limit)).by_pp_rank)

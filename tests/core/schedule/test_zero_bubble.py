@@ -1,4 +1,4 @@
-"""Zero-bubble orders: what splitting the backward wins is what the literature says, and no more memory than that."""
+"""Zero-bubble orders: idle time and microbatches in flight are those of the literature."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_in_flight(stages: int) -> None:
 
 
 def test_what_cannot_be_put_off_is_not_split() -> None:
-    """Frozen stages that hand gradients on, and those whose costs know no halves, go back in one piece."""
+    """Frozen stages that pass gradients on, and stages with costs for complete backwards only, are not split."""
     order = order_of(job("v vit > l; l gpt frozen pp2", schedule="zb-h1"))
     kinds = {str(stage): {action.kind for action in order.of(stage)} for stage in order.backward}
     assert {Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT} == kinds["v.0"]
@@ -66,7 +66,7 @@ def test_what_cannot_be_put_off_is_not_split() -> None:
 )
 @pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2", "auto"])
 def test_chunks(text: str, schedule: str) -> None:
-    """Interleaved modules split their backwards, too."""
+    """Modules with virtual stages split their backwards too."""
     topology = job(text, schedule=schedule, microbatches=8, batch=8)
     assert order_of(topology).split
     assert () == verify(program_for(step_with(topology)))

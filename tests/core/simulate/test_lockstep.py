@@ -51,7 +51,7 @@ ORDERS = st.sampled_from(["1f1b", "gpipe", "zb-h1", "zb-h2"])
 @settings(max_examples=15, deadline=None)
 @given(st.data(), st.sampled_from(APART), ORDERS)
 def test_the_same_time_apart(data: st.DataObject, text: str, schedule: str) -> None:
-    """Where modules share no ranks and messages take no time, a runtime takes as long as its ranks do alone."""
+    """Where modules share no ranks and messages take no time, a rank class takes as long as its ranks do alone."""
     program, costs = priced(data, text, schedule, edge=EdgeCosts())
     expected, found = rank_by_rank(program, costs), lockstep(program, costs)
     assert expected.step_s == pytest.approx(found.step_s)
@@ -62,7 +62,7 @@ def test_the_same_time_apart(data: st.DataObject, text: str, schedule: str) -> N
 @settings(max_examples=15, deadline=None)
 @given(st.data(), st.sampled_from((*APART, *SHARED)), ORDERS)
 def test_never_faster(data: st.DataObject, text: str, schedule: str) -> None:
-    """A runtime waits for no less than any of its ranks, and no step is faster than its limit."""
+    """A rank class waits for all that its ranks wait for, and no step is faster than its lower bound."""
     speed = data.draw(st.sampled_from([float("inf"), 1e9, 1e8]))
     edge = EdgeCosts(latency=data.draw(st.sampled_from([0.0, 0.1])), bytes_per_s=speed)
     program, costs = priced(data, text, schedule, edge=edge)

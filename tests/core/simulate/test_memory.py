@@ -108,7 +108,7 @@ def test_ranks_of_one_class_hold_what_each_has_to_hold():
 
 @settings(max_examples=60)
 @given(timed_jobs())
-def test_a_folded_world_holds_what_the_whole_one_does(drawn):
+def test_leaders_hold_what_their_classes_hold(drawn):
     """At every moment and on every rank; in the end no more than in the beginning."""
     costs, duration_factors = drawn
     program = program_for(duration_factors.step)

@@ -63,8 +63,8 @@ def test_a_world_of_like_dp_ranks_has_no_more_classes_for_being_larger():
 
 @settings(max_examples=80)
 @given(timed_jobs())
-def test_a_folded_world_is_timed_like_the_whole_one(drawn):
-    """Every event, every message, and the limit: the same numbers, not nearly the same."""
+def test_classes_are_timed_like_their_ranks(drawn):
+    """Every event, every message, and the lower bound: the same numbers, to the last digit."""
     costs, duration_factors = drawn
     program = program_for(duration_factors.step)
     folded = simulate(program, costs, duration_factors=duration_factors)

@@ -99,7 +99,7 @@ def test_1f1b_holds_as_many_microbatches_as_a_stage_is_deep(stages, microbatches
 
 
 def test_parallel_encoders_hold_as_many_microbatches_as_they_are_deep():
-    """Depth is the longest way to the loss, so a short encoder beside a long one is bounded by its own."""
+    """Depth is the longest path to the loss, so a short encoder beside a long one is bounded by its own."""
     program = program_of("a vit pp2 > c; b vit > c; c gpt pp2", batch=8, microbatches=8)
     peaks = {str(s): peak for s, peak in simulate(program, assumed(program.topology)).peak_in_flight.items()}
     assert {"a.0": 4, "a.1": 3, "b.0": 3, "c.0": 2, "c.1": 1} == peaks
@@ -157,10 +157,10 @@ quarters = st.integers(0, 12).map(lambda n: n / 4)
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(quarters, quarters), min_size=2, max_size=5), st.integers(1, 6), quarters)
-def test_the_limit_of_a_chain_is_the_formula(stages, microbatches, latency):
+def test_the_lower_bound_of_a_chain_is_the_formula(stages, microbatches, latency):
     """Of every stage: all its work; all forwards, then down and back; down and back, then all backwards.
 
-    Each comes after the way in and before the way out.
+    Each comes after a head and before a tail.
     """
     program = program_of(f"language gpt pp{len(stages)}", batch=microbatches, microbatches=microbatches)
     costs = {f"language.{i}": StageCosts(forward=f, backward=b) for i, (f, b) in enumerate(stages)}
@@ -315,7 +315,7 @@ def test_assumed_costs_count_the_gradients_that_are_wanted():
 
 
 def test_costs_of_what_the_job_does_not_have_are_misfits():
-    """The nearest name is told."""
+    """The error has the nearest name."""
     topology = job("vision vit > language; language gpt pp2")
     costs = Costs(
         stages={"visio.0": StageCosts(), "language.1": StageCosts()},
@@ -367,7 +367,7 @@ def timed_jobs(draw):
 
 @settings(max_examples=60)
 @given(timed_jobs())
-def test_no_step_beats_the_limit(drawn):
+def test_no_step_beats_the_lower_bound(drawn):
     """The bound is a bound for any graph, grid, absence, latency and number of cores."""
     program, costs = drawn
     timeline = simulate(program, costs)
@@ -376,7 +376,7 @@ def test_no_step_beats_the_limit(drawn):
 
 @settings(max_examples=60)
 @given(timed.timed_jobs())
-def test_no_uneven_step_beats_the_limit(drawn):
+def test_no_uneven_step_beats_the_lower_bound(drawn):
     """With chunks, experts, context and sequence parallelism, ragged dp ranks and jitter, either."""
     costs, duration_factors = drawn
     timeline = simulate(program_for(duration_factors.step), costs, duration_factors=duration_factors)
@@ -386,7 +386,7 @@ def test_no_uneven_step_beats_the_limit(drawn):
 @settings(max_examples=60)
 @given(timed_jobs())
 def test_the_critical_path_fills_the_step(drawn):
-    """One leg begins when the one before it ends, and each is an action of its rank, or what it has posted."""
+    """A segment begins when the one before it ends, and each is an action of its rank, or what it has posted."""
     program, costs = drawn
     timeline = simulate(program, costs)
     segments = timeline.critical_path

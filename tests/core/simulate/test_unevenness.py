@@ -1,4 +1,4 @@
-"""Uneven steps: factors of mean one, and losses that are told apart and add up."""
+"""Uneven steps: factors of mean one, and losses that are kept apart and add up."""
 
 import math
 import statistics
@@ -91,7 +91,7 @@ def test_a_compute_action_takes_its_factor_longer():
         assert 2.0 * duration_factors.factor(action, 0) == event.end_s - event.begin_s
 
 
-def test_what_the_data_costs_is_told_apart_from_what_the_pipeline_costs():
+def test_idling_for_the_data_is_kept_apart_from_that_for_the_pipeline():
     """Two encoder dp ranks of 1 and 3 rows instead of 2 each: the step takes half a forward longer."""
     program = program_of("a vit dp2 > z; z gpt", {"a": (1, 3)}, batch=2, microbatches=1)
     costs = Costs(stages={"a.0": StageCosts(forward=2.0), "z.0": StageCosts(forward=1.0)})

@@ -1,4 +1,4 @@
-"""Shards: the parts of shards are all of every parameter, once; blocks of a tensor are what they cut."""
+"""Buckets: their shards have every value of every parameter once, and equal cuts on all ranks."""
 
 import itertools
 import math
@@ -74,7 +74,7 @@ def test_blocks_are_the_values_that_they_cut_in_order(cut: tuple[tuple[int, ...]
 
 @given(_cuts())
 def test_blocks_are_few(cut: tuple[tuple[int, ...], int, int]) -> None:
-    """At most two for each dim but the last, and one."""
+    """There are at most two for each dim but the last, and one more."""
     shape, start, stop = cut
     assert len(list(boxes(shape, start, stop))) <= max(2 * len(shape) - 1, 1)
 
@@ -87,8 +87,8 @@ def _with(topology: Topology, **changes: object) -> Topology:
 
 
 @pytest.mark.parametrize("text", CASES.values(), ids=CASES)
-def test_shards_that_share_keep_what_one_that_does_not_keeps_alone(text: str) -> None:
-    """Over the shards of a bucket the bytes of the shared states add up to those that every shard kept."""
+def test_a_sharded_update_keeps_as_much_together_as_a_replicated_one_on_each_rank(text: str) -> None:
+    """The bytes of a sharded update, summed over the shards of a bucket, are those of a replicated update."""
     topology = job(text, batch=48)
     whole, shared = _with(topology), _with(topology, sharded=True)
     for module in topology.modules.values():
@@ -127,7 +127,7 @@ SMALL = 0.001
     "text", [*CASES.values(), "l gpt tp2 dp2 sp x2 tied pp2"], ids=[*CASES, "all sections"]
 )
 def test_buckets_hold_every_parameter_that_trains_once(text: str) -> None:
-    """And of one section only; those of a stage are as many, and as large, on all ranks that share a sum."""
+    """A bucket has one section. All ranks of an all-reduce have the same number of buckets, of the same sizes."""
     topology = job(text, batch=48, bucket_mb=SMALL)
     for rank in topology.ranks:
         for info in topology.role(rank).stages:
@@ -143,7 +143,7 @@ def test_buckets_hold_every_parameter_that_trains_once(text: str) -> None:
 
 
 def test_a_bucket_is_full_once_it_has_its_megabytes() -> None:
-    """Without its first parameter it is not; only the last of a section may be smaller. Later layers come first."""
+    """Without its first parameter it is not full. Only the last of a section is smaller; later layers are first."""
     topology = job("l gpt dp2", bucket_mb=SMALL)
     (info,) = topology.role(0).stages
     room = SMALL * 1e6 / 4
@@ -160,7 +160,7 @@ def test_a_bucket_is_full_once_it_has_its_megabytes() -> None:
 
 @pytest.mark.parametrize("text", ["l gpt pp2 dp2", "l gpt tp2 sp pp2", "l gpt dp2 x2 ep2"])
 def test_shares_of_buckets_are_a_whole(text: str) -> None:
-    """So a sum takes as long in one bucket as in several."""
+    """So the all-reduces of a stage take as long in one bucket as in several."""
     topology = job(text, bucket_mb=SMALL)
     for stage, info in topology.stages.items():
         rank = next(rank for rank in topology.ranks if info in topology.role(rank).stages)

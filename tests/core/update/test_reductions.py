@@ -65,7 +65,7 @@ def test_experts_are_counted_once() -> None:
 
 
 def test_loss_is_divided_by_the_global_count() -> None:
-    """A loss of weight 1 over 12 tokens is scaled by 1/12; one over no tokens by 0, which is no NaN."""
+    """A loss of weight 1 over 12 tokens is scaled by 1/12; a loss over no tokens by 0, not NaN."""
     topology = job(CASES["1 1"])
     assert 1 / 12 == loss_scale(topology, "language", 12)
     assert 0.0 == loss_scale(topology, "language", 0)
@@ -111,7 +111,7 @@ def test_a_rate_is_between_nothing_and_the_peak(warmup: int, steps: int, decay: 
 
 
 def test_equal_jobs_have_equal_digests() -> None:
-    """The digest is of the job's values: made twice it is the same, with anything changed it is another."""
+    """Equal jobs have equal digests, and a job with anything changed has another one."""
 
     def digest(text: str, rows: tuple[int, ...] = (2,), **options: int | str) -> str:
         topology = job(text, **options)  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ def test_traffic_is_what_the_program_sends(case: str, rows: list[int]) -> None:
     assert {edge: sent[edge] for edge in found} == found
 
 
-def test_traffic_counts_answers_edge_by_edge() -> None:
+def test_traffic_counts_both_directions_edge_by_edge() -> None:
     """Of two edges of an encoder that trains one projector only, one carries gradients."""
     topology = job("vision vit > a, b; a regressor; b regressor", batch=1, microbatches=1)
     spec = topology.spec.modules["vision"]

@@ -1,6 +1,7 @@
 """Checkpoints: resumed runs go on bitwise, any layout reads what another wrote, and damage is refused."""
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.checkpoint import manifest, tensorfile
+from mimogrid.shell.checkpoint.index import INDEX
+from mimogrid.shell.checkpoint.jsonfile import canonical
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.world.launch import Pool
 from running import trained
@@ -126,15 +129,18 @@ def test_saving_what_was_loaded_gives_the_same_bytes(
     files = sorted(path.name for path in saved.glob("shard-*"))
     assert files == sorted(path.name for path in again.glob("shard-*"))
     assert [(saved / f).read_bytes() for f in files] == [(again / f).read_bytes() for f in files]
-    ours, theirs = (manifest.read_manifest(c) | {"created": 0} for c in (saved, again))
+    ours, theirs = (manifest.read_manifest(c) | {"created": 0, "digest": ""} for c in (saved, again))
     assert ours == theirs
 
 
 def _rewrite(**changes: object) -> Callable[[Path], str]:
+    """Change what the manifest says, its checksum included."""
+
     def harm(folder: Path) -> str:
         path = folder / manifest.MANIFEST
         facts = json.loads(path.read_text()) | changes
-        path.write_text(manifest.canonical({key: value for key, value in facts.items() if value is not None}))
+        facts = {key: value for key, value in facts.items() if value is not None}
+        path.write_text(canonical({**facts, manifest.DIGEST: manifest.digest_of(facts)}))
         return manifest.MANIFEST
 
     return harm
@@ -198,17 +204,20 @@ def _lie(key: str, value: object) -> Callable[[Path], object]:
 
 def _index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """Change what the index says of the first tensor."""
+    return _whole_index(lambda index: change(next(iter(index.values()))))
 
+
+def _whole_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def edit(path: Path) -> None:
         index = json.loads(path.read_text())
-        change(next(iter(index.values())))
-        path.write_text(manifest.canonical(index))
+        change(index)
+        path.write_text(canonical(index))
 
     return edit
 
 
 def _lead_to(file: str) -> Callable[[Path], str]:
-    return _forge(_index(lambda of: of["parts"][0].update(file=file)), manifest.INDEX)
+    return _forge(_index(lambda of: of["parts"][0].update(file=file)), INDEX)
 
 
 def _empty(folder: Path) -> str:
@@ -222,6 +231,22 @@ def _linked(folder: Path) -> str:
     return folder.name
 
 
+def _renamed(folder: Path) -> str:
+    return folder.rename(folder.with_name("step-00000009")).name
+
+
+def _say_more(path: Path) -> None:
+    path.write_text(canonical(json.loads(path.read_text()) | {"steps_taken": 5}))
+
+
+def _of_format_1(path: Path) -> None:
+    path.write_text(canonical(json.loads(path.read_text()) | {"version": 1}))
+
+
+def _drop(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda index: index.pop(name)
+
+
 def _another(folder: Path) -> str:
     (folder / "shard-9.safetensors").touch()
     return "shard-9.safetensors"
@@ -231,7 +256,7 @@ HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
     "a shard is missing": (_harm(Path.unlink), "is missing"),
     "a shard is shorter": (_harm(lambda p: p.write_bytes(p.read_bytes()[:-1])), "bytes"),
     "a byte is another": (_harm(_flip), "checksum"),
-    "the index is another": (_harm(_flip, manifest.INDEX), "checksum"),
+    "the index is another": (_harm(_flip, INDEX), "checksum"),
     "a shard is a link": (_harm(_link), "link"),
     "a shard too many": (_another, "not of this checkpoint"),
     "no manifest": (_harm(Path.unlink, manifest.MANIFEST), "is missing"),
@@ -243,21 +268,45 @@ HARMS: dict[str, tuple[Callable[[Path], str], str]] = {
     "no list of files": (_rewrite(files=None), "lacks files"),
     "files elsewhere": (_rewrite(files={"../x": {"bytes": 1, "sha256": ""}}), "lacks files"),
     "files that are numbers": (_rewrite(files={"index.json": 3}), "lacks files"),
-    "a step that is none": (_rewrite(step="6"), "lacks step"),
-    "a job that is none": (_rewrite(job=["pickle"]), "lacks job"),
+    "a step that is none": (_rewrite(step="6"), "has '6' for step"),
+    "a job that is none": (_rewrite(job=["pickle"]), "has ['pickle'] for job"),
+    "a job of another model": (_rewrite(job="steps = 3"), "holds a job that cannot be read"),
+    "more updates than steps": (_rewrite(steps_taken=10**9), "not a count up to its step, 6"),
+    "no state of skipped steps": (_rewrite(watch={}), "has {} for watch"),
+    "a scale that is infinite": (
+        _rewrite(watch={"scale": math.inf, "good": 0, "losses": [], "norms": []}),
+        "for watch",
+    ),
+    "a format of before, with a checksum": (_harm(_of_format_1, manifest.MANIFEST), "checksum differs"),
+    "another step": (_rewrite(step=9), "says step 9"),
+    "another next sample": (_rewrite(data={"source": "digits", "next_sample": 0}), "for data"),
+    "a manifest that says more": (_harm(_say_more, manifest.MANIFEST), "checksum differs"),
+    "a checkpoint of another step": (_renamed, "'manifest.json' says step 6"),
     "an index that leads out": (
         _lead_to("../step-00000004/shard-00001-model-00001-of-00001.safetensors"),
         "../",
     ),
     "an index that leads anywhere": (_lead_to("/etc/passwd"), "names '/etc/passwd'"),
     "an index of its manifest": (_lead_to("manifest.json"), "names 'manifest.json'"),
-    "an index without parts": (_forge(_index(lambda of: of.pop("parts")), manifest.INDEX), "does not say"),
-    "an index with a gap": (_forge(_index(lambda of: of["parts"].clear()), manifest.INDEX), "together"),
+    "an index without parts": (_forge(_index(lambda of: of.pop("parts")), INDEX), "does not say"),
+    "an index with a gap": (_forge(_index(lambda of: of["parts"].clear()), INDEX), "together"),
     "an index of another shape": (
-        _forge(_index(lambda of: of["parts"][0].update(shape=[3])), manifest.INDEX),
-        "together",
+        _forge(_index(lambda of: of["parts"][0].update(shape=[3])), INDEX),
+        "shard",
     ),
-    "an index that is no JSON": (_forge(lambda p: p.write_text("{"), manifest.INDEX), "is no JSON"),
+    "an index with a part twice": (
+        _forge(_index(lambda of: of["parts"].append(of["parts"][0])), INDEX),
+        "has two parts that overlap",
+    ),
+    "an index without a weight": (
+        _forge(_whole_index(_drop("vision.input.bias")), INDEX),
+        "has 'vision.input.bias', and 'index.json' does not say it has",
+    ),
+    "an index without a state": (
+        _forge(_whole_index(_drop("optimizer.exp_avg.vision.input.bias")), INDEX),
+        "has 'optimizer.exp_avg.vision.input.bias', and 'index.json' does not say it has",
+    ),
+    "an index that is no JSON": (_forge(lambda p: p.write_text("{"), INDEX), "is no JSON"),
     "a header that is too long": (
         _forge(lambda p: p.write_bytes((1 << 40).to_bytes(8, "little") + p.read_bytes()[8:])),
         "header has 1099511627776 bytes",
@@ -304,7 +353,7 @@ def test_where_all_are_damaged_nothing_is_offered(whole: tuple[Path, dict[str, A
     """The newest is refused, and that no other is whole is said."""
     shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
     for checkpoint in manifest.published(tmp_path / "checkpoints"):
-        _flip(checkpoint / manifest.INDEX)
+        _flip(checkpoint / INDEX)
     with pytest.raises(PlanError, match="No checkpoint here is whole"):
         manifest.newest(tmp_path / "checkpoints")
 
@@ -327,6 +376,19 @@ def test_what_was_not_published_is_not_seen(whole: tuple[Path, dict[str, Any]], 
     (newest / manifest.MANIFEST).unlink()
     newest.rename(newest.with_name(newest.name + manifest.PARTIAL))
     assert tmp_path / "checkpoints" / f"step-{EVERY:08}" == manifest.newest(tmp_path / "checkpoints")
+
+
+def test_a_checkpoint_of_format_1_goes_on_bitwise(
+    run: Run, whole: tuple[Path, dict[str, Any]], stopped: Path
+) -> None:
+    """Its manifest has no checksum and names no machine; what it saves next is of the new format."""
+    path = stopped / "checkpoints" / f"step-{EVERY:08}" / manifest.MANIFEST
+    facts = json.loads(path.read_text()) | {"version": 1}
+    path.write_text(canonical({key: facts[key] for key in facts.keys() - {manifest.DIGEST, "machine"}}))
+    assert whole[1]["losses"] == run(stopped, "precision=fp64", resume=True)["losses"]
+    newest = manifest.newest(stopped / "checkpoints")
+    assert newest
+    assert manifest.VERSION == manifest.read_manifest(newest)["version"]
 
 
 def test_a_run_without_a_checkpoint_begins_again(run: Run, stopped: Path) -> None:

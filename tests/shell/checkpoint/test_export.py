@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
+from mimogrid.core.base.units import in_bytes
 from mimogrid.shell.cli import main as cli
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.world.launch import Pool
@@ -135,6 +136,18 @@ def test_inspect_says_what_is_in_it(
     assert {"tp": [1, 2, 4], "pp": [1, 2]} == contents["modules"]["language"]["fits"]
     assert 0 == cli.main(["inspect", str(run)])
     assert "tp in 1, 2, 4" in capsys.readouterr().out
+
+
+def test_verifying_says_how_far_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file but the manifests is read, piece by piece; standard output is as without it."""
+    assert 0 == cli.main(["inspect", str(run)])
+    expected = capsys.readouterr().out
+    assert 0 == cli.main(["inspect", str(run), "--verify"])
+    said = capsys.readouterr()
+    assert expected == said.out
+    files = [path for path in run.glob("checkpoints/*/*") if path.name != "manifest.json"]
+    total = in_bytes(sum(path.stat().st_size for path in files))
+    assert f"read {total} of {total}" in said.err.splitlines()[-1]
 
 
 FITTING = {

@@ -244,8 +244,8 @@ def test_verify_rejects_what_is_wrong(job, capsys, tmp_path):
         (b"rank 0\n\n    vision.0 G0  # no such thing\n", "line 3: 'vision.0 G0' is no action"),
         (b"vision.0 F0", "line 1: 'vision.0 F0' stands before any 'rank R'"),
         (b"rank 1\nrank 1\n", "line 2: rank 1 has a list already"),
-        (b"rank 0\n  \xff", "can't decode byte"),
-        (None, "No such file or directory"),
+        (b"rank 0\n  \xff", "is not a text file in UTF-8 (line 2)"),
+        (None, "there is no such file"),
     ],
 )
 def test_a_program_that_cannot_be_read(job, capsys, tmp_path, content, message):

@@ -111,7 +111,7 @@ def test_a_wrong_value_of_a_costs_file_is_told(job, text, where, words):
 def test_a_costs_file_that_is_none(job, capsys):
     """Not there, or no TOML: exit code 2 and the name of the file."""
     assert 2 == main(["simulate", str(job), "--costs", "nowhere.toml"])
-    assert "nowhere.toml: cannot be read" in capsys.readouterr().err
+    assert "nowhere.toml: there is no such file" in capsys.readouterr().err
     (job.parent / "costs.toml").write_text("[stages")
     assert 2 == main(["simulate", str(job), "--costs", "costs.toml"])
     assert "is not TOML" in capsys.readouterr().err

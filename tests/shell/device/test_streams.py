@@ -16,7 +16,7 @@ from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate.timeline import Event, peak_in_flight
 from mimogrid.core.topology.groups import Purpose, openings_of
 from mimogrid.shell.device import device as devices
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.device.streams import Streams, _Clock
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
@@ -199,7 +199,7 @@ def test_a_gpu_for_each_rank_or_one_for_all() -> None:
         patch.object(torch.cuda, "set_device", lambda _: None),
         patch.object(devices, "CudaStreams", lambda _: Streams()),
     ):
-        fourth = Place(3, 4, "meeting", local_rank=3)
+        fourth = RankPlace(3, 4, "meeting", local_rank=3)
         assert "cpu" == devices.choose(fourth).torch.type
         shared = devices.choose(fourth, "host")
         assert (torch.device("cuda", 1), "gloo", True) == (
@@ -207,12 +207,12 @@ def test_a_gpu_for_each_rank_or_one_for_all() -> None:
             shared.backend,
             shared.stages_through_host,
         )
-        own = devices.choose(Place(1, 2, "meeting", local_rank=1), "nccl")
+        own = devices.choose(RankPlace(1, 2, "meeting", local_rank=1), "nccl")
         assert ("nccl", False, True) == (own.backend, own.has_tags, own.connects_lazily)
         with pytest.raises(PlanError, match="this host has 2"):
             devices.choose(fourth, "nccl")
     with pytest.raises(PlanError, match="this host has 0"):
-        devices.choose(Place(0, 1, "meeting"), "nccl")
+        devices.choose(RankPlace(0, 1, "meeting"), "nccl")
 
 
 @pytest.mark.world

@@ -8,6 +8,7 @@ import pytest
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.jobs import open_job
 
 
 LLAMA = {
@@ -105,3 +106,28 @@ def test_what_cannot_be_read_is_said(tmp_path, config, fact):
     """With what is known."""
     with pytest.raises(PlanError, match=fact):
         read(tmp_path, "gpt", config)
+
+
+@pytest.mark.parametrize(
+    ("config", "fact"),
+    [
+        ({**LLAMA, "hidden_size": "x"}, "no integer as 'hidden_size': \"x\""),
+        ({**LLAMA, "text_config": 3}, "no table as 'text_config': 3"),
+        ({**LLAMA, "hidden_size": 10**30}, "more than 64 bits"),
+    ],
+)
+def test_a_size_that_is_none_is_said(tmp_path, config, fact):
+    """With what stands there instead."""
+    with pytest.raises(PlanError, match=fact):
+        read(tmp_path, "gpt", config)
+
+
+def test_an_unknown_architecture_is_one_problem(tmp_path):
+    """Nothing is said of the layers of a module whose sizes are not known."""
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "lama"}))
+    (tmp_path / "job.toml").write_text(
+        JOB.format(model="gpt", more="") + "[modules.m.grid]\npp = 2\ntp = 3\n"
+    )
+    with pytest.raises(PlanError) as error:
+        open_job(tmp_path / "job.toml")
+    assert ["modules.m.options.config"] == [problem.where for problem in error.value.problems]

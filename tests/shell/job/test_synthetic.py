@@ -45,7 +45,7 @@ def problems(**options):
     return {problem.where: problem for problem in found}
 
 
-def test_the_plan_is_told_the_widths_and_the_most():
+def test_facts_have_the_widths_and_the_most_rows():
     """Widths come from the options, else from the model; rows and text are the most of their ranges."""
     options = OPTIONS | {"features": 7, "text": [3, 9]}
     expected = SourceFacts(

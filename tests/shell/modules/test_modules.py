@@ -126,7 +126,7 @@ PIPELINES = pytest.mark.parametrize("pp", [1, 2])
 @JOBS
 @PIPELINES
 def test_named_weights_are_those_of_the_table(job, pp: int, alone: Alone) -> None:
-    """A stage holds the parameters that the core says it holds, in that order and of those shapes."""
+    """A stage has the parameters of the core's table, in that order and of those shapes."""
     topology = job(pp=pp)
     for stages in build(topology, alone).values():
         for stage in stages:
@@ -136,7 +136,7 @@ def test_named_weights_are_those_of_the_table(job, pp: int, alone: Alone) -> Non
 
 @JOBS
 def test_initial_weights_do_not_depend_on_the_layout(job, alone: Alone) -> None:
-    """The stages of a pipeline hold the values that one stage holds, copies of tied weights included."""
+    """The stages of a pipeline have the values that one stage has, copies of tied weights included."""
     whole = {name: named_weights(stages[0]) for name, stages in build(job(), alone).items()}
     for name, stages in build(job(pp=2), alone).items():
         for stage in stages:
@@ -186,7 +186,7 @@ def test_untied_embeddings_are_exact(pp: int, alone: Alone) -> None:
 
 @PIPELINES
 def test_samples_of_one_length_are_exact(pp: int, alone: Alone) -> None:
-    """Where nothing is padded there is no mask; the result is the same."""
+    """Without padding there is no mask, and the result is the same."""
     topology = fan_in(pp=pp)
     samples = tuple(Sample(i, 8, {"vision": 4, "audio": 4}) for i in range(3))
     check_against_plain(topology, build(topology, alone), samples)
@@ -203,7 +203,7 @@ def test_a_modality_that_nobody_has_gives_zero_gradients(pp: int, alone: Alone) 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_nothing(recompute: str, alone: Alone) -> None:
-    """Recomputed activations are the ones that were dropped, also where the input takes no gradient."""
+    """Recomputed activations equal the dropped ones, also if the input takes no gradient."""
     plan = sources()
     specs = {n: attrs.evolve(m, recompute=recompute) for n, m in plan.spec.modules.items()}
     # Not through `parse`: the plan does not offer recomputation yet.
@@ -297,7 +297,7 @@ def test_without_targets_a_last_stage_gives_logits_or_a_prediction(pp: int, alon
 
 
 def test_placeholders_that_differ_from_their_description_are_an_error() -> None:
-    """The error names the sample and both counts; a sample without tokens has none to look at."""
+    """The error names the sample and both counts; samples without tokens are not checked."""
     topology = fan_in()
     samples = Sample(40, 5, {"vision": 2}), Sample(41, 5, {"vision": 3})
     step = step_with(topology, *samples)
@@ -383,7 +383,7 @@ def test_an_own_module_is_wrapped_and_drawn_from_the_seed(
 
 
 def test_what_stands_in_for_cuda_goes_again() -> None:
-    """After the context megatron's own files see torch itself, and torch was never touched."""
+    """After the context Megatron's files use torch itself again, and torch was never changed."""
     from megatron.core.tensor_parallel import mappings, random  # noqa: PLC0415
 
     before = (mappings.torch, random._CUDA_RNG_STATE_TRACKER, torch.cuda.current_device)
@@ -394,7 +394,7 @@ def test_what_stands_in_for_cuda_goes_again() -> None:
 
 
 def test_a_forked_random_state_leaves_the_generator_alone() -> None:
-    """Draws inside a fork go on where the last fork of that name stopped; draws outside see none of them."""
+    """Draws inside a fork continue the last fork of that name; draws outside do not depend on them."""
     torch.manual_seed(3)
     plain_draws = torch.rand(2)
     torch.manual_seed(3)
@@ -414,7 +414,7 @@ def test_a_forked_random_state_leaves_the_generator_alone() -> None:
 
 
 def check_tensor_parallel(rank: int, size: int, *, sequence_parallel: bool, pp: int = 1) -> None:
-    """Sharded over `size` ranks of a gloo world that is up, losses and gradients are those of one rank."""
+    """Check that losses and gradients over `size` ranks of an open gloo world are those of one rank."""
     ones = [dist.new_group([r]) for r in range(size)]
     groups = Alone.of(tp=dist.group.WORLD, one=ones[rank])
     with cpu.on_device(CPU):

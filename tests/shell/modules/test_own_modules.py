@@ -1,4 +1,4 @@
-"""What a module of the user's must keep to, found where it runs."""
+"""User modules: what breaks their contract with the plan is found when they run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,7 @@ def own_job(tmp_path: Path) -> Callable[..., Job]:
 
 
 def test_rows_of_another_dtype_than_the_edge_are_refused(pool: Pool, own_job: Callable[..., Job]) -> None:
-    """What one end of an edge sends in another dtype than the other expects would be read as noise."""
+    """Rows in another dtype than the target expects raise an error, because it would read them as noise."""
     job = own_job("modules.ears.options.dtype=float64")
     with pytest.raises(WorldError, match=r"module 'ears' returned rows of torch\.float64"):
         pool.run("mimogrid.shell.run.parity:in_world", 2, job, 1)
@@ -62,7 +62,7 @@ def test_rows_of_another_dtype_than_the_edge_are_refused(pool: Pool, own_job: Ca
 def test_a_pattern_that_matches_nothing_of_an_own_module_is_refused(
     pool: Pool, own_job: Callable[..., Job]
 ) -> None:
-    """The names of an own module are known once it is built; then a pattern must match one."""
+    """The names of an own module are known once it is built, and then a pattern must match one."""
     job = own_job('modules.ears.trainable=["linear.wieght"]')
     with pytest.raises(PlanError, match=r"'linear\.wieght' matches no parameter of module 'ears'") as refused:
         pool.run("mimogrid.shell.run.parity:in_world", 2, job, 1)

@@ -5,9 +5,11 @@ import os
 import shutil
 from pathlib import Path
 
+import attrs
 import pytest
 
 from mimogrid.core.base.errors import PlanError
+from mimogrid.core.update.decision import SkipState
 from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
@@ -50,8 +52,9 @@ def saved(folder: Path, job: Job, step: int) -> None:
     """Put a checkpoint there that has nothing but a manifest."""
     target = manifest.folder_of(folder / "checkpoints", step)
     target.mkdir(parents=True)
-    facts = {"step": step, "steps_taken": step, "watch": {}, "job": jobfile.dump(job.spec), "files": {}}
-    (target / manifest.MANIFEST).write_text(json.dumps({"version": manifest.VERSION, **facts}))
+    skips = attrs.asdict(SkipState())
+    facts = {"step": step, "steps_taken": step, "watch": skips, "job": jobfile.dump(job.spec), "files": {}}
+    (target / manifest.MANIFEST).write_text(json.dumps({"version": 1, **facts}))
 
 
 @pytest.fixture

@@ -57,9 +57,17 @@ def test_what_is_written_down_of_a_class_is_what_torch_has(name: str) -> None:
         weight = torch.nn.Parameter(torch.ones(3))
         weight.grad = torch.ones(3)
         made = getattr(torch.optim, kind.name)([weight], **arguments_of(spec))
+        assert kind.starts_with_states == bool(made.state)
         made.step()
+        assert set(kind.counters) == {
+            key for key, value in made.state[weight].items() if _is_one_value(value)
+        }
         kept = {key for key, value in made.state[weight].items() if value is not None and value.dim()}
         assert set(states_of(spec)) == kept
+
+
+def _is_one_value(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not value.dim()
 
 
 def test_every_class_of_torch_is_known_or_refused_with_a_reason() -> None:

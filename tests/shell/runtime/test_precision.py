@@ -12,7 +12,7 @@ import pytest
 import layouts
 from mimogrid.core.job.spec import JobSpec, LossScaleSpec, OptimizerSpec, SkipSpec
 from mimogrid.shell.run.parity import ParityReport
-from scale import nightly_only, one_of_each
+from scale import nightly, nightly_only, one_of_each
 from updates import Seen, Spoilt, assert_same, put_together
 
 
@@ -54,17 +54,31 @@ def test_a_layout_rounds_no_more_than_one_process(
     assert found.limit < {"bf16": 0.2, "fp16": 0.03}[precision]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_training_goes_down_as_in_fp32(train: Train, precision: str) -> None:
+def test_training_goes_down_as_in_fp32(train: Train) -> None:
     """In half precision the loss falls step by step along that of fp32, within one part in a hundred."""
     arguments = (range(6), None, None, None, 0)
     rule: dict[str, Any] = {"lr": 0.006, "loss_scale": LossScaleSpec(initial=256.0)}
     exact, *_ = train(job("fp32", **rule), *arguments)
-    rounded, *_ = train(job(precision, **rule), *arguments)
-    assert all(rounded.taken)
     assert exact.losses[0] - exact.losses[-1] > 0.2
-    assert pytest.approx(exact.losses, rel=1e-2) == rounded.losses
-    assert exact.losses != rounded.losses
+    for precision in ("bf16", "fp16"):
+        rounded, *_ = train(job(precision, **rule), *arguments)
+        assert all(rounded.taken)
+        assert pytest.approx(exact.losses, rel=1e-2) == rounded.losses
+        assert exact.losses != rounded.losses
+
+
+@nightly
+def test_three_hundred_steps_in_bf16_end_where_those_in_fp32_end(train: Train) -> None:
+    """The mean loss of the last ten steps agrees within two parts in a hundred, after it has fallen by half."""
+    arguments = (range(300), None, None, None, 0)
+    ends: dict[str, float] = {}
+    for precision in ("fp32", "bf16"):
+        seen, *_ = train(job(precision, lr=0.001, decay="constant"), *arguments)
+        assert all(seen.taken)
+        ends[precision] = sum(seen.losses[-10:]) / 10
+        assert ends[precision] < seen.losses[0] / 2
+        print(f"{precision}: {seen.losses[0]:.6f} -> {ends[precision]:.6f}")  # noqa: T201
+    assert pytest.approx(ends["fp32"], rel=0.02) == ends["bf16"]
 
 
 def test_small_gradients_and_updates_are_not_lost(train: Train) -> None:
@@ -116,6 +130,18 @@ def test_an_overflow_lowers_every_scale(train: Train, spoilt: Spoilt) -> None:
     assert {5} == {seen.steps_taken for seen in said}
 
 
+def test_an_overflow_on_one_rank_changes_no_weight(train: Train) -> None:
+    """In fp16 all ranks skip the step: weights and states are those before it, and every scale falls by half."""
+    spec = job("fp16", loss_scale=LossScaleSpec(initial=1024.0))
+    before, after = train(spec, range(1)), train(spec, range(2), SPOILT[0])
+    assert [[True, False]] * 4 == [seen.taken for seen in after]
+    assert [512.0] * 4 == [seen.skip_state["scale"] for seen in after]
+    assert_same(before, after)
+    for ours, theirs in zip(before, after, strict=True):
+        for name, weight in ours.weights.items():
+            assert weight.tobytes() == theirs.weights[name].tobytes()
+
+
 def test_a_scale_that_is_too_high_falls_until_it_fits(train: Train) -> None:
     """Steps overflow until the scale fits, then they are taken; none changes a weight before."""
     said = train(job("fp16", loss_scale=LossScaleSpec(initial=2.0**30)), range(16))
@@ -128,7 +154,7 @@ def test_a_scale_that_is_too_high_falls_until_it_fits(train: Train) -> None:
 
 @pytest.mark.parametrize("key", ["norm", *nightly_only(["loss"])])
 def test_a_spike_is_skipped_by_all(train: Train, key: str) -> None:
-    """A step far above the recent median is passed over, and training goes on after it."""
+    """A step far above the recent median is passed over, changes nothing, and training goes on after it."""
     quiet = job("fp32", lr=1e-6)
     base = train(quiet, range(6))[0]
     series = base.norms if key == "norm" else base.losses
@@ -138,6 +164,10 @@ def test_a_spike_is_skipped_by_all(train: Train, key: str) -> None:
     expected = [True, *(later <= most * earlier for earlier, later in itertools.pairwise(series))]
     assert False in expected
     assert [expected] * 4 == [seen.taken for seen in said]
+    skipped = tuple(index for index, taken in enumerate(expected) if not taken)
+    assert_same(
+        said, train(attrs.evolve(quiet, train=attrs.evolve(quiet.train, skip_steps=skipped)), range(6))
+    )
 
 
 # -- resuming ----------------------------------------------------------------------------------------------
@@ -162,6 +192,24 @@ def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(
             assert weight.tobytes() == theirs.weights[name].tobytes()
     if precision == "fp16":
         assert 512.0 == whole[0].skip_state["scale"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", *nightly_only(["bf16"])])
+def test_a_run_goes_on_bitwise_in_the_middle_of_skips(train: Train, tmp_path: Path, precision: str) -> None:
+    """Overflows and spikes are skipped before the stop and behind it; the count of good steps goes on."""
+    rule = LossScaleSpec(initial=256.0, interval=5)
+    spec = job(precision, lr=1e-6, loss_scale=rule, skip_above=SkipSpec(norm=1.0 + 1e-6, window=1))
+    whole = train(spec, range(10), SPOILT[0])
+    taken = whole[0].taken
+    stop = next(i for i in range(3, 9) if not taken[i - 1] and not all(taken[i:]))
+    stopped = train(spec, range(stop), SPOILT[0], tmp_path)
+    assert 0 < stopped[0].skip_state["good"] or precision == "bf16"
+    resumed = train(spec, range(stop, 10), None, None, tmp_path)
+    assert taken[stop:] == resumed[0].taken
+    assert whole[0].scales[stop:] == resumed[0].scales
+    assert whole[0].losses[stop:] == resumed[0].losses
+    assert [seen.skip_state for seen in whole] == [seen.skip_state for seen in resumed]
+    assert_same(whole, resumed)
 
 
 def test_a_checkpoint_of_one_precision_loads_in_another(train: Train, tmp_path: Path) -> None:

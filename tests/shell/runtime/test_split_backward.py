@@ -146,7 +146,6 @@ LAYOUTS: dict[str, JobSpec] = {
 
 
 OFTEN = [
-    "both",
     "microbatches of their own",
     "on shared ranks",
     "recomputed, sequence parallel",
