@@ -84,7 +84,7 @@ def _needs_only_core(file: Path) -> bool:
 @nox.session(name="megatron-newest", venv_backend="venv", python="3.12", reuse_venv=True, default=False)
 def megatron_newest(session: nox.Session) -> None:
     """Compare with the newest megatron-core, which needs a newer Python (and brings a torch of some gigabytes)."""
-    session.install("--editable", ".[train]", "hypothesis", "pytest>=9")
+    session.install("--editable", ".[train,hf]", "hypothesis", "pytest>=9")
     # The core needs no torch, and the pages are of the locked versions. Of warnings that are errors elsewhere
     # megatron-core gives many at import, and they are not ours to mend.
     others = ("--ignore", "tests/core", "--ignore", "tests/shell/cli/test_docs.py")

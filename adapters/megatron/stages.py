@@ -45,7 +45,7 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
     mlps = [get_moe_module_spec(use_te=False, num_experts=model.experts)] if model.experts else []
     # With tp=2 the linear layers are megatron-core's, also on one rank: its checkpoints do not support others.
-    return block_spec(model, layers=1, tp=2, weight_grads=WeightGradStore(), mlps=mlps).layer_specs[0]
+    return block_spec(model, layers=range(1), tp=2, weight_grads=WeightGradStore(), mlps=mlps).layer_specs[0]
 
 
 def from_specs(

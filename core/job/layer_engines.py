@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.job.models import PARTS, BuiltIn
 from mimogrid.core.job.precision import HALF
 from mimogrid.core.job.schedules import SPLITS_BACKWARD
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
@@ -130,6 +130,8 @@ def _objections(module: ModuleSpec, spec: JobSpec) -> Iterator[str]:
         yield "it is not a built-in model"
     elif module.options.experts:
         yield "its layers have experts"
+    elif options := module.options.changed(PARTS):
+        yield f"it changes {', '.join(options)}"
     if spec.precision == "fp64":
         yield "it knows no fp64"
     if SPLITS_BACKWARD.get(spec.schedule.name):

@@ -9,7 +9,8 @@ memory all use this table. The shell builds networks that match it, and checks t
 ['layers.1.attention_norm.weight', 'layers.1.attention_norm.bias', 'layers.1.attention.qkv.weight']
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import attrs
 
@@ -17,6 +18,15 @@ import attrs
 FIRST, LAST = "first", "last"
 PROJECTOR, HEAD = "projector.", "output."
 """Prefixes of the names of a projector's parameters, which only one edge uses, and of those that only a loss uses."""
+
+
+NORMS = ("layernorm", "rmsnorm")
+PARTS = (
+    *("norm", "norm_eps", "activation", "gated", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"),
+    *("rotary_base", "rotary_scaling", "window"),
+)
+"""Options that say what the parts of a layer compute; all else is sizes."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
 
 
 @attrs.frozen
@@ -35,6 +45,7 @@ class Parameter:
             the up projection of a gated layer are one weight).
         partial: under sequence parallelism its gradient on one tp rank is a partial sum.
         routes: it is a router's. Tp ranks split the tokens among them for routing, so its gradient is always partial.
+        over_heads: it is shared by all heads of a layer. Tp ranks split these, so its gradient is always partial.
         copy: the other end of the module that holds a copy of it (tied embeddings).
         expert: the number of the expert that it belongs to; None: it belongs to no expert.
     """
@@ -48,19 +59,62 @@ class Parameter:
     tp_blocks: int = 1
     partial: bool = False
     routes: bool = False
+    over_heads: bool = False
     copy: str | None = None
     expert: int | None = None
 
 
 @attrs.frozen(kw_only=True)
 class Transformer:
-    """The options of all built-in models: a stack of pre-norm transformer layers."""
+    """The options of all built-in models: a stack of pre-norm transformer layers.
+
+    Attributes:
+        layers: how many there are.
+        hidden: width of the hidden states.
+        heads: query heads.
+        kv_heads: key-value heads, each shared by as many query heads.
+        head_width: width of a head; by default all heads together are as wide as the hidden states.
+        ffn: width inside the MLP.
+        norm: "layernorm" (weight and bias) or "rmsnorm" (weight).
+        norm_eps: what norms add to a variance or a mean square.
+        activation: one of `ACTIVATIONS`.
+        gated: the MLP multiplies what it passes on by an activated gate. `mlp.up` is then the gate, and behind it what
+            the gate lets through.
+        qkv_bias: queries, keys and values have a bias.
+        out_bias: the output of the attention has a bias.
+        mlp_bias: both linear layers of the MLP have a bias.
+        qk_norm: queries and keys pass an RMS norm, head by head.
+        rotary_base: the base of the rotary frequencies.
+        rotary_scaling: how the frequencies are stretched (`core.models.frequencies.parse_scaling`); empty: not at all.
+        window: a token of a causal model sees itself and the `window` - 1 before it; 0: all before it.
+        full_layers: layers without the window.
+        dropout: the probability of dropping a value in training.
+        experts: experts of an MLP; 0: it is dense.
+        top_k: experts that a token goes to.
+        aux_loss: weight of the loss that balances experts.
+        init_std: standard deviation of initial weights.
+    """
 
     layers: int
     hidden: int
     heads: int
     kv_heads: int = attrs.field(default=attrs.Factory(lambda self: self.heads, takes_self=True))
+    head_width: int = attrs.field(
+        default=attrs.Factory(lambda self: self.hidden // (self.heads or 1), takes_self=True)
+    )
     ffn: int = attrs.field(default=attrs.Factory(lambda self: 4 * self.hidden, takes_self=True))
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    activation: str = "gelu"
+    gated: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    rotary_base: float = 10_000.0
+    rotary_scaling: Mapping[str, Any] = attrs.field(factory=dict[str, Any], hash=False)
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
     dropout: float = 0.0
     experts: int = 0
     top_k: int = 2
@@ -72,16 +126,21 @@ class Transformer:
     reads_text = False
 
     @property
-    def head_width(self) -> int:
-        """The width of one attention head."""
-        return self.hidden // self.heads
+    def qkv_width(self) -> int:
+        """The width of the queries, keys and values of all heads."""
+        return (self.heads + 2 * self.kv_heads) * self.head_width
+
+    @property
+    def up_width(self) -> int:
+        """The width of what the first linear layer of an MLP gives."""
+        return (2 if self.gated else 1) * self.ffn
 
     def parameters(self) -> Iterator[Parameter]:
         """Yield every parameter of the module, without the projectors of its edges."""
         yield from self.first_parameters()
         for layer in range(self.layers):
             yield from self.layer_parameters(layer)
-        yield from _norm("final_norm", self.hidden, LAST)
+        yield from self.norm_parameters("final_norm", LAST)
         yield from self.last_parameters()
 
     def first_parameters(self) -> Iterator[Parameter]:
@@ -95,15 +154,29 @@ class Transformer:
     def layer_parameters(self, layer: int) -> Iterator[Parameter]:
         """Yield the parameters of one transformer layer."""
         prefix, hidden = f"layers.{layer}", self.hidden
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_width
         shallow, deep = self.init_std, self.init_std / (2 * self.layers) ** 0.5
-        yield from _norm(f"{prefix}.attention_norm", hidden, layer)
-        yield from _column(f"{prefix}.attention.qkv", (qkv, hidden), layer, shallow)
-        yield from _row(f"{prefix}.attention.out", (hidden, self.heads * self.head_width), layer, deep)
-        yield from _norm(f"{prefix}.mlp_norm", hidden, layer)
+        yield from self.norm_parameters(f"{prefix}.attention_norm", layer)
+        yield from _column(
+            f"{prefix}.attention.qkv", (self.qkv_width, hidden), layer, shallow, bias=self.qkv_bias
+        )
+        if self.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                yield Parameter(
+                    f"{prefix}.attention.{name}.weight",
+                    (self.head_width,),
+                    layer,
+                    constant=1.0,
+                    over_heads=True,
+                )
+        inner = self.heads * self.head_width
+        yield from _row(f"{prefix}.attention.out", (hidden, inner), layer, deep, bias=self.out_bias)
+        yield from self.norm_parameters(f"{prefix}.mlp_norm", layer)
         if not self.experts:
-            yield from _column(f"{prefix}.mlp.up", (self.ffn, hidden), layer, shallow)
-            yield from _row(f"{prefix}.mlp.down", (hidden, self.ffn), layer, deep)
+            for parameter in _column(
+                f"{prefix}.mlp.up", (self.up_width, hidden), layer, shallow, bias=self.mlp_bias
+            ):
+                yield attrs.evolve(parameter, tp_blocks=2 if self.gated else 1)
+            yield from _row(f"{prefix}.mlp.down", (hidden, self.ffn), layer, deep, bias=self.mlp_bias)
             return
         router = (self.experts, hidden)
         yield Parameter(f"{prefix}.mlp.router.weight", router, layer, std=shallow, routes=True)
@@ -114,6 +187,21 @@ class Transformer:
                 *_row(f"{name}.down", (hidden, self.ffn), layer, deep),
             ):
                 yield attrs.evolve(parameter, expert=expert, partial=False)
+
+    def window_of(self, layer: int) -> int:
+        """Return the window of a layer; 0: none."""
+        return 0 if layer in self.full_layers else self.window
+
+    def changed(self, options: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of some options that are not as they are by default."""
+        plain = Transformer(layers=1, hidden=2, heads=1)
+        return tuple(name for name in options if getattr(self, name) != getattr(plain, name))
+
+    def norm_parameters(self, name: str, layer: int | str) -> Iterator[Parameter]:
+        """Yield the parameters of a norm of the hidden states."""
+        yield Parameter(f"{name}.weight", (self.hidden,), layer, constant=1.0, partial=True)
+        if self.norm == "layernorm":
+            yield Parameter(f"{name}.bias", (self.hidden,), layer, partial=True)
 
 
 @attrs.frozen(kw_only=True)
@@ -136,25 +224,35 @@ class Block(Transformer):
 
 @attrs.frozen(kw_only=True)
 class Gpt(Transformer):
-    """`gpt`: reads tokens, with rows at the placeholders; its loss is the cross entropy on text."""
+    """`gpt`: reads tokens, with rows at the placeholders; its loss is the cross entropy on text.
+
+    `vocab_padding` rows follow those of the vocabulary, so that tp divides them. No token reads them, their logits are
+    minus infinity, and their gradients are zero.
+    """
 
     vocab: int
+    vocab_padding: int = 0
     tied_embeddings: bool = False
 
     causal = True
     has_loss = True
     reads_text = True
 
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the token embedding."""
+        return self.vocab + self.vocab_padding
+
     def first_parameters(self) -> Iterator[Parameter]:
         """Yield the token embedding."""
-        shape = (self.vocab, self.hidden)
+        shape = (self.vocab_rows, self.hidden)
         copy = LAST if self.tied_embeddings else None
         yield Parameter("embedding.weight", shape, FIRST, std=self.init_std, tp_dim=0, copy=copy)
 
     def last_parameters(self) -> Iterator[Parameter]:
         """Yield the output projection, unless the embedding is tied to it."""
         if not self.tied_embeddings:
-            shape = (self.vocab, self.hidden)
+            shape = (self.vocab_rows, self.hidden)
             yield Parameter("output.weight", shape, LAST, std=self.init_std, tp_dim=0)
 
 
@@ -183,21 +281,22 @@ def projector(target: str, width_source: int, width_target: int, *, std: float =
     yield Parameter(f"{name}.bias", (width_target,), LAST)
 
 
-def _norm(name: str, hidden: int, layer: int | str) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", (hidden,), layer, constant=1.0, partial=True)
-    yield Parameter(f"{name}.bias", (hidden,), layer, partial=True)
-
-
-def _column(name: str, shape: tuple[int, int], layer: int, std: float) -> Iterator[Parameter]:
+def _column(
+    name: str, shape: tuple[int, int], layer: int, std: float, *, bias: bool = True
+) -> Iterator[Parameter]:
     """Yield a layer whose output features are sharded over tp: weight and bias along dim 0."""
     yield Parameter(f"{name}.weight", shape, layer, std=std, tp_dim=0)
-    yield Parameter(f"{name}.bias", shape[:1], layer, tp_dim=0)
+    if bias:
+        yield Parameter(f"{name}.bias", shape[:1], layer, tp_dim=0)
 
 
-def _row(name: str, shape: tuple[int, int], layer: int, std: float) -> Iterator[Parameter]:
+def _row(
+    name: str, shape: tuple[int, int], layer: int, std: float, *, bias: bool = True
+) -> Iterator[Parameter]:
     """Yield a layer whose input features are sharded over tp; the bias is added once, after the sum over tp."""
     yield Parameter(f"{name}.weight", shape, layer, std=std, tp_dim=1)
-    yield Parameter(f"{name}.bias", shape[:1], layer, partial=True)
+    if bias:
+        yield Parameter(f"{name}.bias", shape[:1], layer, partial=True)
 
 
 @attrs.frozen(kw_only=True)

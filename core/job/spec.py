@@ -34,7 +34,7 @@ class ModuleSpec:
 
     `options` are those of the built-in model that `model` names. For the builder of a custom module they are the table
     as written. `split` has the number of layers of each stage, if these differ. `width` is the output width of a
-    custom module.
+    custom module. `weights` is the folder of a published checkpoint from which the module starts.
     """
 
     model: str
@@ -51,6 +51,7 @@ class ModuleSpec:
     engine: str = "auto"
     fp8: str = "none"
     width: int | None = None
+    weights: str | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -9,7 +9,8 @@ gradients:
     the gradient of its weights    if its matrix trains
 
 Attention has no weights: 4 * hidden operations forward per pair of a query and a key, and twice that backward, if
-anything before it trains. A causal sequence of L positions has L (L + 1) / 2 pairs, any other L^2. So frozen layers
+anything before it trains. A causal sequence of L positions has L (L + 1) / 2 pairs, any other L^2; a window of a layer
+does not make them fewer here, as local layers compute all pairs and mask those outside. So frozen layers
 with something trainable upstream have only gradients of their inputs; with nothing trainable upstream they have none.
 
 Embedding look-ups, norms, activations and rotations are not counted: they are no products, and small. Recomputation is
@@ -240,7 +241,7 @@ def _layer(model: BuiltIn, load: Load, prefix: str) -> Iterator[_Product]:
 
     hidden, inner = model.hidden, model.heads * model.head_width
     yield _Product(f"{prefix}attention_norm")
-    yield linear("attention.qkv", hidden, inner + 2 * model.kv_heads * model.head_width)
+    yield linear("attention.qkv", hidden, model.qkv_width)
     yield _Product("", 4 * load.pairs * inner)
     yield linear("attention.out", inner, hidden)
     yield _Product(f"{prefix}mlp_norm")
@@ -249,7 +250,7 @@ def _layer(model: BuiltIn, load: Load, prefix: str) -> Iterator[_Product]:
         yield linear("mlp.experts.{}.up", hidden, model.ffn, model.top_k, model.experts)
         yield linear("mlp.experts.{}.down", model.ffn, hidden, model.top_k, model.experts)
     else:
-        yield linear("mlp.up", hidden, model.ffn)
+        yield linear("mlp.up", hidden, model.up_width)
         yield linear("mlp.down", model.ffn, hidden)
 
 
@@ -257,7 +258,7 @@ def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Produc
     yield _Product("final_norm")
     if isinstance(model, Gpt):
         name = "embedding" if model.tied_embeddings else "output"
-        yield _Product(name, 2 * load.rows * model.hidden * model.vocab, branch=True)
+        yield _Product(name, 2 * load.rows * model.hidden * model.vocab_rows, branch=True)
     if isinstance(model, Regressor):
         yield _Product("output", 2 * load.rows * model.hidden * model.outputs, branch=True)
     for edge in edges:

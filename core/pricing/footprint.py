@@ -63,12 +63,12 @@ def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recom
     shared = tp if module.sequence_parallel else 1
     tokens = positions * samples
     keys = positions * module.cp
-    middle = model.ffn * (model.top_k if model.experts else 1)
     inputs = tokens * hidden
     if recompute == "full":
         return inputs / shared
-    qkv = (model.heads + 2 * model.kv_heads) * model.head_width
-    linear = tokens * (qkv + hidden + 2 * middle) / tp
+    # A gated MLP saves both halves of what comes in, the activated gate and their product.
+    middle = 2 * model.up_width * (model.top_k if model.experts else 1)
+    linear = tokens * (model.qkv_width + model.heads * model.head_width + middle) / tp
     scores = 0.0 if recompute == "selective" else 2 * tokens * keys * model.heads / tp
     return 4 * inputs / shared + linear + scores
 
@@ -85,14 +85,14 @@ def deferred_values(module: Module, info: StageInfo, shape: tuple[int, int, int]
     positions, samples, hidden = shape
     tokens, tp = positions * samples, module.grid.extent("tp")
     shared = tp if module.sequence_parallel else 1
-    middle = model.ffn * (model.top_k if model.experts else 1)
-    qkv = (model.heads + 2 * model.kv_heads) * model.head_width
+    middle = (model.up_width + model.ffn) * (model.top_k if model.experts else 1)
+    inner = model.qkv_width + model.heads * model.head_width
     trained = {p.layer for p in info.parameters if p.name in info.trainable and len(p.shape) > 1}
     layers = sum(layer in trained for layer in info.layers)
     # Outputs that are all-reduced over tp have a whole gradient on each rank.
-    each = 2 * tokens * hidden / shared + 2 * tokens * hidden + tokens * (qkv + hidden + 2 * middle) / tp
+    each = 2 * tokens * hidden / shared + 2 * tokens * hidden + tokens * (inner + middle) / tp
     head = (
-        tokens * (hidden + model.vocab / tp)
+        tokens * (hidden + model.vocab_rows / tp)
         if isinstance(model, Gpt) and info.last and LAST in trained
         else 0.0
     )

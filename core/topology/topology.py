@@ -82,7 +82,8 @@ class Module:
 
     def is_partial(self, parameter: Parameter) -> bool:
         """Whether the gradient of a parameter on one tp rank is a partial sum."""
-        return parameter.routes or (parameter.partial and self.sequence_parallel)
+        always = parameter.routes or parameter.over_heads
+        return always or (parameter.partial and self.sequence_parallel)
 
     @property
     def aux_loss(self) -> float:

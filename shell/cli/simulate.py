@@ -39,6 +39,8 @@ ALL = "all"
 PLACES = 4
 """How many places on the critical path are printed one by one."""
 CAUSES = {**CAUSES_IN_WORDS, RAGGED: "ragged data", JITTER: "jitter"}
+JITTER_MOST, STEPS_MOST = 10, 10**12
+"""A jitter of 10 varies times by factors of some thousands; larger numbers are taken for typing errors."""
 DRAWN = 200_000
 """Of a timeline with more actions, only one rank of each class is printed and traced."""
 
@@ -64,10 +66,14 @@ def _problems(args: SimulateArgs) -> Iterator[Problem]:
     if args.schedule is not None and args.schedule not in {ALL, *SCHEDULES}:
         remedy = nearest(args.schedule, (*SCHEDULES, ALL))
         yield Problem("--schedule", f"'{args.schedule}' is no schedule.", remedy)
-    numbers = (("--jitter", args.jitter, 0), ("--step", args.step, 0), ("--draws", args.draws, 1))
-    for option, value, least in numbers:
-        if not least <= value < float("inf"):
-            yield Problem(option, f"is {value:g}.", f"Use {least} or more.")
+    numbers = (
+        ("--jitter", args.jitter, 0, JITTER_MOST),
+        ("--step", args.step, 0, STEPS_MOST),
+        ("--draws", args.draws, 1, STEPS_MOST),
+    )
+    for option, value, least, most in numbers:
+        if not least <= value <= most:
+            yield Problem(option, f"is {value:g}.", f"Use {least} to {most:,}.")
     if args.draws > 1 and not (args.jitter or args.ragged):
         yield Problem("--draws", "would all be the same.", "Add --jitter SIGMA, --ragged, or both.")
     if args.draws > 1 and (args.schedule == ALL or args.compare):

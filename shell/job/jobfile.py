@@ -29,6 +29,7 @@ from mimogrid.core.job.validation.job import too_many_modules
 from mimogrid.former_names import current_path
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.hf import lay_options
+from mimogrid.shell.job.published import lay_weights
 from mimogrid.shell.job.tables import (
     TableProblem,
     WrongValueError,
@@ -117,6 +118,7 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
     costs, of_costs = _take_costs(table, Path(path).parent)
     of_configs = lay_options(table, Path(path).parent)
     problems += [*of_costs, *itertools.chain.from_iterable(of_configs.values())]
+    problems += lay_weights(table, Path(path).parent)
     job = attrs.evolve(_read_table(table), overrides=places)
     doubtful = (dotted(("modules", name)) for name in of_configs)
     job = attrs.evolve(job, doubtful=(*job.doubtful, *doubtful))

@@ -3,7 +3,6 @@
 For example ``open_job("job.toml", ["train.steps=20"]).topology``, which raises PlanError for a wrong job.
 """
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Iterable
@@ -109,8 +108,6 @@ def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool 
 def _permitted(path: Path | str) -> Path:
     """Return where a job file is; let it name functions under its folder and the current one. Raises PlanError."""
     try:
-        with contextlib.suppress(FileNotFoundError):  # The current folder may be gone.
-            permit(Path.cwd())
         full_path = Path(path).resolve()
     except FileNotFoundError:
         remedy = "Change to a folder that is there, or give the whole path of the job file."

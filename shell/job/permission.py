@@ -9,6 +9,7 @@ followed, and what is installed is under no folder of a job, even if the environ
     zoo = "zoo.ears"                              # "zoo" alone: every module of the package
 """
 
+import contextlib
 import site
 import sys
 import sysconfig
@@ -20,16 +21,25 @@ from mimogrid.core.base.errors import PlanError, Problem
 
 GROUPS = ("mimogrid.models", "mimogrid.sources")
 OURS = ("mimogrid.shell.job.host", "mimogrid.shell.job.sources")
-_folders: dict[Path, None] = {}
-"""The folders of the jobs that this process has opened, and those it was in."""
+_folders: set[Path] = set()
+"""The folders of the jobs that this process has opened."""
+_files: set[Path] = set()
+"""The files that jobs were found to name by right: they stay so wherever the process goes."""
 
 
 def permit(folder: Path) -> None:
-    """Let jobs name functions in files under a folder, from now on, and Python find them, after all other places."""
-    folder = folder.resolve()
-    _folders[folder] = None
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    """Let jobs name functions in files under a folder, and Python find them there and in the current folder."""
+    _folders.add(folder.resolve())
+    for each in map(str, (*_current(), folder.resolve())):
+        if each not in sys.path:
+            sys.path.append(each)
+
+
+def _current() -> tuple[Path, ...]:
+    """Return the current folder, unless it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return (Path.cwd().resolve(),)
+    return ()
 
 
 def check_permission(spec: ModuleSpec, path: str, where: str) -> None:
@@ -40,11 +50,16 @@ def check_permission(spec: ModuleSpec, path: str, where: str) -> None:
         message = f"'{path}' is a part of mimogrid that no job can name."
         raise PlanError([Problem(where, message, "Name a built-in one, or a function of your own.")])
     file = _file_of(spec)
-    if (file is not None and any(_is_under(file, folder) for folder in _folders)) or _is_offered(spec.name):
+    folders = [*_current(), *sorted(_folders)]
+    if file is not None and (file in _files or any(_is_under(file, folder) for folder in folders)):
+        _files.add(file)
+        return
+    if _is_offered(spec.name):
         return
     message = f"'{path}' is in {file or 'Python itself'}, and a job may not name what is there."
+    listed = ", ".join(map(str, folders))
     remedy = (
-        f"A job names functions in files under its own folder or the current one ({_listed()}), or of installed "
+        f"A job names functions in files under its own folder or the current one ({listed}), or of installed "
         f"packages with an entry point '{GROUPS[0]}' or '{GROUPS[1]}' (docs/security.md)."
     )
     raise PlanError([Problem(where, message, remedy)])
@@ -90,7 +105,3 @@ def _is_offered(module: str) -> bool:
 
     offered = (entry.module for group in GROUPS for entry in entry_points(group=group))
     return any(_is_in(module, (each,)) for each in offered)
-
-
-def _listed() -> str:
-    return ", ".join(map(str, _folders)) or "none yet"

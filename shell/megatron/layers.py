@@ -10,10 +10,11 @@ Shapes in names: S positions, B samples, N heads, D head width.
 import contextlib
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import attrs
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,12 +33,18 @@ from torch.nn import functional
 
 from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.models.frequencies import frequencies, parse_scaling
 from mimogrid.shell.device.device import sent
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
-NORM_EPS = 1e-5
-ROTARY_BASE = 10_000.0
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": functional.silu,
+    "relu": functional.relu,
+}
 
 _RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
@@ -48,6 +55,27 @@ _RECOMPUTE: dict[str, dict[str, object]] = {
         "recompute_num_layers": 1,
     },
 }
+
+
+@attrs.frozen
+class Rotary:
+    """The rotary positions of a model: angles per position of each pair of a head's values.
+
+    `scaled` has the angles if a scaling stretches those of `base`, and `factor` multiplies cosines and sines.
+    """
+
+    base: float = 10_000.0
+    scaled: tuple[float, ...] | None = None
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, model: BuiltIn) -> "Rotary":
+        """Return those of a model. Raises PlanError if its scaling is not known."""
+        if not model.rotary_scaling:
+            return cls(model.rotary_base)
+        scaling = parse_scaling("rotary_scaling", model.rotary_scaling)
+        angles = frequencies(model.head_width, model.rotary_base, scaling=scaling)
+        return cls(model.rotary_base, angles, scaling.attention_factor)
 
 
 class CoreAttention(nn.Module):
@@ -65,9 +93,13 @@ class CoreAttention(nn.Module):
         config: TransformerConfig,
         attn_mask_type: AttnMaskType,
         pg_collection: ProcessGroupCollection,
+        rotary: Rotary = Rotary(),
+        window: int = 0,
         **_: object,
     ) -> None:
         super().__init__()
+        self.window = window
+        self.rotary = rotary
         self.dropout = float(config.attention_dropout)
         self.causal = attn_mask_type is AttnMaskType.causal
         self.cp = pg_collection.cp
@@ -84,14 +116,25 @@ class CoreAttention(nn.Module):
         **_: object,
     ) -> Tensor:
         """Return [S, B, N * D]."""
-        query, key = _rotated(query_SBND, self.cut), _rotated(key_SBND, self.cut)
+        query, key = (self._rotated(heads) for heads in (query_SBND, key_SBND))
         draws = get_cuda_rng_tracker().fork() if self.forks and self.training else contextlib.nullcontext()
         with draws:
             if self.cut.size == 1:
-                mixed = self._attend(query, key, value_SBND, None if self.causal else attention_mask)
+                mask = (
+                    self._in_window(len(query), len(query), query.device) if self.causal else attention_mask
+                )
+                mixed = self._attend(query, key, value_SBND, mask)
             else:
                 mixed = self._attend_in_parts(query, key, value_SBND, attention_mask)
         return mixed.flatten(2)
+
+    def _rotated(self, heads_SBND: Tensor) -> Tensor:
+        positions, _, _, width = heads_SBND.shape
+        cos, sin = rotary_table(
+            positions, width, heads_SBND.dtype, heads_SBND.device, self.cut, rotary=self.rotary
+        )
+        turned: Tensor = _Rotation.apply(heads_SBND, cos, sin)  # type: ignore[no-untyped-call]
+        return turned
 
     def _attend_in_parts(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend to the keys of all ranks. If causal, each of the two chunks attends to the keys up to its own."""
@@ -105,9 +148,15 @@ class CoreAttention(nn.Module):
         for part, chunk in zip(query.chunk(2), self.cut.chunks, strict=True):
             keys = (chunk + 1) * len(part)
             key, value = in_order[:keys].chunk(2, dim=-1)
-            earlier = _no_later_key(len(part), keys, query.device) if chunk else None
+            earlier = self._in_window(len(part), keys, query.device)
             mixed.append(self._attend(part, key, value, earlier))
         return torch.cat(mixed)
+
+    def _in_window(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """Return which keys queries may see; None: all up to their own, where both are the same positions."""
+        if not self.window and queries == keys:
+            return None
+        return _visible(queries, keys, self.window or keys, device)
 
     def _attend(self, query_SBND: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with a mask, or causally if there is none and queries and keys are the same positions."""
@@ -124,16 +173,13 @@ class CoreAttention(nn.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _no_later_key(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return which of the first `keys` positions each of the last `queries` of them may see, [queries, keys]."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def _visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Return which of the first `keys` positions each of the last `queries` of them may see, [queries, keys].
 
-
-def _rotated(heads_SBND: Tensor, cut: ZigZag) -> Tensor:
-    positions, _, _, width = heads_SBND.shape
-    cos, sin = rotary_table(positions, width, heads_SBND.dtype, heads_SBND.device, cut)
-    turned: Tensor = _Rotation.apply(heads_SBND, cos, sin)  # type: ignore[no-untyped-call]
-    return turned
+    These are its own and the `window` - 1 before it.
+    """
+    earlier = keys - queries
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(earlier).triu(earlier - window + 1)
 
 
 class _Rotation(torch.autograd.Function):
@@ -163,17 +209,29 @@ def _turned(heads_SBND: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> 
 
 @functools.lru_cache(maxsize=64)
 def rotary_table(
-    positions: int, width: int, dtype: torch.dtype, device: torch.device, cut: ZigZag = WHOLE
+    positions: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: ZigZag = WHOLE,
+    *,
+    rotary: Rotary = Rotary(),
 ) -> tuple[Tensor, Tensor]:
     """Return the cosines [S, 1, 1, D] and sines [S, 1, 1, D / 2] of S positions: those of `cut`, by default 0, 1, ...
 
     Angles are computed in the compute dtype, but at least in fp32.
     """
     exact: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
-    frequencies = ROTARY_BASE ** -(torch.arange(0, width, 2, **exact) / width)
+    if rotary.scaled is None:
+        turns = rotary.base ** -(torch.arange(0, width, 2, **exact) / width)
+    else:
+        turns = sent(torch.tensor(rotary.scaled, dtype=exact["dtype"]), device)
     places = sent(torch.tensor(cut.positions(positions * cut.size), dtype=exact["dtype"]), device)
-    angles = torch.outer(places, frequencies)[:, None, None, :]
-    return torch.cat((angles, angles), dim=-1).cos().to(dtype), angles.sin().to(dtype)
+    angles = torch.outer(places, turns)[:, None, None, :]
+    cos, sin = torch.cat((angles, angles), dim=-1).cos(), angles.sin()
+    if rotary.factor != 1:
+        cos, sin = cos * rotary.factor, sin * rotary.factor
+    return cos.to(dtype), sin.to(dtype)
 
 
 class Affine(nn.Linear):
@@ -215,10 +273,15 @@ class Linear(Affine):
         config: TransformerConfig,
         bias: bool,
         weight_grads: WeightGradStore,
+        no_bias: bool = False,
         **_: object,
     ) -> None:
         super().__init__(
-            input_size, output_size, dtype=config.params_dtype, weight_grads=weight_grads, bias=bias
+            input_size,
+            output_size,
+            dtype=config.params_dtype,
+            weight_grads=weight_grads,
+            bias=bias and not no_bias,
         )
 
     def forward(self, input: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: A002
@@ -232,8 +295,15 @@ class _Sharded:
     Megatron adds the bias inside the product, where it gets no gradient if the weight is frozen.
     """
 
-    def __init__(self, *arguments: Any, weight_grads: WeightGradStore, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(
+        self,
+        *arguments: Any,
+        weight_grads: WeightGradStore,
+        bias: bool,
+        no_bias: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, bias=bias and not no_bias, **options)  # type: ignore[call-arg]
         self.weight_grads = weight_grads
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **how: Any) -> Tensor:  # noqa: A002
@@ -263,6 +333,18 @@ class LocalLayerNorm(nn.LayerNorm):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class LocalRMSNorm(nn.RMSNorm):
+    """Torch's RMS norm, with the same mark; half precision is computed in fp32, as torch does."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+NORMS = {"layernorm": LocalLayerNorm, "rmsnorm": LocalRMSNorm}
+"""The norms by the name of the option; in Megatron's configuration they are `LayerNorm` and `RMSNorm`."""
+
+
 def config_of(
     model: BuiltIn,
     *,
@@ -290,10 +372,11 @@ def config_of(
             ffn_hidden_size=model.ffn,
             hidden_dropout=model.dropout,
             attention_dropout=model.dropout,
-            activation_func=functional.gelu,
-            normalization="LayerNorm",
-            layernorm_epsilon=NORM_EPS,
-            add_bias_linear=True,
+            activation_func=ACTIVATIONS[model.activation],
+            gated_linear_unit=model.gated,
+            normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
+            layernorm_epsilon=model.norm_eps,
+            add_bias_linear=True,  # Local linears go by the options besides.
             tensor_model_parallel_size=tp,
             sequence_parallel=sequence_parallel,
             pipeline_model_parallel_size=1,
@@ -315,23 +398,32 @@ def config_of(
 
 
 def block_spec(
-    model: BuiltIn, *, layers: int, tp: int, weight_grads: WeightGradStore, mlps: Sequence[Any] = ()
+    model: BuiltIn, *, layers: range, tp: int, weight_grads: WeightGradStore, mlps: Sequence[Any] = ()
 ) -> TransformerBlockSubmodules:
     """Return the specification of a stack of layers and its final norm.
 
-    `mlps` are the specifications of the MLPs, layer by layer, if they are not dense.
+    `layers` are numbered within the model. `mlps` are the specifications of the MLPs, layer by layer, if they
+    are not dense.
     """
-    column, row = (
-        ModuleSpec(module=linear, params={"weight_grads": weight_grads})
-        for linear in ((ColumnLinear, RowLinear) if tp > 1 else (Linear, Linear))
-    )
-    chosen = mlps or [_dense(model, column, row)] * layers
+    chosen = mlps or [_dense(model, tp, weight_grads)] * len(layers)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, column, row, mlp) for mlp in chosen], layer_norm=LocalLayerNorm
+        layer_specs=[
+            _layer_spec(model, layer, tp, weight_grads, mlp)
+            for layer, mlp in zip(layers, chosen, strict=True)
+        ],
+        layer_norm=NORMS[model.norm],
     )
 
 
-def _dense(model: BuiltIn, column: ModuleSpec, row: ModuleSpec) -> Any:
+def _linears(tp: int, weight_grads: WeightGradStore, bias_in: bool, bias_out: bool) -> Iterator[ModuleSpec]:
+    """Yield the specifications of a pair of linears, the first cut by its outputs and the second by its inputs."""
+    kinds = (ColumnLinear, RowLinear) if tp > 1 else (Linear, Linear)
+    for kind, bias in zip(kinds, (bias_in, bias_out), strict=True):
+        yield ModuleSpec(module=kind, params={"weight_grads": weight_grads, "no_bias": not bias})
+
+
+def _dense(model: BuiltIn, tp: int, weight_grads: WeightGradStore) -> Any:
+    column, row = _linears(tp, weight_grads, model.mlp_bias, model.mlp_bias)
     return mlp_of(MLPSubmodules(linear_fc1=column, linear_fc2=row), ffn=model.ffn)
 
 
@@ -350,23 +442,29 @@ def linears_of(mlp: Any) -> MLPSubmodules:
     return found
 
 
-def _layer_spec(model: BuiltIn, column: ModuleSpec, row: ModuleSpec, mlp: Any) -> ModuleSpec:
+def _layer_spec(model: BuiltIn, layer: int, tp: int, weight_grads: WeightGradStore, mlp: Any) -> ModuleSpec:
+    column, row = _linears(tp, weight_grads, model.qkv_bias, model.out_bias)
+    head_norm = LocalRMSNorm if model.qk_norm else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
-            core_attention=CoreAttention,
+            core_attention=functools.partial(
+                CoreAttention, rotary=Rotary.of(model), window=model.window_of(layer)
+            ),
             linear_proj=row,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LocalLayerNorm,
+            input_layernorm=NORMS[model.norm],
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=LocalLayerNorm,
+            pre_mlp_layernorm=NORMS[model.norm],
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),

@@ -25,6 +25,7 @@ May import: the core, `device`, `job`, `megatron`, `world`.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,7 @@ from mimogrid.shell.modules.interface import (
     name_of_weight,
     named_weights,
 )
+from mimogrid.shell.modules.published import load_published
 from mimogrid.shell.modules.transformer import Context
 from mimogrid.shell.modules.user_modules import HostStage, OwnStage, check_groups, check_patterns, own_network
 from mimogrid.shell.modules.weights import cut_over, initialize, shard_shape
@@ -76,7 +78,10 @@ def build_stage(
     _check(stage, held, groups)
     weights = named_weights(stage)
     if not isinstance(stage, HostStage):
-        initialize(weights, held, seed=topology.spec.seed, module=module.name, groups=groups)
+        drawn = held
+        if written.weights is not None:
+            drawn = load_published(Path(written.weights), weights, held, module=module.name, groups=groups)
+        initialize(weights, drawn, seed=topology.spec.seed, module=module.name, groups=groups)
     trainable = stage.info.trainable
     if UNKNOWN in trainable:  # An own module's names are known only now.
         check_patterns(written, module.name, tuple(weights))

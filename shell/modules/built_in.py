@@ -26,10 +26,11 @@ class TextStage(TransformerStage):
         super().__init__(context, model)
         info = context.info
         self.tied = model.tied_embeddings
+        self.vocab = model.vocab
         self.network = GPTModel(
             self.config,
             self.spec,
-            vocab_size=model.vocab,
+            vocab_size=model.vocab_rows,
             max_sequence_length=sequence,
             pre_process=info.first,
             post_process=info.last,
@@ -86,10 +87,20 @@ class TextStage(TransformerStage):
         )
         if "labels" not in inputs:
             logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp)
-            return {"logits": self.join(logits_TV, packing)}
+            return {"logits": self.join(logits_TV[:, : self.vocab], packing)}
+        logits_TV = self._without_padding(logits_TV)
         labels_T = self.take_target(inputs["labels"], packing)
         weights_T = self.take_target(inputs["loss_weights"], packing)
         return {"loss": self.loss(Predictions(logits_TV, labels_T, weights_T, share, self.tp))}
+
+    def _without_padding(self, logits_TV: Tensor) -> Tensor:
+        """Return logits that never predict an entry that pads the vocabulary."""
+        entries = logits_TV.shape[1]
+        padding = entries * (self.tp.rank() + 1) - self.vocab
+        if padding <= 0:
+            return logits_TV
+        places = torch.arange(entries, device=logits_TV.device)
+        return logits_TV.masked_fill(places >= entries - padding, -torch.inf)
 
 
 class RowsStage(TransformerStage):

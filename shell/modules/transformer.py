@@ -65,9 +65,9 @@ def _expert_mlps(context: Context, model: BuiltIn, weight_grads: WeightGradStore
 
 
 def _block_spec(context: Context, model: BuiltIn, weight_grads: WeightGradStore) -> Any:
-    layers = len(context.info.layers)
+    layers = context.info.layers
     if context.layers.engine == TRANSFORMER_ENGINE:
-        return engine.engine_spec(model, layers=layers)
+        return engine.engine_spec(model, layers=len(layers))
     mlps = _expert_mlps(context, model, weight_grads)
     return block_spec(model, layers=layers, tp=context.groups.tp.size(), weight_grads=weight_grads, mlps=mlps)
 

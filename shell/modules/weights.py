@@ -28,6 +28,8 @@ _MEGATRON_PARTS = {
     "input_layernorm": "attention_norm",
     "self_attention.linear_qkv": "attention.qkv",
     "self_attention.linear_proj": "attention.out",
+    "self_attention.q_layernorm": "attention.q_norm",
+    "self_attention.k_layernorm": "attention.k_norm",
     "pre_mlp_layernorm": "mlp_norm",
     "mlp.linear_fc1": "mlp.up",
     "mlp.linear_fc2": "mlp.down",

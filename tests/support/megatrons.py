@@ -67,7 +67,7 @@ def config_of(
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
     layer = block_spec(
         gpt,
-        layers=layers if here is None or pp == 1 else here.get("language", 0),
+        layers=range(layers if here is None or pp == 1 else here.get("language", 0)),
         tp=tp,
         weight_grads=WeightGradStore(),
     )
@@ -81,7 +81,7 @@ def config_of(
         built = vit.layers if here is None else here.get("vision", 0)
         more = {"tp": 1, **eye}
         cut = more.pop("tp")
-        stack = block_spec(vit, layers=built, tp=cut, weight_grads=WeightGradStore())
+        stack = block_spec(vit, layers=range(built), tp=cut, weight_grads=WeightGradStore())
         sizes = specs.config(tensor_model_parallel_size=cut, **more)
         if sizes.num_moe_experts:
             stack = with_experts(stack, sizes, causal=False)
@@ -164,7 +164,7 @@ def of_two(module: type[nn.Module], *, theirs: bool, causal: bool, **params: Any
     layer = copy.deepcopy(layer_spec(config, causal=causal))
     if theirs:
         layer.submodules.self_attention.submodules.core_attention = DotProductAttention
-    norm = block_spec(Vit(layers=1, hidden=1, heads=1), layers=1, tp=1, weight_grads=WeightGradStore())
+    norm = block_spec(Vit(layers=1, hidden=1, heads=1), layers=range(1), tp=1, weight_grads=WeightGradStore())
     stack = dataclasses.replace(norm, layer_specs=[layer])
     collection = ProcessGroupCollection(tp=me, pp=me, cp=both)
     collection.embd = None

@@ -18,7 +18,7 @@ from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 IMAGE, HIDDEN, VOCAB, SEQUENCE, PIXELS = 30, 16, 32, 12, 5
 LAYER = block_spec(
-    Gpt(layers=1, hidden=HIDDEN, heads=4, vocab=VOCAB), layers=1, tp=1, weight_grads=WeightGradStore()
+    Gpt(layers=1, hidden=HIDDEN, heads=4, vocab=VOCAB), layers=range(1), tp=1, weight_grads=WeightGradStore()
 ).layer_specs[0]
 
 

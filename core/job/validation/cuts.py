@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from mimogrid.core.base.errors import Problem
-from mimogrid.core.job.models import BuiltIn, Gpt, Transformer
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.models import ACTIVATIONS, NORMS, BuiltIn, Gpt, Transformer
 from mimogrid.core.job.placement import stages_of
 from mimogrid.core.job.spec import GridSpec, ModuleSpec
-from mimogrid.core.job.validation.checks import divisors
+from mimogrid.core.job.validation.checks import divisors, one_of
+from mimogrid.core.models.frequencies import parse_scaling
 
 
 def cut_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
@@ -16,12 +17,12 @@ def cut_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
     if isinstance(model, Mapping):
         return
     yield from _stages(name, module, model.layers)
-    if model.hidden % model.heads:
+    if model.hidden % model.heads and model.head_width == model.hidden // model.heads:
         yield Problem(
             f"{where}.options.heads",
             f"module '{name}' splits hidden={model.hidden} over {model.heads} heads: "
             f"{model.hidden} is not a multiple of {model.heads}.",
-            f"Legal heads: {divisors(model.hidden)}.",
+            f"Legal heads: {divisors(model.hidden)}; or give heads a width of their own: head_width.",
         )
     elif model.head_width % 2:
         yield Problem(
@@ -29,12 +30,36 @@ def cut_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
             f"module '{name}' has heads of width {model.head_width}; rotary embeddings need an even width.",
             f"Use a number of heads that gives an even width, such as {_even_heads(model)}.",
         )
+    yield from _parts_of_layers(f"{where}.options", model)
     if model.heads % model.kv_heads:
         yield Problem(
             f"{where}.options.kv_heads",
             f"module '{name}' shares {model.kv_heads} key-value heads among {model.heads} heads.",
             f"Legal kv_heads: {divisors(model.heads)}.",
         )
+
+
+def _parts_of_layers(where: str, model: Transformer) -> Iterator[Problem]:
+    """Check the names of a layer's parts, and that they go together."""
+    yield from one_of(f"{where}.norm", model.norm, NORMS)
+    yield from one_of(f"{where}.activation", model.activation, ACTIVATIONS)
+    if model.rotary_scaling:
+        try:
+            parse_scaling(f"{where}.rotary_scaling", model.rotary_scaling)
+        except PlanError as error:
+            yield from error.problems
+    if model.window and not model.causal:
+        message = "is for causal models; here every row sees every other."
+        yield Problem(f"{where}.window", message, "Leave it out.")
+    if model.experts and (changed := model.changed(DENSE_ONLY)):
+        message = (
+            f"experts have two linear layers with biases and a GELU between them; not {', '.join(changed)}."
+        )
+        yield Problem(f"{where}.experts", message, "Leave out these options, or the experts.")
+
+
+DENSE_ONLY = ("activation", "gated", "mlp_bias")
+"""Options of an MLP that experts do not have yet."""
 
 
 def _stages(name: str, module: ModuleSpec, layers: int) -> Iterator[Problem]:
@@ -73,14 +98,17 @@ def sharding_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
     if not model.experts:
         shards["ffn features"] = model.ffn
     if isinstance(model, Gpt):
-        shards["vocabulary entries"] = model.vocab
+        shards["vocabulary entries"] = model.vocab_rows
     common = math.gcd(*shards.values())
     for what, count in shards.items():
         if count % tp:
             yield Problem(
                 where,
                 f"module '{name}' splits {count} {what} over tp={tp}: {count} is not a multiple of {tp}.",
-                f"Legal tp for this module: {divisors(common)}.",
+                f"Legal tp for this module: {divisors(common)}."
+                + (
+                    f" Or pad: options.vocab_padding = {-count % tp}." if what == "vocabulary entries" else ""
+                ),
             )
 
 

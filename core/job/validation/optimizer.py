@@ -18,7 +18,7 @@ def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
     """Check the numbers of the optimizer."""
     yield from _kind(optimizer)
     yield from one_of("optimizer.decay", optimizer.decay, DECAYS)
-    yield from above_zero("optimizer.lr", optimizer.lr)
+    yield from finite("optimizer.lr", optimizer.lr, "0 leaves the parameters as they are.")
     if optimizer.eps is not None:
         yield from above_zero("optimizer.eps", optimizer.eps)
     yield from above_zero("optimizer.bucket_mb", optimizer.bucket_mb)

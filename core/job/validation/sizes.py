@@ -46,10 +46,14 @@ def _grid_sizes(where: str, grid: GridSpec) -> Iterator[Problem]:
         )
 
 
+_SIZES = ("layers", "hidden", "heads", "kv_heads", "head_width", "ffn")
+
+
 def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
     # A default that follows from another size is wrong only if that one is, which is reported there.
     defaults = {"kv_heads": model.heads, "ffn": 4 * model.hidden, "outputs": model.hidden}
-    for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "top_k", "vocab", "outputs", "features"):
+    defaults["head_width"] = model.hidden // (model.heads or 1)
+    for key in (*_SIZES, "top_k", "vocab", "outputs", "features"):
         value = getattr(model, key, None)
         if value is not None and value != defaults.get(key):
             yield from at_least(f"{where}.{key}", value, 1)
@@ -57,7 +61,10 @@ def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
     yield from at_most(f"{where}.layers", model.layers, LAYERS_MOST)
     yield from at_least(f"{where}.experts", model.experts, 0, "0: a dense model.")
     yield from at_most(f"{where}.experts", model.experts, EXPERTS_MOST)
+    yield from at_least(f"{where}.vocab_padding", getattr(model, "vocab_padding", 0), 0)
+    yield from at_least(f"{where}.window", model.window, 0, "0: a token sees all before it.")
     yield from finite(f"{where}.aux_loss", model.aux_loss)
-    yield from above_zero(f"{where}.init_std", model.init_std)
+    for key in ("init_std", "norm_eps", "rotary_base"):
+        yield from above_zero(f"{where}.{key}", getattr(model, key))
     if not 0 <= model.dropout < 1:
         yield Problem(f"{where}.dropout", f"is {model.dropout}.", "Use 0 <= dropout < 1.")

@@ -97,6 +97,13 @@ def test_edges_that_join_to_too_many_paths_are_refused(tmp_path, capsys):
     assert "paths from one module to another" in problem["message"]
 
 
+@pytest.mark.parametrize("jitter", ["1e308", "11", "nan", "-1"])
+def test_a_jitter_beyond_all_times_is_refused(capsys, jitter):
+    """Its factors would have no numbers."""
+    (problem,) = refused(capsys, "simulate", FIRST, f"--jitter={jitter}")
+    assert ("--jitter", "Use 0 to 10.") == (problem["where"], problem["remedy"])
+
+
 def test_check_does_not_verify_what_takes_minutes(capsys):
     """The layout is shown, and that it was not verified is said."""
     words = ["--set=batch.global_size=1_000_000", "--set=modules.vision.grid.dp=90_000"]

@@ -9,7 +9,7 @@ import pytest
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.cli.main import main
-from mimogrid.shell.job import builders
+from mimogrid.shell.job import builders, permission
 from mimogrid.shell.job.jobs import open_job
 
 
@@ -33,6 +33,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(permission, "_folders", set())
     yield folder / "job.toml"
     for name in ("ears", "pulses", "zoo", "zoo.ears", "elsewhere", "again"):
         sys.modules.pop(name, None)

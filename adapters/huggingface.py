@@ -1,0 +1,270 @@
+"""Hugging Face: a folder with a published checkpoint trains on grids of ranks, and leaves as such a folder.
+
+    job = Job.from_pretrained(folder, grids={"language": dict(tp=2, pp=2)}, precision="fp64")
+    print(job.check())
+    with job.open() as running:                 # in a world that torchrun or the host has made
+        out = running.step(batch)               # input_ids, attention_mask, labels: the whole batch, on every rank
+        gradients = running.gradients()         # {Hugging Face name: full tensor}, on the first rank
+        running.save_pretrained("out")
+
+Loss and gradients are those of transformers: the mean over the tokens with a label, each predicted from those before
+it. It needs safetensors, and not transformers. So far it takes text models; docs/models.md says which.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import tomlkit
+import torch
+
+from mimogrid.adapters.torch_module import Embedded, Example
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.base.samples import Sample, share
+from mimogrid.shell.job.jobs import Job as OpenedJob
+from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.job.published import Published, published
+from mimogrid.shell.modules.published import published_tensors, write_published
+from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.tensor_slices import full_tensors, gradients_of
+
+
+LANGUAGE = "language"
+IGNORED = -100
+"""The label of a token that does not count in the loss."""
+SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+READ = frozenset({"input_ids", "attention_mask", "labels"})
+
+Table = Mapping[str, Any]
+
+
+@attrs.frozen(eq=False)
+class Job:
+    """A job that starts from a published checkpoint: the tables of its job file, but for the size of a batch."""
+
+    checkpoint: Published
+    tables: Mapping[str, Any]
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str, *, grids: Mapping[str, Table], precision: str = "fp32", **tables: Any
+    ) -> "Job":
+        """Return the job of a checkpoint folder.
+
+        Args:
+            folder: The checkpoint: config.json and safetensors.
+            grids: By module (`language`) what a job file's grid takes.
+            precision: The precision of the job.
+            tables: Other tables of a job file, such as ``optimizer={"lr": 1e-5}``, ``batch={"microbatches": 4}``
+                or ``modules={"language": {"recompute": "full"}}``.
+
+        Layers that do not divide over the stages are split as evenly as can be, and a vocabulary that tp does not
+        divide is padded; `check` says so. Raises PlanError with everything that is wrong.
+        """
+        checkpoint = published(Path(folder).resolve())
+        _check_supported(checkpoint, grids)
+        more = dict(tables.pop("modules", {}))
+        module = {"weights": str(checkpoint.folder), **more.get(LANGUAGE, {}), "grid": dict(grids[LANGUAGE])}
+        options = checkpoint.model.modules[LANGUAGE].table()["options"]
+        _fit(module, layers=options["layers"], vocab=options["vocab"])
+        job = cls(checkpoint, {"precision": precision, **tables, "modules": {**more, LANGUAGE: module}})
+        job.sized(_least_samples(job.tables), job.parts)  # It raises what is wrong before anything starts.
+        return job
+
+    @property
+    def parts(self) -> int:
+        """The length of a sequence is a multiple of this."""
+        grid = self.tables["modules"][LANGUAGE]["grid"]
+        cp = grid.get("cp", 1)
+        return (grid.get("tp", 1) if grid.get("sequence_parallel") else 1) * (2 * cp if cp > 1 else 1)
+
+    def sized(self, samples: int, sequence: int) -> OpenedJob:
+        """Return the job of a batch of so many samples, each padded to so many tokens. Raises PlanError."""
+        tables = {
+            **self.tables,
+            "data": {"source": "mimogrid.shell.job.host:samples", "options": {"sequence": sequence}},
+            "batch": {**self.tables.get("batch", {}), "global_size": samples},
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "job.toml")
+            path.write_text(tomlkit.dumps(tables), encoding="utf-8")
+            return open_job(path)
+
+    def check(self) -> str:
+        """Return what the job is, in lines: its model, its ranks, and what was split or padded."""
+        topology = self.sized(_least_samples(self.tables), self.parts).topology
+        module, options = topology.modules[LANGUAGE], self.tables["modules"][LANGUAGE].get("options", {})
+        axes = " ".join(f"{axis.name}={axis.size}" for axis in module.grid.axes)
+        values = sum(
+            recipe.stored_values for recipe in self.checkpoint.model.modules[LANGUAGE].recipes.values()
+        )
+        lines = [
+            f"{LANGUAGE}: {self.checkpoint.config['architectures'][0]}, {values:,} parameters, on {axes}",
+            f"layers: {' | '.join(str(len(info.layers)) for info in module.stages)}",
+        ]
+        if padding := options.get("vocab_padding"):
+            lines.append(f"vocabulary: padded by {padding} for tp; these are never predicted and never saved")
+        return "\n".join(lines)
+
+    def open(self) -> "Running":
+        """Return the job in the world of this process; every rank opens it."""
+        return Running(self)
+
+
+class Running:
+    """An open job. Every rank calls its methods, in the same order."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._closing = contextlib.ExitStack()
+        self._embedded: Embedded | None = None
+        self._size = self._sequence = 0
+        self._unclipped = 1.0
+
+    def step(self, batch: Mapping[str, torch.Tensor]) -> Outcome | None:
+        """Train one step; return its loss and more (`Outcome`), None on an idle rank.
+
+        `batch` is what a tokenizer makes, the whole batch on every rank: `input_ids` [B, T], `labels` [B, T], and
+        `attention_mask` [B, T] if it is padded, on the right. Raises PlanError if it has anything else.
+        """
+        examples = _examples(batch)
+        longest = max(example.sample.length for example in examples)
+        embedded = self._opened(len(examples), longest)
+        outcome = embedded.step(examples)
+        clip = embedded.job.spec.optimizer.clip_norm
+        clips = outcome is not None and outcome.taken and clip and outcome.gradient_norm > clip
+        self._unclipped = outcome.gradient_norm / clip if clips and outcome else 1.0
+        return outcome
+
+    def gradients(self) -> dict[str, torch.Tensor] | None:
+        """Return the full gradients of the last step by Hugging Face name, as they were before clipping.
+
+        Only the first rank gets them; the others get None. A frozen parameter has none.
+        """
+        embedded = self._opened()
+        if embedded.runtime is None:
+            return None
+        full = full_tensors(embedded.runtime, gradients_of(embedded.runtime))
+        if embedded.runtime.group.rank() != 0:
+            return None
+        return {name: tensor * self._unclipped for name, tensor in self._published(full).items()}
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the checkpoint with the weights of now: config, weights in their dtypes, and all other files.
+
+        Raises PlanError on the first rank if the folder is not empty.
+        """
+        embedded = self._opened()
+        state = embedded.state_dict()
+        if embedded.runtime is not None and embedded.runtime.group.rank() == 0:
+            write_published(Path(folder), self._job.checkpoint, self._published(state))
+
+    def _published(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        prefix = f"{LANGUAGE}."
+        ours = {name.removeprefix(prefix): tensor for name, tensor in full.items() if name.startswith(prefix)}
+        return published_tensors(self._job.checkpoint, LANGUAGE, ours)
+
+    def _opened(self, size: int = 0, sequence: int = 0) -> Embedded:
+        """Return the job open for a size of batches; a larger sequence or another size opens it again."""
+        size = size or self._size or _least_samples(self._job.tables)
+        parts = self._job.parts
+        sequence = max(self._sequence, -(-max(sequence, 1) // parts) * parts)
+        if self._embedded is not None and (size, sequence) == (self._size, self._sequence):
+            return self._embedded
+        state = self._embedded.state_dict() if self._embedded is not None else None
+        self._closing.close()
+        self._embedded = self._closing.enter_context(Embedded(self._job.sized(size, sequence)))
+        if state is not None:
+            self._embedded.load_state_dict(state)
+        self._size, self._sequence = size, sequence
+        return self._embedded
+
+    def close(self) -> None:
+        """Destroy the process groups of the job, and no others. May be called twice."""
+        self._closing.close()
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# -- jobs --------------------------------------------------------------------------------------------------
+
+
+def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
+    problems: list[Problem] = []
+    architecture = str((checkpoint.config.get("architectures") or ["none"])[0])
+    if architecture not in SUPPORTED:
+        message = f"has the architecture {architecture}, which cannot be trained here yet."
+        problems.append(Problem(str(checkpoint.folder), message, f"So far: {', '.join(SUPPORTED)}."))
+    for name in grids:
+        if name not in checkpoint.model.modules:
+            remedy = nearest(name, tuple(checkpoint.model.modules))
+            problems.append(Problem(f"grids.{name}", "the checkpoint has no such module.", remedy))
+    for name in checkpoint.model.modules:
+        if name not in grids:
+            message = f"there is no grid for the module '{name}'."
+            problems.append(Problem("grids", message, f"Write {name}=dict(tp=1, pp=1), for instance."))
+    if problems:
+        raise PlanError(problems)
+
+
+def _fit(module: dict[str, Any], *, layers: int, vocab: int) -> None:
+    """Split layers that do not divide over the stages, and pad a vocabulary that does not divide over tp."""
+    grid = module["grid"]
+    stages = grid.get("pp", 1) * module.get("chunks", 1)
+    if layers % stages and layers > stages:
+        module.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])
+    if padding := -vocab % grid.get("tp", 1):
+        module["options"] = {"vocab_padding": padding, **module.get("options", {})}
+
+
+def _least_samples(tables: Mapping[str, Any]) -> int:
+    """Return the size of the smallest batch of a job: a sample for each dp rank in each microbatch."""
+    microbatches: int = tables.get("batch", {}).get("microbatches", 1)
+    return microbatches * int(tables["modules"][LANGUAGE]["grid"].get("dp", 1))
+
+
+# -- batches -----------------------------------------------------------------------------------------------
+
+
+def _examples(batch: Mapping[str, torch.Tensor]) -> tuple[Example, ...]:
+    """Return the samples of a batch; labels move one token to the left, under the token that predicts them."""
+    problems = [
+        Problem(f"batch.{name}", "is nothing that a text model reads.", f"Give {', '.join(sorted(READ))}.")
+        for name in batch
+        if name not in READ
+    ]
+    problems += [
+        Problem(f"batch.{name}", "is missing.", "Give each step tokens with their labels.")
+        for name in ("input_ids", "labels")
+        if name not in batch
+    ]
+    if problems:
+        raise PlanError(problems)
+    tokens, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    mask = batch.get("attention_mask", torch.ones_like(tokens)).cpu().bool()
+    if (mask.long().diff(dim=1) > 0).any():
+        remedy = 'Pad on the right: tokenizer.padding_side = "right".'
+        raise PlanError([Problem("batch.attention_mask", "leaves out tokens before others.", remedy)])
+    if (labels[~mask] != IGNORED).any():
+        raise PlanError([Problem("batch.labels", "has labels of padding.", f"Set them to {IGNORED}.")])
+    lengths = mask.sum(dim=1).tolist()
+    return tuple(_example(i, tokens[i, :length], labels[i, :length]) for i, length in enumerate(lengths))
+
+
+def _example(index: int, tokens: torch.Tensor, labels: torch.Tensor) -> Example:
+    following = torch.cat([labels[1:], labels.new_full((1,), IGNORED)])
+    counts = following != IGNORED
+    tensors = {
+        "tokens": tokens,
+        "labels": following.where(counts, 0),
+        "loss_weights": counts.to(torch.float32),
+    }
+    sample = Sample(id=index, length=len(tokens), rows={}, units={LANGUAGE: float(counts.sum())})
+    return Example(sample, {LANGUAGE: tensors})

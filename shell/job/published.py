@@ -1,0 +1,152 @@
+"""Published checkpoints: what a folder of Hugging Face's holds, without reading a value and without torch.
+
+    config.json
+    model.safetensors                          or several files, and
+    model.safetensors.index.json               which tensor is in which file
+
+``modules.NAME.weights = "FOLDER"`` starts a module from such a folder. The options of the model come from its
+config.json; those that the job gives come on top.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.models.families import read_config
+from mimogrid.core.models.network import Model, Module
+
+
+CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+HEADER_MOST = 100_000_000
+"""The longest header that is read, in bytes; a file that claims a longer one is no file of safetensors."""
+
+
+@attrs.frozen
+class StoredTensor:
+    """A tensor of a checkpoint: the file that holds it, its dtype as safetensors writes it, and its shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@attrs.frozen(eq=False)
+class Published:
+    """A checkpoint: its config, its tensors by name, and the model that they are."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    model: Model
+
+    def module(self, name: str) -> Module:
+        """Return what a module of a job is in the checkpoint: that of its name, or the only one.
+
+        Raises PlanError if the checkpoint has several, none of that name.
+        """
+        modules = self.model.modules
+        if name in modules:
+            return modules[name]
+        if len(modules) == 1:
+            return next(iter(modules.values()))
+        message = f"{self.folder} has no module '{name}'; it has {', '.join(modules)}."
+        raise PlanError([Problem(f"modules.{name}.weights", message, "Give the module one of these names.")])
+
+
+@functools.lru_cache(maxsize=4)
+def published(folder: Path) -> Published:
+    """Return what a folder holds.
+
+    Raises PlanError if it is no checkpoint in safetensors, if its architecture is not known here, and with the names
+    of all tensors that are missing, surplus or of another shape.
+    """
+    config = _table(folder / CONFIG)
+    tensors = _tensors(folder)
+    model = read_config(config, tensors)
+    problems = tuple(model.differences({name: tensor.shape for name, tensor in tensors.items()}))
+    if problems:
+        raise PlanError(attrs.evolve(problem, where=str(folder)) for problem in problems)
+    return Published(folder, config, tensors, model)
+
+
+def lay_weights(table: MutableMapping[str, Any], folder: Path) -> tuple[Problem, ...]:
+    """Make the folders of ``modules.NAME.weights`` absolute, and put the options of their models under a job's own."""
+    problems: list[Problem] = []
+    modules = table.get("modules")
+    for name, module in modules.items() if isinstance(modules, dict) else ():
+        if not isinstance(module, dict) or not isinstance(module.get("weights"), str):
+            continue
+        module["weights"] = str((folder / module["weights"]).resolve())
+        try:
+            found = published(Path(module["weights"])).module(name).table()
+        except PlanError as error:
+            problems += error.problems
+            continue
+        module.setdefault("model", found["model"])
+        if module["model"] != found["model"]:
+            message = f"is '{module['model']}', and the checkpoint has a '{found['model']}'."
+            problems.append(Problem(f"modules.{name}.model", message, "Leave it out."))
+        elif isinstance(module.setdefault("options", {}), dict):
+            module["options"] = found["options"] | module["options"]
+    return tuple(problems)
+
+
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    if (folder / INDEX).is_file():
+        places = _table(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise _problem(folder / INDEX, "has no weight_map.")
+        found = {file: _header(folder / file) for file in sorted(set(places.values()))}
+        if lost := sorted(name for name, file in places.items() if name not in found[file]):
+            raise _problem(folder / INDEX, f"names {lost[0]} in {places[lost[0]]}, where it is not.")
+        return {name: found[file][name] for name, file in places.items()}
+    if not (folder / ONE_FILE).exists() and any(folder.glob("*.bin")):
+        remedy = (
+            "Convert it: load it with transformers, then save_pretrained(folder, safe_serialization=True)."
+        )
+        raise PlanError([Problem(str(folder), "is pickled (.bin), which is never read here.", remedy)])
+    return _header(folder / ONE_FILE)
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file, and check that it is complete."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(min(length, HEADER_MOST)))
+            size = file.seek(0, 2)
+        table.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
+        found = {
+            name: StoredTensor(path.name, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in table.items()
+        }
+    except OSError as error:
+        raise _problem(path, f"cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _problem(path, f"is no file of safetensors: {error}.") from None
+    if size != end:
+        raise _problem(path, f"has {size} bytes, and its tensors end at {end}.")
+    return found
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _problem(path, f"cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise _problem(path, f"is no JSON: {error}.") from None
+    if not isinstance(table, dict):
+        raise _problem(path, "holds no table.")
+    return table
+
+
+def _problem(path: Path, message: str) -> PlanError:
+    remedy = "Name the folder of a whole checkpoint in safetensors, or download it again."
+    return PlanError([Problem(str(path), message, remedy)])

@@ -1,0 +1,51 @@
+"""Publishing: what the ranks of a world do with a published checkpoint, ``publishing:function``."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+
+from hosts import host
+from mimogrid.adapters.huggingface import Job
+from mimogrid.shell.device.place import RankPlace
+
+
+Batch = Mapping[str, torch.Tensor]
+Layout = Mapping[str, Any]
+"""Keywords of `Job.from_pretrained`."""
+
+
+@attrs.frozen
+class Seen:
+    """The loss of a step on a layout, and full gradients by name on the first rank."""
+
+    loss: float | None
+    gradients: Mapping[str, np.ndarray]
+
+
+def steps(place: RankPlace, folder: Path, layouts: Sequence[Layout], batch: Batch) -> list[Seen]:
+    """Run one step of a batch on each of several layouts, one after the other."""
+    seen = []
+    with host(place):
+        for layout in layouts:
+            with Job.from_pretrained(folder, **layout).open() as running:
+                outcome, gradients = running.step(batch), running.gradients()
+            assert (gradients is None) == (place.rank != 0)
+            arrays = {name: tensor.float().numpy() for name, tensor in (gradients or {}).items()}
+            if layout["precision"] == "fp64":
+                arrays = {name: tensor.numpy() for name, tensor in (gradients or {}).items()}
+            seen.append(Seen(outcome.loss if outcome else None, arrays))
+    return seen
+
+
+def saved(
+    place: RankPlace, folder: Path, layout: Layout, batches: Sequence[Batch], out: Path
+) -> list[float | None]:
+    """Train on batches and save; return their losses."""
+    with host(place), Job.from_pretrained(folder, **layout).open() as running:
+        outcomes = [running.step(batch) for batch in batches]
+        running.save_pretrained(out)
+    return [outcome.loss if outcome else None for outcome in outcomes]
