@@ -4,6 +4,7 @@ Two kinds: honest ones (an encoder, a judge with a loss, samples written down on
 purpose, on one rank and at one moment. They are imported by the processes of the pool.
 """
 
+import math
 import os
 import signal
 from collections.abc import Mapping
@@ -209,8 +210,8 @@ class WithFacts:
 class Lying(WithFacts):
     """A source with one wrong sample.
 
-    `wrong` says what: its ``describe`` differs from process to process, or its ``rows``, ``labels`` or
-    ``loss_weights`` are not as described.
+    `wrong` says what: its ``describe`` differs from process to process, its ``rows``, ``labels`` or ``loss_weights``
+    are not as described, loading it ``raises``, or its floats are ``nan``.
     """
 
     wrong: str
@@ -226,6 +227,13 @@ class Lying(WithFacts):
     def load(self, sample_id: int, module: str) -> Mapping[str, Tensor]:
         """Load."""
         loaded = dict(super().load(sample_id, module))
+        if sample_id == self.sample_id and self.wrong == "raises":
+            raise FileNotFoundError(2, "No such file or directory", "/data/17.jpg")
+        if sample_id == self.sample_id and self.wrong == "nan":
+            return {
+                name: value * math.nan if value.is_floating_point() else value
+                for name, value in loaded.items()
+            }
         if sample_id != self.sample_id or self.wrong not in loaded:
             return loaded
         if self.wrong == "loss_weights":

@@ -10,7 +10,7 @@ import torch
 
 from hosts import host
 from mimogrid.adapters.huggingface import Job
-from mimogrid.shell.device.place import Place
+from mimogrid.shell.device.place import RankPlace
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -26,7 +26,7 @@ class Seen:
     gradients: Mapping[str, np.ndarray]
 
 
-def steps(place: Place, folder: Path, layouts: Sequence[Layout], batch: Batch) -> list[Seen]:
+def steps(place: RankPlace, folder: Path, layouts: Sequence[Layout], batch: Batch) -> list[Seen]:
     """Run one step of a batch on each of several layouts, one after the other."""
     seen = []
     with host(place):
@@ -42,7 +42,7 @@ def steps(place: Place, folder: Path, layouts: Sequence[Layout], batch: Batch) -
 
 
 def saved(
-    place: Place, folder: Path, layout: Layout, batches: Sequence[Batch], out: Path
+    place: RankPlace, folder: Path, layout: Layout, batches: Sequence[Batch], out: Path
 ) -> list[float | None]:
     """Train on batches and save; return their losses."""
     with host(place), Job.from_pretrained(folder, **layout).open() as running:
