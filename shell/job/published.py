@@ -19,9 +19,11 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.models.families import read_config
 from mimogrid.core.models.network import Model, Module
+from mimogrid.shell.job.textfiles import json_of, read_text
 
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_REMEDY = "Name the folder of a whole checkpoint in safetensors, or download it again."
 HEADER_MOST = 100_000_000
 """The longest header that is read, in bytes; a file that claims a longer one is no file of safetensors."""
 
@@ -81,6 +83,9 @@ def lay_weights(table: MutableMapping[str, Any], folder: Path) -> tuple[Problem,
     for name, module in modules.items() if isinstance(modules, dict) else ():
         if not isinstance(module, dict) or not isinstance(module.get("weights"), str):
             continue
+        if "\0" in module["weights"]:
+            problems.append(Problem(f"modules.{name}.weights", "has a null byte.", "Name a folder."))
+            continue
         module["weights"] = str((folder / module["weights"]).resolve())
         try:
             found = published(Path(module["weights"])).module(name).table()
@@ -101,6 +106,8 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
         places = _table(folder / INDEX).get("weight_map")
         if not isinstance(places, dict):
             raise _problem(folder / INDEX, "has no weight_map.")
+        if strange := [file for file in places.values() if not _is_name(file)]:
+            raise _problem(folder / INDEX, f"names {strange[0]!r}, which is no file of the folder.")
         found = {file: _header(folder / file) for file in sorted(set(places.values()))}
         if lost := sorted(name for name, file in places.items() if name not in found[file]):
             raise _problem(folder / INDEX, f"names {lost[0]} in {places[lost[0]]}, where it is not.")
@@ -113,9 +120,16 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     return _header(folder / ONE_FILE)
 
 
+def _is_name(file: object) -> bool:
+    """Whether this names a file in a folder, not one elsewhere."""
+    return isinstance(file, str) and file not in {"", ".", ".."} and "/" not in file and "\0" not in file
+
+
 def _header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a file, and check that it is complete."""
     try:
+        if path.exists() and not path.is_file():
+            raise _problem(path, "is no regular file.")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             table = json.loads(file.read(min(length, HEADER_MOST)))
@@ -128,7 +142,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         }
     except OSError as error:
         raise _problem(path, f"cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _problem(path, f"is no file of safetensors: {error}.") from None
     if size != end:
         raise _problem(path, f"has {size} bytes, and its tensors end at {end}.")
@@ -137,16 +151,13 @@ def _header(path: Path) -> dict[str, StoredTensor]:
 
 def _table(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _problem(path, f"cannot be read: {error.strerror}.") from None
+        table = json_of(read_text(path, _REMEDY))
     except ValueError as error:
-        raise _problem(path, f"is no JSON: {error}.") from None
+        raise _problem(path, f"is no JSON that can be read: {error}.") from None
     if not isinstance(table, dict):
         raise _problem(path, "holds no table.")
     return table
 
 
 def _problem(path: Path, message: str) -> PlanError:
-    remedy = "Name the folder of a whole checkpoint in safetensors, or download it again."
-    return PlanError([Problem(str(path), message, remedy)])
+    return PlanError([Problem(str(path), message, _REMEDY)])

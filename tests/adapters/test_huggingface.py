@@ -1,6 +1,7 @@
 """Published text models: loss and gradients of transformers on any layout, and folders that transformers loads."""
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -240,19 +241,27 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
-    """Pickled, truncated, not there, named in the index and not there."""
+    """Pickled, truncated, not there, named in the index and not there, and an index that leads elsewhere."""
     source = make("llama", tmp_path / "a", shard="40KB")
     shards = sorted(source.glob("*.safetensors"))
+    index = source / "model.safetensors.index.json"
+    told = index.read_text()
+    for place in ("../a/model.safetensors", "/etc/passwd", "..", 7):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": place}}))
+        assert f"names {place!r}, which is no file of the folder" in refused(source)
+    index.write_text("[" * 100_000)
+    assert "is no JSON that can be read" in refused(source)
+    index.write_text(told)
     data = shards[0].read_bytes()
     shards[0].write_bytes(data[:-100])
     assert f"{shards[0]}: has {len(data) - 100} bytes" in refused(source)
     shards[0].unlink()
     assert f"{shards[0]}: cannot be read" in refused(source)
-    for path in (*shards[1:], source / "model.safetensors.index.json"):
+    for path in (*shards[1:], index):
         path.unlink()
     (source / "pytorch_model.bin").touch()
     assert "is pickled (.bin), which is never read here" in refused(source)
-    assert "config.json: cannot be read" in refused(tmp_path / "b")
+    assert "config.json: there is no such file" in refused(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
