@@ -188,7 +188,7 @@ def test_every_size_of_microbatch_that_is_asked_for_is_measured(pool, real, caps
         said = pool.run(function, job.topology.world_size, job, *arguments)
         return next(one for one in said if one is not None)
 
-    monkeypatch.setattr(start, "_first", first)
+    monkeypatch.setattr(start, "_in_fresh_world", first)
     out = tmp_path / "costs.toml"
     command = ["probe", str(real), "--repeat", "1", "--microbatch-sizes", "4", "--json", "--out", str(out)]
     assert 0 == main(command)
