@@ -11,6 +11,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -178,7 +179,9 @@ def _spec_of(module: str, where: str, path: str) -> importlib.machinery.ModuleSp
 
 def _top_spec(name: str) -> importlib.machinery.ModuleSpec | None:
     try:
-        return importlib.util.find_spec(name)
+        with warnings.catch_warnings():  # finders of installed packages may warn of themselves
+            warnings.simplefilter("ignore")
+            return importlib.util.find_spec(name)
     except ValueError:  # a module that runs without a spec, such as __main__
         return importlib.machinery.PathFinder.find_spec(name)
 

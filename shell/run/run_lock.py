@@ -90,6 +90,7 @@ def owned(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def shared(folder: Path) -> Iterator[None]:
     """Share the lock of a folder, as every rank does. Raises WorldError where another world is about to start."""
+    folder.mkdir(parents=True, exist_ok=True)
     with _opened(folder) as descriptor:
         if _flock(descriptor, fcntl.LOCK_SH) is False:
             raise WorldError(f"run folder '{folder}' was taken by another world just now: {read(folder)}")

@@ -17,7 +17,7 @@ from mimogrid.core.job.validation.optimizer import group_problems
 from mimogrid.core.job.validation.own import own_problems
 from mimogrid.core.job.validation.parameters import freezing_problems
 from mimogrid.core.job.validation.ranks import dp_problems, world_problems
-from mimogrid.core.job.validation.sizes import size_problems
+from mimogrid.core.job.validation.sizes import size_problems, total_problems
 from mimogrid.core.job.validation.wiring import loss_problems, wiring_problems
 
 
@@ -42,6 +42,9 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
             found += [*cut_problems(name, module), *sharding_problems(name, module)]
             found += [*expert_problems(name, module), *dp_problems(name, module, spec)]
             found += loss_problems(name, module)
+    totals = list(total_problems(spec)) if whole else []
+    found += totals
+    whole = whole and not totals
     if whole:
         found += [*world_problems(spec), *freezing_problems(spec, source or SourceFacts())]
         found += [*own_problems(spec), *group_problems(spec, source or SourceFacts())]

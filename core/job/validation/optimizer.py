@@ -18,7 +18,7 @@ def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
     """Check the numbers of the optimizer."""
     yield from _kind(optimizer)
     yield from one_of("optimizer.decay", optimizer.decay, DECAYS)
-    yield from finite("optimizer.lr", optimizer.lr, "0 leaves the parameters as they are.")
+    yield from finite("optimizer.lr", optimizer.lr, "Use 0 or more; 0 leaves the parameters as they are.")
     if optimizer.eps is not None:
         yield from above_zero("optimizer.eps", optimizer.eps)
     yield from above_zero("optimizer.bucket_mb", optimizer.bucket_mb)
@@ -103,7 +103,7 @@ def group_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
     for i, group in enumerate(spec.optimizer.groups):
         where = f"optimizer.groups[{i}]"
         if group.lr is not None:
-            yield from finite(f"{where}.lr", group.lr, "0 leaves the parameters as they are.")
+            yield from finite(f"{where}.lr", group.lr, "Use 0 or more; 0 leaves the parameters as they are.")
         if group.weight_decay is not None:
             yield from finite(f"{where}.weight_decay", group.weight_decay)
         if not group.modules and not group.match:

@@ -4,13 +4,29 @@ from collections.abc import Iterator, Mapping
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.models import BuiltIn
-from mimogrid.core.job.placement import AXES, size_of
-from mimogrid.core.job.spec import GridSpec, ModuleSpec
+from mimogrid.core.job.placement import AXES, size_of, stages_of
+from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, finite
 
 
 RANKS_MOST, LAYERS_MOST, EXPERTS_MOST, WIDTH_MOST = 100_000, 10_000, 10_000, 10_000_000
+TABLES_MOST, PARTS_MOST = 100_000, 1_000_000
 """Larger numbers are taken for typing errors; it would take too long to enumerate them."""
+
+
+def total_problems(spec: JobSpec) -> Iterator[Problem]:
+    """Check how many layers, experts and stages all modules have together."""
+    layers = parts = 0
+    for module in spec.modules.values():
+        if not isinstance(module.options, Mapping):
+            layers += module.options.layers * max(module.options.experts, 1)
+            parts += module.options.layers * stages_of(module)
+    if layers > TABLES_MOST:
+        fact = f"have {layers:,} layers, or experts in layers."
+        yield Problem("modules", fact, f"Use at most {TABLES_MOST:,} in all.")
+    if parts > PARTS_MOST:
+        fact = f"have {parts:,} layers times stages."
+        yield Problem("modules", fact, f"Use at most {PARTS_MOST:,} in all: fewer pipeline stages.")
 
 
 def size_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:

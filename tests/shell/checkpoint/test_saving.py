@@ -174,6 +174,21 @@ def test_a_disk_that_became_read_only(pool: Pool, run: Run, disk: Path) -> None:
         enter(runs.claimed(job(), disk))
 
 
+def test_a_checkpoint_that_is_read_is_not_pruned(tmp_path: Path) -> None:
+    """It goes with the next save; one that has just gone is told of in words."""
+    old, new = (manifest.folder_of(tmp_path, step) for step in (2, 4))
+    for checkpoint in (old, new):
+        checkpoint.mkdir()
+        (checkpoint / manifest.MANIFEST).write_text("{}")
+    with manifest.reading(old):
+        manifest.prune(tmp_path, keep=1, keep_every=0)
+        assert [old, new] == manifest.published(tmp_path)
+    manifest.prune(tmp_path, keep=1, keep_every=0)
+    assert [new] == manifest.published(tmp_path)
+    with pytest.raises(PlanError, match="may have just removed it"):
+        enter(manifest.reading(old))
+
+
 def test_a_file_where_a_folder_is_needed(pool: Pool, tmp_path: Path) -> None:
     """The error names it, during a run and before one."""
     (tmp_path / "checkpoints").write_text("")

@@ -41,6 +41,16 @@ def chain(count):
         ("batch.microbatches=10_000_000", "batch.microbatches", "10,000,000"),
         ("modules.vision.grid.dp=1_000_000", "modules.vision.grid", "1,000,000 ranks"),
         ("modules.vision.grid.offset=99_999", "modules", "100,003 ranks"),
+        (
+            "modules.language.options.layers=10_000 --set modules.language.options.experts=1000",
+            "modules",
+            "10,000,002",
+        ),
+        (
+            "modules.language.options.layers=10_000 --set modules.language.grid.pp=10_000",
+            "modules",
+            "layers times",
+        ),
         ("modules.language.options.experts=" + "9" * 19, "--set", "more than 64 bits"),
         ("seed=" + "9" * 5000, "--set", "more than 64 bits"),
         ("seed=" + "[" * 5000, "--set", "nested more than 32 deep"),
@@ -54,7 +64,7 @@ def chain(count):
 )
 def test_what_is_too_much_is_refused_at_once(capsys, override, where, fact):
     """With the number that is too large, or the reason."""
-    found = refused(capsys, "check", FIRST, f"--set={override}")
+    found = refused(capsys, "check", FIRST, *(f"--set={each}" for each in override.split(" --set ")))
     assert any(where in each["where"] and fact in each["message"] for each in found), found
     assert all(len(each["where"]) < 300 for each in found)
 

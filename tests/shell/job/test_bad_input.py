@@ -160,8 +160,8 @@ CASES = {
         "modules.vision",
         ["says both trainable and frozen"],
     ),
-    "a rate that is no number": (["optimizer.lr=nan"], "optimizer.lr", ["is nan", "above 0"]),
-    "a rate of zero": (["optimizer.lr=0"], "optimizer.lr", ["is 0.0", "above 0"]),
+    "a rate that is no number": (["optimizer.lr=nan"], "optimizer.lr", ["is nan", "0 or more"]),
+    "a negative rate": (["optimizer.lr=-1"], "optimizer.lr", ["is -1.0", "0 or more"]),
     "betas of one": (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas", ["[0.9, 1.0]", "below 1"]),
     "an optimizer that looks at whole matrices": (
         ["optimizer.name=Muon"],

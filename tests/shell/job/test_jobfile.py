@@ -114,7 +114,7 @@ def test_an_own_model_keeps_its_options_as_a_mapping(job):
     [
         ("modules.vision.grid.ttp=2", "modules.vision.grid.ttp", "Did you mean 'tp'?"),
         ("modules.vision.options.hiden=2", "modules.vision.options.hiden", "Did you mean 'hidden'?"),
-        ("modules.vision.options.vocab=2", "modules.vision.options.vocab", "Known: aux_loss, dropout,"),
+        ("modules.vision.options.vocab=2", "modules.vision.options.vocab", "Known: activation, aux_loss,"),
         ("modules.vision.tp=2", "modules.vision.tp", "'tp' belongs in modules.vision.grid."),
         ("modules.vision.layers=2", "modules.vision.layers", "belongs in modules.vision.options."),
         ("modules.vision.feed=2", "modules.vision.feed", "Did you mean 'feeds'?"),

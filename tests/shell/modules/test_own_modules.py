@@ -1,5 +1,6 @@
 """User modules: what breaks their contract with the plan is found when they run."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,12 +44,15 @@ options = { features = { ears = 4 } }
 global_size = 2
 """
 
+NUMBERS = itertools.count()
+
 
 @pytest.fixture
 def own_job(tmp_path: Path) -> Callable[..., Job]:
     """A job with a module of its own beside the job file."""
-    (tmp_path / "its_own.py").write_text(BUILDER)
-    (tmp_path / "job.toml").write_text(JOB)
+    name = f"its_own_{next(NUMBERS)}"  # Ranks may have imported that of another test.
+    (tmp_path / f"{name}.py").write_text(BUILDER)
+    (tmp_path / "job.toml").write_text(JOB.replace("its_own", name))
     return lambda *overrides: open_job(tmp_path / "job.toml", overrides)
 
 

@@ -67,7 +67,7 @@ def test_a_launcher_that_is_asked_to_stop_passes_it_on(
     folder, said = tmp_path / "run", tmp_path / "said"
     arguments = ["train", str(pair.path), "--set", f"train.run_dir={folder}"]
     process = launching.started(arguments, said, fault="delay rank 1 step 2 for 2 s at UPDATE")
-    launching.await_that(lambda: "step 1/" in said.read_text() if said.exists() else False, 60.0)
+    launching.await_that((folder / "checkpoints" / "step-00000002").exists, 60.0)
     os.kill(process.pid or 0, number)
     process.join(timeout=60)
     assert EXIT_CODE == process.exitcode, said.read_text()
@@ -82,7 +82,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(pair: Job, tmp_path: Path) -> None:
     folder, said = tmp_path / "run", tmp_path / "said"
     arguments = ["train", str(pair.path), "--set", f"train.run_dir={folder}"]
     process = launching.started(arguments, said, fault="delay rank 1 step 1 for 60 s at UPDATE")
-    launching.await_that(lambda: "step 0/" in said.read_text() if said.exists() else False, 60.0)
+    launching.await_that(lambda: "1/6 steps" in said.read_text() if said.exists() else False, 60.0)
     for wait_s in (1.0, 0.0):
         os.kill(process.pid or 0, signal.SIGINT)
         time.sleep(wait_s)
