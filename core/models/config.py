@@ -1,7 +1,7 @@
 """Configs: a ``config.json`` that is being read, with everything that is wrong with it.
 
 A value that the file leaves out is what transformers takes for it, so every family states these defaults. Reading goes
-on after a problem, with a default; whoever began to read raises all problems at once.
+on after a problem, with a default; the caller that began to read raises all problems at once.
 
 >>> config = Config({"hidden_size": "many"}, defaults={"hidden_size": 8, "hidden_act": "silu"})
 >>> config.integer("hidden_size"), config.activation("hidden_act")

@@ -154,7 +154,7 @@ class StageStep:
         self._keep_losses(outputs, microbatch)
 
     def _keep_losses(self, outputs: dict[str, torch.Tensor], microbatch: int) -> None:
-        """Add up the losses of a forward; keep the loss for its backward, and logits for whoever asked for them."""
+        """Add up the losses of a forward; keep the loss for its backward, and logits for a forward-only step."""
         name = self.runner.module.name
         if "loss" in outputs:
             self.tensors[self._held(Content.LOSS, microbatch)] = outputs["loss"]
