@@ -7,7 +7,7 @@ import attrs
 
 from mimogrid.core.models.config import Config, Family
 from mimogrid.core.models.mapping import Stored, whole
-from mimogrid.core.models.network import Model, Module
+from mimogrid.core.models.network import Model, PublishedModule
 from mimogrid.core.models.stack import Names, layers, norm, patches
 
 
@@ -33,7 +33,9 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def tower(config: Config, *, class_token: bool, patch_bias: bool, pre_norm: bool, final_norm: bool) -> Module:
+def tower(
+    config: Config, *, class_token: bool, patch_bias: bool, pre_norm: bool, final_norm: bool
+) -> PublishedModule:
     """Return a vision tower with learnt positions for images of one size."""
     config.expect_zero("attention_dropout")
     patch, pixels = config.integer("patch_size"), config.integer("image_size")
@@ -55,7 +57,7 @@ def tower(config: Config, *, class_token: bool, patch_bias: bool, pre_norm: bool
         "pre_norm": pre_norm,
         "final_norm": final_norm,
     }
-    module = Module(model="vit", options=options, patch=(1, patch, patch), grid=(1, side, side))
+    module = PublishedModule(model="vit", options=options, patch=(1, patch, patch), grid=(1, side, side))
     if config.problems:
         return module  # Sizes that contradict each other have no recipes.
     prefix = config.prefix("embeddings.patch_embedding.weight")
@@ -74,7 +76,7 @@ def tower(config: Config, *, class_token: bool, patch_bias: bool, pre_norm: bool
     return attrs.evolve(module, recipes=recipes, carried=() if final_norm else (f"{prefix}post_layernorm.*",))
 
 
-def read(config: Config) -> Module:
+def read(config: Config) -> PublishedModule:
     """Return CLIP's vision tower; the norm behind it is of the class token, for what compares images with texts."""
     return tower(config, class_token=True, patch_bias=False, pre_norm=True, final_norm=False)
 

@@ -18,7 +18,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.core.models.network import Model, Module
+from mimogrid.core.models.network import Model, PublishedModule
 
 
 ACTIVATIONS = {
@@ -48,7 +48,7 @@ class Family:
     model_type: str
     architectures: tuple[str, ...]
     defaults: Mapping[str, Any]
-    read: "Callable[[Config], Module | Model]"
+    read: "Callable[[Config], PublishedModule | Model]"
     role: str = ""
 
 
@@ -144,7 +144,7 @@ class Config:
 
     def part(
         self, key: str, *, role: str, otherwise: str, at: str, instead: Mapping[str, Any] | None = None
-    ) -> Module:
+    ) -> PublishedModule:
         """Return the module that a table within describes.
 
         Args:
@@ -165,7 +165,7 @@ class Config:
         family = self.families[kind]
         values = {**table.values, **(instead or {})}
         module = family.read(attrs.evolve(table, values=values, defaults=family.defaults))
-        assert isinstance(module, Module)
+        assert isinstance(module, PublishedModule)
         return module
 
     def prefix(self, tensor: str, otherwise: str = "") -> str:

@@ -4,7 +4,7 @@ Every file of this package that has `FAMILIES` is one: adding a family is adding
 
 >>> read_config({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1})
 ... # doctest: +ELLIPSIS
-Model(modules={'language': Module(model='gpt', ...
+Model(modules={'language': PublishedModule(model='gpt', ...
 >>> read_config({"architectures": ["LamaForCausalLM"]})  # doctest: +IGNORE_EXCEPTION_DETAIL
 Traceback (most recent call last):
 PlanError: config.json: architectures: 'LamaForCausalLM' is no architecture that is known here.

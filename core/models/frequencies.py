@@ -21,7 +21,7 @@ from mimogrid.core.base.errors import PlanError, Problem, nearest
 
 
 @attrs.frozen(kw_only=True)
-class Linear:
+class LinearScaling:
     """All positions divided by `factor`."""
 
     factor: float
@@ -102,9 +102,9 @@ class Yarn:
         )
 
 
-Scaling = Linear | Llama3 | Yarn
+Scaling = LinearScaling | Llama3 | Yarn
 
-SCALINGS: Mapping[str, type[Scaling]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+SCALINGS: Mapping[str, type[Scaling]] = {"linear": LinearScaling, "llama3": Llama3, "yarn": Yarn}
 """The scalings by the name that checkpoints give them (`rope_type`); their fields have the checkpoints' names."""
 
 
@@ -115,7 +115,7 @@ def parse_scaling(where: str, options: Mapping[str, object]) -> Scaling:
         PlanError: The type or an option is unknown, an option is missing, or is no number.
 
     >>> parse_scaling("modules.language.rotary_scaling", {"type": "linear", "factor": 4})
-    Linear(factor=4)
+    LinearScaling(factor=4)
     """
     kind = options.get("type")
     if not isinstance(kind, str) or kind not in SCALINGS:

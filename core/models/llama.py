@@ -7,7 +7,7 @@ import attrs
 
 from mimogrid.core.models.config import Config, Family
 from mimogrid.core.models.mapping import Stored, whole
-from mimogrid.core.models.network import Module
+from mimogrid.core.models.network import PublishedModule
 from mimogrid.core.models.rotary import rotary
 from mimogrid.core.models.stack import Mlp, Names, layers, norm
 
@@ -69,9 +69,9 @@ def options_of(config: Config) -> dict[str, Any]:
 
 def module_of(
     config: Config, options: dict[str, Any], mlp_of: Mlp | None = None, at: str = "model."
-) -> Module:
+) -> PublishedModule:
     """Return a language model with such options and names as Llama's; `at` is what those but the head's begin with."""
-    module = Module(model="gpt", options=options)
+    module = PublishedModule(model="gpt", options=options)
     if config.problems:
         return module  # Sizes that contradict each other have no recipes.
     prefix = config.prefix("embed_tokens.weight", at)
@@ -85,7 +85,7 @@ def module_of(
     return attrs.evolve(module, recipes=recipes)
 
 
-def read(config: Config) -> Module:
+def read(config: Config) -> PublishedModule:
     """Return the language model of a Llama."""
     options = options_of(config)
     positions = config.integer("max_position_embeddings")

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.models.config import Config, Family
-from mimogrid.core.models.network import Model, Module, Placeholder
+from mimogrid.core.models.network import Model, Placeholder, PublishedModule
 from mimogrid.core.models.stack import linear
 
 
@@ -45,7 +45,7 @@ def read(config: Config) -> Model:
     )
 
 
-def _shortened(config: Config, vision: Module) -> Module:
+def _shortened(config: Config, vision: PublishedModule) -> PublishedModule:
     """Return the tower up to the layer whose rows the language model reads; what comes after is carried."""
     layers, layer = vision.options["layers"], config.get("vision_feature_layer")
     strategy = config.get("vision_feature_select_strategy")

@@ -1,6 +1,7 @@
 """Networks: what a checkpoint holds, as modules of a job with a recipe for each of their parameters.
 
->>> clip = Module(model="vit", options={"layers": 2, "hidden": 8, "heads": 2, "class_token": True}, grid=(1, 4, 4))
+>>> options = {"layers": 2, "hidden": 8, "heads": 2, "class_token": True}
+>>> clip = PublishedModule(model="vit", options=options, grid=(1, 4, 4))
 >>> clip.table()["options"]
 {'layers': 2, 'hidden': 8, 'heads': 2, 'class_token': True}
 >>> clip.rows_out((1, 4, 4))
@@ -62,7 +63,7 @@ def option(options: Mapping[str, Any], name: str) -> Any:
 
 
 @attrs.frozen(kw_only=True)
-class Module:
+class PublishedModule:
     """A network of a checkpoint as a module of a job.
 
     Attributes:
@@ -163,11 +164,11 @@ BUFFERS = ("*rotary_emb.inv_freq", "*.position_ids")
 class Model:
     """A checkpoint: its modules by name, and its placeholders by what they stand for (image, video, audio)."""
 
-    modules: Mapping[str, Module]
+    modules: Mapping[str, PublishedModule]
     placeholders: Mapping[str, Placeholder] = attrs.field(factory=dict[str, Placeholder])
 
     def rows_of(self, kind: str, *size: int) -> int:
-        """Return how many rows, and placeholders, an input of a kind and size makes; see `Module.grid_of`.
+        """Return how many rows, and placeholders, an input of a kind and size makes; see `PublishedModule.grid_of`.
 
         Raises ValueError for a size that the module cannot take.
         """

@@ -5,7 +5,7 @@ from typing import Any
 
 from mimogrid.core.models import llama
 from mimogrid.core.models.config import Config, Family
-from mimogrid.core.models.network import Module
+from mimogrid.core.models.network import PublishedModule
 from mimogrid.core.models.rotary import rotary
 
 
@@ -57,7 +57,7 @@ def windows(config: Config) -> dict[str, Any]:
     return {}
 
 
-def read(config: Config) -> Module:
+def read(config: Config) -> PublishedModule:
     """Return the language model of a Qwen2."""
     positions = config.integer("max_position_embeddings")
     options = llama.options_of(config) | {"qkv_bias": True, "out_bias": False, "mlp_bias": False}

@@ -8,7 +8,7 @@ import attrs
 
 from mimogrid.core.models import llama, qwen2
 from mimogrid.core.models.config import Config, Family
-from mimogrid.core.models.network import Model, Module, Placeholder
+from mimogrid.core.models.network import Model, Placeholder, PublishedModule
 from mimogrid.core.models.rotary import rotary, sections
 from mimogrid.core.models.stack import Names, layers, merger, patches
 
@@ -84,7 +84,7 @@ def kernel(config: Config) -> tuple[int, ...]:
     return (config.integer("in_channels"), config.integer("temporal_patch_size"), patch, patch)
 
 
-def tower(config: Config) -> Module:
+def tower(config: Config) -> PublishedModule:
     """Return the tower, with the merger that feeds the language model."""
     pixels, unit = (
         config.integer("window_size"),
@@ -103,7 +103,7 @@ def tower(config: Config) -> Module:
         "full_layers": [n for n in config.integers("fullatt_block_indexes") if n < options["layers"]],
     }
     table = {"kind": "merger", "norm": "rmsnorm", "norm_eps": NORM_EPS, "activation": "gelu"}
-    module = Module(
+    module = PublishedModule(
         model="vit",
         options=options,
         feeds=("language",),
@@ -121,7 +121,7 @@ def tower(config: Config) -> Module:
     return attrs.evolve(module, recipes=recipes)
 
 
-def language(config: Config) -> Module:
+def language(config: Config) -> PublishedModule:
     """Return the language model."""
     options = llama.options_of(config) | {"qkv_bias": True, "out_bias": False, "mlp_bias": False}
     positions = config.integer("max_position_embeddings")
@@ -130,7 +130,9 @@ def language(config: Config) -> Module:
     return llama.module_of(config, options | qwen2.windows(config))
 
 
-def model_of(config: Config, table: Config, vision: Module, text: Module, *, per_second: int) -> Model:
+def model_of(
+    config: Config, table: Config, vision: PublishedModule, text: PublishedModule, *, per_second: int
+) -> Model:
     """Return the model of a tower, whose table is `table`, and a language model."""
     out, hidden = table.integer("out_hidden_size"), text.options["hidden"]
     if out != hidden:

@@ -6,7 +6,7 @@ from typing import Any
 from mimogrid.core.models import llama, qwen2
 from mimogrid.core.models.config import Config, Family
 from mimogrid.core.models.mapping import Stored, part_of, whole
-from mimogrid.core.models.network import Module
+from mimogrid.core.models.network import PublishedModule
 from mimogrid.core.models.rotary import rotary
 from mimogrid.core.models.stack import Names, Options, Recipes, mlp
 
@@ -47,12 +47,12 @@ def options_of(config: Config) -> dict[str, Any]:
     )
 
 
-def read(config: Config) -> Module:
+def read(config: Config) -> PublishedModule:
     """Return the language model of a Qwen3."""
     return llama.module_of(config, options_of(config) | qwen2.windows(config))
 
 
-def read_moe(config: Config) -> Module:
+def read_moe(config: Config) -> PublishedModule:
     """Return the language model of a Qwen3-MoE: experts in every so-many-th layer, save in the listed ones."""
     if config.get("output_router_logits"):
         message = "is true: transformers then adds an auxiliary loss that is not that of a job here."

@@ -9,7 +9,7 @@ import attrs
 from mimogrid.core.models import llama, qwen2_5_vl
 from mimogrid.core.models.config import Config, Family
 from mimogrid.core.models.mapping import Stored, whole
-from mimogrid.core.models.network import Model, Module
+from mimogrid.core.models.network import Model, PublishedModule
 from mimogrid.core.models.qwen2_5_vl import NORM_EPS, kernel, model_of, tower_options
 from mimogrid.core.models.rotary import rotary, sections
 from mimogrid.core.models.stack import Names, layers, merger, patches
@@ -55,7 +55,7 @@ DEFAULTS_VISION: Mapping[str, Any] = {
 }
 
 
-def tower(config: Config) -> Module:
+def tower(config: Config) -> PublishedModule:
     """Return the tower, with its mergers: that of the last layer, and one for each layer of deepstack."""
     count, deep = config.integer("num_position_embeddings"), config.integers("deepstack_visual_indexes")
     if math.isqrt(count) ** 2 != count:
@@ -70,7 +70,7 @@ def tower(config: Config) -> Module:
         "position_interpolation": "bilinear",
         "deepstack_layers": deep,
     }
-    module = Module(
+    module = PublishedModule(
         model="vit",
         options=options,
         feeds=("language",),
@@ -95,7 +95,7 @@ def tower(config: Config) -> Module:
     return attrs.evolve(module, recipes=recipes)
 
 
-def language(config: Config, *, deepstack: int) -> Module:
+def language(config: Config, *, deepstack: int) -> PublishedModule:
     """Return the language model; rows of deepstack are added after its first layers."""
     positions = config.integer("max_position_embeddings")
     options = llama.options_of(config) | rotary(config, theta=5e5, max_positions=positions)

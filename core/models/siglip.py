@@ -7,7 +7,7 @@ import attrs
 
 from mimogrid.core.models import clip
 from mimogrid.core.models.config import Config, Family
-from mimogrid.core.models.network import Module
+from mimogrid.core.models.network import PublishedModule
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -18,7 +18,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def read(config: Config) -> Module:
+def read(config: Config) -> PublishedModule:
     """Return SigLIP's vision tower; the head that pools its rows is carried."""
     module = clip.tower(config, class_token=False, patch_bias=True, pre_norm=False, final_norm=True)
     head = f"{config.prefix('embeddings.patch_embedding.weight')}head.*"

@@ -7,7 +7,7 @@ import attrs
 
 from mimogrid.core.models.config import Config, Family
 from mimogrid.core.models.mapping import Stored, whole
-from mimogrid.core.models.network import Module
+from mimogrid.core.models.network import PublishedModule
 from mimogrid.core.models.stack import Names, layers, norm
 
 
@@ -34,7 +34,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def encoder(config: Config, at: str = "") -> Module:
+def encoder(config: Config, at: str = "") -> PublishedModule:
     """Return the encoder, whose names begin with `at`; its positions never train, as in transformers."""
     config.expect_zero("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
     hidden, heads = config.integer("d_model"), config.integer("encoder_attention_heads")
@@ -51,7 +51,7 @@ def encoder(config: Config, at: str = "") -> Module:
         "position_count": config.integer("max_source_positions"),
         "stem": "whisper",
     }
-    module = Module(model="vit", options=options, frozen=("positions.weight",), patch=(1,))
+    module = PublishedModule(model="vit", options=options, frozen=("positions.weight",), patch=(1,))
     if config.problems:
         return module  # Sizes that contradict each other have no recipes.
     prefix = config.prefix("conv1.weight", at)
@@ -64,7 +64,7 @@ def encoder(config: Config, at: str = "") -> Module:
     return attrs.evolve(module, recipes=recipes)
 
 
-def read(config: Config) -> Module:
+def read(config: Config) -> PublishedModule:
     """Return the encoder of a whole Whisper, whose decoder is carried."""
     return attrs.evolve(encoder(config, "encoder."), carried=("decoder.*", "model.decoder.*", "proj_out.*"))
 

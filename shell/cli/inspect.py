@@ -42,7 +42,7 @@ SHOWN = 8
 def run(job: Job | None, args: InspectArgs) -> int:
     """Inspect a run or a checkpoint; with a job, say whether it fits. Returns 2 where something is wrong."""
     found_there = located(args.folder)
-    with Progress(found_there) if args.verify else contextlib.nullcontext() as progress:
+    with VerifyProgress(found_there) if args.verify else contextlib.nullcontext() as progress:
         on_read = progress.read if progress else lambda _: None
         faults = {checkpoint: tuple(damage(checkpoint, on_read)) for checkpoint in found_there}
     whole = next((checkpoint for checkpoint in reversed(faults) if not faults[checkpoint]), None)
@@ -90,7 +90,7 @@ def _rest(problems: list[Problem]) -> Iterator[Problem]:
         yield Problem("and", f"{len(problems) - SHOWN} more like these.", "See them all with --json.")
 
 
-class Progress:
+class VerifyProgress:
     """Tells on standard error how much of some checkpoints has been read: at most once a second, and at the end."""
 
     def __init__(self, checkpoints: Sequence[Path]) -> None:

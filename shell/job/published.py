@@ -18,7 +18,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.models.families import read_config
-from mimogrid.core.models.network import Model, Module
+from mimogrid.core.models.network import Model, PublishedModule
 from mimogrid.shell.job.textfiles import json_of, read_text
 
 
@@ -29,7 +29,7 @@ HEADER_MOST = 100_000_000
 
 
 @attrs.frozen
-class StoredTensor:
+class PublishedTensor:
     """A tensor of a checkpoint: the file that holds it, its dtype as safetensors writes it, and its shape."""
 
     file: str
@@ -43,10 +43,10 @@ class Published:
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, PublishedTensor]
     model: Model
 
-    def module(self, name: str) -> Module:
+    def module(self, name: str) -> PublishedModule:
         """Return what a module of a job is in the checkpoint: that of its name, or the only one.
 
         Raises PlanError if the checkpoint has several, none of that name.
@@ -101,7 +101,7 @@ def lay_weights(table: MutableMapping[str, Any], folder: Path) -> tuple[Problem,
     return tuple(problems)
 
 
-def _tensors(folder: Path) -> dict[str, StoredTensor]:
+def _tensors(folder: Path) -> dict[str, PublishedTensor]:
     if (folder / INDEX).is_file():
         places = _table(folder / INDEX).get("weight_map")
         if not isinstance(places, dict):
@@ -125,7 +125,7 @@ def _is_name(file: object) -> bool:
     return isinstance(file, str) and file not in {"", ".", ".."} and "/" not in file and "\0" not in file
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
+def _header(path: Path) -> dict[str, PublishedTensor]:
     """Return the tensors of a file, and check that it is complete."""
     try:
         if path.exists() and not path.is_file():
@@ -137,7 +137,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         table.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
         found = {
-            name: StoredTensor(path.name, entry["dtype"], tuple(entry["shape"]))
+            name: PublishedTensor(path.name, entry["dtype"], tuple(entry["shape"]))
             for name, entry in table.items()
         }
     except OSError as error:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mimogrid.core.base.errors import PlanError
-from mimogrid.core.models.frequencies import Linear, Llama3, Yarn, axes, frequencies, parse_scaling
+from mimogrid.core.models.frequencies import LinearScaling, Llama3, Yarn, axes, frequencies, parse_scaling
 
 
 LLAMA3 = Llama3(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192)
@@ -18,7 +18,7 @@ def test_a_part_of_a_head_turns() -> None:
 
 def test_linear() -> None:
     """A linear scaling divides every frequency."""
-    assert (0.25, 0.0025) == frequencies(4, 10_000.0, scaling=Linear(factor=4))
+    assert (0.25, 0.0025) == frequencies(4, 10_000.0, scaling=LinearScaling(factor=4))
 
 
 def test_llama3_keeps_short_waves_and_stretches_long_ones() -> None:

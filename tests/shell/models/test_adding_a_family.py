@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from mimogrid.core.models.config import Config, Family
 from mimogrid.core.models.families import BY_ARCHITECTURE
-from mimogrid.core.models.network import Model, Module
+from mimogrid.core.models.network import Model, PublishedModule
 from tiny_checkpoints import TEXT
 
 
@@ -48,7 +48,7 @@ def test_the_family_that_is_added(window: int | None, tmp_path: Path) -> None:
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     config = Config(json.loads((tmp_path / "config.json").read_text()), family.defaults, shapes)
     module = family.read(config)
-    assert isinstance(module, Module)
+    assert isinstance(module, PublishedModule)
     assert not config.problems
     assert not list(Model(modules={family.role: module}).differences(shapes))
     assert (window or 0) == module.option("window")
