@@ -17,6 +17,10 @@ import attrs
 # Most samples have neither. They share one value: a step may have a million samples.
 _NO_PLACES: Mapping[str, tuple[int, ...]] = {}
 _NO_UNITS: Mapping[str, float] = {}
+_NO_SEGMENTS: Mapping[str, tuple[tuple[int, ...], ...]] = {}
+
+SegmentGrid = tuple[int, ...]
+"""How the rows of a segment lie: (frames, height, width) of an image or a video in patches, (length,) of a sound."""
 
 
 @attrs.frozen
@@ -29,6 +33,8 @@ class Sample:
         rows: the number of rows that each source module reads; 0 or no entry: the sample lacks the modality.
         placeholders: for a language module, the positions of its sequence that take rows, where these are not the
             leading positions.
+        segments: for a source module, the grid of each segment of its rows (an image, a clip, a sound), in order; no
+            entry: all its rows are one segment. Attention stays within a segment.
         units: for a module with a loss, the sum of the sample's loss weights, where it is not the default
             (`gpt`: `length`; `regressor`: its rows times outputs; custom modules: 1).
     """
@@ -38,6 +44,16 @@ class Sample:
     rows: Mapping[str, int]
     placeholders: Mapping[str, tuple[int, ...]] = _NO_PLACES
     units: Mapping[str, float] = _NO_UNITS
+    segments: Mapping[str, tuple[SegmentGrid, ...]] = _NO_SEGMENTS
+
+    def grids(self, module: str) -> tuple[SegmentGrid, ...]:
+        """Return the grid of each segment that a source module reads.
+
+        >>> Sample(id=0, length=3, rows={"vision": 6}).grids("vision")
+        ((6,),)
+        """
+        rows = self.rows.get(module, 0)
+        return self.segments.get(module, ((rows,),) if rows else ())
 
 
 def share(index: int, parts: int, total: int) -> range:

@@ -9,10 +9,13 @@ memory all use this table. The shell builds networks that match it, and checks t
 ['layers.1.attention_norm.weight', 'layers.1.attention_norm.bias', 'layers.1.attention.qkv.weight']
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
+
+from mimogrid.core.base.samples import SegmentGrid
 
 
 FIRST, LAST = "first", "last"
@@ -191,6 +194,14 @@ class Transformer:
     def window_of(self, layer: int) -> int:
         """Return the window of a layer; 0: none."""
         return 0 if layer in self.full_layers else self.window
+
+    def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
+        """Return the lengths of the attention segments that a segment of a grid makes in the layers."""
+        return (math.prod(grid),)
+
+    def emitted(self, grid: SegmentGrid) -> int:
+        """Return how many rows the module emits for a segment of a grid."""
+        return math.prod(grid)
 
     def changed(self, options: tuple[str, ...]) -> tuple[str, ...]:
         """Return those of some options that are not as they are by default."""
