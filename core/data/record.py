@@ -5,6 +5,7 @@
 (1, 2, 3, 4)
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -65,9 +66,9 @@ def runs_of(positions: Sequence[int]) -> tuple[Run, ...]:
     >>> runs_of((1, 2, 3, 7))
     ((1, 3), (7, 1))
     """
-    starts = [i for i, at in enumerate(positions) if i == 0 or positions[i - 1] != at - 1]
-    ends = [*starts[1:], len(positions)]
-    return tuple((positions[start], end - start) for start, end in zip(starts, ends, strict=True))
+    groups = itertools.groupby(enumerate(positions), key=lambda item: item[1] - item[0])
+    runs = ([position for _, position in group] for _, group in groups)
+    return tuple((run[0], len(run)) for run in runs)
 
 
 def expanded(runs: Sequence[Run]) -> Iterator[int]:

@@ -1,5 +1,7 @@
 """A record describes a sample; segments stand where their placeholders do."""
 
+import itertools
+
 import attrs
 import pytest
 from hypothesis import given
@@ -24,13 +26,15 @@ MODEL = Model(
 
 @given(st.sets(st.integers(0, 60)))
 def test_runs_are_positions(positions: set[int]) -> None:
+    """Runs are the shortest way to write positions, and are read back to them."""
     ascending = sorted(positions)
     runs = runs_of(ascending)
     assert list(expanded(runs)) == ascending
-    assert all(first + count < other for (first, count), (other, _) in zip(runs, runs[1:], strict=False))
+    assert all(first + count < other for (first, count), (other, _) in itertools.pairwise(runs))
 
 
 def test_segments_of_all_kinds_come_in_the_order_of_the_text() -> None:
+    """An image and a video of one module come as they stand in the text."""
     tokens = [1, SOUND, SOUND, 2, VIDEO, VIDEO, 3, IMAGE, IMAGE, IMAGE, 4]
     grids = {"image": [(1, 2, 2), (1, 2, 4)], "video": [(2, 2, 2)], "audio": [(3,)]}
     found = placed(tokens, MODEL, grids)
@@ -53,6 +57,7 @@ def test_segments_of_all_kinds_come_in_the_order_of_the_text() -> None:
 
 
 def test_a_text_alone_lacks_every_modality() -> None:
+    """There is no entry for what a sample lacks."""
     sample = Record(id="a", length=4, units=2.0).described(0, MODEL, "language")
     assert (sample.rows, sample.placeholders, sample.segments) == ({}, {}, {})
 
@@ -70,5 +75,6 @@ def test_a_text_alone_lacks_every_modality() -> None:
 def test_placeholders_that_do_not_match_the_segments_are_refused(
     tokens: list[int], grids: dict[str, list[tuple[int, ...]]]
 ) -> None:
+    """Every placeholder has a row, and every row a placeholder."""
     with pytest.raises(ValueError, match="placeholder"):
         placed(tokens, MODEL, grids)
