@@ -15,6 +15,8 @@ import attrs
 from mimogrid.core.base.samples import Sample, SegmentGrid
 
 
+LANGUAGE = "language"
+"""The module of a published checkpoint that reads text."""
 Run = tuple[int, int]
 """Neighbouring positions of a sequence: the first of them, and how many."""
 

@@ -19,11 +19,11 @@ import torch
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample, SegmentGrid
+from mimogrid.core.data.record import LANGUAGE
 from mimogrid.core.models.network import Model, PublishedModule
 from mimogrid.core.models.positions import single_frames
 
 
-LANGUAGE = "language"
 IGNORED = -100
 """The label of a token that does not count in the loss."""
 TEXT = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")

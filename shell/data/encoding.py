@@ -9,7 +9,6 @@ out: a template that rewrites earlier turns does not say what an assistant has s
 import bisect
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import re
@@ -31,18 +30,6 @@ from mimogrid.shell.data.batches import IGNORED, Encoded, examples_of
 from mimogrid.shell.data.conversations import Conversation, LeftOutError, Turn
 
 
-FILES = (
-    "*processor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-)
-"""What a processor is read from."""
 _KNOWN = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 """What follows from the tokens."""
 _MARKS = re.compile(r"\{%-?\s*generation\b")
@@ -212,13 +199,3 @@ def decoded(raw: bytes, name: str) -> Image.Image:
         raise LeftOutError("huge image", f"{name!r}: {error}") from None
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them
         raise LeftOutError("broken image", f"{name!r}: {error}"[:200]) from None
-
-
-def digest_of(folder: Path) -> str:
-    """Return a digest of the files of a processor."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for path in sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()}):
-        content = path.read_bytes()
-        hashed.update(f"{path.name}\0{len(content)}\0".encode())
-        hashed.update(content)
-    return hashed.hexdigest()

@@ -15,19 +15,34 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pyarrow as pa
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.data.record import Record, Run, runs_of
-from mimogrid.shell.data.batches import LANGUAGE, Encoded
+from mimogrid.core.data.record import LANGUAGE, Record, Run, runs_of
+
+
+if TYPE_CHECKING:
+    from mimogrid.shell.data.batches import Encoded
 
 
 VERSION = 1
 ROWS, LEFT_OUT, PARTS = "index.arrow", "left_out.jsonl", "parts"
 FACTS = b"mimogrid"
+PROCESSOR = (
+    "*processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
+"""What a processor is read from."""
 _INTS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
@@ -162,7 +177,7 @@ def _no_index(folder: Path, message: str) -> PlanError:
 
 
 def row_of(
-    encoded: Encoded, *, name: str, offset: int, size: int, images: Sequence[tuple[str, bytes]]
+    encoded: "Encoded", *, name: str, offset: int, size: int, images: Sequence[tuple[str, bytes]]
 ) -> dict[str, Any]:
     """Return the row of a sample: its id, where its record is in the store, and its images with their bytes."""
     sample, text = encoded.sample, encoded.tensors[LANGUAGE]
@@ -230,6 +245,26 @@ def store_facts(store: Path, images: Path, folder: Path) -> StoreFacts:
         mtime_ns=status.st_mtime_ns,
         digest=hashed.hexdigest(),
     )
+
+
+def processor_digest(folder: Path) -> str:
+    """Return a digest of the files of a processor."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for path in sorted({path for pattern in PROCESSOR for path in folder.glob(pattern) if path.is_file()}):
+        content = path.read_bytes()
+        hashed.update(f"{path.name}\0{len(content)}\0".encode())
+        hashed.update(content)
+    return hashed.hexdigest()
+
+
+def check_processor(index: Index, folder: Path) -> None:
+    """Raise PlanError if a folder holds another processor than that of an index."""
+    if processor_digest(folder) != index.facts.processor_digest:
+        message = (
+            f"has another processor than {index.folder} was made with (tokenizer, template or image sizes)."
+        )
+        remedy = f"Index the store with it: mimogrid data index STORE --processor {folder}."
+        raise PlanError([Problem(str(folder), message, remedy)])
 
 
 def check_store(index: Index) -> None:

@@ -25,6 +25,7 @@ import pyarrow as pa
 import torch
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
+from mimogrid.core.data.record import LANGUAGE
 from mimogrid.shell.data.conversations import (
     LeftOutError,
     conversation,
@@ -32,7 +33,7 @@ from mimogrid.shell.data.conversations import (
     image_file,
     raw_records,
 )
-from mimogrid.shell.data.encoding import Encoder, decoded, digest_of
+from mimogrid.shell.data.encoding import Encoder, decoded
 from mimogrid.shell.data.index import (
     LEFT_OUT,
     PARTS,
@@ -41,6 +42,7 @@ from mimogrid.shell.data.index import (
     VERSION,
     Facts,
     StoreFacts,
+    processor_digest,
     read_part,
     row_of,
     store_facts,
@@ -103,7 +105,7 @@ def build(making: Making, out: Path, *, workers: int, progress: Progress = lambd
         for unfinished in (*out.glob("*.tmp"), *(out / PARTS).glob("*.tmp")):
             unfinished.unlink()
         store = _facts_of_store(making, out)
-        digest = digest_of(making.processor)
+        digest = processor_digest(making.processor)
         parts: list[str] = []
         with contextlib.closing(_made(making, digest, out / PARTS, workers)) as made:
             for stretch in made:
@@ -265,7 +267,7 @@ def _row(making: Making, record: _Record, found: Any) -> dict[str, Any]:
         raise LeftOutError("duplicate id", f"an earlier record has the id {found.id!r}")
     raw = [(image, image_bytes(making.images, image)) for image in found.images]
     encoded = _encoders[-1].encode(found, [decoded(content, image) for image, content in raw])
-    positions = len(encoded.tensors["language"]["tokens"])
+    positions = len(encoded.tensors[LANGUAGE]["tokens"])
     if making.max_tokens and positions > making.max_tokens:
         raise LeftOutError("too many tokens", f"it takes {positions} positions")
     return row_of(encoded, name=found.id, offset=record.offset, size=len(record.raw), images=raw)
