@@ -27,7 +27,7 @@ from typing import Any
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.spec import JobSpec, SourceFacts
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 from mimogrid.core.update.contents import Tensors, field_faults, is_count, table_faults, written_as

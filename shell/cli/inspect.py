@@ -18,7 +18,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.changes import refused
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.update.contents import OPTIMIZER, custom_modules, lacking, table_of, written_as
 from mimogrid.shell.checkpoint.index import described, read_index
 from mimogrid.shell.checkpoint.manifest import (

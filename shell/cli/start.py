@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
-from mimogrid.core.job.validation import parity_problems
+from mimogrid.core.job.validation.problems import parity_problems
 from mimogrid.shell.cli.arguments import ParityArgs, ProbeArgs, TrainArgs
 from mimogrid.shell.cli.output import print_json, unescaped, write
 from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
