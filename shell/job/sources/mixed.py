@@ -12,36 +12,25 @@ weight = 1
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import attrs
 
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.data.mixture import Mixture
 from mimogrid.core.job.spec import SourceFacts
+from mimogrid.shell.job.sources.source import Source
 
 
 if TYPE_CHECKING:
     import torch
 
 
-class Part(Protocol):
-    """A source."""
-
-    def describe(self, sample_id: int) -> Sample:
-        """Return the counts of a sample."""
-        ...
-
-    def load(self, sample_id: int, module: str) -> "Mapping[str, torch.Tensor]":
-        """Return what a module reads of a sample."""
-        ...
-
-
 @attrs.frozen(eq=False)
 class Mixed:
     """Sources in a mixture. Each gives its samples in its own order, from its first."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Source, ...]
     mixture: Mixture
 
     def describe(self, sample_id: int) -> Sample:
@@ -56,7 +45,7 @@ class Mixed:
 
 
 def facts_of(parts: Sequence[SourceFacts]) -> SourceFacts:
-    """Return what holds of the samples of all sources: the largest of what each says, unknown where one says nothing."""
+    """Return what holds of all samples: the largest of what each source says, unknown where one says nothing."""
 
     def most(values: Iterable[int | None]) -> int | None:
         known = list(values)
