@@ -115,7 +115,7 @@ class Index:
         except (pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
             raise _no_index(folder, f"is no index: {error}.") from None
         counts = (batch.num_rows for batch in self._batches)
-        self._starts = list(itertools.accumulate(counts, initial=0))
+        self._starts: list[int] = list(itertools.accumulate(counts, initial=0))
 
     def __len__(self) -> int:
         return self._starts[-1]

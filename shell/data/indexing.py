@@ -107,10 +107,9 @@ def build(making: Making, out: Path, *, workers: int, progress: Progress = lambd
         store = _facts_of_store(making, out)
         digest = processor_digest(making.processor)
         parts: list[str] = []
-        with contextlib.closing(_made(making, digest, out / PARTS, workers)) as made:
-            for stretch in made:
-                parts.append(stretch.part)
-                progress(len(stretch.records), stretch.end)
+        for stretch in _made(making, digest, out / PARTS, workers):
+            parts.append(stretch.part)
+            progress(len(stretch.records), stretch.end)
         _check_unchanged(making.store, store)
         facts = Facts(
             store=store,
@@ -236,12 +235,17 @@ _encoders: list[Encoder] = []
 
 def _begin(processor: Path) -> None:
     """Prepare a process: one thread, and an end when the one that started it ends."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     _encoders.append(Encoder.of(processor))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _make(making: Making, stretch: _Stretch, parts: Path) -> None:
