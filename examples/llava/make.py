@@ -25,7 +25,8 @@ from mimogrid.shell.job.sources.digits import SIDE, Digits, digits
 
 
 MOST = 4
-TRAIN, HELD_OUT = 12_000, 300
+TRAIN, HELD_OUT = 20_000, 300
+INIT = 0.1  # At a width of 64 the usual 0.02 learns late: 93 % instead of 98 % after 1,500 steps.
 PIXELS, PATCH = 32, 8
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 PAD, _, BEGIN, END, IMAGE = range(5)
@@ -70,6 +71,7 @@ def checkpoint(folder: Path, *, hidden: int = 64) -> None:
         image_size=PIXELS,
         patch_size=PATCH,
         hidden_act="gelu",
+        initializer_range=INIT,
     )
     text = transformers.LlamaConfig(
         vocab_size=len(WORDS),
@@ -82,8 +84,11 @@ def checkpoint(folder: Path, *, hidden: int = 64) -> None:
         pad_token_id=PAD,
         bos_token_id=BEGIN,
         eos_token_id=END,
+        initializer_range=INIT,
     )
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, initializer_range=INIT
+    )
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor().save_pretrained(folder)
 

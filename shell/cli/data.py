@@ -39,7 +39,7 @@ def run(args: Args) -> int:
 
 def index(args: DataIndexArgs) -> int:
     """Make an index; say what was left out, and why."""
-    from mimogrid.shell.data.indexing import Making, build  # noqa: PLC0415 -- imports transformers
+    from mimogrid.shell.data.indexing import Making, build, processes  # noqa: PLC0415 -- imports transformers
 
     store = args.store.absolute()
     out = (args.out or store.with_suffix(".index")).absolute()
@@ -54,7 +54,9 @@ def index(args: DataIndexArgs) -> int:
         raise PlanError([Problem("--max-tokens, --workers", "is below 0.", remedy)])
     begin = time.monotonic()
     with _progress(store, silent=args.json) as tell:
-        facts = build(making, out, workers=args.workers or os.cpu_count() or 1, progress=tell)
+        workers = args.workers or os.cpu_count() or 1
+        with processes(workers) as pool:
+            facts = build(making, out, pool, ahead=AHEAD * workers, progress=tell)
     samples, seconds = len(Index(out)), time.monotonic() - begin
     left_out = sum(facts.left_out.values())
     if args.json:
@@ -92,6 +94,8 @@ def _progress(store: Path, *, silent: bool) -> Iterator[Any]:
         yield tell
 
 
+AHEAD = 4
+"""Stretches of the store that wait for each process."""
 LINE_EVERY_S = 10.0
 """Seconds from one line of progress to the next, where there is no terminal."""
 

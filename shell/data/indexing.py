@@ -9,6 +9,7 @@ grown only the new part is read. The rows of all parts become one file at the en
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +18,8 @@ import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,8 +55,6 @@ from mimogrid.shell.data.index import (
 
 RECORDS = 256
 """Records of a stretch."""
-AHEAD = 3
-"""Stretches that wait for each process."""
 
 Progress = Callable[[int, int], None]
 """Is told of records that were read, and of the bytes of the store up to there."""
@@ -93,13 +94,22 @@ class _Stretch:
         return last.offset + len(last.raw)
 
 
-def build(making: Making, out: Path, *, workers: int, progress: Progress = lambda *_: None) -> Facts:
+def build(
+    making: Making, out: Path, pool: Executor, *, ahead: int, progress: Progress = lambda *_: None
+) -> Facts:
     """Make an index in a folder, or renew the one that is there; return its facts.
+
+    Args:
+        making: what it is made of.
+        out: the folder.
+        pool: where stretches become parts.
+        ahead: how many stretches may wait for the pool.
+        progress: is told what has been read.
 
     Raises PlanError if the store or the processor cannot be read, or if no record is a sample, and WorldError if a
     process is killed.
     """
-    Encoder.of(making.processor)  # It raises what every process would.
+    _encoder(making.processor)  # It raises here what it would raise in every process.
     (out / PARTS).mkdir(parents=True, exist_ok=True)
     with _locked(out):
         for unfinished in (*out.glob("*.tmp"), *(out / PARTS).glob("*.tmp")):
@@ -107,7 +117,7 @@ def build(making: Making, out: Path, *, workers: int, progress: Progress = lambd
         store = _facts_of_store(making, out)
         digest = processor_digest(making.processor)
         parts: list[str] = []
-        for stretch in _made(making, digest, out / PARTS, workers):
+        for stretch in _made(making, digest, out / PARTS, pool, ahead):
             parts.append(stretch.part)
             progress(len(stretch.records), stretch.end)
         _check_unchanged(making.store, store)
@@ -197,48 +207,17 @@ def _size_and_time(folder: Path, name: str) -> tuple[int, int] | None:
 # -- the processes -----------------------------------------------------------------------------------------
 
 
-def _made(making: Making, digest: str, parts: Path, workers: int) -> Iterator[_Stretch]:
-    """Make the part of each stretch that has none; yield each stretch, in order, when it has its part."""
+def processes(workers: int) -> Executor:
+    """Return a pool of processes for `build`. They end with this one, whatever ends it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # The processes are forked when transformers is imported.
-    waiting: deque[tuple[_Stretch, concurrent.futures.Future[None] | None]] = deque()
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_begin, initargs=(making.processor,)
-    ) as pool:
-        try:
-            for stretch in _stretches(making, digest):
-                there = (parts / stretch.part).exists()
-                waiting.append((stretch, None if there else pool.submit(_make, making, stretch, parts)))
-                while len(waiting) > AHEAD * workers or (waiting and waiting[0][1] is None):
-                    yield _finished(*waiting.popleft())
-            while waiting:
-                yield _finished(*waiting.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin)
 
 
-def _finished(stretch: _Stretch, future: "concurrent.futures.Future[None] | None") -> _Stretch:
-    try:
-        if future is not None:
-            future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        message = (
-            "a process that read the store was killed. Is the memory full? What is done is kept: run it again"
-        )
-        raise WorldError(f"{message}, with fewer --workers.") from None
-    return stretch
-
-
-_encoders: list[Encoder] = []
-"""The encoder of this process."""
-
-
-def _begin(processor: Path) -> None:
-    """Prepare a process: one thread, and an end when the one that started it ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    _encoders.append(Encoder.of(processor))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
@@ -246,6 +225,40 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _made(making: Making, digest: str, parts: Path, pool: Executor, ahead: int) -> Iterator[_Stretch]:
+    """Make the part of each stretch that has none; yield each stretch, in order, when it has its part."""
+    waiting: deque[tuple[_Stretch, concurrent.futures.Future[None] | None]] = deque()
+    try:
+        for stretch in _stretches(making, digest):
+            there = (parts / stretch.part).exists()
+            waiting.append((stretch, None if there else pool.submit(_make, making, stretch, parts)))
+            while len(waiting) > ahead or (waiting and waiting[0][1] is None):
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+    finally:
+        for _, future in waiting:
+            if future is not None:
+                future.cancel()
+
+
+def _finished(stretch: _Stretch, future: "concurrent.futures.Future[None] | None") -> _Stretch:
+    try:
+        if future is not None:
+            future.result()
+    except BrokenProcessPool:
+        message = (
+            "a process that read the store was killed. Is the memory full? What is done is kept: run it again"
+        )
+        raise WorldError(f"{message}, with fewer --workers.") from None
+    return stretch
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(processor: Path) -> Encoder:
+    return Encoder.of(processor)
 
 
 def _make(making: Making, stretch: _Stretch, parts: Path) -> None:
@@ -270,7 +283,7 @@ def _row(making: Making, record: _Record, found: Any) -> dict[str, Any]:
     if record.is_duplicate:
         raise LeftOutError("duplicate id", f"an earlier record has the id {found.id!r}")
     raw = [(image, image_bytes(making.images, image)) for image in found.images]
-    encoded = _encoders[-1].encode(found, [decoded(content, image) for image, content in raw])
+    encoded = _encoder(making.processor).encode(found, [decoded(content, image) for image, content in raw])
     positions = len(encoded.tensors[LANGUAGE]["tokens"])
     if making.max_tokens and positions > making.max_tokens:
         raise LeftOutError("too many tokens", f"it takes {positions} positions")
