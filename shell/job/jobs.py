@@ -24,7 +24,8 @@ from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find
 from mimogrid.shell.job.permission import permit
-from mimogrid.shell.job.sources import Source, open_source
+from mimogrid.shell.job.sources.opening import open_source
+from mimogrid.shell.job.sources.source import Source
 from mimogrid.shell.job.tables import converted, new_converter
 
 
