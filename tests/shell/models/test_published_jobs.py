@@ -94,7 +94,7 @@ def test_what_a_job_says_wins(write: Write) -> None:
     assert isinstance(spec.modules["language"].options, Gpt)
     assert (0.1, 259) == (spec.modules["language"].options.dropout, spec.modules["language"].options.vocab)
     another = '[modules.vision]\n[modules.vision.projector.language]\nkind = "linear"'
-    fresh = '[modules.language]\nmodel = "gpt"\nweights = ""\noptions = { layers = 1, hidden = 8, heads = 1, vocab = 9 }'
+    fresh = '[modules.language]\nmodel = "gpt"\nweights = ""\noptions = { layers = 1, hidden = 8, heads = 1, vocab = 9}'
     spec = read(write("llava", another, fresh))
     assert {"language": Projector()} == spec.modules["vision"].projector
     assert spec.modules["language"].weights is None
