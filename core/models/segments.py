@@ -28,7 +28,7 @@ class Emission:
     """How rows that are read become rows that are emitted, frame by frame, in the order of the attributes.
 
     Attributes:
-        stride: of so many rows one remains; of a last group that is not full, too.
+        stride: of so many rows one remains; a last group that is not full is only seen by what comes before it.
         merge: so many by so many rows of a frame become one.
         pool: so many rows become one; a last group that is not full is dropped.
         extra: rows of each frame that come besides, or with a minus that are dropped.
@@ -52,7 +52,7 @@ class Emission:
         if self.merge > 1 and (len(grid) != PLANE or any(side % self.merge for side in grid[1:])):
             raise ValueError(f"a grid of {grid} cannot be merged {self.merge} by {self.merge}")
         frames, sides = (grid[0], grid[1:]) if len(grid) == PLANE else (1, grid)
-        return (-(-math.prod(sides) // self.stride),) * frames
+        return (math.prod(sides) // self.stride,) * frames
 
 
 ONE_EACH = Emission()

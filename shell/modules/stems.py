@@ -9,7 +9,7 @@ Shapes in names: R rows, F features, P positions of the layers, H hidden.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from mimogrid.core.job.models import CONVOLUTION, Vit
 from mimogrid.core.models.positions import interpolation
 from mimogrid.core.models.tower import TowerRows, frame_sizes, tower_rows
 from mimogrid.shell.device.device import sent
-from mimogrid.shell.megatron.layers import ACTIVATIONS, Affine
+from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.norms import norm_of
 
@@ -84,7 +84,6 @@ class SoundStem(nn.Module):
     def __init__(self, model: Vit, *, dtype: torch.dtype, weight_grads: WeightGradStore) -> None:
         super().__init__()
         assert model.features is not None
-        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[model.activation]
         kernel = {"kernel_size": CONVOLUTION, "padding": CONVOLUTION // 2, "dtype": dtype}
         self.input = nn.ModuleDict(
             {
@@ -105,7 +104,7 @@ class SoundStem(nn.Module):
         """Return the positions of `count` segments of so many frames."""
         sound_NFR = rows_RF.view(count, frames, -1).transpose(1, 2)
         for name in ("conv1", "conv2"):
-            sound_NFR = self.activation(self.input[name](sound_NFR))
+            sound_NFR = functional.gelu(self.input[name](sound_NFR))
         length = frames // 2
         return (sound_NFR.transpose(1, 2)[:, :length] + self.positions.weight[:length]).flatten(0, 1)
 
