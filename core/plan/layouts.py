@@ -70,10 +70,13 @@ class Question:
     def largest(self) -> tuple[Sample, ...]:
         """As many samples, each with the most rows and the longest text of any: memory must hold these."""
         names = dict.fromkeys(name for sample in self.samples for name in sample.rows)
-        rows = {name: max(sample.rows.get(name, 0) for sample in self.samples) for name in names}
+        most = {name: max(self.samples, key=lambda sample: sample.rows.get(name, 0)) for name in names}
+        rows = {name: sample.rows.get(name, 0) for name, sample in most.items()}
+        segments = {name: sample.segments[name] for name, sample in most.items() if name in sample.segments}
         length = max(sample.length for sample in self.samples)
         room = self.facts.sequence - sum(rows.values()) if self.facts.sequence else length
-        return (Sample(id=0, length=min(length, max(room, 1)), rows=rows),) * len(self.samples)
+        largest = Sample(id=0, length=min(length, max(room, 1)), rows=rows, segments=segments)
+        return (largest,) * len(self.samples)
 
 
 # -- as jobs -----------------------------------------------------------------------------------------------
