@@ -269,8 +269,8 @@ class LayerBytes:
 class LayerCosts:
     """What the layers of one module of a job cost in each shape; answers are kept.
 
-    Of the `samples` of a step, `load` is the mean of one, and `longest` the one with most positions. With ragged samples
-    the mean is no more than what is priced in the end, where ranks wait for the largest share.
+    Of the `samples` of a step, `load` is the mean of one, and `longest` the one with most positions. With ragged
+    samples the mean is no more than what is priced in the end, where ranks wait for the largest share.
     """
 
     spec: JobSpec

@@ -64,6 +64,7 @@ class CoreAttention(nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
+        *,
         attn_mask_type: AttnMaskType,
         pg_collection: ProcessGroupCollection,
         rotary: Rotary = Rotary(),
@@ -127,6 +128,9 @@ class CoreAttention(nn.Module):
             ]
         if padding:
             mixed.append(query.new_zeros(padding, *query.shape[1:]))
+        if not asked:
+            # The backward of the gather is joint, so a rank without positions takes part in it, too.
+            mixed[0] = mixed[0] + (query[:0].sum() + key[:0].sum() + value[:0].sum())
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
     def _attend(

@@ -111,7 +111,9 @@ def pack(
     share: Share, *, length: int, device: torch.device, cut: ZigZag = WHOLE, token_split: TokenSplit = ALL
 ) -> Packing:
     """Pack a share into rows of a length: the feeders' rows at their placeholders, and the text tokens between."""
-    return _packed(Numbers.of(share), share.segments, length, cut, token_split, device)
+    return _packed(
+        Numbers.of(share), share.segments, length=length, cut=cut, token_split=token_split, device=device
+    )
 
 
 def check_placeholders(tokens: Sequence[Tensor], share: Share) -> None:
@@ -227,6 +229,7 @@ class Places:
 def _packed(
     numbers: Numbers,
     segments: Counts,
+    *,
     length: int,
     cut: ZigZag,
     token_split: TokenSplit,
