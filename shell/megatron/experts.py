@@ -1,8 +1,8 @@
 """Experts: the MLP of a layer in which each token chooses some of many experts, spread over ranks.
 
 One rank routes each token, and each token is computed once, in every layout. A rank routes the tokens of its dp rank
-and of its part of the positions, under context or sequence parallelism. With plain tensor parallelism several ranks
-have the same tokens, and each routes a share of them. Padding is not routed. Then
+and of its part of the row, under context or sequence parallelism. With plain tensor parallelism several ranks have the
+same tokens, and each routes a share of them. Padding is not routed. Then
 
     route       logits = tokens * router; the `top_k` highest are chosen, weighted by their softmax as in Megatron
                 (with top_k = 1 or without `norm_top_k` by the softmax over all experts: with one expert the router
@@ -22,7 +22,7 @@ tokens. Given f it is a sum over tokens, so each rank has a term of its own and 
 Megatron, the forward attaches its gradient to the output of the layer, so the backward computes it too, recomputed or
 not.
 
-Shapes in names: S positions, B samples, H hidden; T this rank's tokens, K choices, E experts; C rows to send
+Shapes in names: S positions of a row, B samples, H hidden; T this rank's tokens, K choices, E experts; C rows to send
 (T * K * expert_tp); M ranks among which rows cross, L experts that one of them holds, X shards of an expert.
 """
 
@@ -42,7 +42,7 @@ from mimogrid.shell.megatron import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from mimogrid.shell.megatron.layers import ACTIVATIONS, Linear
+from mimogrid.shell.megatron.layers import ACTIVATIONS, Linear, ReadsRow
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
@@ -94,7 +94,7 @@ def experts_spec(
     return ExpertsSpec(params, Experts)
 
 
-class Experts(nn.Module):
+class Experts(ReadsRow, nn.Module):
     """The MLP of one layer.
 
     `scale` multiplies the auxiliary loss in the loss of the job; 0 means that there is none. `aux` is this rank's term
@@ -125,35 +125,31 @@ class Experts(nn.Module):
         self.scale = 0.0
         self.aux: Tensor | None = None
 
-    def forward(self, hidden_SBH: Tensor, *, padding_mask: Tensor) -> tuple[Tensor, None]:
-        """Return the mixture [S, B, H], and None for the bias.
-
-        Of the arguments that Megatron's block passes to the MLPs, `padding_mask` is the one that we use to pass
-        something else: the entries of the tokens that this rank routes, s * B + b.
-        """
-        entries_T, same_tokens = padding_mask, self.expert_groups.same_tokens
-        if torch.is_grad_enabled() and self.trains and not hidden_SBH.requires_grad:
+    def forward(self, hidden_S1H: Tensor, **_: object) -> tuple[Tensor, None]:
+        """Return the mixture [S, 1, H], and None for the bias; the row says which tokens this rank routes."""
+        row, same_tokens = self.row, self.expert_groups.same_tokens
+        assert row is not None
+        if torch.is_grad_enabled() and self.trains and not hidden_S1H.requires_grad:
             # All ranks take part in the all-to-alls of the backward, also those whose own experts are frozen.
-            hidden_SBH = hidden_SBH.detach().requires_grad_()
+            hidden_S1H = hidden_S1H.detach().requires_grad_()
         if same_tokens:
-            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=same_tokens)
-        flat = hidden_SBH.flatten(0, 1)
-        mixed_TH, logits_TE, chosen_TK = self._mixed(flat.index_select(0, entries_T))
+            hidden_S1H = copy_to_tensor_model_parallel_region(hidden_S1H, group=same_tokens)
+        flat = hidden_S1H.flatten(0, 1)
+        mixed_TH, logits_TE, chosen_TK = self._mixed(flat.index_select(0, row.entries))
         if self.scale and self.training:
-            samples = hidden_SBH.shape[1]
             aux = imbalance(
                 logits_TE.softmax(dim=1),
                 chosen_TK,
-                entries_T % samples,
-                samples=samples,
+                row.sample_of,
+                samples=row.samples,
                 among=self.expert_groups.same_samples,
             )
             self.aux = aux.detach()
             mixed_TH = attached(mixed_TH, aux, self.scale)
-        flat = torch.zeros_like(flat).index_copy(0, entries_T, mixed_TH)
+        flat = torch.zeros_like(flat).index_copy(0, row.entries, mixed_TH)
         if same_tokens:
             flat = reduce_from_tensor_model_parallel_region(flat, group=same_tokens)
-        return flat.view_as(hidden_SBH), None
+        return flat.view_as(hidden_S1H), None
 
     def _mixed(self, tokens_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixture of this rank's tokens [T, H], the logits [T, E] and the chosen experts [T, K]."""

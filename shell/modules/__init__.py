@@ -1,14 +1,14 @@
 """Modules: the network of one stage on one rank, with the parameters of the core's table.
 
 A stage is a function of its inputs and the description of its share. Its inputs and outputs are flat rows, and between
-the stages of a module one block of positions times samples.
+the stages of a module one row of S positions, samples end to end (`core.base.row`).
 
 | stage | inputs | outputs |
 |---|---|---|
 | first, nothing feeds it | ``rows`` | |
 | first, fed | the rows of each feeder by its name | |
 | first, `gpt` | also ``tokens``, -1 at placeholders | |
-| any but the last | | the module's own name: hidden states [S, B, H] |
+| any but the last | | the module's own name: hidden states [S, 1, H] |
 | any but the first | the module's own name: hidden states | |
 | last | | rows by the name of each target |
 | last, with targets | ``labels``, ``loss_weights`` (`gpt`); ``targets`` (`regressor`) | ``loss``, a sum |
@@ -19,7 +19,7 @@ Under tensor and context parallelism every rank has the complete inputs and outp
 inputs. Two things differ between cp ranks: hidden states, of which a rank has its part of S, and the loss, of which a
 rank has its term. Building, forward and backward run inside `megatron.cpu.on_device`.
 
-Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
+Shapes in names: S positions of a row, H hidden, T tokens, R rows, V vocabulary.
 
 May import: the core, `device`, `job`, `megatron`, `world`.
 """

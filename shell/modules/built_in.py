@@ -14,7 +14,7 @@ from mimogrid.core.step.step import Share
 from mimogrid.shell.megatron import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
 from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.modules.loss import Predictions, squared_error_sum
-from mimogrid.shell.modules.packing import Packing, pack_rows, pack_text
+from mimogrid.shell.modules.packing import Packing
 from mimogrid.shell.modules.transformer import Context, TransformerStage
 from mimogrid.shell.modules.weights import layout_name
 
@@ -57,24 +57,14 @@ class TextStage(TransformerStage):
         name = layout_name(built.removeprefix("network."), self.info.layers)
         return "embedding.weight" if self.tied and name == "output.weight" else name
 
-    def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return the packing of a share."""
-        return pack_text(
-            share,
-            multiple=self.multiple,
-            device=device,
-            cut=self.cut,
-            token_split=self.token_split,
-        )
-
-    def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+    def enter(self, inputs: Mapping[str, Tensor], packing: Packing) -> Tensor:
         """Return the token embeddings, with the feeders' rows at their placeholders."""
         tokens_T = inputs["tokens"]
         text_T = tokens_T.index_select(0, packing.text_tokens)
         text_TH = self.network.embedding.word_embeddings(text_T)
         text_TH = functional.dropout(text_TH, self.dropout, training=self.training and self.draws)
         rows = [self.take(_joined(inputs, self.feeders), packing)] if self.feeders else []
-        return self.block_of(torch.cat([*rows, text_TH]), packing.incoming, packing)
+        return self.row_of(torch.cat([*rows, text_TH]), packing)
 
     def finish(
         self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
@@ -134,22 +124,10 @@ class RowsStage(TransformerStage):
         """Return the layout-independent name of a parameter from its name in this module."""
         return layout_name(built.replace("network.", "decoder.", 1), self.info.layers)
 
-    def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return the packing of a share."""
-        return pack_rows(
-            share,
-            multiple=self.multiple,
-            dtype=self.dtype,
-            device=device,
-            cut=self.cut,
-            token_split=self.token_split,
-        )
-
-    def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+    def enter(self, inputs: Mapping[str, Tensor], packing: Packing) -> Tensor:
         """Return the incoming rows, sample by sample."""
         rows = _joined(inputs, self.feeders or ("rows",))
-        rows_RH = self.input(self.take(rows, packing))
-        return self.block_of(rows_RH, packing.incoming, packing)
+        return self.row_of(self.input(self.take(rows, packing)), packing)
 
     def finish(
         self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share

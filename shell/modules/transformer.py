@@ -1,4 +1,4 @@
-"""Transformer: the common part of the stages of all built-in models, a stack of layers on a packed block.
+"""Transformer: the common part of the stages of all built-in models, a stack of layers on a packed row.
 
 Every cp rank has all inputs and outputs, and computes its own part of the positions. Shapes are named as in
 `shell.modules`.
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mimogrid.core.base.zigzag import ZigZag
-from mimogrid.core.job.layer_engines import FP8_MULTIPLE, TRANSFORMER_ENGINE, Choice
+from mimogrid.core.job.layer_engines import TRANSFORMER_ENGINE, Choice
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.step.step import Share, aux_name
 from mimogrid.core.topology.topology import Module, StageInfo
@@ -29,7 +29,7 @@ from mimogrid.shell.megatron.experts import ExpertGroups, ExpertsSpec, experts_s
 from mimogrid.shell.megatron.layers import block_spec, config_of
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.interface import StageGroups, StageModule, ep_position
-from mimogrid.shell.modules.packing import Packing, TokenSplit
+from mimogrid.shell.modules.packing import Packing, TokenSplit, pack
 
 
 @attrs.frozen
@@ -73,7 +73,7 @@ def _block_spec(context: Context, model: BuiltIn, weight_grads: WeightGradStore)
 
 
 class TransformerStage(StageModule):
-    """A stage of a built-in model: a stack of layers on a packed block."""
+    """A stage of a built-in model: a stack of layers on a packed row."""
 
     def __init__(self, context: Context, model: BuiltIn) -> None:
         groups = context.groups
@@ -81,16 +81,11 @@ class TransformerStage(StageModule):
         self.tp, self.cp = groups.tp, groups.cp
         self.cut = ZigZag(groups.cp.rank(), groups.cp.size())
         self.sequence_parallel = context.module.sequence_parallel and groups.tp.size() > 1
-        # The layers pad S to a multiple of this: tp parts under sp, and two chunks under cp.
-        self.multiple = (groups.tp.size() if self.sequence_parallel else 1) * len(self.cut.chunks)
-        if context.fp8 != "none":
-            self.multiple *= FP8_MULTIPLE
         self.layers_by = context.layers
         self.feeders = tuple(edge.source for edge in context.module.inputs)
         self.hidden = model.hidden
         self.dropout = model.dropout
         self.draws = model.dropout > 0
-        self.dtype = context.dtype
         self.config = config_of(
             model,
             layers=len(context.info.layers),
@@ -111,14 +106,19 @@ class TransformerStage(StageModule):
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see the table of `shell.modules`."""
-        packing = self.pack(share, next(iter(inputs.values())).device)
-        first = self.info.first
-        hidden_SBH = self.enter(inputs, share, packing) if first else inputs[self.name]
-        hidden_SBH = self.decode(hidden_SBH, packing, share)
+        packing = pack(
+            share,
+            length=share.shape[0] // self.cut.size,
+            device=next(iter(inputs.values())).device,
+            cut=self.cut,
+            token_split=self.token_split,
+        )
+        hidden_S1H = self.enter(inputs, packing) if self.info.first else inputs[self.name]
+        hidden_S1H = self.decode(hidden_S1H, packing, share)
         aux = self.aux()
         if not self.info.last:
-            return {self.name: hidden_SBH, **aux}
-        rows_RH = hidden_SBH.flatten(0, 1).index_select(0, packing.outgoing)
+            return {self.name: hidden_S1H, **aux}
+        rows_RH = hidden_S1H.flatten(0, 1).index_select(0, packing.outgoing)
         emitted = {target: self.join(rows, packing) for target, rows in self.emit(rows_RH).items()}
         return {**emitted, **self.finish(rows_RH, inputs, packing, share), **aux}
 
@@ -127,12 +127,8 @@ class TransformerStage(StageModule):
         """The stack of layers."""
         raise NotImplementedError
 
-    def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return the packing of a share."""
-        raise NotImplementedError
-
-    def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
-        """Return the block [S, B, H] that the first layer reads."""
+    def enter(self, inputs: Mapping[str, Tensor], packing: Packing) -> Tensor:
+        """Return the row [S, 1, H] that the first layer reads."""
         raise NotImplementedError
 
     def finish(
@@ -166,32 +162,26 @@ class TransformerStage(StageModule):
         terms = [layer.mlp.aux for layer in self.decoder.layers] if self.aux_loss and self.training else []
         return {aux_name(self.name): torch.stack(terms).sum()} if terms else {}
 
-    def decode(self, hidden_SBH: Tensor, packing: Packing, share: Share) -> Tensor:
-        """Run the layers. Under sequence parallelism each tp rank holds a part of S between the linears."""
-        positions, samples = packing.positions, packing.samples
-        pads = packing.padded != (positions, samples)
-        if pads:
-            more_S, more_B = packing.padded[0] - positions, packing.padded[1] - samples
-            hidden_SBH = functional.pad(hidden_SBH, (0, 0, 0, more_B, 0, more_S))
+    def decode(self, hidden_S1H: Tensor, packing: Packing, share: Share) -> Tensor:
+        """Run the layers. Under sequence parallelism each tp rank holds a part of the row between the linears."""
         if self.sequence_parallel:
-            hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp)
-        if self.recomputes and torch.is_grad_enabled() and not hidden_SBH.requires_grad:
+            hidden_S1H = scatter_to_sequence_parallel_region(hidden_S1H, group=self.tp)
+        if self.recomputes and torch.is_grad_enabled() and not hidden_S1H.requires_grad:
             # Re-entrant recomputation gives no gradients at all if its input needs none.
-            hidden_SBH = hidden_SBH.detach().requires_grad_()
-        routed = {}
-        if self.has_experts:
-            routed["padding_mask"] = packing.tokens  # See `Experts.forward`.
-            for layer in self.decoder.layers:
-                layer.mlp.scale = self.loss_scale * self.aux_loss / share.total
-        hidden_SBH = self.decoder(hidden_states=hidden_SBH, attention_mask=packing.mask, **routed)
+            hidden_S1H = hidden_S1H.detach().requires_grad_()
+        for layer in self.decoder.layers if self.has_experts else ():
+            layer.mlp.scale = self.loss_scale * self.aux_loss / share.total
+        hidden_S1H = self.decoder(
+            hidden_states=hidden_S1H, attention_mask=None, packed_seq_params=packing.row
+        )
         if self.sequence_parallel:
             # Every tp rank computes the same from here on, so the gradient is cut, not summed.
-            hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_SBH, tensor_parallel_output_grad=False, group=self.tp
+            hidden_S1H = gather_from_sequence_parallel_region(
+                hidden_S1H, tensor_parallel_output_grad=False, group=self.tp
             )
-        return hidden_SBH[:positions, :samples] if pads else hidden_SBH
+        return hidden_S1H
 
-    def block_of(self, rows_RH: Tensor, entries: Tensor, packing: Packing) -> Tensor:
-        """Return a block [S, B, H] with rows at their entries, and zeros elsewhere."""
-        block = rows_RH.new_zeros(packing.positions * packing.samples, self.hidden)
-        return block.index_copy_(0, entries, rows_RH).view(packing.positions, packing.samples, self.hidden)
+    def row_of(self, rows_RH: Tensor, packing: Packing) -> Tensor:
+        """Return the row [S, 1, H] with incoming rows at their entries, and zeros elsewhere."""
+        row = rows_RH.new_zeros(packing.length, self.hidden)
+        return row.index_copy_(0, packing.incoming, rows_RH)[:, None]
