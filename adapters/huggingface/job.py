@@ -24,7 +24,16 @@ from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.tensor_slices import full_tensors, gradients_of
 
 
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlavaForConditionalGeneration")
+SUPPORTED = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "LlavaForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
+)
 
 Table = Mapping[str, Any]
 
@@ -208,7 +217,8 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
 
 def _fitted(table: dict[str, Any], module: PublishedModule) -> dict[str, Any]:
     """Return a module's table; layers that do not divide over stages are split, and a vocabulary is padded."""
-    grid, options = table["grid"], module.options
+    grid, options, own = table["grid"], module.options, module.table()
+    table = {key: own[key] for key in ("feeds", "frozen", "projector") if key in own} | table
     layers, stages = options["layers"], grid.get("pp", 1) * table.get("chunks", 1)
     if layers % stages and layers > stages:
         table.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])

@@ -3,7 +3,7 @@
 The parameters of a stage have layout-independent names, in the order of the core's table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,9 +14,9 @@ from mimogrid.core.job.layer_engines import Choice
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share
 from mimogrid.core.topology.topology import Module, StageInfo
-from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
+from mimogrid.shell.modules.projectors import projector_of
 
 
 class StageGroups(Protocol):
@@ -122,9 +122,7 @@ class StageModule(nn.Module):
         # The prefix keeps a target named like a method of ModuleDict ("keys") legal.
         self.projectors = nn.ModuleDict(
             {
-                f"to_{edge.target}": Affine(
-                    module.model.hidden, edge.width, dtype=dtype, weight_grads=weight_grads
-                )
+                f"to_{edge.target}": projector_of(edge, module.model, dtype=dtype, weight_grads=weight_grads)
                 for edge in self.edges
                 if edge.projected and module.model.hidden
             }
@@ -138,10 +136,10 @@ class StageModule(nn.Module):
         """Return the layout-independent name of a parameter from its name in this module."""
         raise NotImplementedError
 
-    def emit(self, rows_RH: Tensor) -> dict[str, Tensor]:
-        """Return the rows for each target."""
+    def emit(self, rows_RH: Tensor, inner: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+        """Return the rows for each target; `inner` are those of inner layers, which lie beside them."""
         return {
-            edge.target: self.projectors[f"to_{edge.target}"](rows_RH) if edge.projected else rows_RH
+            edge.target: self.projectors[f"to_{edge.target}"](rows_RH, inner) if edge.projected else rows_RH
             for edge in self.edges
         }
 
