@@ -16,6 +16,7 @@ from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.samples import share
 from mimogrid.core.data.record import LANGUAGE
 from mimogrid.core.models.network import PublishedModule
+from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.published import Published, published
