@@ -77,11 +77,8 @@ def test_the_ranks_of_a_killed_agent_end(job: Job, tmp_path: Path) -> None:
     """Under torchrun likewise."""
     folder = tmp_path / "run"
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}"]
-    agent = launching.context().Process(
-        target=launching.under_torchrun,
-        args=(2, arguments, tmp_path / "said"),
-        kwargs={"fault": "delay rank 1 step 3 for 60 s at lm.0 B1"},
-    )
+    fault = "delay rank 1 step 3 for 60 s at lm.0 B1"
+    agent = launching.process(launching.under_torchrun, 2, arguments, tmp_path / "said", fault=fault)
     agent.start()
     launching.await_that((folder / "checkpoints" / "step-00000002").exists, 60.0)
     ranks = launching.holders(folder)
