@@ -141,7 +141,7 @@ def _rewrite(**changes: object) -> Callable[[Path], str]:
         path = folder / manifest.MANIFEST
         facts = json.loads(path.read_text()) | changes
         facts = {key: value for key, value in facts.items() if value is not None}
-        path.write_text(canonical({**facts, manifest.DIGEST: manifest.digest_of(facts)}))
+        path.write_text(canonical({**facts, manifest.DIGEST: manifest.manifest_digest(facts)}))
         return manifest.MANIFEST
 
     return harm
