@@ -206,7 +206,9 @@ class _Task:
     joint: bool
 
 
-def _begin_s(task: _Task, k: int, rank_class: int, clocks: Sequence[_ClassClock], channels: list[float]) -> float:
+def _begin_s(
+    task: _Task, k: int, rank_class: int, clocks: Sequence[_ClassClock], channels: list[float]
+) -> float:
     """Return when a rank class can begin with microbatch k: it is free, and everything that it reads has arrived."""
     begin = max(clocks[rank_class].last_s, clocks[rank_class].read_s)
     for messages in task.reads:

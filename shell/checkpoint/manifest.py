@@ -97,7 +97,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     faults = list(field_faults(manifest))
     if not _is_list_of_files(manifest.get("files")):
         faults.append("lacks files, each with its bytes and sha256.")
-    if not faults and (version > 1 or DIGEST in manifest) and manifest.get(DIGEST) != manifest_digest(manifest):
+    if (
+        not faults
+        and (version > 1 or DIGEST in manifest)
+        and manifest.get(DIGEST) != manifest_digest(manifest)
+    ):
         faults = ["has changed since it was written: its checksum differs."]
     if faults:
         raise PlanError(Problem(str(checkpoint), f"'{MANIFEST}' {fault}", OTHER) for fault in faults)
