@@ -25,17 +25,23 @@ def parsed(model: Model) -> dict[str, BuiltIn]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_recipes(name: str, tmp_path: Path) -> None:
-    """Their names and full shapes are those of the recipes, edges included."""
+    """Their names and full shapes are those of the recipes, edges included; and as many values are in the files."""
     model = published(save(name, tmp_path)).model
     modules = parsed(model)
     for found, module in model.modules.items():
-        ours = {p.name: p.shape for p in modules[found].parameters()}
+        parameters = list(modules[found].parameters())
         for target in module.feeds:
             written = CONVERTER.structure(module.projector.get(target, {}), Projector)
             width, projector = edge_shape(modules[found], modules[target], written)
             assert projector
-            ours |= {p.name: p.shape for p in projector.parameters(target, modules[found], width)}
-        assert {name: recipe.shape for name, recipe in module.recipes.items()} == ours
+            parameters += projector.parameters(target, modules[found], width)
+        recipes = module.recipes
+        assert {name: recipe.shape for name, recipe in recipes.items()} == {
+            p.name: p.shape for p in parameters
+        }
+        assert {name: recipe.stored_values for name, recipe in recipes.items()} == {
+            p.name: p.values for p in parameters
+        }
 
 
 def test_defaults_are_those_of_the_families() -> None:
