@@ -57,7 +57,8 @@ def torn_images(
         grids = [grid for feeder in feeders for grid in graph.grids_out(feeder, sample, rows_out)]
         for taken, grid in placed(places, grids):
             if len(grid) == PLANE and not is_whole(taken):
-                message = f"has text between position {taken[0]} and {taken[-1]} of '{name}', inside an image of {grid}."
+                between = f"position {taken[0]} and {taken[-1]} of '{name}'"
+                message = f"has text between {between}, inside an image of {grid}."
                 remedy = "Describe what text stands between as segments of their own, such as the frames of a video."
                 yield Problem(f"sample {sample.id}", message, remedy)
 
