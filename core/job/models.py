@@ -9,6 +9,7 @@ memory all use this table. The shell builds networks that match it, and checks t
 ['layers.1.attention_norm.weight', 'layers.1.attention_norm.bias', 'layers.1.attention.qkv.weight']
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -159,11 +160,6 @@ class Transformer:
         return (self.heads + 2 * self.kv_heads) * self.head_width
 
     @property
-    def up_width(self) -> int:
-        """The width of what the first linear layer of a dense MLP gives."""
-        return self.up_blocks * self.ffn
-
-    @property
     def up_blocks(self) -> int:
         """How many matrices the first linear layer of an MLP is: a gate, and what it opens."""
         return 2 if self.gated else 1
@@ -177,6 +173,11 @@ class Transformer:
     def row_width(self) -> int:
         """The width of the rows that the module emits, before an edge projects them."""
         return self.hidden
+
+    def mlp_widths(self, layer: int) -> tuple[int, int]:
+        """Return the widths of what the first and the second linear layers of a token's MLPs give and read."""
+        width = self.top_k * self.expert_ffn if self.has_experts(layer) else self.ffn
+        return self.up_blocks * width, width
 
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of a layer has experts."""
@@ -327,6 +328,12 @@ class Vit(Transformer):
         """Return the lengths of the attention segments that a segment of a grid makes: its frames."""
         return tuple(rows + self.class_token for rows in Emission(stride=self.emission.stride).frames(grid))
 
+    def windows(self, grid: SegmentGrid) -> tuple[int, ...]:
+        """Return the lengths of the attention segments of a segment in the layers with windows."""
+        frames, *sides = grid
+        blocks = (_parts(side // self.merge, self.window) for side in sides)
+        return tuple(rows * columns * self.merge**2 for rows, columns in itertools.product(*blocks)) * frames
+
     def expect(self, grid: SegmentGrid) -> None:
         """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
         flat = len(grid) != PLANE
@@ -453,6 +460,15 @@ def linear_parameters(
     yield Parameter(f"{name}.weight", shape, layer, std=std)
     if bias:
         yield Parameter(f"{name}.bias", shape[:1], layer)
+
+
+def _parts(count: int, size: int) -> tuple[int, ...]:
+    """Cut a count into parts of a size, the last of which may be smaller.
+
+    >>> _parts(5, 2)
+    (2, 2, 1)
+    """
+    return (size,) * (count // size) + ((count % size,) if count % size else ())
 
 
 def _column(
