@@ -5,7 +5,7 @@ is made of some of them (`core.models.tower`). Every cp rank computes the stem o
 of the positions. Behind the layers all cp ranks get all positions, and each makes a part of the emitted rows. So
 weights before and behind the layers have partial gradients along cp, as those of the layers have.
 
-Shapes are named as in `shell.modules`; P positions of a share.
+Shapes are named as in `interface`; P positions of a share.
 """
 
 import functools
@@ -21,7 +21,7 @@ from mimogrid.core.job.models import Vit
 from mimogrid.core.models.positions import Ints, windows
 from mimogrid.core.step.step import Share
 from mimogrid.shell.device.device import sent
-from mimogrid.shell.megatron import TransformerBlock, gather_from_sequence_parallel_region
+from mimogrid.shell.megatron.names import TransformerBlock, gather_from_sequence_parallel_region
 from mimogrid.shell.megatron.rows import WINDOWS
 from mimogrid.shell.modules.norms import norm_of
 from mimogrid.shell.modules.packing import Packing

@@ -15,9 +15,10 @@ from mimogrid.shell.run.reference import ReferenceStep, losses_and_gradients, re
 from mimogrid.shell.world.launch import Pool
 from publishing import Seen
 from scale import SCALE
-from test_huggingface import FROZEN, TWO
 
 
+FROZEN = {"lr": 0.0, "weight_decay": 0.0}
+TWO = {"microbatches": 2}
 TOWER = {"qwen2-audio": "audio"}
 WHOLES = ("llava", "llava-siglip")
 EVERY_DAY = ("llava",)

@@ -10,7 +10,7 @@ from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.models import Block, Gpt, Vit
 from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.job.validation.towers import tower_problems
 from mimogrid.core.topology.parse import assemble
 

@@ -20,7 +20,8 @@ from mimogrid.core.job.spec import GridSpec, ModuleSpec
 from mimogrid.core.models.segments import Emission
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.megatron import cpu
-from mimogrid.shell.modules import StageModule, build_stage, named_weights
+from mimogrid.shell.modules.construction import build_stage
+from mimogrid.shell.modules.interface import StageModule, named_weights
 from mimogrid.shell.modules.loss import cross_entropies
 from mimogrid.shell.modules.packing import check_placeholders
 from mimogrid.shell.modules.weights import shard
