@@ -58,6 +58,7 @@ class Parameter:
         over_heads: it is shared by all heads of a layer. Tp ranks split these, so its gradient is always partial.
         copy: the other end of the module that holds a copy of it (tied embeddings).
         expert: the number of the expert that it belongs to; None: it belongs to no expert.
+        zeros: how many of its values are zero and never train, and are no parameters of the model.
     """
 
     name: str
@@ -72,6 +73,12 @@ class Parameter:
     over_heads: bool = False
     copy: str | None = None
     expert: int | None = None
+    zeros: int = 0
+
+    @property
+    def values(self) -> int:
+        """How many parameters of the model it is."""
+        return math.prod(self.shape) - self.zeros
 
 
 @attrs.frozen(kw_only=True)
@@ -200,9 +207,11 @@ class Transformer:
         prefix, hidden = f"layers.{layer}", self.hidden
         shallow, deep = self.init_std, self.init_std / (2 * self.layers) ** 0.5
         yield from self.norm_parameters(f"{prefix}.attention_norm", layer)
-        yield from _column(
+        weight, *bias = _column(
             f"{prefix}.attention.qkv", (self.qkv_width, hidden), layer, shallow, bias=self.qkv_bias
         )
+        zeros = 0 if self.k_bias else self.kv_heads * self.head_width
+        yield from (weight, *(attrs.evolve(parameter, zeros=zeros) for parameter in bias))
         if self.qk_norm:
             for name in ("q_norm", "k_norm"):
                 yield Parameter(
