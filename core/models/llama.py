@@ -42,14 +42,14 @@ DEFAULTS: Mapping[str, Any] = {
 
 def options_of(config: Config) -> dict[str, Any]:
     """Return the options that every language model of this kind has; biases are those that the file asks for."""
-    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    kv_heads = heads if config.get("num_key_value_heads") is None else config.integer("num_key_value_heads")
+    hidden, heads = config.integer("hidden_size"), config.count("num_attention_heads")
+    kv_heads = heads if config.get("num_key_value_heads") is None else config.count("num_key_value_heads")
     config.expect_divisor("num_key_value_heads", kv_heads, "num_attention_heads", heads)
     if config.get("head_dim") is None:
         config.expect_divisor("num_attention_heads", heads, "hidden_size", hidden)
     config.expect_zero("attention_dropout")
     return {
-        "layers": config.integer("num_hidden_layers"),
+        "layers": config.layers("num_hidden_layers"),
         "hidden": hidden,
         "heads": heads,
         "kv_heads": kv_heads,

@@ -37,10 +37,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
-from mimogrid.shell.checkpoint import tensorfile
 from mimogrid.shell.checkpoint.index import IndexedTensor, ShardPlace
 from mimogrid.shell.checkpoint.manifest import PARTIAL, reading
-from mimogrid.shell.checkpoint.tensorfile import TensorEntry
+from mimogrid.shell.job import tensorfile
+from mimogrid.shell.job.tensorfile import TensorEntry
 from mimogrid.shell.runtime.tensor_slices import TensorSlice, TensorSlices
 
 

@@ -26,15 +26,15 @@ from torch.distributed.checkpoint.planner import WriteItem
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.spec import ModuleSpec
 from mimogrid.core.update.contents import OPTIMIZER
-from mimogrid.shell.checkpoint import manifest, tensorfile
+from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.checkpoint.files import DTYPES, values_of
 from mimogrid.shell.checkpoint.index import IndexedTensor, read_index
 from mimogrid.shell.checkpoint.jsonfile import canonical
 from mimogrid.shell.checkpoint.manifest import CHECKPOINTS, PARTIAL
-from mimogrid.shell.checkpoint.tensorfile import StoredTensor, TensorEntry
 from mimogrid.shell.cli.arguments import ExportArgs
 from mimogrid.shell.cli.output import print_json
-from mimogrid.shell.job import jobfile
+from mimogrid.shell.job import jobfile, tensorfile
+from mimogrid.shell.job.tensorfile import StoredTensor, TensorEntry
 
 
 def run(args: ExportArgs) -> int:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def header_of(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"has no valid header: {error!r}") from None
     end = 8 + length
     for name, of in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if of.dtype not in WIDTHS or (of.begin, of.end) != (end, end + size_of(of.dtype, of.shape)):
+        if of.dtype not in WIDTHS:
+            raise ValueError(f"has '{name}' in a dtype that is not known here, {reprlib.repr(of.dtype)}")
+        if (of.begin, of.end) != (end, end + size_of(of.dtype, of.shape)):
             kind = f"{of.dtype} {list(of.shape)}"
             raise ValueError(f"says that '{name}', {kind}, has the bytes {of.begin} to {of.end}")
         end = of.end
