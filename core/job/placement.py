@@ -13,6 +13,7 @@ import attrs
 from mimogrid.core.base.grid import Axis, Grid
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import BuiltIn, Own, Vit
+from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
 
 
@@ -47,19 +48,23 @@ def model_of(name: str, spec: JobSpec, source: SourceFacts) -> BuiltIn | Own:
     if isinstance(module.options, Vit) and module.options.features is None:
         return attrs.evolve(module.options, features=source.features.get(name))
     if isinstance(module.options, Mapping):
-        return Own(path=module.model, width=module.width, has_loss=not module.feeds)
+        return Own(path=module.model, width=module.width, has_loss=not module.feeds, emission=module.rows_out)
     return module.options
 
 
-def edge_shape(source: BuiltIn | Own, target: BuiltIn | Own) -> tuple[int, bool]:
-    """Return the width of the rows on an edge, and whether the source module projects them to that width.
+def edge_shape(
+    source: BuiltIn | Own, target: BuiltIn | Own, written: Projector | None = None
+) -> tuple[int, Projector | None]:
+    """Return the width of the rows that a target reads, and the projector that gives them that width, if there is one.
+
+    It is the `written` one, or else a linear layer where one is needed.
 
     A custom module reads rows of any width. It emits rows of the width that it declares, or else of the width that
     the target reads.
     """
     width = source.hidden if isinstance(target, Own) else target.hidden
     differ = source.hidden is not None and source.hidden != width
-    return width or 0, isinstance(source, Vit) or differ
+    return width or 0, written or (Projector() if isinstance(source, Vit) or differ else None)
 
 
 def has_loss(module: ModuleSpec) -> bool:
