@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.models import Parameter
-from mimogrid.core.models.mapping import Recipe, inverse, padded, shard_rows, slices
+from mimogrid.core.models.mapping import inverse, padded, shard_rows, slices
 from mimogrid.shell.job.published import INDEX, ONE_FILE, Published, published
 from mimogrid.shell.modules.weights import Shards, cut_over
 
@@ -42,7 +42,8 @@ def load_published(
         for parameter in parameters:
             if parameter.name not in recipes:
                 continue
-            recipe, weight = _padded(recipes[parameter.name], parameter), weights[parameter.name]
+            recipe = padded(recipes[parameter.name], parameter.padding)
+            weight = weights[parameter.name]
             over = cut_over(parameter, groups)
             rows, columns = _held(parameter, rank=over.rank(), ranks=over.size())
             weight.zero_()
@@ -54,11 +55,6 @@ def load_published(
                 target = weight[piece.rows.start : piece.rows.stop]
                 target.copy_(values.reshape(target.shape))
     return tuple(parameter for parameter in parameters if parameter.name not in recipes)
-
-
-def _padded(recipe: Recipe, parameter: Parameter) -> Recipe:
-    """Return the recipe with the rows of zeros that a parameter has besides: those of a padded vocabulary."""
-    return padded(recipe, parameter.shape[0] - recipe.shape[0])
 
 
 def _held(parameter: Parameter, *, rank: int, ranks: int) -> tuple[tuple[range, ...] | None, range | None]:

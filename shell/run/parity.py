@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import attrs
 import torch
 
+from mimogrid.core.job.models import unpadded
 from mimogrid.core.job.precision import HALF
 from mimogrid.core.job.spec import GridSpec, JobSpec
 from mimogrid.core.step.step import Step, aux_name, step_of
@@ -234,10 +235,11 @@ def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
 
 
 def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:
-    """Return the same model on one rank: every grid of size 1, and no fp8 if the precision is another."""
+    """Return the same model on one rank: every grid of size 1, no padding, no fp8 if the precision is another."""
     modules = {
         name: attrs.evolve(
             module,
+            options=unpadded(module.options),
             grid=GridSpec(offset=0),
             split=None,
             microbatches=None,
