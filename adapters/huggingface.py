@@ -23,7 +23,8 @@ import torch
 
 from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.core.base.samples import Sample, share
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.models.fitting import fitted
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.published import Published, published
@@ -68,8 +69,7 @@ class Job:
         _check_supported(checkpoint, grids)
         more = dict(tables.pop("modules", {}))
         module = {"weights": str(checkpoint.folder), **more.get(LANGUAGE, {}), "grid": dict(grids[LANGUAGE])}
-        options = checkpoint.model.modules[LANGUAGE].table()["options"]
-        _fit(module, layers=options["layers"], vocab=options["vocab"])
+        module = fitted(module, checkpoint.model.modules[LANGUAGE].options)
         job = cls(checkpoint, {"precision": precision, **tables, "modules": {**more, LANGUAGE: module}})
         job.sized(_least_samples(job.tables), job.parts)  # It raises what is wrong before anything starts.
         return job
@@ -160,7 +160,7 @@ class Running:
         embedded = self._opened()
         state = embedded.state_dict()
         if embedded.runtime is not None and embedded.runtime.group.rank() == 0:
-            write_published(Path(folder), self._job.checkpoint, self._published(state))
+            write_published(Path(folder), self._job.checkpoint, self._published(state).get)
 
     def _published(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         prefix = f"{LANGUAGE}."
@@ -212,16 +212,6 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
             problems.append(Problem("grids", message, f"Write {name}=dict(tp=1, pp=1), for instance."))
     if problems:
         raise PlanError(problems)
-
-
-def _fit(module: dict[str, Any], *, layers: int, vocab: int) -> None:
-    """Split layers that do not divide over the stages, and pad a vocabulary that does not divide over tp."""
-    grid = module["grid"]
-    stages = grid.get("pp", 1) * module.get("chunks", 1)
-    if layers % stages and layers > stages:
-        module.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])
-    if padding := -vocab % grid.get("tp", 1):
-        module["options"] = {"vocab_padding": padding, **module.get("options", {})}
 
 
 def _least_samples(tables: Mapping[str, Any]) -> int:

@@ -23,6 +23,7 @@ from mimogrid.core.update.contents import OPTIMIZER, written_as
 from mimogrid.core.update.decision import SkipState
 from mimogrid.shell.checkpoint.versions import machine, versions
 from mimogrid.shell.job import jobfile
+from mimogrid.shell.runtime.exchange import compact
 from mimogrid.shell.runtime.gradients import Buffer, Shard
 from mimogrid.shell.runtime.optimizer import begin_states, states_of
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -30,7 +31,6 @@ from mimogrid.shell.runtime.tensor_slices import (
     StageSlices,
     TensorSlice,
     TensorSlices,
-    compact,
     gather_slices,
     weights_of,
 )

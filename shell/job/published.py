@@ -105,6 +105,28 @@ def _no_floats(model: Model, tensors: Mapping[str, PublishedTensor]) -> Iterator
         yield Problem("", message, "Use the checkpoint that this one was quantized from.")
 
 
+def origin_of(folders: Mapping[str, str | None], source: Path | None = None) -> Published:
+    """Return the checkpoint that all modules of a job start from, or the `source` that stands in for it.
+
+    `folders` are the modules' own. Raises PlanError where a module has none, or there are several, or it is gone.
+    """
+    if fresh := [name for name, folder in folders.items() if folder is None]:
+        message = "is not there: the module starts from random weights, and belongs to no checkpoint."
+        remedy = "Start the job from a folder: weights = FOLDER. Without one its weights leave as --to safetensors."
+        raise PlanError(Problem(f"modules.{name}.weights", message, remedy) for name in fresh)
+    named = list(dict.fromkeys(Path(folder) for folder in folders.values() if folder))
+    if source is None and len(named) > 1:
+        message = f"start from {len(named)} folders: {', '.join(map(str, named))}."
+        raise PlanError(
+            [Problem("modules", message, "Name one checkpoint that has all of them: --from FOLDER.")]
+        )
+    folder = (source or named[0]).resolve()
+    if source is None and not folder.is_dir():
+        message = "the modules start from this folder, and it is not there any more."
+        raise PlanError([Problem(str(folder), message, "Name it where it is now: --from FOLDER.")])
+    return published(folder)
+
+
 def lay_weights(table: MutableMapping[str, Any], folder: Path) -> tuple[Problem, ...]:
     """Make the folders of ``modules.NAME.weights`` absolute, and put the options of their models under a job's own."""
     problems: list[Problem] = []

@@ -152,11 +152,14 @@ def _count(value: object) -> int:
     return value
 
 
-def read_into(path: Path, stored: StoredTensor, values: memoryview) -> None:
-    """Read a tensor's bytes into given memory. The file is not mapped, so that nothing else stays resident."""
-    assert len(values) == size_of(stored.dtype, stored.shape), path
+def read_into(path: Path, stored: StoredTensor, values: memoryview, *, skip: int = 0) -> None:
+    """Read a tensor's bytes into given memory, without the first `skip` and as many as there is room for.
+
+    The file is not mapped, so that nothing else stays resident.
+    """
+    assert skip + len(values) <= stored.end - stored.begin, path
     with path.open("rb", buffering=0) as file:
-        file.seek(stored.begin)
+        file.seek(stored.begin + skip)
         for start in range(0, len(values), CHUNK):
             part = values[start : start + CHUNK]
             if file.readinto(part) != len(part):

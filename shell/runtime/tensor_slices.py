@@ -16,7 +16,7 @@ from mimogrid.core.update.buckets import ParameterRange, boxes
 from mimogrid.core.update.reductions import counts_in_norm
 from mimogrid.shell.modules import named_weights
 from mimogrid.shell.modules.weights import cut_over
-from mimogrid.shell.runtime.exchange import gather_objects
+from mimogrid.shell.runtime.exchange import compact, gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.stage import StageRunner
 
@@ -156,8 +156,3 @@ def gather_slices(runtime: RankRuntime, slices: TensorSlices) -> dict[str, torch
                 full[name] = torch.empty(part.full_shape, dtype=part.tensor.dtype)
             part.within(full[name]).copy_(part.tensor)
     return full
-
-
-def compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory with storage of its own: a view pickles all of the storage that it is a part of."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
