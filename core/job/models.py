@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.samples import SegmentGrid
-from mimogrid.core.models.segments import ONE_EACH, Emission
+from mimogrid.core.models.segments import ONE_EACH, PLANE, Emission
 
 
 FIRST, LAST = "first", "last"
@@ -251,6 +251,10 @@ class Transformer:
         """Return how many rows the module emits for a segment of a grid. Raises ValueError if it cannot read it."""
         return self.emission.rows(grid)
 
+    def expect(self, grid: SegmentGrid) -> None:
+        """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
+        self.emission.rows(grid)
+
     def changed(self, options: tuple[str, ...]) -> tuple[str, ...]:
         """Return those of some options that are not as they are by default; what a model does not have is not."""
         defaults = {field.name: field.default for field in attrs.fields(type(self)) if field.name in options}
@@ -320,6 +324,27 @@ class Vit(Transformer):
     def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the lengths of the attention segments that a segment of a grid makes: its frames."""
         return tuple(rows + self.class_token for rows in Emission(stride=self.emission.stride).frames(grid))
+
+    def expect(self, grid: SegmentGrid) -> None:
+        """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
+        flat = len(grid) != PLANE
+        if self.stem == "whisper" and not flat:
+            raise ValueError(f"a grid of {grid} is no length of a sound")
+        if flat and (self.positions == "rotary_2d" or self.window or self.position_interpolation != "none"):
+            raise ValueError(f"a grid of {grid} has no height and width")
+        self.emission.rows(grid)
+        longest = max(self.spans(grid), default=0)
+        if not self.position_count or self.position_interpolation != "none":
+            return
+        if longest > self.position_count:
+            raise ValueError(
+                f"a grid of {grid} needs {longest} positions, and there are {self.position_count}"
+            )
+        if not flat and longest != self.position_count:
+            raise ValueError(
+                f"a grid of {grid} needs {longest} positions, and the table of {self.position_count} is for images "
+                "of one size"
+            )
 
     def first_parameters(self) -> Iterator[Parameter]:
         """Yield the parameters before the layers."""
@@ -484,6 +509,10 @@ class Own:
     def emitted(self, grid: SegmentGrid) -> int:
         """Return how many rows it emits for a segment of a grid. Raises ValueError if it cannot read it."""
         return self.emission.rows(grid)
+
+    def expect(self, grid: SegmentGrid) -> None:
+        """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
+        self.emission.rows(grid)
 
     def parameters(self) -> Iterator[Parameter]:
         """Yield nothing: its parameters are known only when it is built."""
