@@ -102,11 +102,11 @@ class Config:
         """Return a number of layers, each of which has tensors on disk."""
         return self.integer(key, most=min(COUNT_MOST, len(self.names) or COUNT_MOST))
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, *, above: int | None = None) -> float:
         """Return a number."""
         value = self.get(key)
-        is_one = type(value) in {int, float} and math.isfinite(value)
-        value = self._checked(key, is_one, "a number")
+        is_one = type(value) in {int, float} and math.isfinite(value) and (above is None or value > above)
+        value = self._checked(key, is_one, "a number" if above is None else f"a number above {above}")
         return float(value) if type(value) in {int, float} else 1.0
 
     def flag(self, key: str) -> bool:

@@ -79,9 +79,11 @@ def module_of(
     recipes = {"embedding.weight": whole(Stored(f"{prefix}embed_tokens.weight", table))}
     recipes |= layers(options, NAMES, f"{prefix}layers.", mlp_of)
     recipes |= norm(options, f"{prefix}norm", "final_norm")
+    head = f"{config.prefix('lm_head.weight')}lm_head.weight"
     if not options["tied_embeddings"]:
-        head = config.prefix("lm_head.weight")
-        recipes["output.weight"] = whole(Stored(f"{head}lm_head.weight", table))
+        recipes["output.weight"] = whole(Stored(head, table))
+    elif head in config.names:
+        return attrs.evolve(module, recipes=recipes, copies={head: f"{prefix}embed_tokens.weight"})
     return attrs.evolve(module, recipes=recipes)
 
 

@@ -47,7 +47,7 @@ def rotary(
     }
     table = _table(config, top)
     kind = table.get("rope_type") or table.get("type") or "default"
-    options: dict[str, Any] = {"rotary_base": table.number("rope_theta")}
+    options: dict[str, Any] = {"rotary_base": table.number("rope_theta", above=1)}
     if any(isinstance(value, Mapping) for value in table.values.values()):
         table.problem(
             "", "is different in different layers, which no model here has.", "Use another checkpoint."
@@ -69,8 +69,6 @@ def rotary(
         said = {key: table.get(key) for key in wanted if table.get(key) is not None}
         options["rotary_scaling"] = {"type": kind, **said}
         _check_scaling(table, options["rotary_scaling"], complete=not lacking)
-    if options["rotary_base"] <= 1:
-        table.problem("rope_theta", f"is {options['rotary_base']}, and must be above 1.", "Check the file.")
     return options
 
 

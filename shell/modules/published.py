@@ -88,8 +88,8 @@ def published_tensors(found: Published, module: str, full: Mapping[str, Tensor])
 def write_published(out: Path, found: Published, tensor_of: Callable[[str], Tensor | None]) -> None:
     """Write a folder as the checkpoint's, with other values: the same files, index and dtypes, and all else as it is.
 
-    `tensor_of` returns the tensor that stands in the place of one of the checkpoint's, in any floats, or None where that
-    is copied. It is called for one after the other, when they are written. Raises PlanError if the folder is not empty.
+    `tensor_of` returns what stands in the place of a tensor of the checkpoint, in any floats, or None where that is
+    copied. It is called for one after the other, when they are written. Raises PlanError if the folder is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty.")])
@@ -117,7 +117,7 @@ def _holds_weights(path: Path) -> bool:
 
 def _values(found: Published, name: str, tensor_of: Callable[[str], Tensor | None]) -> memoryview:
     """Return the bytes of a tensor in its dtype on disk."""
-    tensor, dtype = tensor_of(name), TORCH_DTYPES.get(found.tensors[name].dtype)
+    tensor, dtype = tensor_of(found.model.original(name)), TORCH_DTYPES.get(found.tensors[name].dtype)
     if tensor is None or dtype is None:
         return _stored(found, name)
     if torch.promote_types(tensor.dtype, dtype) != tensor.dtype:

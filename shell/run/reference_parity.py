@@ -150,7 +150,7 @@ def _rows_as_inputs(found: Published, step: Step, module: str, source: Loads) ->
 # -- comparing ---------------------------------------------------------------------------------------------
 
 
-def _compared(
+def _compared(  # noqa: PLR0917 -- two sides of a step
     found: Published,
     step: Step,
     loss: float,

@@ -286,7 +286,7 @@ def check(folder: Path) -> bool:
     modules = "".join(f'[modules.{name}]\nweights = "."\n' for name in found.model.modules)
     job = folder / "job.toml"
     job.write_text(
-        f'{modules}[data]\nsource = "synthetic"\noptions = {{ sequence = 16 }}\n[batch]\nglobal_size = 2\n'
+        f'{modules}[data]\nsource = "mimogrid.shell.job.host:samples"\noptions = {{ sequence = 16 }}\n[batch]\nglobal_size = 2\n'
     )
     with contextlib.suppress(PlanError):
         open_job(job)
