@@ -150,6 +150,15 @@ POOL: tuple[Any, ...] = (
 )
 
 
+SAMPLES = """
+[data]
+source = "mimogrid.shell.job.host:samples"
+options = { sequence = 16 }
+[batch]
+global_size = 2
+"""
+
+
 # -- edits -------------------------------------------------------------------------------------------------
 
 
@@ -285,9 +294,7 @@ def check(folder: Path) -> bool:
     _check_against_safetensors(folder, found)
     modules = "".join(f'[modules.{name}]\nweights = "."\n' for name in found.model.modules)
     job = folder / "job.toml"
-    job.write_text(
-        f'{modules}[data]\nsource = "mimogrid.shell.job.host:samples"\noptions = {{ sequence = 16 }}\n[batch]\nglobal_size = 2\n'
-    )
+    job.write_text(modules + SAMPLES)
     with contextlib.suppress(PlanError):
         open_job(job)
     return True
