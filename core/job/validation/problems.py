@@ -11,13 +11,14 @@ from mimogrid.core.job.layer_engines import ENGINES, FORMATS, engine_problems
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.checks import one_of
 from mimogrid.core.job.validation.cuts import cut_problems, expert_problems, sharding_problems
-from mimogrid.core.job.validation.data import data_problems, sequence_problems
+from mimogrid.core.job.validation.data import data_problems
 from mimogrid.core.job.validation.job import job_problems
 from mimogrid.core.job.validation.optimizer import group_problems
 from mimogrid.core.job.validation.own import own_problems
 from mimogrid.core.job.validation.parameters import freezing_problems
 from mimogrid.core.job.validation.ranks import dp_problems, world_problems
 from mimogrid.core.job.validation.sizes import size_problems, total_problems
+from mimogrid.core.job.validation.towers import tower_problems
 from mimogrid.core.job.validation.wiring import loss_problems, wiring_problems
 
 
@@ -39,7 +40,7 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
         if not sizes:
             found += [*cut_problems(name, module), *sharding_problems(name, module)]
             found += [*expert_problems(name, module), *dp_problems(name, module, spec)]
-            found += loss_problems(name, module)
+            found += [*loss_problems(name, module), *tower_problems(name, spec)]
     totals = list(total_problems(spec)) if whole else []
     found += totals
     whole = whole and not totals
@@ -47,7 +48,7 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
         found += [*world_problems(spec), *freezing_problems(spec, source or SourceFacts())]
         found += [*own_problems(spec), *group_problems(spec, source or SourceFacts())]
     if whole and not wiring and source is not None:
-        found += [*data_problems(spec, source), *sequence_problems(spec, source)]
+        found += data_problems(spec, source)
     return tuple(found)
 
 
