@@ -13,9 +13,8 @@ import torch
 
 from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.core.base.samples import share
 from mimogrid.core.data.record import LANGUAGE
-from mimogrid.core.models.network import PublishedModule
+from mimogrid.core.models.fitting import fitted
 from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
@@ -66,8 +65,9 @@ class Job:
         _check_supported(checkpoint, grids)
         more = dict(tables.pop("modules", {}))
         modules = {
-            name: _fitted(
-                {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])}, module
+            name: fitted(
+                {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])},
+                module.options,
             )
             for name, module in checkpoint.model.modules.items()
         }
@@ -160,7 +160,7 @@ class Running:
         embedded = self._opened()
         state = embedded.state_dict()
         if embedded.runtime is not None and embedded.runtime.group.rank() == 0:
-            write_published(Path(folder), self._job.checkpoint, self._published(state))
+            write_published(Path(folder), self._job.checkpoint, self._published(state).get)
 
     def _published(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -215,18 +215,6 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
             problems.append(Problem("grids", message, f"Write {name}=dict(tp=1, pp=1), for instance."))
     if problems:
         raise PlanError(problems)
-
-
-def _fitted(table: dict[str, Any], module: PublishedModule) -> dict[str, Any]:
-    """Return a module's table; layers that do not divide over stages are split, and a vocabulary is padded."""
-    grid, options, own = table["grid"], module.options, module.table()
-    table = {key: own[key] for key in ("feeds", "frozen", "projector") if key in own} | table
-    layers, stages = options["layers"], grid.get("pp", 1) * table.get("chunks", 1)
-    if layers % stages and layers > stages:
-        table.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])
-    if padding := -options.get("vocab", 0) % grid.get("tp", 1):
-        table["options"] = {"vocab_padding": padding, **table.get("options", {})}
-    return table
 
 
 def _least_samples(tables: Mapping[str, Any]) -> int:

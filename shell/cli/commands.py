@@ -25,6 +25,7 @@ from mimogrid.shell.cli.arguments import (
     DataShowArgs,
     DataStatsArgs,
     ExportArgs,
+    InitArgs,
     InspectArgs,
     JobArgs,
     ParityArgs,
@@ -47,6 +48,10 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a line for each command
     """Run a command; return its exit code. Raises PlanError and WorldError."""
     with _torch_is_needed():
         match args:
+            case InitArgs():
+                from mimogrid.shell.cli import init  # noqa: PLC0415 -- only what is used
+
+                return init.run(args)
             case CheckArgs():
                 return check(_opened(args), args)
             case RolesArgs():
