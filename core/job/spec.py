@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.job.projectors import Projector
@@ -187,6 +188,7 @@ class SourceFacts:
         vocab: all tokens are below this.
         features: the width of the rows, by source module.
         rows: the largest number of rows of a sample, by source module.
+        segments: the grids of these rows, where a sample's rows come in several segments, or in images.
         length: the largest number of text tokens of a sample; 0: there is no text.
         targets: whether it has regression targets.
     """
@@ -195,6 +197,7 @@ class SourceFacts:
     vocab: int | None = None
     features: Mapping[str, int] = attrs.field(factory=dict[str, int])
     rows: Mapping[str, int] = attrs.field(factory=dict[str, int])
+    segments: Mapping[str, tuple[SegmentGrid, ...]] = attrs.field(factory=dict[str, tuple[SegmentGrid, ...]])
     length: int | None = None
     targets: bool = True
 

@@ -4,6 +4,8 @@ A segment is an image, a clip or a sound. Its grid says how its rows lie: (frame
 
 >>> Emission(merge=2).rows((1, 4, 6))                # blocks of 2 x 2 patches become one row
 6
+>>> Emission(merge=2).grid((1, 4, 6))
+(1, 2, 3)
 >>> Emission(stride=2, pool=2).rows((13,))           # every other frame, and then the mean of each two
 3
 >>> Emission(extra=1).rows((2, 4, 6))                # a class token for each frame
@@ -13,12 +15,15 @@ A segment is an image, a clip or a sound. Its grid says how its rows lie: (frame
 """
 
 import math
+from collections.abc import Sequence
 
 import attrs
 
-from mimogrid.core.base.samples import SegmentGrid
+from mimogrid.core.base.samples import SegmentGrid, prefix_sums
 
 
+Placed = tuple[tuple[int, ...], SegmentGrid]
+"""The places of a sequence that the rows of a segment take, and their grid."""
 PLANE = 3
 """How many sizes the grid of an image or a clip has."""
 
@@ -28,7 +33,7 @@ class Emission:
     """How rows that are read become rows that are emitted, frame by frame, in the order of the attributes.
 
     Attributes:
-        stride: of so many rows one remains; of a last group that is not full, too.
+        stride: of so many rows one remains; a last group that is not full is only seen by what comes before it.
         merge: so many by so many rows of a frame become one.
         pool: so many rows become one; a last group that is not full is dropped.
         extra: rows of each frame that come besides, or with a minus that are dropped.
@@ -47,13 +52,37 @@ class Emission:
             return self.count
         return sum(rows // self.merge**2 // self.pool + self.extra for rows in self.frames(grid))
 
+    def grid(self, grid: SegmentGrid) -> SegmentGrid:
+        """Return how the rows lie that are emitted for a segment: merged, or (length,) where they are no plane."""
+        if len(grid) == PLANE and self == Emission(merge=self.merge):
+            return grid[0], *(side // self.merge for side in grid[1:])
+        return (self.rows(grid),)
+
     def frames(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the rows of each frame before they are merged. Raises ValueError if the grid cannot be merged."""
         if self.merge > 1 and (len(grid) != PLANE or any(side % self.merge for side in grid[1:])):
             raise ValueError(f"a grid of {grid} cannot be merged {self.merge} by {self.merge}")
         frames, sides = (grid[0], grid[1:]) if len(grid) == PLANE else (1, grid)
-        return (-(-math.prod(sides) // self.stride),) * frames
+        return (math.prod(sides) // self.stride,) * frames
 
 
 ONE_EACH = Emission()
 """One row for each that is read."""
+
+
+def placed(places: Sequence[int], grids: Sequence[SegmentGrid]) -> tuple[Placed, ...]:
+    """Return the places that each segment takes, of those that all of them take; segments without rows take none.
+
+    >>> placed((1, 2, 5), ((2,), (1, 1, 1)))
+    (((1, 2), (2,)), ((5,), (1, 1, 1)))
+    """
+    starts = prefix_sums(list(map(math.prod, grids)))
+    return tuple(
+        (tuple(places[start:stop]), grid)
+        for start, stop, grid in zip(starts, starts[1:], grids, strict=False)
+    )
+
+
+def is_whole(places: Sequence[int]) -> bool:
+    """Whether places follow each other, with nothing between them."""
+    return not places or places[-1] - places[0] + 1 == len(places)

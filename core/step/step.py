@@ -14,12 +14,15 @@ them holds for the others, so a step of like samples costs no more than one micr
 """
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample, SegmentGrid, prefix_sums
+from mimogrid.core.job.descriptions import description_problems, torn_images
+from mimogrid.core.job.graph import Node
 from mimogrid.core.job.models import Gpt, Own, Regressor
 from mimogrid.core.topology.topology import Module, Stage, Topology
 
@@ -43,6 +46,7 @@ class Share:
         shape: (positions, samples) of the hidden states on all cp ranks together, rounded up. Of a row: (T, 1).
         segments: Lengths of the attention segments of the row, end to end; segments without positions are left out.
         grids: The grids of the segments that a source module reads; of other modules none.
+        segments_in: For a language model, the grids of the rows that it reads, by feeder, as that emits them.
     """
 
     samples: tuple[Sample, ...]
@@ -54,6 +58,9 @@ class Share:
     shape: tuple[int, int]
     segments: tuple[int, ...] = ()
     grids: tuple[tuple[SegmentGrid, ...], ...] = ()
+    segments_in: Mapping[str, tuple[tuple[SegmentGrid, ...], ...]] = attrs.field(
+        factory=dict[str, tuple[tuple[SegmentGrid, ...], ...]]
+    )
 
     @property
     def is_empty(self) -> bool:
@@ -165,6 +172,7 @@ class Step:
         else:
             rows = {feeder: tuple(of.rows[feeder] for of in sizes) for feeder in node.feeders}
         return Share(
+            segments_in=self._segments_in(node, samples, [of.rows for of in sizes]),
             samples=samples,
             rows=rows,
             positions=tuple(of.positions[module] for of in sizes),
@@ -180,6 +188,16 @@ class Step:
             segments=tuple(length for of in sizes for length in of.segments[module]),
             grids=tuple(sample.grids(module) if node.is_source else () for sample in samples),
         )
+
+    def _segments_in(
+        self, node: Node, samples: Sequence[Sample], rows_out: Sequence[Mapping[str, int]]
+    ) -> Mapping[str, tuple[tuple[SegmentGrid, ...], ...]]:
+        """Return the grids of the rows that a language model reads."""
+        graph = self.topology.graph
+        return {
+            feeder: tuple(map(graph.grids_out, itertools.repeat(feeder), samples, rows_out))
+            for feeder in (node.feeders if node.reads_text else ())
+        }
 
     def has_rows(self, module: str, dp_rank: int, microbatch: int) -> bool:
         """Whether a dp rank has rows of its own in a microbatch."""
@@ -267,6 +285,9 @@ class Step:
 def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
     """Lay samples over a topology. Raises PlanError, naming the sample, if one does not fit."""
     step = Step(topology, samples)
+    sources = {name: topology.modules[name].model for name in topology.graph.sources}
+    if unfit := tuple(description_problems(samples, sources)):
+        raise PlanError(unfit)
     problems = [
         problem
         for name in topology.graph.texts
@@ -275,6 +296,13 @@ def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
         for problem in _mismatches(topology, name, sample, rows[name])
     ]
     if problems:
+        raise PlanError(problems)
+    models = {name: module.model for name, module in topology.modules.items()}
+    described = zip(samples, step.rows_out, strict=True)
+    torn = (
+        torn_images(sample, rows, topology.graph, models) for sample, rows in described if sample.segments
+    )
+    if problems := list(itertools.chain.from_iterable(torn)):
         raise PlanError(problems)
     return step
 

@@ -23,7 +23,7 @@ from mimogrid.core.job.placement import (
 )
 from mimogrid.core.job.projectors import deepstack_layers
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.topology.topology import UNKNOWN, Edge, Link, Module, Stage, StageInfo, Topology
 
 

@@ -25,8 +25,8 @@ from torch.nn import functional
 
 from mimogrid.core.base.row import Run, pieces
 from mimogrid.core.base.zigzag import ZigZag
-from mimogrid.core.job.models import BuiltIn
-from mimogrid.core.models.frequencies import frequencies, parse_scaling
+from mimogrid.core.job.models import BuiltIn, Gpt, Vit
+from mimogrid.core.models.frequencies import axes, frequencies, parse_scaling
 from mimogrid.shell.device.device import sent
 from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 
@@ -35,21 +35,31 @@ from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 class Rotary:
     """The rotary positions of a model: angles per position of each pair of a head's values.
 
-    `scaled` has the angles if a scaling stretches those of `base`, and `factor` multiplies cosines and sines.
+    `scaled` has the angles where they do not follow from `base` alone, and `factor` multiplies cosines and sines.
+    `axes` says which of the numbers of a position turns each pair, if a position has several.
     """
 
     base: float = 10_000.0
     scaled: tuple[float, ...] | None = None
     factor: float = 1.0
+    axes: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: BuiltIn) -> "Rotary":
-        """Return those of a model. Raises PlanError if its scaling is not known."""
+    def of(cls, model: BuiltIn) -> "Rotary | None":
+        """Return those of a model; None if nothing turns. Raises PlanError if its scaling is not known."""
+        if isinstance(model, Vit) and model.positions == "learned":
+            return None
+        if isinstance(model, Vit) and model.positions == "rotary_2d":
+            angles = frequencies(model.head_width // 2, model.rotary_base)
+            return cls(scaled=2 * angles, axes=(0,) * len(angles) + (1,) * len(angles))
+        turned = ()
+        if isinstance(model, Gpt) and model.rotary_sections:
+            turned = axes(model.rotary_sections, interleaved=model.rotary_sections_interleaved)
         if not model.rotary_scaling:
-            return cls(model.rotary_base)
+            return cls(model.rotary_base, axes=turned)
         scaling = parse_scaling("rotary_scaling", model.rotary_scaling)
         angles = frequencies(model.head_width, model.rotary_base, scaling=scaling)
-        return cls(model.rotary_base, angles, scaling.attention_factor)
+        return cls(model.rotary_base, angles, scaling.attention_factor, turned)
 
 
 class CoreAttention(nn.Module):
@@ -67,7 +77,7 @@ class CoreAttention(nn.Module):
         *,
         attn_mask_type: AttnMaskType,
         pg_collection: ProcessGroupCollection,
-        rotary: Rotary = Rotary(),
+        rotary: Rotary | None = Rotary(),
         window: int = 0,
         segmentation: str = SEGMENTS,
         **_: object,
@@ -107,9 +117,10 @@ class CoreAttention(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Attend within the segments of a row. Positions behind the last one, which pad the row, give zeros."""
-        cos, sin = rotary_table(row, query_TND.shape[-1], query_TND.dtype, self.rotary)
-        query, key = (_Rotation.apply(heads, cos, sin) for heads in (query_TND, key_TND))  # type: ignore[no-untyped-call]
-        value = value_TND
+        query, key, value = query_TND, key_TND, value_TND
+        if self.rotary is not None:
+            cos, sin = rotary_table(row, query.shape[-1], query.dtype, self.rotary)
+            query, key = (_Rotation.apply(heads, cos, sin) for heads in (query, key))  # type: ignore[no-untyped-call]
         if row.order is not None:
             both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp)
             key, value = both.index_select(0, row.order).chunk(2, dim=-1)
@@ -248,7 +259,11 @@ def rotary_table(row: PackedRow, width: int, dtype: torch.dtype, rotary: Rotary)
         turns = rotary.base ** -(torch.arange(0, width, 2, **exact) / width)
     else:
         turns = sent(torch.tensor(rotary.scaled, dtype=exact["dtype"]), exact["device"])
-    angles = torch.outer(row.positions[0].to(exact["dtype"]), turns)[:, None, :]
+    positions = row.positions.to(exact["dtype"])
+    angles = torch.outer(positions[0], turns)[:, None, :]
+    if rotary.axes:
+        turning = sent(torch.tensor(rotary.axes), exact["device"])
+        angles = (positions.index_select(0, turning).t() * turns)[:, None, :]
     cos, sin = torch.cat((angles, angles), dim=-1).cos(), angles.sin()
     if rotary.factor != 1:
         cos, sin = cos * rotary.factor, sin * rotary.factor

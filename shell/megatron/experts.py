@@ -5,9 +5,11 @@ and of its part of the row, under context or sequence parallelism. With plain te
 same tokens, and each routes a share of them. Padding is not routed. Then
 
     route       logits = tokens * router; the `top_k` highest are chosen, weighted by their softmax as in Megatron
-                (with top_k = 1 by the softmax over all experts: else the router would get no gradient)
+                (with top_k = 1 or without `norm_top_k` by the softmax over all experts: with one expert the router
+                would get no gradient else)
     dispatch    one row for every choice and every rank that holds a shard of the expert, all to all
-    compute     expert by expert: up, GELU, down; the result of a shard is a term of a sum over expert_tp
+    compute     expert by expert, an MLP as that of a dense layer; the result of a shard is a term of a sum over
+                expert_tp
     combine     rows return, and are summed with their weights
 
 No token is dropped. The number of rows for each rank depends on the data, so ranks exchange these numbers first; no
@@ -36,11 +38,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mimogrid.core.job.models import BuiltIn
-from mimogrid.shell.megatron import (
+from mimogrid.shell.megatron.layers import ACTIVATIONS, Linear, ReadsRow
+from mimogrid.shell.megatron.names import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from mimogrid.shell.megatron.layers import Linear, ReadsRow
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
@@ -113,6 +115,7 @@ class Experts(ReadsRow, nn.Module):
         self.expert_groups = expert_groups
         self.trains = trains
         self.top_k = model.top_k
+        self.among_chosen = model.norm_top_k and model.top_k > 1
         self.router = Linear(
             model.hidden, model.experts, config=config, bias=False, weight_grads=weight_grads
         )
@@ -153,7 +156,7 @@ class Experts(ReadsRow, nn.Module):
         logits_TE, _ = self.router(tokens_TH)
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
         highest_TK, chosen_TK = logits_TE.topk(self.top_k, dim=1)
-        over = highest_TK if self.top_k > 1 else logits_TE
+        over = highest_TK if self.among_chosen else logits_TE
         weights_TK = (highest_TK - over.logsumexp(dim=1, keepdim=True)).exp().to(tokens_TH.dtype)
         crossing = _crossing(chosen_TK, self.expert_groups)
         rows_CH = _Spread.apply(tokens_TH, crossing)  # type: ignore[no-untyped-call]
@@ -186,18 +189,27 @@ class Expert(nn.Module):
         weight_grads: WeightGradStore,
     ) -> None:
         super().__init__()
-        width = model.ffn // expert_groups.expert_tp
+        width, bias = model.expert_ffn // expert_groups.expert_tp, model.mlp_bias
         self.adds_bias = expert_groups.shard == 0
         self.weight_grads = weight_grads
-        self.up = Linear(model.hidden, width, config=config, bias=True, weight_grads=weight_grads)
-        self.down = Linear(width, model.hidden, config=config, bias=True, weight_grads=weight_grads)
+        self.activation, self.gated = ACTIVATIONS[model.activation], model.gated
+        self.up = Linear(
+            model.hidden, model.up_blocks * width, config=config, bias=bias, weight_grads=weight_grads
+        )
+        self.down = Linear(width, model.hidden, config=config, bias=bias, weight_grads=weight_grads)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return this shard's term for each row."""
-        middle = functional.gelu(self.up(rows)[0])
-        down_bias = self.down.bias
-        # The sum over shards has the bias once, and every shard's copy of it gets the complete gradient.
-        bias = down_bias if self.adds_bias else down_bias - down_bias.detach()
+        middle, _ = self.up(rows)
+        if self.gated:
+            gate, middle = middle.chunk(2, dim=-1)
+            middle = self.activation(gate) * middle
+        else:
+            middle = self.activation(middle)
+        bias = self.down.bias
+        if bias is not None and not self.adds_bias:
+            # The sum over shards has the bias once, and every shard's copy of it gets the complete gradient.
+            bias = bias - bias.detach()
         return self.weight_grads.multiply(
             lambda weight: functional.linear(middle, weight, bias), self.down.weight, middle
         )

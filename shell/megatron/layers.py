@@ -23,9 +23,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.job.models import BuiltIn, Vit
 from mimogrid.shell.megatron.attention import CoreAttention, Rotary
-from mimogrid.shell.megatron.rows import PackedRow
+from mimogrid.shell.megatron.rows import SEGMENTS, WINDOWS, PackedRow
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
@@ -164,14 +164,24 @@ class ReadsRow:
 class Layer(TransformerLayer):  # type: ignore[misc]
     """Megatron's layer, whose MLP hears of the row: Megatron tells only the attention.
 
-    A recomputed layer says it again, since other microbatches may have been computed in between.
+    A recomputed layer says it again, since other microbatches may have been computed in between. The block's argument
+    `attention_bias`, which is captured for recomputation as the row is, has what the first layers add to their outputs.
     """
 
-    def forward(self, *arguments: Any, packed_seq_params: PackedRow | None = None, **more: Any) -> Any:
+    def forward(
+        self,
+        *arguments: Any,
+        packed_seq_params: PackedRow | None = None,
+        attention_bias: Sequence[Tensor] | None = None,
+        **more: Any,
+    ) -> Any:
         """Compute the layer; see Megatron's."""
         if isinstance(self.mlp, ReadsRow):
             self.mlp.row = packed_seq_params
-        return super().forward(*arguments, packed_seq_params=packed_seq_params, **more)
+        hidden, context = super().forward(*arguments, packed_seq_params=packed_seq_params, **more)
+        if attention_bias and self.layer_number <= len(attention_bias):
+            hidden = hidden + attention_bias[self.layer_number - 1]
+        return hidden, context
 
 
 NORMS = {"layernorm": LocalLayerNorm, "rmsnorm": LocalRMSNorm}
@@ -231,19 +241,20 @@ def config_of(
 
 
 def block_spec(
-    model: BuiltIn, *, layers: range, tp: int, weight_grads: WeightGradStore, mlps: Sequence[Any] = ()
+    model: BuiltIn,
+    *,
+    layers: range,
+    tp: int,
+    weight_grads: WeightGradStore,
+    mlps: Mapping[int, Any] = MappingProxyType({}),
 ) -> TransformerBlockSubmodules:
     """Return the specification of a stack of layers and its final norm.
 
-    `layers` are numbered within the model. `mlps` are the specifications of the MLPs, layer by layer, if they
-    are not dense.
+    `layers` are numbered within the model. `mlps` are the specifications of the MLPs that are not dense, by layer.
     """
-    chosen = mlps or [_dense(model, tp, weight_grads)] * len(layers)
+    dense = _dense(model, tp, weight_grads)
     return TransformerBlockSubmodules(
-        layer_specs=[
-            _layer_spec(model, layer, tp, weight_grads, mlp)
-            for layer, mlp in zip(layers, chosen, strict=True)
-        ],
+        layer_specs=[_layer_spec(model, layer, tp, weight_grads, mlps.get(layer, dense)) for layer in layers],
         layer_norm=NORMS[model.norm],
     )
 
@@ -275,6 +286,14 @@ def linears_of(mlp: Any) -> MLPSubmodules:
     return found
 
 
+def _segmentation(model: BuiltIn, layer: int) -> dict[str, Any]:
+    """Return how far the attention of a layer sees: within windows of a segment, or some positions back."""
+    window = model.window_of(layer)
+    if not isinstance(model, Vit):
+        return {"window": window}
+    return {"segmentation": WINDOWS if window else SEGMENTS}
+
+
 def _layer_spec(model: BuiltIn, layer: int, tp: int, weight_grads: WeightGradStore, mlp: Any) -> ModuleSpec:
     column, row = _linears(tp, weight_grads, model.qkv_bias, model.out_bias)
     head_norm = LocalRMSNorm if model.qk_norm else None
@@ -284,7 +303,7 @@ def _layer_spec(model: BuiltIn, layer: int, tp: int, weight_grads: WeightGradSto
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
             core_attention=functools.partial(
-                CoreAttention, rotary=Rotary.of(model), window=model.window_of(layer)
+                CoreAttention, rotary=Rotary.of(model), **_segmentation(model, layer)
             ),
             linear_proj=row,
             q_layernorm=head_norm,

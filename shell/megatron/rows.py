@@ -15,6 +15,8 @@ from mimogrid.core.base.row import Pieces, Run, runs
 
 SEGMENTS = "segments"
 """The segmentation of layers that attend to whole segments."""
+WINDOWS = "windows"
+"""The segmentation of layers of a tower that attend within windows of an image."""
 
 
 @attrs.frozen(eq=False)

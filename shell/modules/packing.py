@@ -108,11 +108,29 @@ ALL = TokenSplit()
 
 
 def pack(
-    share: Share, *, length: int, device: torch.device, cut: ZigZag = WHOLE, token_split: TokenSplit = ALL
+    share: Share,
+    *,
+    length: int,
+    device: torch.device,
+    cut: ZigZag = WHOLE,
+    token_split: TokenSplit = ALL,
+    positions: tuple[Counts, ...] = (),
+    finer: tuple[tuple[str, Counts], ...] = (),
 ) -> Packing:
-    """Pack a share into rows of a length: the feeders' rows at their placeholders, and the text tokens between."""
+    """Pack a share into rows of a length: the feeders' rows at their placeholders, and the text tokens between.
+
+    `positions` are the rotary positions of the row of all cp ranks, axis by axis, where they do not count within each
+    segment. `finer` are further segmentations, by name.
+    """
     return _packed(
-        Numbers.of(share), share.segments, length=length, cut=cut, token_split=token_split, device=device
+        Numbers.of(share),
+        share.segments,
+        length=length,
+        cut=cut,
+        token_split=token_split,
+        device=device,
+        positions=positions,
+        finer=finer,
     )
 
 
@@ -234,14 +252,17 @@ def _packed(
     cut: ZigZag,
     token_split: TokenSplit,
     device: torch.device,
+    positions: tuple[Counts, ...],
+    finer: tuple[tuple[str, Counts], ...],
 ) -> Packing:
     places = _places(segments, cut)
     mine = places.own(torch.arange(sum(segments)))
     which, routed = token_split.of(places.local[mine], length)
+    turned = torch.tensor(positions, dtype=torch.int64) if positions else _within(segments)
     row = PackedRow(
         pieces=pieces(segments, cut),
-        segmentations={SEGMENTS: segments},
-        positions=sent(_local(_within(segments), mine, places, length), device),
+        segmentations={SEGMENTS: segments, **dict(finer)},
+        positions=sent(_local(turned, mine, places, length), device),
         order=sent(places.rank * length + places.local, device) if cut.size > 1 else None,
         entries=sent(routed, device),
         sample_of=sent(numbers.samples()[mine[which]], device),

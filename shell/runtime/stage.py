@@ -28,7 +28,7 @@ from mimogrid.core.topology.topology import Link, Module, StageInfo
 from mimogrid.core.update.reductions import loss_scale
 from mimogrid.shell.megatron.draws import begin_draws
 from mimogrid.shell.megatron.weight_grad_store import WeightGrads, flush
-from mimogrid.shell.modules import StageModule
+from mimogrid.shell.modules.interface import StageModule
 from mimogrid.shell.modules.loss import Loss, StepLoss, weighted_cross_entropy
 from mimogrid.shell.runtime.data import Loader
 from mimogrid.shell.world.groups import ModuleGroups
@@ -202,6 +202,12 @@ class StageStep:
         ends = torch.tensor(prefix_sums(self._share(microbatch).lengths)[1:], device=logits_TV.device) - 1
         which = module.samples(self.dp_rank, microbatch, len(self.program.routes.step.samples))
         return which, logits_TV[ends].argmax(dim=-1)
+
+    def sample_logits(self, microbatch: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the place of each sample of a dp rank in the step, and its logits [T, V]."""
+        parts = self.logits[microbatch].split(self._share(microbatch).lengths)
+        size = len(self.program.routes.step.samples)
+        return zip(self.runner.module.samples(self.dp_rank, microbatch, size), parts, strict=True)
 
     def _share(self, microbatch: int) -> Share:
         return self.program.routes.step.share(self.runner.module.name, self.dp_rank, microbatch)

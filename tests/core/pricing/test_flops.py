@@ -108,6 +108,10 @@ def test_experts_count_as_often_as_a_token_goes_to_one():
     positions = 2 * (ROWS + TEXT)
     more = 2 * (2 * positions * 16 * 4 + 2 * positions * 2 * 16 * 48)
     assert dense.forward + more == found.forward
+    gated = attrs.evolve(sparse, gated=True, expert_ffn=6, dense_layers=(1,))
+    mixed = stage_flops(step_of_two(gpt=gated))[Stage("language", 0)]
+    one = 2 * positions * (16 * 4 + 2 * 3 * 16 * 6 + 3 * 16 * 48 - 2 * 2 * 16 * 48)
+    assert dense.forward + one == mixed.forward
     assert dense.weight_gradient + more == found.weight_gradient
 
 

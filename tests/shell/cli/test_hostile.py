@@ -11,6 +11,10 @@ import pytest
 
 from mimogrid.core.job.graph import ModuleGraph, find_cycle
 from mimogrid.shell.cli.main import main
+from mimogrid.shell.job.builders import PlanWarning
+from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.run import folders, log
+from scale import SCALE
 
 
 ROOT = Path(__file__).parents[3]
@@ -144,6 +148,22 @@ def test_text_of_files_is_written_out_on_terminals_and_in_pictures(tmp_path, cap
     assert not {"\x1b", "\x07", "\u202e"} & set(capsys.readouterr().err)
 
 
+def test_text_of_files_is_written_out_where_a_run_tells_of_itself(tmp_path, capsys):
+    """In the log's lines on the terminal, in warnings of the plan, and where a run is finished already."""
+    topology = open_job(FIRST).topology
+    with log.open_log(tmp_path / "logs", topology.role(0), speaks=True) as logger:
+        logger.warning(TITLE, folder=TITLE)
+    assert not {"\x1b", "\x07", "\u202e"} & set(str(PlanWarning(TITLE)))
+    named = tmp_path / "run"
+    with folders.claimed(open_job(FIRST, [f"train.run_dir={named}"]), None):
+        folders.write_json(named / folders.REPORT, {"steps": 100})
+    hostile = named.rename(tmp_path / TITLE)
+    assert 0 == main(["train", str(FIRST), "--resume", str(hostile)])
+    said = capsys.readouterr().err
+    assert 3 == said.count(r"\x1b]0;owned\x07\x1b[2J\u202egnp")
+    assert not {"\x1b", "\x07", "\u202e"} & set(said)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("command", ["check", "roles", "simulate"])
 def test_a_terminal_without_the_characters_gets_plain_ones(tmp_path, encoding, command):
@@ -177,9 +197,9 @@ def test_a_misspelt_command_is_told_the_nearest(capsys):
 
 
 def test_any_bytes_end_in_words():
-    """Some hundred files and arguments that nobody would write; `nox -s fuzz` tries them for twenty minutes."""
+    """Some hundred files and arguments that nobody would write; more a night; `nox -s fuzz` takes twenty minutes."""
     script = ROOT / "tests" / "long" / "fuzzing.py"
-    seconds = os.environ.get("MIMOGRID_FUZZ_SECONDS", "15")
+    seconds = os.environ.get("MIMOGRID_FUZZ_SECONDS", "120" if SCALE > 1 else "8")
     done = subprocess.run(
         [sys.executable, script, seconds],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
