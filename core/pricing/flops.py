@@ -104,6 +104,12 @@ class Load:
         total = sum(lengths)
         return cls(total, pairs(lengths, causal=causal), total, total)
 
+    @classmethod
+    def units(cls) -> "tuple[Load, ...]":
+        """Return a load of one for each count."""
+        names = [field.name for field in attrs.fields(cls)]
+        return tuple(cls(**{name: 1.0}) for name in names)
+
     def __add__(self, other: "Load") -> "Load":
         return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
 

@@ -26,9 +26,9 @@ from publishing import Seen
 from scale import SCALE
 
 
-MODELS = tuple(name for name in LANGUAGE if name != "qwen3-moe")
-EVERY_DAY = ("llama3", "qwen2-windows", "qwen3")
-"""Tied and scaled; windows and biases; norms of queries and keys, heads of their own width, YaRN."""
+MODELS = LANGUAGE
+EVERY_DAY = ("llama3", "qwen2-windows", "qwen3", "qwen3-moe")
+"""Tied and scaled; windows and biases; norms of queries and keys, heads of their own width, YaRN; experts."""
 TWO = {"microbatches": 2}
 FROZEN = {"lr": 0.0, "weight_decay": 0.0}
 
@@ -254,7 +254,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     index.write_text(told)
     data = shards[0].read_bytes()
     shards[0].write_bytes(data[:-100])
-    assert f"{shards[0]}: has {len(data) - 100} bytes" in refused(source)
+    assert f"end at byte {len(data)}; it has {len(data) - 100}" in refused(source)
     shards[0].unlink()
     assert f"{shards[0]}: cannot be read" in refused(source)
     for path in (*shards[1:], index):

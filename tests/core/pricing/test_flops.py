@@ -8,7 +8,7 @@ import pytest
 import jobs
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.pricing.flops import model_flops, module_units, of_units, real_load, stage_flops, sum_of
+from mimogrid.core.pricing.flops import Load, model_flops, module_units, of_units, stage_flops, sum_of
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Stage
 
@@ -132,7 +132,7 @@ def test_shares_of_a_microbatch_add_up_to_its_mean():
     for stage, mean in stage_flops(step).items():
         module = topology.modules[stage.module]
         shares = [step.share(module.name, dp_rank, k) for dp_rank in range(module.dp_size) for k in range(2)]
-        loads = [real_load(module.model, share.lengths) for share in shares]
+        loads = [Load.of(share.segments, causal=module.model.causal) for share in shares]
         parts = [of_units(topology.stages[stage], module_units(topology, module, load)) for load in loads]
         assert sum_of(itertools.chain.from_iterable(parts)) * 0.5 == mean
 
