@@ -9,9 +9,10 @@ operations, and so is each of its two gradients:
     the gradient of its weights    if its matrix trains
 
 Attention has no weights: 4 * hidden operations forward per pair of a query and a key, and twice that backward, if
-anything before it trains. A causal segment of L positions has L (L + 1) / 2 pairs, any other L^2; a window of a layer
-does not make them fewer here, as local layers compute all pairs and mask those outside. So frozen layers
-with something trainable upstream have only gradients of their inputs; with nothing trainable upstream they have none.
+anything before it trains. A causal segment of L positions has L (L + 1) / 2 pairs, any other L^2, and a
+layer of a tower with windows those within them. A window of a causal layer does not make them fewer here, as local
+layers compute all pairs and mask those outside. So frozen layers with something trainable upstream have only gradients
+of their inputs; with nothing trainable upstream they have none.
 
 Embedding look-ups, norms, activations and rotations are not counted: they are no products, and small. Recomputation is
 counted apart: it takes time, and is no work of the model. A module of the user's own counts as nothing, since the plan
@@ -20,7 +21,7 @@ does not know its parts.
 >>> from mimogrid.core.job.models import Vit
 >>> load = Load.of([3], causal=False)
 >>> load
-Load(positions=3, pairs=9, rows=3, emitted=3)
+Load(positions=3, pairs=9, rows=3, emitted=3, windowed=0.0)
 >>> entry, layer, exit = units(Vit(layers=1, hidden=4, heads=2, features=5), load, {"input.weight"})
 >>> entry.forward == 2 * 3 * 5 * 4, layer.forward == 2 * 3 * 4 * (12 + 4 + 16 + 16) + 4 * 9 * 4
 (True, True)
@@ -88,12 +89,14 @@ class Load:
         pairs: pairs of a query and a key that it may see.
         rows: rows that the module reads.
         emitted: rows that it emits, which the head and the projectors read.
+        windowed: pairs in those layers of a tower that attend within windows.
     """
 
     positions: float = 0.0
     pairs: float = 0.0
     rows: float = 0.0
     emitted: float = 0.0
+    windowed: float = 0.0
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, causal: bool) -> "Load":
@@ -123,13 +126,17 @@ class Loads:
     @classmethod
     def of(cls, step: Step, name: str) -> "Loads":
         """Return those of a module."""
-        causal, graph = step.topology.modules[name].model.causal, step.topology.graph
+        model, graph = step.topology.modules[name].model, step.topology.graph
+        causal, windows = model.causal, model.windows if isinstance(model, Vit) and model.window else None
         known: dict[int, tuple[int, ...]] = {}
         for sample, sizes in zip(step.samples, step.sizes, strict=True):
             if id(sizes) not in known:
                 pairs_ = pairs(sizes.segments[name], causal=causal)
                 read = graph.rows_in(name, sizes.rows, sample)
-                known[id(sizes)] = sizes.positions[name], pairs_, read, sizes.rows[name]
+                windowed = (
+                    sum(pairs(windows(grid), causal=False) for grid in sample.grids(name)) if windows else 0
+                )
+                known[id(sizes)] = sizes.positions[name], pairs_, read, sizes.rows[name], windowed
         of_samples = [known[id(sizes)] for sizes in step.sizes]
         return cls(tuple(prefix_sums(counts) for counts in zip(*of_samples, strict=True)))
 
@@ -282,23 +289,24 @@ def _entry(model: BuiltIn, load: Load) -> Iterator[_Product]:
 def _layer(model: BuiltIn, load: Load, layer: int) -> Iterator[_Product]:
     prefix = f"layers.{layer}."
 
-    def linear(name: str, width_in: int, width_out: int, times: int = 1, copies: int = 0) -> _Product:
-        return _Product(prefix + name, 2 * load.positions * width_in * width_out * times, copies=copies)
+    def linear(name: str, width_in: int, width_out: int, copies: int = 0) -> _Product:
+        return _Product(prefix + name, 2 * load.positions * width_in * width_out, copies)
 
     hidden, inner = model.hidden, model.heads * model.head_width
     yield _Product(f"{prefix}attention_norm")
     yield linear("attention.qkv", hidden, model.qkv_width)
-    yield _Product("", 4 * load.pairs * inner)
+    windowed = isinstance(model, Vit) and model.window_of(layer)
+    yield _Product("", 4 * (load.windowed if windowed else load.pairs) * inner)
     yield linear("attention.out", inner, hidden)
     yield _Product(f"{prefix}mlp_norm")
+    up, down = model.mlp_widths(layer)
     if model.has_experts(layer):
-        up_width = model.up_blocks * model.expert_ffn
         yield linear("mlp.router", hidden, model.experts)
-        yield linear("mlp.experts.{}.up", hidden, up_width, model.top_k, model.experts)
-        yield linear("mlp.experts.{}.down", model.expert_ffn, hidden, model.top_k, model.experts)
+        yield linear("mlp.experts.{}.up", hidden, up, copies=model.experts)
+        yield linear("mlp.experts.{}.down", down, hidden, copies=model.experts)
     else:
-        yield linear("mlp.up", hidden, model.up_width)
-        yield linear("mlp.down", model.ffn, hidden)
+        yield linear("mlp.up", hidden, up)
+        yield linear("mlp.down", down, hidden)
 
 
 def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Chain]:

@@ -5,6 +5,7 @@ import itertools
 import attrs
 from hypothesis import given, settings
 
+import scale
 from jobs import program_for, program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
@@ -106,7 +107,7 @@ def test_ranks_of_one_class_hold_what_each_has_to_hold():
     assert whole == found
 
 
-@settings(max_examples=60)
+@settings(max_examples=scale.drawn(25))
 @given(timed_jobs())
 def test_leaders_hold_what_their_classes_hold(drawn):
     """At every moment and on every rank; in the end no more than in the beginning."""

@@ -6,6 +6,7 @@ import statistics
 import pytest
 from hypothesis import given, settings
 
+import scale
 from jobs import job, program_for, program_of, step_with
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.pricing.flops import Load, module_units, of_units, sum_of
@@ -136,7 +137,7 @@ def test_idling_for_the_data_is_kept_apart_from_that_for_the_pipeline():
     assert (pytest.approx(2.0 * (more - less) + 2.0 * (more - 1.0)), 0.0) == (found[RAGGED], found[JITTER])
 
 
-@settings(max_examples=80)
+@settings(max_examples=scale.drawn(30))
 @given(timed_jobs())
 def test_causes_add_up_to_all_idling(drawn):
     """Rank by rank, and over all ranks; what is not uneven has no loss to it."""

@@ -69,15 +69,14 @@ def test_every_matrix_is_multiplied(name: str, tmp_path: Path) -> None:
             parts = 1 + len(deepstack_layers(ours))
             edges.append(Edge(found, target, width * parts, projector, parts))
             parameters += projector.parameters(target, ours, width)
-        rows, positions = 11, 7
-        load = Load(positions=positions, rows=rows)
-        counts = {"input.conv2": positions, "layers": positions, "embedding": 0, "positions": 0}
+        load = Load(positions=7, rows=11, emitted=5)
+        counts = {"input.conv2": 7, "input": 11, "layers": 7, "embedding": 0, "positions": 0}
         expected = 0.0
         for parameter in parameters:
             if len(parameter.shape) > 1:
-                passing = next((n for start, n in counts.items() if parameter.name.startswith(start)), rows)
+                passing = next((n for start, n in counts.items() if parameter.name.startswith(start)), 5)
                 chosen = ours.top_k / ours.experts if parameter.expert is not None else 1
                 expected += 2 * passing * chosen * parameter.values
         if isinstance(ours, Gpt) and ours.tied_embeddings:
-            expected += 2 * rows * ours.vocab * ours.hidden
+            expected += 2 * 5 * ours.vocab * ours.hidden
         assert expected == sum(unit.forward for unit in units(ours, load, (), edges=edges))
