@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mimogrid.core.base.samples import share
+from mimogrid.core.models.network import option
 
 
 def fitted(module: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,8 +22,12 @@ def fitted(module: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
     """
     table, grid = dict(module), module.get("grid", {})
     layers, stages = options["layers"], grid.get("pp", 1) * module.get("chunks", 1)
-    if layers % stages and layers > stages:
-        table.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])
+    if layers > stages > 1:
+        # Rows of deepstack join layers of the first stage.
+        first = max(layers // stages, option(options, "deepstack"))
+        split = [first, *(len(share(stage, stages - 1, layers - first)) for stage in range(stages - 1))]
+        if len(set(split)) > 1 and min(split) > 0:
+            table.setdefault("split", split)
     if padding := -options.get("vocab", 0) % grid.get("tp", 1):
         table["options"] = {"vocab_padding": padding, **table.get("options", {})}
     return table

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_huggingface import FROZEN, TWO
 
 from checkpoints import batch, make
 from mimogrid.shell.job.published import published
@@ -18,6 +17,8 @@ from publishing import Seen
 from scale import SCALE
 
 
+FROZEN = {"lr": 0.0, "weight_decay": 0.0}
+TWO = {"microbatches": 2}
 TOWER = {"qwen2-audio": "audio"}
 WHOLES = ("llava", "llava-siglip")
 EVERY_DAY = ("llava",)
