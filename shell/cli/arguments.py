@@ -20,9 +20,12 @@ from mimogrid.core.base.errors import nearest
 from mimogrid.core.pricing.machine import EFFICIENCY
 
 
-def _positional(metavar: str, text: str) -> Any:
-    """Return a field that is an argument without a flag."""
-    return attrs.field(metadata={"flags": (), "type": Path, "metavar": metavar, "help": text})
+def _positional(metavar: str, text: str, *, required: bool = True) -> Any:
+    """Return a field that is an argument without a flag; None stands for one that may be left out."""
+    metadata = {"flags": (), "type": Path, "metavar": metavar, "help": text}
+    if required:
+        return attrs.field(metadata=metadata)
+    return attrs.field(default=None, metadata={**metadata, "nargs": "?", "default": None})
 
 
 def _option(metavar: str | None, text: str, kind: Any = str, default: Any = None, **more: Any) -> Any:
@@ -98,6 +101,17 @@ class RunArgs(Args):
     """What every command on the checkpoints of a run takes."""
 
     folder: Path = _positional("RUN", "the folder of a run or of a checkpoint")
+
+
+@attrs.frozen(kw_only=True)
+class InitArgs(Args):
+    """Write the job file of a published checkpoint. Needs no torch."""
+
+    folder: Path | None = _positional("FOLDER", "the folder of the checkpoint", required=False)
+    out: Path = _option("FILE", "the job file to write; default job.toml", Path, Path("job.toml"))
+    gpus: int | None = _option("N", "lay the modules out on this number of GPUs, as `plan` does", int)
+    gpu: str | None = _option("NAME", "the kind of GPU, such as h100 or a100")
+    force: bool = _switch("write over a file that is there")
 
 
 @attrs.frozen(kw_only=True)
@@ -199,6 +213,11 @@ class ParityArgs(JobArgs):
     """Compare the gradients of a job with those of the same model on one process."""
 
     steps: int = _option("K", "the number of steps to compare; default 1", int, 1)
+    reference: str | None = _option(
+        None,
+        "compare with the model of transformers that has the job's weights, by the names of its tensors",
+        choices=("transformers",),
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -214,16 +233,21 @@ class InspectArgs(RunArgs):
 
 @attrs.frozen(kw_only=True)
 class ExportArgs(RunArgs):
-    """Write the weights of a run as safetensors or as torch's distributed checkpoint."""
+    """Write the weights of a run as safetensors, as torch's distributed checkpoint, or as transformers loads them."""
 
-    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp"))
+    target: Path | None = _positional("FOLDER", "the same as --out", required=False)
+    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp", "hf"))
     out: Path | None = _option("FOLDER", "write into this folder, which must be new or empty", Path)
+    source: Path | None = _option(
+        "FOLDER", "for hf: the checkpoint that the run started from, if it has moved", Path, flags=("--from",)
+    )
     max_shard_gb: float = _option(
         "X", "split modules larger than this many GB into several files; default 5", float, 5.0
     )
 
 
 COMMANDS: Mapping[str, type[Args]] = {
+    "init": InitArgs,
     "check": CheckArgs,
     "roles": RolesArgs,
     "show": ShowArgs,
@@ -245,20 +269,34 @@ def parse(words: Sequence[str]) -> Args:
     """Return the arguments of a command. Raises SystemExit for --help, and with code 2 for what is wrong."""
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _Parser(prog="mimogrid").error(f"'{words[0]}' is no command. {nearest(words[0], tuple(COMMANDS))}")
-    found = vars(_parser().parse_args(words))
-    return COMMANDS[found.pop("command")](**found)
+    parser = _parser()
+    given, late = parser.parse_known_args(words)
+    found = vars(given)
+    of = COMMANDS[found.pop("command")]
+    # argparse of Python 3.11 takes no optional argument behind an option: `export RUN --to hf FOLDER`.
+    optional = [f.name for f in attrs.fields(of) if f.metadata.get("nargs") == "?" and found[f.name] is None]
+    if len(late) == len(optional) == 1 and not late[0].startswith("-"):
+        return of(**{**found, optional[0]: Path(late[0])})
+    if late:
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    return of(**found)
 
 
 def overview() -> str:
     """Return what `mimogrid` alone prints: every command and what it does."""
-    nouns = {name: "RUN" if issubclass(of, RunArgs) else "JOB" for name, of in COMMANDS.items()}
+    nouns = {name: _noun(of) for name, of in COMMANDS.items()}
     commands = (f"    mimogrid {f'{name} {nouns[name]}':<14}{of.__doc__}\n" for name, of in COMMANDS.items())
     return (
         "mimogrid trains multimodal models in which every module has its own grid of ranks.\n\n"
         f"{''.join(commands)}\n"
-        "JOB is a TOML file; start with one from examples/. --set train.steps=20 overrides a key of it.\n"
+        "JOB is a TOML file; start with `init`, or with one from examples/. --set train.steps=20 overrides a key.\n"
         "`mimogrid COMMAND --help` lists the options.\n"
     )
+
+
+def _noun(of: type[Args]) -> str:
+    """Return what a command is of: the first of its arguments without a flag."""
+    return next(str(f.metadata["metavar"]) for f in attrs.fields(of) if f.metadata.get("flags") == ())
 
 
 def _parser() -> argparse.ArgumentParser:

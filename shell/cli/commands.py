@@ -22,6 +22,7 @@ from mimogrid.shell.cli.arguments import (
     Args,
     CheckArgs,
     ExportArgs,
+    InitArgs,
     InspectArgs,
     JobArgs,
     ParityArgs,
@@ -40,10 +41,14 @@ from mimogrid.shell.job.builders import PlanWarning
 from mimogrid.shell.job.jobs import Job, open_job
 
 
-def run(args: Args) -> int:  # noqa: PLR0911 -- a line for each command
+def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a line for each command
     """Run a command; return its exit code. Raises PlanError and WorldError."""
     with _torch_is_needed():
         match args:
+            case InitArgs():
+                from mimogrid.shell.cli import init  # noqa: PLC0415 -- only what is used
+
+                return init.run(args)
             case CheckArgs():
                 return check(_opened(args), args)
             case RolesArgs():

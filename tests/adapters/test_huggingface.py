@@ -26,9 +26,9 @@ from publishing import Seen
 from scale import SCALE
 
 
-MODELS = tuple(name for name in LANGUAGE if name != "qwen3-moe")
-EVERY_DAY = ("llama3", "qwen2-windows", "qwen3")
-"""Tied and scaled; windows and biases; norms of queries and keys, heads of their own width, YaRN."""
+MODELS = LANGUAGE
+EVERY_DAY = ("llama3", "qwen2-windows", "qwen3", "qwen3-moe")
+"""Tied and scaled; windows and biases; norms of queries and keys, heads of their own width, YaRN; experts."""
 TWO = {"microbatches": 2}
 FROZEN = {"lr": 0.0, "weight_decay": 0.0}
 
@@ -161,8 +161,8 @@ def test_check_says_what_was_split_and_padded() -> None:
     said = Job.from_pretrained(folder("llama"), **layout(tp=2, pp=2)).check()
     values = sum(int(np.prod(shape)) for shape in shapes(folder("llama")).values())
     assert said.splitlines() == [
-        f"language: LlamaForCausalLM, {values:,} parameters, on tp=2 cp=1 dp=1 pp=2",
-        "layers: 1 | 2",
+        "LlamaForCausalLM",
+        f"language: {values:,} parameters, on tp=2 cp=1 dp=1 pp=2; layers: 1 | 2",
         "vocabulary: padded by 1 for tp; these are never predicted and never saved",
     ]
 
@@ -254,7 +254,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     index.write_text(told)
     data = shards[0].read_bytes()
     shards[0].write_bytes(data[:-100])
-    assert f"{shards[0]}: has {len(data) - 100} bytes" in refused(source)
+    assert f"end at byte {len(data)}; it has {len(data) - 100}" in refused(source)
     shards[0].unlink()
     assert f"{shards[0]}: cannot be read" in refused(source)
     for path in (*shards[1:], index):
@@ -267,7 +267,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pixel_values": torch.ones(1)}, "batch.pixel_values: is nothing that a text model reads"),
+        ({"pixel_values": torch.ones(1)}, "batch.pixel_values: is nothing that the model reads"),
         ({"attention_mask": torch.tensor([[0, 1, 1]])}, "leaves out tokens before others"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "has labels of padding"),
         ({"labels": None}, "batch.labels: is missing"),
