@@ -203,8 +203,8 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
     problems: list[Problem] = []
     architecture = str((checkpoint.config.get("architectures") or ["none"])[0])
     if architecture not in SUPPORTED:
-        message = f"has the architecture {architecture}, which cannot be trained here yet."
-        problems.append(Problem(str(checkpoint.folder), message, f"So far: {', '.join(SUPPORTED)}."))
+        message = f"has the architecture {architecture}, which cannot be trained here."
+        problems.append(Problem(str(checkpoint.folder), message, f"Trained are: {', '.join(SUPPORTED)}."))
     for name in grids:
         if name not in checkpoint.model.modules:
             remedy = nearest(name, tuple(checkpoint.model.modules))
