@@ -61,11 +61,18 @@ class ModuleSpec:
     weights: str | None = None
 
 
+OVERFLOWS = ("error", "truncate", "drop")
+
+
 @attrs.frozen(kw_only=True)
 class DataSpec:
-    """`[data]`: a built-in source or ``package.module:function``, and its options."""
+    """`[data]`: a built-in source or ``package.module:function``, and its options.
+
+    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`).
+    """
 
     source: str
+    overflow: str = "error"
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
 
 
