@@ -239,6 +239,9 @@ class Draft:
         options: dict[str, Any] = {"sequence": sequence, "text": [-(-left // 2), left]}
         if towers:
             options["grids"] = {name: [list(grid)] for name, grid in grids.items()}
+            options["vocab"] = min(
+                placeholder.token for placeholder in self.found.model.placeholders.values()
+            )
             options["segments"] = {name: [1, 1] for name in towers}
         return options
 
