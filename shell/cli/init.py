@@ -253,7 +253,7 @@ def _segment(module: PublishedModule, *, rows_most: int) -> Shape:
     merge, frames = module.option("merge"), 2 * module.option("position_count")
     grids: list[Shape] = [(1, merge * side, merge * side) for side in (32, 16, 8, 4, 2, 1)]
     if len(module.patch) == 1:
-        grids = [(max(frames >> halvings, 1),) for halvings in range(8)]
+        grids = [module.grid_of(max(frames >> halvings, 1)) for halvings in range(8)]
     return next((grid for grid in grids if module.rows_out(grid) <= rows_most), grids[-1])
 
 

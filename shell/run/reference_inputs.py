@@ -143,8 +143,16 @@ def _image(config: Mapping[str, object], module: PublishedModule, segment: Segme
 
 
 def _sounds(module: PublishedModule, segments: Sequence[Segment]) -> Inputs:
-    """Return sounds [sounds, mels, frames], padded to the longest that the model takes."""
+    """Return sounds [sounds, mels, frames], padded to the longest that the model takes.
+
+    Two frames make a position. The mask is of these; the convolutions of transformers see one frame more.
+    """
     longest = 2 * module.option("position_count")
+    if short := [len(s.rows) for s in segments if len(s.rows) % 2 == 0 and len(s.rows) < longest]:
+        message = (
+            f"a sound of {short[0]} frames lacks the one that the convolutions of transformers see behind it."
+        )
+        raise PlanError([Problem("--reference", message, "Describe and load one frame more.")])
     features = [functional.pad(segment.rows.t(), (0, longest - len(segment.rows))) for segment in segments]
-    mask = [torch.arange(longest) < len(segment.rows) for segment in segments]
+    mask = [torch.arange(longest) < len(segment.rows) // 2 * 2 for segment in segments]
     return {"input_features": torch.stack(features), "feature_attention_mask": torch.stack(mask).long()}

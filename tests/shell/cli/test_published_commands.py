@@ -84,7 +84,7 @@ def assert_same(one: Path, other: Path) -> None:
 # -- init --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", (*LANGUAGE, *WHOLES))
+@pytest.mark.parametrize("name", [*LANGUAGE, *WHOLES])
 def test_init_writes_a_job_that_is_legal(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,13 +213,13 @@ def test_without_training_equal_bytes_leave(
 @pytest.mark.world
 @pytest.mark.parametrize("name", WHOLES if SCALE > 1 else ("qwen2.5-vl", "llava"))
 def test_wholes_have_the_gradients_of_transformers(pool: Pool, name: str, tmp_path: Path) -> None:
-    """From a source of rows: images and sounds of several sizes, two in a sample, samples without any."""
+    """From a source of rows: images, a video and sounds of several sizes, and samples without any."""
     job = init(make(name, tmp_path / name), tmp_path / "job.toml")
     tower = next(iter(open_job(job).topology.graph.sources))
     grids = {
         "qwen2.5-vl": "[[1,2,4],[1,6,4],[3,4,2]]",
         "qwen3-vl": "[[1,2,4],[1,6,4]]",
-        "qwen2-audio": "[[20],[13]]",
+        "qwen2-audio": "[[20],[15],[9]]",
     }
     several = [f"data.options.grids.{tower}={grids[name]}"] if name in grids else []
     keys = ["precision=fp64", *several, f"data.options.absent.{tower}=0.3", "batch.global_size=6"]
