@@ -14,9 +14,7 @@ from typing import Any
 import attrs
 import torch
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
-from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.models import Gpt
 from mimogrid.core.models.mapping import inverse
 from mimogrid.core.step.step import Step
@@ -29,6 +27,7 @@ from mimogrid.shell.job.published import Published, origin_of
 from mimogrid.shell.modules.published import published_tensors
 from mimogrid.shell.run.parity import ParityReport, compare, full_gradients, module_of, run_without_overflow
 from mimogrid.shell.run.reference import Reference, ReferenceStep, reference, step_of
+from mimogrid.shell.run.reference_inputs import inputs_of
 from mimogrid.shell.runtime.data import Loads
 from mimogrid.shell.runtime.forward_only import sample_logits
 from mimogrid.shell.runtime.session import open_session
@@ -116,35 +115,12 @@ def _reference_step(model: Reference, found: Published, step: Step, source: Load
         losses_T = functional.cross_entropy(logits_TV, labels_T.to(logits_TV.device), reduction="none")
         return scale * torch.dot(weights_T.to(losses_T), losses_T)
 
-    return step_of(model, _inputs(found, step, loaded, source), loss_of)
+    return step_of(model, inputs_of(found, step.samples, source, name), loss_of)
 
 
 def language_of(topology: Topology) -> str:
     """Return the module with the loss."""
     return next(name for name, module in topology.modules.items() if isinstance(module.model, Gpt))
-
-
-def _inputs(found: Published, step: Step, loaded: list[Tensors], source: Loads) -> dict[str, torch.Tensor]:
-    """Return the samples of a step as the model of transformers takes them, padded on the right."""
-    tokens = [tensors["tokens"] for tensors in loaded]
-    mask = [torch.ones_like(each) for each in tokens]
-    inputs = {
-        "input_ids": pad_sequence(tokens, batch_first=True),
-        "attention_mask": pad_sequence(mask, batch_first=True),
-    }
-    for name in step.topology.graph.sources:
-        if name != language_of(step.topology):
-            inputs |= _rows_as_inputs(found, step, name, source)
-    return inputs
-
-
-def _rows_as_inputs(found: Published, step: Step, module: str, source: Loads) -> dict[str, torch.Tensor]:
-    """Return the rows that a tower reads as its processor would give them, such as `pixel_values`.
-
-    Raises PlanError for a model whose processor is not known here.
-    """
-    message = f"the rows of '{module}' are not known as inputs of {found.config.get('architectures')} yet."
-    raise PlanError([Problem("--reference", message, "Compare with one process: leave out --reference.")])
 
 
 # -- comparing ---------------------------------------------------------------------------------------------
