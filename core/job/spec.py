@@ -65,15 +65,25 @@ OVERFLOWS = ("error", "truncate", "drop")
 
 
 @attrs.frozen(kw_only=True)
+class MixSpec:
+    """`[[data.mix]]`: a source, its options, and its weight among those of the mixture."""
+
+    source: str
+    options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    weight: float = 1.0
+
+
+@attrs.frozen(kw_only=True)
 class DataSpec:
-    """`[data]`: a built-in source or ``package.module:function``, and its options.
+    """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several.
 
     `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`).
     """
 
-    source: str
-    overflow: str = "error"
+    source: str = ""
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    mix: tuple[MixSpec, ...] = ()
+    overflow: str = "error"
 
 
 @attrs.frozen(kw_only=True)

@@ -246,6 +246,40 @@ class ExportArgs(RunArgs):
     )
 
 
+@attrs.frozen(kw_only=True)
+class DataIndexArgs(Args):
+    """Read a store of conversations once, and write what the processor makes of it as an index."""
+
+    store: Path = _positional("STORE", "a JSON list or JSON lines of conversations")
+    processor: Path = _option("FOLDER", "the checkpoint whose processor reads it", Path, required=True)
+    images: Path | None = _option("FOLDER", "the folder of the images; default: that of the store", Path)
+    out: Path | None = _option("INDEX", "write into this folder; default: the store's name with .index", Path)
+    max_tokens: int = _option("N", "leave out samples of more positions, placeholders included", int, 0)
+    workers: int = _option("N", "the number of processes; default: one for each core", int, 0)
+
+
+@attrs.frozen(kw_only=True)
+class IndexArgs(Args):
+    """What every command on an index takes."""
+
+    index: Path = _positional("INDEX", "the folder of the index")
+
+
+@attrs.frozen(kw_only=True)
+class DataShowArgs(IndexArgs):
+    """Show what a sample of an index becomes: its text, its placeholders, and what counts in the loss."""
+
+    id: str | None = _option("ID", "the id of the sample in the store; default: that of the first")
+    picture: Path | None = _option("FILE", "write its images, side by side, into this file", Path)
+
+
+@attrs.frozen(kw_only=True)
+class DataStatsArgs(IndexArgs):
+    """Show how long the samples of an index are, and how many images they have. Needs no torch."""
+
+    svg: Path | None = _option("FILE", "draw the histograms into this file", Path)
+
+
 COMMANDS: Mapping[str, type[Args]] = {
     "init": InitArgs,
     "check": CheckArgs,
@@ -259,7 +293,14 @@ COMMANDS: Mapping[str, type[Args]] = {
     "parity": ParityArgs,
     "inspect": InspectArgs,
     "export": ExportArgs,
+    "data index": DataIndexArgs,
+    "data show": DataShowArgs,
+    "data stats": DataStatsArgs,
 }
+
+
+DATA = "data"
+"""The first word of the commands on data, which have two."""
 
 
 # -- parsing -----------------------------------------------------------------------------------------------
@@ -267,6 +308,8 @@ COMMANDS: Mapping[str, type[Args]] = {
 
 def parse(words: Sequence[str]) -> Args:
     """Return the arguments of a command. Raises SystemExit for --help, and with code 2 for what is wrong."""
+    if words and words[0] == DATA:
+        words = [" ".join(words[:2]), *words[2:]]
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _Parser(prog="mimogrid").error(f"'{words[0]}' is no command. {nearest(words[0], tuple(COMMANDS))}")
     parser = _parser()
@@ -285,7 +328,7 @@ def parse(words: Sequence[str]) -> Args:
 def overview() -> str:
     """Return what `mimogrid` alone prints: every command and what it does."""
     nouns = {name: _noun(of) for name, of in COMMANDS.items()}
-    commands = (f"    mimogrid {f'{name} {nouns[name]}':<14}{of.__doc__}\n" for name, of in COMMANDS.items())
+    commands = (f"    mimogrid {f'{name} {nouns[name]}':<18}{of.__doc__}\n" for name, of in COMMANDS.items())
     return (
         "mimogrid trains multimodal models in which every module has its own grid of ranks.\n\n"
         f"{''.join(commands)}\n"

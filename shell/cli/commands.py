@@ -21,6 +21,9 @@ from mimogrid.shell.cli import start
 from mimogrid.shell.cli.arguments import (
     Args,
     CheckArgs,
+    DataIndexArgs,
+    DataShowArgs,
+    DataStatsArgs,
     ExportArgs,
     InitArgs,
     InspectArgs,
@@ -79,6 +82,10 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a line for each command
                 from mimogrid.shell.cli import export  # noqa: PLC0415 -- imports torch
 
                 return export.run(args)
+            case DataIndexArgs() | DataShowArgs() | DataStatsArgs():
+                from mimogrid.shell.cli import data  # noqa: PLC0415 -- imports pyarrow
+
+                return data.run(args)
             case _:
                 raise AssertionError(args)
 
@@ -89,10 +96,14 @@ def _torch_is_needed() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in {"torch", "megatron"}:
+        if error.name not in EXTRAS:
             raise
-        message = f"this command needs {error.name}: pip install 'mimogrid[train]'"
+        message = f"this command needs {error.name}: pip install 'mimogrid[{EXTRAS[error.name]}]'"
         raise WorldError(message) from None
+
+
+EXTRAS = {"torch": "train", "megatron": "train", "transformers": "data", "PIL": "data", "pyarrow": "data"}
+"""The extra that brings each library that is not always there."""
 
 
 def _opened(args: JobArgs | InspectArgs) -> Job:

@@ -1,4 +1,4 @@
-"""A source gives the samples that the job takes: what it loads is what it describes, and the first of what there was."""
+"""A source gives the samples that a job takes: it loads what it describes, the first positions of what there was."""
 
 from collections.abc import Callable
 
