@@ -1,10 +1,13 @@
 """Options of towers, edges and language models that do not go together are refused, each with its reason."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.models import Block, Gpt, Vit
@@ -12,6 +15,7 @@ from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.job.validation.towers import tower_problems
+from mimogrid.core.models.positions import windows
 from mimogrid.core.topology.parse import assemble
 
 
@@ -236,6 +240,16 @@ def test_rows_of_inner_layers_lie_beside_those_of_the_last() -> None:
     assert (3 * 16, 3) == (edge.width, edge.parts)
     held = {parameter.name for parameter in topology.modules["vision"].stages[-1].parameters}
     assert {f"projector.language.deepstack.{i}.norm.weight" for i in range(2)} < held
+
+
+@given(grid=st.tuples(*[st.integers(1, 5)] * 3), merge=st.integers(1, 3), window=st.integers(1, 4))
+def test_windows_have_the_lengths_of_their_rows(grid: tuple[int, int, int], merge: int, window: int) -> None:
+    """The lengths that are priced and computed are those of the rows in the order of windows."""
+    frames, height, width = grid
+    patches = frames, merge * height, merge * width
+    bounds = windows([patches], merge, window).bounds
+    model = Vit(**SIZES, merge=merge, window=window)
+    assert model.windows(patches) == tuple(stop - start for start, stop in itertools.pairwise(bounds))
 
 
 @pytest.mark.parametrize(("tp", "ok"), [(1, True), (2, True), (4, False)])
