@@ -12,10 +12,19 @@ from hypothesis import strategies as st
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.models import Block, Gpt, Vit
 from mimogrid.core.job.projectors import Projector
-from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.spec import (
+    BatchSpec,
+    DataSpec,
+    GridSpec,
+    JobSpec,
+    ModuleSpec,
+    ScheduleSpec,
+    SourceFacts,
+)
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.job.validation.towers import tower_problems
 from mimogrid.core.models.positions import windows
+from mimogrid.core.schedule.layer_split import topology_of
 from mimogrid.core.topology.parse import assemble
 
 
@@ -259,3 +268,18 @@ def test_dense_layers_beside_experts_are_split_too(tp: int, ok: bool) -> None:
     spec = job({}, options, {}, {"grid": GridSpec(tp=tp)})
     where = [problem.where for problem in problems_of(spec, SourceFacts(sequence=8))]
     assert ok == ("modules.language.grid.tp" not in where)
+
+
+def test_layers_are_not_balanced_away_from_deepstack() -> None:
+    """The schedule auto would give a frozen tower's reader fewer first layers than it adds rows after."""
+    vision = {"deepstack_layers": (1, 2, 3), "layers": 4}
+    language = {"deepstack": 3, "layers": 6}
+    reader = {"grid": GridSpec(pp=2), "trainable": ("layers.0.*", "layers.1.*")}
+    spec = job(vision, language, {"projector": MERGER}, reader)
+    spec = attrs.evolve(spec, schedule=ScheduleSpec(name="auto"))
+    topology = topology_of(spec, SourceFacts(sequence=8))
+    assert len(topology.modules["language"].stages[0].layers) == 3
+    free = attrs.evolve(spec.modules["language"], options=Gpt(**{**SIZES, "vocab": 16, "layers": 6}))
+    vision_alone = attrs.evolve(spec.modules["vision"], options=Vit(**{**SIZES, "features": 12}))
+    spec = attrs.evolve(spec, modules={"vision": vision_alone, "language": free})
+    assert len(topology_of(spec, SourceFacts(sequence=8)).modules["language"].stages[0].layers) != 3
