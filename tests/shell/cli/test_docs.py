@@ -18,6 +18,7 @@ from mimogrid.core.job.spec import (
     GroupSpec,
     JobSpec,
     LossScaleSpec,
+    MixSpec,
     ModuleSpec,
     OptimizerSpec,
     ScheduleSpec,
@@ -27,6 +28,7 @@ from mimogrid.core.job.spec import (
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.job.sources import conversations
 from mimogrid.shell.job.sources.synthetic import Options
 
 
@@ -38,6 +40,7 @@ TABLES = (
     GridSpec,
     Projector,
     DataSpec,
+    MixSpec,
     BatchSpec,
     ScheduleSpec,
     OptimizerSpec,
@@ -46,6 +49,7 @@ TABLES = (
     SkipSpec,
     TrainSpec,
     Options,
+    conversations.Options,
 )
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
