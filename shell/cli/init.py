@@ -208,7 +208,8 @@ class Draft:
 
     def _tail(self) -> Iterator[str]:
         yield "[data]"
-        yield '# Random samples, so that the file runs as it is. Yours: "package.module:function", docs/own-modules.md.'
+        yield "# Random samples, so that the file runs as it is. Yours: an index of conversations, docs/data.md:"
+        yield '# source = "conversations", options = { index = "FOLDER" }; or a function, docs/own-modules.md.'
         yield 'source = "synthetic"'
         yield f"options = {_value(self._data())}"
         yield ""
