@@ -119,7 +119,7 @@ class Running:
     def step(self, batch: Mapping[str, torch.Tensor]) -> Outcome | None:
         """Train one step; return its loss and more (`Outcome`), None on an idle rank.
 
-        `batch` is what the model's processor makes, the whole batch on every rank (`shell.data.batches`), and `labels`. Raises
+        `batch` is what the model's processor makes (`shell.data.batches`), with `labels`: the whole batch, on every rank. Raises
         PlanError if it is anything else.
         """
         encoded = examples_of(self._job.checkpoint.model, batch)
