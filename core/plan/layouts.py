@@ -1,5 +1,6 @@
 """Layouts: what a search is asked, a candidate as a job, and what the search says of it."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
@@ -11,7 +12,8 @@ from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, Sou
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.search_space import Illegal, SearchSpace
-from mimogrid.core.pricing.machine import Machine
+from mimogrid.core.pricing.even import largest_samples
+from mimogrid.core.pricing.machine import Machine, machine_for
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 
@@ -30,7 +32,7 @@ class Layout:
         step_s: seconds of a step.
         tokens_per_s_per_gpu: over all GPUs that are allocated.
         active: GPUs in a grid; the other ones idle.
-        bubble: part of the time of all allocated GPUs in which nothing is computed.
+        bubble: part of the time of the active GPUs in which they compute nothing.
         encoder_share: part of all computing that is not the main module's.
         peak_bytes: per module, what the rank with that module that needs most needs in all.
         lower_bound_s: seconds that no order of these grids beats.
@@ -50,30 +52,36 @@ class Layout:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Question:
-    """What is asked: a legal job with the samples of one step, on so many GPUs with so much memory each.
+    """What is asked: a legal job with the samples of one step, on so many of its GPUs (`gpu.name` is set).
 
-    Seconds and bytes are those of the machine's precision, whatever the job says.
+    All that is assumed stands in the job, and so in every layout of it: precision, kind of GPU, memory, efficiency.
     """
 
     spec: JobSpec
     facts: SourceFacts
     samples: tuple[Sample, ...]
-    machine: Machine
     gpus: int
-    memory_bytes: float
 
-    def topology(self, spec: JobSpec) -> Topology:
-        """Return the topology of a layout of the job, in the precision of the machine."""
-        return assemble(attrs.evolve(spec, precision=self.machine.precision), self.facts)
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """The GPUs that the job assumes."""
+        machine = machine_for(self.spec)
+        assert machine is not None
+        return machine
 
     @property
+    def memory_bytes(self) -> float:
+        """The memory of each GPU."""
+        return self.machine.memory_bytes
+
+    def topology(self, spec: JobSpec) -> Topology:
+        """Return the topology of a layout of the job."""
+        return assemble(spec, self.facts)
+
+    @functools.cached_property
     def largest(self) -> tuple[Sample, ...]:
-        """As many samples, each with the most rows and the longest text of any: memory must hold these."""
-        names = dict.fromkeys(name for sample in self.samples for name in sample.rows)
-        rows = {name: max(sample.rows.get(name, 0) for sample in self.samples) for name in names}
-        length = max(sample.length for sample in self.samples)
-        room = self.facts.sequence - sum(rows.values()) if self.facts.sequence else length
-        return (Sample(id=0, length=min(length, max(room, 1)), rows=rows),) * len(self.samples)
+        """As many samples, each as large as the largest: memory must hold these."""
+        return largest_samples(self.samples, self.facts.sequence)
 
 
 # -- as jobs -----------------------------------------------------------------------------------------------

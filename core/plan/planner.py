@@ -22,6 +22,7 @@ from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import (
     BEST,
     ILLEGAL,
+    SLOWER,
     TOO_LARGE,
     Layout,
     Question,
@@ -31,7 +32,7 @@ from mimogrid.core.plan.layouts import (
     nearest_fit,
     too_large,
 )
-from mimogrid.core.plan.search import REFINED, Search
+from mimogrid.core.plan.search import Search
 from mimogrid.core.plan.search_space import SearchSpace, search_space_of
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.step.step import Step, step_of
@@ -85,13 +86,13 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
     least = search.candidates(candidates, question, budget)
     least_recomputing, looked_at = _recomputing(search, candidates, budget)
     least = min(least, least_recomputing)
-    search.confirm(REFINED, budget // 3)
     search.orders(budget // 2)
-    search.confirm(CONFIRMED, budget // 3)
     own = search.own(question.spec)
-    ranked = search.confirmed
+    ranked = search.confirm(CONFIRMED)
     best = ranked[0] if ranked else None
     fitting = [compared(layout, best, own) for layout in ranked] if best else []
+    if best is not None and own.kind == SLOWER and own not in ranked:
+        fitting.append(compared(own, best, own))
     own = next((layout for layout in fitting if layout.spec == own.spec), marked_own(own))
     others = _that_cannot_run(question, spaces, candidates, search)
     return Plan(
@@ -113,7 +114,7 @@ def _that_cannot_run(
     question: Question, spaces: Mapping[str, SearchSpace], candidates: Candidates, search: Search
 ) -> list[Layout]:
     """Return some layouts that would be fast and do not fit, then some illegal ones."""
-    best = next(iter(search.confirmed), None)
+    best = next(iter(search.confirm(1)), None)
     found = {
         kind: [layout for layout in search.layouts if layout.kind == kind] for kind in (TOO_LARGE, ILLEGAL)
     }
@@ -166,7 +167,7 @@ def _recomputing(search: Search, candidates: Candidates, budget: int) -> tuple[f
     if isinstance(module.options, Mapping):
         return least, looked_at
     for level in RECOMPUTES[RECOMPUTES.index(module.recompute) + 1 :]:
-        best_s = min((search.layouts[i].step_s for i in search.confirm(1, 0)), default=math.inf)
+        best_s = min((search.layouts[i].step_s for i in search.fit(1)), default=math.inf)
         if any(layout.candidate.bound < best_s for layout in candidates.out_of_memory):
             modules = {**question.spec.modules, main: attrs.evolve(module, recompute=level)}
             other = attrs.evolve(question, spec=attrs.evolve(question.spec, modules=modules))

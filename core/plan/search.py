@@ -1,7 +1,7 @@
 """Search: which layouts are evaluated, and how closely, within a budget of simulated actions.
 
-The candidates are timed for a short step, in the order of their bounds. On the best of them other orders are tried. The
-layouts that the plan shows are confirmed: timed for the whole step, with their memory.
+The candidates are timed for a short step, in the order of their bounds. On the best of them that fit other orders are
+tried. The layouts that the plan shows are confirmed: `simulate` times their whole step.
 """
 
 import math
@@ -14,7 +14,7 @@ from mimogrid.core.job.validation import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER, Layout, Question, layout_of
-from mimogrid.core.pricing.on_machine import on_machine
+from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
 
@@ -31,14 +31,14 @@ TUNED_AT_MOST = 6_000
 
 @attrs.define(eq=False)
 class Search:
-    """The layouts that were evaluated so far. `whole` has the numbers of those that were confirmed.
+    """The layouts that were evaluated so far. `confirmed` has the numbers of those that `simulate` has timed.
 
     Budgets are numbers of simulated actions (`Evaluator.effort`).
     """
 
     evaluator: Evaluator
     layouts: list[Layout] = attrs.field(factory=list[Layout])
-    whole: set[int] = attrs.field(factory=set[int])
+    confirmed: set[int] = attrs.field(factory=set[int])
 
     def candidates(self, found: Candidates, question: Question, budget: int) -> float:
         """Evaluate candidates while their bounds are below the best time; return the least bound of what is left."""
@@ -57,7 +57,7 @@ class Search:
     def orders(self, budget: int) -> None:
         """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""
         until = self.evaluator.effort + budget
-        for i in self._ranked()[:REFINED]:
+        for i in self.fit(REFINED):
             layout = self.layouts[i]
             if layout.step_s <= layout.lower_bound_s:
                 continue
@@ -65,7 +65,7 @@ class Search:
                 other = self._under(layout.spec, name)
                 if other is not None and self.evaluator.effort < until:
                     self.evaluate(other)
-        for i in self._ranked()[:TUNED]:
+        for i in self.fit(TUNED):
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
@@ -80,7 +80,7 @@ class Search:
             spec.schedule,
             name=AUTO,
             memory_gb=question.memory_bytes / GB,
-            costs=on_machine(step, question.machine, spread=True),
+            costs=even_costs(step, question.machine),
         )
         return attrs.evolve(spec, schedule=schedule)
 
@@ -91,34 +91,39 @@ class Search:
         other = attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, name=name))
         return None if problems_of(other, self.evaluator.question.facts) else other
 
-    def confirm(self, count: int, budget: int) -> list[int]:
-        """Confirm so many of the best layouts, the very best in any case; return the numbers of those confirmed."""
-        until = self.evaluator.effort + budget
+    def fit(self, count: int) -> list[int]:
+        """Return the numbers of so many of the best layouts whose memory is known to be enough."""
         while True:
             ranked = self._ranked()[:count]
-            i = next((i for i in ranked if i not in self.whole), None)
-            if i is None or (self.evaluator.effort >= until and ranked[0] in self.whole):
-                return [i for i in ranked if i in self.whole]
+            i = next((i for i in ranked if not self.layouts[i].peak_bytes), None)
+            if i is None:
+                return ranked
+            self.layouts[i] = self.evaluator.fitted(self.layouts[i])
+
+    def confirm(self, count: int) -> list[Layout]:
+        """Return so many of the best layouts as `simulate` times them, the fastest first."""
+        while True:
+            ranked = self.fit(count)
+            i = next((i for i in ranked if i not in self.confirmed), None)
+            if i is None:
+                return [self.layouts[i] for i in ranked]
             self._confirm(i)
 
     def _confirm(self, i: int) -> None:
         self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
-        self.whole.add(i)
-
-    @property
-    def confirmed(self) -> list[Layout]:
-        """The layouts that were confirmed, the fastest first."""
-        return [self.layouts[i] for i in self._ranked() if i in self.whole]
+        self.confirmed.add(i)
 
     def _ranked(self) -> list[int]:
-        """Return the numbers of the layouts that fit, the fastest first."""
+        """Return the numbers of the layouts that may fit, the fastest first."""
         fits = (i for i, layout in enumerate(self.layouts) if layout.kind == SLOWER)
         return sorted(fits, key=lambda i: self.layouts[i].step_s)
 
     def own(self, spec: JobSpec) -> Layout:
         """Evaluate the job's own layout, and confirm it."""
         i = self.evaluate(spec)
-        if self.layouts[i].kind == SLOWER and i not in self.whole:
+        if self.layouts[i].kind == SLOWER and not self.layouts[i].peak_bytes:
+            self.layouts[i] = self.evaluator.fitted(self.layouts[i])
+        if self.layouts[i].kind == SLOWER and i not in self.confirmed:
             self._confirm(i)
         return self.layouts[i]
 

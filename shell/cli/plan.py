@@ -1,23 +1,28 @@
 """Planning: the command `plan`: a search printed as a table or as JSON, and the best layout as a job file."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import attrs
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.plan.layouts import BEST, SLOWER, Layout, Question, shown
 from mimogrid.core.plan.planner import Plan, plan
-from mimogrid.core.pricing.machine import machine_of
+from mimogrid.core.pricing.accelerators import ACCELERATORS
+from mimogrid.core.pricing.machine import Machine, machine_for
 from mimogrid.core.pricing.on_machine import measured_on
 from mimogrid.shell.cli.arguments import PlanArgs
+from mimogrid.shell.cli.fit import fit_lines
 from mimogrid.shell.cli.output import print_json, terminal, write
 from mimogrid.shell.job import costfile, jobfile
 from mimogrid.shell.job.jobs import Job
 
 
+T = TypeVar("T")
 SHOWN = 8
 """How many layouts that fit are shown in the table."""
 
@@ -48,31 +53,33 @@ def _question(job: Job, args: PlanArgs) -> Question:
     problems: list[Problem] = []
     if args.gpus < 1:
         problems.append(Problem("--gpus", f"is {args.gpus}.", "Use 1 or more."))
-    if args.memory_gb is not None and not args.memory_gb > 0:
-        problems.append(Problem("--memory-gb", f"is {args.memory_gb}.", "Use a number above 0."))
-    try:
-        samples = job.step(0).samples
-    except PlanError as error:
-        samples = ()
-        problems += error.problems
-    machine = machine_of(args.gpu, args.precision or job.spec.precision, args.efficiency)
-    if machine.precision not in machine.accelerator.flops:
-        known = tuple(machine.accelerator.flops)
-        message = f"'{machine.precision}' is no precision of {args.gpu}."
-        problems.append(Problem("--precision", message, nearest(machine.precision, known)))
-    if problems:
+    machine = _found(lambda: _machine(job), problems)
+    step = _found(lambda: job.step(0), problems)
+    if problems or machine is None or step is None:
         raise PlanError(problems)
+    spec = job.spec
     if args.costs:
-        machine = measured_on(machine, job.step(0), costfile.read(args.costs, job.topology))
-    memory = machine.accelerator.memory_bytes if args.memory_gb is None else args.memory_gb * 1e9
-    return Question(
-        spec=job.spec,
-        facts=job.topology.source,
-        samples=samples,
-        machine=machine,
-        gpus=args.gpus,
-        memory_bytes=memory,
-    )
+        measured = measured_on(machine, step, costfile.read(args.costs, job.topology)).measured
+        spec = attrs.evolve(spec, gpu=attrs.evolve(spec.gpu, times=dict(measured)))
+    return Question(spec=spec, facts=job.topology.source, samples=step.samples, gpus=args.gpus)
+
+
+def _machine(job: Job) -> Machine:
+    """Return the GPUs that a job assumes. Raises PlanError if it does not say which."""
+    machine = machine_for(job.spec)
+    if machine is None:
+        remedy = f"Use --gpu NAME, or gpu.name in the job: {', '.join(ACCELERATORS)}."
+        raise PlanError([Problem("--gpu", "is missing, and the job names no kind of GPU.", remedy)])
+    return machine
+
+
+def _found(find: Callable[[], T], problems: list[Problem]) -> T | None:
+    """Return what is found, or note the problems."""
+    try:
+        return find()
+    except PlanError as error:
+        problems += error.problems
+        return None
 
 
 # -- as a table --------------------------------------------------------------------------------------------
@@ -87,8 +94,9 @@ def _print(found: Plan, question: Question, args: PlanArgs) -> None:
     rows = fits[:SHOWN] + [layout for layout in fits[SHOWN:] if layout is found.own]
     for layout in [*rows, *(layout for layout in found.layouts if layout.kind not in {BEST, SLOWER})]:
         table.add_row(*_cells(layout), f"{escape(shown(layout.spec))}\n[bold]{escape(layout.reason)}[/bold]")
+    print(*fit_lines(question.spec, {}), sep="\n")
     console.print(table)
-    print(f"{question.gpus} x {args.gpu}, {question.memory_bytes / 1e9:.4g} GB each; idle GPUs count, too.")
+    print(f"{question.gpus} GPUs are paid for, idle ones included.")
     print(f"Estimated costs: {question.machine}.")
     if question.machine.measured:
         factors = ", ".join(f"{name} {factor:,.4g}" for name, factor in question.machine.measured)
@@ -127,7 +135,8 @@ def _values(found: Plan, question: Question, args: PlanArgs) -> dict[str, Any]:
         "costs": f"assumed: {question.machine}",
         "measured": dict(question.machine.measured),
         "gpus": question.gpus,
-        "gpu": args.gpu,
+        "gpu": question.machine.accelerator.name,
+        "precision": question.spec.precision,
         "memory_bytes": question.memory_bytes,
         "looked_at": found.looked_at,
         "simulated": found.simulated,

@@ -23,6 +23,7 @@ from mimogrid.core.pricing.assumed import ASSUMED
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.shell.cli.arguments import SimulateArgs
+from mimogrid.shell.cli.fit import fit_lines, fit_values
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.cli.timing import (
@@ -54,7 +55,7 @@ def run(job: Job, args: SimulateArgs) -> int:
         if args.schedule == ALL:
             _print_schedules(under_all_schedules(job, args), args)
         elif args.compare:
-            other = opened(args.compare, run_code=not args.no_code, silent=args.json)
+            other = opened(args.compare, args.assumed, run_code=not args.no_code, silent=args.json)
             _print_jobs(compared(job, other, args), args)
         else:
             _print_job(drawn(job, args), args)
@@ -99,9 +100,10 @@ def _print_job(steps: Sequence[SimulatedStep], args: SimulateArgs) -> None:
     _draw({found.name: found}, args)
     if args.json:
         draws = {"draws": [one.timeline.step_s for one in steps]} if len(steps) > 1 else {}
-        print_json(_values(found) | draws)
+        print_json(_values(found) | fit_values(found.job.spec, found.memory) | draws)
         return
     timeline = found.timeline
+    print(*fit_lines(found.job.spec, found.memory), sep="\n", end="\n\n")
     _print_timeline(timeline)
     print(f"{_summary(timeline)}.")
     if len(steps) > 1:

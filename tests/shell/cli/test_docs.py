@@ -13,6 +13,7 @@ from mimogrid.core.job.models import BUILT_IN
 from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
+    GpuSpec,
     GridSpec,
     GroupSpec,
     JobSpec,
@@ -38,6 +39,7 @@ TABLES = (
     DataSpec,
     BatchSpec,
     ScheduleSpec,
+    GpuSpec,
     OptimizerSpec,
     GroupSpec,
     LossScaleSpec,
