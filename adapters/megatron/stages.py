@@ -22,8 +22,8 @@ from mimogrid.adapters.megatron.modality import continued
 from mimogrid.adapters.megatron.states import sharded_parts
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.topology.roles import ModuleStageInfo, RankRole
-from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.layers import block_spec
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
@@ -43,7 +43,7 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
         )
     sizes = sizes_of(config)
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
-    mlps = [get_moe_module_spec(use_te=False, num_experts=model.experts)] if model.experts else []
+    mlps = {0: get_moe_module_spec(use_te=False, num_experts=model.experts)} if model.experts else {}
     # With tp=2 the linear layers are megatron-core's, also on one rank: its checkpoints do not support others.
     return block_spec(model, layers=range(1), tp=2, weight_grads=WeightGradStore(), mlps=mlps).layer_specs[0]
 

@@ -9,7 +9,6 @@
 """
 
 import fnmatch
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,8 @@ import attrs
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.models.mapping import Recipe, Shape
+from mimogrid.core.models.positions import frames_seen
+from mimogrid.core.models.segments import Emission
 
 
 DEFAULTS: dict[str, Any] = {
@@ -113,8 +114,14 @@ class PublishedModule:
     def grid_of(self, *size: int) -> Shape:
         """Return the grid of a segment of (frames, height, width) pixels, or of so many frames of audio.
 
-        Raises ValueError for an image that is not whole patches, or not of the one size that the module takes.
+        Raises ValueError for an image that is not whole patches, or not of the one size that the module takes, and for
+        more frames of audio than there are positions.
         """
+        if self.option("stem") == "whisper":
+            most = 2 * self.option("position_count")
+            if size[0] > most:
+                raise ValueError(f"has {size[0]} frames, and the module has positions for {most}")
+            return (min(frames_seen(size[0]), most),)
         grid = (
             -(-size[0] // self.patch[0]),
             *(n // p for p, n in zip(self.patch[1:], size[1:], strict=True)),
@@ -130,14 +137,13 @@ class PublishedModule:
 
         Raises ValueError for a grid that cannot be merged.
         """
-        if self.option("stem") == "whisper":
-            (frames,) = grid
-            pool: int = self.option("pool")
-            return -(-frames // 2) // pool
-        merge: int = self.option("merge")
-        if any(side % merge for side in grid[1:]):
-            raise ValueError(f"a grid of {grid} cannot be merged {merge} by {merge}")
-        return math.prod(grid) // merge**2 + (grid[0] if self.option("emit_class_token") else 0)
+        emission = Emission(
+            stride=2 if self.option("stem") == "whisper" else 1,
+            merge=self.option("merge"),
+            pool=self.option("pool"),
+            extra=int(self.option("emit_class_token")),
+        )
+        return emission.rows(grid)
 
 
 @attrs.frozen(kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.placement import place
+from mimogrid.core.job.placement import graph_of, place
 from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
@@ -81,7 +81,7 @@ class Question:
     @functools.cached_property
     def largest(self) -> tuple[Sample, ...]:
         """As many samples, each as large as the largest: memory must hold these."""
-        return largest_samples(self.samples, self.facts.sequence)
+        return largest_samples(self.samples, graph_of(self.spec), self.facts.sequence)
 
 
 # -- as jobs -----------------------------------------------------------------------------------------------

@@ -5,8 +5,11 @@ while messages and memory have the size of the largest sample. All dp ranks are 
 few rank classes, and what fits an even step fits every step of such samples.
 """
 
+import attrs
+
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.step.step import Step, step_of
@@ -14,7 +17,8 @@ from mimogrid.core.step.step import Step, step_of
 
 def even_step(step: Step) -> Step:
     """Return a step of as many samples, each with the most rows and the longest text of any."""
-    return step_of(step.topology, largest_samples(step.samples, step.topology.source.sequence))
+    topology = step.topology
+    return step_of(topology, largest_samples(step.samples, topology.graph, topology.source.sequence))
 
 
 def even_costs(step: Step, machine: Machine) -> Costs:
@@ -22,10 +26,19 @@ def even_costs(step: Step, machine: Machine) -> Costs:
     return on_machine(step, machine, spread=True)
 
 
-def largest_samples(samples: tuple[Sample, ...], sequence: int | None) -> tuple[Sample, ...]:
+def largest_samples(
+    samples: tuple[Sample, ...], graph: ModuleGraph, sequence: int | None
+) -> tuple[Sample, ...]:
     """Return as many samples, each with the most rows and the longest text of any that a sequence has room for."""
     names = dict.fromkeys(name for sample in samples for name in sample.rows)
-    rows = {name: max(sample.rows.get(name, 0) for sample in samples) for name in names}
+    largest = {name: max(samples, key=lambda sample: sample.rows.get(name, 0)) for name in names}
+    rows = Sample(
+        id=0,
+        length=0,
+        rows={name: of.rows.get(name, 0) for name, of in largest.items()},
+        segments={name: of.segments[name] for name, of in largest.items() if name in of.segments},
+    )
     length = max((sample.length for sample in samples), default=0)
-    room = sequence - sum(rows.values()) if sequence else length
-    return (Sample(id=0, length=min(length, max(room, 1)), rows=rows),) * len(samples)
+    emitted = graph.rows_out(rows)
+    room = sequence - sum(emitted.get(name, 0) for name in names) if sequence else length
+    return (attrs.evolve(rows, length=min(length, max(room, 1))),) * len(samples)

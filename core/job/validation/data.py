@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 from mimogrid.core.base.errors import Problem
-from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import Gpt, Regressor, Transformer, Vit
-from mimogrid.core.job.placement import graph_of
+from mimogrid.core.job.placement import graph_of, largest_sample
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 
 
@@ -61,8 +60,7 @@ def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts
         )
     if source.sequence is None or source.length is None:
         return
-    longest = Sample(id=0, length=source.length, rows=source.rows)
-    rows = graph.rows_out(longest)[name] - source.length
+    rows = graph.rows_out(largest_sample(graph, source))[name] - source.length
     if rows + source.length > source.sequence:
         yield Problem(
             "data.options.sequence",
@@ -70,20 +68,3 @@ def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts
             f"more than sequence = {source.sequence} holds.",
             f"Set sequence = {rows + source.length} or more, or give fewer rows.",
         )
-
-
-def sequence_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
-    """Check that a language sequence divides over tp (with sequence parallelism) and over cp."""
-    for name, module in spec.modules.items():
-        if source.sequence is None or not isinstance(module.options, Gpt):
-            continue
-        grid = module.grid
-        parts = (grid.tp if grid.sequence_parallel else 1) * (2 * grid.cp if grid.cp > 1 else 1)
-        if source.sequence % parts:
-            over = [f"tp={grid.tp}"] * grid.sequence_parallel + [f"2 * cp={grid.cp}"] * (grid.cp > 1)
-            yield Problem(
-                "data.options.sequence",
-                f"module '{name}' cuts sequence = {source.sequence} over {' and '.join(over)}: "
-                f"{source.sequence} is not a multiple of {parts}.",
-                f"Set sequence = {-(-source.sequence // parts) * parts}.",
-            )
