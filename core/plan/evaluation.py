@@ -64,19 +64,25 @@ class Evaluator:
             return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
 
     def fitted(self, layout: Layout) -> Layout:
-        """Return a layout with its memory; it is too large if its fullest rank holds more than a GPU has."""
-        fullest = fullest_ranks(self._program(layout.spec))
+        """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
+        return self._with_memory(layout, self._program(_shortened(layout.spec)))
+
+    def _with_memory(self, layout: Layout, program: Program) -> Layout:
+        fullest = fullest_ranks(program)
         most = {name: each.bytes for name, each in fullest.items()}
         largest, has = max(most, key=most.__getitem__), self.question.memory_bytes
         if most[largest] <= has:
             return attrs.evolve(layout, peak_bytes=most)
-        stage = fullest[largest].stage(self.question.topology(layout.spec), largest)
+        stage = fullest[largest].stage(program.topology, largest)
         reason = f"does not fit: {needs(stage, most[largest], has)}"
         return attrs.evolve(layout, kind=TOO_LARGE, reason=reason, peak_bytes=most)
 
     def confirmed(self, layout: Layout) -> Layout:
-        """Return a layout as `simulate` times it: what a job promises that is written."""
+        """Return a layout with its memory and as `simulate` times it: what a job promises that is written."""
         question, program = self.question, self._program(layout.spec)
+        layout = self._with_memory(layout, program)
+        if layout.kind == TOO_LARGE:
+            return layout
         step = step_of(program.topology, question.samples)
         timeline = simulate(program, even_costs(step, question.machine))
         self.simulated += 1

@@ -112,6 +112,7 @@ def _laid_out(module: ModuleSpec, priced: PricedConfig, offset: int, count: int)
         module,
         grid=attrs.evolve(priced.config.grid, offset=offset),
         chunks=priced.config.chunks,
+        recompute=priced.config.shape.recompute,
         split=None if len(set(priced.split)) == 1 else priced.split,
         microbatches=None if priced.config.microbatches == count else priced.config.microbatches,
     )

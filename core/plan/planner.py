@@ -1,22 +1,21 @@
 """Plan: the layouts of a job on so many GPUs, the fastest first, and why the others are not.
 
-What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`search_space`); places beside each
-other or shared (`candidates`); the number of microbatches, and with it their size; the order; more recomputation of the
-main module where memory excludes faster layouts. `candidates` gives layouts in order of their lower bounds. They are
-simulated one after another (`evaluation`), until the next bound is above the best time: then no layout that was looked
-at is faster. A budget may end this earlier, and `gap` says by how much the winner could be beaten at most. Other orders
-are tried on the best layouts (`search`). Memory is estimated for 1F1B among the candidates.
+What is searched: for every module tp, cp, ep, pp with uneven splits, dp, chunks and recomputation (`search_space`);
+places beside each other or shared (`candidates`); the number of microbatches, and with it their size; the order.
+`candidates` gives layouts in order of their lower bounds. They are simulated one after another (`evaluation`), until
+the next bound is above the best time: then no layout that was looked at is faster. A budget may end this earlier, and
+`gap` says by how much the winner could be beaten at most. Other orders are tried on the best layouts (`search`). Memory
+is estimated for 1F1B among the candidates. Where all that seem to fit do not, the search begins again with less of it
+(`MEMORY`).
 
 GPUs that idle count: the fastest layout is the one with most tokens per second and allocated GPU. The same job gives
 the same plan everywhere.
 """
 
-import math
 from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.job.validation.problems import RECOMPUTES
 from mimogrid.core.plan.candidates import Candidates, Scope, candidates_of
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import (
@@ -32,6 +31,7 @@ from mimogrid.core.plan.layouts import (
     nearest_fit,
     too_large,
 )
+from mimogrid.core.plan.progress import Watch, always
 from mimogrid.core.plan.search import Search
 from mimogrid.core.plan.search_space import SearchSpace, search_space_of
 from mimogrid.core.pricing.flops import model_flops
@@ -40,6 +40,9 @@ from mimogrid.core.step.step import Step, step_of
 
 BUDGET = 300_000
 """Actions that are simulated before no further layout is begun; ranks of one class count once."""
+MEMORY = (1.0, 0.95, 0.88, 0.78, 0.65)
+"""Parts of the memory that candidates may fill by estimate, one after the other until one does fit: the estimate leaves
+out messages, and orders that keep more in flight."""
 CONFIRMED = 6
 """Layouts that fit and are shown."""
 SHOWN = 3
@@ -75,17 +78,23 @@ class Plan:
         return next((layout for layout in self.layouts if layout.kind == BEST), None)
 
 
-def plan(question: Question, *, budget: int = BUDGET) -> Plan:
-    """Search for the fastest layout; `budget` is how many actions are simulated before no further layout is begun."""
+def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> Plan:
+    """Search for the fastest layout.
+
+    `budget` is how many actions are simulated before no further layout is begun. `watch` is told of the progress, and
+    may end the search with what it has found so far (`progress`).
+    """
     step = step_of(question.topology(question.spec), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
     spaces = _spaces(question, step)
-    candidates = _candidates(question, step, spaces, main)
-    search = Search(Evaluator(question, main))
-    least = search.candidates(candidates, question, budget)
-    least_recomputing, looked_at = _recomputing(search, candidates, budget)
-    least = min(least, least_recomputing)
+    search = Search(Evaluator(question, main), watch)
+    for part in MEMORY:
+        candidates = _candidates(question, step, spaces, main, watch=watch, memory=part)
+        search.looked_at += candidates.looked_at
+        least = search.candidates(candidates, budget)
+        if search.fit(1) or not candidates.candidates or search.stopped:
+            break
     search.orders(budget // 2)
     own = search.own(question.spec)
     ranked = search.confirm(CONFIRMED)
@@ -103,7 +112,7 @@ def plan(question: Question, *, budget: int = BUDGET) -> Plan:
         ),
         own=own,
         main=main,
-        looked_at=candidates.looked_at + looked_at,
+        looked_at=search.looked_at,
         simulated=search.evaluator.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
         nearest_fit="" if best else nearest_fit(candidates, search.layouts, question),
@@ -140,39 +149,21 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
 
 
 def _candidates(
-    question: Question, step: Step, spaces: Mapping[str, SearchSpace], main: str, *, below_s: float = math.inf
+    question: Question,
+    step: Step,
+    spaces: Mapping[str, SearchSpace],
+    main: str,
+    *,
+    watch: Watch,
+    memory: float,
 ) -> Candidates:
-    """Return the layouts whose lower bounds are below some seconds."""
-    return candidates_of(
-        Scope(
-            spaces=spaces,
-            graph=step.topology.graph,
-            main=main,
-            ranks=question.gpus,
-            memory_bytes=question.memory_bytes,
-            samples=len(question.samples),
-            below_s=below_s,
-        )
+    """Return the layouts with the least bounds that are estimated to fit in a part of the memory."""
+    scope = Scope(
+        spaces=spaces,
+        graph=step.topology.graph,
+        main=main,
+        ranks=question.gpus,
+        memory_bytes=memory * question.memory_bytes,
+        samples=len(question.samples),
     )
-
-
-def _recomputing(search: Search, candidates: Candidates, budget: int) -> tuple[float, int]:
-    """Search with more and more of the main module recomputed, while faster layouts may fit because of it.
-
-    Return the least bound of what is left, and how many configurations and layouts were looked at.
-    """
-    question, main = search.evaluator.question, search.evaluator.main
-    module = question.spec.modules[main]
-    least, looked_at = math.inf, 0
-    if isinstance(module.options, Mapping):
-        return least, looked_at
-    for level in RECOMPUTES[RECOMPUTES.index(module.recompute) + 1 :]:
-        best_s = min((search.layouts[i].step_s for i in search.fit(1)), default=math.inf)
-        if any(layout.candidate.bound < best_s for layout in candidates.out_of_memory):
-            modules = {**question.spec.modules, main: attrs.evolve(module, recompute=level)}
-            other = attrs.evolve(question, spec=attrs.evolve(question.spec, modules=modules))
-            step = step_of(other.topology(other.spec), other.samples)
-            more = _candidates(other, step, _spaces(other, step), main, below_s=best_s)
-            least = min(least, search.candidates(more, other, budget))
-            looked_at += more.looked_at
-    return least, looked_at
+    return candidates_of(scope, watch)

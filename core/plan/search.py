@@ -13,7 +13,8 @@ from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.layouts import SLOWER, Layout, Question, layout_of
+from mimogrid.core.plan.layouts import SLOWER, Layout, layout_of
+from mimogrid.core.plan.progress import Progress, Watch, always
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
@@ -31,28 +32,45 @@ TUNED_AT_MOST = 6_000
 
 @attrs.define(eq=False)
 class Search:
-    """The layouts that were evaluated so far. `confirmed` has the numbers of those that `simulate` has timed.
+    """The layouts that were evaluated so far.
+
+    `confirmed` has the numbers of those that `simulate` has timed.
+    `looked_at` counts what was priced; the search has `stopped` once `watch` has said so.
 
     Budgets are numbers of simulated actions (`Evaluator.effort`).
     """
 
     evaluator: Evaluator
+    watch: Watch = always
+    looked_at: int = 0
+    stopped: bool = False
     layouts: list[Layout] = attrs.field(factory=list[Layout])
     confirmed: set[int] = attrs.field(factory=set[int])
 
-    def candidates(self, found: Candidates, question: Question, budget: int) -> float:
-        """Evaluate candidates while their bounds are below the best time; return the least bound of what is left."""
-        until = self.evaluator.effort + budget
-        best = min((layout.step_s for layout in self.layouts if layout.kind == SLOWER), default=math.inf)
+    def candidates(self, found: Candidates, budget: int) -> float:
+        """Evaluate candidates while their bounds are below the best time; return the least bound of what is left.
+
+        The best time is that of a layout that fits: one that does not says nothing of those behind it.
+        """
+        until, question = self.evaluator.effort + budget, self.evaluator.question
+        best = min((self.layouts[i].step_s for i in self.fit(1)), default=math.inf)
         for candidate in found.candidates:
             if candidate.bound >= best:
                 return best
-            if self.evaluator.effort >= until:
+            if self.evaluator.effort >= until or not self._goes_on(candidate.bound, best):
                 return min(candidate.bound, found.left_out_s)
-            layout = self.layouts[self.evaluate(layout_of(question, self.evaluator.main, candidate))]
-            if layout.kind == SLOWER:
-                best = min(best, layout.step_s)
+            i = self.evaluate(layout_of(question, self.evaluator.main, candidate))
+            if self.layouts[i].kind == SLOWER and self.layouts[i].step_s < best and self._fits(i):
+                best = self.layouts[i].step_s
         return found.left_out_s
+
+    def _goes_on(self, bound_s: float, best_s: float) -> bool:
+        """Tell the progress; return whether to go on."""
+        simulated = self.evaluator.simulated
+        self.stopped = self.stopped or not self.watch(
+            Progress(bound_s=bound_s, best_s=best_s, looked_at=self.looked_at, simulated=simulated)
+        )
+        return not self.stopped
 
     def orders(self, budget: int) -> None:
         """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""
@@ -63,13 +81,14 @@ class Search:
                 continue
             for name in SCHEDULES:
                 other = self._under(layout.spec, name)
-                if other is not None and self.evaluator.effort < until:
+                if other is not None and self.evaluator.effort < until and self._goes_on(0.0, layout.step_s):
                     self.evaluate(other)
         for i in self.fit(TUNED):
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
-            if actions <= TUNED_AT_MOST and layout.step_s > layout.lower_bound_s:
+            slower = layout.step_s > layout.lower_bound_s
+            if actions <= TUNED_AT_MOST and slower and self._goes_on(0.0, layout.step_s):
                 self.evaluate(self._tuned(layout.spec))
 
     def _tuned(self, spec: JobSpec) -> JobSpec:
@@ -95,10 +114,16 @@ class Search:
         """Return the numbers of so many of the best layouts whose memory is known to be enough."""
         while True:
             ranked = self._ranked()[:count]
-            i = next((i for i in ranked if not self.layouts[i].peak_bytes), None)
-            if i is None:
+            unknown = next((i for i in ranked if not self.layouts[i].peak_bytes), None)
+            if unknown is None:
                 return ranked
+            self._fits(unknown)
+
+    def _fits(self, i: int) -> bool:
+        """Whether the memory of a layout is enough."""
+        if not self.layouts[i].peak_bytes:
             self.layouts[i] = self.evaluator.fitted(self.layouts[i])
+        return self.layouts[i].kind == SLOWER
 
     def confirm(self, count: int) -> list[Layout]:
         """Return so many of the best layouts as `simulate` times them, the fastest first."""
@@ -121,9 +146,7 @@ class Search:
     def own(self, spec: JobSpec) -> Layout:
         """Evaluate the job's own layout, and confirm it."""
         i = self.evaluate(spec)
-        if self.layouts[i].kind == SLOWER and not self.layouts[i].peak_bytes:
-            self.layouts[i] = self.evaluator.fitted(self.layouts[i])
-        if self.layouts[i].kind == SLOWER and i not in self.confirmed:
+        if self.layouts[i].kind == SLOWER and i not in self.confirmed and self._fits(i):
             self._confirm(i)
         return self.layouts[i]
 
