@@ -34,6 +34,8 @@ KEPT = 96
 """Layouts that are kept, those with the least bounds."""
 EACH = 3
 """Layouts that are kept for one configuration of the main module."""
+NEAR = 1.01
+"""A configuration is left out where another one is no worse than so many times as bad in any respect."""
 BEAM = 12
 """Layouts of some modules that are kept while others are placed around a configuration of the main one."""
 WORTH = 1.5
@@ -134,6 +136,9 @@ class _Notes:
     out_of_memory: list[OutOfMemory] = attrs.field(factory=list[OutOfMemory])
     undominated: dict[tuple[str, int], tuple[PricedConfig, ...]] = attrs.field(
         factory=dict[tuple[str, int], tuple[PricedConfig, ...]]
+    )
+    shared: dict[tuple[str, int, int], tuple[PricedConfig, ...]] = attrs.field(
+        factory=dict[tuple[str, int, int], tuple[PricedConfig, ...]]
     )
 
     def leave_out(self, bound: float) -> None:
@@ -287,7 +292,7 @@ def _sorted_choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) 
     found.sort(key=lambda choice: choice.rates)
     front: list[_Choice] = []
     for choice in found:
-        if not any(all(map(operator.le, other.rates, choice.rates)) for other in front):
+        if not any(_nearly_as_good(other.rates, choice.rates) for other in front):
             front.append(choice)
     return front
 
@@ -322,64 +327,65 @@ def _choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> Iter
             notes.does_not_fit(Candidate(main.bound_s(), main, {name: Placed(priced)}), name, needs)
         else:
             yield Placed(priced)
-    for priced in _on(scope, name, main.ranks, config.microbatches):
+    for priced in _on(scope, notes, name, main.ranks, config.microbatches):
         yield Placed(priced, ALL)
     if config.pp > 1:
-        for priced in _on(scope, name, main.ranks // config.pp, config.microbatches):
+        for priced in _on(scope, notes, name, main.ranks // config.pp, config.microbatches):
             yield Placed(priced, FIRST)
 
 
 def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> tuple[PricedConfig, ...]:
-    """Return the configurations of a module for which no other one is as good in every respect.
+    """Return the configurations of a module for which no other one is nearly as good in every respect.
 
-    A configuration is priced only if none that was priced is as good as it may be at best.
+    A configuration is priced only if none that was priced is nearly as good as it may be at best.
     """
     if (name, microbatches) not in notes.undominated:
         space = scope.spaces[name]
         configs = list(space.configs(microbatches, scope.ranks - 1))
         rated = sorted((space.least_rates(config), i) for i, config in enumerate(configs))
-        front: list[tuple[tuple[float, ...], PricedConfig]] = []
+        front: list[PricedConfig] = []
         for least, i in rated:
-            if _is_beaten(least, front):
-                continue
-            priced = space.priced(configs[i])
-            notes.looked_at += 1
-            rates = _rates(priced)
-            if not _is_beaten(rates, front):
-                front = [each for each in front if not _as_good(rates, each[0])]
-                front.append((rates, priced))
-        notes.undominated[name, microbatches] = tuple(priced for _, priced in front)
+            if not any(_nearly_as_good(other.rates, least) for other in front):
+                notes.looked_at += 1
+                priced = space.priced(configs[i])
+                if not any(_nearly_as_good(other.rates, priced.rates) for other in front):
+                    front.append(priced)
+        notes.undominated[name, microbatches] = tuple(front)
     return notes.undominated[name, microbatches]
 
 
-def _rates(priced: PricedConfig) -> tuple[float, ...]:
-    """Return what is better if it is less: ranks, bound, seconds through it, bytes."""
-    most, in_flight = max(priced.bytes_at_most(0)), max(rank.in_flight for rank in priced.bytes)
-    return priced.ranks, priced.bound_s(), priced.forward, priced.backward, most, in_flight
+def _nearly_as_good(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """Whether rates are no worse than others, or by less than `NEAR`."""
+    return all(rate <= NEAR * other for rate, other in zip(rates, others, strict=True))
 
 
-def _as_good(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    return all(map(operator.le, rates, others))
+def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -> Sequence[PricedConfig]:
+    """Return configurations of one stage on so many ranks: with the microbatches of the job, or with larger ones."""
+    if (name, ranks, microbatches) not in notes.shared:
+        space, counts = scope.spaces[name], [microbatches]
+        found: list[PricedConfig] = []
+        for shape in space.shapes:
+            dp_ranks, left = divmod(ranks, shape.ranks)
+            if left:
+                continue
+            larger = (
+                m for m in reversed(_divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1
+            )
+            for count in dict.fromkeys((*counts, next(larger))):
+                dp = min(dp_ranks, scope.samples // count)
+                if dp % shape.dp_size == 0:
+                    found.append(space.priced(ParallelConfig(shape, 1, 1, dp, count)))
+        notes.shared[name, ranks, microbatches] = _front(found)
+    return notes.shared[name, ranks, microbatches]
 
 
-def _is_beaten(rates: tuple[float, ...], front: Iterable[tuple[tuple[float, ...], PricedConfig]]) -> bool:
-    return any(_as_good(other, rates) for other, _ in front)
-
-
-def _on(scope: Scope, name: str, ranks: int, microbatches: int) -> Iterator[PricedConfig]:
-    """Yield configurations of one stage on so many ranks: with the microbatches of the job, or with larger ones."""
-    space = scope.spaces[name]
-    for shape in space.shapes:
-        dp_ranks, left = divmod(ranks, shape.ranks)
-        if left:
-            continue
-        larger = next(
-            m for m in reversed(_divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1
-        )
-        for count in dict.fromkeys((microbatches, larger)):
-            dp = min(dp_ranks, scope.samples // count)
-            if dp % shape.dp_size == 0:
-                yield space.priced(ParallelConfig(shape, 1, 1, dp, count))
+def _front(found: Iterable[PricedConfig]) -> tuple[PricedConfig, ...]:
+    """Return the configurations for which no other one is nearly as good in all but ranks, which are there anyway."""
+    front: list[PricedConfig] = []
+    for priced in sorted(found, key=lambda each: each.rates[1:]):
+        if not any(_nearly_as_good(other.rates[1:], priced.rates[1:]) for other in front):
+            front.append(priced)
+    return tuple(front)
 
 
 # -- a layout ----------------------------------------------------------------------------------------------

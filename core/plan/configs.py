@@ -19,6 +19,10 @@ import attrs
 from mimogrid.core.job.spec import GridSpec
 
 
+IN_FLIGHT = 4
+"""Microbatches in flight for which the bytes of a rank are rated."""
+
+
 @attrs.frozen(cache_hash=True)
 class ParallelShape:
     """How the ranks of one dp rank and one stage compute a module."""
@@ -50,7 +54,7 @@ class ParallelShape:
         return " ".join(f"{axis}={size}" for axis, size in named.items() if size > 1) or "tp=1"
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class ParallelConfig:
     """A shape with a number of stages, chunks of each rank, dp ranks and microbatches."""
 
@@ -130,6 +134,12 @@ class PricedConfig:
     def depth(self) -> int:
         """How many microbatches the modules before it need in flight to keep it busy."""
         return max(rank.depth for rank in self.bytes)
+
+    @functools.cached_property
+    def rates(self) -> tuple[float, ...]:
+        """What is better if it is less: ranks, bound, seconds of a microbatch through all stages, bytes."""
+        held = max(rank.kept + rank.in_flight * IN_FLIGHT for rank in self.bytes)
+        return self.ranks, self.bound_s(), self.forward + self.backward, held
 
     def bound_s(self, head: float = 0.0, tail: float = 0.0) -> float:
         """Return seconds that no order beats, if `head` pass before the first microbatch and `tail` after the last."""

@@ -1,7 +1,7 @@
 """Layouts: what a search is asked, a candidate as a job, and what the search says of it."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -193,24 +193,34 @@ def _lacking(layout: OutOfMemory, memory_bytes: float) -> str:
     return f"{needs(f'{layout.module}.{layout.pp}', layout.needs, memory_bytes)} with {priced}"
 
 
-def nearest_fit(candidates: Candidates, evaluated: Sequence[Layout], question: Question) -> str:
-    """Return what lacks least where nothing fits, in words."""
+def nearest_fit(
+    candidates: Candidates, evaluated: Sequence[Layout], spaces: Mapping[str, SearchSpace], question: Question
+) -> str:
+    """Return what lacks least where nothing fits, and what rules tp out there, in words."""
     if candidates.out_of_memory:
         least = min(candidates.out_of_memory, key=lambda layout: layout.needs)
-        return _lacking(least, question.memory_bytes)
+        ruled_out = next((each for each in _plain(spaces[least.module].illegal)), None)
+        why = f". {ruled_out.problem.message} {ruled_out.problem.remedy}" if ruled_out else ""
+        return _lacking(least, question.memory_bytes) + why.removesuffix(".")
     return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs"
 
 
+def _plain(shapes: Iterable[Illegal]) -> Iterator[Illegal]:
+    """Yield the illegal shapes that one would try first: powers of two of tp alone."""
+    for each in shapes:
+        if each.shape.cp == each.shape.ep == 1 and each.shape.tp & (each.shape.tp - 1) == 0:
+            yield each
+
+
 def illegal(spaces: Mapping[str, SearchSpace], question: Question) -> Iterator[Layout]:
-    """Yield the illegal shapes that one would try first, powers of two of tp alone, with the reasons."""
+    """Yield the illegal shapes that one would try first, with the reasons."""
     for space in spaces.values():
-        for each in space.illegal:
-            if each.shape.cp == each.shape.ep == 1 and each.shape.tp & (each.shape.tp - 1) == 0:
-                yield Layout(
-                    spec=_with_shape(question.spec, each),
-                    kind=ILLEGAL,
-                    reason=f"illegal: {each.problem.message}",
-                )
+        for each in _plain(space.illegal):
+            yield Layout(
+                spec=_with_shape(question.spec, each),
+                kind=ILLEGAL,
+                reason=f"illegal: {each.problem.message} {each.problem.remedy}",
+            )
 
 
 def _with_shape(spec: JobSpec, each: Illegal) -> JobSpec:

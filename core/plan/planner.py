@@ -115,7 +115,7 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
         looked_at=search.looked_at,
         simulated=search.evaluator.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
-        nearest_fit="" if best else nearest_fit(candidates, search.layouts, question),
+        nearest_fit="" if best else nearest_fit(candidates, search.layouts, spaces, question),
     )
 
 

@@ -26,8 +26,15 @@ from mimogrid.core.job.costs import StageCosts
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
-from mimogrid.core.job.validation.problems import RECOMPUTES, problems_of
-from mimogrid.core.plan.configs import ParallelConfig, ParallelShape, PricedConfig, RankBytes, RankTime
+from mimogrid.core.job.validation.problems import problems_of
+from mimogrid.core.plan.configs import (
+    IN_FLIGHT,
+    ParallelConfig,
+    ParallelShape,
+    PricedConfig,
+    RankBytes,
+    RankTime,
+)
 from mimogrid.core.pricing.flops import Flops, Load, Loads, module_units
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
@@ -40,6 +47,10 @@ from mimogrid.core.topology.topology import Module, Topology
 
 CHUNKS = (1, 2, 4)
 """Chunks per rank that are tried."""
+
+
+STEP = 1.1
+"""Numbers of dp ranks that are tried differ by this factor, or divide the samples."""
 
 
 @attrs.frozen
@@ -58,6 +69,9 @@ class SearchSpace:
     costs: "LayerCosts"
     shapes: tuple[ParallelShape, ...]
     illegal: tuple[Illegal, ...]
+    _priced: dict[ParallelConfig, PricedConfig] = attrs.field(
+        factory=dict[ParallelConfig, PricedConfig], init=False, repr=False
+    )
 
     def configs(
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
@@ -69,7 +83,7 @@ class SearchSpace:
                 each = shape.ranks * pp
                 if chunk > 1 and (pp == 1 or pp * chunk > layers or microbatches % pp):
                     continue
-                for dp in enough(samples, ranks // each):
+                for dp in tried(samples, ranks // each):
                     if dp % shape.dp_size == 0:
                         yield ParallelConfig(shape, pp, chunk, dp, microbatches)
 
@@ -79,11 +93,11 @@ class SearchSpace:
         return (seconds.forward[-1] + seconds.backward[-1]) * config.microbatches / config.pp
 
     def least_rates(self, config: ParallelConfig) -> tuple[float, ...]:
-        """Return what no price of a configuration is below: ranks, bound, seconds through it, bytes (`rates`)."""
+        """Return what no price of a configuration is below: its `rates`."""
         seconds, held = self.costs.seconds(config.shape, self._samples(config)), self.costs.held(config.shape)
         in_flight = held.in_flight[-1] * self._samples(config) / (config.pp * config.chunks)
-        through = seconds.forward[-1], seconds.backward[-1]
-        return config.ranks, self.least_s(config), *through, self.least_bytes(config) + in_flight, in_flight
+        through = seconds.forward[-1] + seconds.backward[-1]
+        return config.ranks, self.least_s(config), through, self.least_bytes(config) + IN_FLIGHT * in_flight
 
     def least_bytes(self, config: ParallelConfig) -> float:
         """Return the bytes that its fullest rank keeps at least: an equal part of all."""
@@ -91,7 +105,12 @@ class SearchSpace:
         return (held.kept[-1] + (0 if self.costs.spec.optimizer.sharded else held.optimizer[-1])) / config.pp
 
     def priced(self, config: ParallelConfig) -> PricedConfig:
-        """Return a configuration with its price."""
+        """Return a configuration with its price, which is kept."""
+        if config not in self._priced:
+            self._priced[config] = self._price(config)
+        return self._priced[config]
+
+    def _price(self, config: ParallelConfig) -> PricedConfig:
         pp, chunks = config.pp, config.chunks
         seconds = self.costs.seconds(config.shape, self._samples(config))
         held = self.costs.held(config.shape)
@@ -188,6 +207,25 @@ def _part_counts(things: int) -> tuple[int, ...]:
     return tuple(sorted({-(-things // each) for each in range(1, things + 1)}))
 
 
+def tried(things: int, most: int) -> tuple[int, ...]:
+    """Return those of `enough` that are tried: the divisors, and of numbers that differ by less than `STEP` the first.
+
+    >>> len(enough(1000, 1000)), len(tried(1000, 1000)), tried(1000, 30)
+    (62, 34, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 23, 25, 28))
+    """
+    counts = _tried(things)
+    return counts[: bisect.bisect_right(counts, most)]
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _tried(things: int) -> tuple[int, ...]:
+    found: list[int] = []
+    for count in _part_counts(things):
+        if not found or count >= STEP * found[-1] or things % count == 0:
+            found.append(count)
+    return tuple(found)
+
+
 def _shapes(spec: JobSpec, name: str, ranks: int) -> Iterator[ParallelShape]:
     """Yield the shapes to validate: tp and cp within a node, ep by the divisors of the experts."""
     options = spec.modules[name].options
@@ -201,11 +239,14 @@ def _shapes(spec: JobSpec, name: str, ranks: int) -> Iterator[ParallelShape]:
 
 
 def _recompute_levels(topology: Topology, name: str) -> tuple[str, ...]:
-    """Return how much a module may recompute: all levels, but only the job's own where nothing is saved."""
-    module = topology.modules[name]
+    """Return how much a module may recompute: as the job says, nothing, or all.
+
+    The attention alone saves next to nothing: its scores are never kept.
+    """
+    module, own = topology.modules[name], topology.spec.modules[name].recompute
     if isinstance(module.model, Own) or not any(info.backward for info in module.stages):
-        return (topology.spec.modules[name].recompute,)
-    return RECOMPUTES
+        return (own,)
+    return tuple(dict.fromkeys(("none", own, "full")))
 
 
 def _problem(spec: JobSpec, facts: SourceFacts, name: str, shape: ParallelShape) -> Problem | None:
