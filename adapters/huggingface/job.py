@@ -11,11 +11,11 @@ import attrs
 import tomlkit
 import torch
 
-from mimogrid.adapters.huggingface.batches import LANGUAGE, examples_of
-from mimogrid.adapters.torch_module import Embedded
+from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.core.base.samples import share
-from mimogrid.core.models.network import PublishedModule
+from mimogrid.core.data.record import LANGUAGE
+from mimogrid.core.models.fitting import fitted
+from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.published import Published, published
@@ -65,8 +65,9 @@ class Job:
         _check_supported(checkpoint, grids)
         more = dict(tables.pop("modules", {}))
         modules = {
-            name: _fitted(
-                {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])}, module
+            name: fitted(
+                {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])},
+                module.options,
             )
             for name, module in checkpoint.model.modules.items()
         }
@@ -128,7 +129,8 @@ class Running:
         `batch` is what the model's processor makes, the whole batch on every rank (`batches`), and `labels`. Raises
         PlanError if it is anything else.
         """
-        examples = examples_of(self._job.checkpoint.model, batch)
+        encoded = examples_of(self._job.checkpoint.model, batch)
+        examples = [Example(each.sample, each.tensors) for each in encoded]
         longest = batch["input_ids"].shape[1]
         embedded = self._opened(len(examples), longest)
         outcome = embedded.step(examples)
@@ -158,7 +160,7 @@ class Running:
         embedded = self._opened()
         state = embedded.state_dict()
         if embedded.runtime is not None and embedded.runtime.group.rank() == 0:
-            write_published(Path(folder), self._job.checkpoint, self._published(state))
+            write_published(Path(folder), self._job.checkpoint, self._published(state).get)
 
     def _published(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -201,8 +203,8 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
     problems: list[Problem] = []
     architecture = str((checkpoint.config.get("architectures") or ["none"])[0])
     if architecture not in SUPPORTED:
-        message = f"has the architecture {architecture}, which cannot be trained here yet."
-        problems.append(Problem(str(checkpoint.folder), message, f"So far: {', '.join(SUPPORTED)}."))
+        message = f"has the architecture {architecture}, which cannot be trained here."
+        problems.append(Problem(str(checkpoint.folder), message, f"Trained are: {', '.join(SUPPORTED)}."))
     for name in grids:
         if name not in checkpoint.model.modules:
             remedy = nearest(name, tuple(checkpoint.model.modules))
@@ -213,18 +215,6 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
             problems.append(Problem("grids", message, f"Write {name}=dict(tp=1, pp=1), for instance."))
     if problems:
         raise PlanError(problems)
-
-
-def _fitted(table: dict[str, Any], module: PublishedModule) -> dict[str, Any]:
-    """Return a module's table; layers that do not divide over stages are split, and a vocabulary is padded."""
-    grid, options, own = table["grid"], module.options, module.table()
-    table = {key: own[key] for key in ("feeds", "frozen", "projector") if key in own} | table
-    layers, stages = options["layers"], grid.get("pp", 1) * table.get("chunks", 1)
-    if layers % stages and layers > stages:
-        table.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])
-    if padding := -options.get("vocab", 0) % grid.get("tp", 1):
-        table["options"] = {"vocab_padding": padding, **table.get("options", {})}
-    return table
 
 
 def _least_samples(tables: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ memory all use this table. The shell builds networks that match it, and checks t
 ['layers.1.attention_norm.weight', 'layers.1.attention_norm.bias', 'layers.1.attention.qkv.weight']
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -58,6 +59,8 @@ class Parameter:
         over_heads: it is shared by all heads of a layer. Tp ranks split these, so its gradient is always partial.
         copy: the other end of the module that holds a copy of it (tied embeddings).
         expert: the number of the expert that it belongs to; None: it belongs to no expert.
+        zeros: how many of its values are zero and never train, and are no parameters of the model.
+        padding: rows behind the others that only make tp divide them. They are zero, as their gradients are.
     """
 
     name: str
@@ -72,6 +75,18 @@ class Parameter:
     over_heads: bool = False
     copy: str | None = None
     expert: int | None = None
+    zeros: int = 0
+    padding: int = 0
+
+    @property
+    def unpadded_shape(self) -> tuple[int, ...]:
+        """The full shape without padding: that of every tensor which leaves the job."""
+        return (self.shape[0] - self.padding, *self.shape[1:])
+
+    @property
+    def values(self) -> int:
+        """How many parameters of the model it is."""
+        return math.prod(self.unpadded_shape) - self.zeros
 
 
 @attrs.frozen(kw_only=True)
@@ -152,11 +167,6 @@ class Transformer:
         return (self.heads + 2 * self.kv_heads) * self.head_width
 
     @property
-    def up_width(self) -> int:
-        """The width of what the first linear layer of a dense MLP gives."""
-        return self.up_blocks * self.ffn
-
-    @property
     def up_blocks(self) -> int:
         """How many matrices the first linear layer of an MLP is: a gate, and what it opens."""
         return 2 if self.gated else 1
@@ -170,6 +180,11 @@ class Transformer:
     def row_width(self) -> int:
         """The width of the rows that the module emits, before an edge projects them."""
         return self.hidden
+
+    def mlp_widths(self, layer: int) -> tuple[int, int]:
+        """Return the widths of what the first and the second linear layers of a token's MLPs give and read."""
+        width = self.top_k * self.expert_ffn if self.has_experts(layer) else self.ffn
+        return self.up_blocks * width, width
 
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of a layer has experts."""
@@ -200,9 +215,11 @@ class Transformer:
         prefix, hidden = f"layers.{layer}", self.hidden
         shallow, deep = self.init_std, self.init_std / (2 * self.layers) ** 0.5
         yield from self.norm_parameters(f"{prefix}.attention_norm", layer)
-        yield from _column(
+        weight, *bias = _column(
             f"{prefix}.attention.qkv", (self.qkv_width, hidden), layer, shallow, bias=self.qkv_bias
         )
+        zeros = 0 if self.k_bias else self.kv_heads * self.head_width
+        yield from (weight, *(attrs.evolve(parameter, zeros=zeros) for parameter in bias))
         if self.qk_norm:
             for name in ("q_norm", "k_norm"):
                 yield Parameter(
@@ -318,6 +335,12 @@ class Vit(Transformer):
         """Return the lengths of the attention segments that a segment of a grid makes: its frames."""
         return tuple(rows + self.class_token for rows in Emission(stride=self.emission.stride).frames(grid))
 
+    def windows(self, grid: SegmentGrid) -> tuple[int, ...]:
+        """Return the lengths of the attention segments of a segment in the layers with windows."""
+        frames, *sides = grid
+        blocks = (_parts(side // self.merge, self.window) for side in sides)
+        return tuple(rows * columns * self.merge**2 for rows, columns in itertools.product(*blocks)) * frames
+
     def expect(self, grid: SegmentGrid) -> None:
         """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
         flat = len(grid) != PLANE
@@ -399,15 +422,17 @@ class Gpt(Transformer):
 
     def first_parameters(self) -> Iterator[Parameter]:
         """Yield the token embedding."""
-        shape = (self.vocab_rows, self.hidden)
         copy = LAST if self.tied_embeddings else None
-        yield Parameter("embedding.weight", shape, FIRST, std=self.init_std, tp_dim=0, copy=copy)
+        yield self._of_vocab("embedding.weight", FIRST, copy)
 
     def last_parameters(self) -> Iterator[Parameter]:
         """Yield the output projection, unless the embedding is tied to it."""
         if not self.tied_embeddings:
-            shape = (self.vocab_rows, self.hidden)
-            yield Parameter("output.weight", shape, LAST, std=self.init_std, tp_dim=0)
+            yield self._of_vocab("output.weight", LAST)
+
+    def _of_vocab(self, name: str, end: str, copy: str | None = None) -> Parameter:
+        shape, padding = (self.vocab_rows, self.hidden), self.vocab_padding
+        return Parameter(name, shape, end, std=self.init_std, tp_dim=0, copy=copy, padding=padding)
 
 
 @attrs.frozen(kw_only=True)
@@ -428,6 +453,11 @@ BuiltIn = Vit | Block | Gpt | Regressor
 BUILT_IN: dict[str, type[BuiltIn]] = {"vit": Vit, "block": Block, "gpt": Gpt, "regressor": Regressor}
 
 
+def unpadded(options: BuiltIn | Mapping[str, Any]) -> BuiltIn | Mapping[str, Any]:
+    """Return options without padding of the vocabulary, which only a layout needs."""
+    return attrs.evolve(options, vocab_padding=0) if isinstance(options, Gpt) else options
+
+
 def norm_parameters(
     name: str, width: int, layer: int | str, norm: str, *, partial: bool = False
 ) -> Iterator[Parameter]:
@@ -444,6 +474,15 @@ def linear_parameters(
     yield Parameter(f"{name}.weight", shape, layer, std=std)
     if bias:
         yield Parameter(f"{name}.bias", shape[:1], layer)
+
+
+def _parts(count: int, size: int) -> tuple[int, ...]:
+    """Cut a count into parts of a size, the last of which may be smaller.
+
+    >>> _parts(5, 2)
+    (2, 2, 1)
+    """
+    return (size,) * (count // size) + ((count % size,) if count % size else ())
 
 
 def _column(

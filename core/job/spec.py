@@ -62,11 +62,21 @@ class ModuleSpec:
 
 
 @attrs.frozen(kw_only=True)
-class DataSpec:
-    """`[data]`: a built-in source or ``package.module:function``, and its options."""
+class MixSpec:
+    """`[[data.mix]]`: a source, its options, and its weight among those of the mixture."""
 
     source: str
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    weight: float = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class DataSpec:
+    """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several."""
+
+    source: str = ""
+    options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    mix: tuple[MixSpec, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -93,13 +103,15 @@ class ScheduleSpec:
 class GpuSpec:
     """`[gpu]`: the GPUs that `plan`, `check` and `simulate` assume. Training does not read it.
 
-    `memory_gb` is the memory of each GPU (GB of 1e9 bytes), `efficiency` the part of its peak that it reaches; None:
-    those of its kind. `times` has, by module, how many times as long as estimated it takes, as measured.
+    `memory_gb` is the memory of each GPU (GB of 1e9 bytes), `efficiency` the part of its peak that it reaches,
+    `link_efficiency` that of its links; None: the default. `times` has, by module, how many times as long as estimated
+    it takes, as measured.
     """
 
     name: str | None = None
     memory_gb: float | None = None
     efficiency: float | None = None
+    link_efficiency: float | None = None
     times: Mapping[str, float] = attrs.field(factory=dict[str, float])
 
 

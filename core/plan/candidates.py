@@ -153,14 +153,15 @@ class _Notes:
 
 
 def candidates_of(scope: Scope, watch: Watch = always) -> Candidates:
-    """Return the layouts of a job with the least lower bounds. `watch` is asked at each step whether to go on."""
+    """Return the layouts of a job with the least lower bounds. `watch` is asked whether to go on once there is one."""
     notes = _Notes()
     kept: list[tuple[float, int, int, Candidate]] = []  # the worst on top
     number = itertools.count()
     worth = math.inf
     for bound, main in _main_configs(scope, notes):
         full = len(kept) == KEPT and bound >= -kept[0][0]
-        if full or bound > worth or not watch(Progress(bound_s=bound, looked_at=notes.looked_at)):
+        goes_on = watch(Progress(bound_s=bound, looked_at=notes.looked_at)) or not kept
+        if full or bound > worth or not goes_on:
             notes.leave_out(bound)
             break
         for candidate in _joined(scope, notes, main, bound):

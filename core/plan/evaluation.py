@@ -9,6 +9,7 @@ adds the time of the busiest rank. A layout that the plan shows in the end is co
 microbatches, and the memory of its fullest ranks counts with their messages (`fullest`).
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
 from mimogrid.core.pricing.even import even_costs
+from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
@@ -63,6 +65,19 @@ class Evaluator:
         except PlanError as error:
             return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
 
+    @functools.cached_property
+    def _useful_s(self) -> float:
+        """Seconds that one GPU would need for the operations of the model alone."""
+        step = step_of(self.question.topology(self.question.spec), self.question.samples)
+        return sum(model_flops(step).values()) / self.question.machine.flops
+
+    def perturbed(self, layout: Layout, question: Question) -> float:
+        """Return how many times as long a layout takes for another question, by steps in lockstep."""
+        other = Evaluator(question, self.main)
+        seconds = [each.evaluated(layout.spec).step_s for each in (self, other)]
+        self.effort += other.effort
+        return seconds[1] / seconds[0] if all(seconds) else 0.0
+
     def fitted(self, layout: Layout) -> Layout:
         """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
         return self._with_memory(layout, self._program(_shortened(layout.spec)))
@@ -92,6 +107,8 @@ class Evaluator:
             step_s=timeline.step_s,
             tokens_per_s_per_gpu=_tokens_of(step) * rate,
             bubble=timeline.bubble,
+            mfu=self._useful_s * rate * question.machine.reached,
+            exchange_s=math.fsum(timeline.busy_s.values()) / question.gpus - self._useful_s / question.gpus,
             lower_bound_s=timeline.lower_bound_s,
         )
 

@@ -33,6 +33,9 @@ class Layout:
         tokens_per_s_per_gpu: over all GPUs that are allocated.
         active: GPUs in a grid; the other ones idle.
         bubble: part of the time of the active GPUs in which they compute nothing.
+        mfu: part of their peak that all allocated GPUs reach, by the operations of the model alone.
+        exchange_s: seconds of a GPU on average that compute actions take beyond these operations: messages within
+            layers, recomputation, reading of weights, and efficiency of small products.
         encoder_share: part of all computing that is not the main module's.
         peak_bytes: per module, what the rank with that module that needs most needs in all.
         lower_bound_s: seconds that no order of these grids beats.
@@ -45,6 +48,8 @@ class Layout:
     tokens_per_s_per_gpu: float = 0.0
     active: int = 0
     bubble: float = 0.0
+    mfu: float = 0.0
+    exchange_s: float = 0.0
     encoder_share: float = 0.0
     peak_bytes: Mapping[str, float] = attrs.field(factory=dict[str, float])
     lower_bound_s: float = 0.0
@@ -102,6 +107,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
         modules=modules,
         batch=BatchSpec(global_size=len(question.samples), microbatches=count),
         schedule=attrs.evolve(question.spec.schedule, name=order, costs=None),
+        optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,
     )
 
@@ -136,6 +142,12 @@ def _offsets(question: Question, candidate: Candidate) -> Mapping[str, int]:
     return offsets
 
 
+def grids_of(spec: JobSpec) -> tuple[object, ...]:
+    """Return what tells two layouts apart for people: grids and recomputation, not the order and its details."""
+    grids = place(spec)
+    return tuple((grids[name], module.recompute) for name, module in spec.modules.items())
+
+
 def shown(spec: JobSpec) -> str:
     """Return a layout in a line: modules in file order with their first rank, microbatches, order.
 
@@ -158,11 +170,24 @@ def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:
 # -- why a layout is not the best --------------------------------------------------------------------------
 
 
-def compared(layout: Layout, best: Layout, own: Layout) -> Layout:
-    """Return a layout that fits with how many times slower it is than the best one."""
-    reason = "the fastest" if layout is best else f"{layout.step_s / best.step_s:.2f} x slower"
+def compared(layout: Layout, best: Layout, own: Layout, named: Mapping[str, JobSpec]) -> Layout:
+    """Return a layout that fits with how many times slower it is than the best one, and what it loses by."""
+    reason = "the fastest" if layout is best else _slower(layout, best)
     found = attrs.evolve(layout, kind=BEST if layout is best else SLOWER, reason=reason)
+    for name, spec in named.items():
+        found = attrs.evolve(found, reason=f"{name}: {found.reason}") if layout.spec == spec else found
     return marked_own(found) if layout.spec == own.spec else found
+
+
+def _slower(layout: Layout, best: Layout) -> str:
+    idle, least = (each.step_s * each.bubble * each.active for each in (layout, best))
+    parts = {
+        "exchange, recomputation and small products": layout.exchange_s - best.exchange_s,
+        "bubble": (idle - least) / max(layout.active, 1),
+        "idle GPUs": layout.step_s * (best.active - layout.active) / max(best.active, 1),
+    }
+    most = [f"{s:.3g} s {what}" for what, s in parts.items() if s > 0.01 * best.step_s]
+    return f"{layout.step_s / best.step_s:.2f} x slower" + (f": {', '.join(most)} more" if most else "")
 
 
 def marked_own(layout: Layout) -> Layout:

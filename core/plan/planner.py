@@ -5,14 +5,15 @@ places beside each other or shared (`candidates`); the number of microbatches, a
 `candidates` gives layouts in order of their lower bounds. They are simulated one after another (`evaluation`), until
 the next bound is above the best time: then no layout that was looked at is faster. A budget may end this earlier, and
 `gap` says by how much the winner could be beaten at most. Other orders are tried on the best layouts (`search`). Memory
-is estimated for 1F1B among the candidates. Where all that seem to fit do not, the search begins again with less of it
+is estimated for 1F1B among the candidates. All layouts share the update among dp ranks (`optimizer.sharded`): the same
+result in less memory. Where all that seem to fit do not, the search begins again with less of it
 (`MEMORY`).
 
 GPUs that idle count: the fastest layout is the one with most tokens per second and allocated GPU. The same job gives
 the same plan everywhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -34,6 +35,8 @@ from mimogrid.core.plan.layouts import (
 from mimogrid.core.plan.progress import Watch, always
 from mimogrid.core.plan.search import Search
 from mimogrid.core.plan.search_space import SearchSpace, search_space_of
+from mimogrid.core.plan.sensitivity import changed_questions
+from mimogrid.core.plan.standard import standard_layouts
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.step.step import Step, step_of
 
@@ -43,10 +46,22 @@ BUDGET = 300_000
 MEMORY = (1.0, 0.95, 0.88, 0.78, 0.65)
 """Parts of the memory that candidates may fill by estimate, one after the other until one does fit: the estimate leaves
 out messages, and orders that keep more in flight."""
+COMPARED = 3
+"""Of so many of the best layouts it is said how they do if what was assumed is not so."""
 CONFIRMED = 6
 """Layouts that fit and are shown."""
 SHOWN = 3
 """Layouts that are shown of those that do not fit, and of those that are illegal."""
+
+
+@attrs.frozen
+class Sensitivity:
+    """What if: the seconds of the winner then, and the fastest then of the layouts behind it, with its seconds."""
+
+    what: str
+    winner_s: float
+    fastest: Layout
+    fastest_s: float
 
 
 @attrs.frozen(kw_only=True)
@@ -62,6 +77,8 @@ class Plan:
         simulated: programs that were simulated.
         gap: the winner takes at most this part longer than any layout that was looked at.
         nearest_fit: where nothing fits, what lacks least, in words; else empty.
+        sensitivity: what the winner is worth if what was assumed is not so.
+        stopped: whether the search ended early because it was told to.
     """
 
     layouts: tuple[Layout, ...]
@@ -71,6 +88,13 @@ class Plan:
     simulated: int
     gap: float
     nearest_fit: str
+    sensitivity: tuple[Sensitivity, ...] = ()
+    stopped: bool = False
+
+    @property
+    def fitting(self) -> tuple[Layout, ...]:
+        """The layouts that fit, the fastest first."""
+        return tuple(layout for layout in self.layouts if layout.kind in {BEST, SLOWER})
 
     @property
     def best(self) -> Layout | None:
@@ -84,7 +108,8 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     `budget` is how many actions are simulated before no further layout is begun. `watch` is told of the progress, and
     may end the search with what it has found so far (`progress`).
     """
-    step = step_of(question.topology(question.spec), question.samples)
+    shared = attrs.evolve(question.spec, optimizer=attrs.evolve(question.spec.optimizer, sharded=True))
+    step = step_of(question.topology(shared), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
     spaces = _spaces(question, step)
@@ -96,19 +121,24 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
         if search.fit(1) or not candidates.candidates or search.stopped:
             break
     search.orders(budget // 2)
-    own = search.own(question.spec)
-    ranked = search.confirm(CONFIRMED)
+    own, named = search.own(question.spec), standard_layouts(question, spaces)
+    standards = [search.own(spec) for spec in named.values()]
+    ranked = search.confirm(1 if search.stopped else CONFIRMED)
     best = ranked[0] if ranked else None
-    fitting = [compared(layout, best, own) for layout in ranked] if best else []
-    if best is not None and own.kind == SLOWER and own not in ranked:
-        fitting.append(compared(own, best, own))
+    others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
+    fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
     own = next((layout for layout in fitting if layout.spec == own.spec), marked_own(own))
-    others = _that_cannot_run(question, spaces, candidates, search)
+    unfit = [
+        attrs.evolve(each, reason=f"{name}: {each.reason}")
+        for name, each in zip(named, standards, strict=True)
+    ]
+    cannot = _that_cannot_run(question, spaces, candidates, search)
+    known = [layout.spec for layout in (own, *fitting)]
     return Plan(
         layouts=(
             *fitting,
             *([own] if own not in fitting else []),
-            *(layout for layout in others if layout.spec != own.spec),
+            *(layout for layout in (*unfit, *cannot) if layout.spec not in known),
         ),
         own=own,
         main=main,
@@ -116,7 +146,20 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
         simulated=search.evaluator.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
         nearest_fit="" if best else nearest_fit(candidates, search.layouts, spaces, question),
+        sensitivity=_sensitivity(search, ranked, step),
+        stopped=search.stopped,
     )
+
+
+def _sensitivity(search: Search, ranked: Sequence[Layout], step: Step) -> tuple[Sensitivity, ...]:
+    """Return how the winner and the layouts behind it do if what was assumed is not so."""
+    found: list[Sensitivity] = []
+    questions = changed_questions(search.evaluator.question, step) if ranked and not search.stopped else {}
+    for what, question in questions.items():
+        times = [layout.step_s * search.evaluator.perturbed(layout, question) for layout in ranked[:COMPARED]]
+        best = min(range(len(times)), key=times.__getitem__)
+        found.append(Sensitivity(what, times[0], ranked[best], times[best]))
+    return tuple(found)
 
 
 def _that_cannot_run(
@@ -141,7 +184,7 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
             step=step,
             machine=question.machine,
             ranks=question.gpus,
-            spec=question.spec,
+            spec=step.topology.spec,
             facts=question.facts,
         )
         for name in question.spec.modules

@@ -13,7 +13,7 @@ from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.layouts import SLOWER, Layout, layout_of
+from mimogrid.core.plan.layouts import SLOWER, Layout, grids_of, layout_of
 from mimogrid.core.plan.progress import Progress, Watch, always
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.schedule.tuning import GB
@@ -57,7 +57,8 @@ class Search:
         for candidate in found.candidates:
             if candidate.bound >= best:
                 return best
-            if self.evaluator.effort >= until or not self._goes_on(candidate.bound, best):
+            goes_on = self._goes_on(candidate.bound, best) or best == math.inf
+            if self.evaluator.effort >= until or not goes_on:
                 return min(candidate.bound, found.left_out_s)
             i = self.evaluate(layout_of(question, self.evaluator.main, candidate))
             if self.layouts[i].kind == SLOWER and self.layouts[i].step_s < best and self._fits(i):
@@ -126,13 +127,23 @@ class Search:
         return self.layouts[i].kind == SLOWER
 
     def confirm(self, count: int) -> list[Layout]:
-        """Return so many of the best layouts as `simulate` times them, the fastest first."""
+        """Return so many of the best layouts as `simulate` times them, the fastest first; of equal grids only one."""
         while True:
-            ranked = self.fit(count)
+            ranked = self._distinct(count)
             i = next((i for i in ranked if i not in self.confirmed), None)
             if i is None:
                 return [self.layouts[i] for i in ranked]
             self._confirm(i)
+
+    def _distinct(self, count: int) -> list[int]:
+        """Return the numbers of so many of the best layouts with different grids whose memory is enough."""
+        while True:
+            firsts: dict[object, int] = {}
+            for i in self._ranked():
+                firsts.setdefault(grids_of(self.layouts[i].spec), i)
+            ranked = [*firsts.values()][:count]
+            if all([self._fits(i) for i in ranked]):  # noqa: C419 -- each is asked, whatever the others are
+                return ranked
 
     def _confirm(self, i: int) -> None:
         self.layouts[i] = self.evaluator.confirmed(self.layouts[i])

@@ -29,6 +29,7 @@ class Machine:
     accelerator: Accelerator
     precision: str
     efficiency: float = EFFICIENCY
+    link_efficiency: float = LINK_EFFICIENCY
     memory_bytes: float = attrs.field()
     measured: tuple[tuple[str, float], ...] = ()
 
@@ -40,6 +41,11 @@ class Machine:
     def flops(self) -> float:
         """Operations per second that products reach."""
         return self.accelerator.flops[self.precision] * self.efficiency
+
+    @property
+    def reached(self) -> float:
+        """The part of the peak that products reach."""
+        return self.efficiency
 
     @property
     def value_bytes(self) -> int:
@@ -60,14 +66,14 @@ class Machine:
         gpu = self.accelerator
         bandwidth = gpu.link_bytes_per_s if within else gpu.network_bytes_per_s
         latency = gpu.link_latency_s if within else gpu.network_latency_s
-        return EdgeCosts(latency=latency, bytes_per_s=bandwidth * LINK_EFFICIENCY)
+        return EdgeCosts(latency=latency, bytes_per_s=bandwidth * self.link_efficiency)
 
     def __str__(self) -> str:
         gpu = self.accelerator
         tera = gpu.flops[self.precision] / 1e12
         return (
             f"FLOPs at {self.efficiency:.0%} of the {tera:,.5g} TFLOP/s of {gpu.name} in {self.precision}, "
-            f"messages at {LINK_EFFICIENCY:.0%} of {gpu.link_bytes_per_s / 1e9:,.4g} GB/s within a node of "
+            f"messages at {self.link_efficiency:.0%} of {gpu.link_bytes_per_s / 1e9:,.4g} GB/s within a node of "
             f"{gpu.per_node} and of {gpu.network_bytes_per_s / 1e9:,.4g} GB/s between nodes "
             f"(peaks: {gpu.source})"
         )
@@ -92,4 +98,9 @@ def machine_for(spec: JobSpec) -> Machine | None:
         return None
     machine = machine_of(gpu.name, spec.precision, EFFICIENCY if gpu.efficiency is None else gpu.efficiency)
     memory_bytes = machine.accelerator.memory_bytes if gpu.memory_gb is None else gpu.memory_gb * GB
-    return attrs.evolve(machine, memory_bytes=memory_bytes, measured=tuple(gpu.times.items()))
+    return attrs.evolve(
+        machine,
+        memory_bytes=memory_bytes,
+        link_efficiency=LINK_EFFICIENCY if gpu.link_efficiency is None else gpu.link_efficiency,
+        measured=tuple(gpu.times.items()),
+    )

@@ -21,9 +21,12 @@ from mimogrid.core.base.errors import nearest
 from mimogrid.core.pricing.machine import EFFICIENCY
 
 
-def _positional(metavar: str, text: str) -> Any:
-    """Return a field that is an argument without a flag."""
-    return attrs.field(metadata={"flags": (), "type": Path, "metavar": metavar, "help": text})
+def _positional(metavar: str, text: str, *, required: bool = True) -> Any:
+    """Return a field that is an argument without a flag; None stands for one that may be left out."""
+    metadata = {"flags": (), "type": Path, "metavar": metavar, "help": text}
+    if required:
+        return attrs.field(metadata=metadata)
+    return attrs.field(default=None, metadata={**metadata, "nargs": "?", "default": None})
 
 
 def _option(metavar: str | None, text: str, kind: Any = str, default: Any = None, **more: Any) -> Any:
@@ -122,6 +125,17 @@ class RunArgs(Args):
 
 
 @attrs.frozen(kw_only=True)
+class InitArgs(Args):
+    """Write the job file of a published checkpoint. Needs no torch."""
+
+    folder: Path | None = _positional("FOLDER", "the folder of the checkpoint", required=False)
+    out: Path = _option("FILE", "the job file to write; default job.toml", Path, Path("job.toml"))
+    gpus: int | None = _option("N", "lay the modules out on this number of GPUs, as `plan` does", int)
+    gpu: str | None = _option("NAME", "the kind of GPU, such as h100 or a100")
+    force: bool = _switch("write over a file that is there")
+
+
+@attrs.frozen(kw_only=True)
 class CheckArgs(AssumingArgs):
     """Check a job and show its layout. Needs no torch."""
 
@@ -181,6 +195,7 @@ class PlanArgs(AssumingArgs):
 
     gpus: int = _option("N", "the number of GPUs", int, required=True)
     costs: Path | None = _option("FILE", "measured times of the job's modules, as `probe` writes them", Path)
+    time_limit: float | None = _option("S", "end after about S seconds with the best layout so far", float)
     out: Path | None = _option("FILE", "write the fastest layout as a job file", Path)
 
 
@@ -214,6 +229,11 @@ class ParityArgs(JobArgs):
     """Compare the gradients of a job with those of the same model on one process."""
 
     steps: int = _option("K", "the number of steps to compare; default 1", int, 1)
+    reference: str | None = _option(
+        None,
+        "compare with the model of transformers that has the job's weights, by the names of its tensors",
+        choices=("transformers",),
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -229,16 +249,55 @@ class InspectArgs(RunArgs):
 
 @attrs.frozen(kw_only=True)
 class ExportArgs(RunArgs):
-    """Write the weights of a run as safetensors or as torch's distributed checkpoint."""
+    """Write the weights of a run as safetensors, as torch's distributed checkpoint, or as transformers loads them."""
 
-    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp"))
+    target: Path | None = _positional("FOLDER", "the same as --out", required=False)
+    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp", "hf"))
     out: Path | None = _option("FOLDER", "write into this folder, which must be new or empty", Path)
+    source: Path | None = _option(
+        "FOLDER", "for hf: the checkpoint that the run started from, if it has moved", Path, flags=("--from",)
+    )
     max_shard_gb: float = _option(
         "X", "split modules larger than this many GB into several files; default 5", float, 5.0
     )
 
 
+@attrs.frozen(kw_only=True)
+class DataIndexArgs(Args):
+    """Read a store of conversations once, and write what the processor makes of it as an index."""
+
+    store: Path = _positional("STORE", "a JSON list or JSON lines of conversations")
+    processor: Path = _option("FOLDER", "the checkpoint whose processor reads it", Path, required=True)
+    images: Path | None = _option("FOLDER", "the folder of the images; default: that of the store", Path)
+    out: Path | None = _option("INDEX", "write into this folder; default: the store's name with .index", Path)
+    max_tokens: int = _option("N", "leave out samples of more positions, placeholders included", int, 0)
+    workers: int = _option("N", "the number of processes; default: one for each core", int, 0)
+
+
+@attrs.frozen(kw_only=True)
+class IndexArgs(Args):
+    """What every command on an index takes."""
+
+    index: Path = _positional("INDEX", "the folder of the index")
+
+
+@attrs.frozen(kw_only=True)
+class DataShowArgs(IndexArgs):
+    """Show what a sample of an index becomes: its text, its placeholders, and what counts in the loss."""
+
+    id: str | None = _option("ID", "the id of the sample in the store; default: that of the first")
+    picture: Path | None = _option("FILE", "write its images, side by side, into this file", Path)
+
+
+@attrs.frozen(kw_only=True)
+class DataStatsArgs(IndexArgs):
+    """Show how long the samples of an index are, and how many images they have. Needs no torch."""
+
+    svg: Path | None = _option("FILE", "draw the histograms into this file", Path)
+
+
 COMMANDS: Mapping[str, type[Args]] = {
+    "init": InitArgs,
     "check": CheckArgs,
     "roles": RolesArgs,
     "show": ShowArgs,
@@ -250,7 +309,14 @@ COMMANDS: Mapping[str, type[Args]] = {
     "parity": ParityArgs,
     "inspect": InspectArgs,
     "export": ExportArgs,
+    "data index": DataIndexArgs,
+    "data show": DataShowArgs,
+    "data stats": DataStatsArgs,
 }
+
+
+DATA = "data"
+"""The first word of the commands on data, which have two."""
 
 
 # -- parsing -----------------------------------------------------------------------------------------------
@@ -258,22 +324,38 @@ COMMANDS: Mapping[str, type[Args]] = {
 
 def parse(words: Sequence[str]) -> Args:
     """Return the arguments of a command. Raises SystemExit for --help, and with code 2 for what is wrong."""
+    if words and words[0] == DATA:
+        words = [" ".join(words[:2]), *words[2:]]
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _Parser(prog="mimogrid").error(f"'{words[0]}' is no command. {nearest(words[0], tuple(COMMANDS))}")
-    found = vars(_parser().parse_args(words))
-    return COMMANDS[found.pop("command")](**found)
+    parser = _parser()
+    given, late = parser.parse_known_args(words)
+    found = vars(given)
+    of = COMMANDS[found.pop("command")]
+    # argparse of Python 3.11 takes no optional argument behind an option: `export RUN --to hf FOLDER`.
+    optional = [f.name for f in attrs.fields(of) if f.metadata.get("nargs") == "?" and found[f.name] is None]
+    if len(late) == len(optional) == 1 and not late[0].startswith("-"):
+        return of(**{**found, optional[0]: Path(late[0])})
+    if late:
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    return of(**found)
 
 
 def overview() -> str:
     """Return what `mimogrid` alone prints: every command and what it does."""
-    nouns = {name: "RUN" if issubclass(of, RunArgs) else "JOB" for name, of in COMMANDS.items()}
-    commands = (f"    mimogrid {f'{name} {nouns[name]}':<14}{of.__doc__}\n" for name, of in COMMANDS.items())
+    nouns = {name: _noun(of) for name, of in COMMANDS.items()}
+    commands = (f"    mimogrid {f'{name} {nouns[name]}':<18}{of.__doc__}\n" for name, of in COMMANDS.items())
     return (
         "mimogrid trains multimodal models in which every module has its own grid of ranks.\n\n"
         f"{''.join(commands)}\n"
-        "JOB is a TOML file; start with one from examples/. --set train.steps=20 overrides a key of it.\n"
+        "JOB is a TOML file; start with `init`, or with one from examples/. --set train.steps=20 overrides a key.\n"
         "`mimogrid COMMAND --help` lists the options.\n"
     )
+
+
+def _noun(of: type[Args]) -> str:
+    """Return what a command is of: the first of its arguments without a flag."""
+    return next(str(f.metadata["metavar"]) for f in attrs.fields(of) if f.metadata.get("flags") == ())
 
 
 def _parser() -> argparse.ArgumentParser:

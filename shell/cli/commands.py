@@ -23,7 +23,11 @@ from mimogrid.shell.cli.arguments import (
     Args,
     AssumingArgs,
     CheckArgs,
+    DataIndexArgs,
+    DataShowArgs,
+    DataStatsArgs,
     ExportArgs,
+    InitArgs,
     InspectArgs,
     JobArgs,
     ParityArgs,
@@ -43,10 +47,14 @@ from mimogrid.shell.job.builders import PlanWarning
 from mimogrid.shell.job.jobs import Job, open_job
 
 
-def run(args: Args) -> int:  # noqa: PLR0911 -- a line for each command
+def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a line for each command
     """Run a command; return its exit code. Raises PlanError and WorldError."""
     with _torch_is_needed():
         match args:
+            case InitArgs():
+                from mimogrid.shell.cli import init  # noqa: PLC0415 -- only what is used
+
+                return init.run(args)
             case CheckArgs():
                 return check(_opened(args), args)
             case RolesArgs():
@@ -77,6 +85,10 @@ def run(args: Args) -> int:  # noqa: PLR0911 -- a line for each command
                 from mimogrid.shell.cli import export  # noqa: PLC0415 -- imports torch
 
                 return export.run(args)
+            case DataIndexArgs() | DataShowArgs() | DataStatsArgs():
+                from mimogrid.shell.cli import data  # noqa: PLC0415 -- imports pyarrow
+
+                return data.run(args)
             case _:
                 raise AssertionError(args)
 
@@ -87,10 +99,14 @@ def _torch_is_needed() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in {"torch", "megatron"}:
+        if error.name not in EXTRAS:
             raise
-        message = f"this command needs {error.name}: pip install 'mimogrid[train]'"
+        message = f"this command needs {error.name}: pip install 'mimogrid[{EXTRAS[error.name]}]'"
         raise WorldError(message) from None
+
+
+EXTRAS = {"torch": "train", "megatron": "train", "transformers": "data", "PIL": "data", "pyarrow": "data"}
+"""The extra that brings each library that is not always there."""
 
 
 def _opened(args: JobArgs | InspectArgs) -> Job:

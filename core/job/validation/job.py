@@ -64,9 +64,10 @@ def _gpu(spec: JobSpec) -> Iterator[Problem]:
     gpu = spec.gpu
     if gpu.memory_gb is not None:
         yield from above_zero("gpu.memory_gb", gpu.memory_gb)
-    if gpu.efficiency is not None and not 0 < gpu.efficiency <= 1:
-        message = f"is {gpu.efficiency}: the part of its peak that a GPU reaches."
-        yield Problem("gpu.efficiency", message, "Use a number above 0 and up to 1, such as 0.5.")
+    for key, part in (("efficiency", gpu.efficiency), ("link_efficiency", gpu.link_efficiency)):
+        if part is not None and not 0 < part <= 1:
+            message = f"is {part}: the part of its peak that a GPU reaches."
+            yield Problem(f"gpu.{key}", message, "Use a number above 0 and up to 1, such as 0.5.")
     for name, times in gpu.times.items():
         yield from one_of("gpu.times", name, tuple(spec.modules))
         yield from above_zero(f"gpu.times.{name}", times)

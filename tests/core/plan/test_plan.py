@@ -13,7 +13,8 @@ from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GpuSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
-from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
+from mimogrid.core.plan.evaluation import Evaluator
+from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, grids_of
 from mimogrid.core.plan.planner import BUDGET, plan
 from mimogrid.core.plan.search_space import enough
 from mimogrid.core.pricing.on_machine import on_machine
@@ -92,6 +93,47 @@ def test_less_memory_is_respected():
     assert max(tight.best.peak_bytes.values()) <= cap
     assert tight.best.step_s >= free.best.step_s
     assert any("short by" in layout.reason for layout in tight.layouts if layout.kind == TOO_LARGE)
+
+
+def least_memory(asked):
+    """The bytes of the layout of equal shares that needs fewest, of some that one would try by hand."""
+    evaluator, least = Evaluator(asked, "language"), float("inf")
+    for vision, language, count in itertools.product((1, 2), (1, 2), (1, 8)):
+        grids = {"vision": GridSpec(dp=vision, offset=0), "language": GridSpec(pp=language, offset=vision)}
+        modules = {
+            name: attrs.evolve(module, grid=grids[name]) for name, module in asked.spec.modules.items()
+        }
+        spec = attrs.evolve(asked.spec, modules=modules, batch=BatchSpec(global_size=8, microbatches=count))
+        layout = evaluator.evaluated(spec)
+        if layout.kind == SLOWER:
+            least = min(least, max(evaluator.fitted(layout).peak_bytes.values()))
+    return least
+
+
+def test_where_a_plain_layout_fits_the_plan_finds_one():
+    """However tight the memory is: a candidate that does not fit hides none that does."""
+    memory = least_memory(question(gpus=3))
+    assert 0 < memory < 80 * GB
+    assert plan(question(gpus=3, memory=memory)).best is not None
+
+
+def test_the_layout_that_one_would_write_first_is_named():
+    """One grid for all modules, with what it loses by; layouts that are shown differ in their grids."""
+    _, found = planned()
+    [standard] = [layout for layout in found.layouts if "one grid for all (tp=" in layout.reason]
+    assert "x slower" in standard.reason or standard.kind in {BEST, TOO_LARGE}
+    grids = [grids_of(layout.spec) for layout in found.fitting if layout not in (found.own, standard)]
+    assert len(grids) == len(set(grids))
+
+
+def test_slower_links_and_more_rows_take_longer():
+    """The plan says how long the winner takes then, and whether another layout would be faster."""
+    _, found = planned()
+    for line in found.sensitivity:
+        assert line.winner_s >= found.best.step_s * (1 - 1e-9)
+        assert line.fastest_s <= line.winner_s
+    assert ["links 20% slower", "20% more rows"] == [line.what for line in found.sensitivity]
+    assert found.sensitivity[1].winner_s > found.best.step_s
 
 
 def test_where_nothing_fits_the_nearest_layout_is_named():
