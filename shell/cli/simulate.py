@@ -15,9 +15,11 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import perfetto
+from mimogrid.core.draw.page import pages_of
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
+from mimogrid.core.job.changes import changes
 from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.pricing.assumed import ASSUMED
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
@@ -37,6 +39,8 @@ from mimogrid.shell.job.jobs import Job
 
 
 ALL = "all"
+CHANGED = 4
+"""How many keys a title names in which two jobs differ."""
 PLACES = 4
 """How many places on the critical path are printed one by one."""
 CAUSES = {**CAUSES_IN_WORDS, RAGGED: "ragged data", JITTER: "jitter"}
@@ -216,15 +220,21 @@ def _actions(timeline: Timeline) -> int:
 def _draw(steps: Mapping[str, SimulatedStep], args: SimulateArgs) -> None:
     """Write the pictures that are asked for; of a large world, one rank of each class."""
     if args.svg:
-        pictures = (
-            picture(step.timeline, f"{name}, {step.job.spec.schedule.name}: {_summary(step.timeline)}")
-            for name, step in steps.items()
-        )
-        write(args.svg, [svg(*pictures)])
+        pictures = (picture(step.timeline, _title(name, step, steps)) for name, step in steps.items())
+        write(args.svg, [svg(*(page for whole in pictures for page in pages_of(whole)))])
     if args.trace:
         (step,) = steps.values()
         ranks = None if _fits(step.timeline) else step.timeline.classes.members
         write(args.trace, perfetto.lines(step.timeline, ranks))
+
+
+def _title(name: str, step: SimulatedStep, steps: Mapping[str, SimulatedStep]) -> str:
+    """Return the title of a picture; of two jobs with what the second changes."""
+    first = next(iter(steps.values()))
+    found = [str(change) for change in changes(first.job.spec, step.job.spec) if "costs" not in change.key]
+    more = f" and {len(found) - CHANGED} more" if len(found) > CHANGED else ""
+    differs = f" ({', '.join(found[:CHANGED])}{more})" if found else ""
+    return f"{name}, {step.job.spec.schedule.name}: {_summary(step.timeline)}{differs}"
 
 
 # -- several -----------------------------------------------------------------------------------------------
