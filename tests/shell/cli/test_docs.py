@@ -14,6 +14,7 @@ from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
+    GpuSpec,
     GridSpec,
     GroupSpec,
     JobSpec,
@@ -43,6 +44,7 @@ TABLES = (
     MixSpec,
     BatchSpec,
     ScheduleSpec,
+    GpuSpec,
     OptimizerSpec,
     GroupSpec,
     LossScaleSpec,
