@@ -25,7 +25,7 @@ from mimogrid.shell.cli.arguments import InitArgs
 from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.job.published import Published, published
+from mimogrid.shell.job.published import Published, published, resolved
 
 
 PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -40,7 +40,7 @@ LAYOUT = ("grid", "chunks", "split", "microbatches", "recompute")
 def run(args: InitArgs) -> int:
     """Write the job file of a checkpoint."""
     folder, machine = _checked(args)
-    found = published(folder.resolve())
+    found = published(resolved(folder, "FOLDER"))
     if all(module.model != "gpt" for module in found.model.modules.values()):
         message = "has no language model, and so no loss to train with."
         remedy = "Name it in a job that has one: [modules.NAME] weights = FOLDER, feeds = [...]."
@@ -83,7 +83,9 @@ def _checked(args: InitArgs) -> tuple[Path, Machine | None]:
 
 def _named(folder: Path, out: Path) -> str:
     """Return a checkpoint's folder as a job file names it: from its own folder, or as the whole path that was given."""
-    return str(folder) if folder.is_absolute() else os.path.relpath(folder.resolve(), out.resolve().parent)
+    if folder.is_absolute():
+        return str(folder)
+    return os.path.relpath(resolved(folder, "FOLDER"), resolved(out, "--out").parent)
 
 
 def _precision(found: Published) -> str:
