@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.models.fitting import fitted
+from mimogrid.core.models.divisible import divisible
 from mimogrid.core.models.mapping import Shape
 from mimogrid.core.models.network import PublishedModule
 from mimogrid.core.plan.layouts import Question
@@ -70,6 +70,12 @@ def _checked(args: InitArgs) -> tuple[Path, Machine | None]:
     if args.out.exists() and not args.force:
         remedy = "Name another file: --out. Or write over it: --force."
         problems.append(Problem(str(args.out), "is there already.", remedy))
+    if not args.out.parent.is_dir():
+        problems.append(
+            Problem(
+                str(args.out), "cannot be written: no such folder.", "Name a file in a folder that exists."
+            )
+        )
     if (args.gpus is None) != (args.gpu is None):
         problems.append(
             Problem("--gpus", "and --gpu need each other.", "Write --gpus 8 --gpu h100, for instance.")
@@ -187,9 +193,9 @@ class Draft:
 
     def _module(self, name: str, module: PublishedModule) -> Iterator[str]:
         table = module.table()
-        laid = fitted({"grid": {"tp": 1, "dp": 1, "pp": 1}, **self.layouts.get(name, {})}, module.options)
+        laid = divisible({"grid": {"tp": 1, "dp": 1, "pp": 1}, **self.layouts.get(name, {})}, module.options)
         if self.tp_most > 1:
-            laid |= {"options": fitted({"grid": {"tp": self.tp_most}}, module.options).get("options", {})}
+            laid |= {"options": divisible({"grid": {"tp": self.tp_most}}, module.options).get("options", {})}
         yield f"[modules.{name}]"
         yield f"# {_sizes(module)}"
         yield "# The checkpoint says these and all other options; what `options` says here goes first."
