@@ -333,7 +333,14 @@ class Vit(Transformer):
 
     def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the lengths of the attention segments that a segment of a grid makes: its frames."""
-        return tuple(rows + self.class_token for rows in Emission(stride=self.emission.stride).frames(grid))
+        frames, rows = Emission(stride=self.emission.stride).frames(grid)
+        return (rows + self.class_token,) * frames
+
+    def window_pairs(self, grid: SegmentGrid) -> int:
+        """Return the pairs of positions of a segment that lie in one window, of those layers."""
+        frames, *sides = grid
+        whole = (divmod(side // self.merge, self.window) for side in sides)
+        return frames * self.merge**4 * math.prod(count * self.window**2 + rest**2 for count, rest in whole)
 
     def windows(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the lengths of the attention segments of a segment in the layers with windows."""
