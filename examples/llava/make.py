@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,11 +126,12 @@ def processor() -> transformers.LlavaProcessor:
 # -- the stores --------------------------------------------------------------------------------------------
 
 
-def store(folder: Path, name: str, source: Digits, count: int) -> None:
-    """Write a store of conversations and its images."""
+def store(folder: Path, name: str, source: Digits, count: int) -> list[dict[str, Any]]:
+    """Write a store of conversations and its images; return its records."""
     (folder / "images" / name).mkdir(parents=True, exist_ok=True)
     records = [conversation(folder, name, source, number) for number in short(source, count)]
     (folder / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return records
 
 
 def short(source: Digits, count: int) -> Iterator[int]:
@@ -142,10 +144,10 @@ def short(source: Digits, count: int) -> Iterator[int]:
         number += 1
 
 
-def conversation(folder: Path, name: str, source: Digits, number: int) -> dict[str, object]:
+def conversation(folder: Path, name: str, source: Digits, number: int) -> dict[str, Any]:
     """Return the record of a sample; write its image, if it has one."""
     answer, image = source.answer(number), source.image(number)
-    record: dict[str, object] = {"id": f"{name}-{number}"}
+    record: dict[str, Any] = {"id": f"{name}-{number}"}
     prompt = source.spell(source.prompt(number, "language"))
     if image.size:
         strip = np.zeros((SIDE, SIDE * MOST), np.uint8)

@@ -208,7 +208,8 @@ class Draft:
 
     def _tail(self) -> Iterator[str]:
         yield "[data]"
-        yield '# Random samples, so that the file runs as it is. Yours: "package.module:function", docs/own-modules.md.'
+        yield "# Random samples, so that the file runs as it is. Yours: an index of conversations, docs/data.md:"
+        yield '# source = "conversations", options = { index = "FOLDER" }; or a function, docs/own-modules.md.'
         yield 'source = "synthetic"'
         yield f"options = {_value(self._data())}"
         yield ""
@@ -239,6 +240,9 @@ class Draft:
         options: dict[str, Any] = {"sequence": sequence, "text": [-(-left // 2), left]}
         if towers:
             options["grids"] = {name: [list(grid)] for name, grid in grids.items()}
+            options["vocab"] = min(
+                placeholder.token for placeholder in self.found.model.placeholders.values()
+            )
             options["segments"] = {name: [1, 1] for name in towers}
         return options
 
@@ -250,7 +254,7 @@ def _segment(module: PublishedModule, *, rows_most: int) -> Shape:
     merge, frames = module.option("merge"), 2 * module.option("position_count")
     grids: list[Shape] = [(1, merge * side, merge * side) for side in (32, 16, 8, 4, 2, 1)]
     if len(module.patch) == 1:
-        grids = [(max(frames >> halvings, 1),) for halvings in range(8)]
+        grids = [module.grid_of(max(frames >> halvings, 1)) for halvings in range(8)]
     return next((grid for grid in grids if module.rows_out(grid) <= rows_most), grids[-1])
 
 

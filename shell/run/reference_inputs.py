@@ -88,6 +88,7 @@ def _tokens(
         placeholder = model.placeholders[segment.kind]
         filled += [placeholder.token] * model.modules[placeholder.module].rows_out(segment.grid)
         ends.append(len(filled))
+    _check_text(model, sample, tokens_T)
     places = (tokens_T == PLACEHOLDER).nonzero().flatten()
     assert len(places) == len(filled), f"sample {sample.id}"
     touching = [end for end in ends[:-1] if places[end] == places[end - 1] + 1]
@@ -95,6 +96,17 @@ def _tokens(
         message = f"sample {sample.id}: no text stands between two of its segments, which transformers takes for one."
         raise PlanError([Problem("--reference", message, "Put a token between them.")])
     return tokens_T.index_copy(0, places, torch.tensor(filled, dtype=tokens_T.dtype))
+
+
+def _check_text(model: Model, sample: Sample, tokens_T: torch.Tensor) -> None:
+    """Raise PlanError where a token of the text is one that stands for a row."""
+    for kind, placeholder in model.placeholders.items():
+        if (tokens_T == placeholder.token).any():
+            message = f"sample {sample.id}: its text has the token {placeholder.token}, which stands for rows ({kind})."
+            remedy = (
+                "Keep it out of the text. The source synthetic: data.options.vocab = the lowest such token."
+            )
+            raise PlanError([Problem("--reference", message, remedy)])
 
 
 # -- rows --------------------------------------------------------------------------------------------------
@@ -131,8 +143,16 @@ def _image(config: Mapping[str, object], module: PublishedModule, segment: Segme
 
 
 def _sounds(module: PublishedModule, segments: Sequence[Segment]) -> Inputs:
-    """Return sounds [sounds, mels, frames], padded to the longest that the model takes."""
+    """Return sounds [sounds, mels, frames], padded to the longest that the model takes.
+
+    Two frames make a position. The mask is of these; the convolutions of transformers see one frame more.
+    """
     longest = 2 * module.option("position_count")
+    if short := [len(s.rows) for s in segments if len(s.rows) % 2 == 0 and len(s.rows) < longest]:
+        message = (
+            f"a sound of {short[0]} frames lacks the one that the convolutions of transformers see behind it."
+        )
+        raise PlanError([Problem("--reference", message, "Describe and load one frame more.")])
     features = [functional.pad(segment.rows.t(), (0, longest - len(segment.rows))) for segment in segments]
-    mask = [torch.arange(longest) < len(segment.rows) for segment in segments]
+    mask = [torch.arange(longest) < len(segment.rows) // 2 * 2 for segment in segments]
     return {"input_features": torch.stack(features), "feature_attention_mask": torch.stack(mask).long()}

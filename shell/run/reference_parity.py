@@ -5,7 +5,8 @@ loss, the logits of every sample, and every gradient by the name that its tensor
 the loss is the job's, of transformers' logits: the sum over tokens of weight times cross entropy, divided by the sum of
 all weights of the step. So any source can be compared, whatever it weighs.
 
-In fp32 transformers computes as it is; in fp64 its casts to single precision are lifted, and the report lists them.
+In fp32 transformers computes as it is; in fp64 its casts to single precision are lifted. In both a token of the text
+that is also the model's padding has a gradient, which transformers leaves out. The report lists what was lifted.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import attrs
 import torch
+from torch import nn
 from torch.nn import functional
 
 from mimogrid.core.job.models import Gpt
@@ -43,7 +45,8 @@ class ReferenceReport:
     Attributes:
         parity: of the loss and the gradients.
         logits: the largest difference of a logit, relative to the largest of the step.
-        lifted: the casts of transformers that were lifted, each as the function and the operation that it called.
+        lifted: what of transformers was lifted: casts, each as the function and the operation that it called, and
+            embeddings whose padding has no gradient there.
     """
 
     parity: ParityReport
@@ -71,7 +74,7 @@ class ReferenceReport:
             f"{'passed' if self.passed else 'FAILED'}: logits differ by {self.logits:.2e}",
         ]
         if self.lifted:
-            lines += ["casts of transformers to single precision that were lifted:"]
+            lines += ["lifted of transformers, which casts to single precision and does not train padding:"]
             lines += [f"    {lift}" for lift in self.lifted]
         return "\n".join(lines)
 
@@ -84,7 +87,7 @@ def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = Non
         is_first = place.rank == job.topology.ranks[0]
         found = origin_of({name: module.weights for name, module in job.spec.modules.items()})
         device, dtype = session.device.torch, DTYPES[job.spec.precision]
-        model = reference(found.folder, dtype, device=device) if is_first else None
+        model = _model(found, dtype, device) if is_first else None
         reports: list[ReferenceReport] = []
         for index in range(steps):
             step = job.step(index)
@@ -98,6 +101,16 @@ def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = Non
 
 
 # -- the reference's step ----------------------------------------------------------------------------------
+
+
+def _model(found: Published, dtype: torch.dtype, device: torch.device) -> Reference:
+    """Return the model of transformers; a token in its text that is also its padding has a gradient, as any other."""
+    model = reference(found.folder, dtype, device=device)
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            model.casts[f"{name}: padding_idx={module.padding_idx}"] += 1
+            module.padding_idx = None
+    return model
 
 
 def _reference_step(model: Reference, found: Published, step: Step, source: Loads) -> ReferenceStep:

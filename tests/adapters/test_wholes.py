@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from checkpoints import MODELS, SAMPLES, VIDEOS, WHOLES, WITH_VIDEOS, batch, make
 from mimogrid.adapters.huggingface import Job
-from mimogrid.adapters.huggingface.batches import examples_of
 from mimogrid.core.base.errors import PlanError
+from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.published import published
 from mimogrid.shell.run.reference import ReferenceStep, losses_and_gradients, reference
 from mimogrid.shell.world.launch import Pool

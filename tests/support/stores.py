@@ -71,10 +71,10 @@ def write_lines(store: Path, records: Sequence[Any]) -> Path:
 
 
 def indexed(
-    store: Path, checkpoint: Path, *, out: Path | None = None, max_tokens: int = 0
+    store: Path, checkpoint: Path, *, images: Path | None = None, out: Path | None = None, max_tokens: int = 0
 ) -> tuple[Index, int]:
     """Make an index beside a store; return it, and how many parts were made for it."""
     pool, out = Inline(), out or store.with_suffix(".index")
-    making = Making(store=store, images=store.parent, processor=checkpoint, max_tokens=max_tokens)
+    making = Making(store=store, images=images or store.parent, processor=checkpoint, max_tokens=max_tokens)
     build(making, out, pool, ahead=4)
     return Index(out), pool.submitted

@@ -9,7 +9,7 @@ gets the same sample for an id, in any order of ids.
 
 A source module reads 2 to 6 rows per sample, or as many as `rows` says. Their width is that of its model, or else
 `features` (one number for all modules, or one for each). The text has 4 to 8 tokens, or fewer if the longest rows
-leave less of `sequence`.
+leave less of `sequence`; tokens are any of the model's, or those below `vocab`.
 
 A tower of images reads segments, each of a grid that is drawn from some. By default these are such as it can read:
 
@@ -56,6 +56,7 @@ class Options:
     segments: Mapping[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]])
     absent: Mapping[str, float] = attrs.field(factory=dict[str, float])
     text: tuple[int, int] | None = None
+    vocab: int | None = None
     features: int | Mapping[str, int] = FEATURES
 
 
@@ -75,6 +76,7 @@ class Synthetic:
     absent: Mapping[str, float]
     features: Mapping[str, int]
     text: tuple[int, int]
+    vocab: int | None
 
     def describe(self, sample_id: int) -> Sample:
         """Return the counts of a sample. Pure, without torch."""
@@ -133,7 +135,7 @@ class Synthetic:
 
         def drawn(field: str) -> torch.Tensor:
             generator = self._generator(sample.id, f"{module}.{field}")
-            return torch.randint(0, vocab, (sample.length,), generator=generator)
+            return torch.randint(0, min(vocab, self.vocab or vocab), (sample.length,), generator=generator)
 
         return {
             "tokens": torch.cat([torch.full((placeholders,), PLACEHOLDER), drawn("tokens")]),
@@ -186,6 +188,7 @@ def synthetic(
         absent={name: chosen.absent.get(name, 0.0) for name in sources},
         features=features,
         text=text,
+        vocab=chosen.vocab,
     )
     facts = SourceFacts(
         sequence=chosen.sequence if graph.texts else None,
@@ -257,6 +260,8 @@ def _problems(chosen: Options, graph: ModuleGraph) -> Iterator[Problem]:
         if width < 1:
             where = f"data.options.features.{name}".rstrip(".")
             yield Problem(where, f"is {width}.", "Use a width of 1 or more.")
+    if chosen.vocab is not None and chosen.vocab < 1:
+        yield Problem("data.options.vocab", f"is {chosen.vocab}.", "Use 1 token or more.")
     if chosen.sequence < 1:
         yield Problem("data.options.sequence", f"is {chosen.sequence}.", "Use 1 position or more.")
 

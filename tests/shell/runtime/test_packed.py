@@ -19,7 +19,7 @@ from mimogrid.core.job.models import Block, Gpt, Regressor, Vit
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.modules import StageModule
+from mimogrid.shell.modules.interface import StageModule
 from mimogrid.shell.run.parity import compare
 from mimogrid.shell.world.launch import Pool
 from ragged import Drawn, each_alone, step_with, weighed
