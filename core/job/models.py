@@ -159,7 +159,6 @@ class Transformer:
     causal = False
     has_loss = False
     reads_text = False
-    final_norm = True
 
     @property
     def qkv_width(self) -> int:
@@ -256,10 +255,6 @@ class Transformer:
     def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the lengths of the attention segments that a segment of a grid makes in the layers."""
         return (math.prod(grid),)
-
-    def emitted(self, grid: SegmentGrid) -> int:
-        """Return how many rows the module emits for a segment of a grid. Raises ValueError if it cannot read it."""
-        return self.emission.rows(grid)
 
     def expect(self, grid: SegmentGrid) -> None:
         """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
@@ -537,10 +532,6 @@ class Own:
     def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the rows of a segment; what the network makes of them is not known."""
         return (math.prod(grid),)
-
-    def emitted(self, grid: SegmentGrid) -> int:
-        """Return how many rows it emits for a segment of a grid. Raises ValueError if it cannot read it."""
-        return self.emission.rows(grid)
 
     def expect(self, grid: SegmentGrid) -> None:
         """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
