@@ -52,7 +52,7 @@ class Rotary:
         if isinstance(model, Vit) and model.positions == "rotary_2d":
             angles = frequencies(model.head_width // 2, model.rotary_base)
             return cls(scaled=2 * angles, axes=(0,) * len(angles) + (1,) * len(angles))
-        turned = ()
+        turned: tuple[int, ...] = ()
         if isinstance(model, Gpt) and model.rotary_sections:
             turned = axes(model.rotary_sections, interleaved=model.rotary_sections_interleaved)
         if not model.rotary_scaling:

@@ -35,7 +35,7 @@ class TowerStage(TransformerStage):
 
     def __init__(self, context: Context, model: Vit) -> None:
         super().__init__(context, model)
-        self.model: Vit = model
+        self.tower = model
         info, pools = context.info, model.pool > 1
         self.network = TransformerBlock(
             self.config,
@@ -72,7 +72,7 @@ class TowerStage(TransformerStage):
 
     def segmentations(self, share: Share) -> Mapping[str, tuple[int, ...]]:
         """Return the windows, if there are any."""
-        return {WINDOWS: _windows(self.model, _grids(share))} if self.model.window else {}
+        return {WINDOWS: _windows(self.tower, _grids(share))} if self.tower.window else {}
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return the positions that the stem makes of the rows of the data."""
@@ -87,14 +87,14 @@ class TowerStage(TransformerStage):
     ) -> dict[str, Tensor]:
         """Return the rows for each target."""
         device, cp = hidden_S1H.device, (self.cp.rank(), self.cp.size())
-        places = _emitted(self.model, _grids(share), cp, device)
+        places = _emitted(self.tower, _grids(share), cp, device)
         rows_PH = self._rows(hidden_S1H, packing, places)
         deep = [
             self._rows(self.complete(self._inner.pop(layer)), packing, places)
-            for layer in self.model.deepstack_layers
+            for layer in self.tower.deepstack_layers
         ]
-        if self.model.pool > 1:
-            rows_PH = rows_PH.unflatten(0, (-1, self.model.pool)).mean(dim=1)
+        if self.tower.pool > 1:
+            rows_PH = rows_PH.unflatten(0, (-1, self.tower.pool)).mean(dim=1)
         if self.final_norm is not None:
             rows_PH = self.final_norm(rows_PH)
         total = sum(share.lengths)
@@ -116,7 +116,8 @@ class TowerStage(TransformerStage):
         if portion is None or not portion.most:
             return rows_PH
         rows_PH = functional.pad(rows_PH, (0, 0, 0, portion.most - len(rows_PH)))
-        return gather_from_sequence_parallel_region(rows_PH, group=self.cp).index_select(0, portion.order)
+        every: Tensor = gather_from_sequence_parallel_region(rows_PH, group=self.cp)
+        return every.index_select(0, portion.order)
 
     def _joined(self, rows: Tensor, total: int) -> Tensor:
         """Return the emitted rows of all cp ranks. Each rank gets the gradients of its own rows."""
