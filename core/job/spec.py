@@ -61,6 +61,9 @@ class ModuleSpec:
     weights: str | None = None
 
 
+OVERFLOWS = ("error", "truncate", "drop")
+
+
 @attrs.frozen(kw_only=True)
 class MixSpec:
     """`[[data.mix]]`: a source, its options, and its weight among those of the mixture."""
@@ -72,11 +75,15 @@ class MixSpec:
 
 @attrs.frozen(kw_only=True)
 class DataSpec:
-    """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several."""
+    """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several.
+
+    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`).
+    """
 
     source: str = ""
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     mix: tuple[MixSpec, ...] = ()
+    overflow: str = "error"
 
 
 @attrs.frozen(kw_only=True)

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from mimogrid.core.base.samples import share as share_of
 from mimogrid.core.job.models import Vit
-from mimogrid.core.models.positions import Ints, windows
 from mimogrid.core.step.step import Share
 from mimogrid.shell.device.device import sent
 from mimogrid.shell.megatron.names import TransformerBlock, gather_from_sequence_parallel_region
@@ -72,7 +71,9 @@ class TowerStage(TransformerStage):
 
     def segmentations(self, share: Share) -> Mapping[str, tuple[int, ...]]:
         """Return the windows, if there are any."""
-        return {WINDOWS: _windows(self.tower, _grids(share))} if self.tower.window else {}
+        if not self.tower.window:
+            return {}
+        return {WINDOWS: tuple(itertools.chain.from_iterable(map(self.tower.windows, _grids(share))))}
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return the positions that the stem makes of the rows of the data."""
@@ -152,14 +153,6 @@ def _order(size: int, total: int, device: torch.device) -> Tensor:
     """Return the place of each of `total` rows after a gather of the ranks' shares, each padded to the largest."""
     most, shares = -(-total // size), [share_of(rank, size, total) for rank in range(size)]
     return _sent([rank * most + i for rank, rows in enumerate(shares) for i in range(len(rows))], device)
-
-
-@functools.lru_cache(maxsize=256)
-def _windows(model: Vit, grids: Grids) -> Ints:
-    """Return the lengths of the windows."""
-    sizes = [(frames, height, width) for frames, height, width in grids]
-    bounds = windows(sizes, model.merge, model.window).bounds
-    return tuple(stop - start for start, stop in itertools.pairwise(bounds))
 
 
 def _sent(places: Sequence[int], device: torch.device) -> Tensor:
