@@ -161,8 +161,6 @@ class Running:
             prefix = f"{module}."
             ours = {name.removeprefix(prefix): t for name, t in full.items() if name.startswith(prefix)}
             found |= published_tensors(self._job.checkpoint, module, ours)
-            # A tower that transformers itself runs has the names of the files.
-            found |= {name: tensor for name, tensor in ours.items() if name in self._job.checkpoint.tensors}
         return found
 
     def _opened(self, size: int = 0, sequence: int = 0) -> Embedded:

@@ -18,6 +18,7 @@ from checkpoints import MODELS, SAMPLES, VIDEOS, WHOLES, WITH_VIDEOS, batch, mak
 from mimogrid.adapters.huggingface import Job
 from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.data.batches import examples_of
+from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.published import published
 from mimogrid.shell.run.reference import ReferenceStep, losses_and_gradients, reference
 from mimogrid.shell.world.launch import Pool
@@ -276,6 +277,21 @@ def with_folder(written: Mapping[str, Any], path: Path) -> dict[str, Any]:
         for name, of in written.get("modules", {}).items()
     }
     return {**written, "modules": modules}
+
+
+def test_a_job_file_names_a_tower_of_transformers(tmp_path: Path) -> None:
+    """What the file means is recorded, and reads back."""
+    (tmp_path / "folder").symlink_to(folder("llava-siglip"))
+    (tmp_path / "job.toml").write_text(
+        'weights = "folder"\n[modules.vision]\nmodel = "hf:folder#vision_tower"\n[modules.language]\n'
+        '[data]\nsource = "synthetic"\n[batch]\nglobal_size = 2\n'
+    )
+    spec = jobfile.load(tmp_path / "job.toml")
+    vision = spec.modules["vision"]
+    assert vision.width == 32
+    assert vision.feeds == ("language",)
+    assert vision.projector["language"].kind == "mlp"
+    assert jobfile.parsed(jobfile.dump(spec)) == spec
 
 
 def test_grids_are_for_all_modules() -> None:
