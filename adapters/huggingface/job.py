@@ -119,8 +119,8 @@ class Running:
     def step(self, batch: Mapping[str, torch.Tensor]) -> Outcome | None:
         """Train one step; return its loss and more (`Outcome`), None on an idle rank.
 
-        `batch` is what the model's processor makes (`shell.data.batches`), and `labels`: the whole batch on every rank.
-        Raises PlanError if it is anything else.
+        `batch` is what the model's processor makes (`shell.data.batches`), with `labels`: the whole batch, on every
+        rank. Raises PlanError if it is anything else.
         """
         encoded = examples_of(self._job.checkpoint.model, batch)
         examples = [Example(each.sample, each.tensors) for each in encoded]
@@ -215,5 +215,4 @@ def _least_samples(tables: Mapping[str, Any]) -> int:
     modules = tables["modules"].values()
     counts = [module.get("microbatches", everywhere) for module in modules]
     dp_sizes = [module["grid"].get("dp", 1) for module in modules if "grid" in module]
-    least: int = math.lcm(*counts) * max(dp_sizes)
-    return least
+    return math.lcm(*counts) * int(max(dp_sizes))

@@ -57,7 +57,7 @@ class PatchStem(nn.Module):
         rows_RH = self.input(rows_RF)
         if self.positions is not None:
             rows_RH = rows_RH + self._learned(grids, rows_RH)
-        positions_PH = rows_RH.new_zeros(length, rows_RH.shape[1]).index_copy(0, places[0], rows_RH)
+        positions_PH: Tensor = rows_RH.new_zeros(length, rows_RH.shape[1]).index_copy(0, places[0], rows_RH)
         if self.class_token is not None:
             token_H: Tensor = self.class_token
             if self.positions is not None:

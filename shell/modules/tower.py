@@ -34,7 +34,7 @@ class TowerStage(TransformerStage):
 
     def __init__(self, context: Context, model: Vit) -> None:
         super().__init__(context, model)
-        self.tower = model
+        self.vit = model
         info, pools = context.info, model.pool > 1
         self.network = TransformerBlock(
             self.config,
@@ -71,9 +71,9 @@ class TowerStage(TransformerStage):
 
     def segmentations(self, share: Share) -> Mapping[str, tuple[int, ...]]:
         """Return the windows, if there are any."""
-        if not self.tower.window:
+        if not self.vit.window:
             return {}
-        return {WINDOWS: tuple(itertools.chain.from_iterable(map(self.tower.windows, _grids(share))))}
+        return {WINDOWS: tuple(itertools.chain.from_iterable(map(self.vit.windows, _grids(share))))}
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return the positions that the stem makes of the rows of the data."""
@@ -88,14 +88,14 @@ class TowerStage(TransformerStage):
     ) -> dict[str, Tensor]:
         """Return the rows for each target."""
         device, cp = hidden_S1H.device, (self.cp.rank(), self.cp.size())
-        places = _emitted(self.tower, _grids(share), cp, device)
+        places = _emitted(self.vit, _grids(share), cp, device)
         rows_PH = self._rows(hidden_S1H, packing, places)
         deep = [
             self._rows(self.complete(self._inner.pop(layer)), packing, places)
-            for layer in self.tower.deepstack_layers
+            for layer in self.vit.deepstack_layers
         ]
-        if self.tower.pool > 1:
-            rows_PH = rows_PH.unflatten(0, (-1, self.tower.pool)).mean(dim=1)
+        if self.vit.pool > 1:
+            rows_PH = rows_PH.unflatten(0, (-1, self.vit.pool)).mean(dim=1)
         if self.final_norm is not None:
             rows_PH = self.final_norm(rows_PH)
         total = sum(share.lengths)
