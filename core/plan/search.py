@@ -1,7 +1,7 @@
 """Search: which layouts are evaluated, and how closely, within a budget of simulated actions.
 
 The candidates are timed for a short step, in the order of their bounds. On the best of them that fit other orders are
-tried. The layouts that the plan shows are confirmed: `simulate` times their whole step.
+tried. The best layouts are confirmed: `simulate` times their whole step.
 """
 
 import math
@@ -126,14 +126,18 @@ class Search:
             self.layouts[i] = self.evaluator.fitted(self.layouts[i])
         return self.layouts[i].kind == SLOWER
 
-    def confirm(self, count: int) -> list[Layout]:
-        """Return so many of the best layouts as `simulate` times them, the fastest first; of equal grids only one."""
+    def confirm(self, shown: int, confirmed: int) -> list[Layout]:
+        """Return so many of the best layouts with different grids, the fastest first.
+
+        The first `confirmed` of them are as `simulate` times them, the others as in lockstep, which is no less.
+        """
         while True:
-            ranked = self._distinct(count)
-            i = next((i for i in ranked if i not in self.confirmed), None)
+            ranked = self._distinct(shown)
+            i = next((i for i in ranked[:confirmed] if i not in self.confirmed), None)
             if i is None:
                 return [self.layouts[i] for i in ranked]
-            self._confirm(i)
+            self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
+            self.confirmed.add(i)
 
     def _distinct(self, count: int) -> list[int]:
         """Return the numbers of so many of the best layouts with different grids whose memory is enough."""
@@ -145,20 +149,16 @@ class Search:
             if all([self._fits(i) for i in ranked]):  # noqa: C419 -- each is asked, whatever the others are
                 return ranked
 
-    def _confirm(self, i: int) -> None:
-        self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
-        self.confirmed.add(i)
-
     def _ranked(self) -> list[int]:
         """Return the numbers of the layouts that may fit, the fastest first."""
         fits = (i for i, layout in enumerate(self.layouts) if layout.kind == SLOWER)
         return sorted(fits, key=lambda i: self.layouts[i].step_s)
 
-    def own(self, spec: JobSpec) -> Layout:
-        """Evaluate the job's own layout, and confirm it."""
+    def asked(self, spec: JobSpec) -> Layout:
+        """Evaluate a layout that was asked for, with its memory."""
         i = self.evaluate(spec)
-        if self.layouts[i].kind == SLOWER and i not in self.confirmed and self._fits(i):
-            self._confirm(i)
+        if self.layouts[i].kind == SLOWER:
+            self._fits(i)
         return self.layouts[i]
 
     def evaluate(self, spec: JobSpec) -> int:

@@ -43,11 +43,6 @@ class Machine:
         return self.accelerator.flops[self.precision] * self.efficiency
 
     @property
-    def reached(self) -> float:
-        """The part of the peak that products reach."""
-        return self.efficiency
-
-    @property
     def value_bytes(self) -> int:
         """Bytes of a value in computation and in messages."""
         return VALUE_BYTES[self.precision]

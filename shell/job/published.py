@@ -27,6 +27,8 @@ from mimogrid.shell.job.textfiles import json_of, read_text
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+THEIRS, TOWER = "hf:", "mimogrid.shell.modules.transformers_tower:build"
+"""What the model of a module begins with that transformers' own network runs, and what builds it."""
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 """The dtypes that weights may have."""
 _REMEDY = "Name the folder of a whole checkpoint in safetensors, or download it again."
@@ -159,6 +161,8 @@ def lay_weights(table: MutableMapping[str, Any], folder: Path) -> dict[str, tupl
             module.setdefault("weights", whole)
         if module.get("weights") == "":
             del module["weights"]
+        if str(module.get("model")).startswith(THEIRS):
+            module["weights"], _, _ = str(module["model"]).removeprefix(THEIRS).partition("#")
         if isinstance(module.get("weights"), str) and (of := _lay(name, module, folder, tuple(modules))):
             problems[name] = of
     return problems
@@ -174,6 +178,10 @@ def _lay(
     except PlanError as error:
         return error.problems
     module.setdefault("model", found["model"])
+    if module["model"] == TOWER:
+        return ()
+    if str(module["model"]).startswith(THEIRS):
+        return _lay_tower(name, module, found)
     if module["model"] != found["model"]:
         message = f"is '{module['model']}', and the checkpoint has a '{found['model']}'."
         return (Problem(f"modules.{name}.model", message, "Leave it out."),)
@@ -183,6 +191,24 @@ def _lay(
         module.setdefault("feeds", targets)
     if "frozen" in found and "trainable" not in module:
         module.setdefault("frozen", found["frozen"])
+    _lay_projectors(module, found.get("projector", {}))
+    return ()
+
+
+def _lay_tower(name: str, module: MutableMapping[str, Any], found: Mapping[str, Any]) -> tuple[Problem, ...]:
+    """Lay the table of transformers' own tower, which a module of its own runs."""
+    described = published(Path(module["weights"])).module(name)
+    _, _, part = str(module["model"]).partition("#")
+    if part != "vision_tower" or described.grid is None:
+        message = (
+            f"names '{part}'; what runs so is the vision_tower of a checkpoint whose images have one size."
+        )
+        return (Problem(f"modules.{name}.model", message, "Leave the model out: the tower is converted."),)
+    module["model"], module["width"] = TOWER, described.options["hidden"]
+    module["options"] = {"folder": module["weights"], "module": name}
+    if described.option("emit_class_token"):
+        module["rows_out"] = {"extra": 1}
+    module.setdefault("feeds", list(found.get("feeds", ())))
     _lay_projectors(module, found.get("projector", {}))
     return ()
 
