@@ -57,7 +57,7 @@ class Search:
         for candidate in found.candidates:
             if candidate.bound >= best:
                 return best
-            goes_on = self._goes_on(candidate.bound, best) or best == math.inf
+            goes_on = self._goes_on(candidate.bound) or best == math.inf
             if self.evaluator.effort >= until or not goes_on:
                 return min(candidate.bound, found.left_out_s)
             i = self.evaluate(layout_of(question, self.evaluator.main, candidate))
@@ -65,31 +65,35 @@ class Search:
                 best = self.layouts[i].step_s
         return found.left_out_s
 
-    def _goes_on(self, bound_s: float, best_s: float) -> bool:
+    def _goes_on(self, bound_s: float) -> bool:
         """Tell the progress; return whether to go on."""
-        simulated = self.evaluator.simulated
-        self.stopped = self.stopped or not self.watch(
-            Progress(bound_s=bound_s, best_s=best_s, looked_at=self.looked_at, simulated=simulated)
+        fit = (layout.step_s for layout in self.layouts if layout.kind == SLOWER and layout.peak_bytes)
+        progress = Progress(
+            bound_s=bound_s,
+            best_s=min(fit, default=math.inf),
+            looked_at=self.looked_at,
+            simulated=self.evaluator.simulated,
         )
+        self.stopped = self.stopped or not self.watch(progress)
         return not self.stopped
 
     def orders(self, budget: int) -> None:
         """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""
         until = self.evaluator.effort + budget
-        for i in self.fit(REFINED):
+        for i in self._distinct(REFINED):
             layout = self.layouts[i]
             if layout.step_s <= layout.lower_bound_s:
                 continue
             for name in SCHEDULES:
                 other = self._under(layout.spec, name)
-                if other is not None and self.evaluator.effort < until and self._goes_on(0.0, layout.step_s):
+                if other is not None and self.evaluator.effort < until and self._goes_on(0.0):
                     self.evaluate(other)
-        for i in self.fit(TUNED):
+        for i in self._distinct(TUNED):
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
             slower = layout.step_s > layout.lower_bound_s
-            if actions <= TUNED_AT_MOST and slower and self._goes_on(0.0, layout.step_s):
+            if actions <= TUNED_AT_MOST and slower and self._goes_on(0.0):
                 self.evaluate(self._tuned(layout.spec))
 
     def _tuned(self, spec: JobSpec) -> JobSpec:
