@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
-from mimogrid.core.job.validation.problems import parity_problems
 from mimogrid.shell.cli.arguments import ParityArgs, ProbeArgs, TrainArgs
 from mimogrid.shell.cli.output import print_json, unescaped, write
 from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
@@ -18,6 +17,7 @@ from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.job.published import origin_of
 from mimogrid.shell.run import folders
 from mimogrid.shell.world import preflight
+from mimogrid.shell.world.error_file import record_failure
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.orphans import end_with_launcher
 from mimogrid.shell.world.preemption import EXIT_CODE, SIGNALS, forwarding_signals
@@ -34,8 +34,10 @@ def train(job: Job, args: TrainArgs) -> int:
     place = under_torchrun()
     report = _train_here(job, args) if place is None else _train_at(place, job, args)
     if isinstance(report, folders.Stopped):
+        text = f"{report}\n    To go on: {_command(job, report)}"
+        record_failure(text)
         if place is None or place.rank == job.topology.ranks[0]:
-            print(f"{report}\n    To go on: {_command(job, report)}", file=sys.stderr)
+            print(text, file=sys.stderr)
         return EXIT_CODE
     if args.json and report is not None:
         print_json(report)
@@ -88,8 +90,7 @@ def _train_at(place: RankPlace, job: Job, args: TrainArgs) -> Any:
 
 def parity(job: Job, args: ParityArgs) -> int:
     """Compare a job's layout with one process, or with transformers. Returns the exit code: 1 beyond the tolerance."""
-    problems = [*parity_problems(job.spec), *(_reference_problems(job) if args.reference else ())]
-    if problems:
+    if problems := list(_reference_problems(job) if args.reference else ()):
         raise PlanError(problems)
     body = "reference_parity" if args.reference else "parity"
     report: ParityReport | ReferenceReport = _in_fresh_world(
