@@ -127,6 +127,7 @@ def build(
             processor_digest=digest,
             max_tokens=making.max_tokens,
             versions=_versions(),
+            digest=_digest(out / PARTS, parts),
             **_counted(out / PARTS, parts),
         )
         _publish(out, parts, facts)
@@ -316,6 +317,14 @@ def _counted(folder: Path, parts: list[str]) -> dict[str, Any]:
             [Problem(str(folder.parent), f"no record of the store is a sample: {found}.", remedy)]
         )
     return {"longest": longest, "left_out": dict(reasons.most_common())}
+
+
+def _digest(folder: Path, parts: list[str]) -> str:
+    """Return a digest of the rows of parts."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(read_part(folder / part)[0].serialize())
+    return hashed.hexdigest()
 
 
 def _publish(out: Path, parts: list[str], facts: Facts) -> None:
