@@ -4,14 +4,13 @@ What a rank keeps all the time is known exactly (`core.pricing.footprint`), so a
 would be ended by the kernel, minutes later and without a word.
 """
 
-import os
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.topology.topology import Topology
+from mimogrid.shell.device import machine
 
 
 RANKS_PER_CORE, FEW_RANKS = 4, 8
@@ -25,14 +24,14 @@ _FORCE = "or go on with --force"
 
 def problems(topology: Topology, *, on_host: bool) -> Iterator[Problem]:
     """Yield why this machine is too small for a world of local processes; `on_host`: tensors are in its memory."""
-    size, cores = topology.world_size, _cores()
+    size, cores = topology.world_size, machine.cores()
     if size > max(FEW_RANKS, RANKS_PER_CORE * cores):
         message = f"the job needs {size} ranks, and this machine has {cores} cores."
         remedy = f"Start it with torchrun on more machines, make the grids smaller, {_FORCE}."
         yield Problem("world_size", message, remedy)
         return  # the others cost time on so large a world
     needed = sum(PROCESS_BYTES + (kept(topology, rank).bytes if on_host else 0) for rank in range(size))
-    available = available_bytes()
+    available = machine.available_bytes()
     if available is not None and needed > available:
         message = (
             f"{size} ranks need at least {needed / 1e9:.1f} GB for weights, gradients and the optimizer, "
@@ -52,25 +51,3 @@ def allow_files(size: int) -> Iterator[Problem]:
         yield Problem("ulimit", message, f"Raise the limit: ulimit -n {max(1024, needed)}")
     else:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def available_bytes() -> int | None:
-    """Return the memory that this machine, or this container, has left; None where nothing says so."""
-    found = [
-        int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")
-    ]
-    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
-    if limit and used and limit[0].isdecimal():
-        found.append(int(limit[0]) - int(used[0]))
-    return min(found, default=None)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

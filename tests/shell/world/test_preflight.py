@@ -11,6 +11,7 @@ from layouts import job
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.cli import start
 from mimogrid.shell.cli.main import main
+from mimogrid.shell.device import machine
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.run import log
@@ -39,7 +40,7 @@ def test_more_ranks_than_cores_are_refused(
 ) -> None:
     """Before any process and any folder is made; --force goes on."""
     path = written(tmp_path, job("enc(1,1,1)@0 lm(1,1,8)@1"))
-    monkeypatch.setattr(preflight, "_cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setattr(preflight, "FEW_RANKS", 4)
     monkeypatch.setattr(start, "Pool", not_started)
     words = ["train", str(path), "--set", f"train.run_dir={tmp_path / 'run'}"]
@@ -56,7 +57,7 @@ def test_more_memory_than_there_is_is_refused(tmp_path: Path, monkeypatch: pytes
     """What weights, gradients and the optimizer need is known exactly."""
     topology = open_job(written(tmp_path, job("enc(1,1,1)@0 lm(1,1,1)@1"))).topology
     assert [] == list(preflight.problems(topology, on_host=True))
-    monkeypatch.setattr(preflight, "available_bytes", lambda: 200 << 20)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 200 << 20)
     (problem,) = preflight.problems(topology, on_host=True)
     assert problem.message.startswith("2 ranks need at least 0.2 GB")
     assert problem.message.endswith("and this machine has 0.2 GB available.")
@@ -92,8 +93,8 @@ def test_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "/sys/fs/cgroup/memory.max": ["50000"],
         "/sys/fs/cgroup/memory.current": ["20000"],
     }
-    monkeypatch.setattr(preflight, "_lines", lambda path: files[path])
-    assert 30000 == preflight.available_bytes()
+    monkeypatch.setattr(machine, "lines", lambda path: files[path])
+    assert 30000 == machine.available_bytes()
 
 
 def test_secrets_of_the_environment_are_named_only(
