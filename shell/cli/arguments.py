@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import attrs
 
+from mimogrid import __version__
 from mimogrid.core.base.errors import nearest
 from mimogrid.core.pricing.machine import EFFICIENCY
 
@@ -223,6 +224,40 @@ class ExportArgs(RunArgs):
     )
 
 
+@attrs.frozen(kw_only=True)
+class WatchArgs(Args):
+    """Show what a run does now: each rank, step time, loss, idle time, memory. Needs no torch; Ctrl-C leaves."""
+
+    folder: Path = _positional("RUN", "the folder of a run")
+    once: bool = _switch("show it once, and leave")
+
+
+@attrs.frozen(kw_only=True)
+class EnvArgs(Args):
+    """Show versions, devices, backends and limits of this machine, and how to get what is missing."""
+
+
+@attrs.frozen(kw_only=True)
+class SchemaArgs(Args):
+    """Print the JSON Schema of the job file, by which editors complete and check it."""
+
+    out: Path | None = _option("FILE", "write it into this file instead", Path)
+
+
+@attrs.frozen(kw_only=True)
+class CompletionArgs(Args):
+    """Print the completion of this command line for a shell."""
+
+    shell: str = attrs.field(
+        metadata={
+            "flags": (),
+            "metavar": "SHELL",
+            "choices": ("bash", "fish", "zsh"),
+            "help": "bash, fish or zsh",
+        }
+    )
+
+
 COMMANDS: Mapping[str, type[Args]] = {
     "check": CheckArgs,
     "roles": RolesArgs,
@@ -235,7 +270,37 @@ COMMANDS: Mapping[str, type[Args]] = {
     "parity": ParityArgs,
     "inspect": InspectArgs,
     "export": ExportArgs,
+    "watch": WatchArgs,
+    "env": EnvArgs,
+    "schema": SchemaArgs,
+    "completion": CompletionArgs,
 }
+
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "check": ("check job.toml", "check job.toml --set modules.language.grid.tp=4"),
+    "roles": ("roles job.toml", "roles job.toml --rank 3", "roles job.toml --svg ranks.svg"),
+    "show": ("show job.toml --rank 3 --set batch.microbatches=2",),
+    "verify": ("verify job.toml --strict", "verify job.toml --program edited.txt"),
+    "simulate": (
+        "simulate job.toml --gpu h100 --svg step.svg",
+        "simulate job.toml --costs costs.toml --schedule all",
+    ),
+    "plan": ("plan job.toml --gpus 64 --gpu h100 --out planned.toml",),
+    "probe": ("probe job.toml --out costs.toml",),
+    "train": (
+        "train job.toml --set train.steps=20",
+        "train job.toml --resume runs/job-1",
+        "train job.toml --set train.run_dir=runs/mine",
+    ),
+    "parity": ("parity job.toml --set precision=fp64",),
+    "inspect": ("inspect runs/job-1", "inspect runs/job-1 --job larger.toml"),
+    "export": ("export runs/job-1 --to safetensors --out weights",),
+    "watch": ("watch runs/job-1", "watch runs/job-1 --once --json"),
+    "env": ("env", "env --json"),
+    "schema": ("schema --out job.schema.json",),
+    "completion": ("completion bash > ~/.local/share/bash-completion/completions/mimogrid",),
+}
+"""By command what `--help` shows; a shell's redirection is not part of a command."""
 
 
 # -- parsing -----------------------------------------------------------------------------------------------
@@ -245,51 +310,47 @@ def parse(words: Sequence[str]) -> Args:
     """Return the arguments of a command. Raises SystemExit for --help, and with code 2 for what is wrong."""
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _Parser(prog="mimogrid").error(f"'{words[0]}' is no command. {nearest(words[0], tuple(COMMANDS))}")
-    found = vars(_parser().parse_args(words))
+    found = vars(parser().parse_args(words))
     return COMMANDS[found.pop("command")](**found)
 
 
 def overview() -> str:
     """Return what `mimogrid` alone prints: every command and what it does."""
-    nouns = {name: "RUN" if issubclass(of, RunArgs) else "JOB" for name, of in COMMANDS.items()}
-    commands = (f"    mimogrid {f'{name} {nouns[name]}':<14}{of.__doc__}\n" for name, of in COMMANDS.items())
+    commands = (f"    mimogrid {f'{name} {_noun(of)}':<18}{of.__doc__}\n" for name, of in COMMANDS.items())
     return (
         "mimogrid trains multimodal models in which every module has its own grid of ranks.\n\n"
         f"{''.join(commands)}\n"
         "JOB is a TOML file; start with one from examples/. --set train.steps=20 overrides a key of it.\n"
-        "`mimogrid COMMAND --help` lists the options.\n"
+        "`mimogrid COMMAND --help` lists the options, with examples.\n"
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mimogrid", description="Run `mimogrid` alone for an overview.")
-    parser.add_argument(
-        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version"
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+def _noun(of: type[Args]) -> str:
+    """Return what a command acts on, as its help names it."""
+    nouns = (f.metadata.get("metavar", f.name) for f in attrs.fields(of) if f.metadata.get("flags") == ())
+    return next(nouns, "")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    whole = _Parser(prog="mimogrid", description="Run `mimogrid` alone for an overview.")
+    whole.add_argument("--version", action="version", version=f"mimogrid {__version__}")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, of in COMMANDS.items():
         # Values that are not given have no place in what argparse returns: the fields say the defaults.
         added = commands.add_parser(
-            name, help=of.__doc__, description=of.__doc__, argument_default=argparse.SUPPRESS
+            name,
+            help=of.__doc__,
+            description=of.__doc__,
+            epilog="\n".join(["examples:", *(f"  mimogrid {example}" for example in EXAMPLES[name])]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
         )
         for field in sorted(attrs.fields(of), key=lambda field: field.metadata.get("flags") != ()):
             how = dict(field.metadata)
             flags = how.pop("flags", (f"--{field.name.replace('_', '-')}",))
             added.add_argument(*(flags or (field.name,)), **({"dest": field.name} if flags else {}), **how)
-    return parser
-
-
-class _Version(argparse.Action):
-    """Prints the version, which takes time to look up."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 -- only what is used
-
-        try:
-            print(f"mimogrid {version('mimogrid')}")
-        except PackageNotFoundError:
-            print("mimogrid, not installed")
-        parser.exit()
+    return whole
 
 
 class _Parser(argparse.ArgumentParser):

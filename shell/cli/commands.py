@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from mimogrid.core.base.errors import PlanError, Problem, WorldError
+from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify as faults_of
 from mimogrid.core.step.traffic import EdgeTraffic, edge_traffic
@@ -21,6 +21,8 @@ from mimogrid.shell.cli import start
 from mimogrid.shell.cli.arguments import (
     Args,
     CheckArgs,
+    CompletionArgs,
+    EnvArgs,
     ExportArgs,
     InspectArgs,
     JobArgs,
@@ -29,6 +31,7 @@ from mimogrid.shell.cli.arguments import (
     PlanningArgs,
     ProbeArgs,
     RolesArgs,
+    SchemaArgs,
     ShowArgs,
     SimulateArgs,
     TrainArgs,
@@ -36,13 +39,16 @@ from mimogrid.shell.cli.arguments import (
 )
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, write
+from mimogrid.shell.job import extras
 from mimogrid.shell.job.builders import PlanWarning
 from mimogrid.shell.job.jobs import Job, open_job
 
 
-def run(args: Args) -> int:  # noqa: PLR0911 -- a line for each command
+def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
     """Run a command; return its exit code. Raises PlanError and WorldError."""
-    with _torch_is_needed():
+    if isinstance(args, ProbeArgs | TrainArgs | ParityArgs | ExportArgs):
+        extras.require("train", type(args).__name__.removesuffix("Args").lower())
+    with _extras_are_named():
         match args:
             case CheckArgs():
                 return check(_opened(args), args)
@@ -74,20 +80,32 @@ def run(args: Args) -> int:  # noqa: PLR0911 -- a line for each command
                 from mimogrid.shell.cli import export  # noqa: PLC0415 -- imports torch
 
                 return export.run(args)
+            case EnvArgs():
+                from mimogrid.shell.cli import env  # noqa: PLC0415 -- only what is used
+
+                return env.run(args)
+            case SchemaArgs():
+                from mimogrid.shell.cli import editor  # noqa: PLC0415 -- only what is used
+
+                return editor.schema(args)
+            case CompletionArgs():
+                from mimogrid.shell.cli import editor  # noqa: PLC0415 -- only what is used
+
+                return editor.completion(args)
             case _:
                 raise AssertionError(args)
 
 
 @contextlib.contextmanager
-def _torch_is_needed() -> Iterator[None]:
-    """Say how to get what a command needs and is not installed. Raises WorldError."""
+def _extras_are_named() -> Iterator[None]:
+    """Say how to get what a command needs and is not installed. Raises PlanError."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in {"torch", "megatron"}:
-            raise
-        message = f"this command needs {error.name}: pip install 'mimogrid[train]'"
-        raise WorldError(message) from None
+        for extra, packages in extras.EXTRAS.items():
+            if error.name in {name.partition(".")[0] for name in packages.values()}:
+                raise PlanError([extras.lack("this command", [str(error.name)], extra)]) from None
+        raise
 
 
 def _opened(args: JobArgs | InspectArgs) -> Job:
