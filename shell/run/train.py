@@ -179,7 +179,7 @@ class Run:
         """Run the steps from `start` to the last, or until a request to stop."""
         job = self.runtime.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
-        tally = resumed_tally(self.folder, start) if self.is_first else Tally()
+        tally = resumed_tally(self.runtime, self.folder, start) if self.is_first else Tally()
         watch = StragglerWatch(job)
         with contextlib.ExitStack() as stack:
             metrics = stack.enter_context(open_metrics(self.folder, start, steps)) if self.is_first else None
