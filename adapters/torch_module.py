@@ -65,7 +65,8 @@ class Example:
     """One sample of the host program: its description, and its tensors by module.
 
     Every rank reads the description. It reads the tensors of a module only where it needs them, so a mapping that loads
-    lazily loads this rank's share only. The tensors of a module are those that `shell.job.sources.Source.load` returns.
+    lazily loads this rank's share only. The tensors of a module are those that `shell.job.sources.source.Source.load`
+    returns.
     `sample.id` may be any number that is the same on every rank.
     """
 
@@ -388,7 +389,7 @@ def _mismatches(
         )
         remedy = (
             "Set model = 'mimogrid.shell.job.host:module' and the width of its rows, "
-            "or see shell.modules.HostNetwork."
+            "or see shell.modules.interface.HostNetwork."
         )
         yield Problem(f"{where}.model", message, remedy)
     if written.recompute != "none":

@@ -9,7 +9,7 @@ from mimogrid.core.topology.groups import Ranks, groups_of, in_slots
 from mimogrid.core.topology.roles import RankRole
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.device.device import Device
-from mimogrid.shell.megatron import ProcessGroupCollection
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.world.groups import ProcessGroups, destroy
 from mimogrid.shell.world.world import World
 

@@ -25,7 +25,7 @@ from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share, aux_name
 from mimogrid.core.topology.topology import Module, StageInfo, Topology
-from mimogrid.shell.megatron import (
+from mimogrid.shell.megatron.names import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -36,7 +36,7 @@ from mimogrid.shell.modules.packing import Packing, TokenSplit, pack_text
 
 
 class LanguageStage(nn.Module):
-    """A stage of a `GPTModel` as a stage of the job's `gpt` with this name (a `shell.modules.HostNetwork`).
+    """A stage of a `GPTModel` as a stage of the job's `gpt` with this name (a `shell.modules.interface.HostNetwork`).
 
     `rank` is the rank in the job. `aux_scale` is the factor of this rank's term of the auxiliary loss.
     """
@@ -73,7 +73,7 @@ class LanguageStage(nn.Module):
         return {f"model.{key}": parameter for key, parameter in table.items()}
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
-        """Compute the stage; see the table in `shell.modules`."""
+        """Compute the stage; see the table in `shell.modules.interface`."""
         gpt: Any = self.model
         device = next(iter(inputs.values())).device
         packing = pack_text(share, multiple=1, device=device, cut=self.cut, token_split=self.token_split)

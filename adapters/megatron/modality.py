@@ -20,8 +20,8 @@ from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share
 from mimogrid.core.topology.roles import ModuleStageInfo
 from mimogrid.core.topology.topology import StageInfo
-from mimogrid.shell.megatron import gather_from_sequence_parallel_region
 from mimogrid.shell.megatron.layers import CoreAttention
+from mimogrid.shell.megatron.names import gather_from_sequence_parallel_region
 from mimogrid.shell.modules.packing import Packing, pack_rows
 
 
@@ -80,7 +80,7 @@ class ModalityNetwork(nn.Module):
     The encoder gets the rows of all samples, end to end, as `argument`, or the arguments that a function makes of them.
     If `argument` is None, it gets the other tensors of the samples by name. It returns one row for each placeholder. In
     the job the module is a custom module as wide as the language model, or a `vit`. A `vit` may have several stages
-    (`stage`); this is then one of them (a `shell.modules.HostNetwork`). The modality has its own projection.
+    (`stage`); this is then one of them (a `shell.modules.interface.HostNetwork`). The modality has its own projection.
 
     An output with three dims is [S, B, H] from a `TransformerBlock`, with several stages, with cp, or if the inputs are
     `SequenceFirst`; otherwise it is [B, S, H]. Rows are returned sample after sample. Megatron flattens both layouts as
@@ -113,7 +113,7 @@ class ModalityNetwork(nn.Module):
         return table_of(self._modality[0], info, tp=tp, expert_tp=expert_tp)
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share | None = None) -> Mapping[str, Tensor]:
-        """Return the projected rows, or hidden states; see `shell.modules.OwnNetwork` and `HostNetwork`."""
+        """Return the projected rows, or hidden states; see `shell.modules.interface.OwnNetwork` and `HostNetwork`."""
         first, last = self.stage.is_first_stage, self.stage.is_last_stage
         modality: Any = self._modality[0]
         encoder: Any = modality.encoders[self._key]

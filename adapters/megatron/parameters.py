@@ -56,7 +56,7 @@ def whole_names(network: nn.Module) -> Iterator[tuple[str, str]]:
 def table_of(
     network: nn.Module, info: StageInfo, *, tp: int, expert_tp: int = 1, tied: bool = False
 ) -> dict[str, Parameter]:
-    """Return the parameters of a network by their keys; see `shell.modules.HostNetwork.table`.
+    """Return the parameters of a network by their keys; see `shell.modules.interface.HostNetwork.table`.
 
     Raises PlanError for a sharded weight without the attributes that say how it is sharded.
     """

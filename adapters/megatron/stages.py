@@ -22,8 +22,8 @@ from mimogrid.adapters.megatron.modality import continued
 from mimogrid.adapters.megatron.states import sharded_parts
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.topology.roles import ModuleStageInfo, RankRole
-from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.layers import block_spec
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 

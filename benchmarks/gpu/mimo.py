@@ -19,7 +19,8 @@ from bench import Bench
 from mimogrid.core.job.models import Gpt
 from mimogrid.core.step.step import Share
 from mimogrid.shell.device.device import DTYPES
-from mimogrid.shell.modules import StageModule, TextStage
+from mimogrid.shell.modules.built_in import TextStage
+from mimogrid.shell.modules.interface import StageModule
 from mimogrid.shell.runtime.data import Loader
 from mimogrid.shell.runtime.stage import StageRunner
 

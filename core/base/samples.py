@@ -18,6 +18,7 @@ import attrs
 _NO_PLACES: Mapping[str, tuple[int, ...]] = {}
 _NO_UNITS: Mapping[str, float] = {}
 _NO_SEGMENTS: Mapping[str, tuple[tuple[int, ...], ...]] = {}
+_NO_INTERVALS: Mapping[str, tuple[float, ...]] = {}
 
 SegmentGrid = tuple[int, ...]
 """How the rows of a segment lie: (frames, height, width) of an image or a video in patches, (length,) of a sound."""
@@ -35,6 +36,8 @@ class Sample:
             leading positions.
         segments: for a source module, the grid of each segment of its rows (an image, a clip, a sound), in order; no
             entry: all its rows are one segment. Attention stays within a segment.
+        intervals: for a source module, how many positions of a language model lie between two frames of each segment;
+            no entry: one.
         units: for a module with a loss, the sum of the sample's loss weights, where it is not the default
             (`gpt`: `length`; `regressor`: its rows times outputs; custom modules: 1).
     """
@@ -45,6 +48,7 @@ class Sample:
     placeholders: Mapping[str, tuple[int, ...]] = _NO_PLACES
     units: Mapping[str, float] = _NO_UNITS
     segments: Mapping[str, tuple[SegmentGrid, ...]] = _NO_SEGMENTS
+    intervals: Mapping[str, tuple[float, ...]] = _NO_INTERVALS
 
     def grids(self, module: str) -> tuple[SegmentGrid, ...]:
         """Return the grid of each segment that a source module reads.

@@ -1,11 +1,13 @@
 """The module graph: which modules feed which, and how many rows each module emits for a sample.
 
-The graph is acyclic. Numbers of rows follow from a sample's description: a source module reads the rows of the sample,
-a `block` emits one row for each row that it receives, and a language model emits one row for each position in use.
+The graph is acyclic. Numbers of rows follow from a sample's description: a source module reads the rows of the sample
+and emits what its `Emission` makes of each segment, a `block` emits one row for each row that it receives, and a
+language model emits one row for each position in use.
 
->>> graph = ModuleGraph.of({"vision": ("vit", ("language",)), "language": ("gpt", ())})
->>> graph.rows_out(Sample(id=0, length=5, rows={"vision": 4}))
-{'vision': 4, 'language': 9}
+>>> modules = {"vision": ("vit", ("language",)), "language": ("gpt", ())}
+>>> graph = ModuleGraph.of(modules, {"vision": Emission(merge=2)})
+>>> graph.rows_out(Sample(id=0, length=5, rows={"vision": 8}, segments={"vision": ((1, 2, 4),)}))
+{'vision': 2, 'language': 7}
 """
 
 import functools
@@ -15,16 +17,25 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 
 from mimogrid.core.base.samples import Sample
+from mimogrid.core.models.segments import ONE_EACH, Emission
+
+
+_NO_EMISSIONS: Mapping[str, Emission] = {}
 
 
 @attrs.frozen
 class Node:
-    """A module in the graph, with the modules that feed it and those that it feeds, in file order."""
+    """A module in the graph, with the modules that feed it and those that it feeds, in file order.
+
+    What it emits for the rows that it reads is its `emission`; to a module that others feed all rows of a sample are
+    one segment.
+    """
 
     name: str
     model: str
     feeders: tuple[str, ...]
     feeds: tuple[str, ...]
+    emission: Emission = ONE_EACH
 
     @property
     def is_source(self) -> bool:
@@ -45,15 +56,23 @@ class ModuleGraph:
     order: tuple[str, ...]
 
     @classmethod
-    def of(cls, modules: Mapping[str, tuple[str, tuple[str, ...]]]) -> "ModuleGraph":
-        """Build the graph of ``{name: (model, feeds)}``. Raises ValueError for a cycle."""
+    def of(
+        cls,
+        modules: Mapping[str, tuple[str, tuple[str, ...]]],
+        emissions: Mapping[str, Emission] = _NO_EMISSIONS,
+    ) -> "ModuleGraph":
+        """Build the graph of ``{name: (model, feeds)}``. Raises ValueError for a cycle.
+
+        `emissions` are of modules that emit other rows than they read.
+        """
         feeders: dict[str, list[str]] = {name: [] for name in modules}
         for name, (_, targets) in modules.items():
             for target in dict.fromkeys(targets):
                 if target in feeders:
                     feeders[target].append(name)
         nodes = {
-            name: Node(name, model, tuple(feeders[name]), feeds) for name, (model, feeds) in modules.items()
+            name: Node(name, model, tuple(feeders[name]), feeds, emissions.get(name, ONE_EACH))
+            for name, (model, feeds) in modules.items()
         }
         cycle = find_cycle({name: node.feeds for name, node in nodes.items()})
         if cycle:
@@ -78,12 +97,19 @@ class ModuleGraph:
         return sum(rows_out[feeder] for feeder in node.feeders)
 
     def rows_out(self, sample: Sample) -> dict[str, int]:
-        """Return how many rows every module emits for a sample."""
+        """Return how many rows every module emits for a sample. Raises ValueError for a grid that cannot be merged."""
         emitted: dict[str, int] = {}
-        for name in self.order:
-            text = sample.length if self.nodes[name].reads_text else 0
-            emitted[name] = self.rows_in(name, emitted, sample) + text
+        for name, node in ((name, self.nodes[name]) for name in self.order):
+            rows = self.rows_in(name, emitted, sample)
+            grids = sample.grids(name) if node.is_source else ((rows,),) * bool(rows)
+            text = sample.length if node.reads_text else 0
+            emitted[name] = sum(map(node.emission.rows, grids)) + text
         return emitted
+
+    def emitting_each(self) -> "ModuleGraph":
+        """Return the graph in which every module emits a row for each that it reads."""
+        nodes = {name: attrs.evolve(node, emission=ONE_EACH) for name, node in self.nodes.items()}
+        return ModuleGraph(nodes, self.order)
 
     @functools.cached_property
     def paths(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.samples import SegmentGrid
+from mimogrid.core.models.segments import ONE_EACH, PLANE, Emission
 
 
 FIRST, LAST = "first", "last"
@@ -24,12 +25,18 @@ PROJECTOR, HEAD = "projector.", "output."
 
 
 NORMS = ("layernorm", "rmsnorm")
-PARTS = (
-    *("norm", "norm_eps", "activation", "gated", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"),
-    *("rotary_base", "rotary_scaling", "window"),
-)
-"""Options that say what the parts of a layer compute; all else is sizes."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
+POSITIONS = ("rotary", "learned", "rotary_2d")
+INTERPOLATIONS = ("none", "bilinear")
+STEMS = ("patch", "whisper")
+PARTS = (
+    *("norm", "norm_eps", "activation", "gated", "qkv_bias", "k_bias", "out_bias", "mlp_bias", "qk_norm"),
+    *("rotary_base", "rotary_scaling", "rotary_sections", "positions", "window", "final_norm", "pool"),
+    *("deepstack", "deepstack_layers"),
+)
+"""Options that say what a stack of layers computes; all else is sizes, and what comes before or behind it."""
+CONVOLUTION = 3
+"""The width of Whisper's convolutions, in frames."""
 
 
 @attrs.frozen
@@ -84,16 +91,22 @@ class Transformer:
         gated: the MLP multiplies what it passes on by an activated gate. `mlp.up` is then the gate, and behind it what
             the gate lets through.
         qkv_bias: queries, keys and values have a bias.
+        k_bias: keys have a bias if queries and values have one. Without it, its rows of `attention.qkv.bias` are zero
+            and never train.
         out_bias: the output of the attention has a bias.
         mlp_bias: both linear layers of the MLP have a bias.
         qk_norm: queries and keys pass an RMS norm, head by head.
         rotary_base: the base of the rotary frequencies.
         rotary_scaling: how the frequencies are stretched (`core.models.frequencies.parse_scaling`); empty: not at all.
-        window: a token of a causal model sees itself and the `window` - 1 before it; 0: all before it.
+        window: a token of a causal model sees itself and the `window` - 1 before it; 0: all before it. For a tower see
+            `Vit`.
         full_layers: layers without the window.
         dropout: the probability of dropping a value in training.
         experts: experts of an MLP; 0: it is dense.
+        expert_ffn: width inside an expert.
         top_k: experts that a token goes to.
+        norm_top_k: the weights of a token's experts add up to 1; else they are those of a softmax over all experts.
+        dense_layers: layers without experts.
         aux_loss: weight of the loss that balances experts.
         init_std: standard deviation of initial weights.
     """
@@ -111,6 +124,7 @@ class Transformer:
     activation: str = "gelu"
     gated: bool = False
     qkv_bias: bool = True
+    k_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     qk_norm: bool = False
@@ -120,13 +134,17 @@ class Transformer:
     full_layers: tuple[int, ...] = ()
     dropout: float = 0.0
     experts: int = 0
+    expert_ffn: int = attrs.field(default=attrs.Factory(lambda self: self.ffn, takes_self=True))
     top_k: int = 2
+    norm_top_k: bool = True
+    dense_layers: tuple[int, ...] = ()
     aux_loss: float = 0.0
     init_std: float = 0.02
 
     causal = False
     has_loss = False
     reads_text = False
+    final_norm = True
 
     @property
     def qkv_width(self) -> int:
@@ -135,20 +153,43 @@ class Transformer:
 
     @property
     def up_width(self) -> int:
-        """The width of what the first linear layer of an MLP gives."""
-        return (2 if self.gated else 1) * self.ffn
+        """The width of what the first linear layer of a dense MLP gives."""
+        return self.up_blocks * self.ffn
+
+    @property
+    def up_blocks(self) -> int:
+        """How many matrices the first linear layer of an MLP is: a gate, and what it opens."""
+        return 2 if self.gated else 1
+
+    @property
+    def emission(self) -> Emission:
+        """How many rows the module emits for a segment that it reads."""
+        return ONE_EACH
+
+    @property
+    def row_width(self) -> int:
+        """The width of the rows that the module emits, before an edge projects them."""
+        return self.hidden
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of a layer has experts."""
+        return bool(self.experts) and layer not in self.dense_layers
 
     def parameters(self) -> Iterator[Parameter]:
         """Yield every parameter of the module, without the projectors of its edges."""
         yield from self.first_parameters()
         for layer in range(self.layers):
             yield from self.layer_parameters(layer)
-        yield from self.norm_parameters("final_norm", LAST)
+        yield from self.final_parameters()
         yield from self.last_parameters()
 
     def first_parameters(self) -> Iterator[Parameter]:
         """Yield the parameters before the layers."""
         yield from ()
+
+    def final_parameters(self) -> Iterator[Parameter]:
+        """Yield the parameters of the final norm."""
+        yield from self.norm_parameters("final_norm", LAST)
 
     def last_parameters(self) -> Iterator[Parameter]:
         """Yield the parameters after the final norm."""
@@ -174,22 +215,22 @@ class Transformer:
         inner = self.heads * self.head_width
         yield from _row(f"{prefix}.attention.out", (hidden, inner), layer, deep, bias=self.out_bias)
         yield from self.norm_parameters(f"{prefix}.mlp_norm", layer)
-        if not self.experts:
-            for parameter in _column(
-                f"{prefix}.mlp.up", (self.up_width, hidden), layer, shallow, bias=self.mlp_bias
-            ):
-                yield attrs.evolve(parameter, tp_blocks=2 if self.gated else 1)
-            yield from _row(f"{prefix}.mlp.down", (hidden, self.ffn), layer, deep, bias=self.mlp_bias)
+        if not self.has_experts(layer):
+            yield from self.mlp_parameters(f"{prefix}.mlp", layer, self.ffn)
             return
         router = (self.experts, hidden)
         yield Parameter(f"{prefix}.mlp.router.weight", router, layer, std=shallow, routes=True)
         for expert in range(self.experts):
-            name = f"{prefix}.mlp.experts.{expert}"
-            for parameter in (
-                *_column(f"{name}.up", (self.ffn, hidden), layer, shallow),
-                *_row(f"{name}.down", (hidden, self.ffn), layer, deep),
-            ):
+            for parameter in self.mlp_parameters(f"{prefix}.mlp.experts.{expert}", layer, self.expert_ffn):
                 yield attrs.evolve(parameter, expert=expert, partial=False)
+
+    def mlp_parameters(self, name: str, layer: int, ffn: int) -> Iterator[Parameter]:
+        """Yield the parameters of two linear layers that are `ffn` wide between them."""
+        shallow, deep = self.init_std, self.init_std / (2 * self.layers) ** 0.5
+        blocks, bias = self.up_blocks, self.mlp_bias
+        up = _column(f"{name}.up", (blocks * ffn, self.hidden), layer, shallow, bias=bias)
+        yield from (attrs.evolve(parameter, tp_blocks=blocks) for parameter in up)
+        yield from _row(f"{name}.down", (self.hidden, ffn), layer, deep, bias=bias)
 
     def window_of(self, layer: int) -> int:
         """Return the window of a layer; 0: none."""
@@ -200,32 +241,127 @@ class Transformer:
         return (math.prod(grid),)
 
     def emitted(self, grid: SegmentGrid) -> int:
-        """Return how many rows the module emits for a segment of a grid."""
-        return math.prod(grid)
+        """Return how many rows the module emits for a segment of a grid. Raises ValueError if it cannot read it."""
+        return self.emission.rows(grid)
+
+    def expect(self, grid: SegmentGrid) -> None:
+        """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
+        self.emission.rows(grid)
 
     def changed(self, options: tuple[str, ...]) -> tuple[str, ...]:
-        """Return those of some options that are not as they are by default."""
-        plain = Transformer(layers=1, hidden=2, heads=1)
-        return tuple(name for name in options if getattr(self, name) != getattr(plain, name))
+        """Return those of some options that are not as they are by default; what a model does not have is not."""
+        defaults = {field.name: field.default for field in attrs.fields(type(self)) if field.name in options}
+        plain = {
+            name: default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
+            for name, default in defaults.items()
+        }
+        return tuple(name for name in options if name in plain and getattr(self, name) != plain[name])
 
-    def norm_parameters(self, name: str, layer: int | str) -> Iterator[Parameter]:
+    def norm_parameters(self, name: str, layer: int | str, *, partial: bool = True) -> Iterator[Parameter]:
         """Yield the parameters of a norm of the hidden states."""
-        yield Parameter(f"{name}.weight", (self.hidden,), layer, constant=1.0, partial=True)
-        if self.norm == "layernorm":
-            yield Parameter(f"{name}.bias", (self.hidden,), layer, partial=True)
+        yield from norm_parameters(name, self.hidden, layer, self.norm, partial=partial)
 
 
 @attrs.frozen(kw_only=True)
 class Vit(Transformer):
-    """`vit`: reads patch rows of width `features`, emits rows of width `hidden`."""
+    """`vit`: a tower, which reads rows from the data and emits rows of width `hidden`.
+
+    Rows come in segments (`Sample.segments`), and attention stays within a segment; within a frame where the grid of a
+    segment has frames.
+
+    Attributes:
+        features: the width of the rows.
+        stem: what makes hidden states of rows. "patch": one linear layer. "whisper": two convolutions over frames of
+            sound, each with a GELU, the second at every other frame.
+        patch_bias: the linear layer of the stem has a bias.
+        positions: "rotary" (along a segment), "rotary_2d" (height and width), or "learned" (a table only).
+        position_count: rows of a table of positions that is added behind the stem; 0: there is none.
+        position_interpolation: "none", or "bilinear": the table is a square, which grids of any size read between
+            its rows.
+        class_token: a learnt row before those of each frame.
+        emit_class_token: it is emitted too.
+        pre_norm: a norm before the layers.
+        final_norm: a norm behind the layers.
+        merge: so many by so many rows of a frame become one, side by side. Rows come block by block.
+        pool: so many rows become their mean, before the final norm; what remains at the end is dropped.
+        window: attention stays within windows of so many by so many merged rows, save in the full layers; 0: it does
+            not.
+        deepstack_layers: layers whose output the edges also emit, each through a merger of its own, beside the rows.
+    """
 
     features: int | None = None
+    stem: str = "patch"
+    patch_bias: bool = True
+    positions: str = "rotary"
+    position_count: int = 0
+    position_interpolation: str = "none"
+    class_token: bool = False
+    emit_class_token: bool = False
+    pre_norm: bool = False
+    final_norm: bool = True
+    merge: int = 1
+    pool: int = 1
+    deepstack_layers: tuple[int, ...] = ()
+
+    @property
+    def emission(self) -> Emission:
+        """How many rows the module emits for a segment that it reads."""
+        stride = 2 if self.stem == "whisper" else 1
+        return Emission(stride=stride, merge=self.merge, pool=self.pool, extra=int(self.emit_class_token))
+
+    @property
+    def row_width(self) -> int:
+        """The width of the rows that the module emits, before an edge projects them."""
+        return self.hidden * self.merge**2
+
+    def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
+        """Return the lengths of the attention segments that a segment of a grid makes: its frames."""
+        return tuple(rows + self.class_token for rows in Emission(stride=self.emission.stride).frames(grid))
+
+    def expect(self, grid: SegmentGrid) -> None:
+        """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
+        flat = len(grid) != PLANE
+        if self.stem == "whisper" and not flat:
+            raise ValueError(f"a grid of {grid} is no length of a sound")
+        if flat and (self.positions == "rotary_2d" or self.window or self.position_interpolation != "none"):
+            raise ValueError(f"a grid of {grid} has no height and width")
+        self.emission.rows(grid)
+        longest = max(self.spans(grid), default=0)
+        if not self.position_count or self.position_interpolation != "none":
+            return
+        if longest > self.position_count:
+            raise ValueError(
+                f"a grid of {grid} needs {longest} positions, and there are {self.position_count}"
+            )
+        if not flat and longest != self.position_count:
+            raise ValueError(
+                f"a grid of {grid} needs {longest} positions, and the table of {self.position_count} is for images "
+                "of one size"
+            )
 
     def first_parameters(self) -> Iterator[Parameter]:
-        """Yield the embedding of the patch rows."""
+        """Yield the parameters before the layers."""
         assert self.features is not None
-        yield Parameter("input.weight", (self.hidden, self.features), FIRST, std=self.init_std)
-        yield Parameter("input.bias", (self.hidden,), FIRST)
+        if self.stem == "whisper":
+            for name, width in (("conv1", self.features), ("conv2", self.hidden)):
+                kernel = (self.hidden, width, CONVOLUTION)
+                yield Parameter(f"input.{name}.weight", kernel, FIRST, std=self.init_std)
+                yield Parameter(f"input.{name}.bias", (self.hidden,), FIRST)
+        else:
+            yield from linear_parameters(
+                "input", (self.hidden, self.features), FIRST, self.init_std, bias=self.patch_bias
+            )
+        if self.position_count:
+            yield Parameter("positions.weight", (self.position_count, self.hidden), FIRST, std=self.init_std)
+        if self.class_token:
+            yield Parameter("class_token", (self.hidden,), FIRST, std=self.init_std)
+        if self.pre_norm:
+            yield from self.norm_parameters("pre_norm", FIRST, partial=False)
+
+    def final_parameters(self) -> Iterator[Parameter]:
+        """Yield the parameters of the final norm, which reads whole segments if rows are pooled before it."""
+        if self.final_norm:
+            yield from self.norm_parameters("final_norm", LAST, partial=self.pool == 1)
 
 
 @attrs.frozen(kw_only=True)
@@ -239,11 +375,18 @@ class Gpt(Transformer):
 
     `vocab_padding` rows follow those of the vocabulary, so that tp divides them. No token reads them, their logits are
     minus infinity, and their gradients are zero.
+
+    With `rotary_sections`, so many of the angles of a head follow the time, the height and the width of a position;
+    `rotary_sections_interleaved` says that they take turns. After each of the first `deepstack` layers, rows that came
+    beside the others are added to the hidden states at the placeholders.
     """
 
     vocab: int
     vocab_padding: int = 0
     tied_embeddings: bool = False
+    rotary_sections: tuple[int, ...] = ()
+    rotary_sections_interleaved: bool = False
+    deepstack: int = 0
 
     causal = True
     has_loss = True
@@ -285,11 +428,22 @@ BuiltIn = Vit | Block | Gpt | Regressor
 BUILT_IN: dict[str, type[BuiltIn]] = {"vit": Vit, "block": Block, "gpt": Gpt, "regressor": Regressor}
 
 
-def projector(target: str, width_source: int, width_target: int, *, std: float = 0.02) -> Iterator[Parameter]:
-    """Yield the parameters of the projector of an edge, which the last stage of the source module holds."""
-    name = f"{PROJECTOR}{target}"
-    yield Parameter(f"{name}.weight", (width_target, width_source), LAST, std=std)
-    yield Parameter(f"{name}.bias", (width_target,), LAST)
+def norm_parameters(
+    name: str, width: int, layer: int | str, norm: str, *, partial: bool = False
+) -> Iterator[Parameter]:
+    """Yield the parameters of a norm: a weight, and for a layer norm a bias."""
+    yield Parameter(f"{name}.weight", (width,), layer, constant=1.0, partial=partial)
+    if norm == "layernorm":
+        yield Parameter(f"{name}.bias", (width,), layer, partial=partial)
+
+
+def linear_parameters(
+    name: str, shape: tuple[int, int], layer: int | str, std: float, *, bias: bool = True
+) -> Iterator[Parameter]:
+    """Yield the parameters of a linear layer of shape (out, in) that every tp rank holds and computes whole."""
+    yield Parameter(f"{name}.weight", shape, layer, std=std)
+    if bias:
+        yield Parameter(f"{name}.bias", shape[:1], layer)
 
 
 def _column(
@@ -320,6 +474,7 @@ class Own:
     path: str
     width: int | None
     has_loss: bool
+    emission: Emission = ONE_EACH
 
     layers = 1
     init_std = 0.02
@@ -330,6 +485,20 @@ class Own:
     def hidden(self) -> int | None:
         """The width of the rows that it emits."""
         return self.width
+
+    row_width = hidden
+
+    def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
+        """Return the rows of a segment; what the network makes of them is not known."""
+        return (math.prod(grid),)
+
+    def emitted(self, grid: SegmentGrid) -> int:
+        """Return how many rows it emits for a segment of a grid. Raises ValueError if it cannot read it."""
+        return self.emission.rows(grid)
+
+    def expect(self, grid: SegmentGrid) -> None:
+        """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
+        self.emission.rows(grid)
 
     def parameters(self) -> Iterator[Parameter]:
         """Yield nothing: its parameters are known only when it is built."""

@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from mimogrid.core.base.grid import Axis, Grid
+from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import BuiltIn, Own, Vit
+from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.models.segments import Emission
 
 
 AXES = ("tp", "cp", "dp", "pp")
@@ -21,7 +24,29 @@ AXES = ("tp", "cp", "dp", "pp")
 
 def graph_of(spec: JobSpec) -> ModuleGraph:
     """Return the module graph. Raises ValueError for a cycle."""
-    return ModuleGraph.of({name: (module.model, module.feeds) for name, module in spec.modules.items()})
+    modules = {name: (module.model, module.feeds) for name, module in spec.modules.items()}
+    return ModuleGraph.of(modules, {name: _emission(module) for name, module in spec.modules.items()})
+
+
+def _emission(module: ModuleSpec) -> Emission:
+    """Return how many rows a module emits for those that it reads."""
+    return module.rows_out if isinstance(module.options, Mapping) else module.options.emission
+
+
+def largest_sample(graph: ModuleGraph, source: SourceFacts) -> Sample:
+    """Return a sample as large as those of a source can be.
+
+    Where the source does not say the segments of rows that are merged, they are one strip.
+    """
+    merges = {name: graph.nodes[name].emission.merge for name in graph.sources if source.rows.get(name)}
+    strips = {
+        name: ((1, merge, -(-source.rows[name] // merge**2) * merge),)
+        for name, merge in merges.items()
+        if merge > 1
+    }
+    segments = strips | dict(source.segments)
+    rows = {**source.rows, **{name: sum(map(math.prod, grids)) for name, grids in segments.items()}}
+    return Sample(id=0, length=source.length or 0, rows=rows, segments=segments)
 
 
 def size_of(grid: GridSpec) -> int:
@@ -47,19 +72,23 @@ def model_of(name: str, spec: JobSpec, source: SourceFacts) -> BuiltIn | Own:
     if isinstance(module.options, Vit) and module.options.features is None:
         return attrs.evolve(module.options, features=source.features.get(name))
     if isinstance(module.options, Mapping):
-        return Own(path=module.model, width=module.width, has_loss=not module.feeds)
+        return Own(path=module.model, width=module.width, has_loss=not module.feeds, emission=module.rows_out)
     return module.options
 
 
-def edge_shape(source: BuiltIn | Own, target: BuiltIn | Own) -> tuple[int, bool]:
-    """Return the width of the rows on an edge, and whether the source module projects them to that width.
+def edge_shape(
+    source: BuiltIn | Own, target: BuiltIn | Own, written: Projector | None = None
+) -> tuple[int, Projector | None]:
+    """Return the width of the rows that a target reads, and the projector that gives them that width, if there is one.
+
+    It is the `written` one, or else a linear layer where one is needed.
 
     A custom module reads rows of any width. It emits rows of the width that it declares, or else of the width that
     the target reads.
     """
     width = source.hidden if isinstance(target, Own) else target.hidden
     differ = source.hidden is not None and source.hidden != width
-    return width or 0, isinstance(source, Vit) or differ
+    return width or 0, written or (Projector() if isinstance(source, Vit) or differ else None)
 
 
 def has_loss(module: ModuleSpec) -> bool:

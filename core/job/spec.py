@@ -8,9 +8,12 @@ from typing import Any
 
 import attrs
 
+from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.schedules import ONE_F_ONE_B
+from mimogrid.core.models.segments import ONE_EACH, Emission
 
 
 @attrs.frozen(kw_only=True)
@@ -34,7 +37,9 @@ class ModuleSpec:
 
     `options` are those of the built-in model that `model` names. For the builder of a custom module they are the table
     as written. `split` has the number of layers of each stage, if these differ. `width` is the output width of a
-    custom module. `weights` is the folder of a published checkpoint from which the module starts.
+    custom module, and `rows_out` says how many rows it emits for those that it reads. `projector` has the projectors of
+    edges, by the module that they lead to. `weights` is the folder of a published checkpoint from which the module
+    starts.
     """
 
     model: str
@@ -51,6 +56,8 @@ class ModuleSpec:
     engine: str = "auto"
     fp8: str = "none"
     width: int | None = None
+    rows_out: Emission = ONE_EACH
+    projector: Mapping[str, Projector] = attrs.field(factory=dict[str, Projector])
     weights: str | None = None
 
 
@@ -181,6 +188,7 @@ class SourceFacts:
         vocab: all tokens are below this.
         features: the width of the rows, by source module.
         rows: the largest number of rows of a sample, by source module.
+        segments: the grids of these rows, where a sample's rows come in several segments, or in images.
         length: the largest number of text tokens of a sample; 0: there is no text.
         targets: whether it has regression targets.
     """
@@ -189,6 +197,7 @@ class SourceFacts:
     vocab: int | None = None
     features: Mapping[str, int] = attrs.field(factory=dict[str, int])
     rows: Mapping[str, int] = attrs.field(factory=dict[str, int])
+    segments: Mapping[str, tuple[SegmentGrid, ...]] = attrs.field(factory=dict[str, tuple[SegmentGrid, ...]])
     length: int | None = None
     targets: bool = True
 

@@ -9,7 +9,6 @@
 """
 
 import fnmatch
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import attrs
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.models.mapping import Recipe, Shape
+from mimogrid.core.models.segments import Emission
 
 
 DEFAULTS: dict[str, Any] = {
@@ -130,14 +130,13 @@ class PublishedModule:
 
         Raises ValueError for a grid that cannot be merged.
         """
-        if self.option("stem") == "whisper":
-            (frames,) = grid
-            pool: int = self.option("pool")
-            return -(-frames // 2) // pool
-        merge: int = self.option("merge")
-        if any(side % merge for side in grid[1:]):
-            raise ValueError(f"a grid of {grid} cannot be merged {merge} by {merge}")
-        return math.prod(grid) // merge**2 + (grid[0] if self.option("emit_class_token") else 0)
+        emission = Emission(
+            stride=2 if self.option("stem") == "whisper" else 1,
+            merge=self.option("merge"),
+            pool=self.option("pool"),
+            extra=int(self.option("emit_class_token")),
+        )
+        return emission.rows(grid)
 
 
 @attrs.frozen(kw_only=True)

@@ -18,7 +18,7 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.schedules import AUTO, GPIPE
 from mimogrid.core.job.spec import BatchSpec, JobSpec
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
 from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.pricing.on_machine import on_machine

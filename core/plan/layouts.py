@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.job.placement import place
+from mimogrid.core.job.placement import graph_of, place
 from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
@@ -70,10 +70,21 @@ class Question:
     def largest(self) -> tuple[Sample, ...]:
         """As many samples, each with the most rows and the longest text of any: memory must hold these."""
         names = dict.fromkeys(name for sample in self.samples for name in sample.rows)
-        rows = {name: max(sample.rows.get(name, 0) for sample in self.samples) for name in names}
+        largest = {name: max(self.samples, key=lambda sample: sample.rows.get(name, 0)) for name in names}
+        sample = Sample(
+            id=0,
+            length=0,
+            rows={name: of.rows.get(name, 0) for name, of in largest.items()},
+            segments={name: of.segments[name] for name, of in largest.items() if name in of.segments},
+        )
         length = max(sample.length for sample in self.samples)
-        room = self.facts.sequence - sum(rows.values()) if self.facts.sequence else length
-        return (Sample(id=0, length=min(length, max(room, 1)), rows=rows),) * len(self.samples)
+        emitted = graph_of(self.spec).rows_out(sample)
+        room = (
+            self.facts.sequence - sum(emitted.get(name, 0) for name in names)
+            if self.facts.sequence
+            else length
+        )
+        return (attrs.evolve(sample, length=min(length, max(room, 1))),) * len(self.samples)
 
 
 # -- as jobs -----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.job.validation import RECOMPUTES
+from mimogrid.core.job.validation.problems import RECOMPUTES
 from mimogrid.core.plan.candidates import Candidates, Scope, candidates_of
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import (

@@ -10,7 +10,7 @@ import attrs
 
 from mimogrid.core.job.schedules import AUTO, INTERLEAVED, ONE_F_ONE_B, SCHEDULES
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER, Layout, Question, layout_of

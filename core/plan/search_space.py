@@ -24,7 +24,7 @@ from mimogrid.core.job.costs import StageCosts
 from mimogrid.core.job.models import Gpt, Own
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.configs import ParallelConfig, ParallelShape, PricedConfig, RankBytes, RankTime
 from mimogrid.core.pricing.flops import Flops, Load, lengths_of, module_units, padded_load, real_load
 from mimogrid.core.pricing.footprint import kept

@@ -262,7 +262,7 @@ def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Produc
     if isinstance(model, Regressor):
         yield _Product("output", 2 * load.rows * model.hidden * model.outputs, branch=True)
     for edge in edges:
-        if edge.projected:
+        if edge.projector:
             flops = 2 * load.rows * model.hidden * edge.width
             yield _Product(f"{PROJECTOR}{edge.target}", flops, branch=True)
 

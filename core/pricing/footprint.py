@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own
+from mimogrid.core.job.placement import largest_sample
 from mimogrid.core.job.precision import MAIN_BYTES, VALUE_BYTES
 from mimogrid.core.topology.topology import Link, Module, Stage, StageInfo, Topology
 from mimogrid.core.update.buckets import local_size, optimizer_bytes
@@ -110,8 +110,7 @@ def largest_shape(topology: Topology, module: Module) -> tuple[int, int, int]:
 
 
 def _most_rows(topology: Topology) -> Mapping[str, int]:
-    source = topology.source
-    return topology.graph.rows_out(Sample(id=0, length=source.length or 0, rows=source.rows))
+    return topology.graph.rows_out(largest_sample(topology.graph, topology.source))
 
 
 def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = False) -> float:

@@ -17,7 +17,7 @@ from mimogrid.core.base.samples import share
 from mimogrid.core.job.placement import balanced, stages_of
 from mimogrid.core.job.schedules import AUTO
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.pricing.assumed import assumed_of_layers
 from mimogrid.core.schedule.tuning import best_named
 from mimogrid.core.topology.parse import assemble

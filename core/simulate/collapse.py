@@ -42,9 +42,11 @@ def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
         for name, module in topology.spec.modules.items()
     }
     collapsed = assemble(attrs.evolve(topology.spec, modules=modules, world_size=None), topology.source)
+    collapsed = attrs.evolve(collapsed, graph=collapsed.graph.emitting_each())
     if len(collapsed.ranks) == len(topology.ranks):
         return None
-    step = Step(collapsed, tuple(map(_with_one_row, program.routes.step.samples)))
+    before = program.routes.step
+    step = Step(collapsed, tuple(map(_with_one_row, before.samples, before.rows_out)))
     smaller = Program(program.order, Routes(step))
     classes = alike_in_time(smaller, costs)
     stands_for = _standing(topology, collapsed)
@@ -53,11 +55,10 @@ def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
     return attrs.evolve(whole, collapsed=Collapsed(smaller, classes, leader))
 
 
-def _with_one_row(sample: Sample) -> Sample:
-    """Return a sample with one row where another has any: so most samples are alike."""
-    return Sample(
-        sample.id, min(sample.length, 1), {name: min(rows, 1) for name, rows in sample.rows.items()}
-    )
+def _with_one_row(sample: Sample, rows_out: Mapping[str, int]) -> Sample:
+    """Return a sample that gives one row where another gives any: so most samples are alike."""
+    rows = {name: min(rows_out.get(name, 0), 1) for name in sample.rows}
+    return Sample(sample.id, min(sample.length, 1), rows)
 
 
 def _takes_the_same_time(topology: Topology, costs: Costs) -> bool:

@@ -19,6 +19,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample, prefix_sums
+from mimogrid.core.job.descriptions import description_problems
 from mimogrid.core.job.models import Gpt, Own, Regressor
 from mimogrid.core.topology.topology import Module, Stage, Topology
 
@@ -218,6 +219,9 @@ class Step:
 def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
     """Lay samples over a topology. Raises PlanError, naming the sample, if one does not fit."""
     step = Step(topology, samples)
+    sources = {name: topology.modules[name].model for name in topology.graph.sources}
+    if unfit := tuple(description_problems(samples, sources)):
+        raise PlanError(unfit)
     problems = [
         problem
         for name in topology.graph.texts

@@ -10,7 +10,7 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.base.experts import expert_view
 from mimogrid.core.base.grid import Grid
 from mimogrid.core.job.graph import ModuleGraph
-from mimogrid.core.job.models import FIRST, LAST, BuiltIn, Own, Parameter, projector
+from mimogrid.core.job.models import FIRST, LAST, BuiltIn, Own, Parameter
 from mimogrid.core.job.placement import (
     edge_shape,
     graph_of,
@@ -20,8 +20,9 @@ from mimogrid.core.job.placement import (
     stages_of,
     trainable_names,
 )
+from mimogrid.core.job.projectors import deepstack_layers
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.topology.topology import UNKNOWN, Edge, Link, Module, Stage, StageInfo, Topology
 
 
@@ -77,7 +78,7 @@ def _module(
     trains_upstream: bool,
 ) -> Module:
     written = spec.modules[name]
-    edges = [_edge(s, t, models) for s in graph.nodes for t in graph.nodes[s].feeds]
+    edges = [_edge(s, t, spec, models) for s in graph.nodes for t in graph.nodes[s].feeds]
     outputs = tuple(edge for edge in edges if edge.source == name)
     return Module(
         name=name,
@@ -106,9 +107,11 @@ def _expert_view(written: GridSpec, grid: Grid, model: BuiltIn | Own) -> Grid | 
     return expert_view(grid, expert_tp=written.expert_tp, ep=written.ep)
 
 
-def _edge(source: str, target: str, models: Mapping[str, BuiltIn | Own]) -> Edge:
-    width, projected = edge_shape(models[source], models[target])
-    return Edge(source, target, width, projected=projected)
+def _edge(source: str, target: str, spec: JobSpec, models: Mapping[str, BuiltIn | Own]) -> Edge:
+    written = spec.modules[source].projector.get(target)
+    width, projector = edge_shape(models[source], models[target], written)
+    parts = 1 + len(deepstack_layers(models[source]))
+    return Edge(source, target, width * parts, projector, parts)
 
 
 def _module_depths(graph: ModuleGraph, spec: JobSpec) -> Mapping[str, int]:
@@ -157,8 +160,8 @@ def _stages(
 def _projectors(model: BuiltIn | Own, outputs: tuple[Edge, ...]) -> Iterator[Parameter]:
     """Yield the parameters of the projections to other modules."""
     for edge in outputs:
-        if edge.projected and model.hidden:
-            yield from projector(edge.target, model.hidden, edge.width, std=model.init_std)
+        if edge.projector and model.hidden:
+            yield from edge.projector.parameters(edge.target, model, edge.width // edge.parts)
 
 
 def _is_held(parameter: Parameter, layers: range, *, first: bool, last: bool) -> bool:

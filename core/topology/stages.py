@@ -7,6 +7,7 @@ with several chunks of a module runs several virtual stages.
 import attrs
 
 from mimogrid.core.job.models import HEAD, PROJECTOR, Parameter
+from mimogrid.core.job.projectors import Projector
 
 
 UNKNOWN = "*"
@@ -31,12 +32,22 @@ class Stage:
 
 @attrs.frozen(cache_hash=True)
 class Edge:
-    """Rows of `width` values flow from the last stage of `source` to the first stage of `target`."""
+    """Rows of `width` values flow from the last stage of `source` to the first stage of `target`.
+
+    The `projector` gives them that width; None: they have it. `parts` rows lie side by side in each: that of the last
+    layer, and those of `deepstack_layers`.
+    """
 
     source: str
     target: str
     width: int
-    projected: bool
+    projector: Projector | None
+    parts: int = 1
+
+    @property
+    def projected(self) -> bool:
+        """Whether a projector of the source module gives the rows their width."""
+        return self.projector is not None
 
     def __str__(self) -> str:
         return f"{self.source} -> {self.target}"

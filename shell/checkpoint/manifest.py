@@ -27,7 +27,7 @@ from typing import Any
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.spec import JobSpec, SourceFacts
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 from mimogrid.core.update.contents import Tensors, field_faults, is_count, table_faults, written_as
@@ -276,8 +276,10 @@ def prune(checkpoints: Path, *, keep: int, keep_every: int) -> None:
     (`reading`) is left until the next save.
     """
     for old in published(checkpoints)[:-keep]:
-        if (not keep_every or step_of(old) % keep_every) and not _is_read(old):
-            shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+        if not keep_every or step_of(old) % keep_every:
+            with _alone(old) as is_alone:
+                if is_alone:
+                    shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
 
 @contextlib.contextmanager
@@ -286,27 +288,31 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
     Who reads shares a lock on the manifest, and who removes needs it alone. A file system without locks keeps nothing.
     """
-    try:
-        file = (checkpoint / MANIFEST).open("rb")
-    except OSError as error:
-        message = f"cannot be read: {error.strerror}. Its run may have just removed it."
-        raise PlanError([Problem(str(checkpoint), message, "Take a newer checkpoint.")]) from None
-    with file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_SH)
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context((checkpoint / MANIFEST).open("rb"))
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_SH)
+            (checkpoint / MANIFEST).stat()  # who removes it may have been faster
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}. Its run may have just removed it."
+            raise PlanError([Problem(str(checkpoint), message, "Take a newer checkpoint.")]) from None
         yield
 
 
-def _is_read(checkpoint: Path) -> bool:
-    """Whether another process reads a checkpoint."""
-    try:
-        with (checkpoint / MANIFEST).open("r+b") as file:
+@contextlib.contextmanager
+def _alone(checkpoint: Path) -> Iterator[bool]:
+    """Keep others from reading a checkpoint while open; False where one reads it already."""
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context((checkpoint / MANIFEST).open("r+b"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks, or a damaged checkpoint
+            pass
+        yield True
 
 
 def clear(checkpoints: Path) -> None:

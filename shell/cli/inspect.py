@@ -18,7 +18,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.changes import refused
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.update.contents import OPTIMIZER, custom_modules, lacking, table_of, written_as
 from mimogrid.shell.checkpoint.index import described, read_index
 from mimogrid.shell.checkpoint.manifest import (
@@ -26,6 +26,7 @@ from mimogrid.shell.checkpoint.manifest import (
     damage,
     located,
     read_manifest,
+    reading,
     remedy_for,
     topology_of,
 )
@@ -41,7 +42,22 @@ SHOWN = 8
 
 def run(job: Job | None, args: InspectArgs) -> int:
     """Inspect a run or a checkpoint; with a job, say whether it fits. Returns 2 where something is wrong."""
-    found_there = located(args.folder)
+    with _kept(args.folder) as found_there:
+        return _inspected(job, args, found_there)
+
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[list[Path]]:
+    """Return the checkpoints of a folder. No run removes one of them while this is open."""
+    found = located(folder)
+    with contextlib.ExitStack() as kept:
+        for checkpoint in found:
+            with contextlib.suppress(PlanError):  # `damage` says what is wrong
+                kept.enter_context(reading(checkpoint))
+        yield [c for c in found if c.exists()] or found  # a run may have just removed the others
+
+
+def _inspected(job: Job | None, args: InspectArgs, found_there: list[Path]) -> int:
     with VerifyProgress(found_there) if args.verify else contextlib.nullcontext() as progress:
         on_read = progress.read if progress else lambda _: None
         faults = {checkpoint: tuple(damage(checkpoint, on_read)) for checkpoint in found_there}

@@ -4,7 +4,6 @@ Exit codes: 0 done; 2 the job or the command is wrong, with every problem listed
 was asked to stop, and can be resumed. With ``--json`` standard output gets one value and nothing else.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import attrs
 from mimogrid.core.base.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.base.text import printable
 from mimogrid.shell.cli import commands
-from mimogrid.shell.cli.arguments import Args, ParityArgs, ProbeArgs, TrainArgs, overview, parse
+from mimogrid.shell.cli.arguments import Args, overview, parse
 from mimogrid.shell.cli.output import encode_plainly, escaped, print_json
 from mimogrid.shell.device.place import under_torchrun
 from mimogrid.shell.world.secrets import without_secrets
@@ -44,10 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Args) -> int:
     """Run a command; turn errors into words and an exit code."""
-    # A rank of torchrun's may draw a bar of progress, in escapes of its own.
-    draws = isinstance(args, TrainArgs | ParityArgs | ProbeArgs)
     try:
-        with contextlib.nullcontext() if draws else escaped():
+        with escaped():
             return commands.run(args)
     except PlanError as error:
         place = under_torchrun()

@@ -30,7 +30,7 @@ def print_json(value: object) -> None:
 
 def terminal() -> TextIO:
     """Return standard output for those who write escapes of their own, and make texts `printable` themselves."""
-    return sys.stdout.stream if isinstance(sys.stdout, _Escaped) else sys.stdout
+    return _unescaped(sys.stdout)
 
 
 def terminal_width(otherwise: int) -> int:
@@ -81,6 +81,20 @@ def escaped() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = streams
+
+
+@contextlib.contextmanager
+def unescaped() -> Iterator[None]:
+    """Print as it is what runs while open: a bar of progress, and the user's own code."""
+    with (
+        contextlib.redirect_stdout(_unescaped(sys.stdout)),
+        contextlib.redirect_stderr(_unescaped(sys.stderr)),
+    ):
+        yield
+
+
+def _unescaped(stream: TextIO) -> TextIO:
+    return stream.stream if isinstance(stream, _Escaped) else stream
 
 
 class _Escaped:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
-from mimogrid.core.job.validation import parity_problems
+from mimogrid.core.job.validation.problems import parity_problems
 from mimogrid.shell.cli.arguments import ParityArgs, ProbeArgs, TrainArgs
-from mimogrid.shell.cli.output import print_json, write
+from mimogrid.shell.cli.output import print_json, unescaped, write
 from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders
@@ -79,7 +79,8 @@ def _train_at(place: RankPlace, job: Job, args: TrainArgs) -> Any:
 
     job = open_job(job.path, job.overrides)  # again, now that sources that need torch can be opened
     resume = folders.resumed_by_launcher(job.spec, args.resume)
-    return in_world(place, job, args.transport, folder=None, resume=resume, changed=args.changed)
+    with unescaped():
+        return in_world(place, job, args.transport, folder=None, resume=resume, changed=args.changed)
 
 
 def parity(job: Job, args: ParityArgs) -> int:
@@ -127,7 +128,9 @@ def _probed_at(place: RankPlace, job: Job, args: ProbeArgs) -> "list[Probed]":
     prepare()
     from mimogrid.shell.run.probe.measure import in_world  # noqa: PLC0415 -- imports torch
 
-    found = in_world(place, open_job(job.path, job.overrides), args.repeat)
+    job = open_job(job.path, job.overrides)
+    with unescaped():
+        found = in_world(place, job, args.repeat)
     return [] if found is None else [found]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.base.text import printable
 from mimogrid.former_names import current_path
 from mimogrid.shell.job.permission import check_permission
 
@@ -30,6 +31,9 @@ TORCH = frozenset({"torch", "torchvision", "torchaudio", "megatron", "transforme
 
 class PlanWarning(UserWarning):
     """Something that the plan cannot know, and does without."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NeedsTorch(Exception):  # noqa: N818 -- a fact about a file, not an error

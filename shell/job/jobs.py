@@ -5,7 +5,7 @@ For example ``open_job("job.toml", ["train.steps=20"]).topology``, which raises 
 
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
+from mimogrid.core.models.segments import ONE_EACH, Emission
 from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.schedule.layer_split import parse_job
 from mimogrid.core.schedule.order import Order
@@ -23,7 +24,9 @@ from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find
 from mimogrid.shell.job.permission import permit
-from mimogrid.shell.job.sources import Source, open_source
+from mimogrid.shell.job.sources.opening import open_source
+from mimogrid.shell.job.sources.source import Source
+from mimogrid.shell.job.tables import converted, new_converter
 
 
 @attrs.frozen(eq=False)
@@ -119,7 +122,7 @@ def _permitted(path: Path | str) -> Path:
 
 
 def with_builders(spec: JobSpec, *, run_code: bool) -> tuple[JobSpec, list[Problem], tuple[str, ...]]:
-    """Find the builders of own modules, and fill in the widths that they declare.
+    """Find the builders of own modules, and fill in what they declare of their rows.
 
     Returns also the functions that ran, under the name of the builder beside them.
     """
@@ -130,15 +133,15 @@ def with_builders(spec: JobSpec, *, run_code: bool) -> tuple[JobSpec, list[Probl
         modules[name] = module
         if ":" in module.model:
             try:
-                modules[name], described = _with_width(name, module, run_code=run_code)
+                modules[name], described = _as_described(name, module, run_code=run_code)
                 ran += [module.model] * described
             except PlanError as error:
                 problems += error.problems
     return attrs.evolve(spec, modules=modules), problems, tuple(ran)
 
 
-def _with_width(name: str, module: ModuleSpec, *, run_code: bool) -> tuple[ModuleSpec, bool]:
-    """Return a module with its width, and whether a `describe` of the user's ran to tell it."""
+def _as_described(name: str, module: ModuleSpec, *, run_code: bool) -> tuple[ModuleSpec, bool]:
+    """Return a module with its width and its emission, and whether a `describe` of the user's ran to tell them."""
     where = f"modules.{name}.model"
     assert not attrs.has(type(module.options))
     found = find(module.model, where=where)
@@ -146,14 +149,15 @@ def _with_width(name: str, module: ModuleSpec, *, run_code: bool) -> tuple[Modul
     reason = f"'{module.model}' has no describe(options)"
     if found.describes and not run_code:
         reason = f"'{module.model}' was not run"
+    described: Mapping[str, Any] = {}
     try:
-        width = found.describe(module.options).get("width") if runs else None  # type: ignore[arg-type]
+        described = found.describe(module.options) if runs else {}  # type: ignore[arg-type]
     except NeedsTorch as error:
-        runs = False
-        width, reason = None, str(error)
+        runs, reason = False, str(error)
     except Exception as error:
         message = f"describe of '{module.model}' raised {type(error).__name__}: {error}."
         raise PlanError([Problem(where, message, f"Correct it in {found.spec.origin}.")]) from error
+    width, module = described.get("width"), _with_emission(where, module, described.get("rows_out"))
     if width is not None and (type(width) is not int or width < 1):
         message = f"describe of '{module.model}' gives width {width!r}."
         raise PlanError([Problem(where, message, "It must be an integer of 1 or more.")])
@@ -168,3 +172,19 @@ def _with_width(name: str, module: ModuleSpec, *, run_code: bool) -> tuple[Modul
             stacklevel=4,
         )
     return attrs.evolve(module, width=module.width or width), runs
+
+
+def _with_emission(where: str, module: ModuleSpec, described: object) -> ModuleSpec:
+    """Return a module that emits rows as its `describe` says. Raises PlanError for a table that says nothing."""
+    if described is None:
+        return module
+    found = converted(new_converter(), described, Emission, ("rows_out",))
+    if found.value is None:
+        raise PlanError(
+            Problem(where, f"describe of '{module.model}' gives {p.where}, which {p.message}", p.remedy)
+            for p in found.problems
+        )
+    if module.rows_out not in {ONE_EACH, found.value}:
+        message = f"differs from what '{module.model}' describes, {attrs.asdict(found.value)}."
+        raise PlanError([Problem(where.replace(".model", ".rows_out"), message, "Leave rows_out out.")])
+    return attrs.evolve(module, rows_out=found.value)

@@ -36,11 +36,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mimogrid.core.job.models import BuiltIn
-from mimogrid.shell.megatron import (
+from mimogrid.shell.megatron.layers import Linear
+from mimogrid.shell.megatron.names import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from mimogrid.shell.megatron.layers import Linear
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mimogrid.shell.megatron import gather_from_sequence_parallel_region
+from mimogrid.shell.megatron.names import gather_from_sequence_parallel_region
 
 
 @attrs.frozen(eq=False)

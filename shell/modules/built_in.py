@@ -1,6 +1,6 @@
 """Built-in models as stages: a model that reads tokens, and models that read rows only.
 
-Shapes are named as in `shell.modules`.
+Shapes are named as in `interface`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from mimogrid.core.job.models import Block, Gpt, Regressor, Vit
 from mimogrid.core.step.step import Share
-from mimogrid.shell.megatron import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
 from mimogrid.shell.megatron.layers import Affine
+from mimogrid.shell.megatron.names import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
 from mimogrid.shell.modules.loss import Predictions, squared_error_sum
 from mimogrid.shell.modules.packing import Packing, pack_rows, pack_text
 from mimogrid.shell.modules.transformer import Context, TransformerStage

@@ -1,5 +1,26 @@
 """Interface: how the runtime sees a stage, and what the network of a user or a host program must offer.
 
+A stage is a function of its inputs and the description of its share. Its inputs and outputs are flat rows, and between
+the stages of a module one block of positions times samples.
+
+| stage | inputs | outputs |
+|---|---|---|
+| first, nothing feeds it | ``rows`` | |
+| first, fed | the rows of each feeder by its name | |
+| first, `gpt` | also ``tokens``, -1 at placeholders | |
+| any but the last | | the module's own name: hidden states [S, B, H] |
+| any but the first | the module's own name: hidden states | |
+| last | | rows by the name of each target |
+| last, with targets | ``labels``, ``loss_weights`` (`gpt`); ``targets`` (`regressor`) | ``loss``, a sum |
+| last, without targets | | ``logits`` (`gpt`); ``prediction`` (`regressor`) |
+| any with an auxiliary loss, in training | | ``NAME.aux``, this rank's term of it; its gradient is attached |
+
+Under tensor and context parallelism every rank has the complete inputs and outputs, and the complete gradients of the
+inputs. Two things differ between cp ranks: hidden states, of which a rank has its part of S, and the loss, of which a
+rank has its term. Building, forward and backward run inside `megatron.cpu.on_device`.
+
+Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
+
 The parameters of a stage have layout-independent names, in the order of the core's table.
 """
 
@@ -59,7 +80,7 @@ class OwnNetwork(Protocol):
     """What a user's builder returns: an `nn.Module` with this forward.
 
     The builder is called with the module's options as keywords. The inputs are those of a first stage (see
-    `shell.modules`), all other tensors that the samples have for the module, concatenated (targets, image sizes), and
+    the table above), all other tensors that the samples have for the module, concatenated (targets, image sizes), and
     row counts per sample as int64 tensors: ``lengths``, and ``lengths.FEEDER`` for each feeder. The outputs are
     ``rows`` [R, width] if the module feeds another one, and ``loss`` (a sum, not a mean) if it has a loss.
     """
@@ -79,7 +100,7 @@ class HostNetwork(Protocol):
     """
 
     def __call__(self, inputs: Mapping[str, Tensor], share: Share) -> Mapping[str, Tensor]:
-        """Compute the stage for a share; see the table of `shell.modules`.
+        """Compute the stage for a share; see the table of `interface`.
 
         It returns rows for other modules as ``rows``, as many for each sample as came in; projections are part of the
         network. A language model computes its loss by calling its attribute ``loss`` (`shell.modules.loss.Loss`),
@@ -131,7 +152,7 @@ class StageModule(nn.Module):
         )
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
-        """Compute the stage for a share; see the table of `shell.modules`."""
+        """Compute the stage for a share; see the table of `interface`."""
         raise NotImplementedError
 
     def weight_name(self, built: str) -> str:

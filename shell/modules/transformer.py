@@ -1,7 +1,7 @@
 """Transformer: the common part of the stages of all built-in models, a stack of layers on a packed block.
 
 Every cp rank has all inputs and outputs, and computes its own part of the positions. Shapes are named as in
-`shell.modules`.
+`interface`.
 """
 
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from mimogrid.core.job.layer_engines import FP8_MULTIPLE, TRANSFORMER_ENGINE, Ch
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.step.step import Share, aux_name
 from mimogrid.core.topology.topology import Module, StageInfo
-from mimogrid.shell.megatron import (
+from mimogrid.shell.megatron import engine
+from mimogrid.shell.megatron.experts import ExpertGroups, ExpertsSpec, experts_spec
+from mimogrid.shell.megatron.layers import block_spec, config_of
+from mimogrid.shell.megatron.names import (
     ProcessGroupCollection,
     TransformerBlock,
     copy_to_tensor_model_parallel_region,
-    engine,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from mimogrid.shell.megatron.experts import ExpertGroups, ExpertsSpec, experts_spec
-from mimogrid.shell.megatron.layers import block_spec, config_of
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.interface import StageGroups, StageModule, ep_position
 from mimogrid.shell.modules.packing import Packing, TokenSplit
@@ -110,7 +110,7 @@ class TransformerStage(StageModule):
         )
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
-        """Compute the stage for a share; see the table of `shell.modules`."""
+        """Compute the stage for a share; see the table of `interface`."""
         packing = self.pack(share, next(iter(inputs.values())).device)
         first = self.info.first
         hidden_SBH = self.enter(inputs, share, packing) if first else inputs[self.name]

@@ -46,7 +46,7 @@ class OwnStage(StageModule):
         """Compute the stage for a share; see `OwnNetwork`."""
         device = next(iter(inputs.values())).device
         lengths = {
-            "lengths": share.lengths,
+            "lengths": tuple(map(sum, zip(*share.rows.values(), strict=True))),
             **{f"lengths.{feeder}": share.rows[feeder] for feeder in self.feeders},
         }
         counts = {name: sent(torch.tensor(c), device) for name, c in lengths.items()}
@@ -66,7 +66,7 @@ class OwnStage(StageModule):
         if self.edges and tuple(outputs["rows"].shape) != (count, self.width):
             raise WorldError(
                 f"module '{self.name}' returned rows of shape {tuple(outputs['rows'].shape)}; "
-                f"the plan is one row of width {self.width} for each that comes in, {(count, self.width)}."
+                f"the plan is {(count, self.width)}: one row for each that comes in, or as many as rows_out says."
             )
         if self.edges and outputs["rows"].dtype != self.dtype:
             raise WorldError(

@@ -15,6 +15,7 @@ from typing import TextIO
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from mimogrid.core.base.text import printable
 from mimogrid.core.topology.roles import RankRole
 from mimogrid.shell.world.secrets import without_secrets
 
@@ -52,6 +53,6 @@ class _Writer:
         if self._terminal:
             bound = ("event", "level", "timestamp", "rank", "stages")
             facts = "  ".join(f"{key} {value}" for key, value in event.items() if key not in bound)
-            self._terminal.write(without_secrets(f"{event['event']}  {facts}".rstrip()) + "\n")
+            self._terminal.write(printable(without_secrets(f"{event['event']}  {facts}".rstrip())) + "\n")
             self._terminal.flush()
         raise structlog.DropEvent

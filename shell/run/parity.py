@@ -22,7 +22,8 @@ from mimogrid.core.update.reductions import loss_scale
 from mimogrid.shell.device.device import DTYPES, Device
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.modules import StageModule, build_stage, named_weights
+from mimogrid.shell.modules.construction import build_stage
+from mimogrid.shell.modules.interface import StageModule, named_weights
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.data import Loader
 from mimogrid.shell.runtime.rank import RankRuntime

@@ -26,6 +26,7 @@ from pathlib import Path
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
+from mimogrid.core.base.text import printable
 
 
 LOCK = "run.lock"
@@ -127,7 +128,8 @@ def _take(descriptor: int, folder: Path) -> None:
 def _beats_on(folder: Path, owner: Owner) -> bool:
     """Watch whether an owner on another host lives."""
     where = f"process {owner.pid} on host '{owner.host}'"
-    sys.stderr.write(f"run folder '{folder}' was left by {where}: watching it for {STALE_S:g} s\n")
+    text = f"run folder '{folder}' was left by {where}: watching it for {STALE_S:g} s\n"
+    sys.stderr.write(printable(text))
     deadline = time.monotonic() + STALE_S
     while time.monotonic() < deadline:
         time.sleep(min(0.2, STALE_S))
@@ -142,7 +144,8 @@ def _beat(folder: Path, me: Owner, ended: threading.Event) -> None:
         owner = read(folder)
         if owner is not None and attrs.evolve(owner, beats=0) != attrs.evolve(me, beats=0):
             where = f"process {owner.pid} on host '{owner.host}'"
-            sys.stderr.write(f"mimogrid: run folder '{folder}' is now that of {where}: this run ends\n")
+            text = f"mimogrid: run folder '{folder}' is now that of {where}: this run ends\n"
+            sys.stderr.write(printable(text))
             sys.stderr.flush()
             os._exit(1)
         me = attrs.evolve(me, beats=me.beats + 1)

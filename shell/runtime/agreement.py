@@ -195,7 +195,7 @@ def means_of(step: Step, sums: Sequence[float]) -> dict[str, float]:
 
 def digest_of(step: Step) -> tuple[float, float]:
     """Return a hash of how a step's samples are described, as two numbers of 48 bits, exact in fp64."""
-    facts = [(s.id, s.length, s.rows, s.placeholders, s.units) for s in step.samples]
+    facts = [(s.id, s.length, s.rows, s.placeholders, s.segments, s.intervals, s.units) for s in step.samples]
     hashed = hashlib.blake2b(repr(facts).encode(), digest_size=12).digest()
     return float(int.from_bytes(hashed[:6], "big")), float(int.from_bytes(hashed[6:], "big"))
 

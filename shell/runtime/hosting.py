@@ -9,7 +9,8 @@ from mimogrid.core.topology.roles import RankRole
 from mimogrid.core.topology.topology import Stage, StageInfo
 from mimogrid.shell.device.device import DTYPES, Device
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.modules import build_stage, named_weights
+from mimogrid.shell.modules.construction import build_stage
+from mimogrid.shell.modules.interface import named_weights
 from mimogrid.shell.runtime.gradients import StageBuffer
 from mimogrid.shell.runtime.stage import StageRunner
 from mimogrid.shell.world.groups import ProcessGroups

@@ -20,8 +20,8 @@ from mimogrid.shell.device import device as devices
 from mimogrid.shell.device.device import Device
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.megatron import without_known_words
 from mimogrid.shell.megatron.cpu import on_device
+from mimogrid.shell.megatron.names import without_known_words
 from mimogrid.shell.runtime.rank import RankRuntime, build_runtime
 from mimogrid.shell.world.failure import one_report
 from mimogrid.shell.world.groups import ProcessGroups, open_groups

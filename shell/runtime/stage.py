@@ -28,7 +28,7 @@ from mimogrid.core.topology.topology import Link, Module, StageInfo
 from mimogrid.core.update.reductions import loss_scale
 from mimogrid.shell.megatron.draws import begin_draws
 from mimogrid.shell.megatron.weight_grad_store import WeightGrads, flush
-from mimogrid.shell.modules import StageModule
+from mimogrid.shell.modules.interface import StageModule
 from mimogrid.shell.modules.loss import Loss, StepLoss, weighted_cross_entropy
 from mimogrid.shell.runtime.data import Loader
 from mimogrid.shell.world.groups import ModuleGroups

@@ -14,7 +14,7 @@ from mimogrid.core.job.models import Parameter
 from mimogrid.core.topology.topology import Stage
 from mimogrid.core.update.buckets import ParameterRange, boxes
 from mimogrid.core.update.reductions import counts_in_norm
-from mimogrid.shell.modules import named_weights
+from mimogrid.shell.modules.interface import named_weights
 from mimogrid.shell.modules.weights import cut_over
 from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime

@@ -17,7 +17,6 @@ import multiprocessing.connection
 import os
 import signal
 import socket
-import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -33,6 +32,7 @@ from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis
 from mimogrid.shell.device.place import RankPlace, prepare
 from mimogrid.shell.world import heartbeat
 from mimogrid.shell.world.orphans import end_with_launcher
+from mimogrid.shell.world.temporary import temporary_folder
 
 
 GRACE_S = 1.0
@@ -80,13 +80,13 @@ class Pool:
         assert size <= self._size, f"a pool of {self._size} cannot run {size} ranks"
         while len(self._workers) < size:
             self._workers.append(self._start())
-        with tempfile.TemporaryDirectory(prefix="mimogrid-") as folder:
-            meeting = str(Path(folder) / "meeting")
+        with temporary_folder() as folder:
+            meeting = str(folder / "meeting")
             try:
                 for rank in range(size):
                     task = Task(function, RankPlace(rank, size, meeting, local_rank=rank), arguments)
                     self._workers[rank][1].send(task)
-                return self._collect(self._workers[:size], Path(folder))
+                return self._collect(self._workers[:size], folder)
             except BaseException:
                 self.close()
                 raise

@@ -29,7 +29,7 @@ FORMER: Mapping[str, str] = {
     "mimogrid.shell.host": "mimogrid.shell.job.host",
     "mimogrid.shell.jobfile": "mimogrid.shell.job.jobfile",
     "mimogrid.shell.jobs": "mimogrid.shell.job.jobs",
-    "mimogrid.shell.sources": "mimogrid.shell.job.sources",
+    "mimogrid.shell.sources": "mimogrid.shell.job.sources.source",
 }
 
 

@@ -44,7 +44,7 @@ from mimogrid.core.base.grid import Axis, Grid
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.core.topology.roles import ModuleLayout, ModuleStageInfo, RankRole
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.megatron import ProcessGroupCollection
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.world.launch import Pool
 
 

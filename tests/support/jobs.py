@@ -24,7 +24,7 @@ from mimogrid.core.job.spec import (
     ScheduleSpec,
     SourceFacts,
 )
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.program.listing import Listing
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Send, parse

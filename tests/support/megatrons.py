@@ -38,9 +38,9 @@ from mimogrid.shell.checkpoint.manifest import published, read_manifest
 from mimogrid.shell.checkpoint.state import gather, manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.megatron import ProcessGroupCollection
 from mimogrid.shell.megatron.cpu import on_device
 from mimogrid.shell.megatron.layers import block_spec
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.runtime.tensor_slices import full_tensors
 

@@ -15,7 +15,8 @@ from mimogrid.core.step.step import Share, Step, step_of
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.megatron import cpu
-from mimogrid.shell.modules import StageModule, build_stage, named_weights
+from mimogrid.shell.modules.construction import build_stage
+from mimogrid.shell.modules.interface import StageModule, named_weights
 from mimogrid.shell.modules.weights import draw
 
 

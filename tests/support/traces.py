@@ -15,7 +15,7 @@ from mimogrid.shell.checkpoint import manifest, saving
 from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.job.sources import Source
+from mimogrid.shell.job.sources.source import Source
 from mimogrid.shell.runtime.optimizer import states_of
 from mimogrid.shell.runtime.session import Session, open_session
 from mimogrid.shell.runtime.tensor_slices import weights_of

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 from mimogrid.core.base.errors import Problem
-from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import Gpt, Regressor, Transformer, Vit
-from mimogrid.core.job.placement import graph_of
+from mimogrid.core.job.placement import graph_of, largest_sample
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 
 
@@ -61,8 +60,7 @@ def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts
         )
     if source.sequence is None or source.length is None:
         return
-    longest = Sample(id=0, length=source.length, rows=source.rows)
-    rows = graph.rows_out(longest)[name] - source.length
+    rows = graph.rows_out(largest_sample(graph, source))[name] - source.length
     if rows + source.length > source.sequence:
         yield Problem(
             "data.options.sequence",

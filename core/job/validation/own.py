@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.spec import JobSpec
+from mimogrid.core.job.validation.checks import at_least
+from mimogrid.core.models.segments import ONE_EACH, Emission
 
 
 def own_problems(spec: JobSpec) -> Iterator[Problem]:
@@ -14,7 +16,11 @@ def own_problems(spec: JobSpec) -> Iterator[Problem]:
             if module.width is not None:
                 fact = f"module '{name}' is a built-in {module.model}, which emits rows of its hidden size."
                 yield Problem(f"{where}.width", fact, "Leave width out.")
+            if module.rows_out != ONE_EACH:
+                fact = f"module '{name}' is a built-in {module.model}, whose options say what it emits."
+                yield Problem(f"{where}.rows_out", fact, "Leave rows_out out.")
             continue
+        yield from _emission(f"{where}.rows_out", module.rows_out)
         for axis in ("tp", "cp", "ep", "expert_tp", "pp"):
             if getattr(module.grid, axis) != 1:
                 yield Problem(
@@ -32,3 +38,9 @@ def own_problems(spec: JobSpec) -> Iterator[Problem]:
                 f"module '{name}' feeds another module of your own, and its output width is not known.",
                 "Set width to the width of the rows that it emits.",
             )
+
+
+def _emission(where: str, emission: Emission) -> Iterator[Problem]:
+    """Check that the counts of an emission are positive; rows may be dropped."""
+    for key, least in (("stride", 1), ("merge", 1), ("pool", 1), ("count", 0)):
+        yield from at_least(f"{where}.{key}", getattr(emission, key), least)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from mimogrid.core.base.errors import Problem, nearest
-from mimogrid.core.job.models import Vit, projector
+from mimogrid.core.job.models import Vit
 from mimogrid.core.job.placement import edge_shape, matches_any, model_of
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 
@@ -50,8 +50,10 @@ def names_of(name: str, spec: JobSpec, source: SourceFacts) -> list[str]:
     names = [parameter.name for parameter in model.parameters()]
     for target in spec.modules[name].feeds:
         if target in spec.modules:
-            width, projected = edge_shape(model, model_of(target, spec, source))
-            names += [p.name for p in projector(target, 1, width)] if projected else []
+            written = spec.modules[name].projector.get(target)
+            width, projector = edge_shape(model, model_of(target, spec, source), written)
+            if projector and model.hidden:
+                names += [p.name for p in projector.parameters(target, model, width)]
     return names
 
 

@@ -12,7 +12,7 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question
 from mimogrid.core.plan.planner import BUDGET, plan
 from mimogrid.core.plan.search_space import enough

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from mimogrid.core.base.errors import PlanError, WorldError
 from mimogrid.shell.checkpoint import manifest
+from mimogrid.shell.cli import inspect
+from mimogrid.shell.cli.arguments import InspectArgs
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders as runs
 from mimogrid.shell.world.launch import Pool
@@ -183,6 +186,16 @@ def test_a_checkpoint_that_is_read_is_not_pruned(tmp_path: Path) -> None:
     with manifest.reading(old):
         manifest.prune(tmp_path, keep=1, keep_every=0)
         assert [old, new] == manifest.published(tmp_path)
+
+    def damage(checkpoint: Path, _: object) -> Iterator[str]:
+        """What a run does while `mimogrid inspect` reads."""
+        manifest.prune(tmp_path, keep=1, keep_every=0)
+        yield "is there" if checkpoint.exists() else "is gone"
+
+    with patch.object(inspect, "damage", damage), pytest.raises(PlanError) as caught:
+        inspect.run(None, InspectArgs(folder=tmp_path, verify=True, json=False))
+    assert all("is there" in problem.message for problem in caught.value.problems)
+    assert [old, new] == manifest.published(tmp_path)
     manifest.prune(tmp_path, keep=1, keep_every=0)
     assert [new] == manifest.published(tmp_path)
     with pytest.raises(PlanError, match="may have just removed it"):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mimogrid.core.models.segments import Emission
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job.jobs import open_job
 
@@ -341,6 +342,22 @@ def test_what_is_the_users_own_is_found_and_asked_without_its_package(own, capsy
     assert 2 * 8 * 5 * 32 * 4 == edge["bytes"]
     assert 0 == main(["check", str(own)])
     assert "vision -> language  32     yes" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_how_many_rows_an_own_module_emits_is_asked_too(own, capsys):
+    """`describe(options)` may give `rows_out`; a table that says nothing is refused, and so is another one."""
+    eyes = own.parent / "zoo" / "eyes.py"
+    text = eyes.read_text().replace('return {"width"', 'return {"rows_out": {"count": 2}, "width"')
+    eyes.write_text(text)
+    job = open_job(own.name, ["data.options.sequence=16"])
+    assert job.spec.modules["vision"].rows_out == Emission(count=2)
+    assert {"vision": 2, "language": 4} == job.step(0).rows_out[0]
+    assert 2 == main(["check", str(own), "--set", "modules.vision.rows_out={pool=3}"])
+    assert "modules.vision.rows_out: differs from what 'zoo.eyes:build' describes" in capsys.readouterr().err
+    eyes.write_text(text.replace('"count": 2', '"cuont": 2'))
+    assert 2 == main(["check", str(own)])
+    assert "gives rows_out.cuont, which 'cuont' is not a known key" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("without_torch")

@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from mimogrid.core.job.models import BUILT_IN
+from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
@@ -35,6 +36,7 @@ TABLES = (
     JobSpec,
     ModuleSpec,
     GridSpec,
+    Projector,
     DataSpec,
     BatchSpec,
     ScheduleSpec,

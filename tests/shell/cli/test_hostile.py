@@ -11,6 +11,9 @@ import pytest
 
 from mimogrid.core.job.graph import ModuleGraph, find_cycle
 from mimogrid.shell.cli.main import main
+from mimogrid.shell.job.builders import PlanWarning
+from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.run import folders, log
 
 
 ROOT = Path(__file__).parents[3]
@@ -142,6 +145,22 @@ def test_text_of_files_is_written_out_on_terminals_and_in_pictures(tmp_path, cap
     assert not {"\x1b", "\x07", "\u202e"} & set(capsys.readouterr().err)
     assert 2 == main([TITLE, str(job)])
     assert not {"\x1b", "\x07", "\u202e"} & set(capsys.readouterr().err)
+
+
+def test_text_of_files_is_written_out_where_a_run_tells_of_itself(tmp_path, capsys):
+    """In the log's lines on the terminal, in warnings of the plan, and where a run is finished already."""
+    topology = open_job(FIRST).topology
+    with log.open_log(tmp_path / "logs", topology.role(0), speaks=True) as logger:
+        logger.warning(TITLE, folder=TITLE)
+    assert not {"\x1b", "\x07", "\u202e"} & set(str(PlanWarning(TITLE)))
+    named = tmp_path / "run"
+    with folders.claimed(open_job(FIRST, [f"train.run_dir={named}"]), None):
+        folders.write_json(named / folders.REPORT, {"steps": 100})
+    hostile = named.rename(tmp_path / TITLE)
+    assert 0 == main(["train", str(FIRST), "--resume", str(hostile)])
+    said = capsys.readouterr().err
+    assert 3 == said.count(r"\x1b]0;owned\x07\x1b[2J\u202egnp")
+    assert not {"\x1b", "\x07", "\u202e"} & set(said)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

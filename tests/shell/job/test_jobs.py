@@ -7,7 +7,7 @@ from types import CodeType, FrameType
 
 import pytest
 
-from mimogrid.core.job.validation import problems_of
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.shell.job.jobs import open_job
 
 

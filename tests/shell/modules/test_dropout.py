@@ -11,7 +11,7 @@ from draws import RankDraws
 from layouts import job as job_of
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.job.validation import parity_problems
+from mimogrid.core.job.validation.problems import parity_problems
 from mimogrid.shell.cli import start
 from mimogrid.shell.cli.arguments import ParityArgs
 from mimogrid.shell.job.jobs import Job

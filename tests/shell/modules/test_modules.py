@@ -1,5 +1,6 @@
 """Modules built from megatron-core compute what a plain implementation computes, whatever the layout."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ from mimogrid.core.base.errors import WorldError
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Block, Gpt, Regressor, Vit
 from mimogrid.core.job.spec import GridSpec, ModuleSpec
+from mimogrid.core.models.segments import Emission
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.megatron import cpu
-from mimogrid.shell.modules import StageModule, build_stage, named_weights
+from mimogrid.shell.modules.construction import build_stage
+from mimogrid.shell.modules.interface import StageModule, named_weights
 from mimogrid.shell.modules.loss import cross_entropies
 from mimogrid.shell.modules.packing import check_placeholders
 from mimogrid.shell.modules.weights import shard
@@ -377,6 +380,38 @@ def test_an_own_module_is_wrapped_and_drawn_from_the_seed(
     given = first({"rows": torch.randn(3, 4, dtype=torch.float64)}, whole_share(step, "own"))
     assert (3, 8) == tuple(given["head"].shape)
     assert given["head"].dtype == torch.float64
+
+
+class Pairs(nn.Module):
+    """An own module that emits the first of every two rows."""
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Half as many."""
+        assert inputs["lengths"].tolist() == [4, 2]
+        return {"rows": inputs["rows"][::2]}
+
+
+def pairs() -> nn.Module:
+    """Build Pairs."""
+    return Pairs()
+
+
+@pytest.mark.parametrize(("pool", "fits"), [(2, True), (1, False)])
+def test_an_own_module_emits_as_many_rows_as_it_says(
+    pool: int, fits: bool, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it reads is given by the sample, what it emits by `rows_out`, and anything else is said."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    emission = Emission(pool=pool)
+    own = ModuleSpec(model="test_modules:pairs", options={}, feeds=("head",), width=8, rows_out=emission)
+    topology = topology_of({"own": own, "head": module(Regressor(layers=1, hidden=8, heads=2))})
+    (info,) = topology.modules["own"].stages
+    stage = build_stage(topology, info, alone, device=CPU, dtype=torch.float64)
+    step = step_with(topology, Sample(0, 0, {"own": 4}), Sample(1, 0, {"own": 2}))
+    said = contextlib.nullcontext() if fits else pytest.raises(WorldError, match="as many as rows_out says")
+    with said:
+        given = stage({"rows": torch.zeros(6, 8, dtype=torch.float64)}, whole_share(step, "own"))
+        assert len(given["head"]) == sum(step.share("head", 0, 0).rows["own"]) == 3
 
 
 # -- the CPU in place of CUDA ------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ def test_secrets_of_the_environment_are_named_only(
     topology = open_job(written(tmp_path, job("enc(1,1,1)@0 lm(1,1,1)@1"))).topology
     with log.open_log(tmp_path / "logs", topology.role(0), speaks=True) as logger:
         logger.warning('at hf_"0123', where='hf_"0123')
+    assert "at $HUB_TOKEN  where $HUB_TOKEN" in capsys.readouterr().err
     event = json.loads((tmp_path / "logs" / "rank-0.jsonl").read_text())
     assert ("at $HUB_TOKEN", "$HUB_TOKEN") == (event["event"], event["where"])
     assert 2 == main(["check", str(tmp_path / 'hf_"0123.toml')])

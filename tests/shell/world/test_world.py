@@ -137,7 +137,7 @@ def test_what_is_loaded_must_be_as_described(pool: Pool, opened: Opened, wrong: 
     ("event", "said"),
     [
         ("silent", "module 'enc' returned nothing, no 'rows'"),
-        ("short", "the plan is one row of width 8 for each that comes in"),
+        ("short", "one row for each that comes in"),
         ("judge", "module 'enc' feeds others, so the plan gives it no loss; it returned one"),
     ],
 )

@@ -1,0 +1,59 @@
+"""Segments: how many rows a module emits for a segment of the rows that it reads.
+
+A segment is an image, a clip or a sound. Its grid says how its rows lie: (frames, height, width), or (length,).
+
+>>> Emission(merge=2).rows((1, 4, 6))                # blocks of 2 x 2 patches become one row
+6
+>>> Emission(stride=2, pool=2).rows((13,))           # every other frame, and then the mean of each two
+3
+>>> Emission(extra=1).rows((2, 4, 6))                # a class token for each frame
+50
+>>> Emission(count=32).rows((1, 4, 6))               # 32 queries for each segment, whatever its size
+32
+"""
+
+import math
+
+import attrs
+
+from mimogrid.core.base.samples import SegmentGrid
+
+
+PLANE = 3
+"""How many sizes the grid of an image or a clip has."""
+
+
+@attrs.frozen(kw_only=True)
+class Emission:
+    """How rows that are read become rows that are emitted, frame by frame, in the order of the attributes.
+
+    Attributes:
+        stride: of so many rows one remains; of a last group that is not full, too.
+        merge: so many by so many rows of a frame become one.
+        pool: so many rows become one; a last group that is not full is dropped.
+        extra: rows of each frame that come besides, or with a minus that are dropped.
+        count: rows of each segment, whatever its grid; 0: these follow from the grid.
+    """
+
+    stride: int = 1
+    merge: int = 1
+    pool: int = 1
+    extra: int = 0
+    count: int = 0
+
+    def rows(self, grid: SegmentGrid) -> int:
+        """Return the rows emitted for a segment of a grid. Raises ValueError if the grid cannot be merged."""
+        if self.count:
+            return self.count
+        return sum(rows // self.merge**2 // self.pool + self.extra for rows in self.frames(grid))
+
+    def frames(self, grid: SegmentGrid) -> tuple[int, ...]:
+        """Return the rows of each frame before they are merged. Raises ValueError if the grid cannot be merged."""
+        if self.merge > 1 and (len(grid) != PLANE or any(side % self.merge for side in grid[1:])):
+            raise ValueError(f"a grid of {grid} cannot be merged {self.merge} by {self.merge}")
+        frames, sides = (grid[0], grid[1:]) if len(grid) == PLANE else (1, grid)
+        return (-(-math.prod(sides) // self.stride),) * frames
+
+
+ONE_EACH = Emission()
+"""One row for each that is read."""
