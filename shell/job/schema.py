@@ -17,13 +17,14 @@ from typing import Any
 import attrs
 
 import mimogrid
-from mimogrid.core.job import layer_engines, validation
+from mimogrid.core.job import layer_engines
 from mimogrid.core.job.models import ACTIVATIONS, BUILT_IN, NORMS, Transformer
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, OptimizerSpec, ScheduleSpec
 from mimogrid.core.job.validation.optimizer import DECAYS
-from mimogrid.shell.job.sources import BUILT_IN as SOURCES
+from mimogrid.core.job.validation.problems import RECOMPUTES
+from mimogrid.shell.job.sources.opening import BUILT_IN as SOURCES
 from mimogrid.shell.job.tables import is_mapping, is_tuple
 
 
@@ -34,7 +35,7 @@ DIALECT = "http://json-schema.org/draft-07/schema#"
 """The newest one that both taplo and tombi read."""
 WORDS: Mapping[tuple[type, str], tuple[str, ...]] = {
     (JobSpec, "precision"): tuple(VALUE_BYTES),
-    (ModuleSpec, "recompute"): validation.RECOMPUTES,
+    (ModuleSpec, "recompute"): RECOMPUTES,
     (ModuleSpec, "engine"): layer_engines.ENGINES,
     (ModuleSpec, "fp8"): layer_engines.FORMATS,
     (ScheduleSpec, "name"): SCHEDULES,
