@@ -95,6 +95,13 @@ class PlanningArgs(JobArgs):
 
 
 @attrs.frozen(kw_only=True)
+class LaunchArgs(JobArgs):
+    """What every command takes that starts ranks."""
+
+    force: bool = _switch("start even if this machine has too few cores, too little memory or disk for it")
+
+
+@attrs.frozen(kw_only=True)
 class RunArgs(Args):
     """What every command on the checkpoints of a run takes."""
 
@@ -171,7 +178,7 @@ class PlanArgs(PlanningArgs):
 
 
 @attrs.frozen(kw_only=True)
-class ProbeArgs(JobArgs):
+class ProbeArgs(LaunchArgs):
     """Measure the costs of a job on this machine, as a costs file for `simulate`."""
 
     out: Path | None = _option("FILE", "write the costs file here instead of printing it", Path)
@@ -182,7 +189,7 @@ class ProbeArgs(JobArgs):
 
 
 @attrs.frozen(kw_only=True)
-class TrainArgs(JobArgs):
+class TrainArgs(LaunchArgs):
     """Train a job, on this machine or under torchrun."""
 
     resume: Path | None = _option("RUN", "continue the run in this folder", Path)
@@ -192,11 +199,11 @@ class TrainArgs(JobArgs):
         "send data through host memory, or give each local rank its own GPU and use NCCL",
         choices=("host", "nccl"),
     )
-    force: bool = _switch("start even if this machine has too few cores or too little memory for the ranks")
+    preflight: bool = _switch("only say whether this machine can run it")
 
 
 @attrs.frozen(kw_only=True)
-class ParityArgs(JobArgs):
+class ParityArgs(LaunchArgs):
     """Compare the gradients of a job with those of the same model on one process."""
 
     steps: int = _option("K", "the number of steps to compare; default 1", int, 1)
@@ -289,6 +296,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "probe": ("probe job.toml --out costs.toml",),
     "train": (
         "train job.toml --set train.steps=20",
+        "train job.toml --preflight",
         "train job.toml --resume runs/job-1",
         "train job.toml --set train.run_dir=runs/mine",
     ),

@@ -33,6 +33,7 @@ from mimogrid.shell.run import run_lock
 
 
 REPORT, RECORD = "report.json", "run.json"
+RUNS = "runs"
 SHOWN = 8
 """How many of the keys that differ are listed."""
 
@@ -48,7 +49,7 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
         folder = _resumed(Path(resume), named)
         _check_job(folder, job.spec, tuple(changed))
     elif named is None:
-        folder = _fresh(Path("runs"), name_of(job.path))
+        folder = _fresh(Path(RUNS), name_of(job.path))
     else:
         folder = _empty(named)
     with run_lock.owned(folder):
@@ -59,6 +60,11 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
             raise _refused(str(folder), "was claimed by another run just now.", _ELSEWHERE)
         write_json(record, {"job": jobfile.dump(job.spec)})
         yield folder
+
+
+def planned(job: Job, resume: Path | str | None) -> Path:
+    """Return where a run will write; without a name, the folder in which one will be made."""
+    return Path(resume or job.spec.train.run_dir or RUNS)
 
 
 def resumed_by_launcher(spec: JobSpec, resume: Path | str | None) -> Path | str | None:
