@@ -36,6 +36,7 @@ from mimogrid.shell.cli.arguments import (
     SimulateArgs,
     TrainArgs,
     VerifyArgs,
+    WatchArgs,
 )
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, write
@@ -80,6 +81,10 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
                 from mimogrid.shell.cli import export  # noqa: PLC0415 -- imports torch
 
                 return export.run(args)
+            case WatchArgs():
+                from mimogrid.shell.cli import watch  # noqa: PLC0415 -- only what is used
+
+                return watch.run(args)
             case EnvArgs():
                 from mimogrid.shell.cli import env  # noqa: PLC0415 -- only what is used
 

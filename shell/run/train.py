@@ -36,7 +36,15 @@ from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import report, run_lock
-from mimogrid.shell.run.folders import REPORT, Stopped, claimed, finished_report, write_json
+from mimogrid.shell.run.folders import (
+    HEARTBEATS,
+    REPORT,
+    Stopped,
+    claimed,
+    finished_report,
+    showing_heartbeats,
+    write_json,
+)
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
 from mimogrid.shell.runtime.agreement import Outcome
@@ -50,7 +58,6 @@ from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.shell.world.preemption import StopRequest, receiving_signals
 
 
-HEARTBEATS = "heartbeats"
 PROFILES = "profiles"
 REFUSED = "refused: "
 """The prefix of what rank 0 answers the others if a run cannot begin."""
@@ -89,6 +96,8 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
             return finished
         if place.meeting is None:
             session.heartbeat.keep_in(path / HEARTBEATS)
+        elif place.rank == 0:
+            held.enter_context(showing_heartbeats(path, Path(place.meeting).parent))
         return _trained(session, session.runtime, path, saved if resume is not None else None)
 
 
