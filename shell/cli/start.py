@@ -53,6 +53,9 @@ def _train_here(job: Job, args: TrainArgs) -> Any:
         if report is not None:
             print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
             return report
+        print(
+            f"{size} ranks start; to look at them: mimogrid watch {shlex.quote(str(folder))}", file=sys.stderr
+        )
         arguments = args.transport, str(folder), args.resume
         with Pool(size, may_use_cuda=uses_cuda) as pool, forwarding_signals(pool.signal) as request:
             try:
