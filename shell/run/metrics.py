@@ -219,8 +219,9 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=done, description=text)
         elif done in {self._start + 1, self._steps} or now - self._printed_at > PROGRESS_EVERY_S:
-            left_s = (facts.get("step_s") or 0.0) * (self._steps - done)
-            print(f"{done}/{self._steps} steps  {text}  {left_s:.0f} s left", file=sys.stderr, flush=True)  # noqa: T201
+            if done - self._start > 1:  # the first step says nothing of the others
+                text += f"  {(facts.get('step_s') or 0.0) * (self._steps - done):.0f} s left"
+            print(f"{done}/{self._steps} steps  {text}", file=sys.stderr, flush=True)  # noqa: T201
             self._printed_at = now
 
 
