@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.base.samples import Sample
+from mimogrid.core.base.samples import Sample, SegmentGrid
 from mimogrid.core.models.segments import ONE_EACH, Emission
 
 
@@ -105,6 +105,16 @@ class ModuleGraph:
             text = sample.length if node.reads_text else 0
             emitted[name] = sum(map(node.emission.rows, grids)) + text
         return emitted
+
+    def grids_out(self, name: str, sample: Sample, rows_out: Mapping[str, int]) -> tuple[SegmentGrid, ...]:
+        """Return the grid of each segment of the rows that a module emits for a sample; `rows_out` are of all modules.
+
+        What a module emits for the rows of others is one segment.
+        """
+        node = self.nodes[name]
+        if node.is_source:
+            return tuple(map(node.emission.grid, sample.grids(name)))
+        return ((rows_out[name],),) * bool(rows_out[name])
 
     def emitting_each(self) -> "ModuleGraph":
         """Return the graph in which every module emits a row for each that it reads."""

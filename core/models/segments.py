@@ -4,6 +4,8 @@ A segment is an image, a clip or a sound. Its grid says how its rows lie: (frame
 
 >>> Emission(merge=2).rows((1, 4, 6))                # blocks of 2 x 2 patches become one row
 6
+>>> Emission(merge=2).grid((1, 4, 6))
+(1, 2, 3)
 >>> Emission(stride=2, pool=2).rows((13,))           # every other frame, and then the mean of each two
 3
 >>> Emission(extra=1).rows((2, 4, 6))                # a class token for each frame
@@ -28,7 +30,7 @@ class Emission:
     """How rows that are read become rows that are emitted, frame by frame, in the order of the attributes.
 
     Attributes:
-        stride: of so many rows one remains; of a last group that is not full, too.
+        stride: of so many rows one remains; a last group that is not full is only seen by what comes before it.
         merge: so many by so many rows of a frame become one.
         pool: so many rows become one; a last group that is not full is dropped.
         extra: rows of each frame that come besides, or with a minus that are dropped.
@@ -47,12 +49,18 @@ class Emission:
             return self.count
         return sum(rows // self.merge**2 // self.pool + self.extra for rows in self.frames(grid))
 
+    def grid(self, grid: SegmentGrid) -> SegmentGrid:
+        """Return how the rows lie that are emitted for a segment: merged, or (length,) where they are no plane."""
+        if len(grid) == PLANE and self == Emission(merge=self.merge):
+            return grid[0], *(side // self.merge for side in grid[1:])
+        return (self.rows(grid),)
+
     def frames(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the rows of each frame before they are merged. Raises ValueError if the grid cannot be merged."""
         if self.merge > 1 and (len(grid) != PLANE or any(side % self.merge for side in grid[1:])):
             raise ValueError(f"a grid of {grid} cannot be merged {self.merge} by {self.merge}")
         frames, sides = (grid[0], grid[1:]) if len(grid) == PLANE else (1, grid)
-        return (-(-math.prod(sides) // self.stride),) * frames
+        return (math.prod(sides) // self.stride,) * frames
 
 
 ONE_EACH = Emission()

@@ -13,13 +13,15 @@ microbatch.
 """
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.base.samples import Sample, prefix_sums
+from mimogrid.core.base.samples import Sample, SegmentGrid, prefix_sums
 from mimogrid.core.job.descriptions import description_problems
+from mimogrid.core.job.graph import Node
 from mimogrid.core.job.models import Gpt, Own, Regressor
 from mimogrid.core.topology.topology import Module, Stage, Topology
 
@@ -41,6 +43,7 @@ class Share:
         total: Number of samples in the step, over all dp ranks and microbatches.
         shape: (positions, samples) that the module's stages compute, padding included. Positions are those of all
             cp ranks together.
+        segments_in: For a language model, the grids of the rows that it reads, by feeder, as that emits them.
     """
 
     samples: tuple[Sample, ...]
@@ -49,6 +52,9 @@ class Share:
     placeholders: tuple[tuple[int, ...], ...]
     total: int
     shape: tuple[int, int]
+    segments_in: Mapping[str, tuple[tuple[SegmentGrid, ...], ...]] = attrs.field(
+        factory=dict[str, tuple[tuple[SegmentGrid, ...], ...]]
+    )
 
     @property
     def is_empty(self) -> bool:
@@ -124,6 +130,7 @@ class Step:
         else:
             rows = {feeder: tuple(rows[feeder] for rows in emitted) for feeder in node.feeders}
         return Share(
+            segments_in=self._segments_in(node, samples, emitted),
             samples=samples,
             rows=rows,
             lengths=tuple(rows[module] for rows in emitted),
@@ -136,6 +143,16 @@ class Step:
             total=len(self.samples),
             shape=self.shape(module, dp_rank, microbatch),
         )
+
+    def _segments_in(
+        self, node: Node, samples: Sequence[Sample], rows_out: Sequence[Mapping[str, int]]
+    ) -> Mapping[str, tuple[tuple[SegmentGrid, ...], ...]]:
+        """Return the grids of the rows that a language model reads."""
+        graph = self.topology.graph
+        return {
+            feeder: tuple(map(graph.grids_out, itertools.repeat(feeder), samples, rows_out))
+            for feeder in (node.feeders if node.reads_text else ())
+        }
 
     def has_rows(self, module: str, dp_rank: int, microbatch: int) -> bool:
         """Whether a dp rank has rows of its own in a microbatch."""

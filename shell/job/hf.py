@@ -49,10 +49,6 @@ def lay_options(table: MutableMapping[str, Any], folder: Path) -> dict[str, tupl
             module["options"] = options_of(where, folder / str(config), str(module.get("model"))) | options
         except PlanError as error:
             problems[name] = error.problems
-            # Stand-ins for what the file should have, so that nothing else is reported as missing.
-            module["options"] = {"layers": 1, "hidden": 2, "heads": 1} | options
-            if module.get("model") == "gpt":
-                module["options"].setdefault("vocab", 1)
     return problems
 
 

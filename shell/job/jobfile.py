@@ -120,15 +120,28 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
         return ParsedJob(None, (*problems, *many))  # at once: each could have problems of its own
     costs, of_costs = _take_costs(table, Path(path).parent)
     of_configs = lay_options(table, Path(path).parent)
-    problems += [*of_costs, *itertools.chain.from_iterable(of_configs.values())]
-    problems += lay_weights(table, Path(path).parent)
+    of_weights = lay_weights(table, Path(path).parent)
+    of_files = [*of_costs, *itertools.chain(*of_configs.values(), *of_weights.values())]
+    problems += dict.fromkeys(of_files)
+    unread = [name for name in {**of_configs, **of_weights} if name]
+    for name in unread:
+        _stand_in(table["modules"][name])
     job = attrs.evolve(_read_table(table), overrides=places)
-    doubtful = (dotted(("modules", name)) for name in of_configs)
+    doubtful = (dotted(("modules", name)) for name in unread)
     job = attrs.evolve(job, doubtful=(*job.doubtful, *doubtful))
     if costs and job.spec:
         job = attrs.evolve(job, spec=_with_costs(job.spec, costs))
     problems += [job.annotated(problem) for problem in job.problems]
     return attrs.evolve(job, problems=tuple(problems))
+
+
+def _stand_in(module: dict[str, Any]) -> None:
+    """Give a module what a file should have said of it, so that nothing else is reported as missing."""
+    if "model" not in module:
+        module |= {"model": "block", "options": {}}
+    if isinstance(options := module.setdefault("options", {}), dict) and module["model"] in BUILT_IN:
+        vocab = {"vocab": 1} if module["model"] == "gpt" else {}
+        module["options"] = {"layers": 1, "hidden": 2, "heads": 1} | vocab | options
 
 
 def _with_costs(spec: JobSpec, costs: Costs | None) -> JobSpec:

@@ -24,6 +24,7 @@ from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find
 from mimogrid.shell.job.permission import permit
+from mimogrid.shell.job.published import shape_problems
 from mimogrid.shell.job.sources.opening import open_source
 from mimogrid.shell.job.sources.source import Source
 from mimogrid.shell.job.tables import converted, new_converter
@@ -99,6 +100,8 @@ def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool 
     if problems:
         raise PlanError(problems)
     assert isinstance(found, Topology)
+    if unlike := tuple(shape_problems(found)):
+        raise PlanError(unlike)
     costs = found.spec.schedule.costs
     if costs and (strange := list(unknown_names(costs, found))):
         raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)

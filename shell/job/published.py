@@ -4,21 +4,24 @@
     model.safetensors                          or several files, and
     model.safetensors.index.json               which tensor is in which file
 
-``modules.NAME.weights = "FOLDER"`` starts a module from such a folder. The options of the model come from its
-config.json; those that the job gives come on top.
+``modules.NAME.weights = "FOLDER"`` starts a module from such a folder, and ``weights = "FOLDER"`` at the top of a job
+all its modules. What they are comes from its config.json; what the job says comes on top.
 """
 
 import functools
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.models import Own
 from mimogrid.core.models.families import read_config
 from mimogrid.core.models.network import Model, PublishedModule
+from mimogrid.core.topology.topology import Topology
+from mimogrid.shell.job.tables import shown
 from mimogrid.shell.job.textfiles import json_of, read_text
 
 
@@ -76,29 +79,87 @@ def published(folder: Path) -> Published:
     return Published(folder, config, tensors, model)
 
 
-def lay_weights(table: MutableMapping[str, Any], folder: Path) -> tuple[Problem, ...]:
-    """Make the folders of ``modules.NAME.weights`` absolute, and put the options of their models under a job's own."""
-    problems: list[Problem] = []
-    modules = table.get("modules")
-    for name, module in modules.items() if isinstance(modules, dict) else ():
-        if not isinstance(module, dict) or not isinstance(module.get("weights"), str):
+def lay_weights(table: MutableMapping[str, Any], folder: Path) -> dict[str, tuple[Problem, ...]]:
+    """Lay what checkpoints say of modules under what a job says of them, and make their folders absolute.
+
+    ``weights`` at the top of a job is that of all built-in modules without their own; "" is none. A checkpoint says the
+    model, its options, and where the job leaves these out `feeds`, `projector` and what is `frozen`.
+
+    Returns the problems, by the name of the module; those of the job itself under "".
+    """
+    problems: dict[str, tuple[Problem, ...]] = {}
+    written, whole = table.get("modules"), table.pop("weights", None)
+    modules: dict[str, Any] = written if isinstance(written, dict) else {}
+    if not isinstance(whole, str | None):
+        problems[""] = (Problem("weights", f"is {shown(whole)}; expected a string.", "Name a folder."),)
+        whole = None
+    for name, module in modules.items():
+        if not isinstance(module, dict):
             continue
-        if "\0" in module["weights"]:
-            problems.append(Problem(f"modules.{name}.weights", "has a null byte.", "Name a folder."))
+        if whole is not None and ":" not in str(module.get("model")):
+            module.setdefault("weights", whole)
+        if module.get("weights") == "":
+            del module["weights"]
+        if isinstance(module.get("weights"), str) and (of := _lay(name, module, folder, tuple(modules))):
+            problems[name] = of
+    return problems
+
+
+def _lay(
+    name: str, module: MutableMapping[str, Any], folder: Path, names: tuple[str, ...]
+) -> tuple[Problem, ...]:
+    """Lay a checkpoint's table of a module under the job's; `names` are the modules of the job."""
+    if "\0" in module["weights"]:
+        return (Problem(f"modules.{name}.weights", "has a null byte.", "Name a folder."),)
+    module["weights"] = str((folder / module["weights"]).resolve())
+    try:
+        found = published(Path(module["weights"])).module(name).table()
+    except PlanError as error:
+        return error.problems
+    module.setdefault("model", found["model"])
+    if module["model"] != found["model"]:
+        message = f"is '{module['model']}', and the checkpoint has a '{found['model']}'."
+        return (Problem(f"modules.{name}.model", message, "Leave it out."),)
+    if isinstance(module.setdefault("options", {}), dict):
+        module["options"] = found["options"] | module["options"]
+    if targets := [target for target in found.get("feeds", ()) if target in names]:
+        module.setdefault("feeds", targets)
+    if "frozen" in found and "trainable" not in module:
+        module.setdefault("frozen", found["frozen"])
+    _lay_projectors(module, found.get("projector", {}))
+    return ()
+
+
+def _lay_projectors(module: MutableMapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Lay the checkpoint's projectors under those of a job, unless these are of another kind."""
+    feeds, written = module.get("feeds"), module.setdefault("projector", {})
+    if not isinstance(feeds, list) or not isinstance(written, dict):
+        return
+    for target in feeds:
+        own, table = written.get(target, {}), found.get(str(target))
+        if table and isinstance(own, dict) and own.get("kind", table["kind"]) == table["kind"]:
+            written[target] = {**table, **own}
+
+
+def shape_problems(topology: Topology) -> Iterator[Problem]:
+    """Yield the modules that options of the job make of other shapes than the checkpoint has, padding apart."""
+    for name, module in topology.modules.items():
+        folder = topology.spec.modules[name].weights
+        if folder is None or isinstance(module.model, Own):
             continue
-        module["weights"] = str((folder / module["weights"]).resolve())
-        try:
-            found = published(Path(module["weights"])).module(name).table()
-        except PlanError as error:
-            problems += error.problems
-            continue
-        module.setdefault("model", found["model"])
-        if module["model"] != found["model"]:
-            message = f"is '{module['model']}', and the checkpoint has a '{found['model']}'."
-            problems.append(Problem(f"modules.{name}.model", message, "Leave it out."))
-        elif isinstance(module.setdefault("options", {}), dict):
-            module["options"] = found["options"] | module["options"]
-    return tuple(problems)
+        recipes = published(Path(folder)).module(name).recipes
+        padding = getattr(module.model, "vocab_padding", 0)
+        for parameter in module.parameters:
+            stored = recipes[parameter.name].shape if parameter.name in recipes else parameter.shape
+            rows = parameter.shape[0] - (padding if parameter.name in PADDED else 0)
+            if stored != (rows, *parameter.shape[1:]):
+                message = f"make {parameter.name} {parameter.shape}, and the checkpoint has {stored}."
+                yield Problem(f"modules.{name}.options", message, "Leave out what changes sizes.")
+                break
+
+
+PADDED = ("embedding.weight", "output.weight")
+"""Parameters with a row for each entry of the vocabulary."""
 
 
 def _tensors(folder: Path) -> dict[str, PublishedTensor]:

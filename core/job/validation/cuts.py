@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.job.models import ACTIVATIONS, NORMS, BuiltIn, Gpt, Transformer
+from mimogrid.core.job.models import ACTIVATIONS, NORMS, BuiltIn, Gpt, Transformer, Vit
 from mimogrid.core.job.placement import stages_of
 from mimogrid.core.job.spec import GridSpec, ModuleSpec
 from mimogrid.core.job.validation.checks import divisors, one_of
@@ -24,7 +24,7 @@ def cut_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
             f"{model.hidden} is not a multiple of {model.heads}.",
             f"Legal heads: {divisors(model.hidden)}; or give heads a width of their own: head_width.",
         )
-    elif model.head_width % 2:
+    elif model.head_width % 2 and getattr(model, "positions", "rotary") != "learned":
         yield Problem(
             f"{where}.options.heads",
             f"module '{name}' has heads of width {model.head_width}; rotary embeddings need an even width.",
@@ -52,7 +52,7 @@ def _parts_of_layers(where: str, model: Transformer) -> Iterator[Problem]:
             parse_scaling(f"{where}.rotary_scaling", model.rotary_scaling)
         except PlanError as error:
             yield from error.problems
-    if model.window and not model.causal:
+    if model.window and not isinstance(model, Gpt | Vit):
         message = "is for causal models; here every row sees every other."
         yield Problem(f"{where}.window", message, "Leave it out.")
     if changed := model.changed(NOT_YET):
@@ -108,7 +108,7 @@ def sharding_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
     if isinstance(model, Mapping):
         return
     shards = {"attention heads": model.heads, "key-value heads": model.kv_heads}
-    if not model.experts:
+    if not all(map(model.has_experts, range(model.layers))):
         shards["ffn features"] = model.ffn
     if isinstance(model, Gpt):
         shards["vocabulary entries"] = model.vocab_rows
@@ -158,11 +158,11 @@ def _expert_sizes(name: str, grid: GridSpec, model: BuiltIn) -> Iterator[Problem
             f"{model.experts} is not a multiple of {grid.ep}.",
             f"Legal ep for {model.experts} experts: {divisors(model.experts)}.",
         )
-    if model.ffn % grid.expert_tp:
+    if model.expert_ffn % grid.expert_tp:
         yield Problem(
             f"{where}.grid.expert_tp",
-            f"module '{name}' splits {model.ffn} ffn features of an expert over expert_tp={grid.expert_tp}.",
-            f"Legal expert_tp: {divisors(model.ffn)}.",
+            f"module '{name}' splits {model.expert_ffn} features of an expert over expert_tp={grid.expert_tp}.",
+            f"Legal expert_tp: {divisors(model.expert_ffn)}.",
         )
     if model.top_k > model.experts:
         yield Problem(

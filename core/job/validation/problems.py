@@ -18,6 +18,7 @@ from mimogrid.core.job.validation.own import own_problems
 from mimogrid.core.job.validation.parameters import freezing_problems
 from mimogrid.core.job.validation.ranks import dp_problems, world_problems
 from mimogrid.core.job.validation.sizes import size_problems, total_problems
+from mimogrid.core.job.validation.towers import tower_problems
 from mimogrid.core.job.validation.wiring import loss_problems, wiring_problems
 
 
@@ -39,7 +40,7 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
         if not sizes:
             found += [*cut_problems(name, module), *sharding_problems(name, module)]
             found += [*expert_problems(name, module), *dp_problems(name, module, spec)]
-            found += loss_problems(name, module)
+            found += [*loss_problems(name, module), *tower_problems(name, spec)]
     totals = list(total_problems(spec)) if whole else []
     found += totals
     whole = whole and not totals

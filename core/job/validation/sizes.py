@@ -68,8 +68,8 @@ _SIZES = ("layers", "hidden", "heads", "kv_heads", "head_width", "ffn")
 def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
     # A default that follows from another size is wrong only if that one is, which is reported there.
     defaults = {"kv_heads": model.heads, "ffn": 4 * model.hidden, "outputs": model.hidden}
-    defaults["head_width"] = model.hidden // (model.heads or 1)
-    for key in (*_SIZES, "top_k", "vocab", "outputs", "features"):
+    defaults |= {"head_width": model.hidden // (model.heads or 1), "expert_ffn": model.ffn}
+    for key in (*_SIZES, "expert_ffn", "top_k", "vocab", "outputs", "features", "merge", "pool"):
         value = getattr(model, key, None)
         if value is not None and value != defaults.get(key):
             yield from at_least(f"{where}.{key}", value, 1)
@@ -78,6 +78,13 @@ def _model_sizes(where: str, model: BuiltIn) -> Iterator[Problem]:
     yield from at_least(f"{where}.experts", model.experts, 0, "0: a dense model.")
     yield from at_most(f"{where}.experts", model.experts, EXPERTS_MOST)
     yield from at_least(f"{where}.vocab_padding", getattr(model, "vocab_padding", 0), 0)
+    for key in ("position_count", "deepstack"):
+        yield from at_least(f"{where}.{key}", getattr(model, key, 0), 0, "0: there are none.")
+        yield from at_most(f"{where}.{key}", getattr(model, key, 0), WIDTH_MOST)
+    for key in ("full_layers", "dense_layers", "deepstack_layers"):
+        if len(getattr(model, key, ())) > max(model.layers, 0):
+            count = len(getattr(model, key))
+            yield Problem(f"{where}.{key}", f"lists {count:,} of {model.layers} layers.", "Name each once.")
     yield from at_least(f"{where}.window", model.window, 0, "0: a token sees all before it.")
     yield from finite(f"{where}.aux_loss", model.aux_loss)
     for key in ("init_std", "norm_eps", "rotary_base"):

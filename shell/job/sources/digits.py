@@ -20,8 +20,9 @@ One image in five is held out. The split is the same for every seed, so that run
 `Digits.held_out` draws its strips from these images only, without jitter.
 
 >>> source = digits(seed=0, row_modules=("vision",), text_modules=("language",))
->>> source.describe(3)
-Sample(id=3, length=2, rows={'vision': 2}, placeholders={}, units={'language': 2.0})
+>>> sample = source.describe(3)
+>>> sample.length, sample.rows, sample.units
+(2, {'vision': 2}, {'language': 2.0})
 >>> source.spell(source.prompt(3, "language"))
 '▯ ▯ read'
 >>> copies = source.held_out(task="copy")

@@ -10,8 +10,13 @@ gets the same sample for an id, in any order of ids.
 A source module reads 2 to 6 rows per sample, or as many as `rows` says. Their width is that of its model, or else
 `features` (one number for all modules, or one for each). The text has 4 to 8 tokens, or fewer if the longest rows
 leave less of `sequence`.
+
+A tower of images reads segments, each of a grid that is drawn from some. By default these are such as it can read:
+
+    options = { grids = { vision = [[1, 4, 6], [1, 2, 2]] }, segments = { vision = [0, 2] } }
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +24,11 @@ import attrs
 
 from mimogrid.core.base.errors import Problem, nearest
 from mimogrid.core.base.hashing import draw_bits, draw_integer, draw_uniform
-from mimogrid.core.base.samples import Sample
+from mimogrid.core.base.samples import Sample, SegmentGrid
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import BuiltIn, Gpt, Regressor, Transformer, Vit
 from mimogrid.core.job.spec import SourceFacts
+from mimogrid.core.models.segments import PLANE
 from mimogrid.shell.job.tables import converted, new_converter
 
 
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = -1
 ROWS = (2, 6)
+SEGMENTS = (1, 2)
 TEXT = (4, 8)
 FEATURES = 16
 
@@ -45,6 +52,8 @@ class Options:
 
     sequence: int = 32
     rows: Mapping[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]])
+    grids: Mapping[str, tuple[SegmentGrid, ...]] = attrs.field(factory=dict[str, tuple[SegmentGrid, ...]])
+    segments: Mapping[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]])
     absent: Mapping[str, float] = attrs.field(factory=dict[str, float])
     text: tuple[int, int] | None = None
     features: int | Mapping[str, int] = FEATURES
@@ -52,12 +61,17 @@ class Options:
 
 @attrs.frozen(kw_only=True)
 class Synthetic:
-    """Random samples for a graph. `rows`, `absent` and `features` (the width of rows) have all source modules."""
+    """Random samples for a graph. `absent` and `features` (the width of rows) have all source modules.
+
+    A source module is in `rows`, or in `grids` and `segments`.
+    """
 
     seed: int
     graph: ModuleGraph
     models: Models
     rows: Mapping[str, tuple[int, int]]
+    grids: Mapping[str, tuple[SegmentGrid, ...]]
+    segments: Mapping[str, tuple[int, int]]
     absent: Mapping[str, float]
     features: Mapping[str, int]
     text: tuple[int, int]
@@ -65,17 +79,38 @@ class Synthetic:
     def describe(self, sample_id: int) -> Sample:
         """Return the counts of a sample. Pure, without torch."""
         seed, has_text = self.seed, bool(self.graph.texts)
+        segments = {name: self._segments(sample_id, name) for name in self.grids}
+        rows = {name: sum(map(math.prod, grids)) for name, grids in segments.items()}
         return Sample(
             id=sample_id,
             length=draw_integer(seed, sample_id, "text", *self.text) if has_text else 0,
-            rows={name: self._rows(sample_id, name) for name in self.graph.sources},
+            rows={
+                name: rows[name] if name in rows else self._rows(sample_id, name)
+                for name in self.graph.sources
+            },
+            segments=segments,
         )
 
-    def _rows(self, sample_id: int, name: str) -> int:
+    def _is_absent(self, sample_id: int, name: str) -> bool:
         chance = self.absent[name]
-        if chance and draw_uniform(self.seed, sample_id, f"absent.{name}") < chance:
+        return bool(chance) and draw_uniform(self.seed, sample_id, f"absent.{name}") < chance
+
+    def _rows(self, sample_id: int, name: str) -> int:
+        if self._is_absent(sample_id, name):
             return 0
         return draw_integer(self.seed, sample_id, f"rows.{name}", *self.rows[name])
+
+    def _segments(self, sample_id: int, name: str) -> tuple[SegmentGrid, ...]:
+        if self._is_absent(sample_id, name):
+            return ()
+        count, known = (
+            draw_integer(self.seed, sample_id, f"segments.{name}", *self.segments[name]),
+            self.grids[name],
+        )
+        drawn = (
+            draw_integer(self.seed, sample_id, f"grid.{name}.{i}", 0, len(known) - 1) for i in range(count)
+        )
+        return tuple(known[i] for i in drawn)
 
     def load(self, sample_id: int, module: str) -> "Mapping[str, torch.Tensor]":
         """Return what a module reads of a sample, besides the rows that other modules feed it."""
@@ -132,14 +167,25 @@ def synthetic(
         return None, SourceFacts(), problems
     sources = graph.sources
     features = {name: _features(name, models[name], chosen) for name in sources}
-    rows = {name: chosen.rows.get(name, ROWS) for name in sources}
+    grids = {
+        name: chosen.grids.get(name) or grids_of(models[name]) for name in sources if name not in chosen.rows
+    }
+    grids = {name: of for name, of in grids.items() if of}
+    segments = {name: chosen.segments.get(name, SEGMENTS) for name in grids}
+    largest = {name: (max(of, key=math.prod),) * segments[name][1] for name, of in grids.items()}
+    rows = {name: chosen.rows.get(name, ROWS) for name in sources if name not in grids}
     most = {name: high for name, (_, high) in rows.items()}
-    text = chosen.text or _text_range(graph, chosen.sequence, most)
+    most |= {name: sum(map(math.prod, of)) for name, of in largest.items()}
+    text = chosen.text or _text_range(
+        graph, chosen.sequence, Sample(id=0, length=0, rows=most, segments=largest)
+    )
     source = Synthetic(
         seed=seed,
         graph=graph,
         models=models,
         rows=rows,
+        grids=grids,
+        segments=segments,
         absent={name: chosen.absent.get(name, 0.0) for name in sources},
         features=features,
         text=text,
@@ -148,6 +194,7 @@ def synthetic(
         sequence=chosen.sequence if graph.texts else None,
         features=features,
         rows=most,
+        segments=largest,
         length=text[1] if graph.texts else 0,
     )
     return source, facts, ()
@@ -164,21 +211,32 @@ def _features(name: str, model: BuiltIn | Mapping[str, Any], chosen: Options) ->
     return FEATURES if isinstance(chosen.features, Mapping) else chosen.features
 
 
-def _text_range(graph: ModuleGraph, sequence: int, rows: Mapping[str, int]) -> tuple[int, int]:
+def grids_of(model: BuiltIn | Mapping[str, Any]) -> tuple[SegmentGrid, ...]:
+    """Return grids of images that a model can read; none for one that reads rows however they lie."""
+    if not isinstance(model, Vit) or model.stem != "patch":
+        return ()
+    if model.position_count and model.position_interpolation == "none":
+        side = math.isqrt(model.position_count - model.class_token)
+        return ((1, side, side),) if side**2 == model.position_count - model.class_token else ()
+    merge = model.merge
+    planar = merge > 1 or model.positions == "rotary_2d" or model.window or model.position_count
+    return ((1, merge, 2 * merge), (1, merge, merge), (1, 2 * merge, merge)) if planar else ()
+
+
+def _text_range(graph: ModuleGraph, sequence: int, largest: Sample) -> tuple[int, int]:
     """Return the default range of text tokens, cut to what the longest rows leave of the sequence."""
-    longest = graph.rows_out(Sample(id=0, length=0, rows=rows))
+    longest = graph.rows_out(largest)
     left = sequence - max((longest[name] for name in graph.texts), default=0)
     high = max(1, min(TEXT[1], left))
     return min(TEXT[0], high), high
 
 
 def _problems(chosen: Options, graph: ModuleGraph) -> Iterator[Problem]:
-    for key in ("rows", "absent", "features"):
+    for key in ("rows", "grids", "segments", "absent", "features"):
         table = getattr(chosen, key)
         for name in table if isinstance(table, Mapping) else ():
             yield from _not_a_source(f"data.options.{key}.{name}", name, graph)
-    for name, span in chosen.rows.items():
-        yield from _bad_range(f"data.options.rows.{name}", span)
+    yield from _bad_counts(chosen)
     if chosen.text is not None:
         yield from _bad_range("data.options.text", chosen.text)
     for name, chance in chosen.absent.items():
@@ -193,6 +251,20 @@ def _problems(chosen: Options, graph: ModuleGraph) -> Iterator[Problem]:
             yield Problem(where, f"is {width}.", "Use a width of 1 or more.")
     if chosen.sequence < 1:
         yield Problem("data.options.sequence", f"is {chosen.sequence}.", "Use 1 position or more.")
+
+
+def _bad_counts(chosen: Options) -> Iterator[Problem]:
+    """Yield what is wrong with the options that say how many rows there are, and how they lie."""
+    for key in ("rows", "segments"):
+        for name, span in getattr(chosen, key).items():
+            yield from _bad_range(f"data.options.{key}.{name}", span)
+    for name in chosen.rows.keys() & (chosen.grids.keys() | chosen.segments.keys()):
+        fact = f"module '{name}' has both rows and segments."
+        yield Problem(f"data.options.rows.{name}", fact, "Give grids and segments, or rows.")
+    for name, grids in chosen.grids.items():
+        if not grids or any(len(grid) not in {1, PLANE} or min(grid) < 1 for grid in grids):
+            remedy = "Give some of the form [frames, height, width] or [length]."
+            yield Problem(f"data.options.grids.{name}", f"is {[*map(list, grids)]}.", remedy)
 
 
 def _not_a_source(where: str, name: str, graph: ModuleGraph) -> Iterator[Problem]:

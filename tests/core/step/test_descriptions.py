@@ -47,7 +47,7 @@ EMITTED: dict[str, tuple[Mapping[str, Any], tuple[SegmentGrid, ...], int]] = {
     "a class token that is dropped": ({"class_token": True}, ((1, 2, 2), (2, 2, 2)), 12),
     "and one that is emitted": ({"class_token": True, "emit_class_token": True}, ((1, 2, 2), (2, 2, 2)), 15),
     "merged": ({"merge": 2}, ((1, 4, 6), (3, 2, 2)), 9),
-    "every other frame of a sound": ({"stem": "whisper"}, ((1,), (2,), (7,)), 6),
+    "every other frame of a sound": ({"stem": "whisper"}, ((1,), (2,), (7,)), 4),
     "and of these the mean of two": ({"stem": "whisper", "pool": 2}, ((1,), (4,), (13,)), 4),
 }
 
@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], Sample, str, str]] = {
     ),
     "a sound that is too long": (
         {"stem": "whisper", "position_count": 4},
-        described((9,)),
+        described((11,)),
         "needs 5 positions, and there are 4",
         "Cut the sound",
     ),

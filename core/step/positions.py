@@ -1,0 +1,78 @@
+"""Positions: what the rotary embedding of a module's layers turns each position of a row by.
+
+The row of a share has the segments of its samples end to end, so the positions follow from the share alone, on every
+stage of the pipeline. Most modules count within each segment. Others have several axes: a tower's patches have height
+and width, and a language model with sections has time, height and width. It counts text in all three, and the rows of
+an image or a clip by their grid.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from mimogrid.core.base.samples import SegmentGrid, prefix_sums
+from mimogrid.core.job.models import BuiltIn, Gpt, Vit
+from mimogrid.core.models.positions import Grid, Ints, multimodal_positions, patch_positions, windows
+from mimogrid.core.models.segments import PLANE
+from mimogrid.core.step.step import Share
+
+
+def rotary_positions(model: BuiltIn, share: Share) -> tuple[Ints, ...]:
+    """Return the positions of a share's row, axis by axis: [P][T]; () where they count within each segment.
+
+    Raises ValueError where text stands inside an image, which multimodal positions have no place for.
+    """
+    if isinstance(model, Vit) and model.positions == "rotary_2d":
+        (name,) = share.rows
+        return tower_axes(model, [grid for sample in share.samples for grid in sample.grids(name)])
+    if isinstance(model, Gpt) and model.rotary_sections:
+        samples = (_of_sample(share, i) for i in range(len(share.samples)))
+        return tuple(tuple(itertools.chain.from_iterable(axis)) for axis in zip(*samples, strict=True))
+    return ()
+
+
+def tower_axes(model: Vit, grids: Sequence[SegmentGrid]) -> tuple[Ints, Ints]:
+    """Return the row and the column of each patch, in the order of the layers: by windows, where there are any."""
+    planes = [_plane(grid) for grid in grids]
+    height, width = patch_positions(planes, model.merge)
+    if not model.window:
+        return height, width
+    size = model.merge**2
+    blocks = windows(planes, model.merge, model.window).order
+    patches = [block * size + i for block in blocks for i in range(size)]
+    return tuple(height[patch] for patch in patches), tuple(width[patch] for patch in patches)
+
+
+def _of_sample(share: Share, index: int) -> tuple[Ints, Ints, Ints]:
+    """Return the positions (time, height, width) of one sample of a language model."""
+    places, sample = share.placeholders[index], share.samples[index]
+    segments: list[tuple[Ints, Grid, float]] = []
+    begin = 0
+    for feeder, of_samples in share.segments_in.items():
+        grids = of_samples[index]
+        starts = [begin + start for start in prefix_sums(list(map(math.prod, grids)))]
+        intervals = sample.intervals.get(feeder, (1.0,) * len(grids))
+        segments += [
+            (places[start:stop], _plane(grid), interval)
+            for (start, stop), grid, interval in zip(
+                itertools.pairwise(starts), grids, intervals, strict=True
+            )
+            if stop > start and len(grid) == PLANE
+        ]
+        begin = starts[-1]
+    segments.sort(key=lambda segment: segment[0])
+    if split := [taken for taken, *_ in segments if taken[-1] - taken[0] + 1 != len(taken)]:
+        raise ValueError(
+            f"sample {sample.id}: text stands inside the image whose rows begin at {split[0][0]}"
+        )
+    return multimodal_positions(
+        share.lengths[index],
+        [place for taken, *_ in segments for place in taken],
+        [grid for _, grid, _ in segments],
+        [interval for *_, interval in segments],
+    )
+
+
+def _plane(grid: SegmentGrid) -> Grid:
+    frames, height, width = grid
+    return frames, height, width
