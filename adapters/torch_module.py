@@ -150,6 +150,8 @@ class Embedded:
         if rank not in self.job.topology.ranks:
             return None
         self._agree_on(modules)
+        # Networks of the host program compute padded blocks.
+        self.job = attrs.evolve(self.job, topology=self.job.topology.with_padded(modules))
         return build_runtime(
             self.job,
             rank,

@@ -31,8 +31,9 @@ from mimogrid.shell.megatron.names import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from mimogrid.shell.modules.block import Block, block_of_text
 from mimogrid.shell.modules.loss import Loss, Predictions, weighted_cross_entropy
-from mimogrid.shell.modules.packing import Packing, TokenSplit, pack_text
+from mimogrid.shell.modules.packing import TokenSplit
 
 
 class LanguageStage(nn.Module):
@@ -76,8 +77,8 @@ class LanguageStage(nn.Module):
         """Compute the stage; see the table in `shell.modules.interface`."""
         gpt: Any = self.model
         device = next(iter(inputs.values())).device
-        packing = pack_text(share, multiple=1, device=device, cut=self.cut, token_split=self.token_split)
-        hidden_SBH = self._embedded(inputs, share, packing) if gpt.pre_process else inputs[self.name]
+        block = block_of_text(share, device=device, cut=self.cut, token_split=self.token_split)
+        hidden_SBH = self._embedded(inputs, share, block) if gpt.pre_process else inputs[self.name]
         if self.sequence_parallel:
             hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp)
         if not gpt.pre_process:
@@ -87,59 +88,59 @@ class LanguageStage(nn.Module):
             position_ids=None,
             attention_mask=None,
             decoder_input=hidden_SBH if gpt.pre_process else None,
-            **self._padding(packing, device),
+            **self._padding(block, device),
         )
         gpt.set_input_tensor(None)
         aux = self._aux()
         if gpt.post_process:
-            return {**self._judged(said.transpose(0, 1), inputs, packing, share), **aux}
+            return {**self._judged(said.transpose(0, 1), inputs, block, share), **aux}
         if self.sequence_parallel:
             said = gather_from_sequence_parallel_region(
                 said, tensor_parallel_output_grad=False, group=self.tp
             )
         return {self.name: said, **aux}
 
-    def _padding(self, packing: Packing, device: torch.device) -> Mapping[str, Tensor]:
+    def _padding(self, block: Block, device: torch.device) -> Mapping[str, Tensor]:
         """Return the mask [B, S] of positions without a token, for routers with an auxiliary loss."""
         if not self._balances:
             return {}
         for balance in self._balances:
             balance.scale = self.aux_scale
         parts = self.tp.size() if self.sequence_parallel else 1
-        padding = torch.ones(packing.positions // parts * packing.samples, dtype=torch.bool, device=device)
-        padding[packing.tokens] = False
-        return {"padding_mask": padding.view(-1, packing.samples).transpose(0, 1)}
+        padding = torch.ones(block.positions // parts * block.samples, dtype=torch.bool, device=device)
+        padding[block.tokens] = False
+        return {"padding_mask": padding.view(-1, block.samples).transpose(0, 1)}
 
     def _aux(self) -> dict[str, Tensor]:
         """Return this rank's term of the auxiliary loss of the last forward."""
         terms = [balance.value for balance in self._balances if balance.value is not None]
         return {aux_name(self.name): torch.stack(terms).sum()} if terms and self.training else {}
 
-    def _embedded(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
+    def _embedded(self, inputs: Mapping[str, Tensor], share: Share, block: Block) -> Tensor:
         """Return [S, B, H]: embeddings of the text, and rows of the feeders at their placeholders."""
         gpt: Any = self.model
-        text_T = inputs["tokens"].index_select(0, packing.text_tokens)
-        entries = packing.incoming[len(packing.incoming) - len(text_T) :]
-        positions_T = self._positions(entries.device).index_select(0, entries // packing.samples)
+        text_T = inputs["tokens"].index_select(0, block.text_tokens)
+        entries = block.incoming[len(block.incoming) - len(text_T) :]
+        positions_T = self._positions(entries.device).index_select(0, entries // block.samples)
         text_TH: Tensor = gpt.embedding(input_ids=text_T[None], position_ids=positions_T[None]).squeeze(1)
         rows = [inputs[feeder] for feeder in share.rows]
-        if rows and packing.portion is not None:
+        if rows and block.portion is not None:
             rows_RH = copy_to_tensor_model_parallel_region(torch.cat(rows), group=self.cp)
-            rows = [rows_RH.index_select(0, packing.portion.incoming)]
-        block = text_TH.new_zeros(packing.positions * packing.samples, text_TH.shape[-1])
-        block = block.index_copy(0, packing.incoming, torch.cat([*rows, text_TH]))
-        return block.view(packing.positions, packing.samples, -1)
+            rows = [rows_RH.index_select(0, block.portion.incoming)]
+        hidden = text_TH.new_zeros(block.positions * block.samples, text_TH.shape[-1])
+        hidden = hidden.index_copy(0, block.incoming, torch.cat([*rows, text_TH]))
+        return hidden.view(block.positions, block.samples, -1)
 
     def _positions(self, device: torch.device) -> Tensor:
         """Return the positions of the sequence that this rank has, int64 [S]."""
         return torch.tensor(tuple(self.cut.positions(self.sequence)), dtype=torch.int64, device=device)
 
     def _judged(
-        self, logits_SBV: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
+        self, logits_SBV: Tensor, inputs: Mapping[str, Tensor], block: Block, share: Share
     ) -> dict[str, Tensor]:
         """Return the loss, or without labels the logits [T, V] of all tokens."""
-        logits_TV = logits_SBV.flatten(0, 1).index_select(0, packing.outgoing)
-        portion = packing.portion
+        logits_TV = logits_SBV.flatten(0, 1).index_select(0, block.outgoing)
+        portion = block.portion
         if "labels" in inputs:
             labels_T, weights_T = inputs["labels"], inputs["loss_weights"]
             if portion is not None:
@@ -178,6 +179,10 @@ def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
     if tp > 1 and config.sequence_parallel and scatters:
         fact = "cuts the embeddings of text before rows are put among them."
         yield Problem(where, fact, "Build it with scatter_embedding_sequence_parallel=False.")
+    parts = (tp if config.sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
+    if sequence % parts:
+        fact = f"cuts sequences of {sequence} positions over tp={tp} and cp={cp}: not a multiple of {parts}."
+        yield Problem("data.options.sequence", fact, f"Set sequence = {-(-sequence // parts) * parts}.")
     if sequence > gpt.max_sequence_length:
         fact = f"has {gpt.max_sequence_length} positions, the job sequences of {sequence}."
         yield Problem(where, fact, f"Build it with max_sequence_length={sequence}, or shorten the sequence.")

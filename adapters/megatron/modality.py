@@ -20,9 +20,9 @@ from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share
 from mimogrid.core.topology.roles import ModuleStageInfo
 from mimogrid.core.topology.topology import StageInfo
-from mimogrid.shell.megatron.layers import CoreAttention
+from mimogrid.shell.megatron.attention import CoreAttention
 from mimogrid.shell.megatron.names import gather_from_sequence_parallel_region
-from mimogrid.shell.modules.packing import Packing, pack_rows
+from mimogrid.shell.modules.block import Block, block_of_rows
 
 
 Arrange = Callable[[Tensor | None, Share, ZigZag], Mapping[str, Any]]
@@ -48,10 +48,10 @@ def block_of(rows_RF: Tensor, share: Share, cut: ZigZag = WHOLE) -> tuple[Tensor
     return block.view(positions, samples, -1), packing.mask
 
 
-def packed(share: Share, cut: ZigZag, *, dtype: torch.dtype, device: torch.device) -> Packing:
+def packed(share: Share, cut: ZigZag, *, dtype: torch.dtype, device: torch.device) -> Block:
     """Return the places of a share's rows in the block, of which this rank has a part under cp."""
     multiple = len(cut.chunks) if cut.size > 1 else 1
-    return pack_rows(share, multiple=multiple, dtype=dtype, device=device, cut=cut)
+    return block_of_rows(share, multiple=multiple, dtype=dtype, device=device, cut=cut)
 
 
 @attrs.frozen

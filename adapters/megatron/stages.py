@@ -43,7 +43,7 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
         )
     sizes = sizes_of(config)
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
-    mlps = [get_moe_module_spec(use_te=False, num_experts=model.experts)] if model.experts else []
+    mlps = {0: get_moe_module_spec(use_te=False, num_experts=model.experts)} if model.experts else {}
     # With tp=2 the linear layers are megatron-core's, also on one rank: its checkpoints do not support others.
     return block_spec(model, layers=range(1), tp=2, weight_grads=WeightGradStore(), mlps=mlps).layer_specs[0]
 

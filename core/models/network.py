@@ -16,6 +16,7 @@ import attrs
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.models.mapping import Recipe, Shape
+from mimogrid.core.models.positions import frames_seen
 from mimogrid.core.models.segments import Emission
 
 
@@ -113,8 +114,14 @@ class PublishedModule:
     def grid_of(self, *size: int) -> Shape:
         """Return the grid of a segment of (frames, height, width) pixels, or of so many frames of audio.
 
-        Raises ValueError for an image that is not whole patches, or not of the one size that the module takes.
+        Raises ValueError for an image that is not whole patches, or not of the one size that the module takes, and for
+        more frames of audio than there are positions.
         """
+        if self.option("stem") == "whisper":
+            most = 2 * self.option("position_count")
+            if size[0] > most:
+                raise ValueError(f"has {size[0]} frames, and the module has positions for {most}")
+            return (min(frames_seen(size[0]), most),)
         grid = (
             -(-size[0] // self.patch[0]),
             *(n // p for p, n in zip(self.patch[1:], size[1:], strict=True)),

@@ -266,6 +266,15 @@ def frames_after_stride(frames: int) -> int:
     return (frames + 1) // 2
 
 
+def frames_seen(frames: int) -> int:
+    """Return how many frames the positions of `frames` depend on, where more frames follow.
+
+    >>> [frames_seen(frames) for frames in (1, 2, 3, 4)]
+    [3, 3, 5, 5]
+    """
+    return 2 * frames_after_stride(frames) + 1
+
+
 def frames_after_pooling(frames: int) -> int:
     """Return the frames that remain when every two become one; a last one alone is dropped."""
     return frames // 2

@@ -21,12 +21,12 @@ import attrs
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import StageCosts
-from mimogrid.core.job.models import Gpt, Own
+from mimogrid.core.job.models import Own
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.configs import ParallelConfig, ParallelShape, PricedConfig, RankBytes, RankTime
-from mimogrid.core.pricing.flops import Flops, Load, lengths_of, module_units, padded_load, real_load
+from mimogrid.core.pricing.flops import Flops, Load, Loads, module_units
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
@@ -146,13 +146,13 @@ def search_space_of(
             shapes.append(shape)
         else:
             illegal.append(Illegal(name, shape, problem))
-    lengths = lengths_of(step, name)
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    loads = Loads.of(step, name)
     costs = LayerCosts(
         spec=step.topology.spec,
         facts=step.topology.source,
-        lengths=lengths,
-        longest=step.samples[longest],
+        samples=len(loads),
+        load=loads.mean,
+        longest=step.samples[loads.largest],
         machine=machine,
         name=name,
     )
@@ -269,12 +269,14 @@ class LayerBytes:
 class LayerCosts:
     """What the layers of one module of a job cost in each shape; answers are kept.
 
-    `lengths` are the positions of every sample of a step in the module, and `longest` is the sample with most.
+    Of the `samples` of a step, `load` is the mean of one, and `longest` the one with most positions. With ragged
+    samples the mean is no more than what is priced in the end, where ranks wait for the largest share.
     """
 
     spec: JobSpec
     facts: SourceFacts
-    lengths: tuple[int, ...]
+    samples: int
+    load: Load
     longest: Sample
     machine: Machine
     name: str
@@ -290,11 +292,6 @@ class LayerCosts:
     _splits: dict[object, tuple[int, ...]] = attrs.field(
         factory=dict[object, tuple[int, ...]], init=False, repr=False
     )
-
-    @property
-    def samples(self) -> int:
-        """Samples of a step."""
-        return len(self.lengths)
 
     @property
     def layers(self) -> int:
@@ -345,7 +342,7 @@ class LayerCosts:
         return LayerBytes(
             topology=topology,
             module=module,
-            load=_load_of(module, self.lengths, topology.sequence),
+            load=Load() if isinstance(module.model, Own) else self.load,
             values=values,
             kept=_prefix_sums(each.bytes - each.optimizer for each in always),
             optimizer=_prefix_sums(each.optimizer for each in always),
@@ -362,15 +359,3 @@ def _by_layer(parts: Sequence[StageCosts]) -> tuple[StageCosts, ...]:
     layers[0] = joined((entry, layers[0]))
     layers[-1] = joined((layers[-1], leave))
     return tuple(layers)
-
-
-def _load_of(module: Module, lengths: tuple[int, ...], sequence: int) -> Load:
-    """Return the load of one sample: the mean, unpadded except in a language model, which pads to `sequence`.
-
-    With ragged samples this is no more than what is priced in the end, where ranks wait for the longest.
-    """
-    if isinstance(module.model, Own):
-        return Load()
-    if isinstance(module.model, Gpt):
-        return attrs.evolve(padded_load(module, (1,), sequence), rows=sum(lengths) / len(lengths))
-    return real_load(module.model, lengths) * (1 / len(lengths))

@@ -9,7 +9,7 @@ gradients:
     the gradient of its weights    if its matrix trains
 
 Attention has no weights: 4 * hidden operations forward per pair of a query and a key, and twice that backward, if
-anything before it trains. A causal sequence of L positions has L (L + 1) / 2 pairs, any other L^2; a window of a layer
+anything before it trains. A causal segment of L positions has L (L + 1) / 2 pairs, any other L^2; a window of a layer
 does not make them fewer here, as local layers compute all pairs and mask those outside. So frozen layers
 with something trainable upstream have only gradients of their inputs; with nothing trainable upstream they have none.
 
@@ -20,7 +20,7 @@ does not know its parts.
 >>> from mimogrid.core.job.models import Vit
 >>> load = Load.of([3], causal=False)
 >>> load
-Load(positions=3, pairs=9, rows=3)
+Load(positions=3, pairs=9, rows=3, emitted=3)
 >>> entry, layer, exit = units(Vit(layers=1, hidden=4, heads=2, features=5), load, {"input.weight"})
 >>> entry.forward == 2 * 3 * 5 * 4, layer.forward == 2 * 3 * 4 * (12 + 4 + 16 + 16) + 4 * 9 * 4
 (True, True)
@@ -31,13 +31,15 @@ Sources: Narayanan et al. 2021 (arXiv 2104.04473, appendix) for the layer; torch
 except that it does not halve causal attention.
 """
 
-import itertools
 import math
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import attrs
 
+from mimogrid.core.base.row import pairs
+from mimogrid.core.base.samples import prefix_sums
 from mimogrid.core.job.models import PROJECTOR, BuiltIn, Gpt, Own, Regressor, Vit
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Edge, Module, Stage, StageInfo, Topology
@@ -82,27 +84,65 @@ class Load:
     """The size of a module's input.
 
     Attributes:
-        positions: rows in the layers, with the padding that is computed.
+        positions: positions in the layers; of a rank's row, with those that round it up.
         pairs: pairs of a query and a key that it may see.
-        rows: rows from the data, which the head and the projectors read: never padding.
+        rows: rows that the module reads.
+        emitted: rows that it emits, which the head and the projectors read.
     """
 
     positions: float = 0.0
     pairs: float = 0.0
     rows: float = 0.0
+    emitted: float = 0.0
 
     @classmethod
-    def of(cls, lengths: Iterable[int], *, causal: bool, rows: float | None = None) -> "Load":
-        """Return the load of samples of these lengths; `rows` if some of the positions are padding."""
-        lengths = tuple(lengths)
-        pairs = sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
-        return cls(sum(lengths), pairs, sum(lengths) if rows is None else rows)
+    def of(cls, lengths: Sequence[int], *, causal: bool) -> "Load":
+        """Return the load of segments of these lengths, with a row read and emitted for each position."""
+        total = sum(lengths)
+        return cls(total, pairs(lengths, causal=causal), total, total)
 
     def __add__(self, other: "Load") -> "Load":
-        return Load(self.positions + other.positions, self.pairs + other.pairs, self.rows + other.rows)
+        return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
 
     def __mul__(self, factor: float) -> "Load":
-        return Load(self.positions * factor, self.pairs * factor, self.rows * factor)
+        return Load(*(factor * each for each in attrs.astuple(self)))
+
+
+@attrs.frozen
+class Loads:
+    """The loads of the samples of a step in one module, each count summed up to every sample."""
+
+    counts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, step: Step, name: str) -> "Loads":
+        """Return those of a module."""
+        causal, graph = step.topology.modules[name].model.causal, step.topology.graph
+        known: dict[int, tuple[int, ...]] = {}
+        for sample, sizes in zip(step.samples, step.sizes, strict=True):
+            if id(sizes) not in known:
+                pairs_ = pairs(sizes.segments[name], causal=causal)
+                read = graph.rows_in(name, sizes.rows, sample)
+                known[id(sizes)] = sizes.positions[name], pairs_, read, sizes.rows[name]
+        of_samples = [known[id(sizes)] for sizes in step.sizes]
+        return cls(tuple(prefix_sums(counts) for counts in zip(*of_samples, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.counts[0]) - 1
+
+    def over(self, samples: range) -> Load:
+        """Return the load of contiguous samples."""
+        return Load(*(sums[samples.stop] - sums[samples.start] for sums in self.counts))
+
+    @property
+    def mean(self) -> Load:
+        """The mean load of a sample."""
+        return self.over(range(len(self))) * (1 / len(self))
+
+    @property
+    def largest(self) -> int:
+        """The first sample with most positions."""
+        return max(range(len(self)), key=lambda i: self.over(range(i, i + 1)).positions)
 
 
 # -- of a step ---------------------------------------------------------------------------------------------
@@ -126,28 +166,17 @@ def model_flops(step: Step) -> Mapping[str, float]:
     return found
 
 
-def lengths_of(step: Step, module: str) -> tuple[int, ...]:
-    """Return the positions of each sample in the layers of a module; in a language model, without padding."""
-    starts = step.rows_start[module]
-    return tuple(b - a for a, b in itertools.pairwise(starts))
-
-
-def real_load(model: BuiltIn, lengths: Iterable[int]) -> Load:
-    """Return the load of samples without padding."""
-    return Load.of(lengths, causal=model.causal)
-
-
-def padded_load(module: Module, lengths: Sequence[int], sequence: int) -> Load:
-    """Return the load of one share as it is computed: padded (`Module.padded_shape`)."""
-    positions, samples = module.padded_shape(lengths, sequence)
-    return Load.of([positions] * samples, causal=isinstance(module.model, Gpt), rows=sum(lengths))
+def in_row(module: Module, load: Load) -> Load:
+    """Return the load of a share as it is computed: its row is rounded up (`Module.row_shape`)."""
+    return attrs.evolve(load, positions=module.row_shape(int(load.positions))[0]) if load.positions else load
 
 
 def _mean(step: Step, module: Module) -> Load:
     """Return the load of a microbatch of a module, all dp ranks together: the mean over the step."""
     if isinstance(module.model, Own):
         return Load()
-    return real_load(module.model, lengths_of(step, module.name)) * (1 / module.microbatches)
+    loads = Loads.of(step, module.name)
+    return loads.over(range(len(loads))) * (1 / module.microbatches)
 
 
 # -- of a module -------------------------------------------------------------------------------------------
@@ -258,12 +287,12 @@ def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Produc
     yield _Product("final_norm")
     if isinstance(model, Gpt):
         name = "embedding" if model.tied_embeddings else "output"
-        yield _Product(name, 2 * load.rows * model.hidden * model.vocab_rows, branch=True)
+        yield _Product(name, 2 * load.emitted * model.hidden * model.vocab_rows, branch=True)
     if isinstance(model, Regressor):
-        yield _Product("output", 2 * load.rows * model.hidden * model.outputs, branch=True)
+        yield _Product("output", 2 * load.emitted * model.hidden * model.outputs, branch=True)
     for edge in edges:
         if edge.projector:
-            flops = 2 * load.rows * model.hidden * edge.width
+            flops = 2 * load.emitted * model.hidden * edge.width
             yield _Product(f"{PROJECTOR}{edge.target}", flops, branch=True)
 
 

@@ -2,9 +2,10 @@
 
 Weights, gradients and what the optimizer keeps follow from the table of parameters, exactly. What a microbatch
 in flight saves for its backward is an estimate: per layer and position the values that a pre-norm transformer
-layer saves (inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head
-the attention scores and their softmax. Temporary buffers and the allocator's losses are not included, nor is a
-module of the user's own.
+layer saves (inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head one
+number of the softmax. The kernels of attention compute scores again in the backward; with dropout they are not used,
+and scores are saved for every pair. Temporary buffers and the allocator's losses are not included, nor is a module of
+the user's own.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,13 @@ import attrs
 from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own
 from mimogrid.core.job.placement import largest_sample
 from mimogrid.core.job.precision import MAIN_BYTES, VALUE_BYTES
+from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Link, Module, Stage, StageInfo, Topology
 from mimogrid.core.update.buckets import local_size, optimizer_bytes
+
+
+DROPPED = 3
+"""Values that attention with dropout saves of a pair: its score, what is dropped, and what is left."""
 
 
 @attrs.frozen
@@ -47,43 +53,60 @@ def kept(topology: Topology, rank: int) -> Kept:
     )
 
 
-def saved_values(module: Module, info: StageInfo, shape: tuple[int, int, int], recompute: str) -> float:
-    """Return how many values a stage saves of a microbatch for its backward; 0 without a backward.
+@attrs.frozen
+class Computed:
+    """What a rank computes of a microbatch in the layers of a stage: positions of its row, and pairs that attend."""
 
-    `shape` is (positions, samples, hidden) of the hidden states on a rank.
-    """
+    positions: int
+    pairs: float
+
+    @classmethod
+    def of(cls, step: Step, module: Module, dp_rank: int, microbatch: int) -> "Computed":
+        """Return what each tp and cp rank of a dp rank computes."""
+        positions, _ = step.shape(module.name, dp_rank, microbatch)
+        chosen = module.samples(dp_rank, microbatch, len(step.samples))
+        # Only dropout keeps pairs.
+        segments = (step.sizes[i].segments[module.name] for i in chosen if drops(module))
+        return cls(positions // module.cp, sum(sum(n * n for n in of) for of in segments) / module.cp)
+
+
+def drops(module: Module) -> bool:
+    """Whether a module has dropout, as far as the plan knows."""
+    return not isinstance(module.model, Own) and module.model.dropout > 0
+
+
+def saved_values(module: Module, info: StageInfo, computed: Computed, recompute: str) -> float:
+    """Return how many values a stage saves of a microbatch for its backward; 0 without a backward."""
     if isinstance(module.model, Own) or not info.backward:
         return 0.0
-    return len(info.layers) * _of_layer(module, module.model, shape, recompute)
+    return len(info.layers) * _of_layer(module, module.model, computed, recompute)
 
 
-def _of_layer(module: Module, model: BuiltIn, shape: tuple[int, int, int], recompute: str) -> float:
-    positions, samples, hidden = shape
-    tp = module.grid.extent("tp")
+def _of_layer(module: Module, model: BuiltIn, computed: Computed, recompute: str) -> float:
+    tokens, tp = computed.positions, module.grid.extent("tp")
     shared = tp if module.sequence_parallel else 1
-    tokens = positions * samples
-    keys = positions * module.cp
-    inputs = tokens * hidden
+    inputs = tokens * model.hidden
     if recompute == "full":
         return inputs / shared
     # A gated MLP saves both halves of what comes in, the activated gate and their product.
     middle = 2 * model.up_width * (model.top_k if model.experts else 1)
     linear = tokens * (model.qkv_width + model.heads * model.head_width + middle) / tp
-    scores = 0.0 if recompute == "selective" else 2 * tokens * keys * model.heads / tp
-    return 4 * inputs / shared + linear + scores
+    softmax = 0.0
+    if recompute != "selective":
+        softmax = (tokens + DROPPED * computed.pairs * drops(module)) * model.heads / tp
+    return 4 * inputs / shared + linear + softmax
 
 
-def deferred_values(module: Module, info: StageInfo, shape: tuple[int, int, int]) -> float:
+def deferred_values(module: Module, info: StageInfo, computed: Computed) -> float:
     """Return how many values a stage keeps of a microbatch between the halves of a split backward.
 
     These are what the weight gradients need (`shell/megatron/weight_grad_store.py`): the input of every matrix that
-    trains, and the gradient of its output. Recomputation does not make them fewer. `shape` is as in `saved_values`.
+    trains, and the gradient of its output. Recomputation does not make them fewer.
     """
     model = module.model
     if isinstance(model, Own):
         return 0.0
-    positions, samples, hidden = shape
-    tokens, tp = positions * samples, module.grid.extent("tp")
+    tokens, hidden, tp = computed.positions, model.hidden, module.grid.extent("tp")
     shared = tp if module.sequence_parallel else 1
     middle = (model.up_width + model.ffn) * (model.top_k if model.experts else 1)
     inner = model.qkv_width + model.heads * model.head_width
@@ -102,11 +125,14 @@ def deferred_values(module: Module, info: StageInfo, shape: tuple[int, int, int]
 # -- for the largest sample of the source ------------------------------------------------------------------
 
 
-def largest_shape(topology: Topology, module: Module) -> tuple[int, int, int]:
-    """Return (positions, samples, hidden) of a microbatch on a rank if all samples are as large as possible."""
+def most_computed(topology: Topology, module: Module) -> Computed:
+    """Return what a rank computes of a microbatch if all samples are as large as possible."""
     samples = -(-topology.samples_per_microbatch[module.name] // module.dp_size)
-    positions = topology.sequence if isinstance(module.model, Gpt) else _most_rows(topology)[module.name]
-    return module.padded(positions) // module.cp, samples, module.model.hidden or 0
+    each = _most_rows(topology)[module.name]
+    if isinstance(module.model, Gpt) and topology.source.length is None:
+        each = topology.sequence
+    positions, _ = module.row_shape(samples * each)
+    return Computed(positions // module.cp, samples * each * each / module.cp)
 
 
 def _most_rows(topology: Topology) -> Mapping[str, int]:
@@ -117,22 +143,22 @@ def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = Fals
     """Return the most bytes that a rank of a stage keeps for a microbatch in flight, with or without `split`."""
     module, info = topology.modules[stage.module], topology.stages[stage]
     recompute = topology.spec.modules[stage.module].recompute
-    shape = largest_shape(topology, module)
-    values = saved_values(module, info, shape, recompute)
+    computed = most_computed(topology, module)
+    values = saved_values(module, info, computed, recompute)
     if split:
-        values = max(values, deferred_values(module, info, shape))
+        values = max(values, deferred_values(module, info, computed))
     return VALUE_BYTES[topology.spec.precision] * values
 
 
 def most_message_bytes(topology: Topology, link: Link) -> float:
     """Return the most bytes of a microbatch on a link, from one rank to the rank at the same position."""
     target = topology.modules[link.target.module]
-    positions, samples, hidden = largest_shape(topology, target)
     if link.edge:
+        samples = -(-topology.samples_per_microbatch[target.name] // target.dp_size)
         rows = _most_rows(topology)[link.source.module] * samples
         values = rows * link.edge.width / (target.cp * target.grid.extent("tp"))
     else:
-        values = positions * samples * hidden
+        values = most_computed(topology, target).positions * (target.model.hidden or 0)
     return VALUE_BYTES[topology.spec.precision] * values
 
 

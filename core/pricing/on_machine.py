@@ -2,7 +2,7 @@
 
 Seconds on an accelerator follow from what the job does:
 
-    products       operations (`flops`, padding included) divided among ranks, at a part of the peak
+    products       operations (`flops`, rounding included) divided among ranks, at a part of the peak
     weights        at least the time in which a rank reads its weights once
     tp, cp, ep     inside the compute action: two all-reduces over tp per layer and direction, the all-gather of keys
                    and values over cp, the tokens that go to experts and back
@@ -16,14 +16,12 @@ one second (`assumed`).
 """
 
 import math
-from collections.abc import Sequence
 
 import attrs
 
-from mimogrid.core.base.samples import dp_samples
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.pricing.collectives import is_near
-from mimogrid.core.pricing.flops import Load, lengths_of, module_units, of_units, padded_load
+from mimogrid.core.pricing.flops import Load, Loads, in_row, module_units, of_units
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import joined, unit_costs, values_of_units
 from mimogrid.core.step.step import Step
@@ -38,7 +36,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
     topology = step.topology
     stages: dict[str, StageCosts] = {}
     for module in topology.modules.values():
-        load = _dp_rank_load(module, lengths_of(step, module.name), topology.sequence, spread=spread)
+        load = _dp_rank_load(module, Loads.of(step, module.name), spread=spread)
         parts = unit_costs(
             module,
             load,
@@ -75,14 +73,12 @@ def _whole_s(costs: StageCosts) -> float:
     return costs.forward + costs.whole_backward
 
 
-def _dp_rank_load(module: Module, lengths: Sequence[int], sequence: int, *, spread: bool = False) -> Load:
-    """Return the padded load of a microbatch on the dp rank with most: the mean over microbatches in which it has any.
+def _dp_rank_load(module: Module, loads: Loads, *, spread: bool = False) -> Load:
+    """Return the load of a microbatch on the dp rank with most: the mean over microbatches in which it has any.
 
-    With `spread`, the mean over all microbatches. `lengths` are the positions of every sample of the step.
+    With `spread`, the mean over all microbatches.
     """
-    dp_ranks = (
-        _of_dp_rank(module, dp_rank, lengths, sequence, spread=spread) for dp_rank in range(module.dp_size)
-    )
+    dp_ranks = (_of_dp_rank(module, dp_rank, loads, spread=spread) for dp_rank in range(module.dp_size))
     return max(dp_ranks, key=_size)
 
 
@@ -90,17 +86,9 @@ def _size(load: Load) -> tuple[float, float, float]:
     return load.positions, load.pairs, load.rows
 
 
-def _of_dp_rank(module: Module, dp_rank: int, lengths: Sequence[int], sequence: int, *, spread: bool) -> Load:
-    count, whole = 0, Load()
-    for k in range(module.microbatches):
-        chosen = dp_samples(
-            dp_rank=dp_rank,
-            dp_size=module.dp_size,
-            microbatch=k,
-            microbatches=module.microbatches,
-            total=len(lengths),
-        )
-        share = lengths[chosen.start : chosen.stop]
-        if any(share):
-            count, whole = count + 1, whole + padded_load(module, share, sequence)
-    return whole * (1 / (module.microbatches if spread else max(count, 1)))
+def _of_dp_rank(module: Module, dp_rank: int, loads: Loads, *, spread: bool) -> Load:
+    shares = [
+        in_row(module, loads.over(module.samples(dp_rank, k, len(loads)))) for k in range(module.microbatches)
+    ]
+    count = sum(share.positions > 0 for share in shares)
+    return sum(shares, start=Load()) * (1 / (module.microbatches if spread else max(count, 1)))

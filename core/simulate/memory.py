@@ -19,7 +19,7 @@ import attrs
 
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.precision import VALUE_BYTES
-from mimogrid.core.pricing.footprint import Kept, deferred_values, kept, saved_values
+from mimogrid.core.pricing.footprint import Computed, Kept, deferred_values, kept, saved_values
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
 from mimogrid.core.simulate.rank_classes import alike_in_bytes
@@ -154,7 +154,7 @@ def saved_bytes(step: Step, stage: Stage, dp_rank: int, microbatch: int) -> int:
     if isinstance(module.model, Own) or not info.backward:
         return 0
     recompute = topology.spec.modules[module.name].recompute
-    values = saved_values(module, info, step.hidden_shape(stage, dp_rank, microbatch), recompute)
+    values = saved_values(module, info, Computed.of(step, module, dp_rank, microbatch), recompute)
     return round(VALUE_BYTES[topology.spec.precision] * values)
 
 
@@ -164,7 +164,7 @@ def deferred_bytes(step: Step, stage: Stage, dp_rank: int, microbatch: int) -> i
     module, info = topology.modules[stage.module], topology.stages[stage]
     if isinstance(module.model, Own):
         return 0
-    values = deferred_values(module, info, step.hidden_shape(stage, dp_rank, microbatch))
+    values = deferred_values(module, info, Computed.of(step, module, dp_rank, microbatch))
     return round(VALUE_BYTES[topology.spec.precision] * values)
 
 

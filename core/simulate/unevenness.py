@@ -4,7 +4,7 @@ Costs are means. In a real step dp ranks differ: the data gives one of them more
 a machine varies from one moment to the next (*jitter*). Both are factors of mean one that follow from the plan and a
 seed:
 
-- ragged: the positions that a dp rank computes in a microbatch, padding included, over their mean in the module;
+- ragged: the positions that a dp rank computes in a microbatch over their mean in the module;
 - jitter: log-normal, a draw for every stage, dp rank, microbatch and kind of compute action.
 
 An action that several dp ranks start together takes as long as on the slowest of them.

@@ -1,15 +1,16 @@
 """Steps: the samples of one optimizer step, laid over a topology.
 
-A step is a tuple of sample descriptions. It says how many rows each dp rank of each module has in each
-microbatch, and which padded shape its stages compute. A `Share` is that answer for one dp rank and microbatch.
+A step is a tuple of sample descriptions. It says what each dp rank of each module has in each microbatch. A `Share` is
+that answer for one dp rank and microbatch. It keeps three counts of a sample apart: the rows that a module reads, the
+positions in its layers, and the rows that it emits. A source module may have other positions than rows.
 
 Rows are counted through the whole step. Sample i owns the rows ``rows_start[i] .. rows_start[i+1]`` of a
 module's output, whichever rank computes them. The rows of a dp rank are one interval, and one dp rank sends
 another the overlap of their intervals (`routes`).
 
-Shapes depend on row counts only. Microbatches are *alike* if their samples have the same row counts, one by
-one. What holds for the first of them holds for the others, so a step of like samples costs no more than one
-microbatch.
+The stages of a module compute a row of positions (`core.base.row`). Its shape, and that of all messages, depends on
+counts only. Microbatches are *alike* if their samples have the same counts, one by one. What holds for the first of
+them holds for the others, so a step of like samples costs no more than one microbatch.
 """
 
 import functools
@@ -38,20 +39,25 @@ class Share:
     Attributes:
         samples: The samples' descriptions.
         rows: Rows that the module reads, by feeder in file order; a source module has its own under its name.
-        lengths: Positions in use. A language model counts rows and text, other modules the rows that come in.
+        positions: Positions in the module's layers.
+        lengths: Rows that the module emits.
         placeholders: The positions of a language model that take rows, feeder by feeder.
         total: Number of samples in the step, over all dp ranks and microbatches.
-        shape: (positions, samples) that the module's stages compute, padding included. Positions are those of all
-            cp ranks together.
+        shape: (positions, samples) of the hidden states on all cp ranks together, rounded up. Of a row: (T, 1).
+        segments: Lengths of the attention segments of the row, end to end; segments without positions are left out.
+        grids: The grids of the segments that a source module reads; of other modules none.
         segments_in: For a language model, the grids of the rows that it reads, by feeder, as that emits them.
     """
 
     samples: tuple[Sample, ...]
     rows: Mapping[str, tuple[int, ...]]
+    positions: tuple[int, ...]
     lengths: tuple[int, ...]
     placeholders: tuple[tuple[int, ...], ...]
     total: int
     shape: tuple[int, int]
+    segments: tuple[int, ...] = ()
+    grids: tuple[tuple[SegmentGrid, ...], ...] = ()
     segments_in: Mapping[str, tuple[tuple[SegmentGrid, ...], ...]] = attrs.field(
         factory=dict[str, tuple[tuple[SegmentGrid, ...], ...]]
     )
@@ -59,7 +65,22 @@ class Share:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute: no sample has a position."""
-        return not any(self.lengths)
+        return not any(self.positions)
+
+
+@attrs.frozen(eq=False)
+class SampleSizes:
+    """What a sample is in each module, by module; samples of equal counts share one value.
+
+    Attributes:
+        rows: The rows that the module emits.
+        segments: The lengths of the attention segments in its layers.
+        positions: Their sum.
+    """
+
+    rows: Mapping[str, int]
+    segments: Mapping[str, tuple[int, ...]]
+    positions: Mapping[str, int]
 
 
 @attrs.frozen(eq=False)
@@ -82,18 +103,39 @@ class Step:
     )
 
     @functools.cached_property
-    def rows_out(self) -> tuple[Mapping[str, int], ...]:
-        """For each sample, the rows that every module emits. Samples with equal rows share one mapping."""
-        graph = self.topology.graph
-        sources = graph.sources
-        known: dict[tuple[int, ...], Mapping[str, int]] = {}
-        found: list[Mapping[str, int]] = []
+    def sizes(self) -> tuple[SampleSizes, ...]:
+        """For each sample, what it is in every module."""
+        sources = self.topology.graph.sources
+        known: dict[tuple[object, ...], SampleSizes] = {}
+        found: list[SampleSizes] = []
         for sample in self.samples:
-            key = (sample.length, *(sample.rows.get(name, 0) for name in sources))
+            key = (sample.length, *((sample.rows.get(name, 0), sample.grids(name)) for name in sources))
             if key not in known:
-                known[key] = graph.rows_out(sample)
+                known[key] = self._sizes_of(sample)
             found.append(known[key])
         return tuple(found)
+
+    def _sizes_of(self, sample: Sample) -> SampleSizes:
+        graph = self.topology.graph
+        rows = graph.rows_out(sample)
+        segments = {name: self._segments(name, sample, rows) for name in graph.nodes}
+        return SampleSizes(rows, segments, {name: sum(lengths) for name, lengths in segments.items()})
+
+    def _segments(self, name: str, sample: Sample, rows: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the attention segments of a sample: those of each grid, or one of all that a module is fed."""
+        graph = self.topology.graph
+        node = graph.nodes[name]
+        if node.is_source:
+            spans = map(self.topology.modules[name].model.spans, sample.grids(name))
+            return tuple(length for lengths in spans for length in lengths if length)
+        text = sample.length if node.reads_text else 0
+        whole = graph.rows_in(name, rows, sample) + text
+        return (whole,) if whole else ()
+
+    @functools.cached_property
+    def rows_out(self) -> tuple[Mapping[str, int], ...]:
+        """For each sample, the rows that every module emits."""
+        return tuple(sizes.rows for sizes in self.sizes)
 
     def alike(self, parts: int) -> tuple[int, ...]:
         """Cut the step into `parts` of equally many samples; return, for each part, the first that is like it.
@@ -102,7 +144,7 @@ class Step:
         """
         if parts not in self._alike:
             size = len(self.samples) // parts
-            of_sample = [id(rows) for rows in self.rows_out]
+            of_sample = [id(sizes) for sizes in self.sizes]
             first: dict[tuple[int, ...], int] = {}
             self._alike[parts] = tuple(
                 first.setdefault(tuple(of_sample[i * size : (i + 1) * size]), i) for i in range(parts)
@@ -123,17 +165,18 @@ class Step:
         """Return a dp rank's part of a microbatch of a module."""
         chosen = self.topology.modules[module].samples(dp_rank, microbatch, len(self.samples))
         node = self.topology.graph.nodes[module]
-        emitted = [self.rows_out[i] for i in chosen]
+        sizes = self.sizes[chosen.start : chosen.stop]
         samples = self.samples[chosen.start : chosen.stop]
         if node.is_source:
             rows = {module: tuple(sample.rows.get(module, 0) for sample in samples)}
         else:
-            rows = {feeder: tuple(rows[feeder] for rows in emitted) for feeder in node.feeders}
+            rows = {feeder: tuple(of.rows[feeder] for of in sizes) for feeder in node.feeders}
         return Share(
-            segments_in=self._segments_in(node, samples, emitted),
+            segments_in=self._segments_in(node, samples, [of.rows for of in sizes]),
             samples=samples,
             rows=rows,
-            lengths=tuple(rows[module] for rows in emitted),
+            positions=tuple(of.positions[module] for of in sizes),
+            lengths=tuple(of.rows[module] for of in sizes),
             placeholders=tuple(
                 sample.placeholders.get(module, tuple(range(sum(counts))))
                 for sample, counts in zip(samples, zip(*rows.values(), strict=True), strict=True)
@@ -142,6 +185,8 @@ class Step:
             else ((),) * len(samples),
             total=len(self.samples),
             shape=self.shape(module, dp_rank, microbatch),
+            segments=tuple(length for of in sizes for length in of.segments[module]),
+            grids=tuple(sample.grids(module) if node.is_source else () for sample in samples),
         )
 
     def _segments_in(
@@ -194,8 +239,12 @@ class Step:
         place = (module, dp_rank, self.alike(here.microbatches)[microbatch])
         if place not in self._shapes:
             chosen = here.samples(dp_rank, microbatch, len(self.samples))
-            lengths = [self.rows_out[i][module] for i in chosen]
-            self._shapes[place] = here.padded_shape(lengths, self.topology.sequence)
+            positions = [self.sizes[i].positions[module] for i in chosen]
+            self._shapes[place] = (
+                here.padded_shape(positions, self.topology.sequence)
+                if here.padded
+                else here.row_shape(sum(positions))
+            )
         return self._shapes[place]
 
     @property

@@ -10,6 +10,7 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.base.experts import expert_view
 from mimogrid.core.base.grid import Grid
 from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.job.layer_engines import FP8_MULTIPLE
 from mimogrid.core.job.models import FIRST, LAST, BuiltIn, Own, Parameter
 from mimogrid.core.job.placement import (
     edge_shape,
@@ -98,7 +99,14 @@ def _module(
             depth=depths[name],
             trains_upstream=trains_upstream,
         ),
+        multiple=_row_multiple(written),
     )
+
+
+def _row_multiple(written: ModuleSpec) -> int:
+    """Return what the length of a rank's row is a multiple of: tp parts under sp, each of which fp8 can multiply."""
+    parts = written.grid.tp if written.grid.sequence_parallel else 1
+    return parts * (1 if written.fp8 == "none" else FP8_MULTIPLE)
 
 
 def _expert_view(written: GridSpec, grid: Grid, model: BuiltIn | Own) -> Grid | None:

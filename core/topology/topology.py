@@ -4,12 +4,13 @@ It comes from `parse`, which has checked the job, so nothing that uses a topolog
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.base.experts import block_of, ep_dp_ranks_of
 from mimogrid.core.base.grid import Grid
+from mimogrid.core.base.row import row_length
 from mimogrid.core.base.samples import dp_ranks_over, dp_samples
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import BuiltIn, Gpt, Own, Parameter
@@ -26,7 +27,8 @@ class Module:
     """A module on its grid.
 
     `experts` is the view of the grid under the axes of the experts; None: there are none. `inputs` and `outputs` are
-    the edges from and to other modules.
+    the edges from and to other modules. The row of a rank is a multiple of `multiple` long. A module is `padded` if a
+    host program's network computes it as blocks of samples that are padded to one length.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Module:
     inputs: tuple[Edge, ...]
     outputs: tuple[Edge, ...]
     stages: tuple[StageInfo, ...]
+    multiple: int = 1
+    padded: bool = False
 
     @property
     def dp_size(self) -> int:
@@ -55,26 +59,23 @@ class Module:
         """The number of ranks over which the positions of a sample are split."""
         return self.grid.extent("cp")
 
-    def padded(self, positions: int) -> int:
-        """Return positions rounded up so that context parallelism can split them into 2*cp equal chunks, two per rank.
-
-        With sequence parallelism each chunk is also a multiple of tp.
-        """
-        if self.cp == 1:
-            return positions
-        parts = 2 * self.cp * (self.grid.extent("tp") if self.sequence_parallel else 1)
-        return -(-positions // parts) * parts
+    def row_shape(self, positions: int) -> tuple[int, int]:
+        """Return (positions, 1), the shape of a row of so many positions over all cp ranks, rounded up."""
+        return self.cp * row_length(positions, parts=self.cp, multiple=self.multiple), 1
 
     def padded_shape(self, lengths: Sequence[int], sequence: int) -> tuple[int, int]:
-        """Return (positions, samples) that the stages compute for samples of these lengths, padding included.
+        """Return (positions, samples) of the block that a padded module computes for samples of these lengths.
 
         A language model pads every sample to the job's `sequence`. Other modules pad to the longest sample, and
-        leave out samples without rows. Positions are those of all cp ranks together.
+        leave out samples without rows. Under cp the positions are a multiple of two chunks for each rank, and with
+        sequence parallelism each chunk is a multiple of tp.
         """
         if isinstance(self.model, Gpt):
             return sequence, len(lengths)
         present = [length for length in lengths if length]
-        return self.padded(max(present, default=0)), len(present)
+        tp = self.grid.extent("tp") if self.sequence_parallel else 1
+        parts = 2 * self.cp * tp if self.cp > 1 else 1
+        return -(-max(present, default=0) // parts) * parts, len(present)
 
     def ep_dp_ranks(self, dp_rank: int) -> tuple[int, ...]:
         """Return the dp ranks over which the experts of a dp rank are spread, and which compute together with it."""
@@ -152,8 +153,13 @@ class Topology:
 
     @property
     def sequence(self) -> int:
-        """The number of positions of a language sequence, padding included; 0 in a job without text."""
+        """The most positions of a language sequence, rows and text; 0 in a job without text."""
         return self.source.sequence or 0
+
+    def with_padded(self, names: Collection[str]) -> "Topology":
+        """Return a topology in which these modules are padded."""
+        modules = {n: attrs.evolve(m, padded=n in names) for n, m in self.modules.items()}
+        return Topology(self.spec, self.source, self.graph, modules, self.world_size)
 
     @functools.cached_property
     def samples_per_microbatch(self) -> Mapping[str, int]:

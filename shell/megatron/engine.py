@@ -26,7 +26,8 @@ from mimogrid.core.base.errors import WorldError
 from mimogrid.core.job.layer_engines import choose, unlike
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.topology.topology import Topology
-from mimogrid.shell.megatron.layers import CoreAttention, LocalLayerNorm, linears_of, mlp_of
+from mimogrid.shell.megatron.attention import CoreAttention
+from mimogrid.shell.megatron.layers import LocalLayerNorm, linears_of, mlp_of
 
 
 FP8_RECIPE = "tensorwise"

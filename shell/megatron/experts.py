@@ -1,13 +1,15 @@
 """Experts: the MLP of a layer in which each token chooses some of many experts, spread over ranks.
 
 One rank routes each token, and each token is computed once, in every layout. A rank routes the tokens of its dp rank
-and of its part of the positions, under context or sequence parallelism. With plain tensor parallelism several ranks
-have the same tokens, and each routes a share of them. Padding is not routed. Then
+and of its part of the row, under context or sequence parallelism. With plain tensor parallelism several ranks have the
+same tokens, and each routes a share of them. Padding is not routed. Then
 
     route       logits = tokens * router; the `top_k` highest are chosen, weighted by their softmax as in Megatron
-                (with top_k = 1 by the softmax over all experts: else the router would get no gradient)
+                (with top_k = 1 or without `norm_top_k` by the softmax over all experts: with one expert the router
+                would get no gradient else)
     dispatch    one row for every choice and every rank that holds a shard of the expert, all to all
-    compute     expert by expert: up, GELU, down; the result of a shard is a term of a sum over expert_tp
+    compute     expert by expert, an MLP as that of a dense layer; the result of a shard is a term of a sum over
+                expert_tp
     combine     rows return, and are summed with their weights
 
 No token is dropped. The number of rows for each rank depends on the data, so ranks exchange these numbers first; no
@@ -20,7 +22,7 @@ tokens. Given f it is a sum over tokens, so each rank has a term of its own and 
 Megatron, the forward attaches its gradient to the output of the layer, so the backward computes it too, recomputed or
 not.
 
-Shapes in names: S positions, B samples, H hidden; T this rank's tokens, K choices, E experts; C rows to send
+Shapes in names: S positions of a row, B samples, H hidden; T this rank's tokens, K choices, E experts; C rows to send
 (T * K * expert_tp); M ranks among which rows cross, L experts that one of them holds, X shards of an expert.
 """
 
@@ -36,7 +38,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mimogrid.core.job.models import BuiltIn
-from mimogrid.shell.megatron.layers import Linear
+from mimogrid.shell.megatron.layers import ACTIVATIONS, Linear, ReadsRow
 from mimogrid.shell.megatron.names import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -92,7 +94,7 @@ def experts_spec(
     return ExpertsSpec(params, Experts)
 
 
-class Experts(nn.Module):
+class Experts(ReadsRow, nn.Module):
     """The MLP of one layer.
 
     `scale` multiplies the auxiliary loss in the loss of the job; 0 means that there is none. `aux` is this rank's term
@@ -113,6 +115,7 @@ class Experts(nn.Module):
         self.expert_groups = expert_groups
         self.trains = trains
         self.top_k = model.top_k
+        self.among_chosen = model.norm_top_k and model.top_k > 1
         self.router = Linear(
             model.hidden, model.experts, config=config, bias=False, weight_grads=weight_grads
         )
@@ -122,42 +125,38 @@ class Experts(nn.Module):
         self.scale = 0.0
         self.aux: Tensor | None = None
 
-    def forward(self, hidden_SBH: Tensor, *, padding_mask: Tensor) -> tuple[Tensor, None]:
-        """Return the mixture [S, B, H], and None for the bias.
-
-        Of the arguments that Megatron's block passes to the MLPs, `padding_mask` is the one that we use to pass
-        something else: the entries of the tokens that this rank routes, s * B + b.
-        """
-        entries_T, same_tokens = padding_mask, self.expert_groups.same_tokens
-        if torch.is_grad_enabled() and self.trains and not hidden_SBH.requires_grad:
+    def forward(self, hidden_S1H: Tensor, **_: object) -> tuple[Tensor, None]:
+        """Return the mixture [S, 1, H], and None for the bias; the row says which tokens this rank routes."""
+        row, same_tokens = self.row, self.expert_groups.same_tokens
+        assert row is not None
+        if torch.is_grad_enabled() and self.trains and not hidden_S1H.requires_grad:
             # All ranks take part in the all-to-alls of the backward, also those whose own experts are frozen.
-            hidden_SBH = hidden_SBH.detach().requires_grad_()
+            hidden_S1H = hidden_S1H.detach().requires_grad_()
         if same_tokens:
-            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=same_tokens)
-        flat = hidden_SBH.flatten(0, 1)
-        mixed_TH, logits_TE, chosen_TK = self._mixed(flat.index_select(0, entries_T))
+            hidden_S1H = copy_to_tensor_model_parallel_region(hidden_S1H, group=same_tokens)
+        flat = hidden_S1H.flatten(0, 1)
+        mixed_TH, logits_TE, chosen_TK = self._mixed(flat.index_select(0, row.entries))
         if self.scale and self.training:
-            samples = hidden_SBH.shape[1]
             aux = imbalance(
                 logits_TE.softmax(dim=1),
                 chosen_TK,
-                entries_T % samples,
-                samples=samples,
+                row.sample_of,
+                samples=row.samples,
                 among=self.expert_groups.same_samples,
             )
             self.aux = aux.detach()
             mixed_TH = attached(mixed_TH, aux, self.scale)
-        flat = torch.zeros_like(flat).index_copy(0, entries_T, mixed_TH)
+        flat = torch.zeros_like(flat).index_copy(0, row.entries, mixed_TH)
         if same_tokens:
             flat = reduce_from_tensor_model_parallel_region(flat, group=same_tokens)
-        return flat.view_as(hidden_SBH), None
+        return flat.view_as(hidden_S1H), None
 
     def _mixed(self, tokens_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixture of this rank's tokens [T, H], the logits [T, E] and the chosen experts [T, K]."""
         logits_TE, _ = self.router(tokens_TH)
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
         highest_TK, chosen_TK = logits_TE.topk(self.top_k, dim=1)
-        over = highest_TK if self.top_k > 1 else logits_TE
+        over = highest_TK if self.among_chosen else logits_TE
         weights_TK = (highest_TK - over.logsumexp(dim=1, keepdim=True)).exp().to(tokens_TH.dtype)
         crossing = _crossing(chosen_TK, self.expert_groups)
         rows_CH = _Spread.apply(tokens_TH, crossing)  # type: ignore[no-untyped-call]
@@ -190,18 +189,27 @@ class Expert(nn.Module):
         weight_grads: WeightGradStore,
     ) -> None:
         super().__init__()
-        width = model.ffn // expert_groups.expert_tp
+        width, bias = model.expert_ffn // expert_groups.expert_tp, model.mlp_bias
         self.adds_bias = expert_groups.shard == 0
         self.weight_grads = weight_grads
-        self.up = Linear(model.hidden, width, config=config, bias=True, weight_grads=weight_grads)
-        self.down = Linear(width, model.hidden, config=config, bias=True, weight_grads=weight_grads)
+        self.activation, self.gated = ACTIVATIONS[model.activation], model.gated
+        self.up = Linear(
+            model.hidden, model.up_blocks * width, config=config, bias=bias, weight_grads=weight_grads
+        )
+        self.down = Linear(width, model.hidden, config=config, bias=bias, weight_grads=weight_grads)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return this shard's term for each row."""
-        middle = functional.gelu(self.up(rows)[0])
-        down_bias = self.down.bias
-        # The sum over shards has the bias once, and every shard's copy of it gets the complete gradient.
-        bias = down_bias if self.adds_bias else down_bias - down_bias.detach()
+        middle, _ = self.up(rows)
+        if self.gated:
+            gate, middle = middle.chunk(2, dim=-1)
+            middle = self.activation(gate) * middle
+        else:
+            middle = self.activation(middle)
+        bias = self.down.bias
+        if bias is not None and not self.adds_bias:
+            # The sum over shards has the bias once, and every shard's copy of it gets the complete gradient.
+            bias = bias - bias.detach()
         return self.weight_grads.multiply(
             lambda weight: functional.linear(middle, weight, bias), self.down.weight, middle
         )

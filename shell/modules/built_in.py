@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mimogrid.core.job.models import Block, Gpt, Regressor, Vit
+from mimogrid.core.job.models import Block, Gpt, Regressor
 from mimogrid.core.step.step import Share
 from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.megatron.names import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
 from mimogrid.shell.modules.loss import Predictions, squared_error_sum
-from mimogrid.shell.modules.packing import Packing, pack_rows, pack_text
+from mimogrid.shell.modules.packing import Packing
 from mimogrid.shell.modules.transformer import Context, TransformerStage
 from mimogrid.shell.modules.weights import layout_name
 
@@ -24,6 +24,7 @@ class TextStage(TransformerStage):
 
     def __init__(self, context: Context, model: Gpt, *, sequence: int) -> None:
         super().__init__(context, model)
+        self.model: Gpt = model
         info = context.info
         self.tied = model.tied_embeddings
         self.vocab = model.vocab
@@ -57,24 +58,27 @@ class TextStage(TransformerStage):
         name = layout_name(built.removeprefix("network."), self.info.layers)
         return "embedding.weight" if self.tied and name == "output.weight" else name
 
-    def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return the packing of a share."""
-        return pack_text(
-            share,
-            multiple=self.multiple,
-            device=device,
-            cut=self.cut,
-            token_split=self.token_split,
-        )
-
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return the token embeddings, with the feeders' rows at their placeholders."""
         tokens_T = inputs["tokens"]
         text_T = tokens_T.index_select(0, packing.text_tokens)
         text_TH = self.network.embedding.word_embeddings(text_T)
         text_TH = functional.dropout(text_TH, self.dropout, training=self.training and self.draws)
-        rows = [self.take(_joined(inputs, self.feeders), packing)] if self.feeders else []
-        return self.block_of(torch.cat([*rows, text_TH]), packing.incoming, packing)
+        rows = []
+        if self.feeders:
+            rows = [self.take(_joined(inputs, self.feeders)[:, : self.hidden], packing)]
+        return self.row_of(torch.cat([*rows, text_TH]), packing)
+
+    def deepstack(self, inputs: Mapping[str, Tensor], packing: Packing) -> Sequence[Tensor]:
+        """Return the rows beside the feeders' rows, at the same placeholders."""
+        if not self.model.deepstack:
+            return ()
+        # Each on a path of its own from the inputs: a recomputed layer runs the backward of what it adds by itself.
+        found = []
+        for start in range(self.hidden, (1 + self.model.deepstack) * self.hidden, self.hidden):
+            rows = _joined(inputs, self.feeders)[:, start : start + self.hidden]
+            found.append(self.row_of(self.take(rows, packing), packing))
+        return found
 
     def finish(
         self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
@@ -104,22 +108,16 @@ class TextStage(TransformerStage):
 
 
 class RowsStage(TransformerStage):
-    """A stage of a `vit`, a `block` or a `regressor`."""
+    """A stage of a `block` or a `regressor`."""
 
-    def __init__(self, context: Context, model: Vit | Block | Regressor) -> None:
+    def __init__(self, context: Context, model: Block | Regressor) -> None:
         super().__init__(context, model)
         info = context.info
         self.network = TransformerBlock(
             self.config, self.spec, post_process=info.last, pg_collection=self.collection
         )
         assert len(self.decoder.layers) == len(info.layers)
-        self.input: nn.Module = nn.Identity()
         self.output: nn.Linear | None = None
-        if info.first and isinstance(model, Vit):
-            assert model.features is not None
-            self.input = Affine(
-                model.features, model.hidden, dtype=context.dtype, weight_grads=self.weight_grads
-            )
         if info.last and isinstance(model, Regressor):
             self.output = Affine(
                 model.hidden, model.outputs, dtype=context.dtype, weight_grads=self.weight_grads
@@ -134,22 +132,10 @@ class RowsStage(TransformerStage):
         """Return the layout-independent name of a parameter from its name in this module."""
         return layout_name(built.replace("network.", "decoder.", 1), self.info.layers)
 
-    def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return the packing of a share."""
-        return pack_rows(
-            share,
-            multiple=self.multiple,
-            dtype=self.dtype,
-            device=device,
-            cut=self.cut,
-            token_split=self.token_split,
-        )
-
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return the incoming rows, sample by sample."""
         rows = _joined(inputs, self.feeders or ("rows",))
-        rows_RH = self.input(self.take(rows, packing))
-        return self.block_of(rows_RH, packing.incoming, packing)
+        return self.row_of(self.take(rows, packing), packing)
 
     def finish(
         self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
@@ -164,5 +150,8 @@ class RowsStage(TransformerStage):
 
 
 def _joined(inputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return inputs concatenated."""
-    return inputs[names[0]] if len(names) == 1 else torch.cat([inputs[name] for name in names])
+    """Return inputs concatenated; some may have more beside their rows than others."""
+    if len(names) == 1:
+        return inputs[names[0]]
+    widest = max(inputs[name].shape[1] for name in names)
+    return torch.cat([functional.pad(inputs[name], (0, widest - inputs[name].shape[1])) for name in names])

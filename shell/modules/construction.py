@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mimogrid.core.job.layer_engines import choose
-from mimogrid.core.job.models import Gpt, Own, Parameter
+from mimogrid.core.job.models import Gpt, Own, Parameter, Vit
 from mimogrid.core.job.placement import trainable_names
 from mimogrid.core.topology.topology import UNKNOWN, StageInfo, Topology
 from mimogrid.shell.megatron import engine
@@ -21,6 +21,7 @@ from mimogrid.shell.modules.interface import (
     named_weights,
 )
 from mimogrid.shell.modules.published import load_published
+from mimogrid.shell.modules.tower import TowerStage
 from mimogrid.shell.modules.transformer import Context
 from mimogrid.shell.modules.user_modules import HostStage, OwnStage, check_groups, check_patterns, own_network
 from mimogrid.shell.modules.weights import cut_over, initialize, shard_shape
@@ -87,9 +88,13 @@ def _stage(
         return HostStage(module, info, user_module, table=table, dtype=dtype)
     choice = choose(module.name, spec, missing=engine.missing(device), version=engine.version())
     context = Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
-    if isinstance(module.model, Gpt):
-        return TextStage(context, module.model, sequence=topology.sequence)
-    return RowsStage(context, module.model)
+    match module.model:
+        case Gpt():
+            return TextStage(context, module.model, sequence=topology.sequence)
+        case Vit():
+            return TowerStage(context, module.model)
+        case _:
+            return RowsStage(context, module.model)
 
 
 def _broadcast_weights(stage: StageModule, user_module: nn.Module, groups: StageGroups) -> None:

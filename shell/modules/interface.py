@@ -1,14 +1,14 @@
 """Interface: how the runtime sees a stage, and what the network of a user or a host program must offer.
 
 A stage is a function of its inputs and the description of its share. Its inputs and outputs are flat rows, and between
-the stages of a module one block of positions times samples.
+the stages of a module one row of S positions, samples end to end (`core.base.row`).
 
 | stage | inputs | outputs |
 |---|---|---|
 | first, nothing feeds it | ``rows`` | |
 | first, fed | the rows of each feeder by its name | |
 | first, `gpt` | also ``tokens``, -1 at placeholders | |
-| any but the last | | the module's own name: hidden states [S, B, H] |
+| any but the last | | the module's own name: hidden states [S, 1, H] |
 | any but the first | the module's own name: hidden states | |
 | last | | rows by the name of each target |
 | last, with targets | ``labels``, ``loss_weights`` (`gpt`); ``targets`` (`regressor`) | ``loss``, a sum |
@@ -19,12 +19,12 @@ Under tensor and context parallelism every rank has the complete inputs and outp
 inputs. Two things differ between cp ranks: hidden states, of which a rank has its part of S, and the loss, of which a
 rank has its term. Building, forward and backward run inside `megatron.cpu.on_device`.
 
-Shapes in names: S positions, B samples, H hidden, T tokens, R rows, V vocabulary.
+Shapes in names: S positions of a row, H hidden, T tokens, R rows, V vocabulary.
 
 The parameters of a stage have layout-independent names, in the order of the core's table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -35,9 +35,9 @@ from mimogrid.core.job.layer_engines import Choice
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share
 from mimogrid.core.topology.topology import Module, StageInfo
-from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
+from mimogrid.shell.modules.projectors import projector_of
 
 
 class StageGroups(Protocol):
@@ -143,9 +143,7 @@ class StageModule(nn.Module):
         # The prefix keeps a target named like a method of ModuleDict ("keys") legal.
         self.projectors = nn.ModuleDict(
             {
-                f"to_{edge.target}": Affine(
-                    module.model.hidden, edge.width, dtype=dtype, weight_grads=weight_grads
-                )
+                f"to_{edge.target}": projector_of(edge, module.model, dtype=dtype, weight_grads=weight_grads)
                 for edge in self.edges
                 if edge.projected and module.model.hidden
             }
@@ -159,10 +157,10 @@ class StageModule(nn.Module):
         """Return the layout-independent name of a parameter from its name in this module."""
         raise NotImplementedError
 
-    def emit(self, rows_RH: Tensor) -> dict[str, Tensor]:
-        """Return the rows for each target."""
+    def emit(self, rows_RH: Tensor, inner: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+        """Return the rows for each target; `inner` are those of inner layers, which lie beside them."""
         return {
-            edge.target: self.projectors[f"to_{edge.target}"](rows_RH) if edge.projected else rows_RH
+            edge.target: self.projectors[f"to_{edge.target}"](rows_RH, inner) if edge.projected else rows_RH
             for edge in self.edges
         }
 

@@ -1,32 +1,32 @@
-"""Packing: where the rows of a share lie in the padded block of positions and samples that a stage computes.
+"""Packing: where the rows and tokens of a share are in the row of positions that a stage computes.
 
-Rows travel flat, sample after sample. A stage computes a block of S positions times B samples, whose shape is the
-share's (`Share.shape`). Entry (s, b) of the block is number s * B + b. A packing holds those numbers as index
-tensors, so that filling a block and emptying it are one operation each. Under context parallelism a rank's block is
-its part of the positions, and the packing also says which rows are in that part.
+Rows travel flat, feeder after feeder. A stage computes one row: the positions of the share's samples end to end
+(`core.base.row`). A packing says as index tensors where in the row of this rank each incoming row and token goes, and
+which of its positions leave it, so that filling a row and emptying it are one operation each. Under context parallelism
+a rank has a part of the positions, and the packing also says which rows are in that part.
 
->>> share = Share((), {"a": (2, 0, 1)}, (2, 0, 1), placeholders=((0, 1), (), (0,)), total=3, shape=(2, 2))
->>> packing = pack_rows(share, multiple=1, dtype=torch.float32, device=torch.device("cpu"))
->>> packing.positions, packing.samples, packing.incoming.tolist()
-(2, 2, [0, 2, 1])
->>> packing.mask.squeeze().tolist()  # the second sample has one row only
-[[0.0, 0.0], [0.0, -inf]]
+>>> share = Share((), {"a": (2, 0, 1)}, (3, 2, 1), (3, 2, 1), ((1, 2), (), (0,)), 3, (6, 1), segments=(3, 2, 1))
+>>> packing = pack(share, length=6, device=torch.device("cpu"))
+>>> packing.incoming.tolist(), packing.text_tokens.tolist(), packing.row.positions.tolist()
+([1, 2, 5, 0, 3, 4], [0, 3, 4], [[0, 1, 2, 0, 1, 0]])
 """
 
 import functools
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
 from mimogrid.core.base.errors import WorldError
+from mimogrid.core.base.row import pieces
+from mimogrid.core.base.samples import prefix_sums
 from mimogrid.core.base.samples import share as share_of
 from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.step.step import Share
 from mimogrid.shell.device.device import sent
+from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 
 
 SHOWN = 8
@@ -41,10 +41,10 @@ class Portion:
     """The rows of a share that belong to one context-parallel rank.
 
     Attributes:
-        incoming: Indices of the incoming rows, feeder after feeder, that this rank puts into its block.
-        outgoing: Indices of the module's rows that lie in this rank's block.
-        most: The largest number of rows that any cp rank emits.
-        order: Position of each emitted row in the concatenation of all cp ranks' rows, each padded to `most`.
+        incoming: Indices of the incoming rows, feeder after feeder, that this rank takes.
+        outgoing: Indices of the share's positions that this rank computes.
+        most: The largest number of positions that any cp rank computes.
+        order: Place of each of the share's positions when those of all cp ranks lie end to end, each padded to `most`.
     """
 
     incoming: Tensor
@@ -53,44 +53,40 @@ class Portion:
     order: Tensor
 
 
-@attrs.frozen(eq=False)
-class Packing:
-    """Index tensors of a share.
+@attrs.frozen(eq=False, kw_only=True)
+class Entries:
+    """Where the rows and tokens of a share are among the positions that this rank computes.
 
     Attributes:
-        positions: S, of this rank under context parallelism.
-        samples: B.
-        padded: (S, B) as the layers compute them. S is rounded up to what the tp ranks can split under sequence
-            parallelism, and both are at least 1. Nothing outside the layers sees this padding.
         incoming: Entry of each incoming row, feeder after feeder, and then of each text token.
-        text_tokens: Indices of the share's tokens that are text.
-        outgoing: Entry of each row that the module emits.
-        tokens: Entry of each token that this rank routes to experts, in the block that its layers compute.
-        mask: [B, 1, 1, keys], added to attention scores; None if no key is padding or attention is causal. The
-            keys are the padded S of all cp ranks, one after the other.
+        text_tokens: Indices of the share's positions that are text.
+        outgoing: Entry of each of the share's positions.
         portion: The rows of this cp rank; None without context parallelism.
     """
 
-    positions: int
-    samples: int
-    padded: tuple[int, int]
     incoming: Tensor
     text_tokens: Tensor
     outgoing: Tensor
-    tokens: Tensor
-    mask: Tensor | None
-    portion: Portion | None = None
+    portion: Portion | None
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Packing(Entries):
+    """The entries of a share in the row of this rank, the length of that row, and what its layers know of it."""
+
+    length: int
+    row: PackedRow
 
 
 @attrs.frozen
 class TokenSplit:
     """Which of the tokens that `size` tp ranks have in common each of them routes to experts.
 
-    Under sequence parallelism a rank routes the tokens in its part of the positions, else an equal share.
+    Under sequence parallelism a rank routes the tokens in its part of the row, else an equal share.
 
-    >>> [TokenSplit(rank, 2).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
+    >>> [TokenSplit(rank, 2).of(torch.tensor([0, 2, 4, 1]), 8)[1].tolist() for rank in range(2)]
     [[0, 2], [4, 1]]
-    >>> [TokenSplit(rank, 2, by_position=True).of([0, 2, 4, 1], (4, 2)) for rank in range(2)]
+    >>> [TokenSplit(rank, 2, by_position=True).of(torch.tensor([0, 2, 4, 1]), 8)[1].tolist() for rank in range(2)]
     [[0, 2, 1], [0]]
     """
 
@@ -98,42 +94,44 @@ class TokenSplit:
     size: int = 1
     by_position: bool = False
 
-    def of(self, entries: list[int], block: tuple[int, int]) -> list[int]:
-        """Return the entries of this rank, numbered as in its own block."""
+    def of(self, entries: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return which of some entries of a row are this rank's, and their numbers in its own part."""
         if not self.by_position:
             mine = share_of(self.rank, self.size, len(entries))
-            return entries[mine.start : mine.stop]
-        positions, samples = block
-        part = positions // self.size * samples
-        return [entry - part * self.rank for entry in entries if entry // part == self.rank]
+            return torch.arange(mine.start, mine.stop), entries[mine.start : mine.stop]
+        part = length // self.size
+        which = (entries // part == self.rank).nonzero().squeeze(1)
+        return which, entries[which] - part * self.rank
 
 
 ALL = TokenSplit()
 
 
-def pack_rows(
+def pack(
     share: Share,
     *,
-    multiple: int,
-    dtype: torch.dtype,
+    length: int,
     device: torch.device,
     cut: ZigZag = WHOLE,
     token_split: TokenSplit = ALL,
+    positions: tuple[Counts, ...] = (),
+    finer: tuple[tuple[str, Counts], ...] = (),
 ) -> Packing:
-    """Pack the share of a module that reads rows. Samples without rows are left out of the block."""
-    return _pack_rows(_Places.of(share), _Ranks(multiple, cut, token_split, device), dtype)
+    """Pack a share into rows of a length: the feeders' rows at their placeholders, and the text tokens between.
 
-
-def pack_text(
-    share: Share,
-    *,
-    multiple: int,
-    device: torch.device,
-    cut: ZigZag = WHOLE,
-    token_split: TokenSplit = ALL,
-) -> Packing:
-    """Pack the share of a language model: its text tokens, and the feeders' rows at their placeholders."""
-    return _pack_text(_Places.of(share), _Ranks(multiple, cut, token_split, device))
+    `positions` are the rotary positions of the row of all cp ranks, axis by axis, where they do not count within each
+    segment. `finer` are further segmentations, by name.
+    """
+    return _packed(
+        Numbers.of(share),
+        share.segments,
+        length=length,
+        cut=cut,
+        token_split=token_split,
+        device=device,
+        positions=positions,
+        finer=finer,
+    )
 
 
 def check_placeholders(tokens: Sequence[Tensor], share: Share) -> None:
@@ -141,7 +139,9 @@ def check_placeholders(tokens: Sequence[Tensor], share: Share) -> None:
 
     `tokens` has one tensor for each sample that has any.
     """
-    present = ((s, p) for s, n, p in zip(share.samples, share.lengths, share.placeholders, strict=True) if n)
+    present = (
+        (s, p) for s, n, p in zip(share.samples, share.positions, share.placeholders, strict=True) if n
+    )
     for (sample, described), of_sample in zip(present, tokens, strict=True):
         found = (of_sample < 0).nonzero().squeeze(1).tolist()
         if sorted(described) != found:
@@ -159,166 +159,141 @@ def _shown(positions: Sequence[int]) -> str:
 
 
 @attrs.frozen
-class _Places:
-    """The part of a share that its packing depends on: rows of each feeder, lengths, placeholders and shape."""
+class Numbers:
+    """The part of a share that its entries depend on: rows of each feeder, positions and placeholders of samples.
+
+    A source module has a position for each vector that enters its layers, whatever rows these are made of.
+    """
 
     fed: tuple[Counts, ...]
-    lengths: Counts
+    positions: Counts
     placeholders: tuple[Counts, ...]
-    shape: tuple[int, int]
 
     @classmethod
-    def of(cls, share: Share) -> "_Places":
-        return cls(tuple(share.rows.values()), share.lengths, share.placeholders, share.shape)
+    def of(cls, share: Share) -> "Numbers":
+        """Return the numbers of a share."""
+        if any(share.grids):
+            whole = tuple(tuple(range(count)) for count in share.positions)
+            return cls((share.positions,), share.positions, whole)
+        return cls(tuple(share.rows.values()), share.positions, share.placeholders)
 
-    def entries(self, columns: Sequence[int], samples: int) -> tuple[list[int], list[int]]:
-        """Return the entries of the incoming rows, and those of the rows that the module emits."""
-        emitted = _entries([range(length) for length in self.lengths], columns, samples)
-        return self._incoming(columns, samples), emitted
-
-    def _incoming(self, columns: Sequence[int], samples: int) -> list[int]:
-        """Return the entries of the incoming rows, feeder after feeder.
+    def rows(self) -> Tensor:
+        """Return the positions in the share of the incoming rows, feeder after feeder.
 
         Each feeder takes the next placeholders of a sample, as many as it has rows there.
         """
-        starts = [0] * len(self.placeholders)
-        entries: list[int] = []
+        begins, taken = prefix_sums(self.positions), [0] * len(self.positions)
+        found: list[int] = []
         for counts in self.fed:
-            blocks = [p[a : a + n] for p, a, n in zip(self.placeholders, starts, counts, strict=True)]
-            entries += _entries(blocks, columns, samples)
-            starts = [a + n for a, n in zip(starts, counts, strict=True)]
-        return entries
+            for i, count in enumerate(counts):
+                found += [begins[i] + p for p in self.placeholders[i][taken[i] : taken[i] + count]]
+                taken[i] += count
+        return _numbers(found)
+
+    def entries(self, places: "Places", device: torch.device) -> Entries:
+        """Return the entries of complete samples at their places; under cp, of this rank's part."""
+        total = sum(self.positions)
+        rows, out = self.rows(), torch.arange(total)
+        is_text = torch.ones(total, dtype=torch.bool).index_fill_(0, rows, value=False)
+        text = is_text.nonzero().squeeze(1)
+        portion = None
+        if places.cut.size > 1:
+            of_rows, out, text = places.own(rows), places.own(out), text[places.own(text)]
+            rows = rows[of_rows]
+            order, most = places.gathered()
+            portion = Portion(sent(of_rows, device), sent(out, device), most, sent(order, device))
+        return Entries(
+            incoming=sent(places.local[torch.cat((rows, text))], device),
+            text_tokens=sent(text, device),
+            outgoing=sent(places.local[out], device),
+            portion=portion,
+        )
+
+    def samples(self) -> Tensor:
+        """Return the sample of each position of the share."""
+        return torch.arange(len(self.positions)).repeat_interleave(_numbers(self.positions))
 
 
-@attrs.frozen
-class _Ranks:
-    """How ranks share a block: the multiple that S is padded to, the parts along cp, the tokens that tp ranks route."""
+@attrs.frozen(eq=False)
+class Places:
+    """For each position of a share: which cp rank computes it, and its entry there (`local`)."""
 
-    multiple: int
     cut: ZigZag
-    token_split: TokenSplit
-    device: torch.device
+    rank: Tensor
+    local: Tensor
 
-    def block(self, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return (S, B) of this rank's block, and the same as its layers compute them (`Packing.padded`)."""
-        positions, samples = shape[0] // self.cut.size, shape[1]
-        padded = max(_round_up(positions, self.multiple), self.multiple), max(samples, 1)
-        # Only what the core has padded is cut over cp: the layers of all cp ranks must agree on the keys.
-        assert self.cut.size == 1 or positions in {0, padded[0]}, "the core pads what cp ranks share"
-        return (positions, samples), padded
+    def own(self, positions: Tensor) -> Tensor:
+        """Return the indices of those positions that are this rank's."""
+        return (self.rank[positions] == self.cut.rank).nonzero().squeeze(1)
+
+    def gathered(self) -> tuple[Tensor, int]:
+        """Return the place of each position after a gather of all ranks' positions, and the largest count of a rank.
+
+        Each rank pads its positions to that count before the gather, and has them in the order of the share.
+        """
+        counts = self.rank.bincount(minlength=self.cut.size)
+        by_rank = self.rank.argsort(stable=True)
+        starts = counts.cumsum(0) - counts
+        within = torch.empty_like(self.rank)
+        within[by_rank] = torch.arange(len(self.rank)) - starts[self.rank[by_rank]]
+        most = int(counts.max())
+        return self.rank * most + within, most
 
 
 # Evaluation packs every share twice, and each stage that a rank hosts packs the same share.
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_rows(places: _Places, ranks: _Ranks, dtype: torch.dtype) -> Packing:
-    cut, present = ranks.cut, [length for length in places.lengths if length]
-    (positions, samples), padded = ranks.block(places.shape)
-    columns = list(itertools.accumulate((length > 0 for length in places.lengths), initial=0))
-    keys = [p for part in cut.everyone() for p in part.positions(padded[0] * cut.size)]
-    mask = None
-    if any(length < len(keys) for length in present):
-        real = torch.tensor(keys) < torch.tensor(present)[:, None]
-        mask = torch.zeros(samples, len(keys), dtype=dtype).masked_fill_(~real, -math.inf)
-        mask = sent(mask[:, None, None, :], ranks.device)
-    incoming, outgoing = places.entries(columns, samples)
-    return attrs.evolve(_packing(ranks, (positions, samples), padded, incoming, outgoing), mask=mask)
-
-
-@functools.lru_cache(maxsize=256)
-def _pack_text(places: _Places, ranks: _Ranks) -> Packing:
-    block, padded = ranks.block(places.shape)
-    samples = block[1]
-    columns = range(samples)
-    incoming, outgoing = places.entries(columns, samples)
-    of_rows = set(_entries(places.placeholders, columns, samples))
-    text_tokens = [token for token, entry in enumerate(outgoing) if entry not in of_rows]
-    return _packing(ranks, block, padded, incoming, outgoing, text_tokens=text_tokens)
-
-
-def _packing(
-    ranks: _Ranks,
-    block: tuple[int, int],
-    padded: tuple[int, int],
-    incoming: list[int],
-    outgoing: list[int],
+def _packed(
+    numbers: Numbers,
+    segments: Counts,
     *,
-    text_tokens: Sequence[int] = (),
+    length: int,
+    cut: ZigZag,
+    token_split: TokenSplit,
+    device: torch.device,
+    positions: tuple[Counts, ...],
+    finer: tuple[tuple[str, Counts], ...],
 ) -> Packing:
-    """Return the packing, without a mask, of the entries of complete samples; under cp, of this rank's part."""
-    cut, device = ranks.cut, ranks.device
-    rows_in, out, text = (
-        torch.tensor(numbers, dtype=torch.int64) for numbers in (incoming, outgoing, text_tokens)
+    places = _places(segments, cut)
+    mine = places.own(torch.arange(sum(segments)))
+    which, routed = token_split.of(places.local[mine], length)
+    turned = torch.tensor(positions, dtype=torch.int64) if positions else _within(segments)
+    row = PackedRow(
+        pieces=pieces(segments, cut),
+        segmentations={SEGMENTS: segments, **dict(finer)},
+        positions=sent(_local(turned, mine, places, length), device),
+        order=sent(places.rank * length + places.local, device) if cut.size > 1 else None,
+        entries=sent(routed, device),
+        sample_of=sent(numbers.samples()[mine[which]], device),
+        samples=len(numbers.positions),
     )
-    text_in, portion = out[text], None
-    if cut.size > 1:
-        parts = _Parts.of(cut, block)
-        of_rows, of_text, of_out = parts.own(rows_in), parts.own(text_in), parts.own(out)
-        order, most = parts.gathered(out)
-        portion = Portion(sent(of_rows, device), sent(of_out, device), most, sent(order, device))
-        text = text[of_text]
-        rows_in, text_in, out = (
-            parts.local[whole[own]] for whole, own in ((rows_in, of_rows), (text_in, of_text), (out, of_out))
-        )
-    routed = torch.tensor(ranks.token_split.of(out.tolist(), padded), dtype=torch.int64)
-    return Packing(
-        *block,
-        padded=padded,
-        incoming=sent(torch.cat((rows_in, text_in)), device),
-        text_tokens=sent(text, device),
-        outgoing=sent(out, device),
-        tokens=sent(routed, device),
-        mask=None,
-        portion=portion,
-    )
+    entries = numbers.entries(places, device)
+    return Packing(**attrs.asdict(entries, recurse=False), length=length, row=row)
 
 
-@attrs.frozen(eq=False)
-class _Parts:
-    """For each entry of the block of all cp ranks: which rank has it, and its entry in that rank's block (`local`)."""
-
-    cut: ZigZag
-    rank: Tensor
-    local: Tensor
-
-    @classmethod
-    def of(cls, cut: ZigZag, block: tuple[int, int]) -> "_Parts":
-        positions, samples = block
-        rank, local = torch.empty(2, positions * cut.size, samples, dtype=torch.int64)
-        for part in cut.everyone():
-            own = list(part.positions(positions * cut.size))
-            rank[own] = part.rank
-            local[own] = torch.arange(positions * samples).view(positions, samples)
-        return cls(cut, rank.flatten(), local.flatten())
-
-    def own(self, entries: Tensor) -> Tensor:
-        """Return the indices of those entries that are this rank's."""
-        return (self.rank[entries] == self.cut.rank).nonzero().squeeze(1)
-
-    def gathered(self, entries: Tensor) -> tuple[Tensor, int]:
-        """Return the position of each entry after a gather of all ranks' entries, and the largest count of a rank.
-
-        Each rank pads its entries to that count before the gather.
-        """
-        ranks = self.rank[entries]
-        counts = ranks.bincount(minlength=self.cut.size)
-        by_rank = ranks.argsort(stable=True)
-        starts = counts.cumsum(0) - counts
-        within = torch.empty_like(ranks)
-        within[by_rank] = torch.arange(len(ranks)) - starts[ranks[by_rank]]
-        most = int(counts.max())
-        return ranks * most + within, most
+def _places(segments: Counts, cut: ZigZag) -> Places:
+    """Return where the positions of a row are."""
+    rank, local = torch.empty(2, sum(segments), dtype=torch.int64)
+    for part in cut.everyone():
+        own = _numbers(itertools.chain(*itertools.chain(*pieces(segments, part))))
+        rank[own], local[own] = part.rank, torch.arange(len(own))
+    return Places(cut, rank, local)
 
 
-def _entries(places: Sequence[Sequence[int]], columns: Sequence[int], samples: int) -> list[int]:
-    """Return the entries of positions, sample by sample; `columns` are the samples' columns in the block."""
-    return [
-        position * samples + column
-        for column, positions in zip(columns, places, strict=False)
-        for position in positions
-    ]
+def _within(segments: Counts) -> Tensor:
+    """Return the position of each position within its segment, int64 [1, T of all ranks]."""
+    lengths = _numbers(segments)
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return (torch.arange(len(starts)) - starts)[None]
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _local(of_all_PT: Tensor, mine: Tensor, places: Places, length: int) -> Tensor:
+    """Return what this rank's positions have of a tensor of all positions, int64 [P, length]; zeros for padding."""
+    local = of_all_PT.new_zeros(len(of_all_PT), length)
+    local[:, places.local[mine]] = of_all_PT[:, mine]
+    return local
+
+
+def _numbers(of: Iterable[int]) -> Tensor:
+    return torch.tensor(tuple(of), dtype=torch.int64)

@@ -1,10 +1,11 @@
-"""Transformer: the common part of the stages of all built-in models, a stack of layers on a packed block.
+"""Transformer: the common part of the stages of all built-in models, a stack of layers on a packed row.
 
 Every cp rank has all inputs and outputs, and computes its own part of the positions. Shapes are named as in
 `interface`.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -13,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from mimogrid.core.base.zigzag import ZigZag
-from mimogrid.core.job.layer_engines import FP8_MULTIPLE, TRANSFORMER_ENGINE, Choice
+from mimogrid.core.job.layer_engines import TRANSFORMER_ENGINE, Choice
 from mimogrid.core.job.models import BuiltIn
+from mimogrid.core.step.positions import rotary_positions
 from mimogrid.core.step.step import Share, aux_name
 from mimogrid.core.topology.topology import Module, StageInfo
 from mimogrid.shell.megatron import engine
-from mimogrid.shell.megatron.experts import ExpertGroups, ExpertsSpec, experts_spec
+from mimogrid.shell.megatron.experts import ExpertGroups, Experts, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
 from mimogrid.shell.megatron.names import (
     ProcessGroupCollection,
@@ -29,7 +31,7 @@ from mimogrid.shell.megatron.names import (
 )
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.interface import StageGroups, StageModule, ep_position
-from mimogrid.shell.modules.packing import Packing, TokenSplit
+from mimogrid.shell.modules.packing import Packing, TokenSplit, pack
 
 
 @attrs.frozen
@@ -45,10 +47,10 @@ class Context:
     fp8: str
 
 
-def _expert_mlps(context: Context, model: BuiltIn, weight_grads: WeightGradStore) -> list[ExpertsSpec]:
-    """Return the specifications of the layers' MLPs if these have experts; an empty list if they are dense."""
+def _expert_mlps(context: Context, model: BuiltIn, weight_grads: WeightGradStore) -> dict[int, ExpertsSpec]:
+    """Return the specifications of the MLPs that have experts, by layer."""
     if not model.experts:
-        return []
+        return {}
     groups, info = context.groups, context.info
     expert_groups = ExpertGroups(
         together=groups.together,
@@ -58,10 +60,13 @@ def _expert_mlps(context: Context, model: BuiltIn, weight_grads: WeightGradStore
         same_samples=(groups.tp, groups.cp),
     )
     trained = {name.split(".mlp.")[0] for name in info.trainable if ".mlp." in name}
-    return [
-        experts_spec(model, expert_groups, trains=f"layers.{layer}" in trained, weight_grads=weight_grads)
+    return {
+        layer: experts_spec(
+            model, expert_groups, trains=f"layers.{layer}" in trained, weight_grads=weight_grads
+        )
         for layer in info.layers
-    ]
+        if model.has_experts(layer)
+    }
 
 
 def _block_spec(context: Context, model: BuiltIn, weight_grads: WeightGradStore) -> Any:
@@ -72,25 +77,28 @@ def _block_spec(context: Context, model: BuiltIn, weight_grads: WeightGradStore)
     return block_spec(model, layers=layers, tp=context.groups.tp.size(), weight_grads=weight_grads, mlps=mlps)
 
 
+def _without_keys(grad: Tensor, *, group: int, width: int) -> Tensor:
+    """Return the gradient of a fused bias, whose groups are queries, a key and a value, with zeros for the keys."""
+    parts = grad.view(-1, group, width).clone()
+    parts[:, -2] = 0
+    return parts.view_as(grad)
+
+
 class TransformerStage(StageModule):
-    """A stage of a built-in model: a stack of layers on a packed block."""
+    """A stage of a built-in model: a stack of layers on a packed row."""
 
     def __init__(self, context: Context, model: BuiltIn) -> None:
         groups = context.groups
         super().__init__(context.module, context.info, dtype=context.dtype)
+        self.model = model
         self.tp, self.cp = groups.tp, groups.cp
         self.cut = ZigZag(groups.cp.rank(), groups.cp.size())
         self.sequence_parallel = context.module.sequence_parallel and groups.tp.size() > 1
-        # The layers pad S to a multiple of this: tp parts under sp, and two chunks under cp.
-        self.multiple = (groups.tp.size() if self.sequence_parallel else 1) * len(self.cut.chunks)
-        if context.fp8 != "none":
-            self.multiple *= FP8_MULTIPLE
         self.layers_by = context.layers
         self.feeders = tuple(edge.source for edge in context.module.inputs)
         self.hidden = model.hidden
         self.dropout = model.dropout
         self.draws = model.dropout > 0
-        self.dtype = context.dtype
         self.config = config_of(
             model,
             layers=len(context.info.layers),
@@ -103,7 +111,6 @@ class TransformerStage(StageModule):
         self.recomputes = context.recompute != "none" and bool(context.info.trainable)
         self.spec = _block_spec(context, model, self.weight_grads)
         self.aux_loss = context.module.aux_loss
-        self.has_experts = bool(model.experts)
         self.token_split = TokenSplit(groups.tp.rank(), groups.tp.size(), by_position=self.sequence_parallel)
         self.collection = ProcessGroupCollection(
             tp=groups.tp, cp=groups.cp, dp=groups.dp, pp=groups.pp, embd=None
@@ -111,29 +118,60 @@ class TransformerStage(StageModule):
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see the table of `interface`."""
-        packing = self.pack(share, next(iter(inputs.values())).device)
-        first = self.info.first
-        hidden_SBH = self.enter(inputs, share, packing) if first else inputs[self.name]
-        hidden_SBH = self.decode(hidden_SBH, packing, share)
+        packing = pack(
+            share,
+            length=share.shape[0] // self.cut.size,
+            device=next(iter(inputs.values())).device,
+            cut=self.cut,
+            token_split=self.token_split,
+            positions=rotary_positions(self.model, share),
+            finer=tuple(self.segmentations(share).items()),
+        )
+        deep: Sequence[Tensor] = ()
+        if self.info.first:
+            hidden_S1H, deep = self.enter(inputs, share, packing), self.deepstack(inputs, packing)
+        else:
+            hidden_S1H = inputs[self.name]
+        hidden_S1H = self.decode(hidden_S1H, packing, share, deep)
         aux = self.aux()
         if not self.info.last:
-            return {self.name: hidden_SBH, **aux}
-        rows_RH = hidden_SBH.flatten(0, 1).index_select(0, packing.outgoing)
-        emitted = {target: self.join(rows, packing) for target, rows in self.emit(rows_RH).items()}
-        return {**emitted, **self.finish(rows_RH, inputs, packing, share), **aux}
+            return {self.name: hidden_S1H, **aux}
+        return {**self.leave(hidden_S1H, inputs, share, packing), **aux}
 
     @property
     def decoder(self) -> TransformerBlock:
         """The stack of layers."""
         raise NotImplementedError
 
-    def pack(self, share: Share, device: torch.device) -> Packing:
-        """Return the packing of a share."""
-        raise NotImplementedError
+    def deepstack(self, inputs: Mapping[str, Tensor], packing: Packing) -> Sequence[Tensor]:
+        """Return the rows [S, 1, H] that the first layers add to their outputs, one for each of these layers."""
+        return ()
+
+    def segmentations(self, share: Share) -> Mapping[str, tuple[int, ...]]:
+        """Return by name the lengths of segments that are finer than those of the share."""
+        return {}
+
+    def without_key_bias(self) -> None:
+        """Give the biases of keys no gradient if the model has none: their rows of the fused bias stay zero."""
+        if self.model.k_bias or not self.model.qkv_bias:
+            return
+        group = self.model.heads // self.model.kv_heads + 2
+        for layer in self.decoder.layers:
+            layer.self_attention.linear_qkv.bias.register_hook(
+                functools.partial(_without_keys, group=group, width=self.model.head_width)
+            )
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
-        """Return the block [S, B, H] that the first layer reads."""
+        """Return the row [S, 1, H] that the first layer reads."""
         raise NotImplementedError
+
+    def leave(
+        self, hidden_S1H: Tensor, inputs: Mapping[str, Tensor], share: Share, packing: Packing
+    ) -> dict[str, Tensor]:
+        """Return the outputs of a last stage: rows for other modules, and what `finish` makes of them."""
+        rows_RH = hidden_S1H.flatten(0, 1).index_select(0, packing.outgoing)
+        emitted = {target: self.join(rows, packing) for target, rows in self.emit(rows_RH).items()}
+        return {**emitted, **self.finish(rows_RH, inputs, packing, share)}
 
     def finish(
         self, rows_RH: Tensor, inputs: Mapping[str, Tensor], packing: Packing, share: Share
@@ -161,37 +199,47 @@ class TransformerStage(StageModule):
         rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=self.cp)
         return rows.index_select(0, portion.order)
 
+    @property
+    def experts(self) -> list[Experts]:
+        """The MLPs that have experts."""
+        return [layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, Experts)]
+
     def aux(self) -> dict[str, Tensor]:
         """Return this rank's term of the auxiliary loss of the last forward, if the module has one."""
-        terms = [layer.mlp.aux for layer in self.decoder.layers] if self.aux_loss and self.training else []
+        terms = [mlp.aux for mlp in self.experts] if self.aux_loss and self.training else []
         return {aux_name(self.name): torch.stack(terms).sum()} if terms else {}
 
-    def decode(self, hidden_SBH: Tensor, packing: Packing, share: Share) -> Tensor:
-        """Run the layers. Under sequence parallelism each tp rank holds a part of S between the linears."""
-        positions, samples = packing.positions, packing.samples
-        pads = packing.padded != (positions, samples)
-        if pads:
-            more_S, more_B = packing.padded[0] - positions, packing.padded[1] - samples
-            hidden_SBH = functional.pad(hidden_SBH, (0, 0, 0, more_B, 0, more_S))
-        if self.sequence_parallel:
-            hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.tp)
-        if self.recomputes and torch.is_grad_enabled() and not hidden_SBH.requires_grad:
-            # Re-entrant recomputation gives no gradients at all if its input needs none.
-            hidden_SBH = hidden_SBH.detach().requires_grad_()
-        routed = {}
-        if self.has_experts:
-            routed["padding_mask"] = packing.tokens  # See `Experts.forward`.
-            for layer in self.decoder.layers:
-                layer.mlp.scale = self.loss_scale * self.aux_loss / share.total
-        hidden_SBH = self.decoder(hidden_states=hidden_SBH, attention_mask=packing.mask, **routed)
-        if self.sequence_parallel:
-            # Every tp rank computes the same from here on, so the gradient is cut, not summed.
-            hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_SBH, tensor_parallel_output_grad=False, group=self.tp
-            )
-        return hidden_SBH[:positions, :samples] if pads else hidden_SBH
+    def decode(
+        self, hidden_S1H: Tensor, packing: Packing, share: Share, deep: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Run the layers. Under sequence parallelism each tp rank holds a part of the row between the linears.
 
-    def block_of(self, rows_RH: Tensor, entries: Tensor, packing: Packing) -> Tensor:
-        """Return a block [S, B, H] with rows at their entries, and zeros elsewhere."""
-        block = rows_RH.new_zeros(packing.positions * packing.samples, self.hidden)
-        return block.index_copy_(0, entries, rows_RH).view(packing.positions, packing.samples, self.hidden)
+        `deep` has what the first layers add to their outputs.
+        """
+        if self.sequence_parallel:
+            hidden_S1H, *deep = (
+                scatter_to_sequence_parallel_region(row, group=self.tp) for row in (hidden_S1H, *deep)
+            )
+        if self.recomputes and torch.is_grad_enabled() and not hidden_S1H.requires_grad:
+            # Re-entrant recomputation gives no gradients at all if its input needs none.
+            hidden_S1H = hidden_S1H.detach().requires_grad_()
+        for mlp in self.experts:
+            mlp.scale = self.loss_scale * self.aux_loss / share.total
+        hidden_S1H = self.decoder(
+            hidden_states=hidden_S1H, attention_mask=None, packed_seq_params=packing.row, attention_bias=deep
+        )
+        return self.complete(hidden_S1H)
+
+    def complete(self, hidden_S1H: Tensor) -> Tensor:
+        """Return the row of all tp ranks, behind a layer."""
+        if not self.sequence_parallel:
+            return hidden_S1H
+        # Every tp rank computes the same from here on, so the gradient is cut, not summed.
+        return gather_from_sequence_parallel_region(
+            hidden_S1H, tensor_parallel_output_grad=False, group=self.tp
+        )
+
+    def row_of(self, rows_RH: Tensor, packing: Packing) -> Tensor:
+        """Return the row [S, 1, H] with the first of what comes in at its entries, and zeros elsewhere."""
+        row, entries = rows_RH.new_zeros(packing.length, self.hidden), packing.incoming
+        return row.index_copy_(0, entries[: len(rows_RH)], rows_RH)[:, None]

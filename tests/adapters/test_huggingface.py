@@ -161,8 +161,8 @@ def test_check_says_what_was_split_and_padded() -> None:
     said = Job.from_pretrained(folder("llama"), **layout(tp=2, pp=2)).check()
     values = sum(int(np.prod(shape)) for shape in shapes(folder("llama")).values())
     assert said.splitlines() == [
-        f"language: LlamaForCausalLM, {values:,} parameters, on tp=2 cp=1 dp=1 pp=2",
-        "layers: 1 | 2",
+        "LlamaForCausalLM",
+        f"language: {values:,} parameters, on tp=2 cp=1 dp=1 pp=2; layers: 1 | 2",
         "vocabulary: padded by 1 for tp; these are never predicted and never saved",
     ]
 
@@ -267,7 +267,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pixel_values": torch.ones(1)}, "batch.pixel_values: is nothing that a text model reads"),
+        ({"pixel_values": torch.ones(1)}, "batch.pixel_values: is nothing that the model reads"),
         ({"attention_mask": torch.tensor([[0, 1, 1]])}, "leaves out tokens before others"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "has labels of padding"),
         ({"labels": None}, "batch.labels: is missing"),

@@ -31,10 +31,6 @@ def cut_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
             f"Use a number of heads that gives an even width, such as {_even_heads(model)}.",
         )
     yield from _parts_of_layers(f"{where}.options", model)
-    for target, projector in module.projector.items():
-        if projector.kind != "linear" or not projector.bias:
-            message = "no projector here computes this yet."
-            yield Problem(f"{where}.projector.{target}", message, "Leave it out.")
     if model.heads % model.kv_heads:
         yield Problem(
             f"{where}.options.kv_heads",
@@ -55,24 +51,6 @@ def _parts_of_layers(where: str, model: Transformer) -> Iterator[Problem]:
     if model.window and not isinstance(model, Gpt | Vit):
         message = "is for causal models; here every row sees every other."
         yield Problem(f"{where}.window", message, "Leave it out.")
-    if changed := model.changed(NOT_YET):
-        message = f"no layers here compute this yet: {', '.join(changed)}."
-        yield Problem(where, message, "Leave these options out.")
-    if model.experts and (changed := model.changed(DENSE_ONLY)):
-        message = (
-            f"experts have two linear layers with biases and a GELU between them; not {', '.join(changed)}."
-        )
-        yield Problem(f"{where}.experts", message, "Leave out these options, or the experts.")
-
-
-NOT_YET = (
-    *("k_bias", "norm_top_k", "dense_layers", "rotary_sections", "deepstack"),
-    *("stem", "patch_bias", "positions", "position_count", "class_token", "pre_norm", "final_norm"),
-    *("merge", "pool", "deepstack_layers"),
-)
-"""Options that the plan knows and the shell's networks do not."""
-DENSE_ONLY = ("activation", "gated", "mlp_bias")
-"""Options of an MLP that experts do not have yet."""
 
 
 def _stages(name: str, module: ModuleSpec, layers: int) -> Iterator[Problem]:

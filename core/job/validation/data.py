@@ -68,20 +68,3 @@ def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts
             f"more than sequence = {source.sequence} holds.",
             f"Set sequence = {rows + source.length} or more, or give fewer rows.",
         )
-
-
-def sequence_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
-    """Check that a language sequence divides over tp (with sequence parallelism) and over cp."""
-    for name, module in spec.modules.items():
-        if source.sequence is None or not isinstance(module.options, Gpt):
-            continue
-        grid = module.grid
-        parts = (grid.tp if grid.sequence_parallel else 1) * (2 * grid.cp if grid.cp > 1 else 1)
-        if source.sequence % parts:
-            over = [f"tp={grid.tp}"] * grid.sequence_parallel + [f"2 * cp={grid.cp}"] * (grid.cp > 1)
-            yield Problem(
-                "data.options.sequence",
-                f"module '{name}' cuts sequence = {source.sequence} over {' and '.join(over)}: "
-                f"{source.sequence} is not a multiple of {parts}.",
-                f"Set sequence = {-(-source.sequence // parts) * parts}.",
-            )

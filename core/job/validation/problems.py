@@ -11,7 +11,7 @@ from mimogrid.core.job.layer_engines import ENGINES, FORMATS, engine_problems
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.checks import one_of
 from mimogrid.core.job.validation.cuts import cut_problems, expert_problems, sharding_problems
-from mimogrid.core.job.validation.data import data_problems, sequence_problems
+from mimogrid.core.job.validation.data import data_problems
 from mimogrid.core.job.validation.job import job_problems
 from mimogrid.core.job.validation.optimizer import group_problems
 from mimogrid.core.job.validation.own import own_problems
@@ -48,7 +48,7 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
         found += [*world_problems(spec), *freezing_problems(spec, source or SourceFacts())]
         found += [*own_problems(spec), *group_problems(spec, source or SourceFacts())]
     if whole and not wiring and source is not None:
-        found += [*data_problems(spec, source), *sequence_problems(spec, source)]
+        found += data_problems(spec, source)
     return tuple(found)
 
 

@@ -106,6 +106,9 @@ def _leaving(name: str, module: ModuleSpec, model: Vit, spec: JobSpec) -> Iterat
             "lists layers whose rows leave, and these are not averaged.",
             "Leave out pool, or the layers.",
         )
+    if module.recompute == "full":
+        message = "lists layers whose rows leave, and recompute = 'full' keeps what goes into a layer only."
+        yield key, message, f'Use recompute = "selective" or "none" in modules.{name}.'
     begin = layer_ranges(module, model.layers)[-1].start
     if min(deep) < begin:
         message = f"has layer {min(deep)}, and the last stage, where rows leave, begins at layer {begin}."

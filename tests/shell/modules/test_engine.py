@@ -27,7 +27,8 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec
 from mimogrid.shell import modules
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import engine
-from mimogrid.shell.megatron.layers import CoreAttention, linears_of
+from mimogrid.shell.megatron.attention import CoreAttention
+from mimogrid.shell.megatron.layers import linears_of
 from mimogrid.shell.modules.interface import StageModule, named_weights
 from mimogrid.shell.world.launch import Pool
 from stages import Alone, batch_of, build, gradients, run, step_with, topology_of, world_of_one

@@ -1,17 +1,7 @@
-"""Hugging Face: a folder with a published checkpoint trains on grids of ranks, and leaves as such a folder.
-
-    job = Job.from_pretrained(folder, grids={"language": dict(tp=2, pp=2)}, precision="fp64")
-    print(job.check())
-    with job.open() as running:                 # in a world that torchrun or the host has made
-        out = running.step(batch)               # input_ids, attention_mask, labels: the whole batch, on every rank
-        gradients = running.gradients()         # {Hugging Face name: full tensor}, on the first rank
-        running.save_pretrained("out")
-
-Loss and gradients are those of transformers: the mean over the tokens with a label, each predicted from those before
-it. It needs safetensors, and not transformers. So far it takes text models; docs/models.md says which.
-"""
+"""Jobs of published checkpoints: the tables of a job file from a folder and grids, and the open job."""
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +11,11 @@ import attrs
 import tomlkit
 import torch
 
-from mimogrid.adapters.torch_module import Embedded, Example
+from mimogrid.adapters.huggingface.batches import LANGUAGE, examples_of
+from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.core.base.samples import Sample, share
+from mimogrid.core.base.samples import share
+from mimogrid.core.models.network import PublishedModule
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.published import Published, published
@@ -32,11 +24,16 @@ from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.tensor_slices import full_tensors, gradients_of
 
 
-LANGUAGE = "language"
-IGNORED = -100
-"""The label of a token that does not count in the loss."""
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-READ = frozenset({"input_ids", "attention_mask", "labels"})
+SUPPORTED = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "LlavaForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
+)
 
 Table = Mapping[str, Any]
 
@@ -56,7 +53,7 @@ class Job:
 
         Args:
             folder: The checkpoint: config.json and safetensors.
-            grids: By module (`language`) what a job file's grid takes.
+            grids: By module (`vision`, `audio`, `language`) what a job file's grid takes.
             precision: The precision of the job.
             tables: Other tables of a job file, such as ``optimizer={"lr": 1e-5}``, ``batch={"microbatches": 4}``
                 or ``modules={"language": {"recompute": "full"}}``.
@@ -67,10 +64,13 @@ class Job:
         checkpoint = published(Path(folder).resolve())
         _check_supported(checkpoint, grids)
         more = dict(tables.pop("modules", {}))
-        module = {"weights": str(checkpoint.folder), **more.get(LANGUAGE, {}), "grid": dict(grids[LANGUAGE])}
-        options = checkpoint.model.modules[LANGUAGE].table()["options"]
-        _fit(module, layers=options["layers"], vocab=options["vocab"])
-        job = cls(checkpoint, {"precision": precision, **tables, "modules": {**more, LANGUAGE: module}})
+        modules = {
+            name: _fitted(
+                {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])}, module
+            )
+            for name, module in checkpoint.model.modules.items()
+        }
+        job = cls(checkpoint, {"precision": precision, **tables, "modules": {**modules, **more}})
         job.sized(_least_samples(job.tables), job.parts)  # It raises what is wrong before anything starts.
         return job
 
@@ -94,18 +94,16 @@ class Job:
             return open_job(path)
 
     def check(self) -> str:
-        """Return what the job is, in lines: its model, its ranks, and what was split or padded."""
+        """Return what the job is, in lines: its modules, their ranks, and what was split or padded."""
         topology = self.sized(_least_samples(self.tables), self.parts).topology
-        module, options = topology.modules[LANGUAGE], self.tables["modules"][LANGUAGE].get("options", {})
-        axes = " ".join(f"{axis.name}={axis.size}" for axis in module.grid.axes)
-        values = sum(
-            recipe.stored_values for recipe in self.checkpoint.model.modules[LANGUAGE].recipes.values()
-        )
-        lines = [
-            f"{LANGUAGE}: {self.checkpoint.config['architectures'][0]}, {values:,} parameters, on {axes}",
-            f"layers: {' | '.join(str(len(info.layers)) for info in module.stages)}",
-        ]
-        if padding := options.get("vocab_padding"):
+        lines = [f"{self.checkpoint.config['architectures'][0]}"]
+        for name, described in self.checkpoint.model.modules.items():
+            module = topology.modules[name]
+            axes = " ".join(f"{axis.name}={axis.size}" for axis in module.grid.axes)
+            values = sum(recipe.stored_values for recipe in described.recipes.values())
+            layers = " | ".join(str(len(info.layers)) for info in module.stages)
+            lines.append(f"{name}: {values:,} parameters, on {axes}; layers: {layers}")
+        if padding := self.tables["modules"][LANGUAGE].get("options", {}).get("vocab_padding"):
             lines.append(f"vocabulary: padded by {padding} for tp; these are never predicted and never saved")
         return "\n".join(lines)
 
@@ -127,11 +125,11 @@ class Running:
     def step(self, batch: Mapping[str, torch.Tensor]) -> Outcome | None:
         """Train one step; return its loss and more (`Outcome`), None on an idle rank.
 
-        `batch` is what a tokenizer makes, the whole batch on every rank: `input_ids` [B, T], `labels` [B, T], and
-        `attention_mask` [B, T] if it is padded, on the right. Raises PlanError if it has anything else.
+        `batch` is what the model's processor makes, the whole batch on every rank (`batches`), and `labels`. Raises
+        PlanError if it is anything else.
         """
-        examples = _examples(batch)
-        longest = max(example.sample.length for example in examples)
+        examples = examples_of(self._job.checkpoint.model, batch)
+        longest = batch["input_ids"].shape[1]
         embedded = self._opened(len(examples), longest)
         outcome = embedded.step(examples)
         clip = embedded.job.spec.optimizer.clip_norm
@@ -163,9 +161,12 @@ class Running:
             write_published(Path(folder), self._job.checkpoint, self._published(state))
 
     def _published(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        prefix = f"{LANGUAGE}."
-        ours = {name.removeprefix(prefix): tensor for name, tensor in full.items() if name.startswith(prefix)}
-        return published_tensors(self._job.checkpoint, LANGUAGE, ours)
+        found: dict[str, torch.Tensor] = {}
+        for module in self._job.checkpoint.model.modules:
+            prefix = f"{module}."
+            ours = {name.removeprefix(prefix): t for name, t in full.items() if name.startswith(prefix)}
+            found |= published_tensors(self._job.checkpoint, module, ours)
+        return found
 
     def _opened(self, size: int = 0, sequence: int = 0) -> Embedded:
         """Return the job open for a size of batches; a larger sequence or another size opens it again."""
@@ -214,57 +215,22 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
         raise PlanError(problems)
 
 
-def _fit(module: dict[str, Any], *, layers: int, vocab: int) -> None:
-    """Split layers that do not divide over the stages, and pad a vocabulary that does not divide over tp."""
-    grid = module["grid"]
-    stages = grid.get("pp", 1) * module.get("chunks", 1)
+def _fitted(table: dict[str, Any], module: PublishedModule) -> dict[str, Any]:
+    """Return a module's table; layers that do not divide over stages are split, and a vocabulary is padded."""
+    grid, options, own = table["grid"], module.options, module.table()
+    table = {key: own[key] for key in ("feeds", "frozen", "projector") if key in own} | table
+    layers, stages = options["layers"], grid.get("pp", 1) * table.get("chunks", 1)
     if layers % stages and layers > stages:
-        module.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])
-    if padding := -vocab % grid.get("tp", 1):
-        module["options"] = {"vocab_padding": padding, **module.get("options", {})}
+        table.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])
+    if padding := -options.get("vocab", 0) % grid.get("tp", 1):
+        table["options"] = {"vocab_padding": padding, **table.get("options", {})}
+    return table
 
 
 def _least_samples(tables: Mapping[str, Any]) -> int:
-    """Return the size of the smallest batch of a job: a sample for each dp rank in each microbatch."""
-    microbatches: int = tables.get("batch", {}).get("microbatches", 1)
-    return microbatches * int(tables["modules"][LANGUAGE]["grid"].get("dp", 1))
-
-
-# -- batches -----------------------------------------------------------------------------------------------
-
-
-def _examples(batch: Mapping[str, torch.Tensor]) -> tuple[Example, ...]:
-    """Return the samples of a batch; labels move one token to the left, under the token that predicts them."""
-    problems = [
-        Problem(f"batch.{name}", "is nothing that a text model reads.", f"Give {', '.join(sorted(READ))}.")
-        for name in batch
-        if name not in READ
-    ]
-    problems += [
-        Problem(f"batch.{name}", "is missing.", "Give each step tokens with their labels.")
-        for name in ("input_ids", "labels")
-        if name not in batch
-    ]
-    if problems:
-        raise PlanError(problems)
-    tokens, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
-    mask = batch.get("attention_mask", torch.ones_like(tokens)).cpu().bool()
-    if (mask.long().diff(dim=1) > 0).any():
-        remedy = 'Pad on the right: tokenizer.padding_side = "right".'
-        raise PlanError([Problem("batch.attention_mask", "leaves out tokens before others.", remedy)])
-    if (labels[~mask] != IGNORED).any():
-        raise PlanError([Problem("batch.labels", "has labels of padding.", f"Set them to {IGNORED}.")])
-    lengths = mask.sum(dim=1).tolist()
-    return tuple(_example(i, tokens[i, :length], labels[i, :length]) for i, length in enumerate(lengths))
-
-
-def _example(index: int, tokens: torch.Tensor, labels: torch.Tensor) -> Example:
-    following = torch.cat([labels[1:], labels.new_full((1,), IGNORED)])
-    counts = following != IGNORED
-    tensors = {
-        "tokens": tokens,
-        "labels": following.where(counts, 0),
-        "loss_weights": counts.to(torch.float32),
-    }
-    sample = Sample(id=index, length=len(tokens), rows={}, units={LANGUAGE: float(counts.sum())})
-    return Example(sample, {LANGUAGE: tensors})
+    """Return the size of the smallest batch of a job: a sample for each dp rank of each module in each microbatch."""
+    everywhere = tables.get("batch", {}).get("microbatches", 1)
+    modules = tables["modules"].values()
+    counts = [module.get("microbatches", everywhere) for module in modules]
+    dp_sizes = [module["grid"].get("dp", 1) for module in modules if "grid" in module]
+    return math.lcm(*counts) * max(dp_sizes)
