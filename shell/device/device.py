@@ -57,6 +57,11 @@ class Device:
         """The name that the driver, or the system, gives the device."""
         return processor() if self.torch.type == "cpu" else torch.cuda.get_device_name(self.torch)
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory of a device of its own; None where tensors are in the memory of the host."""
+        return None if self.torch.type == "cpu" else torch.cuda.get_device_properties(self.torch).total_memory
+
     def peak_bytes(self) -> int:
         """Return the most memory that tensors took on the device so far; on a CPU, that the process took."""
         if self.torch.type == "cpu":

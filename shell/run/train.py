@@ -36,6 +36,7 @@ from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import report, run_lock
+from mimogrid.shell.run.evaluate import Examined
 from mimogrid.shell.run.folders import (
     HEARTBEATS,
     REPORT,
@@ -271,6 +272,8 @@ class Run:
         weights = full_tensors(runtime, weights_of(runtime))
         if self.is_first:
             files.write_file(folder / "weights.safetensors", weights)
+        if runtime.job.spec.train.evaluate and isinstance(runtime.job.source, Examined):
+            self.log.info("answering held-out samples", tasks=", ".join(runtime.job.source.tasks))
         examined = report.examine_tasks(runtime) if runtime.job.spec.train.evaluate else {}
         ranks = report.gather_ranks(runtime, tally)
         if not self.is_first:

@@ -100,6 +100,22 @@ def _memory(topology: Topology, *, on_host: bool) -> Check:
     return Check("memory", fact, Problem("memory", fact, remedy) if is_short else None)
 
 
+def device_problems(
+    topology: Topology, rank: int, device: str, memory_bytes: int | None
+) -> Iterator[Problem]:
+    """Yield why a rank does not fit on the device that it has; None: it has none of its own."""
+    if memory_bytes is None or rank not in topology.ranks:
+        return
+    needed = kept(topology, rank).bytes
+    if needed > memory_bytes:
+        message = (
+            f"rank {rank} needs at least {in_bytes(needed)} for weights, gradients and the optimizer, and its device "
+            f"'{device}' has {in_bytes(memory_bytes)}."
+        )
+        remedy = "Use more ranks along tp or pp, optimizer.sharded, or bf16; `mimogrid plan` finds what fits."
+        yield Problem("memory", message, remedy)
+
+
 def _disk(topology: Topology, folder: Path) -> Iterator[Check]:
     there = next(
         parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(parent)

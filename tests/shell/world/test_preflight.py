@@ -14,6 +14,7 @@ from layouts import job
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.spec import JobSpec
+from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.cli import start
 from mimogrid.shell.cli.main import main
@@ -77,6 +78,18 @@ def test_more_memory_than_there_is_is_refused(tmp_path: Path, monkeypatch: pytes
     assert "(rank 1 needs most, 105 MB)" in problem.message
     assert problem.message.endswith("and this machine has 210 MB available.")
     assert [] == lacking(topology, on_host=False)
+
+
+def test_a_rank_that_is_larger_than_its_device_is_refused() -> None:
+    """By its number and the name of the device, before anything is built on it."""
+    topology = open_job(FIRST).topology
+    needed = kept(topology, 2).bytes
+    assert [] == list(preflight.device_problems(topology, 2, "NVIDIA H200", needed))
+    assert [] == list(preflight.device_problems(topology, 2, "a CPU", None))
+    assert [] == list(preflight.device_problems(topology, 7, "of a rank that idles", 0))
+    (problem,) = preflight.device_problems(topology, 2, "NVIDIA H200", needed - 1)
+    assert "rank 2 needs at least 1.67 MB" in problem.message
+    assert "'NVIDIA H200'" in problem.message
 
 
 def test_a_disk_that_checkpoints_would_fill_is_refused(
