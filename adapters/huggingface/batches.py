@@ -12,6 +12,7 @@ image's id. Such a run of tokens takes the next image.
 | `input_features` | [sounds, mels, frames] with `feature_attention_mask` [sounds, frames] |
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
@@ -20,8 +21,8 @@ import torch
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample, SegmentGrid
-from mimogrid.core.models.network import Model, PublishedModule
-from mimogrid.core.models.positions import single_frames
+from mimogrid.core.models.network import Model, Placeholder, PublishedModule
+from mimogrid.core.models.positions import frame_interval, single_frames
 
 
 LANGUAGE = "language"
@@ -41,12 +42,16 @@ Batch = Mapping[str, torch.Tensor]
 
 @attrs.frozen(eq=False)
 class Segment:
-    """An image, a frame, a clip or a sound: the rows that a tower reads, and how many it emits for them."""
+    """An image, a frame, a clip or a sound: the rows that a tower reads, and how many it emits for them.
+
+    `interval` says how many positions lie between two frames of a clip.
+    """
 
     module: str
     grid: SegmentGrid
     rows: torch.Tensor
     emitted: int
+    interval: float = 1.0
 
 
 def examples_of(model: Model, batch: Batch) -> tuple[Example, ...]:
@@ -131,6 +136,9 @@ def _example(
         placeholders={LANGUAGE: tuple(places)},
         segments={name: tuple(s.grid for _, s in placed) for name, placed in of_module.items() if placed},
         units={LANGUAGE: float(counts.sum())},
+        intervals={
+            name: tuple(s.interval for _, s in placed) for name, placed in of_module.items() if placed
+        },
     )
     return Example(sample, {LANGUAGE: text, **{name: {"rows": found} for name, found in rows.items()}})
 
@@ -175,12 +183,24 @@ def _segments(model: Model, kind: str, batch: Batch) -> Iterator[Segment]:
     if values not in batch:
         return
     read = _sounds if kind == "audio" else _images if module.grid is not None else _patches
-    for grid, rows in read(kind, module, batch):
+    intervals = _intervals(kind, placeholder, batch)
+    for (grid, rows), interval in zip(read(kind, module, batch), intervals, strict=False):
         # Where text stands between the frames of a video, each is a segment.
         apart = kind == "video" and not placeholder.per_second
         grids = single_frames((grid[0], grid[1], grid[2])) if apart else (grid,)
         for one, part in zip(grids, rows.chunk(len(grids)), strict=True):
-            yield Segment(placeholder.module, one, part, _emitted(module, one, f"batch.{values}"))
+            yield Segment(placeholder.module, one, part, _emitted(module, one, f"batch.{values}"), interval)
+
+
+def _intervals(kind: str, placeholder: Placeholder, batch: Batch) -> Iterator[float]:
+    """Yield how many positions lie between the frames of each segment of a kind."""
+    if kind != "video" or "second_per_grid_ts" not in batch:
+        return itertools.repeat(1.0 if kind != "video" else float(max(placeholder.per_second, 1)))
+    seconds, grids = torch.as_tensor(batch["second_per_grid_ts"]).tolist(), batch[INPUTS[kind][1]]
+    if len(seconds) != len(grids):
+        message = f"has {len(seconds)} numbers for {len(grids)} videos."
+        raise PlanError([Problem("batch.second_per_grid_ts", message, "Give one for each video, or none.")])
+    return iter([frame_interval(placeholder.per_second, each) for each in seconds])
 
 
 def _emitted(module: PublishedModule, grid: SegmentGrid, where: str) -> int:

@@ -217,11 +217,14 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
 
 def _fitted(table: dict[str, Any], module: PublishedModule) -> dict[str, Any]:
     """Return a module's table; layers that do not divide over stages are split, and a vocabulary is padded."""
-    grid, options, own = table["grid"], module.options, module.table()
-    table = {key: own[key] for key in ("feeds", "frozen", "projector") if key in own} | table
+    grid, options = table["grid"], module.options
     layers, stages = options["layers"], grid.get("pp", 1) * table.get("chunks", 1)
-    if layers % stages and layers > stages:
-        table.setdefault("split", [len(share(stage, stages, layers)) for stage in range(stages)])
+    if layers > stages > 1:
+        # Rows of deepstack join the layers of the first stage.
+        first = max(layers // stages, module.option("deepstack"))
+        split = [first, *(len(share(stage, stages - 1, layers - first)) for stage in range(stages - 1))]
+        if len(set(split)) > 1 and min(split) > 0:
+            table.setdefault("split", split)
     if padding := -options.get("vocab", 0) % grid.get("tp", 1):
         table["options"] = {"vocab_padding": padding, **table.get("options", {})}
     return table

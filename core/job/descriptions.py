@@ -16,8 +16,9 @@ import attrs
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.base.samples import Sample, SegmentGrid
-from mimogrid.core.job.models import BuiltIn, Own, Vit
-from mimogrid.core.models.segments import PLANE
+from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.job.models import BuiltIn, Gpt, Own, Vit
+from mimogrid.core.models.segments import PLANE, is_whole, placed
 
 
 def description_problems(
@@ -42,6 +43,24 @@ def _problems(sample: Sample, sources: Mapping[str, BuiltIn | Own]) -> Iterator[
         elif message := next(filter(None, (_misfit(model, grid) for grid in dict.fromkeys(grids))), ""):
             message = f"has a segment for module '{name}' that it cannot read: {message}."
             yield Problem("", message, _remedy(name, model))
+
+
+def torn_images(
+    sample: Sample, rows_out: Mapping[str, int], graph: ModuleGraph, models: Mapping[str, BuiltIn | Own]
+) -> Iterator[Problem]:
+    """Yield the images of a sample within which text stands, for language models whose positions have three axes."""
+    for name in graph.texts:
+        model, places = models[name], sample.placeholders.get(name)
+        if places is None or not isinstance(model, Gpt) or not model.rotary_sections:
+            continue
+        feeders = graph.nodes[name].feeders
+        grids = [grid for feeder in feeders for grid in graph.grids_out(feeder, sample, rows_out)]
+        for taken, grid in placed(places, grids):
+            if len(grid) == PLANE and not is_whole(taken):
+                between = f"position {taken[0]} and {taken[-1]} of '{name}'"
+                message = f"has text between {between}, inside an image of {grid}."
+                remedy = "Describe what text stands between as segments of their own, such as the frames of a video."
+                yield Problem(f"sample {sample.id}", message, remedy)
 
 
 def _disagreement(rows: int, grids: tuple[SegmentGrid, ...], intervals: int) -> str:

@@ -9,6 +9,7 @@ memory all use this table. The shell builds networks that match it, and checks t
 ['layers.1.attention_norm.weight', 'layers.1.attention_norm.bias', 'layers.1.attention.qkv.weight']
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -58,6 +59,7 @@ class Parameter:
         over_heads: it is shared by all heads of a layer. Tp ranks split these, so its gradient is always partial.
         copy: the other end of the module that holds a copy of it (tied embeddings).
         expert: the number of the expert that it belongs to; None: it belongs to no expert.
+        zeros: how many of its values are zero and never train, and are no parameters of the model.
     """
 
     name: str
@@ -72,6 +74,12 @@ class Parameter:
     over_heads: bool = False
     copy: str | None = None
     expert: int | None = None
+    zeros: int = 0
+
+    @property
+    def values(self) -> int:
+        """How many parameters of the model it is."""
+        return math.prod(self.shape) - self.zeros
 
 
 @attrs.frozen(kw_only=True)
@@ -152,11 +160,6 @@ class Transformer:
         return (self.heads + 2 * self.kv_heads) * self.head_width
 
     @property
-    def up_width(self) -> int:
-        """The width of what the first linear layer of a dense MLP gives."""
-        return self.up_blocks * self.ffn
-
-    @property
     def up_blocks(self) -> int:
         """How many matrices the first linear layer of an MLP is: a gate, and what it opens."""
         return 2 if self.gated else 1
@@ -170,6 +173,11 @@ class Transformer:
     def row_width(self) -> int:
         """The width of the rows that the module emits, before an edge projects them."""
         return self.hidden
+
+    def mlp_widths(self, layer: int) -> tuple[int, int]:
+        """Return the widths of what the first and the second linear layers of a token's MLPs give and read."""
+        width = self.top_k * self.expert_ffn if self.has_experts(layer) else self.ffn
+        return self.up_blocks * width, width
 
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of a layer has experts."""
@@ -200,9 +208,11 @@ class Transformer:
         prefix, hidden = f"layers.{layer}", self.hidden
         shallow, deep = self.init_std, self.init_std / (2 * self.layers) ** 0.5
         yield from self.norm_parameters(f"{prefix}.attention_norm", layer)
-        yield from _column(
+        weight, *bias = _column(
             f"{prefix}.attention.qkv", (self.qkv_width, hidden), layer, shallow, bias=self.qkv_bias
         )
+        zeros = 0 if self.k_bias else self.kv_heads * self.head_width
+        yield from (weight, *(attrs.evolve(parameter, zeros=zeros) for parameter in bias))
         if self.qk_norm:
             for name in ("q_norm", "k_norm"):
                 yield Parameter(
@@ -317,6 +327,12 @@ class Vit(Transformer):
     def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the lengths of the attention segments that a segment of a grid makes: its frames."""
         return tuple(rows + self.class_token for rows in Emission(stride=self.emission.stride).frames(grid))
+
+    def windows(self, grid: SegmentGrid) -> tuple[int, ...]:
+        """Return the lengths of the attention segments of a segment in the layers with windows."""
+        frames, *sides = grid
+        blocks = (_parts(side // self.merge, self.window) for side in sides)
+        return tuple(rows * columns * self.merge**2 for rows, columns in itertools.product(*blocks)) * frames
 
     def expect(self, grid: SegmentGrid) -> None:
         """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
@@ -444,6 +460,15 @@ def linear_parameters(
     yield Parameter(f"{name}.weight", shape, layer, std=std)
     if bias:
         yield Parameter(f"{name}.bias", shape[:1], layer)
+
+
+def _parts(count: int, size: int) -> tuple[int, ...]:
+    """Cut a count into parts of a size, the last of which may be smaller.
+
+    >>> _parts(5, 2)
+    (2, 2, 1)
+    """
+    return (size,) * (count // size) + ((count % size,) if count % size else ())
 
 
 def _column(

@@ -15,12 +15,15 @@ A segment is an image, a clip or a sound. Its grid says how its rows lie: (frame
 """
 
 import math
+from collections.abc import Sequence
 
 import attrs
 
-from mimogrid.core.base.samples import SegmentGrid
+from mimogrid.core.base.samples import SegmentGrid, prefix_sums
 
 
+Placed = tuple[tuple[int, ...], SegmentGrid]
+"""The places of a sequence that the rows of a segment take, and their grid."""
 PLANE = 3
 """How many sizes the grid of an image or a clip has."""
 
@@ -65,3 +68,21 @@ class Emission:
 
 ONE_EACH = Emission()
 """One row for each that is read."""
+
+
+def placed(places: Sequence[int], grids: Sequence[SegmentGrid]) -> tuple[Placed, ...]:
+    """Return the places that each segment takes, of those that all of them take; segments without rows take none.
+
+    >>> placed((1, 2, 5), ((2,), (1, 1, 1)))
+    (((1, 2), (2,)), ((5,), (1, 1, 1)))
+    """
+    starts = prefix_sums(list(map(math.prod, grids)))
+    return tuple(
+        (tuple(places[start:stop]), grid)
+        for start, stop, grid in zip(starts, starts[1:], grids, strict=False)
+    )
+
+
+def is_whole(places: Sequence[int]) -> bool:
+    """Whether places follow each other, with nothing between them."""
+    return not places or places[-1] - places[0] + 1 == len(places)

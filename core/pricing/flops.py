@@ -2,16 +2,17 @@
 
 A module is a chain of *products*, in the order in which data passes them: the embedding of rows, per layer
 queries-keys-values, attention, its output, the two of the MLP (of `top_k` experts), at the end the head and the
-projectors of its edges. A product of T rows with an [m, n] matrix is 2*T*m*n operations, and so is each of its two
-gradients:
+projectors of its edges, each a branch that nothing follows. A product of T rows with an [m, n] matrix is 2*T*m*n
+operations, and so is each of its two gradients:
 
     the gradient of its inputs     if anything before it trains, in the chain or upstream of the module
     the gradient of its weights    if its matrix trains
 
 Attention has no weights: 4 * hidden operations forward per pair of a query and a key, and twice that backward, if
-anything before it trains. A causal segment of L positions has L (L + 1) / 2 pairs, any other L^2; a window of a layer
-does not make them fewer here, as local layers compute all pairs and mask those outside. So frozen layers
-with something trainable upstream have only gradients of their inputs; with nothing trainable upstream they have none.
+anything before it trains. A causal segment of L positions has L (L + 1) / 2 pairs, any other L^2, and a
+layer of a tower with windows those within them. A window of a causal layer does not make them fewer here, as local
+layers compute all pairs and mask those outside. So frozen layers with something trainable upstream have only gradients
+of their inputs; with nothing trainable upstream they have none.
 
 Embedding look-ups, norms, activations and rotations are not counted: they are no products, and small. Recomputation is
 counted apart: it takes time, and is no work of the model. A module of the user's own counts as nothing, since the plan
@@ -20,7 +21,7 @@ does not know its parts.
 >>> from mimogrid.core.job.models import Vit
 >>> load = Load.of([3], causal=False)
 >>> load
-Load(positions=3, pairs=9, rows=3, emitted=3)
+Load(positions=3, pairs=9, rows=3, emitted=3, windowed=0.0)
 >>> entry, layer, exit = units(Vit(layers=1, hidden=4, heads=2, features=5), load, {"input.weight"})
 >>> entry.forward == 2 * 3 * 5 * 4, layer.forward == 2 * 3 * 4 * (12 + 4 + 16 + 16) + 4 * 9 * 4
 (True, True)
@@ -40,7 +41,7 @@ import attrs
 
 from mimogrid.core.base.row import pairs
 from mimogrid.core.base.samples import prefix_sums
-from mimogrid.core.job.models import PROJECTOR, BuiltIn, Gpt, Own, Regressor, Vit
+from mimogrid.core.job.models import CONVOLUTION, PROJECTOR, BuiltIn, Gpt, Own, Regressor, Vit
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Edge, Module, Stage, StageInfo, Topology
 
@@ -88,18 +89,26 @@ class Load:
         pairs: pairs of a query and a key that it may see.
         rows: rows that the module reads.
         emitted: rows that it emits, which the head and the projectors read.
+        windowed: pairs in those layers of a tower that attend within windows.
     """
 
     positions: float = 0.0
     pairs: float = 0.0
     rows: float = 0.0
     emitted: float = 0.0
+    windowed: float = 0.0
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, causal: bool) -> "Load":
         """Return the load of segments of these lengths, with a row read and emitted for each position."""
         total = sum(lengths)
         return cls(total, pairs(lengths, causal=causal), total, total)
+
+    @classmethod
+    def units(cls) -> "tuple[Load, ...]":
+        """Return a load of one for each count."""
+        names = [field.name for field in attrs.fields(cls)]
+        return tuple(cls(**{name: 1.0}) for name in names)
 
     def __add__(self, other: "Load") -> "Load":
         return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
@@ -117,13 +126,17 @@ class Loads:
     @classmethod
     def of(cls, step: Step, name: str) -> "Loads":
         """Return those of a module."""
-        causal, graph = step.topology.modules[name].model.causal, step.topology.graph
+        model, graph = step.topology.modules[name].model, step.topology.graph
+        causal, windows = model.causal, model.windows if isinstance(model, Vit) and model.window else None
         known: dict[int, tuple[int, ...]] = {}
         for sample, sizes in zip(step.samples, step.sizes, strict=True):
             if id(sizes) not in known:
                 pairs_ = pairs(sizes.segments[name], causal=causal)
                 read = graph.rows_in(name, sizes.rows, sample)
-                known[id(sizes)] = sizes.positions[name], pairs_, read, sizes.rows[name]
+                windowed = (
+                    sum(pairs(windows(grid), causal=False) for grid in sample.grids(name)) if windows else 0
+                )
+                known[id(sizes)] = sizes.positions[name], pairs_, read, sizes.rows[name], windowed
         of_samples = [known[id(sizes)] for sizes in step.sizes]
         return cls(tuple(prefix_sums(counts) for counts in zip(*of_samples, strict=True)))
 
@@ -239,80 +252,109 @@ def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops,
 class _Product:
     """A product along the chain: the prefix of its parameters' names, and its operations.
 
-    Attention has no parameters. A norm has no operations here, and can train. Nothing follows a product on a branch.
-    `copies` is the number of experts.
+    Attention has no parameters. A norm has no operations here, and can train. `copies` is the number of experts.
     """
 
     name: str
     flops: float = 0.0
-    branch: bool = False
     copies: int = 0
 
 
-def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[tuple[_Product, ...]]:
+_Chain = tuple["_Product | _Chain", ...]
+"""Products in order; a chain within is a branch, which nothing follows."""
+
+
+def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Chain]:
     """Yield the products of the entry, of each layer, and of the exit."""
     yield tuple(_entry(model, load))
     for layer in range(model.layers):
-        yield tuple(_layer(model, load, f"layers.{layer}."))
-    yield tuple(_exit(model, load, edges))
+        yield tuple(_layer(model, load, layer))
+    yield (_Product("final_norm"), *_exit(model, load, edges))
 
 
 def _entry(model: BuiltIn, load: Load) -> Iterator[_Product]:
-    if isinstance(model, Vit):
-        yield _Product("input", 2 * load.rows * (model.features or 0) * model.hidden)
     if isinstance(model, Gpt):
         yield _Product("embedding")
+    if not isinstance(model, Vit):
+        return
+    hidden, features = model.hidden, model.features or 0
+    if model.stem == "whisper":
+        yield _Product("input.conv1", 2 * load.rows * CONVOLUTION * features * hidden)
+        yield _Product("input.conv2", 2 * load.positions * CONVOLUTION * hidden * hidden)
+    else:
+        yield _Product("input", 2 * load.rows * features * hidden)
+    yield from map(_Product, ("positions", "class_token", "pre_norm"))
 
 
-def _layer(model: BuiltIn, load: Load, prefix: str) -> Iterator[_Product]:
-    def linear(name: str, width_in: int, width_out: int, times: int = 1, copies: int = 0) -> _Product:
-        return _Product(prefix + name, 2 * load.positions * width_in * width_out * times, copies=copies)
+def _layer(model: BuiltIn, load: Load, layer: int) -> Iterator[_Product]:
+    prefix = f"layers.{layer}."
+
+    def linear(name: str, width_in: int, width_out: int, copies: int = 0) -> _Product:
+        return _Product(prefix + name, 2 * load.positions * width_in * width_out, copies)
 
     hidden, inner = model.hidden, model.heads * model.head_width
     yield _Product(f"{prefix}attention_norm")
     yield linear("attention.qkv", hidden, model.qkv_width)
-    yield _Product("", 4 * load.pairs * inner)
+    windowed = isinstance(model, Vit) and model.window_of(layer)
+    yield _Product("", 4 * (load.windowed if windowed else load.pairs) * inner)
     yield linear("attention.out", inner, hidden)
     yield _Product(f"{prefix}mlp_norm")
-    if model.experts:
+    up, down = model.mlp_widths(layer)
+    if model.has_experts(layer):
         yield linear("mlp.router", hidden, model.experts)
-        yield linear("mlp.experts.{}.up", hidden, model.ffn, model.top_k, model.experts)
-        yield linear("mlp.experts.{}.down", model.ffn, hidden, model.top_k, model.experts)
+        yield linear("mlp.experts.{}.up", hidden, up, copies=model.experts)
+        yield linear("mlp.experts.{}.down", down, hidden, copies=model.experts)
     else:
-        yield linear("mlp.up", hidden, model.up_width)
-        yield linear("mlp.down", model.ffn, hidden)
+        yield linear("mlp.up", hidden, up)
+        yield linear("mlp.down", down, hidden)
 
 
-def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Product]:
-    yield _Product("final_norm")
+def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Chain]:
     if isinstance(model, Gpt):
         name = "embedding" if model.tied_embeddings else "output"
-        yield _Product(name, 2 * load.emitted * model.hidden * model.vocab_rows, branch=True)
+        yield (_Product(name, 2 * load.emitted * model.hidden * model.vocab_rows),)
     if isinstance(model, Regressor):
-        yield _Product("output", 2 * load.emitted * model.hidden * model.outputs, branch=True)
+        yield (_Product("output", 2 * load.emitted * model.hidden * model.outputs),)
     for edge in edges:
         if edge.projector:
-            flops = 2 * load.emitted * model.hidden * edge.width
-            yield _Product(f"{PROJECTOR}{edge.target}", flops, branch=True)
+            name = f"{PROJECTOR}{edge.target}"
+            names = (name, *(f"{name}.deepstack.{i}" for i in range(edge.parts - 1)))
+            yield from (tuple(_projector(each, edge, model, load.emitted)) for each in names)
 
 
-def _of_chain(
-    chain: Iterable[_Product], trainable: Collection[str], before: bool, recompute: str
-) -> tuple[Flops, bool]:
-    """Return the operations of a chain, and whether anything in it or before it trains."""
+def _projector(name: str, edge: Edge, model: BuiltIn, rows: float) -> Iterator[_Product]:
+    """Yield the products of what makes a row for the target of each row of a module."""
+    assert edge.projector
+    wide, width = model.row_width, edge.width // edge.parts
+    if edge.projector.kind == "linear":
+        yield _Product(name, 2 * rows * wide * width)
+        return
+    inner = edge.projector.inner(model, width)
+    yield _Product(f"{name}.norm")
+    yield _Product(f"{name}.up", 2 * rows * wide * inner)
+    yield _Product(f"{name}.down", 2 * rows * inner * width)
+
+
+def _of_chain(chain: _Chain, trainable: Collection[str], before: bool, recompute: str) -> tuple[Flops, bool]:
+    """Return the operations of a chain, and whether anything trains in it or before it, branches apart."""
     forward = inputs = weights = again = 0.0
+    branches = Flops()
     for product in chain:
+        if isinstance(product, tuple):
+            branches += _of_chain(product, trainable, before, recompute)[0]
+            continue
         weight, other = _trains(product, trainable)
         attention = not product.name
         forward += product.flops
         inputs += product.flops * (2 if attention else 1) * before
         weights += product.flops * weight
         again += product.flops * (recompute == "selective" and attention and before)
-        before = before or (not product.branch and (weight > 0 or other))
-    in_layers = any(not product.name for product in chain)
+        before = before or weight > 0 or other
+    in_layers = any(isinstance(product, _Product) and not product.name for product in chain)
     if recompute == "full" and in_layers and before:
         again = forward
-    return Flops(forward=forward, input_gradient=inputs, weight_gradient=weights, recomputed=again), before
+    own = Flops(forward=forward, input_gradient=inputs, weight_gradient=weights, recomputed=again)
+    return own + branches, before
 
 
 def _trains(product: _Product, trainable: Collection[str]) -> tuple[float, bool]:
@@ -320,5 +362,5 @@ def _trains(product: _Product, trainable: Collection[str]) -> tuple[float, bool]
     if not product.name:
         return 0.0, False
     names = [product.name.format(i) for i in range(product.copies)] or [product.name]
-    weights = [f"{name}.weight" in trainable for name in names]
+    weights = [name in trainable or f"{name}.weight" in trainable for name in names]
     return math.fsum(weights) / len(weights), any(f"{name}.bias" in trainable for name in names)

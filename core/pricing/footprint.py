@@ -79,17 +79,17 @@ def saved_values(module: Module, info: StageInfo, computed: Computed, recompute:
     """Return how many values a stage saves of a microbatch for its backward; 0 without a backward."""
     if isinstance(module.model, Own) or not info.backward:
         return 0.0
-    return len(info.layers) * _of_layer(module, module.model, computed, recompute)
+    return sum(_of_layer(module, module.model, layer, computed, recompute) for layer in info.layers)
 
 
-def _of_layer(module: Module, model: BuiltIn, computed: Computed, recompute: str) -> float:
+def _of_layer(module: Module, model: BuiltIn, layer: int, computed: Computed, recompute: str) -> float:
     tokens, tp = computed.positions, module.grid.extent("tp")
     shared = tp if module.sequence_parallel else 1
     inputs = tokens * model.hidden
     if recompute == "full":
         return inputs / shared
     # A gated MLP saves both halves of what comes in, the activated gate and their product.
-    middle = 2 * model.up_width * (model.top_k if model.experts else 1)
+    middle = 2 * model.mlp_widths(layer)[0]
     linear = tokens * (model.qkv_width + model.heads * model.head_width + middle) / tp
     softmax = 0.0
     if recompute != "selective":
@@ -108,18 +108,18 @@ def deferred_values(module: Module, info: StageInfo, computed: Computed) -> floa
         return 0.0
     tokens, hidden, tp = computed.positions, model.hidden, module.grid.extent("tp")
     shared = tp if module.sequence_parallel else 1
-    middle = (model.up_width + model.ffn) * (model.top_k if model.experts else 1)
     inner = model.qkv_width + model.heads * model.head_width
     trained = {p.layer for p in info.parameters if p.name in info.trainable and len(p.shape) > 1}
-    layers = sum(layer in trained for layer in info.layers)
+    layers = [layer for layer in info.layers if layer in trained]
+    middle = sum(sum(model.mlp_widths(layer)) for layer in layers)
     # Outputs that are all-reduced over tp have a whole gradient on each rank.
-    each = 2 * tokens * hidden / shared + 2 * tokens * hidden + tokens * (inner + middle) / tp
+    each = 2 * tokens * hidden / shared + 2 * tokens * hidden + tokens * inner / tp
     head = (
         tokens * (hidden + model.vocab_rows / tp)
         if isinstance(model, Gpt) and info.last and LAST in trained
         else 0.0
     )
-    return layers * each + head
+    return len(layers) * each + tokens * middle / tp + head
 
 
 # -- for the largest sample of the source ------------------------------------------------------------------

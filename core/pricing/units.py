@@ -52,7 +52,8 @@ def unit_costs(
     costs: list[StageCosts] = []
     for i, (work, held) in enumerate(zip(flops, values, strict=True)):
         in_layers = 0 < i < last
-        kind = work, held, in_layers, i == 0
+        routes = in_layers and model.has_experts(i - 1)
+        kind = work, held, in_layers, i == 0, routes
         if kind not in kinds:
             shards = module.cp * (_tp(module) if in_layers or isinstance(model, Gpt) else 1)
             forward, inputs, weights = _computing_s(
@@ -60,7 +61,15 @@ def unit_costs(
                 machine=machine,
                 shards=shards,
                 reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
-                collectives=_collectives_s(module, model, load, machine, entry=i == 0, leaves=i == last),
+                collectives=_collectives_s(
+                    module,
+                    model,
+                    load,
+                    machine,
+                    entry=i == 0,
+                    leaves=i == last,
+                    routes=routes,
+                ),
                 recomputes=recomputes and in_layers,
             )
             kinds[kind] = StageCosts(
@@ -119,7 +128,7 @@ def _tp(module: Module) -> int:
 
 
 def _collectives_s(
-    module: Module, model: BuiltIn, load: Load, machine: Machine, *, entry: bool, leaves: bool
+    module: Module, model: BuiltIn, load: Load, machine: Machine, *, entry: bool, leaves: bool, routes: bool
 ) -> tuple[float, float]:
     """Return the seconds in which the ranks of a dp rank exchange data in a part, forward and backward."""
     block = load.positions / module.cp * model.hidden * machine.value_bytes
@@ -129,7 +138,7 @@ def _collectives_s(
         return (tp * entry, tp * leaves) if isinstance(model, Gpt) else (0.0, 0.0)
     keys = load.positions * 2 * model.kv_heads * model.head_width / _tp(module) * machine.value_bytes
     both = 2 * tp + gather_s(keys, module.grid, ("cp",), machine)
-    if module.experts is not None:
+    if module.experts is not None and routes:
         tokens = block * model.top_k / _tp(module)
         both += 2 * gather_s(tokens, module.experts, ("expert_tp", "ep"), machine)
     return both, both

@@ -46,7 +46,7 @@ def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
     if len(collapsed.ranks) == len(topology.ranks):
         return None
     before = program.routes.step
-    step = Step(collapsed, tuple(map(_with_one_row, before.samples, before.rows_out)))
+    step = Step(collapsed, tuple(map(_with_two_rows, before.samples, before.rows_out)))
     smaller = Program(program.order, Routes(step))
     classes = alike_in_time(smaller, costs)
     stands_for = _standing(topology, collapsed)
@@ -55,9 +55,12 @@ def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
     return attrs.evolve(whole, collapsed=Collapsed(smaller, classes, leader))
 
 
-def _with_one_row(sample: Sample, rows_out: Mapping[str, int]) -> Sample:
-    """Return a sample that gives one row where another gives any: so most samples are alike."""
-    rows = {name: min(rows_out.get(name, 0), 1) for name in sample.rows}
+def _with_two_rows(sample: Sample, rows_out: Mapping[str, int]) -> Sample:
+    """Return a sample that gives two rows where another gives any: so most samples are alike.
+
+    Two, because a tower of sound has one position for two rows.
+    """
+    rows = {name: 2 * min(rows_out.get(name, 0), 1) for name in sample.rows}
     return Sample(sample.id, min(sample.length, 1), rows)
 
 

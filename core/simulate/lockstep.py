@@ -74,7 +74,7 @@ class Lockstep:
 def lockstep(program: Program, costs: Costs) -> Lockstep:
     """Time a program of a step with like samples. `costs` have no limit on cores, and no edge blocks its sender."""
     script = _Script(program, costs)
-    clocks = [_Clock() for _ in script.rank_classes]
+    clocks = [_ClassClock() for _ in script.rank_classes]
     channels = [0.0] * len(script.channels)
     computes: list[list[TimedCompute]] = [[] for _ in script.rank_classes]
     groups: dict[tuple[int, ...], float] = collections.defaultdict(float)
@@ -145,7 +145,7 @@ _Ends = list[float]
 
 
 @attrs.define(eq=False)
-class _Clock:
+class _ClassClock:
     """The clock of a rank class, in seconds.
 
     Attributes:
@@ -206,7 +206,9 @@ class _Task:
     joint: bool
 
 
-def _begin_s(task: _Task, k: int, rank_class: int, clocks: Sequence[_Clock], channels: list[float]) -> float:
+def _begin_s(
+    task: _Task, k: int, rank_class: int, clocks: Sequence[_ClassClock], channels: list[float]
+) -> float:
     """Return when a rank class can begin with microbatch k: it is free, and everything that it reads has arrived."""
     begin = max(clocks[rank_class].last_s, clocks[rank_class].read_s)
     for messages in task.reads:
@@ -216,7 +218,7 @@ def _begin_s(task: _Task, k: int, rank_class: int, clocks: Sequence[_Clock], cha
 
 
 def _arrival_s(
-    messages: _Messages, target_k: int, rank_class: int, clocks: Sequence[_Clock], channels: list[float]
+    messages: _Messages, target_k: int, rank_class: int, clocks: Sequence[_ClassClock], channels: list[float]
 ) -> float:
     """Return when a microbatch of the link's target has arrived at a rank class; `channels` are busy until then."""
     known = messages.arrived.get((target_k, rank_class))

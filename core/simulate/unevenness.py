@@ -4,7 +4,7 @@ Costs are means. In a real step dp ranks differ: the data gives one of them more
 a machine varies from one moment to the next (*jitter*). Both are factors of mean one that follow from the plan and a
 seed:
 
-- ragged: the positions that a dp rank computes in a microbatch over their mean in the module;
+- ragged: the operations of a dp rank's share in a microbatch (`pricing.flops`), over their mean on the stage;
 - jitter: log-normal, a draw for every stage, dp rank, microbatch and kind of compute action.
 
 An action that several dp ranks start together takes as long as on the slowest of them.
@@ -17,9 +17,10 @@ from collections.abc import Hashable
 import attrs
 
 from mimogrid.core.base.hashing import draw_uniform
+from mimogrid.core.pricing.flops import Load, Loads, in_row, module_units, of_units, sum_of
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.step.step import Step
-from mimogrid.core.topology.topology import Stage
+from mimogrid.core.topology.topology import Module, Stage
 
 
 @attrs.frozen(eq=False)
@@ -43,11 +44,11 @@ class DurationFactors:
         if not self.ragged:
             return None
         count = self.step.topology.modules[stage.module].microbatches
-        return tuple(self._computed(stage.module, dp_rank, k) for k in sorted(set(self.step.alike(count))))
+        return tuple(self._operations(stage, dp_rank, k) for k in sorted(set(self.step.alike(count))))
 
     def _ragged(self, action: Compute, dp_rank: int) -> float:
-        mean = self._means[action.stage.module] if self.ragged else 0.0
-        return self._computed(action.stage.module, dp_rank, action.microbatch) / mean if mean else 1.0
+        mean = self._means[action.stage] if self.ragged else 0.0
+        return self._operations(action.stage, dp_rank, action.microbatch) / mean if mean else 1.0
 
     def _jitter(self, action: Compute, dp_rank: int) -> float:
         if not self.jitter:
@@ -58,19 +59,39 @@ class DurationFactors:
         normal = radius * math.cos(2 * math.pi * draw_uniform(self.seed, dp_rank, f"{field} angle"))
         return math.exp(self.jitter * normal - self.jitter**2 / 2)
 
-    def _computed(self, module: str, dp_rank: int, microbatch: int) -> int:
-        positions, samples = self.step.shape(module, dp_rank, microbatch)
-        return positions * samples
+    def _operations(self, stage: Stage, dp_rank: int, microbatch: int) -> float:
+        """Return the operations of a forward; of a module of the user's own, its positions stand for them."""
+        loads, factors = self._loads[stage.module], self._per_unit[stage]
+        share = self._module(stage).samples(dp_rank, microbatch, len(loads))
+        load = in_row(self._module(stage), loads.over(share))
+        return math.fsum(factor * count for factor, count in zip(factors, attrs.astuple(load), strict=True))
+
+    def _module(self, stage: Stage) -> Module:
+        return self.step.topology.modules[stage.module]
 
     @functools.cached_property
-    def _means(self) -> dict[str, float]:
-        """Per module, the mean positions over all dp ranks and microbatches that have anything to compute."""
-        means: dict[str, float] = {}
-        for name, module in self.step.topology.modules.items():
+    def _loads(self) -> dict[str, Loads]:
+        return {name: Loads.of(self.step, name) for name in self.step.topology.modules}
+
+    @functools.cached_property
+    def _per_unit(self) -> dict[Stage, tuple[float, ...]]:
+        """Per stage, the operations of a forward for each count of a load; they are linear in these."""
+        found: dict[Stage, tuple[float, ...]] = {}
+        for stage, info in self.step.topology.stages.items():
+            units = [module_units(self.step.topology, self._module(stage), one) for one in Load.units()]
+            forwards = tuple(sum_of(of_units(info, parts)).forward if parts else 0.0 for parts in units)
+            found[stage] = forwards if any(forwards) else (1.0, 0.0, 0.0, 0.0)
+        return found
+
+    @functools.cached_property
+    def _means(self) -> dict[Stage, float]:
+        """Per stage, the mean operations over all dp ranks and microbatches that have anything to compute."""
+        means: dict[Stage, float] = {}
+        for stage in self.step.topology.stages:
             counts = [
-                self._computed(name, dp_rank, k)
-                for dp_rank in range(module.dp_size)
-                for k in self.step.active(name, dp_rank)
+                self._operations(stage, dp_rank, k)
+                for dp_rank in range(self._module(stage).dp_size)
+                for k in self.step.active(stage.module, dp_rank)
             ]
-            means[name] = sum(counts) / len(counts) if counts else 0.0
+            means[stage] = sum(counts) / len(counts) if counts else 0.0
         return means

@@ -10,18 +10,15 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from mimogrid.core.base.samples import SegmentGrid, prefix_sums
+from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.models.positions import Grid, Ints, multimodal_positions, patch_positions, windows
-from mimogrid.core.models.segments import PLANE
+from mimogrid.core.models.segments import PLANE, placed
 from mimogrid.core.step.step import Share
 
 
 def rotary_positions(model: BuiltIn, share: Share) -> tuple[Ints, ...]:
-    """Return the positions of a share's row, axis by axis: [P][T]; () where they count within each segment.
-
-    Raises ValueError where text stands inside an image, which multimodal positions have no place for.
-    """
+    """Return the positions of a share's row, axis by axis: [P][T]; () where they count within each segment."""
     if isinstance(model, Vit) and model.positions == "rotary_2d":
         (name,) = share.rows
         return tower_axes(model, [grid for sample in share.samples for grid in sample.grids(name)])
@@ -50,21 +47,15 @@ def _of_sample(share: Share, index: int) -> tuple[Ints, Ints, Ints]:
     begin = 0
     for feeder, of_samples in share.segments_in.items():
         grids = of_samples[index]
-        starts = [begin + start for start in prefix_sums(list(map(math.prod, grids)))]
+        end = begin + sum(map(math.prod, grids))
         intervals = sample.intervals.get(feeder, (1.0,) * len(grids))
         segments += [
-            (places[start:stop], _plane(grid), interval)
-            for (start, stop), grid, interval in zip(
-                itertools.pairwise(starts), grids, intervals, strict=True
-            )
-            if stop > start and len(grid) == PLANE
+            (taken, _plane(grid), interval)
+            for (taken, grid), interval in zip(placed(places[begin:end], grids), intervals, strict=True)
+            if taken and len(grid) == PLANE
         ]
-        begin = starts[-1]
+        begin = end
     segments.sort(key=lambda segment: segment[0])
-    if split := [taken for taken, *_ in segments if taken[-1] - taken[0] + 1 != len(taken)]:
-        raise ValueError(
-            f"sample {sample.id}: text stands inside the image whose rows begin at {split[0][0]}"
-        )
     return multimodal_positions(
         share.lengths[index],
         [place for taken, *_ in segments for place in taken],

@@ -21,7 +21,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample, SegmentGrid, prefix_sums
-from mimogrid.core.job.descriptions import description_problems
+from mimogrid.core.job.descriptions import description_problems, torn_images
 from mimogrid.core.job.graph import Node
 from mimogrid.core.job.models import Gpt, Own, Regressor
 from mimogrid.core.topology.topology import Module, Stage, Topology
@@ -296,6 +296,13 @@ def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
         for problem in _mismatches(topology, name, sample, rows[name])
     ]
     if problems:
+        raise PlanError(problems)
+    models = {name: module.model for name, module in topology.modules.items()}
+    described = zip(samples, step.rows_out, strict=True)
+    torn = (
+        torn_images(sample, rows, topology.graph, models) for sample, rows in described if sample.segments
+    )
+    if problems := list(itertools.chain.from_iterable(torn)):
         raise PlanError(problems)
     return step
 

@@ -97,14 +97,18 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     faults = list(field_faults(manifest))
     if not _is_list_of_files(manifest.get("files")):
         faults.append("lacks files, each with its bytes and sha256.")
-    if not faults and (version > 1 or DIGEST in manifest) and manifest.get(DIGEST) != digest_of(manifest):
+    if (
+        not faults
+        and (version > 1 or DIGEST in manifest)
+        and manifest.get(DIGEST) != manifest_digest(manifest)
+    ):
         faults = ["has changed since it was written: its checksum differs."]
     if faults:
         raise PlanError(Problem(str(checkpoint), f"'{MANIFEST}' {fault}", OTHER) for fault in faults)
     return manifest
 
 
-def digest_of(manifest: Mapping[str, object]) -> str:
+def manifest_digest(manifest: Mapping[str, object]) -> str:
     """Return the checksum of everything in a manifest but its checksum."""
     text = canonical({key: value for key, value in manifest.items() if key != DIGEST})
     return hashlib.sha256(text.encode()).hexdigest()
@@ -263,7 +267,7 @@ def publish(
 ) -> None:
     """Write the manifest and rename a complete checkpoint. Raises OSError, also if `target` exists."""
     manifest = {"version": VERSION, **facts, "files": files, "created": time.time()}
-    write_text(partial / MANIFEST, canonical({**manifest, DIGEST: digest_of(manifest)}))
+    write_text(partial / MANIFEST, canonical({**manifest, DIGEST: manifest_digest(manifest)}))
     _sync_names(partial)
     partial.rename(target)
     _sync_names(target.parent)

@@ -1,6 +1,5 @@
 """Roles: the layout of a job and the roles of its ranks, as tables and a map for people."""
 
-import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -79,13 +78,13 @@ def _layers(module: Module) -> str:
 
 
 def _count(module: Module, *, trainable: bool) -> int:
-    """Return how many values a module's parameters have; a tied copy counts once."""
+    """Return how many parameters a module has; a tied copy counts once."""
     total = 0
     for info in module.stages:
         for parameter in info.parameters:
             is_copy = parameter.layer == FIRST and parameter.copy == LAST and not info.first
             if not is_copy and (not trainable or parameter.name in info.trainable):
-                total += math.prod(parameter.shape)
+                total += parameter.values
     return total
 
 
@@ -109,7 +108,8 @@ def _edges_table(topology: Topology, traffic: Sequence[EdgeTraffic]) -> Table:
             if found
             else ("?", "?", "?")
         )
-        table.add_row(str(edge), str(edge.width), "yes" if edge.projected else "no", *numbers)
+        width = f"{edge.parts} x " * (edge.parts > 1) + str(edge.width // edge.parts)
+        table.add_row(str(edge), width, edge.projector.kind if edge.projector else "no", *numbers)
     return table
 
 

@@ -5,7 +5,7 @@ is made of some of them (`core.models.tower`). Every cp rank computes the stem o
 of the positions. Behind the layers all cp ranks get all positions, and each makes a part of the emitted rows. So
 weights before and behind the layers have partial gradients along cp, as those of the layers have.
 
-Shapes are named as in `shell.modules`; P positions of a share.
+Shapes are named as in `interface`; P positions of a share.
 """
 
 import functools

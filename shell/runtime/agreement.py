@@ -73,7 +73,7 @@ class Record:
         has_saved: whether it has ended its part of the save in flight.
         terms: add up to the squared norm of its part of the gradient (`core.update.reductions.exact_terms`).
         losses: its part of each loss sum.
-        digest: a hash of the samples of the next step (`digest_of`).
+        digest: a hash of the samples of the next step (`samples_digest`).
         stops: whether it was asked to stop.
         step_times: the seconds that it was busy, and that it loaded data, in the step before.
         peak_bytes: the most memory that it took so far.
@@ -127,7 +127,7 @@ def agree(
         has_saved=runtime.has_saved,
         terms=exact_terms(partial for buffer in buffers for partial in buffer.partials()),
         losses=losses_of(stages, step),
-        digest=digest_of(following),
+        digest=samples_digest(following),
         stops=runtime.stop_request.is_received,
         step_times=(busy_s(runtime.last_timeline), runtime.last_load_s),
         peak_bytes=runtime.device.peak_bytes(),
@@ -193,7 +193,7 @@ def means_of(step: Step, sums: Sequence[float]) -> dict[str, float]:
     }
 
 
-def digest_of(step: Step) -> tuple[float, float]:
+def samples_digest(step: Step) -> tuple[float, float]:
     """Return a hash of how a step's samples are described, as two numbers of 48 bits, exact in fp64."""
     facts = [(s.id, s.length, s.rows, s.placeholders, s.segments, s.intervals, s.units) for s in step.samples]
     hashed = hashlib.blake2b(repr(facts).encode(), digest_size=12).digest()
@@ -219,7 +219,7 @@ def check_batch(runtime: RankRuntime, step: Step) -> None:
     Raises WorldError where they differ, and EchoError where another rank has none.
     """
     ranks = runtime.topology.ranks
-    mine = torch.tensor(digest_of(step), dtype=torch.float64, device=runtime.device.torch)
+    mine = torch.tensor(samples_digest(step), dtype=torch.float64, device=runtime.device.torch)
     digests = gather_values(runtime, mine).cpu()
     without = [rank for rank, row in zip(ranks, digests, strict=True) if row.isnan().any()]
     if without:

@@ -1,4 +1,4 @@
-"""Former names of modules that users' files may hold. An import by one gives the module and a DeprecationWarning.
+"""Former names that users' files may hold. An import by one gives what it named, and a DeprecationWarning.
 
 Sources and modules of a user import some of them, job files name functions in them
 (``mimogrid.shell.host:module``), and checkpoints keep such job files.
@@ -8,7 +8,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 
 
@@ -22,6 +22,7 @@ FORMER: Mapping[str, str] = {
     "mimogrid.core.roles": "mimogrid.core.topology.roles",
     "mimogrid.core.routes": "mimogrid.core.step.routes",
     "mimogrid.core.samples": "mimogrid.core.base.samples",
+    "mimogrid.core.schedule.program": "mimogrid.core.program.listing",
     "mimogrid.core.spec": "mimogrid.core.job.spec",
     "mimogrid.core.steps": "mimogrid.core.step.step",
     "mimogrid.core.verify": "mimogrid.core.program.verify",
@@ -31,6 +32,13 @@ FORMER: Mapping[str, str] = {
     "mimogrid.shell.jobs": "mimogrid.shell.job.jobs",
     "mimogrid.shell.sources": "mimogrid.shell.job.sources.source",
 }
+
+PACKAGES: Mapping[str, str] = {
+    "mimogrid.core.models": "mimogrid.core.job.models",
+    "mimogrid.core.topology": "mimogrid.core.topology.topology",
+    "mimogrid.shell.job.sources": "mimogrid.shell.job.sources.source",
+}
+"""Packages that were modules, each with the module that has its names now."""
 
 
 def current_path(path: str) -> str:
@@ -49,7 +57,12 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module by its former name."""
+        """Return the spec of a module by its former name, or of a package that was a module."""
+        if name in PACKAGES:
+            spec = PathFinder.find_spec(name, path, target)
+            if spec is not None and spec.origin is not None:
+                spec.loader = _Package(name, spec.origin)
+            return spec
         current = FORMER.get(name)
         if current is None:
             return None
@@ -73,6 +86,26 @@ class _Alias:
         sys.modules[module.__name__] = importlib.import_module(self.current)
 
 
+class _Package(SourceFileLoader):
+    """A loader of a package that still gives the names of the module that it was."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the file of the package, and let it look for names where they are now."""
+        super().exec_module(module)
+
+        def former(name: str) -> object:
+            current = PACKAGES[module.__name__]
+            if name.startswith("__") or PathFinder.find_spec(f"{module.__name__}.{name}", module.__path__):
+                raise AttributeError(name)  # a file of the package, which the import system imports
+            found = getattr(importlib.import_module(current), name)
+            warnings.warn(
+                f"{module.__name__}.{name} is {current}.{name} now", DeprecationWarning, stacklevel=2
+            )
+            return found
+
+        module.__dict__["__getattr__"] = former
+
+
 def install() -> None:
-    """Let imports find modules by their former names."""
+    """Let imports find modules and names by their former names."""
     sys.meta_path.insert(0, _Finder())

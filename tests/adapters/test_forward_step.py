@@ -26,6 +26,7 @@ from mimogrid.core.topology.topology import Module
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.modules.loss import Predictions
 from mimogrid.shell.world.launch import Pool
+from scale import nightly_only
 
 
 Opened = Callable[[JobSpec], Job]
@@ -65,9 +66,9 @@ PARTS = {"scatter_embedding_sequence_parallel": False}
     [
         ({"dp": 2}, {"dp": 1, "pp": 2}, {}, loops.of_losses, {}, {"vision": "pixels"}),
         ({"dp": 3}, {"tp": 2, "dp": 2}, {"sequence_parallel": True}, loops.of_losses, {}, None),
-        ({"dp": 1}, {"cp": 2, "pp": 2}, {}, loops.of_losses, {}, None),
         ({"dp": 1}, {"cp": 2, "dp": 3}, {}, loops.of_logits, {"labels": False}, None),
         ({"dp": 2}, {"dp": 3}, {}, loops.of_losses, {"images": True}, None),
+        *nightly_only([({"dp": 1}, {"cp": 2, "pp": 2}, {}, loops.of_losses, {}, None)]),
     ],
 )
 def test_a_loss_function_of_the_programs_trains(

@@ -26,9 +26,9 @@ from publishing import Seen
 from scale import SCALE
 
 
-MODELS = tuple(name for name in LANGUAGE if name != "qwen3-moe")
-EVERY_DAY = ("llama3", "qwen2-windows", "qwen3")
-"""Tied and scaled; windows and biases; norms of queries and keys, heads of their own width, YaRN."""
+MODELS = LANGUAGE
+EVERY_DAY = ("llama3", "qwen2-windows", "qwen3", "qwen3-moe")
+"""Tied and scaled; windows and biases; norms of queries and keys, heads of their own width, YaRN; experts."""
 TWO = {"microbatches": 2}
 FROZEN = {"lr": 0.0, "weight_decay": 0.0}
 

@@ -136,11 +136,11 @@ TIED = {"share_embeddings_and_output_weights": True}
     [
         (({"dp": 1}, {"tp": 2, "pp": 2}), {"sequence_parallel": True}, PARTS),
         (({"dp": 1}, {"cp": 2, "pp": 2}), {}, LEARNED),
-        (({"dp": 1}, {"pp": 3}), {"num_layers_in_first_pipeline_stage": 1}, {}),
-        (({"dp": 1}, {"tp": 2, "dp": 2}), {"gated_linear_unit": True, "activation_func": silu}, {}),
         (({"dp": 1}, {"tp": 2, "pp": 2}), {}, TIED),
         *nightly_only(
             [
+                (({"dp": 1}, {"pp": 3}), {"num_layers_in_first_pipeline_stage": 1}, {}),
+                (({"dp": 1}, {"tp": 2, "dp": 2}), {"gated_linear_unit": True, "activation_func": silu}, {}),
                 (({"dp": 2}, {"pp": 2}), {}, LEARNED),
                 (({"dp": 1}, {"tp": 2, "pp": 2}), {}, LEARNED),
                 (({"dp": 3}, {"tp": 2, "dp": 2}), {"sequence_parallel": True}, PARTS | LEARNED),
@@ -178,8 +178,12 @@ TWICE = {"virtual_pipeline_model_parallel_size": 2}
     ("grid", "transformer", "options"),
     [
         ({"tp": 2, "pp": 2}, {"sequence_parallel": True}, {**PARTS, **TIED}),
-        ({"dp": 2, "pp": 2}, {"layers": 6, "num_layers_in_first_pipeline_stage": 4}, {}),
-        *nightly_only([({"pp": 2}, {}, LEARNED)]),
+        *nightly_only(
+            [
+                ({"dp": 2, "pp": 2}, {"layers": 6, "num_layers_in_first_pipeline_stage": 4}, {}),
+                ({"pp": 2}, {}, LEARNED),
+            ]
+        ),
     ],
 )
 def test_a_language_model_of_megatrons_trains_in_virtual_stages(
@@ -252,7 +256,6 @@ def spread(ep: int, expert_tp: int = 1) -> Mapping[str, Any]:
 @pytest.mark.parametrize(
     ("grid", "transformer", "cut"),
     [
-        ({"tp": 1, "dp": 2}, {}, {"expert_model_parallel_size": 2}),
         (
             {"tp": 2, "cp": 2},
             {**BALANCED, **GATED, **GATHERED, "moe_shared_expert_intermediate_size": 16},
@@ -261,6 +264,7 @@ def spread(ep: int, expert_tp: int = 1) -> Mapping[str, Any]:
         ({"tp": 1, "dp": 2, "pp": 2}, BALANCED, {**RECOMPUTED, **TWICE}),
         *nightly_only(
             [
+                ({"tp": 1, "dp": 2}, {}, {"expert_model_parallel_size": 2}),
                 ({"tp": 2, "pp": 2}, BALANCED, spread(2)),
                 ({"tp": 1, "cp": 2, "dp": 2}, BALANCED, {"expert_model_parallel_size": 2}),
                 (
@@ -313,9 +317,9 @@ ONLY_IN_PARTS = ("sequence_parallel", "num_layers_in_first_pipeline_stage")
     [
         ({"tp": 2, "pp": 2}, {}, {"tp": 2}),
         ({"pp": 2}, TWICE, {"pp": 2}),
-        ({"cp": 2, "dp": 2}, EXPERTS | {"expert_model_parallel_size": 2}, {"cp": 2}),
         *nightly_only(
             [
+                ({"cp": 2, "dp": 2}, EXPERTS | {"expert_model_parallel_size": 2}, {"cp": 2}),
                 ({"pp": 2}, {}, {"dp": 2}),
                 ({"dp": 2, "pp": 2}, {}, {"pp": 2}),
                 ({"cp": 2, "pp": 2}, {}, {"dp": 2}),
@@ -462,8 +466,16 @@ def test_a_model_that_is_there_trains(pool: Pool, opened: Opened) -> None:
     [
         ({"pp": 1}, {}, r"has layers \[0, 1, 2, 3\], the plan \["),
         ({"pp": 2, "language": TIED}, {}, "ties its embeddings, the plan does not tie them"),
-        ({"pp": 2}, {"recompute": "full"}, "which a host's network decides for itself"),
-        ({"pp": 2}, {"frozen": ("layers.0.*",)}, "has patterns for the parameters of the built-in model"),
+        *nightly_only(
+            [
+                ({"pp": 2}, {"recompute": "full"}, "which a host's network decides for itself"),
+                (
+                    {"pp": 2},
+                    {"frozen": ("layers.0.*",)},
+                    "has patterns for the parameters of the built-in model",
+                ),
+            ]
+        ),
     ],
 )
 def test_networks_that_do_not_fit_are_refused(
@@ -494,21 +506,25 @@ DENSE = {"num_moe_experts": None, "moe_ffn_hidden_size": None, "expert_model_par
             {"moe_aux_loss_coeff": 0.1},
             r"an auxiliary loss \(aux_loss\) of all tokens that a rank has together",
         ),
-        ({}, {"moe_z_loss_coeff": 0.1}, r"has a z-loss.*\(moe_z_loss_coeff\)"),
-        ({}, {"moe_expert_capacity_factor": 1.0}, r"drops tokens.*\(moe_expert_capacity_factor\)"),
-        (
-            {},
-            {"moe_router_load_balancing_type": "sinkhorn"},
-            r"for all tokens of a rank together \(sinkhorn\)",
-        ),
         ({}, BALANCED, r"weighs its auxiliary loss by 0\.1, the job by 0\.0"),
         ({}, {"num_moe_experts": 8}, r"has experts \[.*\] on a rank where the plan has \["),
         ({}, GATHERED, "a microbatch has 3 samples for 2 dp ranks"),
-        (DENSE, {**EXPERTS, **OVER_TWO}, "has 4 experts, the job's module none"),
-        (
-            {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2},
-            {},
-            "unlike numbers of tokens over expert_tp=2, which gloo cannot",
+        *nightly_only(
+            [
+                ({}, {"moe_z_loss_coeff": 0.1}, r"has a z-loss.*\(moe_z_loss_coeff\)"),
+                ({}, {"moe_expert_capacity_factor": 1.0}, r"drops tokens.*\(moe_expert_capacity_factor\)"),
+                (
+                    {},
+                    {"moe_router_load_balancing_type": "sinkhorn"},
+                    r"for all tokens of a rank together \(sinkhorn\)",
+                ),
+                (DENSE, {**EXPERTS, **OVER_TWO}, "has 4 experts, the job's module none"),
+                (
+                    {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2},
+                    {},
+                    "unlike numbers of tokens over expert_tp=2, which gloo cannot",
+                ),
+            ]
         ),
     ],
 )

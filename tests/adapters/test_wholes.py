@@ -18,6 +18,8 @@ from publishing import Seen
 from scale import SCALE
 
 
+FROZEN = {"lr": 0.0, "weight_decay": 0.0}
+TWO = {"microbatches": 2}
 TOWER = {"qwen2-audio": "audio"}
 WHOLES = ("llava", "llava-siglip")
 EVERY_DAY = ("llava",)

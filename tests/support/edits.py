@@ -44,7 +44,7 @@ def renew(folder: Path, renewal: str) -> None:
                 "sha256": tensorfile.checksum(folder / name),
             }
         if renewal == ALL:
-            facts[manifest.DIGEST] = manifest.digest_of(facts)
+            facts[manifest.DIGEST] = manifest.manifest_digest(facts)
         path.write_text(canonical(facts))
 
 

@@ -1,4 +1,7 @@
-"""Launching: the command as a launcher starts it, in processes that are forked with everything imported."""
+"""Launching: the command as a launcher starts it, in processes that are forked with everything imported.
+
+Its ranks are forked by the same server, as by one of its own that would import everything again.
+"""
 
 import contextlib
 import multiprocessing
@@ -6,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.context import ForkServerContext
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
@@ -30,27 +33,32 @@ def command(arguments: Sequence[str], said: Path, variables: Mapping[str, str], 
     After a restart by a launcher the fault is over.
     """
     os.environ.update(variables)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.stderr.fileno())
-    with _suffering("" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else fault):
+    _speak_into(said)
+    with _suffering("" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else fault, said):
         code = main(list(arguments))
     if code:
         sys.exit(code)
 
 
+def _speak_into(said: Path) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.stderr.fileno())
+
+
 @contextlib.contextmanager
-def _suffering(fault: str) -> Iterator[None]:
+def _suffering(fault: str, said: Path) -> Iterator[None]:
     """Let this rank suffer a fault, or the ranks of the local world that this process starts."""
     run = Pool.run
 
     def run_with_fault(pool: Pool, _: str, size: int, *arguments: Any) -> list[Any]:
-        return run(pool, "launching:train_with_fault", size, fault, *arguments)
+        return run(pool, "launching:train_with_fault", size, said, fault, *arguments)
 
     with injected(fault), patch.object(Pool, "run", run_with_fault):
         yield
 
 
-def train_with_fault(place: RankPlace, fault: str, *arguments: Any) -> Any:
+def train_with_fault(place: RankPlace, said: Path, fault: str, *arguments: Any) -> Any:
     """Train on a rank of a local world with a fault."""
+    _speak_into(said)
     with injected(fault):
         return train.in_world(place, *arguments)
 
@@ -76,18 +84,31 @@ def await_that(holds: Callable[[], bool], limit_s: float) -> float:
     return time.monotonic() - begun
 
 
-def context() -> ForkServerContext:
-    """The context from which processes come with everything imported."""
-    return multiprocessing.get_context(METHOD)
+def process(target: Callable[..., None], *arguments: Any, **named: Any) -> BaseProcess:
+    """A process that has everything imported, and whose processes have."""
+    forkserver.ensure_running()
+    address = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+    return multiprocessing.get_context(METHOD).Process(
+        target=_of_server, args=(address, target, arguments, named)
+    )
+
+
+def _of_server(
+    address: str, target: Callable[..., None], arguments: Sequence[Any], named: Mapping[str, Any]
+) -> None:
+    """Call a function; the server that this process was forked by forks its processes, too."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server._forkserver_address, server.ensure_running = address, lambda: None
+    target(*arguments, **named)
 
 
 def started(
     arguments: Sequence[str], said: Path, variables: Mapping[str, str] | None = None, *, fault: str = ""
 ) -> BaseProcess:
     """Start `mimogrid` in a process of its own, which suffers a fault, or whose ranks do."""
-    process = context().Process(target=command, args=(arguments, said, variables or {}, fault))
-    process.start()
-    return process
+    launcher = process(command, arguments, said, variables or {}, fault)
+    launcher.start()
+    return launcher
 
 
 def under_torchrun(

@@ -8,7 +8,7 @@ import pytest
 import jobs
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.pricing.flops import model_flops, module_units, of_units, real_load, stage_flops, sum_of
+from mimogrid.core.pricing.flops import Load, model_flops, module_units, of_units, stage_flops, sum_of
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Stage
 
@@ -108,6 +108,10 @@ def test_experts_count_as_often_as_a_token_goes_to_one():
     positions = 2 * (ROWS + TEXT)
     more = 2 * (2 * positions * 16 * 4 + 2 * positions * 2 * 16 * 48)
     assert dense.forward + more == found.forward
+    gated = attrs.evolve(sparse, gated=True, expert_ffn=6, dense_layers=(1,))
+    mixed = stage_flops(step_of_two(gpt=gated))[Stage("language", 0)]
+    one = 2 * positions * (16 * 4 + 2 * 3 * 16 * 6 + 3 * 16 * 48 - 2 * 2 * 16 * 48)
+    assert dense.forward + one == mixed.forward
     assert dense.weight_gradient + more == found.weight_gradient
 
 
@@ -128,7 +132,7 @@ def test_shares_of_a_microbatch_add_up_to_its_mean():
     for stage, mean in stage_flops(step).items():
         module = topology.modules[stage.module]
         shares = [step.share(module.name, dp_rank, k) for dp_rank in range(module.dp_size) for k in range(2)]
-        loads = [real_load(module.model, share.lengths) for share in shares]
+        loads = [Load.of(share.segments, causal=module.model.causal) for share in shares]
         parts = [of_units(topology.stages[stage], module_units(topology, module, load)) for load in loads]
         assert sum_of(itertools.chain.from_iterable(parts)) * 0.5 == mean
 

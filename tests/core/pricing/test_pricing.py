@@ -10,12 +10,11 @@ from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.pricing.accelerators import ACCELERATORS
-from mimogrid.core.pricing.flops import stage_flops
+from mimogrid.core.pricing.flops import Loads, in_row, stage_flops
 from mimogrid.core.pricing.machine import EFFICIENCY, LINK_EFFICIENCY, machine_of
 from mimogrid.core.pricing.on_machine import measured_on, on_machine
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.topology.parse import parse
-from mimogrid.core.topology.topology import Stage
 
 
 LAYERS, HIDDEN, SEQUENCE, PATCHES = 4, 4096, 512, 256
@@ -69,14 +68,16 @@ def test_tensor_parallel_ranks_share_the_layers_and_pay_for_their_sums():
     assert alone.weight_gradient / 2 == pytest.approx(shared.weight_gradient)
 
 
-def test_padding_takes_time_and_counts_as_no_work():
-    """A language model computes all of its sequence, however short the sample."""
-    full, short = step_of(), step_of()
+def test_what_is_rounded_up_takes_time_and_counts_as_no_work():
+    """A row is a multiple of tp under sequence parallelism; the head reads the tokens that there are."""
+    grid = GridSpec(tp=4, sequence_parallel=True)
+    short = step_of(grid=grid)
     short = attrs.evolve(short, samples=tuple(attrs.evolve(sample, length=1) for sample in short.samples))
-    assert stage_flops(short)[Stage("language", 0)].forward < stage_flops(full)[Stage("language", 0)].forward
-    difference = (SEQUENCE - PATCHES - 1) * 2 * HIDDEN * 32000 * 2 / (H100.flops["fp32"] / 2)
-    spent, less = (of_accelerator(step, "h100").of("language.0").forward for step in (full, short))
-    assert spent - difference == pytest.approx(less)
+    assert 2 * (PATCHES + 1) % 4
+    alone = attrs.evolve(step_of(), samples=short.samples)
+    assert stage_flops(short) == stage_flops(alone)
+    load = in_row(short.topology.modules["language"], Loads.of(short, "language").over(range(2)))
+    assert (516, 514) == (load.positions, load.emitted)
 
 
 def test_the_dp_rank_with_most_sets_the_price():

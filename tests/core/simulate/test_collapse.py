@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import scale
 from jobs import job, program_for, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.program.lower import Program
@@ -29,7 +30,7 @@ def whole(text: str, schedule: str, rows: list[int]) -> Program:
     return program_for(step_with(topology, dict.fromkeys(topology.graph.sources, rows)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=scale.drawn(20))
 @given(
     st.data(),
     st.sampled_from(JOBS),

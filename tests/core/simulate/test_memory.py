@@ -5,6 +5,7 @@ import itertools
 import attrs
 from hypothesis import given, settings
 
+import scale
 from jobs import program_for, program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
@@ -95,18 +96,18 @@ def test_a_message_has_a_buffer_at_both_ends_until_it_is_waited_for():
 
 
 def test_ranks_of_one_class_hold_what_each_has_to_hold():
-    """Where messages take no time, dp ranks that pad more, or have more rows, keep the time of the others."""
+    """Where messages take no time, dp ranks that have more rows keep the time of the others."""
     rows = (2, 2, 1, 3, 5, 5, 2, 2)  # two samples for each dp rank
     timeline = timeline_of("a vit dp4 > z; z gpt dp4", {"a": rows}, batch=32, microbatches=4)
     assert [(0, 1, 2, 3), (4, 5, 6, 7)] == list(timeline.classes.members.values())
     found = peak_bytes(timeline)
-    assert found[0] == found[3] < found[1] < found[2]
+    assert found[0] == found[1] == found[3] < found[2]
     assert found[4] == found[5] == found[7] < found[6]
     whole = peak_bytes(rank_by_rank(timeline.program, assumed(timeline.program.topology)))
     assert whole == found
 
 
-@settings(max_examples=60)
+@settings(max_examples=scale.drawn(25))
 @given(timed_jobs())
 def test_leaders_hold_what_their_classes_hold(drawn):
     """At every moment and on every rank; in the end no more than in the beginning."""

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+import scale
 import timed
 from jobs import job, program_for, program_of, step_with
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
@@ -374,7 +375,7 @@ def test_no_step_beats_the_lower_bound(drawn):
     assert timeline.ratio_to_bound >= 1 - 1e-9
 
 
-@settings(max_examples=60)
+@settings(max_examples=scale.drawn(30))
 @given(timed.timed_jobs())
 def test_no_uneven_step_beats_the_lower_bound(drawn):
     """With chunks, experts, context and sequence parallelism, ragged dp ranks and jitter, either."""
@@ -383,7 +384,7 @@ def test_no_uneven_step_beats_the_lower_bound(drawn):
     assert timeline.ratio_to_bound >= 1 - 1e-9
 
 
-@settings(max_examples=60)
+@settings(max_examples=scale.drawn(30))
 @given(timed_jobs())
 def test_the_critical_path_fills_the_step(drawn):
     """A segment begins when the one before it ends, and each is an action of its rank, or what it has posted."""

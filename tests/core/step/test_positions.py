@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import pytest
 
+from mimogrid.core.base.errors import PlanError
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Block, Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec, SourceFacts
@@ -57,8 +58,11 @@ def test_a_language_model_with_sections() -> None:
 def test_text_within_an_image_is_refused() -> None:
     """It has no place between two rows of one image."""
     sample = attrs.evolve(MIXED, placeholders={"language": (1, 4, 5, 6, 7, 8, 2, 3)})
-    with pytest.raises(ValueError, match="sample 0: text stands inside the image whose rows begin at 1"):
-        rotary_positions(LANGUAGE, share_of("language", sample))
+    with pytest.raises(
+        PlanError, match="sample 0: has text between position 1 and 4 of 'language', inside an image"
+    ):
+        share_of("language", sample)
+    assert share_of("language", sample, language=Gpt(**SIZES, vocab=16))
 
 
 def test_most_modules_count() -> None:

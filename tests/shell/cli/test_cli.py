@@ -140,7 +140,7 @@ def test_check_shows_the_layout(job, capsys):
     assert ["vision", "vit", "0-1", "dp=2", "2"] == rows["vision"][:5]
     assert ["language", "gpt", "2-5", "tp=2", "pp=2", "1", "+", "3"] == rows["language"][:8]
     assert rows["vision"][-1].endswith("%")
-    assert "vision -> language  32     yes" in shown
+    assert "vision -> language  32     linear" in shown
     assert "9 ranks, non_colocated" in shown
     assert "3 idle (6-8)" in shown
 
@@ -341,7 +341,7 @@ def test_what_is_the_users_own_is_found_and_asked_without_its_package(own, capsy
     [edge] = printed(capsys, "check", own)["edges"]
     assert 2 * 8 * 5 * 32 * 4 == edge["bytes"]
     assert 0 == main(["check", str(own)])
-    assert "vision -> language  32     yes" in capsys.readouterr().out
+    assert "vision -> language  32     linear" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("without_torch")

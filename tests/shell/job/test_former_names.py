@@ -51,17 +51,21 @@ def test_a_users_file_of_before_runs_as_it_is(tmp_path: Path) -> None:
     """It imports what it always imported, without torch, and is warned on its own lines."""
     lines = [
         "from mimogrid.core.samples import Sample",
+        "from mimogrid.core.topology import Topology",
+        "from mimogrid.core.models import Gpt, llama",
         "from mimogrid.core import grid",
         "import mimogrid.core.base.samples, mimogrid.core.base.grid, sys",
         "assert Sample is mimogrid.core.base.samples.Sample",
         "assert grid is mimogrid.core.base.grid",
+        "assert Topology is mimogrid.core.topology.topology.Topology and Gpt is mimogrid.core.job.models.Gpt",
+        "assert llama is mimogrid.core.models.llama",
         "assert 'torch' not in sys.modules",
     ]
     (tmp_path / "before.py").write_text("\n".join(lines))
     run = [sys.executable, "-W", "always::DeprecationWarning", "before.py"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (0, "") == (done.returncode, done.stdout), done.stderr
-    for line in (1, 2):
+    for line in (1, 2, 3, 4):
         assert f"before.py:{line}: DeprecationWarning" in done.stderr
 
 

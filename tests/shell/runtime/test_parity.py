@@ -24,25 +24,26 @@ GRIDS = """
     enc(1,1,1)@0 lm(1,1,1)@1
     enc(2,2,1)@0 lm(2,2,1)@4
     enc(1,1,4)@0 lm(2,2,1)@4
-    enc(4,1,1)@0 lm(2,1,2)@4
 
     enc(1,2,4)@0 lm(2,4,1)@0
     enc(1,1,2)@0 lm(1,1,2)@1
-    enc(1,1,1)@7 lm(1,1,1)@3
 
     img(1,1,1)@0 aud(1,1,1)@1 lm(2,2,1)@2->gen gen(1,1,2)@6
-    enc(1,1,1)@0->mid,lm mid(1,1,1)@1->lm lm(1,1,1)@2->gen gen(1,1,1)@3
     enc(1,1,3)@0->gen,lm gen(2,1,1)@3 lm(1,2,1)@5
     enc(1,1,2)@0->lm1,lm2 lm1(1,2,1)@2->lm2 lm2(2,1,1)@4
 
     enc(1,1,3)@0 lm(1,1,5)@3
-    enc(1,2,2)@0 lm(1,1,3)@4
 
-    lm(1,4,2)@0
-    img(1,1,1)@0->mid aud(1,1,2)@1->mid mid(1,2,1)@3 lm(1,1,2)@5
     enc(1,1,1)@0 img(1,1,2)@0 aud(2,1,1)@0 mid(1,2,1)@0 lm(2,1,1)@0->gen gen(1,1,2)@0
 """
 MORE_GRIDS = """
+    enc(4,1,1)@0 lm(2,1,2)@4
+    enc(1,1,1)@7 lm(1,1,1)@3
+    enc(1,1,1)@0->mid,lm mid(1,1,1)@1->lm lm(1,1,1)@2->gen gen(1,1,1)@3
+    enc(1,2,2)@0 lm(1,1,3)@4
+    lm(1,4,2)@0
+    img(1,1,1)@0->mid aud(1,1,2)@1->mid mid(1,2,1)@3 lm(1,1,2)@5
+
     enc(2,1,2)@0 lm(1,1,4)@4
     enc(2,2,2)@0 lm(2,2,2)@0
     img(1,2,1)@0 aud(2,1,1)@2 lm(1,4,1)@4
@@ -162,9 +163,9 @@ def test_one_sample_for_each_dp_rank(parity: Parity) -> None:
     [
         "enc(1,1,1)@0*2->mid,lm mid(1,1,1)@1/2 lm(1,2,1)@2",
         "enc(1,1,1)@0 lm(1,1,2)@1/2->gen gen(1,1,1)@3*2",
-        "enc(1,1,2)@0/2 lm(1,1,2)@0*2",
         *nightly_only(
             [
+                "enc(1,1,2)@0/2 lm(1,1,2)@0*2",
                 "enc(1,1,1)@0*2 lm(1,1,1)@1",
                 "enc(1,1,2)@0*4 lm(1,2,1)@2",
                 "enc(1,1,3)@0/2 lm(1,1,2)@3",
@@ -212,7 +213,9 @@ INTERLEAVED = {
 }
 
 
-@pytest.mark.parametrize("case", [*list(INTERLEAVED)[4:], *nightly_only(list(INTERLEAVED)[:4])])
+@pytest.mark.parametrize(
+    "case", [*list(INTERLEAVED)[4:5], *nightly_only([*list(INTERLEAVED)[:4], *list(INTERLEAVED)[5:]])]
+)
 def test_interleaved_chunks(parity: Parity, case: str) -> None:
     """Several chunks of a module on a rank, in the interleaved order, train the same model."""
     line, layers, options = INTERLEAVED[case]
@@ -226,7 +229,7 @@ def test_interleaved_chunks(parity: Parity, case: str) -> None:
 # -- at random ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=drawn(15), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=drawn(9), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts())
 def test_any_layout_is_the_model(parity: Parity, spec: JobSpec) -> None:
     """Whatever graph, grids, offsets, shares, microbatches, splits and freezing a job has."""

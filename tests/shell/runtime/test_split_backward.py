@@ -147,13 +147,9 @@ LAYOUTS: dict[str, JobSpec] = {
 
 OFTEN = [
     "microbatches of their own",
-    "on shared ranks",
     "recomputed, sequence parallel",
-    "with dropout, recomputed",
     "tied ends",
-    "chunks",
     "experts",
-    "frozen ones between",
     "the first weight alone",
 ]
 
@@ -173,7 +169,7 @@ def test_a_weight_in_both_halves(apart: Comparing, delay: int) -> None:
     assert max(found.values()) <= ROUNDING
 
 
-@settings(max_examples=drawn(6), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=drawn(4), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts(), delay=st.sampled_from((0, 1, 2, LAST)))
 def test_halves_of_any_layout_are_the_whole(apart: Comparing, spec: JobSpec, delay: int) -> None:
     """Whatever graph, grids, experts, recomputation, chunks and freezing a job has."""
@@ -187,10 +183,9 @@ def test_halves_of_any_layout_are_the_whole(apart: Comparing, spec: JobSpec, del
 # -- who does what -----------------------------------------------------------------------------------------
 
 WATCHED = [
-    "a chain",
     "recomputed, sequence parallel",
     "experts",
-    *nightly_only(["tensor parallel", "both", "tied ends", "experts in shards"]),
+    *nightly_only(["a chain", "tensor parallel", "both", "tied ends", "experts in shards"]),
 ]
 
 

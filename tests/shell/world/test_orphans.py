@@ -16,6 +16,7 @@ import launching
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
+from scale import nightly_only
 
 
 pytestmark = pytest.mark.world
@@ -46,7 +47,8 @@ def is_gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "fault", ["delay rank 1 step 3 for 60 s at lm.0 B1", "stop rank 1 step 3 at lm.0 B1"]
+    "fault",
+    ["stop rank 1 step 3 at lm.0 B1", *nightly_only(["delay rank 1 step 3 for 60 s at lm.0 B1"])],
 )
 def test_the_ranks_of_a_killed_launcher_end_and_the_run_goes_on(
     pool: Pool, job: Job, whole: Path, tmp_path: Path, fault: str
@@ -77,11 +79,8 @@ def test_the_ranks_of_a_killed_agent_end(job: Job, tmp_path: Path) -> None:
     """Under torchrun likewise."""
     folder = tmp_path / "run"
     arguments = ["train", str(job.path), "--set", f"train.run_dir={folder}"]
-    agent = launching.context().Process(
-        target=launching.under_torchrun,
-        args=(2, arguments, tmp_path / "said"),
-        kwargs={"fault": "delay rank 1 step 3 for 60 s at lm.0 B1"},
-    )
+    fault = "delay rank 1 step 3 for 60 s at lm.0 B1"
+    agent = launching.process(launching.under_torchrun, 2, arguments, tmp_path / "said", fault=fault)
     agent.start()
     launching.await_that((folder / "checkpoints" / "step-00000002").exists, 60.0)
     ranks = launching.holders(folder)

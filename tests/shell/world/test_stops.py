@@ -67,7 +67,7 @@ def test_a_disk_that_fails_ends_the_run_and_the_run_goes_on(  # noqa: PLR0917 --
     pool: Pool, job: Job, whole: Path, tmp_path: Path, code: str, rank: int
 ) -> None:
     """The cause, the file and the rank are in the first line; the checkpoint before is there, and is enough."""
-    limited = open_job(job.path, ["train.timeout_s=10"]) if code == "STALL" else job
+    limited = open_job(job.path, ["train.timeout_s=5"]) if code == "STALL" else job
     report = failure(pool, limited, "mishaps:failing_disk", str(tmp_path), rank, code)
     pool.close()  # a thread that never comes back
     first = report.splitlines()[0]
