@@ -20,10 +20,10 @@ import torch
 from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.update.contents import OPTIMIZER, written_as
-from mimogrid.shell.checkpoint import manifest, tensorfile
+from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.checkpoint.files import entry_of, shard_name
 from mimogrid.shell.checkpoint.index import INDEX, IndexedTensor, ShardPlace, index_text
-from mimogrid.shell.job import jobfile
+from mimogrid.shell.job import jobfile, tensorfile
 
 
 JOB = JobSpec(

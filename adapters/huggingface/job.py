@@ -14,8 +14,7 @@ import torch
 from mimogrid.adapters.huggingface.batches import LANGUAGE, examples_of
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.core.base.samples import share
-from mimogrid.core.models.network import PublishedModule
+from mimogrid.core.models.fitting import fitted
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.published import Published, published
@@ -65,8 +64,9 @@ class Job:
         _check_supported(checkpoint, grids)
         more = dict(tables.pop("modules", {}))
         modules = {
-            name: _fitted(
-                {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])}, module
+            name: fitted(
+                {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])},
+                module.options,
             )
             for name, module in checkpoint.model.modules.items()
         }
@@ -158,7 +158,7 @@ class Running:
         embedded = self._opened()
         state = embedded.state_dict()
         if embedded.runtime is not None and embedded.runtime.group.rank() == 0:
-            write_published(Path(folder), self._job.checkpoint, self._published(state))
+            write_published(Path(folder), self._job.checkpoint, self._published(state).get)
 
     def _published(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -213,21 +213,6 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
             problems.append(Problem("grids", message, f"Write {name}=dict(tp=1, pp=1), for instance."))
     if problems:
         raise PlanError(problems)
-
-
-def _fitted(table: dict[str, Any], module: PublishedModule) -> dict[str, Any]:
-    """Return a module's table; layers that do not divide over stages are split, and a vocabulary is padded."""
-    grid, options = table["grid"], module.options
-    layers, stages = options["layers"], grid.get("pp", 1) * table.get("chunks", 1)
-    if layers > stages > 1:
-        # Rows of deepstack join the layers of the first stage.
-        first = max(layers // stages, module.option("deepstack"))
-        split = [first, *(len(share(stage, stages - 1, layers - first)) for stage in range(stages - 1))]
-        if len(set(split)) > 1 and min(split) > 0:
-            table.setdefault("split", split)
-    if padding := -options.get("vocab", 0) % grid.get("tp", 1):
-        table["options"] = {"vocab_padding": padding, **table.get("options", {})}
-    return table
 
 
 def _least_samples(tables: Mapping[str, Any]) -> int:

@@ -3,8 +3,8 @@
 A run is defined by what it computes: which model, from which samples, by which update rule. A key is *free* if it
 decides only where, in which order and for how long this is computed, and what is saved:
 
-    free    grids, chunks, split, recompute, microbatches, world_size, [schedule], [train], optimizer.sharded and
-            bucket_mb, precision, fp8, engine
+    free    grids, chunks, split, vocab_padding, recompute, microbatches, world_size, [schedule], [train],
+            optimizer.sharded and bucket_mb, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
 
@@ -24,6 +24,7 @@ from typing import Any
 
 import attrs
 
+from mimogrid.core.job.models import unpadded
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ScheduleSpec, TrainSpec
 
 
@@ -70,6 +71,7 @@ def _essence(spec: JobSpec) -> JobSpec:
         modules={
             name: attrs.evolve(
                 module,
+                options=unpadded(module.options),
                 grid=GridSpec(),
                 chunks=1,
                 split=None,

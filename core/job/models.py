@@ -60,6 +60,7 @@ class Parameter:
         copy: the other end of the module that holds a copy of it (tied embeddings).
         expert: the number of the expert that it belongs to; None: it belongs to no expert.
         zeros: how many of its values are zero and never train, and are no parameters of the model.
+        padding: rows behind the others that only make tp divide them. They are zero, as their gradients are.
     """
 
     name: str
@@ -75,11 +76,17 @@ class Parameter:
     copy: str | None = None
     expert: int | None = None
     zeros: int = 0
+    padding: int = 0
+
+    @property
+    def unpadded_shape(self) -> tuple[int, ...]:
+        """The full shape without padding: that of every tensor which leaves the job."""
+        return (self.shape[0] - self.padding, *self.shape[1:])
 
     @property
     def values(self) -> int:
         """How many parameters of the model it is."""
-        return math.prod(self.shape) - self.zeros
+        return math.prod(self.unpadded_shape) - self.zeros
 
 
 @attrs.frozen(kw_only=True)
@@ -415,15 +422,17 @@ class Gpt(Transformer):
 
     def first_parameters(self) -> Iterator[Parameter]:
         """Yield the token embedding."""
-        shape = (self.vocab_rows, self.hidden)
         copy = LAST if self.tied_embeddings else None
-        yield Parameter("embedding.weight", shape, FIRST, std=self.init_std, tp_dim=0, copy=copy)
+        yield self._of_vocab("embedding.weight", FIRST, copy)
 
     def last_parameters(self) -> Iterator[Parameter]:
         """Yield the output projection, unless the embedding is tied to it."""
         if not self.tied_embeddings:
-            shape = (self.vocab_rows, self.hidden)
-            yield Parameter("output.weight", shape, LAST, std=self.init_std, tp_dim=0)
+            yield self._of_vocab("output.weight", LAST)
+
+    def _of_vocab(self, name: str, end: str, copy: str | None = None) -> Parameter:
+        shape, padding = (self.vocab_rows, self.hidden), self.vocab_padding
+        return Parameter(name, shape, end, std=self.init_std, tp_dim=0, copy=copy, padding=padding)
 
 
 @attrs.frozen(kw_only=True)
@@ -442,6 +451,11 @@ class Regressor(Transformer):
 
 BuiltIn = Vit | Block | Gpt | Regressor
 BUILT_IN: dict[str, type[BuiltIn]] = {"vit": Vit, "block": Block, "gpt": Gpt, "regressor": Regressor}
+
+
+def unpadded(options: BuiltIn | Mapping[str, Any]) -> BuiltIn | Mapping[str, Any]:
+    """Return options without padding of the vocabulary, which only a layout needs."""
+    return attrs.evolve(options, vocab_padding=0) if isinstance(options, Gpt) else options
 
 
 def norm_parameters(

@@ -40,10 +40,10 @@ def tower(
     config.expect_zero("attention_dropout")
     patch, pixels = config.integer("patch_size"), config.integer("image_size")
     side, channels = pixels // patch, config.integer("num_channels")
-    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    hidden, heads = config.integer("hidden_size"), config.count("num_attention_heads")
     config.expect_divisor("num_attention_heads", heads, "hidden_size", hidden)
     options: dict[str, Any] = {
-        "layers": config.integer("num_hidden_layers"),
+        "layers": config.layers("num_hidden_layers"),
         "hidden": hidden,
         "heads": heads,
         "ffn": config.integer("intermediate_size"),

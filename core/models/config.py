@@ -12,6 +12,7 @@ config.json: hidden_size: is "many"; expected an integer of 1 or more.
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -31,6 +32,10 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 """Names of activations in transformers, and ours."""
+
+
+SIZE_MOST, COUNT_MOST = 2**31 - 1, 1024
+"""The largest sizes, and counts of what recipes list one by one: a file must not say how long it takes to read it."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -82,15 +87,27 @@ class Config:
         """Return which of several names of one key the file uses; the last where it uses none."""
         return next((key for key in keys if key in self.values), keys[-1])
 
-    def integer(self, key: str, *, least: int = 1) -> int:
+    def integer(self, key: str, *, least: int = 1, most: int = SIZE_MOST) -> int:
         """Return an integer."""
-        is_one: bool = type(self.get(key)) is int and self.get(key) >= least
-        value: int = self._checked(key, is_one, f"an integer of {least} or more")
-        return value
+        is_one: bool = type(self.get(key)) is int and least <= self.get(key) <= most
+        limits = f"{least} or more" if most == SIZE_MOST else f"{least} to {most}"
+        value = self._checked(key, is_one, f"an integer of {limits}")
+        return value if type(value) is int else max(least, 1)
 
-    def number(self, key: str) -> float:
+    def count(self, key: str, *, least: int = 1) -> int:
+        """Return a number of things of which each has parts of a recipe: heads, experts."""
+        return self.integer(key, least=least, most=COUNT_MOST)
+
+    def layers(self, key: str) -> int:
+        """Return a number of layers, each of which has tensors on disk."""
+        return self.integer(key, most=min(COUNT_MOST, len(self.names) or COUNT_MOST))
+
+    def number(self, key: str, *, above: int | None = None) -> float:
         """Return a number."""
-        return float(self._checked(key, type(self.get(key)) in {int, float}, "a number"))
+        value = self.get(key)
+        is_one = type(value) in {int, float} and math.isfinite(value) and (above is None or value > above)
+        value = self._checked(key, is_one, "a number" if above is None else f"a number above {above}")
+        return float(value) if type(value) in {int, float} else 1.0
 
     def flag(self, key: str) -> bool:
         """Return a boolean."""
@@ -98,9 +115,16 @@ class Config:
 
     def integers(self, key: str) -> list[int]:
         """Return a list of integers."""
+        return self._list(key, int, "integers")
+
+    def names_in(self, key: str) -> list[str]:
+        """Return a list of names."""
+        return self._list(key, str, "names")
+
+    def _list(self, key: str, kind: type, of: str) -> list[Any]:
         value: Any = [] if self.get(key) is None else self.get(key)
-        is_one = type(value) in {list, tuple} and all(type(item) is int for item in value)
-        return list(value if is_one else self._checked(key, is_one, "a list of integers"))
+        is_one = type(value) in {list, tuple} and all(type(item) is kind for item in value)
+        return list(value) if is_one else list(self._checked(key, is_one, f"a list of {of}") or ())
 
     def activation(self, key: str) -> str:
         """Return our name of an activation."""

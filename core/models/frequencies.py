@@ -136,12 +136,24 @@ def _problems(where: str, kind: str, values: Mapping[str, object]) -> Iterator[P
     for name, value in values.items():
         if name not in fields:
             yield Problem(f"{where}.{name}", f"{kind!r} has no such option", nearest(name, tuple(fields)))
-        elif not isinstance(value, int | float):
-            yield Problem(f"{where}.{name}", f"{value!r} is not a number", "Give a number.")
+        elif name == "truncate" and type(value) is not bool:
+            yield Problem(f"{where}.{name}", f"{value!r} is not true or false", "Give one of the two.")
+        elif name != "truncate" and not _is_scale(value, may_be_zero=name.startswith("mscale")):
+            yield Problem(f"{where}.{name}", f"{value!r} is not a number above 0", "Give a number.")
     for name, field in fields.items():
         if field.default is attrs.NOTHING and name not in values:
             fact = f"{kind!r} needs {name!r}, which is missing"
             yield Problem(where, fact, "Copy it from the checkpoint's config.json.")
+
+
+def _is_scale(value: object, *, may_be_zero: bool) -> bool:
+    """Whether a value is a number by which angles can be computed: neither too small, nor too large, nor NaN."""
+    if type(value) is not int and type(value) is not float:
+        return False
+    return LEAST <= value <= MOST or (may_be_zero and value == 0)
+
+
+LEAST, MOST = 1e-9, 1e9
 
 
 def frequencies(

@@ -42,14 +42,14 @@ DEFAULTS: Mapping[str, Any] = {
 
 def options_of(config: Config) -> dict[str, Any]:
     """Return the options that every language model of this kind has; biases are those that the file asks for."""
-    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    kv_heads = heads if config.get("num_key_value_heads") is None else config.integer("num_key_value_heads")
+    hidden, heads = config.integer("hidden_size"), config.count("num_attention_heads")
+    kv_heads = heads if config.get("num_key_value_heads") is None else config.count("num_key_value_heads")
     config.expect_divisor("num_key_value_heads", kv_heads, "num_attention_heads", heads)
     if config.get("head_dim") is None:
         config.expect_divisor("num_attention_heads", heads, "hidden_size", hidden)
     config.expect_zero("attention_dropout")
     return {
-        "layers": config.integer("num_hidden_layers"),
+        "layers": config.layers("num_hidden_layers"),
         "hidden": hidden,
         "heads": heads,
         "kv_heads": kv_heads,
@@ -79,9 +79,11 @@ def module_of(
     recipes = {"embedding.weight": whole(Stored(f"{prefix}embed_tokens.weight", table))}
     recipes |= layers(options, NAMES, f"{prefix}layers.", mlp_of)
     recipes |= norm(options, f"{prefix}norm", "final_norm")
+    head = f"{config.prefix('lm_head.weight')}lm_head.weight"
     if not options["tied_embeddings"]:
-        head = config.prefix("lm_head.weight")
-        recipes["output.weight"] = whole(Stored(f"{head}lm_head.weight", table))
+        recipes["output.weight"] = whole(Stored(head, table))
+    elif head in config.names:
+        return attrs.evolve(module, recipes=recipes, copies={head: f"{prefix}embed_tokens.weight"})
     return attrs.evolve(module, recipes=recipes)
 
 

@@ -53,7 +53,7 @@ def _shortened(config: Config, vision: PublishedModule) -> PublishedModule:
         message = f"is {layer}; a tower of {layers} layers gives the rows of one, from -{layers} to {layers}."
         config.problem("vision_feature_layer", message, "Use a checkpoint that takes one layer.")
         return vision
-    if strategy not in {"default", "full"}:
+    if strategy not in ("default", "full"):
         config.problem("vision_feature_select_strategy", f"is '{strategy}'.", "Known: default, full.")
     if strategy == "default" and not vision.option("class_token"):
         message = "is 'default', which drops the class token, and the tower has none."

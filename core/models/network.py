@@ -73,6 +73,7 @@ class PublishedModule:
         recipes: of every parameter, by its name in the module.
         frozen: patterns of parameters that never train.
         carried: patterns of tensors on disk that no parameter is made of; an export copies them.
+        copies: tensors on disk that are another one again, such as the head of a tied embedding; each by its name.
         feeds: the modules that read its rows.
         projector: per module that it feeds, the table of the edge's projector; no entry: one linear layer.
         patch: what one input row covers: (frames, height, width) in pixels, or (1,), a frame of audio.
@@ -84,6 +85,7 @@ class PublishedModule:
     recipes: Mapping[str, Recipe] = attrs.field(factory=dict[str, Recipe])
     frozen: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    copies: Mapping[str, str] = attrs.field(factory=dict[str, str])
     feeds: tuple[str, ...] = ()
     projector: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict[str, Mapping[str, Any]])
     patch: Shape = ()
@@ -189,6 +191,10 @@ class Model:
             for parameter, recipe in module.recipes.items()
         }
 
+    def original(self, name: str) -> str:
+        """Return of which tensor on disk one is a copy; by default of itself."""
+        return next((m.copies[name] for m in self.modules.values() if name in m.copies), name)
+
     def is_carried(self, name: str) -> bool:
         """Whether a tensor on disk that is in no recipe is copied by an export."""
         patterns = (pattern for module in self.modules.values() for pattern in module.carried)
@@ -198,11 +204,13 @@ class Model:
         """Yield what is wrong with the tensors of a checkpoint, given their names and shapes."""
         expected = {t.name: t.shape for recipe in self.recipes().values() for t in recipe.tensors}
         missing = [name for name in expected if name not in found]
-        surplus = [name for name in found if name not in expected and not self.is_carried(name)]
+        surplus = [
+            name for name in found if self.original(name) not in expected and not self.is_carried(name)
+        ]
         misshapen = [
-            f"{name} ({found[name]}, not {shape})"
-            for name, shape in expected.items()
-            if name in found and tuple(found[name]) != shape
+            f"{name} ({shape}, not {expected[self.original(name)]})"
+            for name, shape in found.items()
+            if tuple(shape) != expected.get(self.original(name), tuple(shape))
         ]
         remedy = "Check that the config.json and the files are of one checkpoint."
         for fact, names in (

@@ -33,12 +33,12 @@ def windows(config: Config) -> dict[str, Any]:
 
     A token sees itself and the `window` - 1 before it, save in the full layers.
     """
-    layers, size = config.integer("num_hidden_layers"), config.get("sliding_window")
+    layers, size = config.layers("num_hidden_layers"), config.get("sliding_window")
     first = config.integer("max_window_layers", least=0)
     window = size if config.flag("use_sliding_window") else None
     by_number = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-    types = config.get("layer_types") or by_number
-    unknown = sorted({str(kind) for kind in types} - {"sliding_attention", "full_attention"})
+    types = config.names_in("layer_types") or by_number
+    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown:
         message = f"has {', '.join(unknown)}, attention that there is none of here."
         config.problem("layer_types", message, "Known: full_attention, sliding_attention.")

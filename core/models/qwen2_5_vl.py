@@ -59,12 +59,12 @@ NORM_EPS = 1e-6
 
 def tower_options(config: Config) -> dict[str, Any]:
     """Return the options that the towers of Qwen2.5-VL and Qwen3-VL share."""
-    hidden, heads = config.integer("hidden_size"), config.integer("num_heads")
+    hidden, heads = config.integer("hidden_size"), config.count("num_heads")
     if hidden % (4 * heads):
         message = f"is {heads}; heads of {hidden} / {heads} values do not turn in pairs along two directions."
         config.problem("num_heads", message, "Check the file.")
     return {
-        "layers": config.integer("depth"),
+        "layers": config.layers("depth"),
         "hidden": hidden,
         "heads": heads,
         "ffn": config.integer("intermediate_size"),

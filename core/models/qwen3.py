@@ -59,12 +59,12 @@ def read_moe(config: Config) -> PublishedModule:
         config.problem(
             "output_router_logits", message, "Write false, and give the module the option aux_loss."
         )
-    layers, step = config.integer("num_hidden_layers"), config.integer("decoder_sparse_step")
+    layers, step = config.layers("num_hidden_layers"), config.integer("decoder_sparse_step")
     listed = set(config.integers("mlp_only_layers"))
     slides = config.flag("use_sliding_window") and config.get("sliding_window")
     options: dict[str, Any] = {
         "window": config.integer("sliding_window") if slides else 0,
-        "experts": config.integer(config.written("num_local_experts", "num_experts"), least=0),
+        "experts": config.count(config.written("num_local_experts", "num_experts"), least=0),
         "top_k": config.integer("num_experts_per_tok"),
         "expert_ffn": config.integer("moe_intermediate_size"),
         "norm_top_k": config.flag("norm_topk_prob"),

@@ -62,7 +62,7 @@ def tower(config: Config) -> PublishedModule:
         config.problem(
             "num_position_embeddings", f"is {count}, which makes no square of positions.", "Check the file."
         )
-    if deep != sorted(set(deep)) or not all(0 <= layer < config.integer("depth") for layer in deep):
+    if deep != sorted(set(deep)) or not all(0 <= layer < config.layers("depth") for layer in deep):
         message = f"is {deep}; expected layers of the tower, each once and in order."
         config.problem("deepstack_visual_indexes", message, "Check the file.")
     options: dict[str, Any] = tower_options(config) | {

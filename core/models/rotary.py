@@ -13,8 +13,9 @@ True
 from collections.abc import Mapping
 from typing import Any
 
-from mimogrid.core.base.errors import nearest
+from mimogrid.core.base.errors import PlanError, nearest
 from mimogrid.core.models.config import Config
+from mimogrid.core.models.frequencies import parse_scaling
 
 
 THETA = 10_000.0
@@ -46,7 +47,7 @@ def rotary(
     }
     table = _table(config, top)
     kind = table.get("rope_type") or table.get("type") or "default"
-    options: dict[str, Any] = {"rotary_base": table.number("rope_theta")}
+    options: dict[str, Any] = {"rotary_base": table.number("rope_theta", above=1)}
     if any(isinstance(value, Mapping) for value in table.values.values()):
         table.problem(
             "", "is different in different layers, which no model here has.", "Use another checkpoint."
@@ -54,7 +55,7 @@ def rotary(
     elif kind not in (*plain, *SCALINGS):
         known = nearest(str(kind), (*plain, *SCALINGS))
         table.problem("", f"is of the type '{kind}', a scaling that there is none of here.", known)
-    elif table.get("partial_rotary_factor") not in {None, 1}:
+    elif table.get("partial_rotary_factor") not in (None, 1):
         table.problem(
             "", "turns a part of each head only, which no model here does.", "Use another checkpoint."
         )
@@ -67,7 +68,18 @@ def rotary(
         wanted = (*SCALINGS[kind], *MORE.get(kind, ()))
         said = {key: table.get(key) for key in wanted if table.get(key) is not None}
         options["rotary_scaling"] = {"type": kind, **said}
+        _check_scaling(table, options["rotary_scaling"], complete=not lacking)
     return options
+
+
+def _check_scaling(table: Config, scaling: Mapping[str, Any], *, complete: bool) -> None:
+    """Note which numbers of a scaling are none."""
+    try:
+        if complete:
+            parse_scaling("", scaling)
+    except PlanError as error:
+        for problem in error.problems:
+            table.problem(problem.where.removeprefix("."), f"{problem.message}.", problem.remedy)
 
 
 def sections(config: Config, width: int, *, otherwise: list[int]) -> list[int]:

@@ -37,10 +37,10 @@ DEFAULTS: Mapping[str, Any] = {
 def encoder(config: Config, at: str = "") -> PublishedModule:
     """Return the encoder, whose names begin with `at`; its positions never train, as in transformers."""
     config.expect_zero("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
-    hidden, heads = config.integer("d_model"), config.integer("encoder_attention_heads")
+    hidden, heads = config.integer("d_model"), config.count("encoder_attention_heads")
     config.expect_divisor("encoder_attention_heads", heads, "d_model", hidden)
     options: dict[str, Any] = {
-        "layers": config.integer("encoder_layers"),
+        "layers": config.layers("encoder_layers"),
         "hidden": hidden,
         "heads": heads,
         "ffn": config.integer("encoder_ffn_dim"),

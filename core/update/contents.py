@@ -121,7 +121,11 @@ def _weights(module: Module, precision: str) -> Iterator[tuple[str, Described, b
     for info in module.stages:
         for parameter in info.parameters:
             trains = parameter.name in info.trainable
-            yield f"{module.name}.{parameter.name}", Described(dtypes[trains], parameter.shape), trains
+            yield (
+                f"{module.name}.{parameter.name}",
+                Described(dtypes[trains], parameter.unpadded_shape),
+                trains,
+            )
 
 
 def _found_weights(module: Module, found: Tensors) -> Iterator[tuple[str, Described, bool]]:

@@ -37,24 +37,12 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
-from mimogrid.shell.checkpoint import tensorfile
 from mimogrid.shell.checkpoint.index import IndexedTensor, ShardPlace
 from mimogrid.shell.checkpoint.manifest import PARTIAL, reading
-from mimogrid.shell.checkpoint.tensorfile import TensorEntry
+from mimogrid.shell.device.values import DTYPE_NAMES, values_of
+from mimogrid.shell.job import tensorfile
+from mimogrid.shell.job.tensorfile import TensorEntry
 from mimogrid.shell.runtime.tensor_slices import TensorSlice, TensorSlices
-
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""The names of dtypes in safetensors."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -90,7 +78,7 @@ def index_of(plans: Sequence[list[WriteItem]]) -> dict[str, IndexedTensor]:
     for file, item in ((file, item) for file, items in files for item in items):
         name, data = item.index.fqn, item.tensor_data
         assert data is not None
-        full[name] = DTYPES[data.properties.dtype], tuple(data.size)
+        full[name] = DTYPE_NAMES[data.properties.dtype], tuple(data.size)
         place = ShardPlace(file, tuple(data.chunk.offsets), tuple(data.chunk.sizes))
         parts.setdefault(name, []).append(place)
     return {name: IndexedTensor(*full[name], tuple(places)) for name, places in parts.items()}
@@ -120,13 +108,7 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:
     """Return a tensor in host memory as an entry to write."""
-    return TensorEntry(name, DTYPES[tensor.dtype], tuple(tensor.shape), lambda: values_of(tensor))
-
-
-def values_of(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor in host memory."""
-    array: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return TensorEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), lambda: values_of(tensor))
 
 
 def _write_item(name: str, index: int, part: TensorSlice) -> WriteItem:

@@ -14,7 +14,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.tiling import tiling_fault
 from mimogrid.core.update.contents import Described, Tensors, is_count
 from mimogrid.shell.checkpoint.jsonfile import OTHER, canonical, read_object
-from mimogrid.shell.checkpoint.tensorfile import WIDTHS, StoredTensor, header_of, size_of
+from mimogrid.shell.job.tensorfile import WIDTHS, StoredTensor, header_of, size_of
 
 
 INDEX = "index.json"

@@ -33,8 +33,8 @@ from mimogrid.core.topology.topology import Topology
 from mimogrid.core.update.contents import Tensors, field_faults, is_count, table_faults, written_as
 from mimogrid.shell.checkpoint.index import INDEX, contradictions, described, read_index
 from mimogrid.shell.checkpoint.jsonfile import OTHER, canonical, read_object
-from mimogrid.shell.checkpoint.tensorfile import checksum, write_text
 from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.tensorfile import checksum, write_text
 
 
 VERSION = 2

@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import WorldError
-from mimogrid.shell.checkpoint import manifest, tensorfile
+from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.checkpoint.files import files_of, index_of, items_of, write_shard
 from mimogrid.shell.checkpoint.index import INDEX, IndexedTensor, index_text
 from mimogrid.shell.checkpoint.manifest import folder_of
+from mimogrid.shell.job import tensorfile
 from mimogrid.shell.runtime.tensor_slices import TensorSlices
 from mimogrid.shell.world.phases import PUBLISHED, PUBLISHING, SAVING, WRITING
 

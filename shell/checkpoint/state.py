@@ -23,6 +23,7 @@ from mimogrid.core.update.contents import OPTIMIZER, written_as
 from mimogrid.core.update.decision import SkipState
 from mimogrid.shell.checkpoint.versions import machine, versions
 from mimogrid.shell.job import jobfile
+from mimogrid.shell.runtime.exchange import compact
 from mimogrid.shell.runtime.gradients import Buffer, Shard
 from mimogrid.shell.runtime.optimizer import begin_states, states_of
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -30,7 +31,6 @@ from mimogrid.shell.runtime.tensor_slices import (
     StageSlices,
     TensorSlice,
     TensorSlices,
-    compact,
     gather_slices,
     weights_of,
 )
@@ -79,7 +79,7 @@ def slices_to_load(runtime: RankRuntime, facts: Mapping[str, Any]) -> TensorSlic
         for shard in buffer.shards:
             for name, tensor in _tensors(runtime, stage, shard):
                 found[name] = tuple(places.slices(shard.part, tensor))
-    return found
+    return {name: slices for name, slices in found.items() if slices}  # a shard may be padding only
 
 
 def restore(runtime: RankRuntime, facts: Mapping[str, Any]) -> None:
@@ -177,8 +177,9 @@ def _joined(runtime: RankRuntime, stage: Stage) -> Iterator[tuple[str, tuple[Ten
                 kept = _gathered(buffer, span, kept)
             if shard and shard.part.start == 0 and span.name in of_stage.counted:
                 for name, tensor in kept.items():
-                    if tensor.dim() or span.name in of_stage.written:
-                        yield name, tuple(places.slices(ParameterRange(span.name, 0, span.size), tensor))
+                    slices = tuple(places.slices(ParameterRange(span.name, 0, span.size), tensor))
+                    if slices and (tensor.dim() or span.name in of_stage.written):
+                        yield name, slices
 
 
 def _is_cut(buffer: Buffer, span: Span) -> bool:

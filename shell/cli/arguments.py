@@ -21,9 +21,12 @@ from mimogrid.core.base.errors import nearest
 from mimogrid.core.pricing.machine import EFFICIENCY
 
 
-def _positional(metavar: str, text: str) -> Any:
-    """Return a field that is an argument without a flag."""
-    return attrs.field(metadata={"flags": (), "type": Path, "metavar": metavar, "help": text})
+def _positional(metavar: str, text: str, *, required: bool = True) -> Any:
+    """Return a field that is an argument without a flag; None stands for one that may be left out."""
+    metadata = {"flags": (), "type": Path, "metavar": metavar, "help": text}
+    if required:
+        return attrs.field(metadata=metadata)
+    return attrs.field(default=None, metadata={**metadata, "nargs": "?", "default": None})
 
 
 def _option(metavar: str | None, text: str, kind: Any = str, default: Any = None, **more: Any) -> Any:
@@ -106,6 +109,29 @@ class RunArgs(Args):
     """What every command on the checkpoints of a run takes."""
 
     folder: Path = _positional("RUN", "the folder of a run or of a checkpoint")
+
+
+TEMPLATES: Mapping[str, tuple[str, ...]] = {
+    "text": ("templates/text.toml",),
+    "vision-language": ("templates/vision-language.toml",),
+    "omni": ("templates/omni.toml",),
+    "own": ("own/job.toml", "own/ears.py", "own/network.py", "own/pulses.py"),
+}
+"""By name the examples that a template consists of: the job file, and the files beside it."""
+
+
+@attrs.frozen(kw_only=True)
+class InitArgs(Args):
+    """Write the job file of a published checkpoint, or one to begin with. Needs no torch."""
+
+    folder: Path | None = _positional("FOLDER", "the folder of the checkpoint", required=False)
+    template: str | None = _option(
+        None, "write this commented job instead of one for a checkpoint", choices=tuple(TEMPLATES)
+    )
+    out: Path = _option("FILE", "the job file to write; default job.toml", Path, Path("job.toml"))
+    gpus: int | None = _option("N", "lay the modules out on this number of GPUs, as `plan` does", int)
+    gpu: str | None = _option("NAME", "the kind of GPU, such as h100 or a100")
+    force: bool = _switch("write over a file that is there")
 
 
 @attrs.frozen(kw_only=True)
@@ -207,6 +233,11 @@ class ParityArgs(LaunchArgs):
     """Compare the gradients of a job with those of the same model on one process."""
 
     steps: int = _option("K", "the number of steps to compare; default 1", int, 1)
+    reference: str | None = _option(
+        None,
+        "compare with the model of transformers that has the job's weights, by the names of its tensors",
+        choices=("transformers",),
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -222,10 +253,14 @@ class InspectArgs(RunArgs):
 
 @attrs.frozen(kw_only=True)
 class ExportArgs(RunArgs):
-    """Write the weights of a run as safetensors or as torch's distributed checkpoint."""
+    """Write the weights of a run as safetensors, as torch's distributed checkpoint, or as transformers loads them."""
 
-    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp"))
+    target: Path | None = _positional("FOLDER", "the same as --out", required=False)
+    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp", "hf"))
     out: Path | None = _option("FOLDER", "write into this folder, which must be new or empty", Path)
+    source: Path | None = _option(
+        "FOLDER", "for hf: the checkpoint that the run started from, if it has moved", Path, flags=("--from",)
+    )
     max_shard_gb: float = _option(
         "X", "split modules larger than this many GB into several files; default 5", float, 5.0
     )
@@ -266,6 +301,7 @@ class CompletionArgs(Args):
 
 
 COMMANDS: Mapping[str, type[Args]] = {
+    "init": InitArgs,
     "check": CheckArgs,
     "roles": RolesArgs,
     "show": ShowArgs,
@@ -284,6 +320,10 @@ COMMANDS: Mapping[str, type[Args]] = {
 }
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "init": (
+        "init --template vision-language",
+        "init checkpoints/qwen2 --gpus 8 --gpu h100 --out job.toml",
+    ),
     "check": ("check job.toml", "check job.toml --set modules.language.grid.tp=4"),
     "roles": ("roles job.toml", "roles job.toml --rank 3", "roles job.toml --svg ranks.svg"),
     "show": ("show job.toml --rank 3 --set batch.microbatches=2",),
@@ -300,9 +340,12 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "train job.toml --resume runs/job-1",
         "train job.toml --set train.run_dir=runs/mine",
     ),
-    "parity": ("parity job.toml --set precision=fp64",),
+    "parity": (
+        "parity job.toml --set precision=fp64",
+        "parity job.toml --reference transformers",
+    ),
     "inspect": ("inspect runs/job-1", "inspect runs/job-1 --job larger.toml"),
-    "export": ("export runs/job-1 --to safetensors --out weights",),
+    "export": ("export runs/job-1 --to safetensors --out weights", "export runs/job-1 --to hf published"),
     "watch": ("watch runs/job-1", "watch runs/job-1 --once --json"),
     "env": ("env", "env --json"),
     "schema": ("schema --out job.schema.json",),
@@ -318,8 +361,17 @@ def parse(words: Sequence[str]) -> Args:
     """Return the arguments of a command. Raises SystemExit for --help, and with code 2 for what is wrong."""
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _Parser(prog="mimogrid").error(f"'{words[0]}' is no command. {nearest(words[0], tuple(COMMANDS))}")
-    found = vars(parser().parse_args(words))
-    return COMMANDS[found.pop("command")](**found)
+    whole = parser()
+    given, late = whole.parse_known_args(words)
+    found = vars(given)
+    of = COMMANDS[found.pop("command")]
+    # argparse of Python 3.11 takes no optional argument behind an option: `export RUN --to hf FOLDER`.
+    optional = [f.name for f in attrs.fields(of) if f.metadata.get("nargs") == "?" and found[f.name] is None]
+    if len(late) == len(optional) == 1 and not late[0].startswith("-"):
+        return of(**{**found, optional[0]: Path(late[0])})
+    if late:
+        whole.error(f"unrecognized arguments: {' '.join(late)}")
+    return of(**found)
 
 
 def overview() -> str:
@@ -328,8 +380,8 @@ def overview() -> str:
     return (
         "mimogrid trains multimodal models in which every module has its own grid of ranks.\n\n"
         f"{''.join(commands)}\n"
-        "JOB is a TOML file; start with one from examples/. --set train.steps=20 overrides a key of it.\n"
-        "`mimogrid COMMAND --help` lists the options, with examples.\n"
+        "JOB is a TOML file; start with `mimogrid init --template vision-language`, or with a checkpoint's folder.\n"
+        "--set train.steps=20 overrides a key. `mimogrid COMMAND --help` lists the options, with examples.\n"
     )
 
 

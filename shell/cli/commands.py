@@ -24,6 +24,7 @@ from mimogrid.shell.cli.arguments import (
     CompletionArgs,
     EnvArgs,
     ExportArgs,
+    InitArgs,
     InspectArgs,
     JobArgs,
     ParityArgs,
@@ -51,6 +52,10 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
         extras.require("train", type(args).__name__.removesuffix("Args").lower())
     with _extras_are_named():
         match args:
+            case InitArgs():
+                from mimogrid.shell.cli import init  # noqa: PLC0415 -- only what is used
+
+                return init.run(args)
             case CheckArgs():
                 return check(_opened(args), args)
             case RolesArgs():

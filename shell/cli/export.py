@@ -4,12 +4,15 @@
                   several files and an index for a large module; and `config.json`, which describes the modules
     dcp           torch's distributed checkpoint, for `torch.distributed.checkpoint.load`, with ``module.parameter``
                   as name. torch pickles its metadata. We write this format and never read it.
+    hf            the folder that the run started from (``weights``), with the weights of the run: the same names, files
+                  and dtypes, and everything else as it is there
 
 The weights are the main parameters: fp32 where the network computes in half precision. Only one tensor at a time is in
 memory, assembled from its parts. Files are not memory-mapped, because pages that were read would stay resident. The
 folder gets its name when it is complete.
 """
 
+import functools
 import json
 import warnings
 from collections.abc import Mapping
@@ -25,24 +28,33 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.spec import ModuleSpec
+from mimogrid.core.models.mapping import Source, inverse
 from mimogrid.core.update.contents import OPTIMIZER
-from mimogrid.shell.checkpoint import manifest, tensorfile
-from mimogrid.shell.checkpoint.files import DTYPES, values_of
+from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.checkpoint.index import IndexedTensor, read_index
 from mimogrid.shell.checkpoint.jsonfile import canonical
 from mimogrid.shell.checkpoint.manifest import CHECKPOINTS, PARTIAL
-from mimogrid.shell.checkpoint.tensorfile import StoredTensor, TensorEntry
 from mimogrid.shell.cli.arguments import ExportArgs
 from mimogrid.shell.cli.output import print_json
-from mimogrid.shell.job import jobfile
+from mimogrid.shell.device.values import TORCH_DTYPES, values_of
+from mimogrid.shell.job import jobfile, tensorfile
+from mimogrid.shell.job.published import Published, origin_of
+from mimogrid.shell.job.tensorfile import StoredTensor, TensorEntry
+from mimogrid.shell.modules.published import write_published
 
 
 def run(args: ExportArgs) -> int:
     """Export the newest checkpoint of a run, or the one that is named."""
+    if args.source is not None and args.to != "hf":
+        raise PlanError([Problem("--from", f"is not for {args.to}.", "Leave it out, or write --to hf.")])
+    if args.target is not None and args.out is not None:
+        raise PlanError([Problem("--out", f"is named besides {args.target}.", "Name one of the two.")])
     checkpoint = manifest.newest_of(args.folder)
-    out = args.out or _beside(checkpoint, args.to)
+    out = args.target or args.out or _beside(checkpoint, args.to)
     with manifest.reading(checkpoint):
-        files = export(checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9))
+        files = export(
+            checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9), source=args.source
+        )
     if args.json:
         print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
     else:
@@ -50,20 +62,24 @@ def run(args: ExportArgs) -> int:
     return 0
 
 
-def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int) -> list[str]:
+def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Path | None = None) -> list[str]:
     """Write the weights of a whole checkpoint into a new folder; return the names of the files. Raises PlanError.
 
-    No file of safetensors has more than `bytes_most`, unless a single parameter has.
+    No file of the format safetensors has more than `bytes_most`, unless a single parameter has. `source` stands in for
+    the folder that the run started from.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
     index = {n: s for n, s in read_index(checkpoint).items() if not n.startswith(OPTIMIZER)}
+    origin = _origin(checkpoint, index, source) if to == "hf" else None
     partial = out.with_name(out.name + PARTIAL)
     try:
         manifest.remove([partial])
         partial.mkdir(parents=True)
         weights = _weights(checkpoint, index)
-        if to == "dcp":
+        if origin is not None:
+            write_published(partial, origin.found, functools.partial(_published, weights, origin))
+        elif to == "dcp":
             _write_dcp(partial, weights)
         else:
             _write_safetensors(partial, weights, checkpoint, bytes_most)
@@ -95,19 +111,27 @@ class Weights:
 
     def full(self, name: str) -> torch.Tensor:
         """Return a full tensor."""
+        shape = self.index[name].shape
+        return self.rows(name, 0, shape[0] if shape else 1).view(shape)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of a full tensor."""
         stored = self.index[name]
-        whole = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
+        whole = torch.empty((stop - start, *stored.shape[1:]), dtype=TORCH_DTYPES[stored.dtype])
         for part in stored.parts:
-            target = whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))]
+            (begin, *columns), (count, *widths) = part.offsets or (0,), part.shape or (1,)
+            first, last = max(start, begin), min(stop, begin + count)
+            if first >= last:
+                continue
+            places = (slice(o, o + n) for o, n in zip(columns, widths, strict=True))
+            target = whole[(slice(first - start, last - start), *places)]
             block = target if target.is_contiguous() else torch.empty_like(target)
             in_file = self.files[part.file][name]
-            tensorfile.read_into(self.checkpoint / part.file, in_file, values_of(block))
+            skip = (first - begin) * ((in_file.end - in_file.begin) // count)
+            tensorfile.read_into(self.checkpoint / part.file, in_file, values_of(block), skip=skip)
             if block is not target:
                 target.copy_(block)
         return whole
-
-
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def _weights(checkpoint: Path, index: Mapping[str, IndexedTensor]) -> Weights:
@@ -190,13 +214,63 @@ def _shards(weights: Weights, names: list[str], bytes_most: int) -> list[list[st
     return shards
 
 
+# -- hf ----------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False)
+class Origin:
+    """The checkpoint that a run started from, and for each of its tensors that the run has, the rows of the run's."""
+
+    found: Published
+    sources: Mapping[str, tuple[Source, ...]]
+
+
+def _published(weights: Weights, origin: Origin, name: str) -> torch.Tensor | None:
+    """Return a tensor of the checkpoint with the weights of the run; None if the run has none of it."""
+    if name not in origin.sources:
+        return None
+    pieces = [weights.rows(source.name, source.start, source.stop) for source in origin.sources[name]]
+    whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    return whole.view(origin.found.tensors[name].shape)
+
+
+def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path | None) -> Origin:
+    """Return what a run started from. Raises PlanError where that is no folder, or cannot hold the run's weights."""
+    where = checkpoint / manifest.MANIFEST
+    modules = jobfile.recorded(manifest.read_manifest(checkpoint)["job"], where).modules
+    found = origin_of({name: module.weights for name, module in modules.items()}, source)
+    sources: dict[str, tuple[Source, ...]] = {}
+    problems: list[Problem] = []
+    for module in modules:
+        recipes = {f"{module}.{name}": recipe for name, recipe in found.module(module).recipes.items()}
+        own = {name: stored.shape for name, stored in index.items() if name.startswith(f"{module}.")}
+        for name in sorted(own.keys() | recipes.keys()):
+            ours, theirs = own.get(name), recipes[name].shape if name in recipes else None
+            if ours != theirs:
+                message = f"is {_shape(ours)} in the run, and {_shape(theirs)} in {found.folder}."
+                problems.append(Problem(name, message, _OTHERWISE))
+        sources |= {stored.name: rows for stored, rows in inverse(recipes).items()}
+    if problems:
+        raise PlanError(problems[:SHOWN])
+    return Origin(found, sources)
+
+
+SHOWN = 8
+"""How many parameters that do not fit are named."""
+_OTHERWISE = "Its weights leave as --to safetensors."
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
 # -- dcp ---------------------------------------------------------------------------------------------------
 
 
 def _write_dcp(folder: Path, weights: Weights) -> None:
     """Write tensors one by one, as torch's planner asks for their values; the state dict has only their shapes."""
     shapes = {
-        name: torch.empty(stored.shape, dtype=_TORCH[stored.dtype], device="meta")
+        name: torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device="meta")
         for name, stored in weights.index.items()
     }
     with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 Nothing here imports torch: the processes that need it do, and a run folder is checked before any of them starts.
 """
 
+import importlib.util
 import shlex
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from mimogrid.shell.cli.arguments import LaunchArgs, ParityArgs, ProbeArgs, Trai
 from mimogrid.shell.cli.output import print_json, unescaped, write
 from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.job.published import origin_of
 from mimogrid.shell.run import folders
 from mimogrid.shell.world import preflight
 from mimogrid.shell.world.launch import Pool
@@ -27,6 +29,7 @@ from mimogrid.shell.world.preemption import EXIT_CODE, SIGNALS, forwarding_signa
 if TYPE_CHECKING:
     from mimogrid.shell.run.parity import ParityReport
     from mimogrid.shell.run.probe.results import Probed
+    from mimogrid.shell.run.reference_parity import ReferenceReport
 
 
 def train(job: Job, args: TrainArgs) -> int:
@@ -110,14 +113,31 @@ def _train_at(place: RankPlace, job: Job, args: TrainArgs) -> Any:
 
 
 def parity(job: Job, args: ParityArgs) -> int:
-    """Compare a job's layout with one process. Returns the exit code: 1 beyond the tolerance."""
-    problems = parity_problems(job.spec)
+    """Compare a job's layout with one process, or with transformers. Returns the exit code: 1 beyond the tolerance."""
+    problems = [*parity_problems(job.spec), *(_reference_problems(job) if args.reference else ())]
     if problems:
         raise PlanError(problems)
     _check_machine(job, args)
-    report: ParityReport = _in_fresh_world(job, "mimogrid.shell.run.parity:in_world", args.steps)
+    body = "reference_parity" if args.reference else "parity"
+    report: ParityReport | ReferenceReport = _in_fresh_world(
+        job, f"mimogrid.shell.run.{body}:in_world", args.steps
+    )
     print_json(report.as_json()) if args.json else print(report)
     return 0 if report.passed else 1
+
+
+def _reference_problems(job: Job) -> Iterator[Problem]:
+    """Yield why a job cannot be compared with transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        yield Problem("--reference", "transformers is not installed.", "Run: pip install 'mimogrid[hf]'.")
+    if job.spec.precision not in {"fp32", "fp64"}:
+        message = f"is {job.spec.precision}, in which transformers rounds elsewhere."
+        yield Problem("precision", message, "Compare in another: --set precision=fp64, or fp32.")
+    for name, module in job.topology.modules.items():
+        if module.aux_loss:
+            message = "is a loss that transformers computes otherwise."
+            yield Problem(f"modules.{name}.options.aux_loss", message, "Compare without it: set it to 0.")
+    origin_of({name: module.weights for name, module in job.spec.modules.items()})
 
 
 def probe(job: Job, args: ProbeArgs) -> int:

@@ -9,7 +9,6 @@ all its modules. What they are comes from its config.json; what the job says com
 """
 
 import functools
-import json
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,33 @@ from mimogrid.core.models.families import read_config
 from mimogrid.core.models.network import Model, PublishedModule
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job.tables import shown
+from mimogrid.shell.job.tensorfile import StoredTensor, header_of
 from mimogrid.shell.job.textfiles import json_of, read_text
 
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
+"""The dtypes that weights may have."""
 _REMEDY = "Name the folder of a whole checkpoint in safetensors, or download it again."
-HEADER_MOST = 100_000_000
-"""The longest header that is read, in bytes; a file that claims a longer one is no file of safetensors."""
 
 
 @attrs.frozen
 class PublishedTensor:
-    """A tensor of a checkpoint: the file that holds it, its dtype as safetensors writes it, and its shape."""
+    """A tensor of a checkpoint: the file that holds it, and where and what it is there."""
 
     file: str
-    dtype: str
-    shape: tuple[int, ...]
+    stored: StoredTensor
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype, as safetensors writes it."""
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.stored.shape
 
 
 @attrs.frozen(eq=False)
@@ -68,15 +78,56 @@ def published(folder: Path) -> Published:
     """Return what a folder holds.
 
     Raises PlanError if it is no checkpoint in safetensors, if its architecture is not known here, and with the names
-    of all tensors that are missing, surplus or of another shape.
+    of all tensors that are missing, surplus, of another shape or no floats.
     """
-    config = _table(folder / CONFIG)
-    tensors = _tensors(folder)
+    try:
+        config = _table(folder / CONFIG)
+        tensors = _tensors(folder)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a circle of links, a name that is too long, a null byte
+        raise _problem(folder, f"is no folder that can be read: {error}.") from None
     model = read_config(config, tensors)
-    problems = tuple(model.differences({name: tensor.shape for name, tensor in tensors.items()}))
+    problems = (
+        *model.differences({name: t.shape for name, t in tensors.items()}),
+        *_no_floats(model, tensors),
+    )
     if problems:
         raise PlanError(attrs.evolve(problem, where=str(folder)) for problem in problems)
     return Published(folder, config, tensors, model)
+
+
+def _no_floats(model: Model, tensors: Mapping[str, PublishedTensor]) -> Iterator[Problem]:
+    """Yield the first of the weights that are no floats: whoever quantizes need not say so in the config."""
+    used = {tensor.name for recipe in model.recipes().values() for tensor in recipe.tensors}
+    strange = sorted(name for name in used & tensors.keys() if tensors[name].dtype not in FLOATS)
+    if strange:
+        message = f"has {len(strange)} weights that are no floats, such as {strange[0]} ({tensors[strange[0]].dtype})."
+        yield Problem("", message, "Use the checkpoint that this one was quantized from.")
+
+
+def origin_of(folders: Mapping[str, str | None], source: Path | None = None) -> Published:
+    """Return the checkpoint that all modules of a job start from, or the `source` that stands in for it.
+
+    `folders` are the modules' own. Raises PlanError where a module has none, or there are several, or it is gone.
+    """
+    if fresh := [name for name, folder in folders.items() if folder is None]:
+        message = "is not there: the module starts from random weights, and belongs to no checkpoint."
+        remedy = "Start the job from a folder: weights = FOLDER. Without one its weights leave as --to safetensors."
+        raise PlanError(Problem(f"modules.{name}.weights", message, remedy) for name in fresh)
+    named = list(dict.fromkeys(Path(folder) for folder in folders.values() if folder))
+    if source is None and len(named) > 1:
+        message = f"start from {len(named)} folders: {', '.join(map(str, named))}."
+        raise PlanError(
+            [Problem("modules", message, "Name one checkpoint that has all of them: --from FOLDER.")]
+        )
+    folder = (source or named[0]).resolve()
+    if source is None and not folder.is_dir():
+        message = "the modules start from this folder, and it is not there any more."
+        raise PlanError([Problem(str(folder), message, "Name it where it is now: --from FOLDER.")])
+    return published(folder)
 
 
 def lay_weights(table: MutableMapping[str, Any], folder: Path) -> dict[str, tuple[Problem, ...]]:
@@ -109,9 +160,10 @@ def _lay(
     name: str, module: MutableMapping[str, Any], folder: Path, names: tuple[str, ...]
 ) -> tuple[Problem, ...]:
     """Lay a checkpoint's table of a module under the job's; `names` are the modules of the job."""
-    if "\0" in module["weights"]:
-        return (Problem(f"modules.{name}.weights", "has a null byte.", "Name a folder."),)
-    module["weights"] = str((folder / module["weights"]).resolve())
+    try:
+        module["weights"] = str((folder / module["weights"]).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null byte
+        return (Problem(f"modules.{name}.weights", f"is no path: {error}.", "Name a folder."),)
     try:
         found = published(Path(module["weights"])).module(name).table()
     except PlanError as error:
@@ -148,37 +200,43 @@ def shape_problems(topology: Topology) -> Iterator[Problem]:
         if folder is None or isinstance(module.model, Own):
             continue
         recipes = published(Path(folder)).module(name).recipes
-        padding = getattr(module.model, "vocab_padding", 0)
         for parameter in module.parameters:
-            stored = recipes[parameter.name].shape if parameter.name in recipes else parameter.shape
-            rows = parameter.shape[0] - (padding if parameter.name in PADDED else 0)
-            if stored != (rows, *parameter.shape[1:]):
-                message = f"make {parameter.name} {parameter.shape}, and the checkpoint has {stored}."
+            shape = parameter.unpadded_shape
+            stored = recipes[parameter.name].shape if parameter.name in recipes else shape
+            if stored != shape:
+                message = f"make {parameter.name} {shape}, and the checkpoint has {stored}."
                 yield Problem(f"modules.{name}.options", message, "Leave out what changes sizes.")
                 break
 
 
-PADDED = ("embedding.weight", "output.weight")
-"""Parameters with a row for each entry of the vocabulary."""
-
-
 def _tensors(folder: Path) -> dict[str, PublishedTensor]:
-    if (folder / INDEX).is_file():
-        places = _table(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict):
-            raise _problem(folder / INDEX, "has no weight_map.")
-        if strange := [file for file in places.values() if not _is_name(file)]:
-            raise _problem(folder / INDEX, f"names {strange[0]!r}, which is no file of the folder.")
-        found = {file: _header(folder / file) for file in sorted(set(places.values()))}
-        if lost := sorted(name for name, file in places.items() if name not in found[file]):
-            raise _problem(folder / INDEX, f"names {lost[0]} in {places[lost[0]]}, where it is not.")
-        return {name: found[file][name] for name, file in places.items()}
-    if not (folder / ONE_FILE).exists() and any(folder.glob("*.bin")):
+    if not (folder / INDEX).exists():
+        if not (folder / ONE_FILE).exists():
+            _refuse_pickled(folder)
+        return _header(folder / ONE_FILE)
+    places = _table(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict):
+        raise _problem(folder / INDEX, "has no weight_map.")
+    if strange := [file for file in places.values() if not _is_name(file)]:
+        raise _problem(folder / INDEX, f"names {strange[0]!r}, which is no file of the folder.")
+    found = {file: _header(folder / file) for file in sorted(set(places.values()))}
+    if lost := sorted(name for name, file in places.items() if name not in found[file]):
+        raise _problem(folder / INDEX, f"names {lost[0]} in {places[lost[0]]}, where it is not.")
+    return {name: found[file][name] for name, file in places.items()}
+
+
+def _refuse_pickled(folder: Path) -> None:
+    """Raise PlanError, with how to convert them, if there are files whose reading runs code."""
+    pickled = (
+        sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED) if folder.is_dir() else []
+    )
+    if pickled:
+        message = f"is pickled ({Path(pickled[0]).suffix}), which is never read here: {pickled[0]} may run any code."
         remedy = (
-            "Convert it: load it with transformers, then save_pretrained(folder, safe_serialization=True)."
+            "Convert it where you trust it: AutoModel.from_pretrained(folder).save_pretrained(new), with the class "
+            "that config.json names."
         )
-        raise PlanError([Problem(str(folder), "is pickled (.bin), which is never read here.", remedy)])
-    return _header(folder / ONE_FILE)
+        raise PlanError([Problem(str(folder), message, remedy)])
 
 
 def _is_name(file: object) -> bool:
@@ -191,23 +249,11 @@ def _header(path: Path) -> dict[str, PublishedTensor]:
     try:
         if path.exists() and not path.is_file():
             raise _problem(path, "is no regular file.")
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(min(length, HEADER_MOST)))
-            size = file.seek(0, 2)
-        table.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
-        found = {
-            name: PublishedTensor(path.name, entry["dtype"], tuple(entry["shape"]))
-            for name, entry in table.items()
-        }
+        return {name: PublishedTensor(path.name, stored) for name, stored in header_of(path).items()}
     except OSError as error:
         raise _problem(path, f"cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _problem(path, f"is no file of safetensors: {error}.") from None
-    if size != end:
-        raise _problem(path, f"has {size} bytes, and its tensors end at {end}.")
-    return found
+    except ValueError as error:
+        raise _problem(path, f"is no whole file of safetensors: it {error}.") from None
 
 
 def _table(path: Path) -> dict[str, Any]:

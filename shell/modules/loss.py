@@ -102,7 +102,8 @@ class _CrossEntropies(torch.autograd.Function):
         here_T = (local_T >= 0) & (local_T < entries)
         index_T1 = local_T.clamp(0, entries - 1)[:, None]
         sums_PT = shifted_TV.new_empty(2, tokens)
-        torch.mul(shifted_TV.gather(1, index_T1).squeeze(1), here_T, out=sums_PT[0])
+        # Not a product: logits of padding are minus infinity.
+        sums_PT[0] = shifted_TV.gather(1, index_T1).squeeze(1).masked_fill_(~here_T, 0.0)
         exponentials_TV = shifted_TV.exp_()
         torch.sum(exponentials_TV, dim=1, out=sums_PT[1])
         if group.size() > 1:

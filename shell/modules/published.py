@@ -4,21 +4,23 @@ Values change their dtype on the way and nothing else: they are rounded only whe
 """
 
 import contextlib
-import json
+import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.models import Parameter
-from mimogrid.core.models.mapping import Recipe, inverse, padded, shard_rows, slices
-from mimogrid.shell.job.published import INDEX, ONE_FILE, Published, published
+from mimogrid.core.models.mapping import inverse, padded, shard_rows, slices
+from mimogrid.shell.device.values import TORCH_DTYPES, values_of
+from mimogrid.shell.job import tensorfile
+from mimogrid.shell.job.published import INDEX, PICKLED, Published, published
+from mimogrid.shell.job.tensorfile import TensorEntry
 from mimogrid.shell.modules.weights import Shards, cut_over
 
 
@@ -42,7 +44,8 @@ def load_published(
         for parameter in parameters:
             if parameter.name not in recipes:
                 continue
-            recipe, weight = _padded(recipes[parameter.name], parameter), weights[parameter.name]
+            recipe = padded(recipes[parameter.name], parameter.padding)
+            weight = weights[parameter.name]
             over = cut_over(parameter, groups)
             rows, columns = _held(parameter, rank=over.rank(), ranks=over.size())
             weight.zero_()
@@ -54,11 +57,6 @@ def load_published(
                 target = weight[piece.rows.start : piece.rows.stop]
                 target.copy_(values.reshape(target.shape))
     return tuple(parameter for parameter in parameters if parameter.name not in recipes)
-
-
-def _padded(recipe: Recipe, parameter: Parameter) -> Recipe:
-    """Return the recipe with the rows of zeros that a parameter has besides: those of a padded vocabulary."""
-    return padded(recipe, parameter.shape[0] - recipe.shape[0])
 
 
 def _held(parameter: Parameter, *, rank: int, ranks: int) -> tuple[tuple[range, ...] | None, range | None]:
@@ -87,48 +85,53 @@ def published_tensors(found: Published, module: str, full: Mapping[str, Tensor])
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-def write_published(
-    out: Path, found: Published, tensors: Mapping[str, Tensor], *, bytes_most: int = 5_000_000_000
-) -> None:
-    """Write a folder as the checkpoint's: `tensors` in its dtypes, and all else that it holds as it is.
+def write_published(out: Path, found: Published, tensor_of: Callable[[str], Tensor | None]) -> None:
+    """Write a folder as the checkpoint's, with other values: the same files, index and dtypes, and all else as it is.
 
-    A file has at most `bytes_most`, unless one tensor has more. Raises PlanError if the folder is not empty.
+    `tensor_of` returns what stands in the place of a tensor of the checkpoint, in any floats, or None where that is
+    copied. It is called for one after the other, when they are written. Raises PlanError if the folder is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty.")])
     out.mkdir(parents=True, exist_ok=True)
     for path in found.folder.iterdir():
-        if path.is_file() and path.suffix not in _WEIGHTS and path.name != INDEX:
+        if path.is_file() and not _holds_weights(path):
             shutil.copyfile(path, out / path.name)
-    files: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    for name in found.tensors:
-        tensor = _in_dtype(found, name, tensors.get(name))
-        if files[-1] and size + tensor.nbytes > bytes_most:
-            files.append({})
-            size = 0
-        files[-1][name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    count = len(files)
-    names = (
-        [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [ONE_FILE]
-    )
-    for file, held in zip(names, files, strict=True):
-        save_file(held, out / file, metadata={"format": "pt"})
-    if count > 1:
-        places = {name: file for file, held in zip(names, files, strict=True) for name in held}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    files: dict[str, list[TensorEntry]] = {}
+    for name, tensor in found.tensors.items():
+        entry = TensorEntry(
+            name, tensor.dtype, tensor.shape, functools.partial(_values, found, name, tensor_of)
+        )
+        files.setdefault(tensor.file, []).append(entry)
+    for file, entries in files.items():
+        tensorfile.write(out / file, entries, {"format": "pt"})
 
 
-_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth"})
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def _in_dtype(found: Published, name: str, tensor: Tensor | None) -> Tensor:
-    """Return a tensor in its dtype on disk; what no module holds is copied."""
-    if tensor is None:
-        with safe_open(found.folder / found.tensors[name].file, framework="pt") as file:
-            copied: Tensor = file.get_tensor(name)
-            return copied
-    return tensor.to(_DTYPES[found.tensors[name].dtype]).contiguous()
+def _holds_weights(path: Path) -> bool:
+    """Whether a file holds weights, or says which file does, besides the index that is written."""
+    return path.suffix in _WEIGHTS or (path.name.endswith(".index.json") and path.name != INDEX)
+
+
+def _values(found: Published, name: str, tensor_of: Callable[[str], Tensor | None]) -> memoryview:
+    """Return the bytes of a tensor in its dtype on disk."""
+    tensor, dtype = tensor_of(found.model.original(name)), TORCH_DTYPES.get(found.tensors[name].dtype)
+    if tensor is None or dtype is None:
+        return _stored(found, name)
+    if torch.promote_types(tensor.dtype, dtype) != tensor.dtype:
+        # It was rounded when it was read. If it has not changed since, what it was read from is exact.
+        whole = _stored(found, name)
+        source = torch.frombuffer(whole, dtype=dtype).view(tensor.shape)
+        if torch.equal(source.to(tensor.dtype), tensor):
+            return whole
+    return values_of(tensor.to(dtype))
+
+
+def _stored(found: Published, name: str) -> memoryview:
+    """Return the bytes of a tensor as they are in the checkpoint."""
+    tensor = found.tensors[name]
+    values = memoryview(bytearray(tensor.stored.end - tensor.stored.begin))
+    tensorfile.read_into(found.folder / tensor.file, tensor.stored, values)
+    return values

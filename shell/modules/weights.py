@@ -68,7 +68,8 @@ def draw(parameter: Parameter, *, seed: int, module: str) -> Tensor:
     if not parameter.std:
         return torch.full(parameter.shape, parameter.constant, dtype=torch.float64)
     generator = torch.Generator().manual_seed(draw_bits(seed, module, parameter.name))
-    return torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * parameter.std
+    drawn = torch.randn(parameter.unpadded_shape, dtype=torch.float64, generator=generator) * parameter.std
+    return torch.cat([drawn, drawn.new_zeros(parameter.padding, *parameter.shape[1:])])
 
 
 def shard(full: Tensor, parameter: Parameter, *, tp_rank: int, tp_size: int) -> Tensor:

@@ -8,11 +8,12 @@ In half precision both are compared with the reference in fp32 (see `_compared_w
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import torch
 
+from mimogrid.core.job.models import unpadded
 from mimogrid.core.job.precision import HALF
 from mimogrid.core.job.spec import GridSpec, JobSpec
 from mimogrid.core.step.step import Step, aux_name, step_of
@@ -40,6 +41,8 @@ TIMES = 3.0
 
 SHOWN = 8
 """How many of the worst parameters are shown."""
+NAME_LEAST = 44
+"""How wide the column of their names is at least."""
 
 Gradients = Tensors
 """Full gradients by ``module.parameter``."""
@@ -93,14 +96,16 @@ class ParityReport:
     def __str__(self) -> str:
         """Return the report with the worst parameters, for people."""
         reference = "relative to fp32; " if self.precision in HALF else ""
+        shown = self.worst[:SHOWN]
+        width = max([NAME_LEAST, *(len(d.parameter) for d in shown)])
         lines = [
             f"{'passed' if self.passed else 'FAILED'}: loss differs by {self.loss:.2e}, gradients by at "
             f"most {self.gradients:.2e} ({reference}{self.precision} tolerance: {self.limit:.2g})",
-            f"{'worst parameters':44} {'difference':>10} {'largest':>10} {'reference':>10}",
+            f"{'worst parameters':{width}} {'difference':>10} {'largest':>10} {'reference':>10}",
         ]
         lines += [
-            f"{d.parameter:44} {d.difference:10.2e} {d.magnitude:10.2e} {d.reference:10.2e}"
-            for d in self.worst[:SHOWN]
+            f"{d.parameter:{width}} {d.difference:10.2e} {d.magnitude:10.2e} {d.reference:10.2e}"
+            for d in shown
         ]
         return "\n".join(lines)
 
@@ -186,32 +191,46 @@ def compare(
     *,
     precision: str,
     limit: float | None = None,
+    module: Callable[[str], str] | None = None,
 ) -> ParityReport:
-    """Compare (our, the reference's) loss, and gradients; None as limit is the precision's tolerance."""
-    largest = _largest_by_module(reference)
+    """Compare (our, the reference's) loss, and gradients; None as limit is the precision's tolerance.
+
+    `module` returns the module of a name; by default it is a ``module.parameter``.
+    """
+    module = module or module_of
+    largest = _largest_by_module(reference, module)
     names = sorted({*ours, *reference})
     worst = sorted(
-        (_difference(name, ours.get(name), reference.get(name), largest) for name in names),
+        (
+            _difference(name, ours.get(name), reference.get(name), _floor(largest, module(name)))
+            for name in names
+        ),
         key=lambda d: (-d.difference, d.parameter),
     )
-    loss = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-30) if losses[0] != losses[1] else 0.0
+    loss = relative(losses[0], losses[1])
     gradients = worst[0].difference if worst else 0.0
     tolerance = TOLERANCE[precision] if limit is None else limit
     return ParityReport(loss, gradients, tuple(worst), precision, tolerance)
 
 
+def relative(ours: float, reference: float) -> float:
+    """Return how far a loss is from the reference's."""
+    return abs(ours - reference) / max(abs(reference), 1e-30) if ours != reference else 0.0
+
+
+def _floor(largest: Mapping[str, float], module: str) -> float:
+    """Return the scale by which the gradients of a module that are smaller are compared."""
+    return 1e-3 * (largest.get(module) or max(largest.values(), default=0.0))
+
+
 def _difference(
-    name: str,
-    ours: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    largest: Mapping[str, float],
+    name: str, ours: torch.Tensor | None, reference: torch.Tensor | None, floor: float
 ) -> Difference:
-    """Compare a gradient; a small one is compared by the scale of its module's `largest`."""
+    """Compare a gradient, by its own scale or the `floor`."""
     magnitude, expected = _magnitude(ours), _magnitude(reference)
     if ours is None or reference is None:
         difference = math.inf if magnitude or expected else 0.0
         return Difference(name, difference, magnitude, expected)
-    floor = 1e-3 * (largest[module_of(name)] or max(largest.values()))
     apart = float((ours.double() - reference.double()).abs().max())
     scale = max(expected, floor)
     difference = apart / scale if scale else (math.inf if apart else 0.0)
@@ -227,19 +246,19 @@ def _magnitude(tensor: torch.Tensor | None) -> float:
     return 0.0 if tensor is None or tensor.numel() == 0 else float(tensor.abs().max())
 
 
-def _largest_by_module(gradients: Gradients) -> Mapping[str, float]:
+def _largest_by_module(gradients: Gradients, module: Callable[[str], str]) -> Mapping[str, float]:
     largest: dict[str, float] = {}
     for name, gradient in gradients.items():
-        module = module_of(name)
-        largest[module] = max(largest.get(module, 0.0), _magnitude(gradient))
+        largest[module(name)] = max(largest.get(module(name), 0.0), _magnitude(gradient))
     return largest
 
 
 def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:
-    """Return the same model on one rank: every grid of size 1, and no fp8 if the precision is another."""
+    """Return the same model on one rank: every grid of size 1, no padding, no fp8 if the precision is another."""
     modules = {
         name: attrs.evolve(
             module,
+            options=unpadded(module.options),
             grid=GridSpec(offset=0),
             split=None,
             microbatches=None,
@@ -265,14 +284,14 @@ def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = Non
         reports = []
         for index in range(steps):
             step = job.step(index)
-            outcome = _run_without_overflow(session.runtime, index, step)
+            outcome = run_without_overflow(session.runtime, index, step)
             ours = full_gradients(session.runtime)
             if is_first:
                 reports.append(_compared_with_one_process(session, job, step, outcome.loss, ours))
         return max(reports, key=lambda report: max(report.gradients, report.loss)) if reports else None
 
 
-def _run_without_overflow(runtime: RankRuntime, index: int, step: Step) -> Outcome:
+def run_without_overflow(runtime: RankRuntime, index: int, step: Step) -> Outcome:
     """Run a step without updating; in fp16 lower the loss scale until nothing overflows, as training would."""
     while True:
         outcome = train_step(runtime, index, step, step, update=False)

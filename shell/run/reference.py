@@ -14,7 +14,7 @@ import inspect
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +54,8 @@ class ReferenceStep:
     """Loss, logits and gradients of one batch.
 
     Attributes:
-        loss: transformers' loss: a mean over the tokens with a label; each is predicted from those before it.
+        loss: transformers' loss: a mean over the tokens with a label; each is predicted from those before it. Or that
+            of the caller (`step_of`).
         logits: scores of the next token, [samples, tokens, vocabulary].
         gradients: full gradients by the names of the tensors in the folder. A tensor that the loss does not
             depend on has none, and neither has one that transformers freezes.
@@ -108,16 +109,30 @@ def losses_and_gradients(
 
     With `num_items_in_batch` the loss is the sum over the tokens with a label, divided by this number.
     """
+    has_own_mean = reference.model.config.model_type in _OWN_MEANS
+    inputs = dict(batch)
+    if num_items_in_batch is not None and not has_own_mean:
+        inputs["num_items_in_batch"] = torch.tensor(num_items_in_batch)
+
+    def loss_of(output: Any) -> torch.Tensor:
+        loss: torch.Tensor = output.loss
+        if num_items_in_batch is not None and has_own_mean:
+            loss = loss * int((inputs["labels"][:, 1:] != IGNORED).sum()) / num_items_in_batch
+        return loss
+
+    return step_of(reference, inputs, loss_of)
+
+
+def step_of(
+    reference: Reference, batch: Mapping[str, torch.Tensor], loss_of: Callable[[Any], torch.Tensor]
+) -> ReferenceStep:
+    """Return logits of a batch, with a loss of what the model returns, and the gradients of that loss."""
     model = reference.model
     inputs = {name: tensor.to(model.device) for name, tensor in _with_kinds(model, batch).items()}
-    if num_items_in_batch is not None and model.config.model_type not in _OWN_MEANS:
-        inputs["num_items_in_batch"] = torch.tensor(num_items_in_batch)
     model.zero_grad()
     with _precision(model.dtype, reference.casts):
         output = model(**inputs, use_cache=False)
-        loss = output.loss
-        if num_items_in_batch is not None and model.config.model_type in _OWN_MEANS:
-            loss = loss * int((inputs["labels"][:, 1:] != IGNORED).sum()) / num_items_in_batch
+        loss = loss_of(output)
         loss.backward()
     return ReferenceStep(loss.item(), output.logits.detach(), _gradients(reference))
 

@@ -25,3 +25,8 @@ def gather_objects(runtime: RankRuntime, value: T) -> list[T]:
     every: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(value, every, group=group, group_dst=0)
     return every or []
+
+
+def compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in host memory with storage of its own: a view pickles all of the storage that it is a part of."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -9,7 +9,7 @@ from mimogrid.core.step.step import Step
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.runtime.agreement import means_of
 from mimogrid.shell.runtime.data import Loads
-from mimogrid.shell.runtime.exchange import gather_values
+from mimogrid.shell.runtime.exchange import compact, gather_objects, gather_values
 from mimogrid.shell.runtime.execute import execute
 from mimogrid.shell.runtime.rank import RankRuntime, begin_program
 from mimogrid.shell.runtime.stage import StageStep, losses_of
@@ -45,6 +45,17 @@ def logits(runtime: RankRuntime, step: Step, source: Loads | None = None) -> tup
     """
     stages = _forward(runtime, step, source)
     return tuple(stage.logits[microbatch] for stage in stages for microbatch in sorted(stage.logits))
+
+
+def sample_logits(runtime: RankRuntime, step: Step, source: Loads | None = None) -> dict[int, torch.Tensor]:
+    """Return the logits [T, V] of each sample by its place in the step, on the first rank of the job, on the CPU."""
+    mine = {
+        place: compact(logits_TV)
+        for stage in _forward(runtime, step, source)
+        for microbatch in stage.logits
+        for place, logits_TV in stage.sample_logits(microbatch)
+    }
+    return {place: found for of_rank in gather_objects(runtime, mine) for place, found in of_rank.items()}
 
 
 def _forward(

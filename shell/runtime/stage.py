@@ -203,6 +203,12 @@ class StageStep:
         which = module.samples(self.dp_rank, microbatch, len(self.program.routes.step.samples))
         return which, logits_TV[ends].argmax(dim=-1)
 
+    def sample_logits(self, microbatch: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the place of each sample of a dp rank in the step, and its logits [T, V]."""
+        parts = self.logits[microbatch].split(self._share(microbatch).lengths)
+        size = len(self.program.routes.step.samples)
+        return zip(self.runner.module.samples(self.dp_rank, microbatch, size), parts, strict=True)
+
     def _share(self, microbatch: int) -> Share:
         return self.program.routes.step.share(self.runner.module.name, self.dp_rank, microbatch)
 

@@ -1,7 +1,7 @@
 """Tensor slices: where the tensors of a rank lie in the full tensors of a job, and how one rank puts them together.
 
 A full tensor has a layout-independent name, ``module.parameter``. Of several ranks that hold the same values one gives
-them, so that every value comes once.
+them, so that every value comes once. Padding (`Parameter.padding`) depends on the layout, so it is in no full tensor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from mimogrid.core.update.buckets import ParameterRange, boxes
 from mimogrid.core.update.reductions import counts_in_norm
 from mimogrid.shell.modules.interface import named_weights
 from mimogrid.shell.modules.weights import cut_over
-from mimogrid.shell.runtime.exchange import gather_objects
+from mimogrid.shell.runtime.exchange import compact, gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.stage import StageRunner
 
@@ -61,10 +61,18 @@ class StageSlices:
 
     def slices(self, part: ParameterRange, tensor: torch.Tensor) -> Iterator[TensorSlice]:
         """Yield the slices of some values of a parameter on this rank, flat and in order; or of one value for all."""
-        shape, parameter = self._shapes[part.name], self._table.get(part.name)
+        parameter = self._table.get(part.name)
+        padding = parameter.padding if parameter else 0
         if not tensor.dim():
             yield TensorSlice(tensor.view(1), (1,), (0,))
             return
+        for piece in self._places(part, tensor, parameter):
+            yield from _without_last_rows(piece, padding)
+
+    def _places(
+        self, part: ParameterRange, tensor: torch.Tensor, parameter: Parameter | None
+    ) -> Iterator[TensorSlice]:
+        shape = self._shapes[part.name]
         begin = 0
         for offsets, lengths in boxes(shape, part.start, part.stop):
             block = tensor[begin : begin + torch.Size(lengths).numel()].view(lengths)
@@ -74,6 +82,17 @@ class StageSlices:
                 yield TensorSlice(block, shape, offsets)
             else:
                 yield from _spread(block, shape, offsets, parameter, group)
+
+
+def _without_last_rows(piece: TensorSlice, rows: int) -> Iterator[TensorSlice]:
+    """Yield what remains of a slice when a full tensor loses so many rows at its end, if anything."""
+    if not rows:
+        yield piece
+        return
+    full = (piece.full_shape[0] - rows, *piece.full_shape[1:])
+    kept = min(piece.tensor.shape[0], full[0] - piece.offsets[0])
+    if kept > 0:
+        yield TensorSlice(piece.tensor[:kept], full, piece.offsets)
 
 
 def _spread(
@@ -137,8 +156,3 @@ def gather_slices(runtime: RankRuntime, slices: TensorSlices) -> dict[str, torch
                 full[name] = torch.empty(part.full_shape, dtype=part.tensor.dtype)
             part.within(full[name]).copy_(part.tensor)
     return full
-
-
-def compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory with storage of its own: a view pickles all of the storage that it is a part of."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -254,7 +254,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     index.write_text(told)
     data = shards[0].read_bytes()
     shards[0].write_bytes(data[:-100])
-    assert f"{shards[0]}: has {len(data) - 100} bytes" in refused(source)
+    assert f"end at byte {len(data)}; it has {len(data) - 100}" in refused(source)
     shards[0].unlink()
     assert f"{shards[0]}: cannot be read" in refused(source)
     for path in (*shards[1:], index):

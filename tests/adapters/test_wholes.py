@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_huggingface import FROZEN, TWO
 
 from checkpoints import batch, make
 from mimogrid.shell.job.published import published

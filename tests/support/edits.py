@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mimogrid.shell.checkpoint import manifest, tensorfile
+from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.checkpoint.index import INDEX
 from mimogrid.shell.checkpoint.jsonfile import canonical
+from mimogrid.shell.job import tensorfile
 
 
 KEPT, FILES, ALL = "checksums kept", "checksums of files renewed", "all checksums renewed"

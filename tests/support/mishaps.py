@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mimogrid.shell.checkpoint import tensorfile
 from mimogrid.shell.device.place import RankPlace
+from mimogrid.shell.job import tensorfile
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import run_lock, train
 

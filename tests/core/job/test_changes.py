@@ -31,6 +31,9 @@ FREE = {
     "modules.lm.grid.tp": of_module("lm", grid=attrs.evolve(SPEC.modules["lm"].grid, tp=2)),
     "modules.lm.chunks": of_module("lm", chunks=2),
     "modules.lm.split": of_module("lm", split=(1, 1)),
+    "modules.lm.options.vocab_padding": of_module(
+        "lm", options=attrs.evolve(SPEC.modules["lm"].options, vocab_padding=4)
+    ),
     "modules.enc.microbatches": of_module("enc", microbatches=8),
     "modules.enc.recompute": of_module("enc", recompute="full"),
 }

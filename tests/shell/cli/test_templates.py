@@ -9,8 +9,9 @@ import jsonschema
 import pytest
 
 from mimogrid.core.base.errors import PlanError
+from mimogrid.shell.cli.arguments import TEMPLATES
 from mimogrid.shell.cli.main import main
-from mimogrid.shell.cli.templates import SCHEMA, TEMPLATES, write_template
+from mimogrid.shell.cli.templates import SCHEMA, write_template
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +48,22 @@ def test_nothing_is_written_over_unless_that_is_meant(tmp_path: Path) -> None:
     assert "mine" == (tmp_path / "ears.py").read_text()
     write_template("own", tmp_path / "job.toml", force=True)
     assert "mine" != (tmp_path / "ears.py").read_text()
+
+
+def test_init_writes_a_template_and_says_what_is_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint, or GPUs to plan for, do not go with it; a misspelt one is told what there is."""
+    assert 0 == main(["init", "--template", "text"])
+    assert "mimogrid check job.toml" in capsys.readouterr().out
+    assert (tmp_path / "job.toml").exists()
+    assert 2 == main(["init", "--template", "text"])
+    assert "job.toml: is there already." in capsys.readouterr().err
+    assert 2 == main(["init", "checkpoint", "--template", "text", "--gpus", "8", "--force"])
+    said = capsys.readouterr().err
+    assert "FOLDER: does not go with --template." in said
+    assert "--gpus: does not go with --template." in said
+    assert 2 == main(["init", "--template", "txt"])
+    assert "vision-language" in capsys.readouterr().err
+    assert 2 == main(["init"])
+    assert "init --template text" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def header_of(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"has no valid header: {error!r}") from None
     end = 8 + length
     for name, of in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if of.dtype not in WIDTHS or (of.begin, of.end) != (end, end + size_of(of.dtype, of.shape)):
+        if of.dtype not in WIDTHS:
+            raise ValueError(f"has '{name}' in a dtype that is not known here, {reprlib.repr(of.dtype)}")
+        if (of.begin, of.end) != (end, end + size_of(of.dtype, of.shape)):
             kind = f"{of.dtype} {list(of.shape)}"
             raise ValueError(f"says that '{name}', {kind}, has the bytes {of.begin} to {of.end}")
         end = of.end
@@ -149,11 +152,14 @@ def _count(value: object) -> int:
     return value
 
 
-def read_into(path: Path, stored: StoredTensor, values: memoryview) -> None:
-    """Read a tensor's bytes into given memory. The file is not mapped, so that nothing else stays resident."""
-    assert len(values) == size_of(stored.dtype, stored.shape), path
+def read_into(path: Path, stored: StoredTensor, values: memoryview, *, skip: int = 0) -> None:
+    """Read a tensor's bytes into given memory, without the first `skip` and as many as there is room for.
+
+    The file is not mapped, so that nothing else stays resident.
+    """
+    assert skip + len(values) <= stored.end - stored.begin, path
     with path.open("rb", buffering=0) as file:
-        file.seek(stored.begin)
+        file.seek(stored.begin + skip)
         for start in range(0, len(values), CHUNK):
             part = values[start : start + CHUNK]
             if file.readinto(part) != len(part):
