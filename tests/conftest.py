@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # The core's tests run where there is no torch.
 
 # Before anything imports torch: the workers share the cores already.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What is tested is what is computed, and not how long that takes where much else runs.
 settings.register_profile("without a clock", settings(), deadline=None)

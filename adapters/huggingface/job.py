@@ -11,10 +11,11 @@ import attrs
 import tomlkit
 import torch
 
-from mimogrid.adapters.huggingface.batches import LANGUAGE, examples_of
-from mimogrid.adapters.torch_module import Embedded
+from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.data.record import LANGUAGE
 from mimogrid.core.models.fitting import fitted
+from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.published import Published, published
@@ -128,7 +129,8 @@ class Running:
         `batch` is what the model's processor makes, the whole batch on every rank (`batches`), and `labels`. Raises
         PlanError if it is anything else.
         """
-        examples = examples_of(self._job.checkpoint.model, batch)
+        encoded = examples_of(self._job.checkpoint.model, batch)
+        examples = [Example(each.sample, each.tensors) for each in encoded]
         longest = batch["input_ids"].shape[1]
         embedded = self._opened(len(examples), longest)
         outcome = embedded.step(examples)
@@ -201,8 +203,8 @@ def _check_supported(checkpoint: Published, grids: Mapping[str, Table]) -> None:
     problems: list[Problem] = []
     architecture = str((checkpoint.config.get("architectures") or ["none"])[0])
     if architecture not in SUPPORTED:
-        message = f"has the architecture {architecture}, which cannot be trained here yet."
-        problems.append(Problem(str(checkpoint.folder), message, f"So far: {', '.join(SUPPORTED)}."))
+        message = f"has the architecture {architecture}, which cannot be trained here."
+        problems.append(Problem(str(checkpoint.folder), message, f"Trained are: {', '.join(SUPPORTED)}."))
     for name in grids:
         if name not in checkpoint.model.modules:
             remedy = nearest(name, tuple(checkpoint.model.modules))

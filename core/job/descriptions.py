@@ -21,12 +21,20 @@ from mimogrid.core.job.models import BuiltIn, Gpt, Own, Vit
 from mimogrid.core.models.segments import PLANE, is_whole, placed
 
 
+LONG: SegmentGrid = (2**60,)
+"""A module that can read this can read rows without a grid, however many."""
+
+
 def description_problems(
     samples: Iterable[Sample], sources: Mapping[str, BuiltIn | Own]
 ) -> Iterator[Problem]:
     """Yield what is wrong with the rows and segments of samples; `sources` are the modules that read rows."""
-    known: dict[object, tuple[Problem, ...]] = {}  # a step may have a million samples, many of them alike
+    # A step may have a million samples, many of them alike, and most without a segment.
+    known: dict[object, tuple[Problem, ...]] = {}
+    any_length = not any(_misfit(model, LONG) for model in sources.values())
     for sample in samples:
+        if any_length and not sample.segments and not sample.intervals:
+            continue
         alike = [(sample.rows.get(name), sample.segments.get(name)) for name in sources]
         key = (*alike, *(len(of) for of in sample.intervals.values()))
         if key not in known:

@@ -62,11 +62,21 @@ class ModuleSpec:
 
 
 @attrs.frozen(kw_only=True)
-class DataSpec:
-    """`[data]`: a built-in source or ``package.module:function``, and its options."""
+class MixSpec:
+    """`[[data.mix]]`: a source, its options, and its weight among those of the mixture."""
 
     source: str
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    weight: float = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class DataSpec:
+    """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several."""
+
+    source: str = ""
+    options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    mix: tuple[MixSpec, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

@@ -98,7 +98,7 @@ class Slice:
 
 
 @attrs.frozen
-class Source:
+class ParameterRows:
     """Rows [start, stop) of one of our tensors, whole."""
 
     name: str
@@ -260,18 +260,18 @@ def _index(flat: int, sizes: Shape) -> Shape:
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-def inverse(recipes: Mapping[str, Recipe]) -> dict[Stored, tuple[Source, ...]]:
+def inverse(recipes: Mapping[str, Recipe]) -> dict[Stored, tuple[ParameterRows, ...]]:
     """Return for each tensor on disk the rows of ours that it is, first to last.
 
     Raises ValueError where a row on disk is in no recipe, or in two.
     """
-    found: dict[Stored, list[tuple[int, Source]]] = {}
+    found: dict[Stored, list[tuple[int, ParameterRows]]] = {}
     values: dict[Stored, int] = {}
     for name, recipe in recipes.items():
         begins = itertools.accumulate((part.count for part in recipe.parts), initial=0)
         for begin, part in zip(begins, recipe.parts, strict=False):
             if isinstance(part, Rows):
-                source = Source(name, begin, begin + part.count)
+                source = ParameterRows(name, begin, begin + part.count)
                 found.setdefault(part.tensor, []).append((part.start, source))
                 values[part.tensor] = recipe.columns
     for tensor, sources in found.items():

@@ -48,6 +48,8 @@ class Emission:
 
     def rows(self, grid: SegmentGrid) -> int:
         """Return the rows emitted for a segment of a grid. Raises ValueError if the grid cannot be merged."""
+        if min(self.stride, self.merge, self.pool) < 1:
+            raise ValueError(f"{self} makes no rows")
         if self.count:
             return self.count
         return sum(rows // self.merge**2 // self.pool + self.extra for rows in self.frames(grid))

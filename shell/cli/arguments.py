@@ -300,6 +300,40 @@ class CompletionArgs(Args):
     )
 
 
+@attrs.frozen(kw_only=True)
+class DataIndexArgs(Args):
+    """Read a store of conversations once, and write what the processor makes of it as an index."""
+
+    store: Path = _positional("STORE", "a JSON list or JSON lines of conversations")
+    processor: Path = _option("FOLDER", "the checkpoint whose processor reads it", Path, required=True)
+    images: Path | None = _option("FOLDER", "the folder of the images; default: that of the store", Path)
+    out: Path | None = _option("INDEX", "write into this folder; default: the store's name with .index", Path)
+    max_tokens: int = _option("N", "leave out samples of more positions, placeholders included", int, 0)
+    workers: int = _option("N", "the number of processes; default: one for each core", int, 0)
+
+
+@attrs.frozen(kw_only=True)
+class IndexArgs(Args):
+    """What every command on an index takes."""
+
+    index: Path = _positional("INDEX", "the folder of the index")
+
+
+@attrs.frozen(kw_only=True)
+class DataShowArgs(IndexArgs):
+    """Show what a sample of an index becomes: its text, its placeholders, and what counts in the loss."""
+
+    id: str | None = _option("ID", "the id of the sample in the store; default: that of the first")
+    picture: Path | None = _option("FILE", "write its images, side by side, into this file", Path)
+
+
+@attrs.frozen(kw_only=True)
+class DataStatsArgs(IndexArgs):
+    """Show how long the samples of an index are, and how many images they have. Needs no torch."""
+
+    svg: Path | None = _option("FILE", "draw the histograms into this file", Path)
+
+
 COMMANDS: Mapping[str, type[Args]] = {
     "init": InitArgs,
     "check": CheckArgs,
@@ -313,6 +347,9 @@ COMMANDS: Mapping[str, type[Args]] = {
     "parity": ParityArgs,
     "inspect": InspectArgs,
     "export": ExportArgs,
+    "data index": DataIndexArgs,
+    "data show": DataShowArgs,
+    "data stats": DataStatsArgs,
     "watch": WatchArgs,
     "env": EnvArgs,
     "schema": SchemaArgs,
@@ -346,6 +383,9 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "inspect": ("inspect runs/job-1", "inspect runs/job-1 --job larger.toml"),
     "export": ("export runs/job-1 --to safetensors --out weights", "export runs/job-1 --to hf published"),
+    "data index": ("data index llava.json --processor checkpoints/llava --images pictures",),
+    "data show": ("data show llava.json.index", "data show llava.json.index --id 000042 --picture 42.png"),
+    "data stats": ("data stats llava.json.index --svg lengths.svg",),
     "watch": ("watch runs/job-1", "watch runs/job-1 --once --json"),
     "env": ("env", "env --json"),
     "schema": ("schema --out job.schema.json",),
@@ -354,11 +394,17 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 """By command what `--help` shows; a shell's redirection is not part of a command."""
 
 
+DATA = "data"
+"""The first word of the commands on data, which have two."""
+
+
 # -- parsing -----------------------------------------------------------------------------------------------
 
 
 def parse(words: Sequence[str]) -> Args:
     """Return the arguments of a command. Raises SystemExit for --help, and with code 2 for what is wrong."""
+    if words and words[0] == DATA:
+        words = [" ".join(words[:2]), *words[2:]]
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _Parser(prog="mimogrid").error(f"'{words[0]}' is no command. {nearest(words[0], tuple(COMMANDS))}")
     whole = parser()

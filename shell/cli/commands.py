@@ -22,6 +22,9 @@ from mimogrid.shell.cli.arguments import (
     Args,
     CheckArgs,
     CompletionArgs,
+    DataIndexArgs,
+    DataShowArgs,
+    DataStatsArgs,
     EnvArgs,
     ExportArgs,
     InitArgs,
@@ -50,6 +53,8 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
     """Run a command; return its exit code. Raises PlanError and WorldError."""
     if isinstance(args, ProbeArgs | TrainArgs | ParityArgs | ExportArgs):
         extras.require("train", type(args).__name__.removesuffix("Args").lower())
+    if isinstance(args, DataIndexArgs | DataShowArgs):
+        extras.require("data", "data")
     with _extras_are_named():
         match args:
             case InitArgs():
@@ -102,6 +107,10 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
                 from mimogrid.shell.cli import editor  # noqa: PLC0415 -- only what is used
 
                 return editor.completion(args)
+            case DataIndexArgs() | DataShowArgs() | DataStatsArgs():
+                from mimogrid.shell.cli import data  # noqa: PLC0415 -- imports pyarrow
+
+                return data.run(args)
             case _:
                 raise AssertionError(args)
 

@@ -47,7 +47,7 @@ def run(args: EnvArgs) -> int:
 
 def environment() -> dict[str, dict[str, Any]]:
     """Return what is there, by kind."""
-    packages = [*PLANNING, *(package for extra in extras.EXTRAS.values() for package in extra)]
+    packages = dict.fromkeys((*PLANNING, *(name for extra in extras.EXTRAS.values() for name in extra)))
     names = {*NAMES, *(name for name in os.environ if name.startswith(PREFIXES))} & set(os.environ)
     return {
         "mimogrid": {
@@ -70,7 +70,11 @@ def environment() -> dict[str, dict[str, Any]]:
 
 def lacks(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
     """Yield what is missing, and how to get it."""
-    commands = {"train": "train, parity, probe, export", "hf": "parity --reference transformers"}
+    commands = {
+        "train": "train, parity, probe, export",
+        "hf": "parity --reference transformers",
+        "data": "data",
+    }
     for extra, used_by in commands.items():
         if lacking := extras.missing(extra):
             yield extras.lack(used_by, lacking, extra)

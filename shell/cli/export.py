@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.spec import ModuleSpec
-from mimogrid.core.models.mapping import Source, inverse
+from mimogrid.core.models.mapping import ParameterRows, inverse
 from mimogrid.core.update.contents import OPTIMIZER
 from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.checkpoint.index import IndexedTensor, read_index
@@ -222,7 +222,7 @@ class Origin:
     """The checkpoint that a run started from, and for each of its tensors that the run has, the rows of the run's."""
 
     found: Published
-    sources: Mapping[str, tuple[Source, ...]]
+    sources: Mapping[str, tuple[ParameterRows, ...]]
 
 
 def _published(weights: Weights, origin: Origin, name: str) -> torch.Tensor | None:
@@ -239,7 +239,7 @@ def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path |
     where = checkpoint / manifest.MANIFEST
     modules = jobfile.recorded(manifest.read_manifest(checkpoint)["job"], where).modules
     found = origin_of({name: module.weights for name, module in modules.items()}, source)
-    sources: dict[str, tuple[Source, ...]] = {}
+    sources: dict[str, tuple[ParameterRows, ...]] = {}
     problems: list[Problem] = []
     for module in modules:
         recipes = {f"{module}.{name}": recipe for name, recipe in found.module(module).recipes.items()}

@@ -16,6 +16,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.models.fitting import fitted
+from mimogrid.core.models.mapping import Shape
 from mimogrid.core.models.network import PublishedModule
 from mimogrid.core.plan.layouts import Question
 from mimogrid.core.plan.planner import plan
@@ -34,8 +35,6 @@ SEQUENCE_MOST = 4096
 """Positions of a sample of a model that takes more."""
 TP_MOST = 8
 """For so many tp ranks a vocabulary is padded while layouts are searched."""
-ROWS = 64
-"""Rows of a segment of a module that takes segments of any size."""
 LAYOUT = ("grid", "chunks", "split", "microbatches", "recompute")
 """What a layout says of a module."""
 
@@ -46,6 +45,10 @@ def run(args: InitArgs) -> int:
         return _template(args, args.template)
     folder, machine = _checked(args)
     found = published(folder.resolve())
+    if all(module.model != "gpt" for module in found.model.modules.values()):
+        message = "has no language model, and so no loss to train with."
+        remedy = "Name it in a job that has one: [modules.NAME] weights = FOLDER, feeds = [...]."
+        raise PlanError([Problem(str(folder), message, remedy)])
     draft = Draft(found=found, weights=_named(folder, args.out), precision=_precision(found))
     if machine is not None:
         draft = _planned(draft, machine, args)
@@ -198,6 +201,7 @@ class Draft:
         yield "#   mimogrid check FILE                 is it legal, and which ranks does each module use?"
         yield "#   mimogrid train FILE                 then: mimogrid export RUN --to hf FOLDER"
         yield "#   mimogrid parity FILE --reference transformers"
+        yield f"weights = {_value(self.weights)}"
         yield f"precision = {_value(self.precision)}"
 
     def _module(self, name: str, module: PublishedModule) -> Iterator[str]:
@@ -209,7 +213,6 @@ class Draft:
         yield f"# {_sizes(module)}"
         yield "# The checkpoint says these and all other options; what `options` says here goes first."
         yield f"model = {_value(table['model'])}"
-        yield f"weights = {_value(self.weights)}"
         yield from (
             f"{key} = {_value(table[key])}" for key in ("feeds", "projector", "frozen") if key in table
         )
@@ -226,7 +229,8 @@ class Draft:
 
     def _tail(self) -> Iterator[str]:
         yield "[data]"
-        yield '# Random samples, so that the file runs as it is. Yours: "package.module:function", docs/own-modules.md.'
+        yield "# Random samples, so that the file runs as it is. Yours: an index of conversations, docs/data.md:"
+        yield '# source = "conversations", options = { index = "FOLDER" }; or a function, docs/own-modules.md.'
         yield 'source = "synthetic"'
         yield f"options = {_value(self._data())}"
         yield ""
@@ -248,18 +252,31 @@ class Draft:
 
     def _data(self) -> dict[str, Any]:
         """Return options of random samples that fit the model."""
-        model = self.found.model
-        rows = {
-            name: math.prod(module.grid) if module.grid else ROWS
-            for name, module in model.modules.items()
-            if module.model == "vit"
-        }
         text: Mapping[str, Any] = self.found.config.get("text_config") or self.found.config
         positions = text.get("max_position_embeddings")
         sequence = min(positions if type(positions) is int else SEQUENCE_MOST, SEQUENCE_MOST)
-        left = max(sequence - sum(rows.values()), 1)
+        towers = {name: module for name, module in self.found.model.modules.items() if module.model == "vit"}
+        grids = {name: _segment(module, rows_most=sequence // 2) for name, module in towers.items()}
+        left = max(sequence - sum(module.rows_out(grids[name]) for name, module in towers.items()), 1)
         options: dict[str, Any] = {"sequence": sequence, "text": [-(-left // 2), left]}
-        return options | ({"rows": {name: [count, count] for name, count in rows.items()}} if rows else {})
+        if towers:
+            options["grids"] = {name: [list(grid)] for name, grid in grids.items()}
+            options["vocab"] = min(
+                placeholder.token for placeholder in self.found.model.placeholders.values()
+            )
+            options["segments"] = {name: [1, 1] for name in towers}
+        return options
+
+
+def _segment(module: PublishedModule, *, rows_most: int) -> Shape:
+    """Return the grid of the largest segment of some that makes so many rows; of a module that takes one size, that."""
+    if module.grid is not None:
+        return module.grid
+    merge, frames = module.option("merge"), 2 * module.option("position_count")
+    grids: list[Shape] = [(1, merge * side, merge * side) for side in (32, 16, 8, 4, 2, 1)]
+    if len(module.patch) == 1:
+        grids = [module.grid_of(max(frames >> halvings, 1)) for halvings in range(8)]
+    return next((grid for grid in grids if module.rows_out(grid) <= rows_most), grids[-1])
 
 
 def _sizes(module: PublishedModule) -> str:

@@ -28,9 +28,9 @@ def print_json(value: object) -> None:
     print(json.dumps(value))
 
 
-def terminal() -> TextIO:
-    """Return standard output for those who write escapes of their own, and make texts `printable` themselves."""
-    return _unescaped(sys.stdout)
+def terminal(stream: TextIO | None = None) -> TextIO:
+    """Return a stream, standard output by default, for those who write escapes of their own, and `printable` texts."""
+    return _unescaped(sys.stdout if stream is None else stream)
 
 
 def terminal_width(otherwise: int) -> int:

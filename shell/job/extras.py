@@ -20,8 +20,14 @@ TRAIN: Mapping[str, str] = {
     "matplotlib": "matplotlib",
 }
 HF: Mapping[str, str] = {"transformers": "transformers"}
+DATA: Mapping[str, str] = {
+    "transformers": "transformers",
+    "jinja2": "jinja2",
+    "pillow": "PIL",
+    "pyarrow": "pyarrow",
+}
 GPU: Mapping[str, str] = {"transformer-engine": "transformer_engine"}
-EXTRAS: Mapping[str, Mapping[str, str]] = {"train": TRAIN, "hf": HF, "gpu": GPU}
+EXTRAS: Mapping[str, Mapping[str, str]] = {"train": TRAIN, "hf": HF, "data": DATA, "gpu": GPU}
 """By extra the import names of its packages."""
 
 

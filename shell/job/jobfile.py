@@ -25,7 +25,7 @@ from cattrs.gen import override
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import BUILT_IN
-from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, ModuleSpec
+from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, MixSpec, ModuleSpec
 from mimogrid.core.job.validation.job import too_many_modules
 from mimogrid.former_names import current_path
 from mimogrid.shell.job import costfile
@@ -120,6 +120,7 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
         return ParsedJob(None, (*problems, *many))  # at once: each could have problems of its own
     costs, of_costs = _take_costs(table, Path(path).parent)
     of_configs = lay_options(table, Path(path).parent)
+    _lay_data(table.get("data"), Path(path).parent)
     of_weights = lay_weights(table, Path(path).parent)
     of_files = [*of_costs, *itertools.chain(*of_configs.values(), *of_weights.values())]
     problems += dict.fromkeys(of_files)
@@ -133,6 +134,18 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
         job = attrs.evolve(job, spec=_with_costs(job.spec, costs))
     problems += [job.annotated(problem) for problem in job.problems]
     return attrs.evolve(job, problems=tuple(problems))
+
+
+def _lay_data(data: object, folder: Path) -> None:
+    """Make the folders that a source of conversations names absolute."""
+    if not isinstance(data, dict):
+        return
+    for entry in (data, *(data["mix"] if isinstance(data.get("mix"), list) else ())):
+        options = entry.get("options") if isinstance(entry, dict) else None
+        if isinstance(options, dict) and entry.get("source") == "conversations":
+            for key in ("index", "checkpoint"):
+                if isinstance(options.get(key), str) and "\0" not in options[key]:
+                    options[key] = str((folder / options[key]).resolve())
 
 
 def _stand_in(module: dict[str, Any]) -> None:
@@ -382,7 +395,8 @@ def _job_converter() -> Converter:
     module = table_hook(converter, ModuleSpec, model=override(struct_hook=_model))
     converter.register_structure_hook(ModuleSpec, module_hook)
     source = override(struct_hook=lambda value, _: current_path(converter.structure(value, str)))
-    converter.register_structure_hook(DataSpec, table_hook(converter, DataSpec, source=source))
+    for kind in (DataSpec, MixSpec):
+        converter.register_structure_hook(kind, table_hook(converter, kind, source=source))
     return converter
 
 

@@ -312,5 +312,7 @@ def _to_row(heads_SBND: Tensor, chunks: int) -> Tensor:
 
 def _to_block(heads_TND: Tensor, positions: int, samples: int, chunks: int) -> Tensor:
     """Return [S, B, N, D]."""
-    by_sample: Tensor = heads_TND.unflatten(0, (chunks, samples, positions // chunks))
-    return by_sample.transpose(1, 2).flatten(0, 1)
+    block: Tensor = (
+        heads_TND.unflatten(0, (chunks, samples, positions // chunks)).transpose(1, 2).flatten(0, 1)
+    )
+    return block

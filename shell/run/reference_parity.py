@@ -5,7 +5,8 @@ loss, the logits of every sample, and every gradient by the name that its tensor
 the loss is the job's, of transformers' logits: the sum over tokens of weight times cross entropy, divided by the sum of
 all weights of the step. So any source can be compared, whatever it weighs.
 
-In fp32 transformers computes as it is; in fp64 its casts to single precision are lifted, and the report lists them.
+In fp32 transformers computes as it is; in fp64 its casts to single precision are lifted. In both a token of the text
+that is also the model's padding has a gradient, which transformers leaves out. The report lists what was lifted.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,9 @@ from typing import Any
 
 import attrs
 import torch
+from torch import nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
-from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.models import Gpt
 from mimogrid.core.models.mapping import inverse
 from mimogrid.core.step.step import Step
@@ -29,6 +29,7 @@ from mimogrid.shell.job.published import Published, origin_of
 from mimogrid.shell.modules.published import published_tensors
 from mimogrid.shell.run.parity import ParityReport, compare, full_gradients, module_of, run_without_overflow
 from mimogrid.shell.run.reference import Reference, ReferenceStep, reference, step_of
+from mimogrid.shell.run.reference_inputs import inputs_of
 from mimogrid.shell.runtime.data import Loads
 from mimogrid.shell.runtime.forward_only import sample_logits
 from mimogrid.shell.runtime.session import open_session
@@ -44,7 +45,8 @@ class ReferenceReport:
     Attributes:
         parity: of the loss and the gradients.
         logits: the largest difference of a logit, relative to the largest of the step.
-        lifted: the casts of transformers that were lifted, each as the function and the operation that it called.
+        lifted: what of transformers was lifted: casts, each as the function and the operation that it called, and
+            embeddings whose padding has no gradient there.
     """
 
     parity: ParityReport
@@ -72,7 +74,7 @@ class ReferenceReport:
             f"{'passed' if self.passed else 'FAILED'}: logits differ by {self.logits:.2e}",
         ]
         if self.lifted:
-            lines += ["casts of transformers to single precision that were lifted:"]
+            lines += ["lifted of transformers, which casts to single precision and does not train padding:"]
             lines += [f"    {lift}" for lift in self.lifted]
         return "\n".join(lines)
 
@@ -85,7 +87,7 @@ def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = Non
         is_first = place.rank == job.topology.ranks[0]
         found = origin_of({name: module.weights for name, module in job.spec.modules.items()})
         device, dtype = session.device.torch, DTYPES[job.spec.precision]
-        model = reference(found.folder, dtype, device=device) if is_first else None
+        model = _model(found, dtype, device) if is_first else None
         reports: list[ReferenceReport] = []
         for index in range(steps):
             step = job.step(index)
@@ -99,6 +101,16 @@ def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = Non
 
 
 # -- the reference's step ----------------------------------------------------------------------------------
+
+
+def _model(found: Published, dtype: torch.dtype, device: torch.device) -> Reference:
+    """Return the model of transformers; a token in its text that is also its padding has a gradient, as any other."""
+    model = reference(found.folder, dtype, device=device)
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            model.casts[f"{name}: padding_idx={module.padding_idx}"] += 1
+            module.padding_idx = None
+    return model
 
 
 def _reference_step(model: Reference, found: Published, step: Step, source: Loads) -> ReferenceStep:
@@ -116,35 +128,12 @@ def _reference_step(model: Reference, found: Published, step: Step, source: Load
         losses_T = functional.cross_entropy(logits_TV, labels_T.to(logits_TV.device), reduction="none")
         return scale * torch.dot(weights_T.to(losses_T), losses_T)
 
-    return step_of(model, _inputs(found, step, loaded, source), loss_of)
+    return step_of(model, inputs_of(found, step.samples, source, name), loss_of)
 
 
 def language_of(topology: Topology) -> str:
     """Return the module with the loss."""
     return next(name for name, module in topology.modules.items() if isinstance(module.model, Gpt))
-
-
-def _inputs(found: Published, step: Step, loaded: list[Tensors], source: Loads) -> dict[str, torch.Tensor]:
-    """Return the samples of a step as the model of transformers takes them, padded on the right."""
-    tokens = [tensors["tokens"] for tensors in loaded]
-    mask = [torch.ones_like(each) for each in tokens]
-    inputs = {
-        "input_ids": pad_sequence(tokens, batch_first=True),
-        "attention_mask": pad_sequence(mask, batch_first=True),
-    }
-    for name in step.topology.graph.sources:
-        if name != language_of(step.topology):
-            inputs |= _rows_as_inputs(found, step, name, source)
-    return inputs
-
-
-def _rows_as_inputs(found: Published, step: Step, module: str, source: Loads) -> dict[str, torch.Tensor]:
-    """Return the rows that a tower reads as its processor would give them, such as `pixel_values`.
-
-    Raises PlanError for a model whose processor is not known here.
-    """
-    message = f"the rows of '{module}' are not known as inputs of {found.config.get('architectures')} yet."
-    raise PlanError([Problem("--reference", message, "Compare with one process: leave out --reference.")])
 
 
 # -- comparing ---------------------------------------------------------------------------------------------

@@ -348,7 +348,7 @@ def judged(language: Module, loss_func: Any) -> torch.Tensor:
     forward_step = loops.step_with(loss_func)
     asked = microbatches_of(forward_step, loops.batches(), None, language, rank=1, total=loops.SAMPLES)
     sample = Sample(id=0, length=2, rows={})
-    share = Share((sample,), {}, (2,), ((),), loops.SAMPLES, (2, 1))
+    share = Share((sample,), {}, (2,), (2,), ((),), loops.SAMPLES, (2, 1), segments=(2,))
     two = torch.zeros(2, dtype=torch.int64)
     predictions = Predictions(torch.zeros(2, 4), two, two.float(), share, specs.OneOf(0, 1))  # type: ignore[arg-type]
     return HostLoss(asked, loops.SAMPLES)(predictions)

@@ -1,15 +1,23 @@
 """Published wholes: towers and a language model on grids of their own have the loss and gradients of transformers."""
 
 import functools
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
 
-from checkpoints import batch, make
+from checkpoints import MODELS, SAMPLES, VIDEOS, WHOLES, WITH_VIDEOS, batch, make
+from mimogrid.adapters.huggingface import Job
+from mimogrid.core.base.errors import PlanError
+from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.published import published
 from mimogrid.shell.run.reference import ReferenceStep, losses_and_gradients, reference
 from mimogrid.shell.world.launch import Pool
@@ -17,31 +25,50 @@ from publishing import Seen
 from scale import SCALE
 
 
+NEAR = 1e-9
 FROZEN = {"lr": 0.0, "weight_decay": 0.0}
 TWO = {"microbatches": 2}
+ZB = {"name": "zb-h1"}
+FLOOR = 1e-3
 TOWER = {"qwen2-audio": "audio"}
-WHOLES = ("llava", "llava-siglip")
-EVERY_DAY = ("llava",)
 
 
 def layout(
     tower: Mapping[str, Any], language: Mapping[str, Any], *, precision: str = "fp64", **tables: Any
 ) -> dict[str, Any]:
-    """A layout on which a step changes no weight; the tower's grid is named `tower`."""
-    grids = {"tower": tower, "language": language}
-    return {"grids": grids, "precision": precision, "optimizer": FROZEN, **tables}
+    """A layout on which a step changes no weight; in its tables the tower is called `tower`."""
+    return {
+        "grids": {"tower": tower, "language": language},
+        "precision": precision,
+        "optimizer": FROZEN,
+    } | tables
 
 
-FLOOR = 1e-3
-ZB = {"name": "zb-h1"}
-LAYOUTS = {
-    "one rank": layout({}, {"offset": 0}),
+EVERY_DAY = {
     "dp2 | tp2 pp2": layout({"dp": 2}, {"tp": 2, "pp": 2, "offset": 0}, batch=TWO),
-    "tp2 | dp2": layout({"tp": 2}, {"dp": 2}),
     "cp2 | cp2": layout({"cp": 2}, {"cp": 2}),
     "sp | sp": layout({"tp": 2, "sequence_parallel": True}, {"tp": 2, "sequence_parallel": True}),
-    "zb-h1": layout({"pp": 2}, {"pp": 2}, batch=TWO, schedule=ZB),
+    "zb-h1": layout({}, {"pp": 2}, batch=TWO, schedule=ZB),
 }
+NIGHTLY = {
+    "one rank": layout({}, {"offset": 0}),
+    "tp2 | dp2": layout({"tp": 2}, {"dp": 2}),
+    "cp2 tp2 sp, all colocated": layout(
+        {"cp": 2, "tp": 2, "sequence_parallel": True},
+        {"cp": 2, "tp": 2, "sequence_parallel": True, "offset": 0},
+    ),
+    "zb-h1, sp": layout(
+        {"tp": 2, "sequence_parallel": True}, {"tp": 2, "sequence_parallel": True}, schedule=ZB
+    ),
+    "selective | full": layout(
+        {},
+        {"pp": 2},
+        batch=TWO,
+        modules={"tower": {"recompute": "selective"}, "language": {"recompute": "full"}},
+    ),
+    "shared update": layout({"dp": 2}, {"dp": 2}, optimizer={**FROZEN, "sharded": True}),
+}
+LAYOUTS = EVERY_DAY | (NIGHTLY if SCALE > 1 else {})
 
 
 @functools.cache
@@ -89,16 +116,188 @@ def expected(name: str) -> ReferenceStep:
 
 def of(name: str, written: Mapping[str, Any]) -> dict[str, Any]:
     """A layout of a model, whose tower has a name of its own."""
-    grids = dict(written["grids"])
-    tower = grids.pop("tower")
-    return {**written, "grids": {TOWER.get(name, "vision"): tower, **grids}}
+    tower = TOWER.get(name, "vision")
+    renamed = {
+        table: {tower if key == "tower" else key: value for key, value in written[table].items()}
+        for table in ("grids", "modules")
+        if table in written
+    }
+    return {**written, **renamed}
+
+
+def seen_on(
+    pool: Pool, name: str, layouts: Sequence[Mapping[str, Any]], given: Mapping[str, Any], path: Path
+) -> list[Seen]:
+    """What the first rank sees of one step on each of some layouts."""
+    written = [of(name, one) for one in layouts]
+    seen: list[Seen] = pool.run("publishing:steps", 4, path, written, given)[0]
+    return seen
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("name", WHOLES if SCALE > 1 else EVERY_DAY)
+@pytest.mark.parametrize("name", WHOLES)
 def test_every_layout_has_the_gradients_of_transformers(pool: Pool, name: str) -> None:
-    """By their names on disk."""
-    layouts = [of(name, written) for written in LAYOUTS.values()]
-    said = pool.run("publishing:steps", 4, folder(name), layouts, batch(name))
-    for label, seen in zip(LAYOUTS, said[0], strict=True):
-        assert max(differences(name, seen, expected(name))) < 1e-9, label
+    """By their names on disk: images of several sizes, two of them in a sample, and a sample of text."""
+    seen = seen_on(pool, name, list(LAYOUTS.values()), batch(name), folder(name))
+    found = {label: differences(name, one, expected(name)) for label, one in zip(LAYOUTS, seen, strict=True)}
+    assert all(max(differs) < NEAR for differs in found.values()), found
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("name", WITH_VIDEOS)
+def test_clips_beside_images(pool: Pool, name: str) -> None:
+    """Clips and images of one sample go through one tower, in the order of their placeholders."""
+    given = batch(name, samples=(*VIDEOS, *SAMPLES))
+    (seen,) = seen_on(pool, name, [layout({"tp": 2}, {"pp": 2, "cp": 2, "offset": 0})], given, folder(name))
+    assert max(differences(name, seen, losses_and_gradients(reference(folder(name)), given))) < NEAR
+
+
+@pytest.mark.world
+def test_chunks(pool: Pool, tmp_path: Path) -> None:
+    """Two virtual stages on each rank of a tower and of a language model."""
+    name, (architecture, config_of) = "llava", MODELS["llava"]
+    config = config_of()
+    config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = 5, 4
+    torch.manual_seed(0)
+    getattr(transformers, architecture)(config).save_pretrained(tmp_path)
+    chunks = {"tower": {"chunks": 2}, "language": {"chunks": 2}}
+    (seen,) = seen_on(
+        pool, name, [layout({"pp": 2}, {"pp": 2}, batch=TWO, modules=chunks)], batch(name), tmp_path
+    )
+    of_theirs = losses_and_gradients(reference(tmp_path), batch(name))
+    assert seen.loss == pytest.approx(of_theirs.loss, rel=NEAR)
+    for tensor, gradient in of_theirs.gradients.items():
+        np.testing.assert_allclose(
+            seen.gradients[tensor], gradient.numpy(), rtol=0, atol=NEAR, err_msg=tensor
+        )
+
+
+@pytest.mark.world
+def test_what_does_not_train(pool: Pool) -> None:
+    """A frozen tower has no gradients, and a batch without images gives zeros where transformers gives none."""
+    frozen = layout({"dp": 2}, {"tp": 2}, modules={"tower": {"frozen": True}})
+    (seen,) = seen_on(pool, "qwen3-vl", [frozen], batch("qwen3-vl"), folder("qwen3-vl"))
+    trained = {name for name, module in modules("qwen3-vl").items() if module == "language"}
+    of_language = {n: g for n, g in expected("qwen3-vl").gradients.items() if n in trained}
+    assert (
+        max(differences("qwen3-vl", seen, attrs.evolve(expected("qwen3-vl"), gradients=of_language))) < NEAR
+    )
+    text = batch("qwen3-vl", samples=((9,), (4,)))
+    (seen,) = seen_on(pool, "qwen3-vl", [layout({"dp": 2}, {"tp": 2})], text, folder("qwen3-vl"))
+    theirs = losses_and_gradients(reference(folder("qwen3-vl")), text)
+    assert not any(
+        gradient.any() for name, gradient in seen.gradients.items() if name not in theirs.gradients
+    )
+    both = attrs.evolve(seen, gradients={name: seen.gradients[name] for name in theirs.gradients})
+    assert max(differences("qwen3-vl", both, theirs)) < NEAR
+
+
+@pytest.mark.world
+def test_lower_precisions(pool: Pool) -> None:
+    """Fp32 is within 1e-5 of transformers in double precision; in bf16 the loss is within 1 %."""
+    layouts = [layout({"dp": 2}, {"tp": 2}, precision=precision) for precision in ("fp32", "bf16")]
+    single, half = seen_on(pool, "qwen2.5-vl", layouts, batch("qwen2.5-vl"), folder("qwen2.5-vl"))
+    assert max(differences("qwen2.5-vl", single, expected("qwen2.5-vl"))) < 1e-5
+    assert differences("qwen2.5-vl", half, expected("qwen2.5-vl"))[0] < 0.01
+
+
+@pytest.mark.world
+def test_what_comes_in_goes_out(pool: Pool, tmp_path: Path) -> None:
+    """All tensors of a whole are written as they were, those that no module has included."""
+    written = layout({"tp": 2}, {"pp": 2}, precision="fp32")
+    pool.run("publishing:saved", 4, folder("llava"), of("llava", written), [], tmp_path / "out")
+    found, back = (load_file(path / "model.safetensors") for path in (folder("llava"), tmp_path / "out"))
+    assert found.keys() == back.keys()
+    assert all(torch.equal(found[name], back[name]) for name in found)
+
+
+# -- without a world ---------------------------------------------------------------------------------------
+
+
+def test_check_lists_all_modules() -> None:
+    """With their ranks, layers and parameters."""
+    said = Job.from_pretrained(folder("llava"), **of("llava", EVERY_DAY["dp2 | tp2 pp2"])).check()
+    assert re.fullmatch(
+        r"LlavaForConditionalGeneration\n"
+        r"vision: [\d,]+ parameters, on tp=1 cp=1 dp=2 pp=1; layers: 2\n"
+        r"language: [\d,]+ parameters, on tp=2 cp=1 dp=1 pp=2; layers: 1 \| 2\n"
+        r"vocabulary: padded by 1 for tp; these are never predicted and never saved",
+        said,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "message"),
+    [
+        ("qwen3-vl", layout({"pp": 2}, {}), "has layer 0, and the last stage, where rows leave, begins at"),
+        (
+            "qwen3-vl",
+            layout({}, {}, modules={"tower": {"recompute": "full"}}),
+            "lists layers whose rows leave, and recompute = 'full' keeps what goes into a layer only",
+        ),
+        ("qwen3-vl", layout({}, {"pp": 3}), "is 2, and the first stage, where rows come in, has 1 layers"),
+        ("qwen2.5-vl", layout({}, {"tp": 4}), "splits 2 key-value heads over tp=4"),
+        ("llava", layout({"tp": 3}, {}), "splits 4 attention heads over tp=3"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(name: str, written: Mapping[str, Any], message: str) -> None:
+    """With the reason, before anything starts."""
+    with pytest.raises(PlanError, match=re.escape(message)):
+        Job.from_pretrained(folder(name), **of(name, written))
+
+
+def test_grids_are_for_all_modules() -> None:
+    """A module without a grid is named."""
+    with pytest.raises(PlanError, match="grids: there is no grid for the module 'vision'"):
+        Job.from_pretrained(folder("llava"), grids={"language": {}})
+
+
+def changed(name: str, **tensors: Any) -> str:
+    """What is said of a batch with other tensors; None: without them."""
+    given = {key: tensor for key, tensor in {**batch(name), **tensors}.items() if tensor is not None}
+    with pytest.raises(PlanError) as error:
+        examples_of(published(folder(name)).model, given)
+    return str(error.value)
+
+
+def test_batches_that_do_not_fit() -> None:
+    """Counts that do not match are named, with the sample and the numbers."""
+    llava, qwen, audio = (batch(name) for name in ("llava", "qwen2.5-vl", "qwen2-audio"))
+    assert (
+        "batch.pixel_values: has 1 more of its kind 'image' than the tokens have placeholders for"
+        in changed("llava", pixel_values=torch.cat([llava["pixel_values"], llava["pixel_values"][:1]]))
+    )
+    assert "sample 3: token 1 stands for a row of the kind 'image', and there is none left" in changed(
+        "llava", pixel_values=llava["pixel_values"][:-1]
+    )
+    assert "the model takes images of 12 x 12 pixels" in changed(
+        "llava", pixel_values=torch.ones(4, 3, 20, 12)
+    )
+    assert "batch.image_grid_thw: is missing" in changed("qwen2.5-vl", image_grid_thw=None)
+    grids = qwen["image_grid_thw"]
+    assert "has the shape (120, 96); image_grid_thw has 60 patches" in changed(
+        "qwen2.5-vl", image_grid_thw=grids[:-1]
+    )
+    assert "sample 0: has 6 placeholders from token 4 on, where the next segment" in changed(
+        "qwen2.5-vl", image_grid_thw=grids.roll(1, 0), pixel_values=qwen["pixel_values"]
+    )
+    assert "cannot be merged 2 by 2" in changed(
+        "qwen2.5-vl", image_grid_thw=grids.where(grids != 6, 3), pixel_values=qwen["pixel_values"][:-42]
+    )
+    assert "batch.feature_attention_mask: has the shape (1, 20)" in changed(
+        "qwen2-audio", feature_attention_mask=audio["feature_attention_mask"][:1]
+    )
+    assert "batch.second_per_grid_ts: has 1 numbers for 2 videos" in said_of_videos()
+    assert "batch.input_features: is nothing that the model reads" in changed(
+        "llava", input_features=torch.ones(1)
+    )
+
+
+def said_of_videos() -> str:
+    """What is said of clips of which one has no seconds."""
+    given = batch("qwen2.5-vl", samples=VIDEOS)
+    with pytest.raises(PlanError) as error:
+        examples_of(
+            published(folder("qwen2.5-vl")).model, {**given, "second_per_grid_ts": torch.tensor([1.0])}
+        )
+    return str(error.value)

@@ -4,9 +4,11 @@ What the modules are compared with. It knows the graph and the samples, and no l
 no shards, no microbatches.
 
 A batch is, per sample, what the source gives each module: ``{module: {"rows" | "tokens" | "labels" |
-"loss_weights" | "targets": tensor}}``.
+"loss_weights" | "targets": tensor}}``. Beside it, `segments` has per sample the lengths of the segments of a
+module's rows, for modules whose rows are more than one segment.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,17 +22,23 @@ Weights = Mapping[str, Tensor]
 Data = Mapping[str, Mapping[str, Tensor]]
 
 
-def losses(topology: Topology, weights: Mapping[str, Weights], batch: Sequence[Data]) -> dict[str, Tensor]:
+def losses(
+    topology: Topology,
+    weights: Mapping[str, Weights],
+    batch: Sequence[Data],
+    segments: Sequence[Mapping[str, Sequence[int]]] = (),
+) -> dict[str, Tensor]:
     """Return every loss, summed over the batch: a module's by its name, an auxiliary one as ``NAME.aux``."""
     found: dict[str, Tensor] = {}
-    for data in batch:
+    for data, lengths in itertools.zip_longest(batch, segments, fillvalue={}):
         emitted: dict[str, dict[str, Tensor]] = {}
         for name in topology.graph.order:
             module, own = topology.modules[name], weights[name]
             # `topology.graph` names feeders in file order, as the rows of a sample come.
             fed = [emitted[feeder][name] for feeder in topology.graph.nodes[name].feeders]
             aux: list[Tensor] = []
-            rows = _stack(module.model, own, _enter(module, own, fed, data.get(name, {})), aux)
+            rows = _enter(module, own, fed, data.get(name, {}))
+            rows = _stack(module.model, own, rows, aux, lengths.get(name))
             emitted[name] = {
                 edge.target: _linear(own, f"projector.{edge.target}", rows) if edge.projected else rows
                 for edge in module.outputs
@@ -50,18 +58,26 @@ def _enter(module: Module, weights: Weights, fed: list[Tensor], data: Mapping[st
             tokens = data["tokens"].tolist()
             assert len(rows) == sum(token < 0 for token in tokens)
             waiting = iter(rows)
-            return torch.stack([next(waiting) if token < 0 else table[token] for token in tokens])
+            read = [next(waiting) if token < 0 else table[token] for token in tokens]
+            return torch.stack(read) if read else table[:0]
         case Vit():
             return _linear(weights, "input", data["rows"])
         case _:
             return torch.cat(fed) if fed else data["rows"]
 
 
-def _stack(model: Transformer, weights: Weights, x: Tensor, aux: list[Tensor] | None = None) -> Tensor:
+def _stack(
+    model: Transformer,
+    weights: Weights,
+    x: Tensor,
+    aux: list[Tensor] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
     for layer in range(model.layers):
         prefix = f"layers.{layer}"
         normed = _norm(weights, f"{prefix}.attention_norm", x)
-        x = x + _attention(model, weights, f"{prefix}.attention", normed)
+        segments = normed.split(list(lengths or [len(x)]))
+        x = x + torch.cat([_attention(model, weights, f"{prefix}.attention", of) for of in segments])
         normed = _norm(weights, f"{prefix}.mlp_norm", x)
         if model.experts:
             mixed, term = _experts(model, weights, f"{prefix}.mlp", normed)
@@ -93,7 +109,7 @@ def _experts(model: Transformer, weights: Weights, name: str, x: Tensor) -> tupl
 
 
 def _attention(model: Transformer, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """Softmax attention over one sample, head by head."""
+    """Softmax attention over one segment, head by head."""
     count, width, shared = len(x), model.head_width, model.heads // model.kv_heads
     groups = _linear(weights, f"{name}.qkv", x).view(count, model.kv_heads, shared + 2, width)
     heads = []

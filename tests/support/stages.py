@@ -89,7 +89,8 @@ def _sample(
         given: dict[str, Tensor] = {}
         if node.is_source:
             width = model.features if isinstance(model, Vit) else model.hidden
-            given["rows"] = torch.randn(count, width, dtype=dtype, generator=generator)
+            read = sample.rows.get(name, 0)
+            given["rows"] = torch.randn(read, width, dtype=dtype, generator=generator)
         if isinstance(model, Gpt):
             rows = count - sample.length
             tokens = torch.randint(model.vocab, (count,), generator=generator)

@@ -11,6 +11,10 @@ import torch
 import transformers as hf
 from transformers.utils import logging
 
+from mimogrid.core.job.spec import ModuleSpec
+from mimogrid.core.models.network import Model
+from mimogrid.shell.job.jobfile import CONVERTER
+
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -138,6 +142,11 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         )
     ),
 }
+
+
+def published_modules(model: Model) -> dict[str, ModuleSpec]:
+    """The modules of a checkpoint as a job has them."""
+    return {name: CONVERTER.structure(module.table(), ModuleSpec) for name, module in model.modules.items()}
 
 
 def save(name: str, folder: Path, **options: Any) -> Path:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 
+import attrs
+
 from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.descriptions import description_problems
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import Gpt, Regressor, Transformer, Vit
-from mimogrid.core.job.placement import graph_of, largest_sample
+from mimogrid.core.job.placement import graph_of, largest_sample, model_of
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 
 
@@ -22,6 +25,11 @@ def data_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
                     f"'{spec.data.source}' has no targets for the regressor '{name}'.",
                     "Use source = 'synthetic' or a source of your own.",
                 )
+    models = {name: model_of(name, spec, source) for name in graph.sources}
+    if unfit := tuple(description_problems([largest_sample(graph, source)], models)):
+        for problem in unfit:
+            yield attrs.evolve(problem, where="data.source", message=f"its largest sample {problem.message}")
+        return
     for name in graph.texts:
         yield from _text(name, spec.modules[name], graph, source)
 

@@ -112,7 +112,8 @@ def _leaving(name: str, module: ModuleSpec, model: Vit, spec: JobSpec) -> Iterat
     begin = layer_ranges(module, model.layers)[-1].start
     if min(deep) < begin:
         message = f"has layer {min(deep)}, and the last stage, where rows leave, begins at layer {begin}."
-        yield key, message, f"Use pp = 1, or a split whose last stage begins at layer {min(deep)}."
+        split = f", or a split whose last stage begins at layer {min(deep)}" if min(deep) else ""
+        yield key, message, f"Use pp = 1{split}."
     for target in module.feeds:
         if module.projector.get(target, Projector()).kind != "merger":
             message = f"needs a merger for each layer, and the projector to '{target}' is none."

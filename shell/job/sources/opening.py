@@ -2,22 +2,23 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.data.mixture import Mixture
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.placement import graph_of
-from mimogrid.core.job.spec import JobSpec, SourceFacts
+from mimogrid.core.job.spec import DataSpec, JobSpec, SourceFacts
 from mimogrid.core.job.validation.wiring import PATHS_MOST
 from mimogrid.shell.job.builders import FoundFunction, NeedsTorch, PlanWarning, find
 from mimogrid.shell.job.sources.source import Source
 from mimogrid.shell.job.tables import converted, new_converter
 
 
-BUILT_IN = ("digits", "synthetic")
+BUILT_IN = ("conversations", "digits", "synthetic")
 
 Opened = tuple[Source | None, SourceFacts, list[Problem]]
 """A source, the facts that the plan needs, and problems. Facts may be known without a source."""
@@ -32,20 +33,15 @@ def open_source(spec: JobSpec, *, run_code: bool = True) -> Opened:
     if graph is None:  # The cycle, or too many paths, is reported with the other problems of the plan.
         return None, SourceFacts(), []
     name = spec.data.source
-    if name == "synthetic":
-        from mimogrid.shell.job.sources.synthetic import synthetic  # noqa: PLC0415 -- only what is used
-
-        models = {module: written.options for module, written in spec.modules.items()}
-        source, facts, problems = synthetic(
-            graph=graph, models=models, seed=spec.seed, options=spec.data.options
-        )
-        return source, facts, list(problems)
-    if name == "digits":
-        return _digits(spec, graph)
+    if spec.data.mix:
+        return _mixed(spec, run_code=run_code)
+    if name in BUILT_IN:
+        return _OPENING[name](spec, graph)
     if ":" in name:
         return _own(spec, graph, run_code=run_code)
+    fact = f"'{name}' is not a built-in source." if name else "is missing."
     remedy = f"{nearest(name, BUILT_IN)} Your own: package.module:function."
-    return None, SourceFacts(), [Problem("data.source", f"'{name}' is not a built-in source.", remedy)]
+    return None, SourceFacts(), [Problem("data.source", fact, remedy)]
 
 
 def _graph(spec: JobSpec) -> ModuleGraph | None:
@@ -56,7 +52,51 @@ def _graph(spec: JobSpec) -> ModuleGraph | None:
     return graph if graph.paths <= PATHS_MOST else None
 
 
-# -- digits ------------------------------------------------------------------------------------------------
+def _mixed(spec: JobSpec, *, run_code: bool) -> Opened:
+    """Open the sources of a mixture."""
+    from mimogrid.shell.job.sources.mixed import Mixed, facts_of  # noqa: PLC0415
+
+    entries, problems = spec.data.mix, list[Problem]()
+    if spec.data.source or spec.data.options:
+        message = f"is '{spec.data.source}', and the mixture names {len(entries)} sources."
+        problems.append(Problem("data.source", message, "Leave it out, or make it one of [[data.mix]]."))
+    try:
+        mixture = Mixture.of([entry.weight for entry in entries])
+    except ValueError as error:
+        weights = ", ".join(f"{entry.weight:g}" for entry in entries)
+        message, remedy = f"has the weights {weights}: {error}.", "Use weights such as 3 and 1."
+        return None, SourceFacts(), [*problems, Problem("data.mix", message, remedy)]
+    parts: list[tuple[Source | None, SourceFacts]] = []
+    for number, entry in enumerate(entries):
+        alone = attrs.evolve(spec, data=DataSpec(source=entry.source, options=entry.options))
+        source, facts, found = open_source(alone, run_code=run_code)
+        parts.append((source, facts))
+        problems += [
+            attrs.evolve(p, where=f"data.mix[{number}]{p.where.removeprefix('data')}") for p in found
+        ]
+    sources = tuple(source for source, _ in parts if source is not None)
+    known = facts_of([facts for _, facts in parts])
+    whole = None if problems or len(sources) < len(entries) else Mixed(sources, mixture)
+    return whole, SourceFacts() if problems else known, problems
+
+
+# -- built-in sources --------------------------------------------------------------------------------------
+# Only what is used is imported.
+
+
+def _conversations(spec: JobSpec, graph: ModuleGraph) -> Opened:
+    from mimogrid.shell.job.sources.conversations import conversations  # noqa: PLC0415
+
+    source, facts, problems = conversations(spec, graph, spec.data.options)
+    return source, facts, list(problems)
+
+
+def _synthetic(spec: JobSpec, graph: ModuleGraph) -> Opened:
+    from mimogrid.shell.job.sources.synthetic import synthetic  # noqa: PLC0415
+
+    models = {module: written.options for module, written in spec.modules.items()}
+    source, facts, problems = synthetic(graph=graph, models=models, seed=spec.seed, options=spec.data.options)
+    return source, facts, list(problems)
 
 
 @attrs.frozen(kw_only=True)
@@ -92,6 +132,13 @@ def _digits(spec: JobSpec, graph: ModuleGraph) -> Opened:
             fact = f"digits has no text for module '{name}', which the language model '{writers[0]}' feeds."
             problems.append(Problem("data.source", fact, "Use source = 'synthetic' or one of your own."))
     return source, facts, problems
+
+
+_OPENING: Mapping[str, Callable[[JobSpec, ModuleGraph], Opened]] = {
+    "conversations": _conversations,
+    "digits": _digits,
+    "synthetic": _synthetic,
+}
 
 
 # -- sources of the user's own -----------------------------------------------------------------------------

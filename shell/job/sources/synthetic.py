@@ -9,7 +9,7 @@ gets the same sample for an id, in any order of ids.
 
 A source module reads 2 to 6 rows per sample, or as many as `rows` says. Their width is that of its model, or else
 `features` (one number for all modules, or one for each). The text has 4 to 8 tokens, or fewer if the longest rows
-leave less of `sequence`.
+leave less of `sequence`; tokens are any of the model's, or those below `vocab`.
 
 A tower of images reads segments, each of a grid that is drawn from some. By default these are such as it can read:
 
@@ -28,7 +28,7 @@ from mimogrid.core.base.samples import Sample, SegmentGrid
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import BuiltIn, Gpt, Regressor, Transformer, Vit
 from mimogrid.core.job.spec import SourceFacts
-from mimogrid.core.models.segments import PLANE
+from mimogrid.core.models.segments import PLANE, Emission
 from mimogrid.shell.job.tables import converted, new_converter
 
 
@@ -56,6 +56,7 @@ class Options:
     segments: Mapping[str, tuple[int, int]] = attrs.field(factory=dict[str, tuple[int, int]])
     absent: Mapping[str, float] = attrs.field(factory=dict[str, float])
     text: tuple[int, int] | None = None
+    vocab: int | None = None
     features: int | Mapping[str, int] = FEATURES
 
 
@@ -75,6 +76,7 @@ class Synthetic:
     absent: Mapping[str, float]
     features: Mapping[str, int]
     text: tuple[int, int]
+    vocab: int | None
 
     def describe(self, sample_id: int) -> Sample:
         """Return the counts of a sample. Pure, without torch."""
@@ -133,7 +135,7 @@ class Synthetic:
 
         def drawn(field: str) -> torch.Tensor:
             generator = self._generator(sample.id, f"{module}.{field}")
-            return torch.randint(0, vocab, (sample.length,), generator=generator)
+            return torch.randint(0, min(vocab, self.vocab or vocab), (sample.length,), generator=generator)
 
         return {
             "tokens": torch.cat([torch.full((placeholders,), PLACEHOLDER), drawn("tokens")]),
@@ -167,10 +169,7 @@ def synthetic(
         return None, SourceFacts(), problems
     sources = graph.sources
     features = {name: _features(name, models[name], chosen) for name in sources}
-    grids = {
-        name: chosen.grids.get(name) or grids_of(models[name]) for name in sources if name not in chosen.rows
-    }
-    grids = {name: of for name, of in grids.items() if of}
+    grids = _drawn(chosen, graph, models)
     segments = {name: chosen.segments.get(name, SEGMENTS) for name in grids}
     largest = {name: (max(of, key=math.prod),) * segments[name][1] for name, of in grids.items()}
     rows = {name: chosen.rows.get(name, ROWS) for name in sources if name not in grids}
@@ -189,6 +188,7 @@ def synthetic(
         absent={name: chosen.absent.get(name, 0.0) for name in sources},
         features=features,
         text=text,
+        vocab=chosen.vocab,
     )
     facts = SourceFacts(
         sequence=chosen.sequence if graph.texts else None,
@@ -211,13 +211,21 @@ def _features(name: str, model: BuiltIn | Mapping[str, Any], chosen: Options) ->
     return FEATURES if isinstance(chosen.features, Mapping) else chosen.features
 
 
+def _drawn(chosen: Options, graph: ModuleGraph, models: Models) -> dict[str, tuple[SegmentGrid, ...]]:
+    """Return the grids from which segments are drawn, for the modules that read segments."""
+    names = [name for name in graph.sources if name not in chosen.rows]
+    grids = {name: chosen.grids.get(name) or grids_of(models[name]) for name in names}
+    return {name: of for name, of in grids.items() if of}
+
+
 def grids_of(model: BuiltIn | Mapping[str, Any]) -> tuple[SegmentGrid, ...]:
     """Return grids of images that a model can read; none for one that reads rows however they lie."""
     if not isinstance(model, Vit) or model.stem != "patch":
         return ()
     if model.position_count and model.position_interpolation == "none":
-        side = math.isqrt(model.position_count - model.class_token)
-        return ((1, side, side),) if side**2 == model.position_count - model.class_token else ()
+        patches = max(model.position_count - model.class_token, 1)
+        side = math.isqrt(patches)
+        return ((1, side, side),) if side**2 == patches else ()
     merge = model.merge
     planar = merge > 1 or model.positions == "rotary_2d" or model.window or model.position_count
     return ((1, merge, 2 * merge), (1, merge, merge), (1, 2 * merge, merge)) if planar else ()
@@ -225,7 +233,10 @@ def grids_of(model: BuiltIn | Mapping[str, Any]) -> tuple[SegmentGrid, ...]:
 
 def _text_range(graph: ModuleGraph, sequence: int, largest: Sample) -> tuple[int, int]:
     """Return the default range of text tokens, cut to what the longest rows leave of the sequence."""
-    longest = graph.rows_out(largest)
+    try:
+        longest = graph.rows_out(largest)
+    except ValueError:  # Options that contradict the grids are reported with the data.
+        return TEXT
     left = sequence - max((longest[name] for name in graph.texts), default=0)
     high = max(1, min(TEXT[1], left))
     return min(TEXT[0], high), high
@@ -236,7 +247,7 @@ def _problems(chosen: Options, graph: ModuleGraph) -> Iterator[Problem]:
         table = getattr(chosen, key)
         for name in table if isinstance(table, Mapping) else ():
             yield from _not_a_source(f"data.options.{key}.{name}", name, graph)
-    yield from _bad_counts(chosen)
+    yield from _bad_counts(chosen, graph)
     if chosen.text is not None:
         yield from _bad_range("data.options.text", chosen.text)
     for name, chance in chosen.absent.items():
@@ -249,11 +260,13 @@ def _problems(chosen: Options, graph: ModuleGraph) -> Iterator[Problem]:
         if width < 1:
             where = f"data.options.features.{name}".rstrip(".")
             yield Problem(where, f"is {width}.", "Use a width of 1 or more.")
+    if chosen.vocab is not None and chosen.vocab < 1:
+        yield Problem("data.options.vocab", f"is {chosen.vocab}.", "Use 1 token or more.")
     if chosen.sequence < 1:
         yield Problem("data.options.sequence", f"is {chosen.sequence}.", "Use 1 position or more.")
 
 
-def _bad_counts(chosen: Options) -> Iterator[Problem]:
+def _bad_counts(chosen: Options, graph: ModuleGraph) -> Iterator[Problem]:
     """Yield what is wrong with the options that say how many rows there are, and how they lie."""
     for key in ("rows", "segments"):
         for name, span in getattr(chosen, key).items():
@@ -265,6 +278,17 @@ def _bad_counts(chosen: Options) -> Iterator[Problem]:
         if not grids or any(len(grid) not in {1, PLANE} or min(grid) < 1 for grid in grids):
             remedy = "Give some of the form [frames, height, width] or [length]."
             yield Problem(f"data.options.grids.{name}", f"is {[*map(list, grids)]}.", remedy)
+        elif name in graph.sources:
+            yield from _unreadable(name, grids, graph.nodes[name].emission)
+
+
+def _unreadable(name: str, grids: tuple[SegmentGrid, ...], emission: Emission) -> Iterator[Problem]:
+    """Yield the grids of which a module can make no rows."""
+    for grid in grids:
+        try:
+            emission.rows(grid)
+        except ValueError as error:
+            yield Problem(f"data.options.grids.{name}", f"{error}.", "Use sides that divide.")
 
 
 def _not_a_source(where: str, name: str, graph: ModuleGraph) -> Iterator[Problem]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.base.samples import Sample, SegmentGrid
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.models.segments import Emission
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.parse import assemble
@@ -152,3 +154,15 @@ def test_what_does_not_fit_is_refused(
     assert problem.where == "sample 7"
     assert message in problem.message
     assert remedy in problem.remedy
+
+
+def test_the_largest_sample_of_a_source_fits_too() -> None:
+    """What a source says of its samples is checked before any is described; without grids rows are one strip."""
+    topology = tower_of({"merge": 2})
+    facts = SourceFacts(sequence=SEQUENCE, length=4, rows={"vision": 12}, features={"vision": 12})
+    assert () == problems_of(topology.spec, facts)
+    (problem,) = problems_of(topology.spec, attrs.evolve(facts, segments={"vision": ((1, 3, 4),)}))
+    assert problem.where == "data.source"
+    assert "its largest sample has a segment for module 'vision' that it cannot read" in problem.message
+    longer = attrs.evolve(facts, rows={"vision": 4 * SEQUENCE}, segments={"vision": ((1, 2, 2 * SEQUENCE),)})
+    assert f"{SEQUENCE} rows and 4 text tokens" in problems_of(topology.spec, longer)[0].message

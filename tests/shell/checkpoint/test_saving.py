@@ -103,10 +103,10 @@ def test_a_run_that_was_killed_goes_on_bitwise(  # noqa: PLR0917 -- fixtures and
 
 def test_one_save_is_in_flight(pool: Pool, whole: Whole, tmp_path: Path) -> None:
     """Where the disk is slow the next save waits, and says so; what is written is still the state of the save point."""
-    pool.run("stalling:slow", 4, job(*KINDS["fp32, dropout"]), str(tmp_path))
+    pool.run("stalling:slow", 4, job(*KINDS["bf16, shared updates"]), str(tmp_path))
     log = (tmp_path / "logs" / "rank-0.jsonl").read_text().splitlines()
     assert 2 == ["waiting" in json.loads(line)["event"] for line in log].count(True)
-    assert contents(whole("fp32, dropout")[0]) == contents(tmp_path)
+    assert contents(whole("bf16, shared updates")[0]) == contents(tmp_path)
 
 
 def test_old_checkpoints_are_let_go(run: Run, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_the_environment_is_what_a_bug_report_needs(
     assert told["torch"]["gloo"]
     assert told["machine"]["cores"] >= 1
     assert {"NCCL_DEBUG": "INFO", "NCCL_TOKEN": "$NCCL_TOKEN"}.items() <= told["variables"].items()
-    assert ["pip install 'mimogrid[train]'", "pip install 'mimogrid[hf]'"] == [
+    assert [f"pip install 'mimogrid[{extra}]'" for extra in ("train", "hf", "data")] == [
         problem["remedy"] for problem in told["problems"]
     ]
     assert 0 == main(["env"])

@@ -1,5 +1,6 @@
 """From a folder to a folder: init, check, train, parity and export of published checkpoints."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from checkpoints import LANGUAGE, VOCABULARY, make, rename
+from checkpoints import LANGUAGE, VOCABULARY, WHOLES, make, rename
 from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.cli import start
 from mimogrid.shell.cli.arguments import ParityArgs
@@ -20,9 +21,9 @@ from mimogrid.shell.job.published import published
 from mimogrid.shell.run.reference_parity import ReferenceReport
 from mimogrid.shell.world.launch import Pool
 from running import trained
+from scale import SCALE
 
 
-MODELS = tuple(name for name in LANGUAGE if name != "qwen3-moe")
 TEXTS = '''
 """Sentences, a token for each byte; each byte is predicted from those before it."""
 
@@ -83,17 +84,22 @@ def assert_same(one: Path, other: Path) -> None:
 # -- init --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*LANGUAGE, *WHOLES])
 def test_init_writes_a_job_that_is_legal(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For every family of text: `check` accepts it, and it says all parameters of the files."""
+    """For every family: `check` accepts it, and all parameters that a job has of the files are said."""
     folder = make(name, tmp_path / name)
     job = init(folder, tmp_path / "job.toml")
     assert 0 == main(["check", str(job)])
-    values = sum(tensor.numel() for tensor in tensors(folder).values())
-    assert f"{values:,}" in capsys.readouterr().out
+    model = published(folder).model
+    values = sum(tensor.numel() for name, tensor in tensors(folder).items() if not model.is_carried(name))
     assert f"{values:,} parameters" in job.read_text()
+    said = [
+        int(word.replace(",", ""))
+        for word in re.findall(r" ([\d,]+) +(?:all|[\d.]+%)", capsys.readouterr().out)
+    ]
+    assert values == sum(said)
     assert f'weights = "{folder}"' in job.read_text()
 
 
@@ -174,13 +180,16 @@ def test_from_a_folder_to_a_folder(
     assert model(tokens).logits.shape == (1, 5, VOCABULARY)
 
 
+LANGUAGE_TP = ["modules.language.grid.tp=2", "modules.language.options.vocab_padding=1"]
+LANGUAGE_PP = ["modules.language.grid.pp=2", "modules.language.split=[1,2]"]
 ROUND = {
-    "tied, in shards, padded over tp": ("qwen2", ["grid.tp=2", "options.vocab_padding=1"], "fp32"),
+    "tied, in shards, padded over tp": ("qwen2", LANGUAGE_TP, "fp32"),
     "frozen, in half precision, over stages": (
         "llama3",
-        ["grid.pp=2", "split=[1,2]", 'frozen=["embedding*"]'],
+        [*LANGUAGE_PP, 'modules.language.frozen=["embedding*"]'],
         "bf16",
     ),
+    "a tower of which not all layers are used": ("llava", ["modules.vision.grid.dp=2", *LANGUAGE_PP], "bf16"),
 }
 
 
@@ -194,12 +203,31 @@ def test_without_training_equal_bytes_leave(
     folder = make(name, tmp_path / "in", dtype=dtype, shard="40KB" if precision == "fp32" else "1GB")
     for file in ("tokenizer.json", "preprocessor_config.json", "pytorch_model.bin"):
         (folder / file).write_text("{}")
-    keys = [f"modules.language.{key}" for key in layout]
     still = ["train.steps=1", "train.evaluate=false", "optimizer.lr=0.0", f"precision={precision}"]
-    trained(pool, open_job(init(folder, tmp_path / "job.toml"), [*keys, *still]), tmp_path / "run")
+    trained(pool, open_job(init(folder, tmp_path / "job.toml"), [*layout, *still]), tmp_path / "run")
     assert 0 == main(["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")])
     (folder / "pytorch_model.bin").unlink()
     assert_same(folder, tmp_path / "out")
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("name", WHOLES if SCALE > 1 else ("qwen2.5-vl", "llava"))
+def test_wholes_have_the_gradients_of_transformers(pool: Pool, name: str, tmp_path: Path) -> None:
+    """From a source of rows: images, a video and sounds of several sizes, and samples without any."""
+    job = init(make(name, tmp_path / name), tmp_path / "job.toml")
+    tower = next(iter(open_job(job).topology.graph.sources))
+    grids = {
+        "qwen2.5-vl": "[[1,2,4],[1,6,4],[3,4,2]]",
+        "qwen3-vl": "[[1,2,4],[1,6,4]]",
+        "qwen2-audio": "[[20],[15],[9]]",
+    }
+    several = [f"data.options.grids.{tower}={grids[name]}"] if name in grids else []
+    keys = ["precision=fp64", *several, f"data.options.absent.{tower}=0.3", "batch.global_size=6"]
+    found: ReferenceReport = pool.run(
+        "mimogrid.shell.run.reference_parity:in_world", 3, open_job(job, [*keys, *LANGUAGE_TP]), 1
+    )[0]
+    assert found.passed, found
+    assert found.largest < 1e-12
 
 
 @pytest.fixture(scope="module")

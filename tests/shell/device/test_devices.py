@@ -11,6 +11,7 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.device import device as devices
 from mimogrid.shell.device.place import QUEUES, prepare
 from mimogrid.shell.world.launch import Pool
+from scale import nightly_only
 
 
 pytestmark = pytest.mark.world
@@ -23,7 +24,7 @@ def test_ranks_are_on_the_cpu(pool: Pool, opened: Opened) -> None:
     assert {"shared": every, "own": every} == checks.kinds(pool, opened, CPU)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", *nightly_only(["fp32"])])
 def test_parity(pool: Pool, opened: Opened, precision: str) -> None:
     """Worlds of eight, four and one."""
     assert 3 == len(checks.parity(pool, opened, CPU, precision))

@@ -14,6 +14,7 @@ from mimogrid.shell.device.device import sent
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
 from pretended import CUDA, OnCuda, Pretending, pretending
+from scale import nightly_only
 
 
 Opened = Callable[[JobSpec], Job]
@@ -53,10 +54,12 @@ JOBS: dict[str, JobSpec] = {
         changes={"enc": {"frozen": True}},
     ),
 }
+OFTEN = ("experts", "sequence parallel, dropout in one, recomputation", "update shared by dp ranks, tied")
+"""Those that run in every run of the tests."""
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [*OFTEN, *nightly_only(sorted({*JOBS} - {*OFTEN}))])
 def test_programs_run_on_a_device_of_their_own(pool: Pool, opened: Opened, name: str) -> None:
     """A step computes what it does on the CPU, and the host waits for no more than how many tokens an expert gets."""
     opened_job = opened(JOBS[name])

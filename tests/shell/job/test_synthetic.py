@@ -201,3 +201,40 @@ def test_a_sample_without_a_modality_has_no_rows(torch):
     source = opened({"absent": {"vision": 1.0}})[0]
     assert (0, 16) == source.load(0, "vision")["rows"].shape
     assert Sample(0, 0, {"vision": 0, "audio": 0}).rows["vision"] == source.describe(0).rows["vision"]
+
+
+TOWER = Vit(**SMALL, features=12, merge=2, positions="rotary_2d")
+SEEING = ModuleGraph.of(
+    {"vision": ("vit", ("language",)), "language": ("gpt", ())}, {"vision": TOWER.emission}
+)
+
+
+def images(**options):
+    """The source of a tower of images and a language model."""
+    models = {"vision": TOWER, "language": MODELS["language"]}
+    return opened(options, graph=SEEING, models=models)
+
+
+def test_a_tower_of_images_reads_segments():
+    """Each has one of the grids, as many as the range says, and what is loaded are their rows."""
+    grids = {"vision": [[1, 2, 4], [2, 2, 2]]}
+    source, facts, found = images(
+        grids=grids, segments={"vision": [0, 3]}, absent={"vision": 0.2}, sequence=40
+    )
+    assert () == found
+    assert ({"vision": 24}, {"vision": ((1, 2, 4),) * 3}) == (facts.rows, facts.segments)
+    drawn = [source.describe(i) for i in range(60)]
+    assert {0, 1, 2, 3} == {len(sample.segments["vision"]) for sample in drawn}
+    assert {(1, 2, 4), (2, 2, 2)} == {grid for sample in drawn for grid in sample.segments["vision"]}
+    for sample in drawn[:9]:
+        assert (sample.rows["vision"], 12) == source.load(sample.id, "vision")["rows"].shape
+        assert sample.rows["vision"] == 8 * len(sample.segments["vision"])
+        assert len(source.load(sample.id, "language")["tokens"]) == sample.rows["vision"] // 4 + sample.length
+
+
+def test_grids_that_no_tower_reads_are_refused():
+    """Sides that do not divide, grids of two sizes, and rows beside segments."""
+    assert "cannot be merged 2 by 2" in images(grids={"vision": [[1, 3, 4]]})[2][0].message
+    assert "data.options.grids.vision" == images(grids={"vision": [[3, 4]]})[2][0].where
+    both = images(grids={"vision": [[1, 2, 2]]}, rows={"vision": [1, 2]})[2]
+    assert "has both rows and segments" in both[0].message

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import WHOLES, batch, make
-from mimogrid.adapters.huggingface.batches import examples_of
 from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.job.models import BUILT_IN, Vit
 from mimogrid.core.job.projectors import Projector
 from mimogrid.core.topology.topology import Edge
+from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.jobfile import CONVERTER
 from mimogrid.shell.job.published import Published, published
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore

@@ -24,11 +24,11 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.layer_engines import Choice
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
-from mimogrid.shell import modules
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import engine
 from mimogrid.shell.megatron.attention import CoreAttention
 from mimogrid.shell.megatron.layers import linears_of
+from mimogrid.shell.modules import construction
 from mimogrid.shell.modules.interface import StageModule, named_weights
 from mimogrid.shell.world.launch import Pool
 from stages import Alone, batch_of, build, gradients, run, step_with, topology_of, world_of_one
@@ -120,7 +120,7 @@ def test_both_engines_hold_and_compute_the_same(alone: Alone) -> None:
     )
     local = build(topology, alone)
     with (
-        patch.object(modules, "choose", lambda *_, **__: Choice("transformer_engine", "")),
+        patch.object(construction, "choose", lambda *_, **__: Choice("transformer_engine", "")),
         patch.object(engine, "layer_of_megatron", with_stand_ins),
     ):
         fused = build(topology, alone)

@@ -1,6 +1,8 @@
 """The operations that the plan counts are those that torch counts in the networks that run."""
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from mimogrid.core.job.spec import ModuleSpec
 from mimogrid.core.pricing.flops import stage_flops
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Stage, Topology
+from mimogrid.shell.job.published import published
 from stages import Alone, batch_of, build, inputs_of, step_with, topology_of, whole_share, world_of_one
+from tiny_checkpoints import published_modules, save
 
 
 VIT = Vit(layers=2, hidden=16, heads=4, kv_heads=2)
@@ -54,7 +58,14 @@ def counted(alone: Alone, topology: Topology, step: Step) -> dict[str, tuple[int
 def unmasked(model: BuiltIn, length: int, samples: int) -> int:
     """Operations of a causal attention's other half, which torch does not leave out of its count."""
     pairs = length * length - length * (length + 1) // 2 if model.causal else 0
-    return model.layers * samples * 4 * pairs * model.hidden
+    return model.layers * samples * 4 * pairs * model.heads * model.head_width
+
+
+def mixed(model: BuiltIn, positions: int) -> int:
+    """Operations of adding up what a token's experts give, which the plan leaves out."""
+    return sum(
+        2 * positions * model.top_k * model.hidden for n in range(model.layers) if model.has_experts(n)
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,3 +94,29 @@ def test_torch_counts_the_same(alone, vision, language):
         more = unmasked(model, length, samples=8)
         backward = planned.input_gradient + planned.weight_gradient
         assert (planned.forward + more, backward + 2 * more) == torch_counts[name]
+
+
+WHOLES = {
+    "llava": {"vision": ((1, 3, 3),)},
+    "qwen2.5-vl": {"vision": ((1, 4, 6), (1, 2, 2))},
+    "qwen3-vl": {"vision": ((1, 4, 6), (2, 2, 2))},
+    "qwen2-audio": {"audio": ((8,), (20,))},
+    "qwen3-moe": {},
+}
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_torch_counts_the_same_in_published_models(alone: Alone, name: str, tmp_path: Path) -> None:
+    """In stems, windows, mergers, deepstack and gated experts."""
+    grids = WHOLES[name]
+    modules = published_modules(published(save(name, tmp_path)).model)
+    topology = topology_of(modules, sequence=64)
+    rows = {module: sum(map(math.prod, of)) for module, of in grids.items()}
+    step = step_with(topology, *(Sample(id=i, length=TEXT, rows=rows, segments=grids) for i in range(8)))
+    for module, torch_count in counted(alone, topology, step).items():
+        planned, model = stage_flops(step)[Stage(module, 0)], modules[module].options
+        assert isinstance(model, BuiltIn)
+        positions = step.sizes[0].positions[module]
+        more = unmasked(model, positions, samples=8) + mixed(model, 8 * positions)
+        backward = planned.input_gradient + planned.weight_gradient
+        assert (planned.forward + more, backward + 2 * more) == torch_count

@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import attrs
 import torch
 
-from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample, SegmentGrid
+from mimogrid.core.data.record import LANGUAGE
 from mimogrid.core.models.network import Model, Placeholder, PublishedModule
 from mimogrid.core.models.positions import frame_interval, single_frames
 
 
-LANGUAGE = "language"
 IGNORED = -100
 """The label of a token that does not count in the loss."""
 TEXT = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")
@@ -38,6 +37,14 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
 """What the kinds of placeholders read besides."""
 
 Batch = Mapping[str, torch.Tensor]
+
+
+@attrs.frozen(eq=False)
+class Encoded:
+    """A sample: its description, and the tensors that each module reads of it, as a source loads them."""
+
+    sample: Sample
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
 
 
 @attrs.frozen(eq=False)
@@ -54,7 +61,7 @@ class Segment:
     interval: float = 1.0
 
 
-def examples_of(model: Model, batch: Batch) -> tuple[Example, ...]:
+def examples_of(model: Model, batch: Batch) -> tuple[Encoded, ...]:
     """Return the samples of a batch; labels move one token to the left, under the token that predicts them.
 
     Raises PlanError, with all that is wrong, if the batch is none of the model's.
@@ -105,7 +112,7 @@ def _example(
     tokens: torch.Tensor,
     labels: torch.Tensor,
     segments: Mapping[str, Iterator[Segment]],
-) -> Example:
+) -> Encoded:
     own = tuple(_taken(model, index, tokens.tolist(), segments))
     modules = [name for name in model.modules if name != LANGUAGE]
     of_module = {
@@ -140,7 +147,7 @@ def _example(
             name: tuple(s.interval for _, s in placed) for name, placed in of_module.items() if placed
         },
     )
-    return Example(sample, {LANGUAGE: text, **{name: {"rows": found} for name, found in rows.items()}})
+    return Encoded(sample, {LANGUAGE: text, **{name: {"rows": found} for name, found in rows.items()}})
 
 
 def _taken(

@@ -1,0 +1,219 @@
+"""Data: an index is made of a store, shown sample by sample, and summed up."""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.data.histogram import Histogram, histogram
+from mimogrid.core.data.record import expanded
+from mimogrid.core.draw.histograms import histogram_text, histograms_svg
+from mimogrid.shell.cli.arguments import Args, DataIndexArgs, DataShowArgs, DataStatsArgs
+from mimogrid.shell.cli.output import print_json, terminal, write
+from mimogrid.shell.data.conversations import REASONS, LeftOutError, image_bytes
+from mimogrid.shell.data.index import LEFT_OUT, Index
+
+
+def run(args: Args) -> int:
+    """Run a command on data."""
+    match args:
+        case DataIndexArgs():
+            return index(args)
+        case DataShowArgs():
+            return show(args)
+        case DataStatsArgs():
+            return stats(args)
+        case _:
+            raise AssertionError(args)
+
+
+# -- index -------------------------------------------------------------------------------------------------
+
+
+def index(args: DataIndexArgs) -> int:
+    """Make an index; say what was left out, and why."""
+    from mimogrid.shell.data.indexing import Making, build, processes  # noqa: PLC0415 -- imports transformers
+
+    store = args.store.absolute()
+    out = (args.out or store.with_suffix(".index")).absolute()
+    making = Making(
+        store=store,
+        images=(args.images or store.parent).absolute(),
+        processor=args.processor.absolute(),
+        max_tokens=args.max_tokens,
+    )
+    if args.max_tokens < 0 or args.workers < 0:
+        remedy = "Use a number of 1 or more, or leave it out."
+        raise PlanError([Problem("--max-tokens, --workers", "is below 0.", remedy)])
+    begin = time.monotonic()
+    with _progress(store, silent=args.json) as tell:
+        workers = args.workers or os.cpu_count() or 1
+        with processes(workers) as pool:
+            facts = build(making, out, pool, ahead=AHEAD * workers, progress=tell)
+    samples, seconds = len(Index(out)), time.monotonic() - begin
+    left_out = sum(facts.left_out.values())
+    if args.json:
+        found = attrs.asdict(facts)
+        print_json({"ok": True, "index": str(out), "samples": samples, "seconds": seconds, **found})
+        return 0
+    print(f"{out}: {samples} samples, at most {facts.longest} positions each, in {seconds:.0f} s")
+    if left_out:
+        print(f"left out {left_out} records; {out / LEFT_OUT} has their ids:")
+        for reason, count in facts.left_out.items():
+            print(f"  {count:>8}  {reason}: {REASONS[reason]}")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(store: Path, *, silent: bool) -> Iterator[Any]:
+    """Show on standard error how much of a store has been read: a bar on a terminal, else a line now and then."""
+    from rich.console import Console  # noqa: PLC0415 -- slow to import
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    console = Console(file=terminal(sys.stderr), stderr=True)
+    total, read, told = store.stat().st_size if store.is_file() else 0, 0, time.monotonic()
+    columns = (TextColumn("{task.fields[records]} records"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=silent or not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, records=0)
+
+        def tell(records: int, end: int) -> None:
+            nonlocal read, told
+            read += records
+            bar.update(task, completed=end, records=read)
+            if not silent and not console.is_terminal and time.monotonic() - told >= LINE_EVERY_S:
+                told = time.monotonic()
+                print(f"{read} records, {100 * end / max(total, 1):.0f} % of the store", file=sys.stderr)
+
+        yield tell
+
+
+AHEAD = 4
+"""Stretches of the store that wait for each process."""
+LINE_EVERY_S = 10.0
+"""Seconds from one line of progress to the next, where there is no terminal."""
+
+
+# -- show --------------------------------------------------------------------------------------------------
+
+
+def show(args: DataShowArgs) -> int:
+    """Print what a sample of an index becomes; write its images as one picture."""
+    from mimogrid.shell.data.encoding import Encoder, decoded  # noqa: PLC0415 -- imports transformers
+
+    opened = Index(args.index)
+    row = opened.find(args.id) if args.id is not None else 0
+    values, record = opened[row], opened.record(row)
+    folder = (args.index / opened.facts.store.images).resolve()
+    encoder = Encoder.of((args.index / opened.facts.processor).resolve())
+    pieces = list(_pieces(opened, row))
+    shown = [(kind, count, encoder.text(tokens)) for kind, count, tokens in pieces]
+    if args.picture is not None:
+        try:
+            images = [decoded(image_bytes(folder, name), name) for name in values["images"]]
+        except LeftOutError as error:
+            raise PlanError([Problem(str(folder), f"{error.fact}.", "Index the store again.")]) from None
+        _write_picture(args.picture, images)
+    if args.json:
+        keys = ("id", "offset", "size", "images", "modules", "grids")
+        text = [{"kind": kind, "positions": count, "text": words} for kind, count, words in shown]
+        print_json({**{key: values[key] for key in keys}, "row": row, "units": record.units, "pieces": text})
+        return 0
+    print(f"{record.id}: sample {row} of {len(opened)}, bytes {values['offset']} to", end=" ")
+    print(f"{values['offset'] + values['size']} of {(args.index / opened.facts.store.path).resolve()}")
+    placeholders = sum(count for _, count in record.runs)
+    print(f"{record.length} tokens, {placeholders} placeholders, {record.units:g} tokens that count")
+    for name in values["images"]:
+        print(f"image {folder / name}")
+    for module, grids in record.segments.items():
+        print(f"{module} reads {', '.join(' x '.join(map(str, grid)) for grid in grids)} rows")
+    print()
+    for kind, count, words in shown:
+        print(f"{kind:>12}  {f'{count} rows' if kind == 'placeholders' else words}")
+    return 0
+
+
+def _pieces(opened: Index, row: int) -> Iterator[tuple[str, int, list[int]]]:
+    """Yield the stretches of a sequence that are one kind: what it is, its positions, its tokens."""
+    text = iter(opened.tokens(row))
+    placeholders = set(expanded(opened.runs(row, "runs")))
+    counted = {position + 1 for position in expanded(opened.runs(row, "counted"))}
+    length = len(opened.tokens(row)) + len(placeholders)
+
+    def kind(position: int) -> str:
+        return "placeholders" if position in placeholders else "counts" if position in counted else "text"
+
+    for start, stop, found in _stretches([kind(position) for position in range(length)]):
+        tokens = [] if found == "placeholders" else [next(text) for _ in range(start, stop)]
+        yield found, stop - start, tokens
+
+
+def _stretches(kinds: list[str]) -> Iterator[tuple[int, int, str]]:
+    start = 0
+    for position, kind in enumerate(kinds):
+        if position + 1 == len(kinds) or kinds[position + 1] != kind:
+            yield start, position + 1, kind
+            start = position + 1
+
+
+def _write_picture(path: Path, images: list[Any]) -> None:
+    """Write images side by side. Raises PlanError."""
+    from PIL import Image  # noqa: PLC0415
+
+    if not images:
+        raise PlanError([Problem("--picture", "the sample has no image.", "Name another sample with --id.")])
+    gap = 4
+    width = sum(image.width + gap for image in images) - gap
+    page = Image.new("RGB", (width, max(image.height for image in images)), "white")
+    left = 0
+    for image in images:
+        page.paste(image, (left, 0))
+        left += image.width + gap
+    try:
+        page.save(path)
+    except (OSError, ValueError) as error:
+        remedy = "Name a .png in a folder that exists."
+        raise PlanError([Problem(str(path), f"cannot be written: {error}.", remedy)]) from None
+
+
+# -- stats -------------------------------------------------------------------------------------------------
+
+
+def stats(args: DataStatsArgs) -> int:
+    """Print and draw histograms of the samples of an index."""
+    opened = Index(args.index)
+    found = list(_histograms(opened))
+    if args.svg is not None:
+        title = f"{args.index.resolve().name}: {len(opened):,} samples"
+        write(args.svg, [histograms_svg(title, found)])
+    if args.json:
+        print_json({"samples": len(opened), "histograms": [attrs.asdict(each) for each in found]})
+        return 0
+    print(f"{args.index}: {len(opened):,} samples")
+    for each in found:
+        print("\n".join(("", *histogram_text(each))))
+    left_out: Mapping[str, int] = opened.facts.left_out
+    if left_out:
+        print("\nleft out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
+    return 0
+
+
+def _histograms(opened: Index) -> Iterator[Histogram]:
+    records = [opened.record(row) for row in range(len(opened))]
+    placeholders = [sum(count for _, count in record.runs) for record in records]
+    positions = [record.length + count for record, count in zip(records, placeholders, strict=True)]
+    yield histogram("positions of a sample", positions)
+    yield histogram("text tokens of a sample", [record.length for record in records])
+    yield histogram("tokens that count in the loss", [int(record.units) for record in records])
+    for module in sorted({module for record in records for module in record.segments}):
+        segments = [record.segments.get(module, ()) for record in records]
+        yield histogram(f"segments that {module} reads of a sample", [len(each) for each in segments])
+        yield histogram(
+            f"rows that {module} reads of a sample", [sum(map(math.prod, each)) for each in segments]
+        )

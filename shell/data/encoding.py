@@ -1,0 +1,201 @@
+"""Encoding: a conversation as tokens, labels and pixels, by the processor and the chat template of a checkpoint.
+
+Only what assistants say counts in the loss. A template may mark that itself (``{% generation %}``). Otherwise a turn
+of an assistant is what the template writes between the conversation up to it, with the prompt for an answer, and the
+conversation with it; blanks at its end do not count. Both must be the beginning of the whole, or the sample is left
+out: a template that rewrites earlier turns does not say what an assistant has said.
+"""
+
+import bisect
+import contextlib
+import functools
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import transformers
+from jinja2 import TemplateError
+from PIL import Image, ImageOps
+
+from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.models.families import read_config
+from mimogrid.core.models.network import Model
+from mimogrid.shell.data.batches import IGNORED, Encoded, examples_of
+from mimogrid.shell.data.conversations import Conversation, LeftOutError, Turn
+
+
+_KNOWN = ("attention_mask", "mm_token_type_ids", "token_type_ids")
+"""What follows from the tokens."""
+_MARKS = re.compile(r"\{%-?\s*generation\b")
+
+
+@attrs.frozen(eq=False)
+class Encoder:
+    """The processor of a checkpoint, and the model that reads what it makes."""
+
+    processor: Any
+    model: Model
+    template: str
+
+    @classmethod
+    def of(cls, folder: Path) -> "Encoder":
+        """Return the encoder of a checkpoint's folder. Raises PlanError if it has no processor or no chat template."""
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            fact = str(error).strip().splitlines()[0]
+            remedy = "Name the folder of a checkpoint with its config.json, tokenizer and processor."
+            raise PlanError([Problem(str(folder), f"has no processor: {fact}", remedy)]) from None
+        tokenizer = getattr(processor, "tokenizer", processor)
+        template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        if not template:
+            remedy = "Give it one: processor.chat_template = TEMPLATE; processor.save_pretrained(FOLDER)."
+            raise PlanError([Problem(str(folder), "its processor has no chat template.", remedy)])
+        if not tokenizer.is_fast:
+            remedy = "Use a checkpoint with a tokenizer.json."
+            raise PlanError(
+                [Problem(str(folder), "its tokenizer does not say where tokens come from.", remedy)]
+            )
+        return cls(processor, read_config(config), template)
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._tokenizer.all_special_tokens)) or "(?!)")
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the processor reads more than text."""
+        return self.processor is not self._tokenizer
+
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
+        """Return a conversation as a sample. Raises LeftOutError."""
+        for turn in conversation.turns:
+            for part in turn.parts:
+                if isinstance(part, str) and (found := self._special.search(part)):
+                    raise LeftOutError("control token", f"its text holds {found.group()}")
+        with _refusals():
+            tokens, counted, batch = self._tokens(self._messages(conversation.turns, images))
+            labels = [token if counts else IGNORED for token, counts in zip(tokens, counted, strict=True)]
+            if all(label == IGNORED for label in labels[1:]):
+                raise LeftOutError("no counted token", "no token of an assistant is left to learn")
+            made = {"input_ids": torch.tensor([tokens]), "labels": torch.tensor([labels])}
+            return examples_of(self.model, made | batch)[0]
+
+    def rows(self, images: Sequence[Image.Image], module: str) -> torch.Tensor:
+        """Return the rows that a module reads of images."""
+        text = self.processor.image_token * len(images)
+        made = self.processor(text=text, images=list(images), return_tensors="pt")
+        encoded = examples_of(self.model, {**made, "labels": made["input_ids"]})[0]
+        return encoded.tensors[module]["rows"]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return tokens as text."""
+        return str(self._tokenizer.decode(tokens))
+
+    def _messages(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        unused = iter(images)
+
+        def content(part: object) -> dict[str, Any]:
+            if isinstance(part, str):
+                return {"type": "text", "text": part}
+            return {"type": "image", "image": next(unused)}
+
+        if self._is_whole:
+            return [{"role": turn.role, "content": [content(part) for part in turn.parts]} for turn in turns]
+        if images:
+            raise LeftOutError("processor", "the model reads text only")
+        return [{"role": turn.role, "content": "".join(map(str, turn.parts))} for turn in turns]
+
+    def _tokens(
+        self, messages: list[dict[str, Any]]
+    ) -> tuple[list[int], list[bool], dict[str, torch.Tensor]]:
+        """Return tokens, which of them count, and what the processor makes of the images."""
+
+        def made(**more: Any) -> dict[str, Any]:
+            asked = {"chat_template": self.template, "tokenize": True, "return_dict": True}
+            batch = self.processor.apply_chat_template([messages], **asked, **more)
+            return {name: values for name, values in batch.items() if name not in _KNOWN}
+
+        if _MARKS.search(self.template):
+            batch = made(return_assistant_tokens_mask=True)
+            (tokens,), (counted,) = batch.pop("input_ids"), batch.pop("assistant_masks")
+            return list(tokens), [bool(counts) for counts in counted], _tensors(batch)
+        offsets = {"return_offsets_mapping": True}
+        if self._is_whole:
+            batch = made(processor_kwargs={**offsets, "return_text_replacement_offsets": True})
+        else:
+            batch = made(tokenizer_kwargs=offsets)
+        (tokens,), (places,) = batch.pop("input_ids"), batch.pop("offset_mapping")
+        (grown,) = batch.pop("text_replacement_offsets", None) or [[]]
+        spans = [(_moved(start, grown), _moved(end, grown)) for start, end in self._spans(messages)]
+        counted = [any(first < end and last > start for start, end in spans) for first, last in places]
+        return list(tokens), counted, _tensors(batch)
+
+    def _spans(self, messages: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+        """Yield where the turns of assistants begin and end in the text. Raises LeftOutError."""
+
+        def rendered(count: int, **more: Any) -> str:
+            text: str = self.processor.apply_chat_template(
+                messages[:count], chat_template=self.template, tokenize=False, **more
+            )
+            return text
+
+        whole = rendered(len(messages))
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, after = rendered(number, add_generation_prompt=True), rendered(number + 1)
+                if not (whole.startswith(after) and after.startswith(before)):
+                    raise LeftOutError("template", f"turn {number} is written otherwise when another follows")
+                yield len(before), len(after.rstrip())
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what a template or a processor says of a sample into a reason to leave it out."""
+    try:
+        yield
+    except LeftOutError:
+        raise
+    except TemplateError as error:
+        raise LeftOutError("template", str(error)) from None
+    except PlanError as error:
+        raise LeftOutError("processor", error.problems[0].message) from None
+    except Exception as error:
+        raise LeftOutError("processor", f"{type(error).__name__}: {error}"[:200]) from None
+
+
+def _tensors(made: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([torch.as_tensor(each) for each in values]) for name, values in made.items()}
+
+
+def _moved(place: int, grown: Sequence[Mapping[str, Any]]) -> int:
+    """Return where a place of a text is after its markers have grown to one for each row."""
+    before = bisect.bisect_right([each["span"][1] for each in grown], place)
+    return place + (grown[before - 1]["new_span"][1] - grown[before - 1]["span"][1] if before else 0)
+
+
+def decoded(raw: bytes, name: str) -> Image.Image:
+    """Return an image as transformers loads one: upright, in RGB. Raises LeftOutError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(raw))
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise LeftOutError("huge image", f"{name!r}: {error}") from None
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes them
+        raise LeftOutError("broken image", f"{name!r}: {error}"[:200]) from None
