@@ -138,3 +138,4 @@ def fuzz(session: nox.Session) -> None:
     # The seeds go on where the test of every day ends.
     arguments = session.posargs or ["1200", "1000"]
     session.run("python", "tests/long/fuzzing.py", *arguments, env={"PYTHONPATH": "src"})
+    session.run("python", "tests/support/mangled.py", "1000", "50000", env={"PYTHONPATH": "src"})

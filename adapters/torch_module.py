@@ -37,6 +37,7 @@ from mimogrid.core.topology.roles import RankRole, role_of
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint.state import facts_of, gather, restore, scatter
 from mimogrid.shell.device import device as devices
+from mimogrid.shell.job.fitted import Fitted, fit
 from mimogrid.shell.job.host import HostSource
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron.cpu import on_device
@@ -251,13 +252,14 @@ class Embedded:
         if batch is None and isinstance(self.job.source, HostSource):
             self.job.source.load(index, "")
 
-    def _step_of(self, runtime: RankRuntime, batch: Sequence[Example] | None) -> "tuple[Step, _Batch | None]":
+    def _step_of(self, runtime: RankRuntime, batch: Sequence[Example] | None) -> tuple[Step, Fitted | None]:
         """Return the step of a batch and its tensors; check that all ranks have the same batch."""
         if batch is None:
             return self.job.step(self._next(self.index)), None
-        check_batch(runtime, step_of(self.job.topology, tuple(example.sample for example in batch)))
-        samples = tuple(attrs.evolve(example.sample, id=i) for i, example in enumerate(batch))
-        return step_of(self.job.topology, samples), _Batch(batch)
+        topology = self.job.topology
+        check_batch(runtime, step_of(topology, tuple(fit(example.sample, topology) for example in batch)))
+        source = Fitted(_Batch(batch), topology)
+        return step_of(topology, tuple(map(source.describe, range(len(batch))))), source
 
     def _next(self, index: int) -> int:
         """Return the first step from `index` on whose samples are not skipped (`train.skip_steps`)."""
@@ -331,6 +333,10 @@ class _Batch:
     """The examples of a step as a source that loads them, by their place in the batch."""
 
     examples: Sequence[Example]
+
+    def describe(self, sample_id: int) -> Sample:
+        """Return the description of an example, numbered by its place."""
+        return attrs.evolve(self.examples[sample_id].sample, id=sample_id)
 
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
         """Return the tensors of an example for a module."""

@@ -61,6 +61,9 @@ class ModuleSpec:
     weights: str | None = None
 
 
+OVERFLOWS = ("error", "truncate", "drop")
+
+
 @attrs.frozen(kw_only=True)
 class MixSpec:
     """`[[data.mix]]`: a source, its options, and its weight among those of the mixture."""
@@ -72,11 +75,15 @@ class MixSpec:
 
 @attrs.frozen(kw_only=True)
 class DataSpec:
-    """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several."""
+    """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several.
+
+    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`).
+    """
 
     source: str = ""
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     mix: tuple[MixSpec, ...] = ()
+    overflow: str = "error"
 
 
 @attrs.frozen(kw_only=True)
@@ -97,6 +104,22 @@ class ScheduleSpec:
     name: str = ONE_F_ONE_B
     memory_gb: float | None = None
     costs: Costs | None = None
+
+
+@attrs.frozen(kw_only=True)
+class GpuSpec:
+    """`[gpu]`: the GPUs that `plan`, `check` and `simulate` assume. Training does not read it.
+
+    `memory_gb` is the memory of each GPU (GB of 1e9 bytes), `efficiency` the part of its peak that it reaches,
+    `link_efficiency` that of its links; None: the default. `times` has, by module, how many times as long as estimated
+    it takes, as measured.
+    """
+
+    name: str | None = None
+    memory_gb: float | None = None
+    efficiency: float | None = None
+    link_efficiency: float | None = None
+    times: Mapping[str, float] = attrs.field(factory=dict[str, float])
 
 
 @attrs.frozen(kw_only=True)
@@ -222,6 +245,7 @@ class JobSpec:
     schedule: ScheduleSpec = ScheduleSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     train: TrainSpec = TrainSpec()
+    gpu: GpuSpec = GpuSpec()
     seed: int = 0
     precision: str = "fp32"
     world_size: int | None = None

@@ -10,6 +10,7 @@ docstring of a class is the help of its command.
 # ruff: noqa: RUF009 -- the functions in the class bodies return fields
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,11 +54,6 @@ def _overrides() -> Any:
 
 def _changed() -> Any:
     return _repeated("KEY", "allow this key of the job to differ from the run's")
-
-
-def _efficiency() -> Any:
-    text = f"the fraction of its peak FLOP/s that a GPU reaches; default {EFFICIENCY}"
-    return _option("E", text, float, EFFICIENCY)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -105,6 +101,31 @@ class LaunchArgs(JobArgs):
 
 
 @attrs.frozen(kw_only=True)
+class AssumingArgs(PlanningArgs):
+    """What every command takes that estimates times or memory on GPUs: what replaces `[gpu]` of the job."""
+
+    gpu: str | None = _option(
+        "NAME", "estimate for this kind of GPU, such as h100; default: gpu.name of the job"
+    )
+    memory_gb: float | None = _option("X", "the memory of each GPU in GB; default: that of its kind", float)
+    efficiency: float | None = _option(
+        "E", f"the fraction of its peak FLOP/s that a GPU reaches; default {EFFICIENCY}", float
+    )
+    precision: str | None = _option("P", "use this precision instead of the job's")
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """The options as overrides of a job."""
+        options = {
+            "gpu.name": self.gpu,
+            "gpu.memory_gb": self.memory_gb,
+            "gpu.efficiency": self.efficiency,
+            "precision": self.precision,
+        }
+        return tuple(f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None)
+
+
+@attrs.frozen(kw_only=True)
 class RunArgs(Args):
     """What every command on the checkpoints of a run takes."""
 
@@ -135,7 +156,7 @@ class InitArgs(Args):
 
 
 @attrs.frozen(kw_only=True)
-class CheckArgs(PlanningArgs):
+class CheckArgs(AssumingArgs):
     """Check a job and show its layout. Needs no torch."""
 
 
@@ -165,7 +186,7 @@ class VerifyArgs(PlanningArgs):
 
 
 @attrs.frozen(kw_only=True)
-class SimulateArgs(PlanningArgs):
+class SimulateArgs(AssumingArgs):
     """Time a step without running it: idle time and its causes, memory, pictures. Needs no torch."""
 
     svg: Path | None = _option("FILE", "draw the timeline into this file", Path)
@@ -176,8 +197,6 @@ class SimulateArgs(PlanningArgs):
     costs: tuple[Path, ...] = _repeated(
         "FILE", "a costs file: seconds of stages and edges; the second one is for the job of --compare", Path
     )
-    gpu: str | None = _option("NAME", "estimate costs from the data sheet of this GPU, such as h100")
-    efficiency: float = _efficiency()
     schedule: str | None = _option(
         "NAME", "use this schedule instead of the job's; `all` compares all of them"
     )
@@ -191,15 +210,12 @@ class SimulateArgs(PlanningArgs):
 
 
 @attrs.frozen(kw_only=True)
-class PlanArgs(PlanningArgs):
+class PlanArgs(AssumingArgs):
     """Find the fastest layout on a number of GPUs, and say why the others are slower."""
 
     gpus: int = _option("N", "the number of GPUs", int, required=True)
-    gpu: str = _option("NAME", "the kind of GPU, such as h100 or a100", required=True)
-    memory_gb: float | None = _option("X", "the memory of each GPU in GB; default: that of its kind", float)
-    efficiency: float = _efficiency()
-    precision: str | None = _option("P", "estimate costs for this precision instead of the job's")
     costs: Path | None = _option("FILE", "measured times of the job's modules, as `probe` writes them", Path)
+    time_limit: float | None = _option("S", "end after about S seconds with the best layout so far", float)
     out: Path | None = _option("FILE", "write the fastest layout as a job file", Path)
 
 

@@ -14,12 +14,14 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify as faults_of
+from mimogrid.core.simulate.fullest import Fullest
 from mimogrid.core.step.traffic import EdgeTraffic, edge_traffic
 from mimogrid.core.topology.roles import RankRole, role_of
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.cli import start
 from mimogrid.shell.cli.arguments import (
     Args,
+    AssumingArgs,
     CheckArgs,
     CompletionArgs,
     DataIndexArgs,
@@ -42,6 +44,7 @@ from mimogrid.shell.cli.arguments import (
     VerifyArgs,
     WatchArgs,
 )
+from mimogrid.shell.cli.fit import fit_lines, fit_values, memory_of
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.job import extras
@@ -131,15 +134,17 @@ def _opened(args: JobArgs | InspectArgs) -> Job:
     """Open the job of a command. One with ranks is silent: they check what cannot be checked without torch."""
     assert args.job is not None
     if isinstance(args, PlanningArgs | InspectArgs):
-        return opened(args.job, args.overrides, run_code=not args.no_code, silent=args.json)
+        overrides = (*args.overrides, *args.assumed) if isinstance(args, AssumingArgs) else args.overrides
+        return opened(args.job, overrides, run_code=not args.no_code, silent=args.json)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)
         return open_job(args.job, args.overrides)
 
 
 def check(job: Job, args: CheckArgs) -> int:
-    """Verify the program of step 0; print the layout and what crosses the edges."""
+    """Verify the program of step 0; print what it needs, the layout and what crosses the edges."""
     edges: tuple[EdgeTraffic, ...] = ()
+    memory: dict[str, Fullest] = {}
     many = _work(job) > CHECKED_MOST
     if many:
         print(
@@ -151,10 +156,12 @@ def check(job: Job, args: CheckArgs) -> int:
         if faults:
             remedy = "This is a fault of mimogrid, not of the job: please report it with the job file."
             raise PlanError(Problem("program", fault, remedy) for fault in faults)
-        edges = edge_traffic(step)
+        edges, memory = edge_traffic(step), memory_of(step, job.order)
     if args.json:
-        print_json({"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]})
+        found = {"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]}
+        print_json(found | fit_values(job.spec, memory))
     else:
+        print(*fit_lines(job.spec, memory), sep="\n")
         from mimogrid.shell.cli.roles import print_layout  # noqa: PLC0415 -- rich is slow to import
 
         print_layout(job.topology, edges)

@@ -15,6 +15,8 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.schedules import AUTO
+from mimogrid.core.job.spec import GpuSpec
 from mimogrid.core.models.fitting import fitted
 from mimogrid.core.models.mapping import Shape
 from mimogrid.core.models.network import PublishedModule
@@ -129,22 +131,17 @@ def _planned(draft: "Draft", machine: Machine, args: InitArgs) -> "Draft":
     """Return the draft with the fastest layout on so many GPUs. Raises PlanError where nothing fits."""
     assert args.gpus is not None
     precision = draft.precision if draft.precision in machine.accelerator.flops else machine.precision
-    machine = attrs.evolve(machine, precision=precision)
     draft = attrs.evolve(draft, precision=precision, batch={"global_size": 8 * args.gpus, "microbatches": 8})
     job = _opened(attrs.evolve(draft, tp_most=TP_MOST), args.out)
-    question = Question(
-        spec=job.spec,
-        facts=job.topology.source,
-        samples=job.step(0).samples,
-        machine=machine,
-        gpus=args.gpus,
-        memory_bytes=machine.accelerator.memory_bytes,
-    )
-    searched = plan(question)
-    if searched.best is None:
+    spec = attrs.evolve(job.spec, gpu=GpuSpec(name=args.gpu))
+    facts, samples = job.topology.source, job.step(0).samples
+    searched = plan(Question(spec=spec, facts=facts, samples=samples, gpus=args.gpus))
+    # The file has no costs, by which `auto` would find its order.
+    best = next((layout for layout in searched.fitting if layout.spec.schedule.name != AUTO), None)
+    if best is None:
         message = f"no layout fits on {args.gpus} x {args.gpu}; the closest: {searched.nearest_fit}."
         raise PlanError([Problem("--gpus", message, "Use more GPUs, or such with more memory.")])
-    tables: dict[str, Any] = jobfile.CONVERTER.unstructure(searched.best.spec)
+    tables: dict[str, Any] = jobfile.CONVERTER.unstructure(best.spec)
     return attrs.evolve(
         draft,
         layouts={
@@ -152,7 +149,9 @@ def _planned(draft: "Draft", machine: Machine, args: InitArgs) -> "Draft":
             for name, table in tables["modules"].items()
         },
         batch=tables["batch"],
-        schedule=searched.best.spec.schedule.name,
+        schedule=best.spec.schedule.name,
+        gpu=args.gpu or "",
+        sharded=best.spec.optimizer.sharded,
         planned=f"The fastest layout on {args.gpus} x {args.gpu} by estimate, with the samples of [data].",
     )
 
@@ -172,6 +171,8 @@ class Draft:
         batch: the table.
         schedule: its name; empty: the default.
         planned: where the layout is from.
+        gpu: the kind of GPU that it is planned for; empty: none.
+        sharded: whether dp ranks share the update.
         tp_most: the vocabulary is padded for at least so many tp ranks.
     """
 
@@ -182,6 +183,8 @@ class Draft:
     batch: Mapping[str, Any] = attrs.field(factory=lambda: {"global_size": 8, "microbatches": 1})
     schedule: str = ""
     planned: str = ""
+    gpu: str = ""
+    sharded: bool = False
     tp_most: int = 1
 
     def text(self) -> str:
@@ -240,9 +243,13 @@ class Draft:
         yield f"microbatches = {count}".ljust(37) + "# parts that go through the pipeline one after the other"
         if self.schedule:
             yield from ("", "[schedule]", f"name = {_value(self.schedule)}")
+        if self.gpu:
+            yield from ("", "[gpu]", f"name = {_value(self.gpu)}")
         yield ""
         yield "[optimizer]"
         yield "lr = 1e-5"
+        if self.sharded:
+            yield "sharded = true".ljust(37) + "# each dp rank updates its part: less memory"
         yield "# warmup_steps = 100"
         yield '# decay = "cosine"'
         yield ""

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.models.families import read_config
 from mimogrid.core.models.network import Model
-from mimogrid.shell.data.batches import IGNORED, Encoded, examples_of
+from mimogrid.shell.data.batches import IGNORED, Encoded, examples_of, segments_of
 from mimogrid.shell.data.conversations import Conversation, LeftOutError, Turn
 
 
@@ -95,12 +95,10 @@ class Encoder:
             made = {"input_ids": torch.tensor([tokens]), "labels": torch.tensor([labels])}
             return examples_of(self.model, made | batch)[0]
 
-    def rows(self, images: Sequence[Image.Image], module: str) -> torch.Tensor:
-        """Return the rows that a module reads of images."""
-        text = self.processor.image_token * len(images)
-        made = self.processor(text=text, images=list(images), return_tensors="pt")
-        encoded = examples_of(self.model, {**made, "labels": made["input_ids"]})[0]
-        return encoded.tensors[module]["rows"]
+    def rows(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return the rows that a tower reads of images: those of `encode`, without a text."""
+        made = self.processor.image_processor(list(images), return_tensors="pt")
+        return torch.cat([segment.rows for segment in segments_of(self.model, "image", made)])
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return tokens as text."""

@@ -23,6 +23,8 @@ from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find
+from mimogrid.shell.job.fitted import Fitted
+from mimogrid.shell.job.host import HostSource
 from mimogrid.shell.job.permission import permit
 from mimogrid.shell.job.published import shape_problems
 from mimogrid.shell.job.sources.opening import open_source
@@ -108,6 +110,8 @@ def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool 
     if source is not None and ":" in spec.data.source:
         ran = (*ran, spec.data.source)
     ran = tuple(name for name in ran if not name.startswith("mimogrid."))
+    if source is not None and spec.data.overflow != "error" and not isinstance(source, HostSource):
+        source = Fitted(source, found)
     return Job(full_path, overrides, found, source, tuple(dict.fromkeys(ran)), run_code)
 
 

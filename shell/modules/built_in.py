@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mimogrid.core.job.models import Block, Gpt, Regressor
 from mimogrid.core.step.step import Share
+from mimogrid.shell.megatron.draws import EMBEDDING, child, draw_of, dropped
 from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.megatron.names import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
 from mimogrid.shell.modules.loss import Predictions, squared_error_sum
@@ -24,10 +25,10 @@ class TextStage(TransformerStage):
 
     def __init__(self, context: Context, model: Gpt, *, sequence: int) -> None:
         super().__init__(context, model)
-        self.model: Gpt = model
         info = context.info
         self.tied = model.tied_embeddings
         self.vocab = model.vocab
+        self.deep_layers = model.deepstack
         self.network = GPTModel(
             self.config,
             self.spec,
@@ -63,7 +64,10 @@ class TextStage(TransformerStage):
         tokens_T = inputs["tokens"]
         text_T = tokens_T.index_select(0, packing.text_tokens)
         text_TH = self.network.embedding.word_embeddings(text_T)
-        text_TH = functional.dropout(text_TH, self.dropout, training=self.training and self.draws)
+        if packing.row.keys is not None:
+            entries = packing.incoming[len(packing.incoming) - len(text_T) :]
+            keys_T = child(packing.row.keys, draw_of(EMBEDDING)).index_select(0, entries)
+            text_TH = dropped(text_TH, keys_T, self.dropout)
         rows = []
         if self.feeders:
             rows = [self.take(_joined(inputs, self.feeders)[:, : self.hidden], packing)]
@@ -71,11 +75,11 @@ class TextStage(TransformerStage):
 
     def deepstack(self, inputs: Mapping[str, Tensor], packing: Packing) -> Sequence[Tensor]:
         """Return the rows beside the feeders' rows, at the same placeholders."""
-        if not self.model.deepstack:
+        if not self.deep_layers:
             return ()
         # Each on a path of its own from the inputs: a recomputed layer runs the backward of what it adds by itself.
         found = []
-        for start in range(self.hidden, (1 + self.model.deepstack) * self.hidden, self.hidden):
+        for start in range(self.hidden, (1 + self.deep_layers) * self.hidden, self.hidden):
             rows = _joined(inputs, self.feeders)[:, start : start + self.hidden]
             found.append(self.row_of(self.take(rows, packing), packing))
         return found

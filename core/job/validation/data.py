@@ -9,12 +9,14 @@ from mimogrid.core.job.descriptions import description_problems
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.models import Gpt, Regressor, Transformer, Vit
 from mimogrid.core.job.placement import graph_of, largest_sample, model_of
-from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.spec import OVERFLOWS, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.validation.checks import one_of
 
 
 def data_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
     """Check that the source has what modules read, and in the width that they read."""
     graph = graph_of(spec)
+    yield from one_of("data.overflow", spec.data.overflow, OVERFLOWS)
     for name in graph.sources:
         yield from _features(name, spec.modules[name], source)
     if not source.targets:
@@ -31,7 +33,9 @@ def data_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
             yield attrs.evolve(problem, where="data.source", message=f"its largest sample {problem.message}")
         return
     for name in graph.texts:
-        yield from _text(name, spec.modules[name], graph, source)
+        yield from _text(name, spec.modules[name], source)
+        if spec.data.overflow == "error":
+            yield from _overflow(name, graph, source)
 
 
 def _features(name: str, module: ModuleSpec, source: SourceFacts) -> Iterator[Problem]:
@@ -57,7 +61,7 @@ def _features(name: str, module: ModuleSpec, source: SourceFacts) -> Iterator[Pr
         )
 
 
-def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts) -> Iterator[Problem]:
+def _text(name: str, module: ModuleSpec, source: SourceFacts) -> Iterator[Problem]:
     model = module.options
     assert isinstance(model, Gpt)
     if source.vocab is not None and model.vocab < source.vocab:
@@ -66,6 +70,9 @@ def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts
             f"module '{name}' knows {model.vocab} tokens, the source uses {source.vocab}.",
             f"Set vocab = {source.vocab} or more.",
         )
+
+
+def _overflow(name: str, graph: ModuleGraph, source: SourceFacts) -> Iterator[Problem]:
     if source.sequence is None or source.length is None:
         return
     rows = graph.rows_out(largest_sample(graph, source))[name] - source.length
@@ -74,5 +81,5 @@ def _text(name: str, module: ModuleSpec, graph: ModuleGraph, source: SourceFacts
             "data.options.sequence",
             f"a sample of module '{name}' can have {rows} rows and {source.length} text tokens, "
             f"more than sequence = {source.sequence} holds.",
-            f"Set sequence = {rows + source.length} or more, or give fewer rows.",
+            f"Set sequence = {rows + source.length} or more, give fewer rows, or set data.overflow.",
         )

@@ -14,6 +14,7 @@ from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
+    GpuSpec,
     GridSpec,
     GroupSpec,
     JobSpec,
@@ -40,6 +41,7 @@ TABLES = (
     DataSpec,
     BatchSpec,
     ScheduleSpec,
+    GpuSpec,
     OptimizerSpec,
     GroupSpec,
     LossScaleSpec,
