@@ -140,7 +140,7 @@ def test_init_writes_over_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "'h1000' is not known" in refused(
         capsys, "init", folder, "--gpus", "4", "--gpu", "h1000", "--out", tmp_path / "new.toml"
     )
-    assert [out.name, "llama", "llava"] == sorted(path.name for path in tmp_path.iterdir())
+    assert ["job.schema.json", out.name, "llama", "llava"] == sorted(path.name for path in tmp_path.iterdir())
 
 
 # -- there and back ----------------------------------------------------------------------------------------
