@@ -171,17 +171,14 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _stretches(making: Making, digest: str) -> Iterator[_Stretch]:
     """Yield the stretches of a store."""
+    config = hashlib.blake2b((making.processor / "config.json").read_bytes()).hexdigest()
+    made_by = [VERSION, _versions(), digest, config, making.max_tokens, str(making.images)]
     seen: set[bytes] = set()
     records: list[_Record] = []
     key = hashlib.blake2b(digest_size=16)
     for number, (offset, raw) in enumerate(raw_records(making.store)):
         if not records:
-            key = hashlib.blake2b(
-                json.dumps(
-                    [VERSION, _versions(), digest, making.max_tokens, str(making.images), offset]
-                ).encode(),
-                digest_size=16,
-            )
+            key = hashlib.blake2b(json.dumps([*made_by, offset]).encode(), digest_size=16)
         name, images = _looked_at(raw, number, making.images)
         records.append(_Record(number, offset, raw, name in seen))
         seen.add(name)
