@@ -53,7 +53,7 @@ class Rotary:
         if isinstance(model, Vit) and model.positions == "rotary_2d":
             angles = frequencies(model.head_width // 2, model.rotary_base)
             return cls(scaled=2 * angles, axes=(0,) * len(angles) + (1,) * len(angles))
-        turned = ()
+        turned: tuple[int, ...] = ()
         if isinstance(model, Gpt) and model.rotary_sections:
             turned = axes(model.rotary_sections, interleaved=model.rotary_sections_interleaved)
         if not model.rotary_scaling:
@@ -349,7 +349,8 @@ def _by_position(positions: int, cut: ZigZag) -> Tensor:
 
 def _to_row(heads_SBND: Tensor, chunks: int) -> Tensor:
     """Return [T, N, D]: chunk by chunk, sample by sample."""
-    return heads_SBND.unflatten(0, (chunks, -1)).transpose(1, 2).flatten(0, 2)
+    row: Tensor = heads_SBND.unflatten(0, (chunks, -1)).transpose(1, 2).flatten(0, 2)
+    return row
 
 
 def _to_block(heads_TND: Tensor, positions: int, samples: int, chunks: int) -> Tensor:

@@ -206,7 +206,7 @@ class Expert(nn.Module):
             middle = self.activation(gate) * middle
         else:
             middle = self.activation(middle)
-        bias = self.down.bias
+        bias: Tensor | None = self.down.bias
         if bias is not None and not self.adds_bias:
             # The sum over shards has the bias once, and every shard's copy of it gets the complete gradient.
             bias = bias - bias.detach()
