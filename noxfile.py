@@ -106,6 +106,9 @@ def package(session: nox.Session) -> None:
     session.run("python", "-I", "-c", "import mimogrid.core, mimogrid.shell, mimogrid.adapters")
     session.run("python", "-I", "-m", "mimogrid", "--help")
     session.run("mimogrid", "--help")
+    session.run("mimogrid", "env", "--json")
+    session.run("mimogrid", "init", "--template", "text")  # from the examples in the wheel
+    session.run("mimogrid", "check", "job.toml")
 
 
 @nox.session(name="parity-long", default=False)
@@ -135,3 +138,4 @@ def fuzz(session: nox.Session) -> None:
     # The seeds go on where the test of every day ends.
     arguments = session.posargs or ["1200", "1000"]
     session.run("python", "tests/long/fuzzing.py", *arguments, env={"PYTHONPATH": "src"})
+    session.run("python", "tests/support/mangled.py", "1000", "50000", env={"PYTHONPATH": "src"})

@@ -14,7 +14,7 @@ import torch
 from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.data.record import LANGUAGE
-from mimogrid.core.models.fitting import fitted
+from mimogrid.core.models.divisible import divisible
 from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
@@ -65,25 +65,18 @@ class Job:
         _check_supported(checkpoint, grids)
         more = dict(tables.pop("modules", {}))
         modules = {
-            name: fitted(
+            name: divisible(
                 {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])},
                 module.options,
             )
             for name, module in checkpoint.model.modules.items()
         }
         job = cls(checkpoint, {"precision": precision, **tables, "modules": {**modules, **more}})
-        job.sized(_least_samples(job.tables), job.parts)  # It raises what is wrong before anything starts.
+        job.sized(_least_samples(job.tables), 1)  # It raises what is wrong before anything starts.
         return job
 
-    @property
-    def parts(self) -> int:
-        """The length of a sequence is a multiple of this."""
-        grid = self.tables["modules"][LANGUAGE]["grid"]
-        cp = grid.get("cp", 1)
-        return (grid.get("tp", 1) if grid.get("sequence_parallel") else 1) * (2 * cp if cp > 1 else 1)
-
     def sized(self, samples: int, sequence: int) -> OpenedJob:
-        """Return the job of a batch of so many samples, each padded to so many tokens. Raises PlanError."""
+        """Return the job of a batch of so many samples of at most so many tokens. Raises PlanError."""
         tables = {
             **self.tables,
             "data": {"source": "mimogrid.shell.job.host:samples", "options": {"sequence": sequence}},
@@ -96,7 +89,7 @@ class Job:
 
     def check(self) -> str:
         """Return what the job is, in lines: its modules, their ranks, and what was split or padded."""
-        topology = self.sized(_least_samples(self.tables), self.parts).topology
+        topology = self.sized(_least_samples(self.tables), 1).topology
         lines = [f"{self.checkpoint.config['architectures'][0]}"]
         for name, described in self.checkpoint.model.modules.items():
             module = topology.modules[name]
@@ -126,8 +119,8 @@ class Running:
     def step(self, batch: Mapping[str, torch.Tensor]) -> Outcome | None:
         """Train one step; return its loss and more (`Outcome`), None on an idle rank.
 
-        `batch` is what the model's processor makes, the whole batch on every rank (`batches`), and `labels`. Raises
-        PlanError if it is anything else.
+        `batch` is what the model's processor makes (`shell.data.batches`), with `labels`: the whole batch, on every
+        rank. Raises PlanError if it is anything else.
         """
         encoded = examples_of(self._job.checkpoint.model, batch)
         examples = [Example(each.sample, each.tensors) for each in encoded]
@@ -173,8 +166,7 @@ class Running:
     def _opened(self, size: int = 0, sequence: int = 0) -> Embedded:
         """Return the job open for a size of batches; a larger sequence or another size opens it again."""
         size = size or self._size or _least_samples(self._job.tables)
-        parts = self._job.parts
-        sequence = max(self._sequence, -(-max(sequence, 1) // parts) * parts)
+        sequence = max(self._sequence, sequence, 1)
         if self._embedded is not None and (size, sequence) == (self._size, self._sequence):
             return self._embedded
         state = self._embedded.state_dict() if self._embedded is not None else None
@@ -223,4 +215,4 @@ def _least_samples(tables: Mapping[str, Any]) -> int:
     modules = tables["modules"].values()
     counts = [module.get("microbatches", everywhere) for module in modules]
     dp_sizes = [module["grid"].get("dp", 1) for module in modules if "grid" in module]
-    return math.lcm(*counts) * max(dp_sizes)
+    return math.lcm(*counts) * int(max(dp_sizes))

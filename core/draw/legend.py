@@ -32,7 +32,7 @@ class LegendEntry:
 
 def legend(pictures: Sequence[Picture], page: Page, stride: int) -> Iterator[LegendEntry]:
     """Yield entries for everything that is drawn. Microbatches with arrows are `stride` apart; 0 means no arrows."""
-    rows = [row for picture in pictures for row in picture.rows]
+    rows = [row for picture in pictures if picture.window is None for row in picture.rows]
     yield from _modules(page, rows)
     yield from _other_time(rows)
     if any(row.timeline.critical_path for row in rows):

@@ -10,7 +10,7 @@ import attrs
 
 from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import Ink
-from mimogrid.core.draw.picture import Picture, Row
+from mimogrid.core.draw.picture import Picture, Row, zooms
 
 
 WIDEST, NARROWEST, MARGIN = 1500.0, 640.0, 16.0
@@ -20,6 +20,8 @@ TITLE, HEADING, LEGEND, AXIS = 14.0, 11.5, 11.0, 10.0
 """Sizes of letters."""
 SIZES = ((16, (20.0, 16.0, 8.0)), (40, (15.0, 11.0, 6.0)), (math.inf, (11.0, 7.0, 4.0)))
 """For up to so many rows: heights of a cell, of the memory under it, and of the gap to the next row."""
+ZOOMED = 3
+"""A step that is so many times too long for its numbers is shown on a larger scale, too."""
 SMALL, VISIBLE = 3.0, 0.7
 """Cells below the first width have neither border nor tip; those below the second are merged with what follows."""
 
@@ -34,6 +36,7 @@ class Page:
         left: where time begins; names stand to its left.
         long: the length of the longest step.
         step_s: the longest step, in seconds.
+        begin_s: the second of the step at the left.
         most_bytes: the most that any rank holds.
         right: room behind the longest step, for the most that a rank holds.
         cell: height of an action.
@@ -51,6 +54,7 @@ class Page:
     cell: float
     strip: float
     gap: float
+    begin_s: float = 0.0
 
     @property
     def width(self) -> float:
@@ -79,7 +83,7 @@ class Page:
 
     def x(self, seconds: float) -> float:
         """Where a time of a step is."""
-        return self.left + seconds * self.scale
+        return self.left + (seconds - self.begin_s) * self.scale
 
     def height(self, row: Row) -> float:
         """The height of a row, with its memory."""
@@ -88,7 +92,7 @@ class Page:
 
 def page_of(pictures: Sequence[Picture]) -> Page:
     """Return a page with room for all pictures."""
-    rows = [row for picture in pictures for row in picture.rows]
+    rows = [row for picture in pictures if picture.window is None for row in picture.rows]
     topologies = {id(row.timeline): row.timeline.program.topology for row in rows}.values()
     modules = {name: module for topology in topologies for name, module in topology.modules.items()}
     chunks: dict[str, int] = {}
@@ -105,6 +109,21 @@ def page_of(pictures: Sequence[Picture]) -> Page:
     most = max((level.bytes for row in rows for level in row.levels), default=0)
     right = 10 + marks.width_of("9.99 MB", _small(cell)) + MARGIN
     return Page(marks.inks_of(modules), chunks, left, long, step_s, most, right, cell, strip, gap)
+
+
+def zoomed(page: Page, picture: Picture) -> Page:
+    """Return the page of a picture that shows a part of the step."""
+    if picture.window is None:
+        return page
+    begin, end = picture.window
+    return attrs.evolve(page, begin_s=begin, step_s=end - begin)
+
+
+def pages_of(whole: Picture) -> tuple[Picture, ...]:
+    """Return a picture, and its begin and end on a larger scale if it is too long for its numbers."""
+    page, readable = page_of([whole]), _readable(whole.rows, _font(SIZES[0][1][0]))
+    seconds = page.long / readable
+    return (whole, *zooms(whole, seconds)) if ZOOMED * seconds < page.step_s else (whole,)
 
 
 def _readable(rows: Sequence[Row], font: float) -> float:

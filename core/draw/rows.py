@@ -79,15 +79,17 @@ def _cell(page: Page, action: Compute, fill: Fill, extent: tuple[float, float], 
     yield from marks.filled(x, y, width, page.cell, fill, more=border)
     label = str(action.microbatch)
     if marks.width_of(label, page.font) + 2 <= width:
-        # A halo in the colour of the cell keeps a number readable on stripes.
-        halo = f' stroke="{fill.colour}" stroke-width="3" paint-order="stroke"' if fill.pattern else ""
-        base = y + page.cell / 2 + page.font * 0.36
-        yield marks.words(x + width / 2, base, label, size=page.font, fill=fill.text, more=MIDDLE + halo)
+        base, wide = y + page.cell / 2 + page.font * 0.36, marks.width_of(label, page.font) + 1
+        if fill.pattern:  # a light plate keeps a number readable on stripes, whatever draws the page
+            plate = page.font * 0.98
+            yield marks.rect(x + (width - wide) / 2, y + (page.cell - plate) / 2, wide, plate, WHITE)
+        ink = BLACK if fill.pattern else fill.text
+        yield marks.words(x + width / 2, base, label, size=page.font, fill=ink, more=MIDDLE)
 
 
 def _strip(page: Page, row: Row, y: float) -> Iterator[str]:
     """Draw bytes over time on the scale of the page, those that are always there below, and the peak beside it."""
-    levels, end = row.levels, page.x(row.timeline.step_s)
+    levels, end = row.levels, page.x(row.extent[1])
     if not page.most_bytes or not levels:
         return
     peak = max(levels, key=lambda level: level.bytes)
@@ -123,7 +125,7 @@ def _steps(page: Page, levels: Sequence[Level]) -> Iterator[tuple[float, int]]:
 
 def critical_parts(page: Page, row: Row, y: float) -> Iterator[str]:
     """Draw a line around the segments of the critical path."""
-    for segment in row.critical:
+    for segment in row.outlined:
         width = (segment.end_s - segment.begin_s) * page.scale
         if isinstance(segment.action, Send) or width < VISIBLE:
             continue

@@ -16,7 +16,7 @@ from mimogrid.core.draw import marks
 from mimogrid.core.draw.arrows import arrow_parts, selected
 from mimogrid.core.draw.legend import legend, legend_parts, wrapped
 from mimogrid.core.draw.marks import BOLD, GREY, MIDDLE, RIGHT
-from mimogrid.core.draw.page import AXIS, HEADING, LEGEND, MARGIN, TITLE, Page, headed, page_of
+from mimogrid.core.draw.page import AXIS, HEADING, LEGEND, MARGIN, TITLE, Page, headed, page_of, zoomed
 from mimogrid.core.draw.picture import Picture, Row
 from mimogrid.core.draw.rows import critical_parts, row_parts
 from mimogrid.core.simulate.timeline import MessageInterval
@@ -32,7 +32,7 @@ def svg(*pictures: Picture) -> str:
         y = _title(page, picture, y, parts)
         if not number:
             y = _legend(page, pictures, stride if arrows else 0, y, parts)
-        y = _picture(page, picture, arrows, y, parts)
+        y = _picture(zoomed(page, picture), picture, arrows, y, parts)
     return marks.document(page.width, y + MARGIN - 6, parts)
 
 
@@ -102,14 +102,16 @@ def _axis(page: Page, picture: Picture, top: float, bottom: float) -> Iterator[s
     if not page.step_s:
         return
     step = _nice(page.step_s / (page.long / 90))
-    count = math.floor(page.step_s / step + 1e-9)
-    for i in range(count + 1):
+    first, count = math.ceil(page.begin_s / step), math.floor((page.begin_s + page.step_s) / step + 1e-9)
+    for i in range(first, count + 1):
         x = page.x(i * step)
         yield marks.line(f"M{x:.2f} {top:.2f}V{bottom:.2f}")
         last = i == count
         seconds = f"{i * step:.6g}" + (" s" if last else "")
-        yield marks.words(x, bottom + 13, seconds, size=AXIS, fill=GREY, more=RIGHT if last and i else MIDDLE)
-    for end in {row.timeline.step_s for row in picture.rows}:
+        yield marks.words(
+            x, bottom + 13, seconds, size=AXIS, fill=GREY, more=RIGHT if last and i > first else MIDDLE
+        )
+    for end in {row.timeline.step_s for row in picture.rows if row.extent[1] >= row.timeline.step_s}:
         dash = ' stroke-dasharray="4 3"'
         yield marks.line(f"M{page.x(end):.2f} {top:.2f}V{bottom:.2f}", stroke=GREY, more=dash)
 

@@ -4,7 +4,7 @@ A run is defined by what it computes: which model, from which samples, by which 
 decides only where, in which order and for how long this is computed, and what is saved:
 
     free    grids, chunks, split, vocab_padding, recompute, microbatches, world_size, [schedule], [train],
-            optimizer.sharded and bucket_mb, precision, fp8, engine
+            [gpu], optimizer.sharded and bucket_mb, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
 
@@ -25,7 +25,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.job.models import unpadded
-from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ScheduleSpec, TrainSpec
+from mimogrid.core.job.spec import BatchSpec, DataSpec, GpuSpec, GridSpec, JobSpec, ScheduleSpec, TrainSpec
 
 
 JOB = JobSpec(modules={}, data=DataSpec(source="digits"), batch=BatchSpec(global_size=8))
@@ -86,6 +86,7 @@ def _essence(spec: JobSpec) -> JobSpec:
         schedule=ScheduleSpec(),
         optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0),
         train=TrainSpec(),
+        gpu=GpuSpec(),
         precision="",
         world_size=None,
     )

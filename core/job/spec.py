@@ -107,6 +107,22 @@ class ScheduleSpec:
 
 
 @attrs.frozen(kw_only=True)
+class GpuSpec:
+    """`[gpu]`: the GPUs that `plan`, `check` and `simulate` assume. Training does not read it.
+
+    `memory_gb` is the memory of each GPU (GB of 1e9 bytes), `efficiency` the part of its peak that it reaches,
+    `link_efficiency` that of its links; None: the default. `times` has, by module, how many times as long as estimated
+    it takes, as measured.
+    """
+
+    name: str | None = None
+    memory_gb: float | None = None
+    efficiency: float | None = None
+    link_efficiency: float | None = None
+    times: Mapping[str, float] = attrs.field(factory=dict[str, float])
+
+
+@attrs.frozen(kw_only=True)
 class GroupSpec:
     """`[[optimizer.groups]]`: a learning rate and a weight decay for some parameters; None: those of the job.
 
@@ -229,6 +245,7 @@ class JobSpec:
     schedule: ScheduleSpec = ScheduleSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     train: TrainSpec = TrainSpec()
+    gpu: GpuSpec = GpuSpec()
     seed: int = 0
     precision: str = "fp32"
     world_size: int | None = None

@@ -20,12 +20,14 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import attrs
 
 from mimogrid.core.base.bounds import longest_before_s
 from mimogrid.core.job.graph import ModuleGraph
-from mimogrid.core.plan.configs import ParallelConfig, PricedConfig
+from mimogrid.core.plan.configs import ParallelConfig, PricedConfig, Rates
+from mimogrid.core.plan.progress import Progress, Watch, always
 from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
 
@@ -33,8 +35,12 @@ KEPT = 96
 """Layouts that are kept, those with the least bounds."""
 EACH = 3
 """Layouts that are kept for one configuration of the main module."""
+NEAR = 1.01
+"""A configuration is left out where another one is no worse than so many times as bad in any respect."""
+BEAM = 12
+"""Layouts of some modules that are kept while others are placed around a configuration of the main one."""
 WORTH = 1.5
-"""Configurations of the main module with bounds above this many times the least one are not looked at."""
+"""The walk ends at bounds above this many times that of the best layout."""
 
 BESIDE, ALL, FIRST = "beside", "all", "first"
 
@@ -97,7 +103,7 @@ class Candidates:
 class Scope:
     """What is laid out: the search spaces of the modules of a graph, on so many ranks of `memory_bytes` each.
 
-    `samples` are those of a step. Only layouts with bounds below `below_s` are of interest.
+    `samples` are those of a step.
     """
 
     spaces: Mapping[str, SearchSpace]
@@ -106,7 +112,6 @@ class Scope:
     ranks: int
     memory_bytes: float
     samples: int
-    below_s: float = math.inf
 
     @property
     def others(self) -> list[str]:
@@ -125,14 +130,16 @@ class Scope:
 
 @attrs.define(eq=False)
 class _Notes:
-    """What a walk notes on its way; `worth_s` is the bound above which a configuration is not looked at."""
+    """What a walk notes on its way."""
 
-    worth_s: float = math.inf
     left_out_s: float = math.inf
     looked_at: int = 0
     out_of_memory: list[OutOfMemory] = attrs.field(factory=list[OutOfMemory])
     undominated: dict[tuple[str, int], tuple[PricedConfig, ...]] = attrs.field(
         factory=dict[tuple[str, int], tuple[PricedConfig, ...]]
+    )
+    shared: dict[tuple[str, int, int], tuple[PricedConfig, ...]] = attrs.field(
+        factory=dict[tuple[str, int, int], tuple[PricedConfig, ...]]
     )
 
     def leave_out(self, bound: float) -> None:
@@ -146,17 +153,21 @@ class _Notes:
             self.out_of_memory = list(_worth_saying(self.out_of_memory))
 
 
-def candidates_of(scope: Scope) -> Candidates:
-    """Return the layouts of a job with the least lower bounds."""
+def candidates_of(scope: Scope, watch: Watch = always) -> Candidates:
+    """Return the layouts of a job with the least lower bounds. `watch` is asked whether to go on once there is one."""
     notes = _Notes()
     kept: list[tuple[float, int, int, Candidate]] = []  # the worst on top
     number = itertools.count()
+    worth = math.inf
     for bound, main in _main_configs(scope, notes):
-        if len(kept) == KEPT and bound >= -kept[0][0]:
+        full = len(kept) == KEPT and bound >= -kept[0][0]
+        goes_on = watch(Progress(bound_s=bound, looked_at=notes.looked_at)) or not kept
+        if full or bound > worth or not goes_on:
             notes.leave_out(bound)
             break
         for candidate in _joined(scope, notes, main, bound):
             heapq.heappush(kept, (-candidate.bound, -candidate.ranks, -next(number), candidate))
+            worth = min(worth, WORTH * candidate.bound)
         while len(kept) > KEPT:
             notes.leave_out(-heapq.heappop(kept)[0])
     return Candidates(
@@ -167,82 +178,142 @@ def candidates_of(scope: Scope) -> Candidates:
     )
 
 
-def _main_configs(scope: Scope, notes: _Notes) -> list[tuple[float, PricedConfig]]:
-    """Return the configurations of the main module that fit, by their bounds, up to `WORTH` times the least one."""
+def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedConfig]]:
+    """Yield the configurations of the main module that fit, in order of their bounds; none is priced too early."""
     space, below = scope.spaces[scope.main], scope.stages_below(scope.main)
     configs = [
         config for count in _divisors(scope.samples) for config in space.configs(count, scope.ranks, CHUNKS)
     ]
-    found: list[tuple[float, int, int, PricedConfig]] = []
-    best = math.inf
+    priced: list[tuple[float, int, int, PricedConfig]] = []
     for least, i in sorted((space.least_s(config), i) for i, config in enumerate(configs)):
-        if least > min(WORTH * best, scope.below_s):
-            notes.leave_out(least)
-            break
+        while priced and priced[0][0] <= least:
+            bound, _, _, main = heapq.heappop(priced)
+            yield bound, main
         if space.least_bytes(configs[i]) > scope.memory_bytes and notes.out_of_memory:
             continue
         notes.looked_at += 1
-        priced = space.priced(configs[i])
-        bound, needs = priced.bound_s(), priced.bytes_at_most(below)
+        main = space.priced(configs[i])
+        bound, needs = main.bound_s(), main.bytes_at_most(below)
         if max(needs) > scope.memory_bytes:
-            notes.does_not_fit(Candidate(bound, priced, {}), scope.main, needs)
-        elif bound <= min(WORTH * best, scope.below_s):
-            found.append((bound, priced.ranks, i, priced))
-            best = min(best, bound)
+            notes.does_not_fit(Candidate(bound, main, {}), scope.main, needs)
         else:
-            notes.leave_out(bound)
-    notes.worth_s = min(WORTH * best, scope.below_s)
-    found.sort(key=lambda each: each[:3])
-    return [(bound, priced) for bound, _, _, priced in found]
+            heapq.heappush(priced, (bound, main.ranks, i, main))
+    yield from ((bound, main) for bound, _, _, main in sorted(priced, key=lambda each: each[:3]))
 
 
 # -- the other modules -------------------------------------------------------------------------------------
 
 
+@attrs.frozen(eq=False)
+class _Choice:
+    """A configuration and place of a module beside the main one.
+
+    `bound` is that of the two alone. `work` and `bytes` are what it adds to each pipeline rank of the main module.
+    """
+
+    placed: Placed
+    bound: float
+    work: tuple[float, ...] = ()
+    bytes: tuple[float, ...] = ()
+
+    @functools.cached_property
+    def rates(self) -> Rates:
+        """What is better if it is less."""
+        return self.bound, self.placed.ranks, max(self.work, default=0.0), max(self.bytes, default=0.0)
+
+
+@attrs.frozen(eq=False)
+class _Part:
+    """A layout of the main module and some others; `work` and `bytes` are those of its pipeline ranks."""
+
+    bound: float
+    ranks: int
+    others: Mapping[str, Placed]
+    work: tuple[float, ...]
+    bytes: tuple[float, ...]
+
+    def with_(self, name: str, choice: _Choice) -> "_Part":
+        work = tuple(map(operator.add, self.work, choice.work)) if choice.work else self.work
+        held = tuple(map(operator.add, self.bytes, choice.bytes)) if choice.bytes else self.bytes
+        return _Part(
+            bound=max(self.bound, choice.bound, *work),
+            ranks=self.ranks + choice.placed.ranks,
+            others={**self.others, name: choice.placed},
+            work=work,
+            bytes=held,
+        )
+
+
 def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> list[Candidate]:
     """Return the best layouts of the other modules around a configuration of the main one.
 
-    The choices of each module are in order of the bound with it alone. So a choice that cannot be among the best ends
-    the search through those behind it.
+    Modules are placed one by one, and of the layouts so far the best `BEAM` are kept: all of them would be too many
+    where there are several modules.
     """
-    names = scope.others
-    choices = [_sorted_choices(scope, notes, name, main) for name in names]
-    best: list[Candidate] = []
-
-    def join(chosen: dict[str, Placed], bound: float, room: int) -> None:
-        if len(chosen) == len(names):
-            notes.looked_at += 1
-            candidate = Candidate(max(bound, _bound_s(scope, main, chosen)), main, dict(chosen))
-            _keep(scope, notes, candidate, best)
-            return
-        for alone, placed in choices[len(chosen)]:
-            if len(best) == EACH and max(bound, alone) >= best[-1].bound:
-                notes.leave_out(max(bound, alone))
-                break
-            if placed.ranks <= room:
-                join({**chosen, names[len(chosen)]: placed}, max(bound, alone), room - placed.ranks)
-
-    join({}, least, scope.ranks - main.ranks)
-    return best
+    count, most = main.config.microbatches, main.bytes_at_most(scope.stages_below(scope.main))
+    work = tuple(count * time.work + time.update for time in main.times)
+    parts = [_Part(least, main.ranks, {}, work, most)]
+    choices = {name: _sorted_choices(scope, notes, name, main) for name in scope.others}
+    to_come = sum(_fewest_ranks(each) for each in choices.values())
+    for name, found in choices.items():
+        to_come -= _fewest_ranks(found)
+        grown = [part.with_(name, each) for part in parts for each in found]
+        notes.looked_at += len(grown)
+        parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
+    whole = [Candidate(max(p.bound, _bound_s(scope, main, p.others)), main, p.others) for p in parts]
+    whole.sort(key=lambda each: (each.bound, each.ranks))
+    for candidate in whole[EACH:]:
+        notes.leave_out(candidate.bound)
+    return whole[:EACH]
 
 
-def _keep(scope: Scope, notes: _Notes, candidate: Candidate, best: list[Candidate]) -> None:
-    """Put a layout among the best, if it fits."""
-    needs = _shared_bytes(scope, candidate)
-    if max(needs, default=0) > scope.memory_bytes:
-        notes.does_not_fit(candidate, scope.main, needs)
-        return
-    best.append(candidate)
-    best.sort(key=lambda each: (each.bound, each.ranks))
-    if len(best) > EACH:
-        notes.leave_out(best.pop().bound)
+def _fewest_ranks(choices: Sequence[_Choice]) -> int:
+    return min((choice.placed.ranks for choice in choices), default=0)
 
 
-def _sorted_choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> list[tuple[float, Placed]]:
-    """Return what a module may have beside the main one, with the bounds of the two, in order of these."""
-    choices = list(_choices(scope, notes, name, main))
-    bounds = [(_bound_s(scope, main, {name: each}), each.ranks, i) for i, each in enumerate(choices)]
-    return [(bound, choices[i]) for bound, _, i in sorted(bounds)]
+def _best(scope: Scope, notes: _Notes, main: PricedConfig, parts: list[_Part]) -> list[_Part]:
+    """Return the parts that fit and are best, and the one with the fewest ranks."""
+    fitting: list[_Part] = []
+    for part in parts:
+        if max(part.bytes) <= scope.memory_bytes:
+            fitting.append(part)
+        else:
+            notes.does_not_fit(Candidate(part.bound, main, part.others), scope.main, part.bytes)
+    fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.bytes)))
+    kept = fitting[:BEAM]
+    if len(fitting) > BEAM:
+        kept.append(min(fitting[BEAM:], key=lambda part: (part.ranks, part.bound)))
+    return kept
+
+
+def _sorted_choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> list[_Choice]:
+    """Return what a module may have beside the main one, best first, none of which another one is as good as."""
+    feeds = scope.main in scope.downstream(name)
+    found = [_choice(main, placed, feeds=feeds) for placed in _choices(scope, notes, name, main)]
+    found.sort(key=lambda choice: choice.rates)
+    front: list[_Choice] = []
+    for choice in found:
+        if not _is_matched(choice.rates, front):
+            front.append(choice)
+    return front
+
+
+def _choice(main: PricedConfig, placed: Placed, *, feeds: bool) -> _Choice:
+    """Return a placed configuration with the bound that it and the main module have alone."""
+    priced = placed.priced
+    if feeds:
+        bound = max(main.bound_s(priced.forward, priced.backward), priced.bound_s())
+    else:
+        bound = max(main.bound_s(), priced.bound_s(main.forward, main.backward))
+    if placed.place == BESIDE:
+        return _Choice(placed, bound)
+    count, rank, time = priced.config.microbatches, priced.bytes[0], priced.times[0]
+    # With fewer, larger microbatches: those in flight below are counted in microbatches of the main module.
+    in_flight = min(1 + math.ceil(main.depth / (main.config.microbatches / count)), count)
+    shared = [priced.ranks > pp * main.ranks // main.config.pp for pp in range(main.config.pp)]
+    work = tuple((count * time.work + time.update) * here for here in shared)
+    held = tuple((rank.kept + rank.in_flight * in_flight) * here for here in shared)
+    return _Choice(placed, bound, work, held)
 
 
 def _choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> Iterator[Placed]:
@@ -257,114 +328,98 @@ def _choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> Iter
             notes.does_not_fit(Candidate(main.bound_s(), main, {name: Placed(priced)}), name, needs)
         else:
             yield Placed(priced)
-    for priced in _on(scope, name, main.ranks, config.microbatches):
+    for priced in _on(scope, notes, name, main.ranks, config.microbatches):
         yield Placed(priced, ALL)
     if config.pp > 1:
-        for priced in _on(scope, name, main.ranks // config.pp, config.microbatches):
+        for priced in _on(scope, notes, name, main.ranks // config.pp, config.microbatches):
             yield Placed(priced, FIRST)
 
 
 def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> tuple[PricedConfig, ...]:
-    """Return the configurations of a module for which no other one is as good in every respect."""
+    """Return the configurations of a module for which no other one is nearly as good in every respect.
+
+    A configuration is priced only if none that was priced is nearly as good as it may be at best.
+    """
     if (name, microbatches) not in notes.undominated:
         space = scope.spaces[name]
-        configs = space.configs(microbatches, scope.ranks - 1)
-        priced = [space.priced(config) for config in configs if space.least_s(config) <= notes.worth_s]
-        notes.looked_at += len(priced)
-        notes.undominated[name, microbatches] = _front(priced)
+        configs = list(space.configs(microbatches, scope.ranks - 1))
+        rated = sorted((space.least_rates(config), i) for i, config in enumerate(configs))
+        front: list[PricedConfig] = []
+        for least, i in rated:
+            if not _is_matched(least, front):
+                notes.looked_at += 1
+                priced = space.priced(configs[i])
+                if not _is_matched(priced.rates, front):
+                    front.append(priced)
+        notes.undominated[name, microbatches] = tuple(front)
     return notes.undominated[name, microbatches]
 
 
-def _front(configs: Iterable[PricedConfig]) -> tuple[PricedConfig, ...]:
-    """Return the configurations for which no other one is as good in ranks, bytes, seconds through them and bound."""
-    rated = sorted(
-        (
-            (
-                priced.ranks,
-                priced.bound_s(),
-                priced.forward,
-                priced.backward,
-                max(priced.bytes_at_most(0)),
-                max(rank.in_flight for rank in priced.bytes),
-            ),
-            i,
-            priced,
-        )
-        for i, priced in enumerate(configs)
-    )
-    front: list[tuple[tuple[float, ...], PricedConfig]] = []
-    for rates, _, priced in rated:
-        if not any(all(map(operator.le, other, rates)) for other, _ in front):
-            front.append((rates, priced))
-    return tuple(priced for _, priced in front)
+class _Rated(Protocol):
+    """Something with rates, which are better if they are less."""
+
+    @property
+    def rates(self) -> Rates: ...
 
 
-def _on(scope: Scope, name: str, ranks: int, microbatches: int) -> Iterator[PricedConfig]:
-    """Yield configurations of one stage on so many ranks: with the microbatches of the job, or with larger ones."""
-    space = scope.spaces[name]
-    for shape in space.shapes:
-        dp_ranks, left = divmod(ranks, shape.ranks)
-        if left:
-            continue
-        larger = next(
-            m for m in reversed(_divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1
-        )
-        for count in dict.fromkeys((microbatches, larger)):
-            dp = min(dp_ranks, scope.samples // count)
-            if dp % shape.dp_size == 0:
-                yield space.priced(ParallelConfig(shape, 1, 1, dp, count))
+Found = TypeVar("Found", bound=_Rated)
+
+
+def _is_matched(rates: Rates, front: list[Found]) -> bool:
+    """Whether one of a front is no worse in any rate, or by less than `NEAR`; that one is moved to the front of it.
+
+    The next ones are mostly like this one: so the first that is asked is mostly the last.
+    """
+    a, b, c, d = (NEAR * rate for rate in rates)
+    for i, other in enumerate(front):
+        e, f, g, h = other.rates
+        if e <= a and f <= b and g <= c and h <= d:
+            if i:
+                front.insert(0, front.pop(i))
+            return True
+    return False
+
+
+def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -> Sequence[PricedConfig]:
+    """Return configurations of one stage on so many ranks: with the microbatches of the job, or with larger ones."""
+    if (name, ranks, microbatches) not in notes.shared:
+        space, counts = scope.spaces[name], [microbatches]
+        found: list[PricedConfig] = []
+        for shape in space.shapes:
+            dp_ranks, left = divmod(ranks, shape.ranks)
+            if left:
+                continue
+            larger = (
+                m for m in reversed(_divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1
+            )
+            for count in dict.fromkeys((*counts, next(larger))):
+                dp = min(dp_ranks, scope.samples // count)
+                if dp % shape.dp_size == 0:
+                    found.append(space.priced(ParallelConfig(shape, 1, 1, dp, count)))
+        notes.shared[name, ranks, microbatches] = _front(found)
+    return notes.shared[name, ranks, microbatches]
+
+
+def _front(found: Iterable[PricedConfig]) -> tuple[PricedConfig, ...]:
+    """Return the configurations for which no other one is nearly as good in every respect."""
+    front: list[PricedConfig] = []
+    for priced in sorted(found, key=lambda each: each.rates):
+        if not _is_matched(priced.rates, front):
+            front.append(priced)
+    return tuple(front)
 
 
 # -- a layout ----------------------------------------------------------------------------------------------
 
 
 def _bound_s(scope: Scope, main: PricedConfig, others: Mapping[str, Placed]) -> float:
-    """Return seconds that no order of a layout beats."""
+    """Return seconds that no order of a layout beats, as if no modules shared ranks."""
     priced = {name: placed.priced for name, placed in others.items()} | {scope.main: main}
     order = [name for name in scope.graph.order if name in priced]
     feeders = {name: [(f, 0.0) for f in scope.graph.nodes[name].feeders if f in priced] for name in order}
     heads = longest_before_s(order, feeders, {name: each.forward for name, each in priced.items()})
     tails = longest_before_s(order, feeders, {name: each.backward for name, each in priced.items()})
-    alone = max(each.bound_s(heads[name], tails[name]) for name, each in priced.items())
-    return max(alone, *_shared_s(main, others), 0.0)
-
-
-def _shared_s(main: PricedConfig, others: Mapping[str, Placed]) -> Iterator[float]:
-    """Yield the seconds that ranks with several modules work."""
-    for pp, time in enumerate(main.times):
-        guests = [guest.priced for guest in _guests(main, others, pp)]
-        if guests:
-            first = [(guest.config.microbatches, guest.times[0]) for guest in guests]
-            yield (
-                main.config.microbatches * time.work
-                + sum(count * each.work for count, each in first)
-                + time.update
-                + sum(each.update for _, each in first)
-            )
-
-
-def _shared_bytes(scope: Scope, candidate: Candidate) -> tuple[float, ...]:
-    """Return what the pipeline ranks of the main module hold with the modules that share them; nothing if none does."""
-    main = candidate.main
-    if all(placed.place == BESIDE for placed in candidate.others.values()):
-        return ()
-    needs = list(main.bytes_at_most(scope.stages_below(scope.main)))
-    for pp in range(main.config.pp):
-        for placed in _guests(main, candidate.others, pp):
-            rank, count = placed.priced.bytes[0], placed.priced.config.microbatches
-            # With fewer, larger microbatches: those in flight below are counted in microbatches of the main module.
-            in_flight = min(1 + math.ceil(main.depth / (main.config.microbatches / count)), count)
-            needs[pp] += rank.kept + rank.in_flight * in_flight
-    return tuple(needs)
-
-
-def _guests(main: PricedConfig, others: Mapping[str, Placed], pp: int) -> Iterator[Placed]:
-    """Yield the modules that lie on ranks of the main module at a position along pp.
-
-    They begin at rank 0. Those with few dp ranks do not reach the ranks of later stages.
-    """
-    first = pp * main.ranks // main.config.pp
-    return (placed for placed in others.values() if placed.place != BESIDE and placed.priced.ranks > first)
+    return max(each.bound_s(heads[name], tails[name]) for name, each in priced.items())
 
 
 def _worth_saying(out_of_memory: Iterable[OutOfMemory]) -> tuple[OutOfMemory, ...]:

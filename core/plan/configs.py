@@ -1,8 +1,9 @@
 """Configurations: one way to lay one module out, with a time that no schedule beats.
 
-A `ParallelShape` is how the ranks of one dp rank and one stage share a module: tp, cp, ep. With a number of stages,
-chunks, dp ranks and microbatches it is a `ParallelConfig`, and with its seconds and bytes a `PricedConfig`. Alone on
-its ranks a module takes, by the bound of `bounds`, at least the maximum over its pipeline ranks of
+A `ParallelShape` is how the ranks of one dp rank and one stage compute a module: tp, cp, ep, recomputation. With a
+number of stages, chunks, dp ranks and microbatches it is a `ParallelConfig`, and with its seconds and bytes a
+`PricedConfig`. Alone on its ranks a module takes, by the bound of `bounds`, at least the maximum over its pipeline
+ranks of
 
     head + microbatches * (forward + backward) + max(tail, all-reduce)
 
@@ -10,22 +11,29 @@ plus the slowest update. The head is how long the first microbatch needs to the 
 gradient needs from it.
 """
 
+import functools
 import math
 
 import attrs
 
-from mimogrid.core.base.bounds import bound_s
 from mimogrid.core.job.spec import GridSpec
+
+
+Rates = tuple[float, float, float, float]
+"""Numbers that are better if they are less."""
+IN_FLIGHT = 4
+"""Microbatches in flight for which the bytes of a rank are rated."""
 
 
 @attrs.frozen(cache_hash=True)
 class ParallelShape:
-    """How the ranks of one dp rank and one stage share a module."""
+    """How the ranks of one dp rank and one stage compute a module."""
 
     tp: int = 1
     cp: int = 1
     ep: int = 1
     sequence_parallel: bool = False
+    recompute: str = "none"
 
     @property
     def ranks(self) -> int:
@@ -48,7 +56,7 @@ class ParallelShape:
         return " ".join(f"{axis}={size}" for axis, size in named.items() if size > 1) or "tp=1"
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class ParallelConfig:
     """A shape with a number of stages, chunks of each rank, dp ranks and microbatches."""
 
@@ -72,7 +80,8 @@ class ParallelConfig:
         shape = self.shape
         named = {"tp": shape.tp, "cp": shape.cp, "ep": shape.ep, "pp": self.pp, "dp": self.dp}
         sizes = " ".join(f"{axis}={size}" for axis, size in named.items() if size > 1) or "1 rank"
-        return sizes + (f" chunks={self.chunks}" if self.chunks > 1 else "")
+        more = f" chunks={self.chunks}" if self.chunks > 1 else ""
+        return sizes + more + (f" recompute={shape.recompute}" if shape.recompute != "none" else "")
 
 
 @attrs.frozen
@@ -114,33 +123,49 @@ class PricedConfig:
     backward: float
     times: tuple[RankTime, ...]
     bytes: tuple[RankBytes, ...]
+    _bytes: dict[int, tuple[float, ...]] = attrs.field(
+        factory=dict[int, tuple[float, ...]], init=False, repr=False
+    )
 
     @property
     def ranks(self) -> int:
         """How many ranks the module takes."""
         return self.config.ranks
 
-    @property
+    @functools.cached_property
     def depth(self) -> int:
         """How many microbatches the modules before it need in flight to keep it busy."""
         return max(rank.depth for rank in self.bytes)
 
+    @functools.cached_property
+    def rates(self) -> Rates:
+        """What is better if it is less: ranks, bound, seconds of a microbatch through all stages, bytes."""
+        held = max(rank.kept + rank.in_flight * IN_FLIGHT for rank in self.bytes)
+        return self.ranks, self.bound_s(), self.forward + self.backward, held
+
     def bound_s(self, head: float = 0.0, tail: float = 0.0) -> float:
         """Return seconds that no order beats, if `head` pass before the first microbatch and `tail` after the last."""
-        count = self.config.microbatches
-        return max(
-            bound_s((head + rank.head,), count * rank.work, (max(rank.tail + tail, rank.reduce),))
-            for rank in self.times
-        ) + max(rank.update for rank in self.times)
+        back, reduced, update = self._ends
+        return head + max(back + tail, reduced) + update
+
+    @functools.cached_property
+    def _ends(self) -> tuple[float, float, float]:
+        """When the last gradient has gone back at the earliest, when the last all-reduce is done; then the update."""
+        done = [rank.head + self.config.microbatches * rank.work for rank in self.times]
+        return (
+            max(end + rank.tail for end, rank in zip(done, self.times, strict=True)),
+            max(end + rank.reduce for end, rank in zip(done, self.times, strict=True)),
+            max(rank.update for rank in self.times),
+        )
 
     def bytes_at_most(self, below: int) -> tuple[float, ...]:
         """Return what each pipeline rank holds with 1F1B, if the modules behind have `below` microbatches in flight."""
-        config = self.config
-        return tuple(
-            rank.kept
-            + rank.in_flight * min(rank.depth + below * config.chunks, config.microbatches * config.chunks)
-            for rank in self.bytes
-        )
+        if below not in self._bytes:
+            chunks, most = self.config.chunks, self.config.microbatches * self.config.chunks
+            self._bytes[below] = tuple(
+                rank.kept + rank.in_flight * min(rank.depth + below * chunks, most) for rank in self.bytes
+            )
+        return self._bytes[below]
 
     def __str__(self) -> str:
         return f"{self.module} {self.config}"

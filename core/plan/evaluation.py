@@ -5,10 +5,11 @@ every sample were the largest. So dp ranks are alike, and a thousand GPUs are si
 (`lockstep`).
 
 Of a long step at first only so many microbatches are simulated as fill the pipelines twice; each further microbatch
-adds the time of the busiest rank. A layout that the plan shows in the end is confirmed: all microbatches are simulated,
-and for each module the rank that holds most is lowered, so that its messages count, too.
+adds the time of the busiest rank. A layout that the plan shows in the end is confirmed: `simulate` times all
+microbatches, and the memory of its fullest ranks counts with their messages (`fullest`).
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -20,21 +21,20 @@ from mimogrid.core.job.schedules import AUTO, GPIPE
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
-from mimogrid.core.pricing.footprint import ranks_by_stages
-from mimogrid.core.pricing.on_machine import on_machine
+from mimogrid.core.pricing.even import even_costs
+from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
+from mimogrid.core.simulate.fullest import fullest_ranks
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
-from mimogrid.core.simulate.memory import bytes_in_flight, most_bytes, saved_bytes
+from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Topology
 
 
-LOWERED = 4
-"""How many simulated actions lowering one action counts as."""
 WHOLE = frozenset({GPIPE, AUTO})
 """Orders that a short step says nothing of: GPipe holds all microbatches, and `auto` finds another order for fewer."""
 
@@ -65,23 +65,65 @@ class Evaluator:
         except PlanError as error:
             return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
 
-    def confirmed(self, layout: Layout) -> Layout:
-        """Return a layout with its time for the whole step, and its memory, for which the short step is enough."""
-        question, spec = self.question, layout.spec
-        topology = question.topology(spec)
-        peaks = self._peaks(_shortened(spec))
-        most = {name: size for name, (_, size) in peaks.items()}
-        largest = max(most, key=most.__getitem__)
-        if most[largest] <= question.memory_bytes:
-            return attrs.evolve(self._timed(spec, topology, spec), peak_bytes=most)
-        reason = _too_much(topology, largest, *peaks[largest], question.memory_bytes)
+    @functools.cached_property
+    def _useful_s(self) -> float:
+        """Seconds that one GPU would need for the operations of the model alone."""
+        step = step_of(self.question.topology(self.question.spec), self.question.samples)
+        return sum(model_flops(step).values()) / self.question.machine.flops
+
+    def perturbed(self, layout: Layout, question: Question) -> float:
+        """Return how many times as long a layout takes for another question, by steps in lockstep."""
+        other = Evaluator(question, self.main)
+        seconds = [each.evaluated(layout.spec).step_s for each in (self, other)]
+        self.effort += other.effort
+        return seconds[1] / seconds[0] if all(seconds) else 0.0
+
+    def fitted(self, layout: Layout) -> Layout:
+        """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
+        return self._with_memory(layout, self._program(_shortened(layout.spec)))
+
+    def _with_memory(self, layout: Layout, program: Program) -> Layout:
+        fullest = fullest_ranks(program)
+        most = {name: each.bytes for name, each in fullest.items()}
+        largest, has = max(most, key=most.__getitem__), self.question.memory_bytes
+        if most[largest] <= has:
+            return attrs.evolve(layout, peak_bytes=most)
+        stage = fullest[largest].stage(program.topology, largest)
+        reason = f"does not fit: {needs(stage, most[largest], has)}"
         return attrs.evolve(layout, kind=TOO_LARGE, reason=reason, peak_bytes=most)
+
+    def confirmed(self, layout: Layout) -> Layout:
+        """Return a layout with its memory and as `simulate` times it: what a job promises that is written."""
+        question, program = self.question, self._program(layout.spec)
+        layout = self._with_memory(layout, program)
+        if layout.kind == TOO_LARGE:
+            return layout
+        step = step_of(program.topology, question.samples)
+        timeline = simulate(program, even_costs(step, question.machine))
+        self.simulated += 1
+        busy_s, bound_s = math.fsum(timeline.busy_s.values()), timeline.lower_bound_s
+        return self._rated(layout, step, timeline.step_s, busy_s, bound_s)
+
+    def _rated(self, layout: Layout, step: Step, step_s: float, busy_s: float, bound_s: float) -> Layout:
+        """Return a layout with the seconds of its step, those that all its ranks compute in it, and its lower bound."""
+        gpus, active = self.question.gpus, len(step.topology.ranks)
+        rate = 1 / (step_s * gpus) if step_s else 0.0
+        return attrs.evolve(
+            layout,
+            step_s=step_s,
+            tokens_per_s_per_gpu=_tokens_of(step) * rate,
+            active=active,
+            bubble=1 - busy_s / (step_s * active) if step_s else 0.0,
+            mfu=self._useful_s * rate * self.question.machine.efficiency,
+            exchange_s=(busy_s - self._useful_s) / gpus,
+            lower_bound_s=bound_s,
+        )
 
     def _timed(self, spec: JobSpec, topology: Topology, simulated: JobSpec) -> Layout:
         """Time a layout by the step of `simulated`; each microbatch beyond adds the time of the busiest rank."""
         question = self.question
         step = step_of(topology, question.samples)
-        costs = on_machine(step, question.machine, spread=True)
+        costs = even_costs(step, question.machine)
         program = self._program(simulated)
         timed = lockstep(program, costs)
         self.simulated += 1
@@ -92,18 +134,10 @@ class Evaluator:
         busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.rank_classes, strict=True))
         work = dict(_work(topology, costs))
         whole = math.fsum(work.values())
-        rates = 1 / (step_s * question.gpus) if step_s else 0.0
-        return Layout(
-            spec=spec,
-            kind=SLOWER,
-            reason="",
-            step_s=step_s,
-            tokens_per_s_per_gpu=_tokens_of(step) * rates,
-            active=len(topology.ranks),
-            bubble=1 - busy * count / short * rates,
-            encoder_share=1 - work[self.main] / whole if whole else 0.0,
-            lower_bound_s=lower_bound_s(program, costs, timed) + more,
-        )
+        share = 1 - work[self.main] / whole if whole else 0.0
+        layout = Layout(spec=spec, kind=SLOWER, reason="", encoder_share=share)
+        bound_s = lower_bound_s(program, costs, timed) + more
+        return self._rated(layout, step, step_s, busy * count / short, bound_s)
 
     def _program(self, spec: JobSpec) -> Program:
         """Return the program of a step with the largest samples."""
@@ -130,31 +164,6 @@ class Evaluator:
         if key not in self._orders:
             self._orders[key] = order_of(topology)
         return self._orders[key]
-
-    def _peaks(self, spec: JobSpec) -> dict[str, tuple[int, int]]:
-        """Return, per module, the rank with it that holds most, and how many bytes that is.
-
-        Of ranks that host the same stages, the one that saves most of a microbatch counts. Of these, the one that holds
-        most for microbatches in flight is lowered, and its messages are counted.
-        """
-        program = self._program(spec)
-        topology = program.topology
-        kept_most = {
-            rank: bytes_in_flight(program, rank)
-            for rank in (_fullest(program, ranks) for ranks in ranks_by_stages(topology).values())
-        }
-        peaks: dict[str, tuple[int, int]] = {}
-        known: dict[int, int] = {}
-        for name, module in topology.modules.items():
-            hosts = [rank for rank in kept_most if rank in module.grid]
-            rank = max(hosts, key=lambda rank: (kept_most[rank], -rank))
-            if rank not in known:
-                known[rank] = most_bytes(program, rank)
-                self.effort += LOWERED * sum(
-                    len(program.order.of(i.stage)) for i in topology.role(rank).stages
-                )
-            peaks[name] = rank, known[rank]
-        return peaks
 
 
 def _shortened(spec: JobSpec) -> JobSpec:
@@ -198,24 +207,3 @@ def _work(topology: Topology, costs: Costs) -> Iterator[tuple[str, float]]:
         ranks = module.grid.size // module.grid.extent("pp")
         each = math.fsum(stage.forward + stage.whole_backward for stage in stages)
         yield name, each * module.microbatches * ranks
-
-
-def _too_much(topology: Topology, module: str, rank: int, size_bytes: int, memory_bytes: float) -> str:
-    """Return by how much the rank of a module that holds most holds too much, in words."""
-    stage = f"{module}.{topology.modules[module].grid.position_along('pp', rank)}"
-    return f"does not fit: {needs(stage, size_bytes, memory_bytes)}"
-
-
-def _fullest(program: Program, ranks: tuple[int, ...]) -> int:
-    """Return the rank, of some that host the same stages, that saves most of a microbatch."""
-    step = program.routes.step
-    stages = [info.stage for info in program.topology.role(ranks[0]).stages]
-    modules = [program.topology.modules[stage.module] for stage in stages]
-
-    def saved(rank: int) -> int:
-        dp_ranks = (module.dp_rank_of(rank) for module in modules)
-        return sum(
-            saved_bytes(step, stage, dp_rank, 0) for stage, dp_rank in zip(stages, dp_ranks, strict=True)
-        )
-
-    return max(ranks, key=saved)

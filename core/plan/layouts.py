@@ -1,6 +1,7 @@
 """Layouts: what a search is asked, a candidate as a job, and what the search says of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -11,7 +12,8 @@ from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, Sou
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.search_space import Illegal, SearchSpace
-from mimogrid.core.pricing.machine import Machine
+from mimogrid.core.pricing.even import largest_samples
+from mimogrid.core.pricing.machine import Machine, machine_for
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 
@@ -30,7 +32,10 @@ class Layout:
         step_s: seconds of a step.
         tokens_per_s_per_gpu: over all GPUs that are allocated.
         active: GPUs in a grid; the other ones idle.
-        bubble: part of the time of all allocated GPUs in which nothing is computed.
+        bubble: part of the time of the active GPUs in which they compute nothing.
+        mfu: part of their peak that all allocated GPUs reach, by the operations of the model alone.
+        exchange_s: seconds of a GPU on average that compute actions take beyond these operations: messages within
+            layers, recomputation, reading of weights, and efficiency of small products.
         encoder_share: part of all computing that is not the main module's.
         peak_bytes: per module, what the rank with that module that needs most needs in all.
         lower_bound_s: seconds that no order of these grids beats.
@@ -43,6 +48,8 @@ class Layout:
     tokens_per_s_per_gpu: float = 0.0
     active: int = 0
     bubble: float = 0.0
+    mfu: float = 0.0
+    exchange_s: float = 0.0
     encoder_share: float = 0.0
     peak_bytes: Mapping[str, float] = attrs.field(factory=dict[str, float])
     lower_bound_s: float = 0.0
@@ -50,41 +57,36 @@ class Layout:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Question:
-    """What is asked: a legal job with the samples of one step, on so many GPUs with so much memory each.
+    """What is asked: a legal job with the samples of one step, on so many of its GPUs (`gpu.name` is set).
 
-    Seconds and bytes are those of the machine's precision, whatever the job says.
+    All that is assumed stands in the job, and so in every layout of it: precision, kind of GPU, memory, efficiency.
     """
 
     spec: JobSpec
     facts: SourceFacts
     samples: tuple[Sample, ...]
-    machine: Machine
     gpus: int
-    memory_bytes: float
 
-    def topology(self, spec: JobSpec) -> Topology:
-        """Return the topology of a layout of the job, in the precision of the machine."""
-        return assemble(attrs.evolve(spec, precision=self.machine.precision), self.facts)
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """The GPUs that the job assumes."""
+        machine = machine_for(self.spec)
+        assert machine is not None
+        return machine
 
     @property
+    def memory_bytes(self) -> float:
+        """The memory of each GPU."""
+        return self.machine.memory_bytes
+
+    def topology(self, spec: JobSpec) -> Topology:
+        """Return the topology of a layout of the job."""
+        return assemble(spec, self.facts)
+
+    @functools.cached_property
     def largest(self) -> tuple[Sample, ...]:
-        """As many samples, each with the most rows and the longest text of any: memory must hold these."""
-        names = dict.fromkeys(name for sample in self.samples for name in sample.rows)
-        largest = {name: max(self.samples, key=lambda sample: sample.rows.get(name, 0)) for name in names}
-        sample = Sample(
-            id=0,
-            length=0,
-            rows={name: of.rows.get(name, 0) for name, of in largest.items()},
-            segments={name: of.segments[name] for name, of in largest.items() if name in of.segments},
-        )
-        length = max(sample.length for sample in self.samples)
-        emitted = graph_of(self.spec).rows_out(sample)
-        room = (
-            self.facts.sequence - sum(emitted.get(name, 0) for name in names)
-            if self.facts.sequence
-            else length
-        )
-        return (attrs.evolve(sample, length=min(length, max(room, 1))),) * len(self.samples)
+        """As many samples, each as large as the largest: memory must hold these."""
+        return largest_samples(self.samples, graph_of(self.spec), self.facts.sequence)
 
 
 # -- as jobs -----------------------------------------------------------------------------------------------
@@ -105,6 +107,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
         modules=modules,
         batch=BatchSpec(global_size=len(question.samples), microbatches=count),
         schedule=attrs.evolve(question.spec.schedule, name=order, costs=None),
+        optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,
     )
 
@@ -115,6 +118,7 @@ def _laid_out(module: ModuleSpec, priced: PricedConfig, offset: int, count: int)
         module,
         grid=attrs.evolve(priced.config.grid, offset=offset),
         chunks=priced.config.chunks,
+        recompute=priced.config.shape.recompute,
         split=None if len(set(priced.split)) == 1 else priced.split,
         microbatches=None if priced.config.microbatches == count else priced.config.microbatches,
     )
@@ -136,6 +140,12 @@ def _offsets(question: Question, candidate: Candidate) -> Mapping[str, int]:
         gap = gap if gap <= room else 0
         offsets[name], room, end = end + gap, room - gap, end + gap + priced.ranks
     return offsets
+
+
+def grids_of(spec: JobSpec) -> tuple[object, ...]:
+    """Return what tells two layouts apart for people: grids and recomputation, not the order and its details."""
+    grids = place(spec)
+    return tuple((grids[name], module.recompute) for name, module in spec.modules.items())
 
 
 def shown(spec: JobSpec) -> str:
@@ -160,11 +170,24 @@ def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:
 # -- why a layout is not the best --------------------------------------------------------------------------
 
 
-def compared(layout: Layout, best: Layout, own: Layout) -> Layout:
-    """Return a layout that fits with how many times slower it is than the best one."""
-    reason = "the fastest" if layout is best else f"{layout.step_s / best.step_s:.2f} x slower"
+def compared(layout: Layout, best: Layout, own: Layout, named: Mapping[str, JobSpec]) -> Layout:
+    """Return a layout that fits with how many times slower it is than the best one, and what it loses by."""
+    reason = "the fastest" if layout is best else _slower(layout, best)
     found = attrs.evolve(layout, kind=BEST if layout is best else SLOWER, reason=reason)
+    for name, spec in named.items():
+        found = attrs.evolve(found, reason=f"{name}: {found.reason}") if layout.spec == spec else found
     return marked_own(found) if layout.spec == own.spec else found
+
+
+def _slower(layout: Layout, best: Layout) -> str:
+    idle, least = (each.step_s * each.bubble * each.active for each in (layout, best))
+    parts = {
+        "exchange, recomputation and small products": layout.exchange_s - best.exchange_s,
+        "bubble": (idle - least) / max(layout.active, 1),
+        "idle GPUs": layout.step_s * (best.active - layout.active) / max(best.active, 1),
+    }
+    most = [f"{s:.3g} s {what}" for what, s in parts.items() if s > 0.01 * best.step_s]
+    return f"{layout.step_s / best.step_s:.2f} x slower" + (f": {', '.join(most)} more" if most else "")
 
 
 def marked_own(layout: Layout) -> Layout:
@@ -195,24 +218,34 @@ def _lacking(layout: OutOfMemory, memory_bytes: float) -> str:
     return f"{needs(f'{layout.module}.{layout.pp}', layout.needs, memory_bytes)} with {priced}"
 
 
-def nearest_fit(candidates: Candidates, evaluated: Sequence[Layout], question: Question) -> str:
-    """Return what lacks least where nothing fits, in words."""
+def nearest_fit(
+    candidates: Candidates, evaluated: Sequence[Layout], spaces: Mapping[str, SearchSpace], question: Question
+) -> str:
+    """Return what lacks least where nothing fits, and what rules tp out there, in words."""
     if candidates.out_of_memory:
         least = min(candidates.out_of_memory, key=lambda layout: layout.needs)
-        return _lacking(least, question.memory_bytes)
+        ruled_out = next((each for each in _plain(spaces[least.module].illegal)), None)
+        why = f". {ruled_out.problem.message} {ruled_out.problem.remedy}" if ruled_out else ""
+        return _lacking(least, question.memory_bytes) + why.removesuffix(".")
     return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs"
 
 
+def _plain(shapes: Iterable[Illegal]) -> Iterator[Illegal]:
+    """Yield the illegal shapes that one would try first: powers of two of tp alone."""
+    for each in shapes:
+        if each.shape.cp == each.shape.ep == 1 and each.shape.tp & (each.shape.tp - 1) == 0:
+            yield each
+
+
 def illegal(spaces: Mapping[str, SearchSpace], question: Question) -> Iterator[Layout]:
-    """Yield the illegal shapes that one would try first, powers of two of tp alone, with the reasons."""
+    """Yield the illegal shapes that one would try first, with the reasons."""
     for space in spaces.values():
-        for each in space.illegal:
-            if each.shape.cp == each.shape.ep == 1 and each.shape.tp & (each.shape.tp - 1) == 0:
-                yield Layout(
-                    spec=_with_shape(question.spec, each),
-                    kind=ILLEGAL,
-                    reason=f"illegal: {each.problem.message}",
-                )
+        for each in _plain(space.illegal):
+            yield Layout(
+                spec=_with_shape(question.spec, each),
+                kind=ILLEGAL,
+                reason=f"illegal: {each.problem.message} {each.problem.remedy}",
+            )
 
 
 def _with_shape(spec: JobSpec, each: Illegal) -> JobSpec:

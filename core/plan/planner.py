@@ -1,27 +1,28 @@
 """Plan: the layouts of a job on so many GPUs, the fastest first, and why the others are not.
 
-What is searched: for every module tp, cp, ep, pp with uneven splits, dp and chunks (`search_space`); places beside each
-other or shared (`candidates`); the number of microbatches, and with it their size; the order; more recomputation of the
-main module where memory excludes faster layouts. `candidates` gives layouts in order of their lower bounds. They are
-simulated one after another (`evaluation`), until the next bound is above the best time: then no layout that was looked
-at is faster. A budget may end this earlier, and `gap` says by how much the winner could be beaten at most. Other orders
-are tried on the best layouts (`search`). Memory is estimated for 1F1B among the candidates.
+What is searched: for every module tp, cp, ep, pp with uneven splits, dp, chunks and recomputation (`search_space`);
+places beside each other or shared (`candidates`); the number of microbatches, and with it their size; the order.
+`candidates` gives layouts in order of their lower bounds. They are simulated one after another (`evaluation`), until
+the next bound is above the best time: then no layout that was looked at is faster. A budget may end this earlier, and
+`gap` says by how much the winner could be beaten at most. Other orders are tried on the best layouts (`search`). Memory
+is estimated for 1F1B among the candidates. All layouts share the update among dp ranks (`optimizer.sharded`): the same
+result in less memory. Where all that seem to fit do not, the search begins again with less of it
+(`MEMORY`).
 
 GPUs that idle count: the fastest layout is the one with most tokens per second and allocated GPU. The same job gives
 the same plan everywhere.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
-from mimogrid.core.job.validation.problems import RECOMPUTES
 from mimogrid.core.plan.candidates import Candidates, Scope, candidates_of
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import (
     BEST,
     ILLEGAL,
+    SLOWER,
     TOO_LARGE,
     Layout,
     Question,
@@ -31,18 +32,36 @@ from mimogrid.core.plan.layouts import (
     nearest_fit,
     too_large,
 )
-from mimogrid.core.plan.search import REFINED, Search
+from mimogrid.core.plan.progress import Watch, always
+from mimogrid.core.plan.search import Search
 from mimogrid.core.plan.search_space import SearchSpace, search_space_of
+from mimogrid.core.plan.sensitivity import changed_questions
+from mimogrid.core.plan.standard import standard_layouts
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.step.step import Step, step_of
 
 
 BUDGET = 300_000
 """Actions that are simulated before no further layout is begun; ranks of one class count once."""
-CONFIRMED = 6
-"""Layouts that fit and are shown."""
+MEMORY = (1.0, 0.95, 0.88, 0.78, 0.65)
+"""Parts of the memory that candidates may fill by estimate, one after the other until one does fit: the estimate leaves
+out messages, and orders that keep more in flight."""
+COMPARED = 3
+"""Of so many of the best layouts it is said how they do if what was assumed is not so."""
+FITTING, CONFIRMED = 6, 2
+"""Layouts that fit and are shown, and how many of these `simulate` has timed."""
 SHOWN = 3
 """Layouts that are shown of those that do not fit, and of those that are illegal."""
+
+
+@attrs.frozen
+class Sensitivity:
+    """What if: the seconds of the winner then, and the fastest then of the layouts behind it, with its seconds."""
+
+    what: str
+    winner_s: float
+    fastest: Layout
+    fastest_s: float
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +77,8 @@ class Plan:
         simulated: programs that were simulated.
         gap: the winner takes at most this part longer than any layout that was looked at.
         nearest_fit: where nothing fits, what lacks least, in words; else empty.
+        sensitivity: what the winner is worth if what was assumed is not so.
+        stopped: whether the search ended early because it was told to.
     """
 
     layouts: tuple[Layout, ...]
@@ -67,6 +88,13 @@ class Plan:
     simulated: int
     gap: float
     nearest_fit: str
+    sensitivity: tuple[Sensitivity, ...] = ()
+    stopped: bool = False
+
+    @property
+    def fitting(self) -> tuple[Layout, ...]:
+        """The layouts that fit, the fastest first."""
+        return tuple(layout for layout in self.layouts if layout.kind in {BEST, SLOWER})
 
     @property
     def best(self) -> Layout | None:
@@ -74,46 +102,71 @@ class Plan:
         return next((layout for layout in self.layouts if layout.kind == BEST), None)
 
 
-def plan(question: Question, *, budget: int = BUDGET) -> Plan:
-    """Search for the fastest layout; `budget` is how many actions are simulated before no further layout is begun."""
-    step = step_of(question.topology(question.spec), question.samples)
+def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> Plan:
+    """Search for the fastest layout.
+
+    `budget` is how many actions are simulated before no further layout is begun. `watch` is told of the progress, and
+    may end the search with what it has found so far (`progress`).
+    """
+    shared = attrs.evolve(question.spec, optimizer=attrs.evolve(question.spec.optimizer, sharded=True))
+    step = step_of(question.topology(shared), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
     spaces = _spaces(question, step)
-    candidates = _candidates(question, step, spaces, main)
-    search = Search(Evaluator(question, main))
-    least = search.candidates(candidates, question, budget)
-    least_recomputing, looked_at = _recomputing(search, candidates, budget)
-    least = min(least, least_recomputing)
-    search.confirm(REFINED, budget // 3)
+    search = Search(Evaluator(question, main), watch)
+    for part in MEMORY:
+        candidates = _candidates(question, step, spaces, main, watch=watch, memory=part)
+        search.looked_at += candidates.looked_at
+        least = search.candidates(candidates, budget)
+        if search.fit(1) or not candidates.candidates or search.stopped:
+            break
     search.orders(budget // 2)
-    search.confirm(CONFIRMED, budget // 3)
-    own = search.own(question.spec)
-    ranked = search.confirmed
+    own, named = search.asked(question.spec), standard_layouts(question, spaces)
+    standards = [search.asked(spec) for spec in named.values()]
+    ranked = search.confirm(FITTING, 1 if search.stopped else CONFIRMED)
     best = ranked[0] if ranked else None
-    fitting = [compared(layout, best, own) for layout in ranked] if best else []
+    others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
+    fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
     own = next((layout for layout in fitting if layout.spec == own.spec), marked_own(own))
-    others = _that_cannot_run(question, spaces, candidates, search)
+    unfit = [
+        attrs.evolve(each, reason=f"{name}: {each.reason}")
+        for name, each in zip(named, standards, strict=True)
+    ]
+    cannot = _that_cannot_run(question, spaces, candidates, search)
+    known = [layout.spec for layout in (own, *fitting)]
     return Plan(
         layouts=(
             *fitting,
             *([own] if own not in fitting else []),
-            *(layout for layout in others if layout.spec != own.spec),
+            *(layout for layout in (*unfit, *cannot) if layout.spec not in known),
         ),
         own=own,
         main=main,
-        looked_at=candidates.looked_at + looked_at,
+        looked_at=search.looked_at,
         simulated=search.evaluator.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
-        nearest_fit="" if best else nearest_fit(candidates, search.layouts, question),
+        nearest_fit="" if best else nearest_fit(candidates, search.layouts, spaces, question),
+        sensitivity=_sensitivity(search, ranked, step),
+        stopped=search.stopped,
     )
+
+
+def _sensitivity(search: Search, ranked: Sequence[Layout], step: Step) -> tuple[Sensitivity, ...]:
+    """Return how the winner and the layouts behind it do if what was assumed is not so."""
+    found: list[Sensitivity] = []
+    questions = changed_questions(search.evaluator.question, step) if ranked and not search.stopped else {}
+    for what, question in questions.items():
+        times = [layout.step_s * search.evaluator.perturbed(layout, question) for layout in ranked[:COMPARED]]
+        best = min(range(len(times)), key=times.__getitem__)
+        found.append(Sensitivity(what, times[0], ranked[best], times[best]))
+    return tuple(found)
 
 
 def _that_cannot_run(
     question: Question, spaces: Mapping[str, SearchSpace], candidates: Candidates, search: Search
 ) -> list[Layout]:
     """Return some layouts that would be fast and do not fit, then some illegal ones."""
-    best = next(iter(search.confirmed), None)
+    best = next(iter(search.confirm(1, 1)), None)
     found = {
         kind: [layout for layout in search.layouts if layout.kind == kind] for kind in (TOO_LARGE, ILLEGAL)
     }
@@ -131,7 +184,7 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
             step=step,
             machine=question.machine,
             ranks=question.gpus,
-            spec=question.spec,
+            spec=step.topology.spec,
             facts=question.facts,
         )
         for name in question.spec.modules
@@ -139,39 +192,21 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
 
 
 def _candidates(
-    question: Question, step: Step, spaces: Mapping[str, SearchSpace], main: str, *, below_s: float = math.inf
+    question: Question,
+    step: Step,
+    spaces: Mapping[str, SearchSpace],
+    main: str,
+    *,
+    watch: Watch,
+    memory: float,
 ) -> Candidates:
-    """Return the layouts whose lower bounds are below some seconds."""
-    return candidates_of(
-        Scope(
-            spaces=spaces,
-            graph=step.topology.graph,
-            main=main,
-            ranks=question.gpus,
-            memory_bytes=question.memory_bytes,
-            samples=len(question.samples),
-            below_s=below_s,
-        )
+    """Return the layouts with the least bounds that are estimated to fit in a part of the memory."""
+    scope = Scope(
+        spaces=spaces,
+        graph=step.topology.graph,
+        main=main,
+        ranks=question.gpus,
+        memory_bytes=memory * question.memory_bytes,
+        samples=len(question.samples),
     )
-
-
-def _recomputing(search: Search, candidates: Candidates, budget: int) -> tuple[float, int]:
-    """Search with more and more of the main module recomputed, while faster layouts may fit because of it.
-
-    Return the least bound of what is left, and how many configurations and layouts were looked at.
-    """
-    question, main = search.evaluator.question, search.evaluator.main
-    module = question.spec.modules[main]
-    least, looked_at = math.inf, 0
-    if isinstance(module.options, Mapping):
-        return least, looked_at
-    for level in RECOMPUTES[RECOMPUTES.index(module.recompute) + 1 :]:
-        best_s = min((search.layouts[i].step_s for i in search.confirm(1, 0)), default=math.inf)
-        if any(layout.candidate.bound < best_s for layout in candidates.out_of_memory):
-            modules = {**question.spec.modules, main: attrs.evolve(module, recompute=level)}
-            other = attrs.evolve(question, spec=attrs.evolve(question.spec, modules=modules))
-            step = step_of(other.topology(other.spec), other.samples)
-            more = _candidates(other, step, _spaces(other, step), main, below_s=best_s)
-            least = min(least, search.candidates(more, other, budget))
-            looked_at += more.looked_at
-    return least, looked_at
+    return candidates_of(scope, watch)

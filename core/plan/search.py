@@ -1,7 +1,7 @@
 """Search: which layouts are evaluated, and how closely, within a budget of simulated actions.
 
-The candidates are timed for a short step, in the order of their bounds. On the best of them other orders are tried. The
-layouts that the plan shows are confirmed: timed for the whole step, with their memory.
+The candidates are timed for a short step, in the order of their bounds. On the best of them that fit other orders are
+tried. The best layouts are confirmed: `simulate` times their whole step.
 """
 
 import math
@@ -13,8 +13,9 @@ from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.layouts import SLOWER, Layout, Question, layout_of
-from mimogrid.core.pricing.on_machine import on_machine
+from mimogrid.core.plan.layouts import SLOWER, Layout, grids_of, layout_of
+from mimogrid.core.plan.progress import Progress, Watch, always
+from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
 
@@ -31,45 +32,68 @@ TUNED_AT_MOST = 6_000
 
 @attrs.define(eq=False)
 class Search:
-    """The layouts that were evaluated so far. `whole` has the numbers of those that were confirmed.
+    """The layouts that were evaluated so far.
+
+    `confirmed` has the numbers of those that `simulate` has timed.
+    `looked_at` counts what was priced; the search has `stopped` once `watch` has said so.
 
     Budgets are numbers of simulated actions (`Evaluator.effort`).
     """
 
     evaluator: Evaluator
+    watch: Watch = always
+    looked_at: int = 0
+    stopped: bool = False
     layouts: list[Layout] = attrs.field(factory=list[Layout])
-    whole: set[int] = attrs.field(factory=set[int])
+    confirmed: set[int] = attrs.field(factory=set[int])
 
-    def candidates(self, found: Candidates, question: Question, budget: int) -> float:
-        """Evaluate candidates while their bounds are below the best time; return the least bound of what is left."""
-        until = self.evaluator.effort + budget
-        best = min((layout.step_s for layout in self.layouts if layout.kind == SLOWER), default=math.inf)
+    def candidates(self, found: Candidates, budget: int) -> float:
+        """Evaluate candidates while their bounds are below the best time; return the least bound of what is left.
+
+        The best time is that of a layout that fits: one that does not says nothing of those behind it.
+        """
+        until, question = self.evaluator.effort + budget, self.evaluator.question
+        best = min((self.layouts[i].step_s for i in self.fit(1)), default=math.inf)
         for candidate in found.candidates:
             if candidate.bound >= best:
                 return best
-            if self.evaluator.effort >= until:
+            goes_on = self._goes_on(candidate.bound) or best == math.inf
+            if self.evaluator.effort >= until or not goes_on:
                 return min(candidate.bound, found.left_out_s)
-            layout = self.layouts[self.evaluate(layout_of(question, self.evaluator.main, candidate))]
-            if layout.kind == SLOWER:
-                best = min(best, layout.step_s)
+            i = self.evaluate(layout_of(question, self.evaluator.main, candidate))
+            if self.layouts[i].kind == SLOWER and self.layouts[i].step_s < best and self._fits(i):
+                best = self.layouts[i].step_s
         return found.left_out_s
+
+    def _goes_on(self, bound_s: float) -> bool:
+        """Tell the progress; return whether to go on."""
+        fit = (layout.step_s for layout in self.layouts if layout.kind == SLOWER and layout.peak_bytes)
+        progress = Progress(
+            bound_s=bound_s,
+            best_s=min(fit, default=math.inf),
+            looked_at=self.looked_at,
+            simulated=self.evaluator.simulated,
+        )
+        self.stopped = self.stopped or not self.watch(progress)
+        return not self.stopped
 
     def orders(self, budget: int) -> None:
         """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""
         until = self.evaluator.effort + budget
-        for i in self._ranked()[:REFINED]:
+        for i in self._distinct(REFINED):
             layout = self.layouts[i]
             if layout.step_s <= layout.lower_bound_s:
                 continue
             for name in SCHEDULES:
                 other = self._under(layout.spec, name)
-                if other is not None and self.evaluator.effort < until:
+                if other is not None and self.evaluator.effort < until and self._goes_on(0.0):
                     self.evaluate(other)
-        for i in self._ranked()[:TUNED]:
+        for i in self._distinct(TUNED):
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
-            if actions <= TUNED_AT_MOST and layout.step_s > layout.lower_bound_s:
+            slower = layout.step_s > layout.lower_bound_s
+            if actions <= TUNED_AT_MOST and slower and self._goes_on(0.0):
                 self.evaluate(self._tuned(layout.spec))
 
     def _tuned(self, spec: JobSpec) -> JobSpec:
@@ -80,7 +104,7 @@ class Search:
             spec.schedule,
             name=AUTO,
             memory_gb=question.memory_bytes / GB,
-            costs=on_machine(step, question.machine, spread=True),
+            costs=even_costs(step, question.machine),
         )
         return attrs.evolve(spec, schedule=schedule)
 
@@ -91,35 +115,54 @@ class Search:
         other = attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, name=name))
         return None if problems_of(other, self.evaluator.question.facts) else other
 
-    def confirm(self, count: int, budget: int) -> list[int]:
-        """Confirm so many of the best layouts, the very best in any case; return the numbers of those confirmed."""
-        until = self.evaluator.effort + budget
+    def fit(self, count: int) -> list[int]:
+        """Return the numbers of so many of the best layouts whose memory is known to be enough."""
         while True:
             ranked = self._ranked()[:count]
-            i = next((i for i in ranked if i not in self.whole), None)
-            if i is None or (self.evaluator.effort >= until and ranked[0] in self.whole):
-                return [i for i in ranked if i in self.whole]
-            self._confirm(i)
+            unknown = next((i for i in ranked if not self.layouts[i].peak_bytes), None)
+            if unknown is None:
+                return ranked
+            self._fits(unknown)
 
-    def _confirm(self, i: int) -> None:
-        self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
-        self.whole.add(i)
+    def _fits(self, i: int) -> bool:
+        """Whether the memory of a layout is enough."""
+        if not self.layouts[i].peak_bytes:
+            self.layouts[i] = self.evaluator.fitted(self.layouts[i])
+        return self.layouts[i].kind == SLOWER
 
-    @property
-    def confirmed(self) -> list[Layout]:
-        """The layouts that were confirmed, the fastest first."""
-        return [self.layouts[i] for i in self._ranked() if i in self.whole]
+    def confirm(self, shown: int, confirmed: int) -> list[Layout]:
+        """Return so many of the best layouts with different grids, the fastest first.
+
+        The first `confirmed` of them are as `simulate` times them, the others as in lockstep, which is no less.
+        """
+        while True:
+            ranked = self._distinct(shown)
+            i = next((i for i in ranked[:confirmed] if i not in self.confirmed), None)
+            if i is None:
+                return [self.layouts[i] for i in ranked]
+            self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
+            self.confirmed.add(i)
+
+    def _distinct(self, count: int) -> list[int]:
+        """Return the numbers of so many of the best layouts with different grids whose memory is enough."""
+        while True:
+            firsts: dict[object, int] = {}
+            for i in self._ranked():
+                firsts.setdefault(grids_of(self.layouts[i].spec), i)
+            ranked = [*firsts.values()][:count]
+            if all([self._fits(i) for i in ranked]):  # noqa: C419 -- each is asked, whatever the others are
+                return ranked
 
     def _ranked(self) -> list[int]:
-        """Return the numbers of the layouts that fit, the fastest first."""
+        """Return the numbers of the layouts that may fit, the fastest first."""
         fits = (i for i, layout in enumerate(self.layouts) if layout.kind == SLOWER)
         return sorted(fits, key=lambda i: self.layouts[i].step_s)
 
-    def own(self, spec: JobSpec) -> Layout:
-        """Evaluate the job's own layout, and confirm it."""
+    def asked(self, spec: JobSpec) -> Layout:
+        """Evaluate a layout that was asked for, with its memory."""
         i = self.evaluate(spec)
-        if self.layouts[i].kind == SLOWER and i not in self.whole:
-            self._confirm(i)
+        if self.layouts[i].kind == SLOWER:
+            self._fits(i)
         return self.layouts[i]
 
     def evaluate(self, spec: JobSpec) -> int:

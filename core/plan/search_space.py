@@ -13,6 +13,8 @@ What the layers of a module cost in a shape comes from the same functions as the
 price any stage with two look-ups.
 """
 
+import bisect
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -25,7 +27,15 @@ from mimogrid.core.job.models import Own
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
-from mimogrid.core.plan.configs import ParallelConfig, ParallelShape, PricedConfig, RankBytes, RankTime
+from mimogrid.core.plan.configs import (
+    IN_FLIGHT,
+    ParallelConfig,
+    ParallelShape,
+    PricedConfig,
+    RankBytes,
+    RankTime,
+    Rates,
+)
 from mimogrid.core.pricing.flops import Flops, Load, Loads, module_units
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
@@ -38,6 +48,12 @@ from mimogrid.core.topology.topology import Module, Topology
 
 CHUNKS = (1, 2, 4)
 """Chunks per rank that are tried."""
+
+
+SHARED_MOST = 16
+"""Ranks that share a dp rank at most, also where more are in one node."""
+STEP = 1.1
+"""Numbers of dp ranks that are tried differ by this factor, or divide the samples."""
 
 
 @attrs.frozen
@@ -56,6 +72,9 @@ class SearchSpace:
     costs: "LayerCosts"
     shapes: tuple[ParallelShape, ...]
     illegal: tuple[Illegal, ...]
+    _priced: dict[ParallelConfig, PricedConfig] = attrs.field(
+        factory=dict[ParallelConfig, PricedConfig], init=False, repr=False
+    )
 
     def configs(
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
@@ -67,7 +86,7 @@ class SearchSpace:
                 each = shape.ranks * pp
                 if chunk > 1 and (pp == 1 or pp * chunk > layers or microbatches % pp):
                     continue
-                for dp in enough(samples, ranks // each):
+                for dp in tried(samples, ranks // each):
                     if dp % shape.dp_size == 0:
                         yield ParallelConfig(shape, pp, chunk, dp, microbatches)
 
@@ -76,13 +95,25 @@ class SearchSpace:
         seconds = self.costs.seconds(config.shape, self._samples(config))
         return (seconds.forward[-1] + seconds.backward[-1]) * config.microbatches / config.pp
 
+    def least_rates(self, config: ParallelConfig) -> Rates:
+        """Return what no price of a configuration is below: its `rates`."""
+        seconds, held = self.costs.seconds(config.shape, self._samples(config)), self.costs.held(config.shape)
+        in_flight = held.in_flight[-1] * self._samples(config) / (config.pp * config.chunks)
+        through = seconds.forward[-1] + seconds.backward[-1]
+        return config.ranks, self.least_s(config), through, self.least_bytes(config) + IN_FLIGHT * in_flight
+
     def least_bytes(self, config: ParallelConfig) -> float:
         """Return the bytes that its fullest rank keeps at least: an equal part of all."""
         held = self.costs.held(config.shape)
         return (held.kept[-1] + (0 if self.costs.spec.optimizer.sharded else held.optimizer[-1])) / config.pp
 
     def priced(self, config: ParallelConfig) -> PricedConfig:
-        """Return a configuration with its price."""
+        """Return a configuration with its price, which is kept."""
+        if config not in self._priced:
+            self._priced[config] = self._price(config)
+        return self._priced[config]
+
+    def _price(self, config: ParallelConfig) -> PricedConfig:
         pp, chunks = config.pp, config.chunks
         seconds = self.costs.seconds(config.shape, self._samples(config))
         held = self.costs.held(config.shape)
@@ -140,13 +171,14 @@ def search_space_of(
     """
     shapes: list[ParallelShape] = []
     illegal: list[Illegal] = []
-    for shape in _shapes(spec, name, min(machine.accelerator.per_node, ranks)):
+    for shape in _shapes(spec, name, min(machine.accelerator.per_node, ranks, SHARED_MOST)):
         problem = _problem(spec, facts, name, shape)
         if problem is None:
             shapes.append(shape)
         else:
             illegal.append(Illegal(name, shape, problem))
     loads = Loads.of(step, name)
+    levels = _recompute_levels(step.topology, name)
     costs = LayerCosts(
         spec=step.topology.spec,
         facts=step.topology.source,
@@ -156,6 +188,8 @@ def search_space_of(
         machine=machine,
         name=name,
     )
+    both = itertools.product(shapes, levels)
+    shapes = [attrs.evolve(shape, recompute=level) for shape, level in both]
     return SearchSpace(costs, tuple(shapes), tuple(illegal))
 
 
@@ -167,8 +201,32 @@ def enough(things: int, most: int) -> tuple[int, ...]:
     >>> enough(8, 8)
     (1, 2, 3, 4, 8)
     """
-    counts = {-(-things // each) for each in range(1, things + 1)}
-    return tuple(sorted(count for count in counts if count <= most))
+    counts = _part_counts(things)
+    return counts[: bisect.bisect_right(counts, most)]
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _part_counts(things: int) -> tuple[int, ...]:
+    return tuple(sorted({-(-things // each) for each in range(1, things + 1)}))
+
+
+def tried(things: int, most: int) -> tuple[int, ...]:
+    """Return those of `enough` that are tried: the divisors, and of numbers that differ by less than `STEP` the first.
+
+    >>> len(enough(1000, 1000)), len(tried(1000, 1000)), tried(1000, 30)
+    (62, 34, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 23, 25, 28))
+    """
+    counts = _tried(things)
+    return counts[: bisect.bisect_right(counts, most)]
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _tried(things: int) -> tuple[int, ...]:
+    found: list[int] = []
+    for count in _part_counts(things):
+        if not found or count >= STEP * found[-1] or things % count == 0:
+            found.append(count)
+    return tuple(found)
 
 
 def _shapes(spec: JobSpec, name: str, ranks: int) -> Iterator[ParallelShape]:
@@ -183,6 +241,17 @@ def _shapes(spec: JobSpec, name: str, ranks: int) -> Iterator[ParallelShape]:
             yield ParallelShape(tp, 2**power, ep, sequence_parallel=tp > 1)
 
 
+def _recompute_levels(topology: Topology, name: str) -> tuple[str, ...]:
+    """Return how much a module may recompute: as the job says, nothing, or all.
+
+    The attention alone saves next to nothing: its scores are never kept.
+    """
+    module, own = topology.modules[name], topology.spec.modules[name].recompute
+    if isinstance(module.model, Own) or not any(info.backward for info in module.stages):
+        return (own,)
+    return tuple(dict.fromkeys(("none", own, "full")))
+
+
 def _problem(spec: JobSpec, facts: SourceFacts, name: str, shape: ParallelShape) -> Problem | None:
     """Return why a module cannot have a shape, whatever else is chosen; None if it can."""
     mine = (f"modules.{name}.grid", f"modules.{name}.options", "data.options.sequence")
@@ -195,11 +264,10 @@ def _alone(spec: JobSpec, name: str, shape: ParallelShape, *, pp: int) -> JobSpe
     grid = attrs.evolve(shape.grid(dp=shape.dp_size, pp=pp), offset=0)
     far = GridSpec(offset=shape.ranks * shape.dp_size * pp)
     modules = {
-        other: attrs.evolve(
-            module, grid=grid if other == name else far, microbatches=None, chunks=1, split=None
-        )
+        other: attrs.evolve(module, grid=far, microbatches=None, chunks=1, split=None)
         for other, module in spec.modules.items()
     }
+    modules[name] = attrs.evolve(modules[name], grid=grid, recompute=shape.recompute)
     batch = BatchSpec(global_size=shape.dp_size, microbatches=1)
     return attrs.evolve(spec, modules=modules, batch=batch, world_size=None)
 
@@ -286,8 +354,8 @@ class LayerCosts:
     _seconds: dict[object, LayerSeconds] = attrs.field(
         factory=dict[object, LayerSeconds], init=False, repr=False
     )
-    _flops: dict[Load, tuple[Flops, ...]] = attrs.field(
-        factory=dict[Load, tuple[Flops, ...]], init=False, repr=False
+    _flops: dict[tuple[Load, str], tuple[Flops, ...]] = attrs.field(
+        factory=dict[tuple[Load, str], tuple[Flops, ...]], init=False, repr=False
     )
     _splits: dict[object, tuple[int, ...]] = attrs.field(
         factory=dict[object, tuple[int, ...]], init=False, repr=False
@@ -304,15 +372,16 @@ class LayerCosts:
         if (shape, samples) not in self._seconds:
             held = self.held(shape)
             load = held.load * samples
-            if load not in self._flops:
-                self._flops[load] = module_units(held.topology, held.module, load)
+            work = load, shape.recompute
+            if work not in self._flops:
+                self._flops[work] = module_units(held.topology, held.module, load)
             parts = unit_costs(
                 held.module,
                 load,
                 self.machine,
-                flops=self._flops[load],
+                flops=self._flops[work],
                 values=held.values,
-                recomputes=self.spec.modules[self.name].recompute == "full",
+                recomputes=shape.recompute == "full",
             )
             self._seconds[shape, samples] = LayerSeconds.of(_by_layer(parts))
         return self._seconds[shape, samples]
@@ -332,10 +401,12 @@ class LayerCosts:
         return self._held[shape]
 
     def _held_in(self, shape: ParallelShape) -> LayerBytes:
+        plain = attrs.evolve(shape, recompute="none")
+        if shape != plain:
+            return self._recomputing(self.held(plain), shape)
         spec = _alone(self.spec, self.name, shape, pp=self.layers)
         topology = assemble(spec, self.facts)
         module = topology.modules[self.name]
-        step = step_of(topology, (self.longest,) * spec.batch.global_size)
         values = values_of_units(module)
         always = [kept(topology, module.grid.rank_at(pp=pp)) for pp in range(self.layers)]
         trained = _by_layer([StageCosts(forward=each.trained) for each in values])
@@ -346,9 +417,20 @@ class LayerCosts:
             values=values,
             kept=_prefix_sums(each.bytes - each.optimizer for each in always),
             optimizer=_prefix_sums(each.optimizer for each in always),
-            in_flight=_prefix_sums(saved_bytes(step, info.stage, 0, 0) for info in module.stages),
+            in_flight=self._in_flight(topology, module),
             trained=_prefix_sums(layer.forward for layer in trained),
         )
+
+    def _recomputing(self, held: LayerBytes, shape: ParallelShape) -> LayerBytes:
+        """Return what a rank holds if it recomputes more than `held` says: all else is the same."""
+        spec = _alone(self.spec, self.name, shape, pp=self.layers)
+        topology = attrs.evolve(held.topology, spec=spec)
+        return attrs.evolve(held, topology=topology, in_flight=self._in_flight(topology, held.module))
+
+    def _in_flight(self, topology: Topology, module: Module) -> PrefixSums:
+        """Return the bytes of the longest sample in flight, by layers."""
+        step = step_of(topology, (self.longest,) * topology.spec.batch.global_size)
+        return _prefix_sums(saved_bytes(step, info.stage, 0, 0) for info in module.stages)
 
 
 def _by_layer(parts: Sequence[StageCosts]) -> tuple[StageCosts, ...]:

@@ -8,18 +8,20 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.job.precision import VALUE_BYTES
+from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.pricing.accelerators import ACCELERATORS, Accelerator
 
 
 EFFICIENCY = 0.5
 """The part of its peak that an accelerator reaches in the products of a large model, without communication."""
+GB = 1e9
 LINK_EFFICIENCY = 0.8
 """The part of its bandwidth that a link reaches with large messages."""
 
 
 @attrs.frozen(kw_only=True)
 class Machine:
-    """Accelerators of one kind, and the part of their peaks that they reach.
+    """Accelerators of one kind with so much memory each, and the part of their peaks that they reach.
 
     `measured` has, by module, how many times as long as this it takes; other modules take as long as this.
     """
@@ -27,7 +29,13 @@ class Machine:
     accelerator: Accelerator
     precision: str
     efficiency: float = EFFICIENCY
+    link_efficiency: float = LINK_EFFICIENCY
+    memory_bytes: float = attrs.field()
     measured: tuple[tuple[str, float], ...] = ()
+
+    @memory_bytes.default
+    def _memory_of_its_kind(self) -> float:
+        return self.accelerator.memory_bytes
 
     @property
     def flops(self) -> float:
@@ -53,25 +61,41 @@ class Machine:
         gpu = self.accelerator
         bandwidth = gpu.link_bytes_per_s if within else gpu.network_bytes_per_s
         latency = gpu.link_latency_s if within else gpu.network_latency_s
-        return EdgeCosts(latency=latency, bytes_per_s=bandwidth * LINK_EFFICIENCY)
+        return EdgeCosts(latency=latency, bytes_per_s=bandwidth * self.link_efficiency)
 
     def __str__(self) -> str:
         gpu = self.accelerator
         tera = gpu.flops[self.precision] / 1e12
         return (
             f"FLOPs at {self.efficiency:.0%} of the {tera:,.5g} TFLOP/s of {gpu.name} in {self.precision}, "
-            f"messages at {LINK_EFFICIENCY:.0%} of {gpu.link_bytes_per_s / 1e9:,.4g} GB/s within a node of "
+            f"messages at {self.link_efficiency:.0%} of {gpu.link_bytes_per_s / 1e9:,.4g} GB/s within a node of "
             f"{gpu.per_node} and of {gpu.network_bytes_per_s / 1e9:,.4g} GB/s between nodes "
-            f"(peaks: {gpu.source})"
+            f"(peaks: {gpu.source.flops}; network: {gpu.source.network})"
         )
 
 
 def machine_of(gpu: str, precision: str, efficiency: float = EFFICIENCY) -> Machine:
-    """Return the machine of an accelerator by its name. Raises PlanError for an unknown name or a wrong efficiency."""
+    """Return the machine of a kind of GPU. Raises PlanError for an unknown kind, or a precision that it lacks."""
     if gpu not in ACCELERATORS:
         message = f"'{gpu}' is not known."
-        raise PlanError([Problem("--gpu", message, nearest(gpu, tuple(ACCELERATORS)))])
-    if not 0 < efficiency <= 1:
-        message = f"is {efficiency}: the part of its peak that an accelerator reaches."
-        raise PlanError([Problem("--efficiency", message, "Use a number above 0 and up to 1, such as 0.5.")])
-    return Machine(accelerator=ACCELERATORS[gpu], precision=precision, efficiency=efficiency)
+        raise PlanError([Problem("gpu.name", message, nearest(gpu, tuple(ACCELERATORS)))])
+    accelerator = ACCELERATORS[gpu]
+    if precision not in accelerator.flops:
+        remedy = nearest(precision, tuple(accelerator.flops))
+        raise PlanError([Problem("precision", f"'{precision}' is no precision of {gpu}.", remedy)])
+    return Machine(accelerator=accelerator, precision=precision, efficiency=efficiency)
+
+
+def machine_for(spec: JobSpec) -> Machine | None:
+    """Return the machine that a job assumes (`[gpu]`); None if it names none. Raises PlanError as `machine_of`."""
+    gpu = spec.gpu
+    if gpu.name is None:
+        return None
+    machine = machine_of(gpu.name, spec.precision, EFFICIENCY if gpu.efficiency is None else gpu.efficiency)
+    memory_bytes = machine.accelerator.memory_bytes if gpu.memory_gb is None else gpu.memory_gb * GB
+    return attrs.evolve(
+        machine,
+        memory_bytes=memory_bytes,
+        link_efficiency=LINK_EFFICIENCY if gpu.link_efficiency is None else gpu.link_efficiency,
+        measured=tuple(gpu.times.items()),
+    )

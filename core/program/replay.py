@@ -147,7 +147,8 @@ class _State:
     """The state of a replay: how far each rank is, what is posted, which ranks have reached which joint action.
 
     An obstacle is named by the event that removes it: (rank, transfer or REDUCE) for a post, (first rank, action) for
-    a joint action, (rank, other rank, transfer) for a transfer that passes a queue.
+    a joint action, ("reduced", first rank, REDUCE) for the last post of an all-reduce, (rank, other rank, transfer) for
+    a transfer that passes a queue.
     """
 
     def __init__(self, ranks: ReplayRanks) -> None:
@@ -161,6 +162,7 @@ class _State:
         self.posted: set[tuple[int, Transfer | Reduce]] = set()
         self.met: dict[tuple[int, Action], set[int]] = collections.defaultdict(set)
         self.free: set[tuple[int, Action]] = set()
+        self.reducing: dict[tuple[int, Reduce], int] = {}
         self.sleeping: dict[Hashable, list[int]] = {}
         self.started: list[tuple[int, Action]] = []
         self.ready = collections.deque(self.listing)
@@ -183,10 +185,28 @@ class _State:
             self.position[rank] += 1
             self.started.append((rank, action))
             if isinstance(action, Transfer | Reduce):
+                if isinstance(action, Reduce):
+                    self._post_reduce(rank, action)
                 self.posted.add((rank, action))
                 self.ready.extend(self.sleeping.pop((rank, action), ()))
                 if self.strict and isinstance(action, Transfer):
                     self._queue(rank, action)
+
+    def _post_reduce(self, rank: int, reduce: Reduce) -> None:
+        """Count the ranks that have posted an all-reduce; the last one frees those that wait for it."""
+        group = self.joint(rank, reduce)
+        place = group[0], reduce
+        self.reducing[place] = self.reducing.get(place, 0) + ((rank, reduce) not in self.posted)
+        if self.reducing[place] == len(group):
+            self.ready.extend(self.sleeping.pop(("reduced", *place), ()))
+
+    def _unposted_reduce(self, rank: int, reduce: Reduce) -> Hashable | None:
+        """Return the obstacle of a wait for an all-reduce: that not all ranks have posted it, or this one has not."""
+        if (rank, reduce) not in self.posted:
+            return rank, reduce
+        group = self.joint(rank, reduce)
+        place = group[0], reduce
+        return None if self.reducing[place] == len(group) else ("reduced", *place)
 
     def _queue(self, rank: int, transfer: Transfer) -> None:
         """Put a transfer into its queues. The first transfers of the two ends pass while they match."""
@@ -207,7 +227,7 @@ class _State:
                 queued = self._still_queued(rank, transfer) if self.strict else ()
                 return next(itertools.chain(self._unposted(rank, transfer), queued), None)
             case WaitReduce():
-                return next(self._unposted_reduces(rank, action), None)
+                return self._unposted_reduce(rank, action.posted)
             case _:
                 return self._absent(rank, action)
 

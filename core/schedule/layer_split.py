@@ -18,6 +18,7 @@ from mimogrid.core.job.placement import balanced, stages_of
 from mimogrid.core.job.schedules import AUTO
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
+from mimogrid.core.job.validation.towers import tower_problems
 from mimogrid.core.pricing.assumed import assumed_of_layers
 from mimogrid.core.schedule.tuning import best_named
 from mimogrid.core.topology.parse import assemble
@@ -41,10 +42,10 @@ def parse_job(spec: JobSpec, source: SourceFacts | None) -> Topology | tuple[Pro
 def balance_layers(topology: Topology, modules: Sequence[str]) -> Topology:
     """Return a topology in which the stages of some modules take equally long, if that makes a step faster.
 
-    It needs no second validation: like an even split, a balanced one leaves no stage without layers.
+    A balanced split leaves no stage without layers, as an even one, but perhaps one without those that deepstack needs.
     """
     fair = _with_splits(topology.spec, {name: _fair(topology, name) for name in modules})
-    if fair == topology.spec:
+    if fair == topology.spec or any(problem for name in modules for problem in tower_problems(name, fair)):
         return topology
     candidates = (assemble(fair, topology.source), topology)
     return min(candidates, key=lambda each: best_named(each).merit)

@@ -128,24 +128,18 @@ class _Nodes:
 
     def all_reduced_s(self, ends: Sequence[float]) -> Iterator[float]:
         """Yield when each group is done with its all-reduces at the earliest: after the first gradient, one by one."""
+        complete: dict[tuple[int, Stage], float] = {}
+        for (rank, stage, kind), found in self.at.items():
+            if kind is not Kind.FORWARD:
+                last = max(ends[node] for node in found.values())
+                complete[rank, stage] = max(complete.get((rank, stage), 0.0), last)
         for rank in self._classes.members:
             groups: dict[tuple[int, ...], list[Reduce]] = collections.defaultdict(list)
             for reduce in self._program.sums(rank):
                 groups[self._program.joint(rank, reduce)].append(reduce)
             for reduces in groups.values():
-                stages = dict.fromkeys(reduce.stage for reduce in reduces)
-                complete = (max((ends[n] for n in self._gradients(rank, s)), default=0.0) for s in stages)
-                took = sum(all_reduce_s(self._program, self._costs, reduce) for reduce in reduces)
-                yield min(complete) + took
-
-    def _gradients(self, rank: int, stage: Stage) -> list[int]:
-        """Return the nodes of a rank that give gradients of a stage."""
-        return [
-            node
-            for (other, at, kind), found in self.at.items()
-            if (other, at) == (rank, stage) and kind is not Kind.FORWARD
-            for node in found.values()
-        ]
+                first = min(complete.get((rank, reduce.stage), 0.0) for reduce in reduces)
+                yield first + sum(all_reduce_s(self._program, self._costs, reduce) for reduce in reduces)
 
     def needs(self) -> list[list[tuple[int, float]]]:
         """Return, per node, the nodes whose results it needs, and the seconds that these are on the way."""

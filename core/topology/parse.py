@@ -4,6 +4,7 @@
 to be legal.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 
 from mimogrid.core.base.errors import PlanError
@@ -141,15 +142,19 @@ def _stages(
     trains_upstream: bool,
 ) -> tuple[StageInfo, ...]:
     """Return the stages of a module; the first one is `depth` stages from the end of the longest path."""
-    parameters = (*model.parameters(), *_projectors(model, outputs))
+    parameters = (*_parameters(model), *_projectors(model, outputs))
     trains = trainable_names(written, tuple(p.name for p in parameters))
     if isinstance(model, Own) and written.frozen is not True:
         trains |= {UNKNOWN}
     infos: list[StageInfo] = []
+    places = _places(parameters)
     ranges = layer_ranges(written, model.layers)
     for i, layers in enumerate(ranges):
         first, last = i == 0, i == len(ranges) - 1
-        held = tuple(p for p in parameters if _is_held(p, layers, first=first, last=last))
+        layers_held = (*layers, *([FIRST] if first else []), *([LAST] if last else []))
+        held = tuple(
+            parameters[i] for i in sorted({i for layer in layers_held for i in places.get(layer, ())})
+        )
         info = StageInfo(
             stage=Stage(name, i % written.grid.pp, chunk=i // written.grid.pp),
             layers=layers,
@@ -165,6 +170,12 @@ def _stages(
     return tuple(infos)
 
 
+@functools.lru_cache(maxsize=64)
+def _parameters(model: BuiltIn | Own) -> tuple[Parameter, ...]:
+    """Return the parameters of a model. Planning parses thousands of jobs with the same ones."""
+    return tuple(model.parameters())
+
+
 def _projectors(model: BuiltIn | Own, outputs: tuple[Edge, ...]) -> Iterator[Parameter]:
     """Yield the parameters of the projections to other modules."""
     for edge in outputs:
@@ -172,10 +183,11 @@ def _projectors(model: BuiltIn | Own, outputs: tuple[Edge, ...]) -> Iterator[Par
             yield from edge.projector.parameters(edge.target, model, edge.width // edge.parts)
 
 
-def _is_held(parameter: Parameter, layers: range, *, first: bool, last: bool) -> bool:
-    """Whether a stage with these layers holds a parameter or a copy of it."""
-    return (
-        parameter.layer in layers
-        or (first and parameter.layer == FIRST)
-        or (last and LAST in (parameter.layer, parameter.copy))
-    )
+def _places(parameters: tuple[Parameter, ...]) -> Mapping[int | str, list[int]]:
+    """Return the numbers of the parameters that a stage with each layer, or with either end, holds; copies count."""
+    places: dict[int | str, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        places.setdefault(parameter.layer, []).append(i)
+        if parameter.copy == LAST != parameter.layer:
+            places.setdefault(LAST, []).append(i)
+    return places

@@ -65,7 +65,7 @@ def index(args: DataIndexArgs) -> int:
         return 0
     print(f"{out}: {samples} samples, at most {facts.longest} positions each, in {seconds:.0f} s")
     if left_out:
-        print(f"left out {left_out} records; {out / LEFT_OUT} has their ids:")
+        print(f"records left out: {left_out}; {out / LEFT_OUT} has their ids")
         for reason, count in facts.left_out.items():
             print(f"  {count:>8}  {reason}: {REASONS[reason]}")
     return 0

@@ -15,7 +15,9 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.models.fitting import fitted
+from mimogrid.core.job.schedules import AUTO
+from mimogrid.core.job.spec import GpuSpec
+from mimogrid.core.models.divisible import divisible
 from mimogrid.core.models.mapping import Shape
 from mimogrid.core.models.network import PublishedModule
 from mimogrid.core.plan.layouts import Question
@@ -23,9 +25,11 @@ from mimogrid.core.plan.planner import plan
 from mimogrid.core.pricing.machine import Machine, machine_of
 from mimogrid.shell.cli.arguments import InitArgs
 from mimogrid.shell.cli.output import print_json, write
+from mimogrid.shell.cli.templates import SCHEMA, write_schema, write_template
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.job.published import Published, published
+from mimogrid.shell.job.published import Published, published, resolved
+from mimogrid.shell.job.schema import header
 
 
 PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -38,9 +42,11 @@ LAYOUT = ("grid", "chunks", "split", "microbatches", "recompute")
 
 
 def run(args: InitArgs) -> int:
-    """Write the job file of a checkpoint."""
+    """Write the job file of a checkpoint, or a template."""
+    if args.template is not None:
+        return _template(args, args.template)
     folder, machine = _checked(args)
-    found = published(folder.resolve())
+    found = published(resolved(folder, "FOLDER"))
     if all(module.model != "gpt" for module in found.model.modules.values()):
         message = "has no language model, and so no loss to train with."
         remedy = "Name it in a job that has one: [modules.NAME] weights = FOLDER, feeds = [...]."
@@ -49,7 +55,8 @@ def run(args: InitArgs) -> int:
     if machine is not None:
         draft = _planned(draft, machine, args)
     job = _opened(draft, args.out)
-    write(args.out, [draft.text()])
+    write(args.out, [header(SCHEMA), draft.text()])
+    write_schema(args.out)
     ranks = job.topology.world_size
     if args.json:
         print_json({"out": str(args.out), "world_size": ranks, "modules": list(job.topology.modules)})
@@ -59,17 +66,39 @@ def run(args: InitArgs) -> int:
     return 0
 
 
+def _template(args: InitArgs, name: str) -> int:
+    """Write a template, and say what there is now. Raises PlanError for what does not go with it."""
+    given = {"FOLDER": args.folder, "--gpus": args.gpus, "--gpu": args.gpu}
+    if too_much := [flag for flag, value in given.items() if value is not None]:
+        remedy = "Leave out one of the two: a template is a job of its own."
+        raise PlanError(Problem(flag, "does not go with --template.", remedy) for flag in too_much)
+    written = write_template(name, args.out, force=args.force)
+    if args.json:
+        print_json({"out": str(args.out), "files": [str(path) for path in written]})
+    else:
+        print(f"{', '.join(map(str, written))}: written. Then: mimogrid check {args.out}")
+    return 0
+
+
 def _checked(args: InitArgs) -> tuple[Path, Machine | None]:
     """Return the folder of the checkpoint, and the machine to plan for. Raises PlanError with all that is wrong."""
     problems: list[Problem] = []
     if args.folder is None:
         message = "there is none: a folder with config.json and weights in safetensors."
         problems.append(
-            Problem("FOLDER", message, "Write mimogrid init FOLDER, a checkpoint of Hugging Face.")
+            Problem(
+                "FOLDER", message, "Write mimogrid init FOLDER; or begin with a job: init --template text."
+            )
         )
     if args.out.exists() and not args.force:
         remedy = "Name another file: --out. Or write over it: --force."
         problems.append(Problem(str(args.out), "is there already.", remedy))
+    if not args.out.parent.is_dir():
+        problems.append(
+            Problem(
+                str(args.out), "cannot be written: no such folder.", "Name a file in a folder that exists."
+            )
+        )
     if (args.gpus is None) != (args.gpu is None):
         problems.append(
             Problem("--gpus", "and --gpu need each other.", "Write --gpus 8 --gpu h100, for instance.")
@@ -83,7 +112,9 @@ def _checked(args: InitArgs) -> tuple[Path, Machine | None]:
 
 def _named(folder: Path, out: Path) -> str:
     """Return a checkpoint's folder as a job file names it: from its own folder, or as the whole path that was given."""
-    return str(folder) if folder.is_absolute() else os.path.relpath(folder.resolve(), out.resolve().parent)
+    if folder.is_absolute():
+        return str(folder)
+    return os.path.relpath(resolved(folder, "FOLDER"), resolved(out, "--out").parent)
 
 
 def _precision(found: Published) -> str:
@@ -108,22 +139,17 @@ def _planned(draft: "Draft", machine: Machine, args: InitArgs) -> "Draft":
     """Return the draft with the fastest layout on so many GPUs. Raises PlanError where nothing fits."""
     assert args.gpus is not None
     precision = draft.precision if draft.precision in machine.accelerator.flops else machine.precision
-    machine = attrs.evolve(machine, precision=precision)
     draft = attrs.evolve(draft, precision=precision, batch={"global_size": 8 * args.gpus, "microbatches": 8})
     job = _opened(attrs.evolve(draft, tp_most=TP_MOST), args.out)
-    question = Question(
-        spec=job.spec,
-        facts=job.topology.source,
-        samples=job.step(0).samples,
-        machine=machine,
-        gpus=args.gpus,
-        memory_bytes=machine.accelerator.memory_bytes,
-    )
-    searched = plan(question)
-    if searched.best is None:
+    spec = attrs.evolve(job.spec, gpu=GpuSpec(name=args.gpu))
+    facts, samples = job.topology.source, job.step(0).samples
+    searched = plan(Question(spec=spec, facts=facts, samples=samples, gpus=args.gpus))
+    # The file has no costs, by which `auto` would find its order.
+    best = next((layout for layout in searched.fitting if layout.spec.schedule.name != AUTO), None)
+    if best is None:
         message = f"no layout fits on {args.gpus} x {args.gpu}; the closest: {searched.nearest_fit}."
         raise PlanError([Problem("--gpus", message, "Use more GPUs, or such with more memory.")])
-    tables: dict[str, Any] = jobfile.CONVERTER.unstructure(searched.best.spec)
+    tables: dict[str, Any] = jobfile.CONVERTER.unstructure(best.spec)
     return attrs.evolve(
         draft,
         layouts={
@@ -131,7 +157,9 @@ def _planned(draft: "Draft", machine: Machine, args: InitArgs) -> "Draft":
             for name, table in tables["modules"].items()
         },
         batch=tables["batch"],
-        schedule=searched.best.spec.schedule.name,
+        schedule=best.spec.schedule.name,
+        gpu=args.gpu or "",
+        sharded=best.spec.optimizer.sharded,
         planned=f"The fastest layout on {args.gpus} x {args.gpu} by estimate, with the samples of [data].",
     )
 
@@ -151,6 +179,8 @@ class Draft:
         batch: the table.
         schedule: its name; empty: the default.
         planned: where the layout is from.
+        gpu: the kind of GPU that it is planned for; empty: none.
+        sharded: whether dp ranks share the update.
         tp_most: the vocabulary is padded for at least so many tp ranks.
     """
 
@@ -161,6 +191,8 @@ class Draft:
     batch: Mapping[str, Any] = attrs.field(factory=lambda: {"global_size": 8, "microbatches": 1})
     schedule: str = ""
     planned: str = ""
+    gpu: str = ""
+    sharded: bool = False
     tp_most: int = 1
 
     def text(self) -> str:
@@ -185,9 +217,9 @@ class Draft:
 
     def _module(self, name: str, module: PublishedModule) -> Iterator[str]:
         table = module.table()
-        laid = fitted({"grid": {"tp": 1, "dp": 1, "pp": 1}, **self.layouts.get(name, {})}, module.options)
+        laid = divisible({"grid": {"tp": 1, "dp": 1, "pp": 1}, **self.layouts.get(name, {})}, module.options)
         if self.tp_most > 1:
-            laid |= {"options": fitted({"grid": {"tp": self.tp_most}}, module.options).get("options", {})}
+            laid |= {"options": divisible({"grid": {"tp": self.tp_most}}, module.options).get("options", {})}
         yield f"[modules.{name}]"
         yield f"# {_sizes(module)}"
         yield "# The checkpoint says these and all other options; what `options` says here goes first."
@@ -219,9 +251,13 @@ class Draft:
         yield f"microbatches = {count}".ljust(37) + "# parts that go through the pipeline one after the other"
         if self.schedule:
             yield from ("", "[schedule]", f"name = {_value(self.schedule)}")
+        if self.gpu:
+            yield from ("", "[gpu]", f"name = {_value(self.gpu)}")
         yield ""
         yield "[optimizer]"
         yield "lr = 1e-5"
+        if self.sharded:
+            yield "sharded = true".ljust(37) + "# each dp rank updates its part: less memory"
         yield "# warmup_steps = 100"
         yield '# decay = "cosine"'
         yield ""

@@ -1,31 +1,36 @@
 """Planning: the command `plan`: a search printed as a table or as JSON, and the best layout as a job file."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import attrs
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.plan.layouts import BEST, SLOWER, Layout, Question, shown
-from mimogrid.core.plan.planner import Plan, plan
-from mimogrid.core.pricing.machine import machine_of
+from mimogrid.core.plan.planner import Plan, Sensitivity, plan
+from mimogrid.core.pricing.accelerators import ACCELERATORS
+from mimogrid.core.pricing.machine import Machine, machine_for
 from mimogrid.core.pricing.on_machine import measured_on
 from mimogrid.shell.cli.arguments import PlanArgs
+from mimogrid.shell.cli.fit import fit_lines
 from mimogrid.shell.cli.output import print_json, terminal, write
+from mimogrid.shell.cli.watcher import Watcher
 from mimogrid.shell.job import costfile, jobfile
 from mimogrid.shell.job.jobs import Job
 
 
-SHOWN = 8
-"""How many layouts that fit are shown in the table."""
+T = TypeVar("T")
 
 
 def run(job: Job, args: PlanArgs) -> int:
     """Search, print what was found, write the best layout. Returns 1 where nothing fits."""
     question = _question(job, args)
-    found = plan(question)
+    with Watcher(args.time_limit, silent=args.json) as watcher:
+        found = plan(question, watch=watcher)
     best = found.best
     if best is not None and args.out:
         write(args.out, job_text(job, best, question))
@@ -48,31 +53,33 @@ def _question(job: Job, args: PlanArgs) -> Question:
     problems: list[Problem] = []
     if args.gpus < 1:
         problems.append(Problem("--gpus", f"is {args.gpus}.", "Use 1 or more."))
-    if args.memory_gb is not None and not args.memory_gb > 0:
-        problems.append(Problem("--memory-gb", f"is {args.memory_gb}.", "Use a number above 0."))
-    try:
-        samples = job.step(0).samples
-    except PlanError as error:
-        samples = ()
-        problems += error.problems
-    machine = machine_of(args.gpu, args.precision or job.spec.precision, args.efficiency)
-    if machine.precision not in machine.accelerator.flops:
-        known = tuple(machine.accelerator.flops)
-        message = f"'{machine.precision}' is no precision of {args.gpu}."
-        problems.append(Problem("--precision", message, nearest(machine.precision, known)))
-    if problems:
+    machine = _found(lambda: _machine(job), problems)
+    step = _found(lambda: job.step(0), problems)
+    if problems or machine is None or step is None:
         raise PlanError(problems)
+    spec = job.spec
     if args.costs:
-        machine = measured_on(machine, job.step(0), costfile.read(args.costs, job.topology))
-    memory = machine.accelerator.memory_bytes if args.memory_gb is None else args.memory_gb * 1e9
-    return Question(
-        spec=job.spec,
-        facts=job.topology.source,
-        samples=samples,
-        machine=machine,
-        gpus=args.gpus,
-        memory_bytes=memory,
-    )
+        measured = measured_on(machine, step, costfile.read(args.costs, job.topology)).measured
+        spec = attrs.evolve(spec, gpu=attrs.evolve(spec.gpu, times=dict(measured)))
+    return Question(spec=spec, facts=job.topology.source, samples=step.samples, gpus=args.gpus)
+
+
+def _machine(job: Job) -> Machine:
+    """Return the GPUs that a job assumes. Raises PlanError if it does not say which."""
+    machine = machine_for(job.spec)
+    if machine is None:
+        remedy = f"Use --gpu NAME, or gpu.name in the job: {', '.join(ACCELERATORS)}."
+        raise PlanError([Problem("--gpu", "is missing, and the job names no kind of GPU.", remedy)])
+    return machine
+
+
+def _found(find: Callable[[], T], problems: list[Problem]) -> T | None:
+    """Return what is found, or note the problems."""
+    try:
+        return find()
+    except PlanError as error:
+        problems += error.problems
+        return None
 
 
 # -- as a table --------------------------------------------------------------------------------------------
@@ -81,25 +88,33 @@ def _question(job: Job, args: PlanArgs) -> Question:
 def _print(found: Plan, question: Question, args: PlanArgs) -> None:
     console = Console(file=terminal(), width=120)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("step", "tokens/s/GPU", "bubble", "others", "peak GB", "layout"):
+    for title in ("step", "tokens/s/GPU", "MFU", "bubble", "others", "peak GB", "layout"):
         table.add_column(title, justify="left" if title == "layout" else "right", overflow="fold")
-    fits = [layout for layout in found.layouts if layout.kind in {BEST, SLOWER}]
-    rows = fits[:SHOWN] + [layout for layout in fits[SHOWN:] if layout is found.own]
-    for layout in [*rows, *(layout for layout in found.layouts if layout.kind not in {BEST, SLOWER})]:
+    for layout in found.layouts:
         table.add_row(*_cells(layout), f"{escape(shown(layout.spec))}\n[bold]{escape(layout.reason)}[/bold]")
+    print(*fit_lines(question.spec, {}), sep="\n")
     console.print(table)
-    print(f"{question.gpus} x {args.gpu}, {question.memory_bytes / 1e9:.4g} GB each; idle GPUs count, too.")
+    print(
+        "@: the first rank of a module; m: its own microbatches; uneven: stages of different numbers of layers."
+    )
+    print(
+        f"'others' is the share of compute outside module '{found.main}'. Idle GPUs of the {question.gpus} count."
+    )
     print(f"Estimated costs: {question.machine}.")
     if question.machine.measured:
         factors = ", ".join(f"{name} {factor:,.4g}" for name, factor in question.machine.measured)
-        print(f"Times of modules are scaled to {args.costs}, by these factors: {factors}.")
-    print(f"'others' is the share of compute outside module '{found.main}'.")
+        print(
+            f"Times of modules are scaled to {args.costs or 'gpu.times of the job'}, by these factors: {factors}."
+        )
+    for line in found.sensitivity:
+        print(_what_if(line, found))
     looked = f"{found.looked_at:,} layouts examined, {found.simulated} simulated"
     if found.best is None:
         print(f"{looked}. Nothing fits. The closest one: {found.nearest_fit}.")
         return
     bound = f" by more than {found.gap:.1%}" if found.gap else ""
-    print(f"{looked}. Under the same schedule, none is faster than the best{bound}.")
+    stopped = "The search was stopped. " if found.stopped else ""
+    print(f"{looked}. {stopped}Under the same schedule, none is faster than the best{bound}.")
     if args.out:
         print(f"Written: {args.out}.")
     else:
@@ -107,16 +122,25 @@ def _print(found: Plan, question: Question, args: PlanArgs) -> None:
 
 
 def _cells(layout: Layout) -> tuple[str, ...]:
-    if not layout.step_s:
-        return ("",) * 5
     peaks = " ".join(f"{name} {size / 1e9:.1f}" for name, size in layout.peak_bytes.items())
+    if layout.kind not in {BEST, SLOWER}:
+        return ("",) * 5 + (peaks,)
     return (
         f"{layout.step_s:.4g} s",
         f"{layout.tokens_per_s_per_gpu:,.0f}",
+        f"{layout.mfu:.1%}",
         f"{layout.bubble:.1%}",
         f"{layout.encoder_share:.1%}",
         peaks,
     )
+
+
+def _what_if(line: Sensitivity, found: Plan) -> str:
+    assert found.best is not None
+    winner = f"With {line.what}: {line.winner_s:.4g} s ({line.winner_s / found.best.step_s - 1:+.1%})"
+    if line.fastest_s >= line.winner_s:
+        return f"{winner}, still the fastest of those shown."
+    return f"{winner}; then {shown(line.fastest.spec)} is faster: {line.fastest_s:.4g} s."
 
 
 # -- as JSON -----------------------------------------------------------------------------------------------
@@ -127,13 +151,24 @@ def _values(found: Plan, question: Question, args: PlanArgs) -> dict[str, Any]:
         "costs": f"assumed: {question.machine}",
         "measured": dict(question.machine.measured),
         "gpus": question.gpus,
-        "gpu": args.gpu,
+        "gpu": question.machine.accelerator.name,
+        "precision": question.spec.precision,
         "memory_bytes": question.memory_bytes,
         "looked_at": found.looked_at,
         "simulated": found.simulated,
+        "stopped": found.stopped,
         "gap": found.gap,
         "nearest_miss": found.nearest_fit or None,
         "out": str(args.out) if args.out and found.best else None,
+        "sensitivity": [
+            {
+                "what": each.what,
+                "winner": each.winner_s,
+                "fastest": each.fastest_s,
+                "layout": shown(each.fastest.spec),
+            }
+            for each in found.sensitivity
+        ],
         "layouts": [_layout_values(layout, found) for layout in found.layouts],
     }
 
@@ -150,6 +185,7 @@ def _layout_values(layout: Layout, found: Plan) -> dict[str, Any]:
         "limit": layout.lower_bound_s if runs else None,
         "tokens_per_s_per_gpu": layout.tokens_per_s_per_gpu if runs else None,
         "active_gpus": layout.active if runs else None,
+        "mfu": layout.mfu if runs else None,
         "bubble": layout.bubble if runs else None,
         "encoder_share": layout.encoder_share if runs else None,
         "peak_bytes": max(layout.peak_bytes.values()) if runs else None,

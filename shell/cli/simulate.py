@@ -15,14 +15,17 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import perfetto
+from mimogrid.core.draw.page import pages_of
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
+from mimogrid.core.job.changes import changes
 from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.pricing.assumed import ASSUMED
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.shell.cli.arguments import SimulateArgs
+from mimogrid.shell.cli.fit import fit_lines, fit_values
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.cli.timing import (
@@ -36,6 +39,8 @@ from mimogrid.shell.job.jobs import Job
 
 
 ALL = "all"
+CHANGED = 4
+"""How many keys a title names in which two jobs differ."""
 PLACES = 4
 """How many places on the critical path are printed one by one."""
 CAUSES = {**CAUSES_IN_WORDS, RAGGED: "ragged data", JITTER: "jitter"}
@@ -54,7 +59,7 @@ def run(job: Job, args: SimulateArgs) -> int:
         if args.schedule == ALL:
             _print_schedules(under_all_schedules(job, args), args)
         elif args.compare:
-            other = opened(args.compare, run_code=not args.no_code, silent=args.json)
+            other = opened(args.compare, args.assumed, run_code=not args.no_code, silent=args.json)
             _print_jobs(compared(job, other, args), args)
         else:
             _print_job(drawn(job, args), args)
@@ -99,9 +104,10 @@ def _print_job(steps: Sequence[SimulatedStep], args: SimulateArgs) -> None:
     _draw({found.name: found}, args)
     if args.json:
         draws = {"draws": [one.timeline.step_s for one in steps]} if len(steps) > 1 else {}
-        print_json(_values(found) | draws)
+        print_json(_values(found) | fit_values(found.job.spec, found.memory) | draws)
         return
     timeline = found.timeline
+    print(*fit_lines(found.job.spec, found.memory), sep="\n", end="\n\n")
     _print_timeline(timeline)
     print(f"{_summary(timeline)}.")
     if len(steps) > 1:
@@ -214,15 +220,21 @@ def _actions(timeline: Timeline) -> int:
 def _draw(steps: Mapping[str, SimulatedStep], args: SimulateArgs) -> None:
     """Write the pictures that are asked for; of a large world, one rank of each class."""
     if args.svg:
-        pictures = (
-            picture(step.timeline, f"{name}, {step.job.spec.schedule.name}: {_summary(step.timeline)}")
-            for name, step in steps.items()
-        )
-        write(args.svg, [svg(*pictures)])
+        pictures = (picture(step.timeline, _title(name, step, steps)) for name, step in steps.items())
+        write(args.svg, [svg(*(page for whole in pictures for page in pages_of(whole)))])
     if args.trace:
         (step,) = steps.values()
         ranks = None if _fits(step.timeline) else step.timeline.classes.members
         write(args.trace, perfetto.lines(step.timeline, ranks))
+
+
+def _title(name: str, step: SimulatedStep, steps: Mapping[str, SimulatedStep]) -> str:
+    """Return the title of a picture; of two jobs with what the second changes."""
+    first = next(iter(steps.values()))
+    found = [str(change) for change in changes(first.job.spec, step.job.spec) if "costs" not in change.key]
+    more = f" and {len(found) - CHANGED} more" if len(found) > CHANGED else ""
+    differs = f" ({', '.join(found[:CHANGED])}{more})" if found else ""
+    return f"{name}, {step.job.spec.schedule.name}: {_summary(step.timeline)}{differs}"
 
 
 # -- several -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Timing: steps simulated as the options of `simulate` ask for: under one schedule, under all, or of two jobs."""
 
 import contextlib
+import functools
 import gc
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,11 +13,13 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.pricing.assumed import assumed
-from mimogrid.core.pricing.machine import machine_of
+from mimogrid.core.pricing.even import even_costs, even_step
+from mimogrid.core.pricing.machine import machine_for
 from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.layer_split import topology_of
 from mimogrid.core.simulate.breakdown import idle_s, idle_s_by_rank
+from mimogrid.core.simulate.fullest import Fullest
 from mimogrid.core.simulate.memory import Level, peaks
 from mimogrid.core.simulate.rank_classes import RankClasses
 from mimogrid.core.simulate.simulation import MANY, rank_classes_of, simulate
@@ -24,6 +27,7 @@ from mimogrid.core.simulate.timeline import Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.core.step.step import Step
 from mimogrid.shell.cli.arguments import SimulateArgs
+from mimogrid.shell.cli.fit import memory_of
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.jobs import Job
 
@@ -44,7 +48,7 @@ class SimulatedStep:
     Attributes:
         job: the job, under the schedule that was simulated.
         origin: where its costs are from; empty where none were given.
-        step: the samples of the step.
+        step: the samples of the step. On the GPUs of the job without --ragged an even step is timed (`pricing.even`).
         timeline: what every rank does when.
         idle_by_rank: seconds of idling, by rank and cause.
         peaks: the peak of memory of every rank.
@@ -66,6 +70,11 @@ class SimulatedStep:
     def ranks(self) -> int:
         """How many ranks the job takes, idle ones included."""
         return self.job.topology.world_size
+
+    @functools.cached_property
+    def memory(self) -> Mapping[str, Fullest]:
+        """By module, the rank that holds most if every sample is as large as the largest."""
+        return memory_of(self.step, self.job.order)
 
     @property
     def idle(self) -> dict[str, float]:
@@ -129,9 +138,10 @@ def _priced(job: Job, args: SimulateArgs, *, schedule: str | None, which: int = 
         path = args.costs[min(which, len(args.costs) - 1)]
         costs = costfile.read(path, job.topology)
         return PricedJob(_under(job, **changes, costs=costs), costs, _origin(costs, str(path)))
-    if args.gpu:
-        machine = machine_of(args.gpu, job.spec.precision, args.efficiency)
-        costs = on_machine(job.step(args.step), machine)
+    machine = machine_for(job.spec)
+    if machine is not None and (args.gpu or not job.spec.schedule.costs):
+        step = job.step(args.step)
+        costs = on_machine(step, machine) if args.ragged else even_costs(step, machine)
         return PricedJob(_under(job, **changes, costs=costs), costs, f"assumed: {machine}")
     job = _under(job, **changes)
     if job.spec.schedule.costs:
@@ -156,9 +166,10 @@ def _simulated(priced: PricedJob, args: SimulateArgs, draw: int = 0) -> Simulate
     """Simulate a step. Draw 0 is the step as asked for; each further one has the next seed and, if ragged, samples."""
     job, costs = priced.job, priced.costs
     step = job.step(args.step + draw * args.ragged)
-    factors = DurationFactors(step, ragged=args.ragged, jitter=args.jitter, seed=args.seed + draw)
+    timed = even_step(step) if job.spec.gpu.name and not args.ragged else step
+    factors = DurationFactors(timed, ragged=args.ragged, jitter=args.jitter, seed=args.seed + draw)
     uneven = factors if args.ragged or args.jitter else None
-    program = plan_step(step, job.order)
+    program = plan_step(timed, job.order)
     classes = rank_classes_of(program, costs, uneven)
     _announce(classes)
     timeline = simulate(program, costs, duration_factors=uneven, classes=classes)

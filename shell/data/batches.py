@@ -81,7 +81,7 @@ def examples_of(model: Model, batch: Batch) -> tuple[Encoded, ...]:
         raise PlanError(problems)
     tokens, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     lengths = _lengths(batch, tokens, labels)
-    segments = {kind: iter(_segments(model, kind, batch)) for kind in model.placeholders}
+    segments = {kind: iter(segments_of(model, kind, batch)) for kind in model.placeholders}
     examples = tuple(
         _example(model, index, tokens[index, :length], labels[index, :length], segments)
         for index, length in enumerate(lengths)
@@ -182,8 +182,8 @@ def _taken(
 # -- segments ----------------------------------------------------------------------------------------------
 
 
-def _segments(model: Model, kind: str, batch: Batch) -> Iterator[Segment]:
-    """Yield the segments of a kind in their order."""
+def segments_of(model: Model, kind: str, batch: Batch) -> Iterator[Segment]:
+    """Yield the segments of a kind (image, video, audio) that a batch has, in their order. Raises PlanError."""
     placeholder = model.placeholders[kind]
     module = model.modules[placeholder.module]
     values, *_ = INPUTS[kind]

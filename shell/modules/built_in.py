@@ -25,10 +25,10 @@ class TextStage(TransformerStage):
 
     def __init__(self, context: Context, model: Gpt, *, sequence: int) -> None:
         super().__init__(context, model)
-        self.model: Gpt = model
         info = context.info
         self.tied = model.tied_embeddings
         self.vocab = model.vocab
+        self.deep_layers = model.deepstack
         self.network = GPTModel(
             self.config,
             self.spec,
@@ -75,11 +75,11 @@ class TextStage(TransformerStage):
 
     def deepstack(self, inputs: Mapping[str, Tensor], packing: Packing) -> Sequence[Tensor]:
         """Return the rows beside the feeders' rows, at the same placeholders."""
-        if not self.model.deepstack:
+        if not self.deep_layers:
             return ()
         # Each on a path of its own from the inputs: a recomputed layer runs the backward of what it adds by itself.
         found = []
-        for start in range(self.hidden, (1 + self.model.deepstack) * self.hidden, self.hidden):
+        for start in range(self.hidden, (1 + self.deep_layers) * self.hidden, self.hidden):
             rows = _joined(inputs, self.feeders)[:, start : start + self.hidden]
             found.append(self.row_of(self.take(rows, packing), packing))
         return found

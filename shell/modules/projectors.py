@@ -57,7 +57,7 @@ class Mlp(nn.Module):
         """Return the rows [R, width], and beside them those of inner layers, each through a merger of its own."""
         if self.norm is not None:
             positions_PH = self.norm(positions_PH.reshape(-1, self.norm_width))
-        rows = self.down(self.activation(self.up(positions_PH.reshape(-1, self.up.in_features))))
+        rows: Tensor = self.down(self.activation(self.up(positions_PH.reshape(-1, self.up.in_features))))
         if not inner:
             return rows
         deep = [merger(positions) for merger, positions in zip(self.deepstack, inner, strict=True)]

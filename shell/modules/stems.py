@@ -57,13 +57,15 @@ class PatchStem(nn.Module):
         rows_RH = self.input(rows_RF)
         if self.positions is not None:
             rows_RH = rows_RH + self._learned(grids, rows_RH)
-        positions_PH = rows_RH.new_zeros(length, rows_RH.shape[1]).index_copy(0, places[0], rows_RH)
+        positions_PH: Tensor = rows_RH.new_zeros(length, rows_RH.shape[1]).index_copy(0, places[0], rows_RH)
         if self.class_token is not None:
-            token_H = self.class_token
+            token_H: Tensor = self.class_token
             if self.positions is not None:
                 token_H = token_H + self.positions.weight[0]
             positions_PH = positions_PH.index_copy(0, places[1], token_H.expand(len(places[1]), -1))
-        return positions_PH if self.pre_norm is None else self.pre_norm(positions_PH)
+        if self.pre_norm is not None:
+            positions_PH = self.pre_norm(positions_PH)
+        return positions_PH
 
     def _learned(self, grids: Grids, like: Tensor) -> Tensor:
         """Return the learned positions of the rows [R, H]."""
@@ -130,7 +132,8 @@ def rows_of_tower(model: Vit, grids: Sequence[SegmentGrid]) -> TowerRows:
 
 
 def _table(model: Vit, dtype: torch.dtype) -> nn.Embedding:
-    return skip_init(nn.Embedding, model.position_count, model.hidden, dtype=dtype)
+    table: nn.Embedding = skip_init(nn.Embedding, model.position_count, model.hidden, dtype=dtype)
+    return table
 
 
 # Every stage and microbatch of one share asks again, and images of a batch often have the same sizes.

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from mimogrid.core.base.samples import share as share_of
 from mimogrid.core.job.models import Vit
-from mimogrid.core.models.positions import Ints, windows
 from mimogrid.core.step.step import Share
 from mimogrid.shell.device.device import sent
 from mimogrid.shell.megatron.names import TransformerBlock, gather_from_sequence_parallel_region
@@ -35,7 +34,7 @@ class TowerStage(TransformerStage):
 
     def __init__(self, context: Context, model: Vit) -> None:
         super().__init__(context, model)
-        self.model: Vit = model
+        self.vit = model
         info, pools = context.info, model.pool > 1
         self.network = TransformerBlock(
             self.config,
@@ -72,7 +71,9 @@ class TowerStage(TransformerStage):
 
     def segmentations(self, share: Share) -> Mapping[str, tuple[int, ...]]:
         """Return the windows, if there are any."""
-        return {WINDOWS: _windows(self.model, _grids(share))} if self.model.window else {}
+        if not self.vit.window:
+            return {}
+        return {WINDOWS: tuple(itertools.chain.from_iterable(map(self.vit.windows, _grids(share))))}
 
     def enter(self, inputs: Mapping[str, Tensor], share: Share, packing: Packing) -> Tensor:
         """Return the positions that the stem makes of the rows of the data."""
@@ -87,14 +88,14 @@ class TowerStage(TransformerStage):
     ) -> dict[str, Tensor]:
         """Return the rows for each target."""
         device, cp = hidden_S1H.device, (self.cp.rank(), self.cp.size())
-        places = _emitted(self.model, _grids(share), cp, device)
+        places = _emitted(self.vit, _grids(share), cp, device)
         rows_PH = self._rows(hidden_S1H, packing, places)
         deep = [
             self._rows(self.complete(self._inner.pop(layer)), packing, places)
-            for layer in self.model.deepstack_layers
+            for layer in self.vit.deepstack_layers
         ]
-        if self.model.pool > 1:
-            rows_PH = rows_PH.unflatten(0, (-1, self.model.pool)).mean(dim=1)
+        if self.vit.pool > 1:
+            rows_PH = rows_PH.unflatten(0, (-1, self.vit.pool)).mean(dim=1)
         if self.final_norm is not None:
             rows_PH = self.final_norm(rows_PH)
         total = sum(share.lengths)
@@ -116,7 +117,8 @@ class TowerStage(TransformerStage):
         if portion is None or not portion.most:
             return rows_PH
         rows_PH = functional.pad(rows_PH, (0, 0, 0, portion.most - len(rows_PH)))
-        return gather_from_sequence_parallel_region(rows_PH, group=self.cp).index_select(0, portion.order)
+        every: Tensor = gather_from_sequence_parallel_region(rows_PH, group=self.cp)
+        return every.index_select(0, portion.order)
 
     def _joined(self, rows: Tensor, total: int) -> Tensor:
         """Return the emitted rows of all cp ranks. Each rank gets the gradients of its own rows."""
@@ -151,14 +153,6 @@ def _order(size: int, total: int, device: torch.device) -> Tensor:
     """Return the place of each of `total` rows after a gather of the ranks' shares, each padded to the largest."""
     most, shares = -(-total // size), [share_of(rank, size, total) for rank in range(size)]
     return _sent([rank * most + i for rank, rows in enumerate(shares) for i in range(len(rows))], device)
-
-
-@functools.lru_cache(maxsize=256)
-def _windows(model: Vit, grids: Grids) -> Ints:
-    """Return the lengths of the windows."""
-    sizes = [(frames, height, width) for frames, height, width in grids]
-    bounds = windows(sizes, model.merge, model.window).bounds
-    return tuple(stop - start for start, stop in itertools.pairwise(bounds))
 
 
 def _sent(places: Sequence[int], device: torch.device) -> Tensor:

@@ -220,9 +220,8 @@ class TransformerStage(StageModule):
 
     def aux(self) -> dict[str, Tensor]:
         """Return this rank's term of the auxiliary loss of the last forward, if the module has one."""
-        if not (self.aux_loss and self.training):
-            return {}
-        terms = [mlp.aux for mlp in self.experts if mlp.aux is not None]
+        experts = self.experts if self.aux_loss and self.training else ()
+        terms = [mlp.aux for mlp in experts if mlp.aux is not None]
         return {aux_name(self.name): torch.stack(terms).sum()} if terms else {}
 
     def decode(
@@ -251,10 +250,10 @@ class TransformerStage(StageModule):
         if not self.sequence_parallel:
             return hidden_S1H
         # Every tp rank computes the same from here on, so the gradient is cut, not summed.
-        row: Tensor = gather_from_sequence_parallel_region(
+        whole: Tensor = gather_from_sequence_parallel_region(
             hidden_S1H, tensor_parallel_output_grad=False, group=self.tp
         )
-        return row
+        return whole
 
     def row_of(self, rows_RH: Tensor, packing: Packing) -> Tensor:
         """Return the row [S, 1, H] with the first of what comes in at its entries, and zeros elsewhere."""

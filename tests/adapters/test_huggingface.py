@@ -99,6 +99,14 @@ def test_every_layout_has_the_gradients_of_transformers(pool: Pool, name: str) -
 
 
 @pytest.mark.world
+def test_grids_of_experts(pool: Pool) -> None:
+    """Experts on ranks of their own, whole and in shards."""
+    layouts = [layout(dp=2, ep=2), layout(tp=2, ep=2), layout(tp=2, dp=2, ep=2, expert_tp=2)]
+    for seen in pool.run("publishing:steps", 4, folder("qwen3-moe"), layouts, batch("qwen3-moe"))[0]:
+        assert max(differences(seen, expected("qwen3-moe"))) < 1e-12
+
+
+@pytest.mark.world
 def test_chunks(pool: Pool, tmp_path: Path) -> None:
     """Two virtual stages on each rank."""
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ def job_problems(spec: JobSpec) -> Iterator[Problem]:
         yield from above_zero("schedule.memory_gb", spec.schedule.memory_gb)
     yield from optimizer_problems(spec.optimizer)
     yield from _train(spec.train)
+    yield from _gpu(spec)
     if not spec.modules:
         yield Problem("modules", "the job has no module.", "Add a table [modules.NAME].")
     yield from too_many_modules(len(spec.modules))
@@ -57,6 +58,19 @@ def _train(train: TrainSpec) -> Iterator[Problem]:
             yield Problem("train.skip_steps", f"has [{first}, {last}].", remedy)
     if train.run_dir is not None:
         yield from _run_dir(train.run_dir)
+
+
+def _gpu(spec: JobSpec) -> Iterator[Problem]:
+    gpu = spec.gpu
+    if gpu.memory_gb is not None:
+        yield from above_zero("gpu.memory_gb", gpu.memory_gb)
+    for key, part in (("efficiency", gpu.efficiency), ("link_efficiency", gpu.link_efficiency)):
+        if part is not None and not 0 < part <= 1:
+            message = f"is {part}: the part of its peak that a GPU reaches."
+            yield Problem(f"gpu.{key}", message, "Use a number above 0 and up to 1, such as 0.5.")
+    for name, times in gpu.times.items():
+        yield from one_of("gpu.times", name, tuple(spec.modules))
+        yield from above_zero(f"gpu.times.{name}", times)
 
 
 def _run_dir(path: str) -> Iterator[Problem]:

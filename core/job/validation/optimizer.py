@@ -98,6 +98,8 @@ def _loss_scale(rule: LossScaleSpec) -> Iterator[Problem]:
 
 def group_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
     """Check that every group matches a parameter; those of custom modules are not known before they are built."""
+    if not spec.optimizer.groups:
+        return
     known = [(module, name) for module in spec.modules for name in names_of(module, spec, source)]
     own = {name for name, module in spec.modules.items() if isinstance(module.options, Mapping)}
     for i, group in enumerate(spec.optimizer.groups):

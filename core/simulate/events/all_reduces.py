@@ -18,6 +18,7 @@ class AllReduces:
     def __init__(self, folded: FoldedProgram, pieces: Pieces) -> None:
         self._folded, self._pieces = folded, pieces
         self._posted: dict[tuple[int, Reduce], int] = {}
+        self._begun: set[tuple[int, Reduce]] = set()
         self._waiting: dict[Hashable, collections.deque[Reduce]] = collections.defaultdict(collections.deque)
         self._done: dict[Hashable, int] = {}
         self._last: dict[Hashable, int] = {}
@@ -25,7 +26,9 @@ class AllReduces:
 
     def post(self, rank: int, reduce: Reduce, before: int) -> int:
         """Post a rank's part, which takes no time. The first rank that posts puts the all-reduce into the queue."""
-        if not any((member, reduce) in self._posted for member in self._folded.joint(rank, reduce)):
+        begun = self._folded.joint(rank, reduce)[0], reduce
+        if begun not in self._begun:
+            self._begun.add(begun)
             self._waiting[self._queue_of(rank, reduce)].append(reduce)
         self._posted[rank, reduce] = before
         return before
@@ -44,8 +47,9 @@ class AllReduces:
     def _queue_of(self, rank: int, reduce: Reduce) -> Hashable:
         """Name the group of an all-reduce. The leaders alone do not: several groups may have the same ones."""
         if (rank, reduce) not in self._queues:
+            first: dict[tuple[int, ...], Reduce] = {}
             program = self._folded.program
-            ranks = program.joint(rank, reduce)
-            first = next(each for each in program.sums(rank) if program.joint(rank, each) == ranks)
-            self._queues[rank, reduce] = (self._folded.joint(rank, reduce), first)
+            for each in program.sums(rank):
+                named = first.setdefault(program.joint(rank, each), each)
+                self._queues[rank, each] = (self._folded.joint(rank, each), named)
         return self._queues[rank, reduce]

@@ -71,7 +71,7 @@ class Conversations:
         Raises WorldError if an image is not the one that was indexed.
         """
         row = self.order.at(sample_id)
-        return self._text(row) if module == LANGUAGE else {"rows": self._rows(row, module)}
+        return self._text(row) if module == LANGUAGE else {"rows": self._rows(row)}
 
     def _text(self, row: int) -> "Mapping[str, torch.Tensor]":
         import torch  # noqa: PLC0415 -- descriptions need no torch
@@ -89,7 +89,7 @@ class Conversations:
             "loss_weights": counts.to(torch.float32),
         }
 
-    def _rows(self, row: int, module: str) -> "torch.Tensor":
+    def _rows(self, row: int) -> "torch.Tensor":
         from mimogrid.shell.data.encoding import decoded  # noqa: PLC0415 -- imports transformers
 
         images = []
@@ -102,7 +102,7 @@ class Conversations:
             if digest(raw) != then:
                 raise self._changed(row, f"{name!r} is another image than the one that was indexed")
             images.append(image)
-        return _encoder(self.checkpoint).rows(images, module)
+        return _encoder(self.checkpoint).rows(images)
 
     def _changed(self, row: int, fact: str) -> WorldError:
         sample = self.index.record(row).id

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 
 from layouts import job, layouts
 from mimogrid.core.job.changes import changes, refused
-from mimogrid.core.job.spec import JobSpec, ScheduleSpec, TrainSpec
+from mimogrid.core.job.spec import GpuSpec, JobSpec, ScheduleSpec, TrainSpec
 
 
 SPEC = job("enc(1,1,2)@0 lm(1,2,1)@2")
@@ -21,6 +21,7 @@ FREE = {
     "world_size": attrs.evolve(SPEC, world_size=8),
     "precision": attrs.evolve(SPEC, precision="bf16"),
     "schedule.name": attrs.evolve(SPEC, schedule=ScheduleSpec(name="zb-h1")),
+    "gpu.name": attrs.evolve(SPEC, gpu=GpuSpec(name="h100")),
     "train.steps": attrs.evolve(SPEC, train=TrainSpec(steps=7)),
     "train.checkpoint_async": attrs.evolve(SPEC, train=TrainSpec(checkpoint_async=False)),
     "batch.microbatches": attrs.evolve(SPEC, batch=attrs.evolve(SPEC.batch, microbatches=2)),

@@ -1,17 +1,30 @@
 """Options of towers, edges and language models that do not go together are refused, each with its reason."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.models import Block, Gpt, Vit
 from mimogrid.core.job.projectors import Projector
-from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.spec import (
+    BatchSpec,
+    DataSpec,
+    GridSpec,
+    JobSpec,
+    ModuleSpec,
+    ScheduleSpec,
+    SourceFacts,
+)
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.job.validation.towers import tower_problems
+from mimogrid.core.models.positions import windows
+from mimogrid.core.schedule.layer_split import topology_of
 from mimogrid.core.topology.parse import assemble
 
 
@@ -238,6 +251,17 @@ def test_rows_of_inner_layers_lie_beside_those_of_the_last() -> None:
     assert {f"projector.language.deepstack.{i}.norm.weight" for i in range(2)} < held
 
 
+@given(grid=st.tuples(*[st.integers(1, 5)] * 3), merge=st.integers(1, 3), window=st.integers(1, 4))
+def test_windows_have_the_lengths_of_their_rows(grid: tuple[int, int, int], merge: int, window: int) -> None:
+    """The lengths that are priced and computed are those of the rows in the order of windows."""
+    frames, height, width = grid
+    patches = frames, merge * height, merge * width
+    bounds = windows([patches], merge, window).bounds
+    model = Vit(**SIZES, merge=merge, window=window)
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(bounds))
+    assert (lengths, sum(n * n for n in lengths)) == (model.windows(patches), model.window_pairs(patches))
+
+
 @pytest.mark.parametrize(("tp", "ok"), [(1, True), (2, True), (4, False)])
 def test_dense_layers_beside_experts_are_split_too(tp: int, ok: bool) -> None:
     """Their features divide over tp."""
@@ -245,3 +269,18 @@ def test_dense_layers_beside_experts_are_split_too(tp: int, ok: bool) -> None:
     spec = job({}, options, {}, {"grid": GridSpec(tp=tp)})
     where = [problem.where for problem in problems_of(spec, SourceFacts(sequence=8))]
     assert ok == ("modules.language.grid.tp" not in where)
+
+
+def test_layers_are_not_balanced_away_from_deepstack() -> None:
+    """The schedule auto would give a frozen tower's reader fewer first layers than it adds rows after."""
+    vision = {"deepstack_layers": (1, 2, 3), "layers": 4}
+    language = {"deepstack": 3, "layers": 6}
+    reader = {"grid": GridSpec(pp=2), "trainable": ("layers.0.*", "layers.1.*")}
+    spec = job(vision, language, {"projector": MERGER}, reader)
+    spec = attrs.evolve(spec, schedule=ScheduleSpec(name="auto"))
+    topology = topology_of(spec, SourceFacts(sequence=8))
+    assert len(topology.modules["language"].stages[0].layers) == 3
+    free = attrs.evolve(spec.modules["language"], options=Gpt(**{**SIZES, "vocab": 16, "layers": 6}))
+    vision_alone = attrs.evolve(spec.modules["vision"], options=Vit(**{**SIZES, "features": 12}))
+    spec = attrs.evolve(spec, modules={"vision": vision_alone, "language": free})
+    assert len(topology_of(spec, SourceFacts(sequence=8)).modules["language"].stages[0].layers) != 3

@@ -14,10 +14,12 @@ from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
+    GpuSpec,
     GridSpec,
     GroupSpec,
     JobSpec,
     LossScaleSpec,
+    MixSpec,
     ModuleSpec,
     OptimizerSpec,
     ScheduleSpec,
@@ -27,6 +29,7 @@ from mimogrid.core.job.spec import (
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.job.sources import conversations
 from mimogrid.shell.job.sources.synthetic import Options
 
 
@@ -38,14 +41,17 @@ TABLES = (
     GridSpec,
     Projector,
     DataSpec,
+    MixSpec,
     BatchSpec,
     ScheduleSpec,
+    GpuSpec,
     OptimizerSpec,
     GroupSpec,
     LossScaleSpec,
     SkipSpec,
     TrainSpec,
     Options,
+    conversations.Options,
 )
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

@@ -1,6 +1,7 @@
 """The command `plan`, and the job files that it writes."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,83 @@ def test_the_winner_is_a_job_that_other_commands_take(job, tmp_path, capsys):
         capsys.readouterr()
 
 
+def drawn_job(seed):
+    """A job of one to three modules with equal or ragged rows, some absent, and options of `plan`."""
+    draw = random.Random(seed)
+    encoders = ["vision", "audio"][: draw.randint(0, 2)]
+    text = ""
+    for name in encoders:
+        frozen = "frozen = true\n" * draw.randint(0, 1)
+        layers, hidden = draw.randint(1, 6), 64 * draw.randint(4, 16)
+        text += f'[modules.{name}]\nmodel = "vit"\nfeeds = ["language"]\n{frozen}'
+        text += f"options = {{ layers = {layers}, hidden = {hidden}, heads = 8, features = 48 }}\n"
+    hidden = 128 * draw.randint(4, 16)
+    text += (
+        f'[modules.language]\nmodel = "gpt"\noptions = {{ layers = {draw.randint(2, 8)}, hidden = {hidden}, '
+    )
+    text += "heads = 8, vocab = 32000 }\n"
+    rows = ", ".join(f"{name} = [{draw.choice([64, 8])}, 64]" for name in encoders)
+    absent = ", ".join(f"{name} = 0.3" for name in encoders if draw.random() < 0.5)
+    options = f"sequence = 256, rows = {{ {rows} }}, absent = {{ {absent} }}"
+    text += f'[data]\nsource = "synthetic"\noptions = {{ {options} }}\n'
+    text += f"[batch]\nglobal_size = {draw.choice([6, 8, 16])}\nmicrobatches = 2\n"
+    words = ["--gpus", str(draw.randint(1, 9)), "--gpu", draw.choice(["h100", "a100", "l40s"])]
+    for option, values in {
+        "--precision": ["bf16", "fp16", "fp64"],
+        "--efficiency": ["0.3", "0.7"],
+        "--memory-gb": ["4", "20"],
+    }.items():
+        words += [option, draw.choice(values)] if draw.random() < 0.5 else []
+    return text, words
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_file_is_the_promise(tmp_path, capsys, seed):
+    """What `plan` says of its winner, `simulate` and `check` say of the file: time, memory, bubble, precision, fit."""
+    text, options = drawn_job(seed)
+    job, out = tmp_path / "job.toml", tmp_path / "best.toml"
+    job.write_text(text)
+    code, found = planned(capsys, job, *options, "--out", out)
+    if code:
+        assert found["nearest_miss"]
+        return
+    best = found["layouts"][0]
+    said = {}
+    for command in ("check", "simulate"):
+        assert 0 == main([command, str(out), "--json"])
+        said[command] = json.loads(capsys.readouterr().out)
+        assert (found["precision"], found["gpu"]) == (said[command]["precision"], said[command]["gpu"])
+        assert found["memory_bytes"] == said[command]["memory_bytes"]
+        most = {name: held["bytes"] for name, held in said[command]["memory"].items()}
+        assert best["peak_bytes_by_module"] == most
+        assert said[command]["fits"]
+    simulated = said["simulate"]
+    assert best["step_time"] == pytest.approx(simulated["step_time"], rel=1e-12)
+    assert best["bubble"] == pytest.approx(simulated["bubble"], rel=1e-9, abs=1e-12)
+    assert best["peak_bytes"] == max(simulated["peak_bytes"].values())
+    tokens = best["tokens_per_s_per_gpu"] * found["gpus"]
+    assert tokens == pytest.approx(simulated["tokens_per_s"], rel=1e-9)
+
+
+def test_a_slow_precision_is_warned_of(job, capsys):
+    """With the line to write; not where the GPU is about as fast in it."""
+    assert 0 == main(["check", str(job), "--gpu", "h100"])
+    said = capsys.readouterr().out
+    assert "Precision fp32 on h100, 80 GB each." in said
+    assert (
+        'h100 computes 14.8 x as fast in bf16 as in fp32. At the top of the job file: precision = "bf16".'
+        in said
+    )
+    assert 0 == main(["check", str(job), "--gpu", "h100", "--precision", "bf16"])
+    assert "Warning" not in capsys.readouterr().out
+
+
+def test_check_says_what_does_not_fit(job, capsys):
+    """The rank that holds most, and by how much it is short."""
+    assert 0 == main(["check", str(job), "--gpu", "h100", "--memory-gb", "0.5"])
+    assert "Does not fit: rank 1 of language is short by" in capsys.readouterr().out
+
+
 def test_every_layout_says_what_scripts_ask_for(job, capsys):
     """The keys are always there; those of layouts that cannot run are null."""
     _, found = planned(capsys, job, "--gpus", 2, "--gpu", "h100")
@@ -89,7 +167,7 @@ def test_nothing_fits(job, capsys):
     ("more", "fact"),
     [
         (["--gpu", "h1000"], "'h1000' is not known"),
-        (["--gpu", "h100", "--precision", "fp7"], "'fp7' is no precision of h100"),
+        (["--gpu", "h100", "--precision", "fp7"], "'fp7' is not known"),
         (["--gpu", "h100", "--efficiency", "2"], "is 2.0"),
         (["--gpu", "h100", "--memory-gb", "-1"], "is -1.0"),
     ],

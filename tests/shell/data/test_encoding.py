@@ -74,7 +74,7 @@ def test_rows_are_what_the_processor_makes(encoder: Encoder, llava: Path, tmp_pa
     assert encoded.sample.placeholders == {"language": tuple((tokens == 4).nonzero().flatten().tolist())}
     patches = made["pixel_values"].unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(32, -1)
     assert torch.equal(encoded.tensors["vision"]["rows"], patches)
-    assert torch.equal(encoder.rows(images, "vision"), patches)
+    assert torch.equal(encoder.rows(images), patches)
 
 
 def test_a_template_without_marks_counts_the_same(encoder: Encoder, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""`mimogrid data`: an index is made by processes of its own, shown and summed up."""
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mimogrid.core.base.errors import PlanError
+from mimogrid.shell.cli.main import main
+from mimogrid.shell.data.index import Index
+from stores import image, indexed, record, write_lines
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a store with a text, one image, two images, and a record without an answer."""
+    folder: Path = tmp_path_factory.mktemp("store")
+    names = [image(folder, f"{n}.png", n) for n in range(3)]
+    records = [record(0, names[0]), record(1, answer="7"), record(2, *names[1:]), record(3, answer="")]
+    return write_lines(folder / "store.jsonl", records)
+
+
+def test_an_index_is_made_by_processes(store: Path, llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the one that is made in this process; the command says what it left out."""
+    alone, _ = indexed(store, llava, out=store.parent / "alone.index")
+    assert main(["data", "index", str(store), "--processor", str(llava), "--workers", "1"]) == 0
+    index, said = Index(store.with_suffix(".index")), capsys.readouterr().out
+    assert [index[row] for row in range(3)] == [alone[row] for row in range(3)]
+    assert f"{index.folder}: 3 samples, at most 42 positions each" in said
+    assert "records left out: 1; " in said
+    assert "1  empty answer: an assistant says nothing" in said
+    assert main(["data", "index", str(store), "--processor", str(llava), "--workers", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["longest"], found["left_out"]) == (3, 42, {"empty answer": 1})
+
+
+def test_a_sample_is_shown_as_what_it_becomes(
+    store: Path, llava: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Text, rows where they go, and what counts; its images in one picture."""
+    index, _ = indexed(store, llava)
+    show = ["data", "show", str(index.folder)]
+    assert main([*show, "--id", "r2", "--picture", str(tmp_path / "r2.png")]) == 0
+    said = capsys.readouterr().out
+    assert "10 tokens, 32 placeholders, 4 tokens that count" in said
+    assert "vision reads 1 x 4 x 4, 1 x 4 x 4 rows" in said
+    assert [line.split() for line in said.splitlines()[-4:]] == [
+        ["text", "<s>", "USER:"],
+        ["placeholders", "32", "rows"],
+        ["text", "Read", "the", "digits", "ASSISTANT:"],
+        ["counts", "3", "1", "4", "</s>"],
+    ]
+    with Image.open(tmp_path / "r2.png") as picture, Image.open(store.parent / "2.png") as second:
+        assert picture.size == (32 + 4 + 32, 8)
+        assert picture.crop((36, 0, 68, 8)).tobytes() == second.tobytes()
+    assert main([*show, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["id"], found["row"], found["units"]) == ("r0", 0, 4.0)
+    assert [(piece["kind"], piece["positions"]) for piece in found["pieces"]][1] == ("placeholders", 16)
+    for wrong, why in (
+        (["--id", "r9"], "has no sample 'r9'"),
+        (["--id", "r1", "--picture", str(tmp_path / "r1.png")], "has no image"),
+        (["--picture", str(tmp_path / "none" / "a.png")], "cannot be written"),
+    ):
+        assert main([*show, *wrong]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_samples_are_summed_up(store: Path, llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As text, as a picture, and for scripts."""
+    index, _ = indexed(store, llava)
+    drawn = index.folder / "drawn.svg"
+    assert main(["data", "stats", str(index.folder), "--svg", str(drawn)]) == 0
+    said = capsys.readouterr().out
+    assert "positions of a sample   min 8   median 26   mean 25.3   95 % 42   max 42" in said
+    assert "rows that vision reads of a sample   min 0   median 16   mean 16.0   95 % 32   max 32" in said
+    assert "left out: 1 empty answer" in said
+    texts = [element.text for element in ET.parse(drawn).iter("{http://www.w3.org/2000/svg}text")]
+    assert "store.index: 3 samples" in texts
+    assert main(["data", "stats", str(index.folder), "--json"]) == 0
+    histograms = {each["name"]: each for each in json.loads(capsys.readouterr().out)["histograms"]}
+    assert sum(histograms["tokens that count in the loss"]["counts"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["data"], "'data' is no command"),
+        (["data", "indx"], "Did you mean 'data index'?"),
+        (["data", "stats", "none"], "none: cannot be read"),
+        (["data", "index", "none.json", "--processor", "none"], "has no processor"),
+        (["data", "index", "none.json", "--processor", "none", "--workers", "-1"], "below 0"),
+    ],
+)
+def test_wrong_commands_are_refused(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With exit code 2 and the reason."""
+    assert main(words) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_no_index(tmp_path: Path) -> None:
+    """The error names the command that makes one."""
+    with pytest.raises(PlanError, match="mimogrid data index STORE"):
+        Index(tmp_path)
