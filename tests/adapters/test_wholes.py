@@ -222,6 +222,19 @@ def test_what_comes_in_goes_out(pool: Pool, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], back[name]) for name in found)
 
 
+@pytest.mark.world
+@pytest.mark.parametrize("name", ["qwen3-vl", "qwen2-audio"])
+def test_what_has_trained_loads_into_transformers(pool: Pool, name: str, tmp_path: Path) -> None:
+    """With the loss that the next step has, whatever the layout."""
+    rule = {"lr": 1e-2, "weight_decay": 0.1}
+    written = of(name, layout({"dp": 2}, {"tp": 2, "pp": 2, "offset": 0}, precision="fp32", optimizer=rule))
+    first, second = batch(name), batch(name, seed=1)
+    losses = pool.run("publishing:saved", 4, folder(name), written, [first, second], tmp_path / "a")[0]
+    pool.run("publishing:saved", 4, folder(name), written, [first], tmp_path / "b")
+    assert losses_and_gradients(reference(tmp_path / "b"), second).loss == pytest.approx(losses[1], rel=1e-5)
+    assert losses_and_gradients(reference(tmp_path / "a"), second).loss < losses[1]
+
+
 # -- without a world ---------------------------------------------------------------------------------------
 
 
