@@ -110,6 +110,14 @@ def _no_floats(model: Model, tensors: Mapping[str, PublishedTensor]) -> Iterator
         yield Problem("", message, "Use the checkpoint that this one was quantized from.")
 
 
+def resolved(folder: Path, where: str) -> Path:
+    """Return the whole path of a folder, without links. Raises PlanError for a circle of links or a null byte."""
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PlanError([Problem(where, f"is no path: {error}.", "Name a folder.")]) from None
+
+
 def origin_of(folders: Mapping[str, str | None], source: Path | None = None) -> Published:
     """Return the checkpoint that all modules of a job start from, or the `source` that stands in for it.
 
@@ -125,7 +133,7 @@ def origin_of(folders: Mapping[str, str | None], source: Path | None = None) -> 
         raise PlanError(
             [Problem("modules", message, "Name one checkpoint that has all of them: --from FOLDER.")]
         )
-    folder = (source or named[0]).resolve()
+    folder = resolved(source or named[0], "--from" if source else "modules")
     if source is None and not folder.is_dir():
         message = "the modules start from this folder, and it is not there any more."
         raise PlanError([Problem(str(folder), message, "Name it where it is now: --from FOLDER.")])
@@ -165,10 +173,7 @@ def _lay(
 ) -> tuple[Problem, ...]:
     """Lay a checkpoint's table of a module under the job's; `names` are the modules of the job."""
     try:
-        module["weights"] = str((folder / module["weights"]).resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null byte
-        return (Problem(f"modules.{name}.weights", f"is no path: {error}.", "Name a folder."),)
-    try:
+        module["weights"] = str(resolved(folder / module["weights"], f"modules.{name}.weights"))
         found = published(Path(module["weights"])).module(name).table()
     except PlanError as error:
         return error.problems
