@@ -331,7 +331,7 @@ def test_batches_that_do_not_fit() -> None:
     assert "sample 3: token 1 stands for a row of the kind 'image', and there is none left" in changed(
         "llava", pixel_values=llava["pixel_values"][:-1]
     )
-    assert "the model takes images of 12 x 12 pixels" in changed(
+    assert "the model takes images of 3 channels and 12 x 12 pixels" in changed(
         "llava", pixel_values=torch.ones(4, 3, 20, 12)
     )
     assert "batch.image_grid_thw: is missing" in changed("qwen2.5-vl", image_grid_thw=None)
@@ -344,6 +344,9 @@ def test_batches_that_do_not_fit() -> None:
     )
     assert "cannot be merged 2 by 2" in changed(
         "qwen2.5-vl", image_grid_thw=grids.where(grids != 6, 3), pixel_values=qwen["pixel_values"][:-42]
+    )
+    assert "has the shape (4, 10, 18); the model takes 10 mels of 20 frames" in changed(
+        "qwen2-audio", input_features=audio["input_features"][..., :18]
     )
     assert "batch.feature_attention_mask: has the shape (1, 20)" in changed(
         "qwen2-audio", feature_attention_mask=audio["feature_attention_mask"][:1]
