@@ -194,11 +194,11 @@ class Progress:
         self._start = start
         self._steps = steps
         self._printed_at = time.monotonic()
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
+        columns = [  # the text last: what a narrow terminal cuts off is the end of it
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.description}"),
         ]
         console = Console(stderr=True)
         self._bar = Bar(*columns, console=console) if sys.stderr.isatty() else None
