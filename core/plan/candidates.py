@@ -20,12 +20,13 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import attrs
 
 from mimogrid.core.base.bounds import longest_before_s
 from mimogrid.core.job.graph import ModuleGraph
-from mimogrid.core.plan.configs import ParallelConfig, PricedConfig
+from mimogrid.core.plan.configs import ParallelConfig, PricedConfig, Rates
 from mimogrid.core.plan.progress import Progress, Watch, always
 from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
@@ -215,8 +216,8 @@ class _Choice:
     work: tuple[float, ...] = ()
     bytes: tuple[float, ...] = ()
 
-    @property
-    def rates(self) -> tuple[float, ...]:
+    @functools.cached_property
+    def rates(self) -> Rates:
         """What is better if it is less."""
         return self.bound, self.placed.ranks, max(self.work, default=0.0), max(self.bytes, default=0.0)
 
@@ -246,8 +247,8 @@ class _Part:
 def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> list[Candidate]:
     """Return the best layouts of the other modules around a configuration of the main one.
 
-    Modules are placed one by one, and of the layouts so far the best `BEAM` are kept. The bound of a part is one of the
-    whole, so whatever is dropped is left out with its bound.
+    Modules are placed one by one, and of the layouts so far the best `BEAM` are kept: all of them would be too many
+    where there are several modules.
     """
     count, most = main.config.microbatches, main.bytes_at_most(scope.stages_below(scope.main))
     work = tuple(count * time.work + time.update for time in main.times)
@@ -281,7 +282,6 @@ def _best(scope: Scope, notes: _Notes, main: PricedConfig, parts: list[_Part]) -
     fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.bytes)))
     kept = fitting[:BEAM]
     if len(fitting) > BEAM:
-        notes.leave_out(fitting[BEAM].bound)
         kept.append(min(fitting[BEAM:], key=lambda part: (part.ranks, part.bound)))
     return kept
 
@@ -293,7 +293,7 @@ def _sorted_choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) 
     found.sort(key=lambda choice: choice.rates)
     front: list[_Choice] = []
     for choice in found:
-        if not any(_nearly_as_good(other.rates, choice.rates) for other in front):
+        if not _is_matched(choice.rates, front):
             front.append(choice)
     return front
 
@@ -346,18 +346,38 @@ def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> t
         rated = sorted((space.least_rates(config), i) for i, config in enumerate(configs))
         front: list[PricedConfig] = []
         for least, i in rated:
-            if not any(_nearly_as_good(other.rates, least) for other in front):
+            if not _is_matched(least, front):
                 notes.looked_at += 1
                 priced = space.priced(configs[i])
-                if not any(_nearly_as_good(other.rates, priced.rates) for other in front):
+                if not _is_matched(priced.rates, front):
                     front.append(priced)
         notes.undominated[name, microbatches] = tuple(front)
     return notes.undominated[name, microbatches]
 
 
-def _nearly_as_good(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    """Whether rates are no worse than others, or by less than `NEAR`."""
-    return all(rate <= NEAR * other for rate, other in zip(rates, others, strict=True))
+class _Rated(Protocol):
+    """Something with rates, which are better if they are less."""
+
+    @property
+    def rates(self) -> Rates: ...
+
+
+Found = TypeVar("Found", bound=_Rated)
+
+
+def _is_matched(rates: Rates, front: list[Found]) -> bool:
+    """Whether one of a front is no worse in any rate, or by less than `NEAR`; that one is moved to the front of it.
+
+    The next ones are mostly like this one: so the first that is asked is mostly the last.
+    """
+    a, b, c, d = (NEAR * rate for rate in rates)
+    for i, other in enumerate(front):
+        e, f, g, h = other.rates
+        if e <= a and f <= b and g <= c and h <= d:
+            if i:
+                front.insert(0, front.pop(i))
+            return True
+    return False
 
 
 def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -> Sequence[PricedConfig]:
@@ -381,10 +401,10 @@ def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -
 
 
 def _front(found: Iterable[PricedConfig]) -> tuple[PricedConfig, ...]:
-    """Return the configurations for which no other one is nearly as good in all but ranks, which are there anyway."""
+    """Return the configurations for which no other one is nearly as good in every respect."""
     front: list[PricedConfig] = []
-    for priced in sorted(found, key=lambda each: each.rates[1:]):
-        if not any(_nearly_as_good(other.rates[1:], priced.rates[1:]) for other in front):
+    for priced in sorted(found, key=lambda each: each.rates):
+        if not _is_matched(priced.rates, front):
             front.append(priced)
     return tuple(front)
 

@@ -48,8 +48,8 @@ MEMORY = (1.0, 0.95, 0.88, 0.78, 0.65)
 out messages, and orders that keep more in flight."""
 COMPARED = 3
 """Of so many of the best layouts it is said how they do if what was assumed is not so."""
-CONFIRMED = 6
-"""Layouts that fit and are shown."""
+FITTING, CONFIRMED = 6, 2
+"""Layouts that fit and are shown, and how many of these `simulate` has timed."""
 SHOWN = 3
 """Layouts that are shown of those that do not fit, and of those that are illegal."""
 
@@ -121,9 +121,9 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
         if search.fit(1) or not candidates.candidates or search.stopped:
             break
     search.orders(budget // 2)
-    own, named = search.own(question.spec), standard_layouts(question, spaces)
-    standards = [search.own(spec) for spec in named.values()]
-    ranked = search.confirm(1 if search.stopped else CONFIRMED)
+    own, named = search.asked(question.spec), standard_layouts(question, spaces)
+    standards = [search.asked(spec) for spec in named.values()]
+    ranked = search.confirm(FITTING, 1 if search.stopped else CONFIRMED)
     best = ranked[0] if ranked else None
     others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
     fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
@@ -166,7 +166,7 @@ def _that_cannot_run(
     question: Question, spaces: Mapping[str, SearchSpace], candidates: Candidates, search: Search
 ) -> list[Layout]:
     """Return some layouts that would be fast and do not fit, then some illegal ones."""
-    best = next(iter(search.confirm(1)), None)
+    best = next(iter(search.confirm(1, 1)), None)
     found = {
         kind: [layout for layout in search.layouts if layout.kind == kind] for kind in (TOO_LARGE, ILLEGAL)
     }

@@ -43,11 +43,6 @@ class Machine:
         return self.accelerator.flops[self.precision] * self.efficiency
 
     @property
-    def reached(self) -> float:
-        """The part of the peak that products reach."""
-        return self.efficiency
-
-    @property
     def value_bytes(self) -> int:
         """Bytes of a value in computation and in messages."""
         return VALUE_BYTES[self.precision]
@@ -75,7 +70,7 @@ class Machine:
             f"FLOPs at {self.efficiency:.0%} of the {tera:,.5g} TFLOP/s of {gpu.name} in {self.precision}, "
             f"messages at {self.link_efficiency:.0%} of {gpu.link_bytes_per_s / 1e9:,.4g} GB/s within a node of "
             f"{gpu.per_node} and of {gpu.network_bytes_per_s / 1e9:,.4g} GB/s between nodes "
-            f"(peaks: {gpu.source})"
+            f"(peaks: {gpu.source.flops}; network: {gpu.source.network})"
         )
 
 

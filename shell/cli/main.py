@@ -6,6 +6,7 @@ was asked to stop, and can be resumed. With ``--json`` standard output gets one 
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import attrs
@@ -16,6 +17,7 @@ from mimogrid.shell.cli import commands
 from mimogrid.shell.cli.arguments import Args, overview, parse
 from mimogrid.shell.cli.output import encode_plainly, escaped, print_json
 from mimogrid.shell.device.place import under_torchrun
+from mimogrid.shell.world.error_file import record_failure
 from mimogrid.shell.world.secrets import without_secrets
 
 
@@ -42,25 +44,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Args) -> int:
-    """Run a command; turn errors into words and an exit code."""
+    """Run a command; turn errors into words and an exit code, and under torchrun into its error file."""
     try:
         with escaped():
             return commands.run(args)
-    except PlanError as error:
-        place = under_torchrun()
-        if place is None or place.rank == 0:  # all ranks find the same problems: one prints them
-            _report(error.problems, as_json=args.json)
-        return 2
-    except EchoError:
-        return 1
-    except WorldError as error:
-        print(_shown(f"mimogrid: {error}"), file=sys.stderr)
-        return 1
     except BrokenPipeError:
         raise
-    except OSError as error:  # a full disk, a file system that is gone, no descriptors
+    except Exception as error:
+        is_expected = isinstance(error, PlanError | WorldError | OSError)
+        text = str(error) if is_expected else traceback.format_exc()
+        record_failure(_shown(text), is_echo=isinstance(error, EchoError))
+        if not is_expected:
+            raise
+        return _reported(error, as_json=args.json)
+
+
+def _reported(error: Exception, *, as_json: bool) -> int:
+    """Print an error where it is not another rank's to print; return the exit code."""
+    if isinstance(error, PlanError):
+        place = under_torchrun()
+        if place is None or place.rank == 0:  # all ranks find the same problems: one prints them
+            _report(error.problems, as_json=as_json)
+        return 2
+    if not isinstance(error, EchoError):  # an OSError is a full disk, a file system that is gone, no descriptors
         print(_shown(f"mimogrid: {error}"), file=sys.stderr)
-        return 1
+    return 1
 
 
 def _report(problems: Sequence[Problem], *, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.job.published import origin_of
 from mimogrid.shell.run import folders
 from mimogrid.shell.world import preflight
+from mimogrid.shell.world.error_file import record_failure
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.orphans import end_with_launcher
 from mimogrid.shell.world.preemption import EXIT_CODE, SIGNALS, forwarding_signals
@@ -38,8 +39,10 @@ def train(job: Job, args: TrainArgs) -> int:
         return _preflight(job, args)
     report = _train_here(job, args) if place is None else _train_at(place, job, args)
     if isinstance(report, folders.Stopped):
+        text = f"{report}\n    To go on: {_command(job, report)}"
+        record_failure(text)
         if place is None or place.rank == job.topology.ranks[0]:
-            print(f"{report}\n    To go on: {_command(job, report)}", file=sys.stderr)
+            print(text, file=sys.stderr)
         return EXIT_CODE
     if args.json and report is not None:
         print_json(report)

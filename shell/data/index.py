@@ -110,6 +110,8 @@ class Index:
             del table["version"]
             self.facts = Facts(**{**table, "store": StoreFacts(**table["store"])})
             self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            for batch in self._batches:
+                batch.validate()
         except OSError as error:
             raise _no_index(folder, f"cannot be read: {error.strerror or error}.") from None
         except (pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:

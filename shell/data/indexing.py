@@ -126,11 +126,16 @@ def build(
             processor=os.path.relpath(making.processor, out),
             processor_digest=digest,
             max_tokens=making.max_tokens,
-            versions={name: importlib.metadata.version(name) for name in ("transformers", "pillow")},
+            versions=_versions(),
             **_counted(out / PARTS, parts),
         )
         _publish(out, parts, facts)
     return facts
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("transformers", "pillow")}
 
 
 def _facts_of_store(making: Making, out: Path) -> StoreFacts:
@@ -171,7 +176,9 @@ def _stretches(making: Making, digest: str) -> Iterator[_Stretch]:
     for number, (offset, raw) in enumerate(raw_records(making.store)):
         if not records:
             key = hashlib.blake2b(
-                json.dumps([VERSION, digest, making.max_tokens, str(making.images), offset]).encode(),
+                json.dumps(
+                    [VERSION, _versions(), digest, making.max_tokens, str(making.images), offset]
+                ).encode(),
                 digest_size=16,
             )
         name, images = _looked_at(raw, number, making.images)
