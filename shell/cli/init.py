@@ -25,9 +25,11 @@ from mimogrid.core.plan.planner import plan
 from mimogrid.core.pricing.machine import Machine, machine_of
 from mimogrid.shell.cli.arguments import InitArgs
 from mimogrid.shell.cli.output import print_json, write
+from mimogrid.shell.cli.templates import SCHEMA, write_schema, write_template
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.job.published import Published, published, resolved
+from mimogrid.shell.job.schema import header
 
 
 PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -40,7 +42,9 @@ LAYOUT = ("grid", "chunks", "split", "microbatches", "recompute")
 
 
 def run(args: InitArgs) -> int:
-    """Write the job file of a checkpoint."""
+    """Write the job file of a checkpoint, or a template."""
+    if args.template is not None:
+        return _template(args, args.template)
     folder, machine = _checked(args)
     found = published(resolved(folder, "FOLDER"))
     if all(module.model != "gpt" for module in found.model.modules.values()):
@@ -51,7 +55,8 @@ def run(args: InitArgs) -> int:
     if machine is not None:
         draft = _planned(draft, machine, args)
     job = _opened(draft, args.out)
-    write(args.out, [draft.text()])
+    write(args.out, [header(SCHEMA), draft.text()])
+    write_schema(args.out)
     ranks = job.topology.world_size
     if args.json:
         print_json({"out": str(args.out), "world_size": ranks, "modules": list(job.topology.modules)})
@@ -61,13 +66,29 @@ def run(args: InitArgs) -> int:
     return 0
 
 
+def _template(args: InitArgs, name: str) -> int:
+    """Write a template, and say what there is now. Raises PlanError for what does not go with it."""
+    given = {"FOLDER": args.folder, "--gpus": args.gpus, "--gpu": args.gpu}
+    if too_much := [flag for flag, value in given.items() if value is not None]:
+        remedy = "Leave out one of the two: a template is a job of its own."
+        raise PlanError(Problem(flag, "does not go with --template.", remedy) for flag in too_much)
+    written = write_template(name, args.out, force=args.force)
+    if args.json:
+        print_json({"out": str(args.out), "files": [str(path) for path in written]})
+    else:
+        print(f"{', '.join(map(str, written))}: written. Then: mimogrid check {args.out}")
+    return 0
+
+
 def _checked(args: InitArgs) -> tuple[Path, Machine | None]:
     """Return the folder of the checkpoint, and the machine to plan for. Raises PlanError with all that is wrong."""
     problems: list[Problem] = []
     if args.folder is None:
         message = "there is none: a folder with config.json and weights in safetensors."
         problems.append(
-            Problem("FOLDER", message, "Write mimogrid init FOLDER, a checkpoint of Hugging Face.")
+            Problem(
+                "FOLDER", message, "Write mimogrid init FOLDER; or begin with a job: init --template text."
+            )
         )
     if args.out.exists() and not args.force:
         remedy = "Name another file: --out. Or write over it: --force."

@@ -8,6 +8,7 @@ the same form.
 known one). Then problems of the plan can be reported in the same run.
 """
 
+import contextlib
 import copy
 import itertools
 import os
@@ -49,6 +50,8 @@ REQUIRED = {
 }
 OWN_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """How the user's own modules and sources are named: ``package.module:function``."""
+WRITE_ONE = "mimogrid init --template vision-language --out job.toml"
+"""The command by which a user without a job file begins."""
 LONG = 200
 """Characters of an override that a message repeats."""
 
@@ -224,7 +227,7 @@ def _text(path: Path) -> str:
         near = _neighbours(path)
         if near is None:
             raise
-        remedy = nearest(path.name, near) if near else "Check the path."
+        remedy = nearest(path.name, near) if near else f"Check the path, or write one: {WRITE_ONE}"
         raise _file_error(path, "there is no such file.", remedy) from None
 
 
@@ -233,9 +236,18 @@ def _neighbours(path: Path) -> list[str] | None:
     try:
         if os.path.lexists(path):
             return None
-        return sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        return (
+            sorted(p.name for p in path.parent.glob("*.toml") if _is_job(p)) if path.parent.is_dir() else []
+        )
     except (OSError, ValueError):
         return None
+
+
+def _is_job(path: Path) -> bool:
+    """Whether a file has the table that only a job has."""
+    with contextlib.suppress(PlanError):
+        return "\n[modules." in f"\n{read_text(path, '')}"
+    return False
 
 
 def _file_error(path: Path | str, message: str, remedy: str) -> PlanError:

@@ -176,7 +176,8 @@ def _loss(whole: Step, microbatch: int, networks: Mapping[str, StageModule], loa
         if share.is_empty:
             rows |= {(name, edge.target): _no_rows(edge.width, loader) for edge in module.outputs}
             continue
-        inputs = loader.inputs(module, share) | loader.targets(module, share)
+        entire = networks[name].reads_entire
+        inputs = loader.inputs(module, share, entire=entire) | loader.targets(module, share)
         inputs |= {edge.source: rows[edge.source, name] for edge in module.inputs}
         outputs = networks[name](inputs, share)
         rows |= {(name, edge.target): outputs[edge.target] for edge in module.outputs}
