@@ -66,7 +66,9 @@ def _reported(error: Exception, *, as_json: bool) -> int:
         if place is None or place.rank == 0:  # all ranks find the same problems: one prints them
             _report(error.problems, as_json=as_json)
         return 2
-    if not isinstance(error, EchoError):  # an OSError is a full disk, a file system that is gone, no descriptors
+    if not isinstance(
+        error, EchoError
+    ):  # an OSError is a full disk, a file system that is gone, no descriptors
         print(_shown(f"mimogrid: {error}"), file=sys.stderr)
     return 1
 

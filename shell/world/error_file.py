@@ -25,4 +25,6 @@ def record_failure(text: str, *, is_echo: bool = False) -> None:
     # A rank that was cut off often fails in the same second as the one that it was cut off by.
     extra = {"py_callstack": text, "timestamp": str(int(time.time()) + is_echo)}
     with contextlib.suppress(OSError):
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
+        Path(path).write_text(
+            json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8"
+        )
