@@ -19,6 +19,7 @@ from torch.nn import functional
 from mimogrid.core.base.samples import share as share_of
 from mimogrid.core.job.models import Vit
 from mimogrid.core.step.step import Share
+from mimogrid.shell.device.device import SHARES_KEPT
 from mimogrid.shell.megatron.names import TransformerBlock, gather_from_sequence_parallel_region
 from mimogrid.shell.megatron.rows import WINDOWS
 from mimogrid.shell.modules.norms import norm_of
@@ -137,7 +138,7 @@ def _grids(share: Share) -> Grids:
 # Every stage and microbatch of one share asks again, and images of a batch often have the same sizes.
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _emitted(model: Vit, grids: Grids, cp: tuple[int, int], device: torch.device) -> Tensor | None:
     """Return the positions that this cp rank's emitted rows are made of; None: all, in order."""
     found = rows_of_tower(model, grids)
@@ -147,7 +148,7 @@ def _emitted(model: Vit, grids: Grids, cp: tuple[int, int], device: torch.device
     return None if places == tuple(range(found.length)) else sent_places(places, device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _order(size: int, total: int, device: torch.device) -> Tensor:
     """Return the place of each of `total` rows after a gather of the ranks' shares, each padded to the largest."""
     most, shares = -(-total // size), [share_of(rank, size, total) for rank in range(size)]
