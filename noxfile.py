@@ -126,6 +126,12 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def slurm(session: nox.Session) -> None:
+    """Submit the shipped batch file to a real Slurm of two nodes on loopback; takes minutes, needs Slurm's daemons."""
+    session.run("pytest", "tests/slurm/test_slurm.py", *session.posargs)
+
+
+@nox.session(default=False)
 def faults(session: nox.Session) -> None:
     """Disturb and interrupt two hundred runs and resume them; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--summary", "docs/faults-run.md"]
