@@ -20,7 +20,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import attrs
 
@@ -31,14 +31,18 @@ from mimogrid.core.plan.progress import Progress, Watch, always
 from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
 
-KEPT = 96
+KEPT = 48
 """Layouts that are kept, those with the least bounds."""
-EACH = 3
+EACH = 4
 """Layouts that are kept for one configuration of the main module."""
 NEAR = 1.01
 """A configuration is left out where another one is no worse than so many times as bad in any respect."""
 BEAM = 12
 """Layouts of some modules that are kept while others are placed around a configuration of the main one."""
+FEW = 64
+"""A module beside the main one may have so many ranks in any case."""
+AMPLE = 4
+"""A module beside the main one gets at most so many times its share of the ranks, by its share of the work."""
 WORTH = 1.5
 """The walk ends at bounds above this many times that of the best layout."""
 
@@ -103,7 +107,7 @@ class Candidates:
 class Scope:
     """What is laid out: the search spaces of the modules of a graph, on so many ranks of `memory_bytes` each.
 
-    `samples` are those of a step.
+    `samples` are those of a step, `work` the operations of each module in it.
     """
 
     spaces: Mapping[str, SearchSpace]
@@ -112,6 +116,12 @@ class Scope:
     ranks: int
     memory_bytes: float
     samples: int
+    work: Mapping[str, float]
+
+    def most_ranks(self, name: str) -> int:
+        """Return how many ranks of its own a module may get; small ones always a few."""
+        share = self.work[name] / (sum(self.work.values()) or 1.0)
+        return min(self.ranks - 1, max(FEW, math.ceil(AMPLE * share * self.ranks)))
 
     @property
     def others(self) -> list[str]:
@@ -260,8 +270,10 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         grown = [part.with_(name, each) for part in parts for each in found]
         notes.looked_at += len(grown)
         parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
-    whole = [Candidate(max(p.bound, _bound_s(scope, main, p.others)), main, p.others) for p in parts]
-    whole.sort(key=lambda each: (each.bound, each.ranks))
+    bounds = [max(part.bound, _bound_s(scope, main, part.others)) for part in parts]
+    # Of equal bounds the least work is best: what is recomputed may lie on no path that counts.
+    ranked = sorted(range(len(parts)), key=lambda i: (bounds[i], parts[i].ranks, max(parts[i].work)))
+    whole = [Candidate(bounds[i], main, parts[i].others) for i in ranked]
     for candidate in whole[EACH:]:
         notes.leave_out(candidate.bound)
     return whole[:EACH]
@@ -279,7 +291,7 @@ def _best(scope: Scope, notes: _Notes, main: PricedConfig, parts: list[_Part]) -
             fitting.append(part)
         else:
             notes.does_not_fit(Candidate(part.bound, main, part.others), scope.main, part.bytes)
-    fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.bytes)))
+    fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.work), max(part.bytes)))
     kept = fitting[:BEAM]
     if len(fitting) > BEAM:
         kept.append(min(fitting[BEAM:], key=lambda part: (part.ranks, part.bound)))
@@ -342,7 +354,7 @@ def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> t
     """
     if (name, microbatches) not in notes.undominated:
         space = scope.spaces[name]
-        configs = list(space.configs(microbatches, scope.ranks - 1))
+        configs = list(space.configs(microbatches, scope.most_ranks(name)))
         rated = sorted((space.least_rates(config), i) for i, config in enumerate(configs))
         front: list[PricedConfig] = []
         for least, i in rated:
@@ -355,17 +367,10 @@ def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> t
     return notes.undominated[name, microbatches]
 
 
-class _Rated(Protocol):
-    """Something with rates, which are better if they are less."""
-
-    @property
-    def rates(self) -> Rates: ...
+_Rated = TypeVar("_Rated", PricedConfig, _Choice)
 
 
-Found = TypeVar("Found", bound=_Rated)
-
-
-def _is_matched(rates: Rates, front: list[Found]) -> bool:
+def _is_matched(rates: Rates, front: list[_Rated]) -> bool:
     """Whether one of a front is no worse in any rate, or by less than `NEAR`; that one is moved to the front of it.
 
     The next ones are mostly like this one: so the first that is asked is mostly the last.

@@ -13,6 +13,7 @@ GPUs that idle count: the fastest layout is the one with most tokens per second 
 the same plan everywhere.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -114,12 +115,7 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     main = max(work, key=work.__getitem__)
     spaces = _spaces(question, step)
     search = Search(Evaluator(question, main), watch)
-    for part in MEMORY:
-        candidates = _candidates(question, step, spaces, main, watch=watch, memory=part)
-        search.looked_at += candidates.looked_at
-        least = search.candidates(candidates, budget)
-        if search.fit(1) or not candidates.candidates or search.stopped:
-            break
+    candidates, least = _walked(search, step, spaces, budget)
     search.orders(budget // 2)
     own, named = search.asked(question.spec), standard_layouts(question, spaces)
     standards = [search.asked(spec) for spec in named.values()]
@@ -151,11 +147,26 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     )
 
 
+def _walked(
+    search: Search, step: Step, spaces: Mapping[str, SearchSpace], budget: int
+) -> tuple[Candidates, float]:
+    """Evaluate candidates until one fits; return the last ones, and the least bound of what was left out."""
+    candidates, least = Candidates((), math.inf, (), 0), math.inf
+    for part in MEMORY:
+        candidates = _candidates(search, step, spaces, memory=part)
+        search.looked_at += candidates.looked_at
+        least = search.candidates(candidates, budget)
+        if search.fit(1) or not candidates.candidates or search.stopped:
+            break
+    return candidates, least
+
+
 def _sensitivity(search: Search, ranked: Sequence[Layout], step: Step) -> tuple[Sensitivity, ...]:
     """Return how the winner and the layouts behind it do if what was assumed is not so."""
     found: list[Sensitivity] = []
-    questions = changed_questions(search.evaluator.question, step) if ranked and not search.stopped else {}
-    for what, question in questions.items():
+    if not ranked or search.stopped:
+        return ()
+    for what, question in changed_questions(search.evaluator.question, step).items():
         times = [layout.step_s * search.evaluator.perturbed(layout, question) for layout in ranked[:COMPARED]]
         best = min(range(len(times)), key=times.__getitem__)
         found.append(Sensitivity(what, times[0], ranked[best], times[best]))
@@ -192,21 +203,17 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
 
 
 def _candidates(
-    question: Question,
-    step: Step,
-    spaces: Mapping[str, SearchSpace],
-    main: str,
-    *,
-    watch: Watch,
-    memory: float,
+    search: Search, step: Step, spaces: Mapping[str, SearchSpace], *, memory: float
 ) -> Candidates:
     """Return the layouts with the least bounds that are estimated to fit in a part of the memory."""
+    question = search.evaluator.question
     scope = Scope(
         spaces=spaces,
         graph=step.topology.graph,
-        main=main,
+        main=search.evaluator.main,
         ranks=question.gpus,
         memory_bytes=memory * question.memory_bytes,
         samples=len(question.samples),
+        work=model_flops(step),
     )
-    return candidates_of(scope, watch)
+    return candidates_of(scope, search.watch)

@@ -30,12 +30,13 @@ class Machine:
     precision: str
     efficiency: float = EFFICIENCY
     link_efficiency: float = LINK_EFFICIENCY
-    memory_bytes: float = attrs.field()
+    memory_gb: float | None = None
     measured: tuple[tuple[str, float], ...] = ()
 
-    @memory_bytes.default
-    def _memory_of_its_kind(self) -> float:
-        return self.accelerator.memory_bytes
+    @property
+    def memory_bytes(self) -> float:
+        """The memory of each."""
+        return self.accelerator.memory_bytes if self.memory_gb is None else self.memory_gb * GB
 
     @property
     def flops(self) -> float:
@@ -92,10 +93,9 @@ def machine_for(spec: JobSpec) -> Machine | None:
     if gpu.name is None:
         return None
     machine = machine_of(gpu.name, spec.precision, EFFICIENCY if gpu.efficiency is None else gpu.efficiency)
-    memory_bytes = machine.accelerator.memory_bytes if gpu.memory_gb is None else gpu.memory_gb * GB
     return attrs.evolve(
         machine,
-        memory_bytes=memory_bytes,
+        memory_gb=gpu.memory_gb,
         link_efficiency=LINK_EFFICIENCY if gpu.link_efficiency is None else gpu.link_efficiency,
         measured=tuple(gpu.times.items()),
     )
