@@ -33,7 +33,7 @@ from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
 KEPT = 48
 """Layouts that are kept, those with the least bounds."""
-EACH = 3
+EACH = 4
 """Layouts that are kept for one configuration of the main module."""
 NEAR = 1.01
 """A configuration is left out where another one is no worse than so many times as bad in any respect."""
@@ -270,8 +270,10 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         grown = [part.with_(name, each) for part in parts for each in found]
         notes.looked_at += len(grown)
         parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
-    whole = [Candidate(max(p.bound, _bound_s(scope, main, p.others)), main, p.others) for p in parts]
-    whole.sort(key=lambda each: (each.bound, each.ranks))
+    bounds = [max(part.bound, _bound_s(scope, main, part.others)) for part in parts]
+    # Of equal bounds the least work is best: what is recomputed may lie on no path that counts.
+    ranked = sorted(range(len(parts)), key=lambda i: (bounds[i], parts[i].ranks, max(parts[i].work)))
+    whole = [Candidate(bounds[i], main, parts[i].others) for i in ranked]
     for candidate in whole[EACH:]:
         notes.leave_out(candidate.bound)
     return whole[:EACH]
@@ -289,7 +291,7 @@ def _best(scope: Scope, notes: _Notes, main: PricedConfig, parts: list[_Part]) -
             fitting.append(part)
         else:
             notes.does_not_fit(Candidate(part.bound, main, part.others), scope.main, part.bytes)
-    fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.bytes)))
+    fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.work), max(part.bytes)))
     kept = fitting[:BEAM]
     if len(fitting) > BEAM:
         kept.append(min(fitting[BEAM:], key=lambda part: (part.ranks, part.bound)))
