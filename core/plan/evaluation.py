@@ -160,7 +160,8 @@ class Evaluator:
             work.conflicts,
         )
         if schedule.name == AUTO or schedule.memory_gb is not None:
-            key = *key, shown(topology.spec), tuple(module.split for module in topology.spec.modules.values())
+            splits = tuple(module.split for module in topology.spec.modules.values())
+            key = *key, shown(topology.spec), splits, repr(schedule.costs)
         if key not in self._orders:
             self._orders[key] = order_of(topology)
         return self._orders[key]
