@@ -20,6 +20,7 @@ WORKERS = ("--numprocesses", "2", "--dist", "worksteal", "--durations", "20", "-
 ONE_MORE = (*WORKERS, "--numprocesses", "3")
 """For tests that start ranks: a worker often waits for one that is late, stopped or killed, and others go on."""
 A_WORLD = "tests/shell/runtime/test_parity.py::test_a_layout_is_the_model[enc(2,2,1)@0 lm(2,2,1)@4]"
+SCHEMAS = ("kubernetes-validate==1.37.0", "kubeflow-trainer-api==2.3.0", "pyyaml==6.0.4")
 SCALE = "MIMOGRID_TEST_SCALE"
 
 
@@ -123,6 +124,19 @@ def gpu(session: nox.Session) -> None:
     """Run the checks that need a CUDA device, and print what they measured (`gpu.json`)."""
     # The newest megatron-core warns at import of what is not ours to mend.
     session.run("pytest", "-W", "default", "-s", "tests/gpu/test_gpu.py", *session.posargs)
+
+
+@nox.session(default=False)
+def slurm(session: nox.Session) -> None:
+    """Submit the shipped batch file to a real Slurm of two nodes on loopback; takes minutes, needs Slurm's daemons."""
+    session.run("pytest", "-o", "faulthandler_timeout=1800", "tests/slurm/test_slurm.py", *session.posargs)
+
+
+@nox.session(venv_backend="venv", default=False)
+def kubernetes(session: nox.Session) -> None:
+    """Check the manifests against the schemas of Kubernetes and Kubeflow Trainer."""
+    session.install("--constraint", str(LOCK), "attrs", "hypothesis", "pytest", *SCHEMAS)
+    session.run("pytest", "-p", "no:cacheprovider", "tests/kubernetes/test_manifests.py", *session.posargs)
 
 
 @nox.session(default=False)

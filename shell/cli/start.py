@@ -204,5 +204,7 @@ def _first(pool: Pool, size: int, function: str, *arguments: Any) -> Any:
 
 def _in_fresh_world(job: Job, function: str, *arguments: Any) -> Any:
     """Run a function in a world that is for nothing else."""
-    with Pool(job.topology.world_size) as pool:
-        return _first(pool, job.topology.world_size, function, job, *arguments)
+    size = job.topology.world_size
+    print(f"{size} ranks start", file=sys.stderr)
+    with Pool(size) as pool:
+        return _first(pool, size, function, job, *arguments)

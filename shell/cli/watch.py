@@ -18,7 +18,7 @@ from mimogrid.shell.cli.arguments import WatchArgs
 from mimogrid.shell.cli.output import print_json, terminal, terminal_width
 from mimogrid.shell.run.folders import RECORD
 from mimogrid.shell.run.progress import in_seconds, progress_text
-from mimogrid.shell.run.watching import RankState, RunState, Watcher, seconds_since
+from mimogrid.shell.run.watching import RankState, RunState, RunWatch, seconds_since
 
 
 DRAWN_EVERY_S, LOOKS_EVERY_S = 0.5, 0.02
@@ -32,7 +32,7 @@ def run(args: WatchArgs) -> int:
     if not (args.folder / RECORD).is_file():
         remedy = "Name the folder of a run, such as runs/digits-1."
         raise PlanError([Problem(str(args.folder), f"holds no run: there is no {RECORD} in it.", remedy)])
-    watcher = Watcher(args.folder)
+    watcher = RunWatch(args.folder)
     if args.json:
         print_json(_values(watcher.state()))
         return 0
@@ -51,7 +51,7 @@ def run(args: WatchArgs) -> int:
     return 0
 
 
-def _look_for(watcher: Watcher, seconds: float) -> None:
+def _look_for(watcher: RunWatch, seconds: float) -> None:
     """Look again and again for so long."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -83,6 +83,7 @@ class Facts:
         longest: the positions of the longest sample.
         left_out: how many records are no samples, by reason.
         versions: of the libraries that read the store.
+        digest: of all rows.
     """
 
     store: StoreFacts
@@ -92,6 +93,7 @@ class Facts:
     longest: int
     left_out: Mapping[str, int]
     versions: Mapping[str, str]
+    digest: str
 
 
 class Index:

@@ -25,6 +25,10 @@ DTYPES = {
 }
 
 
+SHARES_KEPT = 16
+"""How many index tensors of recent shares a cache keeps on the device: shares of ragged samples seldom repeat."""
+
+
 @attrs.frozen
 class Device:
     """Where tensors are, what carries them between ranks, and in which order the device works.

@@ -137,15 +137,19 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
 
 
 def _lay_data(data: object, folder: Path) -> None:
-    """Make the folders that a source of conversations names absolute."""
+    """Make the folders that a source of conversations names absolute, and say which index it is by its digest."""
     if not isinstance(data, dict):
         return
     for entry in (data, *(data["mix"] if isinstance(data.get("mix"), list) else ())):
         options = entry.get("options") if isinstance(entry, dict) else None
         if isinstance(options, dict) and entry.get("source") == "conversations":
+            from mimogrid.shell.data.index import Index  # noqa: PLC0415 -- imports pyarrow
+
             for key in ("index", "checkpoint"):
                 if isinstance(options.get(key), str) and "\0" not in options[key]:
                     options[key] = str((folder / options[key]).resolve())
+            with contextlib.suppress(PlanError):  # The source reports it.
+                options.setdefault("digest", Index(Path(str(options.get("index")))).facts.digest)
 
 
 def _stand_in(module: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from mimogrid.core.base.row import Run, pieces
 from mimogrid.core.base.zigzag import ZigZag
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.models.frequencies import axes, frequencies, parse_scaling
-from mimogrid.shell.device.device import sent
+from mimogrid.shell.device.device import SHARES_KEPT, sent
 from mimogrid.shell.megatron.draws import WEIGHTS, child, draw_of, kept
 from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 
@@ -249,7 +249,7 @@ def _segments(rows_TND: Tensor, of: Sequence[Run]) -> list[Tensor]:
     return [parts[place] for place in places]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """Return which of the first `keys` positions each of the last `queries` of them may see, [queries, keys].
 
@@ -287,7 +287,7 @@ def _turned(heads_TND: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> T
     return turned
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def rotary_table(row: PackedRow, width: int, dtype: torch.dtype, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Return the cosines [T, 1, D] and sines [T, 1, D / 2] of the positions of a row.
 

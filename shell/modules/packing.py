@@ -25,7 +25,7 @@ from mimogrid.core.base.samples import prefix_sums
 from mimogrid.core.base.samples import share as share_of
 from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.step.step import Share
-from mimogrid.shell.device.device import sent
+from mimogrid.shell.device.device import SHARES_KEPT, sent
 from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 
 
@@ -248,7 +248,7 @@ class Places:
 # Evaluation packs every share twice, and each stage that a rank hosts packs the same share.
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _packed(
     numbers: Numbers,
     segments: Counts,

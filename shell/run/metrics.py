@@ -18,6 +18,7 @@ import attrs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, stragglers
@@ -194,14 +195,14 @@ class Progress:
         self._start = start
         self._steps = steps
         self._printed_at = time.monotonic()
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
+        columns = [  # the text last: what a narrow terminal cuts off is the end of it
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         ]
         console = Console(stderr=True)
-        self._bar = Bar(*columns, console=console) if sys.stderr.isatty() else None
+        self._bar = Bar(*columns, console=console, expand=True) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Progress":
         if self._bar:

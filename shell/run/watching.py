@@ -1,7 +1,7 @@
 """Watching: what a run does now, read from the files in its folder. Nothing is written, and no rank is asked.
 
 Each rank notes what it does in its heartbeat. Looked at again and again, heartbeats also tell for what share of the
-time a rank computes: `Watcher` takes such *looks* and keeps the last of them. The metrics say the rest. The memory of
+time a rank computes: `RunWatch` takes such *looks* and keeps the last of them. The metrics say the rest. The memory of
 a rank is that of its process, where that is on this host.
 """
 
@@ -76,7 +76,7 @@ class RunState:
         return self.metrics[-1]["step"] + 1 if self.metrics else 0
 
 
-class Watcher:
+class RunWatch:
     """Looks at the ranks of a run."""
 
     def __init__(self, folder: Path) -> None:

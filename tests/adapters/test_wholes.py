@@ -222,6 +222,19 @@ def test_what_comes_in_goes_out(pool: Pool, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], back[name]) for name in found)
 
 
+@pytest.mark.world
+@pytest.mark.parametrize("name", ["qwen3-vl", "qwen2-audio"])
+def test_what_has_trained_loads_into_transformers(pool: Pool, name: str, tmp_path: Path) -> None:
+    """With the loss that the next step has, whatever the layout."""
+    rule = {"lr": 1e-2, "weight_decay": 0.1}
+    written = of(name, layout({"dp": 2}, {"tp": 2, "pp": 2, "offset": 0}, precision="fp32", optimizer=rule))
+    first, second = batch(name), batch(name, seed=1)
+    losses = pool.run("publishing:saved", 4, folder(name), written, [first, second], tmp_path / "a")[0]
+    pool.run("publishing:saved", 4, folder(name), written, [first], tmp_path / "b")
+    assert losses_and_gradients(reference(tmp_path / "b"), second).loss == pytest.approx(losses[1], rel=1e-5)
+    assert losses_and_gradients(reference(tmp_path / "a"), second).loss < losses[1]
+
+
 # -- without a world ---------------------------------------------------------------------------------------
 
 
@@ -318,7 +331,7 @@ def test_batches_that_do_not_fit() -> None:
     assert "sample 3: token 1 stands for a row of the kind 'image', and there is none left" in changed(
         "llava", pixel_values=llava["pixel_values"][:-1]
     )
-    assert "the model takes images of 12 x 12 pixels" in changed(
+    assert "the model takes images of 3 channels and 12 x 12 pixels" in changed(
         "llava", pixel_values=torch.ones(4, 3, 20, 12)
     )
     assert "batch.image_grid_thw: is missing" in changed("qwen2.5-vl", image_grid_thw=None)
@@ -331,6 +344,9 @@ def test_batches_that_do_not_fit() -> None:
     )
     assert "cannot be merged 2 by 2" in changed(
         "qwen2.5-vl", image_grid_thw=grids.where(grids != 6, 3), pixel_values=qwen["pixel_values"][:-42]
+    )
+    assert "has the shape (4, 10, 18); the model takes 10 mels of 20 frames" in changed(
+        "qwen2-audio", input_features=audio["input_features"][..., :18]
     )
     assert "batch.feature_attention_mask: has the shape (1, 20)" in changed(
         "qwen2-audio", feature_attention_mask=audio["feature_attention_mask"][:1]

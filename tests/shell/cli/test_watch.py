@@ -13,7 +13,7 @@ from mimogrid.shell.cli import watch
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.run.folders import showing_heartbeats
-from mimogrid.shell.run.watching import Watcher
+from mimogrid.shell.run.watching import RunWatch
 from mimogrid.shell.world.heartbeat import Heartbeat
 
 
@@ -86,11 +86,11 @@ def test_a_script_gets_the_same(folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_rank_computes_for_a_share_of_the_looks(folder: Path, ranks: list[Heartbeat]) -> None:
     """A joint action whose own part is done is waiting."""
-    watcher = Watcher(folder)
+    watch = RunWatch(folder)
     for _ in range(3):
-        watcher.look()
+        watch.look()
     ranks[0].wait_for_others()
-    found = watcher.state().ranks
+    found = watch.state().ranks
     assert [0.75, 0.0] == [rank.computing for rank in found]
     assert found[0].record.waits
 

@@ -25,7 +25,7 @@ from mimogrid.shell.modules.stems import rows_of_tower, stem_of
 from mimogrid.shell.run.reference import double_precision, reference
 
 
-NEAR = {"rtol": 1e-12, "atol": 1e-12}
+NEAR: Mapping[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 
 @attrs.frozen

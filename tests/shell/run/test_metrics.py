@@ -128,3 +128,25 @@ def test_the_time_that_is_left_is_that_of_steps_as_they_are_now(
     with Progress(0, 100) as progress:
         progress.show(50, {"loss": 1.0, "losses": {}, "step_s": 3.0})
     assert "150 s left" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_shows_the_count_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is the end of the metrics, not the steps that are done."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(metrics.sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    facts = {
+        "loss": 1.0,
+        "losses": {},
+        "step_s": 0.1,
+        "samples_per_s": 123456.0,
+        "tokens_per_s": 1e9,
+        "waiting": 0.5,
+    }
+    with Progress(0, 1000) as progress:
+        progress.show(50, facts | {"peak_bytes": 5e8})
+    assert "50/1000" in screen.getvalue()
+    assert "loss 1.0000" in screen.getvalue()

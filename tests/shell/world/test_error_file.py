@@ -61,9 +61,7 @@ def test_secrets_are_not_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "hunter-2" not in file.read_text()
 
 
-def test_nothing_is_written_where_no_file_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_written_where_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a file that cannot be written is passed over."""
     monkeypatch.delenv(VARIABLE, raising=False)
     record_failure("nobody reads this")
