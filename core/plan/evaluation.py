@@ -73,7 +73,7 @@ class Evaluator:
 
     def perturbed(self, layout: Layout, question: Question) -> float:
         """Return how many times as long a layout takes for another question, by steps in lockstep."""
-        other = Evaluator(question, self.main)
+        other = Evaluator(question, self.main, orders=self._orders)
         seconds = [each.evaluated(layout.spec).step_s for each in (self, other)]
         self.effort += other.effort
         return seconds[1] / seconds[0] if all(seconds) else 0.0
