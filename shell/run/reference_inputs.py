@@ -131,8 +131,14 @@ def _rows(found: Published, kind: str, placeholder: Placeholder, segments: Seque
 
 def _image(config: Mapping[str, object], module: PublishedModule, segment: Segment) -> torch.Tensor:
     """Return an image [C, H, W] of its patches; pixels behind the last whole patch, which are not read, are zero."""
-    _, height, width = module.patch
-    _, down, across = segment.grid
+    assert module.grid is not None
+    (_, height, width), (_, down, across) = module.patch, module.grid
+    if len(segment.rows) != down * across:
+        message = f"an image has {len(segment.rows)} rows, and the model takes images of {down} x {across}."
+        remedy = (
+            f"The source synthetic: data.options.rows = [{down * across}, {down * across}] for the module."
+        )
+        raise PlanError([Problem("--reference", message, remedy)])
     patches = segment.rows.unflatten(0, (down, across)).unflatten(-1, (-1, height, width))
     image_CHW = patches.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     table = config.get("vision_config")

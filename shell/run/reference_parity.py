@@ -154,7 +154,9 @@ def _compared(  # noqa: PLR0917 -- two sides of a step
     modules: dict[str, str] = {}
     for name, module in topology.modules.items():
         inside = {key.removeprefix(f"{name}."): g for key, g in ours.items() if module_of(key) == name}
-        named |= published_tensors(found, name, inside)
+        given = published_tensors(found, name, inside)
+        named |= given
+        modules |= dict.fromkeys(given, name)
         trainable = {weight for info in module.stages for weight in info.trainable}
         for stored, sources in inverse(found.module(name).recipes).items():
             if trainable.intersection(source.name for source in sources):
