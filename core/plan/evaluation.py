@@ -73,7 +73,7 @@ class Evaluator:
 
     def perturbed(self, layout: Layout, question: Question) -> float:
         """Return how many times as long a layout takes for another question, by steps in lockstep."""
-        other = Evaluator(question, self.main)
+        other = Evaluator(question, self.main, orders=self._orders)
         seconds = [each.evaluated(layout.spec).step_s for each in (self, other)]
         self.effort += other.effort
         return seconds[1] / seconds[0] if all(seconds) else 0.0
@@ -160,7 +160,8 @@ class Evaluator:
             work.conflicts,
         )
         if schedule.name == AUTO or schedule.memory_gb is not None:
-            key = *key, shown(topology.spec), tuple(module.split for module in topology.spec.modules.values())
+            splits = tuple(module.split for module in topology.spec.modules.values())
+            key = *key, shown(topology.spec), splits, repr(schedule.costs)
         if key not in self._orders:
             self._orders[key] = order_of(topology)
         return self._orders[key]

@@ -5,9 +5,11 @@ tried. The best layouts are confirmed: `simulate` times their whole step.
 """
 
 import math
+from collections.abc import Iterator
 
 import attrs
 
+from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.schedules import AUTO, INTERLEAVED, ONE_F_ONE_B, SCHEDULES
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation.problems import problems_of
@@ -15,6 +17,7 @@ from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER, Layout, grids_of, layout_of
 from mimogrid.core.plan.progress import Progress, Watch, always
+from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import step_of
@@ -24,7 +27,7 @@ REFINED = 3
 """On how many of the best layouts other orders are tried."""
 ONE_ORDER = frozenset({ONE_F_ONE_B, INTERLEAVED})
 """Two names of one order, which interleaves where ranks have several chunks."""
-TUNED = 2
+TUNED = 1
 """On how many of the best layouts `auto` is tried."""
 TUNED_AT_MOST = 6_000
 """Actions of a step, of all stages. On a larger step `auto` would take too long."""
@@ -94,18 +97,23 @@ class Search:
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
             slower = layout.step_s > layout.lower_bound_s
             if actions <= TUNED_AT_MOST and slower and self._goes_on(0.0):
-                self.evaluate(self._tuned(layout.spec))
+                for costs in self._costs(layout.spec):
+                    self.evaluate(self._tuned(layout.spec, costs))
 
-    def _tuned(self, spec: JobSpec) -> JobSpec:
-        """Return a layout under `auto`, with the costs and the cap on memory that its order depends on."""
+    def _costs(self, spec: JobSpec) -> Iterator[Costs]:
+        """Yield the costs by which `auto` looks for an order: the true ones, and a unit for each layer.
+
+        Its search is greedy, so neither finds the better order always.
+        """
         question = self.evaluator.question
         step = step_of(question.topology(spec), question.samples)
-        schedule = attrs.evolve(
-            spec.schedule,
-            name=AUTO,
-            memory_gb=question.memory_bytes / GB,
-            costs=even_costs(step, question.machine),
-        )
+        yield even_costs(step, question.machine)
+        yield assumed(step.topology)
+
+    def _tuned(self, spec: JobSpec, costs: Costs) -> JobSpec:
+        """Return a layout under `auto`, with the costs and the cap on memory that its order depends on."""
+        memory_gb = self.evaluator.question.memory_bytes / GB
+        schedule = attrs.evolve(spec.schedule, name=AUTO, memory_gb=memory_gb, costs=costs)
         return attrs.evolve(spec, schedule=schedule)
 
     def _under(self, spec: JobSpec, name: str) -> JobSpec | None:

@@ -139,10 +139,12 @@ def _priced(job: Job, args: SimulateArgs, *, schedule: str | None, which: int = 
         costs = costfile.read(path, job.topology)
         return PricedJob(_under(job, **changes, costs=costs), costs, _origin(costs, str(path)))
     machine = machine_for(job.spec)
-    if machine is not None and (args.gpu or not job.spec.schedule.costs):
+    if machine is not None:
         step = job.step(args.step)
         costs = on_machine(step, machine) if args.ragged else even_costs(step, machine)
-        return PricedJob(_under(job, **changes, costs=costs), costs, f"assumed: {machine}")
+        if args.gpu or not job.spec.schedule.costs:
+            changes["costs"] = costs
+        return PricedJob(_under(job, **changes), costs, f"assumed: {machine}")
     job = _under(job, **changes)
     if job.spec.schedule.costs:
         costs = job.spec.schedule.costs

@@ -178,6 +178,15 @@ def test_wrong_arguments_are_said(job, capsys, more, fact):
     assert fact in capsys.readouterr().err
 
 
+def test_a_search_ends_at_its_time_limit(job, capsys):
+    """With the best layout so far and how much faster another one may be."""
+    code, found = planned(capsys, job, "--gpus", 8, "--gpu", "h100", "--time-limit", 0)
+    assert (0, True) == (code, found["stopped"])
+    assert found["layouts"][0]["step_time"] > 0
+    assert 0 == main(["plan", str(job), "--gpus", "8", "--gpu", "h100", "--time-limit", "0"])
+    assert "The search was stopped." in capsys.readouterr().out
+
+
 def test_a_published_layout_is_beaten_per_allocated_gpu(capsys):
     """Seventeen of twenty-four GPUs are active in it."""
     _, found = planned(capsys, ROOT / "examples/plans/qwen27b_24.toml", "--gpus", 24, "--gpu", "h200")
