@@ -11,10 +11,10 @@ export PYTHON
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL = help
-.PHONY: help venv same-python train test quick lint types clean
+.PHONY: help venv same-python train demo-parity test quick lint types clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.installed ## Install everything into .venv; a second time installs nothing.
 
@@ -53,6 +53,9 @@ same-python:
 
 train: venv ## Train the example: real images, on CPU.
 	"$(BIN)/mimogrid" train examples/digits/job.toml
+
+demo-parity: venv ## Show the exactness of gradients to a sceptic: ours, and means, beside one process.
+	"$(BIN)/python" benchmarks/demo_parity.py
 
 test: venv ## Run every test that needs no GPU: the core's where there is no torch, then all others.
 	$(NOX) --session core shell

@@ -107,6 +107,9 @@ def package(session: nox.Session) -> None:
     session.run("python", "-I", "-c", "import mimogrid.core, mimogrid.shell, mimogrid.adapters")
     session.run("python", "-I", "-m", "mimogrid", "--help")
     session.run("mimogrid", "--help")
+    session.run("mimogrid", "env", "--json")
+    session.run("mimogrid", "init", "--template", "text")  # from the examples in the wheel
+    session.run("mimogrid", "check", "job.toml")
 
 
 @nox.session(name="parity-long", default=False)

@@ -45,6 +45,8 @@ microbatches = 8
 name = "h200"
 """
 GPUS = [8 * each for each in (1, 2, 3, 4, 6, 8, 16, 24, 32, 64, 128, 146, 256, 512, 1024, 2048)]
+RAGGED, FROZEN, SPARSE, NARROW = 0.5, 0.3, 0.15, 1024
+"""How often samples are ragged, encoders are frozen and the language model has experts; widths with eight heads."""
 HIDDEN = (512, 768, 1024, 1280, 1792, 2048, 3200, 4096, 5120, 6144, 8192, 12288, 16384)
 
 
@@ -55,13 +57,13 @@ def drawn(seed: int, number: int) -> tuple[str, int]:
     draw = random.Random(f"{seed} {number}")
     gpus = draw.choice(GPUS)
     names = ["vision", "audio", "depth", "video", "touch"][: draw.randint(0, 5)]
-    ragged = draw.random() < 0.5
+    ragged = draw.random() < RAGGED
     text = 'precision = "bf16"\n'
     for name in names:
-        frozen = "frozen = true\n" if draw.random() < 0.3 else ""
+        frozen = "frozen = true\n" if draw.random() < FROZEN else ""
         text += f'[modules.{name}]\nmodel = "vit"\nfeeds = ["language"]\n{frozen}'
         text += f"options = {{ {_sizes(draw, HIDDEN[:8])}, features = 588 }}\n"
-    experts = ", experts = 8" if draw.random() < 0.15 else ""
+    experts = ", experts = 8" if draw.random() < SPARSE else ""
     text += f'[modules.language]\nmodel = "gpt"\noptions = {{ {_sizes(draw, HIDDEN[3:])}{experts}, vocab = 128256 }}\n'
     most = {name: draw.choice((64, 256, 576, 1024)) for name in names}
     rows = ", ".join(f"{name} = [{size // 8 if ragged else size}, {size}]" for name, size in most.items())
@@ -75,7 +77,7 @@ def drawn(seed: int, number: int) -> tuple[str, int]:
 
 def _sizes(draw: random.Random, widths: tuple[int, ...]) -> str:
     hidden = draw.choice(widths)
-    return f"layers = {draw.randint(12, 128)}, hidden = {hidden}, heads = {hidden // 128 if hidden > 1024 else 8}"
+    return f"layers = {draw.randint(12, 128)}, hidden = {hidden}, heads = {hidden // 128 if hidden > NARROW else 8}"
 
 
 def main() -> None:

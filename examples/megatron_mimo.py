@@ -168,6 +168,8 @@ def mean_of(losses_reduced) -> float:
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        raise SystemExit("Start four ranks: torchrun --nproc-per-node 4 examples/megatron_mimo.py")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     main()
     dist.destroy_process_group()

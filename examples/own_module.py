@@ -58,6 +58,8 @@ def main(steps: int = 60) -> list[float]:
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        raise SystemExit("Start four ranks: torchrun --nproc-per-node 4 examples/own_module.py")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)  # the ranks share the cores of this machine
     main()

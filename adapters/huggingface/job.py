@@ -14,7 +14,7 @@ import torch
 from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.data.record import LANGUAGE
-from mimogrid.core.models.fitting import fitted
+from mimogrid.core.models.divisible import divisible
 from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
@@ -65,7 +65,7 @@ class Job:
         _check_supported(checkpoint, grids)
         more = dict(tables.pop("modules", {}))
         modules = {
-            name: fitted(
+            name: divisible(
                 {"weights": str(checkpoint.folder), **more.pop(name, {}), "grid": dict(grids[name])},
                 module.options,
             )

@@ -20,8 +20,8 @@ TITLE, HEADING, LEGEND, AXIS = 14.0, 11.5, 11.0, 10.0
 """Sizes of letters."""
 SIZES = ((16, (20.0, 16.0, 8.0)), (40, (15.0, 11.0, 6.0)), (math.inf, (11.0, 7.0, 4.0)))
 """For up to so many rows: heights of a cell, of the memory under it, and of the gap to the next row."""
-ZOOMED = 3
-"""A step that is so many times too long for its numbers is shown on a larger scale, too."""
+ZOOMED = 2
+"""A step that is so many times too long for half of its numbers is shown on a larger scale, too."""
 SMALL, VISIBLE = 3.0, 0.7
 """Cells below the first width have neither border nor tip; those below the second are merged with what follows."""
 
@@ -121,20 +121,20 @@ def zoomed(page: Page, picture: Picture) -> Page:
 
 def pages_of(whole: Picture) -> tuple[Picture, ...]:
     """Return a picture, and its begin and end on a larger scale if it is too long for its numbers."""
-    page, readable = page_of([whole]), _readable(whole.rows, _font(SIZES[0][1][0]))
+    page, readable = page_of([whole]), _readable(whole.rows, _font(SIZES[0][1][0]), part=0.5)
     seconds = page.long / readable
     return (whole, *zooms(whole, seconds)) if ZOOMED * seconds < page.step_s else (whole,)
 
 
-def _readable(rows: Sequence[Row], font: float) -> float:
-    """Return how many pixels a second has if the number of every action fits into its cell."""
-    wanted = (
+def _readable(rows: Sequence[Row], font: float, part: float = 1.0) -> float:
+    """Return how many pixels a second has if the numbers of so large a part of the actions fit into their cells."""
+    wanted = sorted(
         (marks.width_of(str(action.microbatch), font) + 5) / (event.end_s - event.begin_s)
         for row in rows
         for event, action in row.computes
         if event.end_s > event.begin_s
     )
-    return max(wanted, default=1.0)
+    return wanted[math.ceil(part * len(wanted)) - 1] if wanted else 1.0
 
 
 def _font(cell: float) -> float:

@@ -3,7 +3,8 @@
 Up to `EACH` ranks, each has a row. In a larger world one row stands for all ranks that compute the same at the same
 times. Of two timelines of one program, each rank of the first stands above the same rank of the second.
 
-Where a step is too long for its numbers, `zooms` shows its begin and its end once more, on a scale that has room.
+Where a step is too long for most of its numbers, `zooms` shows its begin and its end once more, on a scale that has
+room.
 """
 
 import collections

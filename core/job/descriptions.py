@@ -21,6 +21,8 @@ from mimogrid.core.job.models import BuiltIn, Gpt, Own, Vit
 from mimogrid.core.models.segments import PLANE, is_whole, placed
 
 
+FRAMES_MOST = 100_000
+"""More frames are taken for a mistake: each is an attention segment."""
 LONG: SegmentGrid = (2**60,)
 """A module that can read this can read rows without a grid, however many."""
 
@@ -79,6 +81,8 @@ def _disagreement(rows: int, grids: tuple[SegmentGrid, ...], intervals: int) -> 
     """
     if strange := [grid for grid in grids if len(grid) not in {1, PLANE} or min(grid) < 0]:
         return f"has a segment of {strange[0]}, neither (frames, height, width) nor (length,)"
+    if (most := max((grid[0] for grid in grids if len(grid) == PLANE), default=0)) > FRAMES_MOST:
+        return f"has a segment of {most:,} frames, more than {FRAMES_MOST:,},"
     if (total := sum(map(math.prod, grids))) != rows:
         return f"has {rows} rows, and segments of {total}"
     return "" if intervals == len(grids) else f"has {intervals} intervals for {len(grids)} segments"

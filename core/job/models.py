@@ -159,7 +159,6 @@ class Transformer:
     causal = False
     has_loss = False
     reads_text = False
-    final_norm = True
 
     @property
     def qkv_width(self) -> int:
@@ -257,10 +256,6 @@ class Transformer:
         """Return the lengths of the attention segments that a segment of a grid makes in the layers."""
         return (math.prod(grid),)
 
-    def emitted(self, grid: SegmentGrid) -> int:
-        """Return how many rows the module emits for a segment of a grid. Raises ValueError if it cannot read it."""
-        return self.emission.rows(grid)
-
     def expect(self, grid: SegmentGrid) -> None:
         """Raise ValueError, which says why, if the module cannot read a segment of a grid."""
         self.emission.rows(grid)
@@ -333,7 +328,14 @@ class Vit(Transformer):
 
     def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the lengths of the attention segments that a segment of a grid makes: its frames."""
-        return tuple(rows + self.class_token for rows in Emission(stride=self.emission.stride).frames(grid))
+        frames, rows = Emission(stride=self.emission.stride).frames(grid)
+        return (rows + self.class_token,) * frames
+
+    def window_pairs(self, grid: SegmentGrid) -> int:
+        """Return the pairs of positions of a segment that lie in one window, of those layers."""
+        frames, *sides = grid
+        whole = (divmod(side // self.merge, self.window) for side in sides)
+        return frames * self.merge**4 * math.prod(count * self.window**2 + rest**2 for count, rest in whole)
 
     def windows(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the lengths of the attention segments of a segment in the layers with windows."""
@@ -530,10 +532,6 @@ class Own:
     def spans(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the rows of a segment; what the network makes of them is not known."""
         return (math.prod(grid),)
-
-    def emitted(self, grid: SegmentGrid) -> int:
-        """Return how many rows it emits for a segment of a grid. Raises ValueError if it cannot read it."""
-        return self.emission.rows(grid)
 
     def expect(self, grid: SegmentGrid) -> None:
         """Raise ValueError, which says why, if the module cannot read a segment of a grid."""

@@ -52,7 +52,8 @@ class Emission:
             raise ValueError(f"{self} makes no rows")
         if self.count:
             return self.count
-        return sum(rows // self.merge**2 // self.pool + self.extra for rows in self.frames(grid))
+        frames, rows = self.frames(grid)
+        return frames * max(rows // self.merge**2 // self.pool + self.extra, 0)
 
     def grid(self, grid: SegmentGrid) -> SegmentGrid:
         """Return how the rows lie that are emitted for a segment: merged, or (length,) where they are no plane."""
@@ -60,12 +61,15 @@ class Emission:
             return grid[0], *(side // self.merge for side in grid[1:])
         return (self.rows(grid),)
 
-    def frames(self, grid: SegmentGrid) -> tuple[int, ...]:
-        """Return the rows of each frame before they are merged. Raises ValueError if the grid cannot be merged."""
+    def frames(self, grid: SegmentGrid) -> tuple[int, int]:
+        """Return the number of frames, and the rows of each before they are merged.
+
+        Raises ValueError if the grid cannot be merged.
+        """
         if self.merge > 1 and (len(grid) != PLANE or any(side % self.merge for side in grid[1:])):
             raise ValueError(f"a grid of {grid} cannot be merged {self.merge} by {self.merge}")
         frames, sides = (grid[0], grid[1:]) if len(grid) == PLANE else (1, grid)
-        return (math.prod(sides) // self.stride,) * frames
+        return frames, math.prod(sides) // self.stride
 
 
 ONE_EACH = Emission()

@@ -20,24 +20,29 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import attrs
 
 from mimogrid.core.base.bounds import longest_before_s
 from mimogrid.core.job.graph import ModuleGraph
-from mimogrid.core.plan.configs import ParallelConfig, PricedConfig
+from mimogrid.core.plan.configs import ParallelConfig, PricedConfig, Rates
 from mimogrid.core.plan.progress import Progress, Watch, always
 from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
 
-KEPT = 96
+KEPT = 48
 """Layouts that are kept, those with the least bounds."""
-EACH = 3
+EACH = 4
 """Layouts that are kept for one configuration of the main module."""
 NEAR = 1.01
 """A configuration is left out where another one is no worse than so many times as bad in any respect."""
 BEAM = 12
 """Layouts of some modules that are kept while others are placed around a configuration of the main one."""
+FEW = 64
+"""A module beside the main one may have so many ranks in any case."""
+AMPLE = 4
+"""A module beside the main one gets at most so many times its share of the ranks, by its share of the work."""
 WORTH = 1.5
 """The walk ends at bounds above this many times that of the best layout."""
 
@@ -102,7 +107,7 @@ class Candidates:
 class Scope:
     """What is laid out: the search spaces of the modules of a graph, on so many ranks of `memory_bytes` each.
 
-    `samples` are those of a step.
+    `samples` are those of a step, `work` the operations of each module in it.
     """
 
     spaces: Mapping[str, SearchSpace]
@@ -111,6 +116,12 @@ class Scope:
     ranks: int
     memory_bytes: float
     samples: int
+    work: Mapping[str, float]
+
+    def most_ranks(self, name: str) -> int:
+        """Return how many ranks of its own a module may get; small ones always a few."""
+        share = self.work[name] / (sum(self.work.values()) or 1.0)
+        return min(self.ranks - 1, max(FEW, math.ceil(AMPLE * share * self.ranks)))
 
     @property
     def others(self) -> list[str]:
@@ -215,8 +226,8 @@ class _Choice:
     work: tuple[float, ...] = ()
     bytes: tuple[float, ...] = ()
 
-    @property
-    def rates(self) -> tuple[float, ...]:
+    @functools.cached_property
+    def rates(self) -> Rates:
         """What is better if it is less."""
         return self.bound, self.placed.ranks, max(self.work, default=0.0), max(self.bytes, default=0.0)
 
@@ -246,8 +257,8 @@ class _Part:
 def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> list[Candidate]:
     """Return the best layouts of the other modules around a configuration of the main one.
 
-    Modules are placed one by one, and of the layouts so far the best `BEAM` are kept. The bound of a part is one of the
-    whole, so whatever is dropped is left out with its bound.
+    Modules are placed one by one, and of the layouts so far the best `BEAM` are kept: all of them would be too many
+    where there are several modules.
     """
     count, most = main.config.microbatches, main.bytes_at_most(scope.stages_below(scope.main))
     work = tuple(count * time.work + time.update for time in main.times)
@@ -259,8 +270,10 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         grown = [part.with_(name, each) for part in parts for each in found]
         notes.looked_at += len(grown)
         parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
-    whole = [Candidate(max(p.bound, _bound_s(scope, main, p.others)), main, p.others) for p in parts]
-    whole.sort(key=lambda each: (each.bound, each.ranks))
+    bounds = [max(part.bound, _bound_s(scope, main, part.others)) for part in parts]
+    # Of equal bounds the least work is best: what is recomputed may lie on no path that counts.
+    ranked = sorted(range(len(parts)), key=lambda i: (bounds[i], parts[i].ranks, max(parts[i].work)))
+    whole = [Candidate(bounds[i], main, parts[i].others) for i in ranked]
     for candidate in whole[EACH:]:
         notes.leave_out(candidate.bound)
     return whole[:EACH]
@@ -278,10 +291,9 @@ def _best(scope: Scope, notes: _Notes, main: PricedConfig, parts: list[_Part]) -
             fitting.append(part)
         else:
             notes.does_not_fit(Candidate(part.bound, main, part.others), scope.main, part.bytes)
-    fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.bytes)))
+    fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.work), max(part.bytes)))
     kept = fitting[:BEAM]
     if len(fitting) > BEAM:
-        notes.leave_out(fitting[BEAM].bound)
         kept.append(min(fitting[BEAM:], key=lambda part: (part.ranks, part.bound)))
     return kept
 
@@ -293,7 +305,7 @@ def _sorted_choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) 
     found.sort(key=lambda choice: choice.rates)
     front: list[_Choice] = []
     for choice in found:
-        if not any(_nearly_as_good(other.rates, choice.rates) for other in front):
+        if not _is_matched(choice.rates, front):
             front.append(choice)
     return front
 
@@ -342,22 +354,35 @@ def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> t
     """
     if (name, microbatches) not in notes.undominated:
         space = scope.spaces[name]
-        configs = list(space.configs(microbatches, scope.ranks - 1))
+        configs = list(space.configs(microbatches, scope.most_ranks(name)))
         rated = sorted((space.least_rates(config), i) for i, config in enumerate(configs))
         front: list[PricedConfig] = []
         for least, i in rated:
-            if not any(_nearly_as_good(other.rates, least) for other in front):
+            if not _is_matched(least, front):
                 notes.looked_at += 1
                 priced = space.priced(configs[i])
-                if not any(_nearly_as_good(other.rates, priced.rates) for other in front):
+                if not _is_matched(priced.rates, front):
                     front.append(priced)
         notes.undominated[name, microbatches] = tuple(front)
     return notes.undominated[name, microbatches]
 
 
-def _nearly_as_good(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    """Whether rates are no worse than others, or by less than `NEAR`."""
-    return all(rate <= NEAR * other for rate, other in zip(rates, others, strict=True))
+_Rated = TypeVar("_Rated", PricedConfig, _Choice)
+
+
+def _is_matched(rates: Rates, front: list[_Rated]) -> bool:
+    """Whether one of a front is no worse in any rate, or by less than `NEAR`; that one is moved to the front of it.
+
+    The next ones are mostly like this one: so the first that is asked is mostly the last.
+    """
+    a, b, c, d = (NEAR * rate for rate in rates)
+    for i, other in enumerate(front):
+        e, f, g, h = other.rates
+        if e <= a and f <= b and g <= c and h <= d:
+            if i:
+                front.insert(0, front.pop(i))
+            return True
+    return False
 
 
 def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -> Sequence[PricedConfig]:
@@ -381,10 +406,10 @@ def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -
 
 
 def _front(found: Iterable[PricedConfig]) -> tuple[PricedConfig, ...]:
-    """Return the configurations for which no other one is nearly as good in all but ranks, which are there anyway."""
+    """Return the configurations for which no other one is nearly as good in every respect."""
     front: list[PricedConfig] = []
-    for priced in sorted(found, key=lambda each: each.rates[1:]):
-        if not any(_nearly_as_good(other.rates[1:], priced.rates[1:]) for other in front):
+    for priced in sorted(found, key=lambda each: each.rates):
+        if not _is_matched(priced.rates, front):
             front.append(priced)
     return tuple(front)
 

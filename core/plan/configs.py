@@ -19,6 +19,8 @@ import attrs
 from mimogrid.core.job.spec import GridSpec
 
 
+Rates = tuple[float, float, float, float]
+"""Numbers that are better if they are less."""
 IN_FLIGHT = 4
 """Microbatches in flight for which the bytes of a rank are rated."""
 
@@ -136,7 +138,7 @@ class PricedConfig:
         return max(rank.depth for rank in self.bytes)
 
     @functools.cached_property
-    def rates(self) -> tuple[float, ...]:
+    def rates(self) -> Rates:
         """What is better if it is less: ranks, bound, seconds of a microbatch through all stages, bytes."""
         held = max(rank.kept + rank.in_flight * IN_FLIGHT for rank in self.bytes)
         return self.ranks, self.bound_s(), self.forward + self.backward, held

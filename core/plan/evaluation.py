@@ -101,15 +101,22 @@ class Evaluator:
         step = step_of(program.topology, question.samples)
         timeline = simulate(program, even_costs(step, question.machine))
         self.simulated += 1
-        rate = 1 / (timeline.step_s * question.gpus) if timeline.step_s else 0.0
+        busy_s, bound_s = math.fsum(timeline.busy_s.values()), timeline.lower_bound_s
+        return self._rated(layout, step, timeline.step_s, busy_s, bound_s)
+
+    def _rated(self, layout: Layout, step: Step, step_s: float, busy_s: float, bound_s: float) -> Layout:
+        """Return a layout with the seconds of its step, those that all its ranks compute in it, and its lower bound."""
+        gpus, active = self.question.gpus, len(step.topology.ranks)
+        rate = 1 / (step_s * gpus) if step_s else 0.0
         return attrs.evolve(
             layout,
-            step_s=timeline.step_s,
+            step_s=step_s,
             tokens_per_s_per_gpu=_tokens_of(step) * rate,
-            bubble=timeline.bubble,
-            mfu=self._useful_s * rate * question.machine.reached,
-            exchange_s=math.fsum(timeline.busy_s.values()) / question.gpus - self._useful_s / question.gpus,
-            lower_bound_s=timeline.lower_bound_s,
+            active=active,
+            bubble=1 - busy_s / (step_s * active) if step_s else 0.0,
+            mfu=self._useful_s * rate * self.question.machine.efficiency,
+            exchange_s=(busy_s - self._useful_s) / gpus,
+            lower_bound_s=bound_s,
         )
 
     def _timed(self, spec: JobSpec, topology: Topology, simulated: JobSpec) -> Layout:
@@ -127,18 +134,10 @@ class Evaluator:
         busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.rank_classes, strict=True))
         work = dict(_work(topology, costs))
         whole = math.fsum(work.values())
-        rates = 1 / (step_s * question.gpus) if step_s else 0.0
-        return Layout(
-            spec=spec,
-            kind=SLOWER,
-            reason="",
-            step_s=step_s,
-            tokens_per_s_per_gpu=_tokens_of(step) * rates,
-            active=len(topology.ranks),
-            bubble=1 - busy * count / short / (step_s * len(topology.ranks)) if step_s else 0.0,
-            encoder_share=1 - work[self.main] / whole if whole else 0.0,
-            lower_bound_s=lower_bound_s(program, costs, timed) + more,
-        )
+        share = 1 - work[self.main] / whole if whole else 0.0
+        layout = Layout(spec=spec, kind=SLOWER, reason="", encoder_share=share)
+        bound_s = lower_bound_s(program, costs, timed) + more
+        return self._rated(layout, step, step_s, busy * count / short, bound_s)
 
     def _program(self, spec: JobSpec) -> Program:
         """Return the program of a step with the largest samples."""

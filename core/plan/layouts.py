@@ -143,9 +143,8 @@ def _offsets(question: Question, candidate: Candidate) -> Mapping[str, int]:
 
 
 def grids_of(spec: JobSpec) -> tuple[object, ...]:
-    """Return what tells two layouts apart for people: grids and recomputation, not the order and its details."""
-    grids = place(spec)
-    return tuple((grids[name], module.recompute) for name, module in spec.modules.items())
+    """Return what tells two layouts apart for people: the grids, not the order and other details."""
+    return tuple(place(spec).values())
 
 
 def shown(spec: JobSpec) -> str:

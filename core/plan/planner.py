@@ -13,6 +13,7 @@ GPUs that idle count: the fastest layout is the one with most tokens per second 
 the same plan everywhere.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -48,8 +49,8 @@ MEMORY = (1.0, 0.95, 0.88, 0.78, 0.65)
 out messages, and orders that keep more in flight."""
 COMPARED = 3
 """Of so many of the best layouts it is said how they do if what was assumed is not so."""
-CONFIRMED = 6
-"""Layouts that fit and are shown."""
+FITTING, CONFIRMED = 6, 2
+"""Layouts that fit and are shown, and how many of these `simulate` has timed."""
 SHOWN = 3
 """Layouts that are shown of those that do not fit, and of those that are illegal."""
 
@@ -114,16 +115,11 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     main = max(work, key=work.__getitem__)
     spaces = _spaces(question, step)
     search = Search(Evaluator(question, main), watch)
-    for part in MEMORY:
-        candidates = _candidates(question, step, spaces, main, watch=watch, memory=part)
-        search.looked_at += candidates.looked_at
-        least = search.candidates(candidates, budget)
-        if search.fit(1) or not candidates.candidates or search.stopped:
-            break
+    candidates, least = _walked(search, step, spaces, budget)
     search.orders(budget // 2)
-    own, named = search.own(question.spec), standard_layouts(question, spaces)
-    standards = [search.own(spec) for spec in named.values()]
-    ranked = search.confirm(1 if search.stopped else CONFIRMED)
+    own, named = search.asked(question.spec), standard_layouts(question, spaces)
+    standards = [search.asked(spec) for spec in named.values()]
+    ranked = search.confirm(FITTING, 1 if search.stopped else CONFIRMED)
     best = ranked[0] if ranked else None
     others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
     fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
@@ -151,11 +147,26 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     )
 
 
+def _walked(
+    search: Search, step: Step, spaces: Mapping[str, SearchSpace], budget: int
+) -> tuple[Candidates, float]:
+    """Evaluate candidates until one fits; return the last ones, and the least bound of what was left out."""
+    candidates, least = Candidates((), math.inf, (), 0), math.inf
+    for part in MEMORY:
+        candidates = _candidates(search, step, spaces, memory=part)
+        search.looked_at += candidates.looked_at
+        least = search.candidates(candidates, budget)
+        if search.fit(1) or not candidates.candidates or search.stopped:
+            break
+    return candidates, least
+
+
 def _sensitivity(search: Search, ranked: Sequence[Layout], step: Step) -> tuple[Sensitivity, ...]:
     """Return how the winner and the layouts behind it do if what was assumed is not so."""
     found: list[Sensitivity] = []
-    questions = changed_questions(search.evaluator.question, step) if ranked and not search.stopped else {}
-    for what, question in questions.items():
+    if not ranked or search.stopped:
+        return ()
+    for what, question in changed_questions(search.evaluator.question, step).items():
         times = [layout.step_s * search.evaluator.perturbed(layout, question) for layout in ranked[:COMPARED]]
         best = min(range(len(times)), key=times.__getitem__)
         found.append(Sensitivity(what, times[0], ranked[best], times[best]))
@@ -166,7 +177,7 @@ def _that_cannot_run(
     question: Question, spaces: Mapping[str, SearchSpace], candidates: Candidates, search: Search
 ) -> list[Layout]:
     """Return some layouts that would be fast and do not fit, then some illegal ones."""
-    best = next(iter(search.confirm(1)), None)
+    best = next(iter(search.confirm(1, 1)), None)
     found = {
         kind: [layout for layout in search.layouts if layout.kind == kind] for kind in (TOO_LARGE, ILLEGAL)
     }
@@ -192,21 +203,17 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
 
 
 def _candidates(
-    question: Question,
-    step: Step,
-    spaces: Mapping[str, SearchSpace],
-    main: str,
-    *,
-    watch: Watch,
-    memory: float,
+    search: Search, step: Step, spaces: Mapping[str, SearchSpace], *, memory: float
 ) -> Candidates:
     """Return the layouts with the least bounds that are estimated to fit in a part of the memory."""
+    question = search.evaluator.question
     scope = Scope(
         spaces=spaces,
         graph=step.topology.graph,
-        main=main,
+        main=search.evaluator.main,
         ranks=question.gpus,
         memory_bytes=memory * question.memory_bytes,
         samples=len(question.samples),
+        work=model_flops(step),
     )
-    return candidates_of(scope, watch)
+    return candidates_of(scope, search.watch)

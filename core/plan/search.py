@@ -1,7 +1,7 @@
 """Search: which layouts are evaluated, and how closely, within a budget of simulated actions.
 
 The candidates are timed for a short step, in the order of their bounds. On the best of them that fit other orders are
-tried. The layouts that the plan shows are confirmed: `simulate` times their whole step.
+tried. The best layouts are confirmed: `simulate` times their whole step.
 """
 
 import math
@@ -57,7 +57,7 @@ class Search:
         for candidate in found.candidates:
             if candidate.bound >= best:
                 return best
-            goes_on = self._goes_on(candidate.bound, best) or best == math.inf
+            goes_on = self._goes_on(candidate.bound) or best == math.inf
             if self.evaluator.effort >= until or not goes_on:
                 return min(candidate.bound, found.left_out_s)
             i = self.evaluate(layout_of(question, self.evaluator.main, candidate))
@@ -65,31 +65,35 @@ class Search:
                 best = self.layouts[i].step_s
         return found.left_out_s
 
-    def _goes_on(self, bound_s: float, best_s: float) -> bool:
+    def _goes_on(self, bound_s: float) -> bool:
         """Tell the progress; return whether to go on."""
-        simulated = self.evaluator.simulated
-        self.stopped = self.stopped or not self.watch(
-            Progress(bound_s=bound_s, best_s=best_s, looked_at=self.looked_at, simulated=simulated)
+        fit = (layout.step_s for layout in self.layouts if layout.kind == SLOWER and layout.peak_bytes)
+        progress = Progress(
+            bound_s=bound_s,
+            best_s=min(fit, default=math.inf),
+            looked_at=self.looked_at,
+            simulated=self.evaluator.simulated,
         )
+        self.stopped = self.stopped or not self.watch(progress)
         return not self.stopped
 
     def orders(self, budget: int) -> None:
         """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""
         until = self.evaluator.effort + budget
-        for i in self.fit(REFINED):
+        for i in self._distinct(REFINED):
             layout = self.layouts[i]
             if layout.step_s <= layout.lower_bound_s:
                 continue
             for name in SCHEDULES:
                 other = self._under(layout.spec, name)
-                if other is not None and self.evaluator.effort < until and self._goes_on(0.0, layout.step_s):
+                if other is not None and self.evaluator.effort < until and self._goes_on(0.0):
                     self.evaluate(other)
-        for i in self.fit(TUNED):
+        for i in self._distinct(TUNED):
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
             slower = layout.step_s > layout.lower_bound_s
-            if actions <= TUNED_AT_MOST and slower and self._goes_on(0.0, layout.step_s):
+            if actions <= TUNED_AT_MOST and slower and self._goes_on(0.0):
                 self.evaluate(self._tuned(layout.spec))
 
     def _tuned(self, spec: JobSpec) -> JobSpec:
@@ -126,14 +130,18 @@ class Search:
             self.layouts[i] = self.evaluator.fitted(self.layouts[i])
         return self.layouts[i].kind == SLOWER
 
-    def confirm(self, count: int) -> list[Layout]:
-        """Return so many of the best layouts as `simulate` times them, the fastest first; of equal grids only one."""
+    def confirm(self, shown: int, confirmed: int) -> list[Layout]:
+        """Return so many of the best layouts with different grids, the fastest first.
+
+        The first `confirmed` of them are as `simulate` times them, the others as in lockstep, which is no less.
+        """
         while True:
-            ranked = self._distinct(count)
-            i = next((i for i in ranked if i not in self.confirmed), None)
+            ranked = self._distinct(shown)
+            i = next((i for i in ranked[:confirmed] if i not in self.confirmed), None)
             if i is None:
                 return [self.layouts[i] for i in ranked]
-            self._confirm(i)
+            self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
+            self.confirmed.add(i)
 
     def _distinct(self, count: int) -> list[int]:
         """Return the numbers of so many of the best layouts with different grids whose memory is enough."""
@@ -145,20 +153,16 @@ class Search:
             if all([self._fits(i) for i in ranked]):  # noqa: C419 -- each is asked, whatever the others are
                 return ranked
 
-    def _confirm(self, i: int) -> None:
-        self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
-        self.confirmed.add(i)
-
     def _ranked(self) -> list[int]:
         """Return the numbers of the layouts that may fit, the fastest first."""
         fits = (i for i, layout in enumerate(self.layouts) if layout.kind == SLOWER)
         return sorted(fits, key=lambda i: self.layouts[i].step_s)
 
-    def own(self, spec: JobSpec) -> Layout:
-        """Evaluate the job's own layout, and confirm it."""
+    def asked(self, spec: JobSpec) -> Layout:
+        """Evaluate a layout that was asked for, with its memory."""
         i = self.evaluate(spec)
-        if self.layouts[i].kind == SLOWER and i not in self.confirmed and self._fits(i):
-            self._confirm(i)
+        if self.layouts[i].kind == SLOWER:
+            self._fits(i)
         return self.layouts[i]
 
     def evaluate(self, spec: JobSpec) -> int:

@@ -34,6 +34,7 @@ from mimogrid.core.plan.configs import (
     PricedConfig,
     RankBytes,
     RankTime,
+    Rates,
 )
 from mimogrid.core.pricing.flops import Flops, Load, Loads, module_units
 from mimogrid.core.pricing.footprint import kept
@@ -49,6 +50,8 @@ CHUNKS = (1, 2, 4)
 """Chunks per rank that are tried."""
 
 
+SHARED_MOST = 16
+"""Ranks that share a dp rank at most, also where more are in one node."""
 STEP = 1.1
 """Numbers of dp ranks that are tried differ by this factor, or divide the samples."""
 
@@ -92,7 +95,7 @@ class SearchSpace:
         seconds = self.costs.seconds(config.shape, self._samples(config))
         return (seconds.forward[-1] + seconds.backward[-1]) * config.microbatches / config.pp
 
-    def least_rates(self, config: ParallelConfig) -> tuple[float, ...]:
+    def least_rates(self, config: ParallelConfig) -> Rates:
         """Return what no price of a configuration is below: its `rates`."""
         seconds, held = self.costs.seconds(config.shape, self._samples(config)), self.costs.held(config.shape)
         in_flight = held.in_flight[-1] * self._samples(config) / (config.pp * config.chunks)
@@ -168,7 +171,7 @@ def search_space_of(
     """
     shapes: list[ParallelShape] = []
     illegal: list[Illegal] = []
-    for shape in _shapes(spec, name, min(machine.accelerator.per_node, ranks)):
+    for shape in _shapes(spec, name, min(machine.accelerator.per_node, ranks, SHARED_MOST)):
         problem = _problem(spec, facts, name, shape)
         if problem is None:
             shapes.append(shape)
@@ -278,8 +281,11 @@ Span = tuple[int, int]
 """Layers, from one to before another."""
 
 
-def over(sums: PrefixSums, spans: Iterable[Span]) -> float:
+def over(sums: PrefixSums, spans: Sequence[Span]) -> float:
     """Return the sum over spans of layers."""
+    if len(spans) == 1:  # most often: the search prices hundreds of thousands of stages
+        ((start, stop),) = spans
+        return sums[stop] - sums[start]
     return sum(sums[stop] - sums[start] for start, stop in spans)
 
 

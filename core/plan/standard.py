@@ -31,7 +31,8 @@ def _common_tp(spaces: dict[str, SearchSpace]) -> set[int]:
         {s.tp for s in space.shapes if s.cp == s.ep == 1 and s.tp & (s.tp - 1) == 0}
         for space in spaces.values()
     ]
-    return set.intersection(*legal)
+    first, *rest = legal
+    return first.intersection(*rest)
 
 
 def _dp_size(samples: int, most: int) -> int:

@@ -14,9 +14,19 @@ from collections.abc import Mapping
 import attrs
 
 
+@attrs.frozen
+class Source:
+    """Where the numbers of an accelerator come from, number by number."""
+
+    flops: str
+    memory: str
+    link: str
+    network: str
+
+
 @attrs.frozen(kw_only=True)
 class Accelerator:
-    """One GPU in its usual server; `source` says where the numbers come from."""
+    """One GPU in its usual server."""
 
     name: str
     flops: Mapping[str, float]
@@ -25,7 +35,7 @@ class Accelerator:
     link_bytes_per_s: float
     network_bytes_per_s: float
     per_node: int
-    source: str
+    source: Source
     link_latency_s: float = 5e-6
     network_latency_s: float = 1e-5
 
@@ -34,8 +44,15 @@ def _peaks(**tera: float) -> Mapping[str, float]:
     return {precision: value * 1e12 for precision, value in tera.items()}
 
 
+def _of(sheet: str, *, link: str, network: str) -> Source:
+    """Return sources of which peaks and memory are in one data sheet."""
+    return Source(flops=sheet, memory=sheet, link=f"{sheet}: {link}", network=network)
+
+
 _HOPPER = _peaks(fp64=67.0, fp32=67.0, bf16=989.4, fp16=989.4, fp8=1978.9)
 _AMPERE = _peaks(fp64=19.5, fp32=19.5, bf16=312.0, fp16=312.0)
+_NVLINK_4, _NVLINK_5 = "NVLink 900 GB/s both ways", "NVLink 1.8 TB/s both ways"
+_ADAPTER = "one 400 Gb/s adapter per GPU"
 
 _ALL = (
     Accelerator(
@@ -46,7 +63,7 @@ _ALL = (
         link_bytes_per_s=450e9,
         network_bytes_per_s=50e9,
         per_node=8,
-        source="NVIDIA H100 datasheet, SXM5 (NVLink 900 GB/s both ways); DGX H100: one 400 Gb/s adapter a GPU",
+        source=_of("NVIDIA H100 datasheet, SXM5", link=_NVLINK_4, network=f"DGX H100 datasheet: {_ADAPTER}"),
     ),
     Accelerator(
         name="h200",
@@ -56,7 +73,7 @@ _ALL = (
         link_bytes_per_s=450e9,
         network_bytes_per_s=50e9,
         per_node=8,
-        source="NVIDIA H200 datasheet, SXM (NVLink 900 GB/s both ways); DGX H200: one 400 Gb/s adapter a GPU",
+        source=_of("NVIDIA H200 datasheet, SXM", link=_NVLINK_4, network=f"DGX H200 datasheet: {_ADAPTER}"),
     ),
     Accelerator(
         name="b200",
@@ -66,8 +83,25 @@ _ALL = (
         link_bytes_per_s=900e9,
         network_bytes_per_s=50e9,
         per_node=8,
-        source="NVIDIA DGX B200 and HGX datasheets, an eighth of the node (NVLink 1.8 TB/s both ways); "
-        "one 400 Gb/s adapter a GPU",
+        source=_of(
+            "NVIDIA DGX B200 and HGX datasheets, an eighth of the node",
+            link=_NVLINK_5,
+            network=f"DGX B200 datasheet: {_ADAPTER}",
+        ),
+    ),
+    Accelerator(
+        name="gb200",
+        flops=_peaks(fp64=40.0, fp32=80.0, bf16=2500.0, fp16=2500.0, fp8=5000.0),
+        memory_bytes=186e9,
+        memory_bytes_per_s=8e12,
+        link_bytes_per_s=900e9,
+        network_bytes_per_s=50e9,
+        per_node=72,
+        source=_of(
+            "NVIDIA GB200 NVL72 datasheet, a 72nd of the rack",
+            link=_NVLINK_5,
+            network=f"assumed: {_ADAPTER}",
+        ),
     ),
     Accelerator(
         name="a100",
@@ -77,7 +111,11 @@ _ALL = (
         link_bytes_per_s=300e9,
         network_bytes_per_s=25e9,
         per_node=8,
-        source="NVIDIA A100 datasheet, 80 GB SXM4 (NVLink 600 GB/s both ways); DGX A100: one 200 Gb/s adapter a GPU",
+        source=_of(
+            "NVIDIA A100 datasheet, 80 GB SXM4",
+            link="NVLink 600 GB/s both ways",
+            network="DGX A100 datasheet: one 200 Gb/s adapter per GPU",
+        ),
     ),
     Accelerator(
         name="a100-40gb",
@@ -87,7 +125,11 @@ _ALL = (
         link_bytes_per_s=300e9,
         network_bytes_per_s=25e9,
         per_node=8,
-        source="NVIDIA A100 datasheet, 40 GB SXM4 (NVLink 600 GB/s both ways); DGX A100: one 200 Gb/s adapter a GPU",
+        source=_of(
+            "NVIDIA A100 datasheet, 40 GB SXM4",
+            link="NVLink 600 GB/s both ways",
+            network="DGX A100 datasheet: one 200 Gb/s adapter per GPU",
+        ),
     ),
     Accelerator(
         name="l40s",
@@ -97,7 +139,11 @@ _ALL = (
         link_bytes_per_s=32e9,
         network_bytes_per_s=12.5e9,
         per_node=8,
-        source="NVIDIA L40S datasheet (PCIe 4.0 x16, 64 GB/s both ways; no NVLink); network: 100 Gb/s a GPU, assumed",
+        source=_of(
+            "NVIDIA L40S datasheet",
+            link="PCIe 4.0 x16, 64 GB/s both ways, no NVLink",
+            network="assumed: 100 Gb/s per GPU",
+        ),
     ),
     Accelerator(
         name="mi300x",
@@ -107,8 +153,11 @@ _ALL = (
         link_bytes_per_s=448e9,
         network_bytes_per_s=50e9,
         per_node=8,
-        source="AMD Instinct MI300X datasheet (7 Infinity Fabric links of 128 GB/s both ways); "
-        "network: 400 Gb/s a GPU, assumed",
+        source=_of(
+            "AMD Instinct MI300X datasheet",
+            link="7 Infinity Fabric links of 128 GB/s both ways",
+            network=f"assumed: {_ADAPTER}",
+        ),
     ),
 )
 

@@ -127,15 +127,16 @@ class Loads:
     def of(cls, step: Step, name: str) -> "Loads":
         """Return those of a module."""
         model, graph = step.topology.modules[name].model, step.topology.graph
-        causal, windows = model.causal, model.windows if isinstance(model, Vit) and model.window else None
+        causal, windows = (
+            model.causal,
+            model.window_pairs if isinstance(model, Vit) and model.window else None,
+        )
         known: dict[int, tuple[int, ...]] = {}
         for sample, sizes in zip(step.samples, step.sizes, strict=True):
             if id(sizes) not in known:
                 pairs_ = pairs(sizes.segments[name], causal=causal)
                 read = graph.rows_in(name, sizes.rows, sample)
-                windowed = (
-                    sum(pairs(windows(grid), causal=False) for grid in sample.grids(name)) if windows else 0
-                )
+                windowed = sum(map(windows, sample.grids(name))) if windows else 0
                 known[id(sizes)] = sizes.positions[name], pairs_, read, sizes.rows[name], windowed
         of_samples = [known[id(sizes)] for sizes in step.sizes]
         return cls(tuple(prefix_sums(counts) for counts in zip(*of_samples, strict=True)))

@@ -128,11 +128,21 @@ def deferred_values(module: Module, info: StageInfo, computed: Computed) -> floa
 def most_computed(topology: Topology, module: Module) -> Computed:
     """Return what a rank computes of a microbatch if all samples are as large as possible."""
     samples = -(-topology.samples_per_microbatch[module.name] // module.dp_size)
-    each = _most_rows(topology)[module.name]
-    if isinstance(module.model, Gpt) and topology.source.length is None:
-        each = topology.sequence
-    positions, _ = module.row_shape(samples * each)
-    return Computed(positions // module.cp, samples * each * each / module.cp)
+    segments = _most_segments(topology, module)
+    positions, _ = module.row_shape(samples * sum(segments))
+    return Computed(positions // module.cp, samples * sum(length**2 for length in segments) / module.cp)
+
+
+def _most_segments(topology: Topology, module: Module) -> tuple[int, ...]:
+    """Return the lengths of the attention segments of a sample that is as large as possible."""
+    if topology.graph.nodes[module.name].is_source:
+        grids = largest_sample(topology.graph, topology.source).grids(module.name)
+        return tuple(length for grid in grids for length in module.model.spans(grid))
+    rows = _most_rows(topology)[module.name]
+    if not isinstance(module.model, Gpt):
+        return (rows,)
+    # No source says how long a text is that is not cut.
+    return (topology.sequence if topology.source.length is None else min(rows, topology.sequence),)
 
 
 def _most_rows(topology: Topology) -> Mapping[str, int]:

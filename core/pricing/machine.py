@@ -30,22 +30,18 @@ class Machine:
     precision: str
     efficiency: float = EFFICIENCY
     link_efficiency: float = LINK_EFFICIENCY
-    memory_bytes: float = attrs.field()
+    memory_gb: float | None = None
     measured: tuple[tuple[str, float], ...] = ()
 
-    @memory_bytes.default
-    def _memory_of_its_kind(self) -> float:
-        return self.accelerator.memory_bytes
+    @property
+    def memory_bytes(self) -> float:
+        """The memory of each."""
+        return self.accelerator.memory_bytes if self.memory_gb is None else self.memory_gb * GB
 
     @property
     def flops(self) -> float:
         """Operations per second that products reach."""
         return self.accelerator.flops[self.precision] * self.efficiency
-
-    @property
-    def reached(self) -> float:
-        """The part of the peak that products reach."""
-        return self.efficiency
 
     @property
     def value_bytes(self) -> int:
@@ -75,7 +71,7 @@ class Machine:
             f"FLOPs at {self.efficiency:.0%} of the {tera:,.5g} TFLOP/s of {gpu.name} in {self.precision}, "
             f"messages at {self.link_efficiency:.0%} of {gpu.link_bytes_per_s / 1e9:,.4g} GB/s within a node of "
             f"{gpu.per_node} and of {gpu.network_bytes_per_s / 1e9:,.4g} GB/s between nodes "
-            f"(peaks: {gpu.source})"
+            f"(peaks: {gpu.source.flops}; network: {gpu.source.network})"
         )
 
 
@@ -97,10 +93,9 @@ def machine_for(spec: JobSpec) -> Machine | None:
     if gpu.name is None:
         return None
     machine = machine_of(gpu.name, spec.precision, EFFICIENCY if gpu.efficiency is None else gpu.efficiency)
-    memory_bytes = machine.accelerator.memory_bytes if gpu.memory_gb is None else gpu.memory_gb * GB
     return attrs.evolve(
         machine,
-        memory_bytes=memory_bytes,
+        memory_gb=gpu.memory_gb,
         link_efficiency=LINK_EFFICIENCY if gpu.link_efficiency is None else gpu.link_efficiency,
         measured=tuple(gpu.times.items()),
     )

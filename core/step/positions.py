@@ -6,6 +6,7 @@ and width, and a language model with sections has time, height and width. It cou
 an image or a clip by their grid.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -30,13 +31,19 @@ def rotary_positions(model: BuiltIn, share: Share) -> tuple[Ints, ...]:
 
 def tower_axes(model: Vit, grids: Sequence[SegmentGrid]) -> tuple[Ints, Ints]:
     """Return the row and the column of each patch, in the order of the layers: by windows, where there are any."""
-    planes = [_plane(grid) for grid in grids]
-    height, width = patch_positions(planes, model.merge)
-    if not model.window:
+    found = [_axes_of(_plane(grid), model.merge, model.window) for grid in grids]
+    height, width = (tuple(itertools.chain.from_iterable(axis[i] for axis in found)) for i in range(2))
+    return height, width
+
+
+# Images of a batch often have the same size, and every stage asks again.
+@functools.lru_cache(maxsize=256)
+def _axes_of(grid: Grid, merge: int, window: int) -> tuple[Ints, Ints]:
+    height, width = patch_positions([grid], merge)
+    if not window:
         return height, width
-    size = model.merge**2
-    blocks = windows(planes, model.merge, model.window).order
-    patches = [block * size + i for block in blocks for i in range(size)]
+    blocks = windows([grid], merge, window).order
+    patches = [block * merge**2 + i for block in blocks for i in range(merge**2)]
     return tuple(height[patch] for patch in patches), tuple(width[patch] for patch in patches)
 
 

@@ -1,5 +1,8 @@
 """Seeds: where the random draws of a network (its dropout) start.
 
+A built-in module draws by a key of the step and by what it draws for, so that all layouts draw alike. What follows is
+for networks of users and host programs, which keep random states.
+
 Each forward of a stage starts from seeds of its own. They depend on where and when it runs, and not on what ran
 before. So two runs of one layout are bitwise equal, and a resumed run draws what an uninterrupted one draws.
 
@@ -23,6 +26,11 @@ from mimogrid.core.topology.topology import Stage
 
 SEEDS = 2**63
 """Number of non-negative seeds that torch's generators accept."""
+
+
+def draw_key(seed: int, module: str, *, step: int) -> int:
+    """Return the key of all draws of a built-in module in a step (`shell/megatron/draws.py`): alike on all ranks."""
+    return draw_bits(seed, module, f"dropout step={step}") % SEEDS
 
 
 @attrs.frozen

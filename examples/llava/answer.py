@@ -38,6 +38,7 @@ def main() -> None:
 
 def answers(checkpoint: Path, records: Sequence[dict[str, Any]], images: Path) -> list[str]:
     """Return what the model says to the first turn of each conversation."""
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint)
     processor = transformers.AutoProcessor.from_pretrained(checkpoint)
     given: list[str] = []

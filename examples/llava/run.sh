@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a checkpoint and a store to a checkpoint that transformers loads: about four minutes on two cores.
+# From a checkpoint and a store to a checkpoint that transformers loads: some minutes on two cores.
 #
 #     examples/llava/run.sh FOLDER
 set -euo pipefail

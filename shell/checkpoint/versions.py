@@ -6,11 +6,11 @@ run other kernels, which round differently.
 
 import importlib.metadata
 import platform
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
+
+from mimogrid.shell.device.machine import processor
 
 
 def versions() -> dict[str, str]:
@@ -32,24 +32,13 @@ def _version(package: str) -> str:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Return the kind of machine that computes, and the kernels that torch chooses on its CPU."""
-    name = _processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {
         "device": device.type,
         "processor": name,
         "architecture": platform.machine(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _processor() -> str:
-    """Return the name of the CPU's model."""
-    try:
-        found = re.search(
-            r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
-        )
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor()
 
 
 def differences(facts: Mapping[str, Mapping[str, str]], device: torch.device) -> list[str]:

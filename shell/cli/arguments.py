@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import attrs
 
+from mimogrid import __version__
 from mimogrid.core.base.errors import nearest
 from mimogrid.core.pricing.machine import EFFICIENCY
 
@@ -93,6 +94,13 @@ class PlanningArgs(JobArgs):
 
 
 @attrs.frozen(kw_only=True)
+class LaunchArgs(JobArgs):
+    """What every command takes that starts ranks."""
+
+    force: bool = _switch("start even if this machine has too few cores, too little memory or disk for it")
+
+
+@attrs.frozen(kw_only=True)
 class AssumingArgs(PlanningArgs):
     """What every command takes that estimates times or memory on GPUs: what replaces `[gpu]` of the job."""
 
@@ -124,11 +132,23 @@ class RunArgs(Args):
     folder: Path = _positional("RUN", "the folder of a run or of a checkpoint")
 
 
+TEMPLATES: Mapping[str, tuple[str, ...]] = {
+    "text": ("templates/text.toml",),
+    "vision-language": ("templates/vision-language.toml",),
+    "omni": ("templates/omni.toml",),
+    "own": ("own/job.toml", "own/ears.py", "own/network.py", "own/pulses.py"),
+}
+"""By name the examples that a template consists of: the job file, and the files beside it."""
+
+
 @attrs.frozen(kw_only=True)
 class InitArgs(Args):
-    """Write the job file of a published checkpoint. Needs no torch."""
+    """Write the job file of a published checkpoint, or one to begin with. Needs no torch."""
 
     folder: Path | None = _positional("FOLDER", "the folder of the checkpoint", required=False)
+    template: str | None = _option(
+        None, "write this commented job instead of one for a checkpoint", choices=tuple(TEMPLATES)
+    )
     out: Path = _option("FILE", "the job file to write; default job.toml", Path, Path("job.toml"))
     gpus: int | None = _option("N", "lay the modules out on this number of GPUs, as `plan` does", int)
     gpu: str | None = _option("NAME", "the kind of GPU, such as h100 or a100")
@@ -200,7 +220,7 @@ class PlanArgs(AssumingArgs):
 
 
 @attrs.frozen(kw_only=True)
-class ProbeArgs(JobArgs):
+class ProbeArgs(LaunchArgs):
     """Measure the costs of a job on this machine, as a costs file for `simulate`."""
 
     out: Path | None = _option("FILE", "write the costs file here instead of printing it", Path)
@@ -211,7 +231,7 @@ class ProbeArgs(JobArgs):
 
 
 @attrs.frozen(kw_only=True)
-class TrainArgs(JobArgs):
+class TrainArgs(LaunchArgs):
     """Train a job, on this machine or under torchrun."""
 
     resume: Path | None = _option("RUN", "continue the run in this folder", Path)
@@ -221,11 +241,11 @@ class TrainArgs(JobArgs):
         "send data through host memory, or give each local rank its own GPU and use NCCL",
         choices=("host", "nccl"),
     )
-    force: bool = _switch("start even if this machine has too few cores or too little memory for the ranks")
+    preflight: bool = _switch("only say whether this machine can run it")
 
 
 @attrs.frozen(kw_only=True)
-class ParityArgs(JobArgs):
+class ParityArgs(LaunchArgs):
     """Compare the gradients of a job with those of the same model on one process."""
 
     steps: int = _option("K", "the number of steps to compare; default 1", int, 1)
@@ -259,6 +279,40 @@ class ExportArgs(RunArgs):
     )
     max_shard_gb: float = _option(
         "X", "split modules larger than this many GB into several files; default 5", float, 5.0
+    )
+
+
+@attrs.frozen(kw_only=True)
+class WatchArgs(Args):
+    """Show what a run does now: each rank, step time, loss, idle time, memory. Needs no torch; Ctrl-C leaves."""
+
+    folder: Path = _positional("RUN", "the folder of a run")
+    once: bool = _switch("show it once, and leave")
+
+
+@attrs.frozen(kw_only=True)
+class EnvArgs(Args):
+    """Show versions, devices, backends and limits of this machine, and how to get what is missing."""
+
+
+@attrs.frozen(kw_only=True)
+class SchemaArgs(Args):
+    """Print the JSON Schema of the job file, by which editors complete and check it."""
+
+    out: Path | None = _option("FILE", "write it into this file instead", Path)
+
+
+@attrs.frozen(kw_only=True)
+class CompletionArgs(Args):
+    """Print the completion of this command line for a shell."""
+
+    shell: str = attrs.field(
+        metadata={
+            "flags": (),
+            "metavar": "SHELL",
+            "choices": ("bash", "fish", "zsh"),
+            "help": "bash, fish or zsh",
+        }
     )
 
 
@@ -312,7 +366,48 @@ COMMANDS: Mapping[str, type[Args]] = {
     "data index": DataIndexArgs,
     "data show": DataShowArgs,
     "data stats": DataStatsArgs,
+    "watch": WatchArgs,
+    "env": EnvArgs,
+    "schema": SchemaArgs,
+    "completion": CompletionArgs,
 }
+
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "init": (
+        "init --template vision-language",
+        "init checkpoints/qwen2 --gpus 8 --gpu h100 --out job.toml",
+    ),
+    "check": ("check job.toml", "check job.toml --set modules.language.grid.tp=4"),
+    "roles": ("roles job.toml", "roles job.toml --rank 3", "roles job.toml --svg ranks.svg"),
+    "show": ("show job.toml --rank 3 --set batch.microbatches=2",),
+    "verify": ("verify job.toml --strict", "verify job.toml --program edited.txt"),
+    "simulate": (
+        "simulate job.toml --gpu h100 --svg step.svg",
+        "simulate job.toml --costs costs.toml --schedule all",
+    ),
+    "plan": ("plan job.toml --gpus 64 --gpu h100 --out planned.toml",),
+    "probe": ("probe job.toml --out costs.toml",),
+    "train": (
+        "train job.toml --set train.steps=20",
+        "train job.toml --preflight",
+        "train job.toml --resume runs/job-1",
+        "train job.toml --set train.run_dir=runs/mine",
+    ),
+    "parity": (
+        "parity job.toml --set precision=fp64",
+        "parity job.toml --reference transformers",
+    ),
+    "inspect": ("inspect runs/job-1", "inspect runs/job-1 --job larger.toml"),
+    "export": ("export runs/job-1 --to safetensors --out weights", "export runs/job-1 --to hf published"),
+    "data index": ("data index llava.json --processor checkpoints/llava --images pictures",),
+    "data show": ("data show llava.json.index", "data show llava.json.index --id 000042 --picture 42.png"),
+    "data stats": ("data stats llava.json.index --svg lengths.svg",),
+    "watch": ("watch runs/job-1", "watch runs/job-1 --once --json"),
+    "env": ("env", "env --json"),
+    "schema": ("schema --out job.schema.json",),
+    "completion": ("completion bash > ~/.local/share/bash-completion/completions/mimogrid",),
+}
+"""By command what `--help` shows; a shell's redirection is not part of a command."""
 
 
 DATA = "data"
@@ -328,8 +423,8 @@ def parse(words: Sequence[str]) -> Args:
         words = [" ".join(words[:2]), *words[2:]]
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _Parser(prog="mimogrid").error(f"'{words[0]}' is no command. {nearest(words[0], tuple(COMMANDS))}")
-    parser = _parser()
-    given, late = parser.parse_known_args(words)
+    whole = parser()
+    given, late = whole.parse_known_args(words)
     found = vars(given)
     of = COMMANDS[found.pop("command")]
     # argparse of Python 3.11 takes no optional argument behind an option: `export RUN --to hf FOLDER`.
@@ -337,56 +432,47 @@ def parse(words: Sequence[str]) -> Args:
     if len(late) == len(optional) == 1 and not late[0].startswith("-"):
         return of(**{**found, optional[0]: Path(late[0])})
     if late:
-        parser.error(f"unrecognized arguments: {' '.join(late)}")
+        whole.error(f"unrecognized arguments: {' '.join(late)}")
     return of(**found)
 
 
 def overview() -> str:
     """Return what `mimogrid` alone prints: every command and what it does."""
-    nouns = {name: _noun(of) for name, of in COMMANDS.items()}
-    commands = (f"    mimogrid {f'{name} {nouns[name]}':<18}{of.__doc__}\n" for name, of in COMMANDS.items())
+    commands = (f"    mimogrid {f'{name} {_noun(of)}':<18}{of.__doc__}\n" for name, of in COMMANDS.items())
     return (
         "mimogrid trains multimodal models in which every module has its own grid of ranks.\n\n"
         f"{''.join(commands)}\n"
-        "JOB is a TOML file; start with `init`, or with one from examples/. --set train.steps=20 overrides a key.\n"
-        "`mimogrid COMMAND --help` lists the options.\n"
+        "JOB is a TOML file; start with `mimogrid init --template vision-language`, or with a checkpoint's folder.\n"
+        "--set train.steps=20 overrides a key. `mimogrid COMMAND --help` lists the options, with examples.\n"
     )
 
 
 def _noun(of: type[Args]) -> str:
-    """Return what a command is of: the first of its arguments without a flag."""
-    return next(str(f.metadata["metavar"]) for f in attrs.fields(of) if f.metadata.get("flags") == ())
+    """Return what a command acts on, as its help names it."""
+    nouns = (f.metadata.get("metavar", f.name) for f in attrs.fields(of) if f.metadata.get("flags") == ())
+    return next(nouns, "")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mimogrid", description="Run `mimogrid` alone for an overview.")
-    parser.add_argument(
-        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version"
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    whole = _Parser(prog="mimogrid", description="Run `mimogrid` alone for an overview.")
+    whole.add_argument("--version", action="version", version=f"mimogrid {__version__}")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, of in COMMANDS.items():
         # Values that are not given have no place in what argparse returns: the fields say the defaults.
         added = commands.add_parser(
-            name, help=of.__doc__, description=of.__doc__, argument_default=argparse.SUPPRESS
+            name,
+            help=of.__doc__,
+            description=of.__doc__,
+            epilog="\n".join(["examples:", *(f"  mimogrid {example}" for example in EXAMPLES[name])]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
         )
         for field in sorted(attrs.fields(of), key=lambda field: field.metadata.get("flags") != ()):
             how = dict(field.metadata)
             flags = how.pop("flags", (f"--{field.name.replace('_', '-')}",))
             added.add_argument(*(flags or (field.name,)), **({"dest": field.name} if flags else {}), **how)
-    return parser
-
-
-class _Version(argparse.Action):
-    """Prints the version, which takes time to look up."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 -- only what is used
-
-        try:
-            print(f"mimogrid {version('mimogrid')}")
-        except PackageNotFoundError:
-            print("mimogrid, not installed")
-        parser.exit()
+    return whole
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from mimogrid.core.base.errors import PlanError, Problem, WorldError
+from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify as faults_of
 from mimogrid.core.simulate.fullest import Fullest
@@ -23,9 +23,11 @@ from mimogrid.shell.cli.arguments import (
     Args,
     AssumingArgs,
     CheckArgs,
+    CompletionArgs,
     DataIndexArgs,
     DataShowArgs,
     DataStatsArgs,
+    EnvArgs,
     ExportArgs,
     InitArgs,
     InspectArgs,
@@ -35,21 +37,28 @@ from mimogrid.shell.cli.arguments import (
     PlanningArgs,
     ProbeArgs,
     RolesArgs,
+    SchemaArgs,
     ShowArgs,
     SimulateArgs,
     TrainArgs,
     VerifyArgs,
+    WatchArgs,
 )
 from mimogrid.shell.cli.fit import fit_lines, fit_values, memory_of
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, write
+from mimogrid.shell.job import extras
 from mimogrid.shell.job.builders import PlanWarning
 from mimogrid.shell.job.jobs import Job, open_job
 
 
-def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a line for each command
+def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
     """Run a command; return its exit code. Raises PlanError and WorldError."""
-    with _torch_is_needed():
+    if isinstance(args, ProbeArgs | TrainArgs | ParityArgs | ExportArgs):
+        extras.require("train", type(args).__name__.removesuffix("Args").lower())
+    if isinstance(args, DataIndexArgs | DataShowArgs):
+        extras.require("data", "data")
+    with _extras_are_named():
         match args:
             case InitArgs():
                 from mimogrid.shell.cli import init  # noqa: PLC0415 -- only what is used
@@ -85,6 +94,22 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a line for each command
                 from mimogrid.shell.cli import export  # noqa: PLC0415 -- imports torch
 
                 return export.run(args)
+            case WatchArgs():
+                from mimogrid.shell.cli import watch  # noqa: PLC0415 -- only what is used
+
+                return watch.run(args)
+            case EnvArgs():
+                from mimogrid.shell.cli import env  # noqa: PLC0415 -- only what is used
+
+                return env.run(args)
+            case SchemaArgs():
+                from mimogrid.shell.cli import editor  # noqa: PLC0415 -- only what is used
+
+                return editor.schema(args)
+            case CompletionArgs():
+                from mimogrid.shell.cli import editor  # noqa: PLC0415 -- only what is used
+
+                return editor.completion(args)
             case DataIndexArgs() | DataShowArgs() | DataStatsArgs():
                 from mimogrid.shell.cli import data  # noqa: PLC0415 -- imports pyarrow
 
@@ -94,19 +119,15 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a line for each command
 
 
 @contextlib.contextmanager
-def _torch_is_needed() -> Iterator[None]:
-    """Say how to get what a command needs and is not installed. Raises WorldError."""
+def _extras_are_named() -> Iterator[None]:
+    """Say how to get what a command needs and is not installed. Raises PlanError."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        message = f"this command needs {error.name}: pip install 'mimogrid[{EXTRAS[error.name]}]'"
-        raise WorldError(message) from None
-
-
-EXTRAS = {"torch": "train", "megatron": "train", "transformers": "data", "PIL": "data", "pyarrow": "data"}
-"""The extra that brings each library that is not always there."""
+        for extra, packages in extras.EXTRAS.items():
+            if error.name in {name.partition(".")[0] for name in packages.values()}:
+                raise PlanError([extras.lack("this command", [str(error.name)], extra)]) from None
+        raise
 
 
 def _opened(args: JobArgs | InspectArgs) -> Job:

@@ -17,7 +17,7 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.schedules import AUTO
 from mimogrid.core.job.spec import GpuSpec
-from mimogrid.core.models.fitting import fitted
+from mimogrid.core.models.divisible import divisible
 from mimogrid.core.models.mapping import Shape
 from mimogrid.core.models.network import PublishedModule
 from mimogrid.core.plan.layouts import Question
@@ -25,9 +25,11 @@ from mimogrid.core.plan.planner import plan
 from mimogrid.core.pricing.machine import Machine, machine_of
 from mimogrid.shell.cli.arguments import InitArgs
 from mimogrid.shell.cli.output import print_json, write
+from mimogrid.shell.cli.templates import SCHEMA, write_schema, write_template
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
-from mimogrid.shell.job.published import Published, published
+from mimogrid.shell.job.published import Published, published, resolved
+from mimogrid.shell.job.schema import header
 
 
 PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -40,9 +42,11 @@ LAYOUT = ("grid", "chunks", "split", "microbatches", "recompute")
 
 
 def run(args: InitArgs) -> int:
-    """Write the job file of a checkpoint."""
+    """Write the job file of a checkpoint, or a template."""
+    if args.template is not None:
+        return _template(args, args.template)
     folder, machine = _checked(args)
-    found = published(folder.resolve())
+    found = published(resolved(folder, "FOLDER"))
     if all(module.model != "gpt" for module in found.model.modules.values()):
         message = "has no language model, and so no loss to train with."
         remedy = "Name it in a job that has one: [modules.NAME] weights = FOLDER, feeds = [...]."
@@ -51,7 +55,8 @@ def run(args: InitArgs) -> int:
     if machine is not None:
         draft = _planned(draft, machine, args)
     job = _opened(draft, args.out)
-    write(args.out, [draft.text()])
+    write(args.out, [header(SCHEMA), draft.text()])
+    write_schema(args.out)
     ranks = job.topology.world_size
     if args.json:
         print_json({"out": str(args.out), "world_size": ranks, "modules": list(job.topology.modules)})
@@ -61,17 +66,39 @@ def run(args: InitArgs) -> int:
     return 0
 
 
+def _template(args: InitArgs, name: str) -> int:
+    """Write a template, and say what there is now. Raises PlanError for what does not go with it."""
+    given = {"FOLDER": args.folder, "--gpus": args.gpus, "--gpu": args.gpu}
+    if too_much := [flag for flag, value in given.items() if value is not None]:
+        remedy = "Leave out one of the two: a template is a job of its own."
+        raise PlanError(Problem(flag, "does not go with --template.", remedy) for flag in too_much)
+    written = write_template(name, args.out, force=args.force)
+    if args.json:
+        print_json({"out": str(args.out), "files": [str(path) for path in written]})
+    else:
+        print(f"{', '.join(map(str, written))}: written. Then: mimogrid check {args.out}")
+    return 0
+
+
 def _checked(args: InitArgs) -> tuple[Path, Machine | None]:
     """Return the folder of the checkpoint, and the machine to plan for. Raises PlanError with all that is wrong."""
     problems: list[Problem] = []
     if args.folder is None:
         message = "there is none: a folder with config.json and weights in safetensors."
         problems.append(
-            Problem("FOLDER", message, "Write mimogrid init FOLDER, a checkpoint of Hugging Face.")
+            Problem(
+                "FOLDER", message, "Write mimogrid init FOLDER; or begin with a job: init --template text."
+            )
         )
     if args.out.exists() and not args.force:
         remedy = "Name another file: --out. Or write over it: --force."
         problems.append(Problem(str(args.out), "is there already.", remedy))
+    if not args.out.parent.is_dir():
+        problems.append(
+            Problem(
+                str(args.out), "cannot be written: no such folder.", "Name a file in a folder that exists."
+            )
+        )
     if (args.gpus is None) != (args.gpu is None):
         problems.append(
             Problem("--gpus", "and --gpu need each other.", "Write --gpus 8 --gpu h100, for instance.")
@@ -85,7 +112,9 @@ def _checked(args: InitArgs) -> tuple[Path, Machine | None]:
 
 def _named(folder: Path, out: Path) -> str:
     """Return a checkpoint's folder as a job file names it: from its own folder, or as the whole path that was given."""
-    return str(folder) if folder.is_absolute() else os.path.relpath(folder.resolve(), out.resolve().parent)
+    if folder.is_absolute():
+        return str(folder)
+    return os.path.relpath(resolved(folder, "FOLDER"), resolved(out, "--out").parent)
 
 
 def _precision(found: Published) -> str:
@@ -188,9 +217,9 @@ class Draft:
 
     def _module(self, name: str, module: PublishedModule) -> Iterator[str]:
         table = module.table()
-        laid = fitted({"grid": {"tp": 1, "dp": 1, "pp": 1}, **self.layouts.get(name, {})}, module.options)
+        laid = divisible({"grid": {"tp": 1, "dp": 1, "pp": 1}, **self.layouts.get(name, {})}, module.options)
         if self.tp_most > 1:
-            laid |= {"options": fitted({"grid": {"tp": self.tp_most}}, module.options).get("options", {})}
+            laid |= {"options": divisible({"grid": {"tp": self.tp_most}}, module.options).get("options", {})}
         yield f"[modules.{name}]"
         yield f"# {_sizes(module)}"
         yield "# The checkpoint says these and all other options; what `options` says here goes first."

@@ -7,11 +7,13 @@ import importlib.util
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
-from mimogrid.core.job.validation.problems import parity_problems
-from mimogrid.shell.cli.arguments import ParityArgs, ProbeArgs, TrainArgs
+from mimogrid.shell.cli.arguments import LaunchArgs, ParityArgs, ProbeArgs, TrainArgs
 from mimogrid.shell.cli.output import print_json, unescaped, write
 from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 def train(job: Job, args: TrainArgs) -> int:
     """Train a job to its end, or until it is asked to stop. Returns the exit code."""
     place = under_torchrun()
+    if args.preflight:
+        return _preflight(job, args)
     report = _train_here(job, args) if place is None else _train_at(place, job, args)
     if isinstance(report, folders.Stopped):
         text = f"{report}\n    To go on: {_command(job, report)}"
@@ -48,14 +52,15 @@ def train(job: Job, args: TrainArgs) -> int:
 def _train_here(job: Job, args: TrainArgs) -> Any:
     """Train in a world of local processes; return the report, or `Stopped`."""
     size, uses_cuda = job.topology.world_size, args.transport is not None
-    found = [] if args.force else list(preflight.problems(job.topology, on_host=not uses_cuda))
-    if found := [*found, *preflight.allow_files(size)]:
-        raise PlanError(found)
+    _check_machine(job, args, on_host=not uses_cuda, folder=folders.planned(job, args.resume))
     with folders.claimed(job, args.resume, args.changed) as folder:
         report = folders.finished_report(folder, job.spec.train.steps)
         if report is not None:
             print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
             return report
+        print(
+            f"{size} ranks start; to look at them: mimogrid watch {shlex.quote(str(folder))}", file=sys.stderr
+        )
         arguments = args.transport, str(folder), args.resume
         with Pool(size, may_use_cuda=uses_cuda) as pool, forwarding_signals(pool.signal) as request:
             try:
@@ -64,6 +69,26 @@ def _train_here(job: Job, args: TrainArgs) -> Any:
                 if request.is_received and _died_as_asked(error):
                     return folders.stopped(folder)
                 raise
+
+
+def _preflight(job: Job, args: TrainArgs) -> int:
+    """Say whether this machine can run a job, line by line. Returns the exit code."""
+    folder = folders.planned(job, args.resume)
+    found = list(preflight.checks(job.topology, on_host=args.transport is None, folder=folder))
+    lacking = preflight.problems(found, force=args.force)
+    if args.json:
+        problems = [attrs.asdict(problem) for problem in lacking]
+        print_json({"ok": not lacking, "problems": problems, "checks": [attrs.asdict(c) for c in found]})
+    else:
+        print(*preflight.table(found), sep="\n")
+    return 2 if lacking else 0
+
+
+def _check_machine(job: Job, args: LaunchArgs, *, on_host: bool = True, folder: Path | None = None) -> None:
+    """Raise PlanError where this machine cannot run a job in local processes."""
+    found = preflight.checks(job.topology, on_host=on_host, folder=folder)
+    if lacking := preflight.problems(found, force=args.force):
+        raise PlanError(lacking)
 
 
 def _died_as_asked(error: WorldError) -> bool:
@@ -91,9 +116,9 @@ def _train_at(place: RankPlace, job: Job, args: TrainArgs) -> Any:
 
 def parity(job: Job, args: ParityArgs) -> int:
     """Compare a job's layout with one process, or with transformers. Returns the exit code: 1 beyond the tolerance."""
-    problems = [*parity_problems(job.spec), *(_reference_problems(job) if args.reference else ())]
-    if problems:
+    if problems := list(_reference_problems(job) if args.reference else ()):
         raise PlanError(problems)
+    _check_machine(job, args)
     body = "reference_parity" if args.reference else "parity"
     report: ParityReport | ReferenceReport = _in_fresh_world(
         job, f"mimogrid.shell.run.{body}:in_world", args.steps
@@ -140,6 +165,7 @@ def probe(job: Job, args: ProbeArgs) -> int:
 
 def _probed_here(job: Job, args: ProbeArgs) -> "list[Probed]":
     """Measure in a world of local processes for each size of microbatches, the job's own first."""
+    _check_machine(job, args)
     sizes = (f"batch.global_size={size * job.spec.batch.microbatches}" for size in args.microbatch_sizes)
     jobs = [job, *(open_job(job.path, (*job.overrides, size)) for size in sizes)]
     return [_in_fresh_world(one, "mimogrid.shell.run.probe.measure:in_world", args.repeat) for one in jobs]
@@ -178,5 +204,7 @@ def _first(pool: Pool, size: int, function: str, *arguments: Any) -> Any:
 
 def _in_fresh_world(job: Job, function: str, *arguments: Any) -> Any:
     """Run a function in a world that is for nothing else."""
-    with Pool(job.topology.world_size) as pool:
-        return _first(pool, job.topology.world_size, function, job, *arguments)
+    size = job.topology.world_size
+    print(f"{size} ranks start", file=sys.stderr)
+    with Pool(size) as pool:
+        return _first(pool, size, function, job, *arguments)

@@ -228,12 +228,18 @@ def _images(kind: str, module: PublishedModule, batch: Batch) -> Rows:
     _, height, width = module.patch
     assert module.grid is not None
     sides = [module.grid[1] * height, module.grid[2] * width]
-    if pixels.dim() != len("NCHW") or not all(
-        0 <= pixel - side < patch
-        for pixel, side, patch in zip(pixels.shape[2:], sides, (height, width), strict=True)
+    channels = module.option("features") // (height * width)
+    if (
+        pixels.dim() != len("NCHW")
+        or pixels.shape[1] != channels
+        or not all(
+            0 <= pixel - side < patch
+            for pixel, side, patch in zip(pixels.shape[2:], sides, (height, width), strict=True)
+        )
     ):
         message = (
-            f"has the shape {tuple(pixels.shape)}; the model takes images of {sides[0]} x {sides[1]} pixels."
+            f"has the shape {tuple(pixels.shape)}; the model takes images of {channels} channels and "
+            f"{sides[0]} x {sides[1]} pixels."
         )
         raise PlanError([Problem(f"batch.{name}", message, "Use the processor of the checkpoint.")])
     for image in pixels:
@@ -261,6 +267,12 @@ def _sounds(kind: str, module: PublishedModule, batch: Batch) -> Rows:
     """Yield sounds, each with the frames that its positions see."""
     name, of_masks = INPUTS[kind]
     features = batch[name].cpu()
+    expected = module.option("features"), 2 * module.option("position_count")
+    if tuple(features.shape[1:]) != expected:
+        message = f"has the shape {tuple(features.shape)}; the model takes {expected[0]} mels of {expected[1]} frames."
+        raise PlanError(
+            [Problem(f"batch.{name}", message, 'Pad sounds to the longest: padding="max_length".')]
+        )
     masks = batch.get(of_masks, torch.ones(len(features), features.shape[-1])).cpu()
     if masks.shape != (len(features), features.shape[-1]):
         message = f"has the shape {tuple(masks.shape)}, and {name} {tuple(features.shape)}."

@@ -46,12 +46,14 @@ class Encoder:
     @classmethod
     def of(cls, folder: Path) -> "Encoder":
         """Return the encoder of a checkpoint's folder. Raises PlanError if it has no processor or no chat template."""
-        transformers.utils.logging.set_verbosity_error()
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            fact = str(error).strip().splitlines()[0]
+            with _silent():
+                processor = transformers.AutoProcessor.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
+        except (OSError, ValueError, ImportError, KeyError, TypeError, RecursionError) as error:
+            fact = next(iter(str(error).strip().splitlines()), type(error).__name__)
             remedy = "Name the folder of a checkpoint with its config.json, tokenizer and processor."
             raise PlanError([Problem(str(folder), f"has no processor: {fact}", remedy)]) from None
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -70,7 +72,10 @@ class Encoder:
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._tokenizer.all_special_tokens)) or "(?!)")
+        """What no text of a turn may hold: it would be read as what the template or the processor writes."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = {*self._tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        return re.compile("|".join(map(re.escape, sorted(special))) or "(?!)")
 
     @property
     def _tokenizer(self) -> Any:
@@ -159,6 +164,17 @@ class Encoder:
                 if not (whole.startswith(after) and after.startswith(before)):
                     raise LeftOutError("template", f"turn {number} is written otherwise when another follows")
                 yield len(before), len(after.rstrip())
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Let transformers say nothing but errors."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

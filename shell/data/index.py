@@ -83,6 +83,7 @@ class Facts:
         longest: the positions of the longest sample.
         left_out: how many records are no samples, by reason.
         versions: of the libraries that read the store.
+        digest: of all rows.
     """
 
     store: StoreFacts
@@ -92,6 +93,7 @@ class Facts:
     longest: int
     left_out: Mapping[str, int]
     versions: Mapping[str, str]
+    digest: str
 
 
 class Index:
@@ -110,6 +112,8 @@ class Index:
             del table["version"]
             self.facts = Facts(**{**table, "store": StoreFacts(**table["store"])})
             self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            for batch in self._batches:
+                batch.validate()
         except OSError as error:
             raise _no_index(folder, f"cannot be read: {error.strerror or error}.") from None
         except (pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:

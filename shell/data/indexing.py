@@ -126,11 +126,17 @@ def build(
             processor=os.path.relpath(making.processor, out),
             processor_digest=digest,
             max_tokens=making.max_tokens,
-            versions={name: importlib.metadata.version(name) for name in ("transformers", "pillow")},
+            versions=_versions(),
+            digest=_digest(out / PARTS, parts),
             **_counted(out / PARTS, parts),
         )
         _publish(out, parts, facts)
     return facts
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("transformers", "pillow")}
 
 
 def _facts_of_store(making: Making, out: Path) -> StoreFacts:
@@ -165,15 +171,14 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _stretches(making: Making, digest: str) -> Iterator[_Stretch]:
     """Yield the stretches of a store."""
+    config = hashlib.blake2b((making.processor / "config.json").read_bytes()).hexdigest()
+    made_by = [VERSION, _versions(), digest, config, making.max_tokens, str(making.images)]
     seen: set[bytes] = set()
     records: list[_Record] = []
     key = hashlib.blake2b(digest_size=16)
     for number, (offset, raw) in enumerate(raw_records(making.store)):
         if not records:
-            key = hashlib.blake2b(
-                json.dumps([VERSION, digest, making.max_tokens, str(making.images), offset]).encode(),
-                digest_size=16,
-            )
+            key = hashlib.blake2b(json.dumps([*made_by, offset]).encode(), digest_size=16)
         name, images = _looked_at(raw, number, making.images)
         records.append(_Record(number, offset, raw, name in seen))
         seen.add(name)
@@ -309,6 +314,14 @@ def _counted(folder: Path, parts: list[str]) -> dict[str, Any]:
             [Problem(str(folder.parent), f"no record of the store is a sample: {found}.", remedy)]
         )
     return {"longest": longest, "left_out": dict(reasons.most_common())}
+
+
+def _digest(folder: Path, parts: list[str]) -> str:
+    """Return a digest of the rows of parts."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(read_part(folder / part)[0].serialize())
+    return hashed.hexdigest()
 
 
 def _publish(out: Path, parts: list[str], facts: Facts) -> None:

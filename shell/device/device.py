@@ -6,11 +6,13 @@ GPU. With `nccl` each process of a local world gets a GPU of its own.
 """
 
 import os
+import resource
 
 import attrs
 import torch
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.shell.device.machine import processor
 from mimogrid.shell.device.place import QUEUES, RankPlace
 from mimogrid.shell.device.streams import CudaStreams, Streams
 
@@ -21,6 +23,10 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+SHARES_KEPT = 16
+"""How many index tensors of recent shares a cache keeps on the device: shares of ragged samples seldom repeat."""
 
 
 @attrs.frozen
@@ -49,6 +55,22 @@ class Device:
         """Wait until the device has done all of its work."""
         if self.is_asynchronous:
             torch.cuda.synchronize(self.torch)
+
+    @property
+    def name(self) -> str:
+        """The name that the driver, or the system, gives the device."""
+        return processor() if self.torch.type == "cpu" else torch.cuda.get_device_name(self.torch)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory of a device of its own; None where tensors are in the memory of the host."""
+        return None if self.torch.type == "cpu" else torch.cuda.get_device_properties(self.torch).total_memory
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that tensors took on the device so far; on a CPU, that the process took."""
+        if self.torch.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.cuda.max_memory_allocated(self.torch)
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -8,6 +8,7 @@ the same form.
 known one). Then problems of the plan can be reported in the same run.
 """
 
+import contextlib
 import copy
 import itertools
 import os
@@ -49,6 +50,8 @@ REQUIRED = {
 }
 OWN_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """How the user's own modules and sources are named: ``package.module:function``."""
+WRITE_ONE = "mimogrid init --template vision-language --out job.toml"
+"""The command by which a user without a job file begins."""
 LONG = 200
 """Characters of an override that a message repeats."""
 
@@ -134,15 +137,19 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
 
 
 def _lay_data(data: object, folder: Path) -> None:
-    """Make the folders that a source of conversations names absolute."""
+    """Make the folders that a source of conversations names absolute, and say which index it is by its digest."""
     if not isinstance(data, dict):
         return
     for entry in (data, *(data["mix"] if isinstance(data.get("mix"), list) else ())):
         options = entry.get("options") if isinstance(entry, dict) else None
         if isinstance(options, dict) and entry.get("source") == "conversations":
+            from mimogrid.shell.data.index import Index  # noqa: PLC0415 -- imports pyarrow
+
             for key in ("index", "checkpoint"):
                 if isinstance(options.get(key), str) and "\0" not in options[key]:
                     options[key] = str((folder / options[key]).resolve())
+            with contextlib.suppress(PlanError):  # The source reports it.
+                options.setdefault("digest", Index(Path(str(options.get("index")))).facts.digest)
 
 
 def _stand_in(module: dict[str, Any]) -> None:
@@ -224,7 +231,7 @@ def _text(path: Path) -> str:
         near = _neighbours(path)
         if near is None:
             raise
-        remedy = nearest(path.name, near) if near else "Check the path."
+        remedy = nearest(path.name, near) if near else f"Check the path, or write one: {WRITE_ONE}"
         raise _file_error(path, "there is no such file.", remedy) from None
 
 
@@ -233,9 +240,18 @@ def _neighbours(path: Path) -> list[str] | None:
     try:
         if os.path.lexists(path):
             return None
-        return sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        return (
+            sorted(p.name for p in path.parent.glob("*.toml") if _is_job(p)) if path.parent.is_dir() else []
+        )
     except (OSError, ValueError):
         return None
+
+
+def _is_job(path: Path) -> bool:
+    """Whether a file has the table that only a job has."""
+    with contextlib.suppress(PlanError):
+        return "\n[modules." in f"\n{read_text(path, '')}"
+    return False
 
 
 def _file_error(path: Path | str, message: str, remedy: str) -> PlanError:

@@ -107,8 +107,11 @@ def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool 
     costs = found.spec.schedule.costs
     if costs and (strange := list(unknown_names(costs, found))):
         raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)
-    if source is not None and ":" in spec.data.source:
-        ran = (*ran, spec.data.source)
+    if source is not None:
+        ran = (
+            *ran,
+            *(name for name in (spec.data.source, *(e.source for e in spec.data.mix)) if ":" in name),
+        )
     ran = tuple(name for name in ran if not name.startswith("mimogrid."))
     if source is not None and spec.data.overflow != "error" and not isinstance(source, HostSource):
         source = Fitted(source, found)

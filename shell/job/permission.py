@@ -20,7 +20,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 
 
 GROUPS = ("mimogrid.models", "mimogrid.sources")
-OURS = ("mimogrid.shell.job.host", "mimogrid.shell.job.sources")
+OURS = ("mimogrid.shell.job.host", "mimogrid.shell.job.sources", "mimogrid.shell.modules.transformers_tower")
 _folders: set[Path] = set()
 """The folders of the jobs that this process has opened."""
 _files: set[Path] = set()

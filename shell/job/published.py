@@ -27,6 +27,8 @@ from mimogrid.shell.job.textfiles import json_of, read_text
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+THEIRS, TOWER = "hf:", "mimogrid.shell.modules.transformers_tower:build"
+"""What the model of a module begins with that transformers' own network runs, and what builds it."""
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 """The dtypes that weights may have."""
 _REMEDY = "Name the folder of a whole checkpoint in safetensors, or download it again."
@@ -108,6 +110,14 @@ def _no_floats(model: Model, tensors: Mapping[str, PublishedTensor]) -> Iterator
         yield Problem("", message, "Use the checkpoint that this one was quantized from.")
 
 
+def resolved(folder: Path, where: str) -> Path:
+    """Return the whole path of a folder, without links. Raises PlanError for a circle of links or a null byte."""
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PlanError([Problem(where, f"is no path: {error}.", "Name a folder.")]) from None
+
+
 def origin_of(folders: Mapping[str, str | None], source: Path | None = None) -> Published:
     """Return the checkpoint that all modules of a job start from, or the `source` that stands in for it.
 
@@ -123,7 +133,7 @@ def origin_of(folders: Mapping[str, str | None], source: Path | None = None) -> 
         raise PlanError(
             [Problem("modules", message, "Name one checkpoint that has all of them: --from FOLDER.")]
         )
-    folder = (source or named[0]).resolve()
+    folder = resolved(source or named[0], "--from" if source else "modules")
     if source is None and not folder.is_dir():
         message = "the modules start from this folder, and it is not there any more."
         raise PlanError([Problem(str(folder), message, "Name it where it is now: --from FOLDER.")])
@@ -151,6 +161,8 @@ def lay_weights(table: MutableMapping[str, Any], folder: Path) -> dict[str, tupl
             module.setdefault("weights", whole)
         if module.get("weights") == "":
             del module["weights"]
+        if str(module.get("model")).startswith(THEIRS):
+            module["weights"], _, _ = str(module["model"]).removeprefix(THEIRS).partition("#")
         if isinstance(module.get("weights"), str) and (of := _lay(name, module, folder, tuple(modules))):
             problems[name] = of
     return problems
@@ -161,14 +173,15 @@ def _lay(
 ) -> tuple[Problem, ...]:
     """Lay a checkpoint's table of a module under the job's; `names` are the modules of the job."""
     try:
-        module["weights"] = str((folder / module["weights"]).resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null byte
-        return (Problem(f"modules.{name}.weights", f"is no path: {error}.", "Name a folder."),)
-    try:
+        module["weights"] = str(resolved(folder / module["weights"], f"modules.{name}.weights"))
         found = published(Path(module["weights"])).module(name).table()
     except PlanError as error:
         return error.problems
     module.setdefault("model", found["model"])
+    if module["model"] == TOWER:
+        return ()
+    if str(module["model"]).startswith(THEIRS):
+        return _lay_tower(name, module, found)
     if module["model"] != found["model"]:
         message = f"is '{module['model']}', and the checkpoint has a '{found['model']}'."
         return (Problem(f"modules.{name}.model", message, "Leave it out."),)
@@ -178,6 +191,24 @@ def _lay(
         module.setdefault("feeds", targets)
     if "frozen" in found and "trainable" not in module:
         module.setdefault("frozen", found["frozen"])
+    _lay_projectors(module, found.get("projector", {}))
+    return ()
+
+
+def _lay_tower(name: str, module: MutableMapping[str, Any], found: Mapping[str, Any]) -> tuple[Problem, ...]:
+    """Lay the table of transformers' own tower, which a module of its own runs."""
+    described = published(Path(module["weights"])).module(name)
+    _, _, part = str(module["model"]).partition("#")
+    if part != "vision_tower" or described.grid is None:
+        message = (
+            f"names '{part}'; what runs so is the vision_tower of a checkpoint whose images have one size."
+        )
+        return (Problem(f"modules.{name}.model", message, "Leave the model out: the tower is converted."),)
+    module["model"], module["width"] = TOWER, described.options["hidden"]
+    module["options"] = {"folder": module["weights"], "module": name}
+    if described.option("emit_class_token"):
+        module["rows_out"] = {"extra": 1}
+    module.setdefault("feeds", list(found.get("feeds", ())))
     _lay_projectors(module, found.get("projector", {}))
     return ()
 

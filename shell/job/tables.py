@@ -89,8 +89,8 @@ def new_converter() -> Converter:
     for kind in _SCALARS:
         converter.register_structure_hook(kind, _scalar)
     converter.register_structure_hook_factory(attrs.has, lambda kind: table_hook(converter, kind))
-    converter.register_structure_hook_factory(_is_mapping, lambda kind: _mapping(converter, kind))
-    converter.register_structure_hook_factory(_is_tuple, lambda kind: _tuple(converter, kind))
+    converter.register_structure_hook_factory(is_mapping, lambda kind: _mapping(converter, kind))
+    converter.register_structure_hook_factory(is_tuple, lambda kind: _tuple(converter, kind))
     converter.register_structure_hook_factory(_is_choice, lambda kind: _choice(converter, kind))
     return converter
 
@@ -203,7 +203,8 @@ def _table(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _is_mapping(kind: Any) -> bool:
+def is_mapping(kind: Any) -> bool:
+    """Whether a type is a mapping, which a table is read into."""
     return typing.get_origin(kind) is collections.abc.Mapping
 
 
@@ -214,7 +215,8 @@ def _mapping(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
     return lambda value, _: converter.structure(_table(value), dict[str, item])  # type: ignore[valid-type]
 
 
-def _is_tuple(kind: Any) -> bool:
+def is_tuple(kind: Any) -> bool:
+    """Whether a type is a tuple, which a list is read into."""
     return typing.get_origin(kind) is tuple
 
 
@@ -251,9 +253,9 @@ def _choice(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
     members = [m for m in typing.get_args(kind) if m is not types.NoneType]
 
     def looks_like(member: Any, value: object) -> bool:
-        if _is_mapping(member) or attrs.has(member):
+        if is_mapping(member) or attrs.has(member):
             return isinstance(value, dict)
-        if _is_tuple(member):
+        if is_tuple(member):
             return isinstance(value, list)
         return type(value) is member or (member is float and type(value) is int)
 
@@ -262,7 +264,7 @@ def _choice(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
             if looks_like(member, value):
                 return converter.structure(value, member)
         expected = " or ".join(_named(member) for member in members)
-        wrap = any(_is_tuple(member) for member in members) and isinstance(value, str)
+        wrap = any(is_tuple(member) for member in members) and isinstance(value, str)
         remedy = f"Write [{shown(value)}]." if wrap else f"Use {expected}."
         raise _mismatch(value, expected, remedy)
 
@@ -270,9 +272,9 @@ def _choice(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
 
 
 def _named(member: Any) -> str:
-    if _is_mapping(member) or attrs.has(member):
+    if is_mapping(member) or attrs.has(member):
         return "a table"
-    return f"a list of {_plural(typing.get_args(member))}" if _is_tuple(member) else _SCALARS[member]
+    return f"a list of {_plural(typing.get_args(member))}" if is_tuple(member) else _SCALARS[member]
 
 
 # -- what cattrs found -------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from mimogrid.core.base.row import Run, pieces
 from mimogrid.core.base.zigzag import ZigZag
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.models.frequencies import axes, frequencies, parse_scaling
-from mimogrid.shell.device.device import sent
+from mimogrid.shell.device.device import SHARES_KEPT, sent
+from mimogrid.shell.megatron.draws import WEIGHTS, child, draw_of, kept
 from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 
 
@@ -80,9 +81,11 @@ class CoreAttention(nn.Module):
         rotary: Rotary | None = Rotary(),
         window: int = 0,
         segmentation: str = SEGMENTS,
+        layer: int = 0,
         **_: object,
     ) -> None:
         super().__init__()
+        self.draw, self.tp = draw_of(WEIGHTS, layer), pg_collection.tp
         self.window = window
         self.rotary = rotary
         self.segmentation = segmentation
@@ -128,10 +131,11 @@ class CoreAttention(nn.Module):
         asked = [run.count * len(run.queries) for run in itertools.chain(*by_chunk)]
         padding = len(query) - sum(asked)
         queries = iter(_split(query, [*asked, *[padding] * (padding > 0)]))
-        draws = get_cuda_rng_tracker().fork() if self.forks and self.training else contextlib.nullcontext()
-        with draws:
+        drawing = iter(() if row.keys is None else child(row.keys, self.draw).split([*asked, padding]))
+        forked = get_cuda_rng_tracker().fork() if self.forks and self.training else contextlib.nullcontext()
+        with forked:
             mixed = [
-                self._attend(next(queries), keys, values, run, mask)
+                self._attend(next(queries), keys, values, run, mask, next(drawing, None))
                 for of_chunk in by_chunk
                 for run, keys, values in zip(
                     of_chunk, _segments(key, of_chunk), _segments(value, of_chunk), strict=True
@@ -144,10 +148,19 @@ class CoreAttention(nn.Module):
             mixed[0] = mixed[0] + (query[:0].sum() + key[:0].sum() + value[:0].sum())
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
-    def _attend(
-        self, query_TND: Tensor, key_TND: Tensor, value_TND: Tensor, run: Run, mask: Tensor | None
+    def _attend(  # noqa: PLR0917 -- three tensors, and how
+        self,
+        query_TND: Tensor,
+        key_TND: Tensor,
+        value_TND: Tensor,
+        run: Run,
+        mask: Tensor | None,
+        drawing_T: Tensor | None,
     ) -> Tensor:
-        """Attend within the segments of a run, all at once; causally each query to the keys up to itself."""
+        """Attend within the segments of a run, all at once; causally each query to the keys up to itself.
+
+        With `drawing`, the keys of the queries' draws, weights are dropped.
+        """
         keys = slice(run.keys.start, run.keys.stop)
         query = query_TND.unflatten(0, (run.count, -1))
         key, value = (of.unflatten(0, (run.count, -1))[:, keys] for of in (key_TND, value_TND))
@@ -156,16 +169,32 @@ class CoreAttention(nn.Module):
             window = self.window or len(run.keys)
             is_causal = len(run.queries) == len(run.keys) <= window
             mask = None if is_causal else _visible(len(run.queries), len(run.keys), window, query.device)
+        query_nNLD, key_nNLD, value_nNLD = (of.transpose(1, 2) for of in (query, key, value))
+        if drawing_T is not None:
+            if is_causal:
+                mask = _visible(len(run.queries), len(run.keys), len(run.keys), query.device)
+            scale = 1 / query.shape[-1] ** 0.5
+            weights = attention_weights(query_nNLD * scale, key_nNLD, mask)
+            mixed_nNLD = self._without_dropped(weights, drawing_T, run) @ repeated(value_nNLD, query.shape[2])
+            return mixed_nNLD.transpose(1, 2).flatten(0, 1)
         mixed_nNLD = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            query_nNLD,
+            key_nNLD,
+            value_nNLD,
             attn_mask=mask,
             is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=query.shape[2] != key.shape[2],
         )
         return mixed_nNLD.transpose(1, 2).flatten(0, 1)
+
+    def _without_dropped(self, weights_nNLK: Tensor, drawing_T: Tensor, run: Run) -> Tensor:
+        """Return attention weights without some. A draw hangs on the query, the head in the model, and the key."""
+        device, heads = weights_nNLK.device, weights_nNLK.shape[1]
+        head_N1 = torch.arange(heads, device=device)[:, None] + self.tp.rank() * heads
+        of_heads = child(drawing_T.view(run.count, 1, -1), head_N1)
+        numbers = torch.arange(run.keys.start, run.keys.stop, device=device)
+        return weights_nNLK * kept(of_heads[..., None], numbers, self.dropout) * (1 / (1 - self.dropout))
 
     def _of_block(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within the samples of a block [S, B, N, D], which is a row of B segments of S positions.
@@ -182,6 +211,19 @@ class CoreAttention(nn.Module):
             mask = mask[..., _by_position(positions, self.cut).to(mask.device)]
         mixed = self._of_row(query, key, value, row, None if self.causal else mask)
         return _to_block(mixed, positions, samples, chunks).flatten(2)
+
+
+def attention_weights(query_nNLD: Tensor, key_nNKD: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the softmax of scaled queries times keys, [n, N, L, K]; `mask` says which keys are seen, or is added."""
+    scores = query_nNLD @ repeated(key_nNKD, query_nNLD.shape[1]).transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+def repeated(of_groups: Tensor, heads: int) -> Tensor:
+    """Return keys or values for as many heads as there are queries."""
+    return of_groups.repeat_interleave(heads // of_groups.shape[1], dim=1)
 
 
 # -- views of rows -----------------------------------------------------------------------------------------
@@ -207,7 +249,7 @@ def _segments(rows_TND: Tensor, of: Sequence[Run]) -> list[Tensor]:
     return [parts[place] for place in places]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """Return which of the first `keys` positions each of the last `queries` of them may see, [queries, keys].
 
@@ -245,7 +287,7 @@ def _turned(heads_TND: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> T
     return turned
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def rotary_table(row: PackedRow, width: int, dtype: torch.dtype, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Return the cosines [T, 1, D] and sines [T, 1, D / 2] of the positions of a row.
 

@@ -27,7 +27,7 @@ from mimogrid.core.job.layer_engines import choose, unlike
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.megatron.attention import CoreAttention
-from mimogrid.shell.megatron.layers import LocalLayerNorm, linears_of, mlp_of
+from mimogrid.shell.megatron.layers import Layer, LocalLayerNorm, linears_of, mlp_of
 
 
 FP8_RECIPE = "tensorwise"
@@ -94,11 +94,17 @@ def layer_of_megatron() -> ModuleSpec:
     return get_gpt_layer_with_transformer_engine_spec()
 
 
-def engine_spec(model: BuiltIn, *, layers: int) -> TransformerBlockSubmodules:
-    """Return the specification of a stack of layers and its final norm."""
+def engine_spec(model: BuiltIn, *, layers: range) -> TransformerBlockSubmodules:
+    """Return the specification of a stack of layers, numbered within the model, and its final norm."""
+    specs = [_layer_spec(model, number) for number in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LocalLayerNorm)
+
+
+def _layer_spec(model: BuiltIn, number: int) -> ModuleSpec:
     layer = layer_of_megatron()
+    layer.module, layer.params = Layer, {**(layer.params or {}), "layer": number}
     attention = layer.submodules.self_attention
     attention.params = {"attn_mask_type": AttnMaskType.causal if model.causal else AttnMaskType.padding}
-    attention.submodules.core_attention = CoreAttention
+    attention.submodules.core_attention = functools.partial(CoreAttention, layer=number)
     layer.submodules.mlp = mlp_of(linears_of(layer.submodules.mlp), ffn=model.ffn)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LocalLayerNorm)
+    return layer

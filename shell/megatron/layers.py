@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from mimogrid.core.job.models import BuiltIn, Vit
 from mimogrid.shell.megatron.attention import CoreAttention, Rotary
+from mimogrid.shell.megatron.draws import BEHIND_ATTENTION, BEHIND_MLP, child, draw_of, dropped
 from mimogrid.shell.megatron.rows import SEGMENTS, WINDOWS, PackedRow
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
@@ -162,11 +163,19 @@ class ReadsRow:
 
 
 class Layer(TransformerLayer):  # type: ignore[misc]
-    """Megatron's layer, whose MLP hears of the row: Megatron tells only the attention.
+    """Megatron's layer, whose MLP and dropout hear of the row: Megatron tells only the attention.
 
     A recomputed layer says it again, since other microbatches may have been computed in between. The block's argument
     `attention_bias`, which is captured for recomputation as the row is, has what the first layers add to their outputs.
+    `layer` is its number within the model.
     """
+
+    row: PackedRow | None = None
+
+    def __init__(self, *arguments: Any, layer: int, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.self_attn_bda = functools.partial(self._adding, draw_of(BEHIND_ATTENTION, layer))
+        self.mlp_bda = functools.partial(self._adding, draw_of(BEHIND_MLP, layer))
 
     def forward(
         self,
@@ -176,12 +185,28 @@ class Layer(TransformerLayer):  # type: ignore[misc]
         **more: Any,
     ) -> Any:
         """Compute the layer; see Megatron's."""
+        self.row = packed_seq_params
         if isinstance(self.mlp, ReadsRow):
             self.mlp.row = packed_seq_params
         hidden, context = super().forward(*arguments, packed_seq_params=packed_seq_params, **more)
         if attention_bias and self.layer_number <= len(attention_bias):
             hidden = hidden + attention_bias[self.layer_number - 1]
         return hidden, context
+
+    def _adding(self, draw: int, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Return what adds an output and its bias to the hidden states, without what is dropped in a draw."""
+        keys = None if self.row is None else self.row.keys_between
+        if keys is None:
+            added: Callable[..., Tensor] = get_bias_dropout_add(training, fused)
+            return added
+        return functools.partial(_added, child(keys, draw))
+
+
+def _added(
+    keys_S: Tensor, output: tuple[Tensor, Tensor | None], residual_S1H: Tensor, probability: float
+) -> Tensor:
+    added, bias = output
+    return residual_S1H + dropped(added if bias is None else added + bias, keys_S, probability)
 
 
 NORMS = {"layernorm": LocalLayerNorm, "rmsnorm": LocalRMSNorm}
@@ -303,7 +328,7 @@ def _layer_spec(model: BuiltIn, layer: int, tp: int, weight_grads: WeightGradSto
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
             core_attention=functools.partial(
-                CoreAttention, rotary=Rotary.of(model), **_segmentation(model, layer)
+                CoreAttention, rotary=Rotary.of(model), layer=layer, **_segmentation(model, layer)
             ),
             linear_proj=row,
             q_layernorm=head_norm,
@@ -312,6 +337,7 @@ def _layer_spec(model: BuiltIn, layer: int, tp: int, weight_grads: WeightGradSto
     )
     return ModuleSpec(
         module=Layer,
+        params={"layer": layer},
         submodules=TransformerLayerSubmodules(
             input_layernorm=NORMS[model.norm],
             self_attention=attention,

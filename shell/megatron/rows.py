@@ -31,6 +31,8 @@ class PackedRow:
         entries: The positions of this rank's row that it routes to experts; never padding.
         sample_of: The sample of each of these.
         samples: The number of samples in the share.
+        keys: The keys from which each position draws in training, int64 [T]; None: there is no dropout.
+        keys_between: Those of the positions that this rank has between the layers; under sequence parallelism a part.
     """
 
     pieces: Pieces
@@ -40,6 +42,8 @@ class PackedRow:
     entries: Tensor
     sample_of: Tensor
     samples: int
+    keys: Tensor | None = None
+    keys_between: Tensor | None = None
     _runs: dict[tuple[str, bool, int], tuple[tuple[Run, ...], ...]] = attrs.field(
         factory=dict[tuple[str, bool, int], tuple[tuple[Run, ...], ...]], init=False, repr=False
     )

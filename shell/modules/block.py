@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.step.step import Share
-from mimogrid.shell.device.device import sent
+from mimogrid.shell.device.device import SHARES_KEPT, sent
 from mimogrid.shell.modules.packing import ALL, Entries, Numbers, Places, TokenSplit
 
 
@@ -80,7 +80,7 @@ def block_of_text(
     return _text_block(Numbers.of(share), share.shape, _Ranks(1, cut, token_split, device))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _rows_block(numbers: Numbers, shape: tuple[int, int], ranks: _Ranks, dtype: torch.dtype) -> Block:
     present = torch.tensor([count for count in numbers.positions if count])
     columns = list(itertools.accumulate((count > 0 for count in numbers.positions), initial=0))
@@ -94,7 +94,7 @@ def _rows_block(numbers: Numbers, shape: tuple[int, int], ranks: _Ranks, dtype: 
     return attrs.evolve(block, mask=None if mask is None else sent(mask, ranks.device))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _text_block(numbers: Numbers, shape: tuple[int, int], ranks: _Ranks) -> Block:
     return _block(numbers, shape, ranks, range(shape[1]))
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mimogrid.core.job.models import Block, Gpt, Regressor
 from mimogrid.core.step.step import Share
+from mimogrid.shell.megatron.draws import EMBEDDING, child, draw_of, dropped
 from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.megatron.names import GPTModel, TransformerBlock, gather_from_tensor_model_parallel_region
 from mimogrid.shell.modules.loss import Predictions, squared_error_sum
@@ -63,7 +64,10 @@ class TextStage(TransformerStage):
         tokens_T = inputs["tokens"]
         text_T = tokens_T.index_select(0, packing.text_tokens)
         text_TH = self.network.embedding.word_embeddings(text_T)
-        text_TH = functional.dropout(text_TH, self.dropout, training=self.training and self.draws)
+        if packing.row.keys is not None:
+            entries = packing.incoming[len(packing.incoming) - len(text_T) :]
+            keys_T = child(packing.row.keys, draw_of(EMBEDDING)).index_select(0, entries)
+            text_TH = dropped(text_TH, keys_T, self.dropout)
         rows = []
         if self.feeders:
             rows = [self.take(_joined(inputs, self.feeders)[:, : self.hidden], packing)]

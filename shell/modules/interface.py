@@ -119,7 +119,8 @@ class StageModule(nn.Module):
     """One stage of a module on this rank.
 
     Attributes:
-        draws: Whether its forward draws random numbers in training, from the states of `megatron.draws`.
+        draws: Whether its forward draws from torch's random states in training (`megatron.draws.begin_draws`).
+        draw_key: The key of what a built-in model draws in the step.
         reads_entire: Whether it gets all tensors that samples of a source module have, not only the rows.
         weight_grads: The store in which its layers note deferred products while the store is open.
         loss_scale: The factor of the gradients that it attaches itself.
@@ -128,6 +129,7 @@ class StageModule(nn.Module):
     """
 
     draws = False
+    draw_key = 0
     reads_entire = False
     loss_scale = 1.0
     layers_by: Choice | None = None

@@ -25,7 +25,7 @@ from mimogrid.core.base.samples import prefix_sums
 from mimogrid.core.base.samples import share as share_of
 from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.step.step import Share
-from mimogrid.shell.device.device import sent
+from mimogrid.shell.device.device import SHARES_KEPT, sent
 from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 
 
@@ -72,10 +72,15 @@ class Entries:
 
 @attrs.frozen(eq=False, kw_only=True)
 class Packing(Entries):
-    """The entries of a share in the row of this rank, the length of that row, and what its layers know of it."""
+    """The entries of a share in the row of this rank, the length of that row, and what its layers know of it.
+
+    `sample_at` and `place_at` have for each position of the row its sample in the share and its place there, int64 [S].
+    """
 
     length: int
     row: PackedRow
+    sample_at: Tensor
+    place_at: Tensor
 
 
 @attrs.frozen
@@ -243,7 +248,7 @@ class Places:
 # Evaluation packs every share twice, and each stage that a rank hosts packs the same share.
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _packed(
     numbers: Numbers,
     segments: Counts,
@@ -258,6 +263,9 @@ def _packed(
     places = _places(segments, cut)
     mine = places.own(torch.arange(sum(segments)))
     which, routed = token_split.of(places.local[mine], length)
+    samples = numbers.samples()
+    within = torch.stack((samples, _within(numbers.positions)[0]))
+    sample_at, place_at = sent(_local(within, mine, places, length), device)
     turned = torch.tensor(positions, dtype=torch.int64) if positions else _within(segments)
     row = PackedRow(
         pieces=pieces(segments, cut),
@@ -265,11 +273,13 @@ def _packed(
         positions=sent(_local(turned, mine, places, length), device),
         order=sent(places.rank * length + places.local, device) if cut.size > 1 else None,
         entries=sent(routed, device),
-        sample_of=sent(numbers.samples()[mine[which]], device),
+        sample_of=sent(samples[mine[which]], device),
         samples=len(numbers.positions),
     )
     entries = numbers.entries(places, device)
-    return Packing(**attrs.asdict(entries, recurse=False), length=length, row=row)
+    return Packing(
+        **attrs.asdict(entries, recurse=False), length=length, row=row, sample_at=sample_at, place_at=place_at
+    )
 
 
 def _places(segments: Counts, cut: ZigZag) -> Places:

@@ -70,10 +70,10 @@ def _held(parameter: Parameter, *, rank: int, ranks: int) -> tuple[tuple[range, 
 def published_tensors(found: Published, module: str, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors as the checkpoint has them, by its names, from full tensors by our names in the module.
 
-    A tensor of which `full` lacks any part is left out.
+    A tensor of which `full` lacks any part is left out. A tower that transformers runs has the checkpoint's names.
     """
     recipes = found.module(module).recipes
-    return {
+    return {name: tensor for name, tensor in full.items() if name in found.tensors} | {
         stored.name: torch.cat([full[source.name][source.start : source.stop] for source in sources]).reshape(
             stored.shape
         )

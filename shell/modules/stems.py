@@ -20,7 +20,7 @@ from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.job.models import CONVOLUTION, Vit
 from mimogrid.core.models.positions import interpolation
 from mimogrid.core.models.tower import TowerRows, frame_sizes, tower_rows
-from mimogrid.shell.device.device import sent
+from mimogrid.shell.device.device import SHARES_KEPT, sent
 from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.norms import norm_of
@@ -139,20 +139,20 @@ def _table(model: Vit, dtype: torch.dtype) -> nn.Embedding:
 # Every stage and microbatch of one share asks again, and images of a batch often have the same sizes.
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _places(model: Vit, grids: Grids, device: torch.device) -> tuple[tuple[Tensor, Tensor], int]:
     """Return the positions of rows and of class tokens, and how many positions there are."""
     found = rows_of_tower(model, grids)
-    return (_sent(found.rows, device), _sent(found.class_tokens, device)), found.length
+    return (sent_places(found.rows, device), sent_places(found.class_tokens, device)), found.length
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _counted(grids: Grids, first: int, device: torch.device) -> Tensor:
     """Return the number of each patch in its frame, counted from `first`."""
-    return _sent([first + patch for count in frame_sizes(grids) for patch in range(count)], device)
+    return sent_places([first + patch for count in frame_sizes(grids) for patch in range(count)], device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _taps(
     grids: Grids, count: int, merge: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -160,8 +160,9 @@ def _taps(
     side = round(count**0.5)
     found = interpolation([(frames, height, width) for frames, height, width in grids], side, merge)
     weights = torch.tensor(found.weights, dtype=dtype).view(-1, 4)
-    return _sent(found.rows, device).view(-1, 4), sent(weights, device)
+    return sent_places(found.rows, device).view(-1, 4), sent(weights, device)
 
 
-def _sent(places: Sequence[object], device: torch.device) -> Tensor:
+def sent_places(places: Sequence[object], device: torch.device) -> Tensor:
+    """Return places in a tensor as an index on a device."""
     return sent(torch.tensor(places, dtype=torch.int64), device)

@@ -10,7 +10,7 @@ Shapes are named as in `interface`; P positions of a share.
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from torch.nn import functional
 from mimogrid.core.base.samples import share as share_of
 from mimogrid.core.job.models import Vit
 from mimogrid.core.step.step import Share
-from mimogrid.shell.device.device import sent
+from mimogrid.shell.device.device import SHARES_KEPT
 from mimogrid.shell.megatron.names import TransformerBlock, gather_from_sequence_parallel_region
 from mimogrid.shell.megatron.rows import WINDOWS
 from mimogrid.shell.modules.norms import norm_of
 from mimogrid.shell.modules.packing import Packing
-from mimogrid.shell.modules.stems import Grids, rows_of_tower, stem_of
+from mimogrid.shell.modules.stems import Grids, rows_of_tower, sent_places, stem_of
 from mimogrid.shell.modules.transformer import Context, TransformerStage
 from mimogrid.shell.modules.weights import layout_name
 
@@ -138,22 +138,20 @@ def _grids(share: Share) -> Grids:
 # Every stage and microbatch of one share asks again, and images of a batch often have the same sizes.
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _emitted(model: Vit, grids: Grids, cp: tuple[int, int], device: torch.device) -> Tensor | None:
     """Return the positions that this cp rank's emitted rows are made of; None: all, in order."""
     found = rows_of_tower(model, grids)
     rank, size = cp
     mine = share_of(rank, size, len(found.emitted) // found.group)
     places = found.emitted[mine.start * found.group : mine.stop * found.group]
-    return None if places == tuple(range(found.length)) else _sent(places, device)
+    return None if places == tuple(range(found.length)) else sent_places(places, device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=SHARES_KEPT)
 def _order(size: int, total: int, device: torch.device) -> Tensor:
     """Return the place of each of `total` rows after a gather of the ranks' shares, each padded to the largest."""
     most, shares = -(-total // size), [share_of(rank, size, total) for rank in range(size)]
-    return _sent([rank * most + i for rank, rows in enumerate(shares) for i in range(len(rows))], device)
-
-
-def _sent(places: Sequence[int], device: torch.device) -> Tensor:
-    return sent(torch.tensor(places, dtype=torch.int64), device)
+    return sent_places(
+        [rank * most + i for rank, rows in enumerate(shares) for i in range(len(rows))], device
+    )

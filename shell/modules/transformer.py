@@ -17,9 +17,11 @@ from mimogrid.core.base.zigzag import ZigZag
 from mimogrid.core.job.layer_engines import TRANSFORMER_ENGINE, Choice
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.step.positions import rotary_positions
+from mimogrid.core.step.seeds import SEEDS
 from mimogrid.core.step.step import Share, aux_name
 from mimogrid.core.topology.topology import Module, StageInfo
-from mimogrid.shell.megatron import engine
+from mimogrid.shell.device.device import sent
+from mimogrid.shell.megatron import draws, engine
 from mimogrid.shell.megatron.experts import ExpertGroups, Experts, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
 from mimogrid.shell.megatron.names import (
@@ -29,6 +31,7 @@ from mimogrid.shell.megatron.names import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from mimogrid.shell.megatron.rows import PackedRow
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.interface import StageGroups, StageModule, ep_position
 from mimogrid.shell.modules.packing import Packing, TokenSplit, pack
@@ -72,7 +75,7 @@ def _expert_mlps(context: Context, model: BuiltIn, weight_grads: WeightGradStore
 def _block_spec(context: Context, model: BuiltIn, weight_grads: WeightGradStore) -> Any:
     layers = context.info.layers
     if context.layers.engine == TRANSFORMER_ENGINE:
-        return engine.engine_spec(model, layers=len(layers))
+        return engine.engine_spec(model, layers=layers)
     mlps = _expert_mlps(context, model, weight_grads)
     return block_spec(model, layers=layers, tp=context.groups.tp.size(), weight_grads=weight_grads, mlps=mlps)
 
@@ -98,7 +101,6 @@ class TransformerStage(StageModule):
         self.feeders = tuple(edge.source for edge in context.module.inputs)
         self.hidden = model.hidden
         self.dropout = model.dropout
-        self.draws = model.dropout > 0
         self.config = config_of(
             model,
             layers=len(context.info.layers),
@@ -127,6 +129,8 @@ class TransformerStage(StageModule):
             positions=rotary_positions(self.model, share),
             finer=tuple(self.segmentations(share).items()),
         )
+        if self.dropout and self.training:
+            packing = attrs.evolve(packing, row=self.drawing(packing, share))
         deep: Sequence[Tensor] = ()
         if self.info.first:
             hidden_S1H, deep = self.enter(inputs, share, packing), self.deepstack(inputs, packing)
@@ -137,6 +141,16 @@ class TransformerStage(StageModule):
         if not self.info.last:
             return {self.name: hidden_S1H, **aux}
         return {**self.leave(hidden_S1H, inputs, share, packing), **aux}
+
+    def drawing(self, packing: Packing, share: Share) -> PackedRow:
+        """Return the row with the keys of its positions: of their samples, and of their places in these."""
+        device = packing.sample_at.device
+        ids = sent(torch.tensor([sample.id % SEEDS for sample in share.samples], dtype=torch.int64), device)
+        step = torch.full_like(ids, self.draw_key)
+        keys = draws.child(draws.child(step, ids).index_select(0, packing.sample_at), packing.place_at)
+        parts = self.tp.size() if self.sequence_parallel else 1
+        between = keys.chunk(parts)[self.tp.rank() if parts > 1 else 0]
+        return attrs.evolve(packing.row, keys=keys, keys_between=between)
 
     @property
     def decoder(self) -> TransformerBlock:

@@ -33,6 +33,8 @@ from mimogrid.shell.run import run_lock
 
 
 REPORT, RECORD = "report.json", "run.json"
+METRICS, HEARTBEATS = "metrics.jsonl", "heartbeats"
+RUNS = "runs"
 SHOWN = 8
 """How many of the keys that differ are listed."""
 
@@ -48,7 +50,7 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
         folder = _resumed(Path(resume), named)
         _check_job(folder, job.spec, tuple(changed))
     elif named is None:
-        folder = _fresh(Path("runs"), name_of(job.path))
+        folder = _fresh(Path(RUNS), name_of(job.path))
     else:
         folder = _empty(named)
     with run_lock.owned(folder):
@@ -58,7 +60,29 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
         ):  # another run found the folder empty, too
             raise _refused(str(folder), "was claimed by another run just now.", _ELSEWHERE)
         write_json(record, {"job": jobfile.dump(job.spec)})
+        if (folder / HEARTBEATS).is_symlink():  # a killed world of local processes left it
+            (folder / HEARTBEATS).unlink()
         yield folder
+
+
+def planned(job: Job, resume: Path | str | None) -> Path:
+    """Return where a run will write; without a name, the folder in which one will be made."""
+    return Path(resume or job.spec.train.run_dir or RUNS)
+
+
+@contextlib.contextmanager
+def showing_heartbeats(folder: Path, where: Path) -> Iterator[None]:
+    """Let those who watch a run find its heartbeats, which a world of local processes keeps where it meets."""
+    link = folder / HEARTBEATS
+    with contextlib.suppress(OSError):  # some file systems have no links
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(where.absolute(), target_is_directory=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            link.unlink(missing_ok=True)
 
 
 def resumed_by_launcher(spec: JobSpec, resume: Path | str | None) -> Path | str | None:

@@ -1,12 +1,15 @@
 """Metrics: what a rank counts over a run, and what the first rank writes and shows after each step.
 
-``metrics.jsonl`` has a line per step; `step` is its index, counted from 0 as everywhere else.
+``metrics.jsonl`` has a line per step; `step` is its index, counted from 0 as everywhere else. Beside the losses stands
+what the last steps reached (`core.faults.throughput`), and the most memory that a rank took. Progress counts the steps
+that are done: after the step with index 0 one is.
 """
 
 import contextlib
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,25 +18,32 @@ import attrs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, stragglers
+from mimogrid.core.faults.throughput import Measured, Throughput, peak_flops, throughput
+from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.step import Step
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run.folders import METRICS
+from mimogrid.shell.run.progress import progress_text
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.execute import Timed
+from mimogrid.shell.runtime.rank import RankRuntime
 
 
-METRICS = "metrics.jsonl"
 SCALARS_EVERY = 10
 """Steps from one point of the curves in TensorBoard to the next."""
 PROGRESS_EVERY_S = 10.0
 """Seconds from one line of progress to the next, where there is no terminal."""
 WINDOW = 64
 """Steps over which step times are averaged before stragglers are named."""
+RECENT = 10
+"""The steps whose mean is shown as what the run reaches now."""
 ABOVE = 1.5
 """How many times as long as expected a straggler takes."""
 
@@ -61,35 +71,86 @@ class StragglerWatch:
         return tuple(stragglers(list(mean(steps)), above=ABOVE, predicted=self._predicted))
 
 
+class Meter:
+    """Measures the steps of a run on its first rank: the last `RECENT` of them, and all but the first."""
+
+    def __init__(self, *, active: int, allocated: int, peak: float | None) -> None:
+        self._active, self._allocated, self._peak = active, allocated, peak
+        self._steps: deque[Measured] = deque(maxlen=RECENT)
+        self._whole, self._count = Measured(), 0
+        self._ended = time.perf_counter()
+
+    def add(self, step: Step, outcome: Outcome) -> None:
+        """Measure a step that has just ended. With it comes what ranks computed in the step before."""
+        now = time.perf_counter()
+        seconds, self._ended = now - self._ended, now
+        if self._count == 1:
+            self._steps.clear()
+            self._whole = Measured()
+        elif self._steps:
+            busy_s = sum(times.busy_s for times in outcome.step_times)
+            known = Measured(busy_s=busy_s, busy_of_s=self._steps[-1].seconds * self._active)
+            self._steps[-1] += known
+            self._whole += known
+        measured = Measured(
+            steps=1,
+            seconds=seconds,
+            samples=len(step.samples),
+            tokens=step.tokens,
+            flops=sum(model_flops(step).values()),
+        )
+        self._steps.append(measured)
+        self._whole += measured
+        self._count += 1
+
+    @property
+    def recent(self) -> Throughput | None:
+        """What the last steps reached."""
+        return self._throughput(sum(self._steps, start=Measured()))
+
+    @property
+    def whole(self) -> Throughput | None:
+        """What all steps reached since the run was started or resumed."""
+        return self._throughput(self._whole)
+
+    def _throughput(self, measured: Measured) -> Throughput | None:
+        return throughput(measured, active=self._active, allocated=self._allocated, peak=self._peak)
+
+
+def meter_of(runtime: RankRuntime) -> Meter:
+    """Return a meter for the ranks and the devices of a job."""
+    topology, peak = runtime.topology, peak_flops(runtime.device.name, runtime.job.spec.precision)
+    return Meter(active=len(topology.ranks), allocated=topology.world_size, peak=peak)
+
+
 @attrs.define
 class Tally:
     """What a rank has counted so far. Losses include those before a resume, throughput does not.
 
     `busy_ns` and `step_ns` are of all steps but the `last`, which a device may not have finished yet. A step in
-    `train.skip_steps` has no loss, and is among the `skipped`.
+    `train.skip_steps` has no loss, and is among the `skipped`. The first rank of the job has a `meter`.
     """
 
     begun: float = attrs.field(factory=time.perf_counter)
     busy_ns: int = 0
     step_ns: int = 0
-    samples: int = 0
-    tokens: int = 0
     losses: list[float] = attrs.field(factory=list[float])
     losses_by_module: dict[str, list[float]] = attrs.field(factory=dict[str, list[float]])
     skipped: list[int] = attrs.field(factory=list[int])
     last: tuple[Timed, ...] = ()
+    meter: Meter | None = None
 
     def add(self, index: int, step: Step, outcome: Outcome) -> None:
         """Count a step."""
         self.busy_ns, self.step_ns = self._times()
-        self.samples += len(step.samples)
-        self.tokens += step.tokens
         self.losses.append(outcome.loss)
         for name, loss in outcome.losses.items():
             self.losses_by_module.setdefault(name, []).append(loss)
         if not outcome.taken:
             self.skipped.append(index)
         self.last = outcome.timeline
+        if self.meter:
+            self.meter.add(step, outcome)
 
     @property
     def busy_fraction(self) -> float:
@@ -109,9 +170,9 @@ class Tally:
         return time.perf_counter() - self.begun
 
 
-def resumed_tally(folder: Path, steps: int) -> Tally:
+def resumed_tally(runtime: RankRuntime, folder: Path, steps: int) -> Tally:
     """Return a tally with the losses of the first steps of a run; drop the lines of later steps from its metrics."""
-    tally, path = Tally(), folder / METRICS
+    tally, path = Tally(meter=meter_of(runtime)), folder / METRICS
     if not path.is_file():
         return tally
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
@@ -133,15 +194,15 @@ class Progress:
     def __init__(self, start: int, steps: int) -> None:
         self._start = start
         self._steps = steps
-        self._printed_at = self._begun = time.monotonic()
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
+        self._printed_at = time.monotonic()
+        columns = [  # the text last: what a narrow terminal cuts off is the end of it
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         ]
         console = Console(stderr=True)
-        self._bar = Bar(*columns, console=console) if sys.stderr.isatty() else None
+        self._bar = Bar(*columns, console=console, expand=True) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Progress":
         if self._bar:
@@ -155,16 +216,13 @@ class Progress:
 
     def show(self, done: int, facts: Mapping[str, Any]) -> None:
         """Show that so many steps are `done`, with the metrics of the last one."""
-        now = time.monotonic()
-        text = (
-            f"loss {facts['loss']:.4f}  {facts['samples_per_s']:.0f} samples/s  "
-            f"{facts['tokens_per_s']:.0f} tokens/s"
-        )
+        now, text = time.monotonic(), progress_text(facts)
         if self._bar:
             self._bar.update(self._task, completed=done, description=text)
         elif done in {self._start + 1, self._steps} or now - self._printed_at > PROGRESS_EVERY_S:
-            left = (now - self._begun) / (done - self._start) * (self._steps - done)
-            print(f"{done}/{self._steps} steps  {text}  {left:.0f} s left", file=sys.stderr, flush=True)  # noqa: T201
+            if done - self._start > 1:  # the first step says nothing of the others
+                text += f"  {(facts.get('step_s') or 0.0) * (self._steps - done):.0f} s left"
+            print(f"{done}/{self._steps} steps  {text}", file=sys.stderr, flush=True)  # noqa: T201
             self._printed_at = now
 
 
@@ -178,6 +236,7 @@ class MetricsWriter:
 
     def write(self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()) -> None:
         """Write a step, and the stragglers that were found after it."""
+        recent = tally.meter.recent if tally.meter else None
         facts: dict[str, Any] = {
             "step": index,
             "loss": outcome.loss,
@@ -187,20 +246,29 @@ class MetricsWriter:
             "loss_scale": outcome.loss_scale,
             "gradient_norm": outcome.gradient_norm,
             "learning_rate": outcome.learning_rate,
-            "samples_per_s": tally.samples / tally.seconds,
-            "tokens_per_s": tally.tokens / tally.seconds,
+            **(attrs.asdict(recent) if recent else {}),
+            "peak_bytes": max(outcome.peak_bytes, default=None),
         }
         if lagging:
             facts["stragglers"] = [_straggler_facts(straggler) for straggler in lagging]
         self.lines.write(json.dumps(facts) + "\n")
         if index % SCALARS_EVERY == 0:
-            for name in ("loss", "gradient_norm", "learning_rate", "samples_per_s", "tokens_per_s"):
-                self.scalars.add_scalar(name, facts[name], index)
+            for name, value in _scalars(facts):
+                self.scalars.add_scalar(name, value, index)
         self.progress.show(index + 1, facts)
 
     def write_passed_over(self, index: int) -> None:
         """Write that a step was passed over because train.skip_steps lists it."""
         self.lines.write(json.dumps({"step": index, "taken": False, "skipped": "listed"}) + "\n")
+
+
+def _scalars(facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the curves of TensorBoard: every number that is known but the step itself, and the loss of each module."""
+    for name, value in facts.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            yield name, value
+    for module, loss in facts["losses"].items():
+        yield f"loss/{module}", loss
 
 
 def _straggler_facts(straggler: Straggler) -> dict[str, Any]:

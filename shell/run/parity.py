@@ -16,6 +16,7 @@ import torch
 from mimogrid.core.job.models import unpadded
 from mimogrid.core.job.precision import HALF
 from mimogrid.core.job.spec import GridSpec, JobSpec
+from mimogrid.core.step.seeds import draw_key
 from mimogrid.core.step.step import Step, aux_name, step_of
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Topology
@@ -119,10 +120,12 @@ def on_one_process(
     precision: str | None = None,
     microbatches: int = 1,
     scale: float = 1.0,
+    index: int = 0,
 ) -> tuple[float, Gradients]:
     """Return loss and gradients of a step's samples on one process; `groups` hold this rank alone.
 
-    None as precision is that of the job. `scale` multiplies losses during their backward; gradients are unscaled again.
+    `index` is the number of the step. None as precision is that of the job. `scale` multiplies losses during their
+    backward; gradients are unscaled again.
     """
     spec = _undivided(job.spec, microbatches, precision or job.spec.precision)
     topology = parse(spec, job.topology.source)
@@ -131,8 +134,9 @@ def on_one_process(
     assert job.source is not None
     loader = Loader(job.source, device=device.torch, dtype=dtype)
     networks = _networks(topology, groups, device, dtype)
-    for network in networks.values():
+    for name, network in networks.items():
         network.loss_scale = scale
+        network.draw_key = draw_key(spec.seed, name, step=index)
     total = 0.0
     for microbatch in range(microbatches):
         loss = _loss(whole, microbatch, networks, loader)
@@ -172,7 +176,8 @@ def _loss(whole: Step, microbatch: int, networks: Mapping[str, StageModule], loa
         if share.is_empty:
             rows |= {(name, edge.target): _no_rows(edge.width, loader) for edge in module.outputs}
             continue
-        inputs = loader.inputs(module, share) | loader.targets(module, share)
+        entire = networks[name].reads_entire
+        inputs = loader.inputs(module, share, entire=entire) | loader.targets(module, share)
         inputs |= {edge.source: rows[edge.source, name] for edge in module.inputs}
         outputs = networks[name](inputs, share)
         rows |= {(name, edge.target): outputs[edge.target] for edge in module.outputs}
@@ -286,7 +291,7 @@ def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = Non
             outcome = run_without_overflow(session.runtime, index, step)
             ours = full_gradients(session.runtime)
             if is_first:
-                reports.append(_compared_with_one_process(session, job, step, outcome.loss, ours))
+                reports.append(_compared_with_one_process(session, job, step, index, (outcome.loss, ours)))
         return max(reports, key=lambda report: max(report.gradients, report.loss)) if reports else None
 
 
@@ -301,7 +306,7 @@ def run_without_overflow(runtime: RankRuntime, index: int, step: Step) -> Outcom
 
 
 def _compared_with_one_process(
-    session: Session, job: Job, step: Step, loss: float, ours: Gradients
+    session: Session, job: Job, step: Step, index: int, ours: tuple[float, Gradients]
 ) -> ParityReport:
     """Compare with one process in the same precision.
 
@@ -309,17 +314,18 @@ def _compared_with_one_process(
     the layout must not be more than `TIMES` as far from it as the one process is, with the same microbatches and loss
     scale.
     """
-    precision, alone, device = job.spec.precision, session.groups.alone(), session.device
+    (loss, gradients), precision = ours, job.spec.precision
+    alone, device = session.groups.alone(), session.device
     if precision not in HALF:
-        reference = on_one_process(job, step, alone, device)
-        return compare((loss, reference[0]), ours, reference[1], precision=precision)
+        reference = on_one_process(job, step, alone, device, index=index)
+        return compare((loss, reference[0]), gradients, reference[1], precision=precision)
     assert session.runtime
     count, scale = job.spec.batch.microbatches, session.runtime.skip_state.scale
-    exact = on_one_process(job, step, alone, device, precision="fp32")
-    rounded = on_one_process(job, step, alone, device, microbatches=count, scale=scale)
+    exact = on_one_process(job, step, alone, device, precision="fp32", index=index)
+    rounded = on_one_process(job, step, alone, device, microbatches=count, scale=scale, index=index)
     by_rounding = compare((rounded[0], exact[0]), rounded[1], exact[1], precision=precision, limit=math.inf)
     limit = TIMES * max(by_rounding.loss, by_rounding.gradients)
-    return compare((loss, exact[0]), ours, exact[1], precision=precision, limit=limit)
+    return compare((loss, exact[0]), gradients, exact[1], precision=precision, limit=limit)
 
 
 def full_gradients(runtime: RankRuntime) -> Gradients:

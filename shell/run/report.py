@@ -1,13 +1,11 @@
 """Reports: what a finished run leaves about itself, in numbers and pictures."""
 
 import platform
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 
 from mimogrid.core.draw import perfetto
 from mimogrid.core.draw.picture import above
@@ -63,19 +61,13 @@ def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[RankReport]:
     mine = RankReport(
         rank=runtime.rank,
         busy_fraction=tally.busy_fraction,
-        peak_bytes=_peak_bytes(runtime.device.torch),
+        peak_bytes=runtime.device.peak_bytes(),
         events=tuple(
             Event(runtime.rank, timed.action, timed.begin_ns / 1e9, timed.end_ns / 1e9)
             for timed in tally.last
         ),
     )
     return gather_objects(runtime, mine)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def draw(folder: Path, job: Job, examined: Examination, ranks: list[RankReport]) -> None:
@@ -144,6 +136,7 @@ def compose(
         task: sum(answer.is_right for answer in answers) / len(answers)
         for task, (_, answers) in examined.items()
     }
+    steady = tally.meter.whole if tally.meter else None
     first, *others = accuracy.items() if accuracy else [(None, None)]
     return {
         "layout": runtime.role.layout.value,
@@ -156,8 +149,7 @@ def compose(
         "accuracy_of": first[0],
         "accuracy_text_only": dict(others),
         "training_s": training_s,
-        "samples_per_s": tally.samples / training_s if training_s else 0.0,
-        "tokens_per_s": tally.tokens / training_s if training_s else 0.0,
+        **(attrs.asdict(steady) if steady else {}),
         "busy_fraction": {str(rank.rank): rank.busy_fraction for rank in ranks},
         "peak_bytes": {str(rank.rank): rank.peak_bytes for rank in ranks},
         "machine": platform.platform(),

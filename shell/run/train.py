@@ -36,7 +36,16 @@ from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import report, run_lock
-from mimogrid.shell.run.folders import REPORT, Stopped, claimed, finished_report, write_json
+from mimogrid.shell.run.evaluate import Examined
+from mimogrid.shell.run.folders import (
+    HEARTBEATS,
+    REPORT,
+    Stopped,
+    claimed,
+    finished_report,
+    showing_heartbeats,
+    write_json,
+)
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
 from mimogrid.shell.runtime.agreement import Outcome
@@ -50,7 +59,6 @@ from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.shell.world.preemption import StopRequest, receiving_signals
 
 
-HEARTBEATS = "heartbeats"
 PROFILES = "profiles"
 REFUSED = "refused: "
 """The prefix of what rank 0 answers the others if a run cannot begin."""
@@ -89,6 +97,8 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
             return finished
         if place.meeting is None:
             session.heartbeat.keep_in(path / HEARTBEATS)
+        elif place.rank == 0:
+            held.enter_context(showing_heartbeats(path, Path(place.meeting).parent))
         return _trained(session, session.runtime, path, saved if resume is not None else None)
 
 
@@ -179,7 +189,7 @@ class Run:
         """Run the steps from `start` to the last, or until a request to stop."""
         job = self.runtime.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
-        tally = resumed_tally(self.folder, start) if self.is_first else Tally()
+        tally = resumed_tally(self.runtime, self.folder, start) if self.is_first else Tally()
         watch = StragglerWatch(job)
         with contextlib.ExitStack() as stack:
             metrics = stack.enter_context(open_metrics(self.folder, start, steps)) if self.is_first else None
@@ -262,6 +272,8 @@ class Run:
         weights = full_tensors(runtime, weights_of(runtime))
         if self.is_first:
             files.write_file(folder / "weights.safetensors", weights)
+        if runtime.job.spec.train.evaluate and isinstance(runtime.job.source, Examined):
+            self.log.info("answering held-out samples", tasks=", ".join(runtime.job.source.tasks))
         examined = report.examine_tasks(runtime) if runtime.job.spec.train.evaluate else {}
         ranks = report.gather_ranks(runtime, tally)
         if not self.is_first:

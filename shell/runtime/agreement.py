@@ -1,9 +1,9 @@
 """Agreement: the record that all ranks exchange at the end of a step, and what follows from it.
 
 Before anything is updated, all ranks gather one small record of each: gradient norm, losses, finiteness, a digest of
-the samples of the next step, whether it was asked to stop, how long it computed. Every rank reads the same records in
-the same order. So all ranks clip by the same norm, take the step or skip it together, go on to the same samples, and
-stop after the same step.
+the samples of the next step, whether it was asked to stop, how long it computed, how much memory it took. Every rank
+reads the same records in the same order. So all ranks clip by the same norm, take the step or skip it together, go on
+to the same samples, and stop after the same step.
 
 A batch that a host gives its ranks is compared in the same way, before the step (`check_batch`).
 """
@@ -42,6 +42,7 @@ class Outcome:
         stops: whether a rank was asked to stop.
         all_saved: whether all ranks have ended their part of the save in flight (`RankRuntime.has_saved`).
         step_times: how long each rank was busy in the step before.
+        peak_bytes: the most memory that each rank took so far.
         timeline: what this rank did.
     """
 
@@ -54,6 +55,7 @@ class Outcome:
     stops: bool
     all_saved: bool
     step_times: tuple[StepTimes, ...]
+    peak_bytes: tuple[int, ...] = ()
     timeline: tuple[Timed, ...] = ()
 
     @property
@@ -74,6 +76,7 @@ class Record:
         digest: a hash of the samples of the next step (`samples_digest`).
         stops: whether it was asked to stop.
         step_times: the seconds that it was busy, and that it loaded data, in the step before.
+        peak_bytes: the most memory that it took so far.
     """
 
     finite: bool
@@ -83,6 +86,7 @@ class Record:
     digest: tuple[float, float]
     stops: bool
     step_times: tuple[float, float]
+    peak_bytes: int
 
     def packed(self) -> list[float]:
         """Return the record as numbers, all exact in fp64; `read_records` unpacks them."""
@@ -94,6 +98,7 @@ class Record:
             *self.digest,
             self.stops,
             *self.step_times,
+            self.peak_bytes,
         ]
 
 
@@ -125,6 +130,7 @@ def agree(
         digest=samples_digest(following),
         stops=runtime.stop_request.is_received,
         step_times=(busy_s(runtime.last_timeline), runtime.last_load_s),
+        peak_bytes=runtime.device.peak_bytes(),
     )
     packed = torch.tensor(mine.packed(), dtype=torch.float64, device=runtime.device.torch)
     return read_records(
@@ -150,8 +156,8 @@ def read_records(
 ) -> Agreed:
     """Return what follows from the packed records [ranks, values] of step `index`."""
     spec = job.spec
-    flags, terms, sums, digests, stops, step_times = records.split(
-        [2, NORM_TERMS, len(step.units), 2, 1, 2], dim=1
+    flags, terms, sums, digests, stops, step_times, peaks = records.split(
+        [2, NORM_TERMS, len(step.units), 2, 1, 2, 1], dim=1
     )
     all_finite, all_saved = flags.bool().all(dim=0).tolist()
     check_digests(job.topology.ranks, following, digests)
@@ -174,6 +180,7 @@ def read_records(
             StepTimes(rank, stages_by_rank[rank], *step_times)
             for rank, step_times in zip(job.topology.ranks, step_times.tolist(), strict=True)
         ),
+        peak_bytes=tuple(int(peak) for peak in peaks.flatten().tolist()),
     )
     return Agreed(outcome, next_skip_state)
 

@@ -5,7 +5,7 @@ module, tokens on the first stage of a language model, targets on the last stage
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -64,7 +64,8 @@ class Loader:
     def inputs(self, module: Module, share: Share, *, entire: bool = False) -> dict[str, torch.Tensor]:
         """Return what the first stage of a module reads from the data, sample after sample.
 
-        A source module reads its rows; with `entire`, all that its samples have for it.
+        A source module reads its rows; with `entire`, all that its samples have for it. One of the user's reads what
+        its samples have, whatever that is; those that lack the modality are not loaded for it.
         """
         if isinstance(module.model, Gpt):
             columns = self._columns(module, share, ("tokens",), share.lengths)
@@ -73,6 +74,8 @@ class Loader:
             return self._joined(module, columns)
         if module.inputs:
             return {}
+        if isinstance(module.model, Own):
+            return self._load_all(module, zip(share.samples, share.rows[module.name], strict=True))
         columns = self._columns(module, share, ("rows",), share.rows[module.name], entire=entire)
         return self._joined(module, columns)
 
@@ -86,17 +89,31 @@ class Loader:
             case Regressor():
                 return self._load(module, share, ("targets",), share.lengths)
             case Own() if module.inputs:
-                return self._load_all(module, share)
+                return self._load_all(module, ((sample, None) for sample in share.samples))
             case _:
                 return {}
 
-    def _load_all(self, module: Module, share: Share) -> dict[str, torch.Tensor]:
-        """Return all that the source has for a module of the user's, besides the rows that other modules feed it."""
+    def _load_all(
+        self, module: Module, samples: Iterable[tuple[Sample, int | None]]
+    ) -> dict[str, torch.Tensor]:
+        """Return all that the source has for a module of the user's, besides the rows that other modules feed it.
+
+        With each sample comes how many rows it was described to have; None for a module that is fed.
+        """
         columns: dict[str, list[torch.Tensor]] = {}
-        for sample in share.samples:
-            for name, tensor in self._source.load(sample.id, module.name).items():
+        for sample, count in samples:
+            if count == 0:
+                continue
+            loaded = self._source.load(sample.id, module.name)
+            if count and "rows" in loaded:
+                _checked(loaded, "rows", sample, count, module.name)
+            for name, tensor in loaded.items():
                 columns.setdefault(name, []).append(tensor)
-        return {name: self._join(column) for name, column in columns.items()}
+        if not columns and not module.inputs:
+            raise WorldError(
+                f"the source loads nothing for module '{module.name}' where samples have rows of it."
+            )
+        return {name: self._join(_alike(column, name, module.name)) for name, column in columns.items()}
 
     def _load(
         self, module: Module, share: Share, names: tuple[str, ...], counts: tuple[int, ...]
@@ -149,6 +166,18 @@ def _nothing(name: str, module: Module) -> torch.Tensor:
             return torch.empty(0)
         case _:
             return torch.empty(0, dtype=torch.int64)
+
+
+def _alike(column: list[torch.Tensor], name: str, module: str) -> list[torch.Tensor]:
+    """Check that the tensors of samples differ in the first dim at most. Raises WorldError."""
+    shapes = {tuple(tensor.shape[1:]) for tensor in column}
+    if len(shapes) > 1 or not column[0].dim():
+        found = " and ".join(str(list(tensor.shape)) for tensor in column[:2])
+        raise WorldError(
+            f"the source loads '{name}' for module '{module}' in shapes such as {found}: samples are joined along "
+            "the first dim, and the others must be equal. Pad or flatten them, and load their sizes beside them."
+        )
+    return column
 
 
 def _checked(

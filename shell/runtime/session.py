@@ -28,6 +28,7 @@ from mimogrid.shell.world.groups import ProcessGroups, open_groups
 from mimogrid.shell.world.heartbeat import Heartbeat
 from mimogrid.shell.world.phases import BUILDING, RENDEZVOUS
 from mimogrid.shell.world.preemption import StopRequest
+from mimogrid.shell.world.preflight import device_problems
 from mimogrid.shell.world.world import World, join, rendezvous, serve_rendezvous
 
 
@@ -54,6 +55,8 @@ def open_session(
         raise PlanError([_too_small(place.size, needed)])
     torch.set_num_threads(job.spec.train.threads)
     device = devices.choose(place, transport)
+    if problems := [*device_problems(job.topology, place.rank, device.name, device.memory_bytes)]:
+        raise PlanError(problems)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(warnings.catch_warnings())

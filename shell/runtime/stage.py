@@ -22,7 +22,7 @@ from mimogrid.core.program.lifetimes import Content, Held
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
 from mimogrid.core.step.routes import Message, RowRange, RowSlice, row_ranges
-from mimogrid.core.step.seeds import Seeds, seeds_of
+from mimogrid.core.step.seeds import Seeds, draw_key, seeds_of
 from mimogrid.core.step.step import Share, Step, aux_name
 from mimogrid.core.topology.topology import Link, Module, StageInfo
 from mimogrid.core.update.reductions import loss_scale
@@ -144,8 +144,11 @@ class StageStep:
                 self.tensors[self._held(Content.INPUT, microbatch, link)] = incoming
         if runner.info.last and self.with_targets:
             inputs |= self.loader.targets(runner.module, share)
-        if runner.network.draws and order.training:
-            begin_draws(self._seeds(microbatch), self.loader.device)
+        if order.training:
+            seed = topology.spec.seed
+            runner.network.draw_key = draw_key(seed, runner.module.name, step=self.index)
+            if runner.network.draws:
+                begin_draws(self._seeds(microbatch), self.loader.device)
         trains = runner.info.stage in order.backward
         with torch.set_grad_enabled(trains), self._noting_weight_grads(microbatch):
             outputs = runner.network(inputs, share)

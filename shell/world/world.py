@@ -8,20 +8,28 @@ so the others know that their own failures follow from it.
 
 import contextlib
 import datetime
+import platform
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
+import torch
 import torch.distributed as dist
 
+import mimogrid
 from mimogrid.core.base.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.faults.diagnosis import DiagnosedError
 from mimogrid.core.topology.groups import Ranks, Slot
 
 
 POLL_S = 0.02
+
+
+def release() -> str:
+    """Return what must be the same on every host: another release may plan, or send, in another way."""
+    return f"mimogrid {mimogrid.__version__}, torch {torch.__version__.partition('+')[0]}"
 
 
 class AbsentError(WorldError):
@@ -77,10 +85,21 @@ class World:
         }
         return {ranks: group for ranks, group in made.items() if self.rank in ranks}
 
-    def agree_on(self, digest: str) -> None:
-        """Compare the digest of the plan over the world. Raises WorldError where a rank planned another job."""
+    def agree_on(self, digest: str, mine: str | None = None) -> None:
+        """Compare the release and the digest of the plan over the world; None: that of this process.
+
+        Raises WorldError where a rank has others than rank 0.
+        """
+        mine = mine or release()
+        self.store.set(f"release/{self.rank}", mine)
         self.store.set(f"digest/{self.rank}", digest)
         self.wait_for_all("met")
+        theirs = self._value_of_first("release/0")
+        if mine != theirs:
+            raise WorldError(
+                f"rank {self.rank} on host '{platform.node()}' runs {mine}, rank 0 runs {theirs}. "
+                "Install the same on every host."
+            )
         first = self._value_of_first("digest/0")
         if digest != first:
             raise WorldError(

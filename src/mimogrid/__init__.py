@@ -4,3 +4,5 @@ from mimogrid.former_names import install as _install
 
 
 _install()
+
+__version__ = "0.1.0"

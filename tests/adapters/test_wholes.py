@@ -18,6 +18,7 @@ from checkpoints import MODELS, SAMPLES, VIDEOS, WHOLES, WITH_VIDEOS, batch, mak
 from mimogrid.adapters.huggingface import Job
 from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.data.batches import examples_of
+from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.published import published
 from mimogrid.shell.run.reference import ReferenceStep, losses_and_gradients, reference
 from mimogrid.shell.world.launch import Pool
@@ -153,6 +154,16 @@ def test_clips_beside_images(pool: Pool, name: str) -> None:
 
 
 @pytest.mark.world
+@pytest.mark.parametrize("name", ["llava", "llava-siglip"])
+def test_a_tower_that_transformers_runs(pool: Pool, name: str) -> None:
+    """It has the gradients of the converted one, on dp ranks of its own."""
+    theirs = {"tower": {"model": f"hf:{folder(name)}#vision_tower"}}
+    layouts = [layout({"dp": 2}, {"tp": 2}, modules=theirs), layout({}, {"pp": 2}, batch=TWO, modules=theirs)]
+    for seen in seen_on(pool, name, layouts, batch(name), folder(name)):
+        assert max(differences(name, seen, expected(name))) < NEAR
+
+
+@pytest.mark.world
 def test_chunks(pool: Pool, tmp_path: Path) -> None:
     """Two virtual stages on each rank of a tower and of a language model."""
     name, (architecture, config_of) = "llava", MODELS["llava"]
@@ -211,6 +222,19 @@ def test_what_comes_in_goes_out(pool: Pool, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], back[name]) for name in found)
 
 
+@pytest.mark.world
+@pytest.mark.parametrize("name", ["qwen3-vl", "qwen2-audio"])
+def test_what_has_trained_loads_into_transformers(pool: Pool, name: str, tmp_path: Path) -> None:
+    """With the loss that the next step has, whatever the layout."""
+    rule = {"lr": 1e-2, "weight_decay": 0.1}
+    written = of(name, layout({"dp": 2}, {"tp": 2, "pp": 2, "offset": 0}, precision="fp32", optimizer=rule))
+    first, second = batch(name), batch(name, seed=1)
+    losses = pool.run("publishing:saved", 4, folder(name), written, [first, second], tmp_path / "a")[0]
+    pool.run("publishing:saved", 4, folder(name), written, [first], tmp_path / "b")
+    assert losses_and_gradients(reference(tmp_path / "b"), second).loss == pytest.approx(losses[1], rel=1e-5)
+    assert losses_and_gradients(reference(tmp_path / "a"), second).loss < losses[1]
+
+
 # -- without a world ---------------------------------------------------------------------------------------
 
 
@@ -238,12 +262,49 @@ def test_check_lists_all_modules() -> None:
         ("qwen3-vl", layout({}, {"pp": 3}), "is 2, and the first stage, where rows come in, has 1 layers"),
         ("qwen2.5-vl", layout({}, {"tp": 4}), "splits 2 key-value heads over tp=4"),
         ("llava", layout({"tp": 3}, {}), "splits 4 attention heads over tp=3"),
+        (
+            "llava",
+            layout({"tp": 2}, {}, modules={"tower": {"model": "hf:#vision_tower"}}),
+            "module 'vision' is your own: the plan cannot cut it over tp=2",
+        ),
+        (
+            "qwen2.5-vl",
+            layout({}, {}, modules={"tower": {"model": "hf:#visual"}}),
+            "names 'visual'; what runs so is the vision_tower of a checkpoint whose images have one size",
+        ),
     ],
 )
 def test_what_cannot_be_computed_is_refused(name: str, written: Mapping[str, Any], message: str) -> None:
     """With the reason, before anything starts."""
     with pytest.raises(PlanError, match=re.escape(message)):
-        Job.from_pretrained(folder(name), **of(name, written))
+        Job.from_pretrained(folder(name), **of(name, with_folder(written, folder(name))))
+
+
+def with_folder(written: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A layout whose modules name a folder."""
+    modules = {
+        name: {
+            key: value.replace("hf:#", f"hf:{path}#") if key == "model" else value
+            for key, value in of.items()
+        }
+        for name, of in written.get("modules", {}).items()
+    }
+    return {**written, "modules": modules}
+
+
+def test_a_job_file_names_a_tower_of_transformers(tmp_path: Path) -> None:
+    """What the file means is recorded, and reads back."""
+    (tmp_path / "folder").symlink_to(folder("llava-siglip"))
+    (tmp_path / "job.toml").write_text(
+        'weights = "folder"\n[modules.vision]\nmodel = "hf:folder#vision_tower"\n[modules.language]\n'
+        '[data]\nsource = "synthetic"\n[batch]\nglobal_size = 2\n'
+    )
+    spec = jobfile.load(tmp_path / "job.toml")
+    vision = spec.modules["vision"]
+    assert vision.width == 32
+    assert vision.feeds == ("language",)
+    assert vision.projector["language"].kind == "mlp"
+    assert jobfile.parsed(jobfile.dump(spec)) == spec
 
 
 def test_grids_are_for_all_modules() -> None:
@@ -270,7 +331,7 @@ def test_batches_that_do_not_fit() -> None:
     assert "sample 3: token 1 stands for a row of the kind 'image', and there is none left" in changed(
         "llava", pixel_values=llava["pixel_values"][:-1]
     )
-    assert "the model takes images of 12 x 12 pixels" in changed(
+    assert "the model takes images of 3 channels and 12 x 12 pixels" in changed(
         "llava", pixel_values=torch.ones(4, 3, 20, 12)
     )
     assert "batch.image_grid_thw: is missing" in changed("qwen2.5-vl", image_grid_thw=None)
@@ -283,6 +344,9 @@ def test_batches_that_do_not_fit() -> None:
     )
     assert "cannot be merged 2 by 2" in changed(
         "qwen2.5-vl", image_grid_thw=grids.where(grids != 6, 3), pixel_values=qwen["pixel_values"][:-42]
+    )
+    assert "has the shape (4, 10, 18); the model takes 10 mels of 20 frames" in changed(
+        "qwen2-audio", input_features=audio["input_features"][..., :18]
     )
     assert "batch.feature_attention_mask: has the shape (1, 20)" in changed(
         "qwen2-audio", feature_attention_mask=audio["feature_attention_mask"][:1]

@@ -4,7 +4,7 @@ The other files check one aspect each. Their functions yield problems, with the 
 values. An aspect is checked only if earlier aspects leave it meaningful.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.layer_engines import ENGINES, FORMATS, engine_problems
@@ -57,17 +57,3 @@ def _word_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
     yield from one_of(f"{where}.recompute", module.recompute, RECOMPUTES)
     yield from one_of(f"{where}.engine", module.engine, ENGINES)
     yield from one_of(f"{where}.fp8", module.fp8, FORMATS)
-
-
-def parity_problems(spec: JobSpec) -> tuple[Problem, ...]:
-    """Return why a legal job cannot be compared with the same model on one process."""
-    return tuple(
-        Problem(
-            f"modules.{name}.options.dropout",
-            f"is {module.options.dropout}: every layout draws masks of its own, so there is no one process to "
-            f"compare module '{name}' with.",
-            f"Compare without it: --set modules.{name}.options.dropout=0.",
-        )
-        for name, module in spec.modules.items()
-        if not isinstance(module.options, Mapping) and module.options.dropout
-    )

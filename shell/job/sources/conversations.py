@@ -43,13 +43,15 @@ PLACEHOLDER = -1
 class Options:
     """`[data] options`. The checkpoint is by default that of the modules' weights, or else that of the index.
 
-    `sequence` is the number of positions of a language sequence; by default those of the longest sample.
+    `sequence` is the number of positions of a language sequence; by default those of the longest sample. `digest` is
+    that of the index's rows; reading a job file fills it in, so that a resumed run has the index that it began with.
     """
 
     index: str
     checkpoint: str | None = None
     sequence: int | None = None
     shuffle: bool = True
+    digest: str | None = None
 
 
 @attrs.frozen(eq=False)
@@ -135,7 +137,7 @@ def conversations(
         )
     except PlanError as error:
         return None, SourceFacts(), error.problems
-    problems = (*_modules(graph, model, index), *_lengths(chosen, index))
+    problems = (*_modules(graph, model, index), *_contents(chosen, index))
     if problems:
         return None, SourceFacts(), problems
     source = Conversations(
@@ -177,7 +179,13 @@ def _modules(graph: ModuleGraph, model: Model, index: Index) -> Iterator[Problem
             yield Problem("data.source", message, f'Write [modules.{name}] with feeds = ["{LANGUAGE}"].')
 
 
-def _lengths(chosen: Options, index: Index) -> Iterator[Problem]:
+def _contents(chosen: Options, index: Index) -> Iterator[Problem]:
+    """Yield why an index is not the one that the options are for."""
+    if chosen.digest not in {None, index.facts.digest}:
+        message = f"is {chosen.digest}, and the rows of {index.folder} have {index.facts.digest}."
+        yield Problem(
+            "data.options.digest", message, "Name the index that is meant, or leave the digest out."
+        )
     longest = index.facts.longest
     if chosen.sequence is not None and chosen.sequence < longest:
         message = f"is {chosen.sequence}; the longest sample of {index.folder} takes {longest} positions."

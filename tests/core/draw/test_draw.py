@@ -401,3 +401,40 @@ def test_a_measured_timeline_is_drawn_like_a_planned_one():
     assert timeline.step_s == ran.step_s
     assert traced(timeline) == traced(ran)
     assert any(isinstance(event.action, Send) for event in ran.events)
+
+
+def test_ranks_that_do_the_same_share_a_row():
+    """In a world of more than a few ranks: those with equal times, whatever their peers are."""
+    _, timeline = timed("vision vit dp8 tp2 > language; language gpt pp2 tp4 dp2", batch=16, microbatches=2)
+    rows = picture.picture(timeline).rows
+    assert [16, 8, 8] == [row.count for row in rows]
+    few = picture.picture(timed("vision vit dp4 > language; language gpt pp2", batch=16)[1])
+    assert [1] * 6 == [row.count for row in few.rows]
+
+
+def test_a_long_step_is_shown_again_where_it_begins_and_ends():
+    """On a scale on which numbers fit; nothing outside of the window is drawn."""
+    _, timeline = timed("language gpt pp2", batch=256, microbatches=256)
+    whole, *zoomed = page.pages_of(picture.picture(timeline))
+    assert ["warm-up", "drain"] == [each.title.partition(",")[0] for each in zoomed]
+    for each, (begin, end) in zip(zoomed, (each.window for each in zoomed), strict=True):
+        for row in each.rows:
+            assert all(begin <= event.begin_s <= event.end_s <= end for event in row.events)
+    check_texts(ET.fromstring(svg(whole, *zoomed)))
+    numbers = {text.text for text in ET.fromstring(svg(whole, *zoomed)).iter(f"{SVG}text")}
+    assert {"0", "255"} <= numbers
+    assert [whole.title] == [each.title for each in page.pages_of(picture.picture(timed("language gpt")[1]))]
+
+
+def test_numbers_on_stripes_have_plates():
+    """A box of their own under them, for readers of pages that know no paint-order."""
+    found = svg(picture.picture(timed("language gpt pp2", schedule="zb-h1", batch=4, microbatches=4)[1]))
+    assert "paint-order" not in found
+    root = ET.fromstring(found)
+    plates = [
+        g
+        for g in root.iter(f"{SVG}g")
+        if (g[0].text or "").split()[1:2] and "I" in (g[0].text or "").split()[1]
+    ]
+    assert plates
+    assert all(len(g.findall(f"{SVG}rect")) == 3 for g in plates if g.findall(f"{SVG}text"))

@@ -258,7 +258,8 @@ def test_windows_have_the_lengths_of_their_rows(grid: tuple[int, int, int], merg
     patches = frames, merge * height, merge * width
     bounds = windows([patches], merge, window).bounds
     model = Vit(**SIZES, merge=merge, window=window)
-    assert model.windows(patches) == tuple(stop - start for start, stop in itertools.pairwise(bounds))
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(bounds))
+    assert (lengths, sum(n * n for n in lengths)) == (model.windows(patches), model.window_pairs(patches))
 
 
 @pytest.mark.parametrize(("tp", "ok"), [(1, True), (2, True), (4, False)])

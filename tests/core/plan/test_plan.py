@@ -15,8 +15,9 @@ from mimogrid.core.job.spec import BatchSpec, DataSpec, GpuSpec, GridSpec, JobSp
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, grids_of
-from mimogrid.core.plan.planner import BUDGET, plan
+from mimogrid.core.plan.planner import BUDGET, CONFIRMED, plan
 from mimogrid.core.plan.search_space import enough
+from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.simulate.memory import peak_bytes
 from mimogrid.core.simulate.simulation import simulate
@@ -28,7 +29,7 @@ FACTS = SourceFacts(sequence=512)
 GB = 1e9
 
 
-def question(gpus=4, *, memory=80 * GB, batch=8, rows=256, **vision):
+def question(gpus=4, *, gpu="h100", memory=80 * GB, batch=8, rows=256, **vision):
     """A language model that sees images, laid out on one GPU for each."""
     modules = {
         "vision": ModuleSpec(
@@ -45,7 +46,7 @@ def question(gpus=4, *, memory=80 * GB, batch=8, rows=256, **vision):
         modules=modules,
         data=DataSpec(source="none"),
         batch=BatchSpec(global_size=batch, microbatches=4),
-        gpu=GpuSpec(name="h100", memory_gb=memory / GB),
+        gpu=GpuSpec(name=gpu, memory_gb=memory / GB),
         precision="bf16",
     )
     samples = tuple(Sample(id=i, length=512 - rows, rows={"vision": rows}) for i in range(batch))
@@ -88,7 +89,7 @@ def test_every_layout_has_a_reason():
 def test_less_memory_is_respected():
     """With less memory, the fastest layout of before is too large, and the plan says by how much."""
     _, free = planned()
-    cap = min(max(free.best.peak_bytes.values()) * 0.8, 80 * GB)
+    cap = min(max(free.best.peak_bytes.values()) * 0.9, 80 * GB)
     _, tight = planned(memory=cap)
     assert max(tight.best.peak_bytes.values()) <= cap
     assert tight.best.step_s >= free.best.step_s
@@ -146,24 +147,23 @@ def test_where_nothing_fits_the_nearest_layout_is_named():
 
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_a_plan_agrees_with_a_simulation(gpus):
-    """The time and the memory of each layout are those of its whole program with every rank."""
+    """The time and the memory of the best layouts are those of the whole program with every rank."""
     asked, found = planned(gpus, batch=32)
-    for layout in found.layouts:
-        if layout.kind in {BEST, SLOWER}:
-            costs = on_machine(
-                step_of(asked.topology(layout.spec), asked.samples), asked.machine, spread=True
-            )
-            program = program_for(step_of(asked.topology(layout.spec), asked.largest))
-            timeline = rank_by_rank(program, costs)
+    for place, layout in enumerate(found.fitting):
+        costs = even_costs(step_of(asked.topology(layout.spec), asked.samples), asked.machine)
+        timeline = rank_by_rank(program_for(step_of(asked.topology(layout.spec), asked.largest)), costs)
+        if place < CONFIRMED:
             assert timeline.step_s == pytest.approx(layout.step_s, rel=1e-12)
-            peaks = peak_bytes(timeline)
-            for name, module in asked.topology(layout.spec).modules.items():
-                assert layout.peak_bytes[name] == max(peaks[rank] for rank in module.grid.ranks)
+        assert timeline.step_s <= layout.step_s * (1 + 1e-9)
+        assert timeline.step_s == pytest.approx(layout.step_s, rel=0.03)
+        peaks = peak_bytes(timeline)
+        for name, module in asked.topology(layout.spec).modules.items():
+            assert layout.peak_bytes[name] == max(peaks[rank] for rank in module.grid.ranks)
 
 
 def test_orders_are_tried_on_the_best_layouts():
     """Those with split backwards and `auto`, whose costs and cap stand in the job; none twice under two names."""
-    layouts = [layout for layout in planned(4, batch=32)[1].layouts if layout.step_s]
+    layouts = plan(question(4, gpu="l40s", batch=32, memory=20 * GB)).fitting
     names = {layout.spec.schedule.name for layout in layouts}
     assert names & {"zb-h1", "zb-h2", "auto"}
     for layout in layouts:

@@ -1,5 +1,7 @@
 """Prices follow from operations, bytes and the sheet of an accelerator."""
 
+from pathlib import Path
+
 import attrs
 import pytest
 
@@ -143,10 +145,22 @@ def test_the_step_takes_its_work_at_least():
     assert work == pytest.approx(simulate(program_for(step), costs).step_s)
 
 
-@pytest.mark.parametrize(
-    ("gpu", "efficiency", "fact"), [("h1000", 0.5, "'h1000' is not known"), ("h100", 1.5, "is 1.5")]
-)
-def test_what_is_not_known_is_said(gpu, efficiency, fact):
+def test_what_is_not_known_is_said():
     """With the nearest name."""
-    with pytest.raises(PlanError, match=fact):
-        of_accelerator(step_of(), gpu, efficiency)
+    with pytest.raises(PlanError, match="'h1000' is not known"):
+        machine_of("h1000", "bf16")
+
+
+def test_the_documents_have_the_numbers_of_every_accelerator():
+    """With the source of each: a row of the table in `docs/plan.md`."""
+    page = (Path(__file__).parents[3] / "docs/plan.md").read_text(encoding="utf-8")
+    for name, gpu in ACCELERATORS.items():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        tera = [
+            f"{gpu.flops[each] / 1e12:,.5g}" if each in gpu.flops else "-" for each in ("bf16", "fp8", "fp32")
+        ]
+        memory = f"{gpu.memory_bytes / 1e9:g} GB, {gpu.memory_bytes_per_s / 1e12:g} TB/s"
+        links = (f"{size / 1e9:g} GB/s" for size in (gpu.link_bytes_per_s, gpu.network_bytes_per_s))
+        sources = f"{gpu.source.link}; {gpu.source.network}"
+        cells = (f"`{name}`", ", ".join(tera), memory, *links, str(gpu.per_node), sources)
+        assert f"| {' | '.join(cells)} |" == row

@@ -91,6 +91,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], Sample, str, str]] = {
         "",
     ),
     "a grid of two sizes": ({}, described((2, 2)), "a segment of (2, 2), neither", ""),
+    "frames without end": ({}, described((10**12, 1, 1)), "1,000,000,000,000 frames, more than 100,000", ""),
     "fewer rows than none": ({}, described((-1,)), "a segment of (-1,)", ""),
     "intervals unlike the segments": (
         {},

@@ -19,6 +19,7 @@ from mimogrid.core.job.spec import (
     GroupSpec,
     JobSpec,
     LossScaleSpec,
+    MixSpec,
     ModuleSpec,
     OptimizerSpec,
     ScheduleSpec,
@@ -28,6 +29,7 @@ from mimogrid.core.job.spec import (
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.job.sources import conversations
 from mimogrid.shell.job.sources.synthetic import Options
 
 
@@ -39,6 +41,7 @@ TABLES = (
     GridSpec,
     Projector,
     DataSpec,
+    MixSpec,
     BatchSpec,
     ScheduleSpec,
     GpuSpec,
@@ -48,6 +51,7 @@ TABLES = (
     SkipSpec,
     TrainSpec,
     Options,
+    conversations.Options,
 )
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

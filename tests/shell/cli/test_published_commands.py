@@ -123,7 +123,9 @@ def test_init_names_the_folder_from_the_job_file(tmp_path: Path, monkeypatch: py
     assert 0 == main(["init", "../models/llama"])
     assert 'weights = "../models/llama"' in Path("job.toml").read_text()
     shutil.move(tmp_path / "jobs", tmp_path / "moved")
-    assert open_job(tmp_path / "moved" / "job.toml")
+    assert open_job(tmp_path / "moved" / "job.toml").spec.modules["language"].weights == str(
+        tmp_path / "models" / "llama"
+    )
 
 
 def test_init_writes_over_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +142,7 @@ def test_init_writes_over_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "'h1000' is not known" in refused(
         capsys, "init", folder, "--gpus", "4", "--gpu", "h1000", "--out", tmp_path / "new.toml"
     )
-    assert [out.name, "llama", "llava"] == sorted(path.name for path in tmp_path.iterdir())
+    assert ["job.schema.json", out.name, "llama", "llava"] == sorted(path.name for path in tmp_path.iterdir())
 
 
 # -- there and back ----------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def test_a_run_that_started_from_no_folder(
 def test_parity_needs_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, how to get it is said before any process starts."""
     job = open_job(init(make("llama", tmp_path / "llama"), tmp_path / "job.toml"), ["precision=bf16"])
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(PlanError) as error:
         start.parity(job, ParityArgs(job=tmp_path / "job.toml", reference="transformers"))
     assert "transformers is not installed" in str(error.value)

@@ -263,7 +263,7 @@ def test_a_world_too_large_to_draw_is_told_by_classes(job, capsys, monkeypatch):
     options = ["--set", "modules.language.grid.dp=4", "--set", "batch.global_size=32", "--trace", "a.json"]
     assert 0 == main(["simulate", str(job), *options])
     printed = capsys.readouterr().out
-    assert printed.startswith("9 ranks in 3 classes do ")
+    assert "\n9 ranks in 3 classes do " in printed
     assert all(f"rank {ranks} " in printed for ranks in ("0", "1-4", "5-8"))
     records = json.loads((job.parent / "a.json").read_text())["traceEvents"]
     assert {0, 1, 5} == {record["pid"] for record in records}

@@ -1,5 +1,6 @@
 """Sources of indexes: what is described is what is loaded, in an order of its own for every epoch, alone or mixed."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import tomlkit
 import torch
 
 from mimogrid.core.base.errors import PlanError, WorldError
+from mimogrid.core.job.changes import refused
 from mimogrid.shell.data.conversations import conversation
 from mimogrid.shell.data.encoding import Encoder, decoded
 from mimogrid.shell.data.index import Index
@@ -141,6 +143,25 @@ def test_data_that_is_wrong_is_refused_before_anything_runs(
     with pytest.raises(PlanError) as caught:
         opens(data)
     assert any(where in p.where and why in p.message for p in caught.value.problems), caught.value
+
+
+def test_a_run_goes_on_with_the_index_that_it_began_with(
+    index: Index, opens: Opens, llava: Path, tmp_path: Path
+) -> None:
+    """Of a store that has grown it has other samples, in another order; a new index of the same store is the same."""
+    data = {"source": "conversations", "options": {"index": "store.index"}}
+    before = opens(data).spec
+    (tmp_path / "store.index").rename(tmp_path / "old.index")
+    records = [json.loads(line) for line in (tmp_path / "store.jsonl").read_text().splitlines()]
+    indexed(write_lines(tmp_path / "store.jsonl", records), llava)
+    assert not list(refused(before, opens(data).spec, accepted=()))
+    indexed(write_lines(tmp_path / "store.jsonl", [*records, record(9)]), llava)
+    after = opens(data).spec
+    assert [change.key for change in refused(before, after, accepted=())] == ["data.options.digest"]
+    assert not list(refused(before, after, accepted=("data.options.digest",)))
+    pinned = {**data["options"], "digest": index.facts.digest}  # type: ignore[dict-item]
+    with pytest.raises(PlanError, match=r"data\.options\.digest"):
+        opens({**data, "options": pinned})
 
 
 def test_a_job_has_the_modules_that_an_index_is_for(index: Index, opens: Opens) -> None:

@@ -25,7 +25,7 @@ from mimogrid.shell.modules.stems import rows_of_tower, stem_of
 from mimogrid.shell.run.reference import double_precision, reference
 
 
-NEAR = {"rtol": 1e-12, "atol": 1e-12}
+NEAR: Mapping[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 
 @attrs.frozen
@@ -169,6 +169,6 @@ def test_before_and_behind_the_layers(name: str, tmp_path: Path) -> None:
     edge = attrs.evolve(edge, width=edge.width * edge.parts)
     project = projector_of(edge, tower.model, dtype=torch.float64, weight_grads=store)
     ours = tower.loaded(project, "projector.language.")(positions, inner)
-    counts = [tower.model.emitted(grid) for grid in tower.grids]
+    counts = [tower.model.emission.rows(grid) for grid in tower.grids]
     assert len(ours) == sum(counts)
     torch.testing.assert_close(ours, packed(rows, counts), **NEAR)

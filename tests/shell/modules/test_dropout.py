@@ -1,173 +1,137 @@
-"""Dropout: masks are equal for equal values of different ranks, differ otherwise, and depend on the plan only."""
+"""Dropout: a mask hangs on the step, the sample and the place in it, so every layout has the same.
 
-from collections.abc import Callable, Mapping
-from itertools import combinations
+Of values every rank of a sample knows which are dropped, whichever part of them it has; nothing is drawn that an order
+of calls could change.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
 import pytest
+import torch
+from torch import Tensor
 
-from draws import RankDraws
 from layouts import job as job_of
-from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.job.validation.problems import parity_problems
-from mimogrid.shell.cli import start
-from mimogrid.shell.cli.arguments import ParityArgs
+from mimogrid.core.step.step import Step, step_of
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.megatron.draws import child, dropped, kept
+from mimogrid.shell.modules.interface import StageModule
 from mimogrid.shell.world.launch import Pool
+from parity import Parity, assert_same
+from ragged import step_with
+from scale import nightly_only
+from stages import Alone, build, gradients, run, world_of_one
 
 
-pytestmark = pytest.mark.world
-
-LAYERS, MICROBATCHES = 2, 2
-Drawing = Callable[..., list[RankDraws]]
+P = 0.3
 
 
 def spec_of(
-    grids: str, *, dropout: float = 0.3, changes: Mapping[str, Any] | None = None, **axes: Any
+    line: str, *, microbatches: int = 2, changes: Mapping[str, Any] | None = None, **axes: Any
 ) -> JobSpec:
     """Return a job with dropout in every module; `axes` are those of the language model's grid."""
-    names = [word.split("(")[0] for word in grids.split()]
-    options = {name: {"options": {"dropout": dropout}, **(changes or {})} for name in names}
-    data = {"absent": dict.fromkeys((n for n in names if n == "enc"), 0.0)}
-    spec = job_of(grids, microbatches=MICROBATCHES, samples=2, data=data, changes=options)
-    model = spec.modules["lm"]
-    modules = {**spec.modules, "lm": attrs.evolve(model, grid=attrs.evolve(model.grid, **axes))}
-    longer = attrs.evolve(spec.data, options={**spec.data.options, "sequence": 16})
-    return attrs.evolve(spec, modules=modules, data=longer)
+    names = [word.split("(")[0] for word in line.split()]
+    options = {name: {"options": {"dropout": P}, **(changes or {})} for name in names}
+    spec = job_of(line, microbatches=microbatches, samples=2, data={"sequence": 32}, changes=options)
+    grid = attrs.evolve(spec.modules["lm"].grid, **axes)
+    return attrs.evolve(spec, modules={**spec.modules, "lm": attrs.evolve(spec.modules["lm"], grid=grid)})
+
+
+# -- the hash ----------------------------------------------------------------------------------------------
+
+
+def test_draws_are_those_of_the_published_generator() -> None:
+    """The first numbers of SplitMix64 from the state 1234567, as its authors' test vectors say."""
+    state = torch.tensor(1234567)
+    vectors = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert vectors == [int(child(state, i)) % 2**64 for i in range(1, 5)]
+    assert vectors == [int(n) % 2**64 for n in child(state, torch.arange(1, 5))]
+
+
+def test_as_many_are_dropped_as_the_probability_says() -> None:
+    """Over positions, over columns, and over pairs of neighbours, which are independent."""
+    keys = child(torch.tensor(7), torch.arange(400))
+    mask = kept(keys[:, None], torch.arange(300), P).double()
+    both = mask[:, 1:] * mask[:, :-1], mask[1:] * mask[:-1]
+    assert float(mask.mean()) == pytest.approx(1 - P, abs=0.01)
+    assert [float(pairs.mean()) for pairs in both] == pytest.approx([(1 - P) ** 2] * 2, abs=0.01)
+    assert 0.02 < float(mask.mean(dim=0).std()) < 0.03  # of 400 draws: sqrt(0.21 / 400)
+    ones = torch.ones(400, 1, 300, dtype=torch.float64)
+    assert torch.equal(dropped(ones, keys, P)[:, 0], mask / (1 - P))
+
+
+# -- packed is each sample alone ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def draws_of(pool: Pool, opened: Callable[[JobSpec], Job]) -> Drawing:
-    """Run steps of a job; return what each rank with a stage drew."""
-
-    def run(spec: JobSpec, *steps: int, update: bool = False) -> list[RankDraws]:
-        job = opened(spec)
-        said = pool.run("draws:tell", job.topology.world_size, job, steps or (0,), update)
-        return [one for one in said if one is not None]
-
-    return run
+def alone() -> Iterator[Alone]:
+    """A world of one."""
+    with world_of_one() as groups:
+        yield groups
 
 
-def states(rank: RankDraws, kind: str, stage: str = "lm") -> list[str]:
-    """The states of a rank's draws of a kind in a module, in order."""
-    return [draw.state for draw in rank.draws if draw.kind == kind and draw.stage.startswith(stage)]
+def test_a_sample_is_masked_alike_beside_any_others(alone: Alone, opened: Callable[[JobSpec], Job]) -> None:
+    """The losses and gradients of a row are the sums of those of its samples in rows of their own."""
+    topology = opened(spec_of("enc(1,1,1)@0 lm(1,1,1)@0", microbatches=1)).topology
+    stages = build(topology, alone)
+    step, batch = step_with(
+        topology, [(4, {"enc": [2, 3]}), (5, {"enc": []}), (0, {"enc": [1]}), (3, {"enc": [7]})]
+    )
+    together = _gradients(topology, stages, step, batch)
+    apart = [
+        _gradients(topology, stages, step_of(topology, (sample,)), [data])
+        for sample, data in zip(step.samples, batch, strict=True)
+    ]
+    for name, gradient in together.items():
+        torch.testing.assert_close(sum(of[name] for of in apart), gradient, rtol=1e-9, atol=1e-12)
+    stages["lm"][0].draw_key = 1
+    assert not torch.equal(_gradients(topology, stages, step, batch)["loss"], together["loss"])
 
 
-# -- who draws what ----------------------------------------------------------------------------------------
+def _gradients(
+    topology: Any, stages: Mapping[str, list[StageModule]], step: Step, batch: Any
+) -> dict[str, Tensor]:
+    for stage in itertools.chain(*stages.values()):
+        stage.zero_grad()
+    loss = run(topology, stages, step, batch)["lm"]["loss"]
+    loss.backward()
+    found = {f"{m}.{name}": g.clone() for m, own in gradients(stages).items() for name, g in own.items()}
+    return {"loss": loss.detach(), **found}
 
 
-def test_every_layer_draws(draws_of: Drawing) -> None:
-    """Twice for values in a layer, at least once for attention, and once for the text's embedding."""
-    (alone,) = draws_of(spec_of("lm(1,1,1)@0"))
-    assert MICROBATCHES * (2 * LAYERS + 1) == len(states(alone, "dropout"))
-    assert MICROBATCHES * LAYERS <= len(states(alone, "attention"))
-    assert len(alone.draws) == len({draw.state for draw in alone.draws})
+# -- every layout ------------------------------------------------------------------------------------------
 
 
-def test_tensor_parallel_ranks_mask_what_they_share_alike(draws_of: Drawing) -> None:
-    """Hidden values are the same on every tp rank, and so are their masks; each has heads of its own."""
-    one, other = draws_of(spec_of("lm(2,1,1)@0"))
-    assert states(one, "dropout") == states(other, "dropout")
-    assert not set(states(one, "attention")) & set(states(other, "attention"))
-
-
-def test_sequence_parallel_ranks_mask_their_positions_apart(draws_of: Drawing) -> None:
-    """The embedding is masked before the sequence is cut, everything else after it."""
-    one, other = draws_of(spec_of("lm(2,1,1)@0", sequence_parallel=True))
-    each = 2 * LAYERS + 1
-    for start_ in range(0, MICROBATCHES * each, each):
-        mine, yours = (states(rank, "dropout")[start_ : start_ + each] for rank in (one, other))
-        assert mine[0] == yours[0]
-        assert not set(mine[1:]) & set(yours[1:])
-    assert not set(states(one, "attention")) & set(states(other, "attention"))
-
-
+@pytest.mark.world
 @pytest.mark.parametrize(
-    ("grids", "axes"),
+    ("line", "axes", "changes"),
     [
-        ("lm(1,1,2)@0", {}),
-        ("lm(1,1,1)@0", {"cp": 2}),
-        ("lm(1,2,1)@0", {}),
-        ("enc(1,1,1)@0 lm(1,1,1)@0", {}),
-        ("enc(1,1,2)@0 lm(2,2,1)@0", {"cp": 2, "sequence_parallel": True}),
+        ("enc(2,1,2)@0 lm(2,1,1)@0", {"cp": 2, "sequence_parallel": True}, {"recompute": "full"}),
+        ("enc(1,1,1)@0 lm(2,2,1)@0", {}, {"recompute": "selective"}),
+        *nightly_only(
+            [
+                ("enc(1,2,1)@0 lm(1,1,2)@0", {"cp": 2}, {}),
+                ("enc(1,1,3)@0 lm(4,1,1)@0", {"sequence_parallel": True}, {}),
+            ]
+        ),
     ],
 )
-def test_all_others_draw_apart(draws_of: Drawing, grids: str, axes: Mapping[str, Any]) -> None:
-    """Dp ranks, parts of a sequence, stages, modules, microbatches and steps."""
-    ranks = draws_of(spec_of(grids, **axes), 0, 1)
-    for rank in ranks:
-        assert len(rank.draws) == len({draw.state for draw in rank.draws}) > 0
-    for one, other in combinations(ranks, 2):
-        shared = {draw.state for draw in one.draws} & {draw.state for draw in other.draws}
-        alike = [
-            name
-            for name, mine in one.positions.items()
-            if name in other.positions
-            and all(mine[axis] == other.positions[name][axis] for axis in ("cp", "dp", "pp"))
-        ]
-        assert bool(shared) <= bool(alike), (one.positions, other.positions)
-
-
-# -- repeatable --------------------------------------------------------------------------------------------
-
-
-def test_two_runs_are_the_same_to_the_last_bit(draws_of: Drawing) -> None:
-    """Draws depend on the plan only."""
-    spec = spec_of("enc(1,1,2)@0 lm(2,2,1)@2", sequence_parallel=True)
-    first, second = draws_of(spec, 0, 1, 2, update=True), draws_of(spec, 0, 1, 2, update=True)
-    assert first == second
-    assert len(set(first[0].losses)) == 3
-
-
-def test_a_step_does_not_depend_on_what_ran_before(draws_of: Drawing) -> None:
-    """Step 2 by itself draws what step 2 draws after two others, so a resumed run continues exactly."""
-    spec = spec_of("enc(1,1,1)@0 lm(1,2,1)@0")
-    after, alone = draws_of(spec, 0, 1, 2), draws_of(spec, 2)
-    assert [rank.gradients for rank in after] == [rank.gradients for rank in alone]
-    assert [rank.losses[-1] for rank in after] == [rank.losses[-1] for rank in alone]
-
-
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("axes", [{}, {"cp": 2}, {"sequence_parallel": True}])
-def test_recomputation_draws_the_same_again(
-    draws_of: Drawing, recompute: str, axes: Mapping[str, Any]
+def test_layouts_drop_the_same(
+    parity: Parity, line: str, axes: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
-    """Each recomputed draw starts at the state of the first one, and the gradients are bitwise equal."""
-    grids = "lm(2,1,1)@0"
-    usual = draws_of(spec_of(grids, **axes))
-    twice = draws_of(spec_of(grids, changes={"recompute": recompute}, **axes))
-    for one, again in zip(usual, twice, strict=True):
-        assert {draw.state for draw in one.draws} == {draw.state for draw in again.draws}
-        assert len(again.draws) > len(one.draws)
-        assert one.losses == again.losses
-        assert one.gradients == again.gradients
+    """Tp ranks that share values mask them alike, those that have heads or positions of their own apart."""
+    assert_same(parity, spec_of(line, changes=changes, **axes))
 
 
-# -- where there is none -----------------------------------------------------------------------------------
+@pytest.mark.world
+def test_evaluation_drops_nothing(pool: Pool, opened: Callable[[JobSpec], Job]) -> None:
+    """Forward-only programs answer as those of a job without dropout."""
 
+    def chosen(spec: JobSpec) -> list[list[int]]:
+        return pool.run("against_plain:chosen_in_world", 1, opened(spec))
 
-def test_evaluation_draws_nothing(draws_of: Drawing) -> None:
-    """Forward-only programs run without dropout."""
-    assert all(rank.evaluated == () for rank in draws_of(spec_of("enc(1,1,1)@0 lm(2,1,1)@0")))
-
-
-def test_without_dropout_nothing_is_drawn(draws_of: Drawing) -> None:
-    """And dropout changes the loss."""
-    grids = "lm(1,1,1)@0"
-    (without,), (with_some,) = draws_of(spec_of(grids, dropout=0.0)), draws_of(spec_of(grids))
-    assert () == without.draws
-    assert without.losses != with_some.losses
-
-
-def test_parity_refuses_dropout(opened: Callable[[JobSpec], Job]) -> None:
-    """Layouts draw different masks, so parity cannot compare them."""
-    spec = spec_of("enc(1,1,1)@0 lm(1,1,1)@0")
-    assert () == parity_problems(spec_of("lm(1,1,1)@0", dropout=0.0))
-    assert ["modules.enc.options.dropout", "modules.lm.options.dropout"] == [
-        problem.where for problem in parity_problems(spec)
-    ]
-    job = opened(spec)
-    with pytest.raises(PlanError, match=r"--set modules\.enc\.options\.dropout=0"):
-        start.parity(job, ParityArgs(job=job.path))
+    line, without = "enc(1,1,1)@0 lm(1,1,1)@0", {"options": {"dropout": 0.0}}
+    assert chosen(spec_of(line)) == chosen(spec_of(line, changes=without))

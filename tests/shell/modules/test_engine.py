@@ -155,13 +155,13 @@ def test_the_specification_is_megatrons_but_for_attention() -> None:
         (Gpt(layers=2, hidden=8, heads=2, vocab=5), "causal"),
     ):
         with patch.object(engine, "layer_of_megatron", megatrons):
-            layers = engine.engine_spec(model, layers=2).layer_specs
+            layers = engine.engine_spec(model, layers=range(2)).layer_specs
         for layer in layers:
             parts, attention = layer.submodules, layer.submodules.self_attention
             assert IdentityOp is parts.input_layernorm is parts.pre_mlp_layernorm
             assert extension.TELayerNormColumnParallelLinear is attention.submodules.linear_qkv
             assert extension.TELayerNormColumnParallelLinear is linears_of(parts.mlp).linear_fc1
-            assert CoreAttention is attention.submodules.core_attention
+            assert CoreAttention is attention.submodules.core_attention.func
             assert mask == attention.params["attn_mask_type"].name
 
 

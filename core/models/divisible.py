@@ -1,10 +1,10 @@
-"""Fitting: what a job says of a published module so that a grid can cut what does not divide.
+"""Divisible: what a job says of a published module so that a grid can cut what does not divide.
 
 A vocabulary is padded to a multiple of tp, and layers are split as evenly as can be over the stages:
 
->>> fitted({"grid": {"tp": 2, "pp": 2}}, {"layers": 3, "vocab": 259})
+>>> divisible({"grid": {"tp": 2, "pp": 2}}, {"layers": 3, "vocab": 259})
 {'grid': {'tp': 2, 'pp': 2}, 'split': [1, 2], 'options': {'vocab_padding': 1}}
->>> fitted({"grid": {"pp": 3}}, {"layers": 3, "vocab": 259})
+>>> divisible({"grid": {"pp": 3}}, {"layers": 3, "vocab": 259})
 {'grid': {'pp': 3}}
 """
 
@@ -15,7 +15,7 @@ from mimogrid.core.base.samples import share
 from mimogrid.core.models.network import option
 
 
-def fitted(module: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def divisible(module: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a module's table in a job file with the `split` and the `vocab_padding` that its grid needs.
 
     What the table says already stays. `options` are those of the checkpoint.
