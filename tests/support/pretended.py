@@ -201,6 +201,7 @@ def pretending() -> Iterator[Pretending]:
         "manual_seed": torch.default_generator.manual_seed,
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "pretended",
+        "max_memory_allocated": lambda *_: 0,
         "get_device_properties": lambda *_: SimpleNamespace(total_memory=MEMORY_BYTES),
         "synchronize": lambda *_: None,
     }
