@@ -92,7 +92,7 @@ def _of_layer(module: Module, model: BuiltIn, layer: int, computed: Computed, re
     up, down = model.mlp_widths(layer)
     middle = 2 * up + (down if model.gated and not model.has_experts(layer) else 0)
     inner = model.heads * model.head_width
-    saved = tokens * (model.qkv_width + inner + middle)
+    saved: float = tokens * (model.qkv_width + inner + middle)
     if recompute != "selective":
         # Queries and keys once more as they are turned, and the output of each run besides that of the row.
         saved += tokens * (inner + model.kv_heads * model.head_width + inner + model.heads)
