@@ -195,7 +195,7 @@ def main() -> None:
     print("\ncomputed positions / real positions")
     print(f"{'mix':10}{'padded':>12}" + "".join(f"{grid:>12}" for grid in GRIDS))
     for mix in given.mix:
-        samples = ragged(mix, 32)
+        samples = ragged(mix, 16)
         ratios = [computed / real for computed, real in _by_grid(samples)]
         whole = sum(s.length + 2 * sum(s.rows.values()) for s in padded(samples))
         print(
@@ -203,7 +203,7 @@ def main() -> None:
         )
     with Pool(1) as pool:
         (measured,) = pool.run(f"{Path(__file__).stem}:in_world", 1, open_job(JOB), given.mix, given.pairs)
-    print("\nCPU seconds of a step of 32 samples in 4 microbatches, and padded / packed")
+    print("\nCPU seconds of a step of 16 samples in 2 microbatches, and padded / packed")
     print(f"{'mix':10}{'packed':>12}{'padded':>12}{'ratio':>12}{'least':>12}{'most':>12}")
     for mix, seconds in measured.items():
         packed_s, padded_s = (statistics.median(of) for of in zip(*seconds, strict=True))

@@ -2,10 +2,10 @@
 
 Weights, gradients and what the optimizer keeps follow from the table of parameters, exactly. What a microbatch
 in flight saves for its backward is an estimate: per layer and position the values that a pre-norm transformer
-layer saves (inputs of norms and linears, queries, keys and values, the middle of the MLP twice), and per head one
-number of the softmax. The kernels of attention compute scores again in the backward; with dropout they are not used,
-and scores are saved for every pair. Temporary buffers and the allocator's losses are not included, nor is a module of
-the user's own.
+layer saves (inputs of norms and linears, queries, keys and values, what attention gives, the middle of the MLP twice),
+and per head one number of the softmax. The kernels of attention compute scores again in the backward; with dropout they
+are not used, and scores are saved for every pair. Temporary buffers and the allocator's losses are not included, nor is
+a module of the user's own.
 """
 
 from collections.abc import Mapping
@@ -88,13 +88,16 @@ def _of_layer(module: Module, model: BuiltIn, layer: int, computed: Computed, re
     inputs = tokens * model.hidden
     if recompute == "full":
         return inputs / shared
-    # A gated MLP saves both halves of what comes in, the activated gate and their product.
-    middle = 2 * model.mlp_widths(layer)[0]
-    linear = tokens * (model.qkv_width + model.heads * model.head_width + middle) / tp
-    softmax = 0.0
+    # A gated MLP saves both halves of what comes in, the activated gate, their product; Megatron's a half once more.
+    up, down = model.mlp_widths(layer)
+    middle = 2 * up + (down if model.gated and not model.has_experts(layer) else 0)
+    inner = model.heads * model.head_width
+    saved = tokens * (model.qkv_width + inner + middle)
     if recompute != "selective":
-        softmax = (tokens + DROPPED * computed.pairs * drops(module)) * model.heads / tp
-    return 4 * inputs / shared + linear + softmax
+        # Queries and keys once more as they are turned, and the output of each run besides that of the row.
+        saved += tokens * (inner + model.kv_heads * model.head_width + inner + model.heads)
+        saved += DROPPED * computed.pairs * drops(module) * model.heads
+    return 4 * inputs / shared + saved / tp
 
 
 def deferred_values(module: Module, info: StageInfo, computed: Computed) -> float:

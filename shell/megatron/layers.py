@@ -157,9 +157,24 @@ class LocalRMSNorm(nn.RMSNorm):
 
 
 class ReadsRow:
-    """An MLP that reads the row of its layer."""
+    """A part of a layer that reads the row which the layer computes."""
 
     row: PackedRow | None = None
+
+
+class DropoutAdd(ReadsRow):
+    """Stands for Megatron's `bias_dropout_add`: what is dropped hangs on the row, where that has keys to draw from."""
+
+    def __init__(self, draw: int) -> None:
+        self.draw = draw
+
+    def __call__(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Return what adds an output and its bias to the hidden states."""
+        keys = None if self.row is None else self.row.keys_between
+        if keys is None:
+            added: Callable[..., Tensor] = get_bias_dropout_add(training, fused)
+            return added
+        return functools.partial(_added, child(keys, self.draw))
 
 
 class Layer(TransformerLayer):  # type: ignore[misc]
@@ -170,12 +185,10 @@ class Layer(TransformerLayer):  # type: ignore[misc]
     `layer` is its number within the model.
     """
 
-    row: PackedRow | None = None
-
     def __init__(self, *arguments: Any, layer: int, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self.self_attn_bda = functools.partial(self._adding, draw_of(BEHIND_ATTENTION, layer))
-        self.mlp_bda = functools.partial(self._adding, draw_of(BEHIND_MLP, layer))
+        self.self_attn_bda = DropoutAdd(draw_of(BEHIND_ATTENTION, layer))
+        self.mlp_bda = DropoutAdd(draw_of(BEHIND_MLP, layer))
 
     def forward(
         self,
@@ -185,21 +198,13 @@ class Layer(TransformerLayer):  # type: ignore[misc]
         **more: Any,
     ) -> Any:
         """Compute the layer; see Megatron's."""
-        self.row = packed_seq_params
-        if isinstance(self.mlp, ReadsRow):
-            self.mlp.row = packed_seq_params
+        for part in (self.self_attn_bda, self.mlp, self.mlp_bda):
+            if isinstance(part, ReadsRow):
+                part.row = packed_seq_params
         hidden, context = super().forward(*arguments, packed_seq_params=packed_seq_params, **more)
         if attention_bias and self.layer_number <= len(attention_bias):
             hidden = hidden + attention_bias[self.layer_number - 1]
         return hidden, context
-
-    def _adding(self, draw: int, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """Return what adds an output and its bias to the hidden states, without what is dropped in a draw."""
-        keys = None if self.row is None else self.row.keys_between
-        if keys is None:
-            added: Callable[..., Tensor] = get_bias_dropout_add(training, fused)
-            return added
-        return functools.partial(_added, child(keys, draw))
 
 
 def _added(

@@ -56,7 +56,7 @@ class TowerStage(TransformerStage):
         self._inner: dict[int, Tensor] = {}
         for layer in sorted({*model.deepstack_layers} & {*info.layers}):
             place = info.layers.index(layer)
-            self.decoder.layers[place].register_forward_hook(functools.partial(self._keep, layer))
+            self.decoder.layers[place].register_forward_hook(functools.partial(_keep, self._inner, layer))
 
     @property
     def decoder(self) -> TransformerBlock:
@@ -102,10 +102,6 @@ class TowerStage(TransformerStage):
         emitted = self.emit(rows_PH, deep)
         return {target: self._joined(rows, total) for target, rows in emitted.items()}
 
-    def _keep(self, layer: int, _module: object, _arguments: object, output: tuple[Tensor, object]) -> None:
-        """Keep what an inner layer gives until the stage's rows leave."""
-        self._inner[layer], _ = output
-
     def _rows(self, hidden_S1H: Tensor, packing: Packing, places: Tensor | None) -> Tensor:
         """Return the positions that this cp rank's emitted rows are made of."""
         rows_PH = self._whole(hidden_S1H, packing)
@@ -129,6 +125,13 @@ class TowerStage(TransformerStage):
         rows = functional.pad(rows, (0, 0, 0, most - len(rows)))
         rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=self.cp)
         return rows.index_select(0, _order(size, total, rows.device))
+
+
+def _keep(
+    inner: dict[int, Tensor], layer: int, _module: object, _arguments: object, output: tuple[Tensor, object]
+) -> None:
+    """Keep what an inner layer gives until the stage's rows leave; the hook holds no stage, which would be a cycle."""
+    inner[layer], _ = output
 
 
 def _grids(share: Share) -> Grids:

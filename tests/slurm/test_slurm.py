@@ -39,8 +39,8 @@ def losses_of_local_launch(cluster: Cluster, job: str, steps: int) -> list[tuple
 
 
 def run_of(cluster: Cluster, job: str) -> Path:
-    """The run folder of a job of Slurm."""
-    return cluster.work / "runs" / f"slurm-{job}"
+    """The run folder of a job of Slurm, or of a task of an array."""
+    return cluster.work / "runs" / f"slurm-{cluster.fact(job, 'JobId')}"
 
 
 def await_checkpoint(folder: Path, after: int) -> int:
@@ -55,7 +55,7 @@ def await_checkpoint(folder: Path, after: int) -> int:
 
 def said(cluster: Cluster, job: str) -> str:
     """The output of all ranks of a job, over all its starts."""
-    return (cluster.work / f"mimogrid-{job}.log").read_text()
+    return (cluster.work / f"mimogrid-{cluster.fact(job, 'JobId')}.log").read_text()
 
 
 def resumed_step(cluster: Cluster, job: str) -> int:
@@ -103,9 +103,9 @@ def test_jobs_of_an_array_do_not_collide_and_one_outlives_its_time_limit(cluster
         job_of(cluster, "long.toml", "seed = 1\n" + pair, steps=10**6, every=50),
     ]
     array = cluster.submit("--array=0-1", "--ntasks=2", "--nodes=1", FILE, *names)
-    for task in (0, 1):
-        cluster.await_state(f"{array}_{task}", "RUNNING", "COMPLETED")
-    short, long = (cluster.fact(f"{array}_{task}", "JobId") for task in (0, 1))
+    short, long = f"{array}_0", f"{array}_1"
+    for task in (short, long):
+        cluster.await_state(task, "RUNNING", "COMPLETED")
     assert cluster.fact(short, "NodeList") != cluster.fact(long, "NodeList")
     await_checkpoint(run_of(cluster, long), 0)
     # The limit is in whole minutes, and the signal comes up to a minute earlier than 120 s before it.
@@ -113,7 +113,7 @@ def test_jobs_of_an_array_do_not_collide_and_one_outlives_its_time_limit(cluster
     cluster.run("scontrol", "update", f"JobId={long}", f"TimeLimit={60 * hours + minutes + 3}")
     step = resumed_step(cluster, long)
     assert f"was asked to stop, and is saved: step {step} is next" in said(cluster, long)
-    assert "1" == cluster.fact(long, "Restarts")
+    assert ["0", "1"] == [cluster.fact(task, "Restarts") for task in (short, long)]
     await_checkpoint(run_of(cluster, long), step)
     cluster.run("scancel", long)
     cluster.await_state(long, "CANCELLED")

@@ -15,7 +15,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +29,7 @@ from mimogrid.shell.device.device import Device
 from mimogrid.shell.device.streams import Streams
 
 
+MEMORY_BYTES = 80_000_000_000
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 aten = torch.ops.aten
 READING = {
@@ -200,6 +201,8 @@ def pretending() -> Iterator[Pretending]:
         "manual_seed": torch.default_generator.manual_seed,
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "pretended",
+        "max_memory_allocated": lambda *_: 0,
+        "get_device_properties": lambda *_: SimpleNamespace(total_memory=MEMORY_BYTES),
         "synchronize": lambda *_: None,
     }
     objects = patch.object(dist.distributed_c10d, "_get_object_coll_device", lambda _: "cuda:0")

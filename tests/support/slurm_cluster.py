@@ -20,7 +20,7 @@ from pathlib import Path
 import attrs
 
 
-COMMANDS = ("slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "srun")
+COMMANDS = ("slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue", "srun")
 NODES = ("127.0.0.1", "127.0.0.2")
 CONFIG = """
 ClusterName=loopback
@@ -56,8 +56,9 @@ NodeName={nodes[0]} NodeAddr={nodes[0]} Port={first} CPUs=32 Gres=gpu:4
 NodeName={nodes[1]} NodeAddr={nodes[1]} Port={second} CPUs=32 Gres=gpu:4
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-CAME_UP_S, CHANGED_S = 60.0, 600.0
-"""How long the cluster may take to come up, and a job to get to its next state; seven imports of torch take minutes."""
+CAME_UP_S, CHANGED_S, ENDED_S = 60.0, 600.0, 60.0
+"""How long the cluster may take to come up, a job to get to its next state, and cancelled jobs to end. Seven imports of
+torch take minutes on two cores."""
 
 
 def missing() -> list[str]:
@@ -140,8 +141,10 @@ class Cluster:
         return found
 
     def close(self) -> None:
-        """Cancel all jobs, and end all that was started."""
-        self.run("scancel", "--user", getpass.getuser())
+        """Cancel all jobs, and end all that was started; the daemons of steps end with their jobs."""
+        with contextlib.suppress(AssertionError):  # there may be no controller that answers
+            self.run("scancel", "--user", getpass.getuser())
+            await_that("no job is left", lambda: not self.run("squeue", "--noheader"), ENDED_S)
         for node in NODES:
             if node in self.daemons:
                 self.lose(node)

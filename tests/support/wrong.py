@@ -477,18 +477,6 @@ def _(job: Table, _name: str, draw: st.DrawFn) -> str:
     return put(job, "data.options.sequence", text - draw(st.sampled_from((4, 12))))
 
 
-@way("a sequence that cp does not divide", is_gpt)
-def _(job: Table, name: str, draw: st.DrawFn) -> str:
-    put(job, f"modules.{name}.grid.cp", 2)
-    return put(job, "data.options.sequence", draw(st.sampled_from((97, 98, 102))))
-
-
-@way("a sequence that sequence parallelism does not divide", is_gpt)
-def _(job: Table, name: str, draw: st.DrawFn) -> str:
-    job["modules"][name]["grid"] |= {"tp": 4, "sequence_parallel": True}
-    return put(job, "data.options.sequence", draw(st.sampled_from((97, 98))))
-
-
 @way("rows of another width", is_source)
 def _(job: Table, name: str, _draw: st.DrawFn) -> str:
     job["data"]["options"]["features"] = {name: 99}

@@ -137,7 +137,7 @@ def conversations(
         )
     except PlanError as error:
         return None, SourceFacts(), error.problems
-    problems = (*_modules(graph, model, index), *_contents(chosen, index))
+    problems = (*_modules(graph, model, index), *_contents(spec, chosen, index))
     if problems:
         return None, SourceFacts(), problems
     source = Conversations(
@@ -179,7 +179,7 @@ def _modules(graph: ModuleGraph, model: Model, index: Index) -> Iterator[Problem
             yield Problem("data.source", message, f'Write [modules.{name}] with feeds = ["{LANGUAGE}"].')
 
 
-def _contents(chosen: Options, index: Index) -> Iterator[Problem]:
+def _contents(spec: JobSpec, chosen: Options, index: Index) -> Iterator[Problem]:
     """Yield why an index is not the one that the options are for."""
     if chosen.digest not in {None, index.facts.digest}:
         message = f"is {chosen.digest}, and the rows of {index.folder} have {index.facts.digest}."
@@ -187,7 +187,7 @@ def _contents(chosen: Options, index: Index) -> Iterator[Problem]:
             "data.options.digest", message, "Name the index that is meant, or leave the digest out."
         )
     longest = index.facts.longest
-    if chosen.sequence is not None and chosen.sequence < longest:
+    if spec.data.overflow == "error" and (chosen.sequence or longest) < longest:
         message = f"is {chosen.sequence}; the longest sample of {index.folder} takes {longest} positions."
-        remedy = f"Set sequence = {longest} or more, or index with --max-tokens {chosen.sequence}."
+        remedy = f"Set sequence = {longest} or more, index with --max-tokens {chosen.sequence}, or set data.overflow."
         yield Problem("data.options.sequence", message, remedy)

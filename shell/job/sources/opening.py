@@ -11,7 +11,7 @@ from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.data.mixture import Mixture
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.placement import graph_of
-from mimogrid.core.job.spec import DataSpec, JobSpec, SourceFacts
+from mimogrid.core.job.spec import JobSpec, SourceFacts
 from mimogrid.core.job.validation.wiring import PATHS_MOST
 from mimogrid.shell.job.builders import FoundFunction, NeedsTorch, PlanWarning, find
 from mimogrid.shell.job.sources.source import Source
@@ -68,7 +68,9 @@ def _mixed(spec: JobSpec, *, run_code: bool) -> Opened:
         return None, SourceFacts(), [*problems, Problem("data.mix", message, remedy)]
     parts: list[tuple[Source | None, SourceFacts]] = []
     for number, entry in enumerate(entries):
-        alone = attrs.evolve(spec, data=DataSpec(source=entry.source, options=entry.options))
+        alone = attrs.evolve(
+            spec, data=attrs.evolve(spec.data, source=entry.source, options=entry.options, mix=())
+        )
         source, facts, found = open_source(alone, run_code=run_code)
         parts.append((source, facts))
         problems += [

@@ -88,6 +88,17 @@ def test_an_image_that_is_another_one_is_an_error(index: Index, opens: Opens, tm
     assert len(source.load(0, "language")["tokens"]) == 26
 
 
+def test_what_is_too_long_for_the_job_can_be_dropped(index: Index, opens: Opens) -> None:
+    """With `overflow`, as samples of any source; alone and in a mixture."""
+    options = {"index": "store.index", "sequence": 30, "shuffle": False}
+    entry = {"source": "conversations", "options": options}
+    for data in (entry, {"mix": [entry]}):
+        source = opens({**data, "overflow": "drop"}).source
+        assert source is not None
+        assert [source.describe(n).length for n in range(4)] == [10, 10, 0, 8]
+    assert index.facts.longest == 42
+
+
 def test_mixed_sources_have_their_shares(llava: Path, opens: Opens, index: Index, tmp_path: Path) -> None:
     """Three of one and one of the other in every four, each in its own order; weights may be fractions."""
     texts = write_lines(tmp_path / "texts.jsonl", [record(n, answer="7") for n in range(5)])
