@@ -29,12 +29,14 @@ from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
 from mimogrid.core.simulate.fullest import fullest_ranks
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
-from mimogrid.core.simulate.simulation import simulate
+from mimogrid.core.simulate.simulation import rank_classes_of, simulate
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Topology
 
 
+SIMULATED_MOST = 60_000
+"""Compute actions of all rank classes. A larger step would be simulated for more than some seconds."""
 WHOLE = frozenset({GPIPE, AUTO})
 """Orders that a short step says nothing of: GPipe holds all microbatches, and `auto` finds another order for fewer."""
 
@@ -99,7 +101,12 @@ class Evaluator:
         if layout.kind == TOO_LARGE:
             return layout
         step = step_of(program.topology, question.samples)
-        timeline = simulate(program, even_costs(step, question.machine))
+        costs = even_costs(step, question.machine)
+        classes = rank_classes_of(program, costs)
+        stages = (info.stage for rank in classes.members for info in program.topology.role(rank).stages)
+        if sum(len(program.order.of(stage)) for stage in stages) > SIMULATED_MOST:
+            return layout
+        timeline = simulate(program, costs, classes=classes)
         self.simulated += 1
         busy_s, bound_s = math.fsum(timeline.busy_s.values()), timeline.lower_bound_s
         return self._rated(layout, step, timeline.step_s, busy_s, bound_s)

@@ -1,7 +1,7 @@
 """Arguments: one frozen value per command, and the parser that makes it.
 
-    >>> parse(["roles", "job.toml", "--set", "train.steps=20"])
-    RolesArgs(json=False, job=PosixPath('job.toml'), overrides=('train.steps=20',), no_code=False, rank=None)
+    >>> parse(["show", "job.toml", "--set", "train.steps=20"])
+    ShowArgs(json=False, job=PosixPath('job.toml'), overrides=('train.steps=20',), no_code=False, rank=None)
 
 A field is an argument. Its name is the flag (`max_shard_gb` is ``--max-shard-gb``), its metadata goes to argparse. The
 docstring of a class is the help of its command.
