@@ -70,7 +70,9 @@ def shell(session: nox.Session) -> None:
 
 
 def _files_of_the_core(session: nox.Session) -> list[str]:
-    files = [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if _needs_only_core(file)]
+    folders = [Path("tests", name) for name in ("core", "shell", "adapters")]
+    found = sorted(file for folder in folders for file in folder.rglob("test_*.py"))
+    files = [str(file) for file in found if _needs_only_core(file)]
     if not files:
         session.error("no file in tests/ is the core's alone")
     return files

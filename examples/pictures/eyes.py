@@ -8,6 +8,6 @@ def describe(options):
 
 def build(*, width):
     """Build the network; called with the options of the job file, on the ranks that host the module."""
-    from network import Eyes  # noqa: PLC0415 -- imports torch
+    from convnet import Eyes  # noqa: PLC0415 -- imports torch
 
     return Eyes(width)

@@ -24,7 +24,7 @@ STEPS, BRIEF = (
     ("--set", "train.steps=4", "--set", "train.evaluate=false"),
 )
 """What makes runs short: another number of steps where one is said, and else these words."""
-OURS = ("eyes", "network", "album")
+OURS = ("eyes", "convnet", "album")
 
 
 def blocks(language: str) -> list[str]:
