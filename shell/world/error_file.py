@@ -12,6 +12,8 @@ from pathlib import Path
 
 
 VARIABLE = "TORCHELASTIC_ERROR_FILE"
+LATER_S = 1.0
+"""How much later a rank that was cut off ends: torchrun stops all ranks, and reads their files, when the first ends."""
 
 
 def record_failure(text: str, *, is_echo: bool = False) -> None:
@@ -28,3 +30,5 @@ def record_failure(text: str, *, is_echo: bool = False) -> None:
         Path(path).write_text(
             json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8"
         )
+    if is_echo:
+        time.sleep(LATER_S)
