@@ -49,7 +49,7 @@ class Evaluator:
     main: str
     simulated: int = 0
     effort: int = 0
-    _orders: dict[object, Order] = attrs.field(factory=dict[object, Order])
+    _orders: dict[object, Order] = attrs.field(factory=dict[object, Order], alias="orders")
     """By everything that an order depends on."""
 
     def evaluated(self, spec: JobSpec) -> Layout:
