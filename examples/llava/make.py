@@ -27,7 +27,7 @@ from mimogrid.shell.job.sources.digits import SIDE, Digits, digits
 
 MOST = 4
 TRAIN, HELD_OUT = 20_000, 300
-INIT = 0.1  # At a width of 64 the usual 0.02 learns late: 93 % instead of 98 % after 1,500 steps.
+INIT = 0.1  # With the usual 0.02 a model of this width learns late.
 PIXELS, PATCH = 32, 8
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 PAD, _, BEGIN, END, IMAGE = range(5)
