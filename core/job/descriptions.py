@@ -33,7 +33,7 @@ def description_problems(
     """Yield what is wrong with the rows and segments of samples; `sources` are the modules that read rows."""
     # A step may have a million samples, many of them alike, and most without a segment.
     known: dict[object, tuple[Problem, ...]] = {}
-    any_length = not any(_misfit(model, LONG) for model in sources.values())
+    any_length = not any(_grid_problem(model, LONG) for model in sources.values())
     for sample in samples:
         if any_length and not sample.segments and not sample.intervals:
             continue
@@ -50,7 +50,7 @@ def _problems(sample: Sample, sources: Mapping[str, BuiltIn | Own]) -> Iterator[
         if message := _disagreement(rows, grids, len(sample.intervals.get(name, grids))):
             remedy = "The source must describe the grid of every segment of its rows."
             yield Problem("", f"{message} for module '{name}'.", remedy)
-        elif message := next(filter(None, (_misfit(model, grid) for grid in dict.fromkeys(grids))), ""):
+        elif message := next(filter(None, (_grid_problem(model, grid) for grid in dict.fromkeys(grids))), ""):
             message = f"has a segment for module '{name}' that it cannot read: {message}."
             yield Problem("", message, _remedy(name, model))
 
@@ -88,7 +88,7 @@ def _disagreement(rows: int, grids: tuple[SegmentGrid, ...], intervals: int) -> 
     return "" if intervals == len(grids) else f"has {intervals} intervals for {len(grids)} segments"
 
 
-def _misfit(model: BuiltIn | Own, grid: SegmentGrid) -> str:
+def _grid_problem(model: BuiltIn | Own, grid: SegmentGrid) -> str:
     try:
         model.expect(grid)
     except ValueError as error:

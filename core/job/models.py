@@ -11,13 +11,14 @@ memory all use this table. The shell builds networks that match it, and checks t
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.models.segments import ONE_EACH, PLANE, Emission
+from mimogrid.core.models.tower import TowerRows, tower_rows
 
 
 FIRST, LAST = "first", "last"
@@ -336,6 +337,19 @@ class Vit(Transformer):
         frames, *sides = grid
         whole = (divmod(side // self.merge, self.window) for side in sides)
         return frames * self.merge**4 * math.prod(count * self.window**2 + rest**2 for count, rest in whole)
+
+    def rows_in_layers(self, grids: Sequence[SegmentGrid]) -> TowerRows:
+        """Return where the rows of segments are among the positions of the layers."""
+        if self.emission.stride > 1:
+            grids = tuple((length // self.emission.stride,) for (length,) in grids)
+        return tower_rows(
+            grids,
+            merge=self.merge,
+            pool=self.pool,
+            window=self.window,
+            class_token=self.class_token,
+            emit_class_token=self.emit_class_token,
+        )
 
     def windows(self, grid: SegmentGrid) -> tuple[int, ...]:
         """Return the lengths of the attention segments of a segment in the layers with windows."""

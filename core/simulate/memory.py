@@ -12,7 +12,6 @@ What a forward saves is an estimate (`footprint`). Temporary buffers and the all
 a module of the user's own.
 """
 
-import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import attrs
@@ -77,15 +76,6 @@ def peak_bytes(timeline: Timeline) -> dict[int, int]:
 def most_bytes(program: Program, rank: int) -> int:
     """Return the bytes that a rank holds at most. Only the order of its actions counts, not their times."""
     held = max((change.activations + change.buffers for change in _changes(program, rank)), default=0)
-    return kept(program.topology, rank).bytes + held
-
-
-def bytes_in_flight(program: Program, rank: int) -> int:
-    """Return the bytes that a rank holds at most without messages, from the compute actions of its order alone."""
-    order = program.order
-    lists = [order.of(info.stage) for info in program.topology.role(rank).stages]
-    computed = lists[0] if len(lists) == 1 else sorted(itertools.chain(*lists), key=order.index.__getitem__)
-    held = max((change.activations for change in _changes(program, rank, computed)), default=0)
     return kept(program.topology, rank).bytes + held
 
 

@@ -33,7 +33,7 @@ def fit_lines(spec: JobSpec, memory: Mapping[str, Fullest]) -> Iterator[str]:
         peaks = ", ".join(
             f"{name} {in_bytes(held.bytes)} (rank {held.rank})" for name, held in memory.items()
         )
-        yield f"Memory per rank at most: {peaks}. {_verdict(memory, machine.memory_bytes if machine else None)}"
+        yield f"Memory per rank at most: {peaks}. {_whether_it_fits(memory, machine.memory_bytes if machine else None)}"
     if machine:
         yield from _slow(spec, machine.accelerator)
 
@@ -51,7 +51,7 @@ def fit_values(spec: JobSpec, memory: Mapping[str, Fullest]) -> dict[str, Any]:
     }
 
 
-def _verdict(memory: Mapping[str, Fullest], has_bytes: float | None) -> str:
+def _whether_it_fits(memory: Mapping[str, Fullest], has_bytes: float | None) -> str:
     if has_bytes is None:
         return "With --gpu NAME it is said whether that fits."
     name, held = max(memory.items(), key=lambda each: each[1].bytes)

@@ -19,7 +19,7 @@ from torch.nn.utils import skip_init
 from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.job.models import CONVOLUTION, Vit
 from mimogrid.core.models.positions import interpolation
-from mimogrid.core.models.tower import TowerRows, frame_sizes, tower_rows
+from mimogrid.core.models.tower import frame_sizes
 from mimogrid.shell.device.device import SHARES_KEPT, sent
 from mimogrid.shell.megatron.layers import Affine
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
@@ -117,20 +117,6 @@ def stem_of(model: Vit, *, dtype: torch.dtype, weight_grads: WeightGradStore) ->
     return kind(model, dtype=dtype, weight_grads=weight_grads)
 
 
-def rows_of_tower(model: Vit, grids: Sequence[SegmentGrid]) -> TowerRows:
-    """Return where the rows of segments are in the layers of a tower."""
-    if model.stem == "whisper":
-        grids = tuple((frames // 2,) for (frames,) in grids)
-    return tower_rows(
-        grids,
-        merge=model.merge,
-        pool=model.pool,
-        window=model.window,
-        class_token=model.class_token,
-        emit_class_token=model.emit_class_token,
-    )
-
-
 def _table(model: Vit, dtype: torch.dtype) -> nn.Embedding:
     table: nn.Embedding = skip_init(nn.Embedding, model.position_count, model.hidden, dtype=dtype)
     return table
@@ -142,7 +128,7 @@ def _table(model: Vit, dtype: torch.dtype) -> nn.Embedding:
 @functools.lru_cache(maxsize=SHARES_KEPT)
 def _places(model: Vit, grids: Grids, device: torch.device) -> tuple[tuple[Tensor, Tensor], int]:
     """Return the positions of rows and of class tokens, and how many positions there are."""
-    found = rows_of_tower(model, grids)
+    found = model.rows_in_layers(grids)
     return (sent_places(found.rows, device), sent_places(found.class_tokens, device)), found.length
 
 

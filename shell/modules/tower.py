@@ -24,7 +24,7 @@ from mimogrid.shell.megatron.names import TransformerBlock, gather_from_sequence
 from mimogrid.shell.megatron.rows import WINDOWS
 from mimogrid.shell.modules.norms import norm_of
 from mimogrid.shell.modules.packing import Packing
-from mimogrid.shell.modules.stems import Grids, rows_of_tower, sent_places, stem_of
+from mimogrid.shell.modules.stems import Grids, sent_places, stem_of
 from mimogrid.shell.modules.transformer import Context, TransformerStage
 from mimogrid.shell.modules.weights import layout_name
 
@@ -144,7 +144,7 @@ def _grids(share: Share) -> Grids:
 @functools.lru_cache(maxsize=SHARES_KEPT)
 def _emitted(model: Vit, grids: Grids, cp: tuple[int, int], device: torch.device) -> Tensor | None:
     """Return the positions that this cp rank's emitted rows are made of; None: all, in order."""
-    found = rows_of_tower(model, grids)
+    found = model.rows_in_layers(grids)
     rank, size = cp
     mine = share_of(rank, size, len(found.emitted) // found.group)
     places = found.emitted[mine.start * found.group : mine.stop * found.group]

@@ -21,7 +21,7 @@ from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.norms import norm_of
 from mimogrid.shell.modules.projectors import projector_of
 from mimogrid.shell.modules.published import load_published
-from mimogrid.shell.modules.stems import rows_of_tower, stem_of
+from mimogrid.shell.modules.stems import stem_of
 from mimogrid.shell.run.reference import double_precision, reference
 
 
@@ -157,7 +157,7 @@ def test_before_and_behind_the_layers(name: str, tmp_path: Path) -> None:
     store = WeightGradStore()
     stem = tower.loaded(stem_of(tower.model, dtype=torch.float64, weight_grads=store))
     torch.testing.assert_close(stem(tower.rows, tower.grids), packed(first, spans), **NEAR)
-    places = torch.tensor(rows_of_tower(tower.model, tower.grids).emitted)
+    places = torch.tensor(tower.model.rows_in_layers(tower.grids).emitted)
     positions, *inner = (
         packed(layers[n], spans).index_select(0, places) for n in (-1, *tower.model.deepstack_layers)
     )
