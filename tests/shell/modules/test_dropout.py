@@ -44,7 +44,7 @@ def spec_of(
 
 
 def test_draws_are_those_of_the_published_generator() -> None:
-    """The first numbers of SplitMix64 from the state 1234567, as its authors' test vectors say."""
+    """The first numbers of SplitMix64 from the state 1234567, by an implementation in integers of Python."""
     state = torch.tensor(1234567)
     vectors = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert vectors == [int(child(state, i)) % 2**64 for i in range(1, 5)]
