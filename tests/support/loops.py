@@ -63,6 +63,18 @@ def of_logits(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     return loss, loss_mask.sum(), {"lm loss": torch.stack([loss.detach(), loss_mask.sum()])}
 
 
+def of_means(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean of the losses, as most programs begin; it is not a number where there are no tokens."""
+    total = (output * loss_mask).sum()
+    return total / loss_mask.sum(), {"lm loss": total.detach()[None]}
+
+
+def of_counted_means(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean of a loss of logits [B, S, V]; its report has the sum and the number of tokens."""
+    total, count, report = of_logits(loss_mask, output)
+    return total / count, report
+
+
 def step_with(loss: Any) -> Any:
     """Return a forward step as a program for `MimoModel` has it."""
 
@@ -110,7 +122,13 @@ def expected(config: Mapping[str, Any], loss: Any, options: Mapping[str, Any]) -
     reports, total, count = [], torch.zeros((), dtype=torch.float64), 0.0
     for _ in range(MICROBATCHES):
         output, loss_func = forward_step(iterator, model)
-        of_microbatch, tokens, report = loss_func(output)
+        returned = loss_func(output)
+        if len(returned) == 2:  # noqa: PLR2004 -- (mean, report): its sum is over the tokens of the mask
+            mean, report = returned
+            tokens = loss_func.args[0].sum()
+            of_microbatch = mean * tokens
+        else:
+            of_microbatch, tokens, report = returned
         total, count = total + of_microbatch, count + float(tokens)
         reports.append(report["lm loss"].tolist())
     (total / count).backward()
@@ -228,18 +246,17 @@ def failing(place: RankPlace, job: Job, config: Mapping[str, Any], broken: int) 
 
 
 def meaning(place: RankPlace, job: Job, config: Mapping[str, Any]) -> str:
-    """Return a mean from the loss function, on the ranks of the last stage; return what fails here by that."""
+    """Return a mean of logits without a count, on the ranks of the last stage; return what fails here by that."""
 
     def loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        mean = (output * loss_mask).sum() / loss_mask.sum()
-        return mean, {"lm loss": mean}
+        return output.mean(), {"lm loss": loss_mask.mean()}
 
     with host(place):
         hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
         function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
         arguments = {
             "forward_step_func": step_with(loss),
-            "data_iterator": batches(),
+            "data_iterator": batches(labels=False),
             "model": [function.model],
         }
         try:
