@@ -184,7 +184,8 @@ class HostLoss:
             case (Tensor() as mean, Mapping() as report) if mean.numel() == 1:
                 return *_sum_of_mean(mean.reshape(()), report, output, weights_T), report
             case _:
-                fact = f"returns a {type(returned).__name__}, neither (sum, number of tokens, report) nor (mean, report)."
+                kind = type(returned).__name__
+                fact = f"returns a {kind}, neither (sum, number of tokens, report) nor (mean, report)."
         raise PlanError([Problem("loss_func", fact, _REMEDY)])
 
     def check(self) -> None:
@@ -224,7 +225,9 @@ def _sum_of_mean(
     mean = mean.detach()
     if pairs:
         total, count = pairs[0].detach().reshape(-1).to(mean.dtype)
-        counted = torch.where(torch.isclose(mean * count, total, rtol=NEAR, atol=NEAR) | (count == 0), count, torch.nan)
+        counted = torch.where(
+            torch.isclose(mean * count, total, rtol=NEAR, atol=NEAR) | (count == 0), count, torch.nan
+        )
     elif slopes is None:
         counted = planned  # Nothing trains by it.
     else:

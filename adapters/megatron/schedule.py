@@ -16,6 +16,7 @@ from mimogrid.adapters.megatron.forward_step import (
 )
 from mimogrid.adapters.megatron.grids import LANGUAGE, roles_by_chunk
 from mimogrid.adapters.megatron.groups import open_collections
+from mimogrid.adapters.megatron.loop import LoopModel
 from mimogrid.adapters.megatron.modality import Arrange
 from mimogrid.adapters.megatron.networks import networks_of, unwrapped
 from mimogrid.adapters.megatron.stages import from_specs
@@ -25,6 +26,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.models import Gpt
 from mimogrid.core.topology.topology import Module
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.world.world import first_failure
 
@@ -46,17 +48,28 @@ class ForwardBackward:
         *,
         special_token_ids: Mapping[str, int] | None = None,
         rows_of: Mapping[str, str | Arrange] | None = None,
+        collections: Mapping[str, ProcessGroupCollection] | None = None,
     ) -> None:
         self.embedded = embedded
         self.models = tuple(models)
+        self.loop_models = [
+            LoopModel(one, embedded, chunk, collections or {}) for chunk, one in enumerate(models)
+        ]
         self.special_token_ids = special_token_ids or {}
         self.rows_of = rows_of or {}
-        self.outcome: Outcome | None = None
 
     @property
-    def model(self) -> nn.Module | list[nn.Module] | None:
-        """The model, as in Megatron's loops: a list on a rank with several chunks, None on a rank without a model."""
-        return self.models[0] if len(self.models) == 1 else list(self.models) or None
+    def outcome(self) -> Outcome | None:
+        """The result of the last training step."""
+        return self.embedded.outcome
+
+    @property
+    def model(self) -> LoopModel | list[LoopModel] | None:
+        """The model as a loop of Megatron holds it (`LoopModel`).
+
+        It is a list on a rank with several chunks, and None on a rank without a model.
+        """
+        return self.loop_models[0] if len(self.loop_models) == 1 else self.loop_models or None
 
     def __call__(
         self,
@@ -116,8 +129,8 @@ class ForwardBackward:
             return [{"logits": logits} for logits in self.embedded.answers(batch)]
         if forward_only:
             return self._in_words(self.embedded.evaluate(batch))
-        self.outcome = self.embedded.step(batch)
-        return self._in_words(None if self.outcome is None else self.outcome.losses)
+        outcome = self.embedded.step(batch)
+        return self._in_words(None if outcome is None else outcome.losses)
 
     # -- with a forward step of the host program ------------------------------------------------------------------
 
@@ -126,7 +139,7 @@ class ForwardBackward:
         return microbatches_of(
             forward_step,
             data_iterator,
-            self.models[0] if self.models else None,
+            self.loop_models[0] if self.loop_models else None,
             _language(job),
             rank=self.embedded.world.rank,
             total=job.spec.batch.global_size,
@@ -143,7 +156,7 @@ class ForwardBackward:
         if forward_only:
             embedded.evaluate(batch, loss=loss)
         else:
-            self.outcome = embedded.step(batch, loss=loss)
+            embedded.step(batch, loss=loss)
         with first_failure(embedded.world):
             loss.check()
         return loss.reports
@@ -228,10 +241,11 @@ def forward_backward_func(
     if isinstance(job, Embedded):
         return ForwardBackward(job, **of_batches)
     built = [unwrapped(one) for one in models if isinstance(one, nn.Module)]
+    collections: dict[str, ProcessGroupCollection] = {}
 
     def networks(embedded: Embedded) -> Networks:
-        collections = embedded.enter(
-            open_collections(job.topology, embedded.groups, embedded.world, embedded.device)
+        collections.update(
+            embedded.enter(open_collections(job.topology, embedded.groups, embedded.world, embedded.device))
         )
         role = embedded.role
         if role is None or role.is_idle:
@@ -254,4 +268,4 @@ def forward_backward_func(
         return networks_of(built, job, role.rank, encoder_inputs)
 
     embedded = Embedded(job, **options) if model is None else Embedded(job, networks, **options)
-    return ForwardBackward(embedded, built, **of_batches)
+    return ForwardBackward(embedded, built, **of_batches, collections=collections)

@@ -425,5 +425,5 @@ def judged(
     two = torch.zeros(2, dtype=torch.int64)
     ones = torch.ones(2) if weights is None else weights
     predictions = Predictions(torch.zeros(2, 4), two, ones, share, specs.OneOf(0, 1))  # type: ignore[arg-type]
-    with mock.patch.object(Predictions, "cross_entropies", lambda _: TWO if losses is None else losses):
+    with mock.patch.object(Predictions, "cross_entropies", return_value=TWO if losses is None else losses):
         return HostLoss(asked, loops.SAMPLES)(predictions)

@@ -26,11 +26,11 @@ ROWS = (4, 2, 0, 6)
 """Placeholders of one sample after the other."""
 
 
-def batches(*, labels: bool = True, images: bool = False) -> Iterator[dict[str, Any]]:
+def batches(*, labels: bool = True, images: bool = False, steps: int = 2) -> Iterator[dict[str, Any]]:
     """Yield microbatches: all of their samples, placeholders among the text, some tokens half or not counted."""
     generator = torch.Generator().manual_seed(3)
     size = SAMPLES // MICROBATCHES
-    for microbatch in range(2 * MICROBATCHES):
+    for microbatch in range(steps * MICROBATCHES):
         counts = [ROWS[(microbatch + i) % len(ROWS)] for i in range(size)]
         ids = torch.randint(0, specs.IMAGE, (size, SEQUENCE), generator=generator)
         for sample, count in zip(ids, counts, strict=True):
@@ -123,7 +123,7 @@ def expected(config: Mapping[str, Any], loss: Any, options: Mapping[str, Any]) -
     for _ in range(MICROBATCHES):
         output, loss_func = forward_step(iterator, model)
         returned = loss_func(output)
-        if len(returned) == 2:  # noqa: PLR2004 -- (mean, report): its sum is over the tokens of the mask
+        if len(returned) == 2:  # (mean, report): its sum is over the tokens of the mask
             mean, report = returned
             tokens = loss_func.args[0].sum()
             of_microbatch = mean * tokens
