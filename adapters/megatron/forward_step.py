@@ -56,9 +56,12 @@ class Promise:
 class RecordedModel:
     """A model that records the arguments of its call; other attributes are those of the model of this rank."""
 
-    def __init__(self, model: nn.Module | None, part_of: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module | None, part_of: Callable[[Tensor], Tensor], *, needs_tokens: bool
+    ) -> None:
         self._model = model
         self._part_of = part_of
+        self._needs_tokens = needs_tokens
         self.batch: Batch | None = None
         self.output = Promise()
 
@@ -67,7 +70,7 @@ class RecordedModel:
         if self.batch is not None:
             raise TypeError("forward_step_func called the model twice; a microbatch goes through it once.")
         batch = self.batch = Batch(*arguments, **named)
-        if not isinstance(batch.input_ids, Tensor):
+        if self._needs_tokens and not isinstance(batch.input_ids, Tensor):
             raise TypeError("forward_step_func called the model without input_ids; every rank gives them.")
         return self.output, None if batch.loss_mask is None else self._part_of(batch.loss_mask)
 
@@ -91,14 +94,16 @@ def microbatches_of(
     *,
     rank: int,
     total: int,
+    whole: bool = True,
 ) -> list[Microbatch]:
     """Call a forward step for each microbatch of a step with `total` samples, and return the microbatches.
 
-    Raises PlanError if it returns anything but the model's output and a loss function.
+    `whole` says whether a batch has all samples of a microbatch, or those of this rank. Raises PlanError if it returns anything but the model's output and a loss function.
     """
     found = []
     for microbatch in range(language.microbatches):
-        asked = RecordedModel(model, _part(language, rank, microbatch, total))
+        part = _part(language, rank, microbatch, total, whole=whole)
+        asked = RecordedModel(model, part, needs_tokens=whole)
         output, loss = forward_step(data_iterator, asked)
         if output is not asked.output or asked.batch is None or not callable(loss):
             fact = f"returned a {type(output).__name__} and a {type(loss).__name__}, not what the model returned."
@@ -108,21 +113,26 @@ def microbatches_of(
     return found
 
 
-def _part(language: Module, rank: int, microbatch: int, total: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that selects this rank's part of a tensor [B, S]; on ranks without the language model, all."""
+def _part(
+    language: Module, rank: int, microbatch: int, total: int, *, whole: bool
+) -> Callable[[Tensor], Tensor]:
+    """Return a function that selects this rank's part of a tensor [B, S]; on ranks without the language model, all.
+
+    Of a batch that is not `whole` it selects positions only.
+    """
     if rank not in language.grid:
-        return lambda whole: whole
+        return lambda of_batch: of_batch
     position = language.grid.position(rank)
     begin = share(microbatch, language.microbatches, total).start
     samples = language.samples(position["dp"], microbatch, total)
-    samples_here = slice(samples.start - begin, samples.stop - begin)
+    samples_here = slice(samples.start - begin, samples.stop - begin) if whole else slice(None)
     cut = ZigZag(position["cp"], language.cp)
 
-    def part(whole: Tensor) -> Tensor:
-        mine = whole[samples_here]
+    def part(of_batch: Tensor) -> Tensor:
+        mine = of_batch[samples_here]
         if language.cp == 1:
             return mine
-        return mine[:, torch.tensor(tuple(cut.positions(whole.shape[1])), device=whole.device)]
+        return mine[:, torch.tensor(tuple(cut.positions(of_batch.shape[1])), device=of_batch.device)]
 
     return part
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import attrs
 import numpy as np
 import pytest
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -139,3 +140,37 @@ def test_a_checkpoint_of_a_loop_loads_under_another_layout(
     )
     assert [] == differences(saved, run((here, moved, options), "two", "moved", 0))
     assert [] == differences(saved, run((there, cut, shared), "moved", "back", 0))
+
+
+# -- batches of the ranks' own -----------------------------------------------------------------------------
+
+
+def exact_job(opened: Opened, vision: Mapping[str, int], language: Mapping[str, int]) -> tuple[Job, Any, Any]:
+    """A job in fp64, the configuration of its networks and weights."""
+    config = {**WHOLE, "pp": language.get("pp", 1)}
+    job = job_for(opened, config, vision, language, RATES)
+    return opened(attrs.evolve(job.spec, precision="fp64")), config, weights_of(WHOLE)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("ids", [False, *nightly_only([True])])
+def test_ranks_may_have_their_own_samples(pool: Pool, opened: Opened, *, ids: bool) -> None:
+    """As Megatron's loaders give them: gradients are those of whole microbatches, to the last bit."""
+    job, config, weights = exact_job(opened, {"dp": 3}, {"pp": 2})
+    for own, whole, said in pool.run("megatron_loops:per_rank", 5, job, config, weights, 0, ids):
+        assert not said
+        assert whole == own
+        assert any(whole)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(("ids", "said"), [(True, "has the id"), *nightly_only([(False, "has the tokens")])])
+def test_loaders_at_different_samples_are_noticed(
+    pool: Pool, opened: Opened, *, ids: bool, said: str
+) -> None:
+    """Before anything is computed, on every rank, with the sample and the modules."""
+    job, config, weights = exact_job(opened, {"dp": 1}, {"dp": 2})
+    for _, _, told in pool.run("megatron_loops:per_rank", 3, job, config, weights, 1, ids):
+        assert "sample 0 of the step " + said in told
+        assert "a batch of 'vision'" in told
+        assert "one of 'language'" in told

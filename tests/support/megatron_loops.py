@@ -1,7 +1,8 @@
 """Megatron loops: steps of a job in the hands of a training loop of Megatron's, ``megatron_loops:function``."""
 
+import itertools
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mimogrid.adapters.megatron import (
     forward_backward_func,
     get_mimo_optimizer,
 )
+from mimogrid.core.base.errors import WorldError
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron.cpu import checkpoints_on
@@ -132,6 +134,75 @@ def by_optimizer(  # noqa: PLR0917 -- what a pool calls has no keywords
         state, groups = state_of(function), optimizer.param_groups
         function.embedded.close()
         return Looped(found, state, [{**group, "params": len(group["params"])} for group in groups])
+
+
+def of_rank(job: Job, rank: int, *, late: int = 0, ids: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the part of each microbatch that Megatron's loaders have on a rank, `late` by so many microbatches.
+
+    The language model's ranks have tokens and no images. An encoder's have images, and `ids` or tokens.
+    """
+    role, total = job.topology.role(rank), loops.SAMPLES
+    for microbatch, whole in enumerate(itertools.islice(loops.batches(steps=3), late, None)):
+        (name,) = role.modules
+        part = job.topology.modules[name].samples(
+            role.modules[name].position["dp"], microbatch % loops.MICROBATCHES, total
+        )
+        first = microbatch % loops.MICROBATCHES * (total // loops.MICROBATCHES)
+        here = slice(part.start - first, part.stop - first)
+        text = {key: value[here] for key, value in whole.items() if isinstance(value, Tensor)} | {
+            "sample_ids": torch.arange(part.start, part.stop) + 100 * (microbatch + late)
+        }
+        if name == "language":
+            yield (
+                text
+                if role.modules[name].is_first_stage or role.modules[name].is_last_stage
+                else {"input_ids": None}
+            )
+            continue
+        counts = (whole["input_ids"] == megatrons.PLACEHOLDER).sum(dim=1).tolist()
+        begin = sum(counts[: here.start])
+        pixels = whole["modality_inputs"]["vision"]["eye"]["pixels"]
+        mine = pixels[begin : begin + sum(counts[here])]
+        known = (
+            {"input_ids": None, "sample_ids": text["sample_ids"]} if ids else {"input_ids": text["input_ids"]}
+        )
+        yield {**known, "modality_inputs": {"vision": {"eye": {"pixels": mine}}} if len(mine) else None}
+
+
+def per_rank(
+    place: RankPlace,
+    job: Job,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    late: int,
+    ids: bool,
+) -> tuple[list[Any], list[Any], str]:
+    """Take a step on whole microbatches, and one on batches of the ranks' own; return reports and gradients of both.
+
+    With loaders of encoders that are `late`, return what the rank is told instead.
+    """
+    found = []
+    step = loops.step_with(loops.of_tokens)
+    is_late = late if "vision" in job.topology.role(place.rank).modules else 0
+    for way in ("per_rank", "whole"):
+        with host(attrs.evolve(place, meeting=f"{place.meeting}-{way}")):
+            hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
+            made = megatrons.config_of(**config, here=hosted)
+            function = forward_backward_func(
+                job, made, encoder_inputs={"vision": "pixels"}, optimizer="host", batches=way
+            )
+            function.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+            mine = of_rank(job, place.rank, late=is_late, ids=ids) if way == "per_rank" else loops.batches()
+            try:
+                reports = function(
+                    **loops.STEP, forward_step_func=step, data_iterator=mine, model=function.model
+                )
+            except WorldError as error:
+                return [], [], str(error)
+            gradients = [w.grad.tolist() for w in function.embedded.parameters() if w.grad is not None]
+            found.append([reports, gradients])
+            function.embedded.close()
+    return found[0], found[1], ""
 
 
 def resumed(  # noqa: PLR0917 -- what a pool calls has no keywords
