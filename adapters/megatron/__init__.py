@@ -32,6 +32,7 @@ from mimogrid.adapters.megatron.networks import networks_of
 from mimogrid.adapters.megatron.optimizer import MimoOptimizer, get_mimo_optimizer, optimizer_spec_of
 from mimogrid.adapters.megatron.schedule import ForwardBackward, forward_backward_func
 from mimogrid.adapters.megatron.stages import MimoStages, from_specs, layer_spec
+from mimogrid.shell.megatron.cpu import checkpoints_on
 
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ModalityNetwork",
     "SequenceFirst",
     "block_of",
+    "checkpoints_on",
     "forward_backward_func",
     "from_hyper_comm_grid",
     "from_specs",

@@ -98,7 +98,8 @@ def microbatches_of(
 ) -> list[Microbatch]:
     """Call a forward step for each microbatch of a step with `total` samples, and return the microbatches.
 
-    `whole` says whether a batch has all samples of a microbatch, or those of this rank. Raises PlanError if it returns anything but the model's output and a loss function.
+    `whole` says whether a batch has all samples of a microbatch, or those of this rank. Raises PlanError if the
+    function returns anything but the model's output and a loss function.
     """
     found = []
     for microbatch in range(language.microbatches):

@@ -98,9 +98,10 @@ class ForwardBackward:
 
         `forward_step_func` is called on every rank of the job, once per microbatch, before the program starts
         (`forward_step`). It calls the model with a whole microbatch, all samples of all dp ranks, the same on every
-        rank; or, with batches="per_rank", with the samples of the dp rank (`per_rank`). If it is None, the iterator has all samples of a microbatch as `Example`s; without an iterator they are
-        the samples of the job. The loss is then the weighted cross entropy of the labels, and every rank of the job
-        gets one dictionary of losses, each a mean over the tokens of the step.
+        rank; or, with batches="per_rank", with the samples of the dp rank (`per_rank`). If it is None, the iterator has
+        all samples of a microbatch as `Example`s; without an iterator they are the samples of the job. The loss is then
+        the weighted cross entropy of the labels, and every rank of the job gets one dictionary of losses, each a mean
+        over the tokens of the step.
 
         Gradients are complete: summed over all ranks that contribute and divided by the global counts. There is no
         `finalize_model_grads_func` to call. A job that updates its own weights has then done so.

@@ -169,7 +169,7 @@ def of_rank(job: Job, rank: int, *, late: int = 0, ids: bool = False) -> Iterato
         yield {**known, "modality_inputs": {"vision": {"eye": {"pixels": mine}}} if len(mine) else None}
 
 
-def per_rank(
+def per_rank(  # noqa: PLR0917 -- what a pool calls has no keywords
     place: RankPlace,
     job: Job,
     config: Mapping[str, Any],
