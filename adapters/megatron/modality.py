@@ -229,7 +229,10 @@ def _unable_modality(
     """Yield why a modality cannot run in a job's program."""
     where = f"modules.{stage.module}"
     if len(modality.encoders) != 1:
-        fact = f"has {len(modality.encoders)} encoders; of a job's module the rows go through one."
+        fact = (
+            f"has {len(modality.encoders)} encoders. Megatron puts the rows of all samples of one encoder before those "
+            "of the next, so the rows of a sample depend on which samples share a rank."
+        )
         yield Problem(where, fact, "Make each of them a module.")
         return
     (encoder,) = modality.encoders.values()

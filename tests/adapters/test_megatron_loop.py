@@ -1,5 +1,6 @@
 """Megatron's training loop around a step of a job: its optimizer, its checkpoints, and a model that it can hold."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,13 +10,17 @@ from unittest import mock
 import attrs
 import numpy as np
 import pytest
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 import loops
 import megatrons
+import specs
 from megatron_loops import Looped
-from mimogrid.adapters.megatron import job_of, optimizer_spec_of
+from mimogrid.adapters.megatron import LoopModel, job_of, optimizer_spec_of
+from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
@@ -140,6 +145,65 @@ def test_a_checkpoint_of_a_loop_loads_under_another_layout(
     )
     assert [] == differences(saved, run((here, moved, options), "two", "moved", 0))
     assert [] == differences(saved, run((there, cut, shared), "moved", "back", 0))
+
+
+# -- a model that a loop holds -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", [_BaseDataParallel, DistributedDataParallel])
+def test_a_model_is_called_as_megatrons_wrappers(wrapper: type[Any]) -> None:
+    """It has their methods, with the same names of arguments; those that make or serve buckets are their own."""
+    theirs = {
+        name
+        for name, value in vars(wrapper).items()
+        if inspect.isfunction(value) and not name.startswith("_") and name not in OF_BUCKETS
+    }
+    assert theirs
+    for name in theirs:
+        ours, other = (list(inspect.signature(getattr(of, name)).parameters) for of in (LoopModel, wrapper))
+        assert ours == other or {"arguments", "named"} & {*ours} or {"unused", "strict"} & {*ours}, name
+
+
+OF_BUCKETS = {"sync_moe_auxiliary_parameters"}
+"""What loops do not call."""
+
+
+@pytest.mark.world
+def test_a_loop_may_do_with_gradients_what_it_likes(pool: Pool, opened: Opened) -> None:
+    """The norm and the update are of what they are at the step; a step that is lost changes nothing."""
+    config = {**WHOLE, "pp": 2}
+    job = job_for(opened, config, {"dp": 2}, {"pp": 2}, RATES)
+    said = pool.run("megatron_loops:handled", 4, job, config, weights_of(WHOLE))
+    for seen in said:
+        assert [True] * 6 == [
+            seen[key] for key in ("unchanged", "halved", "success", "cleared", "unwrapped", "names")
+        ]
+        norm, half = seen["norms"]
+        assert norm / 2 == pytest.approx(half, rel=1e-6)
+        assert 0 <= seen["zeros"] < sum(one["values"] for one in said)
+        assert (False, None, None) == seen["lost"]
+        assert [] == seen["back"] == seen["same"]
+        assert ([1.0], specs.HIDDEN) == (seen["scale"], seen["config"])
+    assert said[0]["moved"]
+    assert [2, 2, 1, 1] == [seen["dp_cp"] for seen in said]
+    assert [[("vision", 1.0, 2), ("vision", 0.0, 2)]] * 2 == [seen["groups"] for seen in said[:2]]
+
+
+@pytest.mark.world
+def test_settings_that_a_job_does_not_have_are_refused(pool: Pool, opened: Opened) -> None:
+    """By name; and those for which the job was not opened."""
+    job = job_for(opened, WHOLE, {"dp": 1}, {"dp": 1}, RATES)
+    options = {
+        **RATES,
+        "optimizer": "muon",
+        "bf16": True,
+        "use_distributed_optimizer": True,
+        "decoupled_lr": 0.1,
+    }
+    with pytest.raises(PlanError) as refused:
+        pool.run("megatron_loops:by_optimizer", 2, job, WHOLE, {}, 1, options)
+    wrong = ["optimizer.optimizer", "optimizer.decoupled_lr", "precision", "optimizer.sharded"]
+    assert wrong == [problem.where for problem in refused.value.problems]
 
 
 # -- batches of the ranks' own -----------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def written(*flags: str, **options: object) -> list[str]:
     ],
 )
 def test_a_program_trains_as_under_megatron(pool: Pool, tmp_path: Path, grids: dict[str, int]) -> None:
-    """On eight ranks the losses are those of its schedule on one process; a run that resumes is one that did not stop."""
+    """On eight ranks losses are those of its schedule on one process; a run that resumes is one that did not stop."""
     with megatrons.alone():
         expected, weights = pretraining.by_megatron(written(**grids))
     assert expected[-1] < expected[0]

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 import loops
@@ -134,6 +136,85 @@ def by_optimizer(  # noqa: PLR0917 -- what a pool calls has no keywords
         state, groups = state_of(function), optimizer.param_groups
         function.embedded.close()
         return Looped(found, state, [{**group, "params": len(group["params"])} for group in groups])
+
+
+def handled(
+    place: RankPlace, job: Job, config: Mapping[str, Any], weights: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Do with a model and its optimizer what a loop may do; return what each rank sees of it."""
+
+    def gradients() -> list[Tensor]:
+        return [w.grad.clone() for w in function.embedded.parameters() if w.grad is not None]
+
+    def step(factor: float) -> None:
+        function(
+            **loops.STEP,
+            forward_step_func=loops.step_with(partial(_times, factor)),
+            data_iterator=loops.batches(),
+            model=function.model,
+        )
+
+    with host(place):
+        function = function_of(job, config, weights, place.rank)
+        made = OptimizerConfig(
+            optimizer="sgd", lr=1.0, sgd_momentum=0.0, clip_grad=0.0, log_num_zeros_in_grad=True
+        )
+        optimizer, model = get_mimo_optimizer(function.model, made), function.loop_models[0]
+        step(1.0)
+        whole, norm = gradients(), optimizer.get_grad_norm()
+        with model.no_sync():
+            model.start_grad_sync()
+        model.finish_grad_sync(force_all_reduce=False)
+        unchanged = all(map(torch.equal, whole, gradients()))
+        model.scale_gradients(0.5)
+        halved = all(torch.equal(0.5 * one, other) for one, other in zip(whole, gradients(), strict=True))
+        before = state_of(function)
+        success, half, zeros = optimizer.step()
+        after = state_of(function)
+        # A local state comes back as it was.
+        kept = {
+            **optimizer.state_dict(),
+            "state": {
+                n: {k: t.clone() for k, t in of.items()} for n, of in optimizer.state_dict()["state"].items()
+            },
+        }
+        step(1.0)
+        optimizer.step()
+        optimizer.load_state_dict(kept)
+        back = state_of(function)
+        step(float("nan"))
+        lost = optimizer.step()
+        same = state_of(function)
+        model.zero_grad_buffer()
+        found = {
+            "unchanged": unchanged,
+            "halved": halved,
+            "norms": (norm, half),
+            "zeros": zeros,
+            "success": success,
+            "moved": [name for name in before if not (before[name] == after[name]).all()],
+            "lost": lost,
+            "back": [name for name in after if not (back[name] == after[name]).all()],
+            "same": [name for name in after if not (same[name] == after[name]).all()],
+            "cleared": not any(map(torch.any, gradients())),
+            "scale": optimizer.get_loss_scale().tolist(),
+            "groups": [
+                (group["module"], group["wd_mult"], len(group["params"])) for group in optimizer.param_groups
+            ],
+            "unwrapped": unwrap_model(function.model) is function.model,
+            "config": get_model_config(model).hidden_size,
+            "dp_cp": model.pg_collection.dp_cp.size(),
+            "names": [name for name, _ in model.named_parameters()]
+            == [n for n, _ in model.module.named_parameters()],
+            "values": sum(w.numel() for w in function.embedded.parameters()),
+        }
+        function.embedded.close()
+        return found
+
+
+def _times(factor: float, loss_mask: Tensor, output: Tensor) -> Any:
+    loss, count, report = loops.of_tokens(loss_mask, output)
+    return loss * factor, count, report
 
 
 def of_rank(job: Job, rank: int, *, late: int = 0, ids: bool = False) -> Iterator[dict[str, Any]]:
