@@ -63,13 +63,6 @@ class ForwardBackward:
         self.special_token_ids = special_token_ids or {}
         self.rows_of = rows_of or {}
         self.batches = batches
-        runtime = embedded.runtime
-        self._languages = [
-            part
-            for runner in (runtime.stages.values() if runtime else ())
-            for part in runner.network.modules()
-            if isinstance(part, LanguageStage)
-        ]
 
     @property
     def outcome(self) -> Outcome | None:
@@ -173,9 +166,17 @@ class ForwardBackward:
         return asked, joining.examples(of_ranks, exchange(runtime, mine))
 
     @property
+    def _languages(self) -> list[LanguageStage]:
+        """The stages of the language model on this rank, if Megatron's networks run them."""
+        runners = self.embedded.runtime.stages.values() if self.embedded.runtime else ()
+        parts = (part for runner in runners for part in runner.network.modules())
+        return [part for part in parts if isinstance(part, LanguageStage)]
+
+    @property
     def _is_turned(self) -> bool | None:
         """Whether the language model turns by mrope; None on a rank without a stage of it."""
-        return any(stage.is_turned for stage in self._languages) if self._languages else None
+        languages = self._languages
+        return any(stage.is_turned for stage in languages) if languages else None
 
     def _turn(self, turns: Mapping[int, Tensor]) -> None:
         for stage in self._languages:
