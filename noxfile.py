@@ -6,6 +6,7 @@ what is missing there is the point.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -38,6 +39,24 @@ def types(session: nox.Session) -> None:
     """Check types: mypy on the package, pyright (strict) on the core."""
     session.run("mypy")
     session.run("pyright")
+
+
+@nox.session(default=False)
+def site(session: nox.Session) -> None:
+    """Build the documentation as a site, `build/site/index.html`; a dead link is an error."""
+    pages = Path(session.create_tmp()) / "pages"
+    shutil.rmtree(pages, ignore_errors=True)
+    # Links of the pages lead to code, too. Links of the package (src/) lead to what is copied already.
+    pages.mkdir()
+    for name in ("docs", "core", "shell", "adapters", "benchmarks", "examples", "tests"):
+        shutil.copytree(name, pages / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for page in (*Path().glob("*.md"), Path("pyproject.toml"), Path("LICENSE")):
+        shutil.copy(page, pages)
+    shutil.move(pages / "docs/site/index.md", pages)
+    target = str(Path("build/site").resolve())
+    options = ("-q", "--fail-on-warning", "--fresh-env", "-c", "docs/site")
+    session.run("sphinx-build", *options, *session.posargs, str(pages), target, env={"PYTHONPATH": "src"})
+    session.log(f"{target}/index.html")
 
 
 @nox.session(default=False)

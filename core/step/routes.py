@@ -3,7 +3,7 @@
 At a bridge both ends cut the rows of a microbatch into ranges, one per rank. Every dp rank has an interval of
 the rows (`step`), and its tp and cp ranks divide that interval evenly. A message is the overlap of a range of
 the source and a range of the target. So each row crosses once, all ranks of both stages carry equal shares of
-the traffic, and any ratio of dp sizes works. The target's tp and cp ranks then all-gather the rows.
+the traffic, and any ratio of dp sizes works. The target's tp and cp ranks then all-gather the rows. ::
 
     source dp ranks (dp=3)   |-- 0 --|-- 1 --|-- 2 --|      rows of the microbatch
     target dp ranks (dp=2)   |---- 0 ----|---- 1 ----|
