@@ -46,7 +46,9 @@ class Commands(Directive):
         return section
 
 
-def _commands(of: argparse.ArgumentParser, path: tuple[str, ...]) -> list[tuple[str, argparse.ArgumentParser]]:
+def _commands(
+    of: argparse.ArgumentParser, path: tuple[str, ...]
+) -> list[tuple[str, argparse.ArgumentParser]]:
     """Return every command below a parser, with the words that call it."""
     found = []
     for action in of._actions:  # argparse has no other way to them

@@ -190,6 +190,7 @@ class SimulateArgs(AssumingArgs):
     """Time a step without running it: idle time and its causes, memory, pictures. Needs no torch."""
 
     svg: Path | None = _option("FILE", "draw the timeline into this file", Path)
+    html: Path | None = _option("FILE", "write an interactive page into this file", Path)
     trace: Path | None = _option("FILE", "write a trace for Perfetto", Path)
     compare: Path | None = _option(
         "FILE", "simulate this job, too, and compare; --set applies to JOB only", Path
@@ -217,6 +218,7 @@ class PlanArgs(AssumingArgs):
     costs: Path | None = _option("FILE", "measured times of the job's modules, as `probe` writes them", Path)
     time_limit: float | None = _option("S", "end after about S seconds with the best layout so far", float)
     out: Path | None = _option("FILE", "write the fastest layout as a job file", Path)
+    html: Path | None = _option("FILE", "write an interactive page of the layouts into this file", Path)
 
 
 @attrs.frozen(kw_only=True)
@@ -329,6 +331,16 @@ class DataIndexArgs(Args):
 
 
 @attrs.frozen(kw_only=True)
+class ReportArgs(Args):
+    """Write an interactive page of a run: its curves, and its last step, planned and measured. Needs no torch."""
+
+    folder: Path = _positional("RUN", "the folder of a run")
+    out: Path | None = _option(
+        "FILE", "the file to write; default report.html in the folder of the run", Path
+    )
+
+
+@attrs.frozen(kw_only=True)
 class IndexArgs(Args):
     """What every command on an index takes."""
 
@@ -367,6 +379,7 @@ COMMANDS: Mapping[str, type[Args]] = {
     "data show": DataShowArgs,
     "data stats": DataStatsArgs,
     "watch": WatchArgs,
+    "report": ReportArgs,
     "env": EnvArgs,
     "schema": SchemaArgs,
     "completion": CompletionArgs,
@@ -382,10 +395,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "show": ("show job.toml --rank 3 --set batch.microbatches=2",),
     "verify": ("verify job.toml --strict", "verify job.toml --program edited.txt"),
     "simulate": (
-        "simulate job.toml --gpu h100 --svg step.svg",
+        "simulate job.toml --gpu h100 --html step.html",
         "simulate job.toml --costs costs.toml --schedule all",
     ),
-    "plan": ("plan job.toml --gpus 64 --gpu h100 --out planned.toml",),
+    "plan": (
+        "plan job.toml --gpus 64 --gpu h100 --out planned.toml",
+        "plan job.toml --gpus 64 --gpu h100 --html layouts.html",
+    ),
     "probe": ("probe job.toml --out costs.toml",),
     "train": (
         "train job.toml --set train.steps=20",
@@ -403,6 +419,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "data show": ("data show llava.json.index", "data show llava.json.index --id 000042 --picture 42.png"),
     "data stats": ("data stats llava.json.index --svg lengths.svg",),
     "watch": ("watch runs/job-1", "watch runs/job-1 --once --json"),
+    "report": ("report runs/job-1", "report runs/job-1 --out run.html"),
     "env": ("env", "env --json"),
     "schema": ("schema --out job.schema.json",),
     "completion": ("completion bash > ~/.local/share/bash-completion/completions/mimogrid",),

@@ -36,6 +36,7 @@ from mimogrid.shell.cli.arguments import (
     PlanArgs,
     PlanningArgs,
     ProbeArgs,
+    ReportArgs,
     RolesArgs,
     SchemaArgs,
     ShowArgs,
@@ -98,6 +99,10 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
                 from mimogrid.shell.cli import watch  # noqa: PLC0415 -- only what is used
 
                 return watch.run(args)
+            case ReportArgs():
+                from mimogrid.shell.cli import report  # noqa: PLC0415 -- only what is used
+
+                return report.run(args)
             case EnvArgs():
                 from mimogrid.shell.cli import env  # noqa: PLC0415 -- only what is used
 

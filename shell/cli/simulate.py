@@ -15,6 +15,7 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import perfetto
+from mimogrid.core.draw.dashboard import facts_of, timeline_of, world_of
 from mimogrid.core.draw.page import pages_of
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
@@ -26,6 +27,7 @@ from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.shell.cli.arguments import SimulateArgs
 from mimogrid.shell.cli.fit import fit_lines, fit_values
+from mimogrid.shell.cli.html import write_page
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.cli.timing import (
@@ -89,8 +91,8 @@ def _problems(args: SimulateArgs) -> Iterator[Problem]:
         yield Problem("--gpu", "estimates costs, and --costs gives them.", "Leave out one of the two.")
     if len(args.costs) > (2 if args.compare else 1):
         yield Problem("--costs", f"is given {len(args.costs)} times.", "Give it once for each job.")
-    if (args.svg or args.trace) and args.schedule == ALL:
-        yield Problem("--svg, --trace", "show one schedule.", "Draw the schedules one by one.")
+    if (args.svg or args.html or args.trace) and args.schedule == ALL:
+        yield Problem("--svg, --html, --trace", "show one schedule.", "Draw the schedules one by one.")
     if args.trace and args.compare:
         yield Problem("--trace", "shows one job.", "Write two traces, or draw both jobs with --svg.")
 
@@ -222,10 +224,35 @@ def _draw(steps: Mapping[str, SimulatedStep], args: SimulateArgs) -> None:
     if args.svg:
         pictures = (picture(step.timeline, _title(name, step, steps)) for name, step in steps.items())
         write(args.svg, [svg(*(page for whole in pictures for page in pages_of(whole)))])
+    if args.html:
+        write_page(args.html, " and ".join(steps), _page(steps))
     if args.trace:
         (step,) = steps.values()
         ranks = None if _fits(step.timeline) else step.timeline.classes.members
         write(args.trace, perfetto.lines(step.timeline, ranks))
+
+
+def _page(steps: Mapping[str, SimulatedStep]) -> dict[str, Any]:
+    """Return what an interactive page shows; the map of the ranks is that of the first job."""
+    (first, *_) = steps.values()
+    rank, peak = first.peak
+    facts = {
+        "step": _summary(first.timeline),
+        "schedule": first.job.spec.schedule.name,
+        "precision": first.job.spec.precision,
+        "idle, summed over ranks": ", ".join(
+            f"{CAUSES[cause]} {s:.4g} s" for cause, s in first.idle.items() if s
+        ),
+        "critical path": _path(first.timeline),
+        "peak memory": f"rank {rank}, {in_bytes(peak.bytes)}",
+        "costs": first.origin or f"none given: {ASSUMED}",
+    }
+    pictures = [picture(step.timeline, _title(name, step, steps)) for name, step in steps.items()]
+    return {
+        "facts": facts_of(facts),
+        "world": world_of(first.job.topology),
+        "timelines": [timeline_of(each) for each in pictures],
+    }
 
 
 def _title(name: str, step: SimulatedStep, steps: Mapping[str, SimulatedStep]) -> str:

@@ -34,6 +34,8 @@ from mimogrid.shell.run import run_lock
 
 REPORT, RECORD = "report.json", "run.json"
 METRICS, HEARTBEATS = "metrics.jsonl", "heartbeats"
+STEP = "step.json"
+"""The last step, planned and measured, as `core.draw.dashboard` has it."""
 RUNS = "runs"
 SHOWN = 8
 """How many of the keys that differ are listed."""

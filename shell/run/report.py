@@ -1,5 +1,6 @@
 """Reports: what a finished run leaves about itself, in numbers and pictures."""
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.draw import perfetto
+from mimogrid.core.draw.dashboard import timeline_of, world_of
 from mimogrid.core.draw.picture import above
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.program.lower import plan_step
@@ -18,6 +20,7 @@ from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
+from mimogrid.shell.run.folders import STEP
 from mimogrid.shell.run.metrics import Tally
 from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -92,7 +95,10 @@ def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
     title = (
         f"step {last} (the last): {ran.step_s:.4g} s measured, {planned.step_s:.4g} s planned with {costs}"
     )
-    (folder / "timeline.svg").write_text(svg(above(planned, ran, title)), encoding="utf-8")
+    picture = above(planned, ran, title)
+    (folder / "timeline.svg").write_text(svg(picture), encoding="utf-8")
+    step = {"world": world_of(job.topology), "timelines": [timeline_of(picture)]}
+    (folder / STEP).write_text(json.dumps(step, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]) -> None:
