@@ -161,6 +161,12 @@ def kubernetes(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """Open the interactive pages in a real browser, Debian's chromium, and act as a user would."""
+    session.run("pytest", "-s", "tests/browser/test_pages.py", *session.posargs)
+
+
+@nox.session(default=False)
 def faults(session: nox.Session) -> None:
     """Disturb and interrupt two hundred runs and resume them; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--summary", "docs/faults-run.md"]

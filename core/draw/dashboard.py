@@ -8,7 +8,7 @@ those of `picture`: ranks that do the same at the same times share one.
 import collections
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mimogrid.core.draw import marks
@@ -24,9 +24,9 @@ from mimogrid.core.topology.topology import Topology
 Value = dict[str, Any]
 PARTS = 1_000_000
 """Into so many parts a step is cut; a time is a number of them."""
-ACTIONS = 60_000
-"""The most computes, waits and idle times on a page; rows that would exceed them are left out, and the page says so."""
-LEVELS = 500
+ACTIONS, ROWS = 250_000, 2_000
+"""The most events and idle times on a page, and the most rows. What exceeds them is left out, and the page says so."""
+LEVELS = 300
 """The most levels of memory in a row; of several in one interval, the highest and the last stay."""
 POINTS = 1_000
 """The most points of a curve."""
@@ -65,14 +65,21 @@ def timeline_of(picture: Picture) -> Value:
     }
 
 
-def _within_budget(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield the first rows that have at most `ACTIONS` parts together, and at least one."""
-    spent = 0
+def _within_budget(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that have at most `ACTIONS` parts together: of every kind of stages the first ones."""
+    seen: collections.Counter[tuple[str, ...]] = collections.Counter()
+    turns: dict[int, int] = {}
     for i, row in enumerate(rows):
-        spent += len(row.events) + len(row.idles)
-        if i and spent > ACTIONS:
-            return
-        yield row
+        stages = tuple(str(info.stage) for info in row.stages)
+        turns[i] = seen[stages]
+        seen[stages] += 1
+    chosen, spent = set[int](), 0
+    for i in sorted(turns, key=lambda i: (turns[i], i)):
+        spent += len(rows[i].events) + len(rows[i].idles)
+        if chosen and spent > ACTIONS:
+            break
+        chosen.add(i)
+    return [row for i, row in enumerate(rows) if i in chosen]
 
 
 def _row(row: Row, names: dict[str, int], step_s: float, ranks: Sequence[int]) -> Value:

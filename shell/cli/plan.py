@@ -151,6 +151,8 @@ def _what_if(line: Sensitivity, found: Plan) -> str:
 # -- as a page ---------------------------------------------------------------------------------------------
 
 
+LARGE = 1000
+"""From here on a number is written without decimals."""
 COLUMNS = ("step s", "tokens/s/GPU", "MFU %", "bubble %", "others %", "peak GB", "GPUs", "layout")
 
 
@@ -187,7 +189,9 @@ def _line(layout: Layout) -> dict[str, Any]:
         shares = (100 * layout.mfu, 100 * layout.bubble, 100 * layout.encoder_share)
         numbers = [layout.step_s, layout.tokens_per_s_per_gpu, *shares]
     values = [*numbers, peak or None, layout.active]
-    cells = ["-" if value is None else f"{value:,.4g}" for value in values]
+    cells = [
+        "-" if value is None else f"{value:,.0f}" if value >= LARGE else f"{value:.4g}" for value in values
+    ]
     return {
         "values": [*values, shown(layout.spec)],
         "cells": [*cells, shown(layout.spec)],

@@ -15,7 +15,7 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import perfetto
-from mimogrid.core.draw.dashboard import facts_of, timeline_of, world_of
+from mimogrid.core.draw.dashboard import ROWS, facts_of, timeline_of, world_of
 from mimogrid.core.draw.page import pages_of
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
@@ -247,7 +247,7 @@ def _page(steps: Mapping[str, SimulatedStep]) -> dict[str, Any]:
         "peak memory": f"rank {rank}, {in_bytes(peak.bytes)}",
         "costs": first.origin or f"none given: {ASSUMED}",
     }
-    pictures = [picture(step.timeline, _title(name, step, steps)) for name, step in steps.items()]
+    pictures = [picture(step.timeline, _title(name, step, steps), ROWS) for name, step in steps.items()]
     return {
         "facts": facts_of(facts),
         "world": world_of(first.job.topology),

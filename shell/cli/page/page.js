@@ -520,15 +520,17 @@ function scatter(rows, columns, x, y, choose) {
   return { node: frame.node, points };
 }
 
+const spread = (values) => [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
+
 function extent(values) {
-  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const [low, high] = values.length ? spread(values) : [0, 1];
   const margin = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
   return [low - margin, high + margin];
 }
 
 // -- charts --------------------------------------------------------------------------------------------------
 
-const WIDE = 640, HIGH = 300, EDGE = { left: 62, right: 14, top: 12, bottom: 40 };
+const WIDE = 520, HIGH = 260, EDGE = { left: 62, right: 14, top: 12, bottom: 40 };
 
 class Frame {
   constructor(across, up, [x0, x1], [y0, y1]) {
@@ -557,9 +559,10 @@ function chart({ title, across, curves }) {
   const some = curves.filter((curve) => curve.x.length);
   if (!some.length) return element("div");
   const all = (key) => some.flatMap((curve) => curve[key]);
-  const frame = new Frame(across, title, [Math.min(...all("x")), Math.max(...all("x"))], extent(all("y")));
+  const frame = new Frame(across, title, spread(all("x")), extent(all("y")));
   some.forEach((curve, i) => {
     const path = curve.x.map((at, j) => `${j ? "L" : "M"}${frame.x(at).toFixed(1)} ${frame.y(curve.y[j]).toFixed(1)}`).join("");
+    if (curve.x.length === 1) frame.node.append(element("svg:circle", { cx: frame.x(curve.x[0]), cy: frame.y(curve.y[0]), r: 3, fill: STROKES[i % STROKES.length] }));
     frame.node.append(element("svg:path", { d: path, fill: "none", stroke: STROKES[i % STROKES.length], "stroke-width": 1.8, "stroke-dasharray": DASHES[i % DASHES.length] }));
     if (some.length > 1) {
       frame.node.append(element("svg:line", { x1: WIDE - 150, x2: WIDE - 122, y1: 26 + 16 * i, y2: 26 + 16 * i, stroke: STROKES[i % STROKES.length], "stroke-width": 2.5, "stroke-dasharray": DASHES[i % DASHES.length] }));
