@@ -34,7 +34,11 @@ from mimogrid.shell.job.sources.synthetic import Options
 
 
 ROOT = Path(__file__).parents[3]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+SITE = ROOT / "docs/site"
+"""Pages that exist only in the built site, whose links `make site` follows."""
+PAGES = sorted(
+    page for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")] if SITE not in page.parents
+)
 TABLES = (
     JobSpec,
     ModuleSpec,
