@@ -144,6 +144,11 @@ class Loads:
     def __len__(self) -> int:
         return len(self.counts[0]) - 1
 
+    @property
+    def of_samples(self) -> tuple[list[int], ...]:
+        """Each count of every sample."""
+        return tuple(list(map(operator.sub, sums[1:], sums)) for sums in self.counts)
+
     def over(self, samples: range) -> Load:
         """Return the load of contiguous samples."""
         return Load(*(sums[samples.stop] - sums[samples.start] for sums in self.counts))

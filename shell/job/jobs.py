@@ -15,11 +15,12 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
 from mimogrid.core.models.segments import ONE_EACH, Emission
+from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.schedule.layer_split import parse_job
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
-from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find
@@ -68,9 +69,13 @@ class Job:
         return order_of(self.topology, training=False)
 
     def step(self, index: int) -> Step:
-        """Return one step of the job. Raises PlanError if its samples are not known, or one does not fit."""
+        """Return one step of the job, balanced if the job asks for it. Raises PlanError if its samples are not known, or one does not fit."""
         size = self.spec.batch.global_size
-        return step_of(self.topology, self._described(range(index * size, (index + 1) * size)))
+        return self._balance.step(self._described(range(index * size, (index + 1) * size)))
+
+    @functools.cached_property
+    def _balance(self) -> Balance:
+        return Balance(self.topology)
 
     def _described(self, ids: Iterable[int]) -> tuple[Sample, ...]:
         if self.source is None:
