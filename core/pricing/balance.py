@@ -21,7 +21,7 @@ import attrs
 
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Own
-from mimogrid.core.pricing.flops import Load, Loads, module_units, sum_of
+from mimogrid.core.pricing.flops import Load, counts_of, module_units, sum_of
 from mimogrid.core.step.cells import deal
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Module, Topology
@@ -53,13 +53,17 @@ class Balance:
         columns = [
             [sum(each) for each in zip(*(_scaled(work[name], scales[name]) for name in names), strict=True)]
             for names in self._groups
+            if any(totals[name] for name in names)
         ]
-        return list(zip(*columns, strict=True))
+        return list(zip(*columns, strict=True)) or [(0.0,)] * len(step.samples)
 
     def _work(self, step: Step, name: str) -> Sequence[float]:
         """Return the operations of each sample in a module, or its positions in one of the user's own."""
-        counts = Loads.of(step, name).of_samples
-        columns = [_scaled(column, factor) for column, factor in zip(counts, self._per_unit[name], strict=True) if factor]
+        columns = [
+            _scaled(column, factor)
+            for column, factor in zip(zip(*counts_of(step, name), strict=True), self._per_unit[name], strict=True)
+            if factor
+        ]
         return columns[0] if len(columns) == 1 else [sum(each) for each in zip(*columns, strict=True)]
 
     def _busy(self, totals: Mapping[str, float]) -> Mapping[str, float]:

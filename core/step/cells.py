@@ -6,8 +6,8 @@ makes. So what a dp rank of any module has in a microbatch is a run of whole cel
 follow from where the cells begin.
 
 Dealing is longest-processing-time first (Graham 1969), once over lanes and once over the cells of a lane. Costs are
-seconds on each group of ranks, so a sample is a vector. Of the few least loaded lanes it goes to the one whose load
-points least in its own direction: the smallest dot product, which adds least to the sum of squares. Then it goes to a
+seconds on each group of ranks, so a sample is a vector. Of the two least loaded lanes it goes to the one whose load
+points less in its own direction: the smaller dot product, which adds less to the sum of squares. Then it goes to a
 cell of the lane in the same way. Each lane puts its heaviest cell into the same microbatch, and so on down, since a
 microbatch takes as long as its heaviest cell.
 
@@ -28,9 +28,6 @@ import attrs
 
 from mimogrid.core.base.samples import prefix_sums
 
-
-LOOKED_AT = 4
-"""How many of the least loaded lanes, and of the least loaded cells of a lane, are compared."""
 
 Vector = Sequence[float]
 
@@ -62,73 +59,86 @@ def deal(costs: Sequence[Vector], sizes: Sequence[Sequence[int]], *, microbatche
 
     `costs` has the seconds of each sample on each group of ranks, and `sizes` its positions in each module.
     """
-    groups = range(len(costs[0]))
-    fits = samples_per_cell(len(costs), microbatches * lanes)
-    most = [fits * max(column) for column in zip(*sizes, strict=True)]
+    groups, fits = len(costs[0]), samples_per_cell(len(costs), microbatches * lanes)
+    most = tuple(fits * max(column) for column in zip(*sizes, strict=True))
     of_lanes = _Bins.empty(lanes, groups)
     of_cells = [_Bins.empty(microbatches, groups) for _ in range(lanes)]
-    rooms = [[list(most) for _ in range(microbatches)] for _ in range(lanes)]
+    rooms = [[most] * microbatches for _ in range(lanes)]
     found: list[list[list[int]]] = [[[] for _ in range(microbatches)] for _ in range(lanes)]
-    for i in sorted(range(len(costs)), key=lambda i: (-max(costs[i], default=0.0), i)):
-        cost, size, passed = costs[i], sizes[i], list[int]()
-        lane = of_lanes.take(cost)
-        while (cell := of_cells[lane].take(cost, rooms[lane], size)) is None:
-            passed.append(lane)
-            lane = of_lanes.take(cost)
-        for other in passed:
-            of_lanes.put_back(other)
+    largest = list(map(max, costs))
+    for i in sorted(range(len(costs)), key=largest.__getitem__, reverse=True):
+        cost, size = costs[i], sizes[i]
+        lane = of_lanes.best(cost)
+        cell = of_cells[lane].best(cost)
+        left = tuple(map(operator.sub, rooms[lane][cell], size))
+        if min(left) < 0:
+            lane, cell = _with_room(of_cells, rooms, size)
+            left = tuple(map(operator.sub, rooms[lane][cell], size))
         of_lanes.add(lane, cost)
         of_cells[lane].add(cell, cost)
-        rooms[lane][cell] = list(map(operator.sub, rooms[lane][cell], size))
+        rooms[lane][cell] = left
         found[lane][cell].append(i)
     by_load = [bins.heaviest_first() for bins in of_cells]
     cells = [sorted(found[lane][by_load[lane][k]]) for k in range(microbatches) for lane in range(lanes)]
     return Dealt(tuple(i for cell in cells for i in cell), prefix_sums([len(cell) for cell in cells]))
 
 
+def _with_room(
+    of_cells: "Sequence[_Bins]", rooms: Sequence[Sequence[Sequence[int]]], size: Sequence[int]
+) -> tuple[int, int]:
+    """Return the least loaded cell, by lane and number, that has room for a sample."""
+    having = (
+        (lane, cell)
+        for lane, of_lane in enumerate(rooms)
+        for cell, room in enumerate(of_lane)
+        if all(map(operator.ge, room, size))
+    )
+    return min(having, key=lambda place: (max(of_cells[place[0]].loads[place[1]]), place))
+
+
 @attrs.frozen(eq=False)
 class _Bins:
-    """Bins with the load of each, as vectors, and a heap of them: the least of the largest loads first."""
+    """Bins, each with its load by group and its number of samples.
 
-    loads: list[list[float]]
+    The heap has an entry of each bin, by its largest load. It may also have some from before its load grew, which are
+    dropped where they come up.
+    """
+
+    loads: list[Vector]
     counts: list[int]
     heap: list[tuple[float, int, int]]
 
     @classmethod
-    def empty(cls, count: int, groups: range) -> "_Bins":
-        return cls([[0.0 for _ in groups] for _ in range(count)], [0] * count, [(0.0, 0, i) for i in range(count)])
+    def empty(cls, count: int, groups: int) -> "_Bins":
+        zero = (0.0,) * groups
+        return cls([zero] * count, [0] * count, [(0.0, 0, i) for i in range(count)])
 
-    def take(
-        self, cost: Vector, rooms: Sequence[Sequence[int]] = (), size: Sequence[int] = ()
-    ) -> int | None:
-        """Take the bin out of the heap that a sample goes to best; None if none has room for its size."""
+    def best(self, cost: Vector) -> int:
+        """Return the bin that a sample goes to best."""
         heap, loads = self.heap, self.loads
-        seen: list[tuple[float, int, int]] = []
-        best, least, looked = -1, 0.0, 0
-        while heap and looked < LOOKED_AT:
-            entry = heapq.heappop(heap)
-            index = entry[2]
-            if not rooms or all(map(operator.ge, rooms[index], size)):
-                adds = sum(map(operator.mul, loads[index], cost))
-                if best < 0 or adds < least:
-                    best, least = len(seen), adds
-                looked += 1
-            seen.append(entry)
-        taken = seen.pop(best) if looked else None
-        for entry in seen:
-            heapq.heappush(heap, entry)
-        return taken[2] if taken else None
+        first = self._least()
+        if len(cost) == 1 or len(loads) == 1:
+            return first[2]
+        heapq.heappop(heap)
+        second = self._least()
+        heapq.heappush(heap, first)
+        one, other = loads[first[2]], loads[second[2]]
+        less = sum(map(operator.mul, other, cost)) < sum(map(operator.mul, one, cost))
+        return second[2] if less else first[2]
+
+    def _least(self) -> tuple[float, int, int]:
+        """Return the first entry of the heap that holds."""
+        heap, counts = self.heap, self.counts
+        while heap[0][1] != counts[heap[0][2]]:
+            heapq.heappop(heap)
+        return heap[0]
 
     def add(self, index: int, cost: Vector) -> None:
-        """Add a sample to a bin that was taken, and put it back."""
-        self.loads[index] = list(map(operator.add, self.loads[index], cost))
+        """Add a sample to a bin."""
+        load = self.loads[index] = tuple(map(operator.add, self.loads[index], cost))
         self.counts[index] += 1
-        self.put_back(index)
-
-    def put_back(self, index: int) -> None:
-        """Put a bin back that was taken."""
-        heapq.heappush(self.heap, (max(self.loads[index], default=0.0), self.counts[index], index))
+        heapq.heappush(self.heap, (max(load), self.counts[index], index))
 
     def heaviest_first(self) -> list[int]:
         """Return all bins by their largest load."""
-        return sorted(range(len(self.loads)), key=lambda i: (-max(self.loads[i], default=0.0), i))
+        return sorted(range(len(self.loads)), key=lambda i: (-max(self.loads[i]), i))
