@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--dp", type=int, default=8)
     args = parser.parse_args()
     print(f"Python {platform.python_version()}; dp = {args.dp}, {args.microbatches} microbatches")
-    print(f"{'mix':8}{'samples':>8}  idle by imbalance, step: {'none':>9} {'cost':>9}  part  of the even step   plan")
+    print(
+        f"{'mix':8}{'samples':>8}  idle by imbalance, step: {'none':>9} {'cost':>9}  part  of the even step   plan"
+    )
     for mix in args.mix:
         for count in args.samples:
             print(f"{mix:8}{count:8,}  {measure(mix, count, args.microbatches, args.dp)}", flush=True)

@@ -61,7 +61,9 @@ class Balance:
         """Return the operations of each sample in a module, or its positions in one of the user's own."""
         columns = [
             _scaled(column, factor)
-            for column, factor in zip(zip(*counts_of(step, name), strict=True), self._per_unit[name], strict=True)
+            for column, factor in zip(
+                zip(*counts_of(step, name), strict=True), self._per_unit[name], strict=True
+            )
             if factor
         ]
         return columns[0] if len(columns) == 1 else [sum(each) for each in zip(*columns, strict=True)]
@@ -70,7 +72,9 @@ class Balance:
         """Return how long a rank of each module is busy in the step."""
         modules, costs = self.topology.modules, self.topology.spec.schedule.costs
         if costs is not None:
-            stages = {name: [costs.of(info.stage) for info in module.stages] for name, module in modules.items()}
+            stages = {
+                name: [costs.of(info.stage) for info in module.stages] for name, module in modules.items()
+            }
             return {
                 name: math.fsum(of.forward + of.whole_backward for of in stages[name])
                 * module.microbatches

@@ -5,6 +5,7 @@ the total work allows. In the second the samples lie in their order, in the thir
 than in the first is the idle time by imbalance.
 """
 
+import math
 from collections.abc import Mapping
 
 import attrs
@@ -31,8 +32,14 @@ class Imbalance:
     idle_s: Mapping[str, float]
 
 
-def imbalance(step: Step, order: Order, costs: Costs) -> Imbalance:
-    """Compare the samples of a step in their order with the same ones dealt by cost. `costs` are of the former."""
+def imbalance(step: Step, order: Order, costs: Costs) -> Imbalance | None:
+    """Compare the samples of a step in their order with the same ones dealt by cost. `costs` are of the former.
+
+    None where there is one cell only, or fewer samples than cells.
+    """
+    cells = math.prod(step.topology.cell_grid)
+    if not 1 < cells <= len(step.samples):
+        return None
     plain = step_of(step.topology, tuple(sorted(step.samples, key=lambda sample: sample.id)))
     even = simulate(plan_step(plain, order), costs)
     steps = {"none": plain, "cost": Balance(step.topology).dealt(plain)}

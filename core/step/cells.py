@@ -1,15 +1,16 @@
 """Cells: how the samples of a step are dealt to microbatches and dp ranks so that all of these take equally long.
 
-A step is cut into *cells*, one for each microbatch and lane, microbatch by microbatch. A lane is a part of the dp ranks:
-there are as many lanes as the least common multiple of the modules' dp sizes, and the most microbatches that any module
-makes. So what a dp rank of any module has in a microbatch is a run of whole cells, and routes, shapes and messages
+A step is cut into *cells*, one for each microbatch and lane, microbatch by microbatch. There
+are as many lanes as the least common multiple of the modules' dp sizes, and as many microbatches as that of their
+numbers of microbatches. So what a dp rank of any module has in a microbatch is a run of whole cells, and routes, shapes and messages
 follow from where the cells begin.
 
 Dealing is longest-processing-time first (Graham 1969), once over lanes and once over the cells of a lane. Costs are
 seconds on each group of ranks, so a sample is a vector. Of the two least loaded lanes it goes to the one whose load
 points less in its own direction: the smaller dot product, which adds less to the sum of squares. Then it goes to a
 cell of the lane in the same way. Each lane puts its heaviest cell into the same microbatch, and so on down, since a
-microbatch takes as long as its heaviest cell.
+microbatch takes as long as its heaviest cell. The heaviest microbatch is in the middle of the step, and the lightest
+are at both ends, where the pipeline fills and drains.
 
 No cell has more positions in any module than the samples of an even cut would have at most, if all were as large as
 the largest of the step. So balancing needs no more memory than the largest samples need without it. A cell with room
@@ -78,8 +79,8 @@ def deal(costs: Sequence[Vector], sizes: Sequence[Sequence[int]], *, microbatche
         of_cells[lane].add(cell, cost)
         rooms[lane][cell] = left
         found[lane][cell].append(i)
-    by_load = [bins.heaviest_first() for bins in of_cells]
-    cells = [sorted(found[lane][by_load[lane][k]]) for k in range(microbatches) for lane in range(lanes)]
+    in_order = [bins.heaviest_inside() for bins in of_cells]
+    cells = [sorted(found[lane][in_order[lane][k]]) for k in range(microbatches) for lane in range(lanes)]
     return Dealt(tuple(i for cell in cells for i in cell), prefix_sums([len(cell) for cell in cells]))
 
 
@@ -139,6 +140,7 @@ class _Bins:
         self.counts[index] += 1
         heapq.heappush(self.heap, (max(load), self.counts[index], index))
 
-    def heaviest_first(self) -> list[int]:
-        """Return all bins by their largest load."""
-        return sorted(range(len(self.loads)), key=lambda i: (-max(self.loads[i]), i))
+    def heaviest_inside(self) -> list[int]:
+        """Return all bins, with the largest load in the middle and the smallest at both ends."""
+        by_load = sorted(range(len(self.loads)), key=lambda i: (max(self.loads[i]), i))
+        return [*by_load[::2], *reversed(by_load[1::2])]

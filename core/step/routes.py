@@ -111,7 +111,10 @@ class Repeats:
         parts = math.gcd(source, target)
         targets = target // parts
         first = tuple(part * targets + place for part in step.alike(parts) for place in range(targets))
-        starts = [step.rows_start[link.edge.source][step.part(i, parts).start] if link.edge else 0 for i in range(parts)]
+        starts = [
+            step.rows_start[link.edge.source][step.part(i, parts).start] if link.edge else 0
+            for i in range(parts)
+        ]
         return cls(first, tuple(starts), source // parts, targets)
 
     def source_start(self, microbatch: int) -> int:

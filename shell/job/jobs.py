@@ -69,7 +69,10 @@ class Job:
         return order_of(self.topology, training=False)
 
     def step(self, index: int) -> Step:
-        """Return one step of the job, balanced if the job asks for it. Raises PlanError if its samples are not known, or one does not fit."""
+        """Return one step of the job, balanced if the job asks for it.
+
+        Raises PlanError if its samples are not known, or one does not fit.
+        """
         size = self.spec.batch.global_size
         return self._balance.step(self._described(range(index * size, (index + 1) * size)))
 

@@ -210,7 +210,9 @@ def check_digests(
     differ = [r for r, row in zip(ranks, digests, strict=True) if not row.equal(digests[0])]
     if differ:
         ids = [sample.id for sample in step.samples]
-        raise WorldError(f"ranks {differ} describe samples {min(ids)}..{max(ids)} differently than rank {ranks[0]}: {remedy}.")
+        raise WorldError(
+            f"ranks {differ} describe samples {min(ids)}..{max(ids)} differently than rank {ranks[0]}: {remedy}."
+        )
 
 
 def check_batch(runtime: RankRuntime, step: Step) -> None:
