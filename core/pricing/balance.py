@@ -42,10 +42,15 @@ class Balance:
         """Return a step whose samples are dealt by cost, whatever the job asks for."""
         microbatches, lanes = self.topology.cell_grid
         sizes = [tuple(of.positions.values()) for of in step.sizes]
-        return step.dealt(deal(self.costs(step), sizes, microbatches=microbatches, lanes=lanes))
+        costs, joined = self.costs(step), [lanes // self._dp_size(names) for names in self._groups]
+        return step.dealt(deal(costs, sizes, microbatches=microbatches, lanes=lanes, joined=joined))
+
+    def _dp_size(self, names: Sequence[str]) -> int:
+        """Return the dp size of a group of modules: the least, if they have several."""
+        return min(self.topology.modules[name].dp_size for name in names)
 
     def costs(self, step: Step) -> list[tuple[float, ...]]:
-        """Return the cost of each sample on each group of ranks, in seconds, or in operations if nothing is measured."""
+        """Return the cost of each sample on each group of ranks: in seconds, or in operations if none are measured."""
         work = {name: self._work(step, name) for name in self.topology.modules}
         totals = {name: math.fsum(of_samples) for name, of_samples in work.items()}
         busy = self._busy(totals)
@@ -53,9 +58,8 @@ class Balance:
         columns = [
             [sum(each) for each in zip(*(_scaled(work[name], scales[name]) for name in names), strict=True)]
             for names in self._groups
-            if any(totals[name] for name in names)
         ]
-        return list(zip(*columns, strict=True)) or [(0.0,)] * len(step.samples)
+        return list(zip(*columns, strict=True))
 
     def _work(self, step: Step, name: str) -> Sequence[float]:
         """Return the operations of each sample in a module, or its positions in one of the user's own."""

@@ -1,27 +1,31 @@
 """Cells: how the samples of a step are dealt to microbatches and dp ranks so that all of these take equally long.
 
-A step is cut into *cells*, one for each microbatch and lane, microbatch by microbatch. There
-are as many lanes as the least common multiple of the modules' dp sizes, and as many microbatches as that of their
-numbers of microbatches. So what a dp rank of any module has in a microbatch is a run of whole cells, and routes, shapes and messages
-follow from where the cells begin.
+A step is cut into *cells*, one for each microbatch and lane, microbatch by microbatch. There are as many lanes as the
+least common multiple of the modules' dp sizes, and as many microbatches as that of their numbers of microbatches. So
+what a dp rank of any module has in a microbatch is a run of whole cells, and routes, shapes and messages follow from
+where the cells begin.
 
 Dealing is longest-processing-time first (Graham 1969), once over lanes and once over the cells of a lane. Costs are
 seconds on each group of ranks, so a sample is a vector. Of the two least loaded lanes it goes to the one whose load
 points less in its own direction: the smaller dot product, which adds less to the sum of squares. Then it goes to a
-cell of the lane in the same way. Each lane puts its heaviest cell into the same microbatch, and so on down, since a
-microbatch takes as long as its heaviest cell. The heaviest microbatch is in the middle of the step, and the lightest
-are at both ends, where the pipeline fills and drains.
+cell of the lane in the same way.
+
+Then the cells of each lane are put into microbatches, by the group of ranks that is busiest. Where a dp rank of it has
+several lanes, heavy cells of one meet light cells of the others, so that its shares become alike. The heaviest shares
+of all dp ranks meet in one microbatch, which takes as long as the heaviest, and so on down. That microbatch is in the
+middle of the step, and the lightest are at both ends, where the pipeline fills and drains.
 
 No cell has more positions in any module than the samples of an even cut would have at most, if all were as large as
 the largest of the step. So balancing needs no more memory than the largest samples need without it. A cell with room
 always exists: while samples are left, some cell has fewer than that many.
 
->>> dealt = deal([(4.0,), (1.0,), (1.0,), (2.0,)], [(4,), (1,), (1,), (2,)], microbatches=1, lanes=2)
+>>> dealt = deal([(4.0,), (1.0,), (1.0,), (2.0,)], [(4,), (1,), (1,), (2,)], microbatches=1, lanes=2, joined=(1,))
 >>> dealt.order, dealt.cells
 ((0, 1, 2, 3), (0, 1, 4))
 """
 
 import heapq
+import math
 import operator
 from collections.abc import Sequence
 
@@ -55,10 +59,18 @@ def samples_per_cell(samples: int, cells: int) -> int:
     return -(-samples // cells)
 
 
-def deal(costs: Sequence[Vector], sizes: Sequence[Sequence[int]], *, microbatches: int, lanes: int) -> Dealt:
+def deal(
+    costs: Sequence[Vector],
+    sizes: Sequence[Sequence[int]],
+    *,
+    microbatches: int,
+    lanes: int,
+    joined: Sequence[int],
+) -> Dealt:
     """Deal samples to cells; there are at least as many samples as cells.
 
-    `costs` has the seconds of each sample on each group of ranks, and `sizes` its positions in each module.
+    `costs` has the seconds of each sample on each group of ranks, and `sizes` its positions in each module. `joined`
+    has the number of neighbouring lanes that a dp rank of each group has.
     """
     groups, fits = len(costs[0]), samples_per_cell(len(costs), microbatches * lanes)
     most = tuple(fits * max(column) for column in zip(*sizes, strict=True))
@@ -79,9 +91,30 @@ def deal(costs: Sequence[Vector], sizes: Sequence[Sequence[int]], *, microbatche
         of_cells[lane].add(cell, cost)
         rooms[lane][cell] = left
         found[lane][cell].append(i)
-    in_order = [bins.heaviest_inside() for bins in of_cells]
+    in_order = _in_microbatches(of_cells, joined)
     cells = [sorted(found[lane][in_order[lane][k]]) for k in range(microbatches) for lane in range(lanes)]
     return Dealt(tuple(i for cell in cells for i in cell), prefix_sums([len(cell) for cell in cells]))
+
+
+def _in_microbatches(of_cells: "Sequence[_Bins]", joined: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the cells of each lane in the order of the microbatches that they are put into."""
+    totals = [
+        math.fsum(column) for column in zip(*(load for bins in of_cells for load in bins.loads), strict=True)
+    ]
+    busiest = totals.index(max(totals))
+    found: list[tuple[int, ...]] = []
+    for first in range(0, len(of_cells), joined[busiest]):
+        lanes = [[load[busiest] for load in bins.loads] for bins in of_cells[first : first + joined[busiest]]]
+        shares, together = [0.0 for _ in lanes[0]], [list[int]() for _ in lanes[0]]
+        for loads in lanes:
+            light = sorted(range(len(shares)), key=shares.__getitem__)
+            heavy = sorted(range(len(loads)), key=loads.__getitem__, reverse=True)
+            for share, cell in zip(light, heavy, strict=True):
+                shares[share] += loads[cell]
+                together[share].append(cell)
+        rising = sorted(range(len(shares)), key=shares.__getitem__)
+        found += zip(*(together[i] for i in (*rising[::2], *reversed(rising[1::2]))), strict=True)
+    return found
 
 
 def _with_room(
@@ -139,8 +172,3 @@ class _Bins:
         load = self.loads[index] = tuple(map(operator.add, self.loads[index], cost))
         self.counts[index] += 1
         heapq.heappush(self.heap, (max(load), self.counts[index], index))
-
-    def heaviest_inside(self) -> list[int]:
-        """Return all bins, with the largest load in the middle and the smallest at both ends."""
-        by_load = sorted(range(len(self.loads)), key=lambda i: (max(self.loads[i]), i))
-        return [*by_load[::2], *reversed(by_load[1::2])]

@@ -20,7 +20,7 @@ from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.schedule.layer_split import parse_job
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
-from mimogrid.core.step.step import Step
+from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find
@@ -73,8 +73,15 @@ class Job:
 
         Raises PlanError if its samples are not known, or one does not fit.
         """
+        return self._balance.step(self._samples(index))
+
+    def step_in_order(self, index: int) -> Step:
+        """Return one step with its samples in their order, whatever the job asks for. Raises PlanError as `step`."""
+        return step_of(self.topology, self._samples(index))
+
+    def _samples(self, index: int) -> tuple[Sample, ...]:
         size = self.spec.batch.global_size
-        return self._balance.step(self._described(range(index * size, (index + 1) * size)))
+        return self._described(range(index * size, (index + 1) * size))
 
     @functools.cached_property
     def _balance(self) -> Balance:

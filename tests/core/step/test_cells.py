@@ -51,7 +51,7 @@ def test_every_sample_is_in_one_cell_and_none_is_too_large(
     """
     microbatches, lanes = grid
     costs = [(1.0 / (1 + a + b), float(a)) for a, b in samples]
-    dealt = deal(costs, samples, microbatches=microbatches, lanes=lanes)
+    dealt = deal(costs, samples, microbatches=microbatches, lanes=lanes, joined=(1,) * len(costs[0]))
     assert list(range(len(samples))) == sorted(dealt.order)
     each = samples_per_cell(len(samples), microbatches * lanes)
     for module, largest in enumerate(map(max, zip(*samples, strict=True))):
@@ -62,7 +62,7 @@ def test_every_sample_is_in_one_cell_and_none_is_too_large(
 def test_equal_samples_are_cut_evenly(microbatches: int, lanes: int, each: int) -> None:
     """Cells of equal samples have equally many."""
     count = microbatches * lanes * each
-    dealt = deal([(1.0,)] * count, [(1,)] * count, microbatches=microbatches, lanes=lanes)
+    dealt = deal([(1.0,)] * count, [(1,)] * count, microbatches=microbatches, lanes=lanes, joined=(1,))
     assert tuple(range(0, count + 1, each)) == dealt.cells
 
 
@@ -70,7 +70,9 @@ def test_equal_samples_are_cut_evenly(microbatches: int, lanes: int, each: int) 
 @given(st.lists(st.floats(0.1, 9.0), min_size=24, max_size=80))
 def test_no_lane_is_heavier_than_the_mean_by_more_than_a_sample(costs: list[float]) -> None:
     """Longest first, the last sample that a lane gets goes to the least loaded one, which is below the mean."""
-    cells = cells_of(deal([(c,) for c in costs], [(1 + int(9 * c),) for c in costs], microbatches=4, lanes=3))
+    cells = cells_of(
+        deal([(c,) for c in costs], [(1 + int(9 * c),) for c in costs], microbatches=4, lanes=3, joined=(1,))
+    )
     lanes = [sum(costs[i] for cell in cells[lane::3] for i in cell) for lane in range(3)]
     assert sum(costs) / 3 + max(costs) >= max(lanes)
 
@@ -78,9 +80,17 @@ def test_no_lane_is_heavier_than_the_mean_by_more_than_a_sample(costs: list[floa
 def test_the_heaviest_cells_are_in_the_microbatch_in_the_middle() -> None:
     """Cells that one long sample makes heavy meet in one microbatch, which is neither the first nor the last."""
     costs = [(9.0,), (9.0,)] + [(1.0,)] * 8
-    cells = cells_of(deal(costs, [(1,)] * 10, microbatches=5, lanes=2))
+    cells = cells_of(deal(costs, [(1,)] * 10, microbatches=5, lanes=2, joined=(1,)))
     heavy = [number for number, cell in enumerate(cells) if set(cell) & {0, 1}]
     assert [4, 5] == heavy
+
+
+def test_heavy_cells_meet_light_ones_where_a_dp_rank_has_both_lanes() -> None:
+    """One sample in each cell: on two lanes of one dp rank the longest goes with a short one, and so on."""
+    costs = [(float(i),) for i in range(1, 9)]
+    dealt = deal(costs, [(1,)] * 8, microbatches=4, lanes=2, joined=(2,))
+    shares = [sum(costs[i][0] for i in dealt.order[k : k + 2]) for k in range(0, 8, 2)]
+    assert [8.0, 10.0, 10.0, 8.0] == shares
 
 
 # -- steps -------------------------------------------------------------------------------------------------
