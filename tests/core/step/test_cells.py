@@ -173,6 +173,12 @@ def test_costs_of_the_job_say_which_module_counts() -> None:
     assert of_language[1] < of_encoder[1]
 
 
+def test_every_rank_deals_alike() -> None:
+    """What is dealt hangs on the job and the descriptions alone: another topology of the same job deals the same."""
+    one, other = (Balance(balanced(job(JOBS[1], batch=192))).step(RAGGED) for _ in range(2))
+    assert (one.samples, one.cells) == (other.samples, other.cells)
+
+
 def test_like_samples_stay_alike() -> None:
     """A balanced step of like samples has one kind of microbatch, so planning it costs no more than one of them."""
     topology = balanced(job("v vit dp2 > l; l gpt dp2", batch=32))
