@@ -255,7 +255,7 @@ class Embedded:
     def _step_of(self, runtime: RankRuntime, batch: Sequence[Example] | None) -> tuple[Step, Fitted | None]:
         """Return the step of a batch and its tensors; check that all ranks have the same batch."""
         if batch is None:
-            return self.job.step(self._next(self.index)), None
+            return self.job.step_in_order(self._next(self.index)), None
         topology = self.job.topology
         check_batch(runtime, step_of(topology, tuple(fit(example.sample, topology) for example in batch)))
         source = Fitted(_Batch(batch), topology)

@@ -3,7 +3,7 @@
 A run is defined by what it computes: which model, from which samples, by which update rule. A key is *free* if it
 decides only where, in which order and for how long this is computed, and what is saved:
 
-    free    grids, chunks, split, vocab_padding, recompute, microbatches, world_size, [schedule], [train],
+    free    grids, chunks, split, vocab_padding, recompute, microbatches, balance, world_size, [schedule], [train],
             [gpu], optimizer.sharded and bucket_mb, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
@@ -82,7 +82,7 @@ def _essence(spec: JobSpec) -> JobSpec:
             )
             for name, module in spec.modules.items()
         },
-        batch=attrs.evolve(spec.batch, microbatches=1),
+        batch=attrs.evolve(spec.batch, microbatches=1, balance=""),
         schedule=ScheduleSpec(),
         optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0),
         train=TrainSpec(),

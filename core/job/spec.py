@@ -61,6 +61,7 @@ class ModuleSpec:
     weights: str | None = None
 
 
+BALANCES = ("none", "cost")
 OVERFLOWS = ("error", "truncate", "drop")
 
 
@@ -88,10 +89,15 @@ class DataSpec:
 
 @attrs.frozen(kw_only=True)
 class BatchSpec:
-    """`[batch]`: the samples of a step, and the number of microbatches that they are split into."""
+    """`[batch]`: the samples of a step, and the number of microbatches that they are split into.
+
+    `balance` says whether they are dealt to microbatches and dp ranks by their number, in their order, or by what they
+    cost (`step.cells`).
+    """
 
     global_size: int
     microbatches: int = 1
+    balance: str = "none"
 
 
 @attrs.frozen(kw_only=True)

@@ -126,20 +126,7 @@ class Loads:
     @classmethod
     def of(cls, step: Step, name: str) -> "Loads":
         """Return those of a module."""
-        model, graph = step.topology.modules[name].model, step.topology.graph
-        causal, windows = (
-            model.causal,
-            model.window_pairs if isinstance(model, Vit) and model.window else None,
-        )
-        known: dict[int, tuple[int, ...]] = {}
-        for sample, sizes in zip(step.samples, step.sizes, strict=True):
-            if id(sizes) not in known:
-                pairs_ = pairs(sizes.segments[name], causal=causal)
-                read = graph.rows_in(name, sizes.rows, sample)
-                windowed = sum(map(windows, sample.grids(name))) if windows else 0
-                known[id(sizes)] = sizes.positions[name], pairs_, read, sizes.rows[name], windowed
-        of_samples = [known[id(sizes)] for sizes in step.sizes]
-        return cls(tuple(prefix_sums(counts) for counts in zip(*of_samples, strict=True)))
+        return cls(tuple(prefix_sums(counts) for counts in zip(*counts_of(step, name), strict=True)))
 
     def __len__(self) -> int:
         return len(self.counts[0]) - 1
@@ -157,6 +144,26 @@ class Loads:
     def largest(self) -> int:
         """The first sample with most positions."""
         return max(range(len(self)), key=lambda i: self.over(range(i, i + 1)).positions)
+
+
+def counts_of(step: Step, name: str) -> list[tuple[int, ...]]:
+    """Return the load of each sample of a step in a module: the counts of `Load`, in their order."""
+    model, node = step.topology.modules[name].model, step.topology.graph.nodes[name]
+    causal, windows = (
+        model.causal,
+        model.window_pairs if isinstance(model, Vit) and model.window else None,
+    )
+    known: dict[int, tuple[int, ...]] = {}
+    alike = list(map(id, step.sizes))
+    for of_one, (sample, sizes) in dict(
+        zip(alike, zip(step.samples, step.sizes, strict=True), strict=True)
+    ).items():
+        emitted = sizes.rows
+        read = sample.rows.get(name, 0) if node.is_source else sum(map(emitted.__getitem__, node.feeders))
+        pairs_ = pairs(sizes.segments[name], causal=causal)
+        windowed = sum(map(windows, sample.grids(name))) if windows else 0
+        known[of_one] = sizes.positions[name], pairs_, read, emitted[name], windowed
+    return list(map(known.__getitem__, alike))
 
 
 # -- of a step ---------------------------------------------------------------------------------------------

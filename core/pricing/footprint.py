@@ -8,6 +8,7 @@ are not used, and scores are saved for every pair. Temporary buffers and the all
 a module of the user's own.
 """
 
+import math
 from collections.abc import Mapping
 
 import attrs
@@ -15,6 +16,7 @@ import attrs
 from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own
 from mimogrid.core.job.placement import largest_sample
 from mimogrid.core.job.precision import MAIN_BYTES, VALUE_BYTES
+from mimogrid.core.step.cells import samples_per_cell
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Link, Module, Stage, StageInfo, Topology
 from mimogrid.core.update.buckets import local_size, optimizer_bytes
@@ -64,7 +66,7 @@ class Computed:
     def of(cls, step: Step, module: Module, dp_rank: int, microbatch: int) -> "Computed":
         """Return what each tp and cp rank of a dp rank computes."""
         positions, _ = step.shape(module.name, dp_rank, microbatch)
-        chosen = module.samples(dp_rank, microbatch, len(step.samples))
+        chosen = step.samples_of(module.name, dp_rank, microbatch)
         # Only dropout keeps pairs.
         segments = (step.sizes[i].segments[module.name] for i in chosen if drops(module))
         return cls(positions // module.cp, sum(sum(n * n for n in of) for of in segments) / module.cp)
@@ -128,9 +130,18 @@ def deferred_values(module: Module, info: StageInfo, computed: Computed) -> floa
 # -- for the largest sample of the source ------------------------------------------------------------------
 
 
+def most_samples(topology: Topology, module: Module) -> int:
+    """Return how many samples of the largest size the share of a dp rank is as large as at most."""
+    if not topology.balances:
+        return -(-topology.samples_per_microbatch[module.name] // module.dp_size)
+    cells = math.prod(topology.cell_grid)
+    each = samples_per_cell(topology.spec.batch.global_size, cells)
+    return each * (cells // (module.microbatches * module.dp_size))
+
+
 def most_computed(topology: Topology, module: Module) -> Computed:
     """Return what a rank computes of a microbatch if all samples are as large as possible."""
-    samples = -(-topology.samples_per_microbatch[module.name] // module.dp_size)
+    samples = most_samples(topology, module)
     segments = _most_segments(topology, module)
     positions, _ = module.row_shape(samples * sum(segments))
     return Computed(positions // module.cp, samples * sum(length**2 for length in segments) / module.cp)
@@ -167,7 +178,7 @@ def most_message_bytes(topology: Topology, link: Link) -> float:
     """Return the most bytes of a microbatch on a link, from one rank to the rank at the same position."""
     target = topology.modules[link.target.module]
     if link.edge:
-        samples = -(-topology.samples_per_microbatch[target.name] // target.dp_size)
+        samples = most_samples(topology, target)
         rows = _most_rows(topology)[link.source.module] * samples
         values = rows * link.edge.width / (target.cp * target.grid.extent("tp"))
     else:

@@ -36,7 +36,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
     topology = step.topology
     stages: dict[str, StageCosts] = {}
     for module in topology.modules.values():
-        load = _dp_rank_load(module, Loads.of(step, module.name), spread=spread)
+        load = _dp_rank_load(step, module, spread=spread)
         parts = unit_costs(
             module,
             load,
@@ -73,12 +73,13 @@ def _whole_s(costs: StageCosts) -> float:
     return costs.forward + costs.whole_backward
 
 
-def _dp_rank_load(module: Module, loads: Loads, *, spread: bool = False) -> Load:
+def _dp_rank_load(step: Step, module: Module, *, spread: bool = False) -> Load:
     """Return the load of a microbatch on the dp rank with most: the mean over microbatches in which it has any.
 
     With `spread`, the mean over all microbatches.
     """
-    dp_ranks = (_of_dp_rank(module, dp_rank, loads, spread=spread) for dp_rank in range(module.dp_size))
+    loads = Loads.of(step, module.name)
+    dp_ranks = (_of_dp_rank(step, module, dp_rank, loads, spread=spread) for dp_rank in range(module.dp_size))
     return max(dp_ranks, key=_size)
 
 
@@ -86,9 +87,10 @@ def _size(load: Load) -> tuple[float, float, float]:
     return load.positions, load.pairs, load.rows
 
 
-def _of_dp_rank(module: Module, dp_rank: int, loads: Loads, *, spread: bool) -> Load:
+def _of_dp_rank(step: Step, module: Module, dp_rank: int, loads: Loads, *, spread: bool) -> Load:
     shares = [
-        in_row(module, loads.over(module.samples(dp_rank, k, len(loads)))) for k in range(module.microbatches)
+        in_row(module, loads.over(step.samples_of(module.name, dp_rank, k)))
+        for k in range(module.microbatches)
     ]
     count = sum(share.positions > 0 for share in shares)
     return sum(shares, start=Load()) * (1 / (module.microbatches if spread else max(count, 1)))

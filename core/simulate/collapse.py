@@ -46,7 +46,7 @@ def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
     if len(collapsed.ranks) == len(topology.ranks):
         return None
     before = program.routes.step
-    step = Step(collapsed, tuple(map(_with_two_rows, before.samples, before.rows_out)))
+    step = Step(collapsed, tuple(map(_with_two_rows, before.samples, before.rows_out)), before.cells)
     smaller = Program(program.order, Routes(step))
     classes = alike_in_time(smaller, costs)
     stands_for = _standing(topology, collapsed)

@@ -4,6 +4,7 @@ It comes from `parse`, which has checked the job, so nothing that uses a topolog
 """
 
 import functools
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import attrs
@@ -166,6 +167,27 @@ class Topology:
         """The number of samples in a microbatch of each module."""
         total = self.spec.batch.global_size
         return {name: total // module.microbatches for name, module in self.modules.items()}
+
+    @property
+    def balances(self) -> bool:
+        """Whether the samples of a step are dealt by their cost. A padded network computes as much for every sample."""
+        padded = any(module.padded for module in self.modules.values())
+        return self.spec.batch.balance == "cost" and not padded
+
+    @functools.cached_property
+    def cell_grid(self) -> tuple[int, int]:
+        """The microbatches and the lanes into which a balanced step is cut, microbatch by microbatch (`step.cells`)."""
+        modules = self.modules.values()
+        return math.lcm(*(m.microbatches for m in modules)), math.lcm(*(m.dp_size for m in modules))
+
+    @property
+    def cut_into(self) -> tuple[int, ...]:
+        """Into how many equal parts the steps of the job may be cut: samples, or cells.
+
+        Held-out samples, and those of a host program, stay in their order, also where those of training are dealt.
+        """
+        samples = self.spec.batch.global_size
+        return (samples, math.prod(self.cell_grid)) if self.balances else (samples,)
 
     @functools.cached_property
     def edges(self) -> tuple[Edge, ...]:

@@ -22,8 +22,10 @@ from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
 from mimogrid.core.job.changes import changes
 from mimogrid.core.job.schedules import SCHEDULES
+from mimogrid.core.job.spec import BALANCES
 from mimogrid.core.pricing.assumed import ASSUMED
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
+from mimogrid.core.simulate.imbalance import Imbalance
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.shell.cli.arguments import SimulateArgs
 from mimogrid.shell.cli.fit import fit_lines, fit_values
@@ -118,6 +120,8 @@ def _print_job(steps: Sequence[SimulatedStep], args: SimulateArgs) -> None:
         print(f"Median of {len(steps)} draws: {spread}. All other numbers are of the first draw.")
     idle = ", ".join(f"{CAUSES[cause]} {s:.4g} s" for cause, s in found.idle.items() if s)
     print(f"Idle, summed over ranks: {idle or 'none'}.")
+    if found.imbalance:
+        print(_balancing(found.imbalance))
     print(f"Critical path: {_path(timeline) or 'nothing takes time'}.")
     in_flight = ", ".join(f"{stage} {peak}" for stage, peak in timeline.peak_in_flight.items())
     print(f"Peak microbatches in flight: {in_flight}.")
@@ -128,6 +132,16 @@ def _print_job(steps: Sequence[SimulatedStep], args: SimulateArgs) -> None:
     if found.tokens_per_s and found.origin:
         print(f"{found.tokens_per_s:.6g} tokens/s, {found.samples_per_s:.6g} samples/s.")
     _print_costs(steps)
+
+
+def _balancing(found: Imbalance) -> str:
+    """Say what ragged data costs without and with `batch.balance`."""
+    none, cost = ((found.idle_s[word], found.step_s[word]) for word in BALANCES)
+    return (
+        f"Ragged data in the order of samples: {none[0]:.4g} s idle, step {none[1]:.6g} s; dealt by cost "
+        f'(batch.balance = "cost"): {cost[0]:.4g} s idle, step {cost[1]:.6g} s; '
+        f"if all actions took their means: step {found.even_s:.6g} s."
+    )
 
 
 def _print_timeline(timeline: Timeline) -> None:
@@ -157,6 +171,7 @@ def _values(found: SimulatedStep) -> dict[str, Any]:
         "tokens_per_s": found.tokens_per_s,
         "idle": found.idle,
         "idle_by_rank": found.idle_by_rank,
+        "imbalance": attrs.asdict(found.imbalance) if found.imbalance else None,
         "busy": timeline.busy_s,
         "peak_bytes": {rank: level.bytes for rank, level in found.peaks.items()},
         "peaks": {

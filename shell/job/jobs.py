@@ -15,6 +15,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
 from mimogrid.core.models.segments import ONE_EACH, Emission
+from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.pricing.unknown_names import unknown_names
 from mimogrid.core.schedule.layer_split import parse_job
 from mimogrid.core.schedule.order import Order
@@ -68,9 +69,23 @@ class Job:
         return order_of(self.topology, training=False)
 
     def step(self, index: int) -> Step:
-        """Return one step of the job. Raises PlanError if its samples are not known, or one does not fit."""
+        """Return one step of the job, balanced if the job asks for it.
+
+        Raises PlanError if its samples are not known, or one does not fit.
+        """
+        return self._balance.step(self._samples(index))
+
+    def step_in_order(self, index: int) -> Step:
+        """Return one step with its samples in their order, whatever the job asks for. Raises PlanError as `step`."""
+        return step_of(self.topology, self._samples(index))
+
+    def _samples(self, index: int) -> tuple[Sample, ...]:
         size = self.spec.batch.global_size
-        return step_of(self.topology, self._described(range(index * size, (index + 1) * size)))
+        return self._described(range(index * size, (index + 1) * size))
+
+    @functools.cached_property
+    def _balance(self) -> Balance:
+        return Balance(self.topology)
 
     def _described(self, ids: Iterable[int]) -> tuple[Sample, ...]:
         if self.source is None:

@@ -21,7 +21,7 @@ from mimogrid.core.job import layer_engines
 from mimogrid.core.job.models import ACTIVATIONS, BUILT_IN, NORMS, Transformer
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.job.spec import JobSpec, ModuleSpec, OptimizerSpec, ScheduleSpec
+from mimogrid.core.job.spec import BALANCES, BatchSpec, JobSpec, ModuleSpec, OptimizerSpec, ScheduleSpec
 from mimogrid.core.job.validation.optimizer import DECAYS
 from mimogrid.core.job.validation.problems import RECOMPUTES
 from mimogrid.shell.job.sources.opening import BUILT_IN as SOURCES
@@ -34,6 +34,7 @@ PAGE = "job-file.md"
 DIALECT = "http://json-schema.org/draft-07/schema#"
 """The newest one that both taplo and tombi read."""
 WORDS: Mapping[tuple[type, str], tuple[str, ...]] = {
+    (BatchSpec, "balance"): BALANCES,
     (JobSpec, "precision"): tuple(VALUE_BYTES),
     (ModuleSpec, "recompute"): RECOMPUTES,
     (ModuleSpec, "engine"): layer_engines.ENGINES,

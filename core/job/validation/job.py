@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.job.spec import JobSpec, TrainSpec
+from mimogrid.core.job.spec import BALANCES, JobSpec, TrainSpec
 from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, divisors, one_of
 from mimogrid.core.job.validation.optimizer import optimizer_problems
 
@@ -96,6 +96,7 @@ def _batch(spec: JobSpec) -> Iterator[Problem]:
         *at_most("batch.microbatches", count, SAMPLES_MOST),
     ]
     yield from wrong
+    yield from one_of("batch.balance", spec.batch.balance, BALANCES)
     if not wrong and size % count:
         yield Problem(
             "batch.microbatches",
