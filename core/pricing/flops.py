@@ -275,7 +275,9 @@ def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge], lora: Lora | None
     beside = _beside(model, load, lora) if lora is not None else {}
     for layer in range(model.layers):
         yield tuple(
-            each for product in _layer(model, load, layer) for each in (product, *beside.get(product.name, ()))
+            each
+            for product in _layer(model, load, layer)
+            for each in (product, *beside.get(product.name, ()))
         )
     yield (_Product("final_norm"), *_exit(model, load, edges))
 
@@ -326,7 +328,10 @@ def _beside(model: BuiltIn, load: Load, lora: Lora) -> Mapping[str, Sequence[_Pr
     for adapter in adapters(model, lora):
         each = 2 * load.positions * lora.rank
         found.setdefault(adapter.weight, []).extend(
-            (_Product(f"{adapter.prefix}.a", each * adapter.width_in), _Product(f"{adapter.prefix}.b", each * adapter.width_out))
+            (
+                _Product(f"{adapter.prefix}.a", each * adapter.width_in),
+                _Product(f"{adapter.prefix}.b", each * adapter.width_out),
+            )
         )
     return found
 
