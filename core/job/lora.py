@@ -31,8 +31,14 @@ MARK = ".lora."
 ALL = "all-linear"
 """The target that is every linear layer of the layers, as PEFT writes it."""
 USUAL: Mapping[str, str] = {
-    **{"q": "q_proj", "k": "k_proj", "v": "v_proj", "qkv": "qkv", "out": "o_proj"},
-    **{"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "qkv": "qkv",
+    "out": "o_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
 }
 """By our name of a linear layer what most published checkpoints call it."""
 

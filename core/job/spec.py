@@ -40,7 +40,7 @@ class ModuleSpec:
     as written. `split` has the number of layers of each stage, if these differ. `width` is the output width of a
     custom module, and `rows_out` says how many rows it emits for those that it reads. `projector` has the projectors of
     edges, by the module that they lead to. `weights` is the folder of a published checkpoint from which the module
-    starts. With `lora` the module is frozen but for small products beside its linear layers, and what `trainable` names.
+    starts. With `lora` all is frozen but small products beside linear layers, and what `trainable` names.
     """
 
     model: str

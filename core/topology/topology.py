@@ -29,8 +29,8 @@ class Module:
 
     `experts` is the view of the grid under the axes of the experts; None: there are none. `inputs` and `outputs` are
     the edges from and to other modules. The row of a rank is a multiple of `multiple` long. A module is `padded` if a
-    host program's network computes it as blocks of samples that are padded to one length. `lora` says what is beside its
-    linear layers.
+    host program's network computes it as blocks of samples that are padded to one length. `lora` says what is
+    beside its linear layers.
     """
 
     name: str

@@ -101,14 +101,14 @@ class Beside(nn.ModuleDict, ReadsRow):
     def __init__(self, pairs: dict[str, Pair], *, scale: float, groups: int, widths: dict[str, int]) -> None:
         super().__init__(pairs)
         self.scale, self.groups, self.widths = scale, groups, widths
+        self.column = all(pair.column for pair in pairs.values())
 
     def forward(self, input_P: Tensor) -> Tensor:
         """Return what is added to the outputs of the weight."""
         keys = None
         if self.row is not None:
-            column = next(iter(self.values())).column  # type: ignore[union-attr]
-            keys = self.row.keys_between if column else self.row.keys
-        given = {part: pair(input_P, keys) * self.scale for part, pair in self.items()}
+            keys = self.row.keys_between if self.column else self.row.keys
+        given: dict[str, Tensor] = {part: pair(input_P, keys) * self.scale for part, pair in self.items()}
         if len(self.widths) == 1:
             return next(iter(given.values()))
         like = next(iter(given.values()))
@@ -140,7 +140,7 @@ def attach(
             (place, adapter)
         )
     for number, layer in zip(numbers, layers, strict=True):
-        for name in _PLACES:
+        for name, where in _PLACES.items():
             found = chosen.get((number, name), ())
             if not found:
                 continue
@@ -149,7 +149,7 @@ def attach(
                 for place, adapter in found
             }
             groups, widths = _parts(name, model, lora, tp.size())
-            module, _, linear = _PLACES[name].partition(".")
+            module, _, linear = where.partition(".")
             beside_weight = Beside(pairs, scale=lora.scale, groups=groups, widths=widths)
             getattr(getattr(layer, module), linear).lora = beside_weight
             layer.readers.append(beside_weight)

@@ -27,6 +27,7 @@ from mimogrid.core.faults.stragglers import Straggler
 from mimogrid.core.job.changes import changes
 from mimogrid.core.step.step import Step
 from mimogrid.core.update.decision import is_passed_over
+from mimogrid.core.update.trained import trained_lines
 from mimogrid.shell.checkpoint import files, manifest
 from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
 from mimogrid.shell.checkpoint.saving import Saver, open_saver
@@ -123,6 +124,9 @@ def _trained(
     ):
         if session.device.is_asynchronous:  # a CPU has no choice
             _log_layers(runtime, log)
+        if is_first:
+            for line in trained_lines(job.topology):
+                log.info(line)
         run = Run(session, runtime, folder, log, saver, is_first)
         tally = run.train(0 if saved is None else run.resume(saved))
         return tally if isinstance(tally, Stopped) else run.finish(tally)

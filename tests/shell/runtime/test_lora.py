@@ -7,7 +7,7 @@ import pytest
 
 from layouts import job
 from mimogrid.core.job.lora import Lora
-from mimogrid.core.job.spec import GridSpec, JobSpec, OptimizerSpec
+from mimogrid.core.job.spec import JobSpec
 from parity import Parity, assert_same
 
 
