@@ -3,7 +3,7 @@
 import contextlib
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.data.record import LANGUAGE
 from mimogrid.core.models.divisible import divisible
-from mimogrid.shell.data.batches import examples_of
+from mimogrid.shell.data.batches import Encoded, examples_of
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.published import Published, published
@@ -123,15 +123,30 @@ class Running:
         `batch` is what the model's processor makes (`shell.data.batches`), with `labels`: the whole batch, on every
         rank. Raises PlanError if it is anything else.
         """
-        encoded = examples_of(self._job.checkpoint.model, batch)
-        examples = [Example(each.sample, each.tensors) for each in encoded]
-        longest = batch["input_ids"].shape[1]
-        embedded = self._opened(len(examples), longest)
-        outcome = embedded.step(examples)
+        samples = examples_of(self._job.checkpoint.model, batch)
+        return self.step_on(samples, longest=batch["input_ids"].shape[1])
+
+    def step_on(self, samples: Sequence[Encoded], *, longest: int) -> Outcome | None:
+        """Train one step on samples that are encoded, of at most so many positions."""
+        embedded = self._opened(len(samples), longest)
+        outcome = embedded.step([Example(each.sample, each.tensors) for each in samples])
         clip = embedded.job.spec.optimizer.clip_norm
         clips = outcome is not None and outcome.taken and clip and outcome.gradient_norm > clip
         self._unclipped = outcome.gradient_norm / clip if clips and outcome else 1.0
         return outcome
+
+    def losses_of(self, samples: Sequence[Encoded], *, longest: int) -> Mapping[str, float] | None:
+        """Return the loss of each module on samples, without training; None on an idle rank."""
+        embedded = self._opened(len(samples), longest)
+        return embedded.evaluate([Example(each.sample, each.tensors) for each in samples])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, optimizer states and the number of the next step; see `Embedded.state_dict`."""
+        return self._opened().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned; all ranks call it."""
+        self._opened().load_state_dict(state)
 
     def gradients(self) -> dict[str, torch.Tensor] | None:
         """Return the full gradients of the last step by Hugging Face name, as they were before clipping.
