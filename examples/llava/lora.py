@@ -37,7 +37,6 @@ args = TrainingArguments(
     save_steps=100,
     use_cpu=True,
 )
-dist.init_process_group("gloo")
 with Trainer(job, args, train_dataset=store[100:], eval_dataset=store[:100]) as trainer:
     trainer.train()
     metrics = trainer.evaluate()
