@@ -10,6 +10,7 @@ import attrs
 
 from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.lora import Lora
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.schedules import ONE_F_ONE_B
@@ -39,7 +40,7 @@ class ModuleSpec:
     as written. `split` has the number of layers of each stage, if these differ. `width` is the output width of a
     custom module, and `rows_out` says how many rows it emits for those that it reads. `projector` has the projectors of
     edges, by the module that they lead to. `weights` is the folder of a published checkpoint from which the module
-    starts.
+    starts. With `lora` all is frozen but small products beside linear layers, and what `trainable` names.
     """
 
     model: str
@@ -59,6 +60,7 @@ class ModuleSpec:
     rows_out: Emission = ONE_EACH
     projector: Mapping[str, Projector] = attrs.field(factory=dict[str, Projector])
     weights: str | None = None
+    lora: Lora | None = None
 
 
 BALANCES = ("none", "cost")

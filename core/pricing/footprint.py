@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from mimogrid.core.job.lora import adapters
 from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own
 from mimogrid.core.job.placement import largest_sample
 from mimogrid.core.job.precision import MAIN_BYTES, VALUE_BYTES
@@ -81,7 +82,23 @@ def saved_values(module: Module, info: StageInfo, computed: Computed, recompute:
     """Return how many values a stage saves of a microbatch for its backward; 0 without a backward."""
     if isinstance(module.model, Own) or not info.backward:
         return 0.0
-    return sum(_of_layer(module, module.model, layer, computed, recompute) for layer in info.layers)
+    layers = sum(_of_layer(module, module.model, layer, computed, recompute) for layer in info.layers)
+    return layers + (0.0 if recompute == "full" else _beside(module, module.model, info, computed))
+
+
+def _beside(module: Module, model: BuiltIn, info: StageInfo, computed: Computed) -> float:
+    """Return how many values LoRA saves: what each B reads, and with dropout the factors and inputs of each A."""
+    if module.lora is None:
+        return 0.0
+    tp, lora = module.grid.extent("tp"), module.lora
+    shared = tp if module.sequence_parallel else 1
+    values = 0.0
+    for adapter in adapters(model, lora):
+        if adapter.layer in info.layers:
+            values += lora.rank / (1 if adapter.column else shared)
+            if lora.dropout:
+                values += 2 * adapter.width_in / (shared if adapter.column else tp)
+    return computed.positions * values
 
 
 def _of_layer(module: Module, model: BuiltIn, layer: int, computed: Computed, recompute: str) -> float:

@@ -14,6 +14,7 @@ from mimogrid.core.base.grid import Grid
 from mimogrid.core.base.row import row_length
 from mimogrid.core.base.samples import dp_ranks_over, dp_samples
 from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.job.lora import Lora
 from mimogrid.core.job.models import BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.job.spec import JobSpec, SourceFacts
 from mimogrid.core.topology.roles import RankRole, role_on
@@ -29,7 +30,8 @@ class Module:
 
     `experts` is the view of the grid under the axes of the experts; None: there are none. `inputs` and `outputs` are
     the edges from and to other modules. The row of a rank is a multiple of `multiple` long. A module is `padded` if a
-    host program's network computes it as blocks of samples that are padded to one length.
+    host program's network computes it as blocks of samples that are padded to one length. `lora` says what is
+    beside its linear layers.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Module:
     stages: tuple[StageInfo, ...]
     multiple: int = 1
     padded: bool = False
+    lora: Lora | None = None
 
     @property
     def dp_size(self) -> int:

@@ -8,11 +8,12 @@ states are.
 
 import math
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import attrs
 
+from mimogrid.core.job.lora import MARK
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.optimizers import kind_of, states_of
 from mimogrid.core.topology.topology import Module, Topology
@@ -113,6 +114,24 @@ def lacking(table: Tensors, found: Tensors) -> Iterator[str]:
             yield f"has no '{name}', {what}."
         elif found[name].shape != of.shape:
             yield f"has {list(found[name].shape)} for '{name}', the job needs {list(of.shape)}."
+
+
+def parameter_of(name: str) -> str:
+    """Return the parameter whose weight or state has a name."""
+    return name.split(".", 2)[2] if name.startswith(OPTIMIZER) else name
+
+
+def untrained(names: Iterable[str], has: Collection[str]) -> frozenset[str]:
+    """Return which parameters did not train in the job of a checkpoint, which `has` tensors of these names.
+
+    Their weights are there without a state. LoRA that this job had not has no weights either.
+
+    >>> has = ["a.x", "optimizer.exp_avg.a.x", "a.y"]
+    >>> sorted(untrained(["a.x", "a.y", "a.y.lora.q.b", "a.z"], has))
+    ['a.y', 'a.y.lora.q.b']
+    """
+    with_states = {parameter_of(name) for name in has if name.startswith(OPTIMIZER)}
+    return frozenset(name for name in names if name not in with_states and (name in has or MARK in name))
 
 
 def _weights(module: Module, precision: str) -> Iterator[tuple[str, Described, bool]]:

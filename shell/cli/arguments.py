@@ -274,7 +274,7 @@ class ExportArgs(RunArgs):
     """Write the weights of a run as safetensors, as torch's distributed checkpoint, or as transformers loads them."""
 
     target: Path | None = _positional("FOLDER", "the same as --out", required=False)
-    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp", "hf"))
+    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp", "hf", "peft"))
     out: Path | None = _option("FOLDER", "write into this folder, which must be new or empty", Path)
     source: Path | None = _option(
         "FOLDER", "for hf: the checkpoint that the run started from, if it has moved", Path, flags=("--from",)

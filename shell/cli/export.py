@@ -5,7 +5,8 @@
     dcp           torch's distributed checkpoint, for `torch.distributed.checkpoint.load`, with ``module.parameter``
                   as name. torch pickles its metadata. We write this format and never read it.
     hf            the folder that the run started from (``weights``), with the weights of the run: the same names, files
-                  and dtypes, and everything else as it is there
+                  and dtypes, and everything else as it is there; LoRA is merged into the weights
+    peft          an adapter, which the library peft loads over that folder: LoRA, and layers that trained besides
 
 The weights are the main parameters: fp32 where the network computes in half precision. Only one tensor at a time is in
 memory, assembled from its parts. Files are not memory-mapped, because pages that were read would stay resident. The
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.lora import MARK
 from mimogrid.core.job.spec import ModuleSpec
 from mimogrid.core.models.mapping import ParameterRows, inverse
 from mimogrid.core.update.contents import OPTIMIZER
@@ -40,12 +42,13 @@ from mimogrid.shell.device.values import TORCH_DTYPES, values_of
 from mimogrid.shell.job import jobfile, tensorfile
 from mimogrid.shell.job.published import Published, origin_of
 from mimogrid.shell.job.tensorfile import StoredTensor, TensorEntry
+from mimogrid.shell.modules.peft import Adapters, adapters_of, joined, merged, write_adapter
 from mimogrid.shell.modules.published import write_published
 
 
 def run(args: ExportArgs) -> int:
     """Export the newest checkpoint of a run, or the one that is named."""
-    if args.source is not None and args.to != "hf":
+    if args.source is not None and args.to not in _OF_A_CHECKPOINT:
         raise PlanError([Problem("--from", f"is not for {args.to}.", "Leave it out, or write --to hf.")])
     if args.target is not None and args.out is not None:
         raise PlanError([Problem("--out", f"is named besides {args.target}.", "Name one of the two.")])
@@ -71,19 +74,26 @@ def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Pat
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
     index = {n: s for n, s in read_index(checkpoint).items() if not n.startswith(OPTIMIZER)}
-    origin = _origin(checkpoint, index, source) if to == "hf" else None
+    origin = _origin(checkpoint, index, source) if to in _OF_A_CHECKPOINT else None
     partial = out.with_name(out.name + PARTIAL)
     try:
         manifest.remove([partial])
         partial.mkdir(parents=True)
         weights = _weights(checkpoint, index)
-        if origin is not None:
+        if origin is not None and to == "peft":
+            write_adapter(
+                partial, origin.adapters, weights.rows, functools.partial(_published, weights, origin)
+            )
+        elif origin is not None:
             write_published(partial, origin.found, functools.partial(_published, weights, origin))
         elif to == "dcp":
             _write_dcp(partial, weights)
         else:
             _write_safetensors(partial, weights, checkpoint, bytes_most)
         partial.replace(out)
+    except PlanError:
+        manifest.remove([partial])
+        raise
     except (OSError, dcp.api.CheckpointException) as error:
         manifest.remove([partial])
         remedy = "Name a folder on a disk with space, where you may write: --out."
@@ -219,19 +229,19 @@ def _shards(weights: Weights, names: list[str], bytes_most: int) -> list[list[st
 
 @attrs.frozen(eq=False)
 class Origin:
-    """The checkpoint that a run started from, and for each of its tensors that the run has, the rows of the run's."""
+    """The checkpoint that a run started from, for each of its tensors the rows of the run's that it is, and LoRA."""
 
     found: Published
     sources: Mapping[str, tuple[ParameterRows, ...]]
+    adapters: Adapters
 
 
 def _published(weights: Weights, origin: Origin, name: str) -> torch.Tensor | None:
     """Return a tensor of the checkpoint with the weights of the run; None if the run has none of it."""
     if name not in origin.sources:
         return None
-    pieces = [weights.rows(source.name, source.start, source.stop) for source in origin.sources[name]]
-    whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    return whole.view(origin.found.tensors[name].shape)
+    whole = joined(origin.sources[name], weights.rows).view(origin.found.tensors[name].shape)
+    return merged(whole, origin.adapters.pairs.get(name), weights.rows)
 
 
 def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path | None) -> Origin:
@@ -243,7 +253,7 @@ def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path |
     problems: list[Problem] = []
     for module in modules:
         recipes = {f"{module}.{name}": recipe for name, recipe in found.module(module).recipes.items()}
-        own = {name: stored.shape for name, stored in index.items() if name.startswith(f"{module}.")}
+        own = {n: stored.shape for n, stored in index.items() if n.startswith(f"{module}.") and MARK not in n}
         for name in sorted(own.keys() | recipes.keys()):
             ours, theirs = own.get(name), recipes[name].shape if name in recipes else None
             if ours != theirs:
@@ -252,9 +262,11 @@ def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path |
         sources |= {stored.name: rows for stored, rows in inverse(recipes).items()}
     if problems:
         raise PlanError(problems[:SHOWN])
-    return Origin(found, sources)
+    return Origin(found, sources, adapters_of(found, modules, index))
 
 
+_OF_A_CHECKPOINT = ("hf", "peft")
+"""Formats of a run that started from a published checkpoint."""
 SHOWN = 8
 """How many parameters that do not fit are named."""
 _OTHERWISE = "Its weights leave as --to safetensors."

@@ -9,14 +9,17 @@ all its modules. What they are comes from its config.json; what the job says com
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.job.lora import ALL
 from mimogrid.core.job.models import Own
+from mimogrid.core.job.peft import linears, targeted
 from mimogrid.core.models.families import read_config
 from mimogrid.core.models.network import Model, PublishedModule
 from mimogrid.core.topology.topology import Topology
@@ -189,10 +192,10 @@ def _lay(
         module["options"] = found["options"] | module["options"]
     if targets := [target for target in found.get("feeds", ()) if target in names]:
         module.setdefault("feeds", targets)
-    if "frozen" in found and "trainable" not in module:
+    if "frozen" in found and "trainable" not in module and "lora" not in module:
         module.setdefault("frozen", found["frozen"])
     _lay_projectors(module, found.get("projector", {}))
-    return ()
+    return _lay_targets(name, module) if isinstance(module.get("lora"), dict) else ()
 
 
 def _lay_tower(name: str, module: MutableMapping[str, Any], found: Mapping[str, Any]) -> tuple[Problem, ...]:
@@ -211,6 +214,29 @@ def _lay_tower(name: str, module: MutableMapping[str, Any], found: Mapping[str, 
     module.setdefault("feeds", list(found.get("feeds", ())))
     _lay_projectors(module, found.get("projector", {}))
     return ()
+
+
+def _lay_targets(name: str, module: MutableMapping[str, Any]) -> tuple[Problem, ...]:
+    """Replace the targets of LoRA, which may be names of the checkpoint, by our names of the linear layers."""
+    lora, checkpoint = module["lora"], published(Path(module["weights"]))
+    paths = linears(checkpoint.module(name).recipes)
+    targets = lora.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        return ()  # reading the table says what is wrong
+    found = dict(targeted(targets, paths, has_towers=len(checkpoint.model.modules) > 1))
+    words = tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths.values()))
+    lora["targets"] = [ALL] if ALL in targets else list(dict.fromkeys(itertools.chain(*found.values())))
+    if any(ours.endswith(".qkv") for ours in paths):
+        lora.setdefault("fused_qkv", True)
+    return tuple(
+        Problem(
+            f"modules.{name}.lora.targets",
+            f"'{target}' is no linear layer of module '{name}'; experts and routers get no LoRA.",
+            nearest(target, words),
+        )
+        for target, names in found.items()
+        if not names
+    )
 
 
 def _lay_projectors(module: MutableMapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> None:

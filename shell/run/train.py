@@ -27,10 +27,12 @@ from mimogrid.core.faults.stragglers import Straggler
 from mimogrid.core.job.changes import changes
 from mimogrid.core.step.step import Step
 from mimogrid.core.update.decision import is_passed_over
+from mimogrid.core.update.trained import trained_lines
 from mimogrid.shell.checkpoint import files, manifest
+from mimogrid.shell.checkpoint.index import read_index
 from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
 from mimogrid.shell.checkpoint.saving import Saver, open_saver
-from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
+from mimogrid.shell.checkpoint.state import beginning, manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.checkpoint.versions import differences
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
@@ -123,6 +125,9 @@ def _trained(
     ):
         if session.device.is_asynchronous:  # a CPU has no choice
             _log_layers(runtime, log)
+        if is_first:
+            for line in trained_lines(job.topology):
+                log.info(line)
         run = Run(session, runtime, folder, log, saver, is_first)
         tally = run.train(0 if saved is None else run.resume(saved))
         return tally if isinstance(tally, Stopped) else run.finish(tally)
@@ -173,7 +178,10 @@ class Run:
             return 0
         self.session.heartbeat.enter(LOADING)
         facts = manifest.read_manifest(Path(saved))
-        files.load(Path(saved), slices_to_load(self.runtime, facts), self.runtime.group)
+        with beginning(self.runtime, read_index(Path(saved)).keys()) as is_loaded:
+            slices = slices_to_load(self.runtime, facts)
+            wanted = {name: of for name, of in slices.items() if is_loaded(name)}
+            files.load(Path(saved), wanted, self.runtime.group)
         restore(self.runtime, facts)
         before = jobfile.recorded(facts["job"], Path(saved, manifest.MANIFEST))
         keys = [change.key for change in changes(before, self.runtime.job.spec)]

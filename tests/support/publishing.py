@@ -49,3 +49,21 @@ def saved(
         outcomes = [running.step(batch) for batch in batches]
         running.save_pretrained(out)
     return [outcome.loss if outcome else None for outcome in outcomes]
+
+
+def adapted(
+    place: RankPlace, folder: Path, layouts: Sequence[Layout], batches: Sequence[Batch], out: Path
+) -> list[Seen]:
+    """Train LoRA on each of several layouts; save it, alone and merged; return a step of the last batch after it."""
+    seen = []
+    with host(place):
+        for number, layout in enumerate(layouts):
+            with Job.from_pretrained(folder, **layout).open() as running:
+                for batch in batches[:-1]:
+                    running.step(batch)
+                running.save_pretrained(out / f"{number}", merge=False)
+                running.save_pretrained(out / f"{number}-merged")
+                outcome, gradients = running.step(batches[-1]), running.gradients()
+            arrays = {name: tensor.numpy() for name, tensor in (gradients or {}).items()}
+            seen.append(Seen(outcome.loss if outcome else None, arrays))
+    return seen
