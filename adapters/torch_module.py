@@ -45,7 +45,7 @@ from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.runtime.agreement import Outcome, check_batch, report_no_batch
 from mimogrid.shell.runtime.forward_only import evaluate, logits
 from mimogrid.shell.runtime.rank import RankRuntime, build_runtime
-from mimogrid.shell.runtime.train_step import train_step
+from mimogrid.shell.runtime.train_step import train_step, update_weights
 from mimogrid.shell.world.groups import ProcessGroups, open_groups
 from mimogrid.shell.world.heartbeat import Heartbeat
 from mimogrid.shell.world.preemption import StopRequest
@@ -113,6 +113,8 @@ class Embedded:
         self.job = job
         self.index = 0
         """The number of the next step."""
+        self.outcome: Outcome | None = None
+        """The result of the last training step; None before the first one and on an idle rank."""
         self.device = devices.of(torch.device(device))
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
@@ -196,7 +198,7 @@ class Embedded:
         differ from their descriptions, and the errors of modules. The other ranks then raise EchoError.
         """
         index = self.index if batch is not None else self._next(self.index)
-        self.index = index + 1
+        self.index, self.outcome = index + 1, None
         self._check_batch(batch, index)
         if self.runtime is None:
             return None
@@ -208,9 +210,34 @@ class Embedded:
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
-                return train_step(self.runtime, index, step, self._upcoming[1], loss=loss)
+                self.outcome = train_step(self.runtime, index, step, self._upcoming[1], loss=loss)
+                return self.outcome
             step, source = self._step_of(self.runtime, batch)
-            return train_step(self.runtime, index, step, step, source=source, loss=loss)
+            self.outcome = train_step(self.runtime, index, step, step, source=source, loss=loss)
+            return self.outcome
+
+    def defer_updates(self) -> None:
+        """From here on a step ends with complete gradients, which `update` applies; every rank calls it.
+
+        In between the host may set the rates of ``runtime.optimizer``, or another optimizer of torch over the same main
+        parameters. Raises PlanError if the host updates the weights.
+        """
+        if self.runtime is None:
+            return
+        if not self.runtime.updates_weights:
+            fact = "the host updates the weights by itself (optimizer='host')."
+            raise PlanError([Problem("optimizer", fact, "Leave it to the job: optimizer='job'.")])
+        self.runtime.defers_update = True
+
+    def update(self, norm: float, *, limit: float) -> None:
+        """Apply the gradients of the last step, clipped to the norm `limit` (0: not); `norm` is theirs.
+
+        Every rank of the job calls it, and with the same numbers, because ranks that share the update gather weights.
+        """
+        if self.runtime is not None:
+            with first_failure(self.world):
+                self.runtime.steps_taken += 1
+                update_weights(self.runtime, norm, limit=limit)
 
     def evaluate(
         self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy

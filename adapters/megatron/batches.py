@@ -35,6 +35,7 @@ class Batch:
     """The arguments of `MimoModel.forward` for one microbatch.
 
     `labels` [B, S] may be None if the loss function takes logits. Without `loss_mask` [B, S] every position counts.
+    `sample_ids` [B] is no argument of the model; ranks with batches of their own compare it (`per_rank`).
     """
 
     input_ids: Tensor
@@ -44,6 +45,7 @@ class Batch:
     labels: Tensor | None = None
     modality_inputs: Mapping[str, Arguments | None] | None = None
     packing_kwargs: Any = None
+    sample_ids: Tensor | None = None
 
     @property
     def weights(self) -> Tensor:
@@ -78,17 +80,41 @@ def examples_of(
     if problems:
         raise PlanError(problems)
     ids_BS = batch.input_ids.cpu()
-    places = {name: _places(ids_BS, tokens[name]) for name in feeders}
-    parts = {name: _parts_of(batch, name, places[name], rows_of.get(name)) for name in feeders}
-    text = _text(batch, ids_BS, [tokens[name] for name in feeders])
+    described = samples_of(batch, language, tokens)
+    counts = {name: [sample.rows[name] for sample in described] for name in feeders}
+    parts = {name: parts_of(batch, name, counts[name], rows_of.get(name)) for name in feeders}
+    text = text_of(batch, ids_BS, [tokens[name] for name in feeders])
     return [
         Example(
-            _sample(i, ids_BS.shape[1], {name: places[name][i] for name in feeders}, language.name, units),
+            sample,
             {language.name: {key: column[i] for key, column in text.items()}}
-            | {name: of_samples[i] for name, of_samples in parts.items() if places[name][i]},
+            | {name: of_samples[i] for name, of_samples in parts.items() if counts[name][i]},
         )
+        for i, sample in enumerate(described)
+    ]
+
+
+def samples_of(batch: Batch, language: Module, tokens: Mapping[str, int]) -> list[Sample]:
+    """Describe the samples of a batch by their tokens."""
+    ids_BS, feeders = batch.input_ids.cpu(), [edge.source for edge in language.inputs]
+    places = {name: _places(ids_BS, tokens[name]) for name in feeders}
+    return [
+        _sample(i, ids_BS.shape[1], {name: places[name][i] for name in feeders}, language.name, units)
         for i, units in enumerate(batch.weights.double().sum(dim=1).tolist())
     ]
+
+
+def check_text(
+    batch: Batch, language: Module, tokens: Mapping[str, int], *, samples: int, sequence: int
+) -> None:
+    """Raise PlanError with what a job does not support in the language model's arguments."""
+    problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp))
+    feeders = [edge.source for edge in language.inputs]
+    problems += _unnamed(feeders, tokens)
+    if not problems:
+        problems += _unknown_tokens(batch, language, [tokens[name] for name in feeders])
+    if problems:
+        raise PlanError(problems)
 
 
 def _sample(
@@ -114,7 +140,7 @@ def _places(ids_BS: Tensor, token: int) -> list[list[int]]:
     return found
 
 
-def _text(batch: Batch, ids_BS: Tensor, special: Sequence[int]) -> dict[str, Tensor]:
+def text_of(batch: Batch, ids_BS: Tensor, special: Sequence[int]) -> dict[str, Tensor]:
     """Return what the language model reads, each [B, S]; tokens are -1 at placeholders."""
     is_special = torch.isin(ids_BS, torch.tensor(special, dtype=ids_BS.dtype))
     labels = torch.zeros_like(ids_BS) if batch.labels is None else batch.labels.cpu()
@@ -128,11 +154,10 @@ def _text(batch: Batch, ids_BS: Tensor, special: Sequence[int]) -> dict[str, Ten
 # -- modalities --------------------------------------------------------------------------------------------
 
 
-def _parts_of(
-    batch: Batch, name: str, places: Sequence[Sequence[int]], rows_of: str | Callable[..., Any] | None
+def parts_of(
+    batch: Batch, name: str, counts: Sequence[int], rows_of: str | Callable[..., Any] | None
 ) -> list[dict[str, Tensor]]:
-    """Return the tensors of a modality, sample by sample."""
-    counts = [len(of_sample) for of_sample in places]
+    """Return the tensors of a modality, sample by sample; `counts` are the placeholders of each."""
     arguments = {
         argument: value
         for of_encoder in ((batch.modality_inputs or {}).get(name) or {}).values()
@@ -276,13 +301,18 @@ def _is_causal(mask: Tensor) -> bool:
     return bool((mask == later).all())
 
 
-def _strangers(batch: Batch, feeders: Sequence[str], tokens: Mapping[str, int]) -> Iterator[Problem]:
-    """Yield modalities that only the batch or only the job has."""
+def _unnamed(feeders: Sequence[str], tokens: Mapping[str, int]) -> Iterator[Problem]:
+    """Yield modalities without a special token."""
     for name in feeders:
         if name not in tokens:
             fact = f"feeds the language model, and has no special token; there are those of {sorted(tokens)}."
             yield Problem(f"modules.{name}", fact, "Name it: special_token_ids={...}.")
-            continue
+
+
+def _strangers(batch: Batch, feeders: Sequence[str], tokens: Mapping[str, int]) -> Iterator[Problem]:
+    """Yield modalities that only the batch or only the job has."""
+    yield from _unnamed(feeders, tokens)
+    for name in (name for name in feeders if name in tokens):
         has_rows = bool((batch.input_ids == tokens[name]).any())
         inputs = (batch.modality_inputs or {}).get(name)
         if has_rows and not inputs:

@@ -19,6 +19,7 @@ from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.megatron.names import GPTModel
 
 
 def job_of(
@@ -43,6 +44,7 @@ def job_of(
     check_keys(grids, config.modality_submodules_spec)
     problems: list[Problem] = []
     placed = {name: _grid_spec(name, grid, problems) for name, grid in grids.items()}
+    _check_kind(config.language_model_spec, problems)
     params = config.language_model_spec.params
     language = _language(params, problems)
     if problems:
@@ -133,6 +135,13 @@ def sizes_of(config: TransformerConfig) -> dict[str, Any]:
         "dropout": config.hidden_dropout,
         **routed,
     }
+
+
+def _check_kind(spec: MegatronSpec, problems: list[Problem]) -> None:
+    if not (isinstance(spec.module, type) and issubclass(spec.module, GPTModel)):
+        name = getattr(spec.module, "__name__", str(spec.module))
+        fact = f"is a {name}; a job's program runs the stages of a GPTModel, whose layers it knows."
+        problems.append(Problem("language_model_spec", fact, "Take a GPTModel; hybrid (Mamba) models have no plan yet."))
 
 
 def _language(params: Mapping[str, Any], problems: list[Problem]) -> Gpt:

@@ -55,23 +55,35 @@ def packed(share: Share, cut: ZigZag, *, dtype: torch.dtype, device: torch.devic
 
 
 @attrs.frozen
-class SequenceFirst:
-    """The layout [S, B, F] of an encoder's `argument`, in which Megatron's own iterators yield hidden states.
+class Blocks:
+    """An encoder of blocks: `argument` takes the rows of a microbatch as [S, B, F], as long as the longest sample.
 
-    Every sample of a microbatch has S rows, one for each of its placeholders. A job deals samples to dp ranks, so the
-    tensor is cut along B, and the encoder of a dp rank gets the block of its own samples. `mask` names the argument
-    that takes the mask of that block, [B, 1, 1, S] or None; "": the encoder takes none.
+    The encoder returns [S, B, H]. `mask` names the argument that takes the mask of the block, [B, 1, 1, S] or None
+    (`block_of`), on each of its stages; "": the encoder takes none.
     """
 
     argument: str
     mask: str = ""
 
-    def __call__(self, rows_RF: Tensor | None, share: Share, cut: ZigZag) -> Mapping[str, Any]:
-        """Return the arguments of the encoder for a share; on a later stage there are no rows."""
-        if rows_RF is None:
+    def __call__(
+        self, rows_RF: Tensor | None, share: Share, cut: ZigZag, *, like: Tensor | None = None
+    ) -> Mapping[str, Any]:
+        """Return the arguments for a share; on a later stage, whose hidden states are `like`, the mask."""
+        if rows_RF is not None:
+            block_SBF, mask = block_of(rows_RF, share, cut)
+            return {self.argument: block_SBF, **({self.mask: mask} if self.mask else {})}
+        if like is None or not self.mask:
             return {}
-        block_SBF, mask = block_of(rows_RF, share, cut)
-        return {self.argument: block_SBF, **({self.mask: mask} if self.mask else {})}
+        return {self.mask: packed(share, cut, dtype=like.dtype, device=like.device).mask}
+
+
+@attrs.frozen
+class SequenceFirst(Blocks):
+    """An encoder of blocks whose tensor in a batch is a block, too: [S, B, F], as Megatron's own iterators yield it.
+
+    Every sample of a microbatch has S rows, one for each of its placeholders. A job deals samples to dp ranks, so the
+    tensor is cut along B, and the encoder of a dp rank gets the block of its own samples.
+    """
 
 
 class ModalityNetwork(nn.Module):
@@ -83,7 +95,7 @@ class ModalityNetwork(nn.Module):
     (`stage`); this is then one of them (a `shell.modules.interface.HostNetwork`). The modality has its own projection.
 
     An output with three dims is [S, B, H] from a `TransformerBlock`, with several stages, with cp, or if the inputs are
-    `SequenceFirst`; otherwise it is [B, S, H]. Rows are returned sample after sample. Megatron flattens both layouts as
+    `Blocks`; otherwise it is [B, S, H]. Rows are returned sample after sample. Megatron flattens both layouts as
     they are, which gives samples each other's rows.
 
     Under cp a rank has its part of the positions of a sample, in Megatron's zig-zag. The cp group is that of the
@@ -121,20 +133,24 @@ class ModalityNetwork(nn.Module):
             said = encoder(**self._arguments(inputs, share))
         else:
             hidden = self._at_least_one(inputs[self.stage.module], share)
-            said = continued(self.stage.module, encoder, hidden, self._arguments({}, share))
+            said = continued(self.stage.module, encoder, hidden, self._arguments({}, share, like=hidden))
         if not last:
             assert share is not None, "a custom module has one stage"
             return {self.stage.module: said if any(share.lengths) else said[:0, :0]}
         rows = modality.project_embeddings([self._flat(said, share, encoder)], is_input=True)
         return {"rows": self._joined(rows, share)}
 
-    def _arguments(self, inputs: Mapping[str, Tensor], share: Share | None) -> Mapping[str, Any]:
+    def _arguments(
+        self, inputs: Mapping[str, Tensor], share: Share | None, *, like: Tensor | None = None
+    ) -> Mapping[str, Any]:
         """Return the arguments of the encoder; inputs are empty on a later stage."""
         if self.argument is None:
             return self._by_name(inputs)
         if isinstance(self.argument, str):
             return {self.argument: inputs["rows"]} if inputs else {}
         assert share is not None, "a custom module gets its rows as one argument"
+        if isinstance(self.argument, Blocks):
+            return self.argument(inputs.get("rows"), share, self.cut, like=like)
         return self.argument(inputs.get("rows"), share, self.cut)
 
     def _by_name(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
@@ -157,9 +173,7 @@ class ModalityNetwork(nn.Module):
                 "Wrap it in a network that returns the rows."
             )
         alone = self.stage.is_first_stage and self.cut.size == 1
-        by_position = (
-            isinstance(encoder, TransformerBlock) or isinstance(self.argument, SequenceFirst) or not alone
-        )
+        by_position = isinstance(encoder, TransformerBlock) or isinstance(self.argument, Blocks) or not alone
         if said.dim() == _ROWS or not by_position:
             return said.reshape(-1, said.shape[-1])
         assert share is not None, "a custom module returns rows"
@@ -215,7 +229,10 @@ def _unable_modality(
     """Yield why a modality cannot run in a job's program."""
     where = f"modules.{stage.module}"
     if len(modality.encoders) != 1:
-        fact = f"has {len(modality.encoders)} encoders; of a job's module the rows go through one."
+        fact = (
+            f"has {len(modality.encoders)} encoders. Megatron puts the rows of all samples of one encoder before those "
+            "of the next, so the rows of a sample depend on which samples share a rank."
+        )
         yield Problem(where, fact, "Make each of them a module.")
         return
     (encoder,) = modality.encoders.values()

@@ -1,7 +1,8 @@
 """A step of a job's program, with the signature of megatron-core's schedule functions."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from mimogrid.adapters.megatron.forward_step import (
 )
 from mimogrid.adapters.megatron.grids import LANGUAGE, roles_by_chunk
 from mimogrid.adapters.megatron.groups import open_collections
+from mimogrid.adapters.megatron.loop import LoopModel
 from mimogrid.adapters.megatron.modality import Arrange
 from mimogrid.adapters.megatron.networks import networks_of, unwrapped
+from mimogrid.adapters.megatron.per_rank import PerRank, exchange
 from mimogrid.adapters.megatron.stages import from_specs
 from mimogrid.adapters.megatron.states import to_job_state, to_megatron_state
 from mimogrid.adapters.torch_module import Embedded, Example, Networks
@@ -25,6 +28,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.models import Gpt
 from mimogrid.core.topology.topology import Module
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.world.world import first_failure
 
@@ -35,8 +39,9 @@ class ForwardBackward:
     `embedded` is the job in the world that Megatron initialized. Its program runs the networks of `models`, one model
     for each chunk of this rank, or without models the networks of the job. `special_token_ids` are those of the
     modalities. `rows_of` names the argument of a modality's encoder that has the rows which its module reads
-    (`batches`). `outcome` has the result of the last training step, such as the grad norm; it is None before the first
-    step and on an idle rank.
+    (`batches`). `batches` says whether a forward step has the whole microbatch on every rank ("whole"), or the samples
+    of the dp rank ("per_rank"). `outcome` has the result of the last training step, such as the grad norm; it is None
+    before the first step and on an idle rank.
     """
 
     def __init__(
@@ -46,17 +51,30 @@ class ForwardBackward:
         *,
         special_token_ids: Mapping[str, int] | None = None,
         rows_of: Mapping[str, str | Arrange] | None = None,
+        collections: Mapping[str, ProcessGroupCollection] | None = None,
+        batches: Literal["whole", "per_rank"] = "whole",
     ) -> None:
         self.embedded = embedded
         self.models = tuple(models)
+        self.loop_models = [
+            LoopModel(one, embedded, chunk, collections or {}) for chunk, one in enumerate(models)
+        ]
         self.special_token_ids = special_token_ids or {}
         self.rows_of = rows_of or {}
-        self.outcome: Outcome | None = None
+        self.batches = batches
 
     @property
-    def model(self) -> nn.Module | list[nn.Module] | None:
-        """The model, as in Megatron's loops: a list on a rank with several chunks, None on a rank without a model."""
-        return self.models[0] if len(self.models) == 1 else list(self.models) or None
+    def outcome(self) -> Outcome | None:
+        """The result of the last training step."""
+        return self.embedded.outcome
+
+    @property
+    def model(self) -> LoopModel | list[LoopModel] | None:
+        """The model as a loop of Megatron holds it (`LoopModel`).
+
+        It is a list on a rank with several chunks, and None on a rank without a model.
+        """
+        return self.loop_models[0] if len(self.loop_models) == 1 else self.loop_models or None
 
     def __call__(
         self,
@@ -79,10 +97,11 @@ class ForwardBackward:
         """Run a step; return the reports of its loss functions, by microbatch, on the ranks of the last stage.
 
         `forward_step_func` is called on every rank of the job, once per microbatch, before the program starts
-        (`forward_step`). It calls the model with a whole microbatch: all samples of all dp ranks, the same on every
-        rank. If it is None, the iterator has all samples of a microbatch as `Example`s; without an iterator they are
-        the samples of the job. The loss is then the weighted cross entropy of the labels, and every rank of the job
-        gets one dictionary of losses, each a mean over the tokens of the step.
+        (`forward_step`). It calls the model with a whole microbatch, all samples of all dp ranks, the same on every
+        rank; or, with batches="per_rank", with the samples of the dp rank (`per_rank`). If it is None, the iterator has
+        all samples of a microbatch as `Example`s; without an iterator they are the samples of the job. The loss is then
+        the weighted cross entropy of the labels, and every rank of the job gets one dictionary of losses, each a mean
+        over the tokens of the step.
 
         Gradients are complete: summed over all ranks that contribute and divided by the global counts. There is no
         `finalize_model_grads_func` to call. A job that updates its own weights has then done so.
@@ -104,9 +123,7 @@ class ForwardBackward:
             raise PlanError(problems)
         if forward_step_func is not None:
             with self.embedded.preparing():
-                asked = self._asked(forward_step_func, first_of(data_iterator))
-                needed = asked if self.embedded.runtime is not None else ()
-                examples = [example for each in needed for example in self._examples(each.batch)]
+                asked, examples = self._prepared(forward_step_func, first_of(data_iterator))
             return self._by_host(asked, examples, forward_only=forward_only, collects=collect_non_loss_data)
         batch = None
         if data_iterator is not None:
@@ -116,20 +133,42 @@ class ForwardBackward:
             return [{"logits": logits} for logits in self.embedded.answers(batch)]
         if forward_only:
             return self._in_words(self.embedded.evaluate(batch))
-        self.outcome = self.embedded.step(batch)
-        return self._in_words(None if self.outcome is None else self.outcome.losses)
+        outcome = self.embedded.step(batch)
+        return self._in_words(None if outcome is None else outcome.losses)
 
     # -- with a forward step of the host program ------------------------------------------------------------------
+
+    def _prepared(
+        self, forward_step: ForwardStep, data_iterator: Any
+    ) -> tuple[list[Microbatch], list[Example]]:
+        """Call the forward step for each microbatch; return what it asks for, and the samples of the step."""
+        runtime = self.embedded.runtime
+        if runtime is None:
+            return self._asked(forward_step, data_iterator), []
+        if self.batches == "whole":
+            asked = self._asked(forward_step, data_iterator)
+            return asked, [example for each in asked for example in self._examples(each.batch)]
+        joining = PerRank(runtime, _language(runtime.job), self.special_token_ids, self.rows_of)
+        try:
+            asked = self._asked(forward_step, data_iterator)
+            of_ranks = [each.batch for each in asked]
+            mine = joining.described(of_ranks)
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # The others are gone.
+                exchange(runtime, None)
+            raise
+        return asked, joining.examples(of_ranks, exchange(runtime, mine))
 
     def _asked(self, forward_step: ForwardStep, data_iterator: Any) -> list[Microbatch]:
         job = self.embedded.job
         return microbatches_of(
             forward_step,
             data_iterator,
-            self.models[0] if self.models else None,
+            self.loop_models[0] if self.loop_models else None,
             _language(job),
             rank=self.embedded.world.rank,
             total=job.spec.batch.global_size,
+            whole=self.batches == "whole",
         )
 
     def _by_host(
@@ -143,7 +182,7 @@ class ForwardBackward:
         if forward_only:
             embedded.evaluate(batch, loss=loss)
         else:
-            self.outcome = embedded.step(batch, loss=loss)
+            embedded.step(batch, loss=loss)
         with first_failure(embedded.world):
             loss.check()
         return loss.reports
@@ -209,6 +248,7 @@ def forward_backward_func(
     *,
     encoder_inputs: Mapping[str, str | Arrange] | None = None,
     special_token_ids: Mapping[str, int] | None = None,
+    batches: Literal["whole", "per_rank"] = "whole",
     **options: Any,
 ) -> ForwardBackward:
     """Return a replacement for the function that megatron-core's `get_forward_backward_func` returns.
@@ -219,19 +259,24 @@ def forward_backward_func(
     `model` is a `MimoStages` or `MimoModel` of this rank (None on a rank in no grid), or a list of them on a rank with
     several chunks. It may also be a `MimoModelConfig`: then this rank's part is built here on the job's groups, as
     ``function.model``. Without a model the job builds its own networks, and `special_token_ids` are those of the
-    batches of a forward step. For `encoder_inputs` see `networks_of`.
+    batches of a forward step. For `encoder_inputs` see `networks_of`, for `batches` `ForwardBackward`.
     """
     models = model if isinstance(model, list) else [model]
     if not special_token_ids:
         special_token_ids = next((getattr(unwrapped(one), "special_token_ids", None) for one in models), None)
-    of_batches: dict[str, Any] = {"special_token_ids": special_token_ids, "rows_of": encoder_inputs}
+    of_batches: dict[str, Any] = {
+        "special_token_ids": special_token_ids,
+        "rows_of": encoder_inputs,
+        "batches": batches,
+    }
     if isinstance(job, Embedded):
         return ForwardBackward(job, **of_batches)
     built = [unwrapped(one) for one in models if isinstance(one, nn.Module)]
+    collections: dict[str, ProcessGroupCollection] = {}
 
     def networks(embedded: Embedded) -> Networks:
-        collections = embedded.enter(
-            open_collections(job.topology, embedded.groups, embedded.world, embedded.device)
+        collections.update(
+            embedded.enter(open_collections(job.topology, embedded.groups, embedded.world, embedded.device))
         )
         role = embedded.role
         if role is None or role.is_idle:
@@ -254,4 +299,4 @@ def forward_backward_func(
         return networks_of(built, job, role.rank, encoder_inputs)
 
     embedded = Embedded(job, **options) if model is None else Embedded(job, networks, **options)
-    return ForwardBackward(embedded, built, **of_batches)
+    return ForwardBackward(embedded, built, **of_batches, collections=collections)

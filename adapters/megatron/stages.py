@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mimogrid.adapters.megatron.grids import LANGUAGE
 from mimogrid.adapters.megatron.jobs import sizes_of
 from mimogrid.adapters.megatron.modality import continued
-from mimogrid.adapters.megatron.states import sharded_parts
+from mimogrid.adapters.megatron.states import sharded_model
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.topology.roles import ModuleStageInfo, RankRole
 from mimogrid.shell.megatron.layers import block_spec
@@ -190,23 +190,8 @@ class MimoStages(nn.Module):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return this rank's parts for Megatron's distributed checkpoints, under Megatron's names."""
-        found: dict[str, Any] = {}
-        for module in self.role.modules:
-            is_language = module == LANGUAGE
-            part = self.language_model if is_language else self.modality_submodules[module]
-            assert part is not None
-            name = "language_model" if is_language else f"modality_submodules.{module}"
-            groups = self.collections.get(module)
-            # Without groups, Megatron's global state says which ranks hold copies.
-            known = {} if groups is None else {"dp_cp_group": groups.dp_cp}
-            found |= sharded_parts(
-                part,
-                f"{prefix}{name}.",
-                sharded_offsets,
-                {**(metadata or {}), **known},
-                tp_group=None if groups is None else groups.tp,
-            )
-        return found
+        groups = {module: self.collections.get(module) for module in self.role.modules}
+        return sharded_model(self, groups, prefix, sharded_offsets, metadata or {})
 
     def state_dict_for_save_checkpoint(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Return the state dict, under the name by which Megatron's checkpoints ask for it."""

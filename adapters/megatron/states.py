@@ -8,6 +8,9 @@ import torch.distributed as dist
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor, nn
 
+from mimogrid.adapters.megatron.grids import LANGUAGE
+from mimogrid.shell.megatron.names import ProcessGroupCollection
+
 
 _WRAPPERS = re.compile(r"(?<![^.])module\.")
 _STACKED = re.compile(r"(.*\blayers)\.(?!\d+\.)(.+)")
@@ -46,6 +49,32 @@ def to_megatron_state(state: Mapping[str, Any], language: str, modules: Collecti
         if module in modules:
             head = _LANGUAGE if module == language else f"{_MODALITIES}{module}."
             found[f"{head}{name}"] = tensor
+    return found
+
+
+def sharded_model(
+    model: Any,
+    collections: Mapping[str, ProcessGroupCollection | None],
+    prefix: str,
+    offsets: Any,
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the parts of a `MimoStages` or `MimoModel` for Megatron's distributed checkpoints (`sharded_parts`).
+
+    `collections` has the groups of each module that the rank hosts; None: Megatron's global state says which ranks hold
+    copies.
+    """
+    found: dict[str, Any] = {}
+    for module, groups in collections.items():
+        if module == LANGUAGE and model.language_model is not None:
+            part, name = model.language_model, _LANGUAGE
+        elif module in model.modality_submodules:
+            part, name = model.modality_submodules[module], f"{_MODALITIES}{module}."
+        else:
+            continue  # It is in the model of another chunk of the rank.
+        known = {} if groups is None else {"dp_cp_group": groups.dp_cp}
+        tp_group = None if groups is None else groups.tp
+        found |= sharded_parts(part, f"{prefix}{name}", offsets, {**metadata, **known}, tp_group=tp_group)
     return found
 
 

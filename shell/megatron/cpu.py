@@ -20,6 +20,8 @@ On the CPU only:
 - The norm at the end of a block of layers. Without transformer-engine or Apex it refuses sequence parallelism.
 - Two collectives that Megatron imports from torch by names that torch 2.13 deprecates, with a warning at each call.
 
+`checkpoints_on` does the same for the files that write Megatron's distributed checkpoints.
+
 >>> with on_device(torch.device("cpu")):
 ...     mappings.torch.cuda.current_device()
 device(type='cpu')
@@ -29,6 +31,7 @@ True
 
 import contextlib
 import copy
+import importlib
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -147,6 +150,21 @@ def on_device(device: torch.device, *, seed: int = 0) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def checkpoints_on(device: torch.device) -> Iterator[None]:
+    """Let Megatron's distributed checkpoints be written by ranks on `device` while open.
+
+    Their writer waits for CUDA's copies, and sends a word on the current CUDA device that all ranks have written.
+    """
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            stand_in = _torch_without_cuda(NoStream())
+            for name in ("filesystem_async", "state_dict_saver"):
+                module = importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{name}")
+                stack.enter_context(_replaced(module, "torch", stand_in))
+        yield
+
+
 def _random_states(device: torch.device, seed: int) -> Any:
     if device.type == "cpu":
         return CpuRandomStates({"model-parallel-rng": seed})
@@ -202,6 +220,7 @@ def _torch_without_cuda(stream: NoStream) -> ModuleType:
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[attr-defined]
     cuda.Stream = cuda.current_stream = lambda: stream  # type: ignore[attr-defined]
     cuda.stream = contextlib.nullcontext  # type: ignore[attr-defined]
+    cuda.synchronize = stream.synchronize  # type: ignore[attr-defined]
     stand_in = _copy_of(torch)
     stand_in.cuda = cuda  # type: ignore[attr-defined]
     return stand_in

@@ -109,6 +109,11 @@ class Buffer:
             self._posted.wait()
             self._posted = None
 
+    def copy_model_to_main(self) -> None:
+        """Copy the weights to the main parameters, where they are apart."""
+        if self._is_lowered:
+            self.main.copy_(self.weights[self.own])
+
     def copy_main_to_model(self) -> None:
         """Copy the main parameters to the weights, on all ranks that share the update."""
         if self._is_lowered:

@@ -50,6 +50,7 @@ class RankRuntime:
         buffers: the gradients of each stage, and the main parameters that this rank updates.
         optimizer: updates the main parameters; None where the rank has none, or where a host updates the weights.
         updates_weights: False where a host updates the weights.
+        defers_update: whether a step stops at the gradients, for an update later (`train_step.update_weights`).
         stages_by_rank: the names of every rank's stages.
         skip_state: what the decision on the next step depends on; the same on every rank.
         steps_taken: how many updates there were; the same on every rank.
@@ -72,6 +73,7 @@ class RankRuntime:
     updates_weights: bool
     stages_by_rank: Mapping[int, str]
     skip_state: SkipState
+    defers_update: bool = False
     steps_taken: int = 0
     has_saved: bool = True
     last_timeline: tuple[Timed, ...] = ()
@@ -125,7 +127,7 @@ def build_runtime(
         source=TimedSource(job.source, lambda: heartbeat.observe(READING)),
         stages={stage: each.runner for stage, each in hosted.items()},
         buffers=buffers,
-        optimizer=optimizer.build(job.spec.optimizer, _shards(buffers)) if updates_weights else None,
+        optimizer=optimizer.build(job.spec.optimizer, shards_of(buffers)) if updates_weights else None,
         updates_weights=updates_weights,
         stages_by_rank={
             r: " ".join(str(info.stage) for info in topology.role(r).stages) for r in topology.ranks
@@ -134,7 +136,7 @@ def build_runtime(
     )
 
 
-def _shards(buffers: Mapping[Stage, StageBuffer]) -> Iterator[tuple[str, Shard]]:
+def shards_of(buffers: Mapping[Stage, StageBuffer]) -> Iterator[tuple[str, Shard]]:
     """Yield what this rank updates, each with the name of its module."""
     for stage, of_stage in buffers.items():
         for buffer in of_stage.buffers:

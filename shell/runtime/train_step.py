@@ -60,22 +60,23 @@ def train_step(
 def _take(runtime: RankRuntime, agreed: Agreed, index: int) -> None:
     """Update the weights, if the ranks agreed to."""
     runtime.skip_state = agreed.skip_state
-    if not agreed.outcome.taken:
+    if not agreed.outcome.taken or runtime.defers_update:
         return
     runtime.steps_taken += 1
     if runtime.updates_weights:
-        _update(runtime, agreed.outcome.gradient_norm, index)
+        spec = runtime.job.spec
+        if runtime.optimizer is not None:
+            optimizer.set_rates(runtime.optimizer, spec.optimizer, step=index, steps=spec.train.steps)
+        update_weights(runtime, agreed.outcome.gradient_norm, limit=spec.optimizer.clip_norm)
 
 
-def _update(runtime: RankRuntime, norm: float, index: int) -> None:
-    """Clip by the global norm, update the main parameters, and copy them to the model."""
-    spec, buffers = runtime.job.spec, runtime.buffers.values()
-    limit = spec.optimizer.clip_norm
+def update_weights(runtime: RankRuntime, norm: float, *, limit: float) -> None:
+    """Clip by the global norm (limit 0: not), update the main parameters, and copy them to the model."""
+    buffers = runtime.buffers.values()
     if limit and norm > limit:
         for buffer in buffers:
             buffer.scale(limit / norm)
     if runtime.optimizer is not None:
-        optimizer.set_rates(runtime.optimizer, spec.optimizer, step=index, steps=spec.train.steps)
         runtime.optimizer.step()
     for buffer in buffers:
         buffer.copy_main_to_model()

@@ -68,6 +68,8 @@ PARTS = {"scatter_embedding_sequence_parallel": False}
         ({"dp": 3}, {"tp": 2, "dp": 2}, {"sequence_parallel": True}, loops.of_losses, {}, None),
         ({"dp": 1}, {"cp": 2, "dp": 3}, {}, loops.of_logits, {"labels": False}, None),
         ({"dp": 2}, {"dp": 3}, {}, loops.of_losses, {"images": True}, None),
+        ({"dp": 2}, {"cp": 2, "dp": 2}, {}, loops.of_means, {}, None),
+        ({"dp": 1}, {"dp": 2, "pp": 2}, {}, loops.of_counted_means, {"labels": False}, None),
         *nightly_only([({"dp": 1}, {"cp": 2, "pp": 2}, {}, loops.of_losses, {}, None)]),
     ],
 )
@@ -324,9 +326,9 @@ def test_forward_steps_that_compute_with_what_is_not_there_are_refused(
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        ((torch.ones(()), {"lm loss": torch.ones(())}), "a mean and a report"),
-        (torch.ones(()), "is not a sum, a number of tokens and a report"),
-        ((torch.ones(2), 3, {}), "is not a sum"),
+        (torch.ones(()), r"returns a Tensor, neither \(sum, number of tokens, report\) nor"),
+        ((torch.ones(2), 3, {}), "returns a tuple, neither"),
+        ((torch.ones(2), {}), "returns a tuple, neither"),
     ],
 )
 def test_losses_that_are_no_sums_are_refused(language: Module, returned: Any, said: str) -> None:
@@ -343,12 +345,85 @@ def test_a_loss_that_fails_says_what_its_input_was(language: Module) -> None:
     assert "microbatch 0: the loss function was given (1, 2), this rank's samples and positions" in note
 
 
-def judged(language: Module, loss_func: Any) -> torch.Tensor:
+def test_a_mean_of_logits_says_its_count(language: Module) -> None:
+    """Or it is refused: nothing else tells it from a mean over other tokens."""
+    batches = loops.batches(labels=False)
+    with pytest.raises(PlanError, match="a mean of logits, whose number of tokens nothing says"):
+        judged(language, lambda mask, output: (output.mean(), {"lm loss": mask.sum()}), batches)
+
+
+TWO = torch.tensor([3.0, 5.0])
+"""The losses of the two tokens of `judged`."""
+
+
+@pytest.mark.parametrize(
+    ("mean", "report"),
+    [
+        (lambda losses: losses.mean(), {}),
+        (lambda losses: losses.sum() / 2, {"lm loss": torch.tensor(4.0)}),
+        (lambda losses: losses.square().mean(), {"lm loss": torch.tensor([34.0, 2.0])}),
+    ],
+)
+def test_a_mean_over_the_mask_is_a_sum(language: Module, mean: Any, report: Mapping[str, Any]) -> None:
+    """Its gradient is that of the sum, whether its report or its gradient says what it is over."""
+    losses = TWO.clone().requires_grad_()
+    found = judged(language, lambda _, output: (mean(output), report), losses=losses)
+    (mean(losses) * 2).backward()
+    expected, losses.grad = losses.grad, None
+    assert float(mean(TWO) * 2) == pytest.approx(float(found.detach()))
+    found.backward()
+    assert losses.grad is not None
+    assert torch.allclose(expected, losses.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mean", "report"),
+    [
+        (lambda losses: losses.sum(), {}),
+        (lambda losses: losses.sum() / 3, {}),
+        (lambda losses: (losses * torch.tensor([0.5, 1.5])).mean(), {}),
+        (lambda losses: losses.square().mean(), {}),
+        (lambda losses: losses.mean(), {"lm loss": torch.tensor([8.0, 4.0])}),
+        (lambda losses: losses.sum() / 4, {"lm loss": torch.tensor([8.0, 4.0])}),
+    ],
+)
+def test_other_means_skip_the_step(language: Module, mean: Any, report: Mapping[str, Any]) -> None:
+    """A sum, a mean over other tokens, another weighing of them, and a report that is not about the mean."""
+    losses = TWO.clone().requires_grad_()
+    assert judged(language, lambda _, output: (mean(output), report), losses=losses).isnan()
+
+
+def test_a_mean_of_no_tokens_is_nothing(language: Module) -> None:
+    """0/0 in the loss function adds 0 to the loss and to the gradient."""
+    losses = TWO.clone().requires_grad_()
+    found = judged(
+        language,
+        lambda _, output: ((output * 0).sum() / torch.zeros(()), {}),
+        losses=losses,
+        weights=torch.zeros(2),
+    )
+    found.backward()
+    assert losses.grad is not None
+    assert [0.0, 0.0, 0.0] == [float(found.detach()), *losses.grad.tolist()]
+
+
+def judged(
+    language: Module,
+    loss_func: Any,
+    batches: Iterator[Any] | None = None,
+    *,
+    losses: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What a loss function comes to for the first microbatch, of which this rank has one sample of two tokens."""
     forward_step = loops.step_with(loss_func)
-    asked = microbatches_of(forward_step, loops.batches(), None, language, rank=1, total=loops.SAMPLES)
+    asked = microbatches_of(
+        forward_step, batches or loops.batches(), None, language, rank=1, total=loops.SAMPLES
+    )
     sample = Sample(id=0, length=2, rows={})
     share = Share((sample,), {}, (2,), (2,), ((),), loops.SAMPLES, (2, 1), segments=(2,))
     two = torch.zeros(2, dtype=torch.int64)
-    predictions = Predictions(torch.zeros(2, 4), two, two.float(), share, specs.OneOf(0, 1))  # type: ignore[arg-type]
-    return HostLoss(asked, loops.SAMPLES)(predictions)
+    ones = torch.ones(2) if weights is None else weights
+    predictions = Predictions(torch.zeros(2, 4), two, ones, share, specs.OneOf(0, 1))  # type: ignore[arg-type]
+    with mock.patch.object(Predictions, "cross_entropies", return_value=TWO if losses is None else losses):
+        return HostLoss(asked, loops.SAMPLES)(predictions)

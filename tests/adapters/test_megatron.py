@@ -232,6 +232,19 @@ def test_what_a_job_cannot_say_is_an_error() -> None:
     ]
 
 
+def test_a_language_model_that_is_no_gpt_is_refused() -> None:
+    """By the name of its class: Megatron's hybrid models have layers that a plan does not know."""
+
+    class MambaModel(torch.nn.Module):
+        """A model of Megatron's by its name only."""
+
+    spec = specs.language()
+    spec.module = MambaModel
+    grids = {"vision": hyper(dp=1), "language": hyper(1, dp=1)}
+    with pytest.raises(PlanError, match="language_model_spec: is a MambaModel; a job's program runs"):
+        job_of(specs.model_config(language_model_spec=spec), grids, batch=BatchSpec(global_size=2))
+
+
 # -- groups ------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 import megatrons
 import specs
 from megatrons import Seen
-from mimogrid.adapters.megatron import ModalityNetwork, job_of
+from mimogrid.adapters.megatron import ModalityNetwork, experts, job_of
 from mimogrid.adapters.megatron.language import LanguageStage
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.base.errors import PlanError, WorldError
@@ -554,6 +554,33 @@ def test_networks_that_cannot_cut_positions_are_refused(opened: Opened) -> None:
         network(megatrons.arranged, theirs=True)
     with pytest.raises(PlanError, match="attends to the positions of one of cp=2 ranks only"):
         language_of(opened, theirs=True)
+
+
+def test_a_modality_with_several_encoders_is_refused() -> None:
+    """Megatron lines up the rows of one encoder for all samples of a rank, then those of the next."""
+    modality = nn.Module()
+    modality.encoders = nn.ModuleDict({"near": nn.Identity(), "far": nn.Identity()})
+    with pytest.raises(PlanError, match="has 2 encoders.* which samples share a rank"):
+        ModalityNetwork(modality, "pixels")
+
+
+def test_experts_in_one_weight_are_refused() -> None:
+    """By the name of the class that holds them, which is a grouped one."""
+    layer = mock.Mock()
+    layer.experts = type("TEGroupedMLP", (), {})()
+    layer.config = specs.config(**EXPERTS)
+    layer.attn_tp_group = specs.OneOf(0, 1)
+    layer.local_expert_indices = [0, 1, 2, 3]
+    layer.token_dispatcher.tp_size = layer.token_dispatcher.ep_size = 1
+    module, network = mock.Mock(), mock.Mock()
+    module.name, module.model.aux_loss, module.experts_at = "language", 0.0, lambda _: range(4)
+    module.experts.extent = lambda _: 1
+    with (
+        mock.patch.object(experts, "expert_layers", return_value={"layer": layer}),
+        mock.patch.object(experts.dist, "get_backend", return_value="gloo"),
+    ):
+        (problem,) = experts.unable_experts(network, module, {"ep": 0}, 3)
+    assert "keeps its experts as TEGroupedMLP, several in one weight" in problem.message
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,11 @@ ROWS = (4, 2, 0, 6)
 """Placeholders of one sample after the other."""
 
 
-def batches(*, labels: bool = True, images: bool = False) -> Iterator[dict[str, Any]]:
+def batches(*, labels: bool = True, images: bool = False, steps: int = 2) -> Iterator[dict[str, Any]]:
     """Yield microbatches: all of their samples, placeholders among the text, some tokens half or not counted."""
     generator = torch.Generator().manual_seed(3)
     size = SAMPLES // MICROBATCHES
-    for microbatch in range(2 * MICROBATCHES):
+    for microbatch in range(steps * MICROBATCHES):
         counts = [ROWS[(microbatch + i) % len(ROWS)] for i in range(size)]
         ids = torch.randint(0, specs.IMAGE, (size, SEQUENCE), generator=generator)
         for sample, count in zip(ids, counts, strict=True):
@@ -61,6 +61,18 @@ def of_logits(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     """A loss of logits [B, S, V], which has no labels."""
     loss = ((output.tanh() ** 2).sum(dim=-1) * loss_mask).sum()
     return loss, loss_mask.sum(), {"lm loss": torch.stack([loss.detach(), loss_mask.sum()])}
+
+
+def of_means(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean of the losses, as most programs begin; it is not a number where there are no tokens."""
+    total = (output * loss_mask).sum()
+    return total / loss_mask.sum(), {"lm loss": total.detach()[None]}
+
+
+def of_counted_means(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean of a loss of logits [B, S, V]; its report has the sum and the number of tokens."""
+    total, count, report = of_logits(loss_mask, output)
+    return total / count, report
 
 
 def step_with(loss: Any) -> Any:
@@ -110,7 +122,13 @@ def expected(config: Mapping[str, Any], loss: Any, options: Mapping[str, Any]) -
     reports, total, count = [], torch.zeros((), dtype=torch.float64), 0.0
     for _ in range(MICROBATCHES):
         output, loss_func = forward_step(iterator, model)
-        of_microbatch, tokens, report = loss_func(output)
+        returned = loss_func(output)
+        if len(returned) == 2:  # (mean, report): its sum is over the tokens of the mask
+            mean, report = returned
+            tokens = loss_func.args[0].sum()
+            of_microbatch = mean * tokens
+        else:
+            of_microbatch, tokens, report = returned
         total, count = total + of_microbatch, count + float(tokens)
         reports.append(report["lm loss"].tolist())
     (total / count).backward()
@@ -228,18 +246,17 @@ def failing(place: RankPlace, job: Job, config: Mapping[str, Any], broken: int) 
 
 
 def meaning(place: RankPlace, job: Job, config: Mapping[str, Any]) -> str:
-    """Return a mean from the loss function, on the ranks of the last stage; return what fails here by that."""
+    """Return a mean of logits without a count, on the ranks of the last stage; return what fails here by that."""
 
     def loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        mean = (output * loss_mask).sum() / loss_mask.sum()
-        return mean, {"lm loss": mean}
+        return output.mean(), {"lm loss": loss_mask.mean()}
 
     with host(place):
         hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
         function = forward_backward_func(job, megatrons.config_of(**config, here=hosted))
         arguments = {
             "forward_step_func": step_with(loss),
-            "data_iterator": batches(),
+            "data_iterator": batches(labels=False),
             "model": [function.model],
         }
         try:

@@ -91,7 +91,7 @@ def test_a_job_that_is_not_there_is_not_any_other_toml_file(
     assert "Did you mean 'large.toml'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("example", ["own_module.py", "megatron_mimo.py"])
+@pytest.mark.parametrize("example", ["own_module.py", "megatron_mimo.py", "megatron_pretrain.py"])
 def test_an_example_without_a_launcher_says_how_to_start_it(
     example: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

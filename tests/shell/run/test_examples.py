@@ -54,10 +54,10 @@ def test_launch_files_say_what_a_line_is_for(file: str) -> None:
     assert 4 * len(comments) >= len(lines)
 
 
-def test_what_the_page_shows_is_what_runs() -> None:
-    """Every piece of code in it stands in an example, as it is."""
-    page = (ROOT / "docs/adapters.md").read_text()
-    shown = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    programs = "".join((EXAMPLES / name).read_text() for name in PROGRAMS)
+def test_what_the_pages_show_is_what_runs() -> None:
+    """Every piece of code in them stands in an example, as it is."""
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("adapters.md", "megatron.md"))
+    shown = re.findall(r"^```python\n(.*?)^```$", pages, re.MULTILINE | re.DOTALL)
+    programs = "".join((EXAMPLES / name).read_text() for name in (*PROGRAMS, "megatron_pretrain.py"))
     assert shown
     assert all(piece in programs for piece in shown)
