@@ -3,14 +3,15 @@
 Steps are *measured* one by one, and measurements add up: of the last steps, of a whole run. The first step of a run is
 left out of a sum as soon as there are others, because caches fill and kernels are chosen in it.
 
-A rank waits while it computes nothing: in the bubble of the pipeline, for messages, for data. Model FLOPs are those of
+A rank waits while it computes nothing: in the bubble of the pipeline, for messages, for data. Of the last, the share is
+known by itself: that of data that was not there when a forward read it (`[data] workers`). Model FLOPs are those of
 the samples that the step really had, without padding and recomputation (`core.pricing.flops`); of them a GPU could do
 so many a second (`peak_flops`), and the share that it does is the model FLOPs utilization, MFU.
 
->>> measured = Measured(steps=2, seconds=4.0, samples=64, tokens=800, flops=6e12, busy_s=3.0, busy_of_s=4.0)
+>>> measured = Measured(steps=2, seconds=4.0, samples=64, tokens=800, flops=6e12, busy_s=3.0, data_s=1.0, of_s=8.0)
 >>> found = throughput(measured, active=2, allocated=4, peak=1e12)
->>> found.step_s, found.tokens_per_s, found.tokens_per_s_per_gpu, found.mfu, found.waiting
-(2.0, 200.0, 50.0, 0.375, 0.25)
+>>> found.step_s, found.tokens_per_s, found.tokens_per_s_per_gpu, found.mfu, found.waiting, found.waiting_for_data
+(2.0, 200.0, 50.0, 0.375, 0.625, 0.125)
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,8 @@ class Measured:
         seconds: from the end of the step before to the end of each.
         samples, tokens, flops: what was in them; FLOPs of the model alone.
         busy_s: seconds that ranks computed, added over ranks.
-        busy_of_s: the seconds of ranks that `busy_s` is a part of.
+        data_s: seconds that they waited for data, likewise.
+        of_s: the seconds of ranks that these are a part of.
     """
 
     steps: int = 0
@@ -52,7 +54,8 @@ class Measured:
     tokens: int = 0
     flops: float = 0.0
     busy_s: float = 0.0
-    busy_of_s: float = 0.0
+    data_s: float = 0.0
+    of_s: float = 0.0
 
     def __add__(self, other: "Measured") -> "Measured":
         mine, others = attrs.astuple(self), attrs.astuple(other)
@@ -72,6 +75,7 @@ class Throughput:
         flops_per_s_per_gpu: model FLOPs for each allocated rank; modules of the user's count as none.
         mfu: these as a share of the device's peak.
         waiting: the share of time in which ranks that host a module compute nothing.
+        waiting_for_data: the share of time, a part of this, in which they wait for what they read from the source.
     """
 
     step_s: float
@@ -82,6 +86,7 @@ class Throughput:
     flops_per_s_per_gpu: float
     mfu: float | None
     waiting: float | None
+    waiting_for_data: float | None
 
 
 def throughput(measured: Measured, *, active: int, allocated: int, peak: float | None) -> Throughput | None:
@@ -98,7 +103,8 @@ def throughput(measured: Measured, *, active: int, allocated: int, peak: float |
         tokens_per_s_per_active_gpu=tokens_per_s / active,
         flops_per_s_per_gpu=flops_per_s,
         mfu=flops_per_s / peak if peak else None,
-        waiting=1 - measured.busy_s / measured.busy_of_s if measured.busy_of_s else None,
+        waiting=1 - measured.busy_s / measured.of_s if measured.of_s else None,
+        waiting_for_data=measured.data_s / measured.of_s if measured.of_s else None,
     )
 
 

@@ -4,7 +4,7 @@ A run is defined by what it computes: which model, from which samples, by which 
 decides only where, in which order and for how long this is computed, and what is saved:
 
     free    grids, chunks, split, vocab_padding, recompute, microbatches, world_size, [schedule], [train],
-            [gpu], optimizer.sharded and bucket_mb, precision, fp8, engine
+            [gpu], optimizer.sharded and bucket_mb, precision, fp8, engine, data.workers, ahead and worker_kind
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
 
@@ -82,6 +82,7 @@ def _essence(spec: JobSpec) -> JobSpec:
             )
             for name, module in spec.modules.items()
         },
+        data=attrs.evolve(spec.data, workers=0, ahead=0, worker_kind=""),
         batch=attrs.evolve(spec.batch, microbatches=1),
         schedule=ScheduleSpec(),
         optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0),

@@ -62,6 +62,7 @@ class ModuleSpec:
 
 
 OVERFLOWS = ("error", "truncate", "drop")
+WORKER_KINDS = ("process", "thread")
 
 
 @attrs.frozen(kw_only=True)
@@ -77,13 +78,18 @@ class MixSpec:
 class DataSpec:
     """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several.
 
-    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`).
+    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`). So many
+    `workers` of each rank, of one `worker_kind`, load what it reads in the next `ahead` microbatches; 0: it loads
+    itself.
     """
 
     source: str = ""
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     mix: tuple[MixSpec, ...] = ()
     overflow: str = "error"
+    workers: int = 0
+    ahead: int = 2
+    worker_kind: str = "process"
 
 
 @attrs.frozen(kw_only=True)

@@ -21,7 +21,7 @@ from mimogrid.core.job import layer_engines
 from mimogrid.core.job.models import ACTIVATIONS, BUILT_IN, NORMS, Transformer
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.job.spec import JobSpec, ModuleSpec, OptimizerSpec, ScheduleSpec
+from mimogrid.core.job.spec import WORKER_KINDS, DataSpec, JobSpec, ModuleSpec, OptimizerSpec, ScheduleSpec
 from mimogrid.core.job.validation.optimizer import DECAYS
 from mimogrid.core.job.validation.problems import RECOMPUTES
 from mimogrid.shell.job.sources.opening import BUILT_IN as SOURCES
@@ -38,6 +38,7 @@ WORDS: Mapping[tuple[type, str], tuple[str, ...]] = {
     (ModuleSpec, "recompute"): RECOMPUTES,
     (ModuleSpec, "engine"): layer_engines.ENGINES,
     (ModuleSpec, "fp8"): layer_engines.FORMATS,
+    (DataSpec, "worker_kind"): WORKER_KINDS,
     (ScheduleSpec, "name"): SCHEDULES,
     (OptimizerSpec, "decay"): DECAYS,
     (Transformer, "norm"): NORMS,

@@ -78,6 +78,7 @@ class Meter:
         self._active, self._allocated, self._peak = active, allocated, peak
         self._steps: deque[Measured] = deque(maxlen=RECENT)
         self._whole, self._count = Measured(), 0
+        self._data_s, self._data_of_s = dict[int, float](), 0.0
         self._ended = time.perf_counter()
 
     def add(self, step: Step, outcome: Outcome) -> None:
@@ -88,10 +89,15 @@ class Meter:
             self._steps.clear()
             self._whole = Measured()
         elif self._steps:
-            busy_s = sum(times.busy_s for times in outcome.step_times)
-            known = Measured(busy_s=busy_s, busy_of_s=self._steps[-1].seconds * self._active)
+            before_s = self._steps[-1].seconds
+            data_s = sum(times.load_s for times in outcome.step_times)
+            busy_s = sum(max(0.0, times.busy_s - times.load_s) for times in outcome.step_times)
+            known = Measured(busy_s=busy_s, data_s=data_s, of_s=before_s * self._active)
             self._steps[-1] += known
             self._whole += known
+            for times in outcome.step_times:
+                self._data_s[times.rank] = self._data_s.get(times.rank, 0.0) + times.load_s
+            self._data_of_s += before_s
         measured = Measured(
             steps=1,
             seconds=seconds,
@@ -112,6 +118,11 @@ class Meter:
     def whole(self) -> Throughput | None:
         """What all steps reached since the run was started or resumed."""
         return self._throughput(self._whole)
+
+    @property
+    def waiting_for_data(self) -> dict[int, float]:
+        """By rank, the share of the time of all steps but the first and the last in which it waited for data."""
+        return {rank: data_s / self._data_of_s for rank, data_s in self._data_s.items()}
 
     def _throughput(self, measured: Measured) -> Throughput | None:
         return throughput(measured, active=self._active, allocated=self._allocated, peak=self._peak)

@@ -150,6 +150,9 @@ def compose(
         "accuracy_text_only": dict(others),
         "training_s": training_s,
         **(attrs.asdict(steady) if steady else {}),
+        "waiting_for_data_by_rank": {
+            str(rank): share for rank, share in (tally.meter.waiting_for_data if tally.meter else {}).items()
+        },
         "busy_fraction": {str(rank.rank): rank.busy_fraction for rank in ranks},
         "peak_bytes": {str(rank.rank): rank.peak_bytes for rank in ranks},
         "machine": platform.platform(),

@@ -25,6 +25,7 @@ from structlog.typing import FilteringBoundLogger
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.faults.stragglers import Straggler
 from mimogrid.core.job.changes import changes
+from mimogrid.core.schedule.loads import loads_of
 from mimogrid.core.step.step import Step
 from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint import files, manifest
@@ -49,6 +50,7 @@ from mimogrid.shell.run.folders import (
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
 from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.ahead import LoadsAhead, open_ahead
 from mimogrid.shell.runtime.execute import Executor
 from mimogrid.shell.runtime.profiles import executor_of
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -120,10 +122,13 @@ def _trained(
             on_phase=session.heartbeat.enter,
             on_wait=session.heartbeat.wait_for_others,
         ) as saver,
+        open_ahead(job, log.warning) as ahead,
     ):
         if session.device.is_asynchronous:  # a CPU has no choice
             _log_layers(runtime, log)
-        run = Run(session, runtime, folder, log, saver, is_first)
+        if ahead:
+            runtime.source.source = ahead
+        run = Run(session, runtime, folder, log, saver, is_first, ahead)
         tally = run.train(0 if saved is None else run.resume(saved))
         return tally if isinstance(tally, Stopped) else run.finish(tally)
 
@@ -165,6 +170,7 @@ class Run:
     log: FilteringBoundLogger
     saver: Saver
     is_first: bool
+    ahead: LoadsAhead | None = None
 
     def resume(self, saved: str) -> int:
         """Load a checkpoint; return the step that is next, 0 where there is no checkpoint."""
@@ -194,12 +200,15 @@ class Run:
         with contextlib.ExitStack() as stack:
             metrics = stack.enter_context(open_metrics(self.folder, start, steps)) if self.is_first else None
             following = job.step(self._next(start))
+            self._expect(following)
             for index in range(start, steps):
                 stops = False
                 if is_passed_over(job.spec.train, index):
                     self._pass_over(index, tally, metrics)
                 else:
                     step, following = following, job.step(self._next(index + 1))
+                    if index + 1 < steps:
+                        self._expect(following)
                     outcome = self._step(index, step, following)
                     tally.add(index, step, outcome)
                     lagging = watch.after(step, outcome.step_times) if self.is_first else ()
@@ -215,6 +224,11 @@ class Run:
                     return self._stopped(index + 1)
             self.saver.wait_for_save()
         return tally
+
+    def _expect(self, step: Step) -> None:
+        """Let workers load what this rank reads in a step, when they come to it."""
+        if self.ahead:
+            self.ahead.expect(loads_of(step, self.runtime.job.order, self.runtime.role))
 
     def _step(self, index: int, step: Step, following: Step) -> Outcome:
         """Run a step; begin the next phase of the pending save if all ranks are ready for it."""
