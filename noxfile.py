@@ -141,6 +141,14 @@ def kubernetes(session: nox.Session) -> None:
     session.run("pytest", "-p", "no:cacheprovider", "tests/kubernetes/test_manifests.py", *session.posargs)
 
 
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
+def trackers(session: nox.Session) -> None:
+    """Write to the real trackers, and read from what they kept; their packages bring some hundreds of megabytes."""
+    session.install("--editable", ".[train,trackio,wandb,mlflow]", "hypothesis", "pytest>=9")
+    # What other packages warn of at import is not ours to mend.
+    session.run("pytest", "-W", "default", "tests/trackers/test_trackers.py", *session.posargs)
+
+
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
     """Disturb and interrupt two hundred runs and resume them; takes some twenty minutes on two cores."""

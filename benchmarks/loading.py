@@ -18,7 +18,7 @@ from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.world.launch import Pool
 
 
-SOURCE = '''
+SOURCE = """
 import time
 import torch
 from mimogrid.core.base.samples import Sample
@@ -42,7 +42,7 @@ class Slow:
 
 def slow(sequence, sample_s, burns):
     return Slow(sample_s, burns)
-'''
+"""
 JOB = """
 [modules.language]
 model = "gpt"

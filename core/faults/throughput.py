@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import attrs
 
 from mimogrid.core.pricing.accelerators import ACCELERATORS
+from mimogrid.core.topology.topology import Topology
 
 
 DEVICES: Mapping[str, str] = {
@@ -43,6 +44,7 @@ class Measured:
         steps: how many there were.
         seconds: from the end of the step before to the end of each.
         samples, tokens, flops: what was in them; FLOPs of the model alone.
+        encoder_flops: those of its encoders.
         busy_s: seconds that ranks computed, added over ranks.
         data_s: seconds that they waited for data, likewise.
         of_s: the seconds of ranks that these are a part of.
@@ -53,6 +55,7 @@ class Measured:
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0
+    encoder_flops: float = 0.0
     busy_s: float = 0.0
     data_s: float = 0.0
     of_s: float = 0.0
@@ -74,6 +77,7 @@ class Throughput:
         tokens_per_s_per_active_gpu: for each rank that hosts a module.
         flops_per_s_per_gpu: model FLOPs for each allocated rank; modules of the user's count as none.
         mfu: these as a share of the device's peak.
+        encoder_share: the share of model FLOPs that encoders have.
         waiting: the share of time in which ranks that host a module compute nothing.
         waiting_for_data: the share of time, a part of this, in which they wait for what they read from the source.
     """
@@ -85,6 +89,7 @@ class Throughput:
     tokens_per_s_per_active_gpu: float
     flops_per_s_per_gpu: float
     mfu: float | None
+    encoder_share: float | None
     waiting: float | None
     waiting_for_data: float | None
 
@@ -103,9 +108,15 @@ def throughput(measured: Measured, *, active: int, allocated: int, peak: float |
         tokens_per_s_per_active_gpu=tokens_per_s / active,
         flops_per_s_per_gpu=flops_per_s,
         mfu=flops_per_s / peak if peak else None,
+        encoder_share=measured.encoder_flops / measured.flops if measured.flops else None,
         waiting=1 - measured.busy_s / measured.of_s if measured.of_s else None,
         waiting_for_data=measured.data_s / measured.of_s if measured.of_s else None,
     )
+
+
+def is_encoder(topology: Topology, module: str) -> bool:
+    """Whether a module makes rows for another, and is no language model."""
+    return bool(topology.modules[module].outputs) and module not in topology.graph.texts
 
 
 def peak_flops(device: str, precision: str) -> float | None:

@@ -218,6 +218,18 @@ class TrainSpec:
     profile: ProfileSpec = ProfileSpec()
 
 
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+
+@attrs.frozen(kw_only=True)
+class TrackSpec:
+    """`[track]`: the trackers that a run writes its curves to, a point of each every so many steps, and the project."""
+
+    to: tuple[str, ...] = ("tensorboard",)
+    every: int = 10
+    project: str = "mimogrid"
+
+
 @attrs.frozen(kw_only=True)
 class SourceFacts:
     """What the plan must know about the data source; each fact may be unknown.
@@ -251,6 +263,7 @@ class JobSpec:
     schedule: ScheduleSpec = ScheduleSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     train: TrainSpec = TrainSpec()
+    track: TrackSpec = TrackSpec()
     gpu: GpuSpec = GpuSpec()
     seed: int = 0
     precision: str = "fp32"

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
-from torch.utils.tensorboard import SummaryWriter
 
 from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, stragglers
-from mimogrid.core.faults.throughput import Measured, Throughput, peak_flops, throughput
+from mimogrid.core.faults.throughput import Measured, Throughput, is_encoder, peak_flops, throughput
+from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute
@@ -31,13 +31,12 @@ from mimogrid.core.step.step import Step
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.folders import METRICS
 from mimogrid.shell.run.progress import progress_text
+from mimogrid.shell.run.trackers import Trackers, tracked
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.execute import Timed
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
-SCALARS_EVERY = 10
-"""Steps from one point of the curves in TensorBoard to the next."""
 PROGRESS_EVERY_S = 10.0
 """Seconds from one line of progress to the next, where there is no terminal."""
 WINDOW = 64
@@ -98,12 +97,14 @@ class Meter:
             for times in outcome.step_times:
                 self._data_s[times.rank] = self._data_s.get(times.rank, 0.0) + times.load_s
             self._data_of_s += before_s
+        flops = model_flops(step)
         measured = Measured(
             steps=1,
             seconds=seconds,
             samples=len(step.samples),
             tokens=step.tokens,
-            flops=sum(model_flops(step).values()),
+            flops=sum(flops.values()),
+            encoder_flops=sum(flops[name] for name in flops if is_encoder(step.topology, name)),
         )
         self._steps.append(measured)
         self._whole += measured
@@ -239,10 +240,11 @@ class Progress:
 
 @attrs.frozen(eq=False)
 class MetricsWriter:
-    """Writes a line per step, scalars for TensorBoard, and progress on the terminal."""
+    """Writes a line per step, the curves of trackers with a point `every` so many steps, and progress."""
 
     lines: TextIO
-    scalars: SummaryWriter
+    trackers: Trackers
+    every: int
     progress: Progress
 
     def write(self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()) -> None:
@@ -263,9 +265,8 @@ class MetricsWriter:
         if lagging:
             facts["stragglers"] = [_straggler_facts(straggler) for straggler in lagging]
         self.lines.write(json.dumps(facts) + "\n")
-        if index % SCALARS_EVERY == 0:
-            for name, value in _scalars(facts):
-                self.scalars.add_scalar(name, value, index)
+        if index % self.every == 0:
+            self.trackers.log(index, dict(_curves(facts)))
         self.progress.show(index + 1, facts)
 
     def write_passed_over(self, index: int) -> None:
@@ -273,8 +274,8 @@ class MetricsWriter:
         self.lines.write(json.dumps({"step": index, "taken": False, "skipped": "listed"}) + "\n")
 
 
-def _scalars(facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the curves of TensorBoard: every number that is known but the step itself, and the loss of each module."""
+def _curves(facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the points of curves: every number that is known but the step itself, and the loss of each module."""
     for name, value in facts.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
             yield name, value
@@ -298,11 +299,16 @@ def _straggler_facts(straggler: Straggler) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_metrics(folder: Path, start: int, steps: int) -> Iterator[MetricsWriter]:
-    """Open the files of the metrics, and the progress on the terminal from step `start` on."""
+def open_metrics(
+    folder: Path, start: int, spec: JobSpec, warn: Callable[[str], None]
+) -> Iterator[MetricsWriter]:
+    """Open the files and trackers of a job's metrics, and the progress on the terminal from step `start` on.
+
+    `warn` is told of a tracker that fails.
+    """
     with (
         (folder / METRICS).open("a", encoding="utf-8", buffering=1) as lines,  # a resumed run reads them
-        contextlib.closing(SummaryWriter(str(folder / "tensorboard"))) as scalars,
-        Progress(start, steps) as progress,
+        contextlib.closing(Trackers(spec.track.to, tracked(folder, spec), warn)) as trackers,
+        Progress(start, spec.train.steps) as progress,
     ):
-        yield MetricsWriter(lines, scalars, progress)
+        yield MetricsWriter(lines, trackers, spec.track.every, progress)

@@ -7,7 +7,7 @@
     trace.json           the measured timeline, for Perfetto
     predictions.png      held-out samples with their predicted and true answers
     profiles/            what torch did in the steps that the job profiles (`profiles`)
-    checkpoints/, logs/, tensorboard/, and under a launcher heartbeats/ (`heartbeat`)
+    checkpoints/, logs/, what trackers keep (`trackers`), and under a launcher heartbeats/ (`heartbeat`)
 
 The first rank of the job writes all of this but checkpoints and logs, of which every rank writes its own part.
 """
@@ -198,7 +198,10 @@ class Run:
         tally = resumed_tally(self.runtime, self.folder, start) if self.is_first else Tally()
         watch = StragglerWatch(job)
         with contextlib.ExitStack() as stack:
-            metrics = stack.enter_context(open_metrics(self.folder, start, steps)) if self.is_first else None
+            metrics = None
+            if self.is_first:
+                opening = open_metrics(self.folder, start, job.spec, self.log.warning)
+                metrics = stack.enter_context(opening)
             following = job.step(self._next(start))
             self._expect(following)
             for index in range(start, steps):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.job.spec import WORKER_KINDS, DataSpec, JobSpec, TrainSpec
+from mimogrid.core.job.spec import TRACKERS, WORKER_KINDS, DataSpec, JobSpec, TrackSpec, TrainSpec
 from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, divisors, one_of
 from mimogrid.core.job.validation.optimizer import optimizer_problems
 
@@ -26,6 +26,7 @@ def job_problems(spec: JobSpec) -> Iterator[Problem]:
     yield from optimizer_problems(spec.optimizer)
     yield from _train(spec.train)
     yield from _loading(spec.data)
+    yield from _track(spec.track)
     yield from _gpu(spec)
     if not spec.modules:
         yield Problem("modules", "the job has no module.", "Add a table [modules.NAME].")
@@ -66,6 +67,14 @@ def _loading(data: DataSpec) -> Iterator[Problem]:
     yield from at_most("data.workers", data.workers, WORKERS_MOST)
     yield from at_least("data.ahead", data.ahead, 1)
     yield from one_of("data.worker_kind", data.worker_kind, WORKER_KINDS)
+
+
+def _track(track: TrackSpec) -> Iterator[Problem]:
+    for name in track.to:
+        yield from one_of("track.to", name, TRACKERS)
+    yield from at_least("track.every", track.every, 1)
+    if not track.project or not track.project.isprintable():
+        yield Problem("track.project", f"is {track.project!a}.", "Use a name, such as the default: mimogrid.")
 
 
 def _gpu(spec: JobSpec) -> Iterator[Problem]:
