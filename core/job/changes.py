@@ -4,7 +4,8 @@ A run is defined by what it computes: which model, from which samples, by which 
 decides only where, in which order and for how long this is computed, and what is saved:
 
     free    grids, chunks, split, vocab_padding, recompute, microbatches, world_size, [schedule], [train],
-            [track], [gpu], optimizer.sharded and bucket_mb, precision, fp8, engine, data.workers, ahead and worker_kind
+            [validation], [track], [gpu], optimizer.sharded and bucket_mb, data.workers, ahead and worker_kind,
+            precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
 
@@ -34,6 +35,7 @@ from mimogrid.core.job.spec import (
     ScheduleSpec,
     TrackSpec,
     TrainSpec,
+    ValidationSpec,
 )
 
 
@@ -96,6 +98,7 @@ def _essence(spec: JobSpec) -> JobSpec:
         schedule=ScheduleSpec(),
         optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0),
         train=TrainSpec(),
+        validation=ValidationSpec(),
         track=TrackSpec(),
         gpu=GpuSpec(),
         precision="",

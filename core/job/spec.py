@@ -218,6 +218,32 @@ class TrainSpec:
     profile: ProfileSpec = ProfileSpec()
 
 
+@attrs.frozen(kw_only=True)
+class TaskSpec:
+    """`[validation.tasks.NAME]`: a source of samples that training does not see, and its options."""
+
+    source: str
+    options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+
+
+@attrs.frozen(kw_only=True)
+class ValidationSpec:
+    """`[validation]`: losses of held-out samples, after every so many steps (0: never) and at the end.
+
+    Each of the `tasks` has at least so many `samples`; without tasks they are those that the data source holds out.
+    `metrics` are functions of the user's that are called with each sample's logits. The weights that are `best` by a
+    metric are kept, and training ends after `patience` validations that are not (0: it does not).
+    """
+
+    every: int = 0
+    samples: int = 256
+    tasks: Mapping[str, TaskSpec] = attrs.field(factory=dict[str, TaskSpec])
+    metrics: tuple[str, ...] = ()
+    best: str = ""
+    highest: bool = False
+    patience: int = 0
+
+
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 
@@ -263,6 +289,7 @@ class JobSpec:
     schedule: ScheduleSpec = ScheduleSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     train: TrainSpec = TrainSpec()
+    validation: ValidationSpec = ValidationSpec()
     track: TrackSpec = TrackSpec()
     gpu: GpuSpec = GpuSpec()
     seed: int = 0

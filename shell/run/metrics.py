@@ -43,6 +43,7 @@ WINDOW = 64
 """Steps over which step times are averaged before stragglers are named."""
 RECENT = 10
 """The steps whose mean is shown as what the run reaches now."""
+NONE: Mapping[str, float] = {}
 ABOVE = 1.5
 """How many times as long as expected a straggler takes."""
 
@@ -110,6 +111,10 @@ class Meter:
         self._whole += measured
         self._count += 1
 
+    def leave_out(self) -> None:
+        """Count nothing between the step that was added last and now."""
+        self._ended = time.perf_counter()
+
     @property
     def recent(self) -> Throughput | None:
         """What the last steps reached."""
@@ -140,7 +145,8 @@ class Tally:
     """What a rank has counted so far. Losses include those before a resume, throughput does not.
 
     `busy_ns` and `step_ns` are of all steps but the `last`, which a device may not have finished yet. A step in
-    `train.skip_steps` has no loss, and is among the `skipped`. The first rank of the job has a `meter`.
+    `train.skip_steps` has no loss, and is among the `skipped`. The first rank of the job has a `meter` and the
+    values of `validations`, each with its step. Training `ends_early`, after `last_step`, if validations say so.
     """
 
     begun: float = attrs.field(factory=time.perf_counter)
@@ -151,10 +157,16 @@ class Tally:
     skipped: list[int] = attrs.field(factory=list[int])
     last: tuple[Timed, ...] = ()
     meter: Meter | None = None
+    validations: list[tuple[int, Mapping[str, float]]] = attrs.field(
+        factory=list[tuple[int, Mapping[str, float]]]
+    )
+    ends_early: bool = False
+    last_step: int = 0
 
     def add(self, index: int, step: Step, outcome: Outcome) -> None:
         """Count a step."""
         self.busy_ns, self.step_ns = self._times()
+        self.last_step = index
         self.losses.append(outcome.loss)
         for name, loss in outcome.losses.items():
             self.losses_by_module.setdefault(name, []).append(loss)
@@ -195,6 +207,8 @@ def resumed_tally(runtime: RankRuntime, folder: Path, steps: int) -> Tally:
         if "loss" not in facts:
             continue
         tally.losses.append(facts["loss"])
+        if "validation" in facts:
+            tally.validations.append((facts["step"], facts["validation"]))
         for name, loss in facts["losses"].items():
             tally.losses_by_module.setdefault(name, []).append(loss)
     return tally
@@ -247,8 +261,15 @@ class MetricsWriter:
     every: int
     progress: Progress
 
-    def write(self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()) -> None:
-        """Write a step, and the stragglers that were found after it."""
+    def write(
+        self,
+        index: int,
+        outcome: Outcome,
+        tally: Tally,
+        lagging: Sequence[Straggler] = (),
+        validation: Mapping[str, float] = NONE,
+    ) -> None:
+        """Write a step, and the stragglers and the validation that came after it."""
         recent = tally.meter.recent if tally.meter else None
         facts: dict[str, Any] = {
             "step": index,
@@ -264,8 +285,10 @@ class MetricsWriter:
         }
         if lagging:
             facts["stragglers"] = [_straggler_facts(straggler) for straggler in lagging]
+        if validation:
+            facts["validation"] = dict(validation)
         self.lines.write(json.dumps(facts) + "\n")
-        if index % self.every == 0:
+        if index % self.every == 0 or validation:
             self.trackers.log(index, dict(_curves(facts)))
         self.progress.show(index + 1, facts)
 
@@ -281,6 +304,8 @@ def _curves(facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
     for module, loss in facts["losses"].items():
         yield f"loss/{module}", loss
+    for name, value in facts.get("validation", NONE).items():
+        yield f"validation/{name}", value
 
 
 def _straggler_facts(straggler: Straggler) -> dict[str, Any]:

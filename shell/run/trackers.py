@@ -20,6 +20,8 @@ from mimogrid.shell.job import extras
 
 
 TENSORBOARD = "tensorboard"
+PARAMS, PARAM_LENGTH = 100, 6000
+"""How many keys of a job MLflow takes at once, and how long each may be."""
 DIGITS = 16
 """The length of the name by which a tracker knows a run that is resumed."""
 
@@ -139,8 +141,9 @@ class Mlflow:
         self._run = known[0] if known else self._client.create_run(where, run_name=run.name, tags=tags)
         self._metric = Metric
         if not known:
-            params = [Param(key, str(value)) for key, value in run.config.items()]
-            self._client.log_batch(self._run.info.run_id, params=params[:100])
+            params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in run.config.items()]
+            for start in range(0, len(params), PARAMS):
+                self._client.log_batch(self._run.info.run_id, params=params[start : start + PARAMS])
 
     def log(self, step: int, curves: Mapping[str, float]) -> None:
         """Add the point of a step to each curve."""

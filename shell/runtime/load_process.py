@@ -31,7 +31,7 @@ from mimogrid.shell.world.preemption import SIGNALS
 STARTS = 3
 """How many processes may die with one sample before it is taken for the cause."""
 JOIN_S = 5.0
-"""How long to wait for the exit code of a process that is gone."""
+"""How long to wait for the end of a process whose connection is gone."""
 
 
 @attrs.frozen
@@ -112,8 +112,10 @@ class LoadProcess:
             return "did not start"
         (process, connection), self._running = self._running, None
         connection.close()
-        process.kill()  # it may have closed its end and live
         process.join(JOIN_S)
+        if process.exitcode is None:  # it has closed its end, and lives
+            process.kill()
+            process.join(JOIN_S)
         code = process.exitcode
         return f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
 
@@ -155,7 +157,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _send(connection: Connection, tensor: torch.Tensor) -> None:

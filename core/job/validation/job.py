@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.models import Gpt
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
 from mimogrid.core.job.spec import TRACKERS, WORKER_KINDS, DataSpec, JobSpec, TrackSpec, TrainSpec
@@ -26,6 +27,7 @@ def job_problems(spec: JobSpec) -> Iterator[Problem]:
     yield from optimizer_problems(spec.optimizer)
     yield from _train(spec.train)
     yield from _loading(spec.data)
+    yield from _validation(spec)
     yield from _track(spec.track)
     yield from _gpu(spec)
     if not spec.modules:
@@ -67,6 +69,23 @@ def _loading(data: DataSpec) -> Iterator[Problem]:
     yield from at_most("data.workers", data.workers, WORKERS_MOST)
     yield from at_least("data.ahead", data.ahead, 1)
     yield from one_of("data.worker_kind", data.worker_kind, WORKER_KINDS)
+
+
+def _validation(spec: JobSpec) -> Iterator[Problem]:
+    validation, where = spec.validation, "validation"
+    yield from at_least(f"{where}.every", validation.every, 0, "0: never.")
+    yield from at_least(f"{where}.samples", validation.samples, 1)
+    yield from at_most(f"{where}.samples", validation.samples, SAMPLES_MOST)
+    yield from at_least(
+        f"{where}.patience", validation.patience, 0, "0: training does not end before its last step."
+    )
+    if validation.patience and not validation.best:
+        message = f"is {validation.patience}, and nothing says which validation is better than another."
+        yield Problem(f"{where}.patience", message, 'Set validation.best, such as best = "loss".')
+    texts = [name for name, module in spec.modules.items() if isinstance(module.options, Gpt)]
+    if validation.metrics and len(texts) != 1:
+        message = f"get the logits of the language model; the job has {len(texts)}."
+        yield Problem(f"{where}.metrics", message, "Leave them out.")
 
 
 def _track(track: TrackSpec) -> Iterator[Problem]:
