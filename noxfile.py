@@ -160,6 +160,14 @@ def kubernetes(session: nox.Session) -> None:
     session.run("pytest", "-p", "no:cacheprovider", "tests/kubernetes/test_manifests.py", *session.posargs)
 
 
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
+def trackers(session: nox.Session) -> None:
+    """Write to the real trackers, and read from what they kept; their packages bring some hundreds of megabytes."""
+    session.install("--editable", ".[train,trackio,wandb,mlflow]", "hypothesis", "pytest>=9")
+    # What other packages warn of at import is not ours to mend.
+    session.run("pytest", "-W", "default", "tests/trackers/test_trackers.py", *session.posargs)
+
+
 @nox.session(default=False)
 def browser(session: nox.Session) -> None:
     """Open the interactive pages in a real browser, Debian's chromium, and act as a user would."""

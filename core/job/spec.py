@@ -65,6 +65,7 @@ class ModuleSpec:
 
 BALANCES = ("none", "cost")
 OVERFLOWS = ("error", "truncate", "drop")
+WORKER_KINDS = ("process", "thread")
 
 
 @attrs.frozen(kw_only=True)
@@ -80,13 +81,18 @@ class MixSpec:
 class DataSpec:
     """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several.
 
-    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`).
+    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`). So many
+    `workers` of each rank, of one `worker_kind`, load what it reads in the next `ahead` microbatches; 0: it loads
+    itself.
     """
 
     source: str = ""
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     mix: tuple[MixSpec, ...] = ()
     overflow: str = "error"
+    workers: int = 0
+    ahead: int = 2
+    worker_kind: str = "process"
 
 
 @attrs.frozen(kw_only=True)
@@ -221,6 +227,44 @@ class TrainSpec:
 
 
 @attrs.frozen(kw_only=True)
+class TaskSpec:
+    """`[validation.tasks.NAME]`: a source of samples that training does not see, and its options."""
+
+    source: str
+    options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+
+
+@attrs.frozen(kw_only=True)
+class ValidationSpec:
+    """`[validation]`: losses of held-out samples, after every so many steps (0: never) and at the end.
+
+    Each of the `tasks` has at least so many `samples`; without tasks they are those that the data source holds out.
+    `metrics` are functions of the user's that are called with each sample's logits. The weights that are `best` by a
+    metric are kept, and training ends after `patience` validations that are not (0: it does not).
+    """
+
+    every: int = 0
+    samples: int = 256
+    tasks: Mapping[str, TaskSpec] = attrs.field(factory=dict[str, TaskSpec])
+    metrics: tuple[str, ...] = ()
+    best: str = ""
+    highest: bool = False
+    patience: int = 0
+
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+
+@attrs.frozen(kw_only=True)
+class TrackSpec:
+    """`[track]`: the trackers that a run writes its curves to, a point of each every so many steps, and the project."""
+
+    to: tuple[str, ...] = ("tensorboard",)
+    every: int = 10
+    project: str = "mimogrid"
+
+
+@attrs.frozen(kw_only=True)
 class SourceFacts:
     """What the plan must know about the data source; each fact may be unknown.
 
@@ -253,6 +297,8 @@ class JobSpec:
     schedule: ScheduleSpec = ScheduleSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     train: TrainSpec = TrainSpec()
+    validation: ValidationSpec = ValidationSpec()
+    track: TrackSpec = TrackSpec()
     gpu: GpuSpec = GpuSpec()
     seed: int = 0
     precision: str = "fp32"

@@ -19,6 +19,7 @@ from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.job.published import origin_of
 from mimogrid.shell.run import folders
+from mimogrid.shell.run.trackers import missing_trackers
 from mimogrid.shell.world import preflight
 from mimogrid.shell.world.error_file import record_failure
 from mimogrid.shell.world.launch import Pool
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 def train(job: Job, args: TrainArgs) -> int:
     """Train a job to its end, or until it is asked to stop. Returns the exit code."""
     place = under_torchrun()
+    if problems := list(missing_trackers(job.spec)):
+        raise PlanError(problems)
     if args.preflight:
         return _preflight(job, args)
     report = _train_here(job, args) if place is None else _train_at(place, job, args)

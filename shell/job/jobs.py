@@ -5,7 +5,7 @@ For example ``open_job("job.toml", ["train.steps=20"]).topology``, which raises 
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,15 @@ from mimogrid.shell.job.published import shape_problems
 from mimogrid.shell.job.sources.opening import open_source
 from mimogrid.shell.job.sources.source import Source
 from mimogrid.shell.job.tables import converted, new_converter
+from mimogrid.shell.job.tasks import Tasks, open_tasks
 
 
 @attrs.frozen(eq=False)
 class Job:
     """A job that can run. `source` is None if only torch, which is not loaded, or code that was not to run opens it.
 
-    `ran` names the functions of the user's own that ran to open it; `runs_code` says whether any might.
+    `tasks` are the sources of its validation. `ran` names the functions of the user's own that ran to open it;
+    `runs_code` says whether any might.
 
     Pickling sends the path of the job file, and the other process opens it again. Every rank makes the same plan from
     the same text, and a source of the user's own need not support pickling.
@@ -49,6 +51,7 @@ class Job:
     source: Source | None
     ran: tuple[str, ...] = ()
     runs_code: bool = True
+    tasks: Tasks = attrs.field(factory=dict[str, Source])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(open_job, run_code=self.runs_code), (self.path, self.overrides)
@@ -119,18 +122,28 @@ def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool 
     assert isinstance(found, Topology)
     if unlike := tuple(shape_problems(found)):
         raise PlanError(unlike)
+    tasks, of_tasks = open_tasks(spec, source, found, run_code=run_code)
+    if of_tasks:
+        raise PlanError(map(parsed.annotated, of_tasks))
     costs = found.spec.schedule.costs
     if costs and (strange := list(unknown_names(costs, found))):
         raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)
     if source is not None:
         ran = (
             *ran,
-            *(name for name in (spec.data.source, *(e.source for e in spec.data.mix)) if ":" in name),
+            *(name for name in _sources(spec) if ":" in name),
         )
     ran = tuple(name for name in ran if not name.startswith("mimogrid."))
     if source is not None and spec.data.overflow != "error" and not isinstance(source, HostSource):
         source = Fitted(source, found)
-    return Job(full_path, overrides, found, source, tuple(dict.fromkeys(ran)), run_code)
+    return Job(full_path, overrides, found, source, tuple(dict.fromkeys(ran)), run_code, tasks)
+
+
+def _sources(spec: JobSpec) -> Iterator[str]:
+    """Yield the names of all sources of a job."""
+    yield from (spec.data.source, *(entry.source for entry in spec.data.mix))
+    if spec.validation.every:
+        yield from (task.source for task in spec.validation.tasks.values())
 
 
 def _permitted(path: Path | str) -> Path:

@@ -21,7 +21,18 @@ from mimogrid.core.job import layer_engines
 from mimogrid.core.job.models import ACTIVATIONS, BUILT_IN, NORMS, Transformer
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.job.spec import BALANCES, BatchSpec, JobSpec, ModuleSpec, OptimizerSpec, ScheduleSpec
+from mimogrid.core.job.spec import (
+    BALANCES,
+    TRACKERS,
+    WORKER_KINDS,
+    BatchSpec,
+    DataSpec,
+    JobSpec,
+    ModuleSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+    TrackSpec,
+)
 from mimogrid.core.job.validation.optimizer import DECAYS
 from mimogrid.core.job.validation.problems import RECOMPUTES
 from mimogrid.shell.job.sources.opening import BUILT_IN as SOURCES
@@ -39,6 +50,8 @@ WORDS: Mapping[tuple[type, str], tuple[str, ...]] = {
     (ModuleSpec, "recompute"): RECOMPUTES,
     (ModuleSpec, "engine"): layer_engines.ENGINES,
     (ModuleSpec, "fp8"): layer_engines.FORMATS,
+    (DataSpec, "worker_kind"): WORKER_KINDS,
+    (TrackSpec, "to"): TRACKERS,
     (ScheduleSpec, "name"): SCHEDULES,
     (OptimizerSpec, "decay"): DECAYS,
     (Transformer, "norm"): NORMS,
@@ -99,7 +112,9 @@ def _key(kind: type, field: "attrs.Attribute[Any]", meanings: "Meanings") -> Sch
     if type(field.default) in {int, float, bool, str}:
         found["default"] = field.default
     words = [allowed for (of, name), allowed in WORDS.items() if name == field.name and issubclass(kind, of)]
-    return found | ({"enum": list(words[0])} if words else {})
+    if words:
+        (found["items"] if found.get("type") == "array" else found)["enum"] = list(words[0])
+    return found
 
 
 def _value(kind: Any, meanings: "Meanings") -> Schema:

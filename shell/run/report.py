@@ -16,7 +16,7 @@ from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate.measured import mean_costs, measured
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import Event
-from mimogrid.core.update.decision import is_passed_over
+from mimogrid.core.update.patience import best_of
 from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
@@ -73,19 +73,17 @@ def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[RankReport]:
     return gather_objects(runtime, mine)
 
 
-def draw(folder: Path, job: Job, examined: Examination, ranks: list[RankReport]) -> None:
-    """Draw the last step, its plan above what was measured, and answers to held-out samples."""
+def draw(folder: Path, job: Job, last: int, examined: Examination, ranks: list[RankReport]) -> None:
+    """Draw step `last`, its plan above what was measured, and answers to held-out samples."""
     events = [event for rank in ranks for event in rank.events]
     if events:
-        _draw_step(folder, job, events)
+        _draw_step(folder, job, last, events)
     for questions, answers in list(examined.values())[:1]:
         draw_predictions(folder / "predictions.png", questions, answers)
 
 
-def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
+def _draw_step(folder: Path, job: Job, last: int, events: list[Event]) -> None:
     """Draw a measured step below its plan, with the job's costs, or else with the mean times of its actions."""
-    train = job.spec.train
-    last = max(step for step in range(train.steps) if not is_passed_over(train, step))
     program = plan_step(job.step(last), job.order)
     ran = measured(program, events)
     planned = simulate(program, job.spec.schedule.costs or mean_costs(events))
@@ -130,6 +128,14 @@ def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]
     plt.close(figure)
 
 
+def _best(runtime: RankRuntime, tally: Tally) -> int | None:
+    """Return the step of the best validation; None where the job does not say which is the best."""
+    spec = runtime.job.spec.validation
+    known = [(step, values) for step, values in tally.validations if spec.best in values]
+    best = best_of([values[spec.best] for _, values in known], highest=spec.highest)
+    return None if best is None else known[best][0]
+
+
 def compose(
     runtime: RankRuntime,
     tally: Tally,
@@ -149,6 +155,9 @@ def compose(
         "world_size": runtime.topology.world_size,
         "steps": runtime.job.spec.train.steps,
         "skipped_steps": tally.skipped,
+        "ended_early_after": tally.last_step + 1 if tally.ends_early else None,
+        "validations": [{"step": step, **values} for step, values in tally.validations],
+        "best_validation": _best(runtime, tally),
         "losses": tally.losses,
         "losses_by_module": tally.losses_by_module,
         "accuracy": first[1],
@@ -156,6 +165,9 @@ def compose(
         "accuracy_text_only": dict(others),
         "training_s": training_s,
         **(attrs.asdict(steady) if steady else {}),
+        "waiting_for_data_by_rank": {
+            str(rank): share for rank, share in (tally.meter.waiting_for_data if tally.meter else {}).items()
+        },
         "busy_fraction": {str(rank.rank): rank.busy_fraction for rank in ranks},
         "peak_bytes": {str(rank.rank): rank.peak_bytes for rank in ranks},
         "machine": platform.platform(),
