@@ -208,9 +208,16 @@ class Embedded:
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
-                return train_step(self.runtime, index, step, self._upcoming[1], loss=loss)
+                return self._trained(self.runtime, index, step, self._upcoming[1], loss=loss)
             step, source = self._step_of(self.runtime, batch)
-            return train_step(self.runtime, index, step, step, source=source, loss=loss)
+            return self._trained(self.runtime, index, step, step, source=source, loss=loss)
+
+    @staticmethod
+    def _trained(runtime: RankRuntime, *step: Any, **options: Any) -> Outcome:
+        """Train a step; the host program finds its weights complete."""
+        outcome = train_step(runtime, *step, **options)
+        runtime.complete_weights()
+        return outcome
 
     def evaluate(
         self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy

@@ -68,7 +68,10 @@ def _take(runtime: RankRuntime, agreed: Agreed, index: int) -> None:
 
 
 def _update(runtime: RankRuntime, norm: float, index: int) -> None:
-    """Clip by the global norm, update the main parameters, and copy them to the model."""
+    """Clip by the global norm, update the main parameters, and copy them to the model.
+
+    If ranks share the update, weights are stale after it; the next step gathers them (`gradients`).
+    """
     spec, buffers = runtime.job.spec, runtime.buffers.values()
     limit = spec.optimizer.clip_norm
     if limit and norm > limit:
