@@ -210,11 +210,15 @@ class Embedded:
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
-                self.outcome = train_step(self.runtime, index, step, self._upcoming[1], loss=loss)
-                return self.outcome
+                return self._trained(self.runtime, index, step, self._upcoming[1], loss=loss)
             step, source = self._step_of(self.runtime, batch)
-            self.outcome = train_step(self.runtime, index, step, step, source=source, loss=loss)
-            return self.outcome
+            return self._trained(self.runtime, index, step, step, source=source, loss=loss)
+
+    def _trained(self, runtime: RankRuntime, *step: Any, **options: Any) -> Outcome:
+        """Train a step; the host program finds its weights complete."""
+        self.outcome = train_step(runtime, *step, **options)
+        runtime.complete_weights()
+        return self.outcome
 
     def defer_updates(self) -> None:
         """From here on a step ends with complete gradients, which `update` applies; every rank calls it.
@@ -238,6 +242,7 @@ class Embedded:
             with first_failure(self.world):
                 self.runtime.steps_taken += 1
                 update_weights(self.runtime, norm, limit=limit)
+                self.runtime.complete_weights()
 
     def evaluate(
         self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy

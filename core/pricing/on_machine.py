@@ -8,6 +8,7 @@ Seconds on an accelerator follow from what the job does:
                    and values over cp, the tokens that go to experts and back
     links          bytes over the bandwidth of the node, or of the network if any of their ranks is in another node
     reduce         the all-reduce of gradients over dp ranks: each byte twice over the slowest link
+    gather         with a sharded update a reduce-scatter, each byte once, and the all-gather of weights, once more
     update         Adam reads and writes weights, gradients and moments, at memory bandwidth
 
 In a microbatch the dp rank with the largest load counts, since the others wait for it in the end. A stage costs the
@@ -44,6 +45,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
             flops=module_units(topology, module, load),
             values=values_of_units(module),
             recomputes=topology.spec.modules[module.name].recompute == "full",
+            sharded=topology.spec.optimizer.sharded,
         )
         for info in module.stages:
             stages[str(info.stage)] = joined(of_units(info, parts) if parts else ())

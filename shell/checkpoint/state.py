@@ -115,6 +115,7 @@ def restore(runtime: RankRuntime, facts: Mapping[str, Any]) -> None:
     runtime.skip_state = SkipState.of(facts["watch"])
     for buffer in runtime.buffers.values():
         buffer.copy_main_to_model()
+    runtime.complete_weights()
 
 
 def gather(runtime: RankRuntime) -> dict[str, torch.Tensor]:
@@ -152,6 +153,7 @@ def scatter(runtime: RankRuntime, full: Mapping[str, torch.Tensor], facts: Mappi
             part.tensor.copy_(part.within(whole))
     for buffer in runtime.buffers.values():
         buffer.copy_main_to_model()
+    runtime.complete_weights()
 
 
 def _check(

@@ -72,6 +72,7 @@ def _forward(
     runtime: RankRuntime, step: Step, source: Loads | None, *, loss: Loss | None = None
 ) -> Iterable[StageStep]:
     """Run the forwards of a step; return the stages of this rank in it."""
+    runtime.complete_weights()
     program = plan_step(step, runtime.job.forward_order)
     actions = program.of(runtime.rank)
     context = begin_program(runtime, program, actions, source=source, loss=loss)

@@ -71,7 +71,10 @@ def _take(runtime: RankRuntime, agreed: Agreed, index: int) -> None:
 
 
 def update_weights(runtime: RankRuntime, norm: float, *, limit: float) -> None:
-    """Clip by the global norm (limit 0: not), update the main parameters, and copy them to the model."""
+    """Clip by the global norm (limit 0: not), update the main parameters, and copy them to the model.
+
+    If ranks share the update, weights are stale after it; the next step gathers them (`gradients`).
+    """
     buffers = runtime.buffers.values()
     if limit and norm > limit:
         for buffer in buffers:
