@@ -265,7 +265,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         path.unlink()
     (source / "pytorch_model.bin").touch()
     assert "is pickled (.bin), which is never read here" in refused(source)
-    assert "config.json: there is no such file" in refused(tmp_path / "b")
+    assert "b: there is no such folder" in refused(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
