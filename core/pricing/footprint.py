@@ -3,9 +3,9 @@
 Weights, gradients and what the optimizer keeps follow from the table of parameters, exactly. What a microbatch
 in flight saves for its backward is an estimate: per layer and position the values that a pre-norm transformer
 layer saves (inputs of norms and linears, queries, keys and values, what attention gives, the middle of the MLP twice),
-and per head one number of the softmax; of a tower also what its stem, its last norm and its projectors save. The kernels of attention compute scores again in the backward; with dropout they
-are not used, and scores are saved for every pair. Temporary buffers and the allocator's losses are not included, nor is
-a module of the user's own.
+per head one number of the softmax, and what the stem, the last norm and the projectors of a tower save. The kernels of
+attention compute scores again in the backward; with dropout they are not used, and scores are saved for every pair.
+Temporary buffers and the allocator's losses are not included, nor is a module of the user's own.
 """
 
 from collections.abc import Mapping

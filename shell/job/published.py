@@ -9,6 +9,7 @@ all its modules. What they are comes from its config.json; what the job says com
 """
 
 import functools
+import math
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.models import Own
 from mimogrid.core.models.families import read_config
 from mimogrid.core.models.mapping import Recipe, Stored, whole
+from mimogrid.core.models.network import THEIRS as UNKNOWN_TOWER
 from mimogrid.core.models.network import Model, PublishedModule
 from mimogrid.core.models.segments import ONE_EACH
 from mimogrid.core.topology.topology import Topology
@@ -78,6 +80,17 @@ class Published:
             return next(iter(modules.values()))
         message = f"{self.folder} has no module '{name}'; it has {', '.join(modules)}."
         raise PlanError([Problem(f"modules.{name}.weights", message, "Give the module one of these names.")])
+
+    def values(self, name: str) -> int:
+        """Return how many values the parameters of a module have; of a tower of no family, all its tensors."""
+        module = self.module(name)
+        known = sum(recipe.stored_values for recipe in module.recipes.values())
+        if module.model != UNKNOWN_TOWER:
+            return known
+        prefix = tower_prefix(module)
+        return known + sum(
+            math.prod(t.shape) for tensor, t in self.tensors.items() if tensor.startswith(prefix)
+        )
 
     def recipes(self, name: str, ours: Collection[str]) -> Mapping[str, Recipe]:
         """Return the recipes of a module that has parameters of our names `ours`.
@@ -200,6 +213,8 @@ def _lay(
     except PlanError as error:
         return error.problems
     module.setdefault("model", found["model"])
+    if module["model"] == UNKNOWN_TOWER:
+        module["model"] = f"{THEIRS}{module['weights']}#{PARTS[0]}"
     if module["model"] == TOWER:
         return ()
     if str(module["model"]).startswith(THEIRS):
@@ -263,6 +278,8 @@ def _lay_tower(name: str, module: MutableMapping[str, Any], found: Mapping[str, 
 
 def tower_prefix(described: PublishedModule) -> str:
     """Return what the names of a tower's tensors begin with."""
+    if described.model == UNKNOWN_TOWER:
+        return described.carried[0].removesuffix("*")
     names = (
         described.recipes[name].tensors
         for name in ("input.weight", "input.conv1.weight")
@@ -310,6 +327,7 @@ def _tensors(folder: Path) -> dict[str, PublishedTensor]:
     if not (folder / INDEX).exists():
         if not (folder / ONE_FILE).exists():
             _refuse_pickled(folder)
+        if not (folder / ONE_FILE).exists() and not (folder / ONE_FILE).is_symlink():
             raise _problem(folder, f"has neither {ONE_FILE} nor {INDEX}.")
         return _header(folder / ONE_FILE)
     places = _table(folder / INDEX).get("weight_map")

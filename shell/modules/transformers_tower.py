@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.models.network import PublishedModule
-from mimogrid.shell.job.published import Published, part_of, published, tower_prefix
+from mimogrid.shell.job.published import CONFIG, Published, part_of, published, tower_prefix
 
 
 class TransformersTower(nn.Module):
@@ -54,19 +54,21 @@ class ImagesTower(TransformersTower):
     """A vision tower that reads whole images of one size.
 
     `grid` and `patch` say how patches of (channels, height, width) lie in an image; `skips` is 1 if the class token is
-    not emitted.
+    not emitted. `layer` is the one whose rows are read, counted from 1.
     """
 
-    def __init__(self, tower: nn.Module, prefix: str, *, grid: Sequence[int], patch: int, skips: int) -> None:
+    def __init__(
+        self, tower: nn.Module, prefix: str, *, grid: Sequence[int], patch: int, skips: int, layer: int
+    ) -> None:
         super().__init__(tower, prefix)
-        self.side, self.patch, self.skips = tuple(grid[1:]), patch, skips
+        self.side, self.patch, self.skips, self.layer = tuple(grid[1:]), patch, skips, layer
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the rows that the last of its layers gives."""
+        """Return the rows that a layer gives."""
         high, wide = self.side
         patches = inputs["rows"].unflatten(1, (-1, self.patch, self.patch)).unflatten(0, (-1, high, wide))
         pixels = patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        hidden = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+        hidden = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[self.layer]
         return {"rows": hidden[:, self.skips :].flatten(0, 1)}
 
 
@@ -101,46 +103,72 @@ class SoundsTower(TransformersTower):
 def build(*, folder: str, module: str) -> nn.Module:
     """Return the tower of a checkpoint folder with its weights; `module` names it in the checkpoint.
 
-    Raises PlanError if transformers is not installed, or does not have the architecture.
+    Raises PlanError if transformers is not installed or does not have the tower, or the folder lacks a tensor of it.
     """
     found = published(Path(folder))
     described = found.model.modules[module]
     prefix = tower_prefix(described)
     tower = _empty(found, prefix, described)
     weights: dict[str, Tensor] = {}
-    for name in tower.state_dict():
+    for name in dict(tower.named_parameters()):
+        if f"{prefix}{name}" not in found.tensors:
+            fact = f"lacks {prefix}{name}, which transformers has in this tower."
+            raise PlanError([Problem(str(found.folder), fact, "Download the checkpoint again.")])
         place = found.tensors[f"{prefix}{name}"]
-        with safe_open(Path(folder, place.file), framework="pt") as file:
+        with safe_open(found.folder / place.file, framework="pt") as file:
             weights[name] = file.get_tensor(f"{prefix}{name}")
-    tower.load_state_dict(weights)
+    tower.load_state_dict(weights, strict=False)
     if described.option("stem") == "whisper":
         return SoundsTower(tower, prefix, longest=2 * described.option("position_count"))
     if described.grid is None:
         return PatchesTower(tower, prefix)
     skips = int(described.option("class_token") and not described.option("emit_class_token"))
-    return ImagesTower(tower, prefix, grid=described.grid, patch=described.patch[-1], skips=skips)
+    found_tower = ImagesTower(
+        tower,
+        prefix,
+        grid=described.grid,
+        patch=described.patch[-1],
+        skips=skips,
+        layer=described.option("layers"),
+    )
+    _drop_unused(found_tower, torch.ones(described.grid[1] * described.grid[2], described.option("features")))
+    return found_tower
+
+
+def _drop_unused(tower: TransformersTower, rows: Tensor) -> None:
+    """Make buffers of the parameters that rows do not depend on: nothing trains, decays or saves them."""
+    tower.eval()  # Training may leave layers out at random.
+    tower({"rows": rows})["rows"].sum().backward()
+    tower.train()
+    for module in tower.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if parameter.grad is None:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach(), persistent=False)
+            parameter.grad = None
 
 
 def _empty(found: Published, prefix: str, described: PublishedModule) -> Any:
-    """Return the tower as transformers builds it.
-
-    Of a tower whose inner rows are read, what comes behind these is left out.
-    """
+    """Return the tower as transformers builds it."""
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         fact = "transformers is not installed, whose own tower this is."
         raise PlanError([Problem("modules", fact, "Run: pip install 'mimogrid[hf]'.")]) from error
-    architecture = getattr(transformers, found.config["architectures"][0])
-    with torch.device("meta"):
-        whole: nn.Module = architecture._from_config(architecture.config_class.from_dict(dict(found.config)))
+    try:
+        architecture = getattr(transformers, found.config["architectures"][0])
+        with torch.device("meta"):
+            whole: nn.Module = architecture._from_config(
+                architecture.config_class.from_dict(dict(found.config))
+            )
+    except (AttributeError, KeyError, ValueError) as error:
+        fact = f"transformers {transformers.__version__} cannot make its tower: {error}."
+        raise PlanError(
+            [Problem(str(found.folder / CONFIG), fact, "Install a version that has it.")]
+        ) from error
     (there,) = (module for name, module in whole.named_modules() if name.split(".")[-1] == part_of(prefix))
     kind: Any = type(there)
     config: Any = there.config
-    if described.grid is None:
-        return kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    config.vision_use_head = False
-    tower = kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    tower.encoder.layers = tower.encoder.layers[: described.option("layers")]
-    tower.post_layernorm = nn.Identity()
-    return tower
+    if described.grid is not None:
+        config.vision_use_head = False  # of a SigLIP; it reads no rows that leave
+    return kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32)

@@ -6,9 +6,9 @@ transport, no reduction.
 
 In half precision both are compared with the reference in fp32 (see `_compared_with_one_process`).
 
-The difference of a gradient is its largest difference of a value, divided by the larger of two scales: the largest value
-of this gradient, and the root mean square of all gradients of its module. The second is for gradients that are zero but
-for rounding, such as that of a key's bias where nothing turns: a softmax does not change with it.
+The difference of a gradient is its largest difference of a value, divided by the larger of two scales: the largest
+value of this gradient, and the root mean square of all gradients of its module. The second is for gradients that are
+zero but for rounding, such as that of a key's bias where nothing turns: a softmax does not change with it.
 """
 
 import math

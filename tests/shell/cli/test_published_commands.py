@@ -194,14 +194,14 @@ ROUND = {
     "a tower of which not all layers are used": ("llava", ["modules.vision.grid.dp=2", *LANGUAGE_PP], "bf16"),
     "a tower that transformers runs": (
         "qwen2-audio",
-        ["modules.audio.model=hf:in#audio_tower", "modules.audio.grid.dp=2"],
+        [
+            "modules.audio.model=hf:in#audio_tower",
+            "modules.audio.grid.dp=2",
+            "data.options.features.audio=10",
+        ],
         "bf16",
     ),
-    "a tower that transformers runs up to a layer": (
-        "llava",
-        ["modules.vision.model=hf:in#vision_tower", "modules.vision.grid.dp=2"],
-        "fp32",
-    ),
+    "a tower of no family, up to a layer": ("llava-dinov2", ["modules.vision.grid.dp=2"], "fp32"),
 }
 
 
