@@ -92,10 +92,10 @@ class Job:
         """Return what the job is, in lines: its modules, their ranks, and what was split or padded."""
         topology = self.sized(_least_samples(self.tables), 1).topology
         lines = [f"{self.checkpoint.config['architectures'][0]}"]
-        for name, described in self.checkpoint.model.modules.items():
+        for name in self.checkpoint.model.modules:
             module = topology.modules[name]
             axes = " ".join(f"{axis.name}={axis.size}" for axis in module.grid.axes)
-            values = sum(recipe.stored_values for recipe in described.recipes.values())
+            values = self.checkpoint.values(name)
             layers = " | ".join(str(len(info.layers)) for info in module.stages)
             lines.append(f"{name}: {values:,} parameters, on {axes}; layers: {layers}")
         if padding := self.tables["modules"][LANGUAGE].get("options", {}).get("vocab_padding"):

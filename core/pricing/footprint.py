@@ -3,9 +3,9 @@
 Weights, gradients and what the optimizer keeps follow from the table of parameters, exactly. What a microbatch
 in flight saves for its backward is an estimate: per layer and position the values that a pre-norm transformer
 layer saves (inputs of norms and linears, queries, keys and values, what attention gives, the middle of the MLP twice),
-and per head one number of the softmax. The kernels of attention compute scores again in the backward; with dropout they
-are not used, and scores are saved for every pair. Temporary buffers and the allocator's losses are not included, nor is
-a module of the user's own.
+per head one number of the softmax, and what the stem, the last norm and the projectors of a tower save. The kernels of
+attention compute scores again in the backward; with dropout they are not used, and scores are saved for every pair.
+Temporary buffers and the allocator's losses are not included, nor is a module of the user's own.
 """
 
 import math
@@ -14,12 +14,12 @@ from collections.abc import Mapping
 import attrs
 
 from mimogrid.core.job.lora import adapters
-from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own
+from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own, Vit
 from mimogrid.core.job.placement import largest_sample
 from mimogrid.core.job.precision import MAIN_BYTES, VALUE_BYTES
 from mimogrid.core.step.cells import samples_per_cell
 from mimogrid.core.step.step import Step
-from mimogrid.core.topology.topology import Link, Module, Stage, StageInfo, Topology
+from mimogrid.core.topology.topology import Edge, Link, Module, Stage, StageInfo, Topology
 from mimogrid.core.update.buckets import local_size, optimizer_bytes
 
 
@@ -83,7 +83,9 @@ def saved_values(module: Module, info: StageInfo, computed: Computed, recompute:
     if isinstance(module.model, Own) or not info.backward:
         return 0.0
     layers = sum(_of_layer(module, module.model, layer, computed, recompute) for layer in info.layers)
-    return layers + (0.0 if recompute == "full" else _beside(module, module.model, info, computed))
+    ends = _of_ends(module, module.model, info, computed) if isinstance(module.model, Vit) else 0.0
+    beside = 0.0 if recompute == "full" else _beside(module, module.model, info, computed)
+    return layers + ends + beside
 
 
 def _beside(module: Module, model: BuiltIn, info: StageInfo, computed: Computed) -> float:
@@ -99,6 +101,30 @@ def _beside(module: Module, model: BuiltIn, info: StageInfo, computed: Computed)
             if lora.dropout:
                 values += 2 * adapter.width_in / (shared if adapter.column else tp)
     return computed.positions * values
+
+
+def _of_ends(module: Module, model: Vit, info: StageInfo, computed: Computed) -> float:
+    """Return what a tower saves before its layers and behind them; every tp rank computes both whole."""
+    tokens, hidden, saved = computed.positions, model.hidden, 0.0
+    if info.first:
+        # Every cp rank computes all positions. The first convolution gives two of them for one of the second.
+        convolved = model.stem == "whisper"
+        rows = model.emission.stride * (model.features or 0)
+        saved += module.cp * tokens * (rows + hidden * (5 * convolved + model.pre_norm))
+    if info.last:
+        saved += tokens * hidden * model.final_norm / model.pool
+        merged = tokens / (model.merge**2 * model.pool)
+        saved += sum(edge.parts * merged * _of_projector(edge, model) for edge in module.outputs)
+    return saved
+
+
+def _of_projector(edge: Edge, model: Vit) -> float:
+    """Return how many values of a row a projector saves: what comes in, before and behind a norm, and the middle."""
+    projector = edge.projector
+    if projector is None:
+        return 0
+    middle = 0 if projector.kind == "linear" else 2 * projector.inner(model, edge.width // edge.parts)
+    return (1 + (projector.kind == "merger")) * model.row_width + middle
 
 
 def _of_layer(module: Module, model: BuiltIn, layer: int, computed: Computed, recompute: str) -> float:

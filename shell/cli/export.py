@@ -252,8 +252,9 @@ def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path |
     sources: dict[str, tuple[ParameterRows, ...]] = {}
     problems: list[Problem] = []
     for module in modules:
-        recipes = {f"{module}.{name}": recipe for name, recipe in found.module(module).recipes.items()}
         own = {n: stored.shape for n, stored in index.items() if n.startswith(f"{module}.") and MARK not in n}
+        inside = [name.removeprefix(f"{module}.") for name in own]
+        recipes = {f"{module}.{name}": recipe for name, recipe in found.recipes(module, inside).items()}
         for name in sorted(own.keys() | recipes.keys()):
             ours, theirs = own.get(name), recipes[name].shape if name in recipes else None
             if ours != theirs:

@@ -49,8 +49,12 @@ class OwnStage(StageModule):
             "lengths": tuple(map(sum, zip(*share.rows.values(), strict=True))),
             **{f"lengths.{feeder}": share.rows[feeder] for feeder in self.feeders},
         }
-        counts = {name: sent(torch.tensor(c), device) for name, c in lengths.items()}
-        outputs = self.network({**inputs, **counts})
+        grids = [grid for of_sample in share.grids for grid in of_sample]
+        alike = {"grids": grids} if len({len(grid) for grid in grids}) == 1 else {}
+        described, counts = (
+            {name: sent(torch.tensor(c), device) for name, c in of.items()} for of in (alike, lengths)
+        )
+        outputs = self.network({**described, **inputs, **counts})
         self._check(outputs, sum(share.lengths))
         rows = self.emit(outputs["rows"]) if self.edges else {}
         return rows | {name: tensor for name, tensor in outputs.items() if name != "rows"}

@@ -102,9 +102,9 @@ SPECIAL = {
 }
 
 
-def _llava(vision: str, layer: int, strategy: str) -> Any:
+def _llava(vision: str, layer: int, strategy: str, **more: Any) -> Any:
     return transformers.LlavaConfig(
-        vision_config=getattr(transformers, vision)(**PLAIN_VIT),
+        vision_config=getattr(transformers, vision)(**PLAIN_VIT, **more),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         vision_feature_layer=layer,
@@ -197,6 +197,10 @@ MODELS: Mapping[str, tuple[str, Callable[[], Any]]] = {
     "whisper": ("WhisperForConditionalGeneration", _whisper),
     "llava": ("LlavaForConditionalGeneration", lambda: _llava("CLIPVisionConfig", -2, "default")),
     "llava-siglip": ("LlavaForConditionalGeneration", lambda: _llava("SiglipVisionConfig", -1, "full")),
+    "llava-dinov2": (
+        "LlavaForConditionalGeneration",
+        lambda: _llava("Dinov2Config", -2, "default", mlp_ratio=2),
+    ),
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl),
     "qwen3-vl": ("Qwen3VLForConditionalGeneration", _qwen3_vl),
     "qwen2-audio": ("Qwen2AudioForConditionalGeneration", _qwen2_audio),
@@ -243,6 +247,18 @@ def rename(folder: Path, pattern: str, replacement: str) -> None:
 
 
 # -- batches
+
+
+def padded_left(batch: Batch) -> Batch:
+    """Return a batch with the padding of its text on the left; the first token of a sample has no label."""
+    counts = batch["attention_mask"].sum(dim=1)
+    turned = {
+        key: torch.stack([row.roll(int(len(row) - count)) for row, count in zip(tensor, counts, strict=True)])
+        for key, tensor in batch.items()
+        if tensor.shape == batch["input_ids"].shape
+    }
+    first = turned["attention_mask"].diff(dim=1, prepend=torch.zeros(len(counts), 1).long()) > 0
+    return batch | turned | {"labels": turned["labels"].masked_fill(first, IGNORED)}
 
 
 def batch(name: str, seed: int = 0, samples: Sequence[Sample] | None = None) -> Batch:
