@@ -11,7 +11,9 @@ rank. Its CPU time is that of all ranks together, in which waiting is nothing.
 Every sample has one image of the same size: where several dp ranks of an encoder feed one of the language model,
 Megatron's bridge takes no other. Texts are equally long, or ragged: log-normal, a sixth of them outside of a factor of
 2.5. Megatron pads those of a microbatch to the longest, as the task encoder of its examples does; ours computes a row
-without padding. Microbatches have the same samples on both sides, in the order of the source.
+without padding. Microbatches have the same samples on both sides, in the order of the source. Megatron's schedule is
+1F1B, the only one that it has for several modules. Where the language model is in stages ours is zb-h1, which has no
+more microbatches in flight; elsewhere it is 1f1b, too.
 
 Each layout has up to four ranks. On fewer cores they share them; then a step is faster only by what it does not do.
 """
@@ -37,7 +39,8 @@ from bench import Bench, Kept, compared  # noqa: E402
 from machine import said_by, version  # noqa: E402
 from mimogrid.core.base.samples import Sample  # noqa: E402
 from mimogrid.core.job.models import Gpt, Vit  # noqa: E402
-from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, TrainSpec  # noqa: E402
+from mimogrid.core.job.schedules import ONE_F_ONE_B, SCHEDULES, ZB_H1  # noqa: E402
+from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, ScheduleSpec, TrainSpec  # noqa: E402
 from mimogrid.core.step.step import step_of  # noqa: E402
 from mimogrid.shell.device.place import RankPlace  # noqa: E402
 from mimogrid.shell.job.jobs import Job  # noqa: E402
@@ -74,12 +77,13 @@ def samples_of(mix: str) -> tuple[Sample, ...]:
     return tuple(Sample(id=i, length=MIXES[mix](draws), rows={"vision": ROWS}) for i in range(SAMPLES))
 
 
-def job_of(layout: Mapping[str, GridSpec]) -> JobSpec:
+def job_of(layout: Mapping[str, GridSpec], schedule: str | None) -> JobSpec:
     """Return the job of both models in a layout."""
     return JobSpec(
         modules={name: attrs.evolve(module, grid=layout[name]) for name, module in MODELS.items()},
         data=DataSpec(source="synthetic", options={"sequence": ROWS + LONGEST}),
         batch=BatchSpec(global_size=SAMPLES, microbatches=MICROBATCHES),
+        schedule=ScheduleSpec(name=schedule or (ZB_H1 if layout["language"].pp > 1 else ONE_F_ONE_B)),
         train=TrainSpec(steps=1_000_000, evaluate=False),
     )
 
@@ -106,7 +110,7 @@ def padding(samples: Sequence[Sample]) -> float:
     return sum(size * max(of) for of in microbatches) / sum(lengths)
 
 
-def lines(layouts: Sequence[str], mixes: Sequence[str], pairs: int) -> Iterator[str]:
+def lines(layouts: Sequence[str], mixes: Sequence[str], pairs: int, schedule: str | None) -> Iterator[str]:
     """Measure, and yield the report."""
     of_models = ", ".join(
         f"{name} {m.options.layers} x {m.options.hidden}" for name, m in MODELS.items() if m.options
@@ -116,6 +120,7 @@ def lines(layouts: Sequence[str], mixes: Sequence[str], pairs: int) -> Iterator[
     yield f"mimogrid {said_by('git', 'describe', '--always', '--dirty', '--abbrev=12')}"
     yield f"load {' '.join(f'{load:.1f}' for load in os.getloadavg())} (1, 5, 15 minutes) when it began"
     yield f"{of_models}; {SAMPLES} samples in {MICROBATCHES} microbatches, {pairs} pairs"
+    yield f"ours: {schedule or 'zb-h1 where the language model is in stages, else 1f1b'}; theirs: 1F1B"
     for mix in mixes:
         yield f"{mix}: padded positions of the language model by real ones {padding(samples_of(mix)):.2f}"
     yield ""
@@ -124,7 +129,7 @@ def lines(layouts: Sequence[str], mixes: Sequence[str], pairs: int) -> Iterator[
     with Pool(max(map(ranks_of, layouts))) as pool:
         for layout in layouts:
             for mix in mixes:
-                yield f"{layout:29}{mix:8}" + told(measured(pool, layout, mix, pairs))
+                yield f"{layout:29}{mix:8}" + told(measured(pool, layout, mix, pairs, schedule))
 
 
 def ranks_of(layout: str) -> int:
@@ -132,9 +137,9 @@ def ranks_of(layout: str) -> int:
     return sum(grid.tp * grid.dp * grid.pp for grid in LAYOUTS[layout].values())
 
 
-def measured(pool: Pool, layout: str, mix: str, pairs: int) -> dict[str, Any]:
+def measured(pool: Pool, layout: str, mix: str, pairs: int, schedule: str | None) -> dict[str, Any]:
     """Measure a layout on a mix."""
-    with opened(job_of(LAYOUTS[layout])) as job:
+    with opened(job_of(LAYOUTS[layout], schedule)) as job:
         found: dict[str, Any] = pool.run("peer:in_world", ranks_of(layout), job, samples_of(mix), pairs)[0]
     return found
 
@@ -159,11 +164,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--mix", nargs="+", choices=list(MIXES), default=list(MIXES))
+    parser.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="ours; by default zb-h1 for a language model in stages, else 1f1b",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE")
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(given.out.open("w", encoding="utf-8")) if given.out else None
-        for line in lines(given.layout, given.mix, given.pairs):
+        for line in lines(given.layout, given.mix, given.pairs, given.schedule):
             print(line, flush=True)
             if out:
                 print(line, file=out, flush=True)
