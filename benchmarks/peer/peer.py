@@ -49,6 +49,8 @@ from mimogrid.shell.world.launch import Pool  # noqa: E402
 from workload import opened  # noqa: E402
 
 
+NEEDED = (0, 19)
+"""The first megatron-core that has a schedule for several modules."""
 LAYOUTS: Mapping[str, Mapping[str, GridSpec]] = {
     "encoder 1, language 1": {"vision": GridSpec(), "language": GridSpec()},
     "encoder 1, language pp 3": {"vision": GridSpec(), "language": GridSpec(pp=3)},
@@ -171,6 +173,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE")
     given = parser.parse_args()
+    there = version("megatron-core") or "0"
+    if tuple(map(int, there.split(".")[:2])) < NEEDED:
+        parser.error(
+            f"megatron-core {there} has no schedule for several modules; 'make bench-peer' brings one."
+        )
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(given.out.open("w", encoding="utf-8")) if given.out else None
         for line in lines(given.layout, given.mix, given.pairs, given.schedule):

@@ -305,11 +305,11 @@ def lines(hosts_us: Sequence[float]) -> Iterator[str]:
     yield "in the last column ours is zb-h1, which has the memory of 1f1b"
     yield ""
     columns = ("order, waits", "+ leaders", *(f"+ shapes, {us:g} us" for us in hosts_us), "and zb-h1")
-    yield f"{'layout':31}{'ranks':>7}{'ours, ms':>10}" + "".join(f"{column:>18}" for column in columns)
+    yield f"{'layout':39}{'ranks':>7}{'ours, ms':>10}" + "".join(f"{column:>18}" for column in columns)
     for layout in LAYOUTS:
         ranks, (ours, *theirs, split) = compared(layout, [1e-6 * us for us in hosts_us])
         ratios = [*(seconds / ours for seconds in theirs), theirs[-1] / split]
-        yield f"{layout!s:31}{ranks:7,}{1e3 * ours:10,.0f}" + "".join(f"{ratio:18.3f}" for ratio in ratios)
+        yield f"{layout!s:39}{ranks:7,}{1e3 * ours:10,.0f}" + "".join(f"{ratio:18.3f}" for ratio in ratios)
 
 
 def main() -> None:
