@@ -11,7 +11,7 @@ export PYTHON
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL = help
-.PHONY: help venv same-python train demo-parity test quick lint types site clean
+.PHONY: help venv same-python train demo-parity bench-peer test quick lint types site clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ train: venv ## Train the example: real images, on CPU.
 
 demo-parity: venv ## Show the exactness of gradients to a sceptic: ours, and means, beside one process.
 	"$(BIN)/python" benchmarks/demo_parity.py
+
+bench-peer: venv ## Time megatron-core's MimoModel and schedule beside ours; minutes.
+	$(NOX) --session bench-peer
 
 test: venv ## Run every test that needs no GPU: the core's where there is no torch, then all others.
 	$(NOX) --session core shell

@@ -258,6 +258,7 @@ def config_of(
             gated_linear_unit=model.gated,
             normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
             layernorm_epsilon=model.norm_eps,
+            qk_layernorm=model.qk_norm,  # From 0.19 on it refuses norms of heads that only the specification has.
             add_bias_linear=True,  # Local linears go by the options besides.
             tensor_model_parallel_size=tp,
             sequence_parallel=sequence_parallel,
