@@ -4,7 +4,7 @@ A run is defined by what it computes: which model, from which samples, by which 
 decides only where, in which order and for how long this is computed, and what is saved:
 
     free    grids, chunks, split, vocab_padding, recompute, microbatches, world_size, [schedule], [train],
-            [gpu], optimizer.sharded and bucket_mb, precision, fp8, engine
+            [gpu], [[layouts]], optimizer.sharded and bucket_mb, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
 
@@ -89,6 +89,7 @@ def _essence(spec: JobSpec) -> JobSpec:
         gpu=GpuSpec(),
         precision="",
         world_size=None,
+        layouts=(),
     )
 
 
