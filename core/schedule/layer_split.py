@@ -51,9 +51,7 @@ def problems_of_layouts(spec: JobSpec, source: SourceFacts | None) -> tuple[Prob
     return *of_own, *(
         _of_layout(layout.where, problem)
         for layout in others
-        for problem in problems_of(
-            attrs.evolve(_evenly_split(layout.spec), world_size=layout.ranks), source
-        )
+        for problem in problems_of(attrs.evolve(_evenly_split(layout.spec), world_size=layout.ranks), source)
         if problem not in of_own
     )
 

@@ -23,9 +23,7 @@ LAYOUTS = "layouts"
 """The folder in a run's folder that keeps planned layouts."""
 
 
-def under_one_layout(
-    spec: JobSpec, ranks: int | None, facts: SourceFacts, source: Source | None
-) -> JobSpec:
+def under_one_layout(spec: JobSpec, ranks: int | None, facts: SourceFacts, source: Source | None) -> JobSpec:
     """Return a job under the layout for so many ranks; None: for those of its file.
 
     `source` is None where only torch opens it. Raises PlanError where there is no such layout.

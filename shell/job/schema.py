@@ -21,7 +21,14 @@ from mimogrid.core.job import layer_engines
 from mimogrid.core.job.models import ACTIVATIONS, BUILT_IN, NORMS, Transformer
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.job.spec import JobSpec, ModuleSpec, OptimizerSpec, ScheduleSpec
+from mimogrid.core.job.spec import (
+    JobSpec,
+    ModuleLayoutSpec,
+    ModuleSpec,
+    OptimizerSpec,
+    ScheduleLayoutSpec,
+    ScheduleSpec,
+)
 from mimogrid.core.job.validation.optimizer import DECAYS
 from mimogrid.core.job.validation.problems import RECOMPUTES
 from mimogrid.shell.job.sources.opening import BUILT_IN as SOURCES
@@ -36,9 +43,11 @@ DIALECT = "http://json-schema.org/draft-07/schema#"
 WORDS: Mapping[tuple[type, str], tuple[str, ...]] = {
     (JobSpec, "precision"): tuple(VALUE_BYTES),
     (ModuleSpec, "recompute"): RECOMPUTES,
+    (ModuleLayoutSpec, "recompute"): RECOMPUTES,
     (ModuleSpec, "engine"): layer_engines.ENGINES,
     (ModuleSpec, "fp8"): layer_engines.FORMATS,
     (ScheduleSpec, "name"): SCHEDULES,
+    (ScheduleLayoutSpec, "name"): SCHEDULES,
     (OptimizerSpec, "decay"): DECAYS,
     (Transformer, "norm"): NORMS,
     (Transformer, "activation"): ACTIVATIONS,
