@@ -4,8 +4,8 @@ A run is defined by what it computes: which model, from which samples, by which 
 decides only where, in which order and for how long this is computed, and what is saved:
 
     free    grids, chunks, split, vocab_padding, recompute, microbatches, balance, world_size, [schedule], [train],
-            [validation], [track], [gpu], optimizer.sharded and bucket_mb, data.workers, ahead and worker_kind,
-            precision, fp8, engine
+            [validation], [track], [gpu], [[layouts]], optimizer.sharded and bucket_mb, data.workers, ahead and
+            worker_kind, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
 
@@ -103,6 +103,7 @@ def _essence(spec: JobSpec) -> JobSpec:
         gpu=GpuSpec(),
         precision="",
         world_size=None,
+        layouts=(),
     )
 
 

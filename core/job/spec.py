@@ -265,6 +265,53 @@ class TrackSpec:
 
 
 @attrs.frozen(kw_only=True)
+class ModuleLayoutSpec:
+    """`[layouts.modules.NAME]`: what stands in place of the module's own; None for `recompute`: the module's own."""
+
+    grid: GridSpec = GridSpec()
+    chunks: int = 1
+    split: tuple[int, ...] | None = None
+    microbatches: int | None = None
+    recompute: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class BatchLayoutSpec:
+    """`[layouts.batch]`; None: that of the job."""
+
+    microbatches: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ScheduleLayoutSpec:
+    """`[layouts.schedule]`; None: that of the job."""
+
+    name: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class OptimizerLayoutSpec:
+    """`[layouts.optimizer]`; None: that of the job."""
+
+    sharded: bool | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LayoutSpec:
+    """`[[layouts]]`: what is different where the job has `ranks` ranks or more (`layouts`).
+
+    It has the tables of a job, and in them keys that do not change the result. A module that it does not name is laid
+    out as in its own table.
+    """
+
+    ranks: int
+    modules: Mapping[str, ModuleLayoutSpec] = attrs.field(factory=dict[str, ModuleLayoutSpec])
+    batch: BatchLayoutSpec = BatchLayoutSpec()
+    schedule: ScheduleLayoutSpec = ScheduleLayoutSpec()
+    optimizer: OptimizerLayoutSpec = OptimizerLayoutSpec()
+
+
+@attrs.frozen(kw_only=True)
 class SourceFacts:
     """What the plan must know about the data source; each fact may be unknown.
 
@@ -289,7 +336,10 @@ class SourceFacts:
 
 @attrs.frozen(kw_only=True)
 class JobSpec:
-    """A whole job file. The order of `modules` decides default offsets and the order of placeholders."""
+    """A whole job file. The order of `modules` decides default offsets and the order of placeholders.
+
+    `layouts` are further layouts, or "plan": they are searched for. A job that is opened has one, and none is here.
+    """
 
     modules: Mapping[str, ModuleSpec]
     data: DataSpec
@@ -303,3 +353,4 @@ class JobSpec:
     seed: int = 0
     precision: str = "fp32"
     world_size: int | None = None
+    layouts: tuple[LayoutSpec, ...] | str = ()

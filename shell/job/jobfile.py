@@ -194,7 +194,7 @@ def dump(spec: JobSpec) -> str:
     tables = CONVERTER.unstructure(spec)
     if spec.schedule.costs:
         tables["schedule"]["costs"] = costfile.table_of(spec.schedule.costs)
-    for key, value in tables.items():
+    for key, value in sorted(tables.items(), key=lambda pair: isinstance(pair[1], list)):
         if not isinstance(value, dict):
             document.add(key, value)
     for key, value in tables.items():

@@ -16,6 +16,7 @@ The first rank of the job writes all of this but checkpoints and logs, of which 
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import attrs
 from structlog.typing import FilteringBoundLogger
 
-from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.errors import EchoError, PlanError, Problem
 from mimogrid.core.faults.stragglers import Straggler
 from mimogrid.core.job.changes import changes
 from mimogrid.core.schedule.loads import loads_of
@@ -48,6 +49,7 @@ from mimogrid.shell.run.folders import (
     claimed,
     finished_report,
     showing_heartbeats,
+    stopped,
     write_json,
 )
 from mimogrid.shell.run.log import open_log
@@ -63,10 +65,16 @@ from mimogrid.shell.runtime.tensor_slices import full_tensors, weights_of
 from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.shell.world.preemption import StopRequest, receiving_signals
+from mimogrid.shell.world.world import FAILED
 
 
 PROFILES = "profiles"
 BEST = "best.safetensors"
+ENDED = "ended"
+"""The mark of a run that has ended, for ranks that idle."""
+IDLE_S, LEAVING_S, STOPPING_S = 0.2, 5.0, 20.0
+"""How often an idle rank looks; how long others wait for it to leave; how long it waits for them when it is asked to
+stop, where torchrun gives it 30 s."""
 REFUSED = "refused: "
 """The prefix of what rank 0 answers the others if a run cannot begin."""
 
@@ -100,13 +108,49 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
         held.enter_context(run_lock.shared(path))
         saved = _decided_by_rank_0(session, "checkpoint", lambda: manifest.newest(path / CHECKPOINTS) or "")
         finished = finished_report(path, job.spec.train.steps)
-        if finished is not None or session.runtime is None:
+        if finished is not None:
             return finished
+        if session.runtime is None:
+            return _idle(session, job, path)
         if place.meeting is None:
             session.heartbeat.keep_in(path / HEARTBEATS)
         elif place.rank == 0:
             held.enter_context(showing_heartbeats(path, Path(place.meeting).parent))
-        return _trained(session, session.runtime, path, saved if resume is not None else None)
+        report = _trained(session, session.runtime, path, saved if resume is not None else None)
+        if session.runtime.rank == job.topology.ranks[0]:
+            session.world.mark(ENDED)
+        _await_idle(session, job)
+        return report
+
+
+def _await_idle(session: Session, job: Job) -> None:
+    """Let idle ranks learn that the run has ended, on the rank that may keep the store in which they read it."""
+    idle = set(range(1, session.world.size)) - set(job.topology.ranks)
+    deadline = time.monotonic() + LEAVING_S
+    while session.world.rank == 0 and time.monotonic() < deadline:
+        if all(session.world.is_marked(f"{ENDED}/{rank}") for rank in idle):
+            break
+        time.sleep(IDLE_S)
+
+
+def _idle(session: Session, job: Job, folder: Path) -> Stopped | None:
+    """Wait on a rank that is in no grid until the run has ended.
+
+    A launcher takes a rank that ends for one whose part is done: torchrun would neither restart it with the others, nor
+    use it in a larger layout. Raises EchoError where another rank fails.
+    """
+    asked_s: float | None = None
+    while not session.world.is_marked(ENDED):
+        if session.world.is_marked(FAILED):
+            raise EchoError(f"rank {session.world.rank} idled, and another rank failed")
+        if session.stop_request.is_received:
+            asked_s = asked_s or time.monotonic()
+            if time.monotonic() - asked_s > STOPPING_S:
+                break
+        time.sleep(IDLE_S)
+    session.world.mark(f"{ENDED}/{session.world.rank}")
+    _await_idle(session, job)
+    return stopped(folder) if session.stop_request.is_received else None
 
 
 def _trained(
@@ -131,6 +175,8 @@ def _trained(
     ):
         if session.device.is_asynchronous:  # a CPU has no choice
             _log_layers(runtime, log)
+        if job.is_elastic:
+            log.info("layout", ranks=len(job.topology.ranks), of=session.world.size)
         if is_first:
             for line in trained_lines(job.topology):
                 log.info(line)

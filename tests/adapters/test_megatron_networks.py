@@ -560,7 +560,7 @@ def test_a_modality_with_several_encoders_is_refused() -> None:
     """Megatron lines up the rows of one encoder for all samples of a rank, then those of the next."""
     modality = nn.Module()
     modality.encoders = nn.ModuleDict({"near": nn.Identity(), "far": nn.Identity()})
-    with pytest.raises(PlanError, match="has 2 encoders.* which samples share a rank"):
+    with pytest.raises(PlanError, match=r"has 2 encoders.* which samples share a rank"):
         ModalityNetwork(modality, "pixels")
 
 

@@ -19,6 +19,7 @@ def of_module(name: str, **fields: object) -> JobSpec:
 
 FREE = {
     "world_size": attrs.evolve(SPEC, world_size=8),
+    "layouts": attrs.evolve(SPEC, layouts="plan"),
     "precision": attrs.evolve(SPEC, precision="bf16"),
     "schedule.name": attrs.evolve(SPEC, schedule=ScheduleSpec(name="zb-h1")),
     "gpu.name": attrs.evolve(SPEC, gpu=GpuSpec(name="h100")),
