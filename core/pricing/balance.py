@@ -15,13 +15,14 @@ it dealt before.
 
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Own
-from mimogrid.core.pricing.flops import Load, counts_of, module_units, sum_of
+from mimogrid.core.pricing.flops import Load, columns_of, module_units, sum_of
 from mimogrid.core.step.cells import deal
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Module, Topology
@@ -55,22 +56,17 @@ class Balance:
         totals = {name: math.fsum(of_samples) for name, of_samples in work.items()}
         busy = self._busy(totals)
         scales = {name: busy[name] / total if total else 0.0 for name, total in totals.items()}
-        columns = [
-            [sum(each) for each in zip(*(_scaled(work[name], scales[name]) for name in names), strict=True)]
-            for names in self._groups
-        ]
+        columns = [_sum_of([_scaled(work[name], scales[name]) for name in names]) for names in self._groups]
         return list(zip(*columns, strict=True))
 
     def _work(self, step: Step, name: str) -> Sequence[float]:
         """Return the operations of each sample in a module, or its positions in one of the user's own."""
         columns = [
             _scaled(column, factor)
-            for column, factor in zip(
-                zip(*counts_of(step, name), strict=True), self._per_unit[name], strict=True
-            )
+            for column, factor in zip(columns_of(step, name), self._per_unit[name], strict=True)
             if factor
         ]
-        return columns[0] if len(columns) == 1 else [sum(each) for each in zip(*columns, strict=True)]
+        return _sum_of(columns)
 
     def _busy(self, totals: Mapping[str, float]) -> Mapping[str, float]:
         """Return how long a rank of each module is busy in the step."""
@@ -118,3 +114,10 @@ class Balance:
 
 def _scaled(values: Sequence[float], factor: float) -> list[float]:
     return [factor * value for value in values]
+
+
+def _sum_of(columns: Sequence[list[float]]) -> list[float]:
+    first, *others = columns
+    for column in others:
+        first = list(map(operator.add, first, column))
+    return first

@@ -127,7 +127,7 @@ class Loads:
     @classmethod
     def of(cls, step: Step, name: str) -> "Loads":
         """Return those of a module."""
-        return cls(tuple(prefix_sums(counts) for counts in zip(*counts_of(step, name), strict=True)))
+        return cls(tuple(prefix_sums(counts) for counts in columns_of(step, name)))
 
     def __len__(self) -> int:
         return len(self.counts[0]) - 1
@@ -147,24 +147,26 @@ class Loads:
         return max(range(len(self)), key=lambda i: self.over(range(i, i + 1)).positions)
 
 
-def counts_of(step: Step, name: str) -> list[tuple[int, ...]]:
-    """Return the load of each sample of a step in a module: the counts of `Load`, in their order."""
+def columns_of(step: Step, name: str) -> tuple[list[int], ...]:
+    """Return the counts of `Load` of all samples of a step in a module, count by count."""
     model, node = step.topology.modules[name].model, step.topology.graph.nodes[name]
-    causal, windows = (
-        model.causal,
-        model.window_pairs if isinstance(model, Vit) and model.window else None,
+    sizes, samples = step.sizes, step.samples
+    positions, emitted = [of.positions[name] for of in sizes], [of.rows[name] for of in sizes]
+    feeders = [[of.rows[feeder] for of in sizes] for feeder in node.feeders]
+    read = (
+        [s.rows.get(name, 0) for s in samples]
+        if node.is_source
+        else [sum(each) for each in zip(*feeders, strict=True)]
     )
-    known: dict[int, tuple[int, ...]] = {}
-    alike = list(map(id, step.sizes))
-    for of_one, (sample, sizes) in dict(
-        zip(alike, zip(step.samples, step.sizes, strict=True), strict=True)
-    ).items():
-        emitted = sizes.rows
-        read = sample.rows.get(name, 0) if node.is_source else sum(map(emitted.__getitem__, node.feeders))
-        pairs_ = pairs(sizes.segments[name], causal=causal)
-        windowed = sum(map(windows, sample.grids(name))) if windows else 0
-        known[of_one] = sizes.positions[name], pairs_, read, emitted[name], windowed
-    return list(map(known.__getitem__, alike))
+    alike = dict(zip(map(id, sizes), sizes, strict=True))
+    squares = {of: sum(map(operator.mul, n, n)) for of, one in alike.items() for n in (one.segments[name],)}
+    pairs_ = list(map(squares.__getitem__, map(id, sizes)))
+    if model.causal:
+        pairs_ = [(square + length) // 2 for square, length in zip(pairs_, positions, strict=True)]
+    windowed = [0] * len(samples)
+    if isinstance(model, Vit) and model.window:
+        windowed = [sum(map(model.window_pairs, sample.grids(name))) for sample in samples]
+    return positions, pairs_, read, emitted, windowed
 
 
 # -- of a step ---------------------------------------------------------------------------------------------

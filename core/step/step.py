@@ -98,9 +98,7 @@ class Step:
     topology: Topology
     samples: tuple[Sample, ...]
     cells: tuple[int, ...] = ()
-    _known: dict[tuple[object, ...], SampleSizes] = attrs.field(
-        factory=dict[tuple[object, ...], SampleSizes], repr=False
-    )
+    _sizes: tuple[SampleSizes, ...] = attrs.field(default=(), repr=False)
     _active: dict[tuple[str, int], frozenset[int]] = attrs.field(
         factory=dict[tuple[str, int], frozenset[int]], init=False, repr=False
     )
@@ -117,8 +115,10 @@ class Step:
     @functools.cached_property
     def sizes(self) -> tuple[SampleSizes, ...]:
         """For each sample, what it is in every module."""
+        if self._sizes:
+            return self._sizes
         sources = self.topology.graph.sources
-        known = self._known
+        known: dict[tuple[object, ...], SampleSizes] = {}
         found: list[SampleSizes] = []
         for sample in self.samples:
             key = (sample.length, *((sample.rows.get(name, 0), sample.grids(name)) for name in sources))
@@ -151,8 +151,9 @@ class Step:
 
     def dealt(self, dealt: Dealt) -> "Step":
         """Return the step with its samples in other cells."""
-        samples = tuple(self.samples[i] for i in dealt.order)
-        return Step(self.topology, samples, dealt.cells, self._known)
+        samples = tuple(map(self.samples.__getitem__, dealt.order))
+        sizes = tuple(map(self.sizes.__getitem__, dealt.order))
+        return Step(self.topology, samples, dealt.cells, sizes)
 
     @property
     def cell_count(self) -> int:
