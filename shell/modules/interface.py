@@ -84,6 +84,8 @@ class OwnNetwork(Protocol):
     row counts per sample as int64 tensors: ``lengths``, and ``lengths.FEEDER`` for each feeder. A source module also
     gets ``grids`` [segments, sizes], where all have as many sizes and no tensor has this name. The outputs are
     ``rows`` [R, width] if the module feeds another one, and ``loss`` (a sum, not a mean) if it has a loss.
+
+    If it has an attribute `weight_names`, these are the names of its parameters in checkpoints, by those in the module.
     """
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

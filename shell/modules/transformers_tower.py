@@ -28,10 +28,14 @@ from mimogrid.shell.job.published import CONFIG, Published, part_of, published, 
 
 
 class TransformersTower(nn.Module):
-    """A tower of transformers, whose parameters are called `prefix` and what they are called there."""
+    """A tower of transformers, whose parameters are called `prefix` and what they are called there.
+
+    `weight_names` are those in the files, where transformers has others in memory.
+    """
 
     def __init__(self, tower: nn.Module, prefix: str) -> None:
         super().__init__()
+        self.weight_names: Mapping[str, str] = {}
         self._tower = (tower,)  # It is registered once, under its prefix.
         network, names = tower, [*filter(None, prefix.split("."))]
         for name in reversed(names[1:]):
@@ -108,15 +112,14 @@ def build(*, folder: str, module: str) -> nn.Module:
     found = published(Path(folder))
     described = found.model.modules[module]
     prefix = tower_prefix(described)
-    tower = _empty(found, prefix, described)
+    tower, names = _empty(found, prefix, described)
     weights: dict[str, Tensor] = {}
-    for name in dict(tower.named_parameters()):
-        if f"{prefix}{name}" not in found.tensors:
-            fact = f"lacks {prefix}{name}, which transformers has in this tower."
+    for name, stored in names.items():
+        if stored not in found.tensors:
+            fact = f"lacks {stored}, which transformers has in this tower."
             raise PlanError([Problem(str(found.folder), fact, "Download the checkpoint again.")])
-        place = found.tensors[f"{prefix}{name}"]
-        with safe_open(found.folder / place.file, framework="pt") as file:
-            weights[name] = file.get_tensor(f"{prefix}{name}")
+        with safe_open(found.folder / found.tensors[stored].file, framework="pt") as file:
+            weights[name] = file.get_tensor(stored)
     tower.load_state_dict(weights, strict=False)
     if described.option("stem") == "whisper":
         return SoundsTower(tower, prefix, longest=2 * described.option("position_count"))
@@ -131,6 +134,7 @@ def build(*, folder: str, module: str) -> nn.Module:
         skips=skips,
         layer=described.option("layers"),
     )
+    found_tower.weight_names = {f"{prefix}{name}": stored for name, stored in names.items()}
     _drop_unused(found_tower, torch.ones(described.grid[1] * described.grid[2], described.option("features")))
     return found_tower
 
@@ -148,8 +152,8 @@ def _drop_unused(tower: TransformersTower, rows: Tensor) -> None:
             parameter.grad = None
 
 
-def _empty(found: Published, prefix: str, described: PublishedModule) -> Any:
-    """Return the tower as transformers builds it."""
+def _empty(found: Published, prefix: str, described: PublishedModule) -> tuple[Any, dict[str, str]]:
+    """Return the tower as transformers builds it, and the names in the files of its parameters."""
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
@@ -166,9 +170,24 @@ def _empty(found: Published, prefix: str, described: PublishedModule) -> Any:
         raise PlanError(
             [Problem(str(found.folder / CONFIG), fact, "Install a version that has it.")]
         ) from error
-    (there,) = (module for name, module in whole.named_modules() if name.split(".")[-1] == part_of(prefix))
+    ((place, there),) = (each for each in whole.named_modules() if each[0].split(".")[-1] == part_of(prefix))
     kind: Any = type(there)
     config: Any = there.config
     if described.grid is not None:
         config.vision_use_head = False  # of a SigLIP; it reads no rows that leave
-    return kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    tower = kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    known = {name: f"{prefix}{name}" for name, _ in tower.named_parameters()}
+    renamed = {
+        name: _stored_name(whole, f"{place}.{name}", prefix)
+        for name, stored in known.items()
+        if stored not in found.tensors
+    }
+    return tower, known | renamed
+
+
+def _stored_name(whole: nn.Module, name: str, prefix: str) -> str:
+    """Return the name in the files of a parameter of a whole that transformers calls otherwise in memory."""
+    loading = importlib.import_module("transformers.core_model_loading")
+    with torch.no_grad():
+        stored, *_ = loading.revert_weight_conversion(whole, {name: whole.get_parameter(name)})
+    return f"{prefix}{stored.partition(f'{part_of(prefix)}.')[2]}"

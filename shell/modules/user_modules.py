@@ -33,6 +33,7 @@ class OwnStage(StageModule):
     def __init__(self, module: Module, info: StageInfo, network: nn.Module, *, dtype: torch.dtype) -> None:
         super().__init__(module, info, dtype=dtype)
         self.network = network
+        self.names: Mapping[str, str] = getattr(network, "weight_names", {})
         self.dtype = dtype
         self.feeders = tuple(edge.source for edge in module.inputs)
         self.has_loss = module.model.has_loss
@@ -40,7 +41,8 @@ class OwnStage(StageModule):
 
     def weight_name(self, built: str) -> str:
         """Return the layout-independent name of a parameter from its name in this module."""
-        return built.removeprefix("network.")
+        name = built.removeprefix("network.")
+        return self.names.get(name, name)
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see `OwnNetwork`."""

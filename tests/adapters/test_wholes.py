@@ -3,6 +3,7 @@
 import functools
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,14 @@ def folder(name: str) -> Path:
 
 @functools.cache
 def modules(name: str) -> Mapping[str, str]:
-    """The module that each tensor of a checkpoint is of."""
-    return {
+    """The module that each tensor of a checkpoint is of; those of a tower of no family are in no recipe."""
+    known = {
         tensor.name: module
         for module, described in published(folder(name)).model.modules.items()
         for recipe in described.recipes.values()
         for tensor in recipe.tensors
     }
+    return defaultdict(lambda: TOWER.get(name, "vision"), known)
 
 
 def differences(name: str, seen: Seen, of: ReferenceStep) -> tuple[float, float]:

@@ -209,6 +209,8 @@ TOWERS = ("clip", "siglip", "whisper")
 LANGUAGE = ("llama", "llama3", "llama-biased", "qwen2", "qwen2-windows", "qwen3", "qwen3-moe")
 WHOLES = ("llava", "llava-siglip", "qwen2.5-vl", "qwen3-vl", "qwen2-audio")
 WITH_VIDEOS = ("qwen2.5-vl", "qwen3-vl")
+BY_THEIRS = ("llava-dinov2",)
+"""Wholes whose tower is of no family here."""
 
 
 def make(
@@ -267,7 +269,9 @@ def batch(name: str, seed: int = 0, samples: Sequence[Sample] | None = None) -> 
     if name in TOWERS:
         return _rows_alone(name, generator)
     if samples is None:
-        samples = [tuple(p for p in sample if name in WHOLES or p != "*") for sample in SAMPLES]
+        samples = [
+            tuple(p for p in sample if name in (*WHOLES, *BY_THEIRS) or p != "*") for sample in SAMPLES
+        ]
     segments = {"*": _segments(name, generator), "video": _videos(name, generator)}
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     tokens: list[list[int]] = []
