@@ -152,12 +152,10 @@ def columns_of(step: Step, name: str) -> tuple[list[int], ...]:
     model, node = step.topology.modules[name].model, step.topology.graph.nodes[name]
     sizes, samples = step.sizes, step.samples
     positions, emitted = [of.positions[name] for of in sizes], [of.rows[name] for of in sizes]
-    feeders = [[of.rows[feeder] for of in sizes] for feeder in node.feeders]
-    read = (
-        [s.rows.get(name, 0) for s in samples]
-        if node.is_source
-        else [sum(each) for each in zip(*feeders, strict=True)]
-    )
+    read = [
+        sample.rows.get(name, 0) if node.is_source else sum(of.rows[feeder] for feeder in node.feeders)
+        for sample, of in zip(samples, sizes, strict=True)
+    ]
     alike = dict(zip(map(id, sizes), sizes, strict=True))
     squares = {of: sum(map(operator.mul, n, n)) for of, one in alike.items() for n in (one.segments[name],)}
     pairs_ = list(map(squares.__getitem__, map(id, sizes)))
