@@ -44,7 +44,7 @@ def legend(pictures: Sequence[Picture], page: Page, stride: int) -> Iterator[Leg
             yield LegendEntry("gradients sent", dash="3 2")
     if page.most_bytes:
         yield LegendEntry("weights, gradients, optimizer", ((Fill(KEPT, WHITE), ""),))
-        yield LegendEntry("activations, buffers (estimated)", ((Fill(PASSING, BLACK), ""),))
+        yield LegendEntry("activations, buffers, temporaries (estimated)", ((Fill(PASSING, BLACK), ""),))
 
 
 def _modules(page: Page, rows: Sequence[Row]) -> Iterator[LegendEntry]:

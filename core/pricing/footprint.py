@@ -4,8 +4,14 @@ Weights, gradients and what the optimizer keeps follow from the table of paramet
 in flight saves for its backward is an estimate: per layer and position the values that a pre-norm transformer
 layer saves (inputs of norms and linears, queries, keys and values, what attention gives, the middle of the MLP twice),
 per head one number of the softmax, and what the stem, the last norm and the projectors of a tower save. The kernels of
-attention compute scores again in the backward; with dropout they are not used, and scores are saved for every pair.
-Temporary buffers and the allocator's losses are not included, nor is a module of the user's own.
+attention compute scores again in the backward; with dropout they are not used, and scores are saved for every pair. At
+the ends of a stage it keeps what enters and leaves: the output that is sent, the input and output of the last norm,
+logits.
+
+Temporaries are an estimate, too. While a layer runs backward there are the gradients of its widest values, the layer's
+values once more if they are recomputed, and one product: the gradient of the largest matrix before it is added. A
+forward without backward has the widest values of one layer. The allocator's losses are not included, nor is a module of
+the user's own.
 """
 
 import math
@@ -16,7 +22,7 @@ import attrs
 from mimogrid.core.job.lora import adapters
 from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own, Vit
 from mimogrid.core.job.placement import largest_sample
-from mimogrid.core.job.precision import MAIN_BYTES, VALUE_BYTES
+from mimogrid.core.job.precision import HALF, MAIN_BYTES, VALUE_BYTES
 from mimogrid.core.step.cells import samples_per_cell
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Edge, Link, Module, Stage, StageInfo, Topology
@@ -145,6 +151,62 @@ def _of_layer(module: Module, model: BuiltIn, layer: int, computed: Computed, re
     return 4 * inputs / shared + saved / tp
 
 
+def end_bytes(topology: Topology, info: StageInfo, computed: Computed) -> float:
+    """Return the bytes that a stage saves of a microbatch besides its layers; 0 without a backward."""
+    module = topology.modules[info.stage.module]
+    model, tokens, width = module.model, computed.positions, VALUE_BYTES[topology.spec.precision]
+    if isinstance(model, Own) or not info.backward:
+        return 0.0
+    tp = module.grid.extent("tp")
+    hidden = tokens * model.hidden / (tp if module.sequence_parallel else 1)
+    if not info.last:
+        return width * hidden
+    if isinstance(model, Vit):  # `saved_values` has the other values at the ends of a tower
+        return width * tokens / (model.merge**2 * model.pool) * sum(edge.width for edge in module.outputs)
+    leaving = 2 * hidden + tokens * sum(edge.width for edge in module.outputs)
+    # Logits, and what the loss keeps of them, which is fp32 at least.
+    logits = tokens * model.vocab_rows / tp * (width + max(width, 4)) if isinstance(model, Gpt) else 0.0
+    return width * leaving + logits
+
+
+def forward_temporaries(module: Module, info: StageInfo, computed: Computed) -> float:
+    """Return the most values that a forward without backward has at once."""
+    model = module.model
+    if isinstance(model, Own):
+        return 0.0
+    return max((_widest(module, model, layer, computed) for layer in info.layers), default=0.0)
+
+
+def backward_temporaries(module: Module, info: StageInfo, computed: Computed, recompute: str) -> float:
+    """Return the most values of activations that a backward has at once, besides what was saved."""
+    model = module.model
+    if isinstance(model, Own):
+        return 0.0
+
+    def of_layer(layer: int) -> float:
+        saved, whole = (_of_layer(module, model, layer, computed, way) for way in (recompute, "none"))
+        return whole - saved + _widest(module, model, layer, computed)
+
+    return max(map(of_layer, info.layers), default=0.0)
+
+
+def _widest(module: Module, model: BuiltIn, layer: int, computed: Computed) -> float:
+    """Return the values of a residual, and of the wider of a layer's two halves."""
+    tp = module.grid.extent("tp")
+    up, down = model.mlp_widths(layer)
+    attention = model.qkv_width + model.heads * model.head_width
+    shared = tp if module.sequence_parallel else 1
+    return computed.positions * (2 * model.hidden / shared + max(attention, up + down) / tp)
+
+
+def product_bytes(topology: Topology, info: StageInfo) -> int:
+    """Return the bytes of the gradient of the largest matrix that trains in a stage, before it is added."""
+    module, precision = topology.modules[info.stage.module], topology.spec.precision
+    sizes = (local_size(module, p) for p in info.parameters if p.name in info.trainable and len(p.shape) > 1)
+    added = MAIN_BYTES[precision] if precision in HALF else 0
+    return max(sizes, default=0) * (VALUE_BYTES[precision] + added)
+
+
 def deferred_values(module: Module, info: StageInfo, computed: Computed) -> float:
     """Return how many values a stage keeps of a microbatch between the halves of a split backward.
 
@@ -211,10 +273,9 @@ def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = Fals
     module, info = topology.modules[stage.module], topology.stages[stage]
     recompute = topology.spec.modules[stage.module].recompute
     computed = most_computed(topology, module)
-    values = saved_values(module, info, computed, recompute)
-    if split:
-        values = max(values, deferred_values(module, info, computed))
-    return VALUE_BYTES[topology.spec.precision] * values
+    width = VALUE_BYTES[topology.spec.precision]
+    saved = width * saved_values(module, info, computed, recompute) + end_bytes(topology, info, computed)
+    return max(saved, width * deferred_values(module, info, computed)) if split else saved
 
 
 def most_message_bytes(topology: Topology, link: Link) -> float:

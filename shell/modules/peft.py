@@ -62,14 +62,15 @@ def adapters_of(found: Published, modules: Mapping[str, ModuleSpec], names: Iter
     saved: dict[str, None] = {}
     listed = tuple(names)
     for name, module in modules.items():
-        recipes = found.module(name).recipes
+        own = tuple(each.removeprefix(f"{name}.") for each in listed if each.startswith(f"{name}."))
+        recipes = found.recipes(name, own)
         if module.lora is not None:
             assert isinstance(module.options, BuiltIn)
             pairs |= {pair.weight: pair for pair in stored_pairs(name, module.options, module.lora, recipes)}
             loras.append(module.lora)
-        own = tuple(each.removeprefix(f"{name}.") for each in listed if each.startswith(f"{name}."))
+        trained = trainable_names(module, own)
         for parameter in own:
-            if MARK not in parameter and parameter in trainable_names(module, own):
+            if MARK not in parameter and parameter in trained:
                 saved |= {path_of(tensor.name): None for tensor in recipes[parameter].tensors}
     return Adapters(found, pairs, tuple(loras), tuple(saved))
 

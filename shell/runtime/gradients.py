@@ -38,6 +38,8 @@ from mimogrid.shell.world.groups import ModuleGroups
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+SQUARED_AT_ONCE = 1 << 22
+"""How many gradients are squared at once for the norm: 34 MB in fp64."""
 REPLICA_AXES = ("dp", "cp", "expert_dp")
 """The axes along which ranks hold the same values of a parameter."""
 
@@ -212,16 +214,21 @@ class StageBuffer:
     @property
     def is_finite(self) -> bool:
         """Whether every summed gradient on this rank is finite, counted in the norm or not."""
-        found = [buffer.summed.isfinite().all() for buffer in self.buffers]
-        return bool(torch.stack(found).all()) if found else True
+        # The extremes are NaN if any value is, and need no room.
+        found = [
+            extreme for buffer in self.buffers if len(buffer.summed) for extreme in buffer.summed.aminmax()
+        ]
+        return bool(torch.stack(found).isfinite().all()) if found else True
 
     def partials(self) -> list[float]:
         """Return the sums of squares whose total over all ranks is the square of the global norm.
 
-        There is one for each part of a parameter that a shard of the bucket has. So the numbers are the same whether or
-        not the ranks share the update.
+        There are some for each part of a parameter that a shard of the bucket has. So the numbers are the same whether
+        or not the ranks share the update. Large parts are squared piece by piece: fp64 takes room.
         """
-        found = [part.double().square().sum() for part in self._counted]
+        found = [
+            piece.double().square().sum() for part in self._counted for piece in part.split(SQUARED_AT_ONCE)
+        ]
         return list(torch.stack(found).tolist()) if found else []
 
     def copy_main_to_model(self) -> None:
