@@ -5,8 +5,10 @@ environment that a tracker reads itself says otherwise: `TRACKIO_DIR`, `WANDB_MO
 `MLFLOW_TRACKING_URI`. A run goes on without a tracker that fails, and says so once.
 """
 
+import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,7 +186,10 @@ class Trackers:
 
     def _safely(self, name: str, call: Callable[[], None]) -> None:
         try:
-            call()
+            with contextlib.redirect_stdout(
+                sys.stderr
+            ):  # they tell people things, and a command may print JSON
+                call()
         except Exception as error:  # whatever the libraries of others raise
             self._open.pop(name, None)
             self._warn(f"the run goes on without the tracker {name}: {type(error).__name__}: {error}")
