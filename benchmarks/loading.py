@@ -20,7 +20,6 @@ from mimogrid.shell.world.launch import Pool
 
 SOURCE = """
 import time
-import torch
 from mimogrid.core.base.samples import Sample
 
 class Slow:
@@ -31,6 +30,7 @@ class Slow:
         return Sample(id=sample_id, length=256, rows={})
 
     def load(self, sample_id, module):
+        import torch
         if self.burns:
             end = time.thread_time() + self.sample_s
             while time.thread_time() < end:

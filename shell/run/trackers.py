@@ -6,6 +6,7 @@ environment that a tracker reads itself says otherwise: `TRACKIO_DIR`, `WANDB_MO
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -172,17 +173,20 @@ class Trackers:
         self._warn = warn
         self._open: dict[str, Tracker] = {}
         for name in dict.fromkeys(names):
-            self._safely(name, lambda name=name: self._open.update({name: TRACKERS[name](run)}))
+            self._safely(name, functools.partial(self._start, name, run))
 
     def log(self, step: int, curves: Mapping[str, float]) -> None:
         """Add the point of a step to each curve of each tracker."""
         for name, tracker in list(self._open.items()):
-            self._safely(name, lambda tracker=tracker: tracker.log(step, curves))
+            self._safely(name, functools.partial(tracker.log, step, curves))
 
     def close(self) -> None:
         """Let each tracker keep all points."""
         for name, tracker in list(self._open.items()):
             self._safely(name, tracker.close)
+
+    def _start(self, name: str, run: TrackedRun) -> None:
+        self._open[name] = TRACKERS[name](run)
 
     def _safely(self, name: str, call: Callable[[], None]) -> None:
         try:

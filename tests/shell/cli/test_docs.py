@@ -24,7 +24,10 @@ from mimogrid.core.job.spec import (
     OptimizerSpec,
     ScheduleSpec,
     SkipSpec,
+    TaskSpec,
+    TrackSpec,
     TrainSpec,
+    ValidationSpec,
 )
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
@@ -50,6 +53,9 @@ TABLES = (
     LossScaleSpec,
     SkipSpec,
     TrainSpec,
+    TaskSpec,
+    TrackSpec,
+    ValidationSpec,
     Options,
     conversations.Options,
 )
