@@ -190,9 +190,7 @@ class Trackers:
 
     def _safely(self, name: str, call: Callable[[], None]) -> None:
         try:
-            with contextlib.redirect_stdout(
-                sys.stderr
-            ):  # they tell people things, and a command may print JSON
+            with contextlib.redirect_stdout(sys.stderr):  # trackers print, and so may the command: JSON
                 call()
         except Exception as error:  # whatever the libraries of others raise
             self._open.pop(name, None)
