@@ -1,6 +1,6 @@
 """What share of a step a rank waits for data, without and with workers, for a source that takes half a step.
 
-    python benchmarks/loading.py [--steps 30] [--burn]
+    python benchmarks/loading.py [--steps 60] [--burn]
 
 Measures what a step takes whose samples are there at once. Then each sample takes so long that all of a step take half
 of that: the source sleeps, as one that waits for a disk or a network, or with --burn computes, as one that decodes,
@@ -20,7 +20,6 @@ from mimogrid.shell.world.launch import Pool
 
 SOURCE = """
 import time
-import torch
 from mimogrid.core.base.samples import Sample
 
 class Slow:
@@ -28,17 +27,18 @@ class Slow:
         self.sample_s, self.burns = sample_s, burns
 
     def describe(self, sample_id):
-        return Sample(id=sample_id, length=256, rows={})
+        return Sample(id=sample_id, length=64, rows={})
 
     def load(self, sample_id, module):
+        import torch
         if self.burns:
             end = time.thread_time() + self.sample_s
             while time.thread_time() < end:
                 sum(range(1000))
         else:
             time.sleep(self.sample_s)
-        tokens = torch.randint(1, 512, (256,), generator=torch.Generator().manual_seed(sample_id))
-        return {"tokens": tokens, "labels": tokens.roll(-1), "loss_weights": torch.ones(256)}
+        tokens = torch.randint(1, 512, (64,), generator=torch.Generator().manual_seed(sample_id))
+        return {"tokens": tokens, "labels": tokens.roll(-1), "loss_weights": torch.ones(64)}
 
 def slow(sequence, sample_s, burns):
     return Slow(sample_s, burns)
@@ -46,10 +46,10 @@ def slow(sequence, sample_s, burns):
 JOB = """
 [modules.language]
 model = "gpt"
-options = { layers = 4, hidden = 256, heads = 4, vocab = 512 }
+options = { layers = 4, hidden = 128, heads = 4, vocab = 512 }
 [data]
 source = "slow_samples:slow"
-options = { sequence = 256, sample_s = 0.0, burns = false }
+options = { sequence = 64, sample_s = 0.0, burns = false }
 [batch]
 global_size = 16
 microbatches = 4
@@ -63,7 +63,7 @@ READS = 2
 def main() -> None:
     """Print a line for each way to load."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--burn", action="store_true")
     args = parser.parse_args()
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")

@@ -5,9 +5,11 @@ environment that a tracker reads itself says otherwise: `TRACKIO_DIR`, `WANDB_MO
 `MLFLOW_TRACKING_URI`. A run goes on without a tracker that fails, and says so once.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,7 +173,7 @@ class Trackers:
         self._warn = warn
         self._open: dict[str, Tracker] = {}
         for name in dict.fromkeys(names):
-            self._safely(name, functools.partial(self._begin, name, run))
+            self._safely(name, functools.partial(self._start, name, run))
 
     def log(self, step: int, curves: Mapping[str, float]) -> None:
         """Add the point of a step to each curve of each tracker."""
@@ -183,12 +185,13 @@ class Trackers:
         for name, tracker in list(self._open.items()):
             self._safely(name, tracker.close)
 
-    def _begin(self, name: str, run: TrackedRun) -> None:
+    def _start(self, name: str, run: TrackedRun) -> None:
         self._open[name] = TRACKERS[name](run)
 
     def _safely(self, name: str, call: Callable[[], None]) -> None:
         try:
-            call()
+            with contextlib.redirect_stdout(sys.stderr):  # trackers print, and so may the command: JSON
+                call()
         except Exception as error:  # whatever the libraries of others raise
             self._open.pop(name, None)
             self._warn(f"the run goes on without the tracker {name}: {type(error).__name__}: {error}")

@@ -25,7 +25,10 @@ from mimogrid.core.job.spec import (
     OptimizerSpec,
     ScheduleSpec,
     SkipSpec,
+    TaskSpec,
+    TrackSpec,
     TrainSpec,
+    ValidationSpec,
 )
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
@@ -56,6 +59,9 @@ TABLES = (
     LossScaleSpec,
     SkipSpec,
     TrainSpec,
+    TaskSpec,
+    TrackSpec,
+    ValidationSpec,
     Options,
     conversations.Options,
 )
