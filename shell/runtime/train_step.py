@@ -77,5 +77,7 @@ def _update(runtime: RankRuntime, norm: float, index: int) -> None:
     if runtime.optimizer is not None:
         optimizer.set_rates(runtime.optimizer, spec.optimizer, step=index, steps=spec.train.steps)
         runtime.optimizer.step()
+        if spec.optimizer.ema:
+            optimizer.average(runtime.optimizer, spec.optimizer.ema)
     for buffer in buffers:
         buffer.copy_main_to_model()
