@@ -393,6 +393,11 @@ def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | No
         message = "the host updates the weights; in half precision or shared by dp ranks, they follow others."
         remedy = "Take precision = 'fp32' and optimizer.sharded = false, or let the job update them."
         problems.append(Problem("precision", message, remedy))
+    if optimizer == "host" and job.spec.optimizer.ema:
+        message = "is a mean over updates of the job, and the host updates the weights."
+        problems.append(
+            Problem("optimizer.ema", message, "Let the host keep the mean, or the job update them.")
+        )
     needed = job.topology.world_size
     if ranks is not None and len(ranks) != needed:
         message = f"the host gives {len(ranks)} ranks, the job needs {needed}."

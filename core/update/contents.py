@@ -15,7 +15,7 @@ import attrs
 
 from mimogrid.core.job.lora import MARK
 from mimogrid.core.job.models import Own
-from mimogrid.core.job.optimizers import kind_of, states_of
+from mimogrid.core.job.optimizers import EMA, kind_of, states_of
 from mimogrid.core.topology.topology import Module, Topology
 
 
@@ -88,7 +88,7 @@ def table_of(topology: Topology, found: Tensors, custom: Collection[str], *, ste
         for name, weight, trains in weights:
             table[name] = weight
             if trains and keeps:
-                table |= _states(topology, name, weight)
+                table |= _states(topology, name, weight, updated=steps_taken > 0)
     return table
 
 
@@ -156,10 +156,13 @@ def _found_weights(module: Module, found: Tensors) -> Iterator[tuple[str, Descri
             yield name, of, trains and name in with_states
 
 
-def _states(topology: Topology, name: str, weight: Described) -> Iterator[tuple[str, Described]]:
+def _states(
+    topology: Topology, name: str, weight: Described, *, updated: bool
+) -> Iterator[tuple[str, Described]]:
     optimizer, dtypes = topology.spec.optimizer, frozenset({MAIN_DTYPES[topology.spec.precision]})
     for state in states_of(optimizer):
-        yield f"{OPTIMIZER}{state}.{name}", Described(dtypes, weight.shape)
+        if updated or state != EMA:  # A mean begins with the first update.
+            yield f"{OPTIMIZER}{state}.{name}", Described(dtypes, weight.shape)
     for state in kind_of(optimizer).counters:
         yield f"{OPTIMIZER}{state}.{name}", Described(COUNTER_DTYPES, (1,))
 

@@ -73,7 +73,7 @@ def slices_to_save(runtime: RankRuntime) -> TensorSlices:
 def slices_to_load(runtime: RankRuntime, facts: Mapping[str, Any]) -> TensorSlices:
     """Return what this rank reads: its frozen weights, its main weights, and what the optimizer keeps."""
     if runtime.optimizer is not None and facts["steps_taken"]:
-        begin_states(runtime.optimizer)
+        begin_states(runtime.optimizer, ema=runtime.job.spec.optimizer.ema)
     found: dict[str, tuple[TensorSlice, ...]] = {name: slices for name, slices, _ in _frozen(runtime)}
     for stage, buffer in ((s, b) for s, of_stage in runtime.buffers.items() for b in of_stage.buffers):
         places = StageSlices(runtime.stages[stage])

@@ -277,8 +277,12 @@ class ExportArgs(RunArgs):
     to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp", "hf", "peft"))
     out: Path | None = _option("FOLDER", "write into this folder, which must be new or empty", Path)
     source: Path | None = _option(
-        "FOLDER", "for hf: the checkpoint that the run started from, if it has moved", Path, flags=("--from",)
+        "FOLDER",
+        "for hf and peft: the checkpoint that the run started from, if it has moved",
+        Path,
+        flags=("--from",),
     )
+    ema: bool = _switch("write the running means of the weights, which the job keeps with optimizer.ema")
     max_shard_gb: float = _option(
         "X", "split modules larger than this many GB into several files; default 5", float, 5.0
     )

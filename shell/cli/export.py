@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.lora import MARK
+from mimogrid.core.job.optimizers import EMA
 from mimogrid.core.job.spec import ModuleSpec
 from mimogrid.core.models.mapping import ParameterRows, inverse
 from mimogrid.core.update.contents import OPTIMIZER
@@ -56,7 +57,12 @@ def run(args: ExportArgs) -> int:
     out = args.target or args.out or _beside(checkpoint, args.to)
     with manifest.reading(checkpoint):
         files = export(
-            checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9), source=args.source
+            checkpoint,
+            out,
+            to=args.to,
+            bytes_most=int(args.max_shard_gb * 1e9),
+            source=args.source,
+            ema=args.ema,
         )
     if args.json:
         print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
@@ -65,21 +71,33 @@ def run(args: ExportArgs) -> int:
     return 0
 
 
-def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Path | None = None) -> list[str]:
+def export(
+    checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Path | None = None, ema: bool = False
+) -> list[str]:
     """Write the weights of a whole checkpoint into a new folder; return the names of the files. Raises PlanError.
 
     No file of the format safetensors has more than `bytes_most`, unless a single parameter has. `source` stands in for
-    the folder that the run started from.
+    the folder that the run started from. With `ema` the running means stand in for the weights that train.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
-    index = {n: s for n, s in read_index(checkpoint).items() if not n.startswith(OPTIMIZER)}
+    kept = read_index(checkpoint)
+    index = {n: s for n, s in kept.items() if not n.startswith(OPTIMIZER)}
+    means = (
+        {name: f"{OPTIMIZER}{EMA}.{name}" for name in index if f"{OPTIMIZER}{EMA}.{name}" in kept}
+        if ema
+        else {}
+    )
+    if ema and not means:
+        remedy = "Leave --ema out; a run keeps means with optimizer.ema = 0.999."
+        raise PlanError([Problem(str(checkpoint), "has no running means of its weights.", remedy)])
+    index |= {name: kept[mean] for name, mean in means.items()}
     origin = _origin(checkpoint, index, source) if to in _OF_A_CHECKPOINT else None
     partial = out.with_name(out.name + PARTIAL)
     try:
         manifest.remove([partial])
         partial.mkdir(parents=True)
-        weights = _weights(checkpoint, index)
+        weights = _weights(checkpoint, index, means)
         if origin is not None and to == "peft":
             write_adapter(
                 partial, origin.adapters, weights.rows, functools.partial(_published, weights, origin)
@@ -113,11 +131,15 @@ def _beside(checkpoint: Path, to: str) -> Path:
 
 @attrs.frozen(eq=False)
 class Weights:
-    """The weights of a checkpoint, assembled one by one: its `index`, and the tensors in its files."""
+    """The weights of a checkpoint, assembled one by one: its `index`, and the tensors in its files.
+
+    `means` are the names in the files of those that a running mean stands in for.
+    """
 
     checkpoint: Path
     index: Mapping[str, IndexedTensor]
     files: Mapping[str, Mapping[str, StoredTensor]]
+    means: Mapping[str, str]
 
     def full(self, name: str) -> torch.Tensor:
         """Return a full tensor."""
@@ -136,7 +158,7 @@ class Weights:
             places = (slice(o, o + n) for o, n in zip(columns, widths, strict=True))
             target = whole[(slice(first - start, last - start), *places)]
             block = target if target.is_contiguous() else torch.empty_like(target)
-            in_file = self.files[part.file][name]
+            in_file = self.files[part.file][self.means.get(name, name)]
             skip = (first - begin) * ((in_file.end - in_file.begin) // count)
             tensorfile.read_into(self.checkpoint / part.file, in_file, values_of(block), skip=skip)
             if block is not target:
@@ -144,9 +166,11 @@ class Weights:
         return whole
 
 
-def _weights(checkpoint: Path, index: Mapping[str, IndexedTensor]) -> Weights:
+def _weights(checkpoint: Path, index: Mapping[str, IndexedTensor], means: Mapping[str, str]) -> Weights:
     names = {part.file for stored in index.values() for part in stored.parts}
-    return Weights(checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names})
+    return Weights(
+        checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names}, means
+    )
 
 
 # -- safetensors -------------------------------------------------------------------------------------------

@@ -17,9 +17,14 @@ from checkpoints import WHOLES, batch, make
 from mimogrid.adapters.huggingface import Job
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.peft import PREFIX
+from mimogrid.shell.checkpoint.index import read_index
+from mimogrid.shell.checkpoint.manifest import newest_of
+from mimogrid.shell.cli.main import main
+from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.run.reference import Reference, double_precision, losses_and_gradients, reference
 from mimogrid.shell.world.launch import Pool
 from publishing import Seen
+from running import trained
 from scale import SCALE
 
 
@@ -138,6 +143,64 @@ def test_towers_have_adapters_too(pool: Pool, tmp_path: Path, name: str) -> None
     assert_same(seen, step(adapted(name, tmp_path / "0"), batches[-1]))
     config = json.loads((tmp_path / "0" / "adapter_config.json").read_text())
     assert config["modules_to_save"]
+
+
+@pytest.mark.world
+def test_logits_are_alike_in_single_precision(pool: Pool, tmp_path: Path) -> None:
+    """Ours, those of peft over transformers' model, and those of the merged checkpoint, to 1e-5."""
+    inputs = [batch("llama", seed) for seed in range(2)]
+    single = layout(ALL, tp=2) | {"precision": "fp32"}
+    ours = pool.run("publishing:answered", 2, folder("llama"), single, inputs, tmp_path)[0]
+    model = reference(folder("llama"), torch.float32).model
+    plain = counted(model, inputs[-1])
+    loaded = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+    adapter = counted(loaded, inputs[-1])
+    merged = counted(reference(tmp_path / "merged", torch.float32).model, inputs[-1])
+    found = torch.from_numpy(np.concatenate(ours))
+    scale = adapter.abs().max()
+    assert 0.01 < (plain - adapter).abs().max() / scale
+    assert 1e-5 > (found - adapter).abs().max() / scale
+    assert 1e-5 > (merged - adapter).abs().max() / scale
+    assert 1e-5 > (counted(loaded.merge_and_unload(), inputs[-1]) - adapter).abs().max() / scale
+
+
+def counted(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The logits of every token that is no padding."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits[inputs["attention_mask"].bool()]
+
+
+@pytest.mark.world
+def test_a_run_leaves_an_adapter(pool: Pool, tmp_path: Path) -> None:
+    """From a job file to peft: in bf16 the base stays in bf16 and what trains has fp32, the means included."""
+    job = tmp_path / "job.toml"
+    job.write_text(
+        f'weights = "{folder("qwen3")}"\nprecision = "bf16"\n[modules.language]\n'
+        'lora = { rank = 2, targets = ["layers.[01].*.q_proj", "down_proj"] }\n'
+        "grid = { pp = 2 }\nsplit = [2, 1]\n"
+        '[data]\nsource = "synthetic"\n'
+        "[batch]\nglobal_size = 4\nmicrobatches = 2\n[optimizer]\nlr = 0.1\nema = 0.5\n"
+        "[train]\nsteps = 2\nevaluate = false\n"
+    )
+    trained(pool, open_job(job), tmp_path / "run")
+    checkpoint = newest_of(tmp_path / "run")
+    dtypes = {name: tensor.dtype for name, tensor in read_index(checkpoint).items()}
+    assert "BF16" == dtypes["language.layers.0.mlp.down.weight"]
+    assert "F32" == dtypes["language.layers.0.mlp.down.lora.down.a"]
+    adapters = []
+    for more in ([], ["--ema"]):
+        out = tmp_path / f"adapter{len(more)}"
+        assert 0 == main(["export", str(tmp_path / "run"), "--to", "peft", "--out", str(out), *more])
+        loaded = peft.PeftModel.from_pretrained(reference(folder("qwen3")).model, str(out))
+        adapters.append({n: p for n, p in loaded.named_parameters() if ".lora_" in n})
+    paths = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in adapters[0]}
+    assert paths == {
+        *(f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)),
+        *(f"model.layers.{n}.mlp.down_proj" for n in (0, 1, 2)),
+    }
+    assert all(bool(value.any()) for value in adapters[0].values())
+    assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
 
 
 def test_a_target_that_is_nothing_is_refused() -> None:

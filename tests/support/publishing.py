@@ -10,7 +10,10 @@ import torch
 
 from hosts import host
 from mimogrid.adapters.huggingface import Job
+from mimogrid.adapters.torch_module import Example
+from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.device.place import RankPlace
+from mimogrid.shell.job.published import published
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -67,3 +70,18 @@ def adapted(
             arrays = {name: tensor.numpy() for name, tensor in (gradients or {}).items()}
             seen.append(Seen(outcome.loss if outcome else None, arrays))
     return seen
+
+
+def answered(
+    place: RankPlace, folder: Path, layout: Layout, batches: Sequence[Batch], out: Path
+) -> list[np.ndarray]:
+    """Train LoRA on batches and save it, alone and merged; return the logits [tokens, V] of the last batch after it."""
+    with host(place), Job.from_pretrained(folder, **layout).open() as running:
+        for batch in batches:
+            running.step(batch)
+        running.save_pretrained(out / "adapter", merge=False)
+        running.save_pretrained(out / "merged")
+        examples = [
+            Example(each.sample, each.tensors) for each in examples_of(published(folder).model, batches[-1])
+        ]
+        return [logits.numpy() for logits in running._opened().answers(examples)]
