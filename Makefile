@@ -11,7 +11,7 @@ export PYTHON
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL = help
-.PHONY: help venv same-python train demo-parity test quick lint types clean
+.PHONY: help venv same-python train demo-parity bench-peer test quick lint types site clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ train: venv ## Train the example: real images, on CPU.
 demo-parity: venv ## Show the exactness of gradients to a sceptic: ours, and means, beside one process.
 	"$(BIN)/python" benchmarks/demo_parity.py
 
+bench-peer: venv ## Time megatron-core's MimoModel and schedule beside ours; minutes.
+	$(NOX) --session bench-peer
+
 test: venv ## Run every test that needs no GPU: the core's where there is no torch, then all others.
 	$(NOX) --session core shell
 
@@ -69,7 +72,10 @@ lint: venv ## Check format, style, spelling and layers.
 types: venv ## Check types: mypy on the package, pyright on the core.
 	$(NOX) --session types
 
+site: venv ## Build the documentation as a site, in build/site; a dead link is an error.
+	$(NOX) --session site
+
 clean: ## Remove what the targets made; runs/ stays.
 	rm -rf "$(VENV)" .nox .hypothesis .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache \
-	  .import_linter_cache dist
+	  .import_linter_cache dist build
 	find core shell adapters src tests -name __pycache__ -type d -prune -exec rm -rf {} +

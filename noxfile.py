@@ -5,7 +5,9 @@ nox runs in, because a second torch takes minutes. ``core`` and ``package`` make
 what is missing there is the point.
 """
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -38,6 +40,24 @@ def types(session: nox.Session) -> None:
     """Check types: mypy on the package, pyright (strict) on the core."""
     session.run("mypy")
     session.run("pyright")
+
+
+@nox.session(default=False)
+def site(session: nox.Session) -> None:
+    """Build the documentation as a site, `build/site/index.html`; a dead link is an error."""
+    pages = Path(session.create_tmp()) / "pages"
+    shutil.rmtree(pages, ignore_errors=True)
+    # Links of the pages lead to code, too. Links of the package (src/) lead to what is copied already.
+    pages.mkdir()
+    for name in ("docs", "core", "shell", "adapters", "benchmarks", "examples", "tests"):
+        shutil.copytree(name, pages / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for page in (*Path().glob("*.md"), Path("pyproject.toml"), Path("LICENSE")):
+        shutil.copy(page, pages)
+    shutil.move(pages / "docs/site/index.md", pages)
+    target = str(Path("build/site").resolve())
+    options = ("-q", "--fail-on-warning", "--fresh-env", "-c", "docs/site")
+    session.run("sphinx-build", *options, *session.posargs, str(pages), target, env={"PYTHONPATH": "src"})
+    session.log(f"{target}/index.html")
 
 
 @nox.session(default=False)
@@ -86,14 +106,52 @@ def _needs_only_core(file: Path) -> bool:
     )
 
 
-@nox.session(name="megatron-newest", venv_backend="venv", python="3.12", reuse_venv=True, default=False)
+@nox.session(name="megatron-newest", default=False)
 def megatron_newest(session: nox.Session) -> None:
-    """Compare with the newest megatron-core, which needs a newer Python (and brings a torch of some gigabytes)."""
-    session.install("--editable", ".[train,hf]", "hypothesis", "pytest>=9")
+    """Run the tests with the newest megatron-core, on any Python."""
     # The core needs no torch, and the pages are of the locked versions. Of warnings that are errors elsewhere
     # megatron-core gives many at import, and they are not ours to mend.
     others = ("--ignore", "tests/core", "--ignore", "tests/shell/cli/test_docs.py")
-    session.run("pytest", "-W", "default", *others, *(session.posargs or ["tests"]))
+    tests = session.posargs or ["tests", "tests/gpu/test_gpu_benchmark.py"]
+    session.run("pytest", "-W", "default", *ONE_MORE, *others, *tests, env=_with_newest_megatron(session))
+
+
+@nox.session(name="bench-peer", default=False)
+def bench_peer(session: nox.Session) -> None:
+    """Time megatron-core's MimoModel and schedule beside ours, on this machine and simulated on H100s: minutes."""
+    # megatron-core warns at import of what is not ours to mend.
+    quiet = ("python", "-W", "ignore")
+    arguments = session.posargs or ["--out", "benchmarks/results/peer.txt"]
+    session.run(*quiet, "benchmarks/peer/peer.py", *arguments, env=_with_newest_megatron(session))
+    if not session.posargs:
+        out = ("--out", "benchmarks/results/peer_simulated.txt")
+        session.run(*quiet, "benchmarks/peer/simulated.py", *out)
+
+
+def _with_newest_megatron(session: nox.Session) -> dict[str, str]:
+    """Return what makes Python import the newest megatron-core of the lock, and its triton, before any other.
+
+    Its wheel asks for Python 3.12 for one compiled file, which reads data sets of Megatron's. The rest is plain Python
+    that 3.11 runs. So the wheels lie in a folder of their own that is ahead on the path.
+    """
+    folder = Path(session.cache_dir, "megatron-newest").resolve()
+    wanted = [_locked(name) for name in ("megatron-core", "triton")]
+    done = folder / "installed.txt"
+    if not done.exists() or done.read_text(encoding="utf-8") != "\n".join(wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        megatron, triton = wanted
+        install = ("python", "-m", "pip", "install", "--quiet", "--target", str(folder), "--no-deps")
+        any_python = ("--python-version", "3.12", "--ignore-requires-python", "--only-binary", ":all:")
+        session.run(*install, *any_python, megatron)
+        session.run(*install, triton)
+        done.write_text("\n".join(wanted), encoding="utf-8")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+
+
+def _locked(name: str) -> str:
+    """Return the newest pin of a package."""
+    pins = re.findall(rf"^{name}==\S+", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
+    return str(max(pins, key=lambda pin: [int(part) for part in re.findall(r"\d+", pin)]))
 
 
 @nox.session(venv_backend="venv")
@@ -139,6 +197,20 @@ def kubernetes(session: nox.Session) -> None:
     """Check the manifests against the schemas of Kubernetes and Kubeflow Trainer."""
     session.install("--constraint", str(LOCK), "attrs", "hypothesis", "pytest", *SCHEMAS)
     session.run("pytest", "-p", "no:cacheprovider", "tests/kubernetes/test_manifests.py", *session.posargs)
+
+
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
+def trackers(session: nox.Session) -> None:
+    """Write to the real trackers, and read from what they kept; their packages bring some hundreds of megabytes."""
+    session.install("--editable", ".[train,trackio,wandb,mlflow]", "hypothesis", "pytest>=9")
+    # What other packages warn of at import is not ours to mend.
+    session.run("pytest", "-W", "default", "tests/trackers/test_trackers.py", *session.posargs)
+
+
+@nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """Open the interactive pages in a real browser, Debian's chromium, and act as a user would."""
+    session.run("pytest", "-s", "tests/browser/test_pages.py", *session.posargs)
 
 
 @nox.session(default=False)

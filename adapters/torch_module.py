@@ -210,11 +210,15 @@ class Embedded:
                 step = upcoming[1] if upcoming and upcoming[0] == index else self.job.step(index)
                 following = self._next(index + 1)
                 self._upcoming = following, self.job.step(following)
-                self.outcome = train_step(self.runtime, index, step, self._upcoming[1], loss=loss)
-                return self.outcome
+                return self._trained(self.runtime, index, step, self._upcoming[1], loss=loss)
             step, source = self._step_of(self.runtime, batch)
-            self.outcome = train_step(self.runtime, index, step, step, source=source, loss=loss)
-            return self.outcome
+            return self._trained(self.runtime, index, step, step, source=source, loss=loss)
+
+    def _trained(self, runtime: RankRuntime, *step: Any, **options: Any) -> Outcome:
+        """Train a step; the host program finds its weights complete."""
+        self.outcome = train_step(runtime, *step, **options)
+        runtime.complete_weights()
+        return self.outcome
 
     def defer_updates(self) -> None:
         """From here on a step ends with complete gradients, which `update` applies; every rank calls it.
@@ -238,6 +242,7 @@ class Embedded:
             with first_failure(self.world):
                 self.runtime.steps_taken += 1
                 update_weights(self.runtime, norm, limit=limit)
+                self.runtime.complete_weights()
 
     def evaluate(
         self, batch: Sequence[Example] | None = None, *, loss: Loss = weighted_cross_entropy
@@ -282,7 +287,7 @@ class Embedded:
     def _step_of(self, runtime: RankRuntime, batch: Sequence[Example] | None) -> tuple[Step, Fitted | None]:
         """Return the step of a batch and its tensors; check that all ranks have the same batch."""
         if batch is None:
-            return self.job.step(self._next(self.index)), None
+            return self.job.step_in_order(self._next(self.index)), None
         topology = self.job.topology
         check_batch(runtime, step_of(topology, tuple(fit(example.sample, topology) for example in batch)))
         source = Fitted(_Batch(batch), topology)
@@ -388,6 +393,11 @@ def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | No
         message = "the host updates the weights; in half precision or shared by dp ranks, they follow others."
         remedy = "Take precision = 'fp32' and optimizer.sharded = false, or let the job update them."
         problems.append(Problem("precision", message, remedy))
+    if optimizer == "host" and job.spec.optimizer.ema:
+        message = "is a mean over updates of the job, and the host updates the weights."
+        problems.append(
+            Problem("optimizer.ema", message, "Let the host keep the mean, or the job update them.")
+        )
     needed = job.topology.world_size
     if ranks is not None and len(ranks) != needed:
         message = f"the host gives {len(ranks)} ranks, the job needs {needed}."

@@ -9,9 +9,25 @@
 
 Loss and gradients are those of transformers: the mean over the tokens with a label, each predicted from those before
 it. It needs safetensors, and not transformers. docs/models.md says which checkpoints it takes.
+
+`Trainer` puts a job behind the names of transformers' trainer, and needs transformers.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from mimogrid.adapters.huggingface.arguments import Arguments
 from mimogrid.adapters.huggingface.job import Job, Running
 
 
-__all__ = ["Job", "Running"]
+if TYPE_CHECKING:
+    from mimogrid.adapters.huggingface.trainer import Trainer
+
+__all__ = ["Arguments", "Job", "Running", "Trainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Trainer":
+        from mimogrid.adapters.huggingface.trainer import Trainer  # noqa: PLC0415 -- only it needs transformers
+
+        return Trainer
+    raise AttributeError(name)

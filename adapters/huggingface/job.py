@@ -3,7 +3,7 @@
 import contextlib
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from mimogrid.adapters.torch_module import Embedded, Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.data.record import LANGUAGE
 from mimogrid.core.models.divisible import divisible
-from mimogrid.shell.data.batches import examples_of
+from mimogrid.shell.data.batches import Encoded, examples_of
 from mimogrid.shell.job.jobs import Job as OpenedJob
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.published import Published, published
+from mimogrid.shell.modules.peft import Adapters, adapter_tensors, adapters_of, merged, write_adapter
 from mimogrid.shell.modules.published import published_tensors, write_published
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.tensor_slices import full_tensors, gradients_of
@@ -91,10 +92,10 @@ class Job:
         """Return what the job is, in lines: its modules, their ranks, and what was split or padded."""
         topology = self.sized(_least_samples(self.tables), 1).topology
         lines = [f"{self.checkpoint.config['architectures'][0]}"]
-        for name, described in self.checkpoint.model.modules.items():
+        for name in self.checkpoint.model.modules:
             module = topology.modules[name]
             axes = " ".join(f"{axis.name}={axis.size}" for axis in module.grid.axes)
-            values = sum(recipe.stored_values for recipe in described.recipes.values())
+            values = self.checkpoint.values(name)
             layers = " | ".join(str(len(info.layers)) for info in module.stages)
             lines.append(f"{name}: {values:,} parameters, on {axes}; layers: {layers}")
         if padding := self.tables["modules"][LANGUAGE].get("options", {}).get("vocab_padding"):
@@ -122,20 +123,36 @@ class Running:
         `batch` is what the model's processor makes (`shell.data.batches`), with `labels`: the whole batch, on every
         rank. Raises PlanError if it is anything else.
         """
-        encoded = examples_of(self._job.checkpoint.model, batch)
-        examples = [Example(each.sample, each.tensors) for each in encoded]
-        longest = batch["input_ids"].shape[1]
-        embedded = self._opened(len(examples), longest)
-        outcome = embedded.step(examples)
+        samples = examples_of(self._job.checkpoint.model, batch)
+        return self.step_on(samples, longest=batch["input_ids"].shape[1])
+
+    def step_on(self, samples: Sequence[Encoded], *, longest: int) -> Outcome | None:
+        """Train one step on samples that are encoded, of at most so many positions."""
+        embedded = self._opened(len(samples), longest)
+        outcome = embedded.step([Example(each.sample, each.tensors) for each in samples])
         clip = embedded.job.spec.optimizer.clip_norm
         clips = outcome is not None and outcome.taken and clip and outcome.gradient_norm > clip
         self._unclipped = outcome.gradient_norm / clip if clips and outcome else 1.0
         return outcome
 
+    def losses_of(self, samples: Sequence[Encoded], *, longest: int) -> Mapping[str, float] | None:
+        """Return the loss of each module on samples, without training; None on an idle rank."""
+        embedded = self._opened(len(samples), longest)
+        return embedded.evaluate([Example(each.sample, each.tensors) for each in samples])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, optimizer states and the number of the next step; see `Embedded.state_dict`."""
+        return self._opened().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned; all ranks call it."""
+        self._opened().load_state_dict(state)
+
     def gradients(self) -> dict[str, torch.Tensor] | None:
         """Return the full gradients of the last step by Hugging Face name, as they were before clipping.
 
-        Only the first rank gets them; the others get None. A frozen parameter has none.
+        Only the first rank gets them; the others get None. A frozen parameter has none. Those of LoRA
+        have the names that peft gives them.
         """
         embedded = self._opened()
         if embedded.runtime is None:
@@ -143,17 +160,42 @@ class Running:
         full = full_tensors(embedded.runtime, gradients_of(embedded.runtime))
         if embedded.runtime.group.rank() != 0:
             return None
-        return {name: tensor * self._unclipped for name, tensor in self._published(full).items()}
+        found = self._published(full)
+        adapters = self._adapters(full)
+        found |= {
+            name: read() for name, read in adapter_tensors(adapters, lambda name, a, b: full[name][a:b])
+        }
+        return {name: tensor * self._unclipped for name, tensor in found.items()}
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, *, merge: bool = True) -> None:
         """Write the checkpoint with the weights of now: config, weights in their dtypes, and all other files.
 
-        Raises PlanError on the first rank if the folder is not empty.
+        LoRA is merged into the weights. With ``merge=False`` only the adapter is written, as peft writes it. Raises
+        PlanError on the first rank if the folder is not empty.
         """
         embedded = self._opened()
         state = embedded.state_dict()
-        if embedded.runtime is not None and embedded.runtime.group.rank() == 0:
-            write_published(Path(folder), self._job.checkpoint, self._published(state).get)
+        if embedded.runtime is None or embedded.runtime.group.rank() != 0:
+            return
+        weights = self._published(state)
+        adapters = self._adapters(state)
+
+        def rows(name: str, start: int, stop: int) -> torch.Tensor:
+            found: torch.Tensor = state[name][start:stop]
+            return found
+
+        def merged_of(name: str) -> torch.Tensor | None:
+            weight = weights.get(name)
+            return None if weight is None else merged(weight, adapters.pairs.get(name), rows)
+
+        if merge:
+            write_published(Path(folder), self._job.checkpoint, merged_of)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_adapter(Path(folder), adapters, rows, weights.get)
+
+    def _adapters(self, full: Mapping[str, torch.Tensor]) -> Adapters:
+        return adapters_of(self._job.checkpoint, self._opened().job.spec.modules, full)
 
     def _published(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}

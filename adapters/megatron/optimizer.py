@@ -324,6 +324,7 @@ class MimoOptimizer:
         self._embedded.index = facts["index"]
         for of_stage in self._runtime.buffers.values():
             of_stage.copy_main_to_model()
+        self._runtime.complete_weights()
 
     def _facts(self) -> dict[str, Any]:
         """Return what is no tensor and no rate; the same on every rank."""

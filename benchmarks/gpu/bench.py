@@ -104,22 +104,35 @@ def slowest(bench: Bench, mine: Sequence[float]) -> list[float]:
     return list(gather_values(bench.runtime, times).amax(dim=0).tolist())
 
 
+def total(bench: Bench, mine: Sequence[float]) -> list[float]:
+    """Return of each of some times the sum over ranks, on every rank."""
+    times = torch.tensor(mine, dtype=torch.float64, device=bench.device.torch)
+    return list(gather_values(bench.runtime, times).sum(dim=0).tolist())
+
+
 def by_turns(
     bench: Bench, ours: Callable[[], object], theirs: Callable[[], object], pairs: int
 ) -> dict[str, Any]:
     """Time two bodies, first one and then the other going first. A ratio above 1 says that ours is faster."""
     took: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
+    computed: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
     for pair in range(pairs):
         for body in (ours, theirs) if pair % 2 else (theirs, ours):
+            before = time.process_time()
             took[body].append(bench.seconds(body))
+            computed[body].append(time.process_time() - before)
     mine, other = slowest(bench, took[ours]), slowest(bench, took[theirs])
     ratios = [b / a for a, b in zip(mine, other, strict=True)]
+    cpu, other_cpu = total(bench, computed[ours]), total(bench, computed[theirs])
     return {
         "pairs": pairs,
         "ours_s": statistics.median(mine),
         "theirs_s": statistics.median(other),
         "theirs_by_ours": statistics.median(ratios),
         "theirs_by_ours_spread": [min(ratios), max(ratios)],
+        "ours_cpu_s": statistics.median(cpu),
+        "theirs_cpu_s": statistics.median(other_cpu),
+        "theirs_by_ours_cpu": statistics.median(b / a for a, b in zip(cpu, other_cpu, strict=True)),
     }
 
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from bench import Bench
 from mimogrid.core.job.models import Gpt
@@ -114,22 +115,37 @@ def batches(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _text(loader: Loader, runner: StageRunner, share: Share, placeholder: int) -> dict[str, Tensor]:
-    """Return what a stage of the language model reads, [B, S] each; every sample is as long as the sequence."""
-    samples, found = len(share.lengths), {}
+    """Return what a stage of the language model reads, [B, S] each.
+
+    Samples are padded with zeros to the longest of the microbatch, as Megatron's examples do. Attention is causal, so
+    that what stands behind a sample changes nothing of it; and it weighs nothing in the loss.
+    """
+    found = {}
     if runner.info.first:
-        tokens = loader.inputs(runner.module, share)["tokens"].view(samples, -1)
-        found["input_ids"] = torch.where(tokens < 0, placeholder, tokens)
-        found["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        tokens = loader.inputs(runner.module, share)["tokens"]
+        found["input_ids"] = _padded(torch.where(tokens < 0, placeholder, tokens), share)
+        places = torch.arange(found["input_ids"].shape[1], device=tokens.device)
+        found["position_ids"] = places.expand_as(found["input_ids"])
     if runner.info.last:
         targets = loader.targets(runner.module, share)
-        found["labels"] = targets["labels"].view(samples, -1)
-        found["loss_mask"] = targets["loss_weights"].view(samples, -1)
+        found["labels"] = _padded(targets["labels"], share)
+        found["loss_mask"] = _padded(targets["loss_weights"], share)
     return found
+
+
+def _padded(values_T: Tensor, share: Share) -> Tensor:
+    return pad_sequence(values_T.split(list(share.lengths)), batch_first=True)
 
 
 def loss_of(bench: Bench, losses_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """Return a microbatch's part of the loss of the step: a sum over tokens, by the count of all microbatches."""
     return (losses_BS.float() * mask_BS).sum() / bench.step.units["language"]
+
+
+def language_tp(bench: Bench) -> Any:
+    """Return the tp ranks of this rank's part of the language model; this rank alone, where it has none."""
+    networks = [r.network for stage, r in bench.runtime.stages.items() if stage.module == "language"]
+    return networks[0].tp if networks else bench.session.groups.alone().tp
 
 
 def clear(bench: Bench) -> None:
@@ -146,7 +162,7 @@ def squared_norm(bench: Bench) -> float:
 @contextlib.contextmanager
 def as_megatron_is_run(bench: Bench) -> Iterator[None]:
     """Give Megatron's loss the global that it asks for, and leave unsaid that its model is experimental."""
-    alone = bench.session.groups.alone().tp
-    with patch.object(parallel_state, "_TENSOR_MODEL_PARALLEL_GROUP", alone), warnings.catch_warnings():
+    tp = language_tp(bench)
+    with patch.object(parallel_state, "_TENSOR_MODEL_PARALLEL_GROUP", tp), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

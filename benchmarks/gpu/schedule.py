@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench import Bench
 from carried import carried
-from mimo import as_megatron_is_run, batches, clear, loss_of, model_of, squared_norm
+from mimo import as_megatron_is_run, batches, clear, language_tp, loss_of, model_of, squared_norm
 from mimogrid.adapters.megatron import open_collections, to_hyper_comm_grid
 from mimogrid.shell.device.device import DTYPES
 from mimogrid.shell.megatron.layers import config_of
@@ -121,7 +121,8 @@ def run(bench: Bench, model: nn.Module, **communication: Any) -> tuple[float, fl
         micro_batch_size=len(step.samples) // step.topology.spec.batch.microbatches,
         **communication,
     )
-    loss = sum(float(said["loss"]) for said in losses)
+    # All tp ranks of a last stage have computed the same loss.
+    loss = sum(float(said["loss"]) for said in losses) if language_tp(bench).rank() == 0 else 0.0
     mine = torch.tensor([loss, squared_norm(bench)], dtype=torch.float64, device=bench.device.torch)
     total, square = gather_values(bench.runtime, mine).sum(dim=0).tolist()
     return total, square**0.5

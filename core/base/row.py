@@ -20,6 +20,7 @@ Attention is computed run by run: neighbouring segments whose queries and keys l
 
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 
 import attrs
@@ -73,7 +74,8 @@ def pairs(lengths: Sequence[int], *, causal: bool) -> int:
     >>> pairs((3, 1), causal=False), pairs((3, 1), causal=True)
     (10, 7)
     """
-    return sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
+    squares: int = sum(map(operator.mul, lengths, lengths))
+    return (squares + sum(lengths)) // 2 if causal else squares
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from mimogrid.core.draw.marks import BLACK, BOLD, GREY, MIDDLE, WHITE, Fill
 from mimogrid.core.draw.page import LEGEND, MARGIN, Page
 from mimogrid.core.draw.picture import Picture, Row
 from mimogrid.core.draw.rows import CRITICAL, KEPT, PASSING, SHADES
-from mimogrid.core.schedule.actions import Direction, Kind, Norm, Tie, Update, WaitReduce
+from mimogrid.core.schedule.actions import Direction, Kind, Norm, Tie, Update, WaitCollective, WaitGather
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS
 
 
@@ -44,7 +44,7 @@ def legend(pictures: Sequence[Picture], page: Page, stride: int) -> Iterator[Leg
             yield LegendEntry("gradients sent", dash="3 2")
     if page.most_bytes:
         yield LegendEntry("weights, gradients, optimizer", ((Fill(KEPT, WHITE), ""),))
-        yield LegendEntry("activations, buffers (estimated)", ((Fill(PASSING, BLACK), ""),))
+        yield LegendEntry("activations, buffers, temporaries (estimated)", ((Fill(PASSING, BLACK), ""),))
 
 
 def _modules(page: Page, rows: Sequence[Row]) -> Iterator[LegendEntry]:
@@ -67,9 +67,10 @@ def _modules(page: Page, rows: Sequence[Row]) -> Iterator[LegendEntry]:
 
 def _other_time(rows: Sequence[Row]) -> Iterator[LegendEntry]:
     """Yield what ranks do beside computing, and why they idle."""
-    events = (event for row in rows for event in row.events if event.end_s > event.begin_s)
-    if any(isinstance(event.action, WaitReduce | Tie | Norm | Update) for event in events):
-        yield LegendEntry("reduce, agree, update", ((Fill(GREY, WHITE), ""),))
+    actions = [event.action for row in rows for event in row.events if event.end_s > event.begin_s]
+    if any(isinstance(action, WaitCollective | Tie | Norm | Update) for action in actions):
+        gathers = any(isinstance(action, WaitGather) for action in actions)
+        yield LegendEntry("gather, " * gathers + "reduce, agree, update", ((Fill(GREY, WHITE), ""),))
     causes = {idle.cause for row in rows for idle in row.idles}
     for cause, shade in SHADES.items():
         if cause in causes:

@@ -151,5 +151,10 @@ def _peers(timeline: Timeline, rank: int, transfer: Transfer) -> Iterator[int]:
 def _counter(timeline: Timeline, rank: int) -> Iterator[Record]:
     """Yield what a rank holds over time."""
     for level in trace(timeline, rank):
-        args = {"kept": level.kept.bytes, "activations": level.activations, "buffers": level.buffers}
+        args = {
+            "kept": level.kept.bytes,
+            "activations": level.activations,
+            "buffers": level.buffers,
+            "temporaries": level.temporaries,
+        }
         yield {"ph": "C", "name": "memory", "pid": rank, "tid": 0, "ts": level.at_s * 1e6, "args": args}

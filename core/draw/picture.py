@@ -18,7 +18,7 @@ import attrs
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate.memory import Level, trace
 from mimogrid.core.simulate.timeline import Event, Idle, MessageInterval, PathSegment, Timeline
-from mimogrid.core.topology.topology import Topology
+from mimogrid.core.topology.topology import StageInfo, Topology
 
 
 EACH = 16
@@ -57,14 +57,19 @@ class Row:
     window: Window | None = None
 
     @property
+    def stages(self) -> tuple[StageInfo, ...]:
+        """The stages that the rank hosts."""
+        return self._topology.role(self.rank).stages
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The modules that the rank hosts."""
-        return tuple(dict.fromkeys(info.stage.module for info in self._topology.role(self.rank).stages))
+        return tuple(dict.fromkeys(info.stage.module for info in self.stages))
 
     @property
     def name(self) -> str:
         """The rank with its stages, and how many ranks it stands for."""
-        stages = " ".join(str(info.stage) for info in self._topology.role(self.rank).stages)
+        stages = " ".join(str(info.stage) for info in self.stages)
         return f"rank {self.rank}{f' x {self.count}' if self.count > 1 else ''}  {stages}"
 
     @property
@@ -162,16 +167,16 @@ class Picture:
                     yield drawn
 
 
-def picture(timeline: Timeline, title: str = "") -> Picture:
-    """Return the picture of a timeline."""
+def picture(timeline: Timeline, title: str = "", most: int = MOST) -> Picture:
+    """Return the picture of a timeline, with so many rows at most."""
     stands_for = _folded(timeline)
     counts = collections.Counter(stands_for.values())
     segments = _segments(timeline)
-    chosen = [*counts][:MOST]
+    chosen = [*counts][:most]
     rows = (
         Row(timeline, rank, counts[rank], tuple(segments[timeline.classes.leader[rank]])) for rank in chosen
     )
-    return Picture(title, tuple(rows), _note(counts), stands_for=stands_for)
+    return Picture(title, tuple(rows), _note(counts, most), stands_for=stands_for)
 
 
 def above(planned: Timeline, measured: Timeline, title: str = "") -> Picture:
@@ -189,7 +194,7 @@ def above(planned: Timeline, measured: Timeline, title: str = "") -> Picture:
         critical = tuple(segments[planned.classes.leader[rank]])
         rows.append(Row(planned, rank, count, critical, "planned", has_memory=False))
         rows.append(Row(measured, rank, 1, (), "measured"))
-    return Picture(title, tuple(rows), _note(counts), arrows=False)
+    return Picture(title, tuple(rows), _note(counts, MOST), arrows=False)
 
 
 def zooms(whole: Picture, seconds: float) -> tuple[Picture, ...]:
@@ -228,12 +233,12 @@ def _looks(timeline: Timeline, rank: int) -> tuple[object, ...]:
     )
 
 
-def _note(counts: Mapping[int, int]) -> str:
+def _note(counts: Mapping[int, int], most: int) -> str:
     """Say what is not drawn."""
     ranks = sum(counts.values())
-    if len(counts) > MOST:
-        rest = sum(itertools.islice(counts.values(), MOST, None))
-        return f"of {len(counts):,} kinds of ranks the first {MOST} are drawn; {rest:,} ranks are not"
+    if len(counts) > most:
+        rest = sum(itertools.islice(counts.values(), most, None))
+        return f"of {len(counts):,} kinds of ranks the first {most} are drawn; {rest:,} ranks are not"
     return (
         f"of {ranks:,} ranks, those that do the same at the same times share a row"
         if len(counts) < ranks

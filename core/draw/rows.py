@@ -16,7 +16,7 @@ from mimogrid.core.draw import marks
 from mimogrid.core.draw.marks import BLACK, GREY, MIDDLE, RIGHT, WHITE, Fill
 from mimogrid.core.draw.page import SMALL, VISIBLE, Page, name_of
 from mimogrid.core.draw.picture import Row
-from mimogrid.core.schedule.actions import Compute, Norm, Send, Tie, Update, WaitReduce
+from mimogrid.core.schedule.actions import Compute, Norm, Send, Tie, Update, WaitCollective
 from mimogrid.core.simulate.memory import Level
 from mimogrid.core.simulate.timeline import DRAIN, EDGE, SLOWER_MODULE, WARM_UP
 
@@ -42,7 +42,7 @@ def row_parts(page: Page, row: Row, y: float) -> Iterator[str]:
     yield from _cells(page, row, y)
     for event in row.events:
         width = (event.end_s - event.begin_s) * page.scale
-        if isinstance(event.action, WaitReduce | Tie | Norm | Update) and width >= VISIBLE:
+        if isinstance(event.action, WaitCollective | Tie | Norm | Update) and width >= VISIBLE:
             low = page.cell * 0.4
             box = marks.rect(page.x(event.begin_s), y + (page.cell - low) / 2, width, low, GREY)
             yield from marks.with_tip(str(event.action), [box])

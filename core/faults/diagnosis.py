@@ -22,12 +22,15 @@ from mimogrid.core.program.replay import meeting
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
+    Gather,
     Norm,
     Recv,
     Reduce,
     Send,
     Tie,
     Wait,
+    WaitCollective,
+    WaitGather,
     WaitReduce,
     matching_op,
     parse,
@@ -212,7 +215,7 @@ def _is_awaited(program: Program, peer: HeartbeatRecord, action: Action, step: i
     if place is None or peer.index != place:
         return place is not None and peer.index < place
     # A message is posted once its action is over. In a joint action a rank may have work to do before it waits.
-    return isinstance(action, Wait | WaitReduce) or (isinstance(action, Tie | Norm) and not peer.waits)
+    return isinstance(action, Wait | WaitCollective) or (isinstance(action, Tie | Norm) and not peer.waits)
 
 
 def _part(program: Program, peer: int, action: Action) -> int | None:
@@ -220,7 +223,7 @@ def _part(program: Program, peer: int, action: Action) -> int | None:
     if isinstance(action, Wait):
         wanted: Action = matching_op(action.transfer)
         return next((i for i, a in enumerate(program.of(peer)) if a == wanted), None)
-    wanted = action.posted if isinstance(action, WaitReduce) else meeting(action)
+    wanted = action.posted if isinstance(action, WaitCollective) else meeting(action)
     return next((i for i, a in enumerate(program.of(peer)) if meeting(a) == wanted), None)
 
 
@@ -258,7 +261,7 @@ def _facts(action: Action) -> list[str]:
         case Wait(transfer=Send() | Recv() as transfer) | (Send() | Recv() as transfer):
             ends = (transfer.stage, transfer.peer) if transfer.at_source else (transfer.peer, transfer.stage)
             return [f"microbatch {transfer.microbatch}", f"edge {ends[0]} -> {ends[1]}"]
-        case Reduce() | WaitReduce() | Tie():
+        case Reduce() | WaitReduce() | Gather() | WaitGather() | Tie():
             return [f"stage {action.stage}"]
         case _:
             return []

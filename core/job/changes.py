@@ -3,8 +3,9 @@
 A run is defined by what it computes: which model, from which samples, by which update rule. A key is *free* if it
 decides only where, in which order and for how long this is computed, and what is saved:
 
-    free    grids, chunks, split, vocab_padding, recompute, microbatches, world_size, [schedule], [train],
-            [gpu], optimizer.sharded and bucket_mb, precision, fp8, engine
+    free    grids, chunks, split, vocab_padding, recompute, microbatches, balance, world_size, [schedule], [train],
+            [validation], [track], [gpu], [[layouts]], optimizer.sharded and bucket_mb, data.workers, ahead and
+            worker_kind, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
 
@@ -25,7 +26,17 @@ from typing import Any
 import attrs
 
 from mimogrid.core.job.models import unpadded
-from mimogrid.core.job.spec import BatchSpec, DataSpec, GpuSpec, GridSpec, JobSpec, ScheduleSpec, TrainSpec
+from mimogrid.core.job.spec import (
+    BatchSpec,
+    DataSpec,
+    GpuSpec,
+    GridSpec,
+    JobSpec,
+    ScheduleSpec,
+    TrackSpec,
+    TrainSpec,
+    ValidationSpec,
+)
 
 
 JOB = JobSpec(modules={}, data=DataSpec(source="digits"), batch=BatchSpec(global_size=8))
@@ -50,7 +61,7 @@ def changes(before: JobSpec, after: JobSpec) -> Iterator[Change]:
     if ours != theirs:
         yield Change("modules", list(ours), list(theirs))
     both = set(ours) & set(theirs)
-    first, second = (_flat(attrs.asdict(_of_modules(spec, both))) for spec in (before, after))
+    first, second = (flat(attrs.asdict(_of_modules(spec, both))) for spec in (before, after))
     for key in {**first, **second}:
         if first.get(key) != second.get(key):
             yield Change(key, first.get(key), second.get(key))
@@ -82,13 +93,17 @@ def _essence(spec: JobSpec) -> JobSpec:
             )
             for name, module in spec.modules.items()
         },
-        batch=attrs.evolve(spec.batch, microbatches=1),
+        data=attrs.evolve(spec.data, workers=0, ahead=0, worker_kind=""),
+        batch=attrs.evolve(spec.batch, microbatches=1, balance=""),
         schedule=ScheduleSpec(),
         optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0),
         train=TrainSpec(),
+        validation=ValidationSpec(),
+        track=TrackSpec(),
         gpu=GpuSpec(),
         precision="",
         world_size=None,
+        layouts=(),
     )
 
 
@@ -96,12 +111,12 @@ def _of_modules(spec: JobSpec, names: set[str]) -> JobSpec:
     return attrs.evolve(spec, modules={n: module for n, module in spec.modules.items() if n in names})
 
 
-def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Return the values of nested tables under dotted keys."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{above}{key}.")  # pyright: ignore[reportUnknownArgumentType]
+            found |= flat(value, f"{above}{key}.")  # pyright: ignore[reportUnknownArgumentType]
         else:
             found[f"{above}{key}"] = value
     return found

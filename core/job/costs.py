@@ -14,8 +14,8 @@ import attrs
 class StageCosts:
     """Seconds of a stage, per microbatch and at the end of a step.
 
-    The backward is one number, or two for its halves. `reduce` is the gradient all-reduce over dp ranks, if there are
-    several; `update` is the step of the optimizer.
+    The backward is one number, or two for its halves. `reduce` is the sum of gradients over dp ranks, if there are
+    several, `gather` the all-gather of weights after a sharded update; `update` is the step of the optimizer.
     """
 
     forward: float = 0.0
@@ -23,6 +23,7 @@ class StageCosts:
     input_gradient: float | None = None
     weight_gradient: float | None = None
     reduce: float = 0.0
+    gather: float = 0.0
     update: float = 0.0
 
     @property

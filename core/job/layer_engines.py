@@ -132,6 +132,8 @@ def _objections(module: ModuleSpec, spec: JobSpec) -> Iterator[str]:
         yield "its layers have experts"
     elif options := module.options.changed(PARTS):
         yield f"it changes {', '.join(options)}"
+    if module.lora is not None:
+        yield "LoRA is beside local layers"
     if spec.precision == "fp64":
         yield "it knows no fp64"
     if SPLITS_BACKWARD.get(spec.schedule.name):

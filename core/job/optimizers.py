@@ -69,6 +69,9 @@ KINDS: Mapping[str, OptimizerKind] = {
 }
 """The optimizers that can run, by their names in a job file."""
 
+EMA = "ema"
+"""The state that is the running mean of a weight, which no optimizer keeps itself."""
+
 REFUSED: Mapping[str, str] = {
     "adafactor": "keeps sums of rows and columns, which ranks that hold parts of a matrix do not have",
     "muon": "orthogonalizes whole matrices, of which a rank holds a part",
@@ -102,15 +105,14 @@ def _as_argument(value: object) -> object:
 
 
 def states_of(optimizer: OptimizerSpec) -> tuple[str, ...]:
-    """Return the names of the states that the optimizer keeps for each value of a parameter.
+    """Return the names of the states that are kept for each value of a parameter: the optimizer's, and its mean.
 
     >>> states_of(OptimizerSpec(name="sgd")), states_of(OptimizerSpec(name="sgd", options={"momentum": 0.9}))
     ((), ('momentum_buffer',))
     """
     arguments = arguments_of(optimizer)
-    return tuple(
-        name for name, option in kind_of(optimizer).states.items() if not option or arguments[option]
-    )
+    kept = (name for name, option in kind_of(optimizer).states.items() if not option or arguments[option])
+    return (*kept, *((EMA,) if optimizer.ema else ()))
 
 
 # -- rates and decays --------------------------------------------------------------------------------------

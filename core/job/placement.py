@@ -13,6 +13,7 @@ import attrs
 from mimogrid.core.base.grid import Axis, Grid
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.job.lora import MARK
 from mimogrid.core.job.models import BuiltIn, Own, Vit
 from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
@@ -153,7 +154,11 @@ def trainable_names(module: ModuleSpec, names: tuple[str, ...]) -> frozenset[str
     >>> vision = ModuleSpec(model="vit", options={}, trainable=("projector.*",))
     >>> sorted(trainable_names(vision, ("input.bias", "projector.language.bias")))
     ['projector.language.bias']
+
+    With LoRA they are its own parameters, and those that `trainable` names.
     """
+    if module.lora is not None:
+        return frozenset(n for n in names if MARK in n or matches_any(n, module.trainable or ()))
     if module.trainable is not None:
         return frozenset(n for n in names if matches_any(n, module.trainable))
     if isinstance(module.frozen, bool):

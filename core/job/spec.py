@@ -10,6 +10,7 @@ import attrs
 
 from mimogrid.core.base.samples import SegmentGrid
 from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.lora import Lora
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.schedules import ONE_F_ONE_B
@@ -39,7 +40,7 @@ class ModuleSpec:
     as written. `split` has the number of layers of each stage, if these differ. `width` is the output width of a
     custom module, and `rows_out` says how many rows it emits for those that it reads. `projector` has the projectors of
     edges, by the module that they lead to. `weights` is the folder of a published checkpoint from which the module
-    starts.
+    starts. With `lora` all is frozen but small products beside linear layers, and what `trainable` names.
     """
 
     model: str
@@ -59,9 +60,12 @@ class ModuleSpec:
     rows_out: Emission = ONE_EACH
     projector: Mapping[str, Projector] = attrs.field(factory=dict[str, Projector])
     weights: str | None = None
+    lora: Lora | None = None
 
 
+BALANCES = ("none", "cost")
 OVERFLOWS = ("error", "truncate", "drop")
+WORKER_KINDS = ("process", "thread")
 
 
 @attrs.frozen(kw_only=True)
@@ -77,21 +81,31 @@ class MixSpec:
 class DataSpec:
     """`[data]`: a built-in source or ``package.module:function``, and its options; or a mixture of several.
 
-    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`).
+    `overflow` says what becomes of a sample that has more positions than `sequence` (`step.overflow`). So many
+    `workers` of each rank, of one `worker_kind`, load what it reads in the next `ahead` microbatches; 0: it loads
+    itself.
     """
 
     source: str = ""
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     mix: tuple[MixSpec, ...] = ()
     overflow: str = "error"
+    workers: int = 0
+    ahead: int = 2
+    worker_kind: str = "process"
 
 
 @attrs.frozen(kw_only=True)
 class BatchSpec:
-    """`[batch]`: the samples of a step, and the number of microbatches that they are split into."""
+    """`[batch]`: the samples of a step, and the number of microbatches that they are split into.
+
+    `balance` says whether they are dealt to microbatches and dp ranks by their number, in their order, or by what they
+    cost (`step.cells`).
+    """
 
     global_size: int
     microbatches: int = 1
+    balance: str = "none"
 
 
 @attrs.frozen(kw_only=True)
@@ -161,7 +175,8 @@ class OptimizerSpec:
 
     `decay_fraction` is the share of the steps, at the end, over which a "wsd" rate falls. `betas` and `eps` are None
     for the defaults of the optimizer. `bucket_mb` is the size of a bucket of gradients in megabytes (1e6 bytes); a
-    bucket may be a little larger.
+    bucket may be a little larger. `ema` is how much of a running mean of the weights is kept at each update; 0: there
+    is none.
     """
 
     name: str = "adamw"
@@ -178,6 +193,7 @@ class OptimizerSpec:
     final_lr_fraction: float = 0.0
     sharded: bool = False
     bucket_mb: float = 25.0
+    ema: float = 0.0
     loss_scale: LossScaleSpec = LossScaleSpec()
     skip_above: SkipSpec = SkipSpec()
 
@@ -213,6 +229,91 @@ class TrainSpec:
 
 
 @attrs.frozen(kw_only=True)
+class TaskSpec:
+    """`[validation.tasks.NAME]`: a source of samples that training does not see, and its options."""
+
+    source: str
+    options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+
+
+@attrs.frozen(kw_only=True)
+class ValidationSpec:
+    """`[validation]`: losses of held-out samples, after every so many steps (0: never) and at the end.
+
+    Each of the `tasks` has at least so many `samples`; without tasks they are those that the data source holds out.
+    `metrics` are functions of the user's that are called with each sample's logits. The weights that are `best` by a
+    metric are kept, and training ends after `patience` validations that are not (0: it does not).
+    """
+
+    every: int = 0
+    samples: int = 256
+    tasks: Mapping[str, TaskSpec] = attrs.field(factory=dict[str, TaskSpec])
+    metrics: tuple[str, ...] = ()
+    best: str = ""
+    highest: bool = False
+    patience: int = 0
+
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+
+@attrs.frozen(kw_only=True)
+class TrackSpec:
+    """`[track]`: the trackers that a run writes its curves to, a point of each every so many steps, and the project."""
+
+    to: tuple[str, ...] = ("tensorboard",)
+    every: int = 10
+    project: str = "mimogrid"
+
+
+@attrs.frozen(kw_only=True)
+class ModuleLayoutSpec:
+    """`[layouts.modules.NAME]`: what stands in place of the module's own; None for `recompute`: the module's own."""
+
+    grid: GridSpec = GridSpec()
+    chunks: int = 1
+    split: tuple[int, ...] | None = None
+    microbatches: int | None = None
+    recompute: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class BatchLayoutSpec:
+    """`[layouts.batch]`; None: that of the job."""
+
+    microbatches: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ScheduleLayoutSpec:
+    """`[layouts.schedule]`; None: that of the job."""
+
+    name: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class OptimizerLayoutSpec:
+    """`[layouts.optimizer]`; None: that of the job."""
+
+    sharded: bool | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LayoutSpec:
+    """`[[layouts]]`: what is different where the job has `ranks` ranks or more (`layouts`).
+
+    It has the tables of a job, and in them keys that do not change the result. A module that it does not name is laid
+    out as in its own table.
+    """
+
+    ranks: int
+    modules: Mapping[str, ModuleLayoutSpec] = attrs.field(factory=dict[str, ModuleLayoutSpec])
+    batch: BatchLayoutSpec = BatchLayoutSpec()
+    schedule: ScheduleLayoutSpec = ScheduleLayoutSpec()
+    optimizer: OptimizerLayoutSpec = OptimizerLayoutSpec()
+
+
+@attrs.frozen(kw_only=True)
 class SourceFacts:
     """What the plan must know about the data source; each fact may be unknown.
 
@@ -237,7 +338,10 @@ class SourceFacts:
 
 @attrs.frozen(kw_only=True)
 class JobSpec:
-    """A whole job file. The order of `modules` decides default offsets and the order of placeholders."""
+    """A whole job file. The order of `modules` decides default offsets and the order of placeholders.
+
+    `layouts` are further layouts, or "plan": they are searched for. A job that is opened has one, and none is here.
+    """
 
     modules: Mapping[str, ModuleSpec]
     data: DataSpec
@@ -245,7 +349,10 @@ class JobSpec:
     schedule: ScheduleSpec = ScheduleSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     train: TrainSpec = TrainSpec()
+    validation: ValidationSpec = ValidationSpec()
+    track: TrackSpec = TrackSpec()
     gpu: GpuSpec = GpuSpec()
     seed: int = 0
     precision: str = "fp32"
     world_size: int | None = None
+    layouts: tuple[LayoutSpec, ...] | str = ()

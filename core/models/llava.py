@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.models.config import Config, Family
-from mimogrid.core.models.network import Model, Placeholder, PublishedModule
+from mimogrid.core.models.network import THEIRS, Model, Placeholder, PublishedModule
 from mimogrid.core.models.stack import linear
 
 
@@ -22,7 +22,9 @@ DEFAULTS: Mapping[str, Any] = {
 
 def read(config: Config) -> Model:
     """Return both modules."""
-    vision = config.part("vision_config", role="vision", otherwise="clip_vision_model", at="vision_tower.")
+    vision = config.part(
+        "vision_config", role="vision", otherwise="clip_vision_model", at="vision_tower.", unknown=_unknown
+    )
     text = config.within("text_config", defaults={})
     tied = {"tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))}
     language = config.part(
@@ -43,6 +45,33 @@ def read(config: Config) -> Model:
         modules={"vision": vision, "language": language},
         placeholders={"image": Placeholder(module="vision", token=token)},
     )
+
+
+def _unknown(table: Config) -> PublishedModule:
+    """Return a tower of no family here, for images of one size: the rows that it reads, and where its tensors lie."""
+    patch, pixels = table.integer("patch_size"), table.integer("image_size")
+    side = pixels // patch
+    first = next((name for name in table.names if f".{name}".find(f".{_PREFIX}") >= 0), "")
+    prefix = first[: first.find(_PREFIX) + len(_PREFIX)] if first else _PREFIX
+    channels = attrs.evolve(table, defaults={"num_channels": 3}).integer("num_channels")
+    options = {
+        "layers": table.integer("num_hidden_layers"),
+        "hidden": table.integer("hidden_size"),
+        "heads": table.integer("num_attention_heads"),
+        "features": channels * patch**2,
+        "class_token": any(name.startswith(prefix) and name.endswith(_CLASS_TOKENS) for name in table.names),
+    }
+    return PublishedModule(
+        model=THEIRS,
+        options=options,
+        patch=(1, patch, patch),
+        grid=(1, side, side),
+        carried=(f"{prefix}*",),
+    )
+
+
+_PREFIX = "vision_tower."
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 
 def _shortened(config: Config, vision: PublishedModule) -> PublishedModule:

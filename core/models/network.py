@@ -58,6 +58,10 @@ DEFAULTS: dict[str, Any] = {
 """What an option is where a job file leaves it out."""
 
 
+THEIRS = "transformers"
+"""The model of a tower of which nothing is known but which rows it reads and emits."""
+
+
 def option(options: Mapping[str, Any], name: str) -> Any:
     """Return one of a module's options, or its default."""
     return options[name] if name in options else DEFAULTS[name]
@@ -68,7 +72,7 @@ class PublishedModule:
     """A network of a checkpoint as a module of a job.
 
     Attributes:
-        model: `gpt` or `vit`.
+        model: `gpt` or `vit`; or `THEIRS`, a tower of no family here, which transformers itself runs.
         options: of the model; those that a job file may leave out may be missing.
         recipes: of every parameter, by its name in the module.
         frozen: patterns of parameters that never train.

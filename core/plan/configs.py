@@ -86,7 +86,7 @@ class ParallelConfig:
 
 @attrs.frozen
 class RankTime:
-    """Seconds of one pipeline rank of a module; `work` is per microbatch, `reduce` the all-reduce of its gradients."""
+    """Seconds of one pipeline rank of a module; `work` is per microbatch, `reduce` the sum of its gradients."""
 
     head: float
     work: float

@@ -141,11 +141,12 @@ class SearchSpace:
         first, copies, machine = spans[0][0], config.shape.cp * config.dp, self.costs.machine
         gradients = over(held.trained, spans) * machine.state_bytes
         within = config.shape.tp * copies <= machine.accelerator.per_node
+        times = 1 if self.costs.spec.optimizer.sharded else 2
         return RankTime(
             head=seconds.forward[first],
             work=over(seconds.forward, spans) + over(seconds.backward, spans),
             tail=seconds.backward[first],
-            reduce=machine.link(within=within).carry_s(2 * gradients * (copies - 1) / copies),
+            reduce=machine.link(within=within).carry_s(times * gradients * (copies - 1) / copies),
             update=over(seconds.update, spans),
         )
 
@@ -385,6 +386,7 @@ class LayerCosts:
                 flops=self._flops[work],
                 values=held.values,
                 recomputes=shape.recompute == "full",
+                sharded=self.spec.optimizer.sharded,
             )
             self._seconds[shape, samples] = LayerSeconds.of(_by_layer(parts))
         return self._seconds[shape, samples]

@@ -5,6 +5,8 @@ while messages and memory have the size of the largest sample. All dp ranks are 
 few rank classes, and what fits an even step fits every step of such samples.
 """
 
+import math
+
 import attrs
 
 from mimogrid.core.base.samples import Sample
@@ -12,6 +14,7 @@ from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.on_machine import on_machine
+from mimogrid.core.step.cells import samples_per_cell
 from mimogrid.core.step.step import Step, step_of
 
 
@@ -19,6 +22,17 @@ def even_step(step: Step) -> Step:
     """Return a step of as many samples, each with the most rows and the longest text of any."""
     topology = step.topology
     return step_of(topology, largest_samples(step.samples, topology.graph, topology.source.sequence))
+
+
+def fullest_step(step: Step) -> Step:
+    """Return a step in which every dp rank has the most that it may have of samples no larger than those of a step."""
+    topology = step.topology
+    if not topology.balances:
+        return even_step(step)
+    cells = math.prod(topology.cell_grid)
+    each = samples_per_cell(len(step.samples), cells)
+    largest = largest_samples(step.samples, topology.graph, topology.source.sequence)[:1]
+    return Step(topology, largest * each * cells, tuple(range(0, each * cells + 1, each)))
 
 
 def even_costs(step: Step, machine: Machine) -> Costs:

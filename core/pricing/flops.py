@@ -41,6 +41,7 @@ import attrs
 
 from mimogrid.core.base.row import pairs
 from mimogrid.core.base.samples import prefix_sums
+from mimogrid.core.job.lora import Lora, adapters
 from mimogrid.core.job.models import CONVOLUTION, PROJECTOR, BuiltIn, Gpt, Own, Regressor, Vit
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Edge, Module, Stage, StageInfo, Topology
@@ -126,20 +127,7 @@ class Loads:
     @classmethod
     def of(cls, step: Step, name: str) -> "Loads":
         """Return those of a module."""
-        model, graph = step.topology.modules[name].model, step.topology.graph
-        causal, windows = (
-            model.causal,
-            model.window_pairs if isinstance(model, Vit) and model.window else None,
-        )
-        known: dict[int, tuple[int, ...]] = {}
-        for sample, sizes in zip(step.samples, step.sizes, strict=True):
-            if id(sizes) not in known:
-                pairs_ = pairs(sizes.segments[name], causal=causal)
-                read = graph.rows_in(name, sizes.rows, sample)
-                windowed = sum(map(windows, sample.grids(name))) if windows else 0
-                known[id(sizes)] = sizes.positions[name], pairs_, read, sizes.rows[name], windowed
-        of_samples = [known[id(sizes)] for sizes in step.sizes]
-        return cls(tuple(prefix_sums(counts) for counts in zip(*of_samples, strict=True)))
+        return cls(tuple(prefix_sums(counts) for counts in columns_of(step, name)))
 
     def __len__(self) -> int:
         return len(self.counts[0]) - 1
@@ -157,6 +145,26 @@ class Loads:
     def largest(self) -> int:
         """The first sample with most positions."""
         return max(range(len(self)), key=lambda i: self.over(range(i, i + 1)).positions)
+
+
+def columns_of(step: Step, name: str) -> tuple[list[int], ...]:
+    """Return the counts of `Load` of all samples of a step in a module, count by count."""
+    model, node = step.topology.modules[name].model, step.topology.graph.nodes[name]
+    sizes, samples = step.sizes, step.samples
+    positions, emitted = [of.positions[name] for of in sizes], [of.rows[name] for of in sizes]
+    read = [
+        sample.rows.get(name, 0) if node.is_source else sum(of.rows[feeder] for feeder in node.feeders)
+        for sample, of in zip(samples, sizes, strict=True)
+    ]
+    alike = dict(zip(map(id, sizes), sizes, strict=True))
+    squares = {of: sum(map(operator.mul, n, n)) for of, one in alike.items() for n in (one.segments[name],)}
+    pairs_ = list(map(squares.__getitem__, map(id, sizes)))
+    if model.causal:
+        pairs_ = [(square + length) // 2 for square, length in zip(pairs_, positions, strict=True)]
+    windowed = [0] * len(samples)
+    if isinstance(model, Vit) and model.window:
+        windowed = [sum(map(model.window_pairs, sample.grids(name))) for sample in samples]
+    return positions, pairs_, read, emitted, windowed
 
 
 # -- of a step ---------------------------------------------------------------------------------------------
@@ -204,14 +212,16 @@ def units(
     edges: Sequence[Edge] = (),
     trains_upstream: bool = False,
     recompute: str = "none",
+    lora: Lora | None = None,
 ) -> tuple[Flops, ...]:
     """Return the operations of a module in parts that no stage cuts: the entry, each layer, the exit.
 
-    `trainable` has the names of parameters that train, and `edges` those that leave the module.
+    `trainable` has the names of parameters that train, `edges` those that leave the module, and `lora` what is beside
+    its linear layers.
     """
     before = trains_upstream
     found: list[Flops] = []
-    for chain in _chains(model, load, edges):
+    for chain in _chains(model, load, edges, lora):
         flops, before = _of_chain(chain, trainable, before, recompute)
         found.append(flops)
     return tuple(found)
@@ -243,6 +253,7 @@ def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops,
         edges=module.outputs,
         trains_upstream=module.stages[0].trains_upstream,
         recompute=topology.spec.modules[module.name].recompute,
+        lora=module.lora,
     )
 
 
@@ -265,11 +276,16 @@ _Chain = tuple["_Product | _Chain", ...]
 """Products in order; a chain within is a branch, which nothing follows."""
 
 
-def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Chain]:
+def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge], lora: Lora | None) -> Iterator[_Chain]:
     """Yield the products of the entry, of each layer, and of the exit."""
     yield tuple(_entry(model, load))
+    beside = _beside(model, load, lora) if lora is not None else {}
     for layer in range(model.layers):
-        yield tuple(_layer(model, load, layer))
+        yield tuple(
+            each
+            for product in _layer(model, load, layer)
+            for each in (product, *beside.get(product.name, ()))
+        )
     yield (_Product("final_norm"), *_exit(model, load, edges))
 
 
@@ -308,6 +324,23 @@ def _layer(model: BuiltIn, load: Load, layer: int) -> Iterator[_Product]:
     else:
         yield linear("mlp.up", hidden, up)
         yield linear("mlp.down", down, hidden)
+
+
+def _beside(model: BuiltIn, load: Load, lora: Lora) -> Mapping[str, Sequence[_Product]]:
+    """Return the products of LoRA, by the name of the one that they are beside.
+
+    They follow it in the chain, so B has a gradient of its inputs, and so has all that comes behind.
+    """
+    found: dict[str, list[_Product]] = {}
+    for adapter in adapters(model, lora):
+        each = 2 * load.positions * lora.rank
+        found.setdefault(adapter.weight, []).extend(
+            (
+                _Product(f"{adapter.prefix}.a", each * adapter.width_in),
+                _Product(f"{adapter.prefix}.b", each * adapter.width_out),
+            )
+        )
+    return found
 
 
 def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Chain]:

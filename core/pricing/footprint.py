@@ -3,20 +3,29 @@
 Weights, gradients and what the optimizer keeps follow from the table of parameters, exactly. What a microbatch
 in flight saves for its backward is an estimate: per layer and position the values that a pre-norm transformer
 layer saves (inputs of norms and linears, queries, keys and values, what attention gives, the middle of the MLP twice),
-and per head one number of the softmax. The kernels of attention compute scores again in the backward; with dropout they
-are not used, and scores are saved for every pair. Temporary buffers and the allocator's losses are not included, nor is
-a module of the user's own.
+per head one number of the softmax, and what the stem, the last norm and the projectors of a tower save. The kernels of
+attention compute scores again in the backward; with dropout they are not used, and scores are saved for every pair. At
+the ends of a stage it keeps what enters and leaves: the output that is sent, the input and output of the last norm,
+logits.
+
+Temporaries are an estimate, too. While a layer runs backward there are the gradients of its widest values, the layer's
+values once more if they are recomputed, and one product: the gradient of the largest matrix before it is added. A
+forward without backward has the widest values of one layer. The allocator's losses are not included, nor is a module of
+the user's own.
 """
 
+import math
 from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own
+from mimogrid.core.job.lora import adapters
+from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own, Vit
 from mimogrid.core.job.placement import largest_sample
-from mimogrid.core.job.precision import MAIN_BYTES, VALUE_BYTES
+from mimogrid.core.job.precision import HALF, MAIN_BYTES, VALUE_BYTES
+from mimogrid.core.step.cells import samples_per_cell
 from mimogrid.core.step.step import Step
-from mimogrid.core.topology.topology import Link, Module, Stage, StageInfo, Topology
+from mimogrid.core.topology.topology import Edge, Link, Module, Stage, StageInfo, Topology
 from mimogrid.core.update.buckets import local_size, optimizer_bytes
 
 
@@ -64,7 +73,7 @@ class Computed:
     def of(cls, step: Step, module: Module, dp_rank: int, microbatch: int) -> "Computed":
         """Return what each tp and cp rank of a dp rank computes."""
         positions, _ = step.shape(module.name, dp_rank, microbatch)
-        chosen = module.samples(dp_rank, microbatch, len(step.samples))
+        chosen = step.samples_of(module.name, dp_rank, microbatch)
         # Only dropout keeps pairs.
         segments = (step.sizes[i].segments[module.name] for i in chosen if drops(module))
         return cls(positions // module.cp, sum(sum(n * n for n in of) for of in segments) / module.cp)
@@ -79,7 +88,49 @@ def saved_values(module: Module, info: StageInfo, computed: Computed, recompute:
     """Return how many values a stage saves of a microbatch for its backward; 0 without a backward."""
     if isinstance(module.model, Own) or not info.backward:
         return 0.0
-    return sum(_of_layer(module, module.model, layer, computed, recompute) for layer in info.layers)
+    layers = sum(_of_layer(module, module.model, layer, computed, recompute) for layer in info.layers)
+    ends = _of_ends(module, module.model, info, computed) if isinstance(module.model, Vit) else 0.0
+    beside = 0.0 if recompute == "full" else _beside(module, module.model, info, computed)
+    return layers + ends + beside
+
+
+def _beside(module: Module, model: BuiltIn, info: StageInfo, computed: Computed) -> float:
+    """Return how many values LoRA saves: what each B reads, and with dropout the factors and inputs of each A."""
+    if module.lora is None:
+        return 0.0
+    tp, lora = module.grid.extent("tp"), module.lora
+    shared = tp if module.sequence_parallel else 1
+    values = 0.0
+    for adapter in adapters(model, lora):
+        if adapter.layer in info.layers:
+            values += lora.rank / (1 if adapter.column else shared)
+            if lora.dropout:
+                values += 2 * adapter.width_in / (shared if adapter.column else tp)
+    return computed.positions * values
+
+
+def _of_ends(module: Module, model: Vit, info: StageInfo, computed: Computed) -> float:
+    """Return what a tower saves before its layers and behind them; every tp rank computes both whole."""
+    tokens, hidden, saved = computed.positions, model.hidden, 0.0
+    if info.first:
+        # Every cp rank computes all positions. The first convolution gives two of them for one of the second.
+        convolved = model.stem == "whisper"
+        rows = model.emission.stride * (model.features or 0)
+        saved += module.cp * tokens * (rows + hidden * (5 * convolved + model.pre_norm))
+    if info.last:
+        saved += tokens * hidden * model.final_norm / model.pool
+        merged = tokens / (model.merge**2 * model.pool)
+        saved += sum(edge.parts * merged * _of_projector(edge, model) for edge in module.outputs)
+    return saved
+
+
+def _of_projector(edge: Edge, model: Vit) -> float:
+    """Return how many values of a row a projector saves: what comes in, before and behind a norm, and the middle."""
+    projector = edge.projector
+    if projector is None:
+        return 0
+    middle = 0 if projector.kind == "linear" else 2 * projector.inner(model, edge.width // edge.parts)
+    return (1 + (projector.kind == "merger")) * model.row_width + middle
 
 
 def _of_layer(module: Module, model: BuiltIn, layer: int, computed: Computed, recompute: str) -> float:
@@ -98,6 +149,62 @@ def _of_layer(module: Module, model: BuiltIn, layer: int, computed: Computed, re
         saved += tokens * (inner + model.kv_heads * model.head_width + inner + model.heads)
         saved += DROPPED * computed.pairs * drops(module) * model.heads
     return 4 * inputs / shared + saved / tp
+
+
+def end_bytes(topology: Topology, info: StageInfo, computed: Computed) -> float:
+    """Return the bytes that a stage saves of a microbatch besides its layers; 0 without a backward."""
+    module = topology.modules[info.stage.module]
+    model, tokens, width = module.model, computed.positions, VALUE_BYTES[topology.spec.precision]
+    if isinstance(model, Own) or not info.backward:
+        return 0.0
+    tp = module.grid.extent("tp")
+    hidden = tokens * model.hidden / (tp if module.sequence_parallel else 1)
+    if not info.last:
+        return width * hidden
+    if isinstance(model, Vit):  # `saved_values` has the other values at the ends of a tower
+        return width * tokens / (model.merge**2 * model.pool) * sum(edge.width for edge in module.outputs)
+    leaving = 2 * hidden + tokens * sum(edge.width for edge in module.outputs)
+    # Logits, and what the loss keeps of them, which is fp32 at least.
+    logits = tokens * model.vocab_rows / tp * (width + max(width, 4)) if isinstance(model, Gpt) else 0.0
+    return width * leaving + logits
+
+
+def forward_temporaries(module: Module, info: StageInfo, computed: Computed) -> float:
+    """Return the most values that a forward without backward has at once."""
+    model = module.model
+    if isinstance(model, Own):
+        return 0.0
+    return max((_widest(module, model, layer, computed) for layer in info.layers), default=0.0)
+
+
+def backward_temporaries(module: Module, info: StageInfo, computed: Computed, recompute: str) -> float:
+    """Return the most values of activations that a backward has at once, besides what was saved."""
+    model = module.model
+    if isinstance(model, Own):
+        return 0.0
+
+    def of_layer(layer: int) -> float:
+        saved, whole = (_of_layer(module, model, layer, computed, way) for way in (recompute, "none"))
+        return whole - saved + _widest(module, model, layer, computed)
+
+    return max(map(of_layer, info.layers), default=0.0)
+
+
+def _widest(module: Module, model: BuiltIn, layer: int, computed: Computed) -> float:
+    """Return the values of a residual, and of the wider of a layer's two halves."""
+    tp = module.grid.extent("tp")
+    up, down = model.mlp_widths(layer)
+    attention = model.qkv_width + model.heads * model.head_width
+    shared = tp if module.sequence_parallel else 1
+    return computed.positions * (2 * model.hidden / shared + max(attention, up + down) / tp)
+
+
+def product_bytes(topology: Topology, info: StageInfo) -> int:
+    """Return the bytes of the gradient of the largest matrix that trains in a stage, before it is added."""
+    module, precision = topology.modules[info.stage.module], topology.spec.precision
+    sizes = (local_size(module, p) for p in info.parameters if p.name in info.trainable and len(p.shape) > 1)
+    added = MAIN_BYTES[precision] if precision in HALF else 0
+    return max(sizes, default=0) * (VALUE_BYTES[precision] + added)
 
 
 def deferred_values(module: Module, info: StageInfo, computed: Computed) -> float:
@@ -128,9 +235,18 @@ def deferred_values(module: Module, info: StageInfo, computed: Computed) -> floa
 # -- for the largest sample of the source ------------------------------------------------------------------
 
 
+def most_samples(topology: Topology, module: Module) -> int:
+    """Return how many samples of the largest size the share of a dp rank is as large as at most."""
+    if not topology.balances:
+        return -(-topology.samples_per_microbatch[module.name] // module.dp_size)
+    cells = math.prod(topology.cell_grid)
+    each = samples_per_cell(topology.spec.batch.global_size, cells)
+    return each * (cells // (module.microbatches * module.dp_size))
+
+
 def most_computed(topology: Topology, module: Module) -> Computed:
     """Return what a rank computes of a microbatch if all samples are as large as possible."""
-    samples = -(-topology.samples_per_microbatch[module.name] // module.dp_size)
+    samples = most_samples(topology, module)
     segments = _most_segments(topology, module)
     positions, _ = module.row_shape(samples * sum(segments))
     return Computed(positions // module.cp, samples * sum(length**2 for length in segments) / module.cp)
@@ -157,17 +273,16 @@ def most_bytes_in_flight(topology: Topology, stage: Stage, *, split: bool = Fals
     module, info = topology.modules[stage.module], topology.stages[stage]
     recompute = topology.spec.modules[stage.module].recompute
     computed = most_computed(topology, module)
-    values = saved_values(module, info, computed, recompute)
-    if split:
-        values = max(values, deferred_values(module, info, computed))
-    return VALUE_BYTES[topology.spec.precision] * values
+    width = VALUE_BYTES[topology.spec.precision]
+    saved = width * saved_values(module, info, computed, recompute) + end_bytes(topology, info, computed)
+    return max(saved, width * deferred_values(module, info, computed)) if split else saved
 
 
 def most_message_bytes(topology: Topology, link: Link) -> float:
     """Return the most bytes of a microbatch on a link, from one rank to the rank at the same position."""
     target = topology.modules[link.target.module]
     if link.edge:
-        samples = -(-topology.samples_per_microbatch[target.name] // target.dp_size)
+        samples = most_samples(topology, target)
         rows = _most_rows(topology)[link.source.module] * samples
         values = rows * link.edge.width / (target.cp * target.grid.extent("tp"))
     else:

@@ -8,6 +8,7 @@ Seconds on an accelerator follow from what the job does:
                    and values over cp, the tokens that go to experts and back
     links          bytes over the bandwidth of the node, or of the network if any of their ranks is in another node
     reduce         the all-reduce of gradients over dp ranks: each byte twice over the slowest link
+    gather         with a sharded update a reduce-scatter, each byte once, and the all-gather of weights, once more
     update         Adam reads and writes weights, gradients and moments, at memory bandwidth
 
 In a microbatch the dp rank with the largest load counts, since the others wait for it in the end. A stage costs the
@@ -36,7 +37,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
     topology = step.topology
     stages: dict[str, StageCosts] = {}
     for module in topology.modules.values():
-        load = _dp_rank_load(module, Loads.of(step, module.name), spread=spread)
+        load = _dp_rank_load(step, module, spread=spread)
         parts = unit_costs(
             module,
             load,
@@ -44,6 +45,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
             flops=module_units(topology, module, load),
             values=values_of_units(module),
             recomputes=topology.spec.modules[module.name].recompute == "full",
+            sharded=topology.spec.optimizer.sharded,
         )
         for info in module.stages:
             stages[str(info.stage)] = joined(of_units(info, parts) if parts else ())
@@ -73,12 +75,13 @@ def _whole_s(costs: StageCosts) -> float:
     return costs.forward + costs.whole_backward
 
 
-def _dp_rank_load(module: Module, loads: Loads, *, spread: bool = False) -> Load:
+def _dp_rank_load(step: Step, module: Module, *, spread: bool = False) -> Load:
     """Return the load of a microbatch on the dp rank with most: the mean over microbatches in which it has any.
 
     With `spread`, the mean over all microbatches.
     """
-    dp_ranks = (_of_dp_rank(module, dp_rank, loads, spread=spread) for dp_rank in range(module.dp_size))
+    loads = Loads.of(step, module.name)
+    dp_ranks = (_of_dp_rank(step, module, dp_rank, loads, spread=spread) for dp_rank in range(module.dp_size))
     return max(dp_ranks, key=_size)
 
 
@@ -86,9 +89,10 @@ def _size(load: Load) -> tuple[float, float, float]:
     return load.positions, load.pairs, load.rows
 
 
-def _of_dp_rank(module: Module, dp_rank: int, loads: Loads, *, spread: bool) -> Load:
+def _of_dp_rank(step: Step, module: Module, dp_rank: int, loads: Loads, *, spread: bool) -> Load:
     shares = [
-        in_row(module, loads.over(module.samples(dp_rank, k, len(loads)))) for k in range(module.microbatches)
+        in_row(module, loads.over(step.samples_of(module.name, dp_rank, k)))
+        for k in range(module.microbatches)
     ]
     count = sum(share.positions > 0 for share in shares)
     return sum(shares, start=Load()) * (1 / (module.microbatches if spread else max(count, 1)))

@@ -38,11 +38,14 @@ def unit_costs(
     flops: Sequence[Flops],
     values: Sequence[Values],
     recomputes: bool,
+    sharded: bool,
 ) -> tuple[StageCosts, ...]:
     """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a dp rank's load.
 
     `flops` and `values` are of these parts. With `recomputes`, layers are computed again in the backward, with their
-    collectives. Nothing for a module of the user's own.
+    collectives. With `sharded`, gradients are reduce-scattered over dp ranks and weights gathered.
+
+    Nothing for a module of the user's own.
     """
     if isinstance(module.model, Own):
         return ()
@@ -76,7 +79,8 @@ def unit_costs(
                 forward=times * forward,
                 input_gradient=times * inputs,
                 weight_gradient=times * weights,
-                reduce=_reduce_s(module, held, machine),
+                reduce=(1 if sharded else 2) * _copies_s(module, held, machine, machine.state_bytes),
+                gather=_copies_s(module, held, machine, machine.value_bytes) if sharded else 0.0,
                 update=_update_s(held, machine),
             )
         costs.append(kinds[kind])
@@ -91,6 +95,7 @@ def joined(parts: Iterable[StageCosts]) -> StageCosts:
         input_gradient=math.fsum(part.input_gradient or 0.0 for part in parts),
         weight_gradient=math.fsum(part.weight_gradient or 0.0 for part in parts),
         reduce=math.fsum(part.reduce for part in parts),
+        gather=math.fsum(part.gather for part in parts),
         update=math.fsum(part.update for part in parts),
     )
 
@@ -176,13 +181,15 @@ def _values_of(module: Module, parameter: Parameter) -> float:
     return size / module.experts.extent("ep") if parameter.expert is not None and module.experts else size
 
 
-def _reduce_s(module: Module, values: Values, machine: Machine) -> float:
-    """Return the seconds of the all-reduce of gradients over dp ranks, in buckets too large for latency to count."""
-    copies = 0.0
+def _copies_s(module: Module, values: Values, machine: Machine, value_bytes: int) -> float:
+    """Return the seconds of an all-gather, or a reduce-scatter, of trained values among the ranks that hold copies.
+
+    Buckets are too large for latency to count.
+    """
+    experts = 0.0
     if module.experts is not None:
-        size = values.trained_experts * machine.state_bytes
-        copies = moved_s(size, module.experts, ("expert_dp",), machine)
-    return 2 * (copies + moved_s(values.trained * machine.state_bytes, module.grid, ("cp", "dp"), machine))
+        experts = moved_s(values.trained_experts * value_bytes, module.experts, ("expert_dp",), machine)
+    return experts + moved_s(values.trained * value_bytes, module.grid, ("cp", "dp"), machine)
 
 
 def _update_s(values: Values, machine: Machine) -> float:

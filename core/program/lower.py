@@ -16,17 +16,22 @@ where the order has let the peer read the message. That bounds the queue of send
 
 A dp rank without rows in a microbatch has no actions for it. Absence is decided here, not by the executor.
 
-The gradient all-reduces of a stage, one for each bucket, are posted after the last action in the global order in which
-any of the stage's dp ranks adds to its gradients. All dp ranks use that place, even if they skip that action, so they
-post the all-reduces at one place among their joint actions. They are waited for at the end of the step, so they
-overlap with the computing of other stages.
+The gradients of a stage are summed bucket by bucket. The sums are posted after the last action in the global order in
+which any of the stage's dp ranks adds to its gradients. All dp ranks use that place, even if they skip that action, so
+they post the sums at one place among their joint actions. They are waited for at the end of the step, so they overlap
+with the computing of other stages.
+
+If dp ranks share the update, each has updated its shard of the weights in the step before. All buckets are gathered
+beside the first forwards: the gathers are posted before anything else, those of the stage that computes first and of
+its first layers first, and a stage waits for its own before its first action. A rank that computes nothing for a stage
+waits at the end.
 
 Which transfers may stand at which action depends on the order (`Order.slots`); a step adds the messages of the rank.
 """
 
 import bisect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
@@ -34,18 +39,20 @@ from mimogrid.core.schedule.actions import (
     Action,
     Compute,
     Direction,
+    Gather,
     Norm,
     Reduce,
     Tie,
     Transfer,
     Update,
+    WaitGather,
     WaitReduce,
 )
 from mimogrid.core.schedule.order import Order, PossibleTransfer, Slot
 from mimogrid.core.step.routes import Message, Routes
 from mimogrid.core.step.step import Step
-from mimogrid.core.topology.topology import Link, StageInfo, Topology
-from mimogrid.core.update.buckets import buckets_of, shared_by
+from mimogrid.core.topology.topology import Link, Stage, StageInfo, Topology
+from mimogrid.core.update.buckets import buckets_of, shared_by, sharing_ranks
 
 
 @attrs.frozen(eq=False)
@@ -56,6 +63,9 @@ class Program:
     routes: Routes
     _sums: dict[int, tuple[Reduce, ...]] = attrs.field(
         factory=dict[int, tuple[Reduce, ...]], init=False, repr=False
+    )
+    _gathers: dict[int, tuple[Gather, ...]] = attrs.field(
+        factory=dict[int, tuple[Gather, ...]], init=False, repr=False
     )
 
     @property
@@ -95,6 +105,9 @@ class Program:
             case Reduce(stage, bucket) | WaitReduce(stage, bucket):
                 section = buckets_of(self.topology, self.topology.stages[stage], rank)[bucket].section
                 return shared_by(modules[stage.module], rank, section)
+            case Gather(stage, bucket) | WaitGather(stage, bucket):
+                section = buckets_of(self.topology, self.topology.stages[stage], rank)[bucket].section
+                return sharing_ranks(modules[stage.module], rank, section)
             case Tie(stage=stage):
                 pipeline = modules[stage.module].grid.group_of(rank, "pp")
                 return (pipeline[0], pipeline[-1])
@@ -104,7 +117,7 @@ class Program:
                 return (rank,)
 
     def sums(self, rank: int) -> tuple[Reduce, ...]:
-        """Return the gradient all-reduces of a rank, in the order in which it posts them."""
+        """Return the sums of gradients of a rank, in the order in which it posts them."""
         if rank not in self._sums:
             found = (
                 Reduce(info.stage, bucket)
@@ -114,6 +127,25 @@ class Program:
             self._sums[rank] = tuple(reduce for reduce in found if len(self.joint(rank, reduce)) > 1)
         return self._sums[rank]
 
+    def gathers(self, rank: int) -> tuple[Gather, ...]:
+        """Return the all-gathers of weights of a rank, in the order in which it posts them."""
+        if rank not in self._gathers:
+            shares = self.topology.spec.optimizer.sharded
+            found = (
+                Gather(info.stage, bucket)
+                for info in sorted(self._trained(rank) if shares else (), key=self._first_action)
+                for bucket in reversed(range(len(buckets_of(self.topology, info, rank))))
+            )
+            self._gathers[rank] = tuple(gather for gather in found if len(self.joint(rank, gather)) > 1)
+        return self._gathers[rank]
+
+    def collectives(self, rank: int) -> tuple[Gather | Reduce, ...]:
+        """Return all that a rank posts for buckets: first what it gathers, then what it sums."""
+        return (*self.gathers(rank), *self.sums(rank))
+
+    def _first_action(self, info: StageInfo) -> int:
+        return self.order.index[self.order.of(info.stage)[0]]
+
     def _trained(self, rank: int) -> tuple[StageInfo, ...]:
         return self.topology.role(rank).stages if self.order.training else ()
 
@@ -122,7 +154,7 @@ class Program:
         return self.order.index[self.order.of(info.stage)[-1]]
 
     def finish(self, rank: int) -> Iterator[Action]:
-        """Yield the end of a rank's training step: waits for all-reduces, embedding all-reduces, norm, update."""
+        """Yield the end of a rank's training step: waits for sums, embedding all-reduces, norm, update."""
         if not self.order.training:
             return
         yield from (WaitReduce(reduce.stage, reduce.bucket) for reduce in self.sums(rank))
@@ -192,14 +224,19 @@ class _RankLowering:
         sends = _by_turn(sent, len(turns))
         starts = [turn.slot.start for turn in turns]
         send_waits, reduces = _send_waits(starts, received, sent), self._reduces(starts)
+        gathers = self.program.gathers(self.rank)
+        gathered = _waits_by_stage(gathers)
+        yield from gathers
         for i, turn in enumerate(turns):
             yield from reduces[i]
+            yield from gathered.pop(turn.slot.action.stage, ())
             yield from (op.possible.transfer for op in posts[i])
             yield from (op.possible.wait for op in (*reads[i], *send_waits[i]))
             yield turn.slot.action
             yield from (op.possible.transfer for op in sends[i])
         yield from reduces[-1]
         yield from (op.possible.wait for op in send_waits[-1])
+        yield from itertools.chain.from_iterable(gathered.values())
 
     def _turns(self) -> list[_Turn]:
         """Return the turns of the rank, over all of its stages."""
@@ -254,6 +291,13 @@ class _RankLowering:
         routes = self.program.routes
         side = routes.leaving if possible.at_source else routes.reaching
         return side(possible.link, possible.transfer.microbatch, dp_rank).get(self.rank, ())
+
+
+def _waits_by_stage(gathers: Iterable[Gather]) -> dict[Stage, list[WaitGather]]:
+    waits: dict[Stage, list[WaitGather]] = {}
+    for gather in gathers:
+        waits.setdefault(gather.stage, []).append(WaitGather(gather.stage, gather.bucket))
+    return waits
 
 
 def _last_made(messages: tuple[Message, ...]) -> int:

@@ -1,7 +1,7 @@
 """Replay: runs a program without durations, to see in which order its actions start and whether it ends.
 
 Every rank works down its list. A WAIT starts when both ends have posted the transfer (nothing is assumed to buffer),
-or when all ranks of a gradient all-reduce have posted it. A joint action starts when all of its ranks have reached
+or when all ranks of a collective have posted it. A joint action starts when all of its ranks have reached
 it. Other actions start at once. The replay ends when every list is done, or when no rank can go on; then it says
 which rank waits for which. `verify` checks the end of a replay, and `simulate` adds a clock to it.
 
@@ -22,12 +22,16 @@ from mimogrid.core.program.listing import Listing
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import (
     Action,
+    Collective,
+    Gather,
     Recv,
     Reduce,
     Send,
     Tie,
     Transfer,
     Wait,
+    WaitCollective,
+    WaitGather,
     WaitReduce,
     matching_op,
 )
@@ -146,9 +150,9 @@ def meeting(action: Action) -> Action:
 class _State:
     """The state of a replay: how far each rank is, what is posted, which ranks have reached which joint action.
 
-    An obstacle is named by the event that removes it: (rank, transfer or REDUCE) for a post, (first rank, action) for
-    a joint action, ("reduced", first rank, REDUCE) for the last post of an all-reduce, (rank, other rank, transfer) for
-    a transfer that passes a queue.
+    An obstacle is named by the event that removes it: (rank, transfer or collective) for a post, (first rank, action)
+    for a joint action, ("all", first rank, collective) for the last post of a collective, (rank, other rank, transfer)
+    for a transfer that passes a queue.
     """
 
     def __init__(self, ranks: ReplayRanks) -> None:
@@ -159,10 +163,10 @@ class _State:
         )
         self.passed: set[tuple[int, int, Transfer]] = set()
         self.position = dict.fromkeys(self.listing, 0)
-        self.posted: set[tuple[int, Transfer | Reduce]] = set()
+        self.posted: set[tuple[int, Transfer | Collective]] = set()
         self.met: dict[tuple[int, Action], set[int]] = collections.defaultdict(set)
         self.free: set[tuple[int, Action]] = set()
-        self.reducing: dict[tuple[int, Reduce], int] = {}
+        self.posts: dict[tuple[int, Collective], int] = {}
         self.sleeping: dict[Hashable, list[int]] = {}
         self.started: list[tuple[int, Action]] = []
         self.ready = collections.deque(self.listing)
@@ -184,29 +188,29 @@ class _State:
                 return
             self.position[rank] += 1
             self.started.append((rank, action))
-            if isinstance(action, Transfer | Reduce):
-                if isinstance(action, Reduce):
-                    self._post_reduce(rank, action)
+            if isinstance(action, Transfer | Collective):
+                if isinstance(action, Collective):
+                    self._post_collective(rank, action)
                 self.posted.add((rank, action))
                 self.ready.extend(self.sleeping.pop((rank, action), ()))
                 if self.strict and isinstance(action, Transfer):
                     self._queue(rank, action)
 
-    def _post_reduce(self, rank: int, reduce: Reduce) -> None:
-        """Count the ranks that have posted an all-reduce; the last one frees those that wait for it."""
-        group = self.joint(rank, reduce)
-        place = group[0], reduce
-        self.reducing[place] = self.reducing.get(place, 0) + ((rank, reduce) not in self.posted)
-        if self.reducing[place] == len(group):
-            self.ready.extend(self.sleeping.pop(("reduced", *place), ()))
+    def _post_collective(self, rank: int, collective: Collective) -> None:
+        """Count the ranks that have posted a collective; the last one frees those that wait for it."""
+        group = self.joint(rank, collective)
+        place = group[0], collective
+        self.posts[place] = self.posts.get(place, 0) + ((rank, collective) not in self.posted)
+        if self.posts[place] == len(group):
+            self.ready.extend(self.sleeping.pop(("all", *place), ()))
 
-    def _unposted_reduce(self, rank: int, reduce: Reduce) -> Hashable | None:
-        """Return the obstacle of a wait for an all-reduce: that not all ranks have posted it, or this one has not."""
-        if (rank, reduce) not in self.posted:
-            return rank, reduce
-        group = self.joint(rank, reduce)
-        place = group[0], reduce
-        return None if self.reducing[place] == len(group) else ("reduced", *place)
+    def _unposted_collective(self, rank: int, collective: Collective) -> Hashable | None:
+        """Return the obstacle of a wait for a collective: that not all ranks have posted it, or this one has not."""
+        if (rank, collective) not in self.posted:
+            return rank, collective
+        group = self.joint(rank, collective)
+        place = group[0], collective
+        return None if self.posts[place] == len(group) else ("all", *place)
 
     def _queue(self, rank: int, transfer: Transfer) -> None:
         """Put a transfer into its queues. The first transfers of the two ends pass while they match."""
@@ -221,13 +225,13 @@ class _State:
     def _obstacle(self, rank: int, action: Action) -> Hashable | None:
         """Return an obstacle of an action, if there is one."""
         match action:
-            case Send() | Recv() | Reduce():
+            case Send() | Recv() | Reduce() | Gather():
                 return None
             case Wait(transfer=transfer):
                 queued = self._still_queued(rank, transfer) if self.strict else ()
                 return next(itertools.chain(self._unposted(rank, transfer), queued), None)
-            case WaitReduce():
-                return self._unposted_reduce(rank, action.posted)
+            case WaitReduce() | WaitGather():
+                return self._unposted_collective(rank, action.posted)
             case _:
                 return self._absent(rank, action)
 
@@ -257,7 +261,7 @@ class _State:
             if (peer, theirs) not in self.posted:
                 yield peer, theirs
 
-    def _unposted_reduces(self, rank: int, action: WaitReduce) -> Iterator[tuple[int, Reduce]]:
+    def _unposted_by(self, rank: int, action: WaitCollective) -> Iterator[tuple[int, Collective]]:
         group = (rank, *self.joint(rank, action.posted))
         return ((member, action.posted) for member in group if (member, action.posted) not in self.posted)
 
@@ -274,8 +278,8 @@ class _State:
             if not missing:
                 missing = [other for _, other, _ in self._still_queued(rank, action.transfer)]
                 heads = (self.queued[rank, missing[0]][0], self.queued[missing[0], rank][0])
-        elif isinstance(action, WaitReduce):
-            missing = [member for member, _ in self._unposted_reduces(rank, action)]
+        elif isinstance(action, WaitCollective):
+            missing = [member for member, _ in self._unposted_by(rank, action)]
         else:
             group = self.joint(rank, action)
             met = self.met[group[0], meeting(action)]

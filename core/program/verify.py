@@ -8,8 +8,8 @@ A listing is checked against the step that it is for, not against how it was mad
   in which it sends;
 - data before it is read: the wait for a receive comes before the compute action that reads it, and a send comes after
   the compute action that makes its data;
-- each gradient all-reduce posted once, after the last gradient of its stage, and waited for; then norm and update,
-  once;
+- each sum of gradients posted once, after the last gradient of its stage, and waited for; each gather of weights
+  posted once, and waited for before its stage computes; then norm and update, once;
 - what a group of ranks does together at one place on all of them, because communicators match calls by order;
 - no more in flight than the order's limits. A microbatch is in flight on a stage from its forward to the end of its
   backward. On a stage without backward an output counts until all sends of it have been waited for. That holds in
@@ -42,14 +42,17 @@ from mimogrid.core.program.lower import Program
 from mimogrid.core.program.replay import Blocked, ReplayRanks, merged_ranks, replay_ranks, single_ranks
 from mimogrid.core.schedule.actions import (
     Action,
+    Collective,
     Compute,
     Direction,
+    Gather,
     Kind,
     Recv,
     Reduce,
     Send,
     Transfer,
     Wait,
+    WaitGather,
     WaitReduce,
 )
 from mimogrid.core.step.routes import Message
@@ -125,29 +128,29 @@ def _problems(program: Program, listing: Listing, alike: _Alike, *, strict: bool
 
 
 def _mixed(program: Program, listing: Listing, alike: _Alike) -> Iterator[str]:
-    """Find groups of ranks that post a gradient all-reduce at different places among their joint actions.
+    """Find groups of ranks that post a collective at different places among their joint actions.
 
-    These are the all-reduces over the same ranks, and the compute actions that all of them join: their collectives may
-    use the same communicator.
+    These are the collectives over the same ranks, and the compute actions that all of them join: these may use the same
+    communicator.
     """
     first = {rank: ranks[0] for _, ranks in alike for rank in ranks}
 
     @functools.cache
-    def calls(leader: int, reduces: frozenset[Reduce], stages: frozenset[Stage]) -> tuple[Action, ...]:
-        """Return the actions of a rank that are among `reduces` or compute on one of `stages`."""
+    def calls(leader: int, own: frozenset[Collective], stages: frozenset[Stage]) -> tuple[Action, ...]:
+        """Return the actions of a rank that are among `own` or compute on one of `stages`."""
         return tuple(
             action
             for action in listing[leader]
-            if action in reduces or (isinstance(action, Compute) and action.stage in stages)
+            if action in own or (isinstance(action, Compute) and action.stage in stages)
         )
 
     found: dict[tuple[int, ...], tuple[int, tuple[Action, ...]]] = {}
     for rank, leader in sorted(first.items()):
-        reduces = {reduce: program.joint(rank, reduce) for reduce in program.sums(rank)}
+        posted = {collective: program.joint(rank, collective) for collective in program.collectives(rank)}
         stages = [info.stage for info in program.topology.role(rank).stages]
         joined = {stage: set(program.joint(rank, Compute(Kind.FORWARD, stage, 0))) for stage in stages}
-        for group in dict.fromkeys(reduces.values()):
-            own = frozenset(reduce for reduce, ranks in reduces.items() if ranks == group)
+        for group in dict.fromkeys(posted.values()):
+            own = frozenset(collective for collective, ranks in posted.items() if ranks == group)
             mine = calls(leader, own, frozenset(stage for stage in stages if joined[stage].issuperset(group)))
             other, theirs = found.setdefault(group, (rank, mine))
             if mine != theirs:
@@ -176,14 +179,14 @@ class _Due:
         arrivals: The links into them, with the microbatches of the link's target for which it receives something.
         departures: The links out of them, with the microbatches of the link's target for which it sends something,
             each with the rank's own microbatches that make the data.
-        reduces: Its gradient all-reduces.
+        collectives: Its gathers of weights and its sums of gradients.
         finish: The actions that end the step.
     """
 
     stages: tuple[tuple[Stage, frozenset[int]], ...]
     arrivals: tuple[tuple[Link, tuple[int, ...]], ...]
     departures: tuple[tuple[Link, tuple[tuple[int, tuple[int, ...]], ...]], ...]
-    reduces: tuple[Reduce, ...]
+    collectives: tuple[Collective, ...]
     finish: tuple[Action, ...]
 
 
@@ -213,7 +216,7 @@ def _due_on(program: Program, rank: int) -> _Due:
             for stage, dp_rank in dp_ranks.items()
             for link in topology.links_from(stage)
         ),
-        program.sums(rank),
+        program.collectives(rank),
         tuple(program.finish(rank)),
     )
 
@@ -262,7 +265,7 @@ class _Checker:
         complete = {a.stage for a in computed if a.kind is Kind.BACKWARD}
         self.split = (halves - complete) | (halves & program.order.split)
         self.max_in_flight = program.order.max_in_flight
-        self.of_compute: dict[tuple[Stage, int, tuple[Action, ...]], _Rule] = {}
+        self.of_compute: dict[tuple[Stage, int, tuple[Action, ...], tuple[Action, ...]], _Rule] = {}
         self.of_transfer: dict[tuple[Stage, Link, int, tuple[int, ...]], _Rule] = {}
 
     def problems(self, due: _Due, actions: tuple[Action, ...]) -> Iterator[str]:
@@ -346,16 +349,20 @@ class _Checker:
         yield self._finish(due)
 
     def _finish(self, due: _Due) -> _Rule:
-        """Return the rule of what ends the step: all all-reduces and their waits, then one action after the other."""
-        waits = [action for action in due.finish if isinstance(action, WaitReduce)]
+        """Return the rule of what is posted for buckets and waited for, and of what ends the step, one by one."""
+        gathered = [WaitGather(g.stage, g.bucket) for g in due.collectives if isinstance(g, Gather)]
+        summed = [action for action in due.finish if isinstance(action, WaitReduce)]
+        waits: list[WaitGather | WaitReduce] = [*gathered, *summed]
         rest = [action for action in due.finish if not isinstance(action, WaitReduce)]
         pairs: list[_Pair] = [(wait.posted, wait) for wait in waits]
         pairs += [(wait, action) for wait in waits for action in rest[:1]]
-        return self._rule((*due.reduces, *due.finish), [*pairs, *itertools.pairwise(rest)])
+        return self._rule((*due.collectives, *waits, *rest), [*pairs, *itertools.pairwise(rest)])
 
     def _of_compute(self, stage: Stage, k: int, due: _Due) -> _Rule:
-        followers = tuple(reduce for reduce in due.reduces if reduce.stage == stage)
-        key = (stage, k, followers or due.finish[:1])
+        mine = [collective for collective in due.collectives if collective.stage == stage]
+        leaders = tuple(WaitGather(g.stage, g.bucket) for g in mine if isinstance(g, Gather))
+        followers = tuple(reduce for reduce in mine if isinstance(reduce, Reduce))
+        key = (stage, k, leaders, followers or due.finish[:1])
         if key not in self.of_compute:
             self.of_compute[key] = self._rule(*self._compute(*key))
         return self.of_compute[key]
@@ -372,18 +379,20 @@ class _Checker:
         )
 
     def _compute(
-        self, stage: Stage, k: int, followers: tuple[Action, ...]
+        self, stage: Stage, k: int, leaders: tuple[Action, ...], followers: tuple[Action, ...]
     ) -> tuple[list[Action], list[_Pair]]:
         """Return what is due for one microbatch: its forward, then its backward, complete or in two, then `followers`.
 
-        These are the stage's all-reduces, or the first action that ends the step if it has none.
+        These are the stage's sums, or the first action that ends the step if it has none. The forward is behind
+        `leaders`, the waits for the stage's weights.
         """
         kinds = [Kind.FORWARD]
         if self._is_trained(stage):
             halves = [Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT]
             kinds += halves if stage in self.split else [Kind.BACKWARD]
         due: list[Action] = [Compute(kind, stage, k) for kind in kinds]
-        return due, [*itertools.pairwise(due), *((due[-1], follower) for follower in followers)]
+        pairs: list[_Pair] = [(leader, due[0]) for leader in leaders]
+        return due, [*pairs, *itertools.pairwise(due), *((due[-1], follower) for follower in followers)]
 
     def _transfers(
         self, stage: Stage, link: Link, k: int, own: tuple[int, ...]

@@ -13,17 +13,19 @@ True
 ``vision.0 SEND_F2 -> language.0``     post the sends of microbatch 2 (``F`` activations, ``B`` gradients)
 ``language.0 RECV_F2 <- vision.0``     post the receives
 ``vision.0 WAIT_SEND_F2 -> language.0``  block until the sends are complete; likewise ``WAIT_RECV``
-``vision.0 REDUCE0``                   post the gradient all-reduce of bucket 0; ``WAIT_REDUCE0`` waits for it
+``vision.0 REDUCE0``                   post the sum of the gradients of bucket 0; ``WAIT_REDUCE0`` waits for it
+``vision.0 GATHER0``                   post the all-gather of the weights of bucket 0, likewise ``WAIT_GATHER0``
 ``language.0 TIE``                     all-reduce the gradients of tied embeddings over the first and the last stage
 ``NORM`` and ``UPDATE``                agree on the gradient norm over the world; take the step
 =====================================  ====================================================================
 
-SEND, RECV and REDUCE post and return; the WAITs and the joint actions block. The microbatch of a transfer is one of
-the link's target module. An action does not say which rank exchanges which rows: `routes` does.
+SEND, RECV, REDUCE and GATHER post and return; the WAITs and the joint actions block. The microbatch of a transfer is
+one of the link's target module. An action does not say which rank exchanges which rows: `routes` does.
 """
 
 import enum
 import re
+from collections.abc import Mapping
 
 import attrs
 
@@ -106,7 +108,7 @@ class Wait:
 
 @attrs.frozen(cache_hash=True)
 class Reduce:
-    """Post the gradient all-reduce of one bucket of a stage."""
+    """Post the sum of the gradients of one bucket of a stage: an all-reduce, or a reduce-scatter (`update.buckets`)."""
 
     stage: Stage
     bucket: int
@@ -117,7 +119,7 @@ class Reduce:
 
 @attrs.frozen(cache_hash=True)
 class WaitReduce:
-    """Block until the posted gradient all-reduce of a bucket is complete."""
+    """Block until the posted sum of the gradients of a bucket is complete."""
 
     stage: Stage
     bucket: int
@@ -129,6 +131,33 @@ class WaitReduce:
     def posted(self) -> Reduce:
         """The action that posted it."""
         return Reduce(self.stage, self.bucket)
+
+
+@attrs.frozen(cache_hash=True)
+class Gather:
+    """Post the all-gather of the weights of one bucket of a stage, of which each rank has updated its shard."""
+
+    stage: Stage
+    bucket: int
+
+    def __str__(self) -> str:
+        return f"{self.stage} GATHER{self.bucket}"
+
+
+@attrs.frozen(cache_hash=True)
+class WaitGather:
+    """Block until the posted all-gather of the weights of a bucket is complete."""
+
+    stage: Stage
+    bucket: int
+
+    def __str__(self) -> str:
+        return f"{self.stage} WAIT_GATHER{self.bucket}"
+
+    @property
+    def posted(self) -> Gather:
+        """The action that posted it."""
+        return Gather(self.stage, self.bucket)
 
 
 @attrs.frozen(cache_hash=True)
@@ -158,14 +187,17 @@ class Update:
 
 
 Transfer = Send | Recv
-Action = Compute | Send | Recv | Wait | Reduce | WaitReduce | Tie | Norm | Update
+Collective = Reduce | Gather
+"""What is posted for a bucket."""
+WaitCollective = WaitReduce | WaitGather
+Action = Compute | Send | Recv | Wait | Collective | WaitCollective | Tie | Norm | Update
 
 _STAGE = r"[A-Za-z_][\w-]*\.\d+(?:\.\d+)?"
 _LINE = re.compile(
     rf"(?:(?P<stage>{_STAGE}) )?"
     r"(?:(?P<kind>[FBIW])(?P<compute>\d+)"
     rf"|(?P<wait>WAIT_)?(?P<op>SEND|RECV)_(?P<direction>[FB])(?P<moved>\d+) (?:->|<-) (?P<peer>{_STAGE})"
-    r"|(?P<sum>(?:WAIT_)?REDUCE)(?P<bucket>\d+)"
+    r"|(?P<collective>(?:WAIT_)?(?:REDUCE|GATHER))(?P<bucket>\d+)"
     r"|(?P<word>TIE|NORM|UPDATE))"
 )
 
@@ -211,11 +243,21 @@ def _joint(word: str | None, stage: Stage | None) -> Action:
             raise ValueError(f"{word or 'a compute action'} with stage {stage} is no action")
 
 
-def _of(found: "re.Match[str]", stage: Stage) -> Compute | Send | Recv | Wait | Reduce | WaitReduce:
+_COLLECTIVES: Mapping[str, type[Reduce | WaitReduce | Gather | WaitGather]] = {
+    "REDUCE": Reduce,
+    "WAIT_REDUCE": WaitReduce,
+    "GATHER": Gather,
+    "WAIT_GATHER": WaitGather,
+}
+
+
+def _of(
+    found: "re.Match[str]", stage: Stage
+) -> Compute | Send | Recv | Wait | Reduce | WaitReduce | Gather | WaitGather:
     if found["kind"]:
         return Compute(Kind(found["kind"]), stage, int(found["compute"]))
-    if found["sum"]:
-        return (Reduce if found["sum"] == "REDUCE" else WaitReduce)(stage, int(found["bucket"]))
+    if found["collective"]:
+        return _COLLECTIVES[found["collective"]](stage, int(found["bucket"]))
     op = Send if found["op"] == "SEND" else Recv
     transfer = op(stage, Direction(found["direction"]), int(found["moved"]), parse_stage(found["peer"]))
     return Wait(transfer) if found["wait"] else transfer

@@ -14,6 +14,7 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import share
+from mimogrid.core.job.layouts import layouts_of
 from mimogrid.core.job.placement import balanced, stages_of
 from mimogrid.core.job.schedules import AUTO
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
@@ -31,12 +32,42 @@ def parse_job(spec: JobSpec, source: SourceFacts | None) -> Topology | tuple[Pro
     `source` is None if the source itself is wrong. Then there is no topology, and the problems are those of the rest
     of the job, if any.
     """
-    open_ = [name for name, module in spec.modules.items() if _is_open(spec, name, module)]
-    even = _with_splits(spec, {name: _even(spec.modules[name]) for name in open_})
+    even = _evenly_split(spec)
     problems = problems_of(even, source)
     if problems or source is None:
         return problems
-    return balance_layers(assemble(even, source), open_)
+    return balance_layers(assemble(even, source), _open_modules(spec))
+
+
+def problems_of_layouts(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...]:
+    """Return every problem of a job with several layouts under any of them; a layout's own have its place in front.
+
+    `source` is None if the source itself is wrong.
+    """
+    own, *others = layouts_of(spec)
+    if not others:
+        return ()
+    of_own = problems_of(_evenly_split(own.spec), source)
+    return *of_own, *(
+        _of_layout(layout.where, problem)
+        for layout in others
+        for problem in problems_of(attrs.evolve(_evenly_split(layout.spec), world_size=layout.ranks), source)
+        if problem not in of_own
+    )
+
+
+def _of_layout(where: str, problem: Problem) -> Problem:
+    """Return a problem of a job as that of a layout, whose `world_size` is written as `ranks`."""
+    place, remedy = (text.replace("world_size", "ranks") for text in (problem.where, problem.remedy))
+    return attrs.evolve(problem, where=f"{where}.{place}", remedy=remedy)
+
+
+def _open_modules(spec: JobSpec) -> list[str]:
+    return [name for name, module in spec.modules.items() if _is_open(spec, name, module)]
+
+
+def _evenly_split(spec: JobSpec) -> JobSpec:
+    return _with_splits(spec, {name: _even(spec.modules[name]) for name in _open_modules(spec)})
 
 
 def balance_layers(topology: Topology, modules: Sequence[str]) -> Topology:

@@ -7,7 +7,7 @@ takes the same time. How many rows a sample has does not matter either, only whe
 become alike.
 
 This holds if bandwidth is infinite, no sender is blocked, modules share no ranks, no experts are spread over ranks, and
-an all-reduce over cp alone takes no time.
+a sum or a gather over cp alone takes no time.
 """
 
 import itertools
@@ -46,7 +46,7 @@ def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
     if len(collapsed.ranks) == len(topology.ranks):
         return None
     before = program.routes.step
-    step = Step(collapsed, tuple(map(_with_two_rows, before.samples, before.rows_out)))
+    step = Step(collapsed, tuple(map(_with_two_rows, before.samples, before.rows_out)), before.cells)
     smaller = Program(program.order, Routes(step))
     classes = alike_in_time(smaller, costs)
     stands_for = _standing(topology, collapsed)
@@ -72,7 +72,12 @@ def _takes_the_same_time(topology: Topology, costs: Costs) -> bool:
         costs.cores is None
         and all(edge.overlap and edge.bytes_per_s == math.inf for edge in edges)
         and all(module.experts is None for module in modules)
-        and not any(costs.of(i.stage).reduce for m in modules if m.dp_size == 1 for i in m.stages)
+        and not any(
+            costs.of(i.stage).reduce or costs.of(i.stage).gather
+            for m in modules
+            if m.dp_size == 1
+            for i in m.stages
+        )
         and all(set(a).isdisjoint(b) for a, b in itertools.combinations(ranks, 2))
     )
 

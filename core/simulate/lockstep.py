@@ -2,13 +2,14 @@
 
 Then all dp ranks are alike. A *rank class* here is all ranks that host the same stages: they do the same at the same
 time, and differ only in the peers that they wait for. The rank class goes on when the last of its ranks could go on. So
-a thousand ranks are a few dozen rank classes. Nothing is lowered, because the places of transfers and all-reduces
+a thousand ranks are a few dozen rank classes. Nothing is lowered, because the places of transfers and collectives
 beside the compute actions are fixed (`lower`):
 
     a receive      is posted when the compute action before the one that reads it has ended
     a message      is carried once both ends have posted it, one by one on its channel, and arrives a latency later
     a send         without an answer is waited for before the next action after it has been read
-    an all-reduce  of a stage's gradients begins when all its ranks have posted it, which they do after the stage's
+    a gather       of a stage's weights begins with the step, or when the one before it in its group is done
+    a sum          of a stage's gradients begins when all its ranks have posted it, which they do after the stage's
                    last compute action in the whole order, and when the one before it in their group is done
 
 A rank class waits for all that its ranks wait for. So the time is that of `simulate`, or more: more where the ranks of
@@ -17,13 +18,13 @@ earlier because a later one needs it.
 
 This is a clock of its own, beside `scheduler.retimed` and `simulate`, because the search for layouts (`plan`) needs
 what neither gives. `retimed` times the orders that `auto` tries, before any step is known: it has no sizes, no channels
-and no all-reduces. `simulate` has them, but takes about a hundred times as long on a thousand ranks: it looks for rank
+and no collectives. `simulate` has them, but takes about a hundred times as long on a thousand ranks: it looks for rank
 classes and lowers their programs.
 """
 
 import collections
 import functools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -32,12 +33,12 @@ from mimogrid.core.base.samples import overlapping
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
-from mimogrid.core.schedule.actions import Compute, Direction, Kind
+from mimogrid.core.schedule.actions import Collective, Compute, Direction, Kind
 from mimogrid.core.schedule.work import seconds_of
-from mimogrid.core.simulate.lower_bound import all_reduce_s, reducing_s
+from mimogrid.core.simulate.lower_bound import collective_s, gathering_s, reducing_s
 from mimogrid.core.step.traffic import message_bytes
-from mimogrid.core.topology.topology import Link, Stage
-from mimogrid.core.update.buckets import Section, buckets_of, shared_by
+from mimogrid.core.topology.topology import Link, Module, Stage
+from mimogrid.core.update.buckets import Section, buckets_of, shared_by, sharing_ranks
 
 
 @attrs.frozen(eq=False)
@@ -79,6 +80,10 @@ def lockstep(program: Program, costs: Costs) -> Lockstep:
     computes: list[list[TimedCompute]] = [[] for _ in script.rank_classes]
     groups: dict[tuple[int, ...], float] = collections.defaultdict(float)
     order = program.order
+    for stage in script.stages_by_first_action():
+        for group, rank_classes, seconds in script.gathers(stage):
+            groups[group] += seconds
+            script.tasks[stage][Kind.FORWARD].wait_for_weights(rank_classes, groups[group])
     for action in order.actions:
         task, k = script.tasks[action.stage][action.kind], action.microbatch
         begins = [_begin_s(task, k, rank_class, clocks, channels) for rank_class in task.rank_classes]
@@ -91,7 +96,7 @@ def lockstep(program: Program, costs: Costs) -> Lockstep:
             if task.made is not None:
                 task.made[k][rank_class] = end
         if order.training and action is order.of(action.stage)[-1]:
-            for group, rank_classes, seconds in script.all_reduces(action.stage):
+            for group, rank_classes, seconds in script.sums(action.stage):
                 posted = max(clocks[rank_class].last_s for rank_class in rank_classes)
                 groups[group] = end = max(posted, groups[group]) + seconds
                 for rank_class in rank_classes:
@@ -113,6 +118,7 @@ def lower_bound_s(program: Program, costs: Costs, timed: Lockstep) -> float:
         stages,
         {stage: [(link.source, 0.0) for link in topology.links_into(stage)] for stage in stages},
         {stage: costs.of(stage).forward for stage in stages},
+        {stage: _gathering_s(program, costs, stage) for stage in stages},
     )
     back = longest_before_s(
         stages,
@@ -131,8 +137,13 @@ def lower_bound_s(program: Program, costs: Costs, timed: Lockstep) -> float:
     return max(bounds) + max(updates, default=0.0)
 
 
+def _gathering_s(program: Program, costs: Costs, stage: Stage) -> float:
+    rank = program.topology.modules[stage.module].tp_cp_ranks(stage, 0)[0]
+    return gathering_s(program, costs, rank, stage)
+
+
 def _tail_s(program: Program, costs: Costs, stage: Stage, back_s: float) -> float:
-    """Return the seconds after the last action of a stage: its all-reduces, or the gradients on their way back."""
+    """Return the seconds after the last action of a stage: its sums, or the gradients on their way back."""
     order, module = program.order, program.topology.modules[stage.module]
     if stage not in order.backward:
         return 0.0
@@ -152,7 +163,7 @@ class _ClassClock:
         last_s: when its last compute action ended.
         before_s: when the one before that ended; then the receives of the next action were posted.
         read_s: when its sends that get no answer have been read.
-        reduced_s: when its all-reduces are done.
+        reduced_s: when its sums are done.
     """
 
     last_s: float = 0.0
@@ -197,20 +208,35 @@ class _Messages:
 
 @attrs.frozen(eq=False)
 class _Task:
-    """One kind of action of a stage: who does it, its seconds, what it reads, and where its ends are noted."""
+    """One kind of action of a stage.
+
+    Attributes:
+        rank_classes: who does it.
+        seconds: how long it takes.
+        reads: what it reads.
+        made: where its ends are noted.
+        joint: whether all of its rank classes begin together.
+        weights_s: when each rank class has gathered its weights.
+    """
 
     rank_classes: tuple[int, ...]
     seconds: float
     reads: tuple[_Messages, ...]
     made: list[_Ends] | None
     joint: bool
+    weights_s: dict[int, float] = attrs.field(factory=dict[int, float], init=False)
+
+    def wait_for_weights(self, rank_classes: Iterable[int], until_s: float) -> None:
+        """Note that these rank classes wait for weights."""
+        for rank_class in rank_classes:
+            self.weights_s[rank_class] = max(self.weights_s.get(rank_class, 0.0), until_s)
 
 
 def _begin_s(
     task: _Task, k: int, rank_class: int, clocks: Sequence[_ClassClock], channels: list[float]
 ) -> float:
     """Return when a rank class can begin with microbatch k: it is free, and everything that it reads has arrived."""
-    begin = max(clocks[rank_class].last_s, clocks[rank_class].read_s)
+    begin = max(clocks[rank_class].last_s, clocks[rank_class].read_s, task.weights_s.get(rank_class, 0.0))
     for messages in task.reads:
         for target_k in messages.read[k]:
             begin = max(begin, _arrival_s(messages, target_k, rank_class, clocks, channels))
@@ -242,7 +268,7 @@ def _arrival_s(
 
 
 class _Script:
-    """What does not change while the step is timed: rank classes, the tasks of stages, channels, all-reduces."""
+    """What does not change while the step is timed: rank classes, the tasks of stages, channels, collectives."""
 
     def __init__(self, program: Program, costs: Costs) -> None:
         self._program, self._costs, self._topology = program, costs, program.topology
@@ -337,18 +363,36 @@ class _Script:
             found[reader].append(_Message(maker, channel, *times))
         return found
 
-    def all_reduces(self, stage: Stage) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
-        """Yield the groups that all-reduce gradients of a stage, their rank classes, and the seconds of all buckets."""
+    def stages_by_first_action(self) -> list[Stage]:
+        """Return the stages in the order in which they begin to compute."""
+        order = self._program.order
+        computing = (stage for stage in self._topology.stages if order.of(stage))
+        return sorted(computing, key=lambda stage: order.index[order.of(stage)[0]])
+
+    def sums(self, stage: Stage) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
+        """Yield the groups that sum gradients of a stage, their rank classes, and the seconds of all buckets."""
+        return self._collectives(stage, self._program.sums, shared_by)
+
+    def gathers(self, stage: Stage) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
+        """Yield the groups that gather weights of a stage, likewise."""
+        return self._collectives(stage, self._program.gathers, sharing_ranks)
+
+    def _collectives(
+        self,
+        stage: Stage,
+        of: Callable[[int], Iterable[Collective]],
+        group_of: Callable[[Module, int, Section], tuple[int, ...]],
+    ) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
         module = self._topology.modules[stage.module]
         ranks = [rank for dp_rank in range(module.dp_size) for rank in module.tp_cp_ranks(stage, dp_rank)]
         buckets = buckets_of(self._topology, self._topology.stages[stage], ranks[0])
         seconds: dict[Section, float] = collections.defaultdict(float)
-        for reduce in self._program.sums(ranks[0]):
-            if reduce.stage == stage:
-                section = buckets[reduce.bucket].section
-                seconds[section] += all_reduce_s(self._program, self._costs, reduce)
+        for collective in of(ranks[0]):
+            if collective.stage == stage:
+                section = buckets[collective.bucket].section
+                seconds[section] += collective_s(self._program, self._costs, collective)
         for section, takes in seconds.items():
-            for group in {shared_by(module, rank, section) for rank in ranks}:
+            for group in {group_of(module, rank, section) for rank in ranks}:
                 yield group, {self._class_of[rank] for rank in group}, takes
 
     def updates_s(self) -> list[float]:

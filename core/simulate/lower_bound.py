@@ -5,18 +5,19 @@ each rank, all of its compute actions, those of one stage, and of each of these 
 
 Known formulas for the slowest stage are this bound for three of the sets: all its work; all its forwards, then the way
 down and back; the way down and back, then all its backwards. For equal stages on a chain the bound is
-(M + P - 1)(f + b), which 1F1B and GPipe reach. After the last gradient of a stage its gradients are all-reduced, one
-bucket of a group after the other; and when all ranks have agreed, each takes its optimizer step.
+(M + P - 1)(f + b), which 1F1B and GPipe reach. Before the first forward of a stage its weights are gathered, and after
+its last gradient its gradients are summed, one bucket of a group after the other; and when all ranks have agreed, each
+takes its optimizer step.
 """
 
 import collections
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 from mimogrid.core.base.bounds import bound_s, longest_before_s
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.listing import Listing
 from mimogrid.core.program.lower import Program
-from mimogrid.core.schedule.actions import Compute, Kind, Reduce, Update
+from mimogrid.core.schedule.actions import Collective, Compute, Gather, Kind, Reduce, Update
 from mimogrid.core.simulate.rank_classes import RankClasses
 from mimogrid.core.step.traffic import message_bytes
 from mimogrid.core.topology.topology import Link, Stage
@@ -36,7 +37,7 @@ def lower_bound_s(
     before = nodes.needs()
     after = _turned_around(before)
     order = _in_order(before, after)
-    heads = longest_before_s(order, before, seconds)
+    heads = longest_before_s(order, before, seconds, nodes.gathering_s())
     tails = longest_before_s(reversed(order), after, seconds, nodes.reducing_s())
     bounds = [
         bound_s((heads[n] for n in each), sum(seconds[n] for n in each), (tails[n] for n in each))
@@ -47,24 +48,36 @@ def lower_bound_s(
             (sum(seconds[n] for n in nodes.of(rank)), len(ranks)) for rank, ranks in classes.members.items()
         )
         bounds.append(sum(each * count for each, count in work) / costs.cores)
-    bounds += nodes.all_reduced_s([heads[node] + took for node, took in enumerate(seconds)])
+    bounds += nodes.summed_s([heads[node] + took for node, took in enumerate(seconds)])
     updates = (update_s(program, costs, rank) for rank in listing if Update() in listing[rank][-1:])
     return max(bounds, default=0.0) + max(updates, default=0.0)
 
 
 def reducing_s(program: Program, costs: Costs, rank: int, stage: Stage) -> float:
-    """Return the seconds that the all-reduces of a stage take on a rank at least: those of one group run one by one."""
+    """Return the seconds that the sums of a stage take on a rank at least: those of one group run one by one."""
+    return _one_by_one_s(program, costs, rank, stage, program.sums(rank))
+
+
+def gathering_s(program: Program, costs: Costs, rank: int, stage: Stage) -> float:
+    """Return the seconds that the gathers of a stage take on a rank at least, likewise."""
+    return _one_by_one_s(program, costs, rank, stage, program.gathers(rank))
+
+
+def _one_by_one_s(
+    program: Program, costs: Costs, rank: int, stage: Stage, collectives: Iterable[Collective]
+) -> float:
     seconds: dict[tuple[int, ...], float] = collections.defaultdict(float)
-    for reduce in program.sums(rank):
-        if reduce.stage == stage:
-            seconds[program.joint(rank, reduce)] += all_reduce_s(program, costs, reduce)
+    for collective in collectives:
+        if collective.stage == stage:
+            seconds[program.joint(rank, collective)] += collective_s(program, costs, collective)
     return max(seconds.values(), default=0.0)
 
 
-def all_reduce_s(program: Program, costs: Costs, reduce: Reduce) -> float:
-    """Return the seconds of the all-reduce of one bucket: its share of what those of the stage take."""
-    whole = costs.of(reduce.stage).reduce
-    return whole * share_of(program.topology, reduce.stage, reduce.bucket) if whole else 0.0
+def collective_s(program: Program, costs: Costs, collective: Collective) -> float:
+    """Return the seconds of the sum, or the gather, of one bucket: its share of what those of the stage take."""
+    of_stage = costs.of(collective.stage)
+    whole = of_stage.gather if isinstance(collective, Gather) else of_stage.reduce
+    return whole * share_of(program.topology, collective.stage, collective.bucket) if whole else 0.0
 
 
 def update_s(program: Program, costs: Costs, rank: int) -> float:
@@ -117,7 +130,7 @@ class _Nodes:
         yield from sets.values()
 
     def reducing_s(self) -> dict[int, float]:
-        """Return, for every node, the seconds of the all-reduces that follow it if it gives gradients."""
+        """Return, for every node, the seconds of the sums that follow it if it gives gradients."""
         found: dict[int, float] = {}
         for (rank, stage, kind), mine in self.at.items():
             forward = kind is Kind.FORWARD
@@ -126,8 +139,18 @@ class _Nodes:
                 found[node] = max(found.get(node, 0.0), seconds)
         return found
 
-    def all_reduced_s(self, ends: Sequence[float]) -> Iterator[float]:
-        """Yield when each group is done with its all-reduces at the earliest: after the first gradient, one by one."""
+    def gathering_s(self) -> dict[int, float]:
+        """Return, for every forward, the seconds of the gathers that come before it."""
+        found: dict[int, float] = {}
+        for (rank, stage, kind), mine in self.at.items():
+            if kind is Kind.FORWARD:
+                seconds = gathering_s(self._program, self._costs, rank, stage)
+                for node in mine.values():
+                    found[node] = max(found.get(node, 0.0), seconds)
+        return found
+
+    def summed_s(self, ends: Sequence[float]) -> Iterator[float]:
+        """Yield when each group is done with its sums at the earliest: after the first gradient, one by one."""
         complete: dict[tuple[int, Stage], float] = {}
         for (rank, stage, kind), found in self.at.items():
             if kind is not Kind.FORWARD:
@@ -139,7 +162,7 @@ class _Nodes:
                 groups[self._program.joint(rank, reduce)].append(reduce)
             for reduces in groups.values():
                 first = min(complete.get((rank, reduce.stage), 0.0) for reduce in reduces)
-                yield first + sum(all_reduce_s(self._program, self._costs, reduce) for reduce in reduces)
+                yield first + sum(collective_s(self._program, self._costs, reduce) for reduce in reduces)
 
     def needs(self) -> list[list[tuple[int, float]]]:
         """Return, per node, the nodes whose results it needs, and the seconds that these are on the way."""

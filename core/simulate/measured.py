@@ -22,6 +22,7 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Update,
     Wait,
+    WaitGather,
     WaitReduce,
     matching_op,
 )
@@ -107,7 +108,7 @@ def on_one_clock(mine: Mapping[int, Sequence[Event]]) -> dict[int, list[Event]]:
 def mean_costs(events: Iterable[Event]) -> Costs:
     """Return the costs of what was measured: the mean of each kind of action of a stage; messages cost nothing.
 
-    The cost of an all-reduce is the shortest wait for it, that of the last dp rank: the waits of the others include
+    The cost of a sum or a gather is the shortest wait for it, that of the last dp rank: the waits of the others include
     time in which they wait for that dp rank. What runs while the dp ranks compute is not included.
     """
     found: dict[Stage, _Seconds] = collections.defaultdict(_Seconds)
@@ -120,6 +121,8 @@ def mean_costs(events: Iterable[Event]) -> Costs:
                     found[stage].computed[kind].append(seconds)
                 case WaitReduce(stage, bucket):
                     found[stage].reduced[bucket].append(seconds)
+                case WaitGather(stage, bucket):
+                    found[stage].gathered[bucket].append(seconds)
                 case Update():
                     for stage in hosted:
                         found[stage].updated.append(seconds / len(hosted))
@@ -130,12 +133,15 @@ def mean_costs(events: Iterable[Event]) -> Costs:
 
 @attrs.frozen(eq=False)
 class _Seconds:
-    """Seconds of a stage: its compute actions by kind, waits for its all-reduces by bucket, its parts of updates."""
+    """Seconds of a stage: compute actions by kind, waits for sums and gathers by bucket, parts of updates."""
 
     computed: dict[Kind, list[float]] = attrs.field(
         factory=lambda: collections.defaultdict[Kind, list[float]](list)
     )
     reduced: dict[int, list[float]] = attrs.field(
+        factory=lambda: collections.defaultdict[int, list[float]](list)
+    )
+    gathered: dict[int, list[float]] = attrs.field(
         factory=lambda: collections.defaultdict[int, list[float]](list)
     )
     updated: list[float] = attrs.field(factory=list[float])
@@ -147,6 +153,7 @@ class _Seconds:
             input_gradient=_mean(self.computed, Kind.INPUT_GRADIENT),
             weight_gradient=_mean(self.computed, Kind.WEIGHT_GRADIENT),
             reduce=sum(map(min, self.reduced.values())),
+            gather=sum(map(min, self.gathered.values())),
             update=statistics.fmean(self.updated) if self.updated else 0.0,
         )
 

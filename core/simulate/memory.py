@@ -7,9 +7,10 @@ exactly. Other bytes come and go with the actions of a rank's timeline:
           F  ................  B  or I      what a forward saves for its backward, until that has ended
           I  ................  W            what the weight gradients need: inputs, and gradients of outputs
           SEND  ........  WAIT  a send keeps its buffer until it has been waited for
+          F, B, I or W          temporaries of a compute action, while it runs
 
-What a forward saves is an estimate (`footprint`). Temporary buffers and the allocator's losses are not included, nor is
-a module of the user's own.
+What a forward saves is an estimate, and so are temporaries (`footprint`). The allocator's losses are not included, nor
+is a module of the user's own.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -18,7 +19,17 @@ import attrs
 
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.precision import VALUE_BYTES
-from mimogrid.core.pricing.footprint import Computed, Kept, deferred_values, kept, saved_values
+from mimogrid.core.pricing.footprint import (
+    Computed,
+    Kept,
+    backward_temporaries,
+    deferred_values,
+    end_bytes,
+    forward_temporaries,
+    kept,
+    product_bytes,
+    saved_values,
+)
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
 from mimogrid.core.simulate.rank_classes import alike_in_bytes
@@ -37,16 +48,26 @@ class Level:
     kept: Kept
     activations: int
     buffers: int
+    temporaries: int
 
     @property
     def bytes(self) -> int:
         """All of them."""
-        return self.kept.bytes + self.activations + self.buffers
+        return self.kept.bytes + self.moving
+
+    @property
+    def moving(self) -> int:
+        """Those that come and go."""
+        return self.activations + self.buffers + self.temporaries
 
     @property
     def parts(self) -> Mapping[str, int]:
         """The bytes by purpose."""
-        return attrs.asdict(self.kept) | {"activations": self.activations, "buffers": self.buffers}
+        return attrs.asdict(self.kept) | {
+            "activations": self.activations,
+            "buffers": self.buffers,
+            "temporaries": self.temporaries,
+        }
 
 
 def trace(timeline: Timeline, rank: int) -> tuple[Level, ...]:
@@ -61,10 +82,7 @@ def trace(timeline: Timeline, rank: int) -> tuple[Level, ...]:
 def peaks(timeline: Timeline) -> dict[int, Level]:
     """Return the first of the highest levels of every rank."""
     classes = alike_in_bytes(timeline.program, timeline.classes)
-    highest = {
-        rank: max(_levels(timeline, rank), key=lambda level: level.activations + level.buffers)
-        for rank in classes.members
-    }
+    highest = {rank: max(_levels(timeline, rank), key=lambda level: level.moving) for rank in classes.members}
     return {rank: highest[leader] for rank, leader in classes.leader.items()}
 
 
@@ -75,18 +93,18 @@ def peak_bytes(timeline: Timeline) -> dict[int, int]:
 
 def most_bytes(program: Program, rank: int) -> int:
     """Return the bytes that a rank holds at most. Only the order of its actions counts, not their times."""
-    held = max((change.activations + change.buffers for change in _changes(program, rank)), default=0)
+    held = max((change.moving for change in _changes(program, rank)), default=0)
     return kept(program.topology, rank).bytes + held
 
 
 def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:
     events = timeline.events_of(rank)
     always = kept(timeline.program.topology, rank)
-    yield Level(0.0, None, always, 0, 0)
+    yield Level(0.0, None, always, 0, 0, 0)
     for change in _changes(timeline.program, rank, [event.action for event in events]):
         event = events[change.place]
         at = event.begin_s if change.at_begin else event.end_s
-        yield Level(at, event.action, always, change.activations, change.buffers)
+        yield Level(at, event.action, always, change.activations, change.buffers, change.temporaries)
 
 
 @attrs.frozen
@@ -97,6 +115,12 @@ class _Change:
     at_begin: bool
     activations: int
     buffers: int
+    temporaries: int = 0
+
+    @property
+    def moving(self) -> int:
+        """All of them."""
+        return self.activations + self.buffers + self.temporaries
 
 
 def _changes(program: Program, rank: int, actions: Sequence[Action] | None = None) -> Iterator[_Change]:
@@ -114,18 +138,21 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
     for place, action in enumerate(actions):
         at_begin = True
         match action:
-            case Compute(kind=Kind.FORWARD, stage=stage, microbatch=k):
-                if last[stage] is Kind.FORWARD:
-                    continue
-                activations += saved_bytes(step, stage, dp_ranks[stage], k)
-            case Compute(kind=Kind.INPUT_GRADIENT, stage=stage, microbatch=k):
-                at_begin = False
-                activations += deferred_bytes(step, stage, dp_ranks[stage], k)
-                activations -= saved_bytes(step, stage, dp_ranks[stage], k)
             case Compute(kind=kind, stage=stage, microbatch=k):
-                at_begin = False
-                held = saved_bytes if kind is Kind.BACKWARD else deferred_bytes
-                activations -= held(step, stage, dp_ranks[stage], k)
+                at_begin, dp_rank = False, dp_ranks[stage]
+                trains = last[stage] is not Kind.FORWARD
+                if kind is Kind.FORWARD and trains:
+                    activations += saved_bytes(step, stage, dp_rank, k)
+                temporaries = temporary_bytes(step, action, dp_rank, trains=trains)
+                yield _Change(
+                    place, at_begin=True, activations=activations, buffers=buffers, temporaries=temporaries
+                )
+                if kind is Kind.INPUT_GRADIENT:
+                    activations += deferred_bytes(step, stage, dp_rank, k)
+                if kind in {Kind.INPUT_GRADIENT, Kind.BACKWARD}:
+                    activations -= saved_bytes(step, stage, dp_rank, k)
+                elif kind is Kind.WEIGHT_GRADIENT:
+                    activations -= deferred_bytes(step, stage, dp_rank, k)
             case Wait(transfer=transfer):
                 at_begin = False
                 buffers -= buffered.pop(transfer)
@@ -144,8 +171,28 @@ def saved_bytes(step: Step, stage: Stage, dp_rank: int, microbatch: int) -> int:
     if isinstance(module.model, Own) or not info.backward:
         return 0
     recompute = topology.spec.modules[module.name].recompute
-    values = saved_values(module, info, Computed.of(step, module, dp_rank, microbatch), recompute)
-    return round(VALUE_BYTES[topology.spec.precision] * values)
+    computed = Computed.of(step, module, dp_rank, microbatch)
+    of_layers = VALUE_BYTES[topology.spec.precision] * saved_values(module, info, computed, recompute)
+    return round(of_layers + end_bytes(topology, info, computed))
+
+
+def temporary_bytes(step: Step, action: Compute, dp_rank: int, *, trains: bool) -> int:
+    """Return the bytes of temporaries of a compute action on each rank of a dp rank; `trains`: it has a backward."""
+    topology, stage = step.topology, action.stage
+    module, info = topology.modules[stage.module], topology.stages[stage]
+    if isinstance(module.model, Own) or (action.kind is Kind.FORWARD and trains):
+        return 0
+    computed = Computed.of(step, module, dp_rank, action.microbatch)
+    match action.kind:
+        case Kind.FORWARD:
+            values = forward_temporaries(module, info, computed)
+        case Kind.BACKWARD | Kind.INPUT_GRADIENT:
+            recompute = topology.spec.modules[module.name].recompute
+            values = backward_temporaries(module, info, computed, recompute)
+        case Kind.WEIGHT_GRADIENT:
+            values = 0.0
+    product = 0 if action.kind in {Kind.FORWARD, Kind.INPUT_GRADIENT} else product_bytes(topology, info)
+    return round(VALUE_BYTES[topology.spec.precision] * values) + product
 
 
 def deferred_bytes(step: Step, stage: Stage, dp_rank: int, microbatch: int) -> int:

@@ -184,10 +184,12 @@ def _contacts(program: Program, costs: Costs) -> dict[int, list[tuple[int, int]]
 
 
 def _groups(program: Program) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the ranks that start an action together or share an all-reduce, with what tells this group from others."""
+    """Yield the ranks that start an action together or share a collective, with what tells this group from others."""
     topology = program.topology
     yield from dict.fromkeys(
-        (str(reduce), program.joint(rank, reduce)) for rank in topology.ranks for reduce in program.sums(rank)
+        (str(collective), program.joint(rank, collective))
+        for rank in topology.ranks
+        for collective in program.collectives(rank)
     )
     for module in topology.modules.values():
         together = dict.fromkeys(module.ep_dp_ranks(dp_rank) for dp_rank in range(module.dp_size))

@@ -25,12 +25,16 @@ from mimogrid.core.topology.topology import Module, Stage
 
 @attrs.frozen(eq=False)
 class DurationFactors:
-    """The factors of a step. `jitter` is the standard deviation of their logarithm."""
+    """The factors of a step. `jitter` is the standard deviation of their logarithm.
+
+    The costs that they multiply are the means of `costs_of`, by default the step itself.
+    """
 
     step: Step = attrs.field(repr=False)
     ragged: bool = False
     jitter: float = 0.0
     seed: int = 0
+    costs_of: Step | None = attrs.field(default=None, repr=False)
 
     def factor(self, action: Compute, dp_rank: int) -> float:
         """Return by how much the cost of an action is multiplied on a dp rank."""
@@ -62,7 +66,7 @@ class DurationFactors:
     def _operations(self, stage: Stage, dp_rank: int, microbatch: int) -> float:
         """Return the operations of a forward; of a module of the user's own, its positions stand for them."""
         loads, factors = self._loads[stage.module], self._per_unit[stage]
-        share = self._module(stage).samples(dp_rank, microbatch, len(loads))
+        share = self.step.samples_of(stage.module, dp_rank, microbatch)
         load = in_row(self._module(stage), loads.over(share))
         return math.fsum(factor * count for factor, count in zip(factors, attrs.astuple(load), strict=True))
 
@@ -87,6 +91,8 @@ class DurationFactors:
     def _means(self) -> dict[Stage, float]:
         """Per stage, the mean operations over all dp ranks and microbatches that have anything to compute."""
         means: dict[Stage, float] = {}
+        if self.costs_of is not None:
+            return attrs.evolve(self, step=self.costs_of, costs_of=None)._means
         for stage in self.step.topology.stages:
             counts = [
                 self._operations(stage, dp_rank, k)

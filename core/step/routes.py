@@ -3,7 +3,7 @@
 At a bridge both ends cut the rows of a microbatch into ranges, one per rank. Every dp rank has an interval of
 the rows (`step`), and its tp and cp ranks divide that interval evenly. A message is the overlap of a range of
 the source and a range of the target. So each row crosses once, all ranks of both stages carry equal shares of
-the traffic, and any ratio of dp sizes works. The target's tp and cp ranks then all-gather the rows.
+the traffic, and any ratio of dp sizes works. The target's tp and cp ranks then all-gather the rows. ::
 
     source dp ranks (dp=3)   |-- 0 --|-- 1 --|-- 2 --|      rows of the microbatch
     target dp ranks (dp=2)   |---- 0 ----|---- 1 ----|
@@ -109,9 +109,12 @@ class Repeats:
         modules = step.topology.modules
         source, target = modules[link.source.module].microbatches, modules[link.target.module].microbatches
         parts = math.gcd(source, target)
-        targets, size = target // parts, len(step.samples) // parts
+        targets = target // parts
         first = tuple(part * targets + place for part in step.alike(parts) for place in range(targets))
-        starts = [step.rows_start[link.edge.source][i * size] if link.edge else 0 for i in range(parts)]
+        starts = [
+            step.rows_start[link.edge.source][step.part(i, parts).start] if link.edge else 0
+            for i in range(parts)
+        ]
         return cls(first, tuple(starts), source // parts, targets)
 
     def source_start(self, microbatch: int) -> int:
@@ -215,7 +218,7 @@ class Routes:
         """Return the dp ranks of a link's target that share samples of its microbatch with a dp rank of its source."""
         if link.edge is None:
             return (dp_rank,)
-        modules, total = self.step.topology.modules, len(self.step.samples)
+        modules, total = self.step.topology.modules, self.step.cell_count
         source, target = modules[link.source.module], modules[link.target.module]
         met = {
             other
@@ -236,14 +239,14 @@ class Routes:
                 yield Message(link, microbatch, source, target, dp_rank, ())
 
     def _bridge_messages(self, link: Link, microbatch: int, dp_rank: int) -> Iterator[Message]:
-        modules, total = self.step.topology.modules, len(self.step.samples)
+        modules, total = self.step.topology.modules, self.step.cell_count
         source, target = modules[link.source.module], modules[link.target.module]
-        samples = target.samples(dp_rank, microbatch, total)
+        cells = target.samples(dp_rank, microbatch, total)
         wanted = list(row_ranges(self.step, target, link, microbatch, dp_rank))
         emitted = [
             held
             for k in overlapping(microbatch, target.microbatches, source.microbatches)
-            for other in source.dp_ranks_over(samples, k, total)
+            for other in source.dp_ranks_over(cells, k, total)
             for held in row_ranges(self.step, source, link, k, other)
         ]
         overlaps: dict[tuple[int, int], list[RowSlice]] = {}
@@ -267,8 +270,7 @@ def row_ranges(step: Step, module: Module, link: Link, microbatch: int, dp_rank:
     """
     assert link.edge
     stage = link.source if module.name == link.edge.source else link.target
-    samples = module.samples(dp_rank, microbatch, len(step.samples))
-    start, stop = step.rows_of(link.edge.source, samples)
+    start, stop = step.rows_of(link.edge.source, step.samples_of(module.name, dp_rank, microbatch))
     ranks = module.tp_cp_ranks(stage, dp_rank)
     for i, rank in enumerate(ranks):
         mine = share(i, len(ranks), stop - start)

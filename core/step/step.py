@@ -15,15 +15,16 @@ them holds for the others, so a step of like samples costs no more than one micr
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.base.samples import Sample, SegmentGrid, prefix_sums
+from mimogrid.core.base.samples import Sample, SegmentGrid, prefix_sums, share
 from mimogrid.core.job.descriptions import description_problems, torn_images
 from mimogrid.core.job.graph import Node
 from mimogrid.core.job.models import Gpt, Own, Regressor
+from mimogrid.core.step.cells import Dealt
 from mimogrid.core.topology.topology import Module, Stage, Topology
 
 
@@ -85,10 +86,19 @@ class SampleSizes:
 
 @attrs.frozen(eq=False)
 class Step:
-    """The samples of one optimizer step over a topology."""
+    """The samples of one optimizer step over a topology.
+
+    Attributes:
+        topology: the job's.
+        samples: in the order in which they lie in microbatches and dp ranks.
+        cells: where each cell of samples begins, and where the last one ends (`core.step.cells`). Microbatches and dp
+            ranks are cut between cells. (): each sample is a cell, so all parts have equally many samples.
+    """
 
     topology: Topology
     samples: tuple[Sample, ...]
+    cells: tuple[int, ...] = ()
+    _sizes: tuple[SampleSizes, ...] = attrs.field(default=(), repr=False)
     _active: dict[tuple[str, int], frozenset[int]] = attrs.field(
         factory=dict[tuple[str, int], frozenset[int]], init=False, repr=False
     )
@@ -105,6 +115,8 @@ class Step:
     @functools.cached_property
     def sizes(self) -> tuple[SampleSizes, ...]:
         """For each sample, what it is in every module."""
+        if self._sizes:
+            return self._sizes
         sources = self.topology.graph.sources
         known: dict[tuple[object, ...], SampleSizes] = {}
         found: list[SampleSizes] = []
@@ -137,19 +149,53 @@ class Step:
         """For each sample, the rows that every module emits."""
         return tuple(sizes.rows for sizes in self.sizes)
 
-    def alike(self, parts: int) -> tuple[int, ...]:
-        """Cut the step into `parts` of equally many samples; return, for each part, the first that is like it.
+    def dealt(self, dealt: Dealt) -> "Step":
+        """Return the step with its samples in other cells."""
+        samples = tuple(map(self.samples.__getitem__, dealt.order))
+        sizes = tuple(map(self.sizes.__getitem__, dealt.order))
+        return Step(self.topology, samples, dealt.cells, sizes)
 
-        `parts` must divide the number of samples.
+    @property
+    def cell_count(self) -> int:
+        """The number of cells."""
+        return len(self.cells) - 1 if self.cells else len(self.samples)
+
+    def samples_in(self, cells: range) -> range:
+        """Return the samples of contiguous cells."""
+        return range(self.cells[cells.start], self.cells[cells.stop]) if self.cells else cells
+
+    def cells_of(self, module: str, dp_rank: int, microbatch: int) -> range:
+        """Return the cells that a dp rank has in a microbatch of a module."""
+        return self.topology.modules[module].samples(dp_rank, microbatch, self.cell_count)
+
+    def samples_of(self, module: str, dp_rank: int, microbatch: int) -> range:
+        """Return the samples that a dp rank has in a microbatch of a module."""
+        return self.samples_in(self.cells_of(module, dp_rank, microbatch))
+
+    def part(self, index: int, parts: int) -> range:
+        """Return the samples of one of `parts` of the step, each of which has equally many cells."""
+        return self.samples_in(share(index, parts, self.cell_count))
+
+    def alike(self, parts: int) -> tuple[int, ...]:
+        """Cut the step into `parts` of equally many cells; return, for each part, the first that is like it.
+
+        `parts` must divide the number of cells.
         """
         if parts not in self._alike:
-            size = len(self.samples) // parts
             of_sample = [id(sizes) for sizes in self.sizes]
             first: dict[tuple[int, ...], int] = {}
             self._alike[parts] = tuple(
-                first.setdefault(tuple(of_sample[i * size : (i + 1) * size]), i) for i in range(parts)
+                first.setdefault((*self._cuts(i, parts), *of_sample[part.start : part.stop]), i)
+                for i in range(parts)
+                for part in (self.part(i, parts),)
             )
         return self._alike[parts]
+
+    def _cuts(self, index: int, parts: int) -> Iterator[int]:
+        """Yield the number of samples of each cell of a part, where cells are not all alike."""
+        if self.cells:
+            for cell in share(index, parts, self.cell_count):
+                yield self.cells[cell + 1] - self.cells[cell]
 
     @functools.cached_property
     def rows_start(self) -> Mapping[str, tuple[int, ...]]:
@@ -163,7 +209,7 @@ class Step:
 
     def share(self, module: str, dp_rank: int, microbatch: int) -> Share:
         """Return a dp rank's part of a microbatch of a module."""
-        chosen = self.topology.modules[module].samples(dp_rank, microbatch, len(self.samples))
+        chosen = self.samples_of(module, dp_rank, microbatch)
         node = self.topology.graph.nodes[module]
         sizes = self.sizes[chosen.start : chosen.stop]
         samples = self.samples[chosen.start : chosen.stop]
@@ -201,8 +247,7 @@ class Step:
 
     def has_rows(self, module: str, dp_rank: int, microbatch: int) -> bool:
         """Whether a dp rank has rows of its own in a microbatch."""
-        samples = self.topology.modules[module].samples(dp_rank, microbatch, len(self.samples))
-        start, stop = self.rows_of(module, samples)
+        start, stop = self.rows_of(module, self.samples_of(module, dp_rank, microbatch))
         return stop > start
 
     def active(self, module: str, dp_rank: int) -> frozenset[int]:
@@ -238,7 +283,7 @@ class Step:
         here = self.topology.modules[module]
         place = (module, dp_rank, self.alike(here.microbatches)[microbatch])
         if place not in self._shapes:
-            chosen = here.samples(dp_rank, microbatch, len(self.samples))
+            chosen = self.samples_of(module, dp_rank, microbatch)
             positions = [self.sizes[i].positions[module] for i in chosen]
             self._shapes[place] = (
                 here.padded_shape(positions, self.topology.sequence)
@@ -283,7 +328,7 @@ class Step:
 
 
 def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
-    """Lay samples over a topology. Raises PlanError, naming the sample, if one does not fit."""
+    """Lay samples over a topology in their order. Raises PlanError, naming the sample, if one does not fit."""
     step = Step(topology, samples)
     sources = {name: topology.modules[name].model for name in topology.graph.sources}
     if unfit := tuple(description_problems(samples, sources)):

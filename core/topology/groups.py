@@ -123,10 +123,10 @@ def _ends(topology: Topology, link: Link) -> Iterator[Ranks]:
 
 def _dp_ranks_met(topology: Topology, source: Module, dp_rank: int, target: Module) -> Iterable[int]:
     """Return the dp ranks of `target` that share a sample of a step with a dp rank of `source`, ascending."""
-    total = topology.spec.batch.global_size
     return sorted(
         {
             other
+            for total in topology.cut_into
             for mine in range(source.microbatches)
             for yours in overlapping(mine, source.microbatches, target.microbatches)
             for other in target.dp_ranks_over(source.samples(dp_rank, mine, total), yours, total)

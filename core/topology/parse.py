@@ -12,6 +12,7 @@ from mimogrid.core.base.experts import expert_view
 from mimogrid.core.base.grid import Grid
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.layer_engines import FP8_MULTIPLE
+from mimogrid.core.job.lora import Lora, lora_parameters
 from mimogrid.core.job.models import FIRST, LAST, BuiltIn, Own, Parameter
 from mimogrid.core.job.placement import (
     edge_shape,
@@ -101,6 +102,7 @@ def _module(
             trains_upstream=trains_upstream,
         ),
         multiple=_row_multiple(written),
+        lora=written.lora,
     )
 
 
@@ -142,7 +144,7 @@ def _stages(
     trains_upstream: bool,
 ) -> tuple[StageInfo, ...]:
     """Return the stages of a module; the first one is `depth` stages from the end of the longest path."""
-    parameters = (*_parameters(model), *_projectors(model, outputs))
+    parameters = (*_parameters(model, written.lora), *_projectors(model, outputs))
     trains = trainable_names(written, tuple(p.name for p in parameters))
     if isinstance(model, Own) and written.frozen is not True:
         trains |= {UNKNOWN}
@@ -171,9 +173,10 @@ def _stages(
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(model: BuiltIn | Own) -> tuple[Parameter, ...]:
-    """Return the parameters of a model. Planning parses thousands of jobs with the same ones."""
-    return tuple(model.parameters())
+def _parameters(model: BuiltIn | Own, lora: Lora | None) -> tuple[Parameter, ...]:
+    """Return the parameters of a model, and those beside it. Planning parses thousands of jobs with the same ones."""
+    beside = () if lora is None or isinstance(model, Own) else lora_parameters(model, lora)
+    return (*model.parameters(), *beside)
 
 
 def _projectors(model: BuiltIn | Own, outputs: tuple[Edge, ...]) -> Iterator[Parameter]:

@@ -4,6 +4,7 @@ It comes from `parse`, which has checked the job, so nothing that uses a topolog
 """
 
 import functools
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import attrs
@@ -13,6 +14,7 @@ from mimogrid.core.base.grid import Grid
 from mimogrid.core.base.row import row_length
 from mimogrid.core.base.samples import dp_ranks_over, dp_samples
 from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.job.lora import Lora
 from mimogrid.core.job.models import BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.job.spec import JobSpec, SourceFacts
 from mimogrid.core.topology.roles import RankRole, role_on
@@ -28,7 +30,8 @@ class Module:
 
     `experts` is the view of the grid under the axes of the experts; None: there are none. `inputs` and `outputs` are
     the edges from and to other modules. The row of a rank is a multiple of `multiple` long. A module is `padded` if a
-    host program's network computes it as blocks of samples that are padded to one length.
+    host program's network computes it as blocks of samples that are padded to one length. `lora` says what is
+    beside its linear layers.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Module:
     stages: tuple[StageInfo, ...]
     multiple: int = 1
     padded: bool = False
+    lora: Lora | None = None
 
     @property
     def dp_size(self) -> int:
@@ -166,6 +170,27 @@ class Topology:
         """The number of samples in a microbatch of each module."""
         total = self.spec.batch.global_size
         return {name: total // module.microbatches for name, module in self.modules.items()}
+
+    @property
+    def balances(self) -> bool:
+        """Whether the samples of a step are dealt by their cost. A padded network computes as much for every sample."""
+        padded = any(module.padded for module in self.modules.values())
+        return self.spec.batch.balance == "cost" and not padded
+
+    @functools.cached_property
+    def cell_grid(self) -> tuple[int, int]:
+        """The microbatches and the lanes into which a balanced step is cut, microbatch by microbatch (`step.cells`)."""
+        modules = self.modules.values()
+        return math.lcm(*(m.microbatches for m in modules)), math.lcm(*(m.dp_size for m in modules))
+
+    @property
+    def cut_into(self) -> tuple[int, ...]:
+        """Into how many equal parts the steps of the job may be cut: samples, or cells.
+
+        Held-out samples, and those of a host program, stay in their order, also where those of training are dealt.
+        """
+        samples = self.spec.batch.global_size
+        return (samples, math.prod(self.cell_grid)) if self.balances else (samples,)
 
     @functools.cached_property
     def edges(self) -> tuple[Edge, ...]:

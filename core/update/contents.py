@@ -8,13 +8,14 @@ states are.
 
 import math
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import attrs
 
+from mimogrid.core.job.lora import MARK
 from mimogrid.core.job.models import Own
-from mimogrid.core.job.optimizers import kind_of, states_of
+from mimogrid.core.job.optimizers import EMA, kind_of, states_of
 from mimogrid.core.topology.topology import Module, Topology
 
 
@@ -87,7 +88,7 @@ def table_of(topology: Topology, found: Tensors, custom: Collection[str], *, ste
         for name, weight, trains in weights:
             table[name] = weight
             if trains and keeps:
-                table |= _states(topology, name, weight)
+                table |= _states(topology, name, weight, updated=steps_taken > 0)
     return table
 
 
@@ -115,6 +116,24 @@ def lacking(table: Tensors, found: Tensors) -> Iterator[str]:
             yield f"has {list(found[name].shape)} for '{name}', the job needs {list(of.shape)}."
 
 
+def parameter_of(name: str) -> str:
+    """Return the parameter whose weight or state has a name."""
+    return name.split(".", 2)[2] if name.startswith(OPTIMIZER) else name
+
+
+def untrained(names: Iterable[str], has: Collection[str]) -> frozenset[str]:
+    """Return which parameters did not train in the job of a checkpoint, which `has` tensors of these names.
+
+    Their weights are there without a state. LoRA that this job had not has no weights either.
+
+    >>> has = ["a.x", "optimizer.exp_avg.a.x", "a.y"]
+    >>> sorted(untrained(["a.x", "a.y", "a.y.lora.q.b", "a.z"], has))
+    ['a.y', 'a.y.lora.q.b']
+    """
+    with_states = {parameter_of(name) for name in has if name.startswith(OPTIMIZER)}
+    return frozenset(name for name in names if name not in with_states and (name in has or MARK in name))
+
+
 def _weights(module: Module, precision: str) -> Iterator[tuple[str, Described, bool]]:
     """Yield the weights of a module, and whether each is trained."""
     dtypes = {True: frozenset({MAIN_DTYPES[precision]}), False: frozenset({NETWORK_DTYPES[precision]})}
@@ -137,10 +156,13 @@ def _found_weights(module: Module, found: Tensors) -> Iterator[tuple[str, Descri
             yield name, of, trains and name in with_states
 
 
-def _states(topology: Topology, name: str, weight: Described) -> Iterator[tuple[str, Described]]:
+def _states(
+    topology: Topology, name: str, weight: Described, *, updated: bool
+) -> Iterator[tuple[str, Described]]:
     optimizer, dtypes = topology.spec.optimizer, frozenset({MAIN_DTYPES[topology.spec.precision]})
     for state in states_of(optimizer):
-        yield f"{OPTIMIZER}{state}.{name}", Described(dtypes, weight.shape)
+        if updated or state != EMA:  # A mean begins with the first update.
+            yield f"{OPTIMIZER}{state}.{name}", Described(dtypes, weight.shape)
     for state in kind_of(optimizer).counters:
         yield f"{OPTIMIZER}{state}.{name}", Described(COUNTER_DTYPES, (1,))
 

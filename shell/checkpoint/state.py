@@ -9,7 +9,8 @@ A host that writes its own checkpoints gets all of it from `gather`, as full ten
 `scatter`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from mimogrid.core.base.errors import WorldError
 from mimogrid.core.topology.topology import Stage
 from mimogrid.core.update.buckets import ParameterRange, Span
-from mimogrid.core.update.contents import OPTIMIZER, written_as
+from mimogrid.core.update.contents import OPTIMIZER, parameter_of, untrained, written_as
 from mimogrid.core.update.decision import SkipState
 from mimogrid.shell.checkpoint.versions import machine, versions
 from mimogrid.shell.job import jobfile
@@ -72,7 +73,7 @@ def slices_to_save(runtime: RankRuntime) -> TensorSlices:
 def slices_to_load(runtime: RankRuntime, facts: Mapping[str, Any]) -> TensorSlices:
     """Return what this rank reads: its frozen weights, its main weights, and what the optimizer keeps."""
     if runtime.optimizer is not None and facts["steps_taken"]:
-        begin_states(runtime.optimizer)
+        begin_states(runtime.optimizer, ema=runtime.job.spec.optimizer.ema)
     found: dict[str, tuple[TensorSlice, ...]] = {name: slices for name, slices, _ in _frozen(runtime)}
     for stage, buffer in ((s, b) for s, of_stage in runtime.buffers.items() for b in of_stage.buffers):
         places = StageSlices(runtime.stages[stage])
@@ -82,12 +83,39 @@ def slices_to_load(runtime: RankRuntime, facts: Mapping[str, Any]) -> TensorSlic
     return {name: slices for name, slices in found.items() if slices}  # a shard may be padding only
 
 
+@contextlib.contextmanager
+def beginning(runtime: RankRuntime, has: Collection[str]) -> Iterator[Callable[[str], bool]]:
+    """Load within it a checkpoint that `has` tensors of these names; what did not train before begins as in a new run.
+
+    That is a parameter without any state there, as the job of the checkpoint froze it, or had no LoRA beside it. Gives
+    a function that says whether a name is to be loaded: the weight, where it is there, but none of its state.
+    """
+    began = {
+        f"{stage.module}.{shard.part.name}": shard.main
+        for stage, of_stage in runtime.buffers.items()
+        for buffer in of_stage.buffers
+        for shard in buffer.shards
+    }
+    fresh = {name: began[name].detach().clone() for name in untrained(began, has)}
+
+    def is_loaded(name: str) -> bool:
+        return parameter_of(name) not in fresh or name in has
+
+    yield is_loaded
+    for name, values in fresh.items():
+        if name not in has:  # Making the optimizer's states has changed it.
+            began[name].detach().copy_(values)
+        if runtime.optimizer is not None:
+            runtime.optimizer.state.pop(began[name], None)
+
+
 def restore(runtime: RankRuntime, facts: Mapping[str, Any]) -> None:
     """Restore the rest of a run's state from the manifest, after its slices are loaded."""
     runtime.steps_taken = facts["steps_taken"]
     runtime.skip_state = SkipState.of(facts["watch"])
     for buffer in runtime.buffers.values():
         buffer.copy_main_to_model()
+    runtime.complete_weights()
 
 
 def gather(runtime: RankRuntime) -> dict[str, torch.Tensor]:
@@ -125,6 +153,7 @@ def scatter(runtime: RankRuntime, full: Mapping[str, torch.Tensor], facts: Mappi
             part.tensor.copy_(part.within(whole))
     for buffer in runtime.buffers.values():
         buffer.copy_main_to_model()
+    runtime.complete_weights()
 
 
 def _check(

@@ -190,6 +190,7 @@ class SimulateArgs(AssumingArgs):
     """Time a step without running it: idle time and its causes, memory, pictures. Needs no torch."""
 
     svg: Path | None = _option("FILE", "draw the timeline into this file", Path)
+    html: Path | None = _option("FILE", "write an interactive page into this file", Path)
     trace: Path | None = _option("FILE", "write a trace for Perfetto", Path)
     compare: Path | None = _option(
         "FILE", "simulate this job, too, and compare; --set applies to JOB only", Path
@@ -217,6 +218,7 @@ class PlanArgs(AssumingArgs):
     costs: Path | None = _option("FILE", "measured times of the job's modules, as `probe` writes them", Path)
     time_limit: float | None = _option("S", "end after about S seconds with the best layout so far", float)
     out: Path | None = _option("FILE", "write the fastest layout as a job file", Path)
+    html: Path | None = _option("FILE", "write an interactive page of the layouts into this file", Path)
 
 
 @attrs.frozen(kw_only=True)
@@ -272,11 +274,15 @@ class ExportArgs(RunArgs):
     """Write the weights of a run as safetensors, as torch's distributed checkpoint, or as transformers loads them."""
 
     target: Path | None = _positional("FOLDER", "the same as --out", required=False)
-    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp", "hf"))
+    to: str = _option(None, "the format", required=True, choices=("safetensors", "dcp", "hf", "peft"))
     out: Path | None = _option("FOLDER", "write into this folder, which must be new or empty", Path)
     source: Path | None = _option(
-        "FOLDER", "for hf: the checkpoint that the run started from, if it has moved", Path, flags=("--from",)
+        "FOLDER",
+        "for hf and peft: the checkpoint that the run started from, if it has moved",
+        Path,
+        flags=("--from",),
     )
+    ema: bool = _switch("write the running means of the weights, which the job keeps with optimizer.ema")
     max_shard_gb: float = _option(
         "X", "split modules larger than this many GB into several files; default 5", float, 5.0
     )
@@ -329,6 +335,16 @@ class DataIndexArgs(Args):
 
 
 @attrs.frozen(kw_only=True)
+class ReportArgs(Args):
+    """Write an interactive page of a run: its curves, and its last step, planned and measured. Needs no torch."""
+
+    folder: Path = _positional("RUN", "the folder of a run")
+    out: Path | None = _option(
+        "FILE", "the file to write; default report.html in the folder of the run", Path
+    )
+
+
+@attrs.frozen(kw_only=True)
 class IndexArgs(Args):
     """What every command on an index takes."""
 
@@ -367,6 +383,7 @@ COMMANDS: Mapping[str, type[Args]] = {
     "data show": DataShowArgs,
     "data stats": DataStatsArgs,
     "watch": WatchArgs,
+    "report": ReportArgs,
     "env": EnvArgs,
     "schema": SchemaArgs,
     "completion": CompletionArgs,
@@ -382,10 +399,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "show": ("show job.toml --rank 3 --set batch.microbatches=2",),
     "verify": ("verify job.toml --strict", "verify job.toml --program edited.txt"),
     "simulate": (
-        "simulate job.toml --gpu h100 --svg step.svg",
+        "simulate job.toml --gpu h100 --html step.html",
         "simulate job.toml --costs costs.toml --schedule all",
     ),
-    "plan": ("plan job.toml --gpus 64 --gpu h100 --out planned.toml",),
+    "plan": (
+        "plan job.toml --gpus 64 --gpu h100 --out planned.toml",
+        "plan job.toml --gpus 64 --gpu h100 --html layouts.html",
+    ),
     "probe": ("probe job.toml --out costs.toml",),
     "train": (
         "train job.toml --set train.steps=20",
@@ -403,6 +423,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "data show": ("data show llava.json.index", "data show llava.json.index --id 000042 --picture 42.png"),
     "data stats": ("data stats llava.json.index --svg lengths.svg",),
     "watch": ("watch runs/job-1", "watch runs/job-1 --once --json"),
+    "report": ("report runs/job-1", "report runs/job-1 --out run.html"),
     "env": ("env", "env --json"),
     "schema": ("schema --out job.schema.json",),
     "completion": ("completion bash > ~/.local/share/bash-completion/completions/mimogrid",),

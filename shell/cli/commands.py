@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.layouts import PLANNED, layouts_of
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify as faults_of
 from mimogrid.core.simulate.fullest import Fullest
@@ -36,6 +37,7 @@ from mimogrid.shell.cli.arguments import (
     PlanArgs,
     PlanningArgs,
     ProbeArgs,
+    ReportArgs,
     RolesArgs,
     SchemaArgs,
     ShowArgs,
@@ -98,6 +100,10 @@ def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
                 from mimogrid.shell.cli import watch  # noqa: PLC0415 -- only what is used
 
                 return watch.run(args)
+            case ReportArgs():
+                from mimogrid.shell.cli import report  # noqa: PLC0415 -- only what is used
+
+                return report.run(args)
             case EnvArgs():
                 from mimogrid.shell.cli import env  # noqa: PLC0415 -- only what is used
 
@@ -157,15 +163,25 @@ def check(job: Job, args: CheckArgs) -> int:
             remedy = "This is a fault of mimogrid, not of the job: please report it with the job file."
             raise PlanError(Problem("program", fault, remedy) for fault in faults)
         edges, memory = edge_traffic(step), memory_of(step, job.order)
+    sizes = _layout_sizes(job)
     if args.json:
-        found = {"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]}
+        found: dict[str, Any] = {"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]}
+        found |= {"layouts": sizes}
         print_json(found | fit_values(job.spec, memory))
     else:
         print(*fit_lines(job.spec, memory), sep="\n")
         from mimogrid.shell.cli.roles import print_layout  # noqa: PLC0415 -- rich is slow to import
 
         print_layout(job.topology, edges)
+        if job.is_elastic:
+            others = ", ".join(map(str, sizes)) or "planned for the ranks that there are"
+            print(f"Layouts: {others}. To see another: --set world_size=RANKS.")
     return 0
+
+
+def _layout_sizes(job: Job) -> list[int]:
+    """Return the numbers of ranks for which the job file has layouts."""
+    return [] if job.written.layouts == PLANNED else sorted(each.ranks for each in layouts_of(job.written))
 
 
 CHECKED_MOST = 150_000

@@ -5,7 +5,8 @@
     dcp           torch's distributed checkpoint, for `torch.distributed.checkpoint.load`, with ``module.parameter``
                   as name. torch pickles its metadata. We write this format and never read it.
     hf            the folder that the run started from (``weights``), with the weights of the run: the same names, files
-                  and dtypes, and everything else as it is there
+                  and dtypes, and everything else as it is there; LoRA is merged into the weights
+    peft          an adapter, which the library peft loads over that folder: LoRA, and layers that trained besides
 
 The weights are the main parameters: fp32 where the network computes in half precision. Only one tensor at a time is in
 memory, assembled from its parts. Files are not memory-mapped, because pages that were read would stay resident. The
@@ -27,6 +28,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.job.lora import MARK
+from mimogrid.core.job.optimizers import EMA
 from mimogrid.core.job.spec import ModuleSpec
 from mimogrid.core.models.mapping import ParameterRows, inverse
 from mimogrid.core.update.contents import OPTIMIZER
@@ -40,12 +43,13 @@ from mimogrid.shell.device.values import TORCH_DTYPES, values_of
 from mimogrid.shell.job import jobfile, tensorfile
 from mimogrid.shell.job.published import Published, origin_of
 from mimogrid.shell.job.tensorfile import StoredTensor, TensorEntry
+from mimogrid.shell.modules.peft import Adapters, adapters_of, joined, merged, write_adapter
 from mimogrid.shell.modules.published import write_published
 
 
 def run(args: ExportArgs) -> int:
     """Export the newest checkpoint of a run, or the one that is named."""
-    if args.source is not None and args.to != "hf":
+    if args.source is not None and args.to not in _OF_A_CHECKPOINT:
         raise PlanError([Problem("--from", f"is not for {args.to}.", "Leave it out, or write --to hf.")])
     if args.target is not None and args.out is not None:
         raise PlanError([Problem("--out", f"is named besides {args.target}.", "Name one of the two.")])
@@ -53,7 +57,12 @@ def run(args: ExportArgs) -> int:
     out = args.target or args.out or _beside(checkpoint, args.to)
     with manifest.reading(checkpoint):
         files = export(
-            checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9), source=args.source
+            checkpoint,
+            out,
+            to=args.to,
+            bytes_most=int(args.max_shard_gb * 1e9),
+            source=args.source,
+            ema=args.ema,
         )
     if args.json:
         print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
@@ -62,28 +71,47 @@ def run(args: ExportArgs) -> int:
     return 0
 
 
-def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Path | None = None) -> list[str]:
+def export(
+    checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Path | None = None, ema: bool = False
+) -> list[str]:
     """Write the weights of a whole checkpoint into a new folder; return the names of the files. Raises PlanError.
 
     No file of the format safetensors has more than `bytes_most`, unless a single parameter has. `source` stands in for
-    the folder that the run started from.
+    the folder that the run started from. With `ema` the running means stand in for the weights that train.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
-    index = {n: s for n, s in read_index(checkpoint).items() if not n.startswith(OPTIMIZER)}
-    origin = _origin(checkpoint, index, source) if to == "hf" else None
+    kept = read_index(checkpoint)
+    index = {n: s for n, s in kept.items() if not n.startswith(OPTIMIZER)}
+    means = (
+        {name: f"{OPTIMIZER}{EMA}.{name}" for name in index if f"{OPTIMIZER}{EMA}.{name}" in kept}
+        if ema
+        else {}
+    )
+    if ema and not means:
+        remedy = "Leave --ema out; a run keeps means with optimizer.ema = 0.999."
+        raise PlanError([Problem(str(checkpoint), "has no running means of its weights.", remedy)])
+    index |= {name: kept[mean] for name, mean in means.items()}
+    origin = _origin(checkpoint, index, source) if to in _OF_A_CHECKPOINT else None
     partial = out.with_name(out.name + PARTIAL)
     try:
         manifest.remove([partial])
         partial.mkdir(parents=True)
-        weights = _weights(checkpoint, index)
-        if origin is not None:
+        weights = _weights(checkpoint, index, means)
+        if origin is not None and to == "peft":
+            write_adapter(
+                partial, origin.adapters, weights.rows, functools.partial(_published, weights, origin)
+            )
+        elif origin is not None:
             write_published(partial, origin.found, functools.partial(_published, weights, origin))
         elif to == "dcp":
             _write_dcp(partial, weights)
         else:
             _write_safetensors(partial, weights, checkpoint, bytes_most)
         partial.replace(out)
+    except PlanError:
+        manifest.remove([partial])
+        raise
     except (OSError, dcp.api.CheckpointException) as error:
         manifest.remove([partial])
         remedy = "Name a folder on a disk with space, where you may write: --out."
@@ -103,11 +131,15 @@ def _beside(checkpoint: Path, to: str) -> Path:
 
 @attrs.frozen(eq=False)
 class Weights:
-    """The weights of a checkpoint, assembled one by one: its `index`, and the tensors in its files."""
+    """The weights of a checkpoint, assembled one by one: its `index`, and the tensors in its files.
+
+    `means` are the names in the files of those that a running mean stands in for.
+    """
 
     checkpoint: Path
     index: Mapping[str, IndexedTensor]
     files: Mapping[str, Mapping[str, StoredTensor]]
+    means: Mapping[str, str]
 
     def full(self, name: str) -> torch.Tensor:
         """Return a full tensor."""
@@ -126,7 +158,7 @@ class Weights:
             places = (slice(o, o + n) for o, n in zip(columns, widths, strict=True))
             target = whole[(slice(first - start, last - start), *places)]
             block = target if target.is_contiguous() else torch.empty_like(target)
-            in_file = self.files[part.file][name]
+            in_file = self.files[part.file][self.means.get(name, name)]
             skip = (first - begin) * ((in_file.end - in_file.begin) // count)
             tensorfile.read_into(self.checkpoint / part.file, in_file, values_of(block), skip=skip)
             if block is not target:
@@ -134,9 +166,11 @@ class Weights:
         return whole
 
 
-def _weights(checkpoint: Path, index: Mapping[str, IndexedTensor]) -> Weights:
+def _weights(checkpoint: Path, index: Mapping[str, IndexedTensor], means: Mapping[str, str]) -> Weights:
     names = {part.file for stored in index.values() for part in stored.parts}
-    return Weights(checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names})
+    return Weights(
+        checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names}, means
+    )
 
 
 # -- safetensors -------------------------------------------------------------------------------------------
@@ -219,19 +253,19 @@ def _shards(weights: Weights, names: list[str], bytes_most: int) -> list[list[st
 
 @attrs.frozen(eq=False)
 class Origin:
-    """The checkpoint that a run started from, and for each of its tensors that the run has, the rows of the run's."""
+    """The checkpoint that a run started from, for each of its tensors the rows of the run's that it is, and LoRA."""
 
     found: Published
     sources: Mapping[str, tuple[ParameterRows, ...]]
+    adapters: Adapters
 
 
 def _published(weights: Weights, origin: Origin, name: str) -> torch.Tensor | None:
     """Return a tensor of the checkpoint with the weights of the run; None if the run has none of it."""
     if name not in origin.sources:
         return None
-    pieces = [weights.rows(source.name, source.start, source.stop) for source in origin.sources[name]]
-    whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    return whole.view(origin.found.tensors[name].shape)
+    whole = joined(origin.sources[name], weights.rows).view(origin.found.tensors[name].shape)
+    return merged(whole, origin.adapters.pairs.get(name), weights.rows)
 
 
 def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path | None) -> Origin:
@@ -242,8 +276,9 @@ def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path |
     sources: dict[str, tuple[ParameterRows, ...]] = {}
     problems: list[Problem] = []
     for module in modules:
-        recipes = {f"{module}.{name}": recipe for name, recipe in found.module(module).recipes.items()}
-        own = {name: stored.shape for name, stored in index.items() if name.startswith(f"{module}.")}
+        own = {n: stored.shape for n, stored in index.items() if n.startswith(f"{module}.") and MARK not in n}
+        inside = [name.removeprefix(f"{module}.") for name in own]
+        recipes = {f"{module}.{name}": recipe for name, recipe in found.recipes(module, inside).items()}
         for name in sorted(own.keys() | recipes.keys()):
             ours, theirs = own.get(name), recipes[name].shape if name in recipes else None
             if ours != theirs:
@@ -252,9 +287,11 @@ def _origin(checkpoint: Path, index: Mapping[str, IndexedTensor], source: Path |
         sources |= {stored.name: rows for stored, rows in inverse(recipes).items()}
     if problems:
         raise PlanError(problems[:SHOWN])
-    return Origin(found, sources)
+    return Origin(found, sources, adapters_of(found, modules, index))
 
 
+_OF_A_CHECKPOINT = ("hf", "peft")
+"""Formats of a run that started from a published checkpoint."""
 SHOWN = 8
 """How many parameters that do not fit are named."""
 _OTHERWISE = "Its weights leave as --to safetensors."

@@ -7,7 +7,7 @@ from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.precision import HALF
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.pricing.accelerators import Accelerator
-from mimogrid.core.pricing.even import even_step
+from mimogrid.core.pricing.even import fullest_step
 from mimogrid.core.pricing.machine import machine_for
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.order import Order
@@ -21,7 +21,7 @@ FASTER = 2.0
 
 def memory_of(step: Step, order: Order) -> dict[str, Fullest]:
     """Return, by module, the rank that holds most if every sample is as large as the largest of a step."""
-    return fullest_ranks(plan_step(even_step(step), order))
+    return fullest_ranks(plan_step(fullest_step(step), order))
 
 
 def fit_lines(spec: JobSpec, memory: Mapping[str, Fullest]) -> Iterator[str]:

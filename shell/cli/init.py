@@ -15,11 +15,12 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.data.record import LANGUAGE
 from mimogrid.core.job.schedules import AUTO
 from mimogrid.core.job.spec import GpuSpec
 from mimogrid.core.models.divisible import divisible
 from mimogrid.core.models.mapping import Shape
-from mimogrid.core.models.network import PublishedModule
+from mimogrid.core.models.network import THEIRS, PublishedModule
 from mimogrid.core.plan.layouts import Question
 from mimogrid.core.plan.planner import plan
 from mimogrid.core.pricing.machine import Machine, machine_of
@@ -207,7 +208,7 @@ class Draft:
 
     def _head(self) -> Iterator[str]:
         model, config = self.found.model, self.found.config
-        values = sum(recipe.stored_values for recipe in model.recipes().values())
+        values = sum(map(self.found.values, model.modules))
         yield f"# {self.found.folder.name}: {config['architectures'][0]}, {values:,} parameters. By `mimogrid init`."
         yield "#   mimogrid check FILE                 is it legal, and which ranks does each module use?"
         yield "#   mimogrid train FILE                 then: mimogrid export RUN --to hf FOLDER"
@@ -223,6 +224,9 @@ class Draft:
         yield f"[modules.{name}]"
         yield f"# {_sizes(module)}"
         yield "# The checkpoint says these and all other options; what `options` says here goes first."
+        if module.model == THEIRS:
+            yield "# No family here has it: transformers runs it whole, on dp ranks."
+            table = {"model": f"hf:{self.weights}#vision_tower", "feeds": table["feeds"]}
         yield f"model = {_value(table['model'])}"
         yield from (
             f"{key} = {_value(table[key])}" for key in ("feeds", "projector", "frozen") if key in table
@@ -270,7 +274,7 @@ class Draft:
         text: Mapping[str, Any] = self.found.config.get("text_config") or self.found.config
         positions = text.get("max_position_embeddings")
         sequence = min(positions if type(positions) is int else SEQUENCE_MOST, SEQUENCE_MOST)
-        towers = {name: module for name, module in self.found.model.modules.items() if module.model == "vit"}
+        towers = {name: module for name, module in self.found.model.modules.items() if name != LANGUAGE}
         grids = {name: _segment(module, rows_most=sequence // 2) for name, module in towers.items()}
         left = max(sequence - sum(module.rows_out(grids[name]) for name, module in towers.items()), 1)
         options: dict[str, Any] = {"sequence": sequence, "text": [-(-left // 2), left]}
@@ -280,6 +284,8 @@ class Draft:
                 placeholder.token for placeholder in self.found.model.placeholders.values()
             )
             options["segments"] = {name: [1, 1] for name in towers}
+            if widths := {n: m.options["features"] for n, m in towers.items() if m.model == THEIRS}:
+                options["features"] = widths
         return options
 
 

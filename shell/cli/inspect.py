@@ -19,7 +19,15 @@ from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.changes import refused
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.job.validation.problems import problems_of
-from mimogrid.core.update.contents import OPTIMIZER, custom_modules, lacking, table_of, written_as
+from mimogrid.core.update.contents import (
+    OPTIMIZER,
+    custom_modules,
+    lacking,
+    parameter_of,
+    table_of,
+    untrained,
+    written_as,
+)
 from mimogrid.shell.checkpoint.index import described, read_index
 from mimogrid.shell.checkpoint.manifest import (
     MANIFEST,
@@ -91,7 +99,10 @@ def _job_problems(job: Job, checkpoint: Path, changed: tuple[str, ...]) -> Itera
     facts, found = read_manifest(checkpoint), described(read_index(checkpoint))
     before = jobfile.recorded(facts["job"], checkpoint / MANIFEST)
     custom = custom_modules(topology_of(before, found), found)
-    for mismatch in lacking(table_of(job.topology, found, custom, steps_taken=facts["steps_taken"]), found):
+    table = table_of(job.topology, found, custom, steps_taken=facts["steps_taken"])
+    fresh = untrained([name for name in table if parameter_of(name) == name], found)
+    wanted = {name: of for name, of in table.items() if parameter_of(name) not in fresh or name in found}
+    for mismatch in lacking(wanted, found):
         yield Problem(str(checkpoint), mismatch, _REMEDY)
     for change in refused(before, job.spec, accepted=changed):
         message = f"is {change.after!r}; {checkpoint.name} has {change.before!r}."

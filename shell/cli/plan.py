@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.units import in_bytes
+from mimogrid.core.draw.dashboard import facts_of
 from mimogrid.core.plan.layouts import BEST, SLOWER, Layout, Question, shown
 from mimogrid.core.plan.planner import Plan, Sensitivity, plan
 from mimogrid.core.pricing.accelerators import ACCELERATORS
@@ -17,6 +19,7 @@ from mimogrid.core.pricing.machine import Machine, machine_for
 from mimogrid.core.pricing.on_machine import measured_on
 from mimogrid.shell.cli.arguments import PlanArgs
 from mimogrid.shell.cli.fit import fit_lines
+from mimogrid.shell.cli.html import write_page
 from mimogrid.shell.cli.output import print_json, terminal, write
 from mimogrid.shell.cli.watcher import Watcher
 from mimogrid.shell.job import costfile, jobfile
@@ -34,6 +37,8 @@ def run(job: Job, args: PlanArgs) -> int:
     best = found.best
     if best is not None and args.out:
         write(args.out, job_text(job, best, question))
+    if args.html:
+        write_page(args.html, f"{job.path.name} on {question.gpus:,} GPUs", _page(found, question))
     if args.json:
         print_json(_values(found, question, args))
     else:
@@ -141,6 +146,58 @@ def _what_if(line: Sensitivity, found: Plan) -> str:
     if line.fastest_s >= line.winner_s:
         return f"{winner}, still the fastest of those shown."
     return f"{winner}; then {shown(line.fastest.spec)} is faster: {line.fastest_s:.4g} s."
+
+
+# -- as a page ---------------------------------------------------------------------------------------------
+
+
+LARGE = 1000
+"""From here on a number is written without decimals."""
+COLUMNS = ("step s", "tokens/s/GPU", "MFU %", "bubble %", "others %", "peak GB", "GPUs", "layout")
+
+
+def _page(found: Plan, question: Question) -> dict[str, Any]:
+    """Return what an interactive page shows: the layouts as a table, and a chart of time and memory."""
+    lines = [*map(_line, found.layouts)]
+    facts = {
+        "GPUs": f"{question.gpus:,} x {question.machine.accelerator.name}",
+        "precision": question.spec.precision,
+        "memory of a GPU": in_bytes(question.memory_bytes),
+        "search": f"{found.looked_at:,} layouts examined, {found.simulated} simulated",
+        "nothing fits; the closest": found.nearest_fit if found.best is None else "",
+        "sensitivity": " ".join(_what_if(line, found) for line in found.sensitivity),
+        "costs": str(question.machine),
+    }
+    return {
+        "facts": facts_of(facts),
+        "candidates": {
+            "columns": [{"name": name, "text": name == COLUMNS[-1]} for name in COLUMNS],
+            "rows": lines,
+            "x": COLUMNS.index("step s"),
+            "y": COLUMNS.index("peak GB"),
+            "note": "A click on a head sorts. 'others' is the share of compute outside module "
+            f"'{found.main}'. Idle GPUs count.",
+        },
+    }
+
+
+def _line(layout: Layout) -> dict[str, Any]:
+    """Return a layout as a row of the table: numbers to sort by, and their texts."""
+    peak = max(layout.peak_bytes.values(), default=0) / 1e9
+    numbers: list[float | None] = [None] * (len(COLUMNS) - 3)
+    if layout.kind in {BEST, SLOWER}:
+        shares = (100 * layout.mfu, 100 * layout.bubble, 100 * layout.encoder_share)
+        numbers = [layout.step_s, layout.tokens_per_s_per_gpu, *shares]
+    values = [*numbers, peak or None, layout.active]
+    cells = [
+        "-" if value is None else f"{value:,.0f}" if value >= LARGE else f"{value:.4g}" for value in values
+    ]
+    return {
+        "values": [*values, shown(layout.spec)],
+        "cells": [*cells, shown(layout.spec)],
+        "reason": layout.reason,
+        "best": layout.kind == BEST,
+    }
 
 
 # -- as JSON -----------------------------------------------------------------------------------------------

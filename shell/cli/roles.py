@@ -11,6 +11,7 @@ from mimogrid.core.job.models import FIRST, LAST, Own
 from mimogrid.core.step.traffic import EdgeTraffic
 from mimogrid.core.topology.roles import ModuleLayout, RankRole
 from mimogrid.core.topology.topology import Module, Topology
+from mimogrid.core.update.trained import trained_lines
 from mimogrid.shell.cli.output import terminal
 
 
@@ -26,6 +27,8 @@ def print_layout(topology: Topology, edges: Sequence[EdgeTraffic]) -> None:
     """Print the modules with their grids, the edges between them, and the idle ranks."""
     console = _console()
     console.print(_modules_table(topology))
+    for line in trained_lines(topology):
+        console.print(line, highlight=False)
     if topology.edges:
         console.print(_edges_table(topology, edges))
     console.print(_world_line(topology))

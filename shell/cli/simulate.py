@@ -15,17 +15,21 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw import perfetto
+from mimogrid.core.draw.dashboard import ROWS, facts_of, timeline_of, world_of
 from mimogrid.core.draw.page import pages_of
 from mimogrid.core.draw.picture import picture
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.draw.text import WIDTH, text
 from mimogrid.core.job.changes import changes
 from mimogrid.core.job.schedules import SCHEDULES
+from mimogrid.core.job.spec import BALANCES
 from mimogrid.core.pricing.assumed import ASSUMED
 from mimogrid.core.simulate.breakdown import JITTER, RAGGED, shares
+from mimogrid.core.simulate.imbalance import Imbalance
 from mimogrid.core.simulate.timeline import CAUSES_IN_WORDS, Timeline
 from mimogrid.shell.cli.arguments import SimulateArgs
 from mimogrid.shell.cli.fit import fit_lines, fit_values
+from mimogrid.shell.cli.html import write_page
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, terminal_width, write
 from mimogrid.shell.cli.timing import (
@@ -89,8 +93,8 @@ def _problems(args: SimulateArgs) -> Iterator[Problem]:
         yield Problem("--gpu", "estimates costs, and --costs gives them.", "Leave out one of the two.")
     if len(args.costs) > (2 if args.compare else 1):
         yield Problem("--costs", f"is given {len(args.costs)} times.", "Give it once for each job.")
-    if (args.svg or args.trace) and args.schedule == ALL:
-        yield Problem("--svg, --trace", "show one schedule.", "Draw the schedules one by one.")
+    if (args.svg or args.html or args.trace) and args.schedule == ALL:
+        yield Problem("--svg, --html, --trace", "show one schedule.", "Draw the schedules one by one.")
     if args.trace and args.compare:
         yield Problem("--trace", "shows one job.", "Write two traces, or draw both jobs with --svg.")
 
@@ -116,6 +120,8 @@ def _print_job(steps: Sequence[SimulatedStep], args: SimulateArgs) -> None:
         print(f"Median of {len(steps)} draws: {spread}. All other numbers are of the first draw.")
     idle = ", ".join(f"{CAUSES[cause]} {s:.4g} s" for cause, s in found.idle.items() if s)
     print(f"Idle, summed over ranks: {idle or 'none'}.")
+    if found.imbalance:
+        print(_balancing(found.imbalance))
     print(f"Critical path: {_path(timeline) or 'nothing takes time'}.")
     in_flight = ", ".join(f"{stage} {peak}" for stage, peak in timeline.peak_in_flight.items())
     print(f"Peak microbatches in flight: {in_flight}.")
@@ -126,6 +132,16 @@ def _print_job(steps: Sequence[SimulatedStep], args: SimulateArgs) -> None:
     if found.tokens_per_s and found.origin:
         print(f"{found.tokens_per_s:.6g} tokens/s, {found.samples_per_s:.6g} samples/s.")
     _print_costs(steps)
+
+
+def _balancing(found: Imbalance) -> str:
+    """Say what ragged data costs without and with `batch.balance`."""
+    none, cost = ((found.idle_s[word], found.step_s[word]) for word in BALANCES)
+    return (
+        f"Ragged data in the order of samples: {none[0]:.4g} s idle, step {none[1]:.6g} s; dealt by cost "
+        f'(batch.balance = "cost"): {cost[0]:.4g} s idle, step {cost[1]:.6g} s; '
+        f"if all actions took their means: step {found.even_s:.6g} s."
+    )
 
 
 def _print_timeline(timeline: Timeline) -> None:
@@ -155,6 +171,7 @@ def _values(found: SimulatedStep) -> dict[str, Any]:
         "tokens_per_s": found.tokens_per_s,
         "idle": found.idle,
         "idle_by_rank": found.idle_by_rank,
+        "imbalance": attrs.asdict(found.imbalance) if found.imbalance else None,
         "busy": timeline.busy_s,
         "peak_bytes": {rank: level.bytes for rank, level in found.peaks.items()},
         "peaks": {
@@ -222,10 +239,35 @@ def _draw(steps: Mapping[str, SimulatedStep], args: SimulateArgs) -> None:
     if args.svg:
         pictures = (picture(step.timeline, _title(name, step, steps)) for name, step in steps.items())
         write(args.svg, [svg(*(page for whole in pictures for page in pages_of(whole)))])
+    if args.html:
+        write_page(args.html, " and ".join(steps), _page(steps))
     if args.trace:
         (step,) = steps.values()
         ranks = None if _fits(step.timeline) else step.timeline.classes.members
         write(args.trace, perfetto.lines(step.timeline, ranks))
+
+
+def _page(steps: Mapping[str, SimulatedStep]) -> dict[str, Any]:
+    """Return what an interactive page shows; the map of the ranks is that of the first job."""
+    (first, *_) = steps.values()
+    rank, peak = first.peak
+    facts = {
+        "step": _summary(first.timeline),
+        "schedule": first.job.spec.schedule.name,
+        "precision": first.job.spec.precision,
+        "idle, summed over ranks": ", ".join(
+            f"{CAUSES[cause]} {s:.4g} s" for cause, s in first.idle.items() if s
+        ),
+        "critical path": _path(first.timeline),
+        "peak memory": f"rank {rank}, {in_bytes(peak.bytes)}",
+        "costs": first.origin or f"none given: {ASSUMED}",
+    }
+    pictures = [picture(step.timeline, _title(name, step, steps), ROWS) for name, step in steps.items()]
+    return {
+        "facts": facts_of(facts),
+        "world": world_of(first.job.topology),
+        "timelines": [timeline_of(each) for each in pictures],
+    }
 
 
 def _title(name: str, step: SimulatedStep, steps: Mapping[str, SimulatedStep]) -> str:

@@ -19,6 +19,7 @@ from mimogrid.shell.device.place import RankPlace, prepare, under_torchrun
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.job.published import origin_of
 from mimogrid.shell.run import folders
+from mimogrid.shell.run.trackers import missing_trackers
 from mimogrid.shell.world import preflight
 from mimogrid.shell.world.error_file import record_failure
 from mimogrid.shell.world.launch import Pool
@@ -35,13 +36,15 @@ if TYPE_CHECKING:
 def train(job: Job, args: TrainArgs) -> int:
     """Train a job to its end, or until it is asked to stop. Returns the exit code."""
     place = under_torchrun()
+    if problems := list(missing_trackers(job.spec)):
+        raise PlanError(problems)
     if args.preflight:
         return _preflight(job, args)
     report = _train_here(job, args) if place is None else _train_at(place, job, args)
     if isinstance(report, folders.Stopped):
         text = f"{report}\n    To go on: {_command(job, report)}"
         record_failure(text)
-        if place is None or place.rank == job.topology.ranks[0]:
+        if place is None or place.rank == 0:
             print(text, file=sys.stderr)
         return EXIT_CODE
     if args.json and report is not None:
@@ -52,8 +55,9 @@ def train(job: Job, args: TrainArgs) -> int:
 def _train_here(job: Job, args: TrainArgs) -> Any:
     """Train in a world of local processes; return the report, or `Stopped`."""
     size, uses_cuda = job.topology.world_size, args.transport is not None
-    _check_machine(job, args, on_host=not uses_cuda, folder=folders.planned(job, args.resume))
-    with folders.claimed(job, args.resume, args.changed) as folder:
+    resume = folders.resumed(job, args.resume)
+    _check_machine(job, args, on_host=not uses_cuda, folder=folders.planned(job, resume))
+    with folders.claimed(job, resume, args.changed) as folder:
         report = folders.finished_report(folder, job.spec.train.steps)
         if report is not None:
             print(f"run '{folder}' is finished: {report['steps']} steps.", file=sys.stderr)
@@ -61,7 +65,7 @@ def _train_here(job: Job, args: TrainArgs) -> Any:
         print(
             f"{size} ranks start; to look at them: mimogrid watch {shlex.quote(str(folder))}", file=sys.stderr
         )
-        arguments = args.transport, str(folder), args.resume
+        arguments = args.transport, str(folder), resume
         with Pool(size, may_use_cuda=uses_cuda) as pool, forwarding_signals(pool.signal) as request:
             try:
                 return _first(pool, size, "mimogrid.shell.run.train:in_world", job, *arguments)
@@ -108,8 +112,9 @@ def _train_at(place: RankPlace, job: Job, args: TrainArgs) -> Any:
     prepare()
     from mimogrid.shell.run.train import in_world  # noqa: PLC0415 -- imports torch
 
-    job = open_job(job.path, job.overrides)  # again, now that sources that need torch can be opened
-    resume = folders.resumed_by_launcher(job.spec, args.resume)
+    # Again, now that sources that need torch can be opened, and that it is known how many ranks there are.
+    job = open_job(job.path, job.overrides, ranks=place.size)
+    resume = folders.resumed_by_launcher(job, args.resume)
     with unescaped():
         return in_world(place, job, args.transport, folder=None, resume=resume, changed=args.changed)
 
@@ -177,7 +182,7 @@ def _probed_at(place: RankPlace, job: Job, args: ProbeArgs) -> "list[Probed]":
     prepare()
     from mimogrid.shell.run.probe.measure import in_world  # noqa: PLC0415 -- imports torch
 
-    job = open_job(job.path, job.overrides)
+    job = open_job(job.path, job.overrides, ranks=place.size)
     with unescaped():
         found = in_world(place, job, args.repeat)
     return [] if found is None else [found]

@@ -20,6 +20,7 @@ from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.layer_split import topology_of
 from mimogrid.core.simulate.breakdown import idle_s, idle_s_by_rank
 from mimogrid.core.simulate.fullest import Fullest
+from mimogrid.core.simulate.imbalance import Imbalance, imbalance
 from mimogrid.core.simulate.memory import Level, peaks
 from mimogrid.core.simulate.rank_classes import RankClasses
 from mimogrid.core.simulate.simulation import MANY, rank_classes_of, simulate
@@ -52,6 +53,7 @@ class SimulatedStep:
         timeline: what every rank does when.
         idle_by_rank: seconds of idling, by rank and cause.
         peaks: the peak of memory of every rank.
+        imbalance: what its ragged samples cost in their order, and dealt by cost; None where that was not asked for.
     """
 
     job: Job
@@ -60,6 +62,7 @@ class SimulatedStep:
     timeline: Timeline
     idle_by_rank: Mapping[int, Mapping[str, float]]
     peaks: Mapping[int, Level]
+    imbalance: Imbalance | None = None
 
     @property
     def name(self) -> str:
@@ -176,7 +179,9 @@ def _simulated(priced: PricedJob, args: SimulateArgs, draw: int = 0) -> Simulate
     _announce(classes)
     timeline = simulate(program, costs, duration_factors=uneven, classes=classes)
     idle = idle_s_by_rank(timeline, costs, factors)
-    return SimulatedStep(job, priced.origin, step, timeline, idle, peaks(timeline))
+    few = draw == 0 and len(classes.members) <= MANY
+    found = imbalance(step, job.order, costs) if args.ragged and few else None
+    return SimulatedStep(job, priced.origin, step, timeline, idle, peaks(timeline), found)
 
 
 def _announce(classes: RankClasses) -> None:

@@ -11,7 +11,7 @@ from mimogrid.core.program.listing import Listing, from_text
 from mimogrid.core.program.lower import Program
 from mimogrid.core.program.replay import meeting
 from mimogrid.core.program.verify import in_flight, listing_of, verify
-from mimogrid.core.schedule.actions import Send, Transfer, Wait, WaitReduce
+from mimogrid.core.schedule.actions import Send, Transfer, Wait, WaitCollective
 from mimogrid.shell.job.textfiles import read_text
 
 
@@ -86,7 +86,7 @@ def _counted(program: Program, listing: Listing, *, strict: bool) -> VerifyRepor
     met = {
         (members[0], meeting(action))
         for rank, action in placed
-        if not isinstance(action, Transfer | Wait | WaitReduce)
+        if not isinstance(action, Transfer | Wait | WaitCollective)
         and len(members := program.joint(rank, action)) > 1
     }
     return VerifyReport(

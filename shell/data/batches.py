@@ -6,7 +6,7 @@ image's id. Such a run of tokens takes the next image.
 
 | input | shape |
 |---|---|
-| `input_ids`, `labels`, `attention_mask` | [samples, tokens]; padding is on the right |
+| `input_ids`, `labels`, `attention_mask` | [samples, tokens]; padding is on the right or on the left |
 | `pixel_values` | [images, channels, height, width], or [patches, values] with `image_grid_thw` [images, 3] |
 | `pixel_values_videos` | [patches, values] with `video_grid_thw` [videos, 3] |
 | `input_features` | [sounds, mels, frames] with `feature_attention_mask` [sounds, frames] |
@@ -17,21 +17,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
+from torch.nn import functional
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample, SegmentGrid
 from mimogrid.core.data.record import LANGUAGE
 from mimogrid.core.models.network import Model, Placeholder, PublishedModule
 from mimogrid.core.models.positions import frame_interval, single_frames
+from mimogrid.core.models.segments import PLANE
 
 
 IGNORED = -100
 """The label of a token that does not count in the loss."""
 TEXT = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")
 """What every model reads; a job finds the kinds of tokens itself."""
+SECONDS = "second_per_grid_ts"
+"""How many seconds lie between two frames of each video; a list of numbers will do."""
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "image": ("pixel_values", "image_grid_thw"),
-    "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
+    "video": ("pixel_values_videos", "video_grid_thw", SECONDS),
     "audio": ("input_features", "feature_attention_mask"),
 }
 """What the kinds of placeholders read besides."""
@@ -66,25 +70,15 @@ def examples_of(model: Model, batch: Batch) -> tuple[Encoded, ...]:
 
     Raises PlanError, with all that is wrong, if the batch is none of the model's.
     """
-    known = {*TEXT, *(name for kind in model.placeholders for name in INPUTS[kind])}
-    problems = [
-        Problem(f"batch.{name}", "is nothing that the model reads.", f"Give {', '.join(sorted(known))}.")
-        for name in batch
-        if name not in known
-    ]
-    problems += [
-        Problem(f"batch.{name}", "is missing.", "Give each step tokens with their labels.")
-        for name in ("input_ids", "labels")
-        if name not in batch
-    ]
-    if problems:
+    batch = {name: value for name, value in batch.items() if value is not None}
+    if problems := [*_strange(model, batch)] or [*_misshapen(batch)] or [*_beyond(model, batch)]:
         raise PlanError(problems)
     tokens, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
-    lengths = _lengths(batch, tokens, labels)
+    spans = _spans(batch, tokens, labels)
     segments = {kind: iter(segments_of(model, kind, batch)) for kind in model.placeholders}
     examples = tuple(
-        _example(model, index, tokens[index, :length], labels[index, :length], segments)
-        for index, length in enumerate(lengths)
+        _example(model, index, tokens[index, span], labels[index, span], segments)
+        for index, span in enumerate(spans)
     )
     for kind, left in segments.items():
         if count := len(tuple(left)):
@@ -94,16 +88,77 @@ def examples_of(model: Model, batch: Batch) -> tuple[Encoded, ...]:
     return examples
 
 
-def _lengths(batch: Batch, tokens: torch.Tensor, labels: torch.Tensor) -> list[int]:
-    """Return how many tokens each sample has."""
+def _strange(model: Model, batch: Batch) -> Iterator[Problem]:
+    """Yield what a batch has too much or too little of, and what is no tensor."""
+    known = {*TEXT, *(name for kind in model.placeholders for name in INPUTS[kind])}
+    for name, value in batch.items():
+        if name not in known:
+            yield Problem(
+                f"batch.{name}", "is nothing that the model reads.", f"Give {', '.join(sorted(known))}."
+            )
+        elif not isinstance(value, torch.Tensor) and name != SECONDS:
+            message = f"is of the type {type(value).__name__}; expected a tensor."
+            yield Problem(f"batch.{name}", message, 'Ask the processor for tensors: return_tensors="pt".')
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            yield Problem(f"batch.{name}", "is missing.", "Give each step tokens with their labels.")
+
+
+def _misshapen(batch: Batch) -> Iterator[Problem]:
+    """Yield which tensors of the text are no integers of one shape."""
+    shape = tuple(batch["input_ids"].shape)
+    if len(shape) != 2 or 0 in shape:  # noqa: PLR2004 -- samples and tokens
+        message = f"has the shape {shape}; expected [samples, tokens], at least one of each."
+        yield Problem("batch.input_ids", message, "Give the whole batch of a step.")
+        return
+    for name in TEXT:
+        tensor = batch.get(name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            message = f"has the shape {tuple(tensor.shape)}, and input_ids {shape}."
+            yield Problem(f"batch.{name}", message, "Give a value for each token.")
+        if name in {"input_ids", "labels"} and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            message = f"is of the dtype {str(tensor.dtype).removeprefix('torch.')}; expected integers."
+            yield Problem(f"batch.{name}", message, "Give the ids of tokens.")
+
+
+def _beyond(model: Model, batch: Batch) -> Iterator[Problem]:
+    """Yield which of the tokens and labels are in no row of the vocabulary; placeholders and padding are none."""
+    if LANGUAGE not in model.modules:
+        return
+    vocabulary = model.modules[LANGUAGE].options["vocab"]
+    tokens, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    read = batch.get("attention_mask", torch.ones_like(tokens)).cpu().bool()
+    for placeholder in model.placeholders.values():
+        read = read & (tokens != placeholder.token)
+    for name, ids, counts in (("input_ids", tokens, read), ("labels", labels, labels != IGNORED)):
+        strange = (counts & ((ids < 0) | (ids >= vocabulary))).nonzero()
+        if len(strange):
+            sample, place = strange[0].tolist()
+            found = int(ids[sample, place])
+            message = f"sample {sample}: has {found} at token {place}; the vocabulary has {vocabulary}."
+            ignored = f" A label that does not count is {IGNORED}." if name == "labels" else ""
+            yield Problem(f"batch.{name}", message, f"Use the checkpoint's tokenizer.{ignored}")
+
+
+def _spans(batch: Batch, tokens: torch.Tensor, labels: torch.Tensor) -> list[slice]:
+    """Return where the tokens of each sample are, between padding on the left and on the right."""
     mask = batch.get("attention_mask", torch.ones_like(tokens)).cpu().bool()
-    if (mask.long().diff(dim=1) > 0).any():
-        remedy = 'Pad on the right: tokenizer.padding_side = "right".'
-        raise PlanError([Problem("batch.attention_mask", "leaves out tokens before others.", remedy)])
+    begins = functional.pad(mask.long(), (1, 0)).diff(dim=1) > 0
+    if (begins.sum(dim=1) > 1).any():
+        remedy = "Leave out tokens at the ends of a sample only."
+        raise PlanError([Problem("batch.attention_mask", "leaves out tokens between others.", remedy)])
     if (labels[~mask] != IGNORED).any():
         raise PlanError([Problem("batch.labels", "has labels of padding.", f"Set them to {IGNORED}.")])
-    lengths: list[int] = mask.sum(dim=1).tolist()
-    return lengths
+    early = (begins & (labels != IGNORED))[:, 1:].any(dim=1).nonzero().flatten()
+    if len(early):
+        message = (
+            f"sample {int(early[0])}: has a label for its first token, which only padding stands before."
+        )
+        raise PlanError([Problem("batch.labels", message, f"Set it to {IGNORED}, or pad on the right.")])
+    starts, lengths = begins.long().argmax(dim=1).tolist(), mask.sum(dim=1).tolist()
+    return [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
 
 
 def _example(
@@ -190,6 +245,8 @@ def segments_of(model: Model, kind: str, batch: Batch) -> Iterator[Segment]:
     if values not in batch:
         return
     read = _sounds if kind == "audio" else _images if module.grid is not None else _patches
+    if read is _patches:
+        _check_grids(kind, batch)
     intervals = _intervals(kind, placeholder, batch)
     for (grid, rows), interval in zip(read(kind, module, batch), intervals, strict=False):
         # Where text stands between the frames of a video, each is a segment.
@@ -201,13 +258,27 @@ def segments_of(model: Model, kind: str, batch: Batch) -> Iterator[Segment]:
 
 def _intervals(kind: str, placeholder: Placeholder, batch: Batch) -> Iterator[float]:
     """Yield how many positions lie between the frames of each segment of a kind."""
-    if kind != "video" or "second_per_grid_ts" not in batch:
+    if kind != "video" or SECONDS not in batch:
         return itertools.repeat(1.0 if kind != "video" else float(max(placeholder.per_second, 1)))
-    seconds, grids = torch.as_tensor(batch["second_per_grid_ts"]).tolist(), batch[INPUTS[kind][1]]
+    seconds, grids = torch.as_tensor(batch[SECONDS]).tolist(), batch[INPUTS[kind][1]]
     if len(seconds) != len(grids):
         message = f"has {len(seconds)} numbers for {len(grids)} videos."
-        raise PlanError([Problem("batch.second_per_grid_ts", message, "Give one for each video, or none.")])
+        raise PlanError([Problem(f"batch.{SECONDS}", message, "Give one for each video, or none.")])
     return iter([frame_interval(placeholder.per_second, each) for each in seconds])
+
+
+def _check_grids(kind: str, batch: Batch) -> None:
+    """Raise PlanError where patches come without their grids, or with what are no grids."""
+    name, of_grids, *_ = INPUTS[kind]
+    if of_grids not in batch:
+        raise PlanError([Problem(f"batch.{of_grids}", f"is missing, and {name} is there.", "Give both.")])
+    grids = batch[of_grids]
+    if grids.dim() != 2 or grids.shape[1] != PLANE or grids.is_floating_point() or (grids < 1).any():  # noqa: PLR2004
+        message = (
+            f"has the shape {tuple(grids.shape)} and the dtype {str(grids.dtype).removeprefix('torch.')}; expected "
+            "integers of 1 or more: frames, height and width of each."
+        )
+        raise PlanError([Problem(f"batch.{of_grids}", message, "Use the processor of the checkpoint.")])
 
 
 def _emitted(module: PublishedModule, grid: SegmentGrid, where: str) -> int:
@@ -250,11 +321,9 @@ def _images(kind: str, module: PublishedModule, batch: Batch) -> Rows:
 def _patches(kind: str, module: PublishedModule, batch: Batch) -> Rows:
     """Yield images and videos that are cut into patches already."""
     name, of_grids, *_ = INPUTS[kind]
-    if of_grids not in batch:
-        raise PlanError([Problem(f"batch.{of_grids}", f"is missing, and {name} is there.", "Give both.")])
     patches, grids = batch[name].cpu(), [tuple(grid) for grid in batch[of_grids].tolist()]
     sizes = [frames * height * width for frames, height, width in grids]
-    if sum(sizes) != len(patches) or patches.shape[1] != module.options["features"]:
+    if tuple(patches.shape) != (sum(sizes), module.options["features"]):
         message = (
             f"has the shape {tuple(patches.shape)}; {of_grids} has {sum(sizes)} patches, and the model reads "
             f"{module.options['features']} values of each."

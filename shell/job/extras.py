@@ -27,7 +27,14 @@ DATA: Mapping[str, str] = {
     "pyarrow": "pyarrow",
 }
 GPU: Mapping[str, str] = {"transformer-engine": "transformer_engine"}
-EXTRAS: Mapping[str, Mapping[str, str]] = {"train": TRAIN, "hf": HF, "data": DATA, "gpu": GPU}
+TRACKERS: Mapping[str, str] = {name: name for name in ("trackio", "wandb", "mlflow")}
+EXTRAS: Mapping[str, Mapping[str, str]] = {
+    "train": TRAIN,
+    "hf": HF,
+    "data": DATA,
+    "gpu": GPU,
+    **{extra: {extra: name} for extra, name in TRACKERS.items()},
+}
 """By extra the import names of its packages."""
 
 

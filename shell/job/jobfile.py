@@ -25,7 +25,7 @@ from cattrs.gen import override
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import BUILT_IN
-from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, MixSpec, ModuleSpec
+from mimogrid.core.job.spec import DataSpec, GridSpec, JobSpec, MixSpec, ModuleSpec, TaskSpec
 from mimogrid.core.job.validation.job import too_many_modules
 from mimogrid.former_names import current_path
 from mimogrid.shell.job import costfile
@@ -120,7 +120,7 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
         return ParsedJob(None, (*problems, *many))  # at once: each could have problems of its own
     costs, of_costs = _take_costs(table, Path(path).parent)
     of_configs = lay_options(table, Path(path).parent)
-    _lay_data(table.get("data"), Path(path).parent)
+    _lay_data(table.get("data"), table.get("validation"), Path(path).parent)
     of_weights = lay_weights(table, Path(path).parent)
     of_files = [*of_costs, *itertools.chain(*of_configs.values(), *of_weights.values())]
     problems += dict.fromkeys(of_files)
@@ -136,11 +136,13 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
     return attrs.evolve(job, problems=tuple(problems))
 
 
-def _lay_data(data: object, folder: Path) -> None:
-    """Make the folders that a source of conversations names absolute, and say which index it is by its digest."""
-    if not isinstance(data, dict):
-        return
-    for entry in (data, *(data["mix"] if isinstance(data.get("mix"), list) else ())):
+def _lay_data(data: object, validation: object, folder: Path) -> None:
+    """Make the folders that sources of conversations name absolute, and say which index each is by its digest."""
+    tasks = validation.get("tasks") if isinstance(validation, dict) else None
+    entries = [*tasks.values()] if isinstance(tasks, dict) else []
+    if isinstance(data, dict):
+        entries += [data, *(data["mix"] if isinstance(data.get("mix"), list) else ())]
+    for entry in entries:
         options = entry.get("options") if isinstance(entry, dict) else None
         if isinstance(options, dict) and entry.get("source") == "conversations":
             from mimogrid.shell.data.index import Index  # noqa: PLC0415 -- imports pyarrow
@@ -192,7 +194,7 @@ def dump(spec: JobSpec) -> str:
     tables = CONVERTER.unstructure(spec)
     if spec.schedule.costs:
         tables["schedule"]["costs"] = costfile.table_of(spec.schedule.costs)
-    for key, value in tables.items():
+    for key, value in sorted(tables.items(), key=lambda pair: isinstance(pair[1], list)):
         if not isinstance(value, dict):
             document.add(key, value)
     for key, value in tables.items():
@@ -399,7 +401,7 @@ def _job_converter() -> Converter:
     module = table_hook(converter, ModuleSpec, model=override(struct_hook=_model))
     converter.register_structure_hook(ModuleSpec, module_hook)
     source = override(struct_hook=lambda value, _: current_path(converter.structure(value, str)))
-    for kind in (DataSpec, MixSpec):
+    for kind in (DataSpec, MixSpec, TaskSpec):
         converter.register_structure_hook(kind, table_hook(converter, kind, source=source))
     return converter
 

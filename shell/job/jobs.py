@@ -5,7 +5,7 @@ For example ``open_job("job.toml", ["train.steps=20"]).topology``, which raises 
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.layouts import layout_problems
 from mimogrid.core.job.spec import JobSpec, ModuleSpec
 from mimogrid.core.models.segments import ONE_EACH, Emission
+from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.pricing.unknown_names import unknown_names
-from mimogrid.core.schedule.layer_split import parse_job
+from mimogrid.core.schedule.layer_split import parse_job, problems_of_layouts
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.builders import NeedsTorch, PlanWarning, find
+from mimogrid.shell.job.elastic import under_one_layout
 from mimogrid.shell.job.fitted import Fitted
 from mimogrid.shell.job.host import HostSource
 from mimogrid.shell.job.permission import permit
@@ -30,13 +33,16 @@ from mimogrid.shell.job.published import shape_problems
 from mimogrid.shell.job.sources.opening import open_source
 from mimogrid.shell.job.sources.source import Source
 from mimogrid.shell.job.tables import converted, new_converter
+from mimogrid.shell.job.tasks import Tasks, open_tasks
 
 
 @attrs.frozen(eq=False)
 class Job:
     """A job that can run. `source` is None if only torch, which is not loaded, or code that was not to run opens it.
 
-    `ran` names the functions of the user's own that ran to open it; `runs_code` says whether any might.
+    `tasks` are the sources of its validation. `ran` names the functions of the user's own that ran to open it;
+    `runs_code` says whether any might. `written` is the job of the file with all its layouts; `ranks` is the number of
+    ranks that one was chosen for, None: as the file says.
 
     Pickling sends the path of the job file, and the other process opens it again. Every rank makes the same plan from
     the same text, and a source of the user's own need not support pickling.
@@ -46,11 +52,20 @@ class Job:
     overrides: tuple[str, ...]
     topology: Topology
     source: Source | None
+    written: JobSpec
     ran: tuple[str, ...] = ()
     runs_code: bool = True
+    tasks: Tasks = attrs.field(factory=dict[str, Source])
+    ranks: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(open_job, run_code=self.runs_code), (self.path, self.overrides)
+        again = functools.partial(open_job, ranks=self.ranks, run_code=self.runs_code)
+        return again, (self.path, self.overrides)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the job has layouts for several numbers of ranks."""
+        return bool(self.written.layouts)
 
     @property
     def spec(self) -> JobSpec:
@@ -68,9 +83,23 @@ class Job:
         return order_of(self.topology, training=False)
 
     def step(self, index: int) -> Step:
-        """Return one step of the job. Raises PlanError if its samples are not known, or one does not fit."""
+        """Return one step of the job, balanced if the job asks for it.
+
+        Raises PlanError if its samples are not known, or one does not fit.
+        """
+        return self._balance.step(self._samples(index))
+
+    def step_in_order(self, index: int) -> Step:
+        """Return one step with its samples in their order, whatever the job asks for. Raises PlanError as `step`."""
+        return step_of(self.topology, self._samples(index))
+
+    def _samples(self, index: int) -> tuple[Sample, ...]:
         size = self.spec.batch.global_size
-        return step_of(self.topology, self._described(range(index * size, (index + 1) * size)))
+        return self._described(range(index * size, (index + 1) * size))
+
+    @functools.cached_property
+    def _balance(self) -> Balance:
+        return Balance(self.topology)
 
     def _described(self, ids: Iterable[int]) -> tuple[Sample, ...]:
         if self.source is None:
@@ -81,8 +110,12 @@ class Job:
         return tuple(self.source.describe(sample_id) for sample_id in ids)
 
 
-def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool = True) -> Job:
+def open_job(
+    path: Path | str, overrides: Iterable[str] = (), *, ranks: int | None = None, run_code: bool = True
+) -> Job:
     """Open a job file. Raises PlanError with every problem of its text, its parts and its plan.
+
+    Of several layouts the job gets the one for so many `ranks` (`core.job.layouts`).
 
     The folder of the job file and the current folder become importable, for the user's own modules and sources.
     Without `run_code` none of these runs, and what only they know is not known.
@@ -91,10 +124,15 @@ def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool 
     parsed = jobfile.read(path, overrides)
     if parsed.spec is None:
         raise PlanError(parsed.problems)
-    spec, of_builders, ran = with_builders(parsed.spec, run_code=run_code)
-    source, facts, of_source = open_source(spec, run_code=run_code)
-    found = parse_job(spec, None if of_source else facts)
-    of_plan = [*of_builders, *of_source, *(() if isinstance(found, Topology) else found)]
+    written, of_builders, ran = with_builders(parsed.spec, run_code=run_code)
+    source, facts, of_source = open_source(written, run_code=run_code)
+    known = None if of_source else facts
+    of_layouts = [*layout_problems(written)] or problems_of_layouts(written, known)
+    spec = written
+    if written.layouts and not of_layouts and not of_builders and known:
+        spec = under_one_layout(written, ranks, known, source)
+    found = parse_job(spec, known)
+    of_plan = [*of_builders, *of_source, *of_layouts, *(() if isinstance(found, Topology) else found)]
     problems = [
         *parsed.problems,
         *(parsed.annotated(p) for p in dict.fromkeys(of_plan) if not parsed.explains(p)),
@@ -104,18 +142,30 @@ def open_job(path: Path | str, overrides: Iterable[str] = (), *, run_code: bool 
     assert isinstance(found, Topology)
     if unlike := tuple(shape_problems(found)):
         raise PlanError(unlike)
+    tasks, of_tasks = open_tasks(spec, source, found, run_code=run_code)
+    if of_tasks:
+        raise PlanError(map(parsed.annotated, of_tasks))
     costs = found.spec.schedule.costs
     if costs and (strange := list(unknown_names(costs, found))):
         raise PlanError(attrs.evolve(p, where=f"schedule.costs.{p.where}") for p in strange)
     if source is not None:
         ran = (
             *ran,
-            *(name for name in (spec.data.source, *(e.source for e in spec.data.mix)) if ":" in name),
+            *(name for name in _sources(spec) if ":" in name),
         )
     ran = tuple(name for name in ran if not name.startswith("mimogrid."))
     if source is not None and spec.data.overflow != "error" and not isinstance(source, HostSource):
         source = Fitted(source, found)
-    return Job(full_path, overrides, found, source, tuple(dict.fromkeys(ran)), run_code)
+    return Job(
+        full_path, overrides, found, source, written, tuple(dict.fromkeys(ran)), run_code, tasks, ranks
+    )
+
+
+def _sources(spec: JobSpec) -> Iterator[str]:
+    """Yield the names of all sources of a job."""
+    yield from (spec.data.source, *(entry.source for entry in spec.data.mix))
+    if spec.validation.every:
+        yield from (task.source for task in spec.validation.tasks.values())
 
 
 def _permitted(path: Path | str) -> Path:

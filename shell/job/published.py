@@ -9,16 +9,23 @@ all its modules. What they are comes from its config.json; what the job says com
 """
 
 import functools
-from collections.abc import Iterator, Mapping, MutableMapping
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.errors import PlanError, Problem, nearest
+from mimogrid.core.job.lora import ALL
 from mimogrid.core.job.models import Own
+from mimogrid.core.job.peft import linears, targeted
 from mimogrid.core.models.families import read_config
+from mimogrid.core.models.mapping import Recipe, Stored, whole
+from mimogrid.core.models.network import THEIRS as UNKNOWN_TOWER
 from mimogrid.core.models.network import Model, PublishedModule
+from mimogrid.core.models.segments import ONE_EACH
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job.tables import shown
 from mimogrid.shell.job.tensorfile import StoredTensor, header_of
@@ -29,8 +36,11 @@ CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 THEIRS, TOWER = "hf:", "mimogrid.shell.modules.transformers_tower:build"
 """What the model of a module begins with that transformers' own network runs, and what builds it."""
+PARTS = ("vision_tower", "visual", "audio_tower")
+"""What transformers calls the towers of the wholes."""
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 """The dtypes that weights may have."""
+_LOCAL = "Name the folder of a checkpoint on this machine. Nothing is downloaded here."
 _REMEDY = "Name the folder of a whole checkpoint in safetensors, or download it again."
 
 
@@ -74,6 +84,32 @@ class Published:
         message = f"{self.folder} has no module '{name}'; it has {', '.join(modules)}."
         raise PlanError([Problem(f"modules.{name}.weights", message, "Give the module one of these names.")])
 
+    def values(self, name: str) -> int:
+        """Return how many values the parameters of a module have; of a tower of no family, all its tensors."""
+        module = self.module(name)
+        known = sum(recipe.stored_values for recipe in module.recipes.values())
+        if module.model != UNKNOWN_TOWER:
+            return known
+        prefix = tower_prefix(module)
+        return known + sum(
+            math.prod(t.shape) for tensor, t in self.tensors.items() if tensor.startswith(prefix)
+        )
+
+    def recipes(self, name: str, ours: Collection[str]) -> Mapping[str, Recipe]:
+        """Return the recipes of a module that has parameters of our names `ours`.
+
+        Those of a tower that transformers runs have the names that the tensors have in the files.
+        """
+        recipes = self.module(name).recipes
+        theirs = {
+            tensor: whole(Stored(tensor, self.tensors[tensor].shape))
+            for tensor in ours
+            if tensor in self.tensors
+        }
+        if not theirs:
+            return recipes
+        return theirs | {parameter: recipe for parameter, recipe in recipes.items() if parameter in ours}
+
 
 @functools.lru_cache(maxsize=4)
 def published(folder: Path) -> Published:
@@ -83,6 +119,8 @@ def published(folder: Path) -> Published:
     of all tensors that are missing, surplus, of another shape or no floats.
     """
     try:
+        if not folder.is_dir():
+            raise _problem(folder, "is no folder." if folder.exists() else "there is no such folder.", _LOCAL)
         config = _table(folder / CONFIG)
         tensors = _tensors(folder)
     except (
@@ -178,6 +216,8 @@ def _lay(
     except PlanError as error:
         return error.problems
     module.setdefault("model", found["model"])
+    if module["model"] == UNKNOWN_TOWER:
+        module["model"] = f"{THEIRS}{module['weights']}#{PARTS[0]}"
     if module["model"] == TOWER:
         return ()
     if str(module["model"]).startswith(THEIRS):
@@ -189,28 +229,97 @@ def _lay(
         module["options"] = found["options"] | module["options"]
     if targets := [target for target in found.get("feeds", ()) if target in names]:
         module.setdefault("feeds", targets)
-    if "frozen" in found and "trainable" not in module:
+    if "frozen" in found and "trainable" not in module and "lora" not in module:
         module.setdefault("frozen", found["frozen"])
     _lay_projectors(module, found.get("projector", {}))
-    return ()
+    return _lay_targets(name, module) if isinstance(module.get("lora"), dict) else ()
 
 
 def _lay_tower(name: str, module: MutableMapping[str, Any], found: Mapping[str, Any]) -> tuple[Problem, ...]:
     """Lay the table of transformers' own tower, which a module of its own runs."""
-    described = published(Path(module["weights"])).module(name)
+    model = published(Path(module["weights"])).model
+    described = model.modules.get(name)
     _, _, part = str(module["model"]).partition("#")
-    if part != "vision_tower" or described.grid is None:
-        message = (
-            f"names '{part}'; what runs so is the vision_tower of a checkpoint whose images have one size."
-        )
-        return (Problem(f"modules.{name}.model", message, "Leave the model out: the tower is converted."),)
+    where, remedy = f"modules.{name}.model", "Leave the model out: the module is converted."
+    own = part_of(tower_prefix(described)) if described and described.feeds else None
+    if described is None or own is None:
+        return (Problem(where, "runs a tower of a checkpoint that has a language model besides.", remedy),)
+    if part != own:
+        message = f"names '{part}'; transformers calls this tower '{own}'."
+        return (Problem(where, message, f"Write #{own}, or leave the model out: the tower is converted."),)
+    if described.option("deepstack_layers"):
+        message = "has rows of inner layers that join the language model, and such a module emits those of the last."
+        return (Problem(where, message, remedy),)
+    stacked = int(described.option("merge"))
     module["model"], module["width"] = TOWER, described.options["hidden"]
     module["options"] = {"folder": module["weights"], "module": name}
-    if described.option("emit_class_token"):
-        module["rows_out"] = {"extra": 1}
+    emission = {
+        "stride": 2 if described.option("stem") == "whisper" else 1,
+        "merge": stacked,
+        "pool": described.option("pool"),
+        "extra": int(described.option("emit_class_token")),
+    }
+    if changes := {key: value for key, value in emission.items() if value != getattr(ONE_EACH, key)}:
+        module["rows_out"] = changes
     module.setdefault("feeds", list(found.get("feeds", ())))
-    _lay_projectors(module, found.get("projector", {}))
+    if "frozen" in found and "trainable" not in module:
+        module.setdefault("frozen", found["frozen"])
+    if isinstance(module.get("frozen"), list):
+        # What the checkpoint says of the converted tower, which a file of `init` repeats, has its name there.
+        recipes = described.recipes
+        module["frozen"] = [
+            name
+            for pattern in module["frozen"]
+            for name in ([t.name for t in recipes[pattern].tensors] if pattern in recipes else [pattern])
+        ]
+    if stacked > 1:  # The tower merges its rows itself.
+        module["width"] = model.modules[described.feeds[0]].options["hidden"]
+    else:
+        _lay_projectors(module, found.get("projector", {}))
     return ()
+
+
+def _lay_targets(name: str, module: MutableMapping[str, Any]) -> tuple[Problem, ...]:
+    """Replace the targets of LoRA, which may be names of the checkpoint, by our names of the linear layers."""
+    lora, checkpoint = module["lora"], published(Path(module["weights"]))
+    paths = linears(checkpoint.module(name).recipes)
+    targets = lora.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        return ()  # reading the table says what is wrong
+    found = dict(targeted(targets, paths, has_towers=len(checkpoint.model.modules) > 1))
+    words = tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths.values()))
+    lora["targets"] = [ALL] if ALL in targets else list(dict.fromkeys(itertools.chain(*found.values())))
+    if any(ours.endswith(".qkv") for ours in paths):
+        lora.setdefault("fused_qkv", True)
+    return tuple(
+        Problem(
+            f"modules.{name}.lora.targets",
+            f"'{target}' is no linear layer of module '{name}'; experts and routers get no LoRA.",
+            nearest(target, words),
+        )
+        for target, names in found.items()
+        if not names
+    )
+
+
+def tower_prefix(described: PublishedModule) -> str:
+    """Return what the names of a tower's tensors begin with."""
+    if described.model == UNKNOWN_TOWER:
+        return described.carried[0].removesuffix("*")
+    names = (
+        described.recipes[name].tensors
+        for name in ("input.weight", "input.conv1.weight")
+        if name in described.recipes
+    )
+    first = next(iter(next(names))).name
+    for end in ("embeddings.patch_embedding.weight", "patch_embed.proj.weight", "conv1.weight"):
+        first = first.removesuffix(end)
+    return first
+
+
+def part_of(prefix: str) -> str | None:
+    """Return what transformers calls a tower whose tensors have names with a prefix; None if it has no such name."""
+    return next((part for part in prefix.split(".") if part in PARTS), None)
 
 
 def _lay_projectors(module: MutableMapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -244,6 +353,8 @@ def _tensors(folder: Path) -> dict[str, PublishedTensor]:
     if not (folder / INDEX).exists():
         if not (folder / ONE_FILE).exists():
             _refuse_pickled(folder)
+        if not (folder / ONE_FILE).exists() and not (folder / ONE_FILE).is_symlink():
+            raise _problem(folder, f"has neither {ONE_FILE} nor {INDEX}.")
         return _header(folder / ONE_FILE)
     places = _table(folder / INDEX).get("weight_map")
     if not isinstance(places, dict):
@@ -297,5 +408,5 @@ def _table(path: Path) -> dict[str, Any]:
     return table
 
 
-def _problem(path: Path, message: str) -> PlanError:
-    return PlanError([Problem(str(path), message, _REMEDY)])
+def _problem(path: Path, message: str, remedy: str = _REMEDY) -> PlanError:
+    return PlanError([Problem(str(path), message, remedy)])

@@ -21,7 +21,20 @@ from mimogrid.core.job import layer_engines
 from mimogrid.core.job.models import ACTIVATIONS, BUILT_IN, NORMS, Transformer
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.job.spec import JobSpec, ModuleSpec, OptimizerSpec, ScheduleSpec
+from mimogrid.core.job.spec import (
+    BALANCES,
+    TRACKERS,
+    WORKER_KINDS,
+    BatchSpec,
+    DataSpec,
+    JobSpec,
+    ModuleLayoutSpec,
+    ModuleSpec,
+    OptimizerSpec,
+    ScheduleLayoutSpec,
+    ScheduleSpec,
+    TrackSpec,
+)
 from mimogrid.core.job.validation.optimizer import DECAYS
 from mimogrid.core.job.validation.problems import RECOMPUTES
 from mimogrid.shell.job.sources.opening import BUILT_IN as SOURCES
@@ -34,11 +47,16 @@ PAGE = "job-file.md"
 DIALECT = "http://json-schema.org/draft-07/schema#"
 """The newest one that both taplo and tombi read."""
 WORDS: Mapping[tuple[type, str], tuple[str, ...]] = {
+    (BatchSpec, "balance"): BALANCES,
     (JobSpec, "precision"): tuple(VALUE_BYTES),
     (ModuleSpec, "recompute"): RECOMPUTES,
+    (ModuleLayoutSpec, "recompute"): RECOMPUTES,
     (ModuleSpec, "engine"): layer_engines.ENGINES,
     (ModuleSpec, "fp8"): layer_engines.FORMATS,
+    (DataSpec, "worker_kind"): WORKER_KINDS,
+    (TrackSpec, "to"): TRACKERS,
     (ScheduleSpec, "name"): SCHEDULES,
+    (ScheduleLayoutSpec, "name"): SCHEDULES,
     (OptimizerSpec, "decay"): DECAYS,
     (Transformer, "norm"): NORMS,
     (Transformer, "activation"): ACTIVATIONS,
@@ -98,7 +116,9 @@ def _key(kind: type, field: "attrs.Attribute[Any]", meanings: "Meanings") -> Sch
     if type(field.default) in {int, float, bool, str}:
         found["default"] = field.default
     words = [allowed for (of, name), allowed in WORDS.items() if name == field.name and issubclass(kind, of)]
-    return found | ({"enum": list(words[0])} if words else {})
+    if words:
+        (found["items"] if found.get("type") == "array" else found)["enum"] = list(words[0])
+    return found
 
 
 def _value(kind: Any, meanings: "Meanings") -> Schema:

@@ -131,7 +131,11 @@ class CoreAttention(nn.Module):
         asked = [run.count * len(run.queries) for run in itertools.chain(*by_chunk)]
         padding = len(query) - sum(asked)
         queries = iter(_split(query, [*asked, *[padding] * (padding > 0)]))
-        drawing = iter(() if row.keys is None else child(row.keys, self.draw).split([*asked, padding]))
+        drawing = iter(
+            ()
+            if row.keys is None or not self.dropout
+            else child(row.keys, self.draw).split([*asked, padding])
+        )
         forked = get_cuda_rng_tracker().fork() if self.forks and self.training else contextlib.nullcontext()
         with forked:
             mixed = [

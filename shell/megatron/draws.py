@@ -41,6 +41,11 @@ def draw_of(what: int, layer: int = 0) -> int:
     return 4 * layer + what
 
 
+def beside(keys: Tensor, adapter: int) -> Tensor:
+    """Return the draws of what LoRA drops before its pair with this number; `draw_of` gives no number below 0."""
+    return child(keys, -1 - adapter)
+
+
 def child(keys: Tensor, numbers: Tensor | int) -> Tensor:
     """Return the draws with these numbers of keys, int64, broadcast; each may be a key in turn."""
     first, second, third = SHIFTS
@@ -65,9 +70,12 @@ def kept(keys: Tensor, numbers: Tensor, probability: float) -> Tensor:
     return _shifted(child(keys, numbers), 64 - BITS) >= int(probability * (1 << BITS))
 
 
-def dropped(values: Tensor, keys_T: Tensor, probability: float) -> Tensor:
-    """Return values [T, ..., H] without some, and the others larger by as much as these are fewer."""
-    columns = torch.arange(values.shape[-1], device=values.device)
+def dropped(values: Tensor, keys_T: Tensor, probability: float, *, first: int = 0) -> Tensor:
+    """Return values [T, ..., H] without some, and the others larger by as much as these are fewer.
+
+    `first` is the number of their first column.
+    """
+    columns = torch.arange(first, first + values.shape[-1], device=values.device)
     mask = kept(keys_T.view(-1, *[1] * (values.dim() - 1)), columns, probability)
     return values * mask * (1 / (1 - probability))
 

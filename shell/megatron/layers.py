@@ -98,10 +98,12 @@ class Linear(Affine):
             weight_grads=weight_grads,
             bias=bias and not no_bias,
         )
+        self.lora: nn.Module | None = None
 
     def forward(self, input: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: A002
         """Return the product, and no bias."""
-        return super().forward(input), None
+        output = super().forward(input)
+        return output if self.lora is None else output + self.lora(input), None
 
 
 class _Sharded:
@@ -120,6 +122,12 @@ class _Sharded:
     ) -> None:
         super().__init__(*arguments, bias=bias and not no_bias, **options)  # type: ignore[call-arg]
         self.weight_grads = weight_grads
+        self.lora: nn.Module | None = None
+
+    def forward(self, input_: Tensor, *more: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the product, with what LoRA adds, and the bias where it is added later."""
+        output, bias = super().forward(input_, *more, **options)  # type: ignore[misc]
+        return output if self.lora is None else output + self.lora(input_), bias
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **how: Any) -> Tensor:  # noqa: A002
         """Multiply; under sequence parallelism the input is this rank's part of the positions."""
@@ -182,13 +190,14 @@ class Layer(TransformerLayer):  # type: ignore[misc]
 
     A recomputed layer says it again, since other microbatches may have been computed in between. The block's argument
     `attention_bias`, which is captured for recomputation as the row is, has what the first layers add to their outputs.
-    `layer` is its number within the model.
+    `layer` is its number within the model. `readers` are further parts that read the row.
     """
 
     def __init__(self, *arguments: Any, layer: int, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.self_attn_bda = DropoutAdd(draw_of(BEHIND_ATTENTION, layer))
         self.mlp_bda = DropoutAdd(draw_of(BEHIND_MLP, layer))
+        self.readers: list[ReadsRow] = []
 
     def forward(
         self,
@@ -198,7 +207,7 @@ class Layer(TransformerLayer):  # type: ignore[misc]
         **more: Any,
     ) -> Any:
         """Compute the layer; see Megatron's."""
-        for part in (self.self_attn_bda, self.mlp, self.mlp_bda):
+        for part in (self.self_attn_bda, self.mlp, self.mlp_bda, *self.readers):
             if isinstance(part, ReadsRow):
                 part.row = packed_seq_params
         hidden, context = super().forward(*arguments, packed_seq_params=packed_seq_params, **more)
@@ -249,6 +258,7 @@ def config_of(
             gated_linear_unit=model.gated,
             normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
             layernorm_epsilon=model.norm_eps,
+            qk_layernorm=model.qk_norm,  # From 0.19 on it refuses norms of heads that only the specification has.
             add_bias_linear=True,  # Local linears go by the options besides.
             tensor_model_parallel_size=tp,
             sequence_parallel=sequence_parallel,

@@ -31,6 +31,7 @@ with warnings.catch_warnings():
         gather_from_sequence_parallel_region,
         gather_from_tensor_model_parallel_region,
         reduce_from_tensor_model_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
         scatter_to_sequence_parallel_region,
     )
     from megatron.core.transformer.transformer_block import TransformerBlock
@@ -44,6 +45,7 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
     "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
     "scatter_to_sequence_parallel_region",
     "without_known_words",
 ]

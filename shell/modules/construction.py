@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.layer_engines import choose
 from mimogrid.core.job.models import Gpt, Own, Parameter, Vit
 from mimogrid.core.job.placement import trainable_names
 from mimogrid.core.topology.topology import UNKNOWN, StageInfo, Topology
-from mimogrid.shell.megatron import engine
+from mimogrid.shell.megatron import engine, lora
 from mimogrid.shell.modules.built_in import RowsStage, TextStage
 from mimogrid.shell.modules.interface import (
     StageGroups,
@@ -22,7 +23,7 @@ from mimogrid.shell.modules.interface import (
 )
 from mimogrid.shell.modules.published import load_published
 from mimogrid.shell.modules.tower import TowerStage
-from mimogrid.shell.modules.transformer import Context
+from mimogrid.shell.modules.transformer import Context, TransformerStage
 from mimogrid.shell.modules.user_modules import HostStage, OwnStage, check_groups, check_patterns, own_network
 from mimogrid.shell.modules.weights import cut_over, initialize, shard_shape
 
@@ -84,17 +85,33 @@ def _stage(
             own = own_network(module.model, written.options, seed=spec.seed, module=module.name)
         return OwnStage(module, info, own, dtype=dtype)
     if user_module is not None:
+        if module.lora is not None:
+            fact = "is for layers that are built here, and the host program gives a network."
+            raise PlanError([Problem(f"modules.{module.name}.lora", fact, "Put LoRA into that network.")])
         table = user_module.table(info, tp=groups.tp.size(), expert_tp=groups.expert_tp.size())  # type: ignore[operator]
         return HostStage(module, info, user_module, table=table, dtype=dtype)
     choice = choose(module.name, spec, missing=engine.missing(device), version=engine.version())
     context = Context(module, info, groups, written.recompute, dtype, choice, written.fp8)
+    stage: TransformerStage
     match module.model:
         case Gpt():
-            return TextStage(context, module.model, sequence=topology.sequence)
+            stage = TextStage(context, module.model, sequence=topology.sequence)
         case Vit():
-            return TowerStage(context, module.model)
+            stage = TowerStage(context, module.model)
         case _:
-            return RowsStage(context, module.model)
+            stage = RowsStage(context, module.model)
+    if module.lora is not None:
+        lora.attach(
+            stage.decoder.layers,
+            info.layers,
+            module.model,
+            module.lora,
+            tp=groups.tp,
+            sequence_parallel=stage.sequence_parallel,
+            dtype=dtype,
+            weight_grads=stage.weight_grads,
+        )
+    return stage
 
 
 def _broadcast_weights(stage: StageModule, user_module: nn.Module, groups: StageGroups) -> None:

@@ -81,8 +81,11 @@ class OwnNetwork(Protocol):
 
     The builder is called with the module's options as keywords. The inputs are those of a first stage (see
     the table above), all other tensors that the samples have for the module, concatenated (targets, image sizes), and
-    row counts per sample as int64 tensors: ``lengths``, and ``lengths.FEEDER`` for each feeder. The outputs are
+    row counts per sample as int64 tensors: ``lengths``, and ``lengths.FEEDER`` for each feeder. A source module also
+    gets ``grids`` [segments, sizes], where all have as many sizes and no tensor has this name. The outputs are
     ``rows`` [R, width] if the module feeds another one, and ``loss`` (a sum, not a mean) if it has a loss.
+
+    If it has an attribute `weight_names`, these are the names of its parameters in checkpoints, by those in the module.
     """
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

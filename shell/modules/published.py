@@ -72,8 +72,8 @@ def published_tensors(found: Published, module: str, full: Mapping[str, Tensor])
 
     A tensor of which `full` lacks any part is left out. A tower that transformers runs has the checkpoint's names.
     """
-    recipes = found.module(module).recipes
-    return {name: tensor for name, tensor in full.items() if name in found.tensors} | {
+    recipes = found.recipes(module, full.keys())
+    return {
         stored.name: torch.cat([full[source.name][source.start : source.stop] for source in sources]).reshape(
             stored.shape
         )

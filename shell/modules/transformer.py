@@ -101,6 +101,9 @@ class TransformerStage(StageModule):
         self.feeders = tuple(edge.source for edge in context.module.inputs)
         self.hidden = model.hidden
         self.dropout = model.dropout
+        self.drops = model.dropout > 0 or (
+            context.module.lora is not None and context.module.lora.dropout > 0
+        )
         self.config = config_of(
             model,
             layers=len(context.info.layers),
@@ -129,7 +132,7 @@ class TransformerStage(StageModule):
             positions=rotary_positions(self.model, share),
             finer=tuple(self.segmentations(share).items()),
         )
-        if self.dropout and self.training:
+        if self.drops and self.training:
             packing = attrs.evolve(packing, row=self.drawing(packing, share))
         deep: Sequence[Tensor] = ()
         if self.info.first:

@@ -33,6 +33,7 @@ class OwnStage(StageModule):
     def __init__(self, module: Module, info: StageInfo, network: nn.Module, *, dtype: torch.dtype) -> None:
         super().__init__(module, info, dtype=dtype)
         self.network = network
+        self.names: Mapping[str, str] = getattr(network, "weight_names", {})
         self.dtype = dtype
         self.feeders = tuple(edge.source for edge in module.inputs)
         self.has_loss = module.model.has_loss
@@ -40,7 +41,8 @@ class OwnStage(StageModule):
 
     def weight_name(self, built: str) -> str:
         """Return the layout-independent name of a parameter from its name in this module."""
-        return built.removeprefix("network.")
+        name = built.removeprefix("network.")
+        return self.names.get(name, name)
 
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see `OwnNetwork`."""
@@ -49,8 +51,12 @@ class OwnStage(StageModule):
             "lengths": tuple(map(sum, zip(*share.rows.values(), strict=True))),
             **{f"lengths.{feeder}": share.rows[feeder] for feeder in self.feeders},
         }
-        counts = {name: sent(torch.tensor(c), device) for name, c in lengths.items()}
-        outputs = self.network({**inputs, **counts})
+        grids = [grid for of_sample in share.grids for grid in of_sample]
+        alike = {"grids": grids} if len({len(grid) for grid in grids}) == 1 else {}
+        described, counts = (
+            {name: sent(torch.tensor(c), device) for name, c in of.items()} for of in (alike, lengths)
+        )
+        outputs = self.network({**described, **inputs, **counts})
         self._check(outputs, sum(share.lengths))
         rows = self.emit(outputs["rows"]) if self.edges else {}
         return rows | {name: tensor for name, tensor in outputs.items() if name != "rows"}

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mimogrid.core.base.hashing import draw_bits
+from mimogrid.core.job.lora import MARK
 from mimogrid.core.job.models import Parameter
 
 
@@ -54,7 +55,12 @@ def layout_name(built: str, layers: range) -> str:
     'layers.5.attention_norm.weight'
     >>> layout_name("output_layer.weight", range(4, 6))
     'output.weight'
+    >>> layout_name("decoder.layers.1.mlp.linear_fc1.lora.gate.a", range(4, 6))
+    'layers.5.mlp.up.lora.gate.a'
     """
+    beside, mark, pair = built.partition(MARK)
+    if mark:
+        return layout_name(f"{beside}.weight", layers).removesuffix(".weight") + mark + pair
     inside = _LAYER.fullmatch(built)
     if inside:
         index, part, kind = inside.groups()

@@ -24,16 +24,19 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.changes import Change, refused
+from mimogrid.core.job.layouts import PLANNED
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.checkpoint import manifest
 from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
-from mimogrid.shell.job import jobfile
+from mimogrid.shell.job import elastic, jobfile
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import run_lock
 
 
 REPORT, RECORD = "report.json", "run.json"
 METRICS, HEARTBEATS = "metrics.jsonl", "heartbeats"
+STEP = "step.json"
+"""The last step, planned and measured, as `core.draw.dashboard` has it."""
 RUNS = "runs"
 SHOWN = 8
 """How many of the keys that differ are listed."""
@@ -60,6 +63,9 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
         ):  # another run found the folder empty, too
             raise _refused(str(folder), "was claimed by another run just now.", _ELSEWHERE)
         write_json(record, {"job": jobfile.dump(job.spec)})
+        size = job.written.world_size if job.ranks is None else job.ranks
+        if job.written.layouts == PLANNED and size is not None:
+            elastic.keep(job.spec, size, folder)
         if (folder / HEARTBEATS).is_symlink():  # a killed world of local processes left it
             (folder / HEARTBEATS).unlink()
         yield folder
@@ -85,16 +91,22 @@ def showing_heartbeats(folder: Path, where: Path) -> Iterator[None]:
             link.unlink(missing_ok=True)
 
 
-def resumed_by_launcher(spec: JobSpec, resume: Path | str | None) -> Path | str | None:
-    """Return the run to resume under torchrun: the named one, or the one that the ranks had begun before a restart.
+def resumed(job: Job, resume: Path | str | None) -> Path | str | None:
+    """Return the run to resume: the named one, or of an elastic job that in its run_dir, begun or not."""
+    return job.spec.train.run_dir if resume is None and job.is_elastic else resume
+
+
+def resumed_by_launcher(job: Job, resume: Path | str | None) -> Path | str | None:
+    """Return the run to resume under torchrun: also the one that the ranks had begun before a restart.
 
     Raises PlanError if torchrun may restart ranks that could not find the run that they had begun.
     """
+    run_dir = job.spec.train.run_dir
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if resume is None and restarts and spec.train.run_dir is None:
-        raise _refused("", "has no name, and torchrun may restart its ranks.", "Name it: train.run_dir.")
+    if resume is None and (restarts or job.is_elastic) and run_dir is None:
+        raise _refused("", "has no name, and ranks may be restarted.", "Name it: train.run_dir.")
     has_begun = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return spec.train.run_dir if resume is None and has_begun else resume
+    return run_dir if resume is None and has_begun else resumed(job, resume)
 
 
 @attrs.frozen

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
-from torch.utils.tensorboard import SummaryWriter
 
 from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, stragglers
-from mimogrid.core.faults.throughput import Measured, Throughput, peak_flops, throughput
+from mimogrid.core.faults.throughput import Measured, Throughput, is_encoder, peak_flops, throughput
+from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute
@@ -31,19 +31,19 @@ from mimogrid.core.step.step import Step
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.folders import METRICS
 from mimogrid.shell.run.progress import progress_text
+from mimogrid.shell.run.trackers import Trackers, tracked
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.execute import Timed
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
-SCALARS_EVERY = 10
-"""Steps from one point of the curves in TensorBoard to the next."""
 PROGRESS_EVERY_S = 10.0
 """Seconds from one line of progress to the next, where there is no terminal."""
 WINDOW = 64
 """Steps over which step times are averaged before stragglers are named."""
 RECENT = 10
 """The steps whose mean is shown as what the run reaches now."""
+NONE: Mapping[str, float] = {}
 ABOVE = 1.5
 """How many times as long as expected a straggler takes."""
 
@@ -78,6 +78,7 @@ class Meter:
         self._active, self._allocated, self._peak = active, allocated, peak
         self._steps: deque[Measured] = deque(maxlen=RECENT)
         self._whole, self._count = Measured(), 0
+        self._data_s, self._data_of_s = dict[int, float](), 0.0
         self._ended = time.perf_counter()
 
     def add(self, step: Step, outcome: Outcome) -> None:
@@ -88,20 +89,31 @@ class Meter:
             self._steps.clear()
             self._whole = Measured()
         elif self._steps:
-            busy_s = sum(times.busy_s for times in outcome.step_times)
-            known = Measured(busy_s=busy_s, busy_of_s=self._steps[-1].seconds * self._active)
+            before_s = self._steps[-1].seconds
+            data_s = sum(times.load_s for times in outcome.step_times)
+            busy_s = sum(max(0.0, times.busy_s - times.load_s) for times in outcome.step_times)
+            known = Measured(busy_s=busy_s, data_s=data_s, of_s=before_s * self._active)
             self._steps[-1] += known
             self._whole += known
+            for times in outcome.step_times:
+                self._data_s[times.rank] = self._data_s.get(times.rank, 0.0) + times.load_s
+            self._data_of_s += before_s
+        flops = model_flops(step)
         measured = Measured(
             steps=1,
             seconds=seconds,
             samples=len(step.samples),
             tokens=step.tokens,
-            flops=sum(model_flops(step).values()),
+            flops=sum(flops.values()),
+            encoder_flops=sum(flops[name] for name in flops if is_encoder(step.topology, name)),
         )
         self._steps.append(measured)
         self._whole += measured
         self._count += 1
+
+    def leave_out(self) -> None:
+        """Count nothing between the step that was added last and now."""
+        self._ended = time.perf_counter()
 
     @property
     def recent(self) -> Throughput | None:
@@ -112,6 +124,11 @@ class Meter:
     def whole(self) -> Throughput | None:
         """What all steps reached since the run was started or resumed."""
         return self._throughput(self._whole)
+
+    @property
+    def waiting_for_data(self) -> dict[int, float]:
+        """By rank, the share of the time of all steps but the first and the last in which it waited for data."""
+        return {rank: data_s / self._data_of_s for rank, data_s in self._data_s.items()}
 
     def _throughput(self, measured: Measured) -> Throughput | None:
         return throughput(measured, active=self._active, allocated=self._allocated, peak=self._peak)
@@ -128,7 +145,8 @@ class Tally:
     """What a rank has counted so far. Losses include those before a resume, throughput does not.
 
     `busy_ns` and `step_ns` are of all steps but the `last`, which a device may not have finished yet. A step in
-    `train.skip_steps` has no loss, and is among the `skipped`. The first rank of the job has a `meter`.
+    `train.skip_steps` has no loss, and is among the `skipped`. The first rank of the job has a `meter` and the
+    values of `validations`, each with its step. Training `ends_early`, after `last_step`, if validations say so.
     """
 
     begun: float = attrs.field(factory=time.perf_counter)
@@ -139,10 +157,16 @@ class Tally:
     skipped: list[int] = attrs.field(factory=list[int])
     last: tuple[Timed, ...] = ()
     meter: Meter | None = None
+    validations: list[tuple[int, Mapping[str, float]]] = attrs.field(
+        factory=list[tuple[int, Mapping[str, float]]]
+    )
+    ends_early: bool = False
+    last_step: int = 0
 
     def add(self, index: int, step: Step, outcome: Outcome) -> None:
         """Count a step."""
         self.busy_ns, self.step_ns = self._times()
+        self.last_step = index
         self.losses.append(outcome.loss)
         for name, loss in outcome.losses.items():
             self.losses_by_module.setdefault(name, []).append(loss)
@@ -183,6 +207,8 @@ def resumed_tally(runtime: RankRuntime, folder: Path, steps: int) -> Tally:
         if "loss" not in facts:
             continue
         tally.losses.append(facts["loss"])
+        if "validation" in facts:
+            tally.validations.append((facts["step"], facts["validation"]))
         for name, loss in facts["losses"].items():
             tally.losses_by_module.setdefault(name, []).append(loss)
     return tally
@@ -228,14 +254,22 @@ class Progress:
 
 @attrs.frozen(eq=False)
 class MetricsWriter:
-    """Writes a line per step, scalars for TensorBoard, and progress on the terminal."""
+    """Writes a line per step, the curves of trackers with a point `every` so many steps, and progress."""
 
     lines: TextIO
-    scalars: SummaryWriter
+    trackers: Trackers
+    every: int
     progress: Progress
 
-    def write(self, index: int, outcome: Outcome, tally: Tally, lagging: Sequence[Straggler] = ()) -> None:
-        """Write a step, and the stragglers that were found after it."""
+    def write(
+        self,
+        index: int,
+        outcome: Outcome,
+        tally: Tally,
+        lagging: Sequence[Straggler] = (),
+        validation: Mapping[str, float] = NONE,
+    ) -> None:
+        """Write a step, and the stragglers and the validation that came after it."""
         recent = tally.meter.recent if tally.meter else None
         facts: dict[str, Any] = {
             "step": index,
@@ -251,10 +285,11 @@ class MetricsWriter:
         }
         if lagging:
             facts["stragglers"] = [_straggler_facts(straggler) for straggler in lagging]
+        if validation:
+            facts["validation"] = dict(validation)
         self.lines.write(json.dumps(facts) + "\n")
-        if index % SCALARS_EVERY == 0:
-            for name, value in _scalars(facts):
-                self.scalars.add_scalar(name, value, index)
+        if index % self.every == 0 or validation:
+            self.trackers.log(index, dict(_curves(facts)))
         self.progress.show(index + 1, facts)
 
     def write_passed_over(self, index: int) -> None:
@@ -262,13 +297,15 @@ class MetricsWriter:
         self.lines.write(json.dumps({"step": index, "taken": False, "skipped": "listed"}) + "\n")
 
 
-def _scalars(facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the curves of TensorBoard: every number that is known but the step itself, and the loss of each module."""
+def _curves(facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the points of curves: every number that is known but the step itself, and the loss of each module."""
     for name, value in facts.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
             yield name, value
     for module, loss in facts["losses"].items():
         yield f"loss/{module}", loss
+    for name, value in facts.get("validation", NONE).items():
+        yield f"validation/{name}", value
 
 
 def _straggler_facts(straggler: Straggler) -> dict[str, Any]:
@@ -287,11 +324,16 @@ def _straggler_facts(straggler: Straggler) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_metrics(folder: Path, start: int, steps: int) -> Iterator[MetricsWriter]:
-    """Open the files of the metrics, and the progress on the terminal from step `start` on."""
+def open_metrics(
+    folder: Path, start: int, spec: JobSpec, warn: Callable[[str], None]
+) -> Iterator[MetricsWriter]:
+    """Open the files and trackers of a job's metrics, and the progress on the terminal from step `start` on.
+
+    `warn` is told of a tracker that fails.
+    """
     with (
         (folder / METRICS).open("a", encoding="utf-8", buffering=1) as lines,  # a resumed run reads them
-        contextlib.closing(SummaryWriter(str(folder / "tensorboard"))) as scalars,
-        Progress(start, steps) as progress,
+        contextlib.closing(Trackers(spec.track.to, tracked(folder, spec), warn)) as trackers,
+        Progress(start, spec.train.steps) as progress,
     ):
-        yield MetricsWriter(lines, scalars, progress)
+        yield MetricsWriter(lines, trackers, spec.track.every, progress)

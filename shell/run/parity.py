@@ -5,9 +5,14 @@ backward. It shares the networks and the loading of samples with the layout, and
 transport, no reduction.
 
 In half precision both are compared with the reference in fp32 (see `_compared_with_one_process`).
+
+The difference of a gradient is its largest difference of a value, divided by the larger of two scales: the largest
+value of this gradient, and the root mean square of all gradients of its module. The second is for gradients that are
+zero but for rounding, such as that of a key's bias where nothing turns: a softmax does not change with it.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import attrs
@@ -55,7 +60,8 @@ class Difference:
 
     Attributes:
         parameter: ``module.parameter``.
-        difference: the largest difference of a value, relative to the scale of the reference.
+        difference: the largest difference of a value, relative to the larger of `reference` and the root mean square
+            of the module's gradients.
         magnitude: the largest value of the layout's gradient.
         reference: the largest value of the reference's.
     """
@@ -102,6 +108,7 @@ class ParityReport:
         lines = [
             f"{'passed' if self.passed else 'FAILED'}: loss differs by {self.loss:.2e}, gradients by at "
             f"most {self.gradients:.2e} ({reference}{self.precision} tolerance: {self.limit:.2g})",
+            "a gradient is compared by its largest value, or by the rms of its module's gradients if that is larger",
             f"{'worst parameters':{width}} {'difference':>10} {'largest':>10} {'reference':>10}",
         ]
         lines += [
@@ -202,13 +209,10 @@ def compare(
     `module` returns the module of a name; by default it is a ``module.parameter``.
     """
     module = module or module_of
-    largest = _largest_by_module(reference, module)
+    floors = _floors(reference, module)
     names = sorted({*ours, *reference})
     worst = sorted(
-        (
-            _difference(name, ours.get(name), reference.get(name), _floor(largest, module(name)))
-            for name in names
-        ),
+        (_difference(name, ours.get(name), reference.get(name), floors[module(name)]) for name in names),
         key=lambda d: (-d.difference, d.parameter),
     )
     loss = relative(losses[0], losses[1])
@@ -220,11 +224,6 @@ def compare(
 def relative(ours: float, reference: float) -> float:
     """Return how far a loss is from the reference's."""
     return abs(ours - reference) / max(abs(reference), 1e-30) if ours != reference else 0.0
-
-
-def _floor(largest: Mapping[str, float], module: str) -> float:
-    """Return the scale by which the gradients of a module that are smaller are compared."""
-    return 1e-3 * (largest.get(module) or max(largest.values(), default=0.0))
 
 
 def _difference(
@@ -250,11 +249,15 @@ def _magnitude(tensor: torch.Tensor | None) -> float:
     return 0.0 if tensor is None or tensor.numel() == 0 else float(tensor.abs().max())
 
 
-def _largest_by_module(gradients: Gradients, module: Callable[[str], str]) -> Mapping[str, float]:
-    largest: dict[str, float] = {}
+def _floors(gradients: Gradients, module: Callable[[str], str]) -> Mapping[str, float]:
+    """Return the root mean square of each module's gradients; that of all for a module without any."""
+    squares, counts = defaultdict[str, float](float), defaultdict[str, int](int)
     for name, gradient in gradients.items():
-        largest[module(name)] = max(largest.get(module(name), 0.0), _magnitude(gradient))
-    return largest
+        squares[module(name)] += float(gradient.double().square().sum())
+        counts[module(name)] += gradient.numel()
+    rms = {name: math.sqrt(square / max(counts[name], 1)) for name, square in squares.items()}
+    overall = math.sqrt(sum(squares.values()) / max(sum(counts.values()), 1))
+    return defaultdict(lambda: overall, {name: found for name, found in rms.items() if found})
 
 
 def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:

@@ -6,6 +6,10 @@ from typing import Any
 from mimogrid.core.base.units import in_bytes
 
 
+DATA_SHOWN = 0.005
+"""The least share of waiting for data that people are shown."""
+
+
 def progress_text(facts: Mapping[str, Any]) -> str:
     """Return the metrics of a step for people; what is not known is left out.
 
@@ -23,6 +27,8 @@ def progress_text(facts: Mapping[str, Any]) -> str:
     for key, name in (("mfu", "MFU"), ("waiting", "waiting")):
         if facts.get(key) is not None:
             parts.append(f"{name} {100 * facts[key]:.0f} %")
+    if (facts.get("waiting_for_data") or 0) >= DATA_SHOWN:
+        parts[-1] += f" (data {100 * facts['waiting_for_data']:.0f} %)"
     if facts.get("peak_bytes"):
         parts.append(f"peak {in_bytes(facts['peak_bytes'])}")
     return "  ".join(parts)

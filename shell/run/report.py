@@ -1,5 +1,6 @@
 """Reports: what a finished run leaves about itself, in numbers and pictures."""
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,16 +9,18 @@ from typing import Any
 import attrs
 
 from mimogrid.core.draw import perfetto
+from mimogrid.core.draw.dashboard import timeline_of, world_of
 from mimogrid.core.draw.picture import above
 from mimogrid.core.draw.svg import svg
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate.measured import mean_costs, measured
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import Event
-from mimogrid.core.update.decision import is_passed_over
+from mimogrid.core.update.patience import best_of
 from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
+from mimogrid.shell.run.folders import STEP
 from mimogrid.shell.run.metrics import Tally
 from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -70,19 +73,17 @@ def gather_ranks(runtime: RankRuntime, tally: Tally) -> list[RankReport]:
     return gather_objects(runtime, mine)
 
 
-def draw(folder: Path, job: Job, examined: Examination, ranks: list[RankReport]) -> None:
-    """Draw the last step, its plan above what was measured, and answers to held-out samples."""
+def draw(folder: Path, job: Job, last: int, examined: Examination, ranks: list[RankReport]) -> None:
+    """Draw step `last`, its plan above what was measured, and answers to held-out samples."""
     events = [event for rank in ranks for event in rank.events]
     if events:
-        _draw_step(folder, job, events)
+        _draw_step(folder, job, last, events)
     for questions, answers in list(examined.values())[:1]:
         draw_predictions(folder / "predictions.png", questions, answers)
 
 
-def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
+def _draw_step(folder: Path, job: Job, last: int, events: list[Event]) -> None:
     """Draw a measured step below its plan, with the job's costs, or else with the mean times of its actions."""
-    train = job.spec.train
-    last = max(step for step in range(train.steps) if not is_passed_over(train, step))
     program = plan_step(job.step(last), job.order)
     ran = measured(program, events)
     planned = simulate(program, job.spec.schedule.costs or mean_costs(events))
@@ -92,7 +93,10 @@ def _draw_step(folder: Path, job: Job, events: list[Event]) -> None:
     title = (
         f"step {last} (the last): {ran.step_s:.4g} s measured, {planned.step_s:.4g} s planned with {costs}"
     )
-    (folder / "timeline.svg").write_text(svg(above(planned, ran, title)), encoding="utf-8")
+    picture = above(planned, ran, title)
+    (folder / "timeline.svg").write_text(svg(picture), encoding="utf-8")
+    step = {"world": world_of(job.topology), "timelines": [timeline_of(picture)]}
+    (folder / STEP).write_text(json.dumps(step, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]) -> None:
@@ -124,6 +128,14 @@ def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]
     plt.close(figure)
 
 
+def _best(runtime: RankRuntime, tally: Tally) -> int | None:
+    """Return the step of the best validation; None where the job does not say which is the best."""
+    spec = runtime.job.spec.validation
+    known = [(step, values) for step, values in tally.validations if spec.best in values]
+    best = best_of([values[spec.best] for _, values in known], highest=spec.highest)
+    return None if best is None else known[best][0]
+
+
 def compose(
     runtime: RankRuntime,
     tally: Tally,
@@ -143,6 +155,9 @@ def compose(
         "world_size": runtime.topology.world_size,
         "steps": runtime.job.spec.train.steps,
         "skipped_steps": tally.skipped,
+        "ended_early_after": tally.last_step + 1 if tally.ends_early else None,
+        "validations": [{"step": step, **values} for step, values in tally.validations],
+        "best_validation": _best(runtime, tally),
         "losses": tally.losses,
         "losses_by_module": tally.losses_by_module,
         "accuracy": first[1],
@@ -150,6 +165,9 @@ def compose(
         "accuracy_text_only": dict(others),
         "training_s": training_s,
         **(attrs.asdict(steady) if steady else {}),
+        "waiting_for_data_by_rank": {
+            str(rank): share for rank, share in (tally.meter.waiting_for_data if tally.meter else {}).items()
+        },
         "busy_fraction": {str(rank.rank): rank.busy_fraction for rank in ranks},
         "peak_bytes": {str(rank.rank): rank.peak_bytes for rank in ranks},
         "machine": platform.platform(),

@@ -3,11 +3,12 @@
     report.json          layout, steps, losses, held-out accuracy, throughput, busy fractions, peak memory
     metrics.jsonl        a line per step
     weights.safetensors  the final weights in the job's precision, full tensors under layout-independent names
+    best.safetensors     likewise the weights of the best validation, if the job says which is the best (`validation`)
     timeline.svg         the measured timeline of the last step, below its plan
     trace.json           the measured timeline, for Perfetto
     predictions.png      held-out samples with their predicted and true answers
     profiles/            what torch did in the steps that the job profiles (`profiles`)
-    checkpoints/, logs/, tensorboard/, and under a launcher heartbeats/ (`heartbeat`)
+    checkpoints/, logs/, what trackers keep (`trackers`), and under a launcher heartbeats/ (`heartbeat`)
 
 The first rank of the job writes all of this but checkpoints and logs, of which every rank writes its own part.
 """
@@ -15,6 +16,7 @@ The first rank of the job writes all of this but checkpoints and logs, of which 
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,18 @@ from typing import Any
 import attrs
 from structlog.typing import FilteringBoundLogger
 
-from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.errors import EchoError, PlanError, Problem
 from mimogrid.core.faults.stragglers import Straggler
 from mimogrid.core.job.changes import changes
+from mimogrid.core.schedule.loads import loads_of
 from mimogrid.core.step.step import Step
 from mimogrid.core.update.decision import is_passed_over
+from mimogrid.core.update.trained import trained_lines
 from mimogrid.shell.checkpoint import files, manifest
+from mimogrid.shell.checkpoint.index import read_index
 from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
 from mimogrid.shell.checkpoint.saving import Saver, open_saver
-from mimogrid.shell.checkpoint.state import manifest_of, restore, slices_to_load, slices_to_save
+from mimogrid.shell.checkpoint.state import beginning, manifest_of, restore, slices_to_load, slices_to_save
 from mimogrid.shell.checkpoint.versions import differences
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
@@ -44,11 +49,14 @@ from mimogrid.shell.run.folders import (
     claimed,
     finished_report,
     showing_heartbeats,
+    stopped,
     write_json,
 )
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
+from mimogrid.shell.run.validation import NOT_VALIDATED, Function, Validated, functions_of, validate
 from mimogrid.shell.runtime.agreement import Outcome
+from mimogrid.shell.runtime.ahead import LoadsAhead, open_ahead
 from mimogrid.shell.runtime.execute import Executor
 from mimogrid.shell.runtime.profiles import executor_of
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -57,9 +65,16 @@ from mimogrid.shell.runtime.tensor_slices import full_tensors, weights_of
 from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.shell.world.preemption import StopRequest, receiving_signals
+from mimogrid.shell.world.world import FAILED
 
 
 PROFILES = "profiles"
+BEST = "best.safetensors"
+ENDED = "ended"
+"""The mark of a run that has ended, for ranks that idle."""
+IDLE_S, LEAVING_S, STOPPING_S = 0.2, 5.0, 20.0
+"""How often an idle rank looks; how long others wait for it to leave; how long it waits for them when it is asked to
+stop, where torchrun gives it 30 s."""
 REFUSED = "refused: "
 """The prefix of what rank 0 answers the others if a run cannot begin."""
 
@@ -93,13 +108,49 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
         held.enter_context(run_lock.shared(path))
         saved = _decided_by_rank_0(session, "checkpoint", lambda: manifest.newest(path / CHECKPOINTS) or "")
         finished = finished_report(path, job.spec.train.steps)
-        if finished is not None or session.runtime is None:
+        if finished is not None:
             return finished
+        if session.runtime is None:
+            return _idle(session, job, path)
         if place.meeting is None:
             session.heartbeat.keep_in(path / HEARTBEATS)
         elif place.rank == 0:
             held.enter_context(showing_heartbeats(path, Path(place.meeting).parent))
-        return _trained(session, session.runtime, path, saved if resume is not None else None)
+        report = _trained(session, session.runtime, path, saved if resume is not None else None)
+        if session.runtime.rank == job.topology.ranks[0]:
+            session.world.mark(ENDED)
+        _await_idle(session, job)
+        return report
+
+
+def _await_idle(session: Session, job: Job) -> None:
+    """Let idle ranks learn that the run has ended, on the rank that may keep the store in which they read it."""
+    idle = set(range(1, session.world.size)) - set(job.topology.ranks)
+    deadline = time.monotonic() + LEAVING_S
+    while session.world.rank == 0 and time.monotonic() < deadline:
+        if all(session.world.is_marked(f"{ENDED}/{rank}") for rank in idle):
+            break
+        time.sleep(IDLE_S)
+
+
+def _idle(session: Session, job: Job, folder: Path) -> Stopped | None:
+    """Wait on a rank that is in no grid until the run has ended.
+
+    A launcher takes a rank that ends for one whose part is done: torchrun would neither restart it with the others, nor
+    use it in a larger layout. Raises EchoError where another rank fails.
+    """
+    asked_s: float | None = None
+    while not session.world.is_marked(ENDED):
+        if session.world.is_marked(FAILED):
+            raise EchoError(f"rank {session.world.rank} idled, and another rank failed")
+        if session.stop_request.is_received:
+            asked_s = asked_s or time.monotonic()
+            if time.monotonic() - asked_s > STOPPING_S:
+                break
+        time.sleep(IDLE_S)
+    session.world.mark(f"{ENDED}/{session.world.rank}")
+    _await_idle(session, job)
+    return stopped(folder) if session.stop_request.is_received else None
 
 
 def _trained(
@@ -120,10 +171,19 @@ def _trained(
             on_phase=session.heartbeat.enter,
             on_wait=session.heartbeat.wait_for_others,
         ) as saver,
+        open_ahead(job, log.warning) as ahead,
     ):
         if session.device.is_asynchronous:  # a CPU has no choice
             _log_layers(runtime, log)
-        run = Run(session, runtime, folder, log, saver, is_first)
+        if job.is_elastic:
+            log.info("layout", ranks=len(job.topology.ranks), of=session.world.size)
+        if is_first:
+            for line in trained_lines(job.topology):
+                log.info(line)
+        if ahead:
+            runtime.source.source = ahead
+        functions = functions_of(job.spec.validation.metrics) if is_first and job.tasks else ()
+        run = Run(session, runtime, folder, log, saver, is_first, ahead, functions)
         tally = run.train(0 if saved is None else run.resume(saved))
         return tally if isinstance(tally, Stopped) else run.finish(tally)
 
@@ -165,6 +225,8 @@ class Run:
     log: FilteringBoundLogger
     saver: Saver
     is_first: bool
+    ahead: LoadsAhead | None = None
+    functions: tuple[Function, ...] = ()
 
     def resume(self, saved: str) -> int:
         """Load a checkpoint; return the step that is next, 0 where there is no checkpoint."""
@@ -173,7 +235,10 @@ class Run:
             return 0
         self.session.heartbeat.enter(LOADING)
         facts = manifest.read_manifest(Path(saved))
-        files.load(Path(saved), slices_to_load(self.runtime, facts), self.runtime.group)
+        with beginning(self.runtime, read_index(Path(saved)).keys()) as is_loaded:
+            slices = slices_to_load(self.runtime, facts)
+            wanted = {name: of for name, of in slices.items() if is_loaded(name)}
+            files.load(Path(saved), wanted, self.runtime.group)
         restore(self.runtime, facts)
         before = jobfile.recorded(facts["job"], Path(saved, manifest.MANIFEST))
         keys = [change.key for change in changes(before, self.runtime.job.spec)]
@@ -192,29 +257,45 @@ class Run:
         tally = resumed_tally(self.runtime, self.folder, start) if self.is_first else Tally()
         watch = StragglerWatch(job)
         with contextlib.ExitStack() as stack:
-            metrics = stack.enter_context(open_metrics(self.folder, start, steps)) if self.is_first else None
+            metrics = None
+            if self.is_first:
+                opening = open_metrics(self.folder, start, job.spec, self.log.warning)
+                metrics = stack.enter_context(opening)
             following = job.step(self._next(start))
+            self._expect(following)
             for index in range(start, steps):
                 stops = False
                 if is_passed_over(job.spec.train, index):
                     self._pass_over(index, tally, metrics)
                 else:
                     step, following = following, job.step(self._next(index + 1))
+                    if index + 1 < steps:
+                        self._expect(following)
                     outcome = self._step(index, step, following)
                     tally.add(index, step, outcome)
                     lagging = watch.after(step, outcome.step_times) if self.is_first else ()
                     self._warn(index, outcome, lagging)
+                    validated = self._validated(index, tally)
                     if metrics:
-                        metrics.write(index, outcome, tally, lagging)
-                    stops = outcome.stops and index + 1 < steps
+                        metrics.write(index, outcome, tally, lagging, validated.values)
+                    tally.ends_early = validated.ends and index + 1 < steps
+                    stops = outcome.stops and index + 1 < steps and not tally.ends_early
                 if stops:
                     self.session.stop_request.accept()
-                if stops or index + 1 == steps or (every and (index + 1) % every == 0):
+                ends = tally.ends_early or index + 1 == steps
+                if stops or ends or (every and (index + 1) % every == 0):
                     self.save(index + 1)
                 if stops:
                     return self._stopped(index + 1)
+                if ends:
+                    break
             self.saver.wait_for_save()
         return tally
+
+    def _expect(self, step: Step) -> None:
+        """Let workers load what this rank reads in a step, when they come to it."""
+        if self.ahead:
+            self.ahead.expect(loads_of(step, self.runtime.job.order, self.runtime.role))
 
     def _step(self, index: int, step: Step, following: Step) -> Outcome:
         """Run a step; begin the next phase of the pending save if all ranks are ready for it."""
@@ -224,6 +305,31 @@ class Run:
             self.saver.advance()
             self.session.heartbeat.enter(BETWEEN)
         return outcome
+
+    def _validated(self, index: int, tally: Tally) -> Validated:
+        """Validate the model after a step after which the job wants it; keep the best weights."""
+        runtime, done = self.runtime, index + 1
+        spec, steps = runtime.job.spec.validation, runtime.job.spec.train.steps
+        if not spec.every or (done % spec.every and done != steps):
+            return NOT_VALIDATED
+        found = validate(runtime, self.functions, [values for _, values in tally.validations])
+        if self.is_first:
+            tally.validations.append((index, found.values))
+            self.log.info(
+                "validation", **{name: f"{value:.4f}" for name, value in found.values.items()}, step=index
+            )
+        if found.is_best:
+            weights = full_tensors(runtime, weights_of(runtime))
+            if self.is_first:
+                files.write_file(self.folder / BEST, weights)
+        if found.ends:
+            self.log.info(
+                f"training ends: the last {spec.patience} validations were not the best", step=index
+            )
+        if tally.meter:
+            tally.meter.leave_out()
+        self.session.heartbeat.enter(BETWEEN)
+        return found
 
     def _pass_over(self, index: int, tally: Tally, metrics: MetricsWriter | None) -> None:
         """Record a step that train.skip_steps lists."""
@@ -280,7 +386,7 @@ class Run:
             return None
         whole = report.compose(runtime, tally, training_s, examined, ranks)
         write_json(folder / REPORT, whole)
-        self._draw(examined, ranks)
+        self._draw(tally.last_step, examined, ranks)
         facts = {"steps": whole["steps"]}
         if whole["losses"]:
             facts["loss"] = f"{whole['losses'][-1]:.4f}"
@@ -289,9 +395,9 @@ class Run:
         self.log.info("finished", **facts, folder=str(self.folder))
         return whole
 
-    def _draw(self, examined: report.Examination, ranks: list[report.RankReport]) -> None:
+    def _draw(self, last: int, examined: report.Examination, ranks: list[report.RankReport]) -> None:
         """Draw what was measured. The report is written already, so a picture that fails is only logged."""
         try:
-            report.draw(self.folder, self.runtime.job, examined, ranks)
+            report.draw(self.folder, self.runtime.job, last, examined, ranks)
         except Exception as error:
             self.log.warning(f"the pictures are not complete: {error!r}", folder=str(self.folder))

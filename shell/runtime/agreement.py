@@ -196,7 +196,7 @@ def means_of(step: Step, sums: Sequence[float]) -> dict[str, float]:
 def samples_digest(step: Step) -> tuple[float, float]:
     """Return a hash of how a step's samples are described, as two numbers of 48 bits, exact in fp64."""
     facts = [(s.id, s.length, s.rows, s.placeholders, s.segments, s.intervals, s.units) for s in step.samples]
-    hashed = hashlib.blake2b(repr(facts).encode(), digest_size=12).digest()
+    hashed = hashlib.blake2b(repr((facts, step.cells)).encode(), digest_size=12).digest()
     return float(int.from_bytes(hashed[:6], "big")), float(int.from_bytes(hashed[6:], "big"))
 
 
@@ -209,8 +209,10 @@ def check_digests(
     """Compare the digests [ranks, 2] of a step's samples. Raises WorldError where they differ."""
     differ = [r for r, row in zip(ranks, digests, strict=True) if not row.equal(digests[0])]
     if differ:
-        ids = f"{step.samples[0].id}..{step.samples[-1].id}"
-        raise WorldError(f"ranks {differ} describe samples {ids} differently than rank {ranks[0]}: {remedy}.")
+        ids = [sample.id for sample in step.samples]
+        raise WorldError(
+            f"ranks {differ} describe samples {min(ids)}..{max(ids)} differently than rank {ranks[0]}: {remedy}."
+        )
 
 
 def check_batch(runtime: RankRuntime, step: Step) -> None:

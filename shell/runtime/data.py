@@ -5,12 +5,13 @@ module, tokens on the first stage of a language model, targets on the last stage
 """
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
 
-from mimogrid.core.base.errors import WorldError
+from mimogrid.core.base.errors import PlanError, WorldError
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Block, Gpt, Own, Regressor, Vit
 from mimogrid.core.step.step import Share
@@ -31,11 +32,28 @@ class Loads(Protocol):
         ...
 
 
+class LoadError(WorldError):
+    """A sample that could not be loaded; the message names it and the module."""
+
+
+def load_sample(source: Loads, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+    """Return a sample's tensors for a module. Raises LoadError for whatever the source raises but a PlanError."""
+    try:
+        return source.load(sample_id, module)
+    except (LoadError, PlanError):
+        raise
+    except WorldError as error:
+        raise LoadError(f"sample {sample_id}, module '{module}': {error}") from error
+    except Exception as error:
+        what = f"sample {sample_id}: loading it for module '{module}' raised {type(error).__name__}: {error}"
+        raise LoadError(f"{what}\n{traceback.format_exc().rstrip()}") from error
+
+
 class TimedSource:
-    """A source that counts the seconds which loading takes, and calls `before_load` before each load."""
+    """A source that counts the seconds that its reader waits for data, and calls `before_load` before each load."""
 
     def __init__(self, source: Loads, before_load: Callable[[], None]) -> None:
-        self._source = source
+        self.source = source
         self._before_load = before_load
         self._seconds = 0.0
 
@@ -43,7 +61,7 @@ class TimedSource:
         """Load a sample's tensors for a module."""
         begin = time.perf_counter()
         self._before_load()
-        loaded = self._source.load(sample_id, module)
+        loaded = self.source.load(sample_id, module)
         self._seconds += time.perf_counter() - begin
         return loaded
 
@@ -104,7 +122,7 @@ class Loader:
         for sample, count in samples:
             if count == 0:
                 continue
-            loaded = self._source.load(sample.id, module.name)
+            loaded = load_sample(self._source, sample.id, module.name)
             if count and "rows" in loaded:
                 _checked(loaded, "rows", sample, count, module.name)
             for name, tensor in loaded.items():
@@ -132,7 +150,7 @@ class Loader:
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for sample, count in zip(share.samples, counts, strict=True):
             if count:
-                loaded = self._source.load(sample.id, module.name)
+                loaded = load_sample(self._source, sample.id, module.name)
                 for name in names:
                     columns[name].append(_checked(loaded, name, sample, count, module.name))
                 for name in loaded if entire else ():

@@ -12,6 +12,7 @@ from mimogrid.core.program.lifetimes import Releases
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
+    Gather,
     Norm,
     Recv,
     Reduce,
@@ -19,6 +20,7 @@ from mimogrid.core.schedule.actions import (
     Tie,
     Update,
     Wait,
+    WaitGather,
     WaitReduce,
 )
 from mimogrid.core.topology.topology import Stage
@@ -46,7 +48,7 @@ class RankContext:
 
     Attributes:
         stages: the rank's stages in this step.
-        buffers: the gradients of each stage.
+        buffers: the gradients and weights of each stage.
         transport: what carries messages.
         heartbeat: where the rank notes what it does.
         releases: which tensors the stages free after which action.
@@ -120,8 +122,8 @@ def _act(action: Action, context: RankContext) -> None:
             transport.wait(action.transfer)
         case Wait(transfer=Recv() as recv):
             stages[recv.stage].deliver(recv, transport.wait(recv))
-        case Reduce() | WaitReduce() | Tie():
-            _reduce(action, context)
+        case Reduce() | WaitReduce() | Gather() | WaitGather() | Tie():
+            _exchange(action, context)
         case Norm():
             assert context.end is not None
             context.end.agree(stages.values())
@@ -130,7 +132,7 @@ def _act(action: Action, context: RankContext) -> None:
             context.end.update()
 
 
-def _reduce(action: Reduce | WaitReduce | Tie, context: RankContext) -> None:
+def _exchange(action: Reduce | WaitReduce | Gather | WaitGather | Tie, context: RankContext) -> None:
     buffer = context.buffers[action.stage]
     match action:
         case Reduce(bucket=bucket):
@@ -138,6 +140,11 @@ def _reduce(action: Reduce | WaitReduce | Tie, context: RankContext) -> None:
         case WaitReduce(bucket=bucket):
             context.heartbeat.wait_for_others()
             buffer.buffers[bucket].wait()
+        case Gather(bucket=bucket):
+            buffer.buffers[bucket].gather()
+        case WaitGather(bucket=bucket):
+            context.heartbeat.wait_for_others()
+            buffer.buffers[bucket].wait_for_weights()
         case Tie():
             context.heartbeat.wait_for_others()
             buffer.tie()

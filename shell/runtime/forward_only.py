@@ -7,7 +7,6 @@ import torch
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.step.step import Step
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
-from mimogrid.shell.runtime.agreement import means_of
 from mimogrid.shell.runtime.data import Loads
 from mimogrid.shell.runtime.exchange import compact, gather_objects, gather_values
 from mimogrid.shell.runtime.execute import execute
@@ -22,10 +21,21 @@ def evaluate(
     loss: Loss = weighted_cross_entropy,
 ) -> Mapping[str, float]:
     """Return each module's loss of a step, divided by its count, on every rank."""
-    stages = _forward(runtime, step, source, loss=loss)
-    sums = torch.tensor([*losses_of(stages, step).values()], dtype=torch.float64, device=runtime.device.torch)
-    means = means_of(step, gather_values(runtime, sums).sum(dim=0).tolist())
-    return {name: mean for name, mean in means.items() if name in runtime.topology.modules}
+    sums = loss_sums(runtime, step, source, loss)
+    return {name: total / step.units[name] if step.units[name] else 0.0 for name, total in sums.items()}
+
+
+def loss_sums(
+    runtime: RankRuntime,
+    step: Step,
+    source: Loads | None = None,
+    loss: Loss = weighted_cross_entropy,
+) -> Mapping[str, float]:
+    """Return the sum of each module's loss over a step, on every rank; `Step.units` has what to divide by."""
+    mine = losses_of(_forward(runtime, step, source, loss=loss), step)
+    sums = torch.tensor([*mine.values()], dtype=torch.float64, device=runtime.device.torch)
+    totals = gather_values(runtime, sums).sum(dim=0).tolist()
+    return {n: total for n, total in zip(mine, totals, strict=True) if n in runtime.topology.modules}
 
 
 def predict(runtime: RankRuntime, step: Step, source: Loads | None = None) -> list[int]:
@@ -62,6 +72,7 @@ def _forward(
     runtime: RankRuntime, step: Step, source: Loads | None, *, loss: Loss | None = None
 ) -> Iterable[StageStep]:
     """Run the forwards of a step; return the stages of this rank in it."""
+    runtime.complete_weights()
     program = plan_step(step, runtime.job.forward_order)
     actions = program.of(runtime.rank)
     context = begin_program(runtime, program, actions, source=source, loss=loss)

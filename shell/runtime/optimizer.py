@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.job.optimizers import arguments_of, group_of, kind_of
+from mimogrid.core.job.optimizers import EMA, arguments_of, group_of, kind_of
 from mimogrid.core.job.spec import GroupSpec, OptimizerSpec
 from mimogrid.core.update.learning_rate import learning_rate
 from mimogrid.shell.runtime.gradients import Shard
@@ -50,12 +50,29 @@ def set_rates(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, *, step: in
         group["lr"] = learning_rate(spec, step=step, steps=steps, lr=group["highest"])
 
 
-def begin_states(optimizer: torch.optim.Optimizer) -> None:
+@torch.no_grad()
+def average(optimizer: torch.optim.Optimizer, kept: float) -> None:
+    """Move the running means of the weights after an update; after the first one they are the weights.
+
+    A mean is among the states of its parameter, so it is sharded, saved and loaded as they are.
+    """
+    for group in optimizer.param_groups:
+        for main in group["params"]:
+            state = optimizer.state[main]
+            if EMA in state:
+                state[EMA].lerp_(main, 1 - kept)
+            else:
+                state[EMA] = main.detach().clone()
+
+
+def begin_states(optimizer: torch.optim.Optimizer, *, ema: float) -> None:
     """Let the optimizer make its state, as in its first step; a checkpoint then overwrites it, and the weights."""
     for group in optimizer.param_groups:
         for main in group["params"]:
             main.grad.zero_()
     optimizer.step()
+    if ema:
+        average(optimizer, ema)
 
 
 def states_of(optimizer: torch.optim.Optimizer | None, shard: Shard) -> Mapping[str, torch.Tensor]:

@@ -89,6 +89,11 @@ class RankRuntime:
         """The topology of the job."""
         return self.job.topology
 
+    def complete_weights(self) -> None:
+        """Gather what a sharded update left stale, for a reader of weights between two steps; all ranks call it."""
+        for buffer in self.buffers.values():
+            buffer.complete()
+
     @property
     def group(self) -> dist.ProcessGroup:
         """The group of all ranks that host a module."""

@@ -201,16 +201,16 @@ class StageStep:
 
     def last_tokens(self, microbatch: int) -> tuple[range, torch.Tensor]:
         """Return which samples of the step a dp rank has in a microbatch, and the likeliest token after each."""
-        logits_TV, module = self.logits[microbatch], self.runner.module
+        logits_TV, name = self.logits[microbatch], self.runner.module.name
         ends = torch.tensor(prefix_sums(self._share(microbatch).lengths)[1:], device=logits_TV.device) - 1
-        which = module.samples(self.dp_rank, microbatch, len(self.program.routes.step.samples))
+        which = self.program.routes.step.samples_of(name, self.dp_rank, microbatch)
         return which, logits_TV[ends].argmax(dim=-1)
 
     def sample_logits(self, microbatch: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the place of each sample of a dp rank in the step, and its logits [T, V]."""
         parts = self.logits[microbatch].split(self._share(microbatch).lengths)
-        size = len(self.program.routes.step.samples)
-        return zip(self.runner.module.samples(self.dp_rank, microbatch, size), parts, strict=True)
+        places = self.program.routes.step.samples_of(self.runner.module.name, self.dp_rank, microbatch)
+        return zip(places, parts, strict=True)
 
     def _share(self, microbatch: int) -> Share:
         return self.program.routes.step.share(self.runner.module.name, self.dp_rank, microbatch)

@@ -116,12 +116,15 @@ def _spread(
 
 
 def weights_of(runtime: RankRuntime) -> dict[Stage, Tensors]:
-    """Return this rank's weights in the precision of the network, stage by stage."""
+    """Return this rank's weights in the precision of the network, stage by stage; all ranks of the job call it."""
+    runtime.complete_weights()
     return {stage: named_weights(runner.network) for stage, runner in runtime.stages.items()}
 
 
 def gradients_of(runtime: RankRuntime) -> dict[Stage, Tensors]:
-    """Return the gradients of this rank's weights, stage by stage."""
+    """Return the summed gradients of this rank's weights, stage by stage; all ranks of the job call it."""
+    for buffer in runtime.buffers.values():
+        buffer.gather_gradients()
     return {
         stage: {name: w.grad for name, w in buffer.weights.items() if w.grad is not None}
         for stage, buffer in runtime.buffers.items()

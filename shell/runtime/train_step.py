@@ -71,12 +71,17 @@ def _take(runtime: RankRuntime, agreed: Agreed, index: int) -> None:
 
 
 def update_weights(runtime: RankRuntime, norm: float, *, limit: float) -> None:
-    """Clip by the global norm (limit 0: not), update the main parameters, and copy them to the model."""
+    """Clip by the global norm (limit 0: not), update the main parameters, and copy them to the model.
+
+    If ranks share the update, weights are stale after it; the next step gathers them (`gradients`).
+    """
     buffers = runtime.buffers.values()
     if limit and norm > limit:
         for buffer in buffers:
             buffer.scale(limit / norm)
     if runtime.optimizer is not None:
         runtime.optimizer.step()
+        if spec.optimizer.ema:
+            optimizer.average(runtime.optimizer, spec.optimizer.ema)
     for buffer in buffers:
         buffer.copy_main_to_model()

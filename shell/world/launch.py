@@ -114,7 +114,7 @@ class Pool:
 
     def _start(self) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, os.getcwd()), daemon=True)
+        process = self._context.Process(target=_work, args=(theirs, os.getcwd()))
         process.start()
         theirs.close()
         return process, ours

@@ -10,5 +10,6 @@ WRITING = "writing a checkpoint"
 # Only the first rank of a job publishes a checkpoint.
 PUBLISHING = "publishing a checkpoint"
 PUBLISHED = "a checkpoint is published"
+VALIDATING = "calling metrics of a validation"
 FINISHING = "writing results"
 COLLECTING = "collecting results"

@@ -25,6 +25,8 @@ from mimogrid.core.topology.groups import Ranks, Slot
 
 
 POLL_S = 0.02
+FAILED = "failed"
+"""The mark of a world in which a rank has failed; its value is the rank that failed first."""
 
 
 def release() -> str:
@@ -138,6 +140,15 @@ class World:
         except RuntimeError as error:  # Which of its kinds depends on the store.
             raise AbsentError(tuple(absent()), key) from error
 
+    def mark(self, what: str) -> None:
+        """Leave a mark in the store; one that is gone, or belongs to a rank that is, is passed over."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(what, "")
+
+    def is_marked(self, what: str) -> bool:
+        """Whether a rank has left a mark."""
+        return bool(self.store.check([what]))
+
     def first_to_fail(self, folder: Path | None) -> int | None:
         """Return which rank of the world failed first: this one if none did before.
 
@@ -145,7 +156,7 @@ class World:
         None is another rank, which is not known.
         """
         try:
-            first: bytes = self.store.compare_set("failed", "", str(self.rank))
+            first: bytes = self.store.compare_set(FAILED, "", str(self.rank))
         except RuntimeError:
             if folder is None:
                 return None

@@ -265,16 +265,32 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         path.unlink()
     (source / "pytorch_model.bin").touch()
     assert "is pickled (.bin), which is never read here" in refused(source)
-    assert "config.json: there is no such file" in refused(tmp_path / "b")
+    assert "b: there is no such folder" in refused(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"pixel_values": torch.ones(1)}, "batch.pixel_values: is nothing that the model reads"),
-        ({"attention_mask": torch.tensor([[0, 1, 1]])}, "leaves out tokens before others"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "leaves out tokens between others"),
+        (
+            {"attention_mask": torch.tensor([[0, 1, 1]]), "labels": torch.tensor([[-100, 2, 3]])},
+            "sample 0: has a label for its first token",
+        ),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "has labels of padding"),
         ({"labels": None}, "batch.labels: is missing"),
+        ({"labels": [[1, 2, 3]]}, "batch.labels: is of the type list; expected a tensor"),
+        (
+            {"labels": torch.ones(1, 2).long()},
+            r"batch.labels: has the shape \(1, 2\), and input_ids \(1, 3\)",
+        ),
+        ({"labels": torch.tensor([[1, 2, 259]])}, "sample 0: has 259 at token 2; the vocabulary has 259"),
+        ({"labels": torch.tensor([[1, -5, 3]])}, "sample 0: has -5 at token 1.*\n.*does not count is -100"),
+        ({"attention_mask": torch.ones(2, 3)}, r"batch.attention_mask: has the shape \(2, 3\)"),
+        ({"input_ids": torch.tensor([1, 2, 3])}, r"batch.input_ids: has the shape \(3,\)"),
+        ({"input_ids": torch.ones(0, 3).long()}, r"batch.input_ids: has the shape \(0, 3\)"),
+        ({"input_ids": torch.ones(1, 3)}, "batch.input_ids: is of the dtype float32; expected integers"),
+        ({"input_ids": torch.tensor([[1, -1, 3]])}, "batch.input_ids: sample 0: has -1 at token 1"),
     ],
 )
 def test_batches_that_do_not_fit(change: dict[str, Any], message: str) -> None:

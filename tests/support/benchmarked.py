@@ -18,7 +18,8 @@ from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.device.streams import Streams
 
 
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "step.py"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+PROGRAM, PEER = BENCHMARKS / "gpu" / "step.py", BENCHMARKS / "peer" / "peer.py"
 COMMIT = "the one under test"
 MICROBATCHES, SAMPLES = 4, 2
 ROWS, SEQUENCE, WIDTH = 4, 32, 32

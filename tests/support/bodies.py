@@ -255,6 +255,8 @@ def ordered(
     device = Device(torch.device("cpu"), "gloo", streams, stages_through_host=through_host)
     with patch.object(devices, "choose", lambda *_: device), open_session(place, job) as session:
         assert session.runtime
+        for buffer in session.runtime.buffers.values():
+            buffer.copy_main_to_model()  # as after an update, so that there is something to gather
         with streams.watching():
             executor = _summing_too_early if too_early else execute
             train_step(session.runtime, 0, job.step(0), job.step(1), executor=executor)

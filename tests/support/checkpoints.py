@@ -102,9 +102,9 @@ SPECIAL = {
 }
 
 
-def _llava(vision: str, layer: int, strategy: str) -> Any:
+def _llava(vision: str, layer: int, strategy: str, **more: Any) -> Any:
     return transformers.LlavaConfig(
-        vision_config=getattr(transformers, vision)(**PLAIN_VIT),
+        vision_config=getattr(transformers, vision)(**PLAIN_VIT, **more),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         vision_feature_layer=layer,
@@ -197,6 +197,10 @@ MODELS: Mapping[str, tuple[str, Callable[[], Any]]] = {
     "whisper": ("WhisperForConditionalGeneration", _whisper),
     "llava": ("LlavaForConditionalGeneration", lambda: _llava("CLIPVisionConfig", -2, "default")),
     "llava-siglip": ("LlavaForConditionalGeneration", lambda: _llava("SiglipVisionConfig", -1, "full")),
+    "llava-dinov2": (
+        "LlavaForConditionalGeneration",
+        lambda: _llava("Dinov2Config", -2, "default", mlp_ratio=2),
+    ),
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl),
     "qwen3-vl": ("Qwen3VLForConditionalGeneration", _qwen3_vl),
     "qwen2-audio": ("Qwen2AudioForConditionalGeneration", _qwen2_audio),
@@ -205,6 +209,8 @@ TOWERS = ("clip", "siglip", "whisper")
 LANGUAGE = ("llama", "llama3", "llama-biased", "qwen2", "qwen2-windows", "qwen3", "qwen3-moe")
 WHOLES = ("llava", "llava-siglip", "qwen2.5-vl", "qwen3-vl", "qwen2-audio")
 WITH_VIDEOS = ("qwen2.5-vl", "qwen3-vl")
+BY_THEIRS = ("llava-dinov2",)
+"""Wholes whose tower is of no family here."""
 
 
 def make(
@@ -245,13 +251,27 @@ def rename(folder: Path, pattern: str, replacement: str) -> None:
 # -- batches
 
 
+def padded_left(batch: Batch) -> Batch:
+    """Return a batch with the padding of its text on the left; the first token of a sample has no label."""
+    counts = batch["attention_mask"].sum(dim=1)
+    turned = {
+        key: torch.stack([row.roll(int(len(row) - count)) for row, count in zip(tensor, counts, strict=True)])
+        for key, tensor in batch.items()
+        if tensor.shape == batch["input_ids"].shape
+    }
+    first = turned["attention_mask"].diff(dim=1, prepend=torch.zeros(len(counts), 1).long()) > 0
+    return batch | turned | {"labels": turned["labels"].masked_fill(first, IGNORED)}
+
+
 def batch(name: str, seed: int = 0, samples: Sequence[Sample] | None = None) -> Batch:
     """Return a batch for a model, padded on the right; a tower's has no tokens and no labels."""
     generator = torch.Generator().manual_seed(seed)
     if name in TOWERS:
         return _rows_alone(name, generator)
     if samples is None:
-        samples = [tuple(p for p in sample if name in WHOLES or p != "*") for sample in SAMPLES]
+        samples = [
+            tuple(p for p in sample if name in (*WHOLES, *BY_THEIRS) or p != "*") for sample in SAMPLES
+        ]
     segments = {"*": _segments(name, generator), "video": _videos(name, generator)}
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     tokens: list[list[int]] = []

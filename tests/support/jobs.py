@@ -48,10 +48,11 @@ def job(
     schedule: str = "1f1b",
     world: int | None = None,
     bucket_mb: float = 25.0,
+    sharded: bool = False,
 ) -> Topology:
     """Return the topology of a job in the notation above."""
     spec, facts = _written(text, batch, microbatches, schedule, world)
-    spec = attrs.evolve(spec, optimizer=OptimizerSpec(bucket_mb=bucket_mb))
+    spec = attrs.evolve(spec, optimizer=OptimizerSpec(bucket_mb=bucket_mb, sharded=sharded))
     problems = problems_of(spec, facts)
     assert not problems, "\n".join(map(str, problems))
     return assemble(spec, facts)

@@ -33,14 +33,15 @@ def command(arguments: Sequence[str], said: Path, variables: Mapping[str, str], 
     After a restart by a launcher the fault is over.
     """
     os.environ.update(variables)
-    _speak_into(said)
+    speak_into(said)
     with _suffering("" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else fault, said):
         code = main(list(arguments))
     if code:
         sys.exit(code)
 
 
-def _speak_into(said: Path) -> None:
+def speak_into(said: Path) -> None:
+    """Add what this process says as an error to a file."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.stderr.fileno())
 
 
@@ -58,7 +59,7 @@ def _suffering(fault: str, said: Path) -> Iterator[None]:
 
 def train_with_fault(place: RankPlace, said: Path, fault: str, *arguments: Any) -> Any:
     """Train on a rank of a local world with a fault."""
-    _speak_into(said)
+    speak_into(said)
     with injected(fault):
         return train.in_world(place, *arguments)
 

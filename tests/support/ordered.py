@@ -23,7 +23,7 @@ from typing import Any
 import attrs
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from mimogrid.shell.device.streams import Posted, Streams
@@ -167,8 +167,9 @@ class _Message:
     is_of_host: bool
 
     def wait(self) -> None:
-        """Wait for the message, and know that it is over."""
-        self.work.wait()
+        """Wait for the message, and know that it is over; gloo copies the results of some inside the wait."""
+        with _disable_current_modes():
+            self.work.wait()
         self.streams.arrived(self.name, is_of_host=self.is_of_host)
 
 

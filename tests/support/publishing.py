@@ -10,7 +10,10 @@ import torch
 
 from hosts import host
 from mimogrid.adapters.huggingface import Job
+from mimogrid.adapters.torch_module import Example
+from mimogrid.shell.data.batches import examples_of
 from mimogrid.shell.device.place import RankPlace
+from mimogrid.shell.job.published import published
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -49,3 +52,36 @@ def saved(
         outcomes = [running.step(batch) for batch in batches]
         running.save_pretrained(out)
     return [outcome.loss if outcome else None for outcome in outcomes]
+
+
+def adapted(
+    place: RankPlace, folder: Path, layouts: Sequence[Layout], batches: Sequence[Batch], out: Path
+) -> list[Seen]:
+    """Train LoRA on each of several layouts; save it, alone and merged; return a step of the last batch after it."""
+    seen = []
+    with host(place):
+        for number, layout in enumerate(layouts):
+            with Job.from_pretrained(folder, **layout).open() as running:
+                for batch in batches[:-1]:
+                    running.step(batch)
+                running.save_pretrained(out / f"{number}", merge=False)
+                running.save_pretrained(out / f"{number}-merged")
+                outcome, gradients = running.step(batches[-1]), running.gradients()
+            arrays = {name: tensor.numpy() for name, tensor in (gradients or {}).items()}
+            seen.append(Seen(outcome.loss if outcome else None, arrays))
+    return seen
+
+
+def answered(
+    place: RankPlace, folder: Path, layout: Layout, batches: Sequence[Batch], out: Path
+) -> list[np.ndarray]:
+    """Train LoRA on batches and save it, alone and merged; return the logits [tokens, V] of the last batch after it."""
+    with host(place), Job.from_pretrained(folder, **layout).open() as running:
+        for batch in batches:
+            running.step(batch)
+        running.save_pretrained(out / "adapter", merge=False)
+        running.save_pretrained(out / "merged")
+        examples = [
+            Example(each.sample, each.tensors) for each in examples_of(published(folder).model, batches[-1])
+        ]
+        return [logits.numpy() for logits in running._opened().answers(examples)]

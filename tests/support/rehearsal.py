@@ -24,6 +24,7 @@ from mimogrid.core.schedule.actions import (
     Action,
     Compute,
     Direction,
+    Gather,
     Kind,
     Norm,
     Recv,
@@ -33,6 +34,7 @@ from mimogrid.core.schedule.actions import (
     Transfer,
     Update,
     Wait,
+    WaitGather,
     WaitReduce,
     matching_op,
 )
@@ -175,6 +177,8 @@ class _Rank:
         self.gradient: collections.Counter[Stage] = collections.Counter()
         self.sums: dict[Reduce, tuple[tuple[int, ...], int]] = {}
         self.summed: dict[Reduce, Number] = {}
+        self.gathers: dict[Gather, tuple[tuple[int, ...], int]] = {}
+        self.gathered: dict[Stage, dict[int, Number]] = {}
         self.computes: collections.Counter[tuple[int, ...]] = collections.Counter()
         self.weights = {info.stage: of("weights", info.stage) for info in self.topology.role(number).stages}
         self.agreed: Number | None = None
@@ -190,6 +194,8 @@ class _Rank:
                 return self.wait(action.transfer)
             case Reduce():
                 return self.post_sum(action)
+            case Gather() | WaitGather():
+                return self.gather(action)
             case _:
                 return self.finish(action)
 
@@ -368,6 +374,34 @@ class _Rank:
             self.summed[wait.posted] = of("sum", *handed)
         return handed is not None
 
+    def gather(self, action: Gather | WaitGather) -> bool:
+        """Do what a stage needs before it computes."""
+        return self.post_gather(action) if isinstance(action, Gather) else self.wait_for_weights(action)
+
+    def post_gather(self, gather: Gather) -> bool:
+        """Hand in a shard of the weights, at a place among the computations that all members join."""
+        if gather.stage not in self.weights or gather in self.gathers:
+            raise RehearsalError(f"'{gather}' is not for rank {self.number}, or twice")
+        members = tuple(self.program.joint(self.number, gather))
+        before = [n for ranks, n in sorted(self.computes.items()) if set(members) <= set(ranks)]
+        self.gathers[gather] = self.world.post(self, members, f"{gather} after {before}", self.stale(gather))
+        return True
+
+    def stale(self, gather: Gather) -> Number:
+        """Return the shard of a bucket that this rank updated in the step before."""
+        return of("shard", gather, self.number)
+
+    def wait_for_weights(self, wait: WaitGather) -> bool:
+        """Go on once all members have handed in their shards. Weights that were read before were others."""
+        if wait.posted not in self.gathers or self.agreed is not None:
+            raise RehearsalError(f"'{wait}' waits for what is not posted, or comes too late")
+        handed = self.world.handed(self.gathers[wait.posted])
+        if handed is not None:
+            self.gathered.setdefault(wait.stage, {})[wait.bucket] = of("gathered", *handed)
+            whole = tuple(sorted(self.gathered[wait.stage].items()))
+            self.weights[wait.stage] = of("weights", wait.stage, whole)
+        return handed is not None
+
     def result_of(self, stage: Stage) -> Number:
         """Return the gradient of a stage, summed as far as it is."""
         mine = [(reduce.bucket, value) for reduce, value in self.summed.items() if reduce.stage == stage]
@@ -408,6 +442,9 @@ class _Rank:
             raise RehearsalError(f"rank {self.number} never waits for {', '.join(map(str, self.pending))}")
         if self.sums.keys() != self.summed.keys():
             raise RehearsalError(f"rank {self.number} does not wait for all sums that it posted")
+        waited = {Gather(stage, bucket) for stage, own in self.gathered.items() for bucket in own}
+        if self.gathers.keys() != waited:
+            raise RehearsalError(f"rank {self.number} does not wait for all weights that it gathers")
         for stage, weights in self.weights.items():
             yield (self.number, stage), weights
         for (stage, direction, k), value in self.made.items():

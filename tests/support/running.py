@@ -10,10 +10,12 @@ from mimogrid.shell.run import report, train
 from mimogrid.shell.world.launch import Pool
 
 
-def trained(pool: Pool, job: Job, folder: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Train a job in a folder to its end, or go on there; return its report."""
+def trained(
+    pool: Pool, job: Job, folder: Path, *, resume: bool = False, changed: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Train a job in a folder to its end, or go on there with keys that are `changed`; return its report."""
     folder.mkdir(exist_ok=True)
-    arguments = (job, None, str(folder), str(folder) if resume else None)
+    arguments = (job, None, str(folder), str(folder) if resume else None, changed)
     said = pool.run("mimogrid.shell.run.train:in_world", job.topology.world_size, *arguments)
     return next(report for report in said if report)
 

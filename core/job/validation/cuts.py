@@ -90,7 +90,8 @@ def sharding_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
         shards["ffn features"] = model.ffn
     if isinstance(model, Gpt):
         shards["vocabulary entries"] = model.vocab_rows
-    common = math.gcd(*shards.values())
+    padded = isinstance(model, Gpt) and model.vocab_padding > 0  # Padding follows tp, and not tp the padding.
+    common = math.gcd(*(n for what, n in shards.items() if not (padded and what == "vocabulary entries")))
     for what, count in shards.items():
         if count % tp:
             yield Problem(

@@ -3,14 +3,23 @@
 from collections.abc import Iterator
 
 from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.models import Gpt
 from mimogrid.core.job.precision import VALUE_BYTES
 from mimogrid.core.job.schedules import SCHEDULES
-from mimogrid.core.job.spec import JobSpec, TrainSpec
+from mimogrid.core.job.spec import (
+    BALANCES,
+    TRACKERS,
+    WORKER_KINDS,
+    DataSpec,
+    JobSpec,
+    TrackSpec,
+    TrainSpec,
+)
 from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, divisors, one_of
 from mimogrid.core.job.validation.optimizer import optimizer_problems
 
 
-SAMPLES_MOST, MODULES_MOST = 1_000_000, 500
+SAMPLES_MOST, MODULES_MOST, WORKERS_MOST = 1_000_000, 500, 1_000
 """Larger numbers are taken for typing errors."""
 NAME_BYTES_MOST, PATH_BYTES_MOST = 255, 4000
 """What a file system takes as the name of a folder, and as a path."""
@@ -25,6 +34,9 @@ def job_problems(spec: JobSpec) -> Iterator[Problem]:
         yield from above_zero("schedule.memory_gb", spec.schedule.memory_gb)
     yield from optimizer_problems(spec.optimizer)
     yield from _train(spec.train)
+    yield from _loading(spec.data)
+    yield from _validation(spec)
+    yield from _track(spec.track)
     yield from _gpu(spec)
     if not spec.modules:
         yield Problem("modules", "the job has no module.", "Add a table [modules.NAME].")
@@ -58,6 +70,38 @@ def _train(train: TrainSpec) -> Iterator[Problem]:
             yield Problem("train.skip_steps", f"has [{first}, {last}].", remedy)
     if train.run_dir is not None:
         yield from _run_dir(train.run_dir)
+
+
+def _loading(data: DataSpec) -> Iterator[Problem]:
+    yield from at_least("data.workers", data.workers, 0, "0: ranks load what they read themselves.")
+    yield from at_most("data.workers", data.workers, WORKERS_MOST)
+    yield from at_least("data.ahead", data.ahead, 1)
+    yield from one_of("data.worker_kind", data.worker_kind, WORKER_KINDS)
+
+
+def _validation(spec: JobSpec) -> Iterator[Problem]:
+    validation, where = spec.validation, "validation"
+    yield from at_least(f"{where}.every", validation.every, 0, "0: never.")
+    yield from at_least(f"{where}.samples", validation.samples, 1)
+    yield from at_most(f"{where}.samples", validation.samples, SAMPLES_MOST)
+    yield from at_least(
+        f"{where}.patience", validation.patience, 0, "0: training does not end before its last step."
+    )
+    if validation.patience and not validation.best:
+        message = f"is {validation.patience}, and nothing says which validation is better than another."
+        yield Problem(f"{where}.patience", message, 'Set validation.best, such as best = "loss".')
+    texts = [name for name, module in spec.modules.items() if isinstance(module.options, Gpt)]
+    if validation.metrics and len(texts) != 1:
+        message = f"get the logits of the language model; the job has {len(texts)}."
+        yield Problem(f"{where}.metrics", message, "Leave them out.")
+
+
+def _track(track: TrackSpec) -> Iterator[Problem]:
+    for name in track.to:
+        yield from one_of("track.to", name, TRACKERS)
+    yield from at_least("track.every", track.every, 1)
+    if not track.project or not track.project.isprintable():
+        yield Problem("track.project", f"is {track.project!a}.", "Use a name, such as the default: mimogrid.")
 
 
 def _gpu(spec: JobSpec) -> Iterator[Problem]:
@@ -96,6 +140,7 @@ def _batch(spec: JobSpec) -> Iterator[Problem]:
         *at_most("batch.microbatches", count, SAMPLES_MOST),
     ]
     yield from wrong
+    yield from one_of("batch.balance", spec.batch.balance, BALANCES)
     if not wrong and size % count:
         yield Problem(
             "batch.microbatches",

@@ -25,6 +25,10 @@ def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
     yield from finite("optimizer.clip_norm", optimizer.clip_norm, "0 turns clipping off.")
     yield from finite("optimizer.weight_decay", optimizer.weight_decay)
     yield from at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    if not 0 <= optimizer.ema < 1:
+        yield Problem(
+            "optimizer.ema", f"is {optimizer.ema}.", "Use a number from 0 to below 1, such as 0.999."
+        )
     for key in ("final_lr_fraction", "decay_fraction"):
         if not 0 <= getattr(optimizer, key) <= 1:
             yield Problem(f"optimizer.{key}", f"is {getattr(optimizer, key)}.", "Use a number from 0 to 1.")

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from mimogrid.core.base.errors import Problem, nearest
-from mimogrid.core.job.models import Vit
+from mimogrid.core.job.lora import lora_parameters
+from mimogrid.core.job.models import Own, Vit
 from mimogrid.core.job.placement import edge_shape, matches_any, model_of
 from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 
@@ -15,7 +16,13 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec, SourceFacts
 def freezing_problems(spec: JobSpec, source: SourceFacts) -> Iterator[Problem]:
     """Check that `frozen` and `trainable` are not both set, and that every pattern matches a parameter."""
     for name, module in spec.modules.items():
-        if module.trainable is not None and module.frozen is not False:
+        if module.lora is not None and module.frozen is not False:
+            yield Problem(
+                f"modules.{name}",
+                f"module '{name}' says both lora and frozen.",
+                "lora freezes all but its own parameters: leave frozen out. trainable names what trains besides.",
+            )
+        elif module.trainable is not None and module.frozen is not False:
             yield Problem(
                 f"modules.{name}",
                 f"module '{name}' says both trainable and frozen.",
@@ -48,6 +55,9 @@ def names_of(name: str, spec: JobSpec, source: SourceFacts) -> list[str]:
     if isinstance(model, Vit) and model.features is None:
         model = attrs.evolve(model, features=1)
     names = [parameter.name for parameter in model.parameters()]
+    lora = spec.modules[name].lora
+    if lora is not None and not isinstance(model, Own):
+        names += [parameter.name for parameter in lora_parameters(model, lora)]
     for target in spec.modules[name].feeds:
         if target in spec.modules:
             written = spec.modules[name].projector.get(target)

@@ -1,6 +1,7 @@
 """The ranks of a job: whether every dp rank has samples, and whether the world has the ranks of every grid."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 from mimogrid.core.base.errors import Problem
 from mimogrid.core.job.placement import place
@@ -51,6 +52,26 @@ def _count_problems(name: str, module: ModuleSpec, spec: JobSpec, count: int) ->
             "their ratio is not an integer.",
             f"Use a divisor or a multiple of {spec.batch.microbatches}.",
         )
+
+
+def balance_problems(spec: JobSpec) -> Iterator[Problem]:
+    """Check that samples which are dealt by cost can fill every cell: a microbatch on a lane of dp ranks."""
+    counts = [module.microbatches or spec.batch.microbatches for module in spec.modules.values()]
+    sizes = [module.grid.dp for module in spec.modules.values()]
+    if spec.batch.balance != "cost" or min((*counts, *sizes), default=0) < 1:
+        return
+    microbatches, lanes = math.lcm(*counts), math.lcm(*sizes)
+    if spec.batch.global_size < microbatches * lanes:
+        yield Problem(
+            "batch.balance",
+            f"{spec.batch.global_size} samples of a step are dealt to {microbatches * lanes} cells: {microbatches} "
+            f"microbatches on {lanes} lanes, the least common multiple of the dp sizes {_listed(sizes)}.",
+            f'Use batch.global_size >= {microbatches * lanes}, dp sizes that divide each other, or balance = "none".',
+        )
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(sizes))))
 
 
 def world_problems(spec: JobSpec) -> Iterator[Problem]:

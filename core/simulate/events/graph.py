@@ -13,16 +13,19 @@ from mimogrid.core.program.replay import ReplayRanks, replay_ranks
 from mimogrid.core.schedule.actions import (
     Action,
     Compute,
+    Gather,
     Recv,
     Reduce,
     Send,
     Transfer,
     Update,
     Wait,
+    WaitCollective,
+    WaitGather,
     WaitReduce,
 )
-from mimogrid.core.simulate.events.all_reduces import AllReduces
 from mimogrid.core.simulate.events.channels import Channels
+from mimogrid.core.simulate.events.collectives import Collectives
 from mimogrid.core.simulate.events.folded import FoldedProgram
 from mimogrid.core.simulate.events.pieces import Clock, Pieces
 from mimogrid.core.simulate.lower_bound import update_s
@@ -50,7 +53,7 @@ class EventGraph:
             stuck = walked.blocked[0]
             raise ValueError(f"rank {stuck.rank} never gets past '{stuck.action}'")
         self._channels = Channels(self._folded, self.pieces, ranks.matching_ops)
-        self._all_reduces = AllReduces(self._folded, self.pieces)
+        self._collectives = Collectives(self._folded, self.pieces)
         self._last = dict.fromkeys(listing, 0)
         self._joint: dict[Hashable, int] = {}
         self._times: collections.Counter[tuple[int, Action]] = collections.Counter()
@@ -67,10 +70,10 @@ class EventGraph:
                 piece = self.pieces.add(tuple(arrivals))
             case Send() | Recv():
                 piece = self._channels.post(rank, action, before)
-            case Reduce():
-                piece = self._all_reduces.post(rank, action, before)
-            case WaitReduce():
-                piece = self.pieces.add((before, self._all_reduces.done(rank, action.posted)))
+            case Reduce() | Gather():
+                piece = self._collectives.post(rank, action, before)
+            case WaitReduce() | WaitGather():
+                piece = self.pieces.add((before, self._collectives.done(rank, action.posted)))
             case _:
                 piece = self._join(rank, action)
         self._last[rank] = piece
@@ -99,7 +102,7 @@ class EventGraph:
         begins, ends = clock
         events: dict[int, list[Event]] = {rank: [] for rank in self._last}
         for rank, action, before, piece in self._placed:
-            waits = isinstance(action, Wait | WaitReduce) or piece == before
+            waits = isinstance(action, Wait | WaitCollective) or piece == before
             events[rank].append(Event(rank, action, ends[before] if waits else begins[piece], ends[piece]))
         on_the_way: dict[int, dict[Transfer, tuple[Interval, ...]]] = {rank: {} for rank in self._last}
         for rank, transfer, intervals in self._channels.intervals(ends):

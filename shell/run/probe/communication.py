@@ -1,12 +1,13 @@
-"""Communication: links and gradient all-reduces, measured by themselves between steps.
+"""Communication: links, sums of gradients and gathers of weights, measured by themselves between steps.
 
 A link is measured with two messages: one value, and as many values as the job sends. The line through the two times
-gives latency and bandwidth. The all-reduces of a stage are posted and waited for as in a step, with no computation
+gives latency and bandwidth. The collectives of a stage are posted and waited for as in a step, with no computation
 beside them.
 """
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -87,17 +88,44 @@ def _round_s(runtime: RankRuntime, transport: Transport, send: Send, message: Me
 
 
 def summing_s(runtime: RankRuntime, stage: Stage, repeat: int) -> float:
-    """Return how long all gradient all-reduces of a stage take, posted one after the other and then waited for."""
-    program = plan_step(runtime.job.step(0), runtime.job.order)
-    buckets = [reduce.bucket for reduce in program.sums(runtime.rank) if reduce.stage == stage]
+    """Return how long all sums of gradients of a stage take, posted one after the other and then waited for."""
+    buckets = [reduce.bucket for reduce in _program(runtime).sums(runtime.rank) if reduce.stage == stage]
+    mine = [
+        runtime.buffers[stage].buffers[bucket] for bucket in buckets
+    ]  # no buffers on a rank without the stage
+
+    def exchange() -> None:
+        for buffer in mine:
+            buffer.reduce()
+        for buffer in mine:
+            buffer.wait()
+
+    return _alone_s(runtime, exchange if mine else None, repeat)
+
+
+def gathering_s(runtime: RankRuntime, stage: Stage, repeat: int) -> float:
+    """Return how long all gathers of weights of a stage take, likewise; the weights do not change."""
+    gathers = any(gather.stage == stage for gather in _program(runtime).gathers(runtime.rank))
+
+    def exchange() -> None:
+        runtime.buffers[stage].copy_main_to_model()
+        runtime.buffers[stage].complete()
+
+    return _alone_s(runtime, exchange if gathers else None, repeat)
+
+
+def _program(runtime: RankRuntime) -> Program:
+    return plan_step(runtime.job.step(0), runtime.job.order)
+
+
+def _alone_s(runtime: RankRuntime, exchange: Callable[[], None] | None, repeat: int) -> float:
+    """Return the seconds of an exchange that begins on all ranks at once; 0 on a rank that has none."""
     seconds: list[float] = []
     for _ in range(WARM_UP + repeat):
         dist.barrier(runtime.group)
         begin = time.perf_counter()
-        for bucket in buckets:
-            runtime.buffers[stage].buffers[bucket].reduce()
-        for bucket in buckets:
-            runtime.buffers[stage].buffers[bucket].wait()
+        if exchange is not None:
+            exchange()
         runtime.device.finish()
-        seconds.append(time.perf_counter() - begin if buckets else 0.0)
+        seconds.append(time.perf_counter() - begin if exchange is not None else 0.0)
     return usual(seconds[WARM_UP:])

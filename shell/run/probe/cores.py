@@ -12,7 +12,19 @@ import time
 from collections.abc import Sequence
 
 from mimogrid.core.program.lower import Program
-from mimogrid.core.schedule.actions import Compute, Norm, Recv, Reduce, Send, Tie, Update, Wait, WaitReduce
+from mimogrid.core.schedule.actions import (
+    Compute,
+    Gather,
+    Norm,
+    Recv,
+    Reduce,
+    Send,
+    Tie,
+    Update,
+    Wait,
+    WaitGather,
+    WaitReduce,
+)
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.probe.clock import usual
 from mimogrid.shell.run.probe.record import RankProbe
@@ -78,7 +90,7 @@ def _comparable(of: RankProbe) -> tuple[float, float]:
         match action:
             case Compute() | Send() | Recv():
                 in_turns += of.own.busy_s(action)
-            case Reduce() | WaitReduce() | Tie() | Norm() | Update():
+            case Reduce() | WaitReduce() | Gather() | WaitGather() | Tie() | Norm() | Update():
                 together -= of.own.busy_s(action)
             case Wait():
                 pass

@@ -1,9 +1,9 @@
 """Probe: the costs of a job's stages and edges on this machine, measured in the job's own world.
 
 Every rank measures one thing after the other: actions, in steps whose ranks take turns (`turns`, `steps`); how ranks
-slow each other down when they compute at once (`cores`); memory (`resident`); links and gradient all-reduces by
-themselves (`communication`). Each rank's `record` goes to the first rank of the job, which computes the costs of stages
-from them (`stages`) and returns the `results`.
+slow each other down when they compute at once (`cores`); memory (`resident`); links, sums of gradients and gathers of
+weights by themselves (`communication`). Each rank's `record` goes to the first rank of the job, which computes the
+costs of stages from them (`stages`) and returns the `results`.
 """
 
 import platform
@@ -19,7 +19,7 @@ from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.probe import resident
 from mimogrid.shell.run.probe.clock import rounded
-from mimogrid.shell.run.probe.communication import costs_of_edges, summing_s
+from mimogrid.shell.run.probe.communication import costs_of_edges, gathering_s, summing_s
 from mimogrid.shell.run.probe.cores import allowed_cores, core_seconds, cores_at_once
 from mimogrid.shell.run.probe.record import RankProbe
 from mimogrid.shell.run.probe.results import Memory, Probed
@@ -43,6 +43,7 @@ def in_world(place: RankPlace, job: Job, repeat: int) -> Probed | None:
         grown = resident.peak() - before
         edges = costs_of_edges(session, runtime, program)
         sums = {stage: summing_s(runtime, stage, repeat) for stage in runtime.topology.stages}
+        gathers = {stage: gathering_s(runtime, stage, repeat) for stage in runtime.topology.stages}
         ranks = gather_objects(
             runtime,
             RankProbe(
@@ -51,6 +52,7 @@ def in_world(place: RankPlace, job: Job, repeat: int) -> Probed | None:
                 own=own,
                 others=others,
                 sums=sums,
+                gathers=gathers,
                 core_s=core_s,
                 peak=grown,
             ),

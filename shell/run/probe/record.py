@@ -19,7 +19,8 @@ class RankProbe:
         host: the name of its machine.
         own: steps in turns under the job's own schedule.
         others: steps under a schedule that splits backwards if the job's does not, and the other way round.
-        sums: seconds of all gradient all-reduces, by stage.
+        sums: seconds of all sums of gradients, by stage.
+        gathers: seconds of all gathers of weights, by stage.
         core_s: CPU seconds of all threads in a step without turns; None where the rank does not compute on cores.
         peak: bytes by which memory has grown.
     """
@@ -29,6 +30,7 @@ class RankProbe:
     own: Steps
     others: Sequence[Steps]
     sums: Mapping[Stage, float]
+    gathers: Mapping[Stage, float]
     core_s: float | None
     peak: int
 

@@ -60,8 +60,8 @@ def in_text(found: Probed, job: Job, others: Sequence[Probed] = ()) -> str:
         for name, ratio in found.split.items()
     ]
     lines += [
-        f"rank {rank}: memory grew by {of.peak / 1e6:.1f} MB; planned, without temporary buffers, "
-        f"{of.planned / 1e6:.1f} MB"
+        f"rank {rank}: memory grew by {of.peak / 1e6:.1f} MB; planned, without libraries and what an allocator "
+        f"adds, {of.planned / 1e6:.1f} MB"
         for rank, of in found.memory.items()
     ]
     for other in others:

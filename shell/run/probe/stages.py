@@ -42,6 +42,7 @@ class StageProbe:
             forward=rounded(self._compute(Kind.FORWARD) or 0.0),
             **self._backward(),
             reduce=rounded(max(of.sums[self.stage] for of in self.ranks) + self._longest(Tie(self.stage))),
+            gather=rounded(max(of.gathers[self.stage] for of in self.ranks)),
             update=rounded(max(self._ending(of) for of in self.hosts)),
         )
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 
 from layouts import job, layouts
 from mimogrid.core.job.changes import changes, refused
-from mimogrid.core.job.spec import GpuSpec, JobSpec, ScheduleSpec, TrainSpec
+from mimogrid.core.job.spec import GpuSpec, JobSpec, ScheduleSpec, TrackSpec, TrainSpec, ValidationSpec
 
 
 SPEC = job("enc(1,1,2)@0 lm(1,2,1)@2")
@@ -19,11 +19,17 @@ def of_module(name: str, **fields: object) -> JobSpec:
 
 FREE = {
     "world_size": attrs.evolve(SPEC, world_size=8),
+    "layouts": attrs.evolve(SPEC, layouts="plan"),
     "precision": attrs.evolve(SPEC, precision="bf16"),
     "schedule.name": attrs.evolve(SPEC, schedule=ScheduleSpec(name="zb-h1")),
     "gpu.name": attrs.evolve(SPEC, gpu=GpuSpec(name="h100")),
     "train.steps": attrs.evolve(SPEC, train=TrainSpec(steps=7)),
     "train.checkpoint_async": attrs.evolve(SPEC, train=TrainSpec(checkpoint_async=False)),
+    "track.every": attrs.evolve(SPEC, track=TrackSpec(every=1)),
+    "validation.every": attrs.evolve(SPEC, validation=ValidationSpec(every=1)),
+    "data.workers": attrs.evolve(SPEC, data=attrs.evolve(SPEC.data, workers=2)),
+    "data.ahead": attrs.evolve(SPEC, data=attrs.evolve(SPEC.data, ahead=9)),
+    "data.worker_kind": attrs.evolve(SPEC, data=attrs.evolve(SPEC.data, worker_kind="thread")),
     "batch.microbatches": attrs.evolve(SPEC, batch=attrs.evolve(SPEC.batch, microbatches=2)),
     "optimizer.sharded": attrs.evolve(SPEC, optimizer=attrs.evolve(SPEC.optimizer, sharded=True)),
     "optimizer.bucket_mb": attrs.evolve(SPEC, optimizer=attrs.evolve(SPEC.optimizer, bucket_mb=1.0)),

@@ -145,3 +145,15 @@ def test_a_step_of_all_microbatches_is_what_mfu_counts():
         "vision": 2 * flops[Stage("vision", 0)].model,
         "language": 2 * flops[Stage("language", 0)].model,
     } == model_flops(step)
+
+
+def test_a_language_model_that_nothing_feeds_has_its_work():
+    """It reads no rows, and no other count is lost for that."""
+    spec = JobSpec(
+        modules={"language": ModuleSpec(model="gpt", options=GPT)},
+        data=DataSpec(source="none"),
+        batch=BatchSpec(global_size=4, microbatches=2),
+    )
+    step = jobs.step_with(parse(spec, SourceFacts(sequence=64)), {}, text=TEXT)
+    linear, attention, head = gpt_forward(TEXT)
+    assert 2 * (2 * (linear + attention) + head) == stage_flops(step)[Stage("language", 0)].forward

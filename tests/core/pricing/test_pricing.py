@@ -10,7 +10,15 @@ from jobs import program_for
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.models import Gpt, Vit
-from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.spec import (
+    BatchSpec,
+    DataSpec,
+    GridSpec,
+    JobSpec,
+    ModuleSpec,
+    OptimizerSpec,
+    SourceFacts,
+)
 from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.flops import Loads, in_row, stage_flops
 from mimogrid.core.pricing.machine import EFFICIENCY, LINK_EFFICIENCY, machine_of
@@ -99,6 +107,24 @@ def test_dp_ranks_pay_for_the_sum_of_their_gradients():
     bandwidth = H100.link_bytes_per_s * LINK_EFFICIENCY
     assert 2 * weights * 4 / 2 / bandwidth == pytest.approx(dp_ranks.of("language.0").reduce)
     assert 7 * weights * 4 / H100.memory_bytes_per_s == pytest.approx(dp_ranks.of("language.0").update)
+
+
+def test_a_sharded_update_scatters_gradients_and_gathers_weights():
+    """Each byte of a gradient crosses once, and each byte of a weight, which has half as many in bf16."""
+    whole, parts = (
+        on_machine(_sharing(step_of(grid=GridSpec(dp=2)), shares), machine_of("h100", "bf16")).of(
+            "language.0"
+        )
+        for shares in (False, True)
+    )
+    assert 0 == whole.gather
+    assert whole.reduce / 2 == pytest.approx(parts.reduce)
+    assert whole.reduce / 4 == pytest.approx(parts.gather)
+
+
+def _sharing(step, shares):
+    spec = attrs.evolve(step.topology.spec, optimizer=OptimizerSpec(sharded=shares))
+    return attrs.evolve(step, topology=attrs.evolve(step.topology, spec=spec))
 
 
 def test_a_module_takes_as_long_as_it_was_measured_to_however_it_is_cut():

@@ -20,17 +20,20 @@ from mimogrid.core.program.lower import Program
 from mimogrid.core.program.verify import listing_of, verify, verify_each
 from mimogrid.core.schedule.actions import (
     Action,
+    Collective,
     Compute,
     Direction,
+    Gather,
     Kind,
     Norm,
     Recv,
-    Reduce,
     Send,
     Tie,
     Transfer,
     Update,
     Wait,
+    WaitCollective,
+    WaitGather,
     WaitReduce,
     matching_op,
 )
@@ -64,11 +67,14 @@ JOBS: dict[str, str] = {
     "experts": "v vit > l; l gpt dp2 ep2 x2",
     "skip edge": "v vit > m, l; m block > l; l gpt",
     "generator": "v vit > l; l gpt > g; g regressor",
+    "shared updates": "v vit dp2 @0 > l; l gpt dp2 pp2 tied @0",
+    "shared updates of chunks": "l gpt dp2 tp2 sp pp2 chunks2",
 }
 SCHEDULES = {
     "chunks": "interleaved",
     "encoder and chunks": "interleaved",
     "dp ranks and chunks": "interleaved",
+    "shared updates of chunks": "interleaved",
     "zero bubble": "zb-h1",
     "zero bubble, further ahead": "zb-h2",
 }
@@ -88,7 +94,14 @@ def known(name: str, *, ragged: bool, split: bool, training: bool = True) -> Kno
     """Return a job's program with what a rehearsal of it gives."""
     text = JOBS[name]
     microbatches, schedule = 6 if "m3" in text else 4, SCHEDULES.get(name, "1f1b")
-    topology = topology_of(text, batch=12, microbatches=microbatches, schedule=schedule, bucket_mb=0.002)
+    topology = topology_of(
+        text,
+        batch=12,
+        microbatches=microbatches,
+        schedule=schedule,
+        bucket_mb=0.002,
+        sharded=name.startswith("shared"),
+    )
     step = step_with(topology, RAGGED if ragged else {})
     program = program_for(step, training=training)
     own = listing_of(program)
@@ -166,8 +179,8 @@ def _others(action: Action, around: list[Action]) -> list[Action]:
         return [action.transfer, *(Wait(other) for other in _others(action.transfer, around))]
     if isinstance(action, Norm | Update):
         return [Update(), Norm()]
-    if isinstance(action, WaitReduce):
-        return [action.posted, *(WaitReduce(r.stage, r.bucket) for r in _others(action.posted, around))]
+    if isinstance(action, WaitCollective):
+        return [action.posted, *(type(action)(r.stage, r.bucket) for r in _others(action.posted, around))]
     others: list[Action] = [attrs.evolve(action, stage=stage) for stage in stages]
     if isinstance(action, Compute):
         others += [attrs.evolve(action, kind=kind) for kind in Kind]
@@ -175,8 +188,9 @@ def _others(action: Action, around: list[Action]) -> list[Action]:
         others += [Wait(action), matching_op(action), attrs.evolve(action, peer=action.stage)]
         others += [attrs.evolve(action, direction=direction) for direction in Direction]
         others += [(Send if isinstance(action, Recv) else Recv)(**_fields(action))]
-    if isinstance(action, Reduce):
-        others += [WaitReduce(action.stage, action.bucket), attrs.evolve(action, bucket=action.bucket + 1)]
+    if isinstance(action, Collective):
+        others += [each(action.stage, action.bucket) for each in (Gather, WaitGather, WaitReduce)]
+        others += [attrs.evolve(action, bucket=action.bucket + 1)]
     elif not isinstance(action, Tie):
         others += [
             attrs.evolve(action, microbatch=k)
@@ -245,8 +259,10 @@ def same_work(listing: Listing, changed: Listing) -> bool:
 
 
 def _end(actions: tuple[Action, ...]) -> list[Action]:
-    """The sums of a list and what ends it, in its order; computing and messages may stand between them."""
-    return [action for action in actions if isinstance(action, Reduce | WaitReduce | Tie | Norm | Update)]
+    """The collectives of a list and what ends it, in its order; computing and messages may stand between them."""
+    return [
+        action for action in actions if isinstance(action, Collective | WaitCollective | Tie | Norm | Update)
+    ]
 
 
 @settings(max_examples=drawn(60), phases=DRAWN)

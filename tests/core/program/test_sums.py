@@ -1,4 +1,4 @@
-"""Sums of gradients: when they are posted, in which order, and what verify finds where they are not."""
+"""Sums of gradients, gathers of weights: when they are posted, in which order, and what verify finds otherwise."""
 
 import math
 
@@ -8,7 +8,7 @@ from jobs import edited, job, program_for, program_of, step_with
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.program.lower import Program
 from mimogrid.core.program.verify import listing_of, verify
-from mimogrid.core.schedule.actions import Compute, Reduce, WaitReduce
+from mimogrid.core.schedule.actions import Compute, Gather, Reduce, WaitGather, WaitReduce
 from mimogrid.core.simulate.simulation import simulate
 from timed import rank_by_rank
 
@@ -125,3 +125,75 @@ def test_a_sum_that_nobody_waits_for() -> None:
     lines = [str(action) for action in listing[0] if str(action) != "l.0 WAIT_REDUCE1"]
     (fault,) = verify(planned, edited(listing, 0, *lines))
     assert "rank 0: 'l.0 WAIT_REDUCE1' is missing" == fault
+
+
+# -- gathers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("v vit dp2 > l; l gpt dp2 pp2 tied", "1f1b"),
+        ("v vit dp2 @0 > l; l gpt dp2 tp2 sp @0", "1f1b"),
+        (CHUNKS, "interleaved"),
+    ],
+)
+def test_weights_are_gathered_beside_the_first_forwards(text: str, schedule: str) -> None:
+    """All gathers are posted first, those of first layers first, and each stage waits for its own before it computes.
+
+    Also where a dp rank computes nothing for a stage: it waits before the step ends.
+    """
+    planned = program(text, ABSENT, schedule=schedule, sharded=True)
+    assert any(planned.gathers(rank) for rank in planned.topology.ranks)
+    for rank in planned.topology.ranks:
+        actions = planned.of(rank)
+        gathers = planned.gathers(rank)
+        assert gathers == actions[: len(gathers)]
+        for stage in {gather.stage for gather in gathers}:
+            buckets = [gather.bucket for gather in gathers if gather.stage == stage]
+            assert sorted(buckets, reverse=True) == buckets
+            first = next(
+                (i for i, a in enumerate(actions) if isinstance(a, Compute) and a.stage == stage),
+                len(actions),
+            )
+            waits = [i for i, a in enumerate(actions) if isinstance(a, WaitGather) and a.stage == stage]
+            assert [*gathers] == [*dict.fromkeys(gathers)]
+            assert len(buckets) == len(waits)
+            assert max(waits) < first
+    assert () == verify(planned)
+
+
+def test_only_a_sharded_update_gathers() -> None:
+    """A step without shares, a step that does not train, and a module with one copy have nothing to gather."""
+    for text, shared in (("l gpt dp2", False), ("l gpt tp2 sp", True), ("v vit dp2 frozen > l; l gpt", True)):
+        planned = program(text, sharded=shared)
+        assert not any(planned.gathers(rank) for rank in planned.topology.ranks)
+    step = step_with(job("l gpt dp2", sharded=True))
+    assert not any(isinstance(a, Gather) for a in program_for(step, training=False).of(0))
+
+
+def test_what_is_gathered_takes_no_time_beside_what_comes_before() -> None:
+    """The gather of a later stage is over when the first forward has come to it; that of the first stage is not."""
+    planned = program_of("v vit dp2 > l; l gpt dp2", batch=8, microbatches=2, sharded=True)
+
+    def step_s(**gather: float) -> float:
+        stages = {
+            f"{name}.0": StageCosts(forward=1.0, backward=2.0, gather=gather.get(name, 0.0)) for name in "vl"
+        }
+        timeline = simulate(planned, Costs(stages=stages))
+        assert timeline.lower_bound_s <= timeline.step_s
+        return timeline.step_s
+
+    assert step_s() == step_s(l=1.0) == step_s(v=0.5) - 0.5 == step_s(l=1.5) - 0.5
+
+
+def test_weights_that_are_read_before_they_are_there() -> None:
+    """Half of them would be of the step before."""
+    planned = program("l gpt dp2", sharded=True)
+    listing = listing_of(planned)
+    lines = [str(action) for action in listing[0]]
+    wait, first = lines.index("l.0 WAIT_GATHER0"), lines.index("l.0 F0")
+    assert wait < first
+    lines.insert(first, lines.pop(wait))
+    (fault,) = verify(planned, edited(listing, 0, *lines))
+    assert "rank 0: 'l.0 F0' comes before 'l.0 WAIT_GATHER0', which it needs" == fault

@@ -31,13 +31,14 @@ seconds = st.sampled_from([0.0, 0.5, 1.0, 2.5])
 
 def priced(data: st.DataObject, text: str, schedule: str, *, edge: EdgeCosts) -> tuple[Program, Costs]:
     """A program of a step with like samples, and costs for it."""
-    topology = job(text, schedule=schedule, microbatches=8, batch=64)
+    topology = job(text, schedule=schedule, microbatches=8, batch=64, sharded=data.draw(st.booleans()))
     drawn = {
         str(stage): StageCosts(
             forward=data.draw(seconds),
             input_gradient=data.draw(seconds),
             weight_gradient=data.draw(seconds),
             reduce=data.draw(seconds),
+            gather=data.draw(seconds),
             update=data.draw(seconds),
         )
         for stage in topology.stages

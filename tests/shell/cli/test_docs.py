@@ -18,13 +18,17 @@ from mimogrid.core.job.spec import (
     GridSpec,
     GroupSpec,
     JobSpec,
+    LayoutSpec,
     LossScaleSpec,
     MixSpec,
     ModuleSpec,
     OptimizerSpec,
     ScheduleSpec,
     SkipSpec,
+    TaskSpec,
+    TrackSpec,
     TrainSpec,
+    ValidationSpec,
 )
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
@@ -34,7 +38,11 @@ from mimogrid.shell.job.sources.synthetic import Options
 
 
 ROOT = Path(__file__).parents[3]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+SITE = ROOT / "docs/site"
+"""Pages that exist only in the built site, whose links `make site` follows."""
+PAGES = sorted(
+    page for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")] if SITE not in page.parents
+)
 TABLES = (
     JobSpec,
     ModuleSpec,
@@ -47,9 +55,13 @@ TABLES = (
     GpuSpec,
     OptimizerSpec,
     GroupSpec,
+    LayoutSpec,
     LossScaleSpec,
     SkipSpec,
     TrainSpec,
+    TaskSpec,
+    TrackSpec,
+    ValidationSpec,
     Options,
     conversations.Options,
 )

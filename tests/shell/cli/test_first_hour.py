@@ -183,7 +183,8 @@ def test_every_key_is_explained_and_has_its_default() -> None:
     whole = job_schema()["properties"]
     module = whole["modules"]["additionalProperties"]
     options = [of["then"]["properties"]["options"]["properties"] for of in module["allOf"]]
-    tables = [whole["batch"], whole["data"], whole["optimizer"], whole["schedule"], whole["train"]]
+    names = ("batch", "data", "optimizer", "schedule", "track", "train", "validation")
+    tables = [whole[name] for name in names]
     keys = [module["properties"], *options, *(table["properties"] for table in tables)]
     for key, value in [item for table in keys for item in table.items()]:
         assert value.get("description"), key

@@ -192,6 +192,16 @@ ROUND = {
         "bf16",
     ),
     "a tower of which not all layers are used": ("llava", ["modules.vision.grid.dp=2", *LANGUAGE_PP], "bf16"),
+    "a tower that transformers runs": (
+        "qwen2-audio",
+        [
+            "modules.audio.model=hf:in#audio_tower",
+            "modules.audio.grid.dp=2",
+            "data.options.features.audio=10",
+        ],
+        "bf16",
+    ),
+    "a tower of no family, up to a layer": ("llava-dinov2", ["modules.vision.grid.dp=2"], "fp32"),
 }
 
 

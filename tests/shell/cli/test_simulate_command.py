@@ -214,6 +214,28 @@ def test_each_of_two_jobs_has_costs_of_its_own(job, capsys):
     assert 8.0 == json.loads(capsys.readouterr().out)["jobs"][1]["step_time"]
 
 
+def test_ragged_data_is_compared_with_what_is_dealt_by_cost(job, capsys):
+    """A step with its samples in order and the same one balanced, whichever of both the job asks for."""
+    ragged = [
+        "simulate",
+        str(job),
+        "--ragged",
+        "--set",
+        "batch.global_size=64",
+        "--set",
+        "modules.language.grid.dp=2",
+    ]
+    assert 0 == main([*ragged, "--json"])
+    found = json.loads(capsys.readouterr().out)["imbalance"]
+    assert found["step_s"]["cost"] < found["step_s"]["none"]
+    assert found["idle_s"]["cost"] < found["idle_s"]["none"]
+    assert 0 == main([*ragged, "--json", "--set", "batch.balance='cost'"])
+    balanced = json.loads(capsys.readouterr().out)
+    assert found == balanced["imbalance"]
+    assert 0 == main(ragged)
+    assert f"if all actions took their means: step {found['even_s']:.6g} s." in capsys.readouterr().out
+
+
 def test_uneven_steps_are_drawn(job, capsys):
     """The same seed draws the same, and draws are told with their median and spread."""
 

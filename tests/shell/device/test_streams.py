@@ -53,29 +53,32 @@ def test_everything_is_ordered_and_nothing_too_much(pool: Pool, opened: Opened) 
 
 
 @pytest.mark.parametrize(
-    ("grids", "options"),
+    ("grids", "options", "count"),
     [
-        ("lm(1,2,2)@0", {"changes": {"lm": {"options": {"tied_embeddings": True}}}}),
-        ("lm(1,1,2)@0", {"optimizer": OptimizerSpec(sharded=True), "precision": "bf16"}),
+        ("lm(1,2,2)@0", {"changes": {"lm": {"options": {"tied_embeddings": True}}}}, 1),
+        ("lm(1,1,2)@0", {"optimizer": OptimizerSpec(sharded=True), "precision": "bf16"}, 2),
     ],
 )
-def test_sums_are_over_before_they_are_used(
-    pool: Pool, opened: Opened, grids: str, options: Mapping[str, Any]
+def test_sums_and_gathers_are_over_before_they_are_used(
+    pool: Pool, opened: Opened, grids: str, options: Mapping[str, Any], count: int
 ) -> None:
-    """Nothing uses gradients between a sum and its wait; without the wait, or posted too early, something would."""
+    """Nothing uses gradients between a sum and its wait, nor weights between a gather and its wait.
+
+    Without the wait, or if a sum is posted too early, something would.
+    """
     opened_job = opened(job(grids, **options))
     size = opened_job.topology.world_size
 
     def wrong(*, without: str | None = None, too_early: bool = False) -> list[set[str]]:
         said = pool.run("bodies:ordered", size, opened_job, False, without, too_early)
-        (place,) = {place for places, _ in said for place in places if place.startswith("gradients.")}
-        sums.add(place)
+        waits.update(place for places, _ in said for place in places if place.startswith("gradients."))
         return [set(found) for _, found in said]
 
-    sums: set[str] = set()
+    waits: set[str] = set()
     assert [set()] * size == wrong()
-    (wait,) = sums
-    assert all("may not have written" in " ".join(found) for found in wrong(without=wait))
+    assert count == len(waits)
+    for wait in sorted(waits):
+        assert all("may not have written" in " ".join(found) for found in wrong(without=wait))
     assert all("may still use" in " ".join(found) for found in wrong(too_early=True))
 
 

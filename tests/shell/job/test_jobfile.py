@@ -10,15 +10,20 @@ from hypothesis import strategies as st
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.models import Block, Gpt, Regressor, Vit
 from mimogrid.core.job.spec import (
+    BatchLayoutSpec,
     BatchSpec,
     DataSpec,
     GridSpec,
     GroupSpec,
     JobSpec,
+    LayoutSpec,
     LossScaleSpec,
+    ModuleLayoutSpec,
     ModuleSpec,
+    OptimizerLayoutSpec,
     OptimizerSpec,
     ProfileSpec,
+    ScheduleLayoutSpec,
     ScheduleSpec,
     SkipSpec,
     TrainSpec,
@@ -294,6 +299,23 @@ groups = st.builds(
     match=st.lists(words, max_size=2).map(tuple),
     lr=st.none() | numbers,
 )
+layouts = st.builds(
+    LayoutSpec,
+    ranks=counts,
+    modules=st.dictionaries(
+        names,
+        st.builds(
+            ModuleLayoutSpec,
+            grid=grids,
+            split=st.none() | st.lists(counts, max_size=3).map(tuple),
+            recompute=st.none() | words,
+        ),
+        max_size=2,
+    ),
+    batch=st.builds(BatchLayoutSpec, microbatches=st.none() | counts),
+    schedule=st.builds(ScheduleLayoutSpec, name=st.none() | words),
+    optimizer=st.builds(OptimizerLayoutSpec, sharded=st.none() | st.booleans()),
+)
 specs = st.builds(
     JobSpec,
     modules=st.dictionaries(names, modules, max_size=3),
@@ -322,6 +344,7 @@ specs = st.builds(
     ),
     seed=counts,
     world_size=st.none() | counts,
+    layouts=st.just("plan") | st.lists(layouts, max_size=2).map(tuple),
 )
 
 

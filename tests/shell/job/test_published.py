@@ -125,7 +125,7 @@ REFUSED: Mapping[str, tuple[Change, str]] = {
         instead(ONE_FILE, lambda path: path.symlink_to(path)),
         "model.safetensors: cannot be read: Too many levels of symbolic links",
     ),
-    "no weights": (instead(ONE_FILE, lambda path: None), "model.safetensors: cannot be read: No such file"),
+    "no weights": (instead(ONE_FILE, lambda path: None), "has neither model.safetensors nor model.saf"),
     "a pickle": (pickled, r"is pickled \(.bin\), which is never read here.*\n.*save_pretrained"),
     "an empty file": (text(ONE_FILE, b""), "says that its header has 0 bytes, of 0 in all"),
     "a header of 2^60 bytes": (claims(2**60), f"says that its header has {2**60} bytes, of 10 in all"),

@@ -121,7 +121,7 @@ def refused(path: Path, *overrides: str) -> list[tuple[str, str]]:
 def test_a_folder_that_is_not_there_is_one_problem(write: Write, tmp_path: Path) -> None:
     """Nothing that the folder should have said is reported as missing."""
     ((where, message),) = refused(write("llava"), "weights=lava")
-    assert (str(tmp_path / "lava/config.json"), "there is no such file.") == (where, message)
+    assert (str(tmp_path / "lava"), "there is no such folder.") == (where, message)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,9 +46,9 @@ def job() -> Job:
     return open_job(FIRST, ["world_size=5"])
 
 
-def outcome(loss: float = 1.0, busy_s: float = 0.0) -> Outcome:
-    """The outcome of a step; in the step before, each of four ranks computed for so long."""
-    times = tuple(StepTimes(rank, "stage", busy_s) for rank in range(4))
+def outcome(loss: float = 1.0, busy_s: float = 0.0, load_s: float = 0.0) -> Outcome:
+    """The outcome of a step; in the step before, each of four ranks was busy, and loaded, for so long."""
+    times = tuple(StepTimes(rank, "stage", busy_s, load_s) for rank in range(4))
     losses = {"language": loss, "generator": 2 * loss}
     return Outcome(loss, losses, 1.0, 1e-3, 1.0, "", False, True, times, (10, 40, 20, 30))
 
@@ -86,6 +87,26 @@ def test_the_report_is_of_all_steps_but_the_first(job: Job, clock: Clock) -> Non
     assert pytest.approx(49 / 21) == whole.step_s
 
 
+def test_loading_is_waiting(job: Job, clock: Clock) -> None:
+    """What forwards wait for data is no computing; it is told by itself, for all ranks and for each."""
+    meter = Meter(active=4, allocated=5, peak=None)
+    for index in range(4):
+        clock.now_s += 2.0
+        meter.add(job.step(index), outcome(busy_s=1.5, load_s=0.5))
+    found = meter.whole
+    assert found is not None
+    assert (pytest.approx(0.5), pytest.approx(0.25)) == (found.waiting, found.waiting_for_data)
+    assert dict.fromkeys(range(4), pytest.approx(0.25)) == meter.waiting_for_data
+
+
+def test_encoders_have_their_share_of_flops(job: Job, clock: Clock) -> None:
+    """Encoders are what makes rows and is no language model: of this job, vision."""
+    meter = measured(job, clock, [60.0, 2.0])
+    flops = model_flops(job.step(1))
+    assert meter.recent is not None
+    assert pytest.approx(flops["vision"] / sum(flops.values())) == meter.recent.encoder_share
+
+
 def test_mfu_is_of_the_samples_that_there_were(job: Job, clock: Clock) -> None:
     """Model FLOPs of the step, over the peak of every allocated device."""
     found = measured(job, clock, [60.0, 2.0], peak=1e9).recent
@@ -100,7 +121,8 @@ def test_lines_curves_and_progress_say_the_same(
     console = io.StringIO()
     monkeypatch.setattr(metrics.sys, "stderr", console)
     tally = Tally(meter=Meter(active=4, allocated=5, peak=1e9))
-    with open_metrics(tmp_path, 0, 3) as writer:
+    spec = attrs.evolve(job.spec, train=attrs.evolve(job.spec.train, steps=3))
+    with open_metrics(tmp_path, 0, spec, pytest.fail) as writer:
         for index in range(3):
             clock.now_s += 2.0
             result = outcome(0.5, busy_s=1.5)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 
 from layouts import PIPELINE_INSIDE, job, layouts
-from mimogrid.core.job.spec import JobSpec
+from mimogrid.core.job.spec import JobSpec, OptimizerSpec
 from mimogrid.shell.job import jobfile
 from parity import Parity, assert_same
 from scale import drawn, nightly_only, one_of_each
@@ -199,6 +199,15 @@ def test_stages_of_unequal_depth(parity: Parity, split: tuple[int, ...]) -> None
 def test_further_steps(parity: Parity) -> None:
     """Later steps, of other samples and so of other shapes, agree as the first one does."""
     assert_same(parity, job("enc(1,1,3)@0 lm(2,2,1)@3"), steps=2)
+
+
+def test_shared_updates(parity: Parity) -> None:
+    """Gradients that are scattered over dp ranks are those of one process, also of tied weights at two stages."""
+    changes = {"lm": {"options": {"tied_embeddings": True}}}
+    spec = job(
+        "enc(1,1,2)@0 lm(1,2,2)@0", changes=changes, optimizer=OptimizerSpec(sharded=True, bucket_mb=0.01)
+    )
+    assert_same(parity, spec, steps=2)
 
 
 # -- chunks ------------------------------------------------------------------------------------------------

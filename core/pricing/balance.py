@@ -1,0 +1,123 @@
+"""Balance: the step of a job whose `[batch] balance` is "cost", with its samples dealt by what they cost.
+
+The cost of a sample on a group of ranks is its part of the seconds that these are busy in the step:
+
+    its part       its operations (`flops`), forward and backward, over those of all samples; its positions, in a module
+                   of the user's own, whose parts the plan does not know
+    the seconds    of a microbatch of all stages, by the job's costs (`schedule.costs`), times its microbatches, over
+                   the stages of the pipeline; without costs, the operations of the module over its ranks. A module of
+                   the user's own without costs counts as the busiest of the others
+
+Modules that share ranks are one group, since these compute one after the other. All of it follows from the job and the
+descriptions of the samples, by sums and products alone. So every rank deals alike, and a resumed run deals again what
+it dealt before.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.models import Own
+from mimogrid.core.pricing.flops import Load, columns_of, module_units, sum_of
+from mimogrid.core.step.cells import deal
+from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.topology.topology import Module, Topology
+
+
+@attrs.frozen(eq=False)
+class Balance:
+    """What a job's samples are dealt by, over all of its steps."""
+
+    topology: Topology
+
+    def step(self, samples: tuple[Sample, ...]) -> Step:
+        """Lay the samples of a step over the topology. Raises PlanError, naming the sample, if one does not fit."""
+        step = step_of(self.topology, samples)
+        return self.dealt(step) if self.topology.balances else step
+
+    def dealt(self, step: Step) -> Step:
+        """Return a step whose samples are dealt by cost, whatever the job asks for."""
+        microbatches, lanes = self.topology.cell_grid
+        sizes = [tuple(of.positions.values()) for of in step.sizes]
+        costs, joined = self.costs(step), [lanes // self._dp_size(names) for names in self._groups]
+        return step.dealt(deal(costs, sizes, microbatches=microbatches, lanes=lanes, joined=joined))
+
+    def _dp_size(self, names: Sequence[str]) -> int:
+        """Return the dp size of a group of modules: the least, if they have several."""
+        return min(self.topology.modules[name].dp_size for name in names)
+
+    def costs(self, step: Step) -> list[tuple[float, ...]]:
+        """Return the cost of each sample on each group of ranks: in seconds, or in operations if none are measured."""
+        work = {name: self._work(step, name) for name in self.topology.modules}
+        totals = {name: math.fsum(of_samples) for name, of_samples in work.items()}
+        busy = self._busy(totals)
+        scales = {name: busy[name] / total if total else 0.0 for name, total in totals.items()}
+        columns = [_sum_of([_scaled(work[name], scales[name]) for name in names]) for names in self._groups]
+        return list(zip(*columns, strict=True))
+
+    def _work(self, step: Step, name: str) -> Sequence[float]:
+        """Return the operations of each sample in a module, or its positions in one of the user's own."""
+        columns = [
+            _scaled(column, factor)
+            for column, factor in zip(columns_of(step, name), self._per_unit[name], strict=True)
+            if factor
+        ]
+        return _sum_of(columns)
+
+    def _busy(self, totals: Mapping[str, float]) -> Mapping[str, float]:
+        """Return how long a rank of each module is busy in the step."""
+        modules, costs = self.topology.modules, self.topology.spec.schedule.costs
+        if costs is not None:
+            stages = {
+                name: [costs.of(info.stage) for info in module.stages] for name, module in modules.items()
+            }
+            return {
+                name: math.fsum(of.forward + of.whole_backward for of in stages[name])
+                * module.microbatches
+                / module.grid.extent("pp")
+                for name, module in modules.items()
+            }
+        known = {n: totals[n] / m.grid.size for n, m in modules.items() if not isinstance(m.model, Own)}
+        busiest = max(known.values(), default=1.0)
+        return {name: known.get(name, busiest) for name in modules}
+
+    @functools.cached_property
+    def _per_unit(self) -> Mapping[str, tuple[float, ...]]:
+        """Per module, the operations for each count of a load; they are linear in these."""
+        return {name: self._operations(module) for name, module in self.topology.modules.items()}
+
+    def _operations(self, module: Module) -> tuple[float, ...]:
+        found = tuple(
+            flops.model + flops.recomputed
+            for one in Load.units()
+            for flops in (sum_of(module_units(self.topology, module, one)),)
+        )
+        return found if any(found) else attrs.astuple(Load(positions=1.0))
+
+    @functools.cached_property
+    def _groups(self) -> tuple[tuple[str, ...], ...]:
+        """The modules by the ranks that they share."""
+        groups: list[tuple[set[int], list[str]]] = []
+        for name, module in self.topology.modules.items():
+            ranks, names = set(module.grid.ranks), [name]
+            for group in [group for group in groups if not ranks.isdisjoint(group[0])]:
+                groups.remove(group)
+                ranks |= group[0]
+                names = group[1] + names
+            groups.append((ranks, names))
+        return tuple(tuple(names) for _, names in groups)
+
+
+def _scaled(values: Sequence[float], factor: float) -> list[float]:
+    return [factor * value for value in values]
+
+
+def _sum_of(columns: Sequence[list[float]]) -> list[float]:
+    first, *others = columns
+    for column in others:
+        first = list(map(operator.add, first, column))
+    return first
