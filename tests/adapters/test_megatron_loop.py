@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,15 @@ def test_loaders_at_different_samples_are_noticed(
         assert "sample 0 of the step " + said in told
         assert "a batch of 'vision'" in told
         assert "one of 'language'" in told
+
+
+@pytest.mark.world
+def test_a_loader_that_ends_on_one_rank_ends_the_step_on_all(pool: Pool, opened: Opened) -> None:
+    """The rank says so itself; the others do not wait for what it has."""
+    job, config, weights = exact_job(opened, {"dp": 1}, {"dp": 2})
+    first, *others = [
+        said for _, _, said in pool.run("megatron_loops:per_rank", 3, job, config, weights, 99, True)
+    ]
+    assert first.startswith("StopIteration")
+    for told in others:
+        assert re.match(r"EchoError: rank \d was cut off: ranks \[0\] have no batch for this step", told)

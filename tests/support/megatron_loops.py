@@ -278,8 +278,8 @@ def per_rank(  # noqa: PLR0917 -- what a pool calls has no keywords
                 reports = function(
                     **loops.STEP, forward_step_func=step, data_iterator=mine, model=function.model
                 )
-            except WorldError as error:
-                return [], [], str(error)
+            except (WorldError, StopIteration) as error:
+                return [], [], f"{type(error).__name__}: {error}"
             gradients = [w.grad.tolist() for w in function.embedded.parameters() if w.grad is not None]
             found.append([reports, gradients])
             function.embedded.close()
