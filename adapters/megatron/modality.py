@@ -3,6 +3,7 @@
 Shapes in names: S positions, B samples, H hidden, R rows, F features.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -117,6 +118,7 @@ class ModalityNetwork(nn.Module):
         if problems:
             raise PlanError(problems)
         (self._key,) = parts.encoders
+        self._taken = set(inspect.signature(parts.encoders[self._key].forward).parameters)
         self.cp = _cp_of(parts.encoders[self._key])
         self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp else WHOLE
 
@@ -154,7 +156,8 @@ class ModalityNetwork(nn.Module):
         return self.argument(inputs.get("rows"), share, self.cut)
 
     def _by_name(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        counts = ("rows", "lengths")
+        # What the job says of the rows, besides what the samples have for the encoder.
+        counts = {"rows", "lengths", "grids"} - ({"grids"} & self._taken)
         named = {name: tensor for name, tensor in inputs.items() if name.partition(".")[0] not in counts}
         if inputs and not named:
             name = self.stage.module
