@@ -62,17 +62,19 @@ def examples_of(
     samples: int,
     sequence: int,
     rows_of: Mapping[str, str | Callable[..., Any]],
+    turned: bool | None = False,
 ) -> list[Example]:
     """Return the samples of a batch for a job whose language model is `language`.
 
     `tokens` are the special tokens by modality. `rows_of` names for a modality the tensor with the rows that the job's
     module reads. By default it is the only tensor of the modality, if it has one entry for each placeholder. The other
-    tensors keep their names.
+    tensors keep their names. `turned` says whether the model turns by position ids [3, B, S]
+    (mrope); None: this rank does not know.
 
     Raises PlanError with everything in the batch that the job does not support: shapes, positions that do not count
     up, masks that are not causal, modalities that the job or the batch lacks, tokens outside the vocabulary.
     """
-    problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp))
+    problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp, turned=turned))
     feeders = [edge.source for edge in language.inputs]
     problems += _strangers(batch, feeders, tokens)
     if not problems:
@@ -104,11 +106,23 @@ def samples_of(batch: Batch, language: Module, tokens: Mapping[str, int]) -> lis
     ]
 
 
+def turns_of(batch: Batch) -> Sequence[Tensor]:
+    """Return the positions [3, S] by which each sample of a batch is turned; nothing if its model has no mrope."""
+    ids = batch.position_ids
+    return ids.unbind(1) if ids is not None and ids.dim() == _BLOCK else ()
+
+
 def check_text(
-    batch: Batch, language: Module, tokens: Mapping[str, int], *, samples: int, sequence: int
+    batch: Batch,
+    language: Module,
+    tokens: Mapping[str, int],
+    *,
+    samples: int,
+    sequence: int,
+    turned: bool | None,
 ) -> None:
     """Raise PlanError with what a job does not support in the language model's arguments."""
-    problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp))
+    problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp, turned=turned))
     feeders = [edge.source for edge in language.inputs]
     problems += _unnamed(feeders, tokens)
     if not problems:
@@ -262,7 +276,9 @@ def _uneven(items: int, counts: Sequence[int], where: str) -> Problem:
 # -- what a job does not support ---------------------------------------------------------------------------
 
 
-def _mismatches(batch: Batch, *, samples: int, sequence: int, cp: int) -> Iterator[Problem]:
+def _mismatches(
+    batch: Batch, *, samples: int, sequence: int, cp: int, turned: bool | None
+) -> Iterator[Problem]:
     """Yield wrong shapes, and arguments that a job does not support."""
     shape = tuple(batch.input_ids.shape)
     if len(shape) != 2 or shape[0] != samples:  # noqa: PLR2004 -- [B, S]
@@ -272,16 +288,12 @@ def _mismatches(batch: Batch, *, samples: int, sequence: int, cp: int) -> Iterat
     if shape[1] > sequence or (cp > 1 and shape[1] != sequence):
         fact = f"has {shape[1]} positions, the job sequences of {sequence}."
         yield Problem("input_ids", fact, "Cut or pad it, or open the job with another max_sequence_length.")
-    for name in ("labels", "loss_mask", "position_ids"):
+    for name in ("labels", "loss_mask"):
         tensor = getattr(batch, name)
         if tensor is not None and tuple(tensor.shape) != shape:
             fact = f"has the shape {tuple(tensor.shape)}, input_ids has {shape}."
             yield Problem(name, fact, "Give one value for each position.")
-    counted = torch.arange(shape[1]).expand(shape)
-    if batch.position_ids is not None and not torch.equal(batch.position_ids.cpu(), counted):
-        yield Problem(
-            "position_ids", "do not count up from 0, as a job's positions do.", "Leave them out, or count up."
-        )
+    yield from _other_positions(batch.position_ids, shape, turned=turned)
     mask = batch.attention_mask
     if mask is not None and not _is_causal(mask.cpu()):
         fact = f"of shape {tuple(mask.shape)} is not the causal one, which a job has."
@@ -291,6 +303,25 @@ def _mismatches(batch: Batch, *, samples: int, sequence: int, cp: int) -> Iterat
     if batch.packing_kwargs is not None:
         fact = "packs several samples into a sequence; a job's samples have one each."
         yield Problem("packing_kwargs", fact, "Leave it out, and give each sample a row of input_ids.")
+
+
+def _other_positions(ids: Tensor | None, shape: tuple[int, ...], *, turned: bool | None) -> Iterator[Problem]:
+    """Yield why position ids are not those of a job: they count up, or are three for each position under mrope.
+
+    A rank without a stage of the language model does not judge them (None).
+    """
+    if turned is None:
+        return
+    if turned:
+        if ids is None or tuple(ids.shape) != (3, *shape):
+            fact = f"has the shape {None if ids is None else tuple(ids.shape)}; the model turns by mrope."
+            yield Problem("position_ids", fact, f"Give {(3, *shape)} on every rank of the language model.")
+    elif ids is not None and tuple(ids.shape) != shape:
+        fact = f"has the shape {tuple(ids.shape)}, input_ids has {shape}."
+        yield Problem("position_ids", fact, "Give one value for each position; three are for mrope.")
+    elif ids is not None and not torch.equal(ids.cpu(), torch.arange(shape[1]).expand(shape)):
+        fact = "do not count up from 0, as a job's positions do."
+        yield Problem("position_ids", fact, "Leave them out, or count up.")
 
 
 def _is_causal(mask: Tensor) -> bool:

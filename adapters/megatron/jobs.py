@@ -141,9 +141,8 @@ def _check_kind(spec: MegatronSpec, problems: list[Problem]) -> None:
     if not (isinstance(spec.module, type) and issubclass(spec.module, GPTModel)):
         name = getattr(spec.module, "__name__", str(spec.module))
         fact = f"is a {name}; a job's program runs the stages of a GPTModel, whose layers it knows."
-        problems.append(
-            Problem("language_model_spec", fact, "Take a GPTModel; hybrid (Mamba) models have no plan yet.")
-        )
+        remedy = "Take a GPTModel; hybrid (Mamba) models have no plan yet."
+        problems.append(Problem("language_model_spec", fact, remedy))
 
 
 def _language(params: Mapping[str, Any], problems: list[Problem]) -> Gpt:

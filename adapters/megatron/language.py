@@ -39,10 +39,13 @@ from mimogrid.shell.modules.packing import TokenSplit
 class LanguageStage(nn.Module):
     """A stage of a `GPTModel` as a stage of the job's `gpt` with this name (a `shell.modules.interface.HostNetwork`).
 
-    `rank` is the rank in the job. `aux_scale` is the factor of this rank's term of the auxiliary loss.
+    `rank` is the rank in the job. `aux_scale` is the factor of this rank's term of the auxiliary loss. A model with
+    mrope needs `turns` before each step.
     """
 
     aux_scale = 0.0
+    turns: Mapping[int, Tensor] | None = None
+    """Under mrope the positions [3, S] by which each sample is turned, by its place in the step."""
 
     def __init__(self, model: nn.Module, *, topology: Topology, name: str, rank: int) -> None:
         super().__init__()
@@ -55,6 +58,7 @@ class LanguageStage(nn.Module):
         self.tp: dist.ProcessGroup = gpt.pg_collection.tp
         self.cp: dist.ProcessGroup = gpt.pg_collection.cp
         self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp.size() > 1 else WHOLE
+        self.is_turned: bool = gpt.position_embedding_type == "mrope"
         self.sequence_parallel: bool = gpt.config.sequence_parallel and self.tp.size() > 1
         self.token_split = TokenSplit(self.tp.rank(), self.tp.size(), by_position=self.sequence_parallel)
         samples = topology.samples_per_microbatch[name]
@@ -85,7 +89,7 @@ class LanguageStage(nn.Module):
             gpt.set_input_tensor(hidden_SBH)
         said: Tensor = gpt(
             input_ids=None,
-            position_ids=None,
+            position_ids=self._turned(share, device) if self.is_turned else None,
             attention_mask=None,
             decoder_input=hidden_SBH if gpt.pre_process else None,
             **self._padding(block, device),
@@ -99,6 +103,19 @@ class LanguageStage(nn.Module):
                 said, tensor_parallel_output_grad=False, group=self.tp
             )
         return {self.name: said, **aux}
+
+    def _turned(self, share: Share, device: torch.device) -> Tensor:
+        """Return the position ids [3, B, S] of a share, of all cp ranks. Raises PlanError where there are none."""
+        turns, positions = self.turns or {}, share.shape[0]
+        if any(sample.id not in turns for sample in share.samples):
+            fact = "turns by mrope, and this rank has no position_ids for its samples."
+            remedy = "Give position_ids [3, B, S] to forward steps on every rank of the language model."
+            raise PlanError([Problem(f"modules.{self.name}", fact, remedy)])
+        of = [
+            nn.functional.pad(turn, (0, positions - turn.shape[1]))
+            for turn in (turns[s.id] for s in share.samples)
+        ]
+        return torch.stack(of, dim=1).to(device)
 
     def _padding(self, block: Block, device: torch.device) -> Mapping[str, Tensor]:
         """Return the mask [B, S] of positions without a token, for routers with an auxiliary loss."""
@@ -167,10 +184,6 @@ def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
         )
     if config.mtp_num_layers:
         yield Problem(where, "predicts several tokens at once.", "Leave mtp_num_layers out.")
-    if gpt.position_embedding_type == "mrope":
-        yield Problem(
-            where, "turns by mrope, whose positions a job does not know.", "Use rope, or learned ones."
-        )
     if tp > 1 and not gpt.parallel_output:
         yield Problem(
             where, "gathers its logits.", "Leave parallel_output at True; the loss is cut as they are."

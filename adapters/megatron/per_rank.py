@@ -18,7 +18,7 @@ import attrs
 import torch.distributed as dist
 from torch import Tensor
 
-from mimogrid.adapters.megatron.batches import Batch, check_text, parts_of, samples_of, text_of
+from mimogrid.adapters.megatron.batches import Batch, check_text, parts_of, samples_of, text_of, turns_of
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.base.samples import Sample
@@ -41,12 +41,23 @@ class Described:
 
 @attrs.frozen(eq=False)
 class PerRank:
-    """Joins the batches of the ranks; `tokens` and `rows_of` are those of `batches.examples_of`."""
+    """Joins the batches of the ranks; `tokens`, `rows_of` and `turned` are those of `batches.examples_of`."""
 
     runtime: RankRuntime
     language: Module
     tokens: Mapping[str, int]
     rows_of: Mapping[str, Any]
+    turned: bool | None = False
+
+    def turns(self, batches: Sequence[Batch]) -> dict[int, Tensor]:
+        """Return the positions by which samples of this rank's language model are turned, by place in the step."""
+        return {
+            place: turn
+            for microbatch, batch in enumerate(batches)
+            for module, part in self._parts(microbatch)
+            if module is self.language
+            for place, turn in zip(part, turns_of(batch), strict=False)
+        }
 
     def described(self, batches: Sequence[Batch]) -> list[Described]:
         """Describe the samples of this rank's batches, microbatch by microbatch.
@@ -115,7 +126,7 @@ class PerRank:
 
     def _samples(self, batch: Batch, count: int) -> list[Sample]:
         sequence = self.runtime.topology.sequence
-        check_text(batch, self.language, self.tokens, samples=count, sequence=sequence)
+        check_text(batch, self.language, self.tokens, samples=count, sequence=sequence, turned=self.turned)
         return samples_of(batch, self.language, self.tokens)
 
     def _tensors(

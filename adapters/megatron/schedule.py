@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mimogrid.adapters.megatron.batches import Batch, examples_of
+from mimogrid.adapters.megatron.batches import Batch, examples_of, turns_of
 from mimogrid.adapters.megatron.forward_step import (
     ForwardStep,
     HostLoss,
@@ -17,6 +17,7 @@ from mimogrid.adapters.megatron.forward_step import (
 )
 from mimogrid.adapters.megatron.grids import LANGUAGE, roles_by_chunk
 from mimogrid.adapters.megatron.groups import open_collections
+from mimogrid.adapters.megatron.language import LanguageStage
 from mimogrid.adapters.megatron.loop import LoopModel
 from mimogrid.adapters.megatron.modality import Arrange
 from mimogrid.adapters.megatron.networks import networks_of, unwrapped
@@ -147,8 +148,12 @@ class ForwardBackward:
             return self._asked(forward_step, data_iterator), []
         if self.batches == "whole":
             asked = self._asked(forward_step, data_iterator)
-            return asked, [example for each in asked for example in self._examples(each.batch)]
-        joining = PerRank(runtime, _language(runtime.job), self.special_token_ids, self.rows_of)
+            examples = [example for each in asked for example in self._examples(each.batch)]
+            self._turn(dict(enumerate(turn for each in asked for turn in turns_of(each.batch))))
+            return asked, examples
+        joining = PerRank(
+            runtime, _language(runtime.job), self.special_token_ids, self.rows_of, turned=self._is_turned
+        )
         try:
             asked = self._asked(forward_step, data_iterator)
             of_ranks = [each.batch for each in asked]
@@ -157,7 +162,25 @@ class ForwardBackward:
             with contextlib.suppress(RuntimeError):  # The others are gone.
                 exchange(runtime, None)
             raise
+        self._turn(joining.turns(of_ranks))
         return asked, joining.examples(of_ranks, exchange(runtime, mine))
+
+    @property
+    def _languages(self) -> list[LanguageStage]:
+        """The stages of the language model on this rank, if Megatron's networks run them."""
+        runners = self.embedded.runtime.stages.values() if self.embedded.runtime else ()
+        parts = (part for runner in runners for part in runner.network.modules())
+        return [part for part in parts if isinstance(part, LanguageStage)]
+
+    @property
+    def _is_turned(self) -> bool | None:
+        """Whether the language model turns by mrope; None on a rank without a stage of it."""
+        languages = self._languages
+        return any(stage.is_turned for stage in languages) if languages else None
+
+    def _turn(self, turns: Mapping[int, Tensor]) -> None:
+        for stage in self._languages:
+            stage.turns = turns
 
     def _asked(self, forward_step: ForwardStep, data_iterator: Any) -> list[Microbatch]:
         job = self.embedded.job
@@ -197,6 +220,7 @@ class ForwardBackward:
             samples=job.spec.batch.global_size // language.microbatches,
             sequence=job.topology.sequence,
             rows_of=self.rows_of,
+            turned=self._is_turned,
         )
 
     # -- with the job's own loss ---------------------------------------------------------------------------------

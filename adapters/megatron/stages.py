@@ -4,6 +4,7 @@ Shapes in names: S positions, B samples, H hidden, R rows.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -27,12 +28,13 @@ from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 
 
-def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpec:
+def layer_spec(config: TransformerConfig, *, causal: bool = True, rotary: bool = True) -> MegatronSpec:
     """Return the specification of megatron-core's layer with an attention and a norm for the CPU and any dtype.
 
     They are those of the job's built-in models: a layer norm, and an attention that applies rotary embeddings itself.
-    So the model needs ``position_embedding_type="none"`` (or "learned_absolute", in addition). `causal` says whether
-    the attention is causal. If the configuration has experts, they are Megatron's `SequentialMLP`.
+    So the model needs ``position_embedding_type="none"`` (or "learned_absolute", in addition). Without `rotary` it may
+    have Megatron's "rope" or "mrope", whose angles are fp32. `causal` says whether the attention is causal. If the
+    configuration has experts, they are Megatron's `SequentialMLP`.
 
     Raises ValueError for a configuration with another norm.
     """
@@ -45,7 +47,14 @@ def layer_spec(config: TransformerConfig, *, causal: bool = True) -> MegatronSpe
     model: BuiltIn = Gpt(**sizes, vocab=1) if causal else Vit(**sizes)
     mlps = {0: get_moe_module_spec(use_te=False, num_experts=model.experts)} if model.experts else {}
     # With tp=2 the linear layers are megatron-core's, also on one rank: its checkpoints do not support others.
-    return block_spec(model, layers=range(1), tp=2, weight_grads=WeightGradStore(), mlps=mlps).layer_specs[0]
+    layer: MegatronSpec = block_spec(
+        model, layers=range(1), tp=2, weight_grads=WeightGradStore(), mlps=mlps
+    ).layer_specs[0]
+    if not rotary:
+        layer = copy.deepcopy(layer)
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = functools.partial(attention.core_attention, rotary=None)
+    return layer
 
 
 def from_specs(

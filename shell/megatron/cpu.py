@@ -39,6 +39,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, utils
+from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.tensor_parallel import layers, mappings, random
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
@@ -47,7 +48,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-_ON_CUDA_DEVICE = (layers, mappings, utils, router, token_dispatcher)
+_ON_CUDA_DEVICE = (layers, mappings, utils, router, token_dispatcher, rotary_pos_embedding)
 """Files of megatron-core that use the current CUDA device, and that stages or a host program's networks run."""
 
 

@@ -112,6 +112,42 @@ def test_a_loss_function_of_the_programs_trains(
         np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+TURNED = {"position_embedding_type": "mrope", "max_sequence_length": loops.SEQUENCE}
+BY_THREE = {"layers": 3, "mrope_section": [0, 1, 1]}
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("vision", "language", "transformer"),
+    [
+        ({"dp": 1}, {"pp": 3}, {}),
+        *nightly_only(
+            [({"dp": 2}, {"tp": 2, "cp": 2}, {"sequence_parallel": True}), ({"dp": 1}, {"dp": 2}, {})]
+        ),
+    ],
+)
+def test_mrope_turns_on_every_stage(
+    pool: Pool,
+    opened: Opened,
+    vision: Mapping[str, int],
+    language: Mapping[str, int],
+    transformer: Mapping[str, Any],
+) -> None:
+    """By the three position ids of the batch, also on a stage that reads no tokens."""
+    whole = {**BY_THREE, "language": {**TURNED, **PARTS}}
+    config = {**whole, "pp": language.get("pp", 1), "tp": language.get("tp", 1), **transformer}
+    job = job_for(opened, config, vision, language)
+    with megatrons.alone():
+        expected, weights = loops.expected(whole, loops.of_losses, {"turned": True})
+    arguments = (job, config, weights, loops.of_losses, {"turned": True}, None)
+    said = pool.run("loops:stepped", job.topology.world_size, *arguments)
+    ours = said[0].gradients
+    assert len(expected.gradients) == len(ours)
+    for name, gradient in expected.gradients.items():
+        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
+        np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
 @pytest.mark.world
 def test_networks_of_the_job_take_a_forward_step_too(pool: Pool, opened: Opened) -> None:
     """Without a model the job's own networks train, and its own loss, said as a loss function, gives the same."""
@@ -232,6 +268,10 @@ POSITIONS = torch.arange(loops.SEQUENCE).expand(3, -1)
         ({"input_ids": torch.zeros(3, 20, dtype=torch.int64)}, "has 20 positions, the job sequences of 16"),
         ({"labels": torch.zeros(3, 15, dtype=torch.int64)}, r"labels: has the shape \(3, 15\), input_ids"),
         ({"position_ids": POSITIONS.flip(1)}, "position_ids: do not count up"),
+        (
+            {"position_ids": POSITIONS.expand(3, 3, -1)},
+            r"position_ids: has the shape \(3, 3, 16\).* are for mrope",
+        ),
         ({"attention_mask": torch.ones(1, 1, 16, 16, dtype=torch.bool)}, "is not the causal one"),
         ({"packing_kwargs": {"cu_seqlens": None}}, "packs several samples"),
         ({"modality_inputs": None}, "there are placeholders for 'vision', and no input"),

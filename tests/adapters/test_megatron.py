@@ -15,7 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
@@ -329,6 +333,28 @@ def test_a_whole_model_is_megatrons() -> None:
     said, _ = ours(**specs.batch())
     assert expected.isfinite().all()
     assert torch.equal(expected, said)
+
+
+@pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
+@pytest.mark.usefixtures("cpu")
+def test_a_projector_of_megatrons_is_built_on_the_groups_of_its_module() -> None:
+    """It asks for the tp group alone, where other networks ask for all groups."""
+    layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    params = {"config": specs.config(), "submodules": layers, "projector_type": "mlp", "input_size": 8}
+    eye = specs.vision(hidden=8, projected=False)
+    eye.submodules["input_projections"] = [ModuleSpec(MultimodalProjector, params)]
+    made = from_specs(
+        specs.language(),
+        {"vision": eye},
+        {"vision": specs.IMAGE},
+        role=role(vision=stage("vision"), language=stage("language")),
+        collections={"vision": collection(), "language": collection()},
+    )
+    fill(made)
+    said, _ = made(**specs.batch())
+    assert (2, specs.SEQUENCE, specs.VOCAB) == said.shape
+    projector: Any = made.modality_submodules["vision"].input_projections[0]  # type: ignore[union-attr, index]
+    assert made.collections["vision"].tp is projector.encoder.linear_fc1.tp_group
 
 
 @pytest.mark.usefixtures("cpu")

@@ -587,11 +587,6 @@ def test_experts_in_one_weight_are_refused() -> None:
     ("owner", "what", "said"),
     [
         ("config", {"mtp_num_layers": 1}, "predicts several tokens at once"),
-        (
-            "model",
-            {"position_embedding_type": "mrope"},
-            "turns by mrope, whose positions a job does not know",
-        ),
     ],
 )
 def test_language_models_that_read_more_than_a_job_has_are_refused(

@@ -1,9 +1,11 @@
 """Loops: a forward step and a loss function as a program for Megatron has them, here and in a job's program."""
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import attrs
 import torch
@@ -26,7 +28,9 @@ ROWS = (4, 2, 0, 6)
 """Placeholders of one sample after the other."""
 
 
-def batches(*, labels: bool = True, images: bool = False, steps: int = 2) -> Iterator[dict[str, Any]]:
+def batches(
+    *, labels: bool = True, images: bool = False, steps: int = 2, turned: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield microbatches: all of their samples, placeholders among the text, some tokens half or not counted."""
     generator = torch.Generator().manual_seed(3)
     size = SAMPLES // MICROBATCHES
@@ -41,9 +45,12 @@ def batches(*, labels: bool = True, images: bool = False, steps: int = 2) -> Ite
         if images:
             brightness = torch.rand(sum(counts) // 2, dtype=torch.float64, generator=generator)
             eye = {"images": pixels.view(-1, 2, specs.PIXELS), "brightness": brightness}
+        counted = torch.arange(SEQUENCE).expand_as(ids)
         yield {
             "input_ids": ids,
-            "position_ids": torch.arange(SEQUENCE).expand_as(ids),
+            "position_ids": torch.stack([counted, counted // 3, counted % 5 + ids % 2])
+            if turned
+            else counted,
             "attention_mask": None,
             "loss_mask": mask,
             **({"labels": ids.roll(-1, dims=1) % specs.VOCAB} if labels else {}),
@@ -104,13 +111,21 @@ STEP: Mapping[str, Any] = {
 class InFull(nn.Module):
     """`MimoModel` with losses in the precision of its logits; its own are rounded to fp32."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, labels: Tensor | None = None, **batch: Any) -> tuple[Tensor, Tensor]:
         """Return losses [B, S], or logits [B, S, V] where there are no labels."""
-        logits, loss_mask = self.model(**batch)
+        # In 0.16 the language model gets no position ids, by which mrope turns.
+        language, turns = self.model.language_model, batch["position_ids"]
+        if turns.dim() > 2:
+            whole, batch = language.forward, {**batch, "position_ids": None}
+            given = mock.patch.object(
+                language, "forward", lambda **named: whole(**{**named, "position_ids": turns})
+            )
+        with given if turns.dim() > 2 else contextlib.nullcontext():
+            logits, loss_mask = self.model(**batch)
         output = logits if labels is None else cross_entropy(logits.mT, labels, reduction="none")
         return output, loss_mask
 

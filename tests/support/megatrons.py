@@ -74,6 +74,9 @@ def config_of(
     config = specs.config(pp=pp, layers=layers, tensor_model_parallel_size=tp, **transformer)
     if config.num_moe_experts:
         layer = with_experts(layer, config, causal=True)
+    if language.get("position_embedding_type") == "mrope":
+        turned = layer_spec(config, rotary=False)
+        layer = dataclasses.replace(layer, layer_specs=[turned] * len(layer.layer_specs))
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
     vision = specs.vision(specs.Images if images else specs.Pixels, hidden=8)
     if eye is not None:
