@@ -18,6 +18,7 @@ from mimogrid.core.update.decision import is_passed_over
 from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
+from mimogrid.shell.run.interruptions import interruptions_of
 from mimogrid.shell.run.metrics import Tally
 from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -130,6 +131,8 @@ def compose(
     training_s: float,
     examined: Examination,
     ranks: list[RankReport],
+    *,
+    folder: Path,
 ) -> dict[str, Any]:
     """Return the report of a run."""
     accuracy = {
@@ -149,6 +152,7 @@ def compose(
         "accuracy_of": first[0],
         "accuracy_text_only": dict(others),
         "training_s": training_s,
+        "interruptions": interruptions_of(folder),
         **(attrs.asdict(steady) if steady else {}),
         "busy_fraction": {str(rank.rank): rank.busy_fraction for rank in ranks},
         "peak_bytes": {str(rank.rank): rank.peak_bytes for rank in ranks},

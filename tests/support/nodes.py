@@ -20,7 +20,7 @@ from injection import injected
 from mimogrid.shell.cli.main import main
 
 
-RANKS_OF_A_NODE = 2
+NODES_MOST, RANKS_OF_A_NODE = 2, 2
 MEETING = {
     "is_host": "false",
     "keep_alive_interval": "1",
@@ -81,7 +81,7 @@ def _agent(port: int, arguments: Sequence[str], said: Path, fault: str) -> None:
     os.environ.update(VARIABLES)
     config = LaunchConfig(
         min_nodes=1,
-        max_nodes=2,
+        max_nodes=NODES_MOST,
         nproc_per_node=RANKS_OF_A_NODE,
         run_id=said.parent.name,
         rdzv_backend="c10d",
