@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import threading
 from collections.abc import Iterator
@@ -157,3 +158,10 @@ def test_workers_are_placed_where_the_labels_say(path: Path, whole: list[float],
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.usefixtures("four")
+def test_workers_of_another_program_embed_the_job(path: Path, whole: list[float]) -> None:
+    """The example's actors take the steps of the job, to the last bit."""
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples/ray_workers.py"))
+    assert whole[:3] == example["main"](path, 3)
