@@ -23,9 +23,9 @@ from mimogrid.shell.cli.main import main
 NODES_MOST, RANKS_OF_A_NODE = 2, 2
 MEETING = {
     "is_host": "false",
-    "keep_alive_interval": "1",
-    "keep_alive_max_attempt": "3",
-    "last_call_timeout": "1",
+    "keep_alive_interval": "2",
+    "keep_alive_max_attempt": "5",
+    "last_call_timeout": "3",
 }
 """How agents meet: none keeps the store, and all notice within some seconds that another one is gone."""
 VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -9,11 +9,12 @@ from mimogrid.core.faults.interruptions import Interruption
 spans = st.floats(0.0, 1e4)
 
 
-@given(st.integers(0, 50), st.integers(0, 50), spans, spans, spans, spans)
+@given(st.integers(0, 50), st.integers(0, 50), st.tuples(spans, spans, spans, spans))
 def test_what_is_lost_is_the_sum_of_its_parts(
-    done: int, resumed_at: int, until_failure: float, noticing: float, restart: float, repeating: float
+    done: int, resumed_at: int, parts_s: tuple[float, float, float, float]
 ) -> None:
     """A failure within a step: the time in which it still ran, noticing, the restart, and what is repeated."""
+    until_failure, noticing, restart, repeating = parts_s
     failed = 100.0 + until_failure
     noticed = failed + noticing
     found = Interruption(
