@@ -11,7 +11,7 @@ export PYTHON
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL = help
-.PHONY: help venv same-python train demo-parity bench-peer test quick lint types site clean
+.PHONY: help venv same-python train demo-parity bench-peer test quick chaos lint types site clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ test: venv ## Run every test that needs no GPU: the core's where there is no tor
 
 quick: venv ## Run the core's tests with fewer draws, and one world: half a minute.
 	$(NOX) --session quick
+
+chaos: venv ## Let nodes of a run come and go at random: 30 minutes, or MINUTES=5; what happens is drawn by SEED=N.
+	PYTHONPATH=tests/support "$(BIN)/python" tests/long/chaos.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 lint: venv ## Check format, style, spelling and layers.
 	$(NOX) --session lint

@@ -23,6 +23,7 @@ ONE_MORE = (*WORKERS, "--numprocesses", "3")
 """For tests that start ranks: a worker often waits for one that is late, stopped or killed, and others go on."""
 A_WORLD = "tests/shell/runtime/test_parity.py::test_a_layout_is_the_model[enc(2,2,1)@0 lm(2,2,1)@4]"
 SCHEMAS = ("kubernetes-validate==1.37.0", "kubeflow-trainer-api==2.3.0", "pyyaml==6.0.4")
+RAY = "ray[train]==2.60.0"
 SCALE = "MIMOGRID_TEST_SCALE"
 
 
@@ -218,6 +219,21 @@ def faults(session: nox.Session) -> None:
     """Disturb and interrupt two hundred runs and resume them; takes some twenty minutes on two cores."""
     arguments = session.posargs or ["--summary", "docs/faults-run.md"]
     session.run("python", "tests/long/faults.py", *arguments, env={"PYTHONPATH": "tests/support"})
+
+
+@nox.session(default=False)
+def chaos(session: nox.Session) -> None:
+    """Let the nodes of a run come and go at random, for half an hour."""
+    session.run("python", "tests/long/chaos.py", *session.posargs, env={"PYTHONPATH": "tests/support"})
+
+
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
+def ray(session: nox.Session) -> None:
+    """Train jobs under Ray Train, on a local Ray world of four workers."""
+    session.install("--constraint", str(LOCK), "--editable", ".[train]", RAY, "hypothesis", "pytest")
+    # Ray warns at import of what it deprecates itself. Its workers are niced by default.
+    arguments = ("-W", "default", "-o", "faulthandler_timeout=1800", "tests/ray", *session.posargs)
+    session.run("pytest", *arguments, env={"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"})
 
 
 @nox.session(default=False)

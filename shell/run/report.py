@@ -21,6 +21,7 @@ from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
 from mimogrid.shell.run.folders import STEP
+from mimogrid.shell.run.interruptions import interruptions_of
 from mimogrid.shell.run.metrics import Tally
 from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -142,6 +143,8 @@ def compose(
     training_s: float,
     examined: Examination,
     ranks: list[RankReport],
+    *,
+    folder: Path,
 ) -> dict[str, Any]:
     """Return the report of a run."""
     accuracy = {
@@ -164,6 +167,7 @@ def compose(
         "accuracy_of": first[0],
         "accuracy_text_only": dict(others),
         "training_s": training_s,
+        "interruptions": interruptions_of(folder),
         **(attrs.asdict(steady) if steady else {}),
         "waiting_for_data_by_rank": {
             str(rank): share for rank, share in (tally.meter.waiting_for_data if tally.meter else {}).items()

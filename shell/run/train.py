@@ -8,6 +8,7 @@
     trace.json           the measured timeline, for Perfetto
     predictions.png      held-out samples with their predicted and true answers
     profiles/            what torch did in the steps that the job profiles (`profiles`)
+    interruptions.jsonl  what the run lost each time that it ended and went on
     checkpoints/, logs/, what trackers keep (`trackers`), and under a launcher heartbeats/ (`heartbeat`)
 
 The first rank of the job writes all of this but checkpoints and logs, of which every rank writes its own part.
@@ -52,6 +53,7 @@ from mimogrid.shell.run.folders import (
     stopped,
     write_json,
 )
+from mimogrid.shell.run.interruptions import going_on, noting_failure
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
 from mimogrid.shell.run.validation import NOT_VALIDATED, Function, Validated, functions_of, validate
@@ -96,6 +98,7 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
     stop_request = StopRequest()
     with (
         receiving_signals(stop_request),
+        noting_failure() as note,
         contextlib.ExitStack() as held,
         open_session(place, job, transport=transport, stop_request=stop_request) as session,
     ):
@@ -106,6 +109,7 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
             )
         )
         held.enter_context(run_lock.shared(path))
+        note.folder = path
         saved = _decided_by_rank_0(session, "checkpoint", lambda: manifest.newest(path / CHECKPOINTS) or "")
         finished = finished_report(path, job.spec.train.steps)
         if finished is not None:
@@ -254,6 +258,7 @@ class Run:
         """Run the steps from `start` to the last, or until a request to stop."""
         job = self.runtime.job
         steps, every = job.spec.train.steps, job.spec.train.checkpoint_every
+        again = going_on(self.folder, start) if self.is_first else None
         tally = resumed_tally(self.runtime, self.folder, start) if self.is_first else Tally()
         watch = StragglerWatch(job)
         with contextlib.ExitStack() as stack:
@@ -280,6 +285,9 @@ class Run:
                         metrics.write(index, outcome, tally, lagging, validated.values)
                     tally.ends_early = validated.ends and index + 1 < steps
                     stops = outcome.stops and index + 1 < steps and not tally.ends_early
+                if again and (interruption := again.after(index + 1)):
+                    self.log.info(str(interruption))
+                    again = None
                 if stops:
                     self.session.stop_request.accept()
                 ends = tally.ends_early or index + 1 == steps
@@ -384,7 +392,7 @@ class Run:
         ranks = report.gather_ranks(runtime, tally)
         if not self.is_first:
             return None
-        whole = report.compose(runtime, tally, training_s, examined, ranks)
+        whole = report.compose(runtime, tally, training_s, examined, ranks, folder=folder)
         write_json(folder / REPORT, whole)
         self._draw(tally.last_step, examined, ranks)
         facts = {"steps": whole["steps"]}

@@ -81,7 +81,7 @@ def update_weights(runtime: RankRuntime, norm: float, *, limit: float) -> None:
             buffer.scale(limit / norm)
     if runtime.optimizer is not None:
         runtime.optimizer.step()
-        if kept := runtime.job.spec.optimizer.ema:
-            optimizer.average(runtime.optimizer, kept)
+        if ema := runtime.job.spec.optimizer.ema:
+            optimizer.average(runtime.optimizer, ema)
     for buffer in buffers:
         buffer.copy_main_to_model()

@@ -20,12 +20,12 @@ from injection import injected
 from mimogrid.shell.cli.main import main
 
 
-RANKS_OF_A_NODE = 2
+NODES_MOST, RANKS_OF_A_NODE = 2, 2
 MEETING = {
     "is_host": "false",
-    "keep_alive_interval": "1",
-    "keep_alive_max_attempt": "3",
-    "last_call_timeout": "1",
+    "keep_alive_interval": "2",
+    "keep_alive_max_attempt": "5",
+    "last_call_timeout": "3",
 }
 """How agents meet: none keeps the store, and all notice within some seconds that another one is gone."""
 VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -81,7 +81,7 @@ def _agent(port: int, arguments: Sequence[str], said: Path, fault: str) -> None:
     os.environ.update(VARIABLES)
     config = LaunchConfig(
         min_nodes=1,
-        max_nodes=2,
+        max_nodes=NODES_MOST,
         nproc_per_node=RANKS_OF_A_NODE,
         run_id=said.parent.name,
         rdzv_backend="c10d",

@@ -1,5 +1,6 @@
 """Interruptions: a run that is ended anywhere, by whatever runs it, goes on as if it never had been."""
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import launching
 import sweep
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.run.interruptions import interruptions_of
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.preemption import EXIT_CODE
 from scale import nightly_only
@@ -103,6 +105,14 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
     assert "resuming  step 2" in said.read_text()
     assert harm.left(whole) == harm.left(folder)
     assert not (folder / "heartbeats").exists()
+    (lost,) = interruptions_of(folder)
+    assert (3, 2) == (lost["done"], lost["resumed_at"])
+    assert lost["last_s"] <= lost["noticed_s"] <= lost["first_s"] <= lost["again_s"]
+    assert lost["failed_s"] <= lost["noticed_s"]
+    assert "rank 1 (host " in lost["report"]
+    assert [lost] == json.loads((folder / "report.json").read_text())["interruptions"]
+    assert "1 steps repeated" in said.read_text()
+    assert not (folder / "failure.json").exists()
 
 
 def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others(
