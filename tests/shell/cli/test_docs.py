@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 import pytest
 
+from mimogrid.core.job.lora import Lora
 from mimogrid.core.job.models import BUILT_IN
 from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import (
@@ -38,6 +39,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TABLES = (
     JobSpec,
     ModuleSpec,
+    Lora,
     GridSpec,
     Projector,
     DataSpec,
