@@ -85,6 +85,9 @@ class Trainer:
         """
         self.args = args
         self.own = Arguments.of(args)
+        if self.own.eval_strategy != "no" and eval_dataset is None:
+            fact = f"is '{self.own.eval_strategy}', and there is no eval_dataset."
+            raise PlanError([Problem("args.eval_strategy", fact, "Give an eval_dataset, or write no.")])
         self.encoder = encoder_of(processing_class, job.checkpoint.folder, job.checkpoint.model)
         self.processing_class = processing_class if processing_class is not None else self.encoder.processor
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset

@@ -279,7 +279,7 @@ _Chain = tuple["_Product | _Chain", ...]
 def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge], lora: Lora | None) -> Iterator[_Chain]:
     """Yield the products of the entry, of each layer, and of the exit."""
     yield tuple(_entry(model, load))
-    beside = _beside(model, load, lora) if lora is not None else {}
+    beside = _beside(model, load, lora)
     for layer in range(model.layers):
         yield tuple(
             each
@@ -326,12 +326,14 @@ def _layer(model: BuiltIn, load: Load, layer: int) -> Iterator[_Product]:
         yield linear("mlp.down", down, hidden)
 
 
-def _beside(model: BuiltIn, load: Load, lora: Lora) -> Mapping[str, Sequence[_Product]]:
+def _beside(model: BuiltIn, load: Load, lora: Lora | None) -> Mapping[str, Sequence[_Product]]:
     """Return the products of LoRA, by the name of the one that they are beside.
 
     They follow it in the chain, so B has a gradient of its inputs, and so has all that comes behind.
     """
     found: dict[str, list[_Product]] = {}
+    if lora is None:
+        return found
     for adapter in adapters(model, lora):
         each = 2 * load.positions * lora.rank
         found.setdefault(adapter.weight, []).extend(

@@ -1,7 +1,9 @@
 """Fine-tunes the tiny LLaVA of this folder with LoRA, on four ranks: two for the tower, two for the language model.
 
-python examples/llava/make.py FOLDER --train 2000
-torchrun --nproc-per-node 4 examples/llava/lora.py FOLDER
+    python examples/llava/make.py FOLDER --train 2000
+    torchrun --nproc-per-node 4 examples/llava/lora.py FOLDER
+
+FOLDER/adapter is then an adapter that peft loads. transformers' arguments need accelerate.
 """
 
 import json

@@ -145,6 +145,10 @@ def _has_towers(adapters: Adapters) -> bool:
 def _problems(adapters: Adapters) -> Iterator[Problem]:
     if not adapters.pairs:
         yield Problem("modules", "no module has LoRA, so there is no adapter.", "Write --to hf.")
+    dense = [weight for weight in adapters.pairs if ".mlp." in weight]
+    if dense and any(".experts." in name for name in adapters.found.tensors):
+        fact = f"'{path_of(dense[0])}' has LoRA, and peft takes such names of a model with experts for the experts'."
+        yield Problem("modules", fact, "Leave it out of the targets, or write --to hf, which merges LoRA.")
     for path in adapters.saved:
         tensors = [name for name in adapters.found.tensors if path_of(name) == path]
         if ".experts." in path or not all(name.endswith((".weight", ".bias")) for name in tensors):

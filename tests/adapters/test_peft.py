@@ -21,6 +21,7 @@ from mimogrid.shell.checkpoint.index import read_index
 from mimogrid.shell.checkpoint.manifest import newest_of
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.modules.peft import adapters_of, write_adapter
 from mimogrid.shell.run.reference import Reference, double_precision, losses_and_gradients, reference
 from mimogrid.shell.world.launch import Pool
 from publishing import Seen
@@ -28,8 +29,11 @@ from running import trained
 from scale import SCALE
 
 
-# What peft 0.21 asks transformers 5.24 for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    # What peft 0.21 asks transformers 5.24 for, and what it expects of every adapter of a model with experts.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings(r"ignore:The following \w+_pattern keys did not match:RuntimeWarning"),
+]
 
 SGD = {"name": "sgd", "lr": 0.5, "clip_norm": 0.0}
 TWO = {"microbatches": 2}
@@ -113,7 +117,8 @@ def test_peft_goes_on_where_a_layout_stopped(pool: Pool, tmp_path: Path, name: s
     """After two steps peft has the loss, and the gradients of every A and B; merged weights have that loss."""
     layouts = EVERY_DAY + (NIGHTLY if SCALE > 1 else [])
     if name == "qwen3-moe":
-        layouts = [layout(ALL, dp=2, ep=2), layout(ALL, tp=2)]
+        attention = {**ALL, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+        layouts = [layout(attention, dp=2, ep=2), layout(attention, tp=2)]
     batches = [batch(name, seed) for seed in range(3)]
     said = pool.run("publishing:adapted", 4, folder(name), layouts, batches, tmp_path)
     for number, seen in enumerate(said[0]):
@@ -201,6 +206,15 @@ def test_a_run_leaves_an_adapter(pool: Pool, tmp_path: Path) -> None:
     }
     assert all(bool(value.any()) for value in adapters[0].values())
     assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_an_adapter_that_peft_would_misread_is_refused(tmp_path: Path) -> None:
+    """Peft takes the MLP of a dense layer for experts, where a model has any."""
+    job = Job.from_pretrained(folder("qwen3-moe"), **layout(ALL))
+    spec = job.sized(1, 1).spec
+    adapters = adapters_of(job.checkpoint, spec.modules, ())
+    with pytest.raises(PlanError, match=r"'model\.layers\.1\.mlp\.gate_proj' has LoRA"):
+        write_adapter(tmp_path, adapters, lambda *_: torch.zeros(1), {}.get)
 
 
 def test_a_target_that_is_nothing_is_refused() -> None:

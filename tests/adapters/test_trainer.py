@@ -84,6 +84,7 @@ def test_a_run_resumes_bitwise(pool: Pool, made: Path, tmp_path: Path) -> None:
         ({"lr_scheduler_type": "polynomial"}, "Known: linear, cosine"),
         ({"load_best_model_at_end": True}, "the best checkpoint is not loaded"),
         ({"per_device_train_batch_size": 0}, "Use 1 or more"),
+        ({"eval_strategy": "steps"}, "there is no eval_dataset"),
         ({"gradient_accumulation_steps": 2}, "the job has 4 microbatches"),
     ],
 )

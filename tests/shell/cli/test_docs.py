@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 import pytest
 
+from mimogrid.core.job.lora import Lora
 from mimogrid.core.job.models import BUILT_IN
 from mimogrid.core.job.projectors import Projector
 from mimogrid.core.job.spec import (
@@ -46,6 +47,7 @@ PAGES = sorted(
 TABLES = (
     JobSpec,
     ModuleSpec,
+    Lora,
     GridSpec,
     Projector,
     DataSpec,
