@@ -26,8 +26,9 @@ DATA: Mapping[str, str] = {
     "pillow": "PIL",
     "pyarrow": "pyarrow",
 }
+RAY: Mapping[str, str] = {"ray": "ray"}
 GPU: Mapping[str, str] = {"transformer-engine": "transformer_engine"}
-EXTRAS: Mapping[str, Mapping[str, str]] = {"train": TRAIN, "hf": HF, "data": DATA, "gpu": GPU}
+EXTRAS: Mapping[str, Mapping[str, str]] = {"train": TRAIN, "hf": HF, "data": DATA, "ray": RAY, "gpu": GPU}
 """By extra the import names of its packages."""
 
 
