@@ -66,5 +66,5 @@ def main(job: Path = JOB, steps: int = 3) -> list[float]:
 
 
 if __name__ == "__main__":
-    ray.init(include_dashboard=False)
+    ray.init(address="local", include_dashboard=False)
     main(*map(Path, sys.argv[1:2]), *map(int, sys.argv[2:3]))

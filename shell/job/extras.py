@@ -26,12 +26,14 @@ DATA: Mapping[str, str] = {
     "pillow": "PIL",
     "pyarrow": "pyarrow",
 }
+RAY: Mapping[str, str] = {"ray": "ray"}
 GPU: Mapping[str, str] = {"transformer-engine": "transformer_engine"}
 TRACKERS: Mapping[str, str] = {name: name for name in ("trackio", "wandb", "mlflow")}
 EXTRAS: Mapping[str, Mapping[str, str]] = {
     "train": TRAIN,
     "hf": HF,
     "data": DATA,
+    "ray": RAY,
     "gpu": GPU,
     **{extra: {extra: name} for extra, name in TRACKERS.items()},
 }

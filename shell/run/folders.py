@@ -37,6 +37,8 @@ REPORT, RECORD = "report.json", "run.json"
 METRICS, HEARTBEATS = "metrics.jsonl", "heartbeats"
 STEP = "step.json"
 """The last step, planned and measured, as `core.draw.dashboard` has it."""
+BEFORE_THE_RECORD = frozenset({run_lock.LOCK, f"{RECORD}.partial"})
+"""What a world leaves in the folder of its run that is killed before there is a record."""
 RUNS = "runs"
 SHOWN = 8
 """How many of the keys that differ are listed."""
@@ -198,7 +200,7 @@ def _resumed(folder: Path, named: str | None) -> Path:
             raise _refused(str(folder), "is not a folder.", remedy)
         return _made(folder)
     _check_access(folder)
-    if any(folder.iterdir()):
+    if {entry.name for entry in folder.iterdir()} - BEFORE_THE_RECORD:
         if not (folder / RECORD).is_file() and not manifest.published(folder / CHECKPOINTS):
             remedy = "Name the folder of a run with --resume."
             raise _refused(str(folder), "is not empty and holds no run.", remedy)

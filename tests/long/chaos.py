@@ -35,8 +35,8 @@ from mimogrid.shell.world.launch import Pool
 JOB = Path(__file__).parents[2] / "examples/elastic/job.toml"
 SLOW = "delay rank 0 every step for 0.2 s at NORM"
 """So that a calm run of as many steps takes a part of the time."""
-PAUSE_S = (8.0, 30.0)
-"""The least and the most time from one disturbance to the next."""
+PAUSE_S, PAUSE_STEPS, PATIENCE_S = 20.0, 12, 120.0
+"""The longest time from one disturbance to the next, or the most steps, for which there is patience."""
 STOPPED_S = (1.0, 12.0)
 LIMIT_S = 300.0
 """How long the run may take to go on after the last disturbance, and to stop."""
@@ -52,6 +52,16 @@ class Chaos:
     random: random.Random
     begun: float = attrs.field(factory=time.monotonic)
     told: collections.Counter[str] = attrs.field(factory=collections.Counter[str])
+
+    def pause(self) -> None:
+        """Wait for a moment: some steps later, or some time, in which a world may just have begun to start."""
+        begun, steps = time.monotonic(), steps_of(self.folder)
+        if self.random.random() < 0.5:
+            time.sleep(self.random.uniform(0.0, PAUSE_S))
+            return
+        wanted = self.random.randint(1, PAUSE_STEPS)
+        while time.monotonic() - begun < PATIENCE_S and steps_of(self.folder) < steps + wanted:
+            time.sleep(0.1)
 
     def disturb(self) -> None:
         """Do one thing that is possible now."""
@@ -125,7 +135,7 @@ def disturbed(folder: Path, said: Path, *, seconds: float, seed: int) -> Chaos:
         chaos = Chaos(cluster, folder, random.Random(seed))
         chaos.cluster.add()
         while time.monotonic() - chaos.begun < seconds:
-            time.sleep(chaos.random.uniform(*PAUSE_S))
+            chaos.pause()
             chaos.disturb()
         chaos.reap()
         while len(cluster.agents) < nodes.NODES_MOST:

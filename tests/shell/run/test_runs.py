@@ -187,6 +187,14 @@ def test_an_empty_record_of_a_run_without_a_checkpoint_is_begun_again(run: Path)
     assert "job" in json.loads((run / runs.RECORD).read_text())
 
 
+def test_a_folder_whose_world_was_killed_before_its_record_is_begun_again(tmp_path: Path) -> None:
+    """Found by `make chaos`: the lock alone is not a run, and nothing of the user's either."""
+    (tmp_path / "run.lock").touch()
+    (tmp_path / f"{runs.RECORD}.partial").touch()
+    assert tmp_path == claim(job(), tmp_path)
+    assert "job" in json.loads((tmp_path / runs.RECORD).read_text())
+
+
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
     """Something of the user's own may be in it."""
     (tmp_path / "mine").touch()

@@ -11,7 +11,7 @@ import harm
 import launching
 import nodes
 from mimogrid.core.job.spec import BatchLayoutSpec, GridSpec, JobSpec, LayoutSpec, ModuleLayoutSpec
-from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.world.launch import Pool
 
 
@@ -67,3 +67,17 @@ def test_a_world_that_shrinks_and_grows_takes_the_layout_that_fits(
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [*range(STEPS)] == [line["step"] for line in lines]
     assert harm.left(whole)[1] == pytest.approx(harm.left(folder)[1], rel=1e-9, abs=0)
+
+
+def test_a_rank_that_a_layout_leaves_over_idles_until_the_end(
+    pool: Pool, elastic: Job, tmp_path: Path
+) -> None:
+    """It ends when another rank is killed, and when the run is done; the run is that of the layout."""
+    three = open_job(elastic.path, ["world_size=3", "train.steps=6"])
+    assert (3, 2) == (three.topology.world_size, len(three.topology.ranks))
+    pair, folder = tmp_path / "pair", tmp_path / "run"
+    assert "" == harm.run(pool, open_job(elastic.path, ["world_size=2", "train.steps=6"]), pair).report
+    ended = harm.run(pool, three, folder, "kill rank 1 step 3 at lm.0 B1")
+    assert ended.line.startswith("rank 1 (host "), ended.report
+    assert "" == harm.run(pool, three, folder, resume=True).report
+    assert harm.left(pair) == harm.left(folder)
