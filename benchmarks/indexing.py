@@ -59,7 +59,7 @@ def main() -> None:
         runpy.run_path(str(MAKE))["checkpoint"](folder / "checkpoint")
         write(folder, args.records, args.side)
         for workers in map(int, args.workers.split(",")):
-            making = Making(store=folder / "store.jsonl", images=folder, processor=folder / "checkpoint")
+            making = Making(store=folder / "store.jsonl", media=folder, processor=folder / "checkpoint")
             with processes(workers) as pool:
                 # The first record is waited for, because a process takes seconds to import transformers.
                 build(

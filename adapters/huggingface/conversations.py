@@ -17,7 +17,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.models.network import Model
 from mimogrid.shell.data.batches import Encoded
 from mimogrid.shell.data.conversations import LeftOutError, conversation
-from mimogrid.shell.data.encoding import Encoder, decoded
+from mimogrid.shell.data.encoding import Encoder
 
 
 OBJECT = "\N{FRAME WITH PICTURE}"
@@ -41,8 +41,12 @@ class Conversations:
         try:
             raw = json.dumps(_named(self.items[index], objects)).encode()
             read = conversation(raw, str(index))
-            images = [objects[name] if name in objects else _file(name) for name in read.images]
-            return self.encoder.encode(read, images)
+            named = [(medium.kind, medium.name or "") for medium in read.media]
+            media = [
+                objects[name] if name in objects else self.encoder.decoded(kind, _file(name), name)
+                for kind, name in named
+            ]
+            return self.encoder.encode(read, media)
         except (LeftOutError, TypeError) as error:
             fact = f"{error.reason}: {error.fact}." if isinstance(error, LeftOutError) else f"{error}."
             remedy = "Give conversations as docs/data.md describes them, or leave this one out."
@@ -81,8 +85,8 @@ def _named(value: Any, objects: dict[str, Image.Image]) -> Any:
     return value
 
 
-def _file(name: str) -> Image.Image:
+def _file(name: str) -> bytes:
     try:
-        return decoded(Path(name).read_bytes(), name)
+        return Path(name).read_bytes()
     except OSError as error:
-        raise LeftOutError("missing image", f"{name!r}: {error.strerror}") from None
+        raise LeftOutError("missing file", f"{name!r}: {error.strerror}") from None

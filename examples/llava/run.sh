@@ -8,7 +8,7 @@ python "$here/make.py" "$1"
 cd "$1"
 
 mimogrid init checkpoint --out job.toml
-mimogrid data index train.json --processor checkpoint --images images
+mimogrid data index train.json --processor checkpoint --media images
 
 # The tower on two data-parallel ranks, the language model on two pipeline stages: four processes.
 mimogrid train job.toml \

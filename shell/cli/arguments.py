@@ -326,9 +326,12 @@ class CompletionArgs(Args):
 class DataIndexArgs(Args):
     """Read a store of conversations once, and write what the processor makes of it as an index."""
 
-    store: Path = _positional("STORE", "a JSON list or JSON lines of conversations")
+    store: Path = _positional("STORE", "JSON, a tar, Parquet or Arrow of conversations, or a folder of these")
     processor: Path = _option("FOLDER", "the checkpoint whose processor reads it", Path, required=True)
-    images: Path | None = _option("FOLDER", "the folder of the images; default: that of the store", Path)
+    media: Path | None = _option(
+        "FOLDER", "the folder of the images and sounds; default: that of the store", Path
+    )
+    columns: str = _option("ROLE=COLUMN,...", "columns of tables with other names than the roles", str, "")
     out: Path | None = _option("INDEX", "write into this folder; default: the store's name with .index", Path)
     max_tokens: int = _option("N", "leave out samples of more positions, placeholders included", int, 0)
     workers: int = _option("N", "the number of processes; default: one for each core", int, 0)
@@ -356,7 +359,9 @@ class DataShowArgs(IndexArgs):
     """Show what a sample of an index becomes: its text, its placeholders, and what counts in the loss."""
 
     id: str | None = _option("ID", "the id of the sample in the store; default: that of the first")
-    picture: Path | None = _option("FILE", "write its images, side by side, into this file", Path)
+    picture: Path | None = _option(
+        "FILE", "write its images and waveforms, side by side, into this file", Path
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -419,7 +424,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "inspect": ("inspect runs/job-1", "inspect runs/job-1 --job larger.toml"),
     "export": ("export runs/job-1 --to safetensors --out weights", "export runs/job-1 --to hf published"),
-    "data index": ("data index llava.json --processor checkpoints/llava --images pictures",),
+    "data index": ("data index llava.json --processor checkpoints/llava --media pictures",),
     "data show": ("data show llava.json.index", "data show llava.json.index --id 000042 --picture 42.png"),
     "data stats": ("data stats llava.json.index --svg lengths.svg",),
     "watch": ("watch runs/job-1", "watch runs/job-1 --once --json"),

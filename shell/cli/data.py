@@ -17,7 +17,7 @@ from mimogrid.core.data.record import expanded
 from mimogrid.core.draw.histograms import histogram_text, histograms_svg
 from mimogrid.shell.cli.arguments import Args, DataIndexArgs, DataShowArgs, DataStatsArgs
 from mimogrid.shell.cli.output import print_json, terminal, write
-from mimogrid.shell.data.conversations import REASONS, LeftOutError, image_bytes
+from mimogrid.shell.data.conversations import REASONS, LeftOutError
 from mimogrid.shell.data.index import LEFT_OUT, Index
 
 
@@ -41,19 +41,22 @@ def index(args: DataIndexArgs) -> int:
     """Make an index; say what was left out, and why."""
     from mimogrid.shell.data.indexing import Making, build, processes  # noqa: PLC0415 -- imports transformers
 
-    store = args.store.absolute()
-    out = (args.out or store.with_suffix(".index")).absolute()
+    # The last part may be a link to a file whose name does not say what it is, as in a cache of downloads.
+    store = args.store.absolute().parent.resolve() / args.store.absolute().name
     making = Making(
         store=store,
-        images=(args.images or store.parent).absolute(),
-        processor=args.processor.absolute(),
+        media=(args.media or (store if store.is_dir() else store.parent)).resolve(),
+        processor=args.processor.resolve(),
         max_tokens=args.max_tokens,
+        columns=_columns(args.columns),
     )
+    out = (args.out or store.with_suffix(".index")).resolve()
     if args.max_tokens < 0 or args.workers < 0:
         remedy = "Use a number of 1 or more, or leave it out."
         raise PlanError([Problem("--max-tokens, --workers", "is below 0.", remedy)])
     begin = time.monotonic()
-    with _progress(store, silent=args.json) as tell:
+    total = sum(file.stat().st_size for file in making.open().files if file.exists())
+    with _progress(total, silent=args.json) as tell:
         workers = args.workers or os.cpu_count() or 1
         with processes(workers) as pool:
             facts = build(making, out, pool, ahead=AHEAD * workers, progress=tell)
@@ -71,14 +74,23 @@ def index(args: DataIndexArgs) -> int:
     return 0
 
 
+def _columns(text: str) -> tuple[tuple[str, str], ...]:
+    """Return the columns that are for what, in one order. Raises PlanError."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if wrong := [role for role, equals, column in pairs if not (role and equals and column)]:
+        message = f"'{wrong[0]}' does not say which column it is."
+        raise PlanError([Problem("--columns", message, "Write --columns question=COLUMN,answer=COLUMN.")])
+    return tuple(sorted((role.strip(), column.strip()) for role, _, column in pairs))
+
+
 @contextlib.contextmanager
-def _progress(store: Path, *, silent: bool) -> Iterator[Any]:
+def _progress(total: int, *, silent: bool) -> Iterator[Any]:
     """Show on standard error how much of a store has been read: a bar on a terminal, else a line now and then."""
     from rich.console import Console  # noqa: PLC0415 -- slow to import
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
     console = Console(file=terminal(sys.stderr), stderr=True)
-    total, read, told = store.stat().st_size if store.is_file() else 0, 0, time.monotonic()
+    read, told = 0, time.monotonic()
     columns = (TextColumn("{task.fields[records]} records"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=silent or not console.is_terminal) as bar:
         task = bar.add_task("", total=total, records=0)
@@ -104,33 +116,38 @@ LINE_EVERY_S = 10.0
 
 
 def show(args: DataShowArgs) -> int:
-    """Print what a sample of an index becomes; write its images as one picture."""
-    from mimogrid.shell.data.encoding import Encoder, decoded  # noqa: PLC0415 -- imports transformers
+    """Print what a sample of an index becomes; write its images and waveforms as one picture."""
+    from mimogrid.shell.data.encoding import Encoder  # noqa: PLC0415 -- imports transformers
 
     opened = Index(args.index)
     row = opened.find(args.id) if args.id is not None else 0
     values, record = opened[row], opened.record(row)
-    folder = (args.index / opened.facts.store.images).resolve()
+    store = opened.store()
     encoder = Encoder.of((args.index / opened.facts.processor).resolve())
     pieces = list(_pieces(opened, row))
     shown = [(kind, count, encoder.text(tokens)) for kind, count, tokens in pieces]
     if args.picture is not None:
         try:
-            images = [decoded(image_bytes(folder, name), name) for name in values["images"]]
+            media = [encoder.decoded(kind, store.read(place), place) for kind, place, _ in opened.media(row)]
         except LeftOutError as error:
-            raise PlanError([Problem(str(folder), f"{error.fact}.", "Index the store again.")]) from None
-        _write_picture(args.picture, images)
+            raise PlanError([Problem(str(args.index), f"{error.fact}.", "Index the store again.")]) from None
+        _write_picture(args.picture, media)
     if args.json:
-        keys = ("id", "offset", "size", "images", "modules", "grids")
+        keys = ("id", "file", "offset", "size", "kinds", "places", "modules", "grids")
         text = [{"kind": kind, "positions": count, "text": words} for kind, count, words in shown]
         print_json({**{key: values[key] for key in keys}, "row": row, "units": record.units, "pieces": text})
         return 0
-    print(f"{record.id}: sample {row} of {len(opened)}, bytes {values['offset']} to", end=" ")
-    print(f"{values['offset'] + values['size']} of {(args.index / opened.facts.store.path).resolve()}")
+    offset, size = values["offset"], values["size"]
+    where = f"bytes {offset} to {offset + size}" if size else f"row {offset}"
+    path = os.path.normpath(args.index.resolve() / opened.facts.store.path)
+    print(f"{record.id}: sample {row} of {len(opened)}, {where} of {_below(path, values['file'])}")
     placeholders = sum(count for _, count in record.runs)
     print(f"{record.length} tokens, {placeholders} placeholders, {record.units:g} tokens that count")
-    for name in values["images"]:
-        print(f"image {folder / name}")
+    folder = os.path.normpath(args.index.resolve() / opened.facts.store.media)
+    for kind, place, _ in opened.media(row):
+        print(
+            f"{'sound' if kind == 'audio' else kind} {place if store.holds_media else Path(folder) / place}"
+        )
     for module, grids in record.segments.items():
         print(f"{module} reads {', '.join(' x '.join(map(str, grid)) for grid in grids)} rows")
     print()
@@ -162,12 +179,19 @@ def _stretches(kinds: list[str]) -> Iterator[tuple[int, int, str]]:
             start = position + 1
 
 
-def _write_picture(path: Path, images: list[Any]) -> None:
-    """Write images side by side. Raises PlanError."""
+def _below(path: str, file: str) -> str:
+    """Return a file of a store: the store itself, or one in its folder."""
+    return path if not file or Path(path).name == file else str(Path(path) / file)
+
+
+def _write_picture(path: Path, media: list[Any]) -> None:
+    """Write images and waveforms side by side. Raises PlanError."""
     from PIL import Image  # noqa: PLC0415
 
-    if not images:
-        raise PlanError([Problem("--picture", "the sample has no image.", "Name another sample with --id.")])
+    if not media:
+        message = "the sample has no image and no sound."
+        raise PlanError([Problem("--picture", message, "Name another sample with --id.")])
+    images = [each if isinstance(each, Image.Image) else _waveform(each) for each in media]
     gap = 4
     width = sum(image.width + gap for image in images) - gap
     page = Image.new("RGB", (width, max(image.height for image in images)), "white")
@@ -180,6 +204,28 @@ def _write_picture(path: Path, images: list[Any]) -> None:
     except (OSError, ValueError) as error:
         remedy = "Name a .png in a folder that exists."
         raise PlanError([Problem(str(path), f"cannot be written: {error}.", remedy)]) from None
+
+
+def _waveform(samples: Any) -> Any:
+    """Return a picture of a sound: from the lowest to the highest sample of each column, on a scale from -1 to 1."""
+    import numpy as np  # noqa: PLC0415
+    from PIL import Image, ImageDraw  # noqa: PLC0415
+
+    picture = Image.new("RGB", (WAVE_WIDTH, WAVE_HEIGHT), "white")
+    draw, middle = ImageDraw.Draw(picture), (WAVE_HEIGHT - 1) / 2
+    bounds = np.linspace(0, len(samples), WAVE_WIDTH + 1).astype(int)
+    draw.line((0, middle, WAVE_WIDTH, middle), fill="#c0c0c0")
+    for column, (start, stop) in enumerate(
+        zip(bounds, np.maximum(bounds[1:], bounds[:-1] + 1), strict=False)
+    ):
+        low, high = (
+            float(np.clip(each, -1, 1)) for each in (samples[start:stop].min(), samples[start:stop].max())
+        )
+        draw.line((column, middle - high * middle, column, middle - low * middle), fill="#1f5fa8")
+    return picture
+
+
+WAVE_WIDTH, WAVE_HEIGHT = 480, 120
 
 
 # -- stats -------------------------------------------------------------------------------------------------

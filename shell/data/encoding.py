@@ -1,4 +1,4 @@
-"""Encoding: a conversation as tokens, labels and pixels, by the processor and the chat template of a checkpoint.
+"""Encoding: a conversation as tokens, labels, pixels and mels, by the processor and the chat template of a checkpoint.
 
 Only what assistants say counts in the loss. A template may mark that itself (``{% generation %}``). Otherwise a turn
 of an assistant is what the template writes between the conversation up to it, with the prompt for an answer, and the
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 import transformers
 from jinja2 import TemplateError
@@ -27,7 +28,7 @@ from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.models.families import read_config
 from mimogrid.core.models.network import Model
 from mimogrid.shell.data.batches import IGNORED, Encoded, examples_of, segments_of
-from mimogrid.shell.data.conversations import Conversation, LeftOutError, Turn
+from mimogrid.shell.data.conversations import Conversation, LeftOutError, Medium, Turn
 
 
 _KNOWN = ("attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -86,40 +87,72 @@ class Encoder:
         """Whether the processor reads more than text."""
         return self.processor is not self._tokenizer
 
-    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
-        """Return a conversation as a sample. Raises LeftOutError."""
+    def encode(self, conversation: Conversation, media: Sequence[Any]) -> Encoded:
+        """Return a conversation as a sample. Raises LeftOutError.
+
+        Args:
+            conversation: what is said.
+            media: its images (Pillow's, in RGB) and sounds (waveforms, [samples] in float32), in their order.
+        """
         for turn in conversation.turns:
             for part in turn.parts:
                 if isinstance(part, str) and (found := self._special.search(part)):
                     raise LeftOutError("control token", f"its text holds {found.group()}")
         with _refusals():
-            tokens, counted, batch = self._tokens(self._messages(conversation.turns, images))
+            tokens, counted, batch = self._tokens(self._messages(conversation.turns, media))
             labels = [token if counts else IGNORED for token, counts in zip(tokens, counted, strict=True)]
             if all(label == IGNORED for label in labels[1:]):
                 raise LeftOutError("no counted token", "no token of an assistant is left to learn")
             made = {"input_ids": torch.tensor([tokens]), "labels": torch.tensor([labels])}
             return examples_of(self.model, made | batch)[0]
 
-    def rows(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the rows that a tower reads of images: those of `encode`, without a text."""
-        made = self.processor.image_processor(list(images), return_tensors="pt")
-        return torch.cat([segment.rows for segment in segments_of(self.model, "image", made)])
+    def decoded(self, kind: str, raw: bytes, name: str) -> Any:
+        """Return an image, or a sound at the rate of the processor. Raises LeftOutError."""
+        if kind == "image":
+            return decoded(raw, name)
+        if self._sounds is None:
+            raise LeftOutError("processor", "the model reads no sounds")
+        return waveform(raw, name, self._sounds.sampling_rate, getattr(self._sounds, "n_samples", None))
+
+    def rows(self, kind: str, media: Sequence[Any]) -> torch.Tensor:
+        """Return the rows that a tower reads of images, or of sounds: those of `encode`, without a text."""
+        if kind == "image":
+            made = self.processor.image_processor(list(media), return_tensors="pt")
+        else:
+            made = self._sounds(
+                list(media),
+                sampling_rate=self._sounds.sampling_rate,
+                return_attention_mask=True,
+                padding="max_length",
+                return_tensors="pt",
+            )
+            made["feature_attention_mask"] = made.pop("attention_mask")
+        return torch.cat([segment.rows for segment in segments_of(self.model, kind, made)])
+
+    def module(self, kind: str) -> str:
+        """Return the module that reads images or sounds."""
+        return self.model.placeholders[kind].module
+
+    @property
+    def _sounds(self) -> Any:
+        """What makes mels of sounds; None if nothing does."""
+        return getattr(self.processor, "feature_extractor", None)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return tokens as text."""
         return str(self._tokenizer.decode(tokens))
 
-    def _messages(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        unused = iter(images)
+    def _messages(self, turns: Sequence[Turn], media: Sequence[Any]) -> list[dict[str, Any]]:
+        unused = iter(media)
 
-        def content(part: object) -> dict[str, Any]:
+        def content(part: str | Medium) -> dict[str, Any]:
             if isinstance(part, str):
                 return {"type": "text", "text": part}
-            return {"type": "image", "image": next(unused)}
+            return {"type": part.kind, part.kind: next(unused)}
 
         if self._is_whole:
             return [{"role": turn.role, "content": [content(part) for part in turn.parts]} for turn in turns]
-        if images:
+        if media:
             raise LeftOutError("processor", "the model reads text only")
         return [{"role": turn.role, "content": "".join(map(str, turn.parts))} for turn in turns]
 
@@ -213,3 +246,52 @@ def decoded(raw: bytes, name: str) -> Image.Image:
         raise LeftOutError("huge image", f"{name!r}: {error}") from None
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them
         raise LeftOutError("broken image", f"{name!r}: {error}"[:200]) from None
+
+
+def waveform(raw: bytes, name: str, rate: int, most: int | None) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """Return a sound as transformers loads one: the mean of its channels at a rate, [samples].
+
+    Raises LeftOutError for one of more than `most` samples, which a processor would cut; PlanError without soundfile.
+    """
+    try:
+        import soundfile  # noqa: PLC0415 -- who has no sounds needs none
+        import soxr  # noqa: PLC0415
+    except ImportError as error:
+        remedy = "Install it: pip install 'mimogrid[data]'."
+        raise PlanError([Problem(name, f"cannot be read: {error}.", remedy)]) from None
+    if raw[:4] == b"RIFF" and len(raw) < 8 + int.from_bytes(raw[4:8], "little") < _STREAMED:
+        raise LeftOutError("broken sound", f"{name!r} is cut off: it has {len(raw)} bytes")
+    with _readable(name), soundfile.SoundFile(io.BytesIO(raw)) as file:
+        frames, found = file.frames, file.samplerate
+        if frames * rate > (most or SAMPLES_MOST) * found:
+            fact = (
+                f"{name!r} takes {frames / found:.1f} s; at most {(most or SAMPLES_MOST) / rate:g} s are read"
+            )
+            raise LeftOutError("long sound", fact)
+        samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
+    if not frames:
+        raise LeftOutError("empty sound", f"{name!r} has no samples")
+    if len(samples) != frames:
+        raise LeftOutError("broken sound", f"{name!r} is cut off: it has {len(samples)} of {frames} samples")
+    if not np.isfinite(samples).all():
+        raise LeftOutError("broken sound", f"{name!r} has samples that are no finite numbers")
+    if found != rate:
+        samples = soxr.resample(samples, found, rate, quality="HQ")
+    return np.asarray(samples[:most], np.float32)
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn what libsndfile says of a broken file into a reason to leave it out."""
+    try:
+        yield
+    except LeftOutError:
+        raise
+    except Exception as error:
+        raise LeftOutError("broken sound", f"{name!r}: {error}"[:200]) from None
+
+
+SAMPLES_MOST = 100_000_000
+"""The longest sound that is decoded where the processor has no limit: 1.7 hours at 16 kHz."""
+_STREAMED = 0xFFFFFF00
+"""What the header of a WAV says from here on is that nobody knew its length."""

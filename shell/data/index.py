@@ -4,8 +4,8 @@
     INDEX/left_out.jsonl    a line for each record that is no sample: its number, its id, the reason and the fact
     INDEX/parts/            rows of stretches of the store, from which the next index of a changed store begins
 
-A row has the sample's tokens, so a language model opens no media; images have a digest of their bytes. Numbers of
-neighbouring positions are kept as runs.
+A row has the sample's tokens, so a language model opens no media; images and sounds have a digest of their bytes.
+Numbers of neighbouring positions are kept as runs.
 """
 
 import bisect
@@ -22,13 +22,15 @@ import pyarrow as pa
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.data.record import LANGUAGE, Record, Run, runs_of
+from mimogrid.shell.data.store import Raw, Store
+from mimogrid.shell.data.stores import open_store
 
 
 if TYPE_CHECKING:
     from mimogrid.shell.data.batches import Encoded
 
 
-VERSION = 1
+VERSION = 2
 ROWS, LEFT_OUT, PARTS = "index.arrow", "left_out.jsonl", "parts"
 FACTS = b"mimogrid"
 PROCESSOR = (
@@ -47,14 +49,16 @@ _INTS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("offset", pa.int64()),  # where the record begins in the store, and its bytes
+        ("file", pa.string()),  # of a store of several
+        ("offset", pa.int64()),  # where the record begins in it, and its bytes; a row of a table, and 0
         ("size", pa.int64()),
         ("tokens", _INTS),  # without placeholders
         ("runs", _INTS),  # of placeholders: first, count, first, count ...
         ("counted", _INTS),  # of positions that predict a token that counts
-        ("modules", pa.list_(pa.string())),  # for each image, the module that reads it and its grid
+        ("modules", pa.list_(pa.string())),  # for each segment, the module that reads it and its grid
         ("grids", pa.list_(_INTS)),
-        ("images", pa.list_(pa.string())),
+        ("kinds", pa.list_(pa.string())),  # of images and sounds, where they lie, and digests of their bytes
+        ("places", pa.list_(pa.string())),
         ("digests", pa.list_(pa.binary(8))),
     ]
 )
@@ -62,12 +66,23 @@ SCHEMA = pa.schema(
 
 @attrs.frozen(kw_only=True)
 class StoreFacts:
-    """A store as it was indexed; paths are from the folder of the index."""
+    """A store as it was indexed.
+
+    Attributes:
+        path: of the file or the folder, from the folder of the index.
+        media: the folder of its images and sounds, from that of the index.
+        columns: the columns of tables, by what they are for.
+        size: the bytes of its files.
+        stamp: a digest of the names, sizes and times of its files.
+        digest: of the bytes of its files; where they hold the media, which have digests of their own, of the names and
+            sizes.
+    """
 
     path: str
-    images: str
+    media: str
+    columns: Mapping[str, str]
     size: int
-    mtime_ns: int
+    stamp: str
     digest: str
 
 
@@ -152,10 +167,18 @@ class Index:
         flat = self._value(row, name).as_py()
         return tuple(zip(flat[::2], flat[1::2], strict=True))
 
-    def images(self, row: int) -> tuple[tuple[str, bytes], ...]:
-        """Return the name and the digest of each image of a sample."""
-        names, digests = self._value(row, "images").as_py(), self._value(row, "digests").as_py()
-        return tuple(zip(names, digests, strict=True))
+    def media(self, row: int) -> tuple[tuple[str, str, bytes], ...]:
+        """Return the kind, the place and the digest of each image and sound of a sample."""
+        kinds, places, digests = (self._value(row, name).as_py() for name in ("kinds", "places", "digests"))
+        return tuple(zip(kinds, places, digests, strict=True))
+
+    def store(self) -> Store:
+        """Return the store that the index is of. Raises PlanError if it is gone."""
+        then = self.facts.store
+        return open_store(self._at(then.path), self._at(then.media), then.columns)
+
+    def _at(self, path: str) -> Path:
+        return Path(os.path.normpath(self.folder.resolve() / path))
 
     def find(self, sample: str) -> int:
         """Return the row of a sample. Raises PlanError where there is none of that id."""
@@ -181,23 +204,25 @@ def _no_index(folder: Path, message: str) -> PlanError:
 
 
 def row_of(
-    encoded: "Encoded", *, name: str, offset: int, size: int, images: Sequence[tuple[str, bytes]]
+    encoded: "Encoded", *, name: str, raw: Raw, media: Sequence[tuple[str, str, bytes]]
 ) -> dict[str, Any]:
-    """Return the row of a sample: its id, where its record is in the store, and its images with their bytes."""
+    """Return the row of a sample: its id, where its record is, and its images and sounds: kinds, places and bytes."""
     sample, text = encoded.sample, encoded.tensors[LANGUAGE]
     counted = text["loss_weights"].nonzero().flatten().tolist()
     segments = [(module, list(grid)) for module, grids in sample.segments.items() for grid in grids]
     return {
         "id": name,
-        "offset": offset,
-        "size": size,
+        "file": raw.file,
+        "offset": raw.offset,
+        "size": raw.size,
         "tokens": text["tokens"][text["tokens"] >= 0].tolist(),
         "runs": _flat(runs_of(sample.placeholders.get(LANGUAGE, ()))),
         "counted": _flat(runs_of(counted)),
         "modules": [module for module, _ in segments],
         "grids": [grid for _, grid in segments],
-        "images": [image for image, _ in images],
-        "digests": [digest(raw) for _, raw in images],
+        "kinds": [kind for kind, _, _ in media],
+        "places": [place for _, place, _ in media],
+        "digests": [digest(content) for _, _, content in media],
     }
 
 
@@ -206,7 +231,7 @@ def _flat(runs: Sequence[Run]) -> list[int]:
 
 
 def digest(raw: bytes) -> bytes:
-    """Return a digest of the bytes of an image."""
+    """Return a digest of the bytes of an image or a sound."""
     return hashlib.blake2b(raw, digest_size=8).digest()
 
 
@@ -235,20 +260,26 @@ def read_part(path: Path) -> tuple[pa.RecordBatch, dict[str, Any]]:
 # -- whether it still holds --------------------------------------------------------------------------------
 
 
-def store_facts(store: Path, images: Path, folder: Path) -> StoreFacts:
-    """Return the facts of a store as it is now, for an index in a folder."""
-    status = store.stat()
+def digest_of_store(store: Store) -> str:
+    """Return the digest of a store as it is now (`StoreFacts`). Raises OSError."""
     hashed = hashlib.blake2b(digest_size=16)
-    with store.open("rb") as file:
-        while piece := file.read(1 << 20):
-            hashed.update(piece)
-    return StoreFacts(
-        path=os.path.relpath(store, folder),
-        images=os.path.relpath(images, folder),
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        digest=hashed.hexdigest(),
-    )
+    for path in store.files:
+        if store.holds_media:
+            hashed.update(json.dumps([path.name, path.stat().st_size]).encode())
+            continue
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                hashed.update(piece)
+    return hashed.hexdigest()
+
+
+def stamp_of_store(store: Store) -> str:
+    """Return the stamp of a store as it is now. Raises OSError."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for path in store.files:
+        status = path.stat()
+        hashed.update(json.dumps([path.name, status.st_size, status.st_mtime_ns]).encode())
+    return hashed.hexdigest()
 
 
 def processor_digest(folder: Path) -> str:
@@ -273,19 +304,16 @@ def check_processor(index: Index, folder: Path) -> None:
 
 def check_store(index: Index) -> None:
     """Raise PlanError if the store of an index is gone or another; its bytes are read only if its times differ."""
-    then = index.facts.store
-    store = (index.folder / then.path).resolve()
-    remedy = f"Index it again: mimogrid data index {store} --out {index.folder}."
+    then, path = index.facts.store, index.folder / index.facts.store.path
     try:
-        status = store.stat()
-        if (status.st_size, status.st_mtime_ns) == (then.size, then.mtime_ns):
+        store = index.store()
+        if stamp_of_store(store) == then.stamp or digest_of_store(store) == then.digest:
             return
-        now = store_facts(store, (index.folder / then.images).resolve(), index.folder)
+        size = sum(file.stat().st_size for file in store.files)
     except OSError as error:
         message = f"cannot be read: {error.strerror}; {index.folder} is an index of it."
-        raise PlanError(
-            [Problem(str(store), message, "Put it back where it was, or index it again.")]
-        ) from None
-    if now.digest != then.digest:
-        message = f"has changed since {index.folder} was made of it: {now.size} bytes now, {then.size} then."
-        raise PlanError([Problem(str(store), message, remedy)])
+        remedy = "Put it back where it was, or index it again."
+        raise PlanError([Problem(os.path.normpath(path), message, remedy)]) from None
+    message = f"has changed since {index.folder} was made of it: {size} bytes now, {then.size} then."
+    remedy = f"Index it again: mimogrid data index {os.path.normpath(path)} --out {index.folder}."
+    raise PlanError([Problem(os.path.normpath(path), message, remedy)])

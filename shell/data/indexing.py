@@ -1,7 +1,7 @@
 """Indexing: a store read once, in parallel, into an index.
 
 The records of a store are cut into stretches. A part holds the rows of a stretch, and its name is a digest of all that
-it is made of: the bytes of the records, the sizes and times of the images, the processor and the options. So a part
+it is made of: the bytes of the records, the sizes and times of the media, the processor and the options. So a part
 that is there already is right, whoever made it: a run that was killed goes on where it was, and of a store that has
 grown only the new part is read. The rows of all parts become one file at the end, whole or not at all.
 """
@@ -29,14 +29,8 @@ import torch
 
 from mimogrid.core.base.errors import PlanError, Problem, WorldError
 from mimogrid.core.data.record import LANGUAGE
-from mimogrid.shell.data.conversations import (
-    LeftOutError,
-    conversation,
-    image_bytes,
-    image_file,
-    raw_records,
-)
-from mimogrid.shell.data.encoding import Encoder, decoded
+from mimogrid.shell.data.conversations import Conversation, LeftOutError, conversation
+from mimogrid.shell.data.encoding import Encoder
 from mimogrid.shell.data.index import (
     LEFT_OUT,
     PARTS,
@@ -45,12 +39,15 @@ from mimogrid.shell.data.index import (
     VERSION,
     Facts,
     StoreFacts,
+    digest_of_store,
     processor_digest,
     read_part,
     row_of,
-    store_facts,
+    stamp_of_store,
     write_rows,
 )
+from mimogrid.shell.data.store import Raw, Store
+from mimogrid.shell.data.stores import open_store
 
 
 RECORDS = 256
@@ -62,21 +59,28 @@ Progress = Callable[[int, int], None]
 
 @attrs.frozen(kw_only=True)
 class Making:
-    """What an index is made of: the store, its images, the folder of the processor, and the options."""
+    """What an index is made of: the store, its images and sounds, the folder of the processor, and the options."""
 
     store: Path
-    images: Path
+    media: Path
     processor: Path
     max_tokens: int = 0
+    columns: tuple[tuple[str, str], ...] = ()
+
+    def open(self) -> Store:
+        """Return the store. Raises PlanError."""
+        try:
+            return open_store(self.store, self.media, dict(self.columns))
+        except OSError as error:
+            raise _unreadable(self.store, error) from None
 
 
 @attrs.frozen
 class _Record:
-    """A record: its number in the store, where it begins, its bytes, and whether an earlier one has its id."""
+    """A record: its number in the store, and whether an earlier one has its id."""
 
     number: int
-    offset: int
-    raw: bytes
+    raw: Raw
     is_duplicate: bool
 
 
@@ -89,9 +93,8 @@ class _Stretch:
 
     @property
     def end(self) -> int:
-        """Where the store goes on."""
-        last = self.records[-1]
-        return last.offset + len(last.raw)
+        """The bytes of the store up to here."""
+        return self.records[-1].raw.end
 
 
 def build(
@@ -114,13 +117,14 @@ def build(
     with _locked(out):
         for unfinished in (*out.glob("*.tmp"), *(out / PARTS).glob("*.tmp")):
             unfinished.unlink()
-        store = _facts_of_store(making, out)
+        opened = making.open()
+        store = _facts_of_store(making, opened, out)
         digest = processor_digest(making.processor)
         parts: list[str] = []
-        for stretch in _made(making, digest, out / PARTS, pool, ahead):
+        for stretch in _made(making, opened, digest, out / PARTS, pool, ahead=ahead):
             parts.append(stretch.part)
             progress(len(stretch.records), stretch.end)
-        _check_unchanged(making.store, store)
+        _check_unchanged(making.store, opened, store)
         facts = Facts(
             store=store,
             processor=os.path.relpath(making.processor, out),
@@ -139,19 +143,33 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("transformers", "pillow")}
 
 
-def _facts_of_store(making: Making, out: Path) -> StoreFacts:
+def _facts_of_store(making: Making, store: Store, out: Path) -> StoreFacts:
     try:
-        return store_facts(making.store, making.images, out)
+        return StoreFacts(
+            path=os.path.relpath(making.store, out),
+            media=os.path.relpath(making.media, out),
+            columns=dict(making.columns),
+            size=sum(file.stat().st_size for file in store.files),
+            stamp=stamp_of_store(store),
+            digest=digest_of_store(store),
+        )
     except OSError as error:
-        remedy = "Name a JSON file of conversations; see docs/data.md."
-        raise PlanError([Problem(str(making.store), f"cannot be read: {error.strerror}.", remedy)]) from None
+        raise _unreadable(making.store, error) from None
 
 
-def _check_unchanged(store: Path, before: StoreFacts) -> None:
-    status = store.stat()
-    if (status.st_size, status.st_mtime_ns) != (before.size, before.mtime_ns):
+def _unreadable(store: Path, error: OSError) -> PlanError:
+    remedy = "Name a store of conversations; see docs/data.md."
+    return PlanError([Problem(str(store), f"cannot be read: {error.strerror}.", remedy)])
+
+
+def _check_unchanged(path: Path, store: Store, before: StoreFacts) -> None:
+    try:
+        changed = stamp_of_store(store) != before.stamp
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if changed:
         remedy = "Run it again when nobody writes there: parts that are still right are kept."
-        raise PlanError([Problem(str(store), "has changed while it was read.", remedy)])
+        raise PlanError([Problem(str(path), "has changed while it was read.", remedy)])
 
 
 @contextlib.contextmanager
@@ -169,20 +187,22 @@ def _locked(out: Path) -> Iterator[None]:
 # -- the stretches -----------------------------------------------------------------------------------------
 
 
-def _stretches(making: Making, digest: str) -> Iterator[_Stretch]:
+def _stretches(making: Making, store: Store, digest: str) -> Iterator[_Stretch]:
     """Yield the stretches of a store."""
     config = hashlib.blake2b((making.processor / "config.json").read_bytes()).hexdigest()
-    made_by = [VERSION, _versions(), digest, config, making.max_tokens, str(making.images)]
+    made_by = [VERSION, _versions(), digest, config, making.max_tokens, str(making.media), making.columns]
     seen: set[bytes] = set()
     records: list[_Record] = []
     key = hashlib.blake2b(digest_size=16)
-    for number, (offset, raw) in enumerate(raw_records(making.store)):
+    for number, raw in enumerate(store.records()):
         if not records:
-            key = hashlib.blake2b(json.dumps([*made_by, offset]).encode(), digest_size=16)
-        name, images = _looked_at(raw, number, making.images)
-        records.append(_Record(number, offset, raw, name in seen))
+            key = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=16)
+        name, places = _looked_at(raw, number)
+        records.append(_Record(number, raw, name in seen))
         seen.add(name)
-        key.update(json.dumps([number, len(raw), records[-1].is_duplicate, images]).encode() + raw)
+        stamps = [(place, store.stamp(place)) for place in places]
+        where = [number, raw.name, raw.file, raw.offset, len(raw.text), records[-1].is_duplicate, stamps]
+        key.update(json.dumps(where).encode() + raw.text)
         if len(records) == RECORDS:
             yield _Stretch(tuple(records), f"{key.hexdigest()}.arrow")
             records.clear()
@@ -190,23 +210,17 @@ def _stretches(making: Making, digest: str) -> Iterator[_Stretch]:
         yield _Stretch(tuple(records), f"{key.hexdigest()}.arrow")
 
 
-def _looked_at(raw: bytes, number: int, folder: Path) -> tuple[bytes, list[tuple[int, int] | None]]:
-    """Return a digest of a record's id, and the size and time of each of its images."""
+def _looked_at(raw: Raw, number: int) -> tuple[bytes, list[str]]:
+    """Return a digest of a record's id, and where its images and sounds lie."""
     try:
-        found = conversation(raw, f"#{number}")
+        found = conversation(raw.text, raw.name, raw.offered)
     except LeftOutError:
         return str(number).encode(), []
-    return hashlib.blake2b(found.id.encode("utf-8", "surrogatepass"), digest_size=12).digest(), [
-        _size_and_time(folder, name) for name in found.images
-    ]
-
-
-def _size_and_time(folder: Path, name: str) -> tuple[int, int] | None:
-    try:
-        status = image_file(folder, name).stat()
-    except (LeftOutError, OSError):
-        return None
-    return status.st_size, status.st_mtime_ns
+    places: list[str] = []
+    for medium in found.media:
+        with contextlib.suppress(LeftOutError):
+            places.append(raw.place(medium.name or ""))
+    return hashlib.blake2b(found.id.encode(), digest_size=12).digest(), places
 
 
 # -- the processes -----------------------------------------------------------------------------------------
@@ -232,11 +246,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _made(making: Making, digest: str, parts: Path, pool: Executor, ahead: int) -> Iterator[_Stretch]:
+def _made(
+    making: Making, store: Store, digest: str, parts: Path, pool: Executor, *, ahead: int
+) -> Iterator[_Stretch]:
     """Make the part of each stretch that has none; yield each stretch, in order, when it has its part."""
     waiting: deque[tuple[_Stretch, concurrent.futures.Future[None] | None]] = deque()
     try:
-        for stretch in _stretches(making, digest):
+        for stretch in _stretches(making, store, digest):
             there = (parts / stretch.part).exists()
             waiting.append((stretch, None if there else pool.submit(_make, making, stretch, parts)))
             while len(waiting) > ahead or (waiting and waiting[0][1] is None):
@@ -268,14 +284,15 @@ def _encoder(processor: Path) -> Encoder:
 
 def _make(making: Making, stretch: _Stretch, parts: Path) -> None:
     """Write the part of a stretch."""
+    store = making.open()
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     for record in stretch.records:
-        name = f"#{record.number}"
+        name = record.raw.name
         try:
-            found = conversation(record.raw, name)
+            found = conversation(record.raw.text, name, record.raw.offered)
             name = found.id
-            rows.append(_row(making, record, found))
+            rows.append(_row(making, store, record, found))
         except LeftOutError as error:
             left_out.append({"number": record.number, "id": name, "reason": error.reason, "fact": error.fact})
     batch = pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
@@ -283,16 +300,22 @@ def _make(making: Making, stretch: _Stretch, parts: Path) -> None:
     write_rows(parts / stretch.part, [batch], {"left_out": left_out, "longest": longest})
 
 
-def _row(making: Making, record: _Record, found: Any) -> dict[str, Any]:
+def _row(making: Making, store: Store, record: _Record, found: Conversation) -> dict[str, Any]:
     """Return the row of a record. Raises LeftOutError."""
     if record.is_duplicate:
         raise LeftOutError("duplicate id", f"an earlier record has the id {found.id!r}")
-    raw = [(image, image_bytes(making.images, image)) for image in found.images]
-    encoded = _encoder(making.processor).encode(found, [decoded(content, image) for image, content in raw])
+    encoder = _encoder(making.processor)
+    media = [(m.kind, m.name or "", record.raw.place(m.name or "")) for m in found.media]
+    read = [(kind, place, store.read(place)) for kind, _, place in media]
+    objects = [
+        encoder.decoded(kind, content, name)
+        for (kind, name, _), (_, _, content) in zip(media, read, strict=True)
+    ]
+    encoded = encoder.encode(found, objects)
     positions = len(encoded.tensors[LANGUAGE]["tokens"])
     if making.max_tokens and positions > making.max_tokens:
         raise LeftOutError("too many tokens", f"it takes {positions} positions")
-    return row_of(encoded, name=found.id, offset=record.offset, size=len(record.raw), images=raw)
+    return row_of(encoded, name=found.id, raw=record.raw, media=read)
 
 
 # -- the whole ---------------------------------------------------------------------------------------------
@@ -309,7 +332,7 @@ def _counted(folder: Path, parts: list[str]) -> dict[str, Any]:
         reasons.update(entry["reason"] for entry in facts["left_out"])
     if not samples:
         found = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "it is empty"
-        remedy = "Check the store and its images; docs/data.md says what each reason means."
+        remedy = "Check the store, its images and sounds; docs/data.md says what each reason means."
         raise PlanError(
             [Problem(str(folder.parent), f"no record of the store is a sample: {found}.", remedy)]
         )

@@ -1,16 +1,20 @@
-"""Stores: small ones of conversations about images, a tiny LLaVA to read them, and indexes made in this process."""
+"""Stores: small ones of images and sounds, tiny models to read them, and indexes made in this process."""
 
 import concurrent.futures
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
+import soundfile
+import transformers
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+import checkpoints
 from mimogrid.shell.data.index import Index
 from mimogrid.shell.data.indexing import Making, build
 
@@ -52,6 +56,56 @@ def image(folder: Path, name: str, seed: int = 0, size: tuple[int, int] = (32, 8
     return name
 
 
+def sound(folder: Path, name: str, seed: int = 0, *, seconds: float = 0.5, rate: int = 16_000) -> str:
+    """Write a sound of noise; return its name."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * rate)), rate)
+    return name
+
+
+def listener(folder: Path) -> Path:
+    """Write a tiny Qwen2-Audio with its processor, which hears a second of 16 kHz; return the folder."""
+    checkpoints.make("qwen2-audio", folder)
+    words = {
+        word: number for number, word in enumerate((*LISTENED, *map(str, range(checkpoints.START - 20))))
+    }
+    words |= {
+        "<|audio_bos|>": checkpoints.START,
+        "<|audio_eos|>": checkpoints.END,
+        "<|AUDIO|>": checkpoints.AUDIO,
+    }
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    audio = {
+        "audio_token": "<|AUDIO|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+    }
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, extra_special_tokens=audio, **special
+    )
+    mels = transformers.WhisperFeatureExtractor(
+        feature_size=checkpoints.MELS, chunk_length=1, hop_length=800, n_fft=1600
+    )
+    transformers.Qwen2AudioProcessor(mels, fast, chat_template=HEARD).save_pretrained(folder)
+    return folder
+
+
+LISTENED = ("<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:", "What", "is", "it", "A", "bird", "cat")
+HEARD = """{{ bos_token }}
+{%- for message in messages -%}
+  {%- if message.role == "user" %} USER:
+    {%- for part in message.content -%}
+      {%- if part.type == "audio" %} <|audio_bos|> <|AUDIO|> <|audio_eos|>{% else %} {{ part.text }}{% endif -%}
+    {%- endfor -%}
+  {%- else %} ASSISTANT:{% for part in message.content %} {{ part.text }}{% endfor %} {{ eos_token }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %} ASSISTANT:{% endif %}"""
+
+
 def record(
     number: int, *images: str, question: str = "Read the digits", answer: str = "3 1 4"
 ) -> dict[str, Any]:
@@ -71,10 +125,22 @@ def write_lines(store: Path, records: Sequence[Any]) -> Path:
 
 
 def indexed(
-    store: Path, checkpoint: Path, *, images: Path | None = None, out: Path | None = None, max_tokens: int = 0
+    store: Path,
+    checkpoint: Path,
+    *,
+    media: Path | None = None,
+    out: Path | None = None,
+    max_tokens: int = 0,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Index, int]:
     """Make an index beside a store; return it, and how many parts were made for it."""
     pool, out = Inline(), out or store.with_suffix(".index")
-    making = Making(store=store, images=images or store.parent, processor=checkpoint, max_tokens=max_tokens)
+    making = Making(
+        store=store,
+        media=media or store.parent,
+        processor=checkpoint,
+        max_tokens=max_tokens,
+        columns=tuple(sorted((columns or {}).items())),
+    )
     build(making, out, pool, ahead=4)
     return Index(out), pool.submitted

@@ -4,9 +4,9 @@
     source = "conversations"
     options = { index = "train.index" }
 
-The index has the tokens and the sizes of all images, so describing a sample opens nothing, and a language model loads
-from the index alone. A tower reads the images of its own samples from the store, through the processor of the
-checkpoint. Store, images and processor must be those that were indexed.
+The index has the tokens and the sizes of all images and sounds, so describing a sample opens nothing, and a language
+model loads from the index alone. A tower reads the images or sounds of its own samples from the store, through the
+processor of the checkpoint. Store, media and processor must be those that were indexed.
 """
 
 import functools
@@ -24,8 +24,9 @@ from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.spec import JobSpec, SourceFacts
 from mimogrid.core.models.families import read_config
 from mimogrid.core.models.network import Model
-from mimogrid.shell.data.conversations import LeftOutError, image_bytes
+from mimogrid.shell.data.conversations import LeftOutError
 from mimogrid.shell.data.index import Index, check_processor, check_store, digest
+from mimogrid.shell.data.store import Store
 from mimogrid.shell.job.tables import converted, new_converter
 from mimogrid.shell.job.textfiles import json_of, read_text
 
@@ -56,12 +57,12 @@ class Options:
 
 @attrs.frozen(eq=False)
 class Conversations:
-    """The samples of an index in an order without end. The checkpoint's processor makes rows of images."""
+    """The samples of an index in an order without end. The checkpoint's processor makes rows of images and sounds."""
 
     index: Index
     order: Order
     checkpoint: Path
-    images: Path
+    store: Store
 
     def describe(self, sample_id: int) -> Sample:
         """Return the counts of a sample, from its row of the index."""
@@ -70,10 +71,10 @@ class Conversations:
     def load(self, sample_id: int, module: str) -> "Mapping[str, torch.Tensor]":
         """Return a language model's tokens, labels and weights, or a tower's rows.
 
-        Raises WorldError if an image is not the one that was indexed.
+        Raises WorldError if an image or a sound is not the one that was indexed.
         """
         row = self.order.at(sample_id)
-        return self._text(row) if module == LANGUAGE else {"rows": self._rows(row)}
+        return self._text(row) if module == LANGUAGE else {"rows": self._rows(row, module)}
 
     def _text(self, row: int) -> "Mapping[str, torch.Tensor]":
         import torch  # noqa: PLC0415 -- descriptions need no torch
@@ -91,20 +92,22 @@ class Conversations:
             "loss_weights": counts.to(torch.float32),
         }
 
-    def _rows(self, row: int) -> "torch.Tensor":
-        from mimogrid.shell.data.encoding import decoded  # noqa: PLC0415 -- imports transformers
-
-        images = []
-        for name, then in self.index.images(row):
+    def _rows(self, row: int, module: str) -> "torch.Tensor":
+        encoder = _encoder(self.checkpoint)
+        kinds, objects = set[str](), []
+        for kind, place, then in self.index.media(row):
+            if encoder.module(kind) != module:
+                continue
             try:
-                raw = image_bytes(self.images, name)
-                image = decoded(raw, name)
+                raw = self.store.read(place)
+                if digest(raw) != then:
+                    raise self._changed(row, f"{place!r} is another {kind} than the one that was indexed")
+                objects.append(encoder.decoded(kind, raw, place))
             except LeftOutError as error:
                 raise self._changed(row, error.fact) from None
-            if digest(raw) != then:
-                raise self._changed(row, f"{name!r} is another image than the one that was indexed")
-            images.append(image)
-        return _encoder(self.checkpoint).rows(images)
+            kinds.add(kind)
+        assert len(kinds) == 1, "a module reads one kind of media"
+        return encoder.rows(kinds.pop(), objects)
 
     def _changed(self, row: int, fact: str) -> WorldError:
         sample = self.index.record(row).id
@@ -113,7 +116,7 @@ class Conversations:
 
 @functools.lru_cache(maxsize=2)
 def _encoder(checkpoint: Path) -> "Encoder":
-    """Return the encoder of a checkpoint. A process reads one when it loads its first image."""
+    """Return the encoder of a checkpoint. A process reads one when it loads its first image or sound."""
     from mimogrid.shell.data.encoding import Encoder  # noqa: PLC0415 -- imports transformers
 
     return Encoder.of(checkpoint)
@@ -144,7 +147,7 @@ def conversations(
         index,
         Order(seed=spec.seed, count=len(index), shuffle=chosen.shuffle),
         checkpoint,
-        (index.folder / index.facts.store.images).resolve(),
+        index.store(),
     )
     towers = {name: module for name, module in model.modules.items() if name != LANGUAGE}
     facts = SourceFacts(

@@ -11,12 +11,11 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.data.conversations import (
     REASONS,
     LeftOutError,
-    Picture,
+    Medium,
     conversation,
-    image_bytes,
-    image_file,
-    raw_records,
 )
+from mimogrid.shell.data.lines import raw_records
+from mimogrid.shell.data.store import media_bytes, media_file
 
 
 TRICKY = [
@@ -80,9 +79,9 @@ def test_both_forms_say_the_same() -> None:
     }
     first, second = (conversation(json.dumps(each).encode(), "#0") for each in (llava, messages))
     assert first.id == second.id == "7"
-    assert first.images == second.images == ("a.png", "b.png")
+    assert first.media == second.media == (Medium("image", "a.png"), Medium("image", "b.png"))
     assert [turn.role for turn in first.turns] == ["system", "user", "assistant"]
-    assert first.turns[1].parts == (Picture(), "What is it, and", Picture(), "this?")
+    assert first.turns[1].parts == (Medium("image"), "What is it, and", Medium("image"), "this?")
     assert first.turns[2] == second.turns[2]
     assert first.turns[2].parts == (" A cat, a dog.",)
 
@@ -115,8 +114,8 @@ def turns(*said: Any, **more: Any) -> bytes:
         (b'{"messages": [{"role": "user", "content": [{"type": "video"}]}]}', "no conversation"),
         (turns("<image>", "x", image=3), "no conversation"),
         (turns("<image>", "x", image="a\0b"), "no conversation"),
-        (turns("<image>", "x"), "images"),
-        (turns("hi", "x", image="a.png"), "images"),
+        (turns("<image>", "x"), "media"),
+        (turns("hi", "x", image="a.png"), "media"),
         (turns("<image>", "<image>", image="a.png"), "empty answer"),
         (turns("hi", "  "), "empty answer"),
     ],
@@ -137,9 +136,9 @@ def test_no_name_leads_out_of_the_folder_of_the_images(tmp_path: Path) -> None:
     (images / "circle").symlink_to(images / "circle")
     for name in ("../a.png", "/etc/passwd", "x/../../a.png", "out/a.png", "circle"):
         with pytest.raises(LeftOutError) as caught:
-            image_file(images, name).stat()
+            media_file(images, name).stat()
         assert caught.value.reason == "path"
-    assert image_file(images, "x/../a.png") == images / "a.png"
+    assert media_file(images, "x/../a.png") == images / "a.png"
 
 
 def test_what_is_no_file_is_missing(tmp_path: Path) -> None:
@@ -147,5 +146,5 @@ def test_what_is_no_file_is_missing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "a" * 5000, "none.png", "."):
         with pytest.raises(LeftOutError) as caught:
-            image_bytes(tmp_path, name)
-        assert caught.value.reason == "missing image"
+            media_bytes(tmp_path, name)
+        assert caught.value.reason == "missing file"

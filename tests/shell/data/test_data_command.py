@@ -61,7 +61,7 @@ def test_a_sample_is_shown_as_what_it_becomes(
     assert [(piece["kind"], piece["positions"]) for piece in found["pieces"]][1] == ("placeholders", 16)
     for wrong, why in (
         (["--id", "r9"], "has no sample 'r9'"),
-        (["--id", "r1", "--picture", str(tmp_path / "r1.png")], "has no image"),
+        (["--id", "r1", "--picture", str(tmp_path / "r1.png")], "has no image and no sound"),
         (["--picture", str(tmp_path / "none" / "a.png")], "cannot be written"),
     ):
         assert main([*show, *wrong]) == 2

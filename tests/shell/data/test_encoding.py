@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from mimogrid.core.base.errors import PlanError
-from mimogrid.shell.data.conversations import Conversation, LeftOutError, Picture, conversation
+from mimogrid.shell.data.conversations import Conversation, LeftOutError, Medium, conversation
 from mimogrid.shell.data.encoding import Encoder, decoded
 from stores import image, record
 
@@ -74,7 +74,7 @@ def test_rows_are_what_the_processor_makes(encoder: Encoder, llava: Path, tmp_pa
     assert encoded.sample.placeholders == {"language": tuple((tokens == 4).nonzero().flatten().tolist())}
     patches = made["pixel_values"].unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(32, -1)
     assert torch.equal(encoded.tensors["vision"]["rows"], patches)
-    assert torch.equal(encoder.rows(images), patches)
+    assert torch.equal(encoder.rows("image", images), patches)
 
 
 def test_a_template_without_marks_counts_the_same(encoder: Encoder, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_model_of_text_takes_its_tokenizer(llava: Path, tmp_path: Path) -> Non
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(LeftOutError, match="text only"):
         encoder.encode(
-            attrs.evolve(spoken, turns=(attrs.evolve(spoken.turns[0], parts=(Picture(),)),)),
+            attrs.evolve(spoken, turns=(attrs.evolve(spoken.turns[0], parts=(Medium("image"),)),)),
             [Image.new("RGB", (8, 8))],
         )
 

@@ -47,7 +47,7 @@ def test_what_cannot_be_a_sample_is_left_out_and_counted(
         "good": record(0, good),
         "text": record(1),
         "broken image": record(2, "cut.png"),
-        "missing image": record(3, "none.png"),
+        "missing file": record(3, "none.png"),
         "path": record(4, "../a.png"),
         "huge image": record(5, huge),
         "duplicate id": record(0),
@@ -57,7 +57,7 @@ def test_what_cannot_be_a_sample_is_left_out_and_counted(
         "not UTF-8": json.dumps(record(9)).encode().replace(b"digits", b"\xff\xfe"),
         "no JSON": b'{"id": "r10", "conversations"',
         "no conversation": {"id": "r11"},
-        "images": {**record(12), "image": good},
+        "media": {**record(12), "image": good},
         "control token": record(13, question="Read </s>"),
         "two": record(14, good, good),
     }
@@ -121,7 +121,7 @@ def test_a_store_that_changes_while_it_is_read_gives_no_index(llava: Path, tmp_p
     """The index that was there stays."""
     store = write_lines(tmp_path / "store.jsonl", [record(n) for n in range(9)])
     before, _ = indexed(store, llava)
-    making = Making(store=store, images=tmp_path, processor=llava, max_tokens=99)
+    making = Making(store=store, media=tmp_path, processor=llava, max_tokens=99)
 
     def change(*_: int) -> None:
         with store.open("ab") as file:
@@ -136,13 +136,13 @@ def test_a_store_that_changes_while_it_is_read_gives_no_index(llava: Path, tmp_p
 def test_no_index_is_made_of_nothing(llava: Path, tmp_path: Path) -> None:
     """A store without samples, a store that is none, and an index that is made twice at once are refused."""
     store = write_lines(tmp_path / "store.jsonl", [record(n, "none.png") for n in range(5)])
-    with pytest.raises(PlanError, match="5 missing image"):
+    with pytest.raises(PlanError, match="5 missing file"):
         indexed(store, llava)
     with pytest.raises(PlanError, match="cannot be read"):
         indexed(tmp_path / "none.json", llava)
     with pytest.raises(PlanError, match="cannot be read"):
         Index(store.with_suffix(".index"))
-    making = Making(store=write_lines(store, [record(0)]), images=tmp_path, processor=llava)
+    making = Making(store=write_lines(store, [record(0)]), media=tmp_path, processor=llava)
     out = tmp_path / "twice.index"
     with pytest.raises(PlanError, match="another process"):
         build(making, out, Inline(), ahead=4, progress=lambda *_: [build(making, out, Inline(), ahead=4)])

@@ -35,7 +35,7 @@ def test_a_few_steps_and_back_to_transformers(
     make, source = example("make"), digits(0, ("vision",), ("language",))
     make.store(tmp_path, "train", source, 32)
     records = make.store(tmp_path, "held_out", source.held_out(task="read"), 4)
-    indexed(tmp_path / "train.json", tmp_path / "checkpoint", images=tmp_path / "images")
+    indexed(tmp_path / "train.json", tmp_path / "checkpoint", media=tmp_path / "images")
     assert main(["init", "checkpoint", "--out", "job.toml"]) == 0
     small = ("batch.global_size=16", "optimizer.warmup_steps=0", "train.steps=8")
     job = open_job("job.toml", [*(text.strip("'") for text in SETS), *small])

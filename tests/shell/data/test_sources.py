@@ -56,7 +56,7 @@ def test_what_is_described_is_loaded_as_the_processor_has_it(
         described = job.source.describe(sample_id)
         row = index[job.source.order.at(sample_id)]  # type: ignore[attr-defined]
         raw = (tmp_path / "store.jsonl").read_bytes()[row["offset"] :][: row["size"]]
-        images = [decoded((tmp_path / name).read_bytes(), name) for name in row["images"]]
+        images = [decoded((tmp_path / name).read_bytes(), name) for name in row["places"]]
         truth = encoder.encode(conversation(raw, ""), images)
         assert described.id == sample_id
         assert (described.length, described.rows, described.segments) == (
