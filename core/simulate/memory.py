@@ -12,7 +12,7 @@ What a forward saves is an estimate (`footprint`). Temporary buffers and the all
 a module of the user's own.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -99,6 +99,10 @@ class _Change:
     buffers: int
 
 
+_Held = Callable[[Step, Stage, int, int], int]
+"""Returns what each rank of a dp rank holds of a microbatch of a stage."""
+
+
 def _changes(program: Program, rank: int, actions: Sequence[Action] | None = None) -> Iterator[_Change]:
     """Yield how the bytes of a rank change along its actions (default: those of its program)."""
     actions = program.of(rank) if actions is None else actions
@@ -108,6 +112,16 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
         for info in step.topology.role(rank).stages
     }
     last = {action.stage: action.kind for action in actions if isinstance(action, Compute)}
+    alike = {stage: step.alike(step.topology.modules[stage.module].microbatches) for stage in dp_ranks}
+    held: dict[tuple[_Held, Stage, int], int] = {}
+
+    def bytes_held(of: _Held, stage: Stage, microbatch: int) -> int:
+        """Return what is held of a microbatch; of those that are alike only the first is counted."""
+        key = of, stage, alike[stage][microbatch]
+        if key not in held:
+            held[key] = of(step, stage, dp_ranks[stage], key[-1])
+        return held[key]
+
     sizes: dict[Hashable, int] = {}
     buffered: dict[Transfer, int] = {}
     activations = buffers = 0
@@ -117,15 +131,14 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
             case Compute(kind=Kind.FORWARD, stage=stage, microbatch=k):
                 if last[stage] is Kind.FORWARD:
                     continue
-                activations += saved_bytes(step, stage, dp_ranks[stage], k)
+                activations += bytes_held(saved_bytes, stage, k)
             case Compute(kind=Kind.INPUT_GRADIENT, stage=stage, microbatch=k):
                 at_begin = False
-                activations += deferred_bytes(step, stage, dp_ranks[stage], k)
-                activations -= saved_bytes(step, stage, dp_ranks[stage], k)
+                activations += bytes_held(deferred_bytes, stage, k)
+                activations -= bytes_held(saved_bytes, stage, k)
             case Compute(kind=kind, stage=stage, microbatch=k):
                 at_begin = False
-                held = saved_bytes if kind is Kind.BACKWARD else deferred_bytes
-                activations -= held(step, stage, dp_ranks[stage], k)
+                activations -= bytes_held(saved_bytes if kind is Kind.BACKWARD else deferred_bytes, stage, k)
             case Wait(transfer=transfer):
                 at_begin = False
                 buffers -= buffered.pop(transfer)
