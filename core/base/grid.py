@@ -80,7 +80,12 @@ class Grid:
     def _flat(self, rank: int) -> int:
         if rank not in self:
             raise ValueError(f"rank {rank} is not among {self.offset}..{self.offset + self.size - 1}")
-        return _inverse(self.places)[rank] if self.places else rank - self.offset
+        return self._inverse[rank] if self.places else rank - self.offset
+
+    @functools.cached_property
+    def _inverse(self) -> Mapping[int, int]:
+        """The flat index of each rank of `places`."""
+        return {rank: flat for flat, rank in enumerate(self.places or ())}
 
     def _check(self, axes: Iterable[str]) -> None:
         unknown = set(axes) - self._strides.keys()
@@ -140,8 +145,3 @@ def _offsets(axes: tuple[Axis, ...], wanted: Callable[[Axis], bool]) -> tuple[in
 @functools.lru_cache(maxsize=256)
 def _groups(grid: Grid, axes: tuple[str, ...]) -> dict[int, tuple[int, ...]]:
     return {rank: group for group in grid.ranks_along(axes) for rank in group}
-
-
-@functools.lru_cache(maxsize=256)
-def _inverse(places: tuple[int, ...]) -> dict[int, int]:
-    return {rank: flat for flat, rank in enumerate(places)}

@@ -13,7 +13,7 @@ What a forward saves is an estimate, and so are temporaries (`footprint`). The a
 is a module of the user's own.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -123,6 +123,10 @@ class _Change:
         return self.activations + self.buffers + self.temporaries
 
 
+_Held = Callable[[Step, Stage, int, int], int]
+"""Returns what each rank of a dp rank holds of a microbatch of a stage."""
+
+
 def _changes(program: Program, rank: int, actions: Sequence[Action] | None = None) -> Iterator[_Change]:
     """Yield how the bytes of a rank change along its actions (default: those of its program)."""
     actions = program.of(rank) if actions is None else actions
@@ -132,6 +136,17 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
         for info in step.topology.role(rank).stages
     }
     last = {action.stage: action.kind for action in actions if isinstance(action, Compute)}
+    alike = {stage: step.alike(step.topology.modules[stage.module].microbatches) for stage in dp_ranks}
+    held: dict[tuple[_Held, Stage, int], int] = {}
+
+    def bytes_held(of: _Held, stage: Stage, microbatch: int) -> int:
+        """Return what is held of a microbatch; of those that are alike only the first is counted."""
+        key = of, stage, alike[stage][microbatch]
+        if key not in held:
+            held[key] = of(step, stage, dp_ranks[stage], key[-1])
+        return held[key]
+
+    passing: dict[tuple[Kind, Stage, int], int] = {}
     sizes: dict[Hashable, int] = {}
     buffered: dict[Transfer, int] = {}
     activations = buffers = 0
@@ -139,20 +154,21 @@ def _changes(program: Program, rank: int, actions: Sequence[Action] | None = Non
         at_begin = True
         match action:
             case Compute(kind=kind, stage=stage, microbatch=k):
-                at_begin, dp_rank = False, dp_ranks[stage]
-                trains = last[stage] is not Kind.FORWARD
+                at_begin, trains = False, last[stage] is not Kind.FORWARD
                 if kind is Kind.FORWARD and trains:
-                    activations += saved_bytes(step, stage, dp_rank, k)
-                temporaries = temporary_bytes(step, action, dp_rank, trains=trains)
+                    activations += bytes_held(saved_bytes, stage, k)
+                one = kind, stage, alike[stage][k]
+                if one not in passing:
+                    passing[one] = temporary_bytes(step, action, dp_ranks[stage], trains=trains)
                 yield _Change(
-                    place, at_begin=True, activations=activations, buffers=buffers, temporaries=temporaries
+                    place, at_begin=True, activations=activations, buffers=buffers, temporaries=passing[one]
                 )
                 if kind is Kind.INPUT_GRADIENT:
-                    activations += deferred_bytes(step, stage, dp_rank, k)
+                    activations += bytes_held(deferred_bytes, stage, k)
                 if kind in {Kind.INPUT_GRADIENT, Kind.BACKWARD}:
-                    activations -= saved_bytes(step, stage, dp_rank, k)
+                    activations -= bytes_held(saved_bytes, stage, k)
                 elif kind is Kind.WEIGHT_GRADIENT:
-                    activations -= deferred_bytes(step, stage, dp_rank, k)
+                    activations -= bytes_held(deferred_bytes, stage, k)
             case Wait(transfer=transfer):
                 at_begin = False
                 buffers -= buffered.pop(transfer)

@@ -123,10 +123,13 @@ class Repeats:
 
     def moved(self, message: Message, microbatch: int) -> Message:
         """Return the message of a microbatch that repeats the message's own."""
-        before, after = message.microbatch // self.targets, microbatch // self.targets
-        made, rows = (after - before) * self.sources, self.rows_start[after] - self.rows_start[before]
-        pieces = tuple(RowSlice(p.microbatch + made, p.start + rows, p.stop + rows) for p in message.pieces)
-        return attrs.evolve(message, microbatch=microbatch, pieces=pieces)
+        pieces = message.pieces
+        if pieces:
+            before, after = message.microbatch // self.targets, microbatch // self.targets
+            made, rows = (after - before) * self.sources, self.rows_start[after] - self.rows_start[before]
+            pieces = tuple(RowSlice(p.microbatch + made, p.start + rows, p.stop + rows) for p in pieces)
+        ends = message.rank_source, message.rank_target
+        return Message(message.link, microbatch, *ends, message.dp_rank, pieces)
 
 
 @attrs.frozen(eq=False)
