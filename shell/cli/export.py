@@ -16,7 +16,7 @@ folder gets its name when it is complete.
 import functools
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from mimogrid.shell.job.published import Published, origin_of
 from mimogrid.shell.job.tensorfile import StoredTensor, TensorEntry
 from mimogrid.shell.modules.peft import Adapters, adapters_of, joined, merged, write_adapter
 from mimogrid.shell.modules.published import write_published
+from mimogrid.shell.world.waiting import waiting
 
 
 def run(args: ExportArgs) -> int:
@@ -54,9 +55,14 @@ def run(args: ExportArgs) -> int:
         raise PlanError([Problem("--out", f"is named besides {args.target}.", "Name one of the two.")])
     checkpoint = manifest.newest_of(args.folder)
     out = args.target or args.out or _beside(checkpoint, args.to)
-    with manifest.reading(checkpoint):
+    with manifest.reading(checkpoint), waiting("writing weights", silent=args.json) as shown:
         files = export(
-            checkpoint, out, to=args.to, bytes_most=int(args.max_shard_gb * 1e9), source=args.source
+            checkpoint,
+            out,
+            to=args.to,
+            bytes_most=int(args.max_shard_gb * 1e9),
+            source=args.source,
+            tell=shown.tell,
         )
     if args.json:
         print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
@@ -65,11 +71,19 @@ def run(args: ExportArgs) -> int:
     return 0
 
 
-def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Path | None = None) -> list[str]:
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    to: str,
+    bytes_most: int,
+    source: Path | None = None,
+    tell: Callable[[int, int], None] = lambda *_: None,
+) -> list[str]:
     """Write the weights of a whole checkpoint into a new folder; return the names of the files. Raises PlanError.
 
     No file of the format safetensors has more than `bytes_most`, unless a single parameter has. `source` stands in for
-    the folder that the run started from.
+    the folder that the run started from. `tell` is told how many bytes of the weights were read, and of how many.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
@@ -79,7 +93,7 @@ def export(checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Pat
     try:
         manifest.remove([partial])
         partial.mkdir(parents=True)
-        weights = _weights(checkpoint, index)
+        weights = _weights(checkpoint, index, tell)
         if origin is not None and to == "peft":
             write_adapter(
                 partial, origin.adapters, weights.rows, functools.partial(_published, weights, origin)
@@ -113,11 +127,15 @@ def _beside(checkpoint: Path, to: str) -> Path:
 
 @attrs.frozen(eq=False)
 class Weights:
-    """The weights of a checkpoint, assembled one by one: its `index`, and the tensors in its files."""
+    """The weights of a checkpoint, assembled one by one: its `index`, and the tensors in its files.
+
+    `on_read` is called with how many bytes were read.
+    """
 
     checkpoint: Path
     index: Mapping[str, IndexedTensor]
     files: Mapping[str, Mapping[str, StoredTensor]]
+    on_read: Callable[[int], None] = lambda _: None
 
     def full(self, name: str) -> torch.Tensor:
         """Return a full tensor."""
@@ -141,12 +159,22 @@ class Weights:
             tensorfile.read_into(self.checkpoint / part.file, in_file, values_of(block), skip=skip)
             if block is not target:
                 target.copy_(block)
+        self.on_read(whole.nbytes)
         return whole
 
 
-def _weights(checkpoint: Path, index: Mapping[str, IndexedTensor]) -> Weights:
+def _weights(
+    checkpoint: Path, index: Mapping[str, IndexedTensor], tell: Callable[[int, int], None]
+) -> Weights:
     names = {part.file for stored in index.values() for part in stored.parts}
-    return Weights(checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names})
+    read, total = 0, sum(stored.bytes for stored in index.values())
+
+    def on_read(count: int) -> None:
+        nonlocal read
+        read += count
+        tell(read, total)
+
+    return Weights(checkpoint, index, {n: tensorfile.header_of(checkpoint / n) for n in names}, on_read)
 
 
 # -- safetensors -------------------------------------------------------------------------------------------
