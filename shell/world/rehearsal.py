@@ -39,7 +39,7 @@ def rehearse(place: RankPlace, job: Job, transport: str | None, folder: Path) ->
         world.mark(f"left/{place.rank}")
         return []
     said = [json.loads(world.store.get(f"rehearsal/{rank}")) for rank in range(world.size)]
-    found = [*_checks(job.topology, records, said, world.clock_problem()), *disk(job.topology, folder)]
+    found = [*checks(job.topology, records, said, world.clock_problem()), *disk(job.topology, folder)]
     # This process may keep the store.
     world.store.wait([f"left/{rank}" for rank in range(1, world.size)], world.timeout)
     return found
@@ -57,12 +57,13 @@ def _said(place: RankPlace, job: Job, transport: str | None) -> dict[str, Any]:
     }
 
 
-def _checks(
+def checks(
     topology: Topology,
     records: Sequence[HostRecord],
     said: Sequence[Mapping[str, Any]],
     clocks: Problem | None,
 ) -> Iterator[Check]:
+    """Yield the checks of a world by what its ranks have said, in the order of ranks."""
     size, needed = len(records), topology.world_size
     hosts = [record.host for record in records]
     is_short = too_small(size, needed) if size < needed else None
