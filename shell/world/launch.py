@@ -39,6 +39,10 @@ from mimogrid.shell.world.waiting import waiting
 
 GRACE_S = 1.0
 """How long after the first failure others may still report, so that the cause is known from what follows from it."""
+NO_SERVER = (
+    "no rank can be started: the process that forks them has ended. What it said stands above. Mostly a package that "
+    "it imports is broken (`mimogrid env` names it), or the machine has run out of memory."
+)
 
 
 @attrs.frozen
@@ -121,7 +125,10 @@ class Pool:
     def _start(self) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(theirs, os.getcwd()))
-        process.start()
+        try:
+            process.start()
+        except (EOFError, ConnectionError) as error:
+            raise WorldError(NO_SERVER) from error
         theirs.close()
         return process, ours
 

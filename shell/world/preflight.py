@@ -92,8 +92,8 @@ def _memory(topology: Topology, *, on_host: bool) -> Check:
     largest = max(range(size), key=each.__getitem__)
     there = "an unknown amount" if available is None else in_bytes(available)
     fact = (
-        f"{size} ranks need at least {in_bytes(sum(each))} for weights, gradients and the optimizer (rank {largest} "
-        f"needs most, {in_bytes(each[largest])}), and this machine has {there} available."
+        f"{size} ranks need at least {in_bytes(sum(each))} for processes, weights, gradients and the optimizer "
+        f"(rank {largest} needs most, {in_bytes(each[largest])}), and this machine has {there} available."
     )
     is_short = available is not None and sum(each) > available
     remedy = f"Use more machines or a smaller model, {_FORCE}."
