@@ -48,6 +48,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
     "Did you mean 'language'?"
     >>> nearest("zzz", ["tp", "cp"])
     'Known: cp, tp.'
+    >>> nearest("1F1B", ["1f1b", "gpipe"])
+    "Did you mean '1f1b'?"
     """
-    close = difflib.get_close_matches(word, known, n=1)
+    same = [name for name in known if name.lower() == word.lower()]
+    close = same or difflib.get_close_matches(word, known, n=1)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(known))}."

@@ -458,8 +458,27 @@ def parse(words: Sequence[str]) -> Args:
     if len(late) == len(optional) == 1 and not late[0].startswith("-"):
         return of(**{**found, optional[0]: Path(late[0])})
     if late:
-        whole.error(f"unrecognized arguments: {' '.join(late)}")
+        command = next(name for name, cls in COMMANDS.items() if cls is of)
+        _Parser(prog=f"mimogrid {command}").error(_unrecognized(late, command))
     return of(**found)
+
+
+def _unrecognized(late: Sequence[str], command: str) -> str:
+    """Return that a command does not take some words, and what the first of them is elsewhere."""
+    word = late[0].partition("=")[0]
+    flags = {name: [flag for f in attrs.fields(of) for flag in _flags(f)] for name, of in COMMANDS.items()}
+    text = f"unrecognized arguments: {' '.join(late)}."
+    if not word.startswith("--"):
+        return text
+    others = [name for name in flags if word in flags[name]]
+    return (
+        f"{text} {word} is of {', '.join(others)}." if others else f"{text} {nearest(word, flags[command])}"
+    )
+
+
+def _flags(field: "attrs.Attribute[Any]") -> tuple[str, ...]:
+    """Return how an option is written; nothing for an argument that has no name."""
+    return tuple(field.metadata.get("flags", (f"--{field.name.replace('_', '-')}",)))
 
 
 def overview() -> str:
@@ -496,7 +515,8 @@ def parser() -> argparse.ArgumentParser:
         )
         for field in sorted(attrs.fields(of), key=lambda field: field.metadata.get("flags") != ()):
             how = dict(field.metadata)
-            flags = how.pop("flags", (f"--{field.name.replace('_', '-')}",))
+            how.pop("flags", None)
+            flags = _flags(field)
             added.add_argument(*(flags or (field.name,)), **({"dest": field.name} if flags else {}), **how)
     return whole
 

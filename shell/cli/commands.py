@@ -52,6 +52,7 @@ from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.job import extras
 from mimogrid.shell.job.builders import PlanWarning
 from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.world.waiting import waiting
 
 
 def run(args: Args) -> int:  # noqa: PLR0911, PLR0912 -- a case for each command
@@ -253,7 +254,8 @@ def verify(job: Job, args: VerifyArgs) -> int:
     """Verify the program of step 0, or one from a file; print what is in it."""
     from mimogrid.shell.cli.verify import report_on  # noqa: PLC0415 -- only what is used
 
-    report = report_on(plan_step(job.step(0), job.order), args.program, strict=args.strict)
+    with waiting("verifying the program of a step", silent=args.json):
+        report = report_on(plan_step(job.step(0), job.order), args.program, strict=args.strict)
     if report.problems and not args.json:
         raise PlanError(report.problems)
     print_json(report.as_json()) if args.json else print(report)

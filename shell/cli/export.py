@@ -16,7 +16,7 @@ folder gets its name when it is complete.
 import functools
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from mimogrid.shell.job.published import Published, origin_of
 from mimogrid.shell.job.tensorfile import StoredTensor, TensorEntry
 from mimogrid.shell.modules.peft import Adapters, adapters_of, joined, merged, write_adapter
 from mimogrid.shell.modules.published import write_published
+from mimogrid.shell.world.waiting import waiting
 
 
 def run(args: ExportArgs) -> int:
@@ -55,7 +56,7 @@ def run(args: ExportArgs) -> int:
         raise PlanError([Problem("--out", f"is named besides {args.target}.", "Name one of the two.")])
     checkpoint = manifest.newest_of(args.folder)
     out = args.target or args.out or _beside(checkpoint, args.to)
-    with manifest.reading(checkpoint):
+    with manifest.reading(checkpoint), waiting("writing weights", silent=args.json) as shown:
         files = export(
             checkpoint,
             out,
@@ -63,6 +64,7 @@ def run(args: ExportArgs) -> int:
             bytes_most=int(args.max_shard_gb * 1e9),
             source=args.source,
             ema=args.ema,
+            tell=shown.tell,
         )
     if args.json:
         print_json({"checkpoint": str(checkpoint), "out": str(out), "files": files})
@@ -72,12 +74,20 @@ def run(args: ExportArgs) -> int:
 
 
 def export(
-    checkpoint: Path, out: Path, *, to: str, bytes_most: int, source: Path | None = None, ema: bool = False
+    checkpoint: Path,
+    out: Path,
+    *,
+    to: str,
+    bytes_most: int,
+    source: Path | None = None,
+    ema: bool = False,
+    tell: Callable[[int, int], None] = lambda *_: None,
 ) -> list[str]:
     """Write the weights of a whole checkpoint into a new folder; return the names of the files. Raises PlanError.
 
     No file of the format safetensors has more than `bytes_most`, unless a single parameter has. `source` stands in for
-    the folder that the run started from. With `ema` the running means stand in for the weights that train.
+    the folder that the run started from. With `ema` the running means stand in for the weights that train. `tell` is
+    told how many bytes of the weights were read, and of how many.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError([Problem(str(out), "is not empty.", "Name a folder that is new or empty: --out.")])
@@ -97,7 +107,7 @@ def export(
     try:
         manifest.remove([partial])
         partial.mkdir(parents=True)
-        weights = _weights(checkpoint, index, means)
+        weights = _weights(checkpoint, index, means, tell)
         if origin is not None and to == "peft":
             write_adapter(
                 partial, origin.adapters, weights.rows, functools.partial(_published, weights, origin)
@@ -133,13 +143,15 @@ def _beside(checkpoint: Path, to: str) -> Path:
 class Weights:
     """The weights of a checkpoint, assembled one by one: its `index`, and the tensors in its files.
 
-    `means` are the names in the files of those that a running mean stands in for.
+    `means` are the names in the files of those that a running mean stands in for. `on_read` is called with how many
+    bytes were read.
     """
 
     checkpoint: Path
     index: Mapping[str, IndexedTensor]
     files: Mapping[str, Mapping[str, StoredTensor]]
     means: Mapping[str, str]
+    on_read: Callable[[int], None] = lambda _: None
 
     def full(self, name: str) -> torch.Tensor:
         """Return a full tensor."""
@@ -163,14 +175,26 @@ class Weights:
             tensorfile.read_into(self.checkpoint / part.file, in_file, values_of(block), skip=skip)
             if block is not target:
                 target.copy_(block)
+        self.on_read(whole.nbytes)
         return whole
 
 
-def _weights(checkpoint: Path, index: Mapping[str, IndexedTensor], means: Mapping[str, str]) -> Weights:
+def _weights(
+    checkpoint: Path,
+    index: Mapping[str, IndexedTensor],
+    means: Mapping[str, str],
+    tell: Callable[[int, int], None],
+) -> Weights:
     names = {part.file for stored in index.values() for part in stored.parts}
-    return Weights(
-        checkpoint, index, {name: tensorfile.header_of(checkpoint / name) for name in names}, means
-    )
+    files = {name: tensorfile.header_of(checkpoint / name) for name in names}
+    read, total = 0, sum(stored.bytes for stored in index.values())
+
+    def on_read(count: int) -> None:
+        nonlocal read
+        read += count
+        tell(read, total)
+
+    return Weights(checkpoint, index, files, means, on_read)
 
 
 # -- safetensors -------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words in (["-h"], ["--help"], ["help"]):
         print(overview(), end="")
         return 0
+    if words[0] == "help":
+        words = [*words[1:], "--help"]
     try:
         with escaped():
             args = parse(words)

@@ -6,6 +6,7 @@ mimogrid simulate JOB --compare OTHER        two jobs side by side
 mimogrid simulate JOB --ragged --jitter 0.1  uneven data and uneven machines; --draws 20 of them
 """
 
+import functools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ from mimogrid.shell.cli.timing import (
     without_garbage_collection,
 )
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.world.waiting import waiting
 
 
 ALL = "all"
@@ -60,13 +62,20 @@ def run(job: Job, args: SimulateArgs) -> int:
     if problems:
         raise PlanError(problems)
     with without_garbage_collection():
+        simulating = functools.partial(waiting, "simulating", silent=args.json)
         if args.schedule == ALL:
-            _print_schedules(under_all_schedules(job, args), args)
+            with simulating() as shown:
+                schedules = under_all_schedules(job, args, shown.tell)
+            _print_schedules(schedules, args)
         elif args.compare:
             other = opened(args.compare, args.assumed, run_code=not args.no_code, silent=args.json)
-            _print_jobs(compared(job, other, args), args)
+            with simulating():
+                jobs = compared(job, other, args)
+            _print_jobs(jobs, args)
         else:
-            _print_job(drawn(job, args), args)
+            with simulating() as shown:
+                steps = drawn(job, args, shown.tell)
+            _print_job(steps, args)
     return 0
 
 

@@ -39,7 +39,7 @@ def train(job: Job, args: TrainArgs) -> int:
     if problems := list(missing_trackers(job.spec)):
         raise PlanError(problems)
     if args.preflight:
-        return _preflight(job, args)
+        return _preflight(job, args) if place is None else _preflight_at(place, job, args)
     report = _train_here(job, args) if place is None else _train_at(place, job, args)
     if isinstance(report, folders.Stopped):
         text = f"{report}\n    To go on: {_command(job, report)}"
@@ -66,7 +66,10 @@ def _train_here(job: Job, args: TrainArgs) -> Any:
             f"{size} ranks start; to look at them: mimogrid watch {shlex.quote(str(folder))}", file=sys.stderr
         )
         arguments = args.transport, str(folder), resume
-        with Pool(size, may_use_cuda=uses_cuda) as pool, forwarding_signals(pool.signal) as request:
+        with (
+            Pool(size, may_use_cuda=uses_cuda, speaks=True) as pool,
+            forwarding_signals(pool.signal) as request,
+        ):
             try:
                 return _first(pool, size, "mimogrid.shell.run.train:in_world", job, *arguments)
             except WorldError as error:
@@ -78,7 +81,22 @@ def _train_here(job: Job, args: TrainArgs) -> Any:
 def _preflight(job: Job, args: TrainArgs) -> int:
     """Say whether this machine can run a job, line by line. Returns the exit code."""
     folder = folders.planned(job, args.resume)
-    found = list(preflight.checks(job.topology, on_host=args.transport is None, folder=folder))
+    return _told([*preflight.checks(job.topology, on_host=args.transport is None, folder=folder)], args)
+
+
+def _preflight_at(place: RankPlace, job: Job, args: TrainArgs) -> int:
+    """Say, as one rank of torchrun's world, whether its hosts can run a job together. Returns the exit code."""
+    end_with_launcher()
+    prepare()
+    from mimogrid.shell.world.rehearsal import rehearse  # noqa: PLC0415 -- imports torch
+
+    job = open_job(job.path, job.overrides, ranks=place.size)
+    found = rehearse(place, job, args.transport, folders.planned(job, args.resume))
+    return _told(found, args) if place.rank == 0 else 0
+
+
+def _told(found: list[preflight.Check], args: TrainArgs) -> int:
+    """Print the checks of a preflight. Returns the exit code."""
     lacking = preflight.problems(found, force=args.force)
     if args.json:
         problems = [attrs.asdict(problem) for problem in lacking]
@@ -126,7 +144,7 @@ def parity(job: Job, args: ParityArgs) -> int:
     _check_machine(job, args)
     body = "reference_parity" if args.reference else "parity"
     report: ParityReport | ReferenceReport = _in_fresh_world(
-        job, f"mimogrid.shell.run.{body}:in_world", args.steps
+        job, f"mimogrid.shell.run.{body}:in_world", args.steps, None, not args.json, speaks=not args.json
     )
     print_json(report.as_json()) if args.json else print(report)
     return 0 if report.passed else 1
@@ -173,7 +191,8 @@ def _probed_here(job: Job, args: ProbeArgs) -> "list[Probed]":
     _check_machine(job, args)
     sizes = (f"batch.global_size={size * job.spec.batch.microbatches}" for size in args.microbatch_sizes)
     jobs = [job, *(open_job(job.path, (*job.overrides, size)) for size in sizes)]
-    return [_in_fresh_world(one, "mimogrid.shell.run.probe.measure:in_world", args.repeat) for one in jobs]
+    body = "mimogrid.shell.run.probe.measure:in_world"
+    return [_in_fresh_world(one, body, args.repeat, not args.json, speaks=not args.json) for one in jobs]
 
 
 def _probed_at(place: RankPlace, job: Job, args: ProbeArgs) -> "list[Probed]":
@@ -184,7 +203,7 @@ def _probed_at(place: RankPlace, job: Job, args: ProbeArgs) -> "list[Probed]":
 
     job = open_job(job.path, job.overrides, ranks=place.size)
     with unescaped():
-        found = in_world(place, job, args.repeat)
+        found = in_world(place, job, args.repeat, not args.json)
     return [] if found is None else [found]
 
 
@@ -207,9 +226,10 @@ def _first(pool: Pool, size: int, function: str, *arguments: Any) -> Any:
     return next(r for r in pool.run(function, size, *arguments) if r is not None)
 
 
-def _in_fresh_world(job: Job, function: str, *arguments: Any) -> Any:
+def _in_fresh_world(job: Job, function: str, *arguments: Any, speaks: bool) -> Any:
     """Run a function in a world that is for nothing else."""
     size = job.topology.world_size
-    print(f"{size} ranks start", file=sys.stderr)
-    with Pool(size) as pool:
+    if speaks:
+        print(f"{size} ranks start", file=sys.stderr)
+    with Pool(size, speaks=speaks) as pool:
         return _first(pool, size, function, job, *arguments)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import gc
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -103,16 +103,27 @@ class SimulatedStep:
         return count / self.timeline.step_s if self.timeline.step_s else None
 
 
-def drawn(job: Job, args: SimulateArgs) -> list[SimulatedStep]:
+Tell = Callable[[float, float], None]
+"""Is told how much is done, and of how much."""
+
+
+def drawn(job: Job, args: SimulateArgs, tell: Tell = lambda *_: None) -> list[SimulatedStep]:
     """Simulate a job once for each of the `draws`."""
     priced = _priced(job, args, schedule=args.schedule)
-    return [_simulated(priced, args, draw) for draw in range(args.draws)]
+    steps: list[SimulatedStep] = []
+    for draw in range(args.draws):
+        tell(draw, args.draws)
+        steps.append(_simulated(priced, args, draw))
+    return steps
 
 
-def under_all_schedules(job: Job, args: SimulateArgs) -> dict[str, SimulatedStep | tuple[Problem, ...]]:
+def under_all_schedules(
+    job: Job, args: SimulateArgs, tell: Tell = lambda *_: None
+) -> dict[str, SimulatedStep | tuple[Problem, ...]]:
     """Simulate a job under every schedule; where one is not legal for it, return the problems instead."""
     found: dict[str, SimulatedStep | tuple[Problem, ...]] = {}
     for name in SCHEDULES:
+        tell(len(found), len(SCHEDULES))
         try:
             found[name] = _simulated(_priced(job, args, schedule=name), args)
         except PlanError as error:

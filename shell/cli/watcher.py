@@ -8,12 +8,11 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from mimogrid.core.plan.progress import Progress
+from mimogrid.shell.world.waiting import FIRST_S, LINE_EVERY_S
 
 
 EVERY_S = 0.5
-"""Seconds between two lines of progress."""
-FIRST_S = 2.0
-"""A search that takes less shows none."""
+"""Seconds between two lines of progress on a terminal."""
 
 
 class Watcher:
@@ -25,16 +24,20 @@ class Watcher:
     def __init__(self, limit_s: float | None, *, silent: bool) -> None:
         self._begin = time.monotonic()
         self._until = self._begin + limit_s if limit_s is not None else math.inf
-        self._shows = not silent and sys.stderr.isatty()
-        self._next = self._begin + FIRST_S
+        self._shows, self._in_place = not silent, sys.stderr.isatty()
+        self._next = self._begin + (FIRST_S if self._in_place else LINE_EVERY_S)
         self._interrupted = self._shown = False
 
     def __call__(self, progress: Progress) -> bool:
         """Show the progress; return whether to go on."""
         now = time.monotonic()
         if self._shows and now >= self._next:
-            self._next, self._shown = now + EVERY_S, True
-            print(f"\r{_line(progress, now - self._begin):<100}", end="", file=sys.stderr, flush=True)
+            self._next = now + (EVERY_S if self._in_place else LINE_EVERY_S)
+            line = _line(progress, now - self._begin)
+            if self._in_place:
+                self._shown = True
+                line = f"\r{line:<100}"
+            print(line, end="" if self._in_place else "\n", file=sys.stderr, flush=True)
         return now < self._until and not self._interrupted
 
     def __enter__(self) -> Self:

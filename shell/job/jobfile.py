@@ -14,7 +14,7 @@ import itertools
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,14 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
         return ParsedJob(None, error.problems)
     problems: list[Problem] = []
     places: dict[str, str] = {}
+    modules = table.get("modules")
+    named = tuple(modules) if isinstance(modules, dict) else ()
     for entry in overrides:
         try:
             places[_lay_over(table, entry)] = entry
         except PlanError as error:
             problems += error.problems
+    problems += _taken_for_modules(table, named, places)
     if not table:
         empty = Problem(
             str(path), "the job file is empty.", "A job needs [modules.NAME], [data] and [batch]."
@@ -134,6 +137,21 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> ParsedJob:
         job = attrs.evolve(job, spec=_with_costs(job.spec, costs))
     problems += [job.annotated(problem) for problem in job.problems]
     return attrs.evolve(job, problems=tuple(problems))
+
+
+def _taken_for_modules(
+    table: dict[str, Any], named: Sequence[str], places: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Yield the modules that only overrides name, and without a model; take them out again."""
+    modules = table.get("modules")
+    for name in [*modules] if named and isinstance(modules, dict) else []:
+        where = dotted(("modules", name))
+        if name not in named and isinstance(modules[name], dict) and "model" not in modules[name]:
+            entry = next(entry for place, entry in places.items() if _is_within(place, where))
+            yield Problem(
+                where, f"there is no module '{name}'. (Given by --set {entry}.)", nearest(name, named)
+            )
+            del modules[name]
 
 
 def _lay_data(data: object, validation: object, folder: Path) -> None:
@@ -448,7 +466,10 @@ def _problem(problem: TableProblem, table: Mapping[str, Any]) -> Problem:
     if len(problem.path) == 1 and problem.path[0] in REQUIRED and problem.path[0] not in table:
         return Problem(problem.where, "is missing.", REQUIRED[problem.path[0]])
     remedy = problem.remedy
-    if problem.unknown and not problem.meant:
+    modules = table.get("modules")
+    if len(problem.path) == 1 and isinstance(modules, dict) and problem.path[0] in modules:
+        remedy = f"'{problem.path[0]}' is a module: write {dotted(('modules', *problem.path))}."
+    elif problem.unknown and not problem.meant:
         home = next(iter(_homes(problem)), None)
         remedy = f"'{problem.path[-1]}' belongs in {home}." if home else remedy
     return Problem(problem.where, problem.message, remedy)

@@ -306,13 +306,38 @@ def _step(error: BaseException) -> tuple[str, ...]:
     return ()
 
 
+ELSEWHERE = {
+    "data_parallel_size": "dp",
+    "dtype": "precision",
+    "global_batch_size": "global_size",
+    "hidden_size": "hidden",
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_attention_heads": "heads",
+    "num_heads": "heads",
+    "num_hidden_layers": "layers",
+    "num_layers": "layers",
+    "num_microbatches": "microbatches",
+    "output_dir": "run_dir",
+    "pipeline_parallel_size": "pp",
+    "save_every": "checkpoint_every",
+    "save_interval": "checkpoint_every",
+    "save_steps": "checkpoint_every",
+    "tensor_parallel_size": "tp",
+    "train_iters": "steps",
+    "vocab_size": "vocab",
+}
+"""What other libraries call a key, and what it is called here."""
+
+
 def _unknown(path: tuple[str, ...], table: type) -> TableProblem:
     known = [field.name for field in attrs.fields(table)]
-    meant = difflib.get_close_matches(path[-1], known, n=1)
+    here = ELSEWHERE.get(path[-1])
+    meant = [here] if here in known else difflib.get_close_matches(path[-1], known, n=1)
     return TableProblem(
         path,
         f"'{path[-1]}' is not a known key here.",
-        nearest(path[-1], known),
+        f"Did you mean '{meant[0]}'?" if meant else nearest(path[-1], known),
         unknown=True,
         table=table,
         meant=meant[0] if meant else None,

@@ -5,7 +5,8 @@ ranks get all new tokens, so all know the lengths of the next pass. A pass has a
 that the layout fits it.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
@@ -74,15 +75,24 @@ class Answer:
         return self.predicted == self.true
 
 
-def examine(runtime: RankRuntime, questions: Questions, count: int) -> tuple[Answer, ...]:
-    """Answer at least `count` held-out samples, in passes of a whole step; the same on every rank."""
+def examine(
+    runtime: RankRuntime,
+    questions: Questions,
+    count: int,
+    tell: Callable[[float, float], None] = lambda *_: None,
+) -> tuple[Answer, ...]:
+    """Answer at least `count` held-out samples, in passes of a whole step; the same on every rank.
+
+    `tell` is told how many passes are done, and of how many.
+    """
     size = runtime.job.spec.batch.global_size
     most = max(len(questions.answer(i)) for i in range(size))
     answers: list[Answer] = []
     for start in range(0, count, size):
         ids = range(start, start + size)
         tokens: dict[int, tuple[int, ...]] = dict.fromkeys(ids, ())
-        for _ in range(most + 1):
+        for done in range(most + 1):
+            tell(start // size * (most + 1) + done, math.ceil(count / size) * (most + 1))
             tokens = _one_more(runtime, questions, tokens)
         answers += [Answer(i, _until(tokens[i], questions.stop), questions.answer(i)) for i in ids]
     return tuple(answers)

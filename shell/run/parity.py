@@ -38,6 +38,7 @@ from mimogrid.shell.runtime.session import Session, open_session
 from mimogrid.shell.runtime.tensor_slices import Tensors, full_tensors, gradients_of
 from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.groups import ModuleGroups
+from mimogrid.shell.world.waiting import waiting
 
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
@@ -282,19 +283,29 @@ def _no_rows(width: int, loader: Loader) -> torch.Tensor:
     return torch.empty(0, width, dtype=loader.dtype, device=loader.device)
 
 
-def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = None) -> ParityReport | None:
-    """Compare steps of a job, on every rank of its world; the first rank of the job returns the worst report."""
-    with open_session(place, job, transport=transport) as session:
+def in_world(
+    place: RankPlace, job: Job, steps: int, transport: str | None = None, speaks: bool = False
+) -> ParityReport | None:
+    """Compare steps of a job, on every rank of its world; the first rank of the job returns the worst report.
+
+    If it `speaks`, that rank says what it is at.
+    """
+    with open_session(place, job, transport=transport, speaks=speaks) as session:
         if session.runtime is None:
             return None
         is_first = place.rank == job.topology.ranks[0]
         reports = []
-        for index in range(steps):
-            step = job.step(index)
-            outcome = run_without_overflow(session.runtime, index, step)
-            ours = full_gradients(session.runtime)
-            if is_first:
-                reports.append(_compared_with_one_process(session, job, step, index, (outcome.loss, ours)))
+        with waiting(None, silent=not (speaks and is_first), in_place=False) as shown:
+            for index in range(steps):
+                step, of = job.step(index), f"step {index + 1} of {steps}"
+                shown.say(f"{of} on {len(job.topology.ranks)} ranks")
+                outcome = run_without_overflow(session.runtime, index, step)
+                ours = full_gradients(session.runtime)
+                if is_first:
+                    shown.say(f"{of} on one process")
+                    reports.append(
+                        _compared_with_one_process(session, job, step, index, (outcome.loss, ours))
+                    )
         return max(reports, key=lambda report: max(report.gradients, report.loss)) if reports else None
 
 

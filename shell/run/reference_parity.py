@@ -33,6 +33,7 @@ from mimogrid.shell.run.reference_inputs import inputs_of
 from mimogrid.shell.runtime.data import Loads
 from mimogrid.shell.runtime.forward_only import sample_logits
 from mimogrid.shell.runtime.session import open_session
+from mimogrid.shell.world.waiting import waiting
 
 
 Tensors = Mapping[str, torch.Tensor]
@@ -79,24 +80,34 @@ class ReferenceReport:
         return "\n".join(lines)
 
 
-def in_world(place: RankPlace, job: Job, steps: int, transport: str | None = None) -> ReferenceReport | None:
-    """Compare steps of a job, on every rank of its world; the first rank of the job returns the worst report."""
-    with open_session(place, job, transport=transport) as session:
+def in_world(
+    place: RankPlace, job: Job, steps: int, transport: str | None = None, speaks: bool = False
+) -> ReferenceReport | None:
+    """Compare steps of a job, on every rank of its world; the first rank of the job returns the worst report.
+
+    If it `speaks`, that rank says what it is at.
+    """
+    with open_session(place, job, transport=transport, speaks=speaks) as session:
         if session.runtime is None:
             return None
         is_first = place.rank == job.topology.ranks[0]
         found = origin_of({name: module.weights for name, module in job.spec.modules.items()})
         device, dtype = session.device.torch, DTYPES[job.spec.precision]
-        model = _model(found, dtype, device) if is_first else None
         reports: list[ReferenceReport] = []
-        for index in range(steps):
-            step = job.step(index)
-            logits = sample_logits(session.runtime, step)
-            outcome = run_without_overflow(session.runtime, index, step)
-            ours = full_gradients(session.runtime)
-            if model is not None and job.source is not None:
-                theirs = _reference_step(model, found, step, job.source)
-                reports.append(_compared(found, step, outcome.loss, logits, ours, theirs, model))
+        with waiting(
+            "reading the model of transformers", silent=not (speaks and is_first), in_place=False
+        ) as shown:
+            model = _model(found, dtype, device) if is_first else None
+            for index in range(steps):
+                step, of = job.step(index), f"step {index + 1} of {steps}"
+                shown.say(f"{of} on {len(job.topology.ranks)} ranks")
+                logits = sample_logits(session.runtime, step)
+                outcome = run_without_overflow(session.runtime, index, step)
+                ours = full_gradients(session.runtime)
+                if model is not None and job.source is not None:
+                    shown.say(f"{of} in transformers")
+                    theirs = _reference_step(model, found, step, job.source)
+                    reports.append(_compared(found, step, outcome.loss, logits, ours, theirs, model))
         return max(reports, key=lambda report: report.largest) if reports else None
 
 

@@ -25,6 +25,7 @@ from mimogrid.shell.run.interruptions import interruptions_of
 from mimogrid.shell.run.metrics import Tally
 from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.rank import RankRuntime
+from mimogrid.shell.world.waiting import waiting
 
 
 COLUMNS, ROWS = 5, 8
@@ -37,15 +38,16 @@ Examination = Mapping[str, tuple[Questions, tuple[Answer, ...]]]
 """The held-out samples and answers of each task."""
 
 
-def examine_tasks(runtime: RankRuntime) -> Examination:
-    """Answer the held-out samples of every task, if the source holds samples out."""
+def examine_tasks(runtime: RankRuntime, *, speaks: bool = False) -> Examination:
+    """Answer the held-out samples of every task, if the source holds samples out; one rank `speaks` of it."""
     source = runtime.job.source
     if not isinstance(source, Examined) or not runtime.topology.graph.texts:
         return {}
     examined = {}
     for i, task in enumerate(source.tasks):
         questions = source.held_out(task=task)
-        answers = examine(runtime, questions, OTHER_COUNT if i else READ_COUNT)
+        with waiting(f"answering held-out samples, task {task}", silent=not speaks, in_place=False) as shown:
+            answers = examine(runtime, questions, OTHER_COUNT if i else READ_COUNT, shown.tell)
         examined[task] = (questions, answers)
     return examined
 

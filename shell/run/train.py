@@ -67,6 +67,7 @@ from mimogrid.shell.runtime.tensor_slices import full_tensors, weights_of
 from mimogrid.shell.runtime.train_step import train_step
 from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.shell.world.preemption import StopRequest, receiving_signals
+from mimogrid.shell.world.waiting import waiting
 from mimogrid.shell.world.world import FAILED
 
 
@@ -100,7 +101,7 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
         receiving_signals(stop_request),
         noting_failure() as note,
         contextlib.ExitStack() as held,
-        open_session(place, job, transport=transport, stop_request=stop_request) as session,
+        open_session(place, job, transport=transport, stop_request=stop_request, speaks=True) as session,
     ):
         path = Path(
             folder
@@ -320,7 +321,9 @@ class Run:
         spec, steps = runtime.job.spec.validation, runtime.job.spec.train.steps
         if not spec.every or (done % spec.every and done != steps):
             return NOT_VALIDATED
-        found = validate(runtime, self.functions, [values for _, values in tally.validations])
+        before = [values for _, values in tally.validations]
+        with waiting("validating", silent=not self.is_first, in_place=False) as shown:
+            found = validate(runtime, self.functions, before, shown.tell)
         if self.is_first:
             tally.validations.append((index, found.values))
             self.log.info(
@@ -388,7 +391,8 @@ class Run:
             files.write_file(folder / "weights.safetensors", weights)
         if runtime.job.spec.train.evaluate and isinstance(runtime.job.source, Examined):
             self.log.info("answering held-out samples", tasks=", ".join(runtime.job.source.tasks))
-        examined = report.examine_tasks(runtime) if runtime.job.spec.train.evaluate else {}
+        wanted = runtime.job.spec.train.evaluate
+        examined = report.examine_tasks(runtime, speaks=self.is_first) if wanted else {}
         ranks = report.gather_ranks(runtime, tally)
         if not self.is_first:
             return None

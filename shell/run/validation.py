@@ -80,17 +80,22 @@ def functions_of(paths: Sequence[str]) -> tuple[Function, ...]:
 
 
 def validate(
-    runtime: RankRuntime, functions: Sequence[Function], before: Sequence[Mapping[str, float]]
+    runtime: RankRuntime,
+    functions: Sequence[Function],
+    before: Sequence[Mapping[str, float]],
+    tell: Callable[[float, float], None] = lambda *_: None,
 ) -> Validated:
     """Validate the model as it is now; all ranks call it, the first with the functions of the user's.
 
-    `before` has the values of earlier validations.
+    `before` has the values of earlier validations. `tell` is told how many samples are done, and of how many.
     """
     spec, first = runtime.job.spec.validation, runtime.rank == runtime.topology.ranks[0]
     whole, values = _Sums(), dict[str, float]()
-    for task, source in runtime.job.tasks.items():
+    for number, (task, source) in enumerate(runtime.job.tasks.items()):
         sums = _Sums()
-        for step in _steps(runtime, source, spec.samples):
+        for done, step in enumerate(_steps(runtime, source, spec.samples)):
+            samples = done * runtime.job.spec.batch.global_size
+            tell(number * spec.samples + samples, len(runtime.job.tasks) * spec.samples)
             losses = loss_sums(runtime, step, source)
             sums.add(step, losses)
             whole.add(step, losses)

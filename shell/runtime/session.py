@@ -6,15 +6,15 @@ what it opened, last first, also when a step fails.
 
 import contextlib
 import datetime
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
 import torch
-import torch.distributed as dist
 
-from mimogrid.core.base.errors import PlanError, Problem
+from mimogrid.core.base.errors import PlanError
 from mimogrid.core.program.digest import digest_of
 from mimogrid.shell.device import device as devices
 from mimogrid.shell.device.device import Device
@@ -28,8 +28,9 @@ from mimogrid.shell.world.groups import ProcessGroups, open_groups
 from mimogrid.shell.world.heartbeat import Heartbeat
 from mimogrid.shell.world.phases import BUILDING, RENDEZVOUS
 from mimogrid.shell.world.preemption import StopRequest
-from mimogrid.shell.world.preflight import device_problems
-from mimogrid.shell.world.world import World, join, rendezvous, serve_rendezvous
+from mimogrid.shell.world.preflight import device_problems, too_small
+from mimogrid.shell.world.waiting import phase_in_words, waiting
+from mimogrid.shell.world.world import World, join, meet, serve_rendezvous
 
 
 @attrs.frozen(eq=False)
@@ -46,13 +47,21 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(
-    place: RankPlace, job: Job, *, transport: str | None = None, stop_request: StopRequest | None = None
+    place: RankPlace,
+    job: Job,
+    *,
+    transport: str | None = None,
+    stop_request: StopRequest | None = None,
+    speaks: bool = False,
 ) -> Iterator[Session]:
-    """Enter the world of a job at a place in it. Raises PlanError where the world is too small for the job."""
+    """Enter the world of a job at a place in it. Raises PlanError where the world is too small for the job.
+
+    If it `speaks`, the first rank of the job says what it is at where that takes long.
+    """
     stop_request = stop_request or StopRequest()
     needed = job.topology.world_size
     if place.size < needed:
-        raise PlanError([_too_small(place.size, needed)])
+        raise PlanError([too_small(place.size, needed)])
     torch.set_num_threads(job.spec.train.threads)
     device = devices.choose(place, transport)
     if problems := [*device_problems(job.topology, place.rank, device.name, device.memory_bytes)]:
@@ -62,16 +71,20 @@ def open_session(
         enter(warnings.catch_warnings())
         enter(without_known_words())
         heartbeat = enter(_heartbeat(place))
-        world = _meet(place, datetime.timedelta(seconds=job.spec.train.timeout_s))
+        silent = not speaks or place.rank != job.topology.ranks[0]
+        enter(waiting(lambda: phase_in_words(heartbeat.record()), silent=silent, in_place=False))
+        world = meet(place, datetime.timedelta(seconds=job.spec.train.timeout_s))
         enter(one_report(world, heartbeat, job))
         heartbeat.enter(RENDEZVOUS)
         if place.meeting is None:
             serve_rendezvous(world)
         enter(join(world, backend=device.backend, digest=digest_of(job.step(0), job.order)))
         heartbeat.enter(BUILDING)
-        world.wait_for_all("joined")
+        world.compare_clocks("joined")
         groups = enter(open_groups(job.topology, world, device))
         world.wait_for_all("connected")
+        if place.meeting is None and place.rank == 0 and (problem := world.clock_problem()):
+            print(f"warning: {problem}", file=sys.stderr, flush=True)  # noqa: T201
         enter(on_device(device.torch, seed=job.spec.seed))
         # Again, so that a failure is reported before the groups are destroyed, which others see as a failure.
         enter(one_report(world, heartbeat, job))
@@ -95,19 +108,3 @@ def _heartbeat(place: RankPlace) -> Iterator[Heartbeat]:
         heartbeat.close(well=False)
         raise
     heartbeat.close(well=True)
-
-
-def _meet(place: RankPlace, timeout: datetime.timedelta) -> World:
-    if place.meeting:
-        store: dist.Store = dist.FileStore(place.meeting, place.size)
-        store.set_timeout(timeout)
-        return World(place.rank, place.size, store, timeout, range(place.size))
-    return rendezvous(next(dist.rendezvous("env://", timeout=timeout))[0], place.rank, place.size, timeout)
-
-
-def _too_small(size: int, needed: int) -> Problem:
-    return Problem(
-        "world_size",
-        f"the job needs {needed} ranks (0..{needed - 1}), the launcher started {size}.",
-        f"Start {needed} processes (torchrun --nproc-per-node), or make the grids smaller.",
-    )

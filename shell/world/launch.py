@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -33,10 +34,15 @@ from mimogrid.shell.device.place import RankPlace, prepare
 from mimogrid.shell.world import heartbeat
 from mimogrid.shell.world.orphans import end_with_launcher
 from mimogrid.shell.world.temporary import temporary_folder
+from mimogrid.shell.world.waiting import waiting
 
 
 GRACE_S = 1.0
 """How long after the first failure others may still report, so that the cause is known from what follows from it."""
+NO_SERVER = (
+    "no rank can be started: the process that forks them has ended. What it said stands above. Mostly a package that "
+    "it imports is broken (`mimogrid env` names it), or the machine has run out of memory."
+)
 
 
 @attrs.frozen
@@ -60,10 +66,14 @@ class Report:
 
 
 class Pool:
-    """Processes that run worlds, one at a time, of up to `size` ranks; `may_use_cuda`: on GPUs, too."""
+    """Processes that run worlds, one at a time, of up to `size` ranks; `may_use_cuda`: on GPUs, too.
 
-    def __init__(self, size: int, *, may_use_cuda: bool = False) -> None:
+    If it `speaks`, it says so where ranks take long to start.
+    """
+
+    def __init__(self, size: int, *, may_use_cuda: bool = False, speaks: bool = False) -> None:
         self._size = size
+        self._speaks = speaks
         self._context: ForkServerContext | SpawnContext
         if may_use_cuda:
             self._context = multiprocessing.get_context("spawn")
@@ -78,9 +88,9 @@ class Pool:
         Raises PlanError or WorldError for the first failure; the pool can be used again after it.
         """
         assert size <= self._size, f"a pool of {self._size} cannot run {size} ranks"
-        while len(self._workers) < size:
-            self._workers.append(self._start())
-        with temporary_folder() as folder:
+        with temporary_folder() as folder, waiting(_starting(folder, size), silent=not self._speaks):
+            while len(self._workers) < size:
+                self._workers.append(self._start())
             meeting = str(folder / "meeting")
             try:
                 for rank in range(size):
@@ -115,7 +125,10 @@ class Pool:
     def _start(self) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(theirs, os.getcwd()))
-        process.start()
+        try:
+            process.start()
+        except (EOFError, ConnectionError) as error:
+            raise WorldError(NO_SERVER) from error
         theirs.close()
         return process, ours
 
@@ -134,6 +147,18 @@ class Pool:
                     deadline = time.monotonic() + GRACE_S
         _raise_first_failure(reports, folder)
         return [reports[rank].result for rank in range(len(workers))]
+
+
+def _starting(folder: Path, size: int) -> Callable[[], str | None]:
+    """Return what says that ranks start, until one has a heartbeat in a folder: from then on ranks speak."""
+    started = False
+
+    def subject() -> str | None:
+        nonlocal started
+        started = started or any(folder.glob("rank-*"))
+        return None if started else f"starting {size} processes, which import torch"
+
+    return subject
 
 
 def _received(rank: int, process: BaseProcess, connection: Connection) -> Report:

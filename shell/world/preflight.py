@@ -1,4 +1,4 @@
-"""Preflight: whether this machine can run a local world, asked before any process is started.
+"""Preflight: whether this machine can run a local world, asked before any process is started (`rehearsal`: any world).
 
 Each check says what there is and what is needed. What a rank keeps all the time is known exactly
 (`core.pricing.footprint`), and so is the size of a checkpoint. So a world that does not fit is refused in words: the
@@ -60,7 +60,7 @@ def checks(topology: Topology, *, on_host: bool, folder: Path | None) -> Iterato
     if ranks.problem is None:  # the others cost time on so large a world
         yield _memory(topology, on_host=on_host)
         if folder is not None:
-            yield from _disk(topology, folder)
+            yield from disk(topology, folder)
     yield _files(topology.world_size)
     yield _loopback()
 
@@ -92,8 +92,8 @@ def _memory(topology: Topology, *, on_host: bool) -> Check:
     largest = max(range(size), key=each.__getitem__)
     there = "an unknown amount" if available is None else in_bytes(available)
     fact = (
-        f"{size} ranks need at least {in_bytes(sum(each))} for weights, gradients and the optimizer (rank {largest} "
-        f"needs most, {in_bytes(each[largest])}), and this machine has {there} available."
+        f"{size} ranks need at least {in_bytes(sum(each))} for processes, weights, gradients and the optimizer "
+        f"(rank {largest} needs most, {in_bytes(each[largest])}), and this machine has {there} available."
     )
     is_short = available is not None and sum(each) > available
     remedy = f"Use more machines or a smaller model, {_FORCE}."
@@ -116,7 +116,17 @@ def device_problems(
         yield Problem("memory", message, remedy)
 
 
-def _disk(topology: Topology, folder: Path) -> Iterator[Check]:
+def too_small(size: int, needed: int) -> Problem:
+    """Return that a launcher has started too few ranks."""
+    return Problem(
+        "world_size",
+        f"the job needs {needed} ranks (0..{needed - 1}), the launcher started {size}.",
+        f"Start {needed} processes (torchrun --nproc-per-node), or make the grids smaller.",
+    )
+
+
+def disk(topology: Topology, folder: Path) -> Iterator[Check]:
+    """Yield whether a run can write its folder, which need not exist, and has the room for its checkpoints."""
     there = next(
         parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(parent)
     )

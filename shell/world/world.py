@@ -8,7 +8,7 @@ so the others know that their own failures follow from it.
 
 import contextlib
 import datetime
-import platform
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,20 +18,23 @@ import attrs
 import torch
 import torch.distributed as dist
 
-import mimogrid
 from mimogrid.core.base.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.faults.diagnosis import DiagnosedError
 from mimogrid.core.topology.groups import Ranks, Slot
+from mimogrid.shell.device.place import RankPlace
+from mimogrid.shell.world.hosts import (
+    ClockBounds,
+    HostRecord,
+    clock_problem,
+    first_other,
+    record_of,
+    version_problem,
+)
 
 
 POLL_S = 0.02
 FAILED = "failed"
 """The mark of a world in which a rank has failed; its value is the rank that failed first."""
-
-
-def release() -> str:
-    """Return what must be the same on every host: another release may plan, or send, in another way."""
-    return f"mimogrid {mimogrid.__version__}, torch {torch.__version__.partition('+')[0]}"
 
 
 class AbsentError(WorldError):
@@ -87,27 +90,40 @@ class World:
         }
         return {ranks: group for ranks, group in made.items() if self.rank in ranks}
 
-    def agree_on(self, digest: str, mine: str | None = None) -> None:
-        """Compare the release and the digest of the plan over the world; None: that of this process.
+    def agree_on(self, digest: str, mine: HostRecord | None = None) -> None:
+        """Compare the versions of all hosts and the digest of the plan over the world; None: those of this process.
 
-        Raises WorldError where a rank has others than rank 0.
+        Raises WorldError on the first rank with other versions than rank 0, and EchoError on all others; WorldError
+        where a rank has another digest than rank 0.
         """
-        mine = mine or release()
-        self.store.set(f"release/{self.rank}", mine)
         self.store.set(f"digest/{self.rank}", digest)
-        self.wait_for_all("met")
-        theirs = self._value_of_first("release/0")
-        if mine != theirs:
-            raise WorldError(
-                f"rank {self.rank} on host '{platform.node()}' runs {mine}, rank 0 runs {theirs}. "
-                "Install the same on every host."
-            )
+        records = self.hosts(mine)
+
+        def decided() -> str:
+            problem = version_problem(records)
+            return json.dumps([first_other(records), str(problem)]) if problem else ""
+
+        if verdict := self.first_decides("versions", decided):
+            rank, text = json.loads(verdict)
+            if rank == self.rank:
+                raise WorldError(text.removeprefix("hosts: "))
+            raise EchoError(f"rank {rank} has other versions than rank 0")
         first = self._value_of_first("digest/0")
         if digest != first:
             raise WorldError(
                 f"rank {self.rank} planned another job than rank 0: digest {digest[:12]} against "
                 f"{first[:12]}. Start every rank with the same job file, overrides and version."
             )
+
+    def hosts(self, mine: HostRecord | None = None) -> tuple[HostRecord, ...]:
+        """Return the records of all hosts by rank, on rank 0, and nothing on others; all ranks call it once.
+
+        None: the record of this process.
+        """
+        self.store.set(f"host/{self.rank}", (mine or record_of(torch.__version__)).as_text())
+        self.wait_for_all("met")
+        ranks = range(self.size) if self.rank == 0 else ()
+        return tuple(HostRecord.parse(self.store.get(f"host/{rank}").decode()) for rank in ranks)
 
     def first_decides(self, key: str, decide: Callable[[], str]) -> str:
         """Return what rank 0 decides, on every rank. Raises AbsentError where rank 0 does not decide in time."""
@@ -122,10 +138,27 @@ class World:
         """
         self.store.set(f"{what}/{self.rank}", "")
         if self.store.add(f"{what}/count", 1) == self.size:
-            self.store.set(f"{what}/all", "")
+            self.store.set(f"{what}/all", str(time.time()))
         self._wait_for(
             f"{what}/all", lambda: (r for r in range(self.size) if not self.store.check([f"{what}/{r}"]))
         )
+
+    def compare_clocks(self, what: str) -> None:
+        """Wait as `wait_for_all` does, and note how this rank's clock differs from the last rank's.
+
+        The closer together the ranks come, the smaller a difference is noticed.
+        """
+        before_s = time.time()
+        self.wait_for_all(what)
+        last_s, after_s = float(self.store.get(f"{what}/all")), time.time()
+        self.store.set(f"clock/{self.rank}", json.dumps([before_s - last_s, after_s - last_s]))
+
+    def clock_problem(self) -> Problem | None:
+        """Return how clocks differ, after all ranks have compared them; asked on rank 0."""
+        hosts = [HostRecord.parse(self.store.get(f"host/{rank}").decode()).host for rank in range(self.size)]
+        firsts = {host: rank for rank, host in reversed([*enumerate(hosts)])}.values()
+        clocks = {rank: ClockBounds(*json.loads(self.store.get(f"clock/{rank}"))) for rank in firsts}
+        return clock_problem(hosts, clocks)
 
     def _value_of_first(self, key: str) -> str:
         """Return the value that rank 0 sets for a key."""
@@ -188,6 +221,15 @@ def first_failure(world: World, folder: Callable[[], Path | None] = lambda: None
             raise
         who = "another rank" if first is None else f"rank {first}"
         raise EchoError(f"rank {world.rank} was cut off: {who} failed first") from error
+
+
+def meet(place: RankPlace, timeout: datetime.timedelta) -> World:
+    """Return the world of a place, over its file or over torchrun's store."""
+    if place.meeting:
+        store: dist.Store = dist.FileStore(place.meeting, place.size)
+        store.set_timeout(timeout)
+        return World(place.rank, place.size, store, timeout, range(place.size))
+    return rendezvous(next(dist.rendezvous("env://", timeout=timeout))[0], place.rank, place.size, timeout)
 
 
 def rendezvous(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> World:

@@ -29,10 +29,13 @@ from mimogrid.shell.runtime.exchange import gather_objects
 from mimogrid.shell.runtime.session import open_session
 
 
-def in_world(place: RankPlace, job: Job, repeat: int) -> Probed | None:
-    """Measure a job, on every rank of its world; the first rank of the job returns the result."""
+def in_world(place: RankPlace, job: Job, repeat: int, speaks: bool = False) -> Probed | None:
+    """Measure a job, on every rank of its world; the first rank of the job returns the result.
+
+    If it `speaks`, that rank says what it is at.
+    """
     before = resident.fresh_peak()
-    with open_session(place, job) as session:
+    with open_session(place, job, speaks=speaks) as session:
         runtime = session.runtime
         if runtime is None:
             return None

@@ -1,5 +1,6 @@
 """The documents: what they print is what the commands print, what they name is there."""
 
+import math
 import re
 import runpy
 import shlex
@@ -36,6 +37,7 @@ from mimogrid.shell.job import costfile
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.job.sources import conversations
 from mimogrid.shell.job.sources.synthetic import Options
+from mimogrid.shell.world import waiting
 
 
 ROOT = Path(__file__).parents[3]
@@ -85,8 +87,9 @@ def blocks(page, language):
 
 
 @named
-def test_commands_print_what_the_page_says(page, capsys):
-    """Blocks of the language `console` hold a command and all that it prints."""
+def test_commands_print_what_the_page_says(page, monkeypatch, capsys):
+    """Blocks of the language `console` hold a command and all that it prints, but how long it took."""
+    monkeypatch.setattr(waiting, "LINE_EVERY_S", math.inf)
     for block in blocks(page, "console"):
         command, expected = block.removeprefix("$ mimogrid ").split("\n", 1)
         main(shlex.split(command))

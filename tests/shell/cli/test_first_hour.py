@@ -52,6 +52,14 @@ def test_the_version_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"mimogrid {mimogrid.__version__}\n" == capsys.readouterr().out
 
 
+def test_help_is_a_word_or_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """`mimogrid help train` is `mimogrid train --help`."""
+    assert 0 == main(["help", "train"])
+    asked = capsys.readouterr().out
+    assert 0 == main(["train", "--help"])
+    assert asked == capsys.readouterr().out
+
+
 def test_every_command_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
     """`--help` shows them, and each is a command of its own."""
     assert COMMANDS.keys() == EXAMPLES.keys()
@@ -61,6 +69,25 @@ def test_every_command_has_examples_that_parse(capsys: pytest.CaptureFixture[str
         for example in examples:
             assert f"  mimogrid {example}\n" in shown
             assert isinstance(parse(example.partition(" > ")[0].split()), COMMANDS[name])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["check", "job.toml", "--gpus", "8"],
+            "mimogrid check: unrecognized arguments: --gpus 8. --gpus is of init, plan.",
+        ),
+        (["train", "job.toml", "--preflite"], "--preflite. Did you mean '--preflight'?"),
+        (["check", "a.toml", "b.toml"], "unrecognized arguments: b.toml.\n"),
+    ],
+)
+def test_an_option_of_another_command_is_known(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or the nearest one of this command is named."""
+    assert 2 == main(words)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "parity", "probe"])

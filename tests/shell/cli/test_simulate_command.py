@@ -1,6 +1,7 @@
 """The command `simulate` and its costs files."""
 
 import json
+import math
 import sys
 import xml.etree.ElementTree as ET
 
@@ -13,6 +14,7 @@ from mimogrid.shell.cli import simulate, timing
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import costfile
 from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.world import waiting
 
 
 JOB = """
@@ -342,6 +344,7 @@ def test_what_no_accelerator_can_price(job, capsys, options, words):
 
 def test_many_classes_are_told_beforehand(job, monkeypatch, capsys):
     """Beside the answer it says how many ranks have to be walked, where they are many."""
+    monkeypatch.setattr(waiting, "LINE_EVERY_S", math.inf)
     assert main(["simulate", str(job)]) == 0
     assert "" == capsys.readouterr().err
     monkeypatch.setattr(timing, "MANY", 2)

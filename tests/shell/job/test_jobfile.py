@@ -375,3 +375,36 @@ def test_reading_a_job_imports_no_torch(job):
         [sys.executable, "-c", code, str(job(JOB))], capture_output=True, text=True, check=True
     )
     assert "False\n" == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "remedy"),
+    [
+        ("modules.languag.grid.dp=2", "modules.languag", "Did you mean 'language'?"),
+        ("language.grid.dp=2", "language", "'language' is a module: write modules.language."),
+        ("optimizer.learning_rate=0.1", "optimizer.learning_rate", "Did you mean 'lr'?"),
+        ("batch.global_batch_size=8", "batch.global_batch_size", "Did you mean 'global_size'?"),
+        (
+            "modules.vision.options.num_layers=3",
+            "modules.vision.options.num_layers",
+            "Did you mean 'layers'?",
+        ),
+        (
+            "modules.vision.grid.tensor_parallel_size=2",
+            "modules.vision.grid.tensor_parallel_size",
+            "Did you mean 'tp'?",
+        ),
+    ],
+)
+def test_what_a_newcomer_writes_is_told_from_what_was_meant(job, override, where, remedy):
+    """One problem for one mistake, also where a module is named wrongly, or a key as in another library."""
+    with pytest.raises(PlanError) as caught:
+        jobfile.load(job(JOB), [override])
+    (problem,) = caught.value.problems
+    assert (where, remedy) == (problem.where, problem.remedy)
+
+
+def test_an_override_may_add_a_whole_module(job):
+    """If it has a model, it is one."""
+    added = 'modules.audio={ model = "vit", feeds = ["language"], options = { layers = 1, hidden = 8, heads = 1 } }'
+    assert {"vision", "language", "audio"} == jobfile.load(job(JOB), [added]).modules.keys()

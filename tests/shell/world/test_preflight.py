@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,23 @@ def test_whatever_starts_ranks_asks_first(
     assert "memory: 4 ranks need at least" in capsys.readouterr().err
     with pytest.raises(StartedError):
         main([command, str(FIRST), "--force"])
+
+
+def test_a_server_that_ends_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it said of itself stands above. With --json nothing else is said."""
+
+    def start(_: BaseProcess) -> None:
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(BaseProcess, "start", start)
+    assert 1 == main(["parity", str(FIRST)])
+    first, second = capsys.readouterr().err.splitlines()
+    assert "4 ranks start" == first
+    assert second.startswith("mimogrid: no rank can be started: the process that forks them has ended.")
+    assert 1 == main(["parity", str(FIRST), "--json"])
+    assert [second] == capsys.readouterr().err.splitlines()
 
 
 def test_the_table_has_every_check_with_its_remedy(
