@@ -174,7 +174,7 @@ class Config:
         otherwise: str,
         at: str,
         instead: Mapping[str, Any] | None = None,
-        unknown: "Callable[[Config], PublishedModule] | None" = None,
+        unknown: "Callable[[Config], PublishedModule | None]" = lambda _: None,
     ) -> PublishedModule:
         """Return the module that a table within describes.
 
@@ -184,15 +184,15 @@ class Config:
             otherwise: the model type that transformers takes where the table says none.
             at: what the names of its tensors on disk begin with.
             instead: values that stand in place of the table's.
-            unknown: what reads a table whose type no family here has.
+            unknown: what reads a table whose type no family here has, if the table says enough.
 
         Raises PlanError, with what was wrong before, where no family here has that type and that role.
         """
         table = self.within(key, defaults={"model_type": otherwise}, at=at)
         kind, known = table.get("model_type"), [name for name, f in self.families.items() if f.role == role]
-        if kind not in known and unknown is not None:
-            return unknown(table)
         if kind not in known:
+            if (found := unknown(table)) is not None:
+                return found
             message = f"is '{kind}', no architecture that is known for {role}."
             table.problem("model_type", message, nearest(str(kind), known))
             raise PlanError(self.problems)

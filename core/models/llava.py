@@ -47,8 +47,14 @@ def read(config: Config) -> Model:
     )
 
 
-def _unknown(table: Config) -> PublishedModule:
+_SIZES = ("patch_size", "image_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
+"""What a table must say of a tower that no family here reads."""
+
+
+def _unknown(table: Config) -> PublishedModule | None:
     """Return a tower of no family here, for images of one size: the rows that it reads, and where its tensors lie."""
+    if any(name not in table.values for name in _SIZES):
+        return None
     patch, pixels = table.integer("patch_size"), table.integer("image_size")
     side = pixels // patch
     first = next((name for name in table.names if f".{name}".find(f".{_PREFIX}") >= 0), "")
