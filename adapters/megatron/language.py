@@ -184,6 +184,11 @@ def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
         )
     if config.mtp_num_layers:
         yield Problem(where, "predicts several tokens at once.", "Leave mtp_num_layers out.")
+    if cp > 1 and gpt.position_embedding_type == "mrope":
+        fact = (
+            f"turns by mrope, and cuts positions over cp={cp}: Megatron's angles are those of all positions."
+        )
+        yield Problem(where, fact, "Use cp = 1 for this model.")
     if tp > 1 and not gpt.parallel_output:
         yield Problem(
             where, "gathers its logits.", "Leave parallel_output at True; the loss is cut as they are."

@@ -121,9 +121,7 @@ BY_THREE = {"layers": 3, "mrope_section": [0, 1, 1]}
     ("vision", "language", "transformer"),
     [
         ({"dp": 1}, {"pp": 3}, {}),
-        *nightly_only(
-            [({"dp": 2}, {"tp": 2, "cp": 2}, {"sequence_parallel": True}), ({"dp": 1}, {"dp": 2}, {})]
-        ),
+        *nightly_only([({"dp": 1}, {"dp": 2}, {})]),
     ],
 )
 def test_mrope_turns_on_every_stage(

@@ -587,6 +587,7 @@ def test_experts_in_one_weight_are_refused() -> None:
     ("owner", "what", "said"),
     [
         ("config", {"mtp_num_layers": 1}, "predicts several tokens at once"),
+        ("model", {"position_embedding_type": "mrope"}, "turns by mrope, and cuts positions over cp=2"),
     ],
 )
 def test_language_models_that_read_more_than_a_job_has_are_refused(
