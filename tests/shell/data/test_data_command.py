@@ -72,7 +72,7 @@ def test_a_sample_is_shown_as_what_it_becomes(
 
 def test_a_sound_is_shown_as_its_waveform(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One that rises and falls is above the middle, then below it."""
-    wave = np.repeat([0.0, 0.5, -1.0], 100)
+    wave = np.repeat([0.0, 0.5, -1.0], 2000)
     soundfile.write(tmp_path / "a.wav", wave, 16_000)
     store = write_lines(tmp_path / "store.jsonl", [{"audio": "a.wav", "answer": "A bird"}])
     index, _ = indexed(store, listener(tmp_path / "checkpoint"))
