@@ -4,13 +4,15 @@ import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.data.index import Index
-from stores import image, indexed, record, write_lines
+from stores import image, indexed, listener, record, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,21 @@ def test_a_sample_is_shown_as_what_it_becomes(
     ):
         assert main([*show, *wrong]) == 2
         assert why in capsys.readouterr().err
+
+
+def test_a_sound_is_shown_as_its_waveform(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that rises and falls is above the middle, then below it."""
+    wave = np.repeat([0.0, 0.5, -1.0], 2000)
+    soundfile.write(tmp_path / "a.wav", wave, 16_000)
+    store = write_lines(tmp_path / "store.jsonl", [{"audio": "a.wav", "answer": "A bird"}])
+    index, _ = indexed(store, listener(tmp_path / "checkpoint"))
+    assert main(["data", "show", str(index.folder), "--picture", str(tmp_path / "a.png")]) == 0
+    assert f"sound {tmp_path / 'a.wav'}" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as picture:
+        ink = (np.asarray(picture)[..., 0] < 100).nonzero()
+        rows = [int(np.median(ink[0][(ink[1] > left) & (ink[1] < left + 100)])) for left in (30, 190, 350)]
+        assert picture.size == (480, 120)
+    assert rows == pytest.approx([60, 30, 119], abs=1)
 
 
 def test_samples_are_summed_up(store: Path, llava: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,7 +147,7 @@ def test_every_kind_of_store_gives_the_same_samples(
     check_store(other)
 
 
-@pytest.mark.parametrize("cut", [700, -10_240, -11_000, 20])
+@pytest.mark.parametrize("cut", [20, 700, 2560, 2900, 11_776])
 def test_a_tar_that_is_cut_off_is_refused(cut: int, llava: Path, tmp_path: Path) -> None:
     """In a header, in a file, or between two: it must not pass for a shorter one."""
     content = {f"{n}.json": json.dumps(record(n)).encode() for n in range(9)}
