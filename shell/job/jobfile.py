@@ -431,7 +431,7 @@ def _model(value: Any, _: Any) -> str:
     if value in BUILT_IN:
         return value
     if ":" not in value:
-        remedy = f"{nearest(value, tuple(BUILT_IN))} Your own: package.module:function."
+        remedy = f"{nearest(value, tuple(BUILT_IN))} Your own: package.module:function. A published one: `mimogrid init FOLDER`."
         raise WrongValueError(f"'{value}' is not a built-in model.", remedy)
     if not OWN_PATH.fullmatch(value):
         message = f"'{value}' is not of the form package.module:function."
