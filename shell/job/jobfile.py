@@ -431,7 +431,8 @@ def _model(value: Any, _: Any) -> str:
     if value in BUILT_IN:
         return value
     if ":" not in value:
-        remedy = f"{nearest(value, tuple(BUILT_IN))} Your own: package.module:function. A published one: `mimogrid init FOLDER`."
+        others = "Your own: package.module:function. A published one: `mimogrid init FOLDER`."
+        remedy = f"{nearest(value, tuple(BUILT_IN))} {others}"
         raise WrongValueError(f"'{value}' is not a built-in model.", remedy)
     if not OWN_PATH.fullmatch(value):
         message = f"'{value}' is not of the form package.module:function."
