@@ -1,6 +1,7 @@
 """Watch: a run in the terminal. It is drawn again twice a second; Ctrl-C leaves, and the run goes on."""
 
 import contextlib
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -61,7 +62,21 @@ def _look_for(watcher: RunWatch, seconds: float) -> None:
 
 def view(state: RunState) -> RenderableType:
     """Return what is drawn of a run."""
-    return Group(*(Text(printable(line)) for line in _head(state)), _table(state.ranks))
+    lines = [*_head(state), *([] if state.ranks else [_without_ranks(state)])]
+    return Group(*(Text(printable(line)) for line in lines), *([_table(state.ranks)] if state.ranks else []))
+
+
+def _without_ranks(state: RunState) -> str:
+    """Return what stands in place of the ranks: what may be done with a run that has none."""
+    match state.state:
+        case "finished":
+            return (
+                f"its ranks have ended; a page of the run: mimogrid report {shlex.quote(str(state.folder))}"
+            )
+        case "not running":
+            return f"no rank runs; to go on: mimogrid train JOB --resume {shlex.quote(str(state.folder))}"
+        case _:
+            return "no rank has a heartbeat here yet"
 
 
 def _head(state: RunState) -> Iterator[str]:
@@ -100,8 +115,6 @@ def _sparks(values: Sequence[float]) -> str:
 
 
 def _table(ranks: Sequence[RankState]) -> RenderableType:
-    if not ranks:
-        return Text("no rank has a heartbeat here")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("rank", "host", "step", "does", "for", "computing", "idle", "memory"):
         table.add_column(column, no_wrap=True)

@@ -143,8 +143,10 @@ def _taken_for_modules(
     table: dict[str, Any], named: Sequence[str], places: Mapping[str, str]
 ) -> Iterator[Problem]:
     """Yield the modules that only overrides name, and without a model; take them out again."""
-    modules = table.get("modules")
-    for name in [*modules] if named and isinstance(modules, dict) else []:
+    modules: Any = table.get("modules")
+    if not named or not isinstance(modules, dict):
+        return
+    for name in [*modules]:
         where = dotted(("modules", name))
         if name not in named and isinstance(modules[name], dict) and "model" not in modules[name]:
             entry = next(entry for place, entry in places.items() if _is_within(place, where))
@@ -431,7 +433,8 @@ def _model(value: Any, _: Any) -> str:
     if value in BUILT_IN:
         return value
     if ":" not in value:
-        remedy = f"{nearest(value, tuple(BUILT_IN))} Your own: package.module:function."
+        others = "Your own: package.module:function. A published one: `mimogrid init FOLDER`."
+        remedy = f"{nearest(value, tuple(BUILT_IN))} {others}"
         raise WrongValueError(f"'{value}' is not a built-in model.", remedy)
     if not OWN_PATH.fullmatch(value):
         message = f"'{value}' is not of the form package.module:function."
