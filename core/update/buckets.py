@@ -207,7 +207,7 @@ def shared_by(module: Module, rank: int, section: Section) -> tuple[int, ...]:
 
 def buckets_of(topology: Topology, info: StageInfo, rank: int) -> tuple[Bucket, ...]:
     """Return the planned buckets of a stage on a rank. A stage of an own module has one, of unknown size (0)."""
-    return _planned(topology, info.stage, topology.modules[info.stage.module].position(rank).get("ep", 0))
+    return _planned(topology, info.stage, topology.modules[info.stage.module].ep_rank_of(rank))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -236,9 +236,12 @@ def optimizer_bytes(topology: Topology, rank: int) -> int:
     total = 0
     for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
-        for bucket in buckets_of(topology, info, rank):
+        buckets = buckets_of(topology, info, rank)
+        shares = {bucket.section for bucket in buckets} if spec.optimizer.sharded else ()
+        owns = {section: sharing_ranks(module, rank, section).index(rank) for section in shares}
+        for bucket in buckets:
             if spec.optimizer.sharded:
-                own = sharing_ranks(module, rank, bucket.section).index(rank)
+                own = owns[bucket.section]
                 values = sum(part.stop - part.start for part in bucket.parts(own))
                 main = len(bucket.shard(own))
             else:
