@@ -33,7 +33,7 @@ from mimogrid.core.simulate.fullest import fullest_ranks
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.simulation import rank_classes_of, simulate
 from mimogrid.core.step.routes import Routes
-from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.step.step import SampleSizes, Step, step_of
 from mimogrid.core.topology.topology import Topology
 
 
@@ -53,6 +53,8 @@ class Evaluator:
     effort: int = 0
     _orders: dict[object, Order] = attrs.field(factory=dict[object, Order], alias="orders")
     """By everything that an order depends on."""
+    _sizes: tuple[SampleSizes, ...] = attrs.field(default=(), init=False)
+    """What the samples are in every module: the same in every layout."""
 
     def evaluated(self, spec: JobSpec) -> Layout:
         """Return a layout with its time for a short step, or with the reason why it is illegal or does not fit."""
@@ -110,7 +112,7 @@ class Evaluator:
         layout = self._with_memory(layout, program)
         if layout.kind == TOO_LARGE:
             return layout
-        step = step_of(program.topology, question.samples)
+        step = self._step(program.topology)
         costs = even_costs(step, question.machine)
         classes = rank_classes_of(program, costs)
         if _actions(program, classes.members) > SIMULATED_MOST:
@@ -138,7 +140,7 @@ class Evaluator:
     def _timed(self, spec: JobSpec, topology: Topology, simulated: JobSpec) -> Layout:
         """Time a layout by the step of `simulated`; each microbatch beyond adds the time of the busiest rank."""
         question = self.question
-        step = step_of(topology, question.samples)
+        step = self._step(topology)
         costs = even_costs(step, question.machine)
         program = self._program(simulated)
         timed = lockstep(program, costs)
@@ -154,6 +156,12 @@ class Evaluator:
         layout = Layout(spec=spec, kind=SLOWER, reason="", encoder_share=share)
         bound_s = lower_bound_s(program, costs, timed) + more
         return self._rated(layout, step, step_s, busy * count / short, bound_s)
+
+    def _step(self, topology: Topology) -> Step:
+        """Return the step of the samples as they are."""
+        if not self._sizes:
+            self._sizes = step_of(topology, self.question.samples).sizes
+        return Step(topology, self.question.samples, sizes=self._sizes)
 
     def _program(self, spec: JobSpec) -> Program:
         """Return the program of a step with the largest samples."""

@@ -219,8 +219,13 @@ def _planned(topology: Topology, stage: Stage, ep: int) -> tuple[Bucket, ...]:
 
 def share_of(topology: Topology, stage: Stage, bucket: int) -> float:
     """Return the share of a bucket in its stage's gradients; equal shares if the plan does not know the sizes."""
+    return _shares(topology, stage)[bucket]
+
+
+@functools.lru_cache(maxsize=4096)
+def _shares(topology: Topology, stage: Stage) -> tuple[float, ...]:
     sizes = [each.size for each in _planned(topology, stage, 0)]
-    return sizes[bucket] / sum(sizes) if all(sizes) else 1 / len(sizes)
+    return tuple(size / sum(sizes) if all(sizes) else 1 / len(sizes) for size in sizes)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------
