@@ -104,18 +104,16 @@ class Evaluator:
         A step that is too large for that keeps the numbers of the short one.
         """
         question, program = self.question, self._program(layout.spec)
-        if (
-            _actions(program, (ranks[0] for ranks in ranks_by_stages(program.topology).values()))
-            > SIMULATED_MOST
-        ):
-            return layout
-        layout = self._with_memory(layout, program)
-        if layout.kind == TOO_LARGE:
+        firsts = (ranks[0] for ranks in ranks_by_stages(program.topology).values())
+        if _actions(program, firsts) > SIMULATED_MOST:  # of the fewest classes that there can be
             return layout
         step = self._step(program.topology)
         costs = even_costs(step, question.machine)
         classes = rank_classes_of(program, costs)
         if _actions(program, classes.members) > SIMULATED_MOST:
+            return layout
+        layout = self._with_memory(layout, program)
+        if layout.kind == TOO_LARGE:
             return layout
         timeline = simulate(program, costs, classes=classes)
         self.simulated += 1
