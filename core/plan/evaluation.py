@@ -6,12 +6,13 @@ every sample were the largest. So dp ranks are alike, and a thousand GPUs are si
 
 Of a long step at first only so many microbatches are simulated as fill the pipelines twice; each further microbatch
 adds the time of the busiest rank. A layout that the plan shows in the end is confirmed: `simulate` times all
-microbatches, and the memory of its fullest ranks counts with their messages (`fullest`).
+microbatches, and the memory of its fullest ranks counts with their messages (`fullest`); a step of more than
+`SIMULATED_MOST` actions keeps the numbers of the short one.
 """
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import attrs
 
@@ -23,6 +24,7 @@ from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.pricing.flops import model_flops
+from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
@@ -31,11 +33,11 @@ from mimogrid.core.simulate.fullest import fullest_ranks
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.simulation import rank_classes_of, simulate
 from mimogrid.core.step.routes import Routes
-from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.step.step import SampleSizes, Step, step_of
 from mimogrid.core.topology.topology import Topology
 
 
-SIMULATED_MOST = 60_000
+SIMULATED_MOST = 15_000
 """Compute actions of all rank classes. A larger step would be simulated for more than some seconds."""
 WHOLE = frozenset({GPIPE, AUTO})
 """Orders that a short step says nothing of: GPipe holds all microbatches, and `auto` finds another order for fewer."""
@@ -51,6 +53,8 @@ class Evaluator:
     effort: int = 0
     _orders: dict[object, Order] = attrs.field(factory=dict[object, Order], alias="orders")
     """By everything that an order depends on."""
+    _sizes: tuple[SampleSizes, ...] = attrs.field(default=(), init=False)
+    """What the samples are in every module: the same in every layout."""
 
     def evaluated(self, spec: JobSpec) -> Layout:
         """Return a layout with its time for a short step, or with the reason why it is illegal or does not fit."""
@@ -95,16 +99,21 @@ class Evaluator:
         return attrs.evolve(layout, kind=TOO_LARGE, reason=reason, peak_bytes=most)
 
     def confirmed(self, layout: Layout) -> Layout:
-        """Return a layout with its memory and as `simulate` times it: what a job promises that is written."""
+        """Return a layout with its memory and as `simulate` times it: what a job promises that is written.
+
+        A step that is too large for that keeps the numbers of the short one.
+        """
         question, program = self.question, self._program(layout.spec)
-        layout = self._with_memory(layout, program)
-        if layout.kind == TOO_LARGE:
+        firsts = (ranks[0] for ranks in ranks_by_stages(program.topology).values())
+        if _actions(program, firsts) > SIMULATED_MOST:  # of the fewest classes that there can be
             return layout
-        step = step_of(program.topology, question.samples)
+        step = self._step(program.topology)
         costs = even_costs(step, question.machine)
         classes = rank_classes_of(program, costs)
-        stages = (info.stage for rank in classes.members for info in program.topology.role(rank).stages)
-        if sum(len(program.order.of(stage)) for stage in stages) > SIMULATED_MOST:
+        if _actions(program, classes.members) > SIMULATED_MOST:
+            return layout
+        layout = self._with_memory(layout, program)
+        if layout.kind == TOO_LARGE:
             return layout
         timeline = simulate(program, costs, classes=classes)
         self.simulated += 1
@@ -129,7 +138,7 @@ class Evaluator:
     def _timed(self, spec: JobSpec, topology: Topology, simulated: JobSpec) -> Layout:
         """Time a layout by the step of `simulated`; each microbatch beyond adds the time of the busiest rank."""
         question = self.question
-        step = step_of(topology, question.samples)
+        step = self._step(topology)
         costs = even_costs(step, question.machine)
         program = self._program(simulated)
         timed = lockstep(program, costs)
@@ -145,6 +154,12 @@ class Evaluator:
         layout = Layout(spec=spec, kind=SLOWER, reason="", encoder_share=share)
         bound_s = lower_bound_s(program, costs, timed) + more
         return self._rated(layout, step, step_s, busy * count / short, bound_s)
+
+    def _step(self, topology: Topology) -> Step:
+        """Return the step of the samples as they are."""
+        if not self._sizes:
+            self._sizes = step_of(topology, self.question.samples).sizes
+        return Step(topology, self.question.samples, sizes=self._sizes)
 
     def _program(self, spec: JobSpec) -> Program:
         """Return the program of a step with the largest samples."""
@@ -198,6 +213,12 @@ def _divides(few: int, spec: JobSpec) -> bool:
         and all((module.microbatches or count) * few % count == 0 for module in modules)
         and all(module.chunks == 1 or few % module.grid.pp == 0 for module in modules)
     )
+
+
+def _actions(program: Program, ranks: Iterable[int]) -> int:
+    """Return how many compute actions some ranks have together."""
+    stages = (info.stage for rank in ranks for info in program.topology.role(rank).stages)
+    return sum(len(program.order.of(stage)) for stage in stages)
 
 
 def _tokens_of(step: Step) -> int:

@@ -16,7 +16,8 @@ class Progress:
 
     Attributes:
         bound_s: no layout that is still to come has a lower bound below this.
-        best_s: the seconds of the best layout so far; infinite before there is one.
+        best_s: the seconds of the best layout so far, whose memory is perhaps only estimated yet; infinite before there
+            is one.
         looked_at: configurations and layouts that were priced.
         simulated: layouts that were simulated.
     """

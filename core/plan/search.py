@@ -53,27 +53,32 @@ class Search:
     def candidates(self, found: Candidates, budget: int) -> float:
         """Evaluate candidates while their bounds are below the best time; return the least bound of what is left.
 
-        The best time is that of a layout that fits: one that does not says nothing of those behind it.
+        The best time is that of a layout that fits: one that does not says nothing of those behind it. Whether it fits
+        is asked only where that ends the search, because its answer costs more than the time of a layout.
         """
         until, question = self.evaluator.effort + budget, self.evaluator.question
-        best = min((self.layouts[i].step_s for i in self.fit(1)), default=math.inf)
         for candidate in found.candidates:
-            if candidate.bound >= best:
-                return best
-            goes_on = self._goes_on(candidate.bound) or best == math.inf
+            if candidate.bound >= self._best_s() and candidate.bound >= self._fitting_s():
+                return self._fitting_s()
+            goes_on = self._goes_on(candidate.bound) or not self.fit(1)
             if self.evaluator.effort >= until or not goes_on:
                 return min(candidate.bound, found.left_out_s)
-            i = self.evaluate(layout_of(question, self.evaluator.main, candidate))
-            if self.layouts[i].kind == SLOWER and self.layouts[i].step_s < best and self._fits(i):
-                best = self.layouts[i].step_s
+            self.evaluate(layout_of(question, self.evaluator.main, candidate))
         return found.left_out_s
+
+    def _best_s(self) -> float:
+        """Return the seconds of the best layout, whether its memory is known to be enough or not yet."""
+        return min((layout.step_s for layout in self.layouts if layout.kind == SLOWER), default=math.inf)
+
+    def _fitting_s(self) -> float:
+        """Return the seconds of the best layout whose memory is known to be enough."""
+        return min((self.layouts[i].step_s for i in self.fit(1)), default=math.inf)
 
     def _goes_on(self, bound_s: float) -> bool:
         """Tell the progress; return whether to go on."""
-        fit = (layout.step_s for layout in self.layouts if layout.kind == SLOWER and layout.peak_bytes)
         progress = Progress(
             bound_s=bound_s,
-            best_s=min(fit, default=math.inf),
+            best_s=self._best_s(),
             looked_at=self.looked_at,
             simulated=self.evaluator.simulated,
         )

@@ -14,6 +14,7 @@ forward without backward has the widest values of one layer. The allocator's los
 the user's own.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -52,14 +53,19 @@ def kept(topology: Topology, rank: int) -> Kept:
     precision = topology.spec.precision
     weights = trained = 0
     for info in topology.role(rank).stages:
-        module = topology.modules[info.stage.module]
-        for parameter in module.held(info, module.position(rank).get("ep", 0)):
-            size = local_size(module, parameter)
-            weights += size
-            trained += size * (parameter.name in info.trainable)
+        of_stage = _values(topology, info.stage, topology.modules[info.stage.module].ep_rank_of(rank))
+        weights, trained = weights + of_stage[0], trained + of_stage[1]
     return Kept(
         VALUE_BYTES[precision] * weights, MAIN_BYTES[precision] * trained, optimizer_bytes(topology, rank)
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _values(topology: Topology, stage: Stage, ep: int) -> tuple[int, int]:
+    """Return how many values of weights a position along ep of a stage holds, and how many of these train."""
+    module, info = topology.modules[stage.module], topology.stages[stage]
+    sizes = [(local_size(module, each), each.name in info.trainable) for each in module.held(info, ep)]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
 @attrs.frozen

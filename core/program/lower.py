@@ -31,7 +31,7 @@ Which transfers may stand at which action depends on the order (`Order.slots`); 
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import attrs
 
@@ -51,8 +51,8 @@ from mimogrid.core.schedule.actions import (
 from mimogrid.core.schedule.order import Order, PossibleTransfer, Slot
 from mimogrid.core.step.routes import Message, Routes
 from mimogrid.core.step.step import Step
-from mimogrid.core.topology.topology import Link, Stage, StageInfo, Topology
-from mimogrid.core.update.buckets import buckets_of, shared_by, sharing_ranks
+from mimogrid.core.topology.topology import Link, Module, Stage, StageInfo, Topology
+from mimogrid.core.update.buckets import Section, buckets_of, shared_by, sharing_ranks
 
 
 @attrs.frozen(eq=False)
@@ -119,25 +119,32 @@ class Program:
     def sums(self, rank: int) -> tuple[Reduce, ...]:
         """Return the sums of gradients of a rank, in the order in which it posts them."""
         if rank not in self._sums:
-            found = (
+            self._sums[rank] = tuple(
                 Reduce(info.stage, bucket)
                 for info in sorted(self._trained(rank), key=self.last_gradient)
-                for bucket in range(len(buckets_of(self.topology, info, rank)))
+                for bucket in self._with_others(info, rank, shared_by)
             )
-            self._sums[rank] = tuple(reduce for reduce in found if len(self.joint(rank, reduce)) > 1)
         return self._sums[rank]
 
     def gathers(self, rank: int) -> tuple[Gather, ...]:
         """Return the all-gathers of weights of a rank, in the order in which it posts them."""
         if rank not in self._gathers:
             shares = self.topology.spec.optimizer.sharded
-            found = (
+            self._gathers[rank] = tuple(
                 Gather(info.stage, bucket)
                 for info in sorted(self._trained(rank) if shares else (), key=self._first_action)
-                for bucket in reversed(range(len(buckets_of(self.topology, info, rank))))
+                for bucket in reversed(self._with_others(info, rank, sharing_ranks))
             )
-            self._gathers[rank] = tuple(gather for gather in found if len(self.joint(rank, gather)) > 1)
         return self._gathers[rank]
+
+    def _with_others(
+        self, info: StageInfo, rank: int, group_of: Callable[[Module, int, Section], tuple[int, ...]]
+    ) -> list[int]:
+        """Return the buckets of a stage that a rank does not have for itself."""
+        module, buckets = self.topology.modules[info.stage.module], buckets_of(self.topology, info, rank)
+        sections = {bucket.section for bucket in buckets}
+        shared = {section for section in sections if len(group_of(module, rank, section)) > 1}
+        return [number for number, bucket in enumerate(buckets) if bucket.section in shared]
 
     def collectives(self, rank: int) -> tuple[Gather | Reduce, ...]:
         """Return all that a rank posts for buckets: first what it gathers, then what it sums."""

@@ -1,17 +1,19 @@
 """Fullest ranks: for each module, the rank with it that holds most bytes at once, and how many.
 
 Only the order of a rank's actions counts, not their times. Ranks that host the same stages and exchange as many bytes
-hold the same, so one of each class is lowered.
+hold the same, so one of each class is looked at. Of these only those are lowered that may hold most: messages are
+small beside what forwards save, and the first ranks of a pipeline save most.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import attrs
 
 from mimogrid.core.base.grid import Grid
 from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
-from mimogrid.core.simulate.memory import most_bytes
+from mimogrid.core.simulate.memory import bytes_between, most_bytes
 from mimogrid.core.simulate.rank_classes import RankClasses, alike_in_bytes
 from mimogrid.core.topology.topology import Topology
 
@@ -33,10 +35,16 @@ def fullest_ranks(program: Program) -> dict[str, Fullest]:
     topology = program.topology
     by_stages = ranks_by_stages(topology)
     alike = RankClasses.of({rank: stages for stages, ranks in by_stages.items() for rank in ranks})
-    held = {rank: most_bytes(program, rank) for rank in alike_in_bytes(program, alike).members}
-    return {name: _fullest(module.grid, held) for name, module in topology.modules.items()}
+    most = {rank: bytes_between(program, rank)[1] for rank in alike_in_bytes(program, alike).members}
+    held = functools.cache(functools.partial(most_bytes, program))
+    return {name: _fullest(module.grid, most, held) for name, module in topology.modules.items()}
 
 
-def _fullest(grid: Grid, held: Mapping[int, int]) -> Fullest:
-    rank = max((rank for rank in held if rank in grid), key=lambda rank: (held[rank], -rank))
-    return Fullest(rank, held[rank])
+def _fullest(grid: Grid, most: Mapping[int, int], held: Callable[[int], int]) -> Fullest:
+    """Return the fullest rank of a grid; `most` has what ranks hold at most, `held` says what they hold."""
+    best = Fullest(-1, -1)
+    for rank in sorted((rank for rank in most if rank in grid), key=lambda rank: (-most[rank], rank)):
+        if most[rank] < best.bytes:
+            break
+        best = max(best, Fullest(rank, held(rank)), key=lambda each: (each.bytes, -each.rank))
+    return best

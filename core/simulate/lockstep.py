@@ -392,8 +392,12 @@ class _Script:
                 section = buckets[collective.bucket].section
                 seconds[section] += collective_s(self._program, self._costs, collective)
         for section, takes in seconds.items():
-            for group in {group_of(module, rank, section) for rank in ranks}:
-                yield group, {self._class_of[rank] for rank in group}, takes
+            seen: set[int] = set()
+            for rank in ranks:
+                if rank not in seen:
+                    group = group_of(module, rank, section)
+                    seen.update(group)
+                    yield group, {self._class_of[other] for other in group}, takes
 
     def updates_s(self) -> list[float]:
         """Return the seconds of each rank class's optimizer step."""

@@ -13,6 +13,7 @@ What a forward saves is an estimate, and so are temporaries (`footprint`). The a
 is a module of the user's own.
 """
 
+import collections
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import attrs
@@ -91,10 +92,32 @@ def peak_bytes(timeline: Timeline) -> dict[int, int]:
     return {rank: level.bytes for rank, level in peaks(timeline).items()}
 
 
-def most_bytes(program: Program, rank: int) -> int:
+def most_bytes(program: Program, rank: int, actions: Sequence[Action] | None = None) -> int:
     """Return the bytes that a rank holds at most. Only the order of its actions counts, not their times."""
-    held = max((change.moving for change in _changes(program, rank)), default=0)
+    held = max((change.moving for change in _changes(program, rank, actions)), default=0)
     return kept(program.topology, rank).bytes + held
+
+
+def bytes_between(program: Program, rank: int) -> tuple[int, int]:
+    """Return between which two numbers `most_bytes` is: with no message in a buffer, and with all of them at once.
+
+    Neither needs the waits of the rank, so nothing is lowered.
+    """
+    topology, order, routes = program.topology, program.order, program.routes
+    computes: list[Compute] = []
+    messages = 0
+    for info in topology.role(rank).stages:
+        dp_rank = topology.modules[info.stage.module].dp_rank_of(rank)
+        active = routes.step.active(info.stage.module, dp_rank)
+        computes += [action for action in order.of(info.stage) if action.microbatch in active]
+        for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
+            side = routes.reaching if link.target == info.stage else routes.leaving
+            for k, count in collections.Counter(routes.repeats(link).first).items():
+                sizes = (message_bytes(routes.step, each) for each in side(link, k, dp_rank).get(rank, ()))
+                messages += count * sum(sizes) * (2 if link in order.gradients else 1)
+    computes.sort(key=order.index.__getitem__)
+    least = most_bytes(program, rank, computes)
+    return least, least + messages
 
 
 def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:

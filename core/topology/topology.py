@@ -100,6 +100,10 @@ class Module:
         """Return the position of a rank on every axis, those of the experts included."""
         return self.grid.position(rank) | (self.experts.position(rank) if self.experts else {})
 
+    def ep_rank_of(self, rank: int) -> int:
+        """Return the position of a rank along ep; 0 without experts. Raises ValueError for a rank outside the grid."""
+        return (self.experts or self.grid).position_along("ep", rank)
+
     def experts_at(self, ep: int) -> range:
         """Return the experts of each layer that a position along ep holds."""
         if self.experts is None or isinstance(self.model, Own):

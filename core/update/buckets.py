@@ -207,7 +207,7 @@ def shared_by(module: Module, rank: int, section: Section) -> tuple[int, ...]:
 
 def buckets_of(topology: Topology, info: StageInfo, rank: int) -> tuple[Bucket, ...]:
     """Return the planned buckets of a stage on a rank. A stage of an own module has one, of unknown size (0)."""
-    return _planned(topology, info.stage, topology.modules[info.stage.module].position(rank).get("ep", 0))
+    return _planned(topology, info.stage, topology.modules[info.stage.module].ep_rank_of(rank))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -219,8 +219,13 @@ def _planned(topology: Topology, stage: Stage, ep: int) -> tuple[Bucket, ...]:
 
 def share_of(topology: Topology, stage: Stage, bucket: int) -> float:
     """Return the share of a bucket in its stage's gradients; equal shares if the plan does not know the sizes."""
+    return _shares(topology, stage)[bucket]
+
+
+@functools.lru_cache(maxsize=4096)
+def _shares(topology: Topology, stage: Stage) -> tuple[float, ...]:
     sizes = [each.size for each in _planned(topology, stage, 0)]
-    return sizes[bucket] / sum(sizes) if all(sizes) else 1 / len(sizes)
+    return tuple(size / sum(sizes) if all(sizes) else 1 / len(sizes) for size in sizes)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------
@@ -236,9 +241,12 @@ def optimizer_bytes(topology: Topology, rank: int) -> int:
     total = 0
     for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
-        for bucket in buckets_of(topology, info, rank):
+        buckets = buckets_of(topology, info, rank)
+        shares = {bucket.section for bucket in buckets} if spec.optimizer.sharded else ()
+        owns = {section: sharing_ranks(module, rank, section).index(rank) for section in shares}
+        for bucket in buckets:
             if spec.optimizer.sharded:
-                own = sharing_ranks(module, rank, bucket.section).index(rank)
+                own = owns[bucket.section]
                 values = sum(part.stop - part.start for part in bucket.parts(own))
                 main = len(bucket.shard(own))
             else:

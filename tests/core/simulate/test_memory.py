@@ -10,7 +10,16 @@ from jobs import program_for, program_of
 from mimogrid.core.job.costs import Costs, EdgeCosts, StageCosts
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.footprint import kept, most_bytes_in_flight
-from mimogrid.core.simulate.memory import deferred_bytes, peak_bytes, peaks, saved_bytes, trace
+from mimogrid.core.simulate.fullest import fullest_ranks
+from mimogrid.core.simulate.memory import (
+    bytes_between,
+    deferred_bytes,
+    most_bytes,
+    peak_bytes,
+    peaks,
+    saved_bytes,
+    trace,
+)
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.parse import assemble
@@ -121,6 +130,20 @@ def test_leaders_hold_what_their_classes_hold(drawn):
         assert found == trace(whole, rank)
         assert found[0].bytes == found[-1].bytes == min(level.bytes for level in found)
         assert all(a.at_s <= b.at_s for a, b in itertools.pairwise(found))
+
+
+@settings(max_examples=scale.drawn(25))
+@given(timed_jobs())
+def test_the_fullest_rank_is_found_without_lowering_all(drawn):
+    """Every rank holds what it does between its bounds, and none with a module holds more than the fullest."""
+    program = program_for(drawn[1].step)
+    held = {rank: most_bytes(program, rank) for rank in program.topology.ranks}
+    for rank, found in held.items():
+        least, most = bytes_between(program, rank)
+        assert least <= found <= most
+    for name, fullest in fullest_ranks(program).items():
+        ranks = program.topology.modules[name].grid.ranks
+        assert max(held[rank] for rank in ranks) == fullest.bytes == held[fullest.rank]
 
 
 def test_a_split_backward_keeps_inputs_and_gradients_of_products():
