@@ -33,7 +33,7 @@ class Passes(nn.Module):
 
     def forward(self, inputs):
         """Return a row for each that comes in."""
-        fed = [rows for name, rows in inputs.items() if not name.startswith("lengths")]
+        fed = [rows for name, rows in inputs.items() if not name.startswith(("lengths", "grids"))]
         return {"rows": Sleep.apply(self.linear(torch.cat(fed)), *self.seconds)}
 
 
