@@ -1,4 +1,4 @@
-"""What the model sees and hears of the files: scans as patches, sounds as spectrograms, both varied by a random draw."""
+"""What the model sees and hears: scans as patches, sounds as spectrograms, both varied by a random draw."""
 
 import functools
 import wave
@@ -35,6 +35,18 @@ def moved(ink, draws):
         there = np.roll(ink, int(np.sign(by)), axis)
         ink = (1 - abs(by)) * ink + abs(by) * there
     return ink * np.float32(draws.uniform(0.85, 1.15))
+
+
+def larger(ink, times):
+    """Return a picture with so many times as many pixels along each side, interpolated."""
+    for axis in (0, 1):
+        size = ink.shape[axis]
+        places = (np.arange(size * times) + 0.5) / times - 0.5
+        below = np.floor(places).astype(int)
+        part = np.expand_dims(places - below, 1 - axis)
+        first, second = (ink.take((below + i).clip(0, size - 1), axis) for i in (0, 1))
+        ink = first * (1 - part) + second * part
+    return ink
 
 
 def patches(ink):

@@ -1,4 +1,4 @@
-"""A generator behind a language model: it draws the answer. This file needs no torch, so `mimogrid check` can ask it."""
+"""A generator behind a language model: it draws the answer. `mimogrid check` asks this file, which needs no torch."""
 
 
 def build(*, reads, width, blocks, steps):

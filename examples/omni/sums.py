@@ -1,4 +1,4 @@
-"""A source: a scan of a digit, a spoken digit, or both; their sum in words; and the sum as a picture.
+"""A source: a scan of a digit, a spoken digit, or both; their sum, spelt; and the sum as a picture.
 
 Every draw follows from the seed, the sample's id and its purpose, so any rank can make it. The picture to draw is of
 scans, too; noise and time of flow matching belong to the sample, so gradients do not depend on the layout.
@@ -10,12 +10,14 @@ from mimogrid.core.base.hashing import draw_bits, draw_integer
 from mimogrid.core.base.samples import Sample
 
 
+TEENS = ("thir", "four", "fif", "six", "seven", "eigh")
 WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    *("ten", "eleven", "twelve", *(f"{stem}teen" for stem in TEENS)),
 )
-"""The words of answers; the token of a word is its number."""
-ASK, STOP = len(WORDS), len(WORDS) + 1
+LETTERS = "".join(sorted(set("".join(WORDS))))
+"""The token of a letter is its place here."""
+ASK, STOP = len(LETTERS), len(LETTERS) + 1
 PLACEHOLDER = -1
 SCAN_ROWS, VOICE_ROWS, FRAMES = 4, 4, 16
 NOISES = 4  # noises and times of each sample in training
@@ -58,10 +60,10 @@ class Sums:
         return (int(path.name[0]) if path else 0) + (spoken or 0)
 
     def describe(self, sample_id):
-        """Return the counts of a sample: patches, frames, two tokens, two positions in the loss. Opens no file."""
-        kind = self._kind(sample_id)
+        """Return the counts of a sample: patches, frames, tokens, positions in the loss. Opens no file."""
+        kind, letters = self._kind(sample_id), len(self.answer(sample_id))
         rows = {"vision": 0 if kind == "voice" else SCAN_ROWS, "audio": 0 if kind == "scan" else FRAMES}
-        return Sample(id=sample_id, length=2, rows=rows, units={"language": 2.0})
+        return Sample(id=sample_id, length=1 + letters, rows=rows, units={"language": 1.0 + letters})
 
     def load(self, sample_id, module):
         """Return the tensors that a module reads; called only on ranks that need the sample."""
@@ -78,12 +80,12 @@ class Sums:
                     "noise": torch.from_numpy(draws.standard_normal((1, NOISES, 128), "float32")),
                     "time": torch.from_numpy(draws.random((1, NOISES, 1), "float32")),
                 }
-        tokens = (*self.prompt(sample_id, module), *self.answer(sample_id))
-        silent = len(tokens) - 2
+        prompt, answer = self.prompt(sample_id, module), self.answer(sample_id)
+        silent = len(prompt) - 1  # The last token of the prompt predicts the first letter.
         return {
-            "tokens": torch.tensor(tokens),
-            "labels": torch.tensor([0] * silent + [tokens[-1], STOP]),
-            "loss_weights": torch.tensor([0.0] * silent + [1.0, 1.0]),
+            "tokens": torch.tensor((*prompt, *answer)),
+            "labels": torch.tensor([0] * silent + [*answer, STOP]),
+            "loss_weights": torch.tensor([0.0] * silent + [1.0] * (len(answer) + 1)),
         }
 
     def _patches(self, sample_id):
@@ -116,8 +118,8 @@ class Sums:
         return (*[PLACEHOLDER] * rows, ASK)
 
     def answer(self, sample_id):
-        """Return the true answer."""
-        return (self._sum(sample_id),)
+        """Return the letters of the true answer."""
+        return tuple(map(LETTERS.index, WORDS[self._sum(sample_id)]))
 
 
 class Training(Sums):
@@ -148,8 +150,7 @@ class HeldOut(Sums):
 
     def spell(self, tokens):
         """Return an answer as text."""
-        words = (*WORDS, "?", ".")
-        return " ".join(words[token] for token in tokens)
+        return "".join((LETTERS + "?.")[token] for token in tokens)
 
     def image(self, sample_id):
         """Return the scan as the model sees it."""
@@ -169,18 +170,21 @@ class HeldOut(Sums):
         return {"drawn_digits": sum(right) / len(right), "drawn_sums": float(read == true)}
 
     def caption(self, sample_id, predictions):
-        """Return the question in symbols, and what the classifier reads of the drawing."""
-        spoken = WORDS[self._spoken(sample_id)]
-        return f"{self._scan(sample_id).name[0]} + “{spoken}”, drawn {self._read(predictions).strip() or 'nothing'}"
+        """Return the question in words, and what the classifier reads of the drawing."""
+        asked = f"sees {self._scan(sample_id).name[0]}, hears “{WORDS[self._spoken(sample_id)]}”"
+        return f"{asked}, draws {self._read(predictions).strip() or 'nothing'}"
 
     def picture(self, sample_id, predictions):
-        """Return scan, spectrogram and drawing side by side [24, 112]."""
+        """Return scan, plus, spectrogram, equals and drawing side by side, four pixels for each of a scan."""
         import numpy as np  # noqa: PLC0415
+        from media import larger  # noqa: PLC0415
 
-        heard = np.repeat(self._spectrogram(sample_id).T[::-1], 2, axis=1).clip(0, 1)
-        seen, drawn = (np.kron(part, np.ones((3, 3))) for part in (self.image(sample_id), _ink(predictions)))
-        gap = np.zeros((24, 4))
-        return np.concatenate([seen, gap, heard, gap, drawn], axis=1)
+        heard = np.kron(self._spectrogram(sample_id).T[::-1].clip(0, 1), np.ones((1, 3)))
+        heard = np.pad(heard, ((4, 4), (0, 0)))  # 24 bands beside 32 pixels
+        plus, equals = np.zeros((2, 32, 20))
+        plus[15:17, 5:15] = plus[11:21, 9:11] = equals[13:15, 5:15] = equals[18:20, 5:15] = 1
+        seen, drawn = larger(self.image(sample_id), 4), larger(_ink(predictions), 4)
+        return np.concatenate([seen, plus, heard, equals, drawn], axis=1)
 
     def _read(self, predictions):
         """Return what the classifier reads of both halves of a drawing; a half with next to no ink is blank."""

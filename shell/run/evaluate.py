@@ -174,7 +174,9 @@ class _Prompts:
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
         """Return the rows of a sample, its tokens so far, or what a module reads to generate."""
         if module in self.topology.graph.texts:
-            return {"tokens": torch.tensor((*self.questions.prompt(sample_id, module), *self.answers[sample_id]))}
+            return {
+                "tokens": torch.tensor((*self.questions.prompt(sample_id, module), *self.answers[sample_id]))
+            }
         if isinstance(self.questions, Generative) and self.topology.modules[module].model.has_loss:
             return self.questions.start(sample_id, module)
         return self.questions.load(sample_id, module)

@@ -100,7 +100,10 @@ def _draw_step(folder: Path, job: Job, last: int, events: list[Event]) -> None:
 
 
 def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]) -> None:
-    """Draw a grid of samples with their answers; wrong ones come first and take at most half of it."""
+    """Draw a grid of samples with their answers; wrong ones come first and take at most half of it.
+
+    Where something was generated, samples come in their order.
+    """
     import matplotlib as mpl  # noqa: PLC0415 -- takes a second to import, and is used once a run
 
     mpl.use("Agg")
@@ -108,10 +111,11 @@ def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]
 
     wrong = [answer for answer in answers if not answer.is_right]
     right = [answer for answer in answers if answer.is_right]
-    chosen = [*wrong[: COLUMNS * ROWS // 2], *right][: COLUMNS * ROWS]
+    ordered = answers if isinstance(questions, Generative) else [*wrong[: COLUMNS * ROWS // 2], *right]
+    chosen = ordered[: COLUMNS * ROWS]
     pictures = [_picture(questions, answer) for answer in chosen]
     widest = max(picture.shape[1] for picture in pictures)
-    height = 1.3 if isinstance(questions, Generative) else 0.95
+    height = 1.15 if isinstance(questions, Generative) else 0.95
     figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2.6 * COLUMNS, height * ROWS), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -125,7 +129,8 @@ def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]
             title = f"{questions.caption(answer.sample_id, answer.predictions)}\n{title}"
         axis.set_title(title, fontsize=9, color=colour, loc="left")
     shown = f"{len(answers)} held-out samples, {len(wrong)} misread"
-    figure.suptitle(f"{shown} (misread ones first, with what they are)", fontsize=11)
+    scores = [f"{name} {score:.3g}" for name, score in _generated(questions, answers).items()]
+    figure.suptitle(", ".join([shown, *(scores or ["these first, with what they are"])]), fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -170,9 +170,7 @@ def begin_program(
     loader = Loader(source or runtime.source, device=runtime.device.torch, dtype=dtype)
     return RankContext(
         stages={
-            stage: runner.begin(
-                program, loader, index, loss_scale=loss_scale, loss=loss, generates=generates
-            )
+            stage: runner.begin(program, loader, index, loss_scale=loss_scale, loss=loss, generates=generates)
             for stage, runner in runtime.stages.items()
         },
         buffers=runtime.buffers,
