@@ -39,7 +39,36 @@ def build(**options):
     return Short(**options)
 """
 """A generator that leaves out the drawing of its first sample."""
-OURS = ("short", "flow", "media", "pencil", "sums")
+LENS = """
+def describe(options):
+    return {"width": 64}
+
+def build():
+    from torch import nn
+
+    class Lens(nn.Module):
+        def forward(self, inputs):
+            return {"rows": inputs["vision"] * inputs["gain"].repeat_interleave(inputs["lengths"])[:, None]}
+
+    return Lens()
+
+def with_gain(source):
+    import torch
+
+    load = source.load
+    source.load = lambda i, module: {"gain": torch.ones(1)} if module == "lens" else load(i, module)
+    return source
+
+def sums(seed, folder, sequence):
+    import sums as usual
+
+    training = with_gain(usual.sums(seed, folder, sequence))
+    held_out = training.held_out
+    training.held_out = lambda *, task: with_gain(held_out(task=task))
+    return training
+"""
+"""A module between vision and language, which reads a number of each sample beside its rows."""
+OURS = ("short", "lens", "flow", "media", "pencil", "sums")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +104,31 @@ def test_what_is_drawn_does_not_depend_on_the_layout(pool: Pool, job: Job) -> No
     assert (16, 1, 128) == tuple(drawings[0].shape)
     torch.testing.assert_close(drawings[1], drawings[0], rtol=1e-9, atol=1e-9)
     assert len(drawings[0].flatten(1).unique(dim=0)) == 16
+
+
+@pytest.mark.world
+def test_every_gradient_is_that_of_one_process(pool: Pool, job: Job) -> None:
+    """Those of both losses: noise and times belong to samples, not to ranks."""
+    (found,) = filter(None, pool.run("mimogrid.shell.run.parity:in_world", 6, job, 1))
+    assert found.passed, found
+    assert any(one.parameter.startswith("generator.blocks") for one in found.worst)
+
+
+@pytest.mark.world
+def test_a_module_between_reads_beside_its_rows_where_answers_are_asked_for(
+    pool: Pool, job: Job, folder: Path
+) -> None:
+    """What the source loads for it is there in every pass, not only in training."""
+    (folder / "lens.py").write_text(LENS)
+    between = (
+        "modules.vision.feeds=['lens']",
+        "modules.lens={ model = 'lens:build', feeds = ['language'], grid = { offset = 0 } }",
+        "data.source='lens:sums'",
+    )
+    (answers,) = filter(
+        None, pool.run("generated:answered", 6, open_job(job.path, [*SMALL, *between]), "add")
+    )
+    assert 16 == len(answers)
 
 
 @pytest.mark.world
