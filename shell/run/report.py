@@ -145,8 +145,10 @@ def _picture(questions: Questions, answer: Answer) -> Any:
 
 def _generated(questions: Questions, answers: Sequence[Answer]) -> dict[str, float]:
     """Return the means of the scores of what was generated."""
+    if not isinstance(questions, Generative):
+        return {}
     found: dict[str, list[float]] = {}
-    for answer in answers if isinstance(questions, Generative) else ():
+    for answer in answers:
         for name, score in questions.scores(answer.sample_id, answer.predictions).items():
             found.setdefault(name, []).append(score)
     return {name: sum(scores) / len(scores) for name, scores in found.items()}
