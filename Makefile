@@ -11,7 +11,7 @@ export PYTHON
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL = help
-.PHONY: help venv same-python train demo-parity bench-peer test quick chaos lint types site clean
+.PHONY: help venv same-python train omni demo-parity bench-peer test quick chaos lint types site clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ same-python:
 
 train: venv ## Train the example: real images, on CPU.
 	"$(BIN)/mimogrid" train examples/digits/job.toml
+
+omni: venv ## Train the example that sees, hears, answers and draws, on CPU.
+	PATH="$(BIN):$$PATH" examples/omni/run.sh
 
 demo-parity: venv ## Show the exactness of gradients to a sceptic: ours, and means, beside one process.
 	"$(BIN)/python" benchmarks/demo_parity.py

@@ -83,7 +83,8 @@ class OwnNetwork(Protocol):
     the table above), all other tensors that the samples have for the module, concatenated (targets, image sizes), and
     row counts per sample as int64 tensors: ``lengths``, and ``lengths.FEEDER`` for each feeder. A source module also
     gets ``grids`` [segments, sizes], where all have as many sizes and no tensor has this name. The outputs are
-    ``rows`` [R, width] if the module feeds another one, and ``loss`` (a sum, not a mean) if it has a loss.
+    ``rows`` [R, width] if the module feeds another one, and ``loss`` (a sum, not a mean) if it has a loss. Where it is
+    to generate, ``prediction`` [samples, ...] stands in place of the loss.
 
     If it has an attribute `weight_names`, these are the names of its parameters in checkpoints, by those in the module.
     """
@@ -129,12 +130,14 @@ class StageModule(nn.Module):
         loss_scale: The factor of the gradients that it attaches itself.
         layers_by: The engine that its layers come from.
         loss: The loss that the last stage of a language model computes.
+        generates: Whether a network of the user's returns a prediction in place of its loss.
     """
 
     draws = False
     draw_key = 0
     reads_entire = False
     loss_scale = 1.0
+    generates = False
     layers_by: Choice | None = None
     loss: Loss = staticmethod(weighted_cross_entropy)
 

@@ -57,13 +57,14 @@ class OwnStage(StageModule):
             {name: sent(torch.tensor(c), device) for name, c in of.items()} for of in (alike, lengths)
         )
         outputs = self.network({**described, **inputs, **counts})
-        self._check(outputs, sum(share.lengths))
+        self._check(outputs, share)
         rows = self.emit(outputs["rows"]) if self.edges else {}
         return rows | {name: tensor for name, tensor in outputs.items() if name != "rows"}
 
-    def _check(self, outputs: Mapping[str, Tensor], count: int) -> None:
-        """Raise WorldError unless the outputs are the rows and the loss of the plan."""
-        wanted = ["rows"] * bool(self.edges) + ["loss"] * self.has_loss
+    def _check(self, outputs: Mapping[str, Tensor], share: Share) -> None:
+        """Raise WorldError unless the outputs are the rows and the loss of the plan, or a prediction."""
+        count, samples = sum(share.lengths), len(share.samples)
+        wanted = ["rows"] * bool(self.edges) + ["loss"] * (self.has_loss and not self.generates)
         for name in wanted:
             if name not in outputs:
                 raise WorldError(
@@ -78,6 +79,11 @@ class OwnStage(StageModule):
             raise WorldError(
                 f"module '{self.name}' returned rows of {outputs['rows'].dtype}; the other end of its edges "
                 f"expects {self.dtype}, the precision of the job."
+            )
+        if self.generates and "prediction" in outputs and outputs["prediction"].shape[:1] != (samples,):
+            raise WorldError(
+                f"module '{self.name}' returned a prediction of shape {tuple(outputs['prediction'].shape)} for "
+                f"{samples} samples: the first dim counts samples."
             )
         if "loss" in outputs and not self.has_loss:
             raise WorldError(

@@ -3,6 +3,9 @@
 Every pass runs the whole pipeline over the prompts with their answers so far, and adds one token to each answer. All
 ranks get all new tokens, so all know the lengths of the next pass. A pass has as many samples as a training step, so
 that the layout fits it.
+
+Modules of the user's that have a loss rest in these passes. If the questions are `Generative`, one more pass over the
+prompts with their answers, of which none is longer than a true one, lets such modules generate.
 """
 
 import math
@@ -13,9 +16,9 @@ import attrs
 import torch
 
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.step.step import step_of
+from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Topology
-from mimogrid.shell.runtime.forward_only import predict
+from mimogrid.shell.runtime.forward_only import generate, predict
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
@@ -51,6 +54,30 @@ class Questions(Protocol):
 
 
 @runtime_checkable
+class Generative(Questions, Protocol):
+    """Questions after whose answers modules of the user's generate something: a picture, a sound.
+
+    `predictions` has by module what it returned as ``prediction`` for a sample, without the dim of samples.
+    """
+
+    def start(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
+        """Return what a module reads to generate, besides the rows that feed it; {}: nothing."""
+        ...
+
+    def scores(self, sample_id: int, predictions: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
+        """Return how good predictions are, as numbers by name; the report has their means."""
+        ...
+
+    def picture(self, sample_id: int, predictions: Mapping[str, torch.Tensor]) -> Any:
+        """Return the question with what was generated, as an array of grey values."""
+        ...
+
+    def caption(self, sample_id: int, predictions: Mapping[str, torch.Tensor]) -> str:
+        """Return a line for this picture."""
+        ...
+
+
+@runtime_checkable
 class Examined(Protocol):
     """A source that holds samples out for evaluation, task by task."""
 
@@ -63,11 +90,15 @@ class Examined(Protocol):
 
 @attrs.frozen
 class Answer:
-    """The predicted and the true answer to a sample, both without the stop token."""
+    """The predicted and the true answer to a sample, both without the stop token.
+
+    The first rank has what was generated after it, by module.
+    """
 
     sample_id: int
     predicted: tuple[int, ...]
     true: tuple[int, ...]
+    predictions: Mapping[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor], eq=False)
 
     @property
     def is_right(self) -> bool:
@@ -94,16 +125,36 @@ def examine(
         for done in range(most + 1):
             tell(start // size * (most + 1) + done, math.ceil(count / size) * (most + 1))
             tokens = _one_more(runtime, questions, tokens)
-        answers += [Answer(i, _until(tokens[i], questions.stop), questions.answer(i)) for i in ids]
+        given = {i: _until(tokens[i], questions.stop) for i in ids}
+        # An answer that has not stopped is longer than any true one, for which the sequence has room.
+        short = {i: answer[:most] for i, answer in given.items()}
+        generated = _generated(runtime, questions, short) if isinstance(questions, Generative) else {}
+        answers += [Answer(i, given[i], questions.answer(i), generated.get(i, {})) for i in ids]
     return tuple(answers)
+
+
+def _generated(
+    runtime: RankRuntime, questions: Questions, answers: Mapping[int, tuple[int, ...]]
+) -> dict[int, Mapping[str, torch.Tensor]]:
+    """Return what modules generate after answers, by sample and module, on the first rank."""
+    step, prompts = _step(runtime, questions, answers)
+    generated = generate(runtime, step, prompts)
+    return {sample_id: generated.get(place, {}) for place, sample_id in enumerate(answers)}
+
+
+def _step(
+    runtime: RankRuntime, questions: Questions, answers: Mapping[int, tuple[int, ...]]
+) -> "tuple[Step, _Prompts]":
+    """Return prompts with their answers so far, and the step of them."""
+    prompts = _Prompts(questions, runtime.topology, answers)
+    return step_of(runtime.topology, tuple(prompts.describe(i) for i in answers)), prompts
 
 
 def _one_more(
     runtime: RankRuntime, questions: Questions, answers: Mapping[int, tuple[int, ...]]
 ) -> dict[int, tuple[int, ...]]:
     """Add one token to every answer that has not stopped."""
-    prompts = _Prompts(questions, runtime.topology, answers)
-    step = step_of(runtime.topology, tuple(prompts.describe(i) for i in answers))
+    step, prompts = _step(runtime, questions, answers)
     predicted = predict(runtime, step, prompts)
     return {
         i: tokens if questions.stop in tokens else (*tokens, token)
@@ -131,8 +182,11 @@ class _Prompts:
         return Sample(sample_id, words, self.questions.describe(sample_id).rows)
 
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
-        """Return the rows of a sample, or its tokens so far."""
-        if module not in self.topology.graph.texts:
-            return self.questions.load(sample_id, module)
-        tokens = (*self.questions.prompt(sample_id, module), *self.answers[sample_id])
-        return {"tokens": torch.tensor(tokens)}
+        """Return the rows of a sample, its tokens so far, or what a module reads to generate."""
+        if module in self.topology.graph.texts:
+            return {
+                "tokens": torch.tensor((*self.questions.prompt(sample_id, module), *self.answers[sample_id]))
+            }
+        if isinstance(self.questions, Generative) and self.topology.modules[module].model.has_loss:
+            return self.questions.start(sample_id, module)
+        return self.questions.load(sample_id, module)

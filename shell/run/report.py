@@ -19,7 +19,7 @@ from mimogrid.core.simulate.timeline import Event
 from mimogrid.core.update.patience import best_of
 from mimogrid.shell.checkpoint.versions import versions
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.run.evaluate import Answer, Examined, Questions, examine
+from mimogrid.shell.run.evaluate import Answer, Examined, Generative, Questions, examine
 from mimogrid.shell.run.folders import STEP
 from mimogrid.shell.run.interruptions import interruptions_of
 from mimogrid.shell.run.metrics import Tally
@@ -103,7 +103,10 @@ def _draw_step(folder: Path, job: Job, last: int, events: list[Event]) -> None:
 
 
 def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]) -> None:
-    """Draw a grid of samples with their answers; wrong ones come first and take at most half of it."""
+    """Draw a grid of samples with their answers; wrong ones come first and take at most half of it.
+
+    Where something was generated, samples come in their order.
+    """
     import matplotlib as mpl  # noqa: PLC0415 -- takes a second to import, and is used once a run
 
     mpl.use("Agg")
@@ -111,10 +114,12 @@ def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]
 
     wrong = [answer for answer in answers if not answer.is_right]
     right = [answer for answer in answers if answer.is_right]
-    chosen = [*wrong[: COLUMNS * ROWS // 2], *right][: COLUMNS * ROWS]
-    pictures = [questions.image(answer.sample_id) for answer in chosen]
+    ordered = answers if isinstance(questions, Generative) else [*wrong[: COLUMNS * ROWS // 2], *right]
+    chosen = ordered[: COLUMNS * ROWS]
+    pictures = [_picture(questions, answer) for answer in chosen]
     widest = max(picture.shape[1] for picture in pictures)
-    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2.6 * COLUMNS, 0.95 * ROWS), squeeze=False)
+    height = 1.15 if isinstance(questions, Generative) else 0.95
+    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2.6 * COLUMNS, height * ROWS), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, answer, picture in zip(axes.flat, chosen, pictures, strict=False):
@@ -123,12 +128,33 @@ def draw_predictions(path: Path, questions: Questions, answers: Sequence[Answer]
         predicted, true = questions.spell(answer.predicted), questions.spell(answer.true)
         title = predicted if answer.is_right else f"read {predicted or 'nothing'}, is {true}"
         colour = RIGHT if answer.is_right else WRONG
+        if isinstance(questions, Generative):
+            title = f"{questions.caption(answer.sample_id, answer.predictions)}\n{title}"
         axis.set_title(title, fontsize=9, color=colour, loc="left")
-    shown = f"{len(answers)} held-out strips, {len(wrong)} misread"
-    figure.suptitle(f"{shown} (misread ones first, with what they are)", fontsize=11)
+    shown = f"{len(answers)} held-out samples, {len(wrong)} misread"
+    scores = [f"{name} {score:.3g}" for name, score in _generated(questions, answers).items()]
+    figure.suptitle(", ".join([shown, *(scores or ["these first, with what they are"])]), fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _picture(questions: Questions, answer: Answer) -> Any:
+    """Return what a question shows, with what was generated after its answer."""
+    if isinstance(questions, Generative):
+        return questions.picture(answer.sample_id, answer.predictions)
+    return questions.image(answer.sample_id)
+
+
+def _generated(questions: Questions, answers: Sequence[Answer]) -> dict[str, float]:
+    """Return the means of the scores of what was generated."""
+    if not isinstance(questions, Generative):
+        return {}
+    found: dict[str, list[float]] = {}
+    for answer in answers:
+        for name, score in questions.scores(answer.sample_id, answer.predictions).items():
+            found.setdefault(name, []).append(score)
+    return {name: sum(scores) / len(scores) for name, scores in found.items()}
 
 
 def _best(runtime: RankRuntime, tally: Tally) -> int | None:
@@ -168,6 +194,7 @@ def compose(
         "accuracy": first[1],
         "accuracy_of": first[0],
         "accuracy_text_only": dict(others),
+        "generated": {task: _generated(*of_task) for task, of_task in examined.items()},
         "training_s": training_s,
         "interruptions": interruptions_of(folder),
         **(attrs.asdict(steady) if steady else {}),

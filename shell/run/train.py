@@ -404,6 +404,7 @@ class Run:
             facts["loss"] = f"{whole['losses'][-1]:.4f}"
         if examined:
             facts |= {"accuracy": whole["accuracy"], **whole["accuracy_text_only"]}
+            facts |= whole["generated"][whole["accuracy_of"]]
         self.log.info("finished", **facts, folder=str(self.folder))
         return whole
 

@@ -1,4 +1,4 @@
-"""Forward-only programs: losses, next tokens and logits of a step, without backward or update."""
+"""Forward-only programs: losses, next tokens, logits and predictions of a step, without backward or update."""
 
 from collections.abc import Iterable, Mapping
 
@@ -68,14 +68,39 @@ def sample_logits(runtime: RankRuntime, step: Step, source: Loads | None = None)
     return {place: found for of_rank in gather_objects(runtime, mine) for place, found in of_rank.items()}
 
 
+def generate(
+    runtime: RankRuntime, step: Step, source: Loads | None = None
+) -> dict[int, Mapping[str, torch.Tensor]]:
+    """Return what the user's modules generate for each sample, by its place in the step and by module.
+
+    It is on the first rank of the job, on the CPU.
+    """
+    mine = [
+        (place, stage.runner.module.name, compact(prediction))
+        for stage in _forward(runtime, step, source, generates=True)
+        for microbatch in stage.predictions
+        for place, prediction in stage.sample_predictions(microbatch)
+    ]
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for of_rank in gather_objects(runtime, mine):
+        for place, module, prediction in of_rank:
+            found.setdefault(place, {})[module] = prediction
+    return {**found}
+
+
 def _forward(
-    runtime: RankRuntime, step: Step, source: Loads | None, *, loss: Loss | None = None
+    runtime: RankRuntime,
+    step: Step,
+    source: Loads | None,
+    *,
+    loss: Loss | None = None,
+    generates: bool = False,
 ) -> Iterable[StageStep]:
     """Run the forwards of a step; return the stages of this rank in it."""
     runtime.complete_weights()
     program = plan_step(step, runtime.job.forward_order)
     actions = program.of(runtime.rank)
-    context = begin_program(runtime, program, actions, source=source, loss=loss)
+    context = begin_program(runtime, program, actions, source=source, loss=loss, generates=generates)
     runtime.heartbeat.begin_program(runtime.job.spec.train.steps, len(actions), training=False)
     execute(actions, context)
     return context.stages.values()

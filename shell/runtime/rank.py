@@ -158,17 +158,19 @@ def begin_program(
     index: int = 0,
     loss_scale: float = 1.0,
     loss: Loss | None = None,
+    generates: bool = False,
     end: StepEnd | None = None,
 ) -> RankContext:
     """Return what the actions of this rank act on in one step; samples are from `source`, or else from the job.
 
-    Every loss is multiplied by `loss_scale` before its backward. Without a `loss` last stages keep their logits.
+    Every loss is multiplied by `loss_scale` before its backward. Without a `loss` last stages keep their logits, and
+    modules of the user's that have a loss rest, or return what they generate.
     """
     dtype = DTYPES[runtime.job.spec.precision]
     loader = Loader(source or runtime.source, device=runtime.device.torch, dtype=dtype)
     return RankContext(
         stages={
-            stage: runner.begin(program, loader, index, loss_scale=loss_scale, loss=loss)
+            stage: runner.begin(program, loader, index, loss_scale=loss_scale, loss=loss, generates=generates)
             for stage, runner in runtime.stages.items()
         },
         buffers=runtime.buffers,

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.base.samples import prefix_sums
+from mimogrid.core.job.models import Own
 from mimogrid.core.program.lifetimes import Content, Held
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
@@ -58,19 +59,22 @@ class StageRunner:
         *,
         loss_scale: float = 1.0,
         loss: Loss | None = weighted_cross_entropy,
+        generates: bool = False,
     ) -> "StageStep":
         """Return the stage in step `index`, and set the network's loss and mode for it.
 
         Every loss is multiplied by `loss_scale` before its backward. `loss` is the loss of language models; without it
-        a last stage loads no targets and computes no loss, and keeps its logits.
+        a last stage loads no targets and computes no loss, and keeps its logits. Modules of the user's that have a
+        loss then rest, or, if the step generates, return a prediction.
         """
         if loss is not None:
             self.network.loss = StepLoss(loss)
         self.network.loss_scale = loss_scale
+        self.network.generates = generates
         if self.network.training != program.order.training:
             self.network.train(program.order.training)
         position = self.module.grid.position(self.rank)
-        return StageStep(self, program, loader, index, loss_scale, loss is not None, position)
+        return StageStep(self, program, loader, index, loss_scale, loss is not None, generates, position)
 
 
 @attrs.frozen(eq=False)
@@ -84,12 +88,14 @@ class StageStep:
         index: the number of the step, from which random draws follow.
         loss_scale: what losses are multiplied by before their backward.
         with_targets: whether a last stage computes a loss.
+        generates: whether a module of the user's that has a loss returns a prediction in its place.
         position: the rank's place along each axis of the module's grid.
         tensors: what the stage holds, until the program says that it is freed (`core.program.lifetimes`).
         weight_grads: by microbatch, what the first half of a backward leaves to the second.
         arrived: what has arrived for computations that have not begun.
         losses: this rank's part of each loss so far, by the names of `Step.units`.
         logits: the logits [T, V] of each microbatch, on the first rank of a dp rank of a last stage without targets.
+        predictions: the predictions [samples, ...] of each microbatch, of a module that generates.
     """
 
     runner: StageRunner
@@ -98,12 +104,14 @@ class StageStep:
     index: int
     loss_scale: float
     with_targets: bool
+    generates: bool
     position: Mapping[str, int]
     tensors: dict[Held, torch.Tensor] = attrs.field(factory=dict[Held, torch.Tensor])
     weight_grads: dict[int, WeightGrads] = attrs.field(factory=dict[int, WeightGrads])
     arrived: Arrivals = attrs.field(factory=Arrivals)
     losses: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
     logits: dict[int, torch.Tensor] = attrs.field(factory=dict[int, torch.Tensor])
+    predictions: dict[int, torch.Tensor] = attrs.field(factory=dict[int, torch.Tensor])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,7 +150,9 @@ class StageStep:
             inputs[link.source.module] = incoming
             if link in order.gradients:
                 self.tensors[self._held(Content.INPUT, microbatch, link)] = incoming
-        if runner.info.last and self.with_targets:
+        if self._rests:
+            return
+        if runner.info.last and self._reads_beside:
             inputs |= self.loader.targets(runner.module, share)
         if order.training:
             seed = topology.spec.seed
@@ -156,6 +166,17 @@ class StageStep:
             self.tensors[self._held(Content.OUTPUT, microbatch, link)] = outputs[link.target.module]
         self._keep_losses(outputs, microbatch)
 
+    @property
+    def _rests(self) -> bool:
+        """Whether the stage computes nothing: it has only a loss of the user's, which nobody asks for."""
+        model = self.runner.module.model
+        return isinstance(model, Own) and model.has_loss and not (self.with_targets or self.generates)
+
+    @property
+    def _reads_beside(self) -> bool:
+        """Whether a last stage loads targets, or what a module of the user's reads beside the rows that feed it."""
+        return self.with_targets or isinstance(self.runner.module.model, Own)
+
     def _keep_losses(self, outputs: dict[str, torch.Tensor], microbatch: int) -> None:
         """Add up the losses of a forward; keep the loss for its backward, and logits for a forward-only step."""
         name = self.runner.module.name
@@ -166,6 +187,8 @@ class StageStep:
             self._add(aux_name(name), outputs[aux_name(name)])
         if "logits" in outputs and self.runner.groups.tp_cp_ranks.rank() == 0:
             self.logits[microbatch] = outputs["logits"]
+        if self.generates and "prediction" in outputs:
+            self.predictions[microbatch] = outputs["prediction"]
 
     def _add(self, name: str, loss: torch.Tensor) -> None:
         self.losses[name] = self.losses[name] + loss if name in self.losses else loss
@@ -211,6 +234,11 @@ class StageStep:
         parts = self.logits[microbatch].split(self._share(microbatch).lengths)
         places = self.program.routes.step.samples_of(self.runner.module.name, self.dp_rank, microbatch)
         return zip(places, parts, strict=True)
+
+    def sample_predictions(self, microbatch: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the place of each sample of a dp rank in the step, and its prediction."""
+        places = self.program.routes.step.samples_of(self.runner.module.name, self.dp_rank, microbatch)
+        return zip(places, self.predictions[microbatch], strict=True)
 
     def _share(self, microbatch: int) -> Share:
         return self.program.routes.step.share(self.runner.module.name, self.dp_rank, microbatch)
