@@ -132,7 +132,7 @@ def test_a_slow_precision_is_warned_of(job, capsys):
 def test_check_says_what_does_not_fit(job, capsys):
     """The rank that holds most, and by how much it is short."""
     assert 0 == main(["check", str(job), "--gpu", "h100", "--memory-gb", "0.5"])
-    assert "Does not fit: rank 1 of language is short by" in capsys.readouterr().out
+    assert "Does not fit: rank 2 of language is short by" in capsys.readouterr().out
 
 
 def test_every_layout_says_what_scripts_ask_for(job, capsys):

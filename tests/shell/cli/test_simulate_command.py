@@ -266,7 +266,7 @@ def test_uneven_steps_are_drawn(job, capsys):
         (["--jitter", "-1"], "--jitter: is -1."),
         (["--draws", "0"], "--draws: is 0."),
         (["--step", "-1"], "--step: is -1."),
-        (["--schedule", "all", "--svg", "a.svg"], "--svg, --trace: show one schedule."),
+        (["--schedule", "all", "--svg", "a.svg"], "--svg, --html, --trace: show one schedule."),
         (["--compare", "job.toml", "--trace", "a.json"], "--trace: shows one job."),
         (["--costs", "a.toml", "--costs", "b.toml"], "--costs: is given 2 times."),
         (

@@ -184,7 +184,7 @@ def test_a_wait_for_a_core_is_not_counted_however_it_falls(monkeypatch):
 def test_every_size_of_microbatch_that_is_asked_for_is_measured(pool, real, capsys, monkeypatch, tmp_path):
     """`--json` has them all in order of their samples; the file has the job's own, and names its origin."""
 
-    def first(job, function, *arguments):
+    def first(job, function, *arguments, speaks):
         said = pool.run(function, job.topology.world_size, job, *arguments)
         return next(one for one in said if one is not None)
 
