@@ -13,6 +13,7 @@ import nodes
 from mimogrid.core.job.spec import BatchLayoutSpec, GridSpec, JobSpec, LayoutSpec, ModuleLayoutSpec
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.world.launch import Pool
+from scale import nightly
 
 
 pytestmark = pytest.mark.world
@@ -46,6 +47,7 @@ def starts(folder: Path) -> list[tuple[int, int, int]]:
     return found
 
 
+@nightly
 def test_a_world_that_shrinks_and_grows_takes_the_layout_that_fits(
     pool: Pool, elastic: Job, tmp_path: Path
 ) -> None:
