@@ -236,9 +236,9 @@ class _RankLowering:
         yield from gathers
         for i, turn in enumerate(turns):
             yield from reduces[i]
-            yield from gathered.pop(turn.slot.action.stage, ())
             yield from (op.possible.transfer for op in posts[i])
             yield from (op.possible.wait for op in (*reads[i], *send_waits[i]))
+            yield from gathered.pop(turn.slot.action.stage, ())
             yield turn.slot.action
             yield from (op.possible.transfer for op in sends[i])
         yield from reduces[-1]

@@ -30,6 +30,8 @@ from mimogrid.shell.world.preemption import SIGNALS
 
 STARTS = 3
 """How many processes may die with one sample before it is taken for the cause."""
+SERVER = "MIMOGRID_LOAD_SERVER"
+"""The variable of the environment that is set while the server starts (`load_server`)."""
 JOIN_S = 5.0
 """How long to wait for the end of a process whose connection is gone."""
 
@@ -48,7 +50,11 @@ def start_server() -> None:
     The server ends with the thread that started it.
     """
     multiprocessing.set_forkserver_preload(["mimogrid.shell.runtime.load_server"])
-    multiprocessing.forkserver.ensure_running()
+    os.environ[SERVER] = "1"
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ[SERVER]
 
 
 class LoadProcess:
