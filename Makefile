@@ -11,7 +11,7 @@ export PYTHON
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL = help
-.PHONY: help venv same-python train omni demo-parity bench-peer test quick chaos lint types site clean
+.PHONY: help venv same-python train omni demo-parity bench-peer test quick chaos lint types site package clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' Makefile
@@ -80,6 +80,9 @@ types: venv ## Check types: mypy on the package, pyright on the core.
 
 site: venv ## Build the documentation as a site, in build/site; a dead link is an error.
 	$(NOX) --session site
+
+package: venv ## Build sdist and wheel, and try the wheel away from the checkout.
+	$(NOX) --session package
 
 clean: ## Remove what the targets made; runs/ stays.
 	rm -rf "$(VENV)" .nox .hypothesis .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache \
