@@ -171,7 +171,9 @@ def package(session: nox.Session) -> None:
     session.run("mimogrid", "env", "--json")
     session.run("mimogrid", "init", "--template", "text")  # from the examples in the wheel
     session.run("mimogrid", "check", "job.toml")
-    session.run("mimogrid", "simulate", "job.toml", "--html", "step.html")  # from the page's files in the wheel
+    session.run(
+        "mimogrid", "simulate", "job.toml", "--html", "step.html"
+    )  # from the page's files in the wheel
 
 
 @nox.session(name="parity-long", default=False)

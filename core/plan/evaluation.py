@@ -159,7 +159,7 @@ class Evaluator:
         """Return the step of the samples as they are."""
         if not self._sizes:
             self._sizes = step_of(topology, self.question.samples).sizes
-        return Step(topology, self.question.samples, sizes=self._sizes)
+        return Step(topology, self.question.samples, (), self._sizes)
 
     def _program(self, spec: JobSpec) -> Program:
         """Return the program of a step with the largest samples."""
