@@ -52,7 +52,7 @@ def site(session: nox.Session) -> None:
     pages.mkdir()
     for name in ("docs", "core", "shell", "adapters", "benchmarks", "examples", "tests"):
         shutil.copytree(name, pages / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for page in (*Path().glob("*.md"), Path("pyproject.toml"), Path("LICENSE")):
+    for page in (*Path().glob("*.md"), *map(Path, ("Dockerfile", "pyproject.toml", "LICENSE"))):
         shutil.copy(page, pages)
     shutil.move(pages / "docs/site/index.md", pages)
     target = str(Path("build/site").resolve())
