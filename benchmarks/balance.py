@@ -1,12 +1,12 @@
-"""Balance: idle time by imbalance with samples in their order and dealt by cost, and what dealing itself takes.
+"""Balance: idle time by imbalance with samples in their order and assigned by cost, and what assigning itself takes.
 
     python benchmarks/balance.py [--mix text images audio] [--samples 1024 4096] [--microbatches 16] [--dp 8]
     python benchmarks/balance.py --measured [--mix text images audio] [--samples 64] [--steps 5]
 
 A language model behind two encoders, each on GPUs of its own, under 1F1B; the samples are the mixes of `packing`. The
 step is simulated with costs of its total work, so both ways of laying it out compute equally much. Planning is CPU time
-of this process: the step laid out in order (descriptions checked and counted), and what dealing adds. Every rank plans
-each step once. Even is the step if every compute action took its mean: what the total work allows.
+of this process: the step laid out in order (descriptions checked and counted), and what assigning adds. Every rank
+plans each step once. Even is the step if every compute action took its mean: what the total work allows.
 
 With `--measured` four CPU ranks run the small job of `packing`, all modules on each, and count the CPU time of their
 compute actions. The two layouts of one step take turns; numbers are medians over the steps.
@@ -61,7 +61,7 @@ def main() -> None:
         return
     print(f"Python {platform.python_version()}; dp = {args.dp}, {args.microbatches} microbatches")
     print(
-        "Idle by imbalance and step over the even step, in order and dealt by cost; planning in order + dealing\n"
+        "Idle by imbalance and step over the even step, in order and assigned by cost; planning in order + assigning\n"
     )
     for mix in args.mix:
         for count in args.samples or (512, 1024, 4096):
@@ -78,11 +78,11 @@ def measure(mix: str, count: int, microbatches: int, dp: int) -> str:
     idle, took, even = found.idle_s, found.step_s, found.even_s
     balance = Balance(topology)
     plain_s = seconds(lambda: step_of(topology, samples).sizes)
-    dealing_s = seconds(lambda: balance.dealt(step_of(topology, samples)).sizes) - plain_s
+    assigning_s = seconds(lambda: balance.assigned(step_of(topology, samples)).sizes) - plain_s
     return (
         f"idle {idle['none']:9.3f} s {idle['cost']:9.3f} s {idle['cost'] / idle['none']:6.1%}  "
         f"step {took['none'] / even:6.3f} {took['cost'] / even:6.3f} x {even:.3f} s  "
-        f"plan {plain_s * 1e3:6.1f} ms + {dealing_s * 1e3:6.1f} ms ({dealing_s / even:.2%} of the step)"
+        f"plan {plain_s * 1e3:6.1f} ms + {assigning_s * 1e3:6.1f} ms ({assigning_s / even:.2%} of the step)"
     )
 
 
@@ -142,10 +142,10 @@ def print_measured(mixes: Sequence[str], counts: Sequence[int], steps: int) -> N
 
 
 def in_world(place: RankPlace, opened: Job, mix: str, steps: int) -> dict[str, list[float]]:
-    """Return the CPU seconds in which this rank computes, step by step, with samples in order and dealt by cost."""
+    """Return the CPU seconds in which this rank computes, step by step, with samples in order and assigned by cost."""
     samples = ragged(mix, opened.spec.batch.global_size)
     plain = step_of(opened.topology, samples)
-    ways = dict(zip(BALANCES, (plain, Balance(opened.topology).dealt(plain)), strict=True))
+    ways = dict(zip(BALANCES, (plain, Balance(opened.topology).assigned(plain)), strict=True))
     found: dict[str, list[float]] = {way: [] for way in ways}
     took = [0.0]
     compute = StageStep.compute

@@ -82,7 +82,7 @@ class Blocks:
 class SequenceFirst(Blocks):
     """An encoder of blocks whose tensor in a batch is a block, too: [S, B, F], as Megatron's own iterators yield it.
 
-    Every sample of a microbatch has S rows, one for each of its placeholders. A job deals samples to dp ranks, so the
+    Every sample of a microbatch has S rows, one for each of its placeholders. A job assigns samples to dp ranks, so the
     tensor is cut along B, and the encoder of a dp rank gets the block of its own samples.
     """
 

@@ -99,8 +99,8 @@ class DataSpec:
 class BatchSpec:
     """`[batch]`: the samples of a step, and the number of microbatches that they are split into.
 
-    `balance` says whether they are dealt to microbatches and dp ranks by their number, in their order, or by what they
-    cost (`step.cells`).
+    `balance` says whether they are assigned to microbatches and dp ranks by their number, in their order, or by what
+    they cost (`step.cells`).
     """
 
     global_size: int

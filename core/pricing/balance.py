@@ -1,4 +1,4 @@
-"""Balance: the step of a job whose `[batch] balance` is "cost", with its samples dealt by what they cost.
+"""Balance: the step of a job whose `[batch] balance` is "cost", with its samples assigned by what they cost.
 
 The cost of a sample on a group of ranks is its part of the seconds that these are busy in the step:
 
@@ -9,8 +9,8 @@ The cost of a sample on a group of ranks is its part of the seconds that these a
                    the user's own without costs counts as the busiest of the others
 
 Modules that share ranks are one group, since these compute one after the other. All of it follows from the job and the
-descriptions of the samples, by sums and products alone. So every rank deals alike, and a resumed run deals again what
-it dealt before.
+descriptions of the samples, by sums and products alone. So every rank assigns alike, and a resumed run finds again
+what it had.
 """
 
 import functools
@@ -23,28 +23,30 @@ import attrs
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Own
 from mimogrid.core.pricing.flops import Load, columns_of, module_units, sum_of
-from mimogrid.core.step.cells import deal
+from mimogrid.core.step.cells import assign_samples
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Module, Topology
 
 
 @attrs.frozen(eq=False)
 class Balance:
-    """What a job's samples are dealt by, over all of its steps."""
+    """What a job's samples are assigned by, over all of its steps."""
 
     topology: Topology
 
     def step(self, samples: tuple[Sample, ...]) -> Step:
         """Lay the samples of a step over the topology. Raises PlanError, naming the sample, if one does not fit."""
         step = step_of(self.topology, samples)
-        return self.dealt(step) if self.topology.balances else step
+        return self.assigned(step) if self.topology.balances else step
 
-    def dealt(self, step: Step) -> Step:
-        """Return a step whose samples are dealt by cost, whatever the job asks for."""
+    def assigned(self, step: Step) -> Step:
+        """Return a step whose samples are assigned by cost, whatever the job asks for."""
         microbatches, lanes = self.topology.cell_grid
         sizes = [tuple(of.positions.values()) for of in step.sizes]
         costs, joined = self.costs(step), [lanes // self._dp_size(names) for names in self._groups]
-        return step.dealt(deal(costs, sizes, microbatches=microbatches, lanes=lanes, joined=joined))
+        return step.assigned(
+            assign_samples(costs, sizes, microbatches=microbatches, lanes=lanes, joined=joined)
+        )
 
     def _dp_size(self, names: Sequence[str]) -> int:
         """Return the dp size of a group of modules: the least, if they have several."""

@@ -1,8 +1,8 @@
-"""Imbalance: what ragged samples cost a step in their order, and dealt by cost (`[batch] balance`).
+"""Imbalance: what ragged samples cost a step in their order, and assigned by cost (`[batch] balance`).
 
 Three steps of one job with the same costs are timed. In the first every compute action takes its mean, which is what
-the total work allows. In the second the samples lie in their order, in the third they are dealt. What ranks idle more
-than in the first is the idle time by imbalance.
+the total work allows. In the second the samples lie in their order, in the third they are assigned by cost. What
+ranks idle more than in the first is the idle time by imbalance.
 """
 
 import math
@@ -33,7 +33,7 @@ class Imbalance:
 
 
 def imbalance(step: Step, order: Order, costs: Costs) -> Imbalance | None:
-    """Compare the samples of a step in their order with the same ones dealt by cost. `costs` are of the former.
+    """Compare the samples of a step in their order with the same ones assigned by cost. `costs` are of the former.
 
     None where there is one cell only, or fewer samples than cells.
     """
@@ -42,7 +42,7 @@ def imbalance(step: Step, order: Order, costs: Costs) -> Imbalance | None:
         return None
     plain = step_of(step.topology, tuple(sorted(step.samples, key=lambda sample: sample.id)))
     even = simulate(plan_step(plain, order), costs)
-    steps = {"none": plain, "cost": Balance(step.topology).dealt(plain)}
+    steps = {"none": plain, "cost": Balance(step.topology).assigned(plain)}
     timelines = {
         name: simulate(
             plan_step(laid_out, order),

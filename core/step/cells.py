@@ -1,11 +1,11 @@
-"""Cells: how the samples of a step are dealt to microbatches and dp ranks so that all of these take equally long.
+"""Cells: how the samples of a step are assigned to microbatches and dp ranks so that all of these take equally long.
 
 A step is cut into *cells*, one for each microbatch and lane, microbatch by microbatch. There are as many lanes as the
 least common multiple of the modules' dp sizes, and as many microbatches as that of their numbers of microbatches. So
 what a dp rank of any module has in a microbatch is a run of whole cells, and routes, shapes and messages follow from
 where the cells begin.
 
-Dealing is longest-processing-time first (Graham 1969), once over lanes and once over the cells of a lane. Costs are
+Assigning is longest-processing-time first (Graham 1969), once over lanes and once over the cells of a lane. Costs are
 seconds on each group of ranks, so a sample is a vector. Of the two least loaded lanes it goes to the one whose load
 points less in its own direction: the smaller dot product, which adds less to the sum of squares. Then it goes to a
 cell of the lane in the same way.
@@ -19,8 +19,9 @@ No cell has more positions in any module than the samples of an even cut would h
 the largest of the step. So balancing needs no more memory than the largest samples need without it. A cell with room
 always exists: while samples are left, some cell has fewer than that many.
 
->>> dealt = deal([(4.0,), (1.0,), (1.0,), (2.0,)], [(4,), (1,), (1,), (2,)], microbatches=1, lanes=2, joined=(1,))
->>> dealt.order, dealt.cells
+>>> costs, sizes = [(4.0,), (1.0,), (1.0,), (2.0,)], [(4,), (1,), (1,), (2,)]
+>>> assigned = assign_samples(costs, sizes, microbatches=1, lanes=2, joined=(1,))
+>>> assigned.order, assigned.cells
 ((0, 1, 2, 3), (0, 1, 4))
 """
 
@@ -38,7 +39,7 @@ Vector = Sequence[float]
 
 
 @attrs.frozen
-class Dealt:
+class CellAssignment:
     """How samples are laid out.
 
     Attributes:
@@ -59,15 +60,15 @@ def samples_per_cell(samples: int, cells: int) -> int:
     return -(-samples // cells)
 
 
-def deal(
+def assign_samples(
     costs: Sequence[Vector],
     sizes: Sequence[Sequence[int]],
     *,
     microbatches: int,
     lanes: int,
     joined: Sequence[int],
-) -> Dealt:
-    """Deal samples to cells; there are at least as many samples as cells.
+) -> CellAssignment:
+    """Assign samples to cells; there are at least as many samples as cells.
 
     `costs` has the seconds of each sample on each group of ranks, and `sizes` its positions in each module. `joined`
     has the number of neighbouring lanes that a dp rank of each group has.
@@ -93,7 +94,9 @@ def deal(
         found[lane][cell].append(i)
     in_order = _in_microbatches(of_cells, joined)
     cells = [sorted(found[lane][in_order[lane][k]]) for k in range(microbatches) for lane in range(lanes)]
-    return Dealt(tuple(i for cell in cells for i in cell), prefix_sums([len(cell) for cell in cells]))
+    return CellAssignment(
+        tuple(i for cell in cells for i in cell), prefix_sums([len(cell) for cell in cells])
+    )
 
 
 def _in_microbatches(of_cells: "Sequence[_Bins]", joined: Sequence[int]) -> list[tuple[int, ...]]:

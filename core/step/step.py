@@ -24,7 +24,7 @@ from mimogrid.core.base.samples import Sample, SegmentGrid, prefix_sums, share
 from mimogrid.core.job.descriptions import description_problems, torn_images
 from mimogrid.core.job.graph import Node
 from mimogrid.core.job.models import Gpt, Own, Regressor
-from mimogrid.core.step.cells import Dealt
+from mimogrid.core.step.cells import CellAssignment
 from mimogrid.core.topology.topology import Module, Stage, Topology
 
 
@@ -149,11 +149,11 @@ class Step:
         """For each sample, the rows that every module emits."""
         return tuple(sizes.rows for sizes in self.sizes)
 
-    def dealt(self, dealt: Dealt) -> "Step":
+    def assigned(self, assigned: CellAssignment) -> "Step":
         """Return the step with its samples in other cells."""
-        samples = tuple(map(self.samples.__getitem__, dealt.order))
-        sizes = tuple(map(self.sizes.__getitem__, dealt.order))
-        return Step(self.topology, samples, dealt.cells, sizes)
+        samples = tuple(map(self.samples.__getitem__, assigned.order))
+        sizes = tuple(map(self.sizes.__getitem__, assigned.order))
+        return Step(self.topology, samples, assigned.cells, sizes)
 
     @property
     def cell_count(self) -> int:

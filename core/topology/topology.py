@@ -177,7 +177,7 @@ class Topology:
 
     @property
     def balances(self) -> bool:
-        """Whether the samples of a step are dealt by their cost. A padded network computes as much for every sample."""
+        """Whether the samples of a step are assigned by cost. A padded network computes as much for every sample."""
         padded = any(module.padded for module in self.modules.values())
         return self.spec.batch.balance == "cost" and not padded
 
@@ -191,7 +191,7 @@ class Topology:
     def cut_into(self) -> tuple[int, ...]:
         """Into how many equal parts the steps of the job may be cut: samples, or cells.
 
-        Held-out samples, and those of a host program, stay in their order, also where those of training are dealt.
+        Held-out samples, and those of a host program, stay in their order, also where those of training are assigned.
         """
         samples = self.spec.batch.global_size
         return (samples, math.prod(self.cell_grid)) if self.balances else (samples,)

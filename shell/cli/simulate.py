@@ -147,7 +147,7 @@ def _balancing(found: Imbalance) -> str:
     """Say what ragged data costs without and with `batch.balance`."""
     none, cost = ((found.idle_s[word], found.step_s[word]) for word in BALANCES)
     return (
-        f"Ragged data in the order of samples: {none[0]:.4g} s idle, step {none[1]:.6g} s; dealt by cost "
+        f"Ragged data in the order of samples: {none[0]:.4g} s idle, step {none[1]:.6g} s; assigned by cost "
         f'(batch.balance = "cost"): {cost[0]:.4g} s idle, step {cost[1]:.6g} s; '
         f"if all actions took their means: step {found.even_s:.6g} s."
     )

@@ -81,7 +81,9 @@ def _train_here(job: Job, args: TrainArgs) -> Any:
 def _preflight(job: Job, args: TrainArgs) -> int:
     """Say whether this machine can run a job, line by line. Returns the exit code."""
     folder = folders.planned(job, args.resume)
-    return _told([*preflight.checks(job.topology, on_host=args.transport is None, folder=folder)], args)
+    return _report_checks(
+        [*preflight.checks(job.topology, on_host=args.transport is None, folder=folder)], args
+    )
 
 
 def _preflight_at(place: RankPlace, job: Job, args: TrainArgs) -> int:
@@ -92,10 +94,10 @@ def _preflight_at(place: RankPlace, job: Job, args: TrainArgs) -> int:
 
     job = open_job(job.path, job.overrides, ranks=place.size)
     found = rehearse(place, job, args.transport, folders.planned(job, args.resume))
-    return _told(found, args) if place.rank == 0 else 0
+    return _report_checks(found, args) if place.rank == 0 else 0
 
 
-def _told(found: list[preflight.Check], args: TrainArgs) -> int:
+def _report_checks(found: list[preflight.Check], args: TrainArgs) -> int:
     """Print the checks of a preflight. Returns the exit code."""
     lacking = preflight.problems(found, force=args.force)
     if args.json:

@@ -53,7 +53,7 @@ class SimulatedStep:
         timeline: what every rank does when.
         idle_by_rank: seconds of idling, by rank and cause.
         peaks: the peak of memory of every rank.
-        imbalance: what its ragged samples cost in their order, and dealt by cost; None where that was not asked for.
+        imbalance: what its ragged samples cost in their order, and assigned by cost; None where that was not asked for.
     """
 
     job: Job

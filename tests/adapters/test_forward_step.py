@@ -9,7 +9,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from megatron.core.hyper_comm_grid import HyperCommGrid
 
 import loops
 import megatrons
@@ -47,11 +46,7 @@ def job_for(
     **fields: Any,
 ) -> Job:
     """A job of the model on these grids, whose samples are the program's."""
-    end = int(np.prod(list(vision.values())))
-    grids = {
-        "vision": HyperCommGrid(list(vision.values()), list(vision)),
-        "language": HyperCommGrid(list(language.values()), list(language), rank_offset=end),
-    }
+    grids = megatrons.side_by_side(vision, language)
     batch = BatchSpec(global_size=loops.SAMPLES, microbatches=loops.MICROBATCHES)
     return opened(job_of(megatrons.config_of(**config), grids, batch=batch, precision="fp64", **fields))
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
-from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 import loops
@@ -50,11 +49,7 @@ def job_for(
     options: Mapping[str, Any],
 ) -> Job:
     """A job of the model on these grids, in the precision of an optimizer with these options."""
-    end = int(np.prod(list(vision.values())))
-    grids = {
-        "vision": HyperCommGrid(list(vision.values()), list(vision)),
-        "language": HyperCommGrid(list(language.values()), list(language), rank_offset=end),
-    }
+    grids = megatrons.side_by_side(vision, language)
     batch = BatchSpec(global_size=loops.SAMPLES, microbatches=loops.MICROBATCHES)
     made = OptimizerConfig(**options)
     precision = "bf16" if made.bf16 else "fp32"

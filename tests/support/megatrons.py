@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from unittest import mock
 import attrs
 import torch
 import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -47,6 +49,16 @@ from mimogrid.shell.runtime.tensor_slices import full_tensors
 
 PLACEHOLDER = 99
 """The special token of images; no token of text."""
+
+
+def side_by_side(vision: Mapping[str, int], language: Mapping[str, int]) -> dict[str, HyperCommGrid]:
+    """Megatron's grids of two modules by the sizes of their axes: the language model on the ranks after the encoder's."""
+    return {
+        "vision": HyperCommGrid(list(vision.values()), list(vision)),
+        "language": HyperCommGrid(
+            list(language.values()), list(language), rank_offset=math.prod(vision.values())
+        ),
+    }
 
 
 def config_of(

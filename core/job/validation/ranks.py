@@ -55,7 +55,7 @@ def _count_problems(name: str, module: ModuleSpec, spec: JobSpec, count: int) ->
 
 
 def balance_problems(spec: JobSpec) -> Iterator[Problem]:
-    """Check that samples which are dealt by cost can fill every cell: a microbatch on a lane of dp ranks."""
+    """Check that samples which are assigned by cost can fill every cell: a microbatch on a lane of dp ranks."""
     counts = [module.microbatches or spec.batch.microbatches for module in spec.modules.values()]
     sizes = [module.grid.dp for module in spec.modules.values()]
     if spec.batch.balance != "cost" or min((*counts, *sizes), default=0) < 1:
@@ -64,7 +64,7 @@ def balance_problems(spec: JobSpec) -> Iterator[Problem]:
     if spec.batch.global_size < microbatches * lanes:
         yield Problem(
             "batch.balance",
-            f"{spec.batch.global_size} samples of a step are dealt to {microbatches * lanes} cells: {microbatches} "
+            f"{spec.batch.global_size} samples of a step are assigned to {microbatches * lanes} cells: {microbatches} "
             f"microbatches on {lanes} lanes, the least common multiple of the dp sizes {_listed(sizes)}.",
             f'Use batch.global_size >= {microbatches * lanes}, dp sizes that divide each other, or balance = "none".',
         )

@@ -1,4 +1,4 @@
-"""Cells: samples dealt to microbatches and lanes by their cost, within the memory of an even cut."""
+"""Cells: samples assigned to microbatches and lanes by their cost, within the memory of an even cut."""
 
 import itertools
 from typing import Any
@@ -15,7 +15,7 @@ from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.pricing.footprint import Computed, most_samples
 from mimogrid.core.program.verify import verify
-from mimogrid.core.step.cells import Dealt, deal, samples_per_cell
+from mimogrid.core.step.cells import CellAssignment, assign_samples, samples_per_cell
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.groups import channels_of
 from mimogrid.core.topology.parse import parse
@@ -24,15 +24,15 @@ from scale import drawn
 
 
 def balanced(topology: Topology, **changes: Any) -> Topology:
-    """The topology of the same job with its samples dealt by cost, and other changes of the spec."""
+    """The topology of the same job with its samples assigned by cost, and other changes of the spec."""
     spec = topology.spec
     changed = attrs.evolve(spec, batch=attrs.evolve(spec.batch, balance="cost"), **changes)
     return parse(changed, topology.source)
 
 
-def cells_of(dealt: Dealt) -> list[tuple[int, ...]]:
+def cells_of(assigned: CellAssignment) -> list[tuple[int, ...]]:
     """The places of the samples of each cell."""
-    return [dealt.order[a:b] for a, b in itertools.pairwise(dealt.cells)]
+    return [assigned.order[a:b] for a, b in itertools.pairwise(assigned.cells)]
 
 
 SAMPLES = st.tuples(st.integers(0, 40), st.integers(1, 40))
@@ -51,19 +51,23 @@ def test_every_sample_is_in_one_cell_and_none_is_too_large(
     """
     microbatches, lanes = grid
     costs = [(1.0 / (1 + a + b), float(a)) for a, b in samples]
-    dealt = deal(costs, samples, microbatches=microbatches, lanes=lanes, joined=(1,) * len(costs[0]))
-    assert list(range(len(samples))) == sorted(dealt.order)
+    assigned = assign_samples(
+        costs, samples, microbatches=microbatches, lanes=lanes, joined=(1,) * len(costs[0])
+    )
+    assert list(range(len(samples))) == sorted(assigned.order)
     each = samples_per_cell(len(samples), microbatches * lanes)
     for module, largest in enumerate(map(max, zip(*samples, strict=True))):
-        assert each * largest >= max(sum(samples[i][module] for i in cell) for cell in cells_of(dealt))
+        assert each * largest >= max(sum(samples[i][module] for i in cell) for cell in cells_of(assigned))
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_equal_samples_are_cut_evenly(microbatches: int, lanes: int, each: int) -> None:
     """Cells of equal samples have equally many."""
     count = microbatches * lanes * each
-    dealt = deal([(1.0,)] * count, [(1,)] * count, microbatches=microbatches, lanes=lanes, joined=(1,))
-    assert tuple(range(0, count + 1, each)) == dealt.cells
+    assigned = assign_samples(
+        [(1.0,)] * count, [(1,)] * count, microbatches=microbatches, lanes=lanes, joined=(1,)
+    )
+    assert tuple(range(0, count + 1, each)) == assigned.cells
 
 
 @settings(max_examples=drawn(100))
@@ -71,7 +75,9 @@ def test_equal_samples_are_cut_evenly(microbatches: int, lanes: int, each: int) 
 def test_no_lane_is_heavier_than_the_mean_by_more_than_a_sample(costs: list[float]) -> None:
     """Longest first, the last sample that a lane gets goes to the least loaded one, which is below the mean."""
     cells = cells_of(
-        deal([(c,) for c in costs], [(1 + int(9 * c),) for c in costs], microbatches=4, lanes=3, joined=(1,))
+        assign_samples(
+            [(c,) for c in costs], [(1 + int(9 * c),) for c in costs], microbatches=4, lanes=3, joined=(1,)
+        )
     )
     lanes = [sum(costs[i] for cell in cells[lane::3] for i in cell) for lane in range(3)]
     assert sum(costs) / 3 + max(costs) >= max(lanes)
@@ -80,7 +86,7 @@ def test_no_lane_is_heavier_than_the_mean_by_more_than_a_sample(costs: list[floa
 def test_the_heaviest_cells_are_in_the_microbatch_in_the_middle() -> None:
     """Cells that one long sample makes heavy meet in one microbatch, which is neither the first nor the last."""
     costs = [(9.0,), (9.0,)] + [(1.0,)] * 8
-    cells = cells_of(deal(costs, [(1,)] * 10, microbatches=5, lanes=2, joined=(1,)))
+    cells = cells_of(assign_samples(costs, [(1,)] * 10, microbatches=5, lanes=2, joined=(1,)))
     heavy = [number for number, cell in enumerate(cells) if set(cell) & {0, 1}]
     assert [4, 5] == heavy
 
@@ -88,8 +94,8 @@ def test_the_heaviest_cells_are_in_the_microbatch_in_the_middle() -> None:
 def test_heavy_cells_meet_light_ones_where_a_dp_rank_has_both_lanes() -> None:
     """One sample in each cell: on two lanes of one dp rank the longest goes with a short one, and so on."""
     costs = [(float(i),) for i in range(1, 9)]
-    dealt = deal(costs, [(1,)] * 8, microbatches=4, lanes=2, joined=(2,))
-    shares = [sum(costs[i][0] for i in dealt.order[k : k + 2]) for k in range(0, 8, 2)]
+    assigned = assign_samples(costs, [(1,)] * 8, microbatches=4, lanes=2, joined=(2,))
+    shares = [sum(costs[i][0] for i in assigned.order[k : k + 2]) for k in range(0, 8, 2)]
     assert [8.0, 10.0, 10.0, 8.0] == shares
 
 
@@ -145,7 +151,7 @@ RAGGED = tuple(Sample(i, 1 + (i * 37) ** 2 % 61, {"v": (i * 53) ** 3 % 47}) for 
 
 
 def test_shares_become_alike() -> None:
-    """Shares of a language model that differ by a tenth in order differ by a hundredth when they are dealt."""
+    """Shares of a language model that differ by a tenth in order differ by a hundredth when they are assigned."""
     topology = job("v vit dp4 > l; l gpt dp4", batch=192)
     assert spread_of(step_of(topology, RAGGED), "l") > 1.1
     assert spread_of(Balance(balanced(topology)).step(RAGGED), "l") < 1.02
@@ -174,7 +180,7 @@ def test_costs_of_the_job_say_which_module_counts() -> None:
 
 
 def test_every_rank_deals_alike() -> None:
-    """What is dealt hangs on the job and the descriptions alone: another topology of the same job deals the same."""
+    """It follows from the job and the descriptions alone: another topology of the same job assigns the same."""
     one, other = (Balance(balanced(job(JOBS[1], batch=192))).step(RAGGED) for _ in range(2))
     assert (one.samples, one.cells) == (other.samples, other.cells)
 
@@ -189,7 +195,7 @@ def test_like_samples_stay_alike() -> None:
 def test_too_few_samples_for_the_cells() -> None:
     """Dp sizes that do not divide each other take more lanes than a microbatch has samples; the error counts both."""
     with pytest.raises(
-        PlanError, match="16 samples of a step are dealt to 24 cells: 4 microbatches on 6 lanes"
+        PlanError, match="16 samples of a step are assigned to 24 cells: 4 microbatches on 6 lanes"
     ) as raised:
         balanced(job("v vit dp3 > l; l gpt dp2", batch=16))
     assert "batch.global_size >= 24" in str(raised.value)

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.world
 CLOSE = 1e-9
 
 
-def dealt(spec: JobSpec) -> JobSpec:
-    """The same job with its samples dealt by cost."""
+def assigned(spec: JobSpec) -> JobSpec:
+    """The same job with its samples assigned by cost."""
     return attrs.evolve(spec, batch=attrs.evolve(spec.batch, balance="cost"))
 
 
@@ -39,7 +39,7 @@ def test_balancing_keeps_the_loss_and_the_gradients(
 ) -> None:
     """In fp64 both are those of the samples in their order, though dp ranks have other samples."""
     spec = attrs.evolve(job(grids, samples=12), precision="fp64")
-    jobs = [opened(spec), opened(dealt(spec))]
+    jobs = [opened(spec), opened(assigned(spec))]
     assert jobs[0].step(0).samples != jobs[1].step(0).samples
     found = [
         next(one for one in pool.run("bodies:gradients", each.topology.world_size, each) if one is not None)
@@ -55,4 +55,4 @@ def test_balancing_keeps_the_loss_and_the_gradients(
 
 def test_a_balanced_layout_is_the_model(parity: Parity) -> None:
     """It has the gradients of one process, step after step, also where dp sizes do not divide each other."""
-    assert_same(parity, dealt(job("enc(1,1,2)@0 lm(1,1,3)@2", samples=8)), steps=2)
+    assert_same(parity, assigned(job("enc(1,1,2)@0 lm(1,1,3)@2", samples=8)), steps=2)
