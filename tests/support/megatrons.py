@@ -52,7 +52,7 @@ PLACEHOLDER = 99
 
 
 def side_by_side(vision: Mapping[str, int], language: Mapping[str, int]) -> dict[str, HyperCommGrid]:
-    """Megatron's grids of two modules by the sizes of their axes: the language model on the ranks after the encoder's."""
+    """Megatron's grids of two modules by the sizes of their axes; the language model is behind the encoder."""
     return {
         "vision": HyperCommGrid(list(vision.values()), list(vision)),
         "language": HyperCommGrid(
