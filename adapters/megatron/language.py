@@ -183,7 +183,10 @@ def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
             where, fact, "Use an attention that has context parallelism, such as that of layer_spec."
         )
     if config.mtp_num_layers:
-        yield Problem(where, "predicts several tokens at once.", "Leave mtp_num_layers out.")
+        fact = (
+            "predicts several tokens at once, for which it embeds input_ids; a MimoModel gives its language model none."
+        )
+        yield Problem(where, fact, "Leave mtp_num_layers out.")
     if cp > 1 and gpt.position_embedding_type == "mrope":
         fact = (
             f"turns by mrope, and cuts positions over cp={cp}: Megatron's angles are those of all positions."

@@ -338,9 +338,17 @@ def _has_no_tokens(data_iterator: Any, model: Any) -> Any:
     return model(**{**next(data_iterator), "input_ids": None})[0], loops.of_losses
 
 
+def _has_features(data_iterator: Any, model: Any) -> Any:
+    features = {"vision": torch.zeros(6, specs.HIDDEN)}
+    return model._forward_encoders(
+        next(data_iterator)["input_ids"], None, input_tensors=features
+    ), loops.of_losses
+
+
 @pytest.mark.parametrize(
     ("forward_step", "error", "said"),
     [
+        (_has_features, PlanError, r"features of an encoder that ran ahead .*mimo-encoder-prefetch"),
         (_computes, TypeError, "return it as it is"),
         (_adds, TypeError, "return it as it is"),
         (_calls_twice, TypeError, "called the model twice"),
