@@ -171,10 +171,14 @@ def text_of(batch: Batch, ids_BS: Tensor, special: Sequence[int]) -> dict[str, T
 def parts_of(
     batch: Batch, name: str, counts: Sequence[int], rows_of: str | Callable[..., Any] | None
 ) -> list[dict[str, Tensor]]:
-    """Return the tensors of a modality, sample by sample; `counts` are the placeholders of each."""
+    """Return the tensors of a modality, sample by sample; `counts` are the placeholders of each.
+
+    With several encoders their names are ``ENCODER.ARGUMENT``; ``items.ENCODER`` has the number of a sample's items.
+    """
+    by_encoder = (batch.modality_inputs or {}).get(name) or {}
     arguments = {
-        argument: value
-        for of_encoder in ((batch.modality_inputs or {}).get(name) or {}).values()
+        f"{encoder}.{argument}" if len(by_encoder) > 1 else argument: value
+        for encoder, of_encoder in by_encoder.items()
         for argument, value in of_encoder.items()
         if value is not None
     }
@@ -194,8 +198,22 @@ def parts_of(
         )
         for argument, value in whole.items()
     }
+    if len(by_encoder) > 1:
+        cut |= _items_of(cut, name)
     rows = _rows(whole, cut, counts, first or rows_of)
     return [{**{a: parts[i] for a, parts in cut.items()}, "rows": rows[i]} for i in range(len(counts))]
+
+
+def _items_of(cut: Mapping[str, Sequence[Tensor]], name: str) -> dict[str, Sequence[Tensor]]:
+    """Return the numbers of items of each sample, by encoder; PlanError if an encoder's tensors differ in them."""
+    found: dict[str, list[int]] = {}
+    for argument, parts in cut.items():
+        items = [len(part) for part in parts]
+        if items != found.setdefault(argument.partition(".")[0], items):
+            fact = "has other numbers of items than another tensor of its encoder, which is one of several."
+            remedy = "Give one item of each tensor for each of the others, or make the encoder a modality."
+            raise PlanError([Problem(f"modality_inputs.{name}.{argument}", fact, remedy)])
+    return {f"items.{encoder}": [torch.tensor([n]) for n in items] for encoder, items in found.items()}
 
 
 def _rows(

@@ -63,6 +63,7 @@ PARTS = {"scatter_embedding_sequence_parallel": False}
         ({"dp": 3}, {"tp": 2, "dp": 2}, {"sequence_parallel": True}, loops.of_losses, {}, None),
         ({"dp": 1}, {"cp": 2, "dp": 3}, {}, loops.of_logits, {"labels": False}, None),
         ({"dp": 2}, {"dp": 3}, {}, loops.of_losses, {"images": True}, None),
+        ({"dp": 3}, {"dp": 2, "pp": 2}, {}, loops.of_losses, {"several": True}, None),
         ({"dp": 2}, {"cp": 2, "dp": 2}, {}, loops.of_means, {}, None),
         ({"dp": 1}, {"dp": 2, "pp": 2}, {}, loops.of_counted_means, {"labels": False}, None),
         *nightly_only([({"dp": 1}, {"cp": 2, "pp": 2}, {}, loops.of_losses, {}, None)]),
@@ -80,7 +81,8 @@ def test_a_loss_function_of_the_programs_trains(
     encoder_inputs: Mapping[str, str] | None,
 ) -> None:
     """Reports add up to those of one process, microbatch by microbatch, and gradients are the same."""
-    whole = {**COMMON, "language": {**COMMON["language"], **PARTS}, "images": options.get("images", False)}
+    eyes = {kind: options.get(kind, False) for kind in ("images", "several")}
+    whole = {**COMMON, "language": {**COMMON["language"], **PARTS}, **eyes}
     config = {**whole, "pp": language.get("pp", 1), "tp": language.get("tp", 1), **transformer}
     job = job_for(opened, config, vision, language)
     with megatrons.alone():
@@ -276,6 +278,10 @@ POSITIONS = torch.arange(loops.SEQUENCE).expand(3, -1)
         (
             {"modality_inputs": {"vision": {"eye": {"pixels": torch.zeros(5, 2)}}}},
             r"pixels: has 5 items for 6 placeholders.*: the samples have 4, 2, 0\.",
+        ),
+        (
+            {"modality_inputs": {"vision": {"a": {"x": torch.zeros(6), "y": torch.zeros(3)}, "b": {}}}},
+            r"a\.y: has other numbers of items than another tensor of its encoder",
         ),
         (
             {"input_ids": torch.zeros(3, 16, dtype=torch.int64)},

@@ -9,8 +9,10 @@ from unittest import mock
 import attrs
 import numpy as np
 import pytest
+import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.transformer.transformer_block import TransformerBlock
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -556,12 +558,54 @@ def test_networks_that_cannot_cut_positions_are_refused(opened: Opened) -> None:
         language_of(opened, theirs=True)
 
 
-def test_a_modality_with_several_encoders_is_refused() -> None:
-    """Megatron lines up the rows of one encoder for all samples of a rank, then those of the next."""
-    modality = nn.Module()
-    modality.encoders = nn.ModuleDict({"near": nn.Identity(), "far": nn.Identity()})
-    with pytest.raises(PlanError, match=r"has 2 encoders.* which samples share a rank"):
+def modality_of(**encoders: nn.Module) -> nn.Module:
+    """A modality of these encoders, without a projection."""
+    return VisionModalitySubmodules(encoders=encoders)
+
+
+def test_encoders_of_one_modality_take_turns_sample_by_sample() -> None:
+    """A sample's rows of the first, then of the next; for one sample as Megatron joins them."""
+    near, far = torch.arange(3.0)[:, None], 10 + torch.arange(6.0).view(3, 2, 1)
+    modality = modality_of(near=nn.Identity(), far=nn.Identity())
+    inputs = {"near.input": near, "far.input": far}
+    items = {"items.near": torch.tensor([2, 1]), "items.far": torch.tensor([1, 2])}
+    said = ModalityNetwork(modality, None)({**inputs, **items})["rows"]
+    assert [0, 1, 10, 11, 2, 12, 13, 14, 15] == said.flatten().tolist()
+    alone = {key: torch.tensor([3]) for key in items}
+    whole = ModalityNetwork(modality, None)({**inputs, **alone})["rows"]
+    theirs = modality.encode({"near": {"input": near}, "far": {"input": far}})  # type: ignore[operator]
+    assert torch.equal(torch.cat(theirs), whole)
+
+
+def test_encoders_of_one_modality_say_which_rows_are_whose() -> None:
+    """Rows that no item tells apart, an encoder without tensors, and rows of a job are refused."""
+    modality = modality_of(near=nn.Identity(), far=nn.Flatten(0, 1))
+    network = ModalityNetwork(modality, None)
+    near = {"near.input": torch.zeros(1, 1), "items.near": torch.tensor([1])}
+    far = {"far.input": torch.zeros(2, 2, 1), "items.far": torch.tensor([2])}
+    with pytest.raises(WorldError, match=r"'\.far' returned a tensor of shape \[4, 1\] for 2 items"):
+        network({**near, **far})
+    with pytest.raises(WorldError, match="no tensors for its encoder 'far'"):
+        network(near)
+    with pytest.raises(PlanError, match=r"has 2 encoders, which read the tensors of items by name"):
         ModalityNetwork(modality, "pixels")
+
+
+def test_an_encoder_may_return_a_tuple() -> None:
+    """Its first tensor has the rows, as newer versions of Megatron take it."""
+
+    class WithMore(nn.Module):
+        """An encoder that returns something beside its rows."""
+
+        def forward(self, pixels: Tensor) -> tuple[Any, ...]:
+            """Return the pixels and what is not asked for."""
+            return (pixels, None) if len(pixels) else (None, pixels)
+
+    network = ModalityNetwork(modality_of(eye=WithMore()), "pixels")
+    rows = torch.ones(3, 2)
+    assert torch.equal(rows, network({"rows": rows})["rows"])
+    with pytest.raises(WorldError, match="returned a tuple, not a tensor or a tuple that begins with one"):
+        network({"rows": rows[:0]})
 
 
 def test_experts_in_one_weight_are_refused() -> None:

@@ -29,13 +29,18 @@ ROWS = (4, 2, 0, 6)
 
 
 def batches(
-    *, labels: bool = True, images: bool = False, steps: int = 2, turned: bool = False
+    *,
+    labels: bool = True,
+    images: bool = False,
+    several: bool = False,
+    steps: int = 2,
+    turned: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield microbatches: all of their samples, placeholders among the text, some tokens half or not counted."""
     generator = torch.Generator().manual_seed(3)
     size = SAMPLES // MICROBATCHES
     for microbatch in range(steps * MICROBATCHES):
-        counts = [ROWS[(microbatch + i) % len(ROWS)] for i in range(size)]
+        counts = [ROWS[(microbatch + i) % len(ROWS)] * (3 if several else 2) // 2 for i in range(size)]
         ids = torch.randint(0, specs.IMAGE, (size, SEQUENCE), generator=generator)
         for sample, count in zip(ids, counts, strict=True):
             sample[torch.randperm(SEQUENCE, generator=generator)[:count]] = megatrons.PLACEHOLDER
@@ -45,6 +50,11 @@ def batches(
         if images:
             brightness = torch.rand(sum(counts) // 2, dtype=torch.float64, generator=generator)
             eye = {"images": pixels.view(-1, 2, specs.PIXELS), "brightness": brightness}
+        inputs = {"eye": eye}
+        if several:
+            frames = torch.randn(sum(counts) // 3, 2, specs.PIXELS, dtype=torch.float64, generator=generator)
+            far = {"images": frames, "brightness": frames[:, 0, 0]}
+            inputs = {"near": {"pixels": pixels[: sum(counts) // 3]}, "far": far}
         counted = torch.arange(SEQUENCE).expand_as(ids)
         yield {
             "input_ids": ids,
@@ -54,7 +64,7 @@ def batches(
             "attention_mask": None,
             "loss_mask": mask,
             **({"labels": ids.roll(-1, dims=1) % specs.VOCAB} if labels else {}),
-            "modality_inputs": {"vision": {"eye": eye}},
+            "modality_inputs": {"vision": inputs},
         }
 
 
@@ -108,6 +118,24 @@ STEP: Mapping[str, Any] = {
 }
 
 
+def one_by_one(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each sample of a batch as a batch, whose items are in proportion to its placeholders."""
+    counts = (batch["input_ids"] == megatrons.PLACEHOLDER).sum(dim=1).tolist()
+    begin = 0
+    for i, count in enumerate(counts):
+        part = slice(begin, begin + count)
+        begin += count
+        inputs = {
+            encoder: {
+                name: tensor[part.start * len(tensor) // sum(counts) : part.stop * len(tensor) // sum(counts)]
+                for name, tensor in arguments.items()
+            }
+            for encoder, arguments in batch["modality_inputs"]["vision"].items()
+        }
+        texts = {name: batch[name][i : i + 1] for name in ("input_ids", "position_ids", "loss_mask")}
+        yield i, {**texts, "attention_mask": None, "modality_inputs": {"vision": inputs if count else None}}
+
+
 class InFull(nn.Module):
     """`MimoModel` with losses in the precision of its logits; its own are rounded to fp32."""
 
@@ -117,6 +145,12 @@ class InFull(nn.Module):
 
     def forward(self, labels: Tensor | None = None, **batch: Any) -> tuple[Tensor, Tensor]:
         """Return losses [B, S], or logits [B, S, V] where there are no labels."""
+        if len(batch["modality_inputs"]["vision"] or ()) > 1 < len(batch["input_ids"]):
+            # Megatron puts the rows of all samples of one encoder before those of the next.
+            said = [
+                self(labels if labels is None else labels[i : i + 1], **one) for i, one in one_by_one(batch)
+            ]
+            return torch.cat([output for output, _ in said]), batch["loss_mask"]
         # In 0.16 the language model gets no position ids, by which mrope turns.
         language, turns = self.model.language_model, batch["position_ids"]
         if turns.dim() > 2:
