@@ -13,6 +13,8 @@ import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ from mimogrid.core.update.buckets import buckets_of
 from mimogrid.shell.checkpoint.manifest import damage, published
 from mimogrid.shell.cli.export import export
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.megatron.attention import CoreAttention
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.world.launch import Pool
 from scale import nightly_only
 
@@ -606,6 +610,25 @@ def test_an_encoder_may_return_a_tuple() -> None:
     assert torch.equal(rows, network({"rows": rows})["rows"])
     with pytest.raises(WorldError, match="returned a tuple, not a tensor or a tuple that begins with one"):
         network({"rows": rows[:0]})
+
+
+def test_a_mask_hides_what_it_hides_from_megatrons_attention() -> None:
+    """Ours and Megatron's give the same in fp64, for queries that share keys, too."""
+    groups = ProcessGroupCollection(tp=specs.OneOf(0, 1), cp=specs.OneOf(0, 1))
+    common = {"attn_mask_type": AttnMaskType.causal, "layer_number": 1, "pg_collection": groups}
+    config = specs.config(num_query_groups=2)
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (
+        torch.randn(6, 3, heads, 4, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)
+    )
+    hidden = torch.rand(3, 1, 6, 6, generator=generator) < 0.5
+    hidden[:, :, range(6), range(6)] = False
+    with megatrons.alone():
+        theirs = DotProductAttention(config, attention_type="self", **common)(query, key, value, hidden)
+        ours = CoreAttention(config, rotary=None, **common)(query, key, value, hidden)
+        causal = CoreAttention(config, rotary=None, **common)(query, key, value)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(causal, ours)
 
 
 def test_experts_in_one_weight_are_refused() -> None:
