@@ -64,7 +64,7 @@ PARTS = {"scatter_embedding_sequence_parallel": False}
         ({"dp": 3}, {"tp": 2, "dp": 2}, {"sequence_parallel": True}, loops.of_losses, {}, None),
         ({"dp": 1}, {"cp": 2, "dp": 3}, {}, loops.of_logits, {"labels": False}, None),
         ({"dp": 2}, {"dp": 3}, {}, loops.of_losses, {"images": True}, None),
-        ({"dp": 3}, {"dp": 2, "pp": 2}, {}, loops.of_losses, {"several": True}, None),
+        ({"dp": 1}, {"dp": 3, "pp": 2}, {}, loops.of_losses, {"several": True}, None),
         ({"dp": 1}, {"dp": 3, "pp": 2}, {}, loops.of_losses, {"packed": True}, None),
         ({"dp": 2}, {"tp": 2, "pp": 2}, {"sequence_parallel": True}, loops.of_losses, {"masked": True}, None),
         ({"dp": 2}, {"cp": 2, "dp": 2}, {}, loops.of_means, {}, None),
