@@ -188,6 +188,16 @@ def model_flops(step: Step) -> Mapping[str, float]:
     return found
 
 
+def sample_flops(step: Step) -> list[float]:
+    """Return the operations of each sample of a step in all modules together, without recomputation."""
+    found = [0.0] * len(step.samples)
+    for name, module in step.topology.modules.items():
+        per_unit = [sum_of(parts).model for parts in units_of_counts(step.topology, module)]
+        for counts, each in zip(columns_of(step, name), per_unit, strict=True):
+            found = [total + each * count for total, count in zip(found, counts, strict=True)]
+    return found
+
+
 def in_row(module: Module, load: Load) -> Load:
     """Return the load of a share as it is computed: its row is rounded up (`Module.row_shape`)."""
     return attrs.evolve(load, positions=module.row_shape(int(load.positions))[0]) if load.positions else load
@@ -255,6 +265,11 @@ def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops,
         recompute=topology.spec.modules[module.name].recompute,
         lora=module.lora,
     )
+
+
+def units_of_counts(topology: Topology, module: Module) -> tuple[tuple[Flops, ...], ...]:
+    """Return `module_units` for each count of a load alone; operations are linear in these counts."""
+    return tuple(module_units(topology, module, one) for one in Load.units())
 
 
 # -- chains of products ------------------------------------------------------------------------------------
