@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Wait
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Stage
@@ -157,7 +156,7 @@ def _activations(runtime: RankRuntime, index: int, step: Step) -> int:
         train_step(runtime, index, step, step)
     finally:
         StageStep.compute = plain  # type: ignore[method-assign]
-    actions = plan_step(step, runtime.job.order).of(runtime.rank)
+    actions = runtime.job.program_of(step).of(runtime.rank)
     return sum(size * _most_in_flight(actions, stage) for stage, size in saved.items())
 
 

@@ -252,7 +252,10 @@ class ForwardBackward:
 
     def _mismatches(self, model: Any, microbatches: int) -> Iterator[Problem]:
         planned = _language(self.embedded.job).microbatches
-        if microbatches != planned:
+        if self.embedded.job.topology.tokens_per_cell:
+            fact = f"says how many microbatches a step has, and the loop asks for {microbatches}."
+            yield Problem("batch.tokens_per_microbatch", fact, "Use batch.microbatches.")
+        elif microbatches != planned:
             fact = f"the loop asks for {microbatches} microbatches, the job has {planned}."
             yield Problem("batch.microbatches", fact, f"Set it to {microbatches}.")
         asked = [unwrapped(m) for m in (model if isinstance(model, list) else [model]) if m is not None]

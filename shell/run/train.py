@@ -304,7 +304,7 @@ class Run:
     def _expect(self, step: Step) -> None:
         """Let workers load what this rank reads in a step, when they come to it."""
         if self.ahead:
-            self.ahead.expect(loads_of(step, self.runtime.job.order, self.runtime.role))
+            self.ahead.expect(loads_of(step, self.runtime.job.order_of(step), self.runtime.role))
 
     def _step(self, index: int, step: Step, following: Step) -> Outcome:
         """Run a step; begin the next phase of the pending save if all ranks are ready for it."""

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from mimogrid.core.program.lower import plan_step
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.world.launch import Pool
 from scale import nightly, nightly_only
@@ -80,7 +79,7 @@ def test_a_profile_reads_like_the_program(trained: Trained) -> None:
     assert {f"step-{step}-rank-{rank}.json" for step in (1, 2) for rank in (0, 3)} == set(written)
     for name, trace in written.items():
         step, rank = map(int, re.findall(r"\d+", name))
-        planned = list(map(str, plan_step(job.step(step), job.order).of(rank)))
+        planned = list(map(str, job.program_of(job.step(step)).of(rank)))
         ranges = sorted(
             (event["ts"], event["ts"] + event["dur"], event["name"])
             for event in trace["traceEvents"]

@@ -46,7 +46,7 @@ def read_by(job: Job, role: RankRole, index: int) -> list[list[tuple[int, str]]]
     step, source, found = job.step(index), Recorded(job.source), list[list[tuple[int, str]]]()
     loader = Loader(source, device=torch.device("cpu"), dtype=torch.float32)
     infos = {info.stage: info for info in role.stages}
-    for action in job.order.actions:
+    for action in job.order_of(job.step(0)).actions:
         if action.kind is Kind.FORWARD and action.stage in infos:
             info, module = infos[action.stage], job.topology.modules[action.stage.module]
             share = step.share(module.name, module.grid.position(role.rank)["dp"], action.microbatch)
@@ -78,7 +78,7 @@ def test_what_stages_read_is_planned(path: str, overrides: tuple[str, ...]) -> N
     job = open_job(ROOT / path, overrides)
     for rank in job.topology.ranks:
         role = job.topology.role(rank)
-        planned = list(loads_of(job.step(1), job.order, role))
+        planned = list(loads_of(job.step(1), job.order_of(job.step(1)), role))
         read = read_by(job, role, 1)
         assert [list(dict.fromkeys(one)) for one in read] == [
             [(load.sample_id, load.module) for load in of] for of in planned
