@@ -22,7 +22,7 @@ import attrs
 
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Own
-from mimogrid.core.pricing.flops import Load, columns_of, module_units, sum_of
+from mimogrid.core.pricing.flops import Load, columns_of, sum_of, units_of_counts
 from mimogrid.core.step.cells import assign_samples
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Module, Topology
@@ -94,9 +94,7 @@ class Balance:
 
     def _operations(self, module: Module) -> tuple[float, ...]:
         found = tuple(
-            flops.model + flops.recomputed
-            for one in Load.units()
-            for flops in (sum_of(module_units(self.topology, module, one)),)
+            flops.model + flops.recomputed for flops in map(sum_of, units_of_counts(self.topology, module))
         )
         return found if any(found) else attrs.astuple(Load(positions=1.0))
 

@@ -111,11 +111,9 @@ class Load:
         names = [field.name for field in attrs.fields(cls)]
         return tuple(cls(**{name: 1.0}) for name in names)
 
-    def __add__(self, other: "Load") -> "Load":
-        return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
-
     def __mul__(self, factor: float) -> "Load":
-        return Load(*(factor * each for each in attrs.astuple(self)))
+        positions, pairs_, rows = factor * self.positions, factor * self.pairs, factor * self.rows
+        return Load(positions, pairs_, rows, factor * self.emitted, factor * self.windowed)
 
 
 @attrs.frozen
@@ -135,6 +133,15 @@ class Loads:
     def over(self, samples: range) -> Load:
         """Return the load of contiguous samples."""
         return Load(*(sums[samples.stop] - sums[samples.start] for sums in self.counts))
+
+    def sums(self, shares: Sequence[range]) -> Load:
+        """Return the load of several ranges of samples together."""
+        return Load(*(sum(sums[s.stop] - sums[s.start] for s in shares) for sums in self.counts))
+
+    def positions(self, shares: Sequence[range]) -> list[int]:
+        """Return the positions of each of several ranges of samples."""
+        positions, *_ = self.counts
+        return [positions[share.stop] - positions[share.start] for share in shares]
 
     @property
     def mean(self) -> Load:
@@ -185,6 +192,16 @@ def model_flops(step: Step) -> Mapping[str, float]:
     found = dict.fromkeys(step.topology.modules, 0.0)
     for stage, flops in stage_flops(step).items():
         found[stage.module] += flops.model * step.topology.modules[stage.module].microbatches
+    return found
+
+
+def sample_flops(step: Step) -> list[float]:
+    """Return the operations of each sample of a step in all modules together, without recomputation."""
+    found = [0.0] * len(step.samples)
+    for name, module in step.topology.modules.items():
+        per_unit = [sum_of(parts).model for parts in units_of_counts(step.topology, module)]
+        for counts, each in zip(columns_of(step, name), per_unit, strict=True):
+            found = [total + each * count for total, count in zip(found, counts, strict=True)]
     return found
 
 
@@ -255,6 +272,11 @@ def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops,
         recompute=topology.spec.modules[module.name].recompute,
         lora=module.lora,
     )
+
+
+def units_of_counts(topology: Topology, module: Module) -> tuple[tuple[Flops, ...], ...]:
+    """Return `module_units` for each count of a load alone; operations are linear in these counts."""
+    return tuple(module_units(topology, module, one) for one in Load.units())
 
 
 # -- chains of products ------------------------------------------------------------------------------------

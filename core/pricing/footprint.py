@@ -20,8 +20,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from mimogrid.core.job.lora import adapters
-from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own, Vit
+from mimogrid.core.job.lora import adapters, held_in
+from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own, Parameter, Vit
 from mimogrid.core.job.placement import largest_sample
 from mimogrid.core.job.precision import HALF, MAIN_BYTES, VALUE_BYTES
 from mimogrid.core.step.cells import samples_per_cell
@@ -50,22 +50,26 @@ class Kept:
 
 def kept(topology: Topology, rank: int) -> Kept:
     """Return the bytes that a rank holds all the time: weights, and for those that train gradients and optimizer."""
-    precision = topology.spec.precision
     weights = trained = 0
     for info in topology.role(rank).stages:
-        of_stage = _values(topology, info.stage, topology.modules[info.stage.module].ep_rank_of(rank))
+        of_stage = _held(topology, info.stage, topology.modules[info.stage.module].ep_rank_of(rank))
         weights, trained = weights + of_stage[0], trained + of_stage[1]
-    return Kept(
-        VALUE_BYTES[precision] * weights, MAIN_BYTES[precision] * trained, optimizer_bytes(topology, rank)
-    )
+    return Kept(weights, MAIN_BYTES[topology.spec.precision] * trained, optimizer_bytes(topology, rank))
 
 
 @functools.lru_cache(maxsize=4096)
-def _values(topology: Topology, stage: Stage, ep: int) -> tuple[int, int]:
-    """Return how many values of weights a position along ep of a stage holds, and how many of these train."""
+def _held(topology: Topology, stage: Stage, ep: int) -> tuple[int, int]:
+    """Return the bytes of the weights that a position along ep of a stage holds, and how many values train."""
     module, info = topology.modules[stage.module], topology.stages[stage]
-    sizes = [(local_size(module, each), each.name in info.trainable) for each in module.held(info, ep)]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    held = module.held(info, ep)
+    weights = (local_size(module, each) * _value_bytes(topology, info, each) for each in held)
+    return sum(weights), sum(local_size(module, each) for each in held if each.name in info.trainable)
+
+
+def _value_bytes(topology: Topology, info: StageInfo, parameter: Parameter) -> int:
+    """Return the bytes of a value of a weight in a network."""
+    lora, trains = topology.modules[info.stage.module].lora, parameter.name in info.trainable
+    return VALUE_BYTES[held_in(parameter, lora, topology.spec.precision, trains=trains)]
 
 
 @attrs.frozen
@@ -211,6 +215,13 @@ def product_bytes(topology: Topology, info: StageInfo) -> int:
     sizes = (local_size(module, p) for p in info.parameters if p.name in info.trainable and len(p.shape) > 1)
     added = MAIN_BYTES[precision] if precision in HALF else 0
     return max(sizes, default=0) * (VALUE_BYTES[precision] + added)
+
+
+def widened_bytes(topology: Topology, info: StageInfo) -> int:
+    """Return the bytes of the largest matrix that a product of a stage widens to the precision of the job, or 0."""
+    module, width = topology.modules[info.stage.module], VALUE_BYTES[topology.spec.precision]
+    narrow = (local_size(module, p) for p in info.parameters if _value_bytes(topology, info, p) < width)
+    return width * max(narrow, default=0)
 
 
 def deferred_values(module: Module, info: StageInfo, computed: Computed) -> float:

@@ -30,6 +30,7 @@ from mimogrid.core.pricing.footprint import (
     kept,
     product_bytes,
     saved_values,
+    widened_bytes,
 )
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
@@ -231,6 +232,8 @@ def temporary_bytes(step: Step, action: Compute, dp_rank: int, *, trains: bool) 
         case Kind.WEIGHT_GRADIENT:
             values = 0.0
     product = 0 if action.kind in {Kind.FORWARD, Kind.INPUT_GRADIENT} else product_bytes(topology, info)
+    if action.kind is not Kind.WEIGHT_GRADIENT:
+        product = max(product, widened_bytes(topology, info))
     return round(VALUE_BYTES[topology.spec.precision] * values) + product
 
 

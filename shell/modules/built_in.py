@@ -63,7 +63,7 @@ class TextStage(TransformerStage):
         """Return the token embeddings, with the feeders' rows at their placeholders."""
         tokens_T = inputs["tokens"]
         text_T = tokens_T.index_select(0, packing.text_tokens)
-        text_TH = self.network.embedding.word_embeddings(text_T)
+        text_TH = self.network.embedding.word_embeddings(text_T).to(self.config.params_dtype)
         if packing.row.keys is not None:
             entries = packing.incoming[len(packing.incoming) - len(text_T) :]
             keys_T = child(packing.row.keys, draw_of(EMBEDDING)).index_select(0, entries)

@@ -29,7 +29,7 @@ from mimogrid.core.update.reductions import loss_scale
 from mimogrid.shell.device.device import DTYPES, Device
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.modules.construction import build_stage
+from mimogrid.shell.modules.construction import build_stage, round_weights
 from mimogrid.shell.modules.interface import StageModule, named_weights
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.data import Loader
@@ -164,10 +164,11 @@ def _networks(
 ) -> dict[str, StageModule]:
     """Build every module as one stage, with gradients as exact as those that training sums."""
     networks = {
-        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype).to(dtype)
+        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype)
         for name, module in topology.modules.items()
     }
     for network in networks.values():
+        round_weights(network, topology)
         for weight in named_weights(network).values():
             weight.grad_dtype = torch.promote_types(dtype, torch.float32)
     return networks

@@ -9,8 +9,12 @@ from unittest import mock
 import attrs
 import numpy as np
 import pytest
+import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -29,6 +33,8 @@ from mimogrid.core.update.buckets import buckets_of
 from mimogrid.shell.checkpoint.manifest import damage, published
 from mimogrid.shell.cli.export import export
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.megatron.attention import CoreAttention
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.world.launch import Pool
 from scale import nightly_only
 
@@ -556,12 +562,73 @@ def test_networks_that_cannot_cut_positions_are_refused(opened: Opened) -> None:
         language_of(opened, theirs=True)
 
 
-def test_a_modality_with_several_encoders_is_refused() -> None:
-    """Megatron lines up the rows of one encoder for all samples of a rank, then those of the next."""
-    modality = nn.Module()
-    modality.encoders = nn.ModuleDict({"near": nn.Identity(), "far": nn.Identity()})
-    with pytest.raises(PlanError, match=r"has 2 encoders.* which samples share a rank"):
+def modality_of(**encoders: nn.Module) -> nn.Module:
+    """A modality of these encoders, without a projection."""
+    return VisionModalitySubmodules(encoders=encoders)
+
+
+def test_encoders_of_one_modality_take_turns_sample_by_sample() -> None:
+    """A sample's rows of the first, then of the next; for one sample as Megatron joins them."""
+    near, far = torch.arange(3.0)[:, None], 10 + torch.arange(6.0).view(3, 2, 1)
+    modality = modality_of(near=nn.Identity(), far=nn.Identity())
+    inputs = {"near.input": near, "far.input": far}
+    items = {"items.near": torch.tensor([2, 1]), "items.far": torch.tensor([1, 2])}
+    said = ModalityNetwork(modality, None)({**inputs, **items})["rows"]
+    assert [0, 1, 10, 11, 2, 12, 13, 14, 15] == said.flatten().tolist()
+    alone = {key: torch.tensor([3]) for key in items}
+    whole = ModalityNetwork(modality, None)({**inputs, **alone})["rows"]
+    theirs = modality.encode({"near": {"input": near}, "far": {"input": far}})  # type: ignore[operator]
+    assert torch.equal(torch.cat(theirs), whole)
+
+
+def test_encoders_of_one_modality_say_which_rows_are_whose() -> None:
+    """Rows that no item tells apart, an encoder without tensors, and rows of a job are refused."""
+    modality = modality_of(near=nn.Identity(), far=nn.Flatten(0, 1))
+    network = ModalityNetwork(modality, None)
+    near = {"near.input": torch.zeros(1, 1), "items.near": torch.tensor([1])}
+    far = {"far.input": torch.zeros(2, 2, 1), "items.far": torch.tensor([2])}
+    with pytest.raises(WorldError, match=r"'\.far' returned a tensor of shape \[4, 1\] for 2 items"):
+        network({**near, **far})
+    with pytest.raises(WorldError, match="no tensors for its encoder 'far'"):
+        network(near)
+    with pytest.raises(PlanError, match=r"has 2 encoders, which read the tensors of items by name"):
         ModalityNetwork(modality, "pixels")
+
+
+def test_an_encoder_may_return_a_tuple() -> None:
+    """Its first tensor has the rows, as newer versions of Megatron take it."""
+
+    class WithMore(nn.Module):
+        """An encoder that returns something beside its rows."""
+
+        def forward(self, pixels: Tensor) -> tuple[Any, ...]:
+            """Return the pixels and what is not asked for."""
+            return (pixels, None) if len(pixels) else (None, pixels)
+
+    network = ModalityNetwork(modality_of(eye=WithMore()), "pixels")
+    rows = torch.ones(3, 2)
+    assert torch.equal(rows, network({"rows": rows})["rows"])
+    with pytest.raises(WorldError, match="returned a tuple, not a tensor or a tuple that begins with one"):
+        network({"rows": rows[:0]})
+
+
+def test_a_mask_hides_what_it_hides_from_megatrons_attention() -> None:
+    """Ours and Megatron's give the same in fp64, for queries that share keys, too."""
+    groups = ProcessGroupCollection(tp=specs.OneOf(0, 1), cp=specs.OneOf(0, 1))
+    common = {"attn_mask_type": AttnMaskType.causal, "layer_number": 1, "pg_collection": groups}
+    config = specs.config(num_query_groups=2)
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (
+        torch.randn(6, 3, heads, 4, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)
+    )
+    hidden = torch.rand(3, 1, 6, 6, generator=generator) < 0.5
+    hidden[:, :, range(6), range(6)] = False
+    with megatrons.alone():
+        theirs = DotProductAttention(config, attention_type="self", **common)(query, key, value, hidden)
+        ours = CoreAttention(config, rotary=None, **common)(query, key, value, hidden)
+        causal = CoreAttention(config, rotary=None, **common)(query, key, value)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(causal, ours)
 
 
 def test_experts_in_one_weight_are_refused() -> None:

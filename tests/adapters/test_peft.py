@@ -16,12 +16,13 @@ import torch
 from checkpoints import WHOLES, batch, make
 from mimogrid.adapters.huggingface import Job
 from mimogrid.core.base.errors import PlanError
-from mimogrid.core.job.peft import PREFIX
+from mimogrid.core.job.peft import PREFIX, StoredPair
+from mimogrid.core.models.mapping import ParameterRows
 from mimogrid.shell.checkpoint.index import read_index
 from mimogrid.shell.checkpoint.manifest import newest_of
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job.jobs import open_job
-from mimogrid.shell.modules.peft import adapters_of, write_adapter
+from mimogrid.shell.modules.peft import adapters_of, merged, write_adapter
 from mimogrid.shell.run.reference import Reference, double_precision, losses_and_gradients, reference
 from mimogrid.shell.world.launch import Pool
 from publishing import Seen
@@ -174,6 +175,16 @@ def counted(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits[inputs["attention_mask"].bool()]
+
+
+def test_a_merged_weight_is_as_exact_as_the_wider_of_both() -> None:
+    """A base in bf16 does not round what is added to it."""
+    a, b = torch.full((1, 2), 0.1), torch.tensor([[1e-3], [0.0]])
+    pair = StoredPair("w", 2.0, 1, (ParameterRows("a", 0, 1),), (ParameterRows("b", 0, 2),))
+    rows = {"a": a, "b": b}
+    found = merged(torch.ones(2, 2, dtype=torch.bfloat16), pair, lambda name, *_: rows[name])
+    assert torch.float32 is found.dtype
+    assert [1 + 2e-4, 1.0] == pytest.approx(found[:, 0].tolist(), abs=1e-7)
 
 
 @pytest.mark.world

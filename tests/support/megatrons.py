@@ -19,6 +19,7 @@ from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import moe_utils, router
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -70,11 +71,12 @@ def config_of(
     here: Mapping[str, int] | None = None,
     eye: Mapping[str, Any] | None = None,
     images: bool = False,
+    several: bool = False,
     **transformer: Any,
 ) -> MimoModelConfig:
     """Specify the model; `here` are the layers of the stages for which it is to be built, where there are several.
 
-    `eye` configures an encoder that is a transformer; without it the encoder is one linear layer.
+    `eye` configures an encoder that is a transformer; without it the encoder is one linear layer, or `several` are.
     """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
     layer = block_spec(
@@ -91,6 +93,11 @@ def config_of(
         layer = dataclasses.replace(layer, layer_specs=[turned] * len(layer.layer_specs))
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
     vision = specs.vision(specs.Images if images else specs.Pixels, hidden=8)
+    if several:
+        vision.submodules["encoders"] = {
+            "near": ModuleSpec(specs.Pixels, {"hidden": 8}),
+            "far": ModuleSpec(specs.Frames, {"hidden": 8}),
+        }
     if eye is not None:
         vit = Vit(layers=eye["layers"], hidden=specs.HIDDEN, heads=4, features=specs.PIXELS)
         built = vit.layers if here is None else here.get("vision", 0)
@@ -154,7 +161,7 @@ def with_groups(
     collection = ProcessGroupCollection(**dict.fromkeys(names, alone))
     collection.pp = pp or alone
     collection.embd = collection.pos_embd = None
-    encoder = config.modality_submodules_spec["vision"].submodules["encoders"]["eye"]
+    encoder = next(iter(config.modality_submodules_spec["vision"].submodules["encoders"].values()))
     for spec in (config.language_model_spec, *([encoder] if encoder.module is Patches else [])):
         spec.params["pg_collection"] = collection
     return config

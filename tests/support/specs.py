@@ -64,6 +64,14 @@ class Images(nn.Module):
         return self.linear(images * brightness[:, None, None]).flatten(0, 1)
 
 
+class Frames(Images):
+    """The same, with the rows of each image beside each other: [N, 2, H]."""
+
+    def forward(self, images: Tensor, brightness: Tensor) -> Tensor:
+        """Return [N, 2, H]."""
+        return super().forward(images, brightness).unflatten(0, (-1, 2))
+
+
 class Doubling(nn.Module):
     """An encoder of which every stage doubles what comes in: pixels on the first, hidden states later."""
 

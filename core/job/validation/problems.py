@@ -41,7 +41,11 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
         if not sizes:
             found += [*cut_problems(name, module), *sharding_problems(name, module)]
             found += [*expert_problems(name, module), *dp_problems(name, module, spec)]
-            found += [*loss_problems(name, module), *tower_problems(name, spec), *lora_problems(name, module)]
+            found += [
+                *loss_problems(name, module),
+                *tower_problems(name, spec),
+                *lora_problems(name, module, spec.precision),
+            ]
     totals = list(total_problems(spec)) if whole else []
     found += totals
     whole = whole and not totals
