@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import torch
 import torch.distributed as dist
+from megatron.core.models.vision.radio import RADIOViTModel
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
@@ -278,6 +279,12 @@ def _unable_modality(
         yield Problem(where, fact, "Leave encoder_inputs out for it, and make an encoder of blocks a modality.")
         return
     encoder = encoders[0]
+    if any(isinstance(part, RADIOViTModel) and part.has_cpe for part in modality.encoders.modules()):
+        fact = (
+            "is a RADIOViTModel that draws from its rank's random state which part of its position embeddings an image "
+            "gets (has_cpe), so what it trains depends on the layout."
+        )
+        yield Problem(where, fact, "Build it with has_cpe=False.")
     cut = not (stage.is_first_stage and stage.is_last_stage)
     cp = _cp_of(encoder)
     parts = any(block.config.sequence_parallel for block in _blocks(encoder))

@@ -44,10 +44,11 @@ def job_for(
     config: Mapping[str, Any],
     vision: Mapping[str, int],
     language: Mapping[str, int],
+    audio: Mapping[str, int] | None = None,
     **fields: Any,
 ) -> Job:
     """A job of the model on these grids, whose samples are the program's."""
-    grids = megatrons.side_by_side(vision, language)
+    grids = megatrons.side_by_side(vision, language, audio)
     batch = BatchSpec(global_size=loops.SAMPLES, microbatches=loops.MICROBATCHES)
     return opened(job_of(megatrons.config_of(**config), grids, batch=batch, precision="fp64", **fields))
 
@@ -105,6 +106,39 @@ def test_a_loss_function_of_the_programs_trains(
         ]
         sums = np.sum([reports[rank] for rank in last], axis=0) / copies
         np.testing.assert_allclose(expected.reports, sums, rtol=1e-12)
+    ours = said[0].gradients
+    assert len(expected.gradients) == len(ours)
+    for name, gradient in expected.gradients.items():
+        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
+        np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("vision", "audio", "language"),
+    [
+        ({"dp": 2}, {"dp": 1}, {"dp": 1}),
+        *nightly_only([({"dp": 3}, {"dp": 1}, {"tp": 2, "pp": 2}), ({"dp": 1}, {"dp": 2}, {"pp": 3})]),
+    ],
+)
+def test_two_modalities_train(
+    pool: Pool,
+    opened: Opened,
+    vision: Mapping[str, int],
+    audio: Mapping[str, int],
+    language: Mapping[str, int],
+) -> None:
+    """Each on ranks of its own, with rows among the text and among each other's."""
+    whole = {**COMMON, "layers": max(2, language.get("pp", 1)), "sounds": True}
+    config = {**whole, "pp": language.get("pp", 1), "tp": language.get("tp", 1)}
+    job = job_for(opened, config, vision, language, audio)
+    with megatrons.alone():
+        expected, weights = loops.expected(whole, loops.of_losses, {"sounds": True})
+    said = pool.run(
+        "loops:stepped",
+        job.topology.world_size,
+        *(job, config, weights, loops.of_losses, {"sounds": True}, None),
+    )
     ours = said[0].gradients
     assert len(expected.gradients) == len(ours)
     for name, gradient in expected.gradients.items():
@@ -373,6 +407,14 @@ def test_masks_and_packed_rows_need_whole_positions(opened: Opened) -> None:
     ):
         with pytest.raises(PlanError, match="and positions are split over cp=2"):
             as_examples(example_batch(**changes), cut)
+
+
+def test_a_modality_without_a_special_token_is_refused(language: Module) -> None:
+    """Nothing would tell its placeholders from text."""
+    with pytest.raises(
+        PlanError, match=r"modules\.vision: feeds .* no special token; there are those of \[\]"
+    ):
+        examples_of(example_batch(), language, {}, samples=3, sequence=loops.SEQUENCE, rows_of={})
 
 
 def test_labels_that_do_not_count_may_be_anything(language: Module) -> None:

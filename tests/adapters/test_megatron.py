@@ -211,6 +211,17 @@ def test_an_encoder_with_a_transformer_is_a_vit() -> None:
     assert ("vit", 3, 3, 0) == (vision.model, vision.options.layers, vision.grid.pp, vision.grid.offset)  # type: ignore[union-attr]
 
 
+def test_a_language_model_alone_is_a_job() -> None:
+    """On any ranks: without a modality there is nothing to feed it."""
+    made = job_of(
+        specs.model_config(modality_submodules_spec={}, special_token_ids={}),
+        {"language": hyper(1, tp=2, dp=2)},
+        batch=BatchSpec(global_size=2),
+    )
+    assert ["language"] == [*made.modules]
+    assert (1, 2, 2) == tuple(getattr(made.modules["language"].grid, key) for key in ("offset", "tp", "dp"))
+
+
 @views
 def test_experts_lie_where_a_view_says() -> None:
     """Whatever the configuration, which cuts them over tp where nothing else is said."""

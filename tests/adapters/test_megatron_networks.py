@@ -13,6 +13,7 @@ import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
+from megatron.core.models.vision.radio import RADIOViTModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -65,6 +66,7 @@ def job_for(
     language: Mapping[str, int],
     *,
     offset: int | None = None,
+    microbatches: int = 4,
     **fields: Any,
 ) -> Job:
     """A job of the model on these grids, the language model's at an offset or behind, with random samples."""
@@ -76,7 +78,7 @@ def job_for(
     spec = job_of(
         megatrons.config_of(**config),
         grids,
-        batch=BatchSpec(global_size=12, microbatches=4),
+        batch=BatchSpec(global_size=12, microbatches=microbatches),
         data=DataSpec(source="synthetic", options=DATA),
         precision="fp64",
         **fields,
@@ -352,6 +354,39 @@ def test_an_encoder_of_megatrons_trains_in_stages(
 
 @pytest.mark.world
 @pytest.mark.parametrize(
+    ("vision", "language", "offset"),
+    [
+        ({"tp": 1, "dp": 2}, {"tp": 2, "dp": 1}, 0),
+        *nightly_only(
+            [
+                ({"tp": 1}, {"tp": 1}, None),
+                ({"tp": 1}, {"pp": 3}, None),
+                ({"tp": 2}, {"tp": 2, "pp": 3}, None),
+                ({"tp": 2, "pp": 2}, {"tp": 2, "pp": 2}, None),
+                ({"dp": 4}, {"tp": 2, "pp": 2}, None),
+                ({"tp": 2, "pp": 2}, {"dp": 4}, None),
+                ({"dp": 2}, {"tp": 2, "pp": 3}, None),
+                ({"tp": 2, "dp": 4}, {"tp": 4, "dp": 2}, 0),
+                ({"tp": 4, "dp": 2}, {"tp": 2, "dp": 4}, 0),
+            ]
+        ),
+    ],
+)
+def test_the_grids_of_megatrons_own_tests_train(
+    pool: Pool, opened: Opened, vision: Mapping[str, int], language: Mapping[str, int], offset: int | None
+) -> None:
+    """The seven of its schedule, each module on ranks of its own, and those of modules on the same ranks."""
+    whole = {"layers": max(2, language.get("pp", 1)), "language": {"max_sequence_length": 16}}
+    eye = {"layers": 2}
+    cut = {"pp": language.get("pp", 1), "tp": language.get("tp", 1)}
+    cut_eye = {**eye, "pp": vision.get("pp", 1), "tp": vision.get("tp", 1)}
+    config = {**whole, **cut, "eye": cut_eye}
+    job = job_for(opened, config, vision, language, offset=offset, microbatches=3)
+    compare(pool, job, config, {**whole, "eye": eye})
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
     "options",
     [{"gated_linear_unit": True, "activation_func": silu}, *nightly_only([{"add_bias_linear": False}])],
 )
@@ -595,6 +630,17 @@ def test_encoders_of_one_modality_say_which_rows_are_whose() -> None:
         ModalityNetwork(modality, "pixels")
 
 
+def test_an_encoder_that_draws_its_positions_is_refused() -> None:
+    """RADIO does so in training, from the random state of its rank."""
+    radio = RADIOViTModel.__new__(RADIOViTModel)
+    nn.Module.__init__(radio)
+    radio.has_cpe = True
+    with pytest.raises(PlanError, match=r"(?s)is a RADIOViTModel .* depends on the layout\..*has_cpe=False"):
+        ModalityNetwork(modality_of(eye=nn.Sequential(radio)), None)
+    radio.has_cpe = False
+    ModalityNetwork(modality_of(eye=nn.Sequential(radio)), None)
+
+
 def test_an_encoder_may_return_a_tuple() -> None:
     """Its first tensor has the rows, as newer versions of Megatron take it."""
 
@@ -654,6 +700,13 @@ def test_experts_in_one_weight_are_refused() -> None:
     ("owner", "what", "said"),
     [
         ("config", {"mtp_num_layers": 1}, "predicts several tokens at once"),
+        ("config", {"sequence_parallel": True}, "cuts the embeddings of text before rows are put among them"),
+        (
+            "config",
+            {"sequence_parallel": True},
+            "cuts sequences of 16 positions over tp=3 and cp=2: not a multiple of 12",
+        ),
+        ("model", {"parallel_output": False}, "gathers its logits"),
         ("model", {"position_embedding_type": "mrope"}, "turns by mrope, and cuts positions over cp=2"),
     ],
 )
@@ -662,7 +715,7 @@ def test_language_models_that_read_more_than_a_job_has_are_refused(
 ) -> None:
     """By the name of what they would need."""
     with pytest.raises(PlanError, match=said):
-        language_of(opened, **{owner: what})
+        language_of(opened, tp=3, **{owner: what})
 
 
 def language_of(
@@ -671,12 +724,14 @@ def language_of(
     theirs: bool = False,
     model: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    tp: int = 1,
 ) -> LanguageStage:
     """A stage of a language model on the first of two ranks along cp, changed once it is built."""
     sizes = {"vocab_size": specs.VOCAB, "max_sequence_length": 16}
     gpt = megatrons.of_two(GPTModel, theirs=theirs, causal=True, **sizes)
     vars(gpt).update(model or {})
     vars(gpt.config).update(config or {})
+    gpt.pg_collection.tp = specs.OneOf(0, tp)
     job = job_for(opened, {"layers": 1, "language": {"max_sequence_length": 16}}, {"dp": 1}, {"cp": 2})
     return LanguageStage(gpt, topology=job.topology, name="language", rank=1)
 

@@ -40,6 +40,7 @@ def batches(
     turned: bool = False,
     masked: bool = False,
     packed: bool = False,
+    sounds: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield microbatches: all of their samples, placeholders among the text, some tokens half or not counted."""
     generator = torch.Generator().manual_seed(3)
@@ -49,6 +50,9 @@ def batches(
         ids = torch.randint(0, specs.IMAGE, (size, SEQUENCE), generator=generator)
         for sample, count in zip(ids, counts, strict=True):
             sample[torch.randperm(SEQUENCE, generator=generator)[:count]] = megatrons.PLACEHOLDER
+        if sounds:
+            text = (ids != megatrons.PLACEHOLDER).nonzero()[microbatch % 3 :: 4]
+            ids[text[:, 0], text[:, 1]] = megatrons.SOUND
         mask = torch.randint(0, 3, ids.shape, generator=generator) / 2
         pixels = torch.randn(sum(counts), specs.PIXELS, dtype=torch.float64, generator=generator)
         eye = {"pixels": pixels}
@@ -60,6 +64,8 @@ def batches(
             frames = torch.randn(sum(counts) // 3, 2, specs.PIXELS, dtype=torch.float64, generator=generator)
             far = {"images": frames, "brightness": frames[:, 0, 0]}
             inputs = {"near": {"pixels": pixels[: sum(counts) // 3]}, "far": far}
+        count = int((ids == megatrons.SOUND).sum())
+        heard = torch.randn(count, specs.PIXELS, dtype=torch.float64, generator=generator)
         counted = torch.arange(SEQUENCE).expand_as(ids)
         turns = torch.stack([counted, counted // 3, counted % 5 + ids % 2])
         hidden = torch.ones(size, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
@@ -76,7 +82,10 @@ def batches(
             "loss_mask": mask,
             **({"labels": ids.roll(-1, dims=1) % specs.VOCAB} if labels else {}),
             **({"packing_kwargs": {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}} if packed else {}),
-            "modality_inputs": {"vision": inputs},
+            "modality_inputs": {
+                "vision": inputs,
+                **({"audio": {"ear": {"pixels": heard}}} if sounds else {}),
+            },
         }
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import specs
 from hosts import host
 from mimogrid.adapters import torch_module
-from mimogrid.adapters.megatron import block_of, forward_backward_func, layer_spec, networks_of
+from mimogrid.adapters.megatron import Blocks, block_of, forward_backward_func, layer_spec, networks_of
 from mimogrid.adapters.megatron.modality import packed
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.base.hashing import draw_bits
@@ -50,16 +50,23 @@ from mimogrid.shell.runtime.tensor_slices import full_tensors
 
 PLACEHOLDER = 99
 """The special token of images; no token of text."""
+SOUND = 98
+"""The special token of sounds."""
 
 
-def side_by_side(vision: Mapping[str, int], language: Mapping[str, int]) -> dict[str, HyperCommGrid]:
-    """Megatron's grids of two modules by the sizes of their axes; the language model is behind the encoder."""
-    return {
-        "vision": HyperCommGrid(list(vision.values()), list(vision)),
-        "language": HyperCommGrid(
-            list(language.values()), list(language), rank_offset=math.prod(vision.values())
-        ),
-    }
+def side_by_side(
+    vision: Mapping[str, int], language: Mapping[str, int], audio: Mapping[str, int] | None = None
+) -> dict[str, HyperCommGrid]:
+    """Megatron's grids of modules by the sizes of their axes, one behind the other; the language model is the last."""
+    found, offset = {}, 0
+    for name, sizes in {
+        "vision": vision,
+        **({"audio": audio} if audio else {}),
+        "language": language,
+    }.items():
+        found[name] = HyperCommGrid(list(sizes.values()), list(sizes), rank_offset=offset)
+        offset += math.prod(sizes.values())
+    return found
 
 
 def config_of(
@@ -72,11 +79,13 @@ def config_of(
     eye: Mapping[str, Any] | None = None,
     images: bool = False,
     several: bool = False,
+    sounds: bool = False,
     **transformer: Any,
 ) -> MimoModelConfig:
     """Specify the model; `here` are the layers of the stages for which it is to be built, where there are several.
 
     `eye` configures an encoder that is a transformer; without it the encoder is one linear layer, or `several` are.
+    With `sounds` there is a second modality.
     """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
     layer = block_spec(
@@ -108,10 +117,11 @@ def config_of(
         if sizes.num_moe_experts:
             stack = with_experts(stack, sizes, causal=False)
         vision = specs.vision(Patches, in_features=specs.HIDDEN, transformer_config=sizes, spec=stack)
+    audio = {"audio": specs.audio()} if sounds else {}
     return specs.model_config(
         language_model_spec=text,
-        modality_submodules_spec={"vision": vision},
-        special_token_ids={"vision": PLACEHOLDER},
+        modality_submodules_spec={"vision": vision, **audio},
+        special_token_ids={"vision": PLACEHOLDER, **dict.fromkeys(audio, SOUND)},
     )
 
 
@@ -327,7 +337,9 @@ def trained(
     hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place), exact_routing():
         made = config_of(**config, here=hosted)
-        eye = arranged if config.get("eye") else "pixels"
+        eye: Any = arranged if config.get("eye") else "pixels"
+        if config.get("eye") and config["eye"].get("pp", 1) == 1:
+            eye = Blocks("pixels", mask="attention_mask")
         function = forward_backward_func(
             job, made, encoder_inputs={"vision": eye}, optimizer="host", **options
         )

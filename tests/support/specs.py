@@ -6,6 +6,7 @@ import attrs
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.submodules.audio import AudioModalitySubmodules
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -114,6 +115,14 @@ def vision(
         linear = ModuleSpec(module=nn.Linear, params={"in_features": in_features, "out_features": HIDDEN})
         parts["input_projections"] = [linear]
     return ModuleSpec(module=VisionModalitySubmodules, params={}, submodules=parts)
+
+
+def audio() -> ModuleSpec:
+    """Sounds through one encoder, projected to the language model's width."""
+    linear = ModuleSpec(module=nn.Linear, params={"in_features": 6, "out_features": HIDDEN})
+    encoders = {"ear": ModuleSpec(module=Pixels, params={"hidden": 6})}
+    parts = {"encoders": encoders, "input_projections": [linear]}
+    return ModuleSpec(module=AudioModalitySubmodules, params={}, submodules=parts)
 
 
 def model_config(**fields: Any) -> MimoModelConfig:
