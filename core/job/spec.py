@@ -239,11 +239,29 @@ class TaskSpec:
 
 
 @attrs.frozen(kw_only=True)
+class GenerateSpec:
+    """`[validation.generate]`: answers of so many tokens at most (0: none), the likeliest (`temperature` 0) or drawn.
+
+    Draws are among the `top_k` likeliest tokens (0: all), and of these among the fewest that have `top_p` together.
+    `stop` are the tokens that end an answer; without them it is the last token of the true one. `metrics` are functions
+    of the user's that are called with each answer.
+    """
+
+    tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()
+    metrics: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
 class ValidationSpec:
     """`[validation]`: losses of held-out samples, after every so many steps (0: never) and at the end.
 
     Each of the `tasks` has at least so many `samples`; without tasks they are those that the data source holds out.
-    `metrics` are functions of the user's that are called with each sample's logits. The weights that are `best` by a
+    `metrics` are functions of the user's that are called with each sample's logits. With `generate` the model also
+    answers. The weights that are `best` by a
     metric are kept, and training ends after `patience` validations that are not (0: it does not).
     """
 
@@ -251,6 +269,7 @@ class ValidationSpec:
     samples: int = 256
     tasks: Mapping[str, TaskSpec] = attrs.field(factory=dict[str, TaskSpec])
     metrics: tuple[str, ...] = ()
+    generate: GenerateSpec = GenerateSpec()
     best: str = ""
     highest: bool = False
     patience: int = 0

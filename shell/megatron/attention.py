@@ -28,6 +28,7 @@ from mimogrid.core.base.zigzag import ZigZag
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.models.frequencies import axes, frequencies, parse_scaling
 from mimogrid.shell.device.device import SHARES_KEPT, sent
+from mimogrid.shell.megatron.cache import padded
 from mimogrid.shell.megatron.draws import WEIGHTS, child, draw_of, kept
 from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 
@@ -86,7 +87,7 @@ class CoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.draw, self.tp = draw_of(WEIGHTS, layer), pg_collection.tp
-        self.window = window
+        self.window, self.layer = window, layer
         self.rotary = rotary
         self.segmentation = segmentation
         self.dropout = float(config.attention_dropout)
@@ -127,6 +128,8 @@ class CoreAttention(nn.Module):
         if row.order is not None:
             both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp)
             key, value = both.index_select(0, row.order).chunk(2, dim=-1)
+        if row.cached is not None and (found := row.cached.joined(self.layer, key, value)) is not None:
+            return self._behind(query, row, found)
         by_chunk = row.runs(self.segmentation, causal=self.causal, window=self.window)
         asked = [run.count * len(run.queries) for run in itertools.chain(*by_chunk)]
         padding = len(query) - sum(asked)
@@ -151,6 +154,28 @@ class CoreAttention(nn.Module):
             # The backward of the gather is joint, so a rank without positions takes part in it, too.
             mixed[0] = mixed[0] + (query[:0].sum() + key[:0].sum() + value[:0].sum())
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def _behind(self, query_TND: Tensor, row: PackedRow, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Attend from the one position that each sample has in a row to all positions of the sample so far."""
+        assert set(row.segmentations[SEGMENTS]) == {1}
+        mixed_TND = torch.zeros_like(query_TND)
+        mine = [sample for chunk in row.pieces for piece in chunk for sample in piece]
+        if not mine:  # another cp rank has them
+            return mixed_TND
+        keys, values = zip(*(found[sample] for sample in mine), strict=True)
+        last = -self.window if self.window else None
+        key_nPND, seen_nP = padded([key[last:] for key in keys])
+        value_nPND, _ = padded([value[last:] for value in values])
+        query_nN1D = query_TND[: len(mine), :, None]
+        mixed_nN1D = functional.scaled_dot_product_attention(
+            query_nN1D,
+            key_nPND.transpose(1, 2),
+            value_nPND.transpose(1, 2),
+            attn_mask=seen_nP[:, None, None],
+            enable_gqa=query_nN1D.shape[1] != key_nPND.shape[2],
+        )
+        mixed_TND[: len(mine)] = mixed_nN1D[:, :, 0]
+        return mixed_TND
 
     def _attend(  # noqa: PLR0917 -- three tensors, and how
         self,

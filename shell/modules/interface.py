@@ -35,6 +35,7 @@ from mimogrid.core.job.layer_engines import Choice
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share
 from mimogrid.core.topology.topology import Module, StageInfo
+from mimogrid.shell.megatron.cache import Cache
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.modules.projectors import projector_of
@@ -131,6 +132,8 @@ class StageModule(nn.Module):
         layers_by: The engine that its layers come from.
         loss: The loss that the last stage of a language model computes.
         generates: Whether a network of the user's returns a prediction in place of its loss.
+        can_cache: Whether a language model can compute a token behind what a cache has.
+        cache: The cache that a language model goes on from, and adds to; None: it computes whole samples.
     """
 
     draws = False
@@ -138,6 +141,8 @@ class StageModule(nn.Module):
     reads_entire = False
     loss_scale = 1.0
     generates = False
+    can_cache = False
+    cache: Cache | None = None
     layers_by: Choice | None = None
     loss: Loss = staticmethod(weighted_cross_entropy)
 

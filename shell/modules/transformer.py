@@ -5,6 +5,7 @@ Every cp rank has all inputs and outputs, and computes its own part of the posit
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from mimogrid.core.step.step import Share, aux_name
 from mimogrid.core.topology.topology import Module, StageInfo
 from mimogrid.shell.device.device import sent
 from mimogrid.shell.megatron import draws, engine
+from mimogrid.shell.megatron.cache import Cache, CachedRow
 from mimogrid.shell.megatron.experts import ExpertGroups, Experts, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
 from mimogrid.shell.megatron.names import (
@@ -134,6 +136,8 @@ class TransformerStage(StageModule):
         )
         if self.drops and self.training:
             packing = attrs.evolve(packing, row=self.drawing(packing, share))
+        if self.cache is not None:
+            packing = attrs.evolve(packing, row=self.continued(packing, share, self.cache))
         deep: Sequence[Tensor] = ()
         if self.info.first:
             hidden_S1H, deep = self.enter(inputs, share, packing), self.deepstack(inputs, packing)
@@ -154,6 +158,19 @@ class TransformerStage(StageModule):
         parts = self.tp.size() if self.sequence_parallel else 1
         between = keys.chunk(parts)[self.tp.rank() if parts > 1 else 0]
         return attrs.evolve(packing.row, keys=keys, keys_between=between)
+
+    def continued(self, packing: Packing, share: Share, cache: Cache) -> PackedRow:
+        """Return the row behind what a cache has of its samples."""
+        axes, samples = rotary_positions(self.model, share), tuple(sample.id for sample in share.samples)
+        before = [cache.ends.get(sample, 0) for sample in samples]
+        ends = itertools.accumulate(share.positions)
+        for sample, start, end, count in zip(samples, before, ends, share.positions, strict=True):
+            within = 1 + max(max(axis[end - count : end]) for axis in axes) if axes else count
+            cache.ends[sample] = start + within
+        offsets = sent(torch.tensor(before), packing.sample_at.device).index_select(0, packing.sample_at)
+        row = packing.row
+        cached = CachedRow(cache, samples, share.positions)
+        return attrs.evolve(row, positions=row.positions + offsets, cached=cached)
 
     @property
     def decoder(self) -> TransformerBlock:

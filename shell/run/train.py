@@ -57,7 +57,7 @@ from mimogrid.shell.run.folders import (
 from mimogrid.shell.run.interruptions import ending_at_once, going_on, noting_failure
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
-from mimogrid.shell.run.validation import NOT_VALIDATED, Function, Validated, functions_of, validate
+from mimogrid.shell.run.validation import NOT_VALIDATED, Functions, Validated, validate
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.ahead import LoadsAhead, open_ahead
 from mimogrid.shell.runtime.execute import Executor
@@ -193,7 +193,7 @@ def _trained(
                 log.info(line)
         if ahead:
             runtime.source.source = ahead
-        functions = functions_of(job.spec.validation.metrics) if is_first and job.tasks else ()
+        functions = Functions.of(job.spec.validation) if is_first and job.tasks else Functions()
         run = Run(session, runtime, folder, log, saver, is_first, ahead, functions)
         tally = run.train(0 if saved is None else run.resume(saved))
         return tally if isinstance(tally, Stopped) else run.finish(tally)
@@ -237,7 +237,7 @@ class Run:
     saver: Saver
     is_first: bool
     ahead: LoadsAhead | None = None
-    functions: tuple[Function, ...] = ()
+    functions: Functions = attrs.field(factory=Functions)
 
     def resume(self, saved: str) -> int:
         """Load a checkpoint; return the step that is next, 0 where there is no checkpoint."""

@@ -27,6 +27,7 @@ from mimogrid.core.step.seeds import Seeds, draw_key, seeds_of
 from mimogrid.core.step.step import Share, Step, aux_name
 from mimogrid.core.topology.topology import Link, Module, StageInfo
 from mimogrid.core.update.reductions import loss_scale
+from mimogrid.shell.megatron.cache import Cache
 from mimogrid.shell.megatron.draws import begin_draws
 from mimogrid.shell.megatron.weight_grad_store import WeightGrads, flush
 from mimogrid.shell.modules.interface import StageModule
@@ -60,17 +61,18 @@ class StageRunner:
         loss_scale: float = 1.0,
         loss: Loss | None = weighted_cross_entropy,
         generates: bool = False,
+        cache: Cache | None = None,
     ) -> "StageStep":
         """Return the stage in step `index`, and set the network's loss and mode for it.
 
         Every loss is multiplied by `loss_scale` before its backward. `loss` is the loss of language models; without it
         a last stage loads no targets and computes no loss, and keeps its logits. Modules of the user's that have a
-        loss then rest, or, if the step generates, return a prediction.
+        loss then rest, or, if the step generates, return a prediction. With a `cache` a language model goes on from it.
         """
         if loss is not None:
             self.network.loss = StepLoss(loss)
         self.network.loss_scale = loss_scale
-        self.network.generates = generates
+        self.network.generates, self.network.cache = generates, cache
         if self.network.training != program.order.training:
             self.network.train(program.order.training)
         position = self.module.grid.position(self.rank)
@@ -222,12 +224,12 @@ class StageStep:
             return contextlib.nullcontext()
         return self.runner.network.weight_grads.open(self.weight_grads.setdefault(microbatch, []))
 
-    def last_tokens(self, microbatch: int) -> tuple[range, torch.Tensor]:
-        """Return which samples of the step a dp rank has in a microbatch, and the likeliest token after each."""
+    def last_logits(self, microbatch: int) -> tuple[range, torch.Tensor]:
+        """Return which samples of the step a dp rank has in a microbatch, and the logits [B, V] behind each."""
         logits_TV, name = self.logits[microbatch], self.runner.module.name
         ends = torch.tensor(prefix_sums(self._share(microbatch).lengths)[1:], device=logits_TV.device) - 1
         which = self.program.routes.step.samples_of(name, self.dp_rank, microbatch)
-        return which, logits_TV[ends].argmax(dim=-1)
+        return which, logits_TV[ends]
 
     def sample_logits(self, microbatch: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the place of each sample of a dp rank in the step, and its logits [T, V]."""
