@@ -1,4 +1,4 @@
-"""What Megatron-LM's tests of MIMO ask for (`megatron_behaviours.toml`): each behaviour has a test here, or a reason."""
+"""What Megatron-LM's tests of MIMO ask for (`megatron_behaviours.toml`): each has a test here, or a reason."""
 
 import ast
 import collections

@@ -1,6 +1,5 @@
 """Loops: a forward step and a loss function as a program for Megatron has them, here and in a job's program."""
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,14 +185,13 @@ class InFull(nn.Module):
             in_row = len(said) // len(batch["input_ids"])
             rows = [torch.cat(said[i : i + in_row], dim=1) for i in range(0, len(said), in_row)]
             return torch.cat(rows), batch["loss_mask"]
-        # In 0.16 the language model gets no position ids, by which mrope turns.
+        # In 0.16 the language model gets no position ids, by which mrope turns; in 0.19 it gets no mask.
         language, turns = self.model.language_model, batch["position_ids"]
+        given = {"attention_mask": batch["attention_mask"]}
         if turns.dim() > 2:
-            whole, batch = language.forward, {**batch, "position_ids": None}
-            given = mock.patch.object(
-                language, "forward", lambda **named: whole(**{**named, "position_ids": turns})
-            )
-        with given if turns.dim() > 2 else contextlib.nullcontext():
+            given, batch = {**given, "position_ids": turns}, {**batch, "position_ids": None}
+        whole = language.forward
+        with mock.patch.object(language, "forward", lambda **named: whole(**{**named, **given})):
             logits, loss_mask = self.model(**batch)
         output = logits if labels is None else cross_entropy(logits.mT, labels, reduction="none")
         return output, loss_mask
