@@ -50,7 +50,7 @@ def cells_of(assigned: CellAssignment) -> list[tuple[int, ...]]:
 SAMPLES = st.tuples(st.integers(0, 40), st.integers(1, 40))
 
 
-@settings(max_examples=drawn(200))
+@settings(max_examples=drawn(60))
 @given(
     st.lists(SAMPLES, min_size=12, max_size=60), st.sampled_from([(1, 1), (2, 3), (4, 3), (12, 1), (1, 12)])
 )
@@ -78,7 +78,7 @@ def test_equal_samples_are_cut_evenly(microbatches: int, lanes: int, each: int) 
     assert tuple(range(0, count + 1, each)) == assigned.cells
 
 
-@settings(max_examples=drawn(100))
+@settings(max_examples=drawn(40))
 @given(st.lists(st.floats(0.1, 9.0), min_size=24, max_size=80))
 def test_no_lane_is_heavier_than_the_mean_by_more_than_a_sample(costs: list[float]) -> None:
     """Longest first, the last sample that a lane gets goes to the least loaded one, which is below the mean."""

@@ -168,7 +168,7 @@ def test_traffic_of_a_frozen_encoder() -> None:
     assert (1, 2 * 4 * 4) == (found.messages, found.bytes)
 
 
-@settings(max_examples=drawn(60))
+@settings(max_examples=drawn(30))
 @given(st.sampled_from(sorted(CASES)), st.lists(st.sampled_from((0, 1, 5)), min_size=1, max_size=48))
 def test_traffic_is_what_the_program_sends(case: str, rows: list[int]) -> None:
     """The messages of every edge are those that the ranks' programs send to other ranks."""

@@ -168,7 +168,7 @@ def test_a_weight_in_both_halves(apart: Comparing, delay: int) -> None:
     assert max(found.values()) <= ROUNDING
 
 
-@settings(max_examples=drawn(4), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=drawn(2), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts(), delay=st.sampled_from((0, 1, 2, LAST)))
 def test_halves_of_any_layout_are_the_whole(apart: Comparing, spec: JobSpec, delay: int) -> None:
     """Whatever graph, grids, experts, recomputation, chunks and freezing a job has."""
