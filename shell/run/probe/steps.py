@@ -44,20 +44,21 @@ class Steps:
 
 
 def in_turns(runtime: RankRuntime, jobs: Sequence[Job], repeat: int) -> list[Steps]:
-    """Run steps of a job under several schedules, which alternate."""
+    """Run steps of a job under several schedules, which alternate; backwards are not cut."""
+    orders = [attrs.evolve(job.order, cuts={}) for job in jobs]
     found = [Steps() for _ in jobs]
     for index in range(WARM_UP + repeat):
-        for job, steps in zip(jobs, found, strict=True):
+        for job, order, steps in zip(jobs, orders, found, strict=True):
             step = job.step(index)
             turns = Turns(
-                turns_of(plan_step(step, job.order))[runtime.rank], runtime.group, Clock(runtime.device)
+                turns_of(plan_step(step, order))[runtime.rank], runtime.group, Clock(runtime.device)
             )
             dist.barrier(runtime.group)
             begin = time.thread_time()
             following = job.step(index + 1)
-            plan_step(following, job.order).of(runtime.rank)
+            plan_step(following, order).of(runtime.rank)
             planned = time.thread_time() - begin
-            train_step(runtime, index, step, following, executor=turns, order=job.order)
+            train_step(runtime, index, step, following, executor=turns, order=order)
             if index >= WARM_UP:
                 steps.planning.append(planned)
                 for action, measurement in turns.measurements.items():
