@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from mimogrid.core.base.samples import prefix_sums
 from mimogrid.core.job.models import Own
-from mimogrid.core.program.lifetimes import Content, Held
+from mimogrid.core.program.lifetimes import Content, Held, held
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
 from mimogrid.core.step.routes import Message, RowRange, RowSlice, row_ranges
@@ -143,9 +143,9 @@ class StageStep:
             case Kind.WEIGHT_GRADIENT:
                 flush(self.weight_grads.pop(action.microbatch))
 
-    def release(self, held: Held) -> None:
+    def release(self, tensor: Held) -> None:
         """Free a tensor; the stage has none where it computed no loss."""
-        self.tensors.pop(held, None)
+        self.tensors.pop(tensor, None)
 
     # -- forward and backward ------------------------------------------------------------------------------
 
@@ -281,7 +281,7 @@ class StageStep:
         return seeds_of(seed, stage, self.position, step=self.index, microbatch=microbatch)
 
     def _held(self, content: Content, microbatch: int, link: Link | None = None) -> Held:
-        return Held(self.runner.info.stage, content, microbatch, link)
+        return held(self.runner.info.stage, content, microbatch, link)
 
     # -- what crosses the stage's borders ------------------------------------------------------------------
 
