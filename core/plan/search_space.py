@@ -36,7 +36,7 @@ from mimogrid.core.plan.configs import (
     RankTime,
     Rates,
 )
-from mimogrid.core.pricing.flops import Flops, Load, Loads, module_units
+from mimogrid.core.pricing.flops import Flops, Load, Loads, alike_layers, module_units, trainable_of
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
@@ -413,7 +413,7 @@ class LayerCosts:
         topology = assemble(spec, self.facts)
         module = topology.modules[self.name]
         values = values_of_units(module)
-        always = [kept(topology, module.grid.rank_at(pp=pp)) for pp in range(self.layers)]
+        always = [kept(topology, module.grid.rank_at(pp=pp)) for pp in self._alike(topology, module)]
         trained = _by_layer([StageCosts(forward=each.trained) for each in values])
         return LayerBytes(
             topology=topology,
@@ -435,7 +435,21 @@ class LayerCosts:
     def _in_flight(self, topology: Topology, module: Module) -> PrefixSums:
         """Return the bytes of the longest sample in flight, by layers."""
         step = step_of(topology, (self.longest,) * topology.spec.batch.global_size)
-        return _prefix_sums(saved_bytes(step, info.stage, 0, 0) for info in module.stages)
+        alike = self._alike(topology, module)
+        saved = {layer: saved_bytes(step, module.stages[layer].stage, 0, 0) for layer in set(alike)}
+        return _prefix_sums(saved[layer] for layer in alike)
+
+    def _alike(self, topology: Topology, module: Module) -> tuple[int, ...]:
+        """Return, for each layer as a stage of its own, the first one that is like it; the ends are like no other."""
+        if isinstance(module.model, Own) or module.lora is not None:
+            return tuple(range(self.layers))
+        first = {0: 0, self.layers - 1: self.layers - 1}
+        alike = alike_layers(module.model, trainable_of(topology, module.name))
+        inner: dict[int, int] = {}
+        return tuple(
+            first.get(layer, inner.setdefault(like, layer) if layer not in first else layer)
+            for layer, like in enumerate(alike)
+        )
 
 
 def _by_layer(parts: Sequence[StageCosts]) -> tuple[StageCosts, ...]:

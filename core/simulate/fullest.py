@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from mimogrid.core.base.grid import Grid
-from mimogrid.core.pricing.footprint import ranks_by_stages
+from mimogrid.core.pricing.footprint import kept, ranks_by_stages
 from mimogrid.core.program.lower import Program
 from mimogrid.core.simulate.memory import bytes_between, most_bytes
 from mimogrid.core.simulate.rank_classes import RankClasses, alike_in_bytes
@@ -30,13 +30,24 @@ class Fullest:
         return f"{module}.{topology.modules[module].grid.position_along('pp', self.rank)}"
 
 
-def fullest_ranks(program: Program) -> dict[str, Fullest]:
-    """Return, by module, the rank with it that holds most."""
+def fullest_ranks(program: Program, whole: Topology | None = None) -> dict[str, Fullest]:
+    """Return, by module, the rank with it that holds most.
+
+    The program may be that of some of the dp ranks of a `whole` topology. What these share counts as on the first rank
+    there that hosts the same stages.
+    """
     topology = program.topology
     by_stages = ranks_by_stages(topology)
     alike = RankClasses.of({rank: stages for stages, ranks in by_stages.items() for rank in ranks})
-    most = {rank: bytes_between(program, rank)[1] for rank in alike_in_bytes(program, alike).members}
-    held = functools.cache(functools.partial(most_bytes, program))
+    more = dict.fromkeys(alike.leader, 0)
+    if whole is not None:
+        for stages, (rank, *_) in ranks_by_stages(whole).items():
+            shared = kept(whole, rank).bytes
+            more |= {each: shared - kept(topology, each).bytes for each in by_stages[stages][:1]}
+        more = {rank: more[leader] for rank, leader in alike.leader.items()}
+    leaders = alike_in_bytes(program, alike).members
+    most = {rank: bytes_between(program, rank)[1] + more[rank] for rank in leaders}
+    held = functools.cache(lambda rank: most_bytes(program, rank) + more[rank])
     return {name: _fullest(module.grid, most, held) for name, module in topology.modules.items()}
 
 
