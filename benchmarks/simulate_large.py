@@ -18,9 +18,9 @@ import sys
 import time
 
 import attrs
+import plan_large
 
 import large
-import plan_large
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.pricing.assumed import assumed
