@@ -31,7 +31,7 @@ from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
-from mimogrid.core.simulate.fullest import fullest_ranks
+from mimogrid.core.simulate.fullest import bytes_at_most, fullest_ranks
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.simulation import rank_classes_of, simulate
 from mimogrid.core.step.routes import Routes
@@ -91,14 +91,24 @@ class Evaluator:
         return seconds / layout.lockstep_s if layout.lockstep_s else 0.0
 
     def fitted(self, layout: Layout) -> Layout:
-        """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
-        short = _shortened(layout.spec)
-        return self._with_memory(layout, self._program(short, _times_narrower(short)))
+        """Return a layout, which is too large if its fullest rank holds too much in a short step."""
+        program, whole = self._short(layout)
+        return (
+            layout if bytes_at_most(program, whole) <= self.question.memory_bytes else self.measured(layout)
+        )
 
-    def _with_memory(self, layout: Layout, program: Program) -> Layout:
-        whole = self.question.topology(layout.spec)
-        narrower = len(program.topology.ranks) < len(whole.ranks)
-        fullest = fullest_ranks(program, whole if narrower else None)
+    def measured(self, layout: Layout) -> Layout:
+        """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
+        return self._with_memory(layout, *self._short(layout))
+
+    def _short(self, layout: Layout) -> tuple[Program, Topology | None]:
+        """Return the program of a short step, with the whole topology if it is that of some of the dp ranks."""
+        short = _shortened(layout.spec)
+        times = _times_narrower(short)
+        return self._program(short, times), self.question.topology(layout.spec) if times > 1 else None
+
+    def _with_memory(self, layout: Layout, program: Program, whole: Topology | None) -> Layout:
+        fullest = fullest_ranks(program, whole)
         most = {name: each.bytes for name, each in fullest.items()}
         largest, has = max(most, key=most.__getitem__), self.question.memory_bytes
         if most[largest] <= has:
@@ -117,12 +127,13 @@ class Evaluator:
         firsts = (ranks[0] for ranks in ranks_by_stages(program.topology).values())
         if _actions(program, firsts) > SIMULATED_MOST:  # of the fewest classes that there can be
             return layout
-        step = self._step(question.topology(layout.spec))
+        whole = question.topology(layout.spec)
+        step = self._step(whole)
         costs = even_costs(step, question.machine)
         classes = rank_classes_of(program, costs)
         if _actions(program, classes.members) > SIMULATED_MOST:
             return layout
-        layout = self._with_memory(layout, program)
+        layout = self._with_memory(layout, program, whole if times > 1 else None)
         if layout.kind == TOO_LARGE:
             return layout
         timeline = simulate(program, costs, classes=classes)

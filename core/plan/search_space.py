@@ -16,7 +16,7 @@ price any stage with two look-ups.
 import bisect
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -120,13 +120,23 @@ class SearchSpace:
         split = self.costs.split(config.shape, pp * chunks)
         starts = tuple(itertools.accumulate(split, initial=0))
         mine = [[(starts[i], starts[i + 1]) for i in range(rank, pp * chunks, pp)] for rank in range(pp)]
+        carry_s = self._reducing(config)
         return PricedConfig(
             module=self.costs.name,
             config=config,
             split=split,
             forward=seconds.forward[-1],
             backward=seconds.backward[-1],
-            times=tuple(self._time(config, seconds, held, spans) for spans in mine),
+            times=tuple(
+                RankTime(
+                    head=seconds.forward[spans[0][0]],
+                    work=over(seconds.forward, spans) + over(seconds.backward, spans),
+                    tail=seconds.backward[spans[0][0]],
+                    reduce=carry_s(over(held.trained, spans)),
+                    update=over(seconds.update, spans),
+                )
+                for spans in mine
+            ),
             bytes=tuple(self._bytes(config, held, rank, spans) for rank, spans in enumerate(mine)),
         )
 
@@ -134,21 +144,12 @@ class SearchSpace:
         """Return how many samples of a microbatch the fullest dp rank has."""
         return -(-(self.costs.samples // config.microbatches) // config.dp)
 
-    def _time(
-        self, config: ParallelConfig, seconds: "LayerSeconds", held: "LayerBytes", spans: Sequence["Span"]
-    ) -> RankTime:
-        """Return the seconds of a rank with these layers, its first span first."""
-        first, copies, machine = spans[0][0], config.shape.cp * config.dp, self.costs.machine
-        gradients = over(held.trained, spans) * machine.state_bytes
-        within = config.shape.tp * copies <= machine.accelerator.per_node
+    def _reducing(self, config: ParallelConfig) -> Callable[[float], float]:
+        """Return the function that gives the seconds in which the gradients of so many values are reduced."""
+        copies, machine = config.shape.cp * config.dp, self.costs.machine
+        link = machine.link(within=config.shape.tp * copies <= machine.accelerator.per_node)
         times = 1 if self.costs.spec.optimizer.sharded else 2
-        return RankTime(
-            head=seconds.forward[first],
-            work=over(seconds.forward, spans) + over(seconds.backward, spans),
-            tail=seconds.backward[first],
-            reduce=machine.link(within=within).carry_s(times * gradients * (copies - 1) / copies),
-            update=over(seconds.update, spans),
-        )
+        return lambda trained: link.carry_s(times * (trained * machine.state_bytes) * (copies - 1) / copies)
 
     def _bytes(
         self, config: ParallelConfig, held: "LayerBytes", rank: int, spans: Sequence["Span"]

@@ -36,19 +36,35 @@ def fullest_ranks(program: Program, whole: Topology | None = None) -> dict[str, 
     The program may be that of some of the dp ranks of a `whole` topology. What these share counts as on the first rank
     there that hosts the same stages.
     """
-    topology = program.topology
-    by_stages = ranks_by_stages(topology)
-    alike = RankClasses.of({rank: stages for stages, ranks in by_stages.items() for rank in ranks})
-    more = dict.fromkeys(alike.leader, 0)
-    if whole is not None:
-        for stages, (rank, *_) in ranks_by_stages(whole).items():
-            shared = kept(whole, rank).bytes
-            more |= {each: shared - kept(topology, each).bytes for each in by_stages[stages][:1]}
-        more = {rank: more[leader] for rank, leader in alike.leader.items()}
-    leaders = alike_in_bytes(program, alike).members
-    most = {rank: bytes_between(program, rank)[1] + more[rank] for rank in leaders}
+    topology, more = program.topology, _more_bytes(program, whole)
+    most = _at_most(program, more)
     held = functools.cache(lambda rank: most_bytes(program, rank) + more[rank])
     return {name: _fullest(module.grid, most, held) for name, module in topology.modules.items()}
+
+
+def bytes_at_most(program: Program, whole: Topology | None = None) -> int:
+    """Return what no rank holds more than, likewise: with all its messages in buffers at once. Nothing is lowered."""
+    return max(_at_most(program, _more_bytes(program, whole)).values())
+
+
+def _at_most(program: Program, more: Mapping[int, int]) -> Mapping[int, int]:
+    """Return what no rank of each class holds more than; `more` is beside what the program says."""
+    by_stages = ranks_by_stages(program.topology)
+    alike = RankClasses.of({rank: stages for stages, ranks in by_stages.items() for rank in ranks})
+    leaders = alike_in_bytes(program, alike).members
+    return {rank: bytes_between(program, rank)[1] + more[rank] for rank in leaders}
+
+
+def _more_bytes(program: Program, whole: Topology | None) -> Mapping[int, int]:
+    """Return what each rank keeps more in the whole topology, where more dp ranks share it: mostly less than nothing."""
+    if whole is None:
+        return dict.fromkeys(program.topology.ranks, 0)
+    in_whole = ranks_by_stages(whole)
+    return {
+        rank: kept(whole, in_whole[stages][0]).bytes - kept(program.topology, ranks[0]).bytes
+        for stages, ranks in ranks_by_stages(program.topology).items()
+        for rank in ranks
+    }
 
 
 def _fullest(grid: Grid, most: Mapping[int, int], held: Callable[[int], int]) -> Fullest:

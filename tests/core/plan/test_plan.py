@@ -108,7 +108,7 @@ def least_memory(asked):
         spec = attrs.evolve(asked.spec, modules=modules, batch=BatchSpec(global_size=8, microbatches=count))
         layout = evaluator.evaluated(spec)
         if layout.kind == SLOWER:
-            least = min(least, max(evaluator.fitted(layout).peak_bytes.values()))
+            least = min(least, max(evaluator.measured(layout).peak_bytes.values()))
     return least
 
 
@@ -278,10 +278,10 @@ def test_few_dp_ranks_are_timed_for_many(monkeypatch):
     modules = {name: attrs.evolve(module, grid=grids[name]) for name, module in asked.spec.modules.items()}
     spec = attrs.evolve(asked.spec, modules=modules, batch=BatchSpec(global_size=128, microbatches=2))
     few = Evaluator(asked, "language")
-    part = few.fitted(few.evaluated(spec))
+    part = few.measured(few.evaluated(spec))
     monkeypatch.setattr(evaluation, "WHOLE_WORLD", 256)
     every = Evaluator(asked, "language")
-    whole = every.fitted(every.evaluated(spec))
+    whole = every.measured(every.evaluated(spec))
     assert (whole.active, whole.peak_bytes) == (part.active, part.peak_bytes)
     for number in ("step_s", "bubble", "mfu", "exchange_s", "lower_bound_s"):
         assert getattr(whole, number) == pytest.approx(getattr(part, number), rel=1e-5)
