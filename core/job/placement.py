@@ -4,6 +4,7 @@ Validation uses these facts, so they hold for illegal specs, too.
 """
 
 import fnmatch
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -120,9 +121,7 @@ def balanced(seconds: Sequence[float], parts: int) -> tuple[int, ...]:
     >>> balanced([1, 1, 1, 1, 1, 3], 3)
     (2, 3, 1)
     """
-    starts = tuple(itertools.accumulate(seconds, initial=0.0))
-    spans = (starts[j] - starts[i] for i in range(len(starts)) for j in range(i + 1, len(starts)))
-    limits = sorted(set(spans))
+    limits = _sums_of_spans(tuple(seconds))
     low, high = 0, len(limits) - 1
     while low < high:
         middle = (low + high) // 2
@@ -131,6 +130,13 @@ def balanced(seconds: Sequence[float], parts: int) -> tuple[int, ...]:
         else:
             low = middle + 1
     return _cut(seconds, limits[low], parts)
+
+
+@functools.lru_cache(maxsize=64)
+def _sums_of_spans(seconds: tuple[float, ...]) -> Sequence[float]:
+    """Return what consecutive layers may take together, each sum once, ascending. Planning cuts into many numbers."""
+    starts = tuple(itertools.accumulate(seconds, initial=0.0))
+    return sorted({starts[j] - starts[i] for i in range(len(starts)) for j in range(i + 1, len(starts))})
 
 
 def _cut(seconds: Sequence[float], limit: float, parts: int) -> tuple[int, ...]:

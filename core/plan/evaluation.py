@@ -5,9 +5,10 @@ every sample were the largest. So dp ranks are alike, and a thousand GPUs are si
 (`lockstep`).
 
 Of a long step at first only so many microbatches are simulated as fill the pipelines twice; each further microbatch
-adds the time of the busiest rank. A layout that the plan shows in the end is confirmed: `simulate` times all
-microbatches, and the memory of its fullest ranks counts with their messages (`fullest`); a step of more than
-`SIMULATED_MOST` actions keeps the numbers of the short one.
+adds the time of the busiest rank. Of many dp ranks only so many are simulated as make a whole pattern of messages
+between modules; the others repeat it at the same times. A layout that the plan shows in the end is confirmed:
+`simulate` times all microbatches, and the memory of its fullest ranks counts with their messages (`fullest`); a step of
+more than `SIMULATED_MOST` actions keeps the numbers of the short one.
 """
 
 import functools
@@ -18,8 +19,9 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
+from mimogrid.core.job.placement import size_of
 from mimogrid.core.job.schedules import AUTO, GPIPE
-from mimogrid.core.job.spec import BatchSpec, JobSpec
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
 from mimogrid.core.pricing.even import even_costs
@@ -29,7 +31,7 @@ from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
-from mimogrid.core.simulate.fullest import fullest_ranks
+from mimogrid.core.simulate.fullest import bytes_at_most, fullest_ranks
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.simulation import rank_classes_of, simulate
 from mimogrid.core.step.routes import Routes
@@ -37,8 +39,10 @@ from mimogrid.core.step.step import SampleSizes, Step, step_of
 from mimogrid.core.topology.topology import Topology
 
 
-SIMULATED_MOST = 15_000
-"""Compute actions of all rank classes. A larger step would be simulated for more than some seconds."""
+SIMULATED_MOST = 100_000
+"""Actions of all rank classes. A larger step would be simulated for more than some seconds."""
+WHOLE_WORLD = 64
+"""Ranks. Of smaller worlds all are simulated."""
 WHOLE = frozenset({GPIPE, AUTO})
 """Orders that a short step says nothing of: GPipe holds all microbatches, and `auto` finds another order for fewer."""
 
@@ -55,6 +59,8 @@ class Evaluator:
     """By everything that an order depends on."""
     _sizes: tuple[SampleSizes, ...] = attrs.field(default=(), init=False)
     """What the samples are in every module: the same in every layout."""
+    _largest: tuple[SampleSizes, ...] = attrs.field(default=(), init=False)
+    """The same of the largest samples."""
 
     def evaluated(self, spec: JobSpec) -> Layout:
         """Return a layout with its time for a short step, or with the reason why it is illegal or does not fit."""
@@ -85,16 +91,29 @@ class Evaluator:
     def perturbed(self, layout: Layout, question: Question) -> float:
         """Return how many times as long a layout takes for another question, by steps in lockstep."""
         other = Evaluator(question, self.main, orders=self._orders)
-        seconds = [each.evaluated(layout.spec).step_s for each in (self, other)]
+        seconds = other.evaluated(layout.spec).step_s
         self.effort += other.effort
-        return seconds[1] / seconds[0] if all(seconds) else 0.0
+        return seconds / layout.lockstep_s if layout.lockstep_s else 0.0
 
     def fitted(self, layout: Layout) -> Layout:
-        """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
-        return self._with_memory(layout, self._program(_shortened(layout.spec)))
+        """Return a layout, which is too large if its fullest rank holds too much in a short step."""
+        program, whole = self._short(layout)
+        return (
+            layout if bytes_at_most(program, whole) <= self.question.memory_bytes else self.measured(layout)
+        )
 
-    def _with_memory(self, layout: Layout, program: Program) -> Layout:
-        fullest = fullest_ranks(program)
+    def measured(self, layout: Layout) -> Layout:
+        """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
+        return self._with_memory(layout, *self._short(layout))
+
+    def _short(self, layout: Layout) -> tuple[Program, Topology | None]:
+        """Return the program of a short step, with the whole topology if it is that of some of the dp ranks."""
+        short = _shortened(layout.spec)
+        times = _times_narrower(short)
+        return self._program(short, times), self.question.topology(layout.spec) if times > 1 else None
+
+    def _with_memory(self, layout: Layout, program: Program, whole: Topology | None) -> Layout:
+        fullest = fullest_ranks(program, whole)
         most = {name: each.bytes for name, each in fullest.items()}
         largest, has = max(most, key=most.__getitem__), self.question.memory_bytes
         if most[largest] <= has:
@@ -108,21 +127,23 @@ class Evaluator:
 
         A step that is too large for that keeps the numbers of the short one.
         """
-        question, program = self.question, self._program(layout.spec)
+        times = _times_narrower(layout.spec)
+        question, program = self.question, self._program(layout.spec, times)
         firsts = (ranks[0] for ranks in ranks_by_stages(program.topology).values())
         if _actions(program, firsts) > SIMULATED_MOST:  # of the fewest classes that there can be
             return layout
-        step = self._step(program.topology)
+        whole = question.topology(layout.spec)
+        step = self._step(whole)
         costs = even_costs(step, question.machine)
         classes = rank_classes_of(program, costs)
         if _actions(program, classes.members) > SIMULATED_MOST:
             return layout
-        layout = self._with_memory(layout, program)
+        layout = self._with_memory(layout, program, whole if times > 1 else None)
         if layout.kind == TOO_LARGE:
             return layout
         timeline = simulate(program, costs, classes=classes)
         self.simulated += 1
-        busy_s, bound_s = math.fsum(timeline.busy_s.values()), timeline.lower_bound_s
+        busy_s, bound_s = times * math.fsum(timeline.busy_s.values()), timeline.lower_bound_s
         return self._rated(layout, step, timeline.step_s, busy_s, bound_s)
 
     def _rated(self, layout: Layout, step: Step, step_s: float, busy_s: float, bound_s: float) -> Layout:
@@ -145,18 +166,20 @@ class Evaluator:
         question = self.question
         step = self._step(topology)
         costs = even_costs(step, question.machine)
-        program = self._program(simulated)
+        times = _times_narrower(simulated)
+        program = self._program(simulated, times)
         timed = lockstep(program, costs)
         self.simulated += 1
         self.effort += sum(len(computes) for computes in timed.computes)
         count, short = spec.batch.microbatches, simulated.batch.microbatches
         more = max(timed.busy_s, default=0.0) * (count - short) / short
         step_s = timed.step_s + more
-        busy = math.fsum(s * len(ranks) for s, ranks in zip(timed.busy_s, timed.rank_classes, strict=True))
+        both = zip(timed.busy_s, timed.rank_classes, strict=True)
+        busy = times * math.fsum(s * len(ranks) for s, ranks in both)
         work = dict(_work(topology, costs))
         whole = math.fsum(work.values())
         share = 1 - work[self.main] / whole if whole else 0.0
-        layout = Layout(spec=spec, kind=SLOWER, reason="", encoder_share=share)
+        layout = Layout(spec=spec, kind=SLOWER, reason="", encoder_share=share, lockstep_s=step_s)
         bound_s = lower_bound_s(program, costs, timed) + more
         return self._rated(layout, step, step_s, busy * count / short, bound_s)
 
@@ -166,11 +189,17 @@ class Evaluator:
             self._sizes = step_of(topology, self.question.samples).sizes
         return Step(topology, self.question.samples, (), self._sizes)
 
-    def _program(self, spec: JobSpec) -> Program:
-        """Return the program of a step with the largest samples."""
-        topology = self.question.topology(spec)
-        step = step_of(topology, self.question.largest[: spec.batch.global_size])
-        return Program(self._order(topology), Routes(step))
+    def _program(self, spec: JobSpec, times: int = 1) -> Program:
+        """Return the program of a step with the largest samples, on so many times fewer dp ranks."""
+        whole, schedule = self.question.topology, spec.schedule
+        topology = whole(_narrowed(spec, times) if times > 1 else spec)
+        # Only an order that depends on memory depends on how many dp ranks share it.
+        by_memory = schedule.name == AUTO or schedule.memory_gb is not None
+        order = self._order(whole(spec) if by_memory and times > 1 else topology)
+        samples = self.question.largest[: topology.spec.batch.global_size]
+        if not self._largest:
+            self._largest = step_of(topology, self.question.largest).sizes
+        return Program(order, Routes(Step(topology, samples, (), self._largest[: len(samples)])))
 
     def _order(self, topology: Topology) -> Order:
         """Return the order of a layout. Layouts with equal stages that share ranks alike have the same order."""
@@ -220,10 +249,58 @@ def _divides(few: int, spec: JobSpec) -> bool:
     )
 
 
+def _times_narrower(spec: JobSpec) -> int:
+    """Return how many times fewer dp ranks of every module, with as many times fewer samples, take as long for a step.
+
+    Then all dp ranks have as much to do as before, the same ones exchange messages, and where any are summed or
+    gathered over, there are at least two.
+    """
+    modules = spec.modules.values()
+    grids = [module.grid for module in modules]
+    if max((grid.offset or 0) + size_of(grid) for grid in grids) <= WHOLE_WORLD:
+        return 1
+    samples = [
+        spec.batch.global_size // (module.microbatches or spec.batch.microbatches) for module in modules
+    ]
+    common = math.gcd(*(grid.dp for grid in grids), *(grid.offset or 0 for grid in grids), *samples)
+    widest = max(grid.tp * grid.cp for grid in grids)
+
+    def keeps(grid: GridSpec, times: int) -> bool:
+        """Whether dp ranks are left to share, with room for experts, and stages begin with whole dp ranks."""
+        dp, experts = grid.dp // times, grid.ep // math.gcd(grid.ep, grid.tp * grid.cp)
+        return dp > 1 and dp % experts == 0 and grid.tp * grid.cp * dp % widest == 0
+
+    fitting = (
+        times
+        for times in range(common, 1, -1)
+        if common % times == 0 and all(keeps(grid, times) for grid in grids)
+    )
+    return next(fitting, 1)
+
+
+def _narrowed(spec: JobSpec, times: int) -> JobSpec:
+    """Return the job with so many times fewer dp ranks, and samples."""
+    modules = {
+        name: attrs.evolve(
+            module,
+            grid=attrs.evolve(
+                module.grid, dp=module.grid.dp // times, offset=(module.grid.offset or 0) // times
+            ),
+        )
+        for name, module in spec.modules.items()
+    }
+    batch = attrs.evolve(spec.batch, global_size=spec.batch.global_size // times)
+    return attrs.evolve(spec, modules=modules, batch=batch, world_size=None)
+
+
 def _actions(program: Program, ranks: Iterable[int]) -> int:
-    """Return how many compute actions some ranks have together."""
-    stages = (info.stage for rank in ranks for info in program.topology.role(rank).stages)
-    return sum(len(program.order.of(stage)) for stage in stages)
+    """Return about how many actions some ranks have together: around a compute action, and around a collective."""
+    computing, collectives = 6, 2
+    return sum(
+        collectives * len(program.collectives(rank))
+        + computing * sum(len(program.order.of(info.stage)) for info in program.topology.role(rank).stages)
+        for rank in ranks
+    )
 
 
 def _tokens_of(step: Step) -> int:

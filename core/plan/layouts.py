@@ -39,6 +39,7 @@ class Layout:
         encoder_share: part of all computing that is not the main module's.
         peak_bytes: per module, what the rank with that module that needs most needs in all.
         lower_bound_s: seconds that no order of these grids beats.
+        lockstep_s: seconds of a step as it was timed first, in lockstep.
     """
 
     spec: JobSpec
@@ -53,6 +54,7 @@ class Layout:
     encoder_share: float = 0.0
     peak_bytes: Mapping[str, float] = attrs.field(factory=dict[str, float])
     lower_bound_s: float = 0.0
+    lockstep_s: float = 0.0
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -42,7 +42,8 @@ TUNED_AT_MOST = 6_000
 class Search:
     """The layouts that were evaluated so far.
 
-    `whole` has the numbers of those whose whole step was timed, `confirmed` of those that `simulate` has timed.
+    `fitting` has the numbers of those whose memory was looked at, `whole` of those whose whole step was timed, and
+    `confirmed` of those that `simulate` has timed.
     `looked_at` counts what was priced; the search has `stopped` once `watch` has said so.
 
     Budgets are numbers of simulated actions (`Evaluator.effort`).
@@ -53,6 +54,7 @@ class Search:
     looked_at: int = 0
     stopped: bool = False
     layouts: list[Layout] = attrs.field(factory=list[Layout])
+    fitting: set[int] = attrs.field(factory=set[int])
     whole: set[int] = attrs.field(factory=set[int])
     confirmed: set[int] = attrs.field(factory=set[int])
 
@@ -60,7 +62,7 @@ class Search:
         """Evaluate candidates while their bounds are below the best time; return the least bound of what is left.
 
         The best time is that of a layout that fits: one that does not says nothing of those behind it. Whether it fits
-        is asked only where that ends the search, because its answer costs more than the time of a layout.
+        is asked only where that ends the search, because its answer may cost more than the time of a layout.
         """
         until, question = self.evaluator.effort + budget, self.evaluator.question
         for candidate in found.candidates:
@@ -166,16 +168,23 @@ class Search:
         """Return the numbers of so many of the best layouts whose memory is known to be enough."""
         while True:
             ranked = self._ranked()[:count]
-            unknown = next((i for i in ranked if not self.layouts[i].peak_bytes), None)
+            unknown = next((i for i in ranked if i not in self.fitting), None)
             if unknown is None:
                 return ranked
             self._fits(unknown)
 
     def _fits(self, i: int) -> bool:
         """Whether the memory of a layout is enough."""
-        if not self.layouts[i].peak_bytes:
+        if i not in self.fitting:
             self.layouts[i] = self.evaluator.fitted(self.layouts[i])
+            self.fitting.add(i)
         return self.layouts[i].kind == SLOWER
+
+    def _measure(self, i: int) -> Layout:
+        """Return a layout with its memory, which is enough."""
+        if self._fits(i) and not self.layouts[i].peak_bytes:
+            self.layouts[i] = self.evaluator.measured(self.layouts[i])
+        return self.layouts[i]
 
     def confirm(self, shown: int, confirmed: int) -> list[Layout]:
         """Return so many of the best layouts with different grids, the fastest first.
@@ -186,7 +195,7 @@ class Search:
             ranked = self._distinct(shown)
             i = next((i for i in ranked[:confirmed] if i not in self.confirmed), None)
             if i is None:
-                return [self.layouts[i] for i in ranked]
+                return [self._measure(i) for i in ranked]
             self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
             self.confirmed.add(i)
 
@@ -208,9 +217,7 @@ class Search:
     def asked(self, spec: JobSpec) -> Layout:
         """Evaluate a layout that was asked for, with its memory."""
         i = self.evaluate(spec)
-        if self.layouts[i].kind == SLOWER:
-            self._fits(i)
-        return self.layouts[i]
+        return self._measure(i) if self.layouts[i].kind == SLOWER else self.layouts[i]
 
     def evaluate(self, spec: JobSpec) -> int:
         """Evaluate a layout for a short step, unless that has been done; return its number."""

@@ -16,7 +16,7 @@ price any stage with two look-ups.
 import bisect
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -36,7 +36,7 @@ from mimogrid.core.plan.configs import (
     RankTime,
     Rates,
 )
-from mimogrid.core.pricing.flops import Flops, Load, Loads, module_units
+from mimogrid.core.pricing.flops import Flops, Load, Loads, alike_layers, module_units, trainable_of
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
@@ -132,13 +132,27 @@ class SearchSpace:
         split = self.costs.split(config.shape, pp * chunks)
         starts = tuple(itertools.accumulate(split, initial=0))
         mine = [[(starts[i], starts[i + 1]) for i in range(rank, pp * chunks, pp)] for rank in range(pp)]
+        carry_s = self._reducing(config)
+        cuts = self.costs.spec.optimizer.cut_mb > 0
         return PricedConfig(
             module=self.costs.name,
             config=config,
             split=split,
             forward=seconds.forward[-1],
             backward=seconds.backward[-1],
-            times=tuple(self._time(config, seconds, held, spans) for spans in mine),
+            times=tuple(
+                RankTime(
+                    head=seconds.forward[spans[0][0]],
+                    work=over(seconds.forward, spans) + over(seconds.backward, spans),
+                    tail=seconds.backward[spans[0][0]],
+                    # Sums run beside a last backward that is cut.
+                    reduce=max(
+                        carry_s(over(held.trained, spans)) - cuts * over(seconds.backward, spans[:1]), 0.0
+                    ),
+                    update=over(seconds.update, spans),
+                )
+                for spans in mine
+            ),
             bytes=tuple(self._bytes(config, held, rank, spans) for rank, spans in enumerate(mine)),
         )
 
@@ -146,24 +160,12 @@ class SearchSpace:
         """Return how many samples of a microbatch the fullest dp rank has."""
         return -(-(self.costs.samples // config.microbatches) // config.dp)
 
-    def _time(
-        self, config: ParallelConfig, seconds: "LayerSeconds", held: "LayerBytes", spans: Sequence["Span"]
-    ) -> RankTime:
-        """Return the seconds of a rank with these layers, its first span first."""
-        first, copies, machine = spans[0][0], config.shape.cp * config.dp, self.costs.machine
-        gradients = over(held.trained, spans) * machine.state_bytes
-        within = config.shape.tp * copies <= machine.accelerator.per_node
-        optimizer = self.costs.spec.optimizer
-        times = 1 if optimizer.sharded else 2
-        sums_s = machine.link(within=within).carry_s(times * gradients * (copies - 1) / copies)
-        hidden_s = over(seconds.backward, spans[:1]) if optimizer.cut_mb else 0.0
-        return RankTime(
-            head=seconds.forward[first],
-            work=over(seconds.forward, spans) + over(seconds.backward, spans),
-            tail=seconds.backward[first],
-            reduce=max(sums_s - hidden_s, 0.0),
-            update=over(seconds.update, spans),
-        )
+    def _reducing(self, config: ParallelConfig) -> Callable[[float], float]:
+        """Return the function that gives the seconds in which the gradients of so many values are reduced."""
+        copies, machine = config.shape.cp * config.dp, self.costs.machine
+        link = machine.link(within=config.shape.tp * copies <= machine.accelerator.per_node)
+        times = 1 if self.costs.spec.optimizer.sharded else 2
+        return lambda trained: link.carry_s(times * (trained * machine.state_bytes) * (copies - 1) / copies)
 
     def _bytes(
         self, config: ParallelConfig, held: "LayerBytes", rank: int, spans: Sequence["Span"]
@@ -428,7 +430,7 @@ class LayerCosts:
         topology = assemble(spec, self.facts)
         module = topology.modules[self.name]
         values = values_of_units(module)
-        always = [kept(topology, module.grid.rank_at(pp=pp)) for pp in range(self.layers)]
+        always = [kept(topology, module.grid.rank_at(pp=pp)) for pp in self._alike(topology, module)]
         trained = _by_layer([StageCosts(forward=each.trained) for each in values])
         return LayerBytes(
             topology=topology,
@@ -450,7 +452,21 @@ class LayerCosts:
     def _in_flight(self, topology: Topology, module: Module) -> PrefixSums:
         """Return the bytes of the longest sample in flight, by layers."""
         step = step_of(topology, (self.longest,) * topology.spec.batch.global_size)
-        return _prefix_sums(saved_bytes(step, info.stage, 0, 0) for info in module.stages)
+        alike = self._alike(topology, module)
+        saved = {layer: saved_bytes(step, module.stages[layer].stage, 0, 0) for layer in set(alike)}
+        return _prefix_sums(saved[layer] for layer in alike)
+
+    def _alike(self, topology: Topology, module: Module) -> tuple[int, ...]:
+        """Return, for each layer as a stage of its own, the first one that is like it; the ends are like no other."""
+        if isinstance(module.model, Own) or module.lora is not None:
+            return tuple(range(self.layers))
+        first = {0: 0, self.layers - 1: self.layers - 1}
+        alike = alike_layers(module.model, trainable_of(topology, module.name))
+        inner: dict[int, int] = {}
+        return tuple(
+            first.get(layer, inner.setdefault(like, layer) if layer not in first else layer)
+            for layer, like in enumerate(alike)
+        )
 
 
 def _by_layer(parts: Sequence[StageCosts]) -> tuple[StageCosts, ...]:

@@ -32,6 +32,8 @@ Sources: Narayanan et al. 2021 (arXiv 2104.04473, appendix) for the layer; torch
 except that it does not halve causal attention.
 """
 
+import collections
+import functools
 import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -236,12 +238,36 @@ def units(
     `trainable` has the names of parameters that train, `edges` those that leave the module, and `lora` what is beside
     its linear layers.
     """
-    before = trains_upstream
-    found: list[Flops] = []
-    for chain in _chains(model, load, edges, lora):
-        flops, before = _of_chain(chain, trainable, before, recompute)
+    beside = _beside(model, load, lora)
+    names = frozenset(trainable)
+    entry, before = _of_chain(tuple(_entry(model, load)), names, trains_upstream, recompute)
+    found = [entry]
+    known: dict[tuple[int, bool], tuple[Flops, bool]] = {}
+    for layer in alike_layers(model, names) if lora is None else range(model.layers):
+        if (layer, before) not in known:
+            chain = tuple(_layer_chain(model, load, layer, beside))
+            known[layer, before] = _of_chain(chain, names, before, recompute)
+        flops, before = known[layer, before]
         found.append(flops)
-    return tuple(found)
+    leaving = (_Product("final_norm"), *_exit(model, load, edges))
+    return (*found, _of_chain(leaving, names, before, recompute)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def alike_layers(model: BuiltIn, trainable: frozenset[str]) -> tuple[int, ...]:
+    """Return, for each layer of a model, the first one with equal widths of which the same parameters train."""
+    trained: dict[str, set[str]] = collections.defaultdict(set)
+    for name in trainable:
+        words = name.split(".", 2)
+        if words[0] == "layers":
+            trained[words[1]].add(words[-1])
+    first: dict[object, int] = {}
+    kinds = (
+        (model.mlp_widths(layer), model.has_experts(layer), windowed, frozenset(trained[str(layer)]))
+        for layer in range(model.layers)
+        for windowed in (isinstance(model, Vit) and model.window_of(layer),)
+    )
+    return tuple(first.setdefault(kind, layer) for layer, kind in enumerate(kinds))
 
 
 def of_units(info: StageInfo, parts: Sequence[_Part]) -> Iterator[_Part]:
@@ -266,7 +292,7 @@ def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops,
     return units(
         module.model,
         load,
-        frozenset[str]().union(*(info.trainable for info in module.stages)),
+        trainable_of(topology, module.name),
         edges=module.outputs,
         trains_upstream=module.stages[0].trains_upstream,
         recompute=topology.spec.modules[module.name].recompute,
@@ -277,6 +303,12 @@ def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops,
 def units_of_counts(topology: Topology, module: Module) -> tuple[tuple[Flops, ...], ...]:
     """Return `module_units` for each count of a load alone; operations are linear in these counts."""
     return tuple(module_units(topology, module, one) for one in Load.units())
+
+
+@functools.lru_cache(maxsize=256)
+def trainable_of(topology: Topology, name: str) -> frozenset[str]:
+    """Return the names of the parameters of a module that train."""
+    return frozenset[str]().union(*(info.trainable for info in topology.modules[name].stages))
 
 
 # -- chains of products ------------------------------------------------------------------------------------
@@ -298,17 +330,13 @@ _Chain = tuple["_Product | _Chain", ...]
 """Products in order; a chain within is a branch, which nothing follows."""
 
 
-def _chains(model: BuiltIn, load: Load, edges: Sequence[Edge], lora: Lora | None) -> Iterator[_Chain]:
-    """Yield the products of the entry, of each layer, and of the exit."""
-    yield tuple(_entry(model, load))
-    beside = _beside(model, load, lora)
-    for layer in range(model.layers):
-        yield tuple(
-            each
-            for product in _layer(model, load, layer)
-            for each in (product, *beside.get(product.name, ()))
-        )
-    yield (_Product("final_norm"), *_exit(model, load, edges))
+def _layer_chain(
+    model: BuiltIn, load: Load, layer: int, beside: Mapping[str, Sequence[_Product]]
+) -> Iterator[_Product]:
+    """Yield the products of a layer, each with those beside it."""
+    for product in _layer(model, load, layer):
+        yield product
+        yield from beside.get(product.name, ())
 
 
 def _entry(model: BuiltIn, load: Load) -> Iterator[_Product]:

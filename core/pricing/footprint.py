@@ -49,6 +49,7 @@ class Kept:
         return self.weights + self.gradients + self.optimizer
 
 
+@functools.lru_cache(maxsize=4096)
 def kept(topology: Topology, rank: int) -> Kept:
     """Return the bytes that a rank holds all the time: weights, and for those that train gradients and optimizer."""
     weights = trained = 0
@@ -99,7 +100,9 @@ def saved_values(module: Module, info: StageInfo, computed: Computed, recompute:
     """Return how many values a stage saves of a microbatch for its backward; 0 without a backward."""
     if isinstance(module.model, Own) or not info.backward:
         return 0.0
-    layers = sum(_of_layer(module, module.model, layer, computed, recompute) for layer in info.layers)
+    kinds = _layer_kinds(module.model, info.layers)
+    of_kind = {kind: _of_layer(module, module.model, kind, computed, recompute) for kind in set(kinds)}
+    layers = sum(of_kind[kind] for kind in kinds)
     ends = _of_ends(module, module.model, info, computed) if isinstance(module.model, Vit) else 0.0
     beside = 0.0 if recompute == "full" else _beside(module, module.model, info, computed)
     return layers + ends + beside
@@ -180,12 +183,22 @@ def end_bytes(topology: Topology, info: StageInfo, computed: Computed) -> float:
     return width * leaving + logits
 
 
+@functools.lru_cache(maxsize=4096)
+def _layer_kinds(model: BuiltIn, layers: range) -> tuple[int, ...]:
+    """Return, for each of some layers, the first of them that is like it: most layers are alike."""
+    first: dict[object, int] = {}
+    return tuple(
+        first.setdefault((model.mlp_widths(layer), model.has_experts(layer)), layer) for layer in layers
+    )
+
+
 def forward_temporaries(module: Module, info: StageInfo, computed: Computed) -> float:
     """Return the most values that a forward without backward has at once."""
     model = module.model
     if isinstance(model, Own):
         return 0.0
-    return max((_widest(module, model, layer, computed) for layer in info.layers), default=0.0)
+    kinds = set(_layer_kinds(model, info.layers))
+    return max((_widest(module, model, layer, computed) for layer in kinds), default=0.0)
 
 
 def backward_temporaries(module: Module, info: StageInfo, computed: Computed, recompute: str) -> float:
@@ -198,7 +211,7 @@ def backward_temporaries(module: Module, info: StageInfo, computed: Computed, re
         saved, whole = (_of_layer(module, model, layer, computed, way) for way in (recompute, "none"))
         return whole - saved + _widest(module, model, layer, computed)
 
-    return max(map(of_layer, info.layers), default=0.0)
+    return max(map(of_layer, set(_layer_kinds(model, info.layers))), default=0.0)
 
 
 def _widest(module: Module, model: BuiltIn, layer: int, computed: Computed) -> float:
@@ -210,17 +223,21 @@ def _widest(module: Module, model: BuiltIn, layer: int, computed: Computed) -> f
     return computed.positions * (2 * model.hidden / shared + max(attention, up + down) / tp)
 
 
-def product_bytes(topology: Topology, info: StageInfo) -> int:
+@functools.lru_cache(maxsize=4096)
+def product_bytes(topology: Topology, stage: Stage) -> int:
     """Return the bytes of the gradient of the largest matrix that trains in a stage, before it is added."""
-    module, precision = topology.modules[info.stage.module], topology.spec.precision
+    module, info = topology.modules[stage.module], topology.stages[stage]
+    precision = topology.spec.precision
     sizes = (local_size(module, p) for p in info.parameters if p.name in info.trainable and len(p.shape) > 1)
     added = MAIN_BYTES[precision] if precision in HALF else 0
     return max(sizes, default=0) * (VALUE_BYTES[precision] + added)
 
 
-def widened_bytes(topology: Topology, info: StageInfo) -> int:
+@functools.lru_cache(maxsize=4096)
+def widened_bytes(topology: Topology, stage: Stage) -> int:
     """Return the bytes of the largest matrix that a product of a stage widens to the precision of the job, or 0."""
-    module, width = topology.modules[info.stage.module], VALUE_BYTES[topology.spec.precision]
+    info, width = topology.stages[stage], VALUE_BYTES[topology.spec.precision]
+    module = topology.modules[stage.module]
     narrow = (local_size(module, p) for p in info.parameters if _value_bytes(topology, info, p) < width)
     return width * max(narrow, default=0)
 

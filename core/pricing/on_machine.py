@@ -16,10 +16,13 @@ mean of its microbatches. A module of the user's own takes no time. Where the ac
 one second (`assumed`).
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import attrs
 
+from mimogrid.core.base.samples import dp_samples
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.pricing.collectives import is_near
 from mimogrid.core.pricing.flops import Load, Loads, module_units, of_units
@@ -80,20 +83,46 @@ def _dp_rank_load(step: Step, module: Module, *, spread: bool = False) -> Load:
 
     With `spread`, the mean over all microbatches.
     """
-    loads = Loads.of(step, module.name)
-    dp_ranks = (_of_dp_rank(step, module, dp_rank, loads, spread=spread) for dp_rank in range(module.dp_size))
-    return max(dp_ranks, key=_size)
+    loads, shares = Loads.of(step, module.name), _shares(step, module)
+    # Whoever has fewer positions need not be asked for the rest: a share is computed in a row that is rounded up.
+    positions = [
+        [module.row_shape(each)[0] if each else 0 for each in loads.positions(mine)] for mine in shares
+    ]
+    each = [sum(mine) * (1 if spread else 1 / max(sum(map(bool, mine)), 1)) for mine in positions]
+    most = max(each)
+    largest = [i for i, size in enumerate(each) if size == most]
+    return max((_mean(loads.sums(shares[i]), positions[i], spread=spread) for i in largest), key=_size)
+
+
+def _shares(step: Step, module: Module) -> Sequence[Sequence[range]]:
+    """Return the samples of each dp rank, microbatch by microbatch."""
+    cells = _cells(module.dp_size, module.microbatches, step.cell_count)
+    return [list(map(step.samples_in, mine)) for mine in cells] if step.cells else cells
+
+
+@functools.lru_cache(maxsize=64)
+def _cells(dp_size: int, microbatches: int, total: int) -> Sequence[Sequence[range]]:
+    """Return the same for cells. Planning asks again and again."""
+    return tuple(
+        tuple(
+            dp_samples(
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+                microbatch=microbatch,
+                microbatches=microbatches,
+                total=total,
+            )
+            for microbatch in range(microbatches)
+        )
+        for dp_rank in range(dp_size)
+    )
+
+
+def _mean(sums: Load, positions: Sequence[int], *, spread: bool) -> Load:
+    """Return the mean of a dp rank's loads, whose sums are given: with `spread` over all microbatches."""
+    count = len(positions) if spread else max(sum(map(bool, positions)), 1)
+    return attrs.evolve(sums, positions=sum(positions)) * (1 / count)
 
 
 def _size(load: Load) -> tuple[float, float, float]:
     return load.positions, load.pairs, load.rows
-
-
-def _of_dp_rank(step: Step, module: Module, dp_rank: int, loads: Loads, *, spread: bool) -> Load:
-    shares = [step.samples_of(module.name, dp_rank, k) for k in range(module.microbatches)]
-    sums = loads.sums(shares)
-    # A share is computed in a row that is rounded up (`in_row`).
-    positions = [module.row_shape(each)[0] if each else 0 for each in loads.positions(shares)]
-    count = sum(each > 0 for each in positions)
-    whole = attrs.evolve(sums, positions=sum(positions))
-    return whole * (1 / (module.microbatches if spread else max(count, 1)))

@@ -56,7 +56,7 @@ def unit_costs(
     for i, (work, held) in enumerate(zip(flops, values, strict=True)):
         in_layers = 0 < i < last
         routes = in_layers and model.has_experts(i - 1)
-        kind = work, held, in_layers, i == 0, routes
+        kind = id(work), id(held), in_layers, i == 0, routes
         if kind not in kinds:
             shards = module.cp * (_tp(module) if in_layers or isinstance(model, Gpt) else 1)
             forward, inputs, weights = _computing_s(
@@ -162,7 +162,9 @@ def values_of_units(module: Module) -> tuple[Values, ...]:
                 held[unit] += size
                 if parameter.name in info.trainable:
                     (trained if parameter.expert is None else experts)[unit] += size
-    return tuple(map(Values, held, trained, experts))
+    kinds: dict[tuple[float, float, float], Values] = {}
+    each = zip(held, trained, experts, strict=True)
+    return tuple(kinds.setdefault(sizes, Values(*sizes)) for sizes in each)
 
 
 def _units_with(parameter: Parameter, info: StageInfo, last: int) -> Iterator[int]:

@@ -23,10 +23,6 @@ from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import (
     Action,
     Collective,
-    Gather,
-    Recv,
-    Reduce,
-    Send,
     Tie,
     Transfer,
     Wait,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from mimogrid.core.base.grid import Grid
-from mimogrid.core.pricing.footprint import ranks_by_stages
+from mimogrid.core.pricing.footprint import kept, ranks_by_stages
 from mimogrid.core.program.lower import Program
 from mimogrid.core.simulate.memory import bytes_between, most_bytes
 from mimogrid.core.simulate.rank_classes import RankClasses, alike_in_bytes
@@ -30,14 +30,41 @@ class Fullest:
         return f"{module}.{topology.modules[module].grid.position_along('pp', self.rank)}"
 
 
-def fullest_ranks(program: Program) -> dict[str, Fullest]:
-    """Return, by module, the rank with it that holds most."""
-    topology = program.topology
-    by_stages = ranks_by_stages(topology)
-    alike = RankClasses.of({rank: stages for stages, ranks in by_stages.items() for rank in ranks})
-    most = {rank: bytes_between(program, rank)[1] for rank in alike_in_bytes(program, alike).members}
-    held = functools.cache(functools.partial(most_bytes, program))
+def fullest_ranks(program: Program, whole: Topology | None = None) -> dict[str, Fullest]:
+    """Return, by module, the rank with it that holds most.
+
+    The program may be that of some of the dp ranks of a `whole` topology. What these share counts as on the first rank
+    there that hosts the same stages.
+    """
+    topology, more = program.topology, _more_bytes(program, whole)
+    most = _at_most(program, more)
+    held = functools.cache(lambda rank: most_bytes(program, rank) + more[rank])
     return {name: _fullest(module.grid, most, held) for name, module in topology.modules.items()}
+
+
+def bytes_at_most(program: Program, whole: Topology | None = None) -> int:
+    """Return what no rank holds more than, likewise: with all its messages in buffers at once. Nothing is lowered."""
+    return max(_at_most(program, _more_bytes(program, whole)).values())
+
+
+def _at_most(program: Program, more: Mapping[int, int]) -> Mapping[int, int]:
+    """Return what no rank of each class holds more than; `more` is beside what the program says."""
+    by_stages = ranks_by_stages(program.topology)
+    alike = RankClasses.of({rank: stages for stages, ranks in by_stages.items() for rank in ranks})
+    leaders = alike_in_bytes(program, alike).members
+    return {rank: bytes_between(program, rank)[1] + more[rank] for rank in leaders}
+
+
+def _more_bytes(program: Program, whole: Topology | None) -> Mapping[int, int]:
+    """Return what each rank keeps more in the whole topology, where more dp ranks share it: mostly less than nothing."""
+    if whole is None:
+        return dict.fromkeys(program.topology.ranks, 0)
+    in_whole = ranks_by_stages(whole)
+    return {
+        rank: kept(whole, in_whole[stages][0]).bytes - kept(program.topology, ranks[0]).bytes
+        for stages, ranks in ranks_by_stages(program.topology).items()
+        for rank in ranks
+    }
 
 
 def _fullest(grid: Grid, most: Mapping[int, int], held: Callable[[int], int]) -> Fullest:

@@ -164,10 +164,8 @@ class _Nodes:
                     found[node] = max(found.get(node, 0.0), seconds)
         return found
 
-    def _of_stage(
-        self, of: Callable[[Program, Costs, int, Stage], float], rank: int, stage: Stage
-    ) -> float:
-        """Return the seconds of the sums, or gathers, of a stage on a rank; ranks with the same experts have the same."""
+    def _of_stage(self, of: Callable[[Program, Costs, int, Stage], float], rank: int, stage: Stage) -> float:
+        """Return the seconds of the sums, or gathers, of a stage on a rank: the same for all with the same experts."""
         key = of, stage, self._program.topology.modules[stage.module].ep_rank_of(rank)
         if key not in self._collective_s:
             self._collective_s[key] = of(self._program, self._costs, rank, stage)

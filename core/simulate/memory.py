@@ -232,9 +232,9 @@ def temporary_bytes(step: Step, action: Compute, dp_rank: int, *, trains: bool) 
             values = backward_temporaries(module, info, computed, recompute)
         case Kind.WEIGHT_GRADIENT:
             values = 0.0
-    product = 0 if action.kind in {Kind.FORWARD, Kind.INPUT_GRADIENT} else product_bytes(topology, info)
+    product = 0 if action.kind in {Kind.FORWARD, Kind.INPUT_GRADIENT} else product_bytes(topology, stage)
     if action.kind is not Kind.WEIGHT_GRADIENT:
-        product = max(product, widened_bytes(topology, info))
+        product = max(product, widened_bytes(topology, stage))
     return round(VALUE_BYTES[topology.spec.precision] * values) + product
 
 

@@ -13,6 +13,7 @@ from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GpuSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
+from mimogrid.core.plan import evaluation
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, grids_of, shown
 from mimogrid.core.plan.neighbours import neighbours
@@ -108,7 +109,7 @@ def least_memory(asked):
         spec = attrs.evolve(asked.spec, modules=modules, batch=BatchSpec(global_size=8, microbatches=count))
         layout = evaluator.evaluated(spec)
         if layout.kind == SLOWER:
-            least = min(least, max(evaluator.fitted(layout).peak_bytes.values()))
+            least = min(least, max(evaluator.measured(layout).peak_bytes.values()))
     return least
 
 
@@ -290,3 +291,20 @@ def test_a_search_that_is_stopped_has_a_layout_and_a_gap():
     assert found.stopped
     assert found.best.step_s <= whole.best.step_s * (1 + found.gap) * (1 + 1e-9)
     assert found.simulated < whole.simulated
+
+
+def test_few_dp_ranks_are_timed_for_many(monkeypatch):
+    """A layout takes as long by some of its dp ranks as by all of them, computes as much, and needs as much memory."""
+    asked = question(256, batch=128)
+    grids = {"vision": GridSpec(tp=2, dp=64, offset=0), "language": GridSpec(tp=2, pp=2, dp=32, offset=0)}
+    modules = {name: attrs.evolve(module, grid=grids[name]) for name, module in asked.spec.modules.items()}
+    spec = attrs.evolve(asked.spec, modules=modules, batch=BatchSpec(global_size=128, microbatches=2))
+    few = Evaluator(asked, "language")
+    part = few.measured(few.evaluated(spec))
+    monkeypatch.setattr(evaluation, "WHOLE_WORLD", 256)
+    every = Evaluator(asked, "language")
+    whole = every.measured(every.evaluated(spec))
+    assert (whole.active, whole.peak_bytes) == (part.active, part.peak_bytes)
+    for number in ("step_s", "bubble", "mfu", "exchange_s", "lower_bound_s"):
+        assert getattr(whole, number) == pytest.approx(getattr(part, number), rel=1e-5)
+    assert every.confirmed(whole).step_s == pytest.approx(few.confirmed(part).step_s, rel=1e-5)

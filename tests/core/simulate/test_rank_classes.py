@@ -1,5 +1,6 @@
 """Rank classes: one rank stands for its class, and nothing is lost by it."""
 
+import attrs
 from hypothesis import given, settings
 
 import scale
@@ -41,6 +42,14 @@ def test_sizes_count_where_they_take_time():
     program = program_of("a vit dp4 > z; z gpt dp4", {"a": (2, 5, 2, 2)}, batch=16, microbatches=4)
     assert [4, 4] == sizes(program)
     assert [1, 1, 3, 3] == sizes(program, Costs(edge=EdgeCosts(bytes_per_s=1e9)))
+
+
+def test_ranks_that_compute_together_are_alike_for_their_peers():
+    """Two tp ranks are fed unequal parts, and are apart; those of the next stage hear from both at the same time."""
+    program = program_of("a vit > z; z gpt tp2 pp2", {"a": (3,)}, batch=4, microbatches=4)
+    slow = EdgeCosts(bytes_per_s=1e9)
+    assert [1, 1, 1, 2] == sizes(program, Costs(edge=slow))
+    assert [1, 1, 1, 1, 1] == sizes(program, Costs(edge=attrs.evolve(slow, overlap=False)))
 
 
 def test_dp_ranks_that_take_longer_than_others_are_apart():
