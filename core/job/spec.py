@@ -99,12 +99,14 @@ class DataSpec:
 class BatchSpec:
     """`[batch]`: the samples of a step, and the number of microbatches that they are split into.
 
-    `balance` says whether they are assigned to microbatches and dp ranks by their number, in their order, or by what
-    they cost (`step.cells`).
+    With `tokens_per_microbatch` (0: none) they are split by tokens instead, and the number varies from step to step
+    (`tokens`). `balance` says whether they are assigned to microbatches and dp ranks in their order, or by what they
+    cost (`step.cells`).
     """
 
     global_size: int
     microbatches: int = 1
+    tokens_per_microbatch: int = 0
     balance: str = "none"
 
 

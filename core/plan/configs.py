@@ -32,6 +32,7 @@ class ParallelShape:
     tp: int = 1
     cp: int = 1
     ep: int = 1
+    expert_tp: int = 1
     sequence_parallel: bool = False
     recompute: str = "none"
 
@@ -43,12 +44,19 @@ class ParallelShape:
     @property
     def dp_size(self) -> int:
         """The fewest dp ranks on which its experts have room."""
-        return self.ep // math.gcd(self.ep, self.ranks)
+        parts = self.ep * self.expert_tp
+        return parts // math.gcd(parts, self.ranks)
 
     def grid(self, *, dp: int, pp: int) -> GridSpec:
         """Return a grid of so many dp ranks and stages of this shape, without an offset."""
         return GridSpec(
-            tp=self.tp, cp=self.cp, ep=self.ep, dp=dp, pp=pp, sequence_parallel=self.sequence_parallel
+            tp=self.tp,
+            cp=self.cp,
+            ep=self.ep,
+            expert_tp=self.expert_tp,
+            dp=dp,
+            pp=pp,
+            sequence_parallel=self.sequence_parallel,
         )
 
     def __str__(self) -> str:

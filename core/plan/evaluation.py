@@ -71,6 +71,11 @@ class Evaluator:
         except PlanError as error:
             return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
 
+    def whole(self, layout: Layout) -> Layout:
+        """Return a layout that was timed by a short step as it is timed by its whole step."""
+        timed = self._timed(layout.spec, self.question.topology(layout.spec), layout.spec)
+        return attrs.evolve(timed, peak_bytes=layout.peak_bytes)
+
     @functools.cached_property
     def _useful_s(self) -> float:
         """Seconds that one GPU would need for the operations of the model alone."""

@@ -17,6 +17,7 @@ from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER, Layout, grids_of, layout_of
 from mimogrid.core.plan.progress import Progress, Watch, always
+from mimogrid.core.plan.refinement import Refinement
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.schedule.tuning import GB
@@ -27,6 +28,10 @@ REFINED = 3
 """On how many of the best layouts other orders are tried."""
 ONE_ORDER = frozenset({ONE_F_ONE_B, INTERLEAVED})
 """Two names of one order, which interleaves where ranks have several chunks."""
+NEIGHBOURS = 40
+"""Layouts that are evaluated beside the best ones."""
+PROMISING = 0.995
+"""A neighbour of a layout is better if it takes at most this part of its time."""
 TUNED = 1
 """On how many of the best layouts `auto` is tried."""
 TUNED_AT_MOST = 6_000
@@ -37,7 +42,7 @@ TUNED_AT_MOST = 6_000
 class Search:
     """The layouts that were evaluated so far.
 
-    `confirmed` has the numbers of those that `simulate` has timed.
+    `whole` has the numbers of those whose whole step was timed, `confirmed` of those that `simulate` has timed.
     `looked_at` counts what was priced; the search has `stopped` once `watch` has said so.
 
     Budgets are numbers of simulated actions (`Evaluator.effort`).
@@ -48,6 +53,7 @@ class Search:
     looked_at: int = 0
     stopped: bool = False
     layouts: list[Layout] = attrs.field(factory=list[Layout])
+    whole: set[int] = attrs.field(factory=set[int])
     confirmed: set[int] = attrs.field(factory=set[int])
 
     def candidates(self, found: Candidates, budget: int) -> float:
@@ -84,6 +90,34 @@ class Search:
         )
         self.stopped = self.stopped or not self.watch(progress)
         return not self.stopped
+
+    def refine(self, refinement: Refinement, budget: int) -> None:
+        """Change the best layout that fits by one choice, as long as that makes it clearly faster."""
+        until, most = self.evaluator.effort + budget, len(self.layouts) + NEIGHBOURS
+        while not self.stopped and self._improved(refinement, until, most):
+            pass
+
+    def _improved(self, refinement: Refinement, until: int, most: int) -> bool:
+        """Whether a neighbour of the best layout that fits is found to be clearly faster, and to fit."""
+        for best in self.fit(1):
+            layout = self._whole(best)
+            enough_s = PROMISING * layout.step_s
+            for spec in refinement.promising(layout.spec, enough_s):
+                spent = self.evaluator.effort >= until or len(self.layouts) >= most
+                if spent or not self._goes_on(0.0):
+                    return False
+                i = self.evaluate(spec)
+                faster = self.layouts[i].kind == SLOWER and self.layouts[i].step_s < enough_s
+                if faster and self._fits(i) and self._whole(i).step_s < enough_s:
+                    return True
+        return False
+
+    def _whole(self, i: int) -> Layout:
+        """Return a layout as its whole step is timed: a short one flatters layouts whose pipelines fill slowly."""
+        if i not in self.whole:
+            self.layouts[i] = self.evaluator.whole(self.layouts[i])
+            self.whole.add(i)
+        return self.layouts[i]
 
     def orders(self, budget: int) -> None:
         """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""

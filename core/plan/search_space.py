@@ -75,6 +75,18 @@ class SearchSpace:
     _priced: dict[ParallelConfig, PricedConfig] = attrs.field(
         factory=dict[ParallelConfig, PricedConfig], init=False, repr=False
     )
+    _allowed: dict[ParallelShape, bool] = attrs.field(
+        factory=dict[ParallelShape, bool], init=False, repr=False
+    )
+
+    def allows(self, shape: ParallelShape) -> bool:
+        """Whether the module can have a shape, which need not be one of those that are walked."""
+        if shape not in self._allowed:
+            costs = self.costs
+            self._allowed[shape] = (
+                shape in self.shapes or _problem(costs.spec, costs.facts, costs.name, shape) is None
+            )
+        return self._allowed[shape]
 
     def configs(
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)

@@ -111,11 +111,9 @@ class Load:
         names = [field.name for field in attrs.fields(cls)]
         return tuple(cls(**{name: 1.0}) for name in names)
 
-    def __add__(self, other: "Load") -> "Load":
-        return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
-
     def __mul__(self, factor: float) -> "Load":
-        return Load(*(factor * each for each in attrs.astuple(self)))
+        positions, pairs_, rows = factor * self.positions, factor * self.pairs, factor * self.rows
+        return Load(positions, pairs_, rows, factor * self.emitted, factor * self.windowed)
 
 
 @attrs.frozen
@@ -135,6 +133,15 @@ class Loads:
     def over(self, samples: range) -> Load:
         """Return the load of contiguous samples."""
         return Load(*(sums[samples.stop] - sums[samples.start] for sums in self.counts))
+
+    def sums(self, shares: Sequence[range]) -> Load:
+        """Return the load of several ranges of samples together."""
+        return Load(*(sum(sums[s.stop] - sums[s.start] for s in shares) for sums in self.counts))
+
+    def positions(self, shares: Sequence[range]) -> list[int]:
+        """Return the positions of each of several ranges of samples."""
+        positions, *_ = self.counts
+        return [positions[share.stop] - positions[share.start] for share in shares]
 
     @property
     def mean(self) -> Load:

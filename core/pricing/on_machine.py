@@ -22,7 +22,7 @@ import attrs
 
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.pricing.collectives import is_near
-from mimogrid.core.pricing.flops import Load, Loads, in_row, module_units, of_units
+from mimogrid.core.pricing.flops import Load, Loads, module_units, of_units
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import joined, unit_costs, values_of_units
 from mimogrid.core.step.step import Step
@@ -90,9 +90,10 @@ def _size(load: Load) -> tuple[float, float, float]:
 
 
 def _of_dp_rank(step: Step, module: Module, dp_rank: int, loads: Loads, *, spread: bool) -> Load:
-    shares = [
-        in_row(module, loads.over(step.samples_of(module.name, dp_rank, k)))
-        for k in range(module.microbatches)
-    ]
-    count = sum(share.positions > 0 for share in shares)
-    return sum(shares, start=Load()) * (1 / (module.microbatches if spread else max(count, 1)))
+    shares = [step.samples_of(module.name, dp_rank, k) for k in range(module.microbatches)]
+    sums = loads.sums(shares)
+    # A share is computed in a row that is rounded up (`in_row`).
+    positions = [module.row_shape(each)[0] if each else 0 for each in loads.positions(shares)]
+    count = sum(each > 0 for each in positions)
+    whole = attrs.evolve(sums, positions=sum(positions))
+    return whole * (1 / (module.microbatches if spread else max(count, 1)))

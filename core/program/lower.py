@@ -55,6 +55,10 @@ from mimogrid.core.topology.topology import Link, Module, Stage, StageInfo, Topo
 from mimogrid.core.update.buckets import Section, buckets_of, shared_by, sharing_ranks
 
 
+_GroupOf = Callable[[Module, int, Section], tuple[int, ...]]
+"""Returns the ranks that share a section of a module with a rank."""
+
+
 @attrs.frozen(eq=False)
 class Program:
     """Everything that every rank does in a step. `of` lowers one rank at a time, when asked."""
@@ -66,6 +70,10 @@ class Program:
     )
     _gathers: dict[int, tuple[Gather, ...]] = attrs.field(
         factory=dict[int, tuple[Gather, ...]], init=False, repr=False
+    )
+
+    _shared: dict[tuple[int, Stage, _GroupOf], tuple[tuple[int, ...], ...]] = attrs.field(
+        factory=dict[tuple[int, Stage, _GroupOf], tuple[tuple[int, ...], ...]], init=False, repr=False
     )
 
     @property
@@ -103,11 +111,9 @@ class Program:
                 dp_ranks = module.ep_dp_ranks(module.grid.position(rank)["dp"])
                 return tuple(r for dp_rank in dp_ranks for r in module.tp_cp_ranks(stage, dp_rank))
             case Reduce(stage, bucket) | WaitReduce(stage, bucket):
-                section = buckets_of(self.topology, self.topology.stages[stage], rank)[bucket].section
-                return shared_by(modules[stage.module], rank, section)
+                return self._by_bucket(rank, stage, shared_by)[bucket]
             case Gather(stage, bucket) | WaitGather(stage, bucket):
-                section = buckets_of(self.topology, self.topology.stages[stage], rank)[bucket].section
-                return sharing_ranks(modules[stage.module], rank, section)
+                return self._by_bucket(rank, stage, sharing_ranks)[bucket]
             case Tie(stage=stage):
                 pipeline = modules[stage.module].grid.group_of(rank, "pp")
                 return (pipeline[0], pipeline[-1])
@@ -115,6 +121,20 @@ class Program:
                 return self.topology.ranks
             case _:
                 return (rank,)
+
+    def _by_bucket(self, rank: int, stage: Stage, group_of: _GroupOf) -> tuple[tuple[int, ...], ...]:
+        """Return the ranks that share each bucket of a stage with a rank."""
+        key = rank, stage, group_of
+        if key not in self._shared:
+            module, buckets = (
+                self.topology.modules[stage.module],
+                buckets_of(self.topology, self.topology.stages[stage], rank),
+            )
+            groups = {
+                section: group_of(module, rank, section) for section in {each.section for each in buckets}
+            }
+            self._shared[key] = tuple(groups[each.section] for each in buckets)
+        return self._shared[key]
 
     def sums(self, rank: int) -> tuple[Reduce, ...]:
         """Return the sums of gradients of a rank, in the order in which it posts them."""
@@ -137,14 +157,10 @@ class Program:
             )
         return self._gathers[rank]
 
-    def _with_others(
-        self, info: StageInfo, rank: int, group_of: Callable[[Module, int, Section], tuple[int, ...]]
-    ) -> list[int]:
+    def _with_others(self, info: StageInfo, rank: int, group_of: _GroupOf) -> list[int]:
         """Return the buckets of a stage that a rank does not have for itself."""
-        module, buckets = self.topology.modules[info.stage.module], buckets_of(self.topology, info, rank)
-        sections = {bucket.section for bucket in buckets}
-        shared = {section for section in sections if len(group_of(module, rank, section)) > 1}
-        return [number for number, bucket in enumerate(buckets) if bucket.section in shared]
+        shared = self._by_bucket(rank, info.stage, group_of)
+        return [bucket for bucket, ranks in enumerate(shared) if len(ranks) > 1]
 
     def collectives(self, rank: int) -> tuple[Gather | Reduce, ...]:
         """Return all that a rank posts for buckets: first what it gathers, then what it sums."""

@@ -163,7 +163,7 @@ class _State:
         )
         self.passed: set[tuple[int, int, Transfer]] = set()
         self.position = dict.fromkeys(self.listing, 0)
-        self.posted: set[tuple[int, Transfer | Collective]] = set()
+        self.posted: dict[int, set[Transfer | Collective]] = collections.defaultdict(set)
         self.met: dict[tuple[int, Action], set[int]] = collections.defaultdict(set)
         self.free: set[tuple[int, Action]] = set()
         self.posts: dict[tuple[int, Collective], int] = {}
@@ -179,20 +179,21 @@ class _State:
         return Replay(tuple(self.started), tuple(self._blocked(rank) for rank in stuck))
 
     def _advance(self, rank: int) -> None:
-        actions = self.listing[rank]
-        while self.position[rank] < len(actions):
-            action = actions[self.position[rank]]
-            obstacle = self._obstacle(rank, action)
+        actions, posted = self.listing[rank], self.posted[rank]
+        for action in itertools.islice(actions, self.position[rank], None):
+            posts = isinstance(action, Transfer | Collective)
+            obstacle = None if posts else self._obstacle(rank, action)
             if obstacle is not None:
                 self.sleeping.setdefault(obstacle, []).append(rank)
                 return
             self.position[rank] += 1
             self.started.append((rank, action))
-            if isinstance(action, Transfer | Collective):
+            if posts:
                 if isinstance(action, Collective):
                     self._post_collective(rank, action)
-                self.posted.add((rank, action))
-                self.ready.extend(self.sleeping.pop((rank, action), ()))
+                posted.add(action)
+                if self.sleeping:
+                    self.ready.extend(self.sleeping.pop((rank, action), ()))
                 if self.strict and isinstance(action, Transfer):
                     self._queue(rank, action)
 
@@ -200,13 +201,13 @@ class _State:
         """Count the ranks that have posted a collective; the last one frees those that wait for it."""
         group = self.joint(rank, collective)
         place = group[0], collective
-        self.posts[place] = self.posts.get(place, 0) + ((rank, collective) not in self.posted)
+        self.posts[place] = self.posts.get(place, 0) + (collective not in self.posted[rank])
         if self.posts[place] == len(group):
             self.ready.extend(self.sleeping.pop(("all", *place), ()))
 
     def _unposted_collective(self, rank: int, collective: Collective) -> Hashable | None:
         """Return the obstacle of a wait for a collective: that not all ranks have posted it, or this one has not."""
-        if (rank, collective) not in self.posted:
+        if collective not in self.posted[rank]:
             return rank, collective
         group = self.joint(rank, collective)
         place = group[0], collective
@@ -223,10 +224,8 @@ class _State:
                     self.ready.extend(self.sleeping.pop(end, ()))
 
     def _obstacle(self, rank: int, action: Action) -> Hashable | None:
-        """Return an obstacle of an action, if there is one."""
+        """Return an obstacle of an action that posts nothing, if there is one."""
         match action:
-            case Send() | Recv() | Reduce() | Gather():
-                return None
             case Wait(transfer=transfer):
                 queued = self._still_queued(rank, transfer) if self.strict else ()
                 return next(itertools.chain(self._unposted(rank, transfer), queued), None)
@@ -254,16 +253,16 @@ class _State:
         return None
 
     def _unposted(self, rank: int, transfer: Transfer) -> Iterator[tuple[int, Transfer]]:
-        if (rank, transfer) not in self.posted:
+        if transfer not in self.posted[rank]:
             yield rank, transfer
         theirs = self.matching_ops.get(transfer) or matching_op(transfer)
         for peer in self.peers(rank, transfer):
-            if (peer, theirs) not in self.posted:
+            if theirs not in self.posted[peer]:
                 yield peer, theirs
 
     def _unposted_by(self, rank: int, action: WaitCollective) -> Iterator[tuple[int, Collective]]:
         group = (rank, *self.joint(rank, action.posted))
-        return ((member, action.posted) for member in group if (member, action.posted) not in self.posted)
+        return ((member, action.posted) for member in group if action.posted not in self.posted[member])
 
     def _still_queued(self, rank: int, transfer: Transfer) -> Iterator[tuple[int, int, Transfer]]:
         for other in self.others(rank, transfer):

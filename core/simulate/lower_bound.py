@@ -100,6 +100,7 @@ class _Nodes:
 
     def __init__(self, program: Program, costs: Costs, classes: RankClasses, listing: Listing) -> None:
         self._program, self._costs, self._classes = program, costs, classes
+        self._collective_s: dict[Hashable, float] = {}
         self.known: list[tuple[int, Compute]] = []
         self.at: dict[tuple[int, Stage, Kind], dict[int, int]] = {}
         numbers: dict[tuple[int, Compute], int] = {}
@@ -134,7 +135,7 @@ class _Nodes:
         found: dict[int, float] = {}
         for (rank, stage, kind), mine in self.at.items():
             forward = kind is Kind.FORWARD
-            seconds = 0.0 if forward else reducing_s(self._program, self._costs, rank, stage)
+            seconds = 0.0 if forward else self._of_stage(reducing_s, rank, stage)
             for node in mine.values():
                 found[node] = max(found.get(node, 0.0), seconds)
         return found
@@ -144,10 +145,19 @@ class _Nodes:
         found: dict[int, float] = {}
         for (rank, stage, kind), mine in self.at.items():
             if kind is Kind.FORWARD:
-                seconds = gathering_s(self._program, self._costs, rank, stage)
+                seconds = self._of_stage(gathering_s, rank, stage)
                 for node in mine.values():
                     found[node] = max(found.get(node, 0.0), seconds)
         return found
+
+    def _of_stage(
+        self, of: Callable[[Program, Costs, int, Stage], float], rank: int, stage: Stage
+    ) -> float:
+        """Return the seconds of the sums, or gathers, of a stage on a rank: ranks with the same experts have the same."""
+        key = of, stage, self._program.topology.modules[stage.module].ep_rank_of(rank)
+        if key not in self._collective_s:
+            self._collective_s[key] = of(self._program, self._costs, rank, stage)
+        return self._collective_s[key]
 
     def summed_s(self, ends: Sequence[float]) -> Iterator[float]:
         """Yield when each group is done with its sums at the earliest: after the first gradient, one by one."""
@@ -156,13 +166,17 @@ class _Nodes:
             if kind is not Kind.FORWARD:
                 last = max(ends[node] for node in found.values())
                 complete[rank, stage] = max(complete.get((rank, stage), 0.0), last)
+        known: dict[Reduce, float] = {}
         for rank in self._classes.members:
             groups: dict[tuple[int, ...], list[Reduce]] = collections.defaultdict(list)
             for reduce in self._program.sums(rank):
                 groups[self._program.joint(rank, reduce)].append(reduce)
+                if reduce not in known:
+                    known[reduce] = collective_s(self._program, self._costs, reduce)
             for reduces in groups.values():
-                first = min(complete.get((rank, reduce.stage), 0.0) for reduce in reduces)
-                yield first + sum(collective_s(self._program, self._costs, reduce) for reduce in reduces)
+                stages = {reduce.stage for reduce in reduces}
+                first = min(complete.get((rank, stage), 0.0) for stage in stages)
+                yield first + sum(map(known.__getitem__, reduces))
 
     def needs(self) -> list[list[tuple[int, float]]]:
         """Return, per node, the nodes whose results it needs, and the seconds that these are on the way."""

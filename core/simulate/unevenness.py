@@ -35,6 +35,10 @@ class DurationFactors:
     jitter: float = 0.0
     seed: int = 0
     costs_of: Step | None = attrs.field(default=None, repr=False)
+    _known: dict[tuple[Stage, int, int], float] = attrs.field(
+        factory=dict[tuple[Stage, int, int], float], init=False, repr=False
+    )
+    """The operations of a forward by stage, dp rank and microbatch."""
 
     def factor(self, action: Compute, dp_rank: int) -> float:
         """Return by how much the cost of an action is multiplied on a dp rank."""
@@ -65,10 +69,14 @@ class DurationFactors:
 
     def _operations(self, stage: Stage, dp_rank: int, microbatch: int) -> float:
         """Return the operations of a forward; of a module of the user's own, its positions stand for them."""
-        loads, factors = self._loads[stage.module], self._per_unit[stage]
-        share = self.step.samples_of(stage.module, dp_rank, microbatch)
-        load = in_row(self._module(stage), loads.over(share))
-        return math.fsum(factor * count for factor, count in zip(factors, attrs.astuple(load), strict=True))
+        place = stage, dp_rank, microbatch
+        if place not in self._known:
+            loads, factors = self._loads[stage.module], self._per_unit[stage]
+            share = self.step.samples_of(stage.module, dp_rank, microbatch)
+            load = in_row(self._module(stage), loads.over(share))
+            counts = attrs.astuple(load)
+            self._known[place] = math.fsum(f * count for f, count in zip(factors, counts, strict=True))
+        return self._known[place]
 
     def _module(self, stage: Stage) -> Module:
         return self.step.topology.modules[stage.module]
@@ -84,7 +92,7 @@ class DurationFactors:
         for stage, info in self.step.topology.stages.items():
             units = [module_units(self.step.topology, self._module(stage), one) for one in Load.units()]
             forwards = tuple(sum_of(of_units(info, parts)).forward if parts else 0.0 for parts in units)
-            found[stage] = forwards if any(forwards) else (1.0, 0.0, 0.0, 0.0)
+            found[stage] = forwards if any(forwards) else attrs.astuple(Load(positions=1.0))
         return found
 
     @functools.cached_property

@@ -194,7 +194,7 @@ class CoreAttention(nn.Module):
         query = query_TND.unflatten(0, (run.count, -1))
         key, value = (of.unflatten(0, (run.count, -1))[:, keys] for of in (key_TND, value_TND))
         is_causal = False
-        if self.causal and len(run.queries) > 1:
+        if self.causal and mask is None and len(run.queries) > 1:
             window = self.window or len(run.keys)
             is_causal = len(run.queries) == len(run.keys) <= window
             mask = None if is_causal else _visible(len(run.queries), len(run.keys), window, query.device)
@@ -228,8 +228,8 @@ class CoreAttention(nn.Module):
     def _of_block(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within the samples of a block [S, B, N, D], which is a row of B segments of S positions.
 
-        Causal attention takes no mask. Other attention adds `mask` [B, 1, 1, keys] to the scores: 0, or minus infinity
-        for a key that is padding. Under context parallelism S are this rank's positions, and a mask has the keys of all
+        A `mask` [B, 1, 1 or S, keys] stands in place of causality. It is added to the scores, 0 or minus infinity; or, as
+        Megatron has it, it is True where a position does not see a key. Under context parallelism S are this rank's positions, and a mask has the keys of all
         ranks, rank after rank.
         """
         positions, samples = query.shape[:2]
@@ -238,7 +238,9 @@ class CoreAttention(nn.Module):
         query, key, value = (_to_row(heads, chunks) for heads in (query, key, value))
         if mask is not None and self.cut.size > 1:
             mask = mask[..., _by_position(positions, self.cut).to(mask.device)]
-        mixed = self._of_row(query, key, value, row, None if self.causal else mask)
+        if mask is not None and mask.dtype is torch.bool:
+            mask = ~mask
+        mixed = self._of_row(query, key, value, row, mask)
         return _to_block(mixed, positions, samples, chunks).flatten(2)
 
 

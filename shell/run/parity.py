@@ -276,7 +276,7 @@ def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:
         )
         for name, module in spec.modules.items()
     }
-    batch = attrs.evolve(spec.batch, microbatches=microbatches)
+    batch = attrs.evolve(spec.batch, microbatches=microbatches, tokens_per_microbatch=0)
     return attrs.evolve(spec, modules=modules, batch=batch, world_size=None, precision=precision)
 
 
@@ -335,7 +335,7 @@ def _compared_with_one_process(
         reference = on_one_process(job, step, alone, device, index=index)
         return compare((loss, reference[0]), gradients, reference[1], precision=precision)
     assert session.runtime
-    count, scale = job.spec.batch.microbatches, session.runtime.skip_state.scale
+    count, scale = step.topology.spec.batch.microbatches, session.runtime.skip_state.scale
     exact = on_one_process(job, step, alone, device, precision="fp32", index=index)
     rounded = on_one_process(job, step, alone, device, microbatches=count, scale=scale, index=index)
     by_rounding = compare((rounded[0], exact[0]), rounded[1], exact[1], precision=precision, limit=math.inf)

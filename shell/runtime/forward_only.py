@@ -140,7 +140,7 @@ def _forward(
 ) -> Iterable[StageStep]:
     """Run the forwards of a step; return the stages of this rank in it."""
     runtime.complete_weights()
-    program = plan_step(step, runtime.job.forward_order)
+    program = plan_step(step, runtime.job.forward_orders.of(step.topology))
     actions = program.of(runtime.rank)
     context = begin_program(
         runtime, program, actions, source=source, loss=loss, generates=generates, caches=caches or {}

@@ -270,7 +270,8 @@ class StageStep:
             if link.edge is None:
                 self._arrive(recv.microbatch, link, recv.direction, 0, tensor)
                 continue
-            pieces = tensor.split([piece.stop - piece.start for piece in message.pieces])
+            sizes = [piece.stop - piece.start for piece in message.pieces]
+            pieces = tensor.split(sizes) if len(sizes) > 1 else (tensor,)
             for piece, rows in zip(message.pieces, pieces, strict=True):
                 forward = recv.direction is Direction.FORWARD
                 microbatch = recv.microbatch if forward else piece.microbatch
@@ -291,7 +292,7 @@ class StageStep:
             microbatch = piece.microbatch if forward else send.microbatch
             whole = self._sent(link, microbatch, forward=forward)
             pieces.append(self._rows(whole, link, microbatch, piece))
-        return torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _sent(self, link: Link, microbatch: int, *, forward: bool) -> torch.Tensor:
         """Return what a stage sends of a microbatch: an output, or the gradient of an input."""
@@ -300,7 +301,9 @@ class StageStep:
 
     def _rows(self, whole: torch.Tensor, link: Link, microbatch: int, piece: RowSlice) -> torch.Tensor:
         """Cut a piece out of all the rows that this dp rank has at a link in a microbatch of its own."""
-        first = next(self._parts(link, microbatch)).start
+        assert link.edge
+        step, name = self.program.routes.step, self.runner.module.name
+        first, _ = step.rows_of(link.edge.source, step.samples_of(name, self.dp_rank, microbatch))
         return whole[piece.start - first : piece.stop - first]
 
     def _gather(self, link: Link, direction: Direction, microbatch: int) -> torch.Tensor:

@@ -175,25 +175,28 @@ def main() -> int:
         pool.run("mimogrid.shell.run.train:in_world", 4, open_job(JOB, overrides), None, str(calm))
         wrong = wrong_with(lines, [*map(json.loads, (calm / METRICS).read_text().splitlines())])
         lost = summary(interruptions_of(folder), chaos, lines)
+        said = Path(name, "said").read_text()
     print(json.dumps(lost, indent=1))
     if given.summary:
         given.summary.write_text(json.dumps(lost, indent=1) + "\n")
+    if wrong:
+        print(said)
     print(wrong or "every step was done once, in order, with the losses of the calm run")
     return bool(wrong)
 
 
 def summary(found: list[dict[str, Any]], chaos: Chaos, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what happened, and what was lost by it."""
-    noticed = [i["noticed_s"] - i["failed_s"] for i in found if i["noticed_s"] is not None]
-    restarts = [i["first_s"] - (i["last_s"] if i["noticed_s"] is None else i["noticed_s"]) for i in found]
+    noticed = [i["noticing_s"] for i in found if i["noticing_s"] is not None]
     return {
         "disturbances": dict(chaos.told),
         "steps": len(lines),
         "interruptions": len(found),
-        "steps_repeated": sum(max(0, i["done"] - i["resumed_at"]) for i in found),
+        "failed_starts": sum(i["starts"] - 1 for i in found),
+        "steps_repeated": sum(i["repeated"] for i in found),
         "lost_s": round(sum(i["lost_s"] for i in found), 1),
         "noticing_s": _middle_and_most(noticed),
-        "restart_s": _middle_and_most(restarts),
+        "restart_s": _middle_and_most([i["restart_s"] for i in found]),
     }
 
 

@@ -13,28 +13,36 @@ and both copies come to the same times. On an edge that does not overlap, a send
 import collections
 from collections.abc import Iterator, Mapping, Sequence
 
-from mimogrid.core.job.costs import EdgeCosts
 from mimogrid.core.schedule.actions import Direction, Send, Transfer
-from mimogrid.core.simulate.events.folded import FoldedProgram
+from mimogrid.core.simulate.events.folded import End, FoldedProgram
 from mimogrid.core.simulate.events.pieces import Pieces
 from mimogrid.core.simulate.timeline import Interval, sent_as
 
 
-Channel = tuple[int, int, bool, Direction]
-"""A rank, its peer, whether the rank sends, and the direction in the pipeline."""
+class _Channel:
+    """The messages of a rank to or from a peer in one direction that are not carried yet, and the last piece of these.
+
+    A message is known by its end here, and by its place among the messages of that transfer.
+    """
+
+    __slots__ = ("carried", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: collections.deque[tuple[_Posted, int]] = collections.deque()
+        self.carried = 0
 
 
 class _Posted:
-    """One end of a transfer: its post, and for each message the peer, the bytes, the peer's post, and the arrival."""
+    """One end of a transfer: its post, and for each message the peer's post and the arrival."""
 
-    __slots__ = ("arrivals", "edge", "peer_posts", "post", "sizes")
+    __slots__ = ("arrivals", "channels", "end", "peer_posts", "post", "rank", "transfer")
 
-    def __init__(self, edge: EdgeCosts, sizes: tuple[tuple[int, int], ...], post: int) -> None:
-        self.edge = edge
-        self.sizes = sizes
-        self.post = post
-        self.peer_posts: list[int] = [-1] * len(sizes)
-        self.arrivals: list[int] = [-1] * len(sizes)
+    def __init__(
+        self, rank: int, transfer: Transfer, end: End, channels: tuple[_Channel | None, ...], post: int
+    ) -> None:
+        self.rank, self.transfer, self.end, self.channels, self.post = rank, transfer, end, channels, post
+        self.peer_posts: list[int] = [-1] * len(channels)
+        self.arrivals: list[int] = [-1] * len(channels)
 
 
 class Channels:
@@ -42,59 +50,65 @@ class Channels:
 
     def __init__(self, folded: FoldedProgram, pieces: Pieces, matching: Mapping[Transfer, Transfer]) -> None:
         self._folded, self._pieces, self._matching = folded, pieces, matching
-        self._posted: dict[tuple[int, Transfer], _Posted] = {}
-        self._queues: dict[Channel, collections.deque[tuple[Transfer, int]]] = collections.defaultdict(
-            collections.deque
-        )
-        self._carried: dict[Channel, int] = {}
+        self._posted: dict[int, dict[Transfer, _Posted]] = collections.defaultdict(dict)
+        self._channels: dict[tuple[int, int, bool, Direction], _Channel] = collections.defaultdict(_Channel)
+        self._of_end: dict[End, tuple[_Channel | None, ...]] = {}
 
     def post(self, rank: int, transfer: Transfer, before: int) -> int:
         """Post one end of each message; return the piece at whose end the rank goes on."""
-        sends, sizes = isinstance(transfer, Send), self._folded.sizes(rank, transfer)
-        _, edge = self._folded.link(transfer)
-        blocks = sends and not edge.overlap
-        blocked_s = sum(edge.carry_s(size) + edge.latency for _, size in sizes if size) if blocks else 0.0
-        post = self._pieces.add((before,), blocked_s, (rank, transfer))
-        self._posted[rank, transfer] = _Posted(edge, sizes, post)
-        if edge.overlap:
-            for i, (peer, size) in enumerate(sizes):
-                if size:
-                    self._queues[rank, peer, sends, transfer.direction].append((transfer, i))
+        end, post = self._folded.end(rank, transfer), before
+        channels = self._of_end.get(end)
+        if channels is None:
+            channels = self._of_end[end] = tuple(self._channels_of(rank, transfer, end))
+        if isinstance(transfer, Send) and not end.edge.overlap:
+            blocked_s = sum(end.edge.carry_s(size) + end.edge.latency for _, size in end.sizes if size)
+            post = self._pieces.add((before,), blocked_s, (rank, transfer))
+        posted = self._posted[rank][transfer] = _Posted(rank, transfer, end, channels, post)
+        for i, channel in enumerate(channels):
+            if channel:
+                channel.waiting.append((posted, i))
         return post
+
+    def _channels_of(self, rank: int, transfer: Transfer, end: End) -> Iterator[_Channel | None]:
+        """Yield the channel of each message; None for one that takes no time of its own."""
+        sends = isinstance(transfer, Send)
+        for peer, size in end.sizes:
+            carried = size and end.edge.overlap
+            yield self._channels[rank, peer, sends, transfer.direction] if carried else None
 
     def arrivals(self, rank: int, transfer: Transfer) -> list[int]:
         """Return the pieces at whose ends the messages of a transfer have arrived; both ends are posted."""
-        posted, sends = self._posted[rank, transfer], isinstance(transfer, Send)
-        for i, (peer, size) in enumerate(posted.sizes):
-            if size and posted.edge.overlap:
-                channel = (rank, peer, sends, transfer.direction)
+        posted = self._posted[rank][transfer]
+        for i, channel in enumerate(posted.channels):
+            if channel:
                 while posted.arrivals[i] < 0:
-                    self._carry(channel, *self._queues[channel].popleft())
+                    self._carry(channel, *channel.waiting.popleft())
             elif posted.arrivals[i] < 0:
-                posted.peer_posts[i] = self._peer_post(peer, transfer)
-                posted.arrivals[i] = self._pieces.add(
-                    tuple(dict.fromkeys((posted.post, posted.peer_posts[i])))
-                )
+                peer_post = posted.peer_posts[i] = self._peer_post(posted, i)
+                behind = (posted.post,) if peer_post == posted.post else (posted.post, peer_post)
+                posted.arrivals[i] = self._pieces.add(behind)
         return posted.arrivals
 
-    def _carry(self, channel: Channel, transfer: Transfer, i: int) -> None:
+    def _carry(self, channel: _Channel, posted: _Posted, i: int) -> None:
         """Carry the next message of a channel: behind the message before it. After the latency it arrives."""
-        rank, peer, sends, _ = channel
-        posted = self._posted[rank, transfer]
-        posted.peer_posts[i] = self._peer_post(peer, transfer)
-        behind = dict.fromkeys((posted.post, posted.peer_posts[i], self._carried.get(channel, 0)))
-        label = (rank, transfer) if sends else (peer, sent_as(transfer))
-        carried = self._pieces.add(tuple(behind), posted.edge.carry_s(posted.sizes[i][1]), label)
-        self._carried[channel] = carried
-        posted.arrivals[i] = self._pieces.add((carried,), posted.edge.latency, label)
+        peer, size = posted.end.sizes[i]
+        peer_post = posted.peer_posts[i] = self._peer_post(posted, i)
+        behind = tuple({posted.post: None, peer_post: None, channel.carried: None})
+        transfer = posted.transfer
+        label = (posted.rank, transfer) if isinstance(transfer, Send) else (peer, sent_as(transfer))
+        edge = posted.end.edge
+        carried = channel.carried = self._pieces.add(behind, edge.carry_s(size), label)
+        posted.arrivals[i] = self._pieces.add((carried,), edge.latency, label)
 
-    def _peer_post(self, peer: int, transfer: Transfer) -> int:
-        """Return the piece at whose end a peer has posted its end of a transfer."""
-        return self._posted[self._folded.classes.leader[peer], self._matching[transfer]].post
+    def _peer_post(self, posted: _Posted, i: int) -> int:
+        """Return the piece at whose end a peer has posted its end of a message."""
+        peer, _ = posted.end.sizes[i]
+        return self._posted[self._folded.classes.leader[peer]][self._matching[posted.transfer]].post
 
     def intervals(self, ends: Sequence[float]) -> Iterator[tuple[int, Transfer, tuple[Interval, ...]]]:
         """Yield when the messages of a rank's transfer are on their way, if something waits for all of them."""
-        for (rank, transfer), posted in self._posted.items():
-            if -1 not in posted.arrivals:
-                both = zip(posted.peer_posts, posted.arrivals, strict=True)
-                yield rank, transfer, tuple((max(ends[posted.post], ends[p]), ends[a]) for p, a in both)
+        for rank, mine in self._posted.items():
+            for transfer, posted in mine.items():
+                if -1 not in posted.arrivals:
+                    both, post = zip(posted.peer_posts, posted.arrivals, strict=True), ends[posted.post]
+                    yield rank, transfer, tuple([(max(post, ends[p]), ends[a]) for p, a in both])

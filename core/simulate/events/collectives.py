@@ -12,46 +12,60 @@ from mimogrid.core.simulate.events.pieces import Pieces
 from mimogrid.core.simulate.lower_bound import collective_s
 
 
+class _Queue:
+    """The collectives of a group that are posted and not done, the last piece of those that are, and the piece of each.
+
+    `members` are the leaders of the group.
+    """
+
+    __slots__ = ("done", "last", "members", "waiting")
+
+    def __init__(self, members: tuple[int, ...]) -> None:
+        self.members = members
+        self.waiting: collections.deque[Collective] = collections.deque()
+        self.last = 0
+        self.done: dict[Collective, int] = {}
+
+
 class Collectives:
     """All collectives of a walk."""
 
     def __init__(self, folded: FoldedProgram, pieces: Pieces) -> None:
         self._folded, self._pieces = folded, pieces
-        self._posted: dict[tuple[int, Collective], int] = {}
+        self._posted: dict[int, dict[Collective, int]] = collections.defaultdict(dict)
         self._begun: set[tuple[int, Collective]] = set()
-        self._waiting: dict[Hashable, collections.deque[Collective]] = collections.defaultdict(
-            collections.deque
-        )
-        self._done: dict[Hashable, int] = {}
-        self._last: dict[Hashable, int] = {}
-        self._queues: dict[tuple[int, Collective], Hashable] = {}
+        self._queues: dict[Hashable, _Queue] = {}
+        self._queue_of: dict[int, dict[Collective, _Queue]] = {}
 
     def post(self, rank: int, collective: Collective, before: int) -> int:
         """Post a rank's part, which takes no time. The first rank that posts puts the collective into the queue."""
-        begun = self._folded.joint(rank, collective)[0], collective
+        queue = self._queue(rank, collective)
+        begun = queue.members[0], collective
         if begun not in self._begun:
             self._begun.add(begun)
-            self._waiting[self._queue_of(rank, collective)].append(collective)
-        self._posted[rank, collective] = before
+            queue.waiting.append(collective)
+        self._posted[rank][collective] = before
         return before
 
     def done(self, rank: int, collective: Collective) -> int:
         """Return the piece that ends a collective: behind all postings and behind those before it in the queue."""
-        group, queue = self._folded.joint(rank, collective), self._queue_of(rank, collective)
-        while (queue, collective) not in self._done:
-            following = self._waiting[queue].popleft()
-            behind = [self._last.get(queue, 0), *(self._posted[member, following] for member in group)]
+        queue = self._queue(rank, collective)
+        while collective not in queue.done:
+            following = queue.waiting.popleft()
+            posts = [self._posted[member][following] for member in queue.members]
             seconds = collective_s(self._folded.program, self._folded.costs, following)
-            piece = self._pieces.add(tuple(dict.fromkeys(behind)), seconds, (rank, following))
-            self._last[queue] = self._done[queue, following] = piece
-        return self._done[queue, collective]
+            piece = self._pieces.add(tuple(dict.fromkeys((queue.last, *posts))), seconds, (rank, following))
+            queue.last = queue.done[following] = piece
+        return queue.done[collective]
 
-    def _queue_of(self, rank: int, collective: Collective) -> Hashable:
-        """Name the group of a collective. The leaders alone do not: several groups may have the same ones."""
-        if (rank, collective) not in self._queues:
+    def _queue(self, rank: int, collective: Collective) -> _Queue:
+        """Return the queue of a group. The leaders alone do not name it: several groups may have the same ones."""
+        if rank not in self._queue_of:
             first: dict[tuple[int, ...], Collective] = {}
-            program = self._folded.program
+            program, mine = self._folded.program, dict[Collective, _Queue]()
             for each in program.collectives(rank):
-                named = first.setdefault(program.joint(rank, each), each)
-                self._queues[rank, each] = (self._folded.joint(rank, each), named)
-        return self._queues[rank, collective]
+                members = self._folded.joint(rank, each)
+                named = members, first.setdefault(program.joint(rank, each), each)
+                mine[each] = self._queues.setdefault(named, _Queue(members))
+            self._queue_of[rank] = mine
+        return self._queue_of[rank][collective]

@@ -5,12 +5,28 @@ The answers are the same for all microbatches that are alike. So they are kept: 
 
 from collections.abc import Hashable
 
+import attrs
+
 from mimogrid.core.job.costs import Costs, EdgeCosts
 from mimogrid.core.program.lower import Program, link_of
-from mimogrid.core.schedule.actions import Action, Transfer
+from mimogrid.core.schedule.actions import Action, Compute, Transfer
 from mimogrid.core.simulate.rank_classes import RankClasses
 from mimogrid.core.step.traffic import message_bytes
-from mimogrid.core.topology.topology import Link, Stage
+
+
+@attrs.frozen(eq=False)
+class End:
+    """The ranks at the other ends of a transfer.
+
+    Attributes:
+        edge: what its messages cost.
+        sizes: each rank with the bytes of its message.
+        leaders: the leaders of these ranks, each once.
+    """
+
+    edge: EdgeCosts
+    sizes: tuple[tuple[int, int], ...]
+    leaders: tuple[int, ...]
 
 
 class FoldedProgram:
@@ -18,38 +34,44 @@ class FoldedProgram:
 
     def __init__(self, program: Program, costs: Costs, classes: RankClasses) -> None:
         self.program, self.costs, self.classes = program, costs, classes
-        self._sizes: dict[tuple[int, Link, bool, int], tuple[tuple[int, int], ...]] = {}
-        self._links: dict[tuple[Stage, Stage], tuple[Link, EdgeCosts]] = {}
-        self._joint: dict[Hashable, tuple[int, ...]] = {}
+        self._likes: dict[Hashable, int] = {}
+        self._like: dict[Transfer, int] = {}
+        self._ends: dict[tuple[int, int], End] = {}
+        self._joint: dict[tuple[int, Hashable], tuple[int, ...]] = {}
 
     def peers(self, rank: int, transfer: Transfer) -> tuple[int, ...]:
         """Return the leaders of the ranks at the other ends of a transfer."""
-        leader = self.classes.leader
-        return tuple(dict.fromkeys([leader[peer] for peer, _ in self.sizes(rank, transfer)]))
+        return self.end(rank, transfer).leaders
 
-    def sizes(self, rank: int, transfer: Transfer) -> tuple[tuple[int, int], ...]:
-        """Return the ranks at the other ends of a transfer, each with the bytes of its message."""
-        link, _ = self.link(transfer)
-        key = rank, link, transfer.at_source, self.program.routes.first(link, transfer.microbatch)
-        if key not in self._sizes:
-            step, at_source = self.program.routes.step, transfer.at_source
-            self._sizes[key] = tuple(
-                (message.rank_target if at_source else message.rank_source, message_bytes(step, message))
-                for message in self.program.messages_of(rank, transfer)
-            )
-        return self._sizes[key]
+    def end(self, rank: int, transfer: Transfer) -> End:
+        """Return the other end of a transfer of a rank: the same object for all transfers that are alike."""
+        like = self._like.get(transfer)
+        if like is None:
+            link = link_of(self.program.topology, transfer)
+            first = self.program.routes.first(link, transfer.microbatch)
+            known = type(transfer), link, transfer.at_source, first
+            like = self._like[transfer] = self._likes.setdefault(known, len(self._likes))
+        found = self._ends.get((rank, like))
+        if found is None:
+            found = self._ends[rank, like] = self._end(rank, transfer)
+        return found
+
+    def _end(self, rank: int, transfer: Transfer) -> End:
+        link, step = link_of(self.program.topology, transfer), self.program.routes.step
+        sizes = tuple(
+            (message.rank_target if transfer.at_source else message.rank_source, message_bytes(step, message))
+            for message in self.program.messages_of(rank, transfer)
+        )
+        leaders = dict.fromkeys(self.classes.leader[peer] for peer, _ in sizes)
+        return End(self.costs.on(link, link.edge), sizes, tuple(leaders))
 
     def joint(self, rank: int, action: Action) -> tuple[int, ...]:
         """Return the leaders of the ranks that start an action together; the same in every microbatch."""
-        key = rank, type(action), getattr(action, "stage", None), getattr(action, "bucket", None)
-        if key not in self._joint:
-            self._joint[key] = self.classes.leaders_of(self.program.joint(rank, action))
-        return self._joint[key]
-
-    def link(self, transfer: Transfer) -> tuple[Link, EdgeCosts]:
-        """Return the link that a transfer is on, and its costs."""
-        ends = transfer.stage, transfer.peer
-        if ends not in self._links:
-            link = link_of(self.program.topology, transfer)
-            self._links[ends] = link, self.costs.on(link, link.edge)
-        return self._links[ends]
+        if isinstance(action, Compute):
+            key: tuple[int, Hashable] = rank, action.stage
+        else:
+            key = rank, action
+        found = self._joint.get(key)
+        if found is None:
+            found = self._joint[key] = self.classes.leaders_of(self.program.joint(rank, action))
+        return found

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.schedules import ONE_F_ONE_B, ZB_H1
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Action
 from mimogrid.core.schedule.work import may_split
 from mimogrid.shell.job.jobs import Job, open_job
@@ -49,15 +49,13 @@ def in_turns(runtime: RankRuntime, jobs: Sequence[Job], repeat: int) -> list[Ste
     for index in range(WARM_UP + repeat):
         for job, steps in zip(jobs, found, strict=True):
             step = job.step(index)
-            turns = Turns(
-                turns_of(plan_step(step, job.order))[runtime.rank], runtime.group, Clock(runtime.device)
-            )
+            turns = Turns(turns_of(job.program_of(step))[runtime.rank], runtime.group, Clock(runtime.device))
             dist.barrier(runtime.group)
             begin = time.thread_time()
             following = job.step(index + 1)
-            plan_step(following, job.order).of(runtime.rank)
+            job.program_of(following).of(runtime.rank)
             planned = time.thread_time() - begin
-            train_step(runtime, index, step, following, executor=turns, order=job.order)
+            train_step(runtime, index, step, following, executor=turns, order=job.order_of(step))
             if index >= WARM_UP:
                 steps.planning.append(planned)
                 for action, measurement in turns.measurements.items():

@@ -14,7 +14,8 @@ from mimogrid.core.job.placement import balanced
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GpuSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, grids_of
+from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, grids_of, shown
+from mimogrid.core.plan.neighbours import neighbours
 from mimogrid.core.plan.planner import BUDGET, CONFIRMED, plan
 from mimogrid.core.plan.search_space import enough
 from mimogrid.core.pricing.even import even_costs
@@ -214,6 +215,27 @@ def test_nothing_is_faster_in_a_small_world(vision):
     assert found.best.step_s <= everything(asked) * (1 + found.gap + 1e-9)
 
 
+def test_no_single_change_of_a_plan_is_clearly_faster():
+    """Of no axis, place, number of chunks or microbatches, recomputation or order of any module."""
+    asked = question(4, batch=16, rows=64)
+    found, evaluator = plan(asked), Evaluator(asked, "language")
+    changed = [evaluator.evaluated(spec) for spec in neighbours(found.best.spec)]
+    faster = [each for each in changed if each.kind == SLOWER and each.step_s < 0.99 * found.best.step_s]
+    assert [] == [shown(each.spec) for each in faster if evaluator.fitted(each).kind == SLOWER]
+    assert 10 < sum(each.kind == SLOWER for each in changed)
+
+
+def test_experts_may_be_split_over_ranks():
+    """Neighbours of a layout have them on more ranks by `ep` and by `expert_tp`; dense layers have neither."""
+    asked = question()
+    sparse = attrs.evolve(asked.spec.modules["language"].options, experts=4, top_k=2)
+    language = attrs.evolve(asked.spec.modules["language"], options=sparse, grid=GridSpec(tp=2))
+    spec = attrs.evolve(asked.spec, modules={**asked.spec.modules, "language": language})
+    grids = {name: {each.modules[name].grid for each in neighbours(spec)} for name in spec.modules}
+    assert {1, 2} == {grid.ep for grid in grids["language"]} == {grid.expert_tp for grid in grids["language"]}
+    assert {(1, 1)} == {(grid.ep, grid.expert_tp) for grid in grids["vision"]}
+
+
 def test_bounds_are_below_what_is_simulated():
     """No layout is faster than what was promised of the best that was left out."""
     _, found = planned()
@@ -224,7 +246,7 @@ def test_bounds_are_below_what_is_simulated():
 
 def test_a_thousand_gpus_are_planned():
     """On all of them or on fewer, never on more."""
-    _, found = planned(1024, batch=128, budget=10_000)
+    _, found = planned(1024, batch=128, budget=2_000)
     assert 0 < found.best.active <= 1024
 
 

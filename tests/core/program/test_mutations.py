@@ -225,7 +225,7 @@ NUMBER = st.integers(0, 9999)
 MUTATION = st.tuples(st.sampled_from(CHANGES), NUMBER, NUMBER, NUMBER, st.booleans())
 
 
-@settings(max_examples=drawn(100), phases=DRAWN)
+@settings(max_examples=drawn(40), phases=DRAWN)
 @given(
     st.sampled_from(sorted(JOBS)),
     st.booleans(),
@@ -265,7 +265,7 @@ def _end(actions: tuple[Action, ...]) -> list[Action]:
     ]
 
 
-@settings(max_examples=drawn(60), phases=DRAWN)
+@settings(max_examples=drawn(30), phases=DRAWN)
 @given(
     st.sampled_from(sorted(JOBS)),
     st.booleans(),

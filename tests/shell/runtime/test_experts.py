@@ -208,13 +208,13 @@ def test_a_run_with_experts_goes_on_under_another_layout(pool: Pool, tmp_path: P
     """Experts and their moments move; losses, the auxiliary one by its name, go on as if they had not."""
 
     def train(folder: Path, *layout: str, resume: bool = False) -> Mapping[str, Any]:
-        settings = ["precision=fp64", "train.steps=6", "train.checkpoint_every=3", "train.evaluate=false"]
-        job = open_job(DIGITS, [*settings, *EXPERTS, *layout])
+        settings = ["precision=fp64", "train.steps=4", "train.checkpoint_every=2", "train.evaluate=false"]
+        job = open_job(DIGITS, ["batch.global_size=16", *settings, *EXPERTS, *layout])
         return trained(pool, job, folder, resume=resume)
 
     expected = train(tmp_path, *ONE_WAY)["losses_by_module"]
     (tmp_path / "report.json").unlink()
-    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
     found = train(tmp_path, *OTHER_WAY, resume=True)["losses_by_module"]
     assert {"language", "language.aux"} == set(expected) == set(found)
     for name, losses in expected.items():

@@ -238,7 +238,7 @@ def test_interleaved_chunks(parity: Parity, case: str) -> None:
 # -- at random ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=drawn(9), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=drawn(5), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts())
 def test_any_layout_is_the_model(parity: Parity, spec: JobSpec) -> None:
     """Whatever graph, grids, offsets, shares, microbatches, splits and freezing a job has."""
