@@ -177,8 +177,9 @@ class OptimizerSpec:
 
     `decay_fraction` is the share of the steps, at the end, over which a "wsd" rate falls. `betas` and `eps` are None
     for the defaults of the optimizer. `bucket_mb` is the size of a bucket of gradients in megabytes (1e6 bytes); a
-    bucket may be a little larger. `ema` is how much of a running mean of the weights is kept at each update; 0: there
-    is none.
+    bucket may be a little larger. The last backward of a stage is cut where `cut_mb` of gradients are complete, so that
+    their sums run beside the rest of it; 0: nowhere. `ema` is how much of a running mean of the weights is kept at each
+    update; 0: there is none.
     """
 
     name: str = "adamw"
@@ -195,6 +196,7 @@ class OptimizerSpec:
     final_lr_fraction: float = 0.0
     sharded: bool = False
     bucket_mb: float = 25.0
+    cut_mb: float = 4.0
     ema: float = 0.0
     loss_scale: LossScaleSpec = LossScaleSpec()
     skip_above: SkipSpec = SkipSpec()

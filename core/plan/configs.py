@@ -8,7 +8,7 @@ ranks of
     head + microbatches * (forward + backward) + max(tail, all-reduce)
 
 plus the slowest update. The head is how long the first microbatch needs to the rank, the tail how long the last
-gradient needs from it.
+gradient needs from it. Of the all-reduce only that counts which takes longer than the last backward, if that is cut.
 """
 
 import functools
@@ -94,7 +94,7 @@ class ParallelConfig:
 
 @attrs.frozen
 class RankTime:
-    """Seconds of one pipeline rank of a module; `work` is per microbatch, `reduce` the sum of its gradients."""
+    """Seconds of one pipeline rank of a module; `work` is per microbatch, `reduce` is of sums behind all work."""
 
     head: float
     work: float

@@ -153,12 +153,15 @@ class SearchSpace:
         first, copies, machine = spans[0][0], config.shape.cp * config.dp, self.costs.machine
         gradients = over(held.trained, spans) * machine.state_bytes
         within = config.shape.tp * copies <= machine.accelerator.per_node
-        times = 1 if self.costs.spec.optimizer.sharded else 2
+        optimizer = self.costs.spec.optimizer
+        times = 1 if optimizer.sharded else 2
+        sums_s = machine.link(within=within).carry_s(times * gradients * (copies - 1) / copies)
+        hidden_s = over(seconds.backward, spans[:1]) if optimizer.cut_mb else 0.0
         return RankTime(
             head=seconds.forward[first],
             work=over(seconds.forward, spans) + over(seconds.backward, spans),
             tail=seconds.backward[first],
-            reduce=machine.link(within=within).carry_s(times * gradients * (copies - 1) / copies),
+            reduce=max(sums_s - hidden_s, 0.0),
             update=over(seconds.update, spans),
         )
 

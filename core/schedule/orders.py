@@ -22,6 +22,8 @@ limits on what is in flight (`issue_policy`).
   next one instead of one.
 - `auto` tries orders on a clock (`tuning`).
 
+The last backward of a step may be cut, whatever the schedule (`cuts`).
+
 A stage without backward keeps an output until its readers have read it; a limit bounds how many outputs wait.
 
 Stages on the same ranks run one at a time in the scheduler, so they agree on one order. The result has been executed
@@ -39,6 +41,7 @@ import attrs
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.schedules import AUTO
 from mimogrid.core.pricing.footprint import kept
+from mimogrid.core.schedule.cuts import cuts_of
 from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, IssueQueues, issue_queues_of
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.scheduler import TimedWork, schedule
@@ -98,14 +101,16 @@ def order_of(topology: Topology, *, training: bool = True) -> Order:
 
 
 def _order(work: Work, issued: Sequence[int], queues: IssueQueues, *, training: bool) -> Order:
+    actions = tuple(work.actions[i] for i in issued)
     return Order(
         topology=work.topology,
         training=training,
-        actions=tuple(work.actions[i] for i in issued),
+        actions=actions,
         backward=work.backward,
         split=work.split,
         gradients=work.gradients,
         max_in_flight={**queues.unread_outputs, **work.in_flight(issued)},
+        cuts=cuts_of(work.topology, actions) if training else {},
     )
 
 

@@ -24,9 +24,11 @@ Shapes in names: S positions of a row, H hidden, T tokens, R rows, V vocabulary.
 The parameters of a stage have layout-independent names, in the order of the core's table.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -120,6 +122,21 @@ class HostNetwork(Protocol):
         """
 
 
+@attrs.frozen(eq=False)
+class MadeCut:
+    """A place where a forward was cut: what the layers above it read has no history.
+
+    Attributes:
+        layer: the layer above it.
+        hidden: the output of the layer below.
+        leaf: what the layer read in its place; the backward of the layers above leaves its gradient here.
+    """
+
+    layer: int
+    hidden: Tensor
+    leaf: Tensor
+
+
 class StageModule(nn.Module):
     """One stage of a module on this rank.
 
@@ -165,6 +182,15 @@ class StageModule(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see the table of `interface`."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def cut_before(self, layers: Collection[int]) -> Iterator[list[MadeCut]]:
+        """Cut a forward that runs while this is open before layers of the module, as far as the network can.
+
+        The list gets the cuts that were made, in the order of layers.
+        """
+        del layers
+        yield []
 
     def weight_name(self, built: str) -> str:
         """Return the layout-independent name of a parameter from its name in this module."""

@@ -4,9 +4,10 @@ Every cp rank has all inputs and outputs, and computes its own part of the posit
 `interface`.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -35,7 +36,7 @@ from mimogrid.shell.megatron.names import (
 )
 from mimogrid.shell.megatron.rows import PackedRow
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
-from mimogrid.shell.modules.interface import StageGroups, StageModule, ep_position
+from mimogrid.shell.modules.interface import MadeCut, StageGroups, StageModule, ep_position
 from mimogrid.shell.modules.packing import Packing, TokenSplit, pack
 
 
@@ -87,6 +88,17 @@ def _without_keys(grad: Tensor, *, group: int, width: int) -> Tensor:
     parts = grad.view(-1, group, width).clone()
     parts[:, -2] = 0
     return parts.view_as(grad)
+
+
+def _cut(
+    made: list[MadeCut], layer: int, _module: object, _arguments: object, output: tuple[Tensor, object]
+) -> tuple[Tensor, object]:
+    """Cut before a layer: give it what the layer below gives, without its history."""
+    hidden, context = output
+    if not hidden.requires_grad:
+        return output
+    made.append(MadeCut(layer, hidden, hidden.detach().requires_grad_()))
+    return made[-1].leaf, context
 
 
 class TransformerStage(StageModule):
@@ -176,6 +188,25 @@ class TransformerStage(StageModule):
     def decoder(self) -> TransformerBlock:
         """The stack of layers."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def cut_before(self, layers: Collection[int]) -> Iterator[list[MadeCut]]:
+        """Cut a forward that runs while this is open before layers of the module; the last layer + 1 is its end.
+
+        Nothing is cut where hidden states need no gradient, or where layers are recomputed together.
+        """
+        made: list[MadeCut] = []
+        handles = [
+            self.decoder.layers[layer - 1 - self.info.layers.start].register_forward_hook(
+                functools.partial(_cut, made, layer)
+            )
+            for layer in layers
+        ]
+        try:
+            yield made
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def deepstack(self, inputs: Mapping[str, Tensor], packing: Packing) -> Sequence[Tensor]:
         """Return the rows [S, 1, H] that the first layers add to their outputs, one for each of these layers."""
