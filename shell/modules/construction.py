@@ -75,12 +75,11 @@ def round_weights(stage: StageModule, topology: Topology) -> None:
     precision, lora = topology.spec.precision, topology.modules[stage.name].lora
     stage.to(DTYPES[precision])
     weights = named_weights(stage)
-    for parameter in stage.info.parameters:
-        if parameter.name in weights:
-            weight = weights[parameter.name]
-            weight.data = weight.data.to(
-                DTYPES[held_in(parameter, lora, precision, trains=weight.requires_grad)]
-            )
+    for parameter in (each for each in stage.info.parameters if each.name in weights):
+        weight = weights[parameter.name]
+        held = held_in(parameter, lora, precision, trains=weight.requires_grad)
+        if held != precision:
+            weight.data = weight.data.to(DTYPES[held])
 
 
 def _stage(

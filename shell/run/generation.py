@@ -45,11 +45,11 @@ class Prompt:
 class Prompted:
     """A source of prompts, each followed by its answer so far, or only of the last token of each answer.
 
-    `source` has what all modules but the language model `text` read.
+    `source` has what all modules but the language models `texts` read.
     """
 
     source: Loads
-    text: str
+    texts: tuple[str, ...]
     prompts: Mapping[int, Prompt]
     answers: Mapping[int, Tokens]
     last_only: bool = False
@@ -63,7 +63,7 @@ class Prompted:
 
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
         """Return the tokens of a sample so far, or the last; or what another module reads of it."""
-        if module != self.text:
+        if module not in self.texts:
             return self.source.load(sample_id, module)
         answer = self.answers[sample_id]
         whole = answer[-1:] if self.last_only else (*self.prompts[sample_id].tokens, *answer)
@@ -83,7 +83,6 @@ def answers_to(
     """
     by_id = {prompt.sample.id: prompt for prompt in prompts}
     answers: dict[int, Tokens] = dict.fromkeys(by_id, ())
-    (text,) = runtime.topology.graph.texts
 
     def choose(samples: Sequence[Sample], logits_BV: torch.Tensor) -> torch.Tensor:
         if not how.temperature:
@@ -97,7 +96,7 @@ def answers_to(
         for place in range(how.tokens):
             tell()
             behind = place > 0 and caches is not None
-            rows = Prompted(source, text, by_id, answers, last_only=behind)
+            rows = Prompted(source, runtime.topology.graph.texts, by_id, answers, last_only=behind)
             step = again if behind else None
             if step is None:
                 step = step_of(runtime.topology, tuple(map(rows.describe, by_id)))

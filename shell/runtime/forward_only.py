@@ -76,10 +76,11 @@ def predict(
 def caching(runtime: RankRuntime) -> Iterator[Caches | None]:
     """Give new caches for the stages of the language model that this rank has; all ranks call it.
 
-    Gives None on all ranks where a network keeps none: that of a host program, or layers of transformer-engine.
+    Gives None on all ranks where a network keeps none (that of a host program, or layers of transformer-engine), and
+    where there are several language models.
     """
     stages = {s: runner for s, runner in runtime.stages.items() if isinstance(runner.module.model, Gpt)}
-    mine = all(runner.network.can_cache for runner in stages.values())
+    mine = len(runtime.topology.graph.texts) == 1 and all(r.network.can_cache for r in stages.values())
     told = torch.tensor([mine], dtype=torch.float64, device=runtime.device.torch)
     try:
         yield {stage: Cache() for stage in stages} if gather_values(runtime, told).all() else None
