@@ -24,6 +24,7 @@ from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.simulate.memory import peak_bytes
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.step import step_of
+from scale import nightly_only
 from timed import rank_by_rank
 
 
@@ -245,10 +246,11 @@ def test_bounds_are_below_what_is_simulated():
             assert layout.lower_bound_s <= layout.step_s * (1 + 1e-9)
 
 
-def test_a_thousand_gpus_are_planned():
+@pytest.mark.parametrize(("gpus", "batch"), [(256, 32), *nightly_only([(1024, 128)])])
+def test_hundreds_of_gpus_are_planned(gpus, batch):
     """On all of them or on fewer, never on more."""
-    _, found = planned(1024, batch=128, budget=2_000)
-    assert 0 < found.best.active <= 1024
+    _, found = planned(gpus, batch=batch, budget=10_000)
+    assert 0 < found.best.active <= gpus
 
 
 def test_layers_are_dealt_so_that_the_slowest_stage_is_fastest():
