@@ -99,8 +99,8 @@ def test_a_base_in_half_precision_is_half_as_large() -> None:
     assert "BF16" == dtypes["language.layers.0.attention.qkv.weight"] == dtypes["language.output.weight"]
     assert "F32" == dtypes["language.embedding.weight"] == dtypes["language.layers.0.mlp_norm.weight"]
     (info,) = half.modules["language"].stages
-    assert 4 * 16 * 96 == widened_bytes(half, info)
-    assert 0 == widened_bytes(whole, whole.modules["language"].stages[0])
+    assert 4 * 16 * 96 == widened_bytes(half, info.stage)
+    assert 0 == widened_bytes(whole, whole.modules["language"].stages[0].stage)
 
 
 @pytest.mark.parametrize(
