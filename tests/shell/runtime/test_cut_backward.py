@@ -9,15 +9,18 @@ from typing import Any
 
 import attrs
 import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
 
 from cut import Compared
-from layouts import job
+from layouts import job, layouts
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify
+from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
-from scale import nightly, nightly_only
+from scale import drawn, nightly, nightly_only
 
 
 pytestmark = pytest.mark.world
@@ -52,7 +55,6 @@ def comparing(pool: Pool, opened: Callable[[JobSpec], Job]) -> Comparing:
 
     def compare(spec: JobSpec) -> list[Compared]:
         of_spec = opened(spec)
-        assert of_spec.order.cuts
         assert () == verify(plan_step(of_spec.step(0), of_spec.order))
         found: list[Compared] = pool.run("cut:compared_in_world", of_spec.topology.world_size, of_spec)
         return found
@@ -80,6 +82,19 @@ def test_parts_are_the_whole(comparing: Comparing, layout: str) -> None:
         assert {} == compared.apart
         assert compared.parts
         assert compared.runs > compared.parts
+
+
+@nightly
+@settings(max_examples=drawn(4), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(spec=layouts(), sharded=st.booleans())
+def test_parts_of_any_layout_are_the_whole(comparing: Comparing, spec: JobSpec, sharded: bool) -> None:
+    """Whatever graph, grids, experts, recomputation, chunks and freezing a job has."""
+    optimizer = attrs.evolve(spec.optimizer, bucket_mb=1e-4, cut_mb=1e-4, sharded=sharded)
+    spec = attrs.evolve(spec, optimizer=optimizer)
+    note(jobfile.dump(spec))
+    for compared in comparing(spec):
+        assert all(name.endswith("embedding.weight") for name in compared.apart), compared.apart
+        assert max(compared.apart.values(), default=0.0) <= ROUNDING
 
 
 @nightly
