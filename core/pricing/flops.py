@@ -429,10 +429,10 @@ def _layer(model: BuiltIn, layer: int) -> Iterator[Product]:
     yield Product(f"{prefix}mlp_norm")
     up, down = model.mlp_widths(layer)
     if model.has_experts(layer):
-        many = {"copies": model.experts, "per_row": model.top_k}
-        yield linear("mlp.router", hidden, model.experts)
-        yield linear("mlp.experts.{}.up", hidden, up // model.top_k, **many)
-        yield linear("mlp.experts.{}.down", down // model.top_k, hidden, IN, **many)
+        experts, top_k = model.experts, model.top_k
+        yield linear("mlp.router", hidden, experts)
+        yield linear("mlp.experts.{}.up", hidden, up // top_k, copies=experts, per_row=top_k)
+        yield linear("mlp.experts.{}.down", down // top_k, hidden, IN, copies=experts, per_row=top_k)
     else:
         yield linear("mlp.up", hidden, up)
         yield linear("mlp.down", down, hidden, IN)
