@@ -183,6 +183,18 @@ class Evaluator:
         bound_s = lower_bound_s(program, costs, timed) + more
         return self._rated(layout, step, step_s, busy * count / short, bound_s)
 
+    def with_padding(self, layout: Layout) -> Layout:
+        """Return a layout with the part of its positions that rounds rows up."""
+        step = self._step(self.question.topology(layout.spec))
+        used = math.fsum(each for of in step.sizes for each in of.positions.values())
+        computed = math.fsum(
+            math.prod(step.shape(module.name, dp_rank, k))
+            for module in step.topology.modules.values()
+            for dp_rank in range(module.dp_size)
+            for k in range(module.microbatches)
+        )
+        return attrs.evolve(layout, padding=1 - used / computed if computed else 0.0)
+
     def _step(self, topology: Topology) -> Step:
         """Return the step of the samples as they are."""
         if not self._sizes:

@@ -128,6 +128,7 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     best = ranked[0] if ranked else None
     others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
     fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
+    fitting = [search.evaluator.with_padding(layout) for layout in fitting]
     own = next((layout for layout in fitting if layout.spec == own.spec), marked_own(own))
     unfit = [
         attrs.evolve(each, reason=f"{name}: {each.reason}")

@@ -15,7 +15,7 @@ from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.layouts import SLOWER, Layout, grids_of, layout_of
+from mimogrid.core.plan.layouts import SLOWER, Layout, kind_of, layout_of
 from mimogrid.core.plan.progress import Progress, Watch, always
 from mimogrid.core.plan.refinement import Refinement
 from mimogrid.core.pricing.assumed import assumed
@@ -187,7 +187,7 @@ class Search:
         return self.layouts[i]
 
     def confirm(self, shown: int, confirmed: int) -> list[Layout]:
-        """Return so many of the best layouts with different grids, the fastest first.
+        """Return so many of the best layouts of different kinds (`kind_of`), the fastest first.
 
         The first `confirmed` of them are as `simulate` times them, the others as in lockstep, which is no less.
         """
@@ -200,11 +200,11 @@ class Search:
             self.confirmed.add(i)
 
     def _distinct(self, count: int) -> list[int]:
-        """Return the numbers of so many of the best layouts with different grids whose memory is enough."""
+        """Return the numbers of so many of the best layouts of different kinds whose memory is enough."""
         while True:
             firsts: dict[object, int] = {}
             for i in self._ranked():
-                firsts.setdefault(grids_of(self.layouts[i].spec), i)
+                firsts.setdefault(kind_of(self.layouts[i].spec, self.evaluator.main), i)
             ranked = [*firsts.values()][:count]
             if all([self._fits(i) for i in ranked]):  # noqa: C419 -- each is asked, whatever the others are
                 return ranked

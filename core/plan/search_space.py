@@ -36,7 +36,7 @@ from mimogrid.core.plan.configs import (
     RankTime,
     Rates,
 )
-from mimogrid.core.pricing.flops import Flops, Load, Loads, alike_layers, module_units, trainable_of
+from mimogrid.core.pricing.flops import Load, Loads, Terms, alike_layers, module_terms, trainable_of
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
@@ -375,8 +375,8 @@ class LayerCosts:
     _seconds: dict[object, LayerSeconds] = attrs.field(
         factory=dict[object, LayerSeconds], init=False, repr=False
     )
-    _flops: dict[tuple[Load, str], tuple[Flops, ...]] = attrs.field(
-        factory=dict[tuple[Load, str], tuple[Flops, ...]], init=False, repr=False
+    _terms: dict[str, tuple[Terms, ...]] = attrs.field(
+        factory=dict[str, tuple[Terms, ...]], init=False, repr=False
     )
     _splits: dict[object, tuple[int, ...]] = attrs.field(
         factory=dict[object, tuple[int, ...]], init=False, repr=False
@@ -389,18 +389,16 @@ class LayerCosts:
         return 1 if isinstance(options, Mapping) else options.layers
 
     def seconds(self, shape: ParallelShape, samples: int) -> LayerSeconds:
-        """Return what each layer takes for so many samples. Loads that several shapes have in common count once."""
+        """Return what each layer takes for so many samples."""
         if (shape, samples) not in self._seconds:
             held = self.held(shape)
-            load = held.load * samples
-            work = load, shape.recompute
-            if work not in self._flops:
-                self._flops[work] = module_units(held.topology, held.module, load)
+            if shape.recompute not in self._terms:
+                self._terms[shape.recompute] = module_terms(held.topology, held.module)
             parts = unit_costs(
                 held.module,
-                load,
+                held.load * samples,
                 self.machine,
-                flops=self._flops[work],
+                terms=self._terms[shape.recompute],
                 values=held.values,
                 recomputes=shape.recompute == "full",
                 sharded=self.spec.optimizer.sharded,

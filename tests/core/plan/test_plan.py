@@ -15,7 +15,7 @@ from mimogrid.core.job.spec import BatchSpec, DataSpec, GpuSpec, GridSpec, JobSp
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan import evaluation
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, grids_of, shown
+from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, kind_of, shown
 from mimogrid.core.plan.neighbours import neighbours
 from mimogrid.core.plan.planner import BUDGET, CONFIRMED, plan
 from mimogrid.core.plan.search_space import enough
@@ -122,12 +122,27 @@ def test_where_a_plain_layout_fits_the_plan_finds_one():
 
 
 def test_the_layout_that_one_would_write_first_is_named():
-    """One grid for all modules, with what it loses by; layouts that are shown differ in their grids."""
+    """One grid for all modules, with what it loses by; layouts that are shown are of different kinds."""
     _, found = planned()
     [standard] = [layout for layout in found.layouts if "one grid for all (tp=" in layout.reason]
     assert "x slower" in standard.reason or standard.kind in {BEST, TOO_LARGE}
-    grids = [grids_of(layout.spec) for layout in found.fitting if layout not in (found.own, standard)]
+    grids = [
+        kind_of(layout.spec, "language") for layout in found.fitting if layout not in (found.own, standard)
+    ]
     assert len(grids) == len(set(grids))
+
+
+def test_padding_is_what_rounds_rows_up():
+    """Of 511 positions tp = 4 makes 512; a module that no axis cuts has none, and neither have samples."""
+    asked = question()
+    short = tuple(attrs.evolve(sample, length=255) for sample in asked.samples)
+    asked = attrs.evolve(asked, samples=short)
+    grids = {"vision": GridSpec(offset=0), "language": GridSpec(tp=4, sequence_parallel=True, offset=0)}
+    modules = {name: attrs.evolve(module, grid=grids[name]) for name, module in asked.spec.modules.items()}
+    spec = attrs.evolve(asked.spec, modules=modules, batch=BatchSpec(global_size=8, microbatches=8))
+    evaluator = Evaluator(asked, "language")
+    found = evaluator.with_padding(evaluator.evaluated(spec))
+    assert pytest.approx(1 - (256 + 511) / (256 + 512)) == found.padding
 
 
 def test_slower_links_and_more_rows_take_longer():
