@@ -106,10 +106,20 @@ def samples_of(batch: Batch, language: Module, tokens: Mapping[str, int]) -> lis
     ]
 
 
-def readings(batch: Batch) -> list[Reading]:
-    """Return what the language model reads of each sample of a batch beside its tokens."""
-    shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
-    return readings_of(batch.position_ids, batch.attention_mask, batch.packing_kwargs, shape)
+def readings(batch: Batch, samples: int) -> list[Reading]:
+    """Return what the language model reads of each sample of a batch beside its tokens.
+
+    A stage between the first and the last may have no tokens, but the rest; with nothing at all the list is empty.
+    """
+    packing, mask = batch.packing_kwargs, batch.attention_mask
+    with_positions = [of for of in (batch.input_ids, batch.position_ids, mask) if of is not None]
+    if with_positions:
+        positions = with_positions[0].shape[-1]
+    elif packing is not None:
+        positions = int(packing["cu_seqlens_q"][-1]) // samples
+    else:
+        return []
+    return readings_of(batch.position_ids, mask, packing, (samples, positions))
 
 
 def check_text(

@@ -195,29 +195,30 @@ class ModalityNetwork(nn.Module):
 
     def _tensor(self, said: Any) -> Tensor:
         """Return the rows that an encoder returns, alone or as the first of several."""
-        rows = said[0] if isinstance(said, tuple) and said else said
-        if not isinstance(rows, Tensor):
+        first = said[0] if isinstance(said, tuple) and said else said
+        if not isinstance(first, Tensor):
             raise WorldError(
                 f"the encoder of modality '{self.stage.module}' returned a {type(said).__name__}, not a tensor or a "
                 "tuple that begins with one. Wrap it in a network that returns the rows."
             )
+        rows: Tensor = first
         return rows
 
     def _flat(self, said: Any, share: Share | None, encoder: nn.Module) -> Tensor:
         """Return rows [R, H], sample after sample."""
-        said = self._tensor(said)
+        rows = self._tensor(said)
         alone = self.stage.is_first_stage and self.cut.size == 1
         by_position = isinstance(encoder, TransformerBlock) or isinstance(self.argument, Blocks) or not alone
-        if said.dim() == _ROWS or not by_position:
-            return said.reshape(-1, said.shape[-1])
+        if rows.dim() == _ROWS or not by_position:
+            return rows.reshape(-1, rows.shape[-1])
         assert share is not None, "a custom module returns rows"
-        packing = packed(share, self.cut, dtype=said.dtype, device=said.device)
-        if tuple(said.shape[:2]) != packing.padded:
+        packing = packed(share, self.cut, dtype=rows.dtype, device=rows.device)
+        if tuple(rows.shape[:2]) != packing.padded:
             raise WorldError(
-                f"the encoder of modality '{self.stage.module}' returned [S, B] = {list(said.shape[:2])}, and its "
+                f"the encoder of modality '{self.stage.module}' returned [S, B] = {list(rows.shape[:2])}, and its "
                 f"samples make a block of {list(packing.padded)}: return a row for each placeholder, [S, B, H]."
             )
-        return said.flatten(0, 1).index_select(0, packing.outgoing)
+        return rows.flatten(0, 1).index_select(0, packing.outgoing)
 
     def _at_least_one(self, hidden: Tensor, share: Share | None) -> Tensor:
         """Return hidden states, or zeros if a share has none, since Megatron's layers need at least one position."""

@@ -56,8 +56,8 @@ class PerRank:
             place: reading
             for microbatch, batch in enumerate(batches)
             for module, part in self._parts(microbatch)
-            if module is self.language and self._has_part(batch, module)
-            for place, reading in zip(part, readings(batch), strict=True)
+            if module is self.language
+            for place, reading in zip(part, readings(batch, len(part)), strict=False)
         }
 
     def described(self, batches: Sequence[Batch]) -> list[Described]:

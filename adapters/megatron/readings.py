@@ -61,7 +61,7 @@ def readings_of(
 ) -> list[Reading]:
     """Return what is read of each sample of a batch [B, S], whose arguments `unreadable` finds nothing wrong with."""
     samples, positions = shape
-    none = (None,) * samples
+    none: Sequence[Tensor | None] = (None,) * samples
     turns = position_ids.unbind(1) if position_ids is not None and position_ids.dim() == _TURNS else none
     masks = none
     if attention_mask is not None and not _is_causal(attention_mask):

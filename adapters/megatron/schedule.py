@@ -1,6 +1,7 @@
 """A step of a job's program, with the signature of megatron-core's schedule functions."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -151,7 +152,8 @@ class ForwardBackward:
             asked = self._asked(forward_step, data_iterator)
             examples = [example for each in asked for example in self._examples(each.batch)]
             if self._languages:
-                self._read(dict(enumerate(one for each in asked for one in readings(each.batch))))
+                of_batches = (readings(each.batch, len(each.batch.input_ids)) for each in asked)
+                self._read(dict(enumerate(itertools.chain(*of_batches))))
             return asked, examples
         joining = PerRank(
             runtime, _language(runtime.job), self.special_token_ids, self.rows_of, reader=self._reader

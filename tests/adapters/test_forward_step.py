@@ -14,7 +14,7 @@ import loops
 import megatrons
 import specs
 from mimogrid.adapters.megatron import SequenceFirst, job_of
-from mimogrid.adapters.megatron.batches import Batch, examples_of
+from mimogrid.adapters.megatron.batches import Batch, examples_of, readings
 from mimogrid.adapters.megatron.forward_step import HostLoss, microbatches_of
 from mimogrid.adapters.megatron.readings import Reader
 from mimogrid.adapters.torch_module import Example
@@ -396,6 +396,31 @@ def test_what_a_model_does_not_read_is_refused(
     """A mask that only some attentions read, and positions that only learned embeddings do."""
     with pytest.raises(PlanError, match=said):
         as_examples(example_batch(**changes), language, reader=reader)
+
+
+def test_a_stage_without_tokens_reads_the_rest() -> None:
+    """Loaders give one between the first and the last no tokens; what turns and hides positions, it needs."""
+    turns = torch.arange(6).view(3, 2, 1).expand(3, 2, 4)
+    hidden = ~torch.eye(4, dtype=torch.bool)[None, None]
+    without: Any = {"input_ids": None}
+    turned, masked, packed = (
+        readings(Batch(**without, **given), 2)
+        for given in (
+            {"position_ids": turns},
+            {"attention_mask": hidden},
+            {"packing_kwargs": {"cu_seqlens_q": torch.tensor([0, 3, 4, 8])}},
+        )
+    )
+    assert [[0, 2, 4], [1, 3, 5]] == [
+        reading.turn[:, 0].tolist() for reading in turned if reading.turn is not None
+    ]
+    assert [hidden[0, 0].tolist()] * 2 == [
+        reading.hidden.tolist() for reading in masked if reading.hidden is not None
+    ]
+    assert [[0, 0, 0, 1], [2, 2, 2, 2]] == [
+        reading.segments.tolist() for reading in packed if reading.segments is not None
+    ]
+    assert [] == readings(Batch(**without), 2)
 
 
 def test_masks_and_packed_rows_need_whole_positions(opened: Opened) -> None:

@@ -171,7 +171,8 @@ def test_what_ranks_save_together_is_everything_once(pool: Pool, opened: Opened)
             assert math.prod(whole) == sum(math.prod(shape) for *_, shape in of_key), key
         found.append({key: of_key[0][0] for key, of_key in parts.items()})
     assert found[0] == found[1]
-    assert any(key.startswith("optimizer.state.exp_avg_sq.") for key in found[0])
+    for name, weight in weights_of(SEEN).items():
+        assert weight.shape == found[0][name] == found[0][f"optimizer.state.exp_avg_sq.{name}"], name
 
 
 @nightly
