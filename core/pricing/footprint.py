@@ -9,9 +9,9 @@ the ends of a stage it keeps what enters and leaves: the output that is sent, th
 logits.
 
 Temporaries are an estimate, too. While a layer runs backward there are the gradients of its widest values, the layer's
-values once more if they are recomputed, and one product: the gradient of the largest matrix before it is added. A
-forward without backward has the widest values of one layer. The allocator's losses are not included, nor is a module of
-the user's own.
+values once more if they are recomputed, and one product: the gradient of the largest matrix before it is added. What
+the head has saved is free by then; while it runs backward there is the gradient of the logits. A forward without
+backward has the widest values of one layer. The allocator's losses are not included, nor is a module of the user's own.
 """
 
 import functools
@@ -177,10 +177,30 @@ def end_bytes(topology: Topology, info: StageInfo, computed: Computed) -> float:
         return width * hidden
     if isinstance(model, Vit):  # `saved_values` has the other values at the ends of a tower
         return width * tokens / (model.merge**2 * model.pool) * sum(edge.width for edge in module.outputs)
-    leaving = 2 * hidden + tokens * sum(edge.width for edge in module.outputs)
+    return width * tokens * sum(edge.width for edge in module.outputs) + head_bytes(topology, info, computed)
+
+
+def head_bytes(topology: Topology, info: StageInfo, computed: Computed) -> float:
+    """Return the bytes that the last norm and the head save of a microbatch: free before layers run backward."""
+    module = topology.modules[info.stage.module]
+    model, width, tp = module.model, VALUE_BYTES[topology.spec.precision], module.grid.extent("tp")
+    if isinstance(model, Own | Vit) or not info.last:
+        return 0.0
+    hidden = computed.positions * model.hidden / (tp if module.sequence_parallel else 1)
     # Logits, and what the loss keeps of them, which is fp32 at least.
-    logits = tokens * model.vocab_rows / tp * (width + max(width, 4)) if isinstance(model, Gpt) else 0.0
-    return width * leaving + logits
+    return 2 * width * hidden + _logits(module, computed) * (width + max(width, 4))
+
+
+def logits_gradient_bytes(topology: Topology, info: StageInfo, computed: Computed) -> float:
+    """Return the bytes of the gradient of the logits, while it is fp32 at least; 0 without a head."""
+    width = max(VALUE_BYTES[topology.spec.precision], 4)
+    return width * _logits(topology.modules[info.stage.module], computed) if info.last else 0.0
+
+
+def _logits(module: Module, computed: Computed) -> float:
+    model = module.model
+    entries = model.vocab_rows if isinstance(model, Gpt) else 0
+    return computed.positions * entries / module.grid.extent("tp")
 
 
 @functools.lru_cache(maxsize=4096)

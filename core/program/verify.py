@@ -397,10 +397,10 @@ class _Checker:
         due: list[Action] = [*whole[:-1], *last]
         pairs: list[_Pair] = [(leader, due[0]) for leader in leaders]
         for follower in followers:
-            after = last
-            if len(last) > 1 and isinstance(follower, Reduce):
-                after = tuple(part for part in last if order.completes(part, follower.bucket))
-            pairs.append((after[-1], follower))
+            before = last[-1]
+            if isinstance(follower, Reduce):
+                before = next((part for part in last if order.completes(part, follower.bucket)), before)
+            pairs.append((before, follower))
         return due, [*pairs, *itertools.pairwise(due)]
 
     def _transfers(

@@ -6,8 +6,9 @@ the dp rank goes on when the last message to any of its ranks has arrived. So th
 takes the same time. How many rows a sample has does not matter either, only whether it has any. So ragged samples
 become alike.
 
-This holds if bandwidth is infinite, no sender is blocked, modules share no ranks, no experts are spread over ranks, and
-a sum or a gather over cp alone takes no time.
+This holds if bandwidth is infinite, no sender is blocked, modules share no ranks, no experts are spread over ranks, a
+sum or a gather over cp alone takes no time, and no stage whose last backward is cut takes time to sum its gradients:
+with another tp it has other buckets.
 """
 
 import itertools
@@ -32,6 +33,8 @@ def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
     None if the collapsed one may take another time, or would not be smaller.
     """
     topology = program.topology
+    if any(costs.of(stage).reduce for stage in program.order.cuts):
+        return None
     if not _takes_the_same_time(topology, costs):
         return None
     modules = {

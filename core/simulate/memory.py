@@ -28,7 +28,9 @@ from mimogrid.core.pricing.footprint import (
     deferred_values,
     end_bytes,
     forward_temporaries,
+    head_bytes,
     kept,
+    logits_gradient_bytes,
     product_bytes,
     saved_values,
     widened_bytes,
@@ -230,6 +232,11 @@ def temporary_bytes(step: Step, action: Compute, dp_rank: int, *, trains: bool) 
         case Kind.BACKWARD | Kind.BACKWARD_PART | Kind.INPUT_GRADIENT:
             recompute = topology.spec.modules[module.name].recompute
             values = backward_temporaries(module, info, computed, recompute)
+            if action.kind is not Kind.INPUT_GRADIENT:  # It leaves to W what the head needs.
+                freed = head_bytes(topology, info, computed)
+                of_head = logits_gradient_bytes(topology, info, computed)
+                most = max(VALUE_BYTES[topology.spec.precision] * values - freed, of_head)
+                return round(most) + product_bytes(topology, info)
         case Kind.WEIGHT_GRADIENT:
             values = 0.0
     product = 0 if action.kind in {Kind.FORWARD, Kind.INPUT_GRADIENT} else product_bytes(topology, stage)

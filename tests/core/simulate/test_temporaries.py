@@ -33,7 +33,7 @@ def test_they_are_there_while_an_action_runs():
 
 def test_recomputed_values_and_products_are_among_them():
     """Full recomputation has a layer's values once more; weights wait for their products, in the second half."""
-    program = program_of("language gpt", batch=4, microbatches=2)
+    program = program_of("language gpt pp2", batch=4, microbatches=2)
     whole, again = (temporaries(program, Kind.BACKWARD, recompute=way) for way in ("none", "full"))
     assert 0 < whole < again
     first, second = (temporaries(program, kind) for kind in (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT))
@@ -41,6 +41,20 @@ def test_recomputed_values_and_products_are_among_them():
     matrices = (p.shape for p in program.topology.modules["language"].parameters if len(p.shape) > 1)
     largest = max(rows * columns for rows, columns in matrices)
     assert 4 * largest == second
+
+
+def test_a_head_is_done_before_the_layers_run_backward():
+    """Layers take the room of what the head has saved; with many words, the gradient of the logits takes most."""
+
+    def of_words(text, vocab):
+        program = program_of(text, batch=4, microbatches=2)
+        options = program.topology.spec.modules["language"].options
+        found = temporaries(program, Kind.BACKWARD, options=attrs.evolve(options, vocab=vocab))
+        return found, program.routes.step.shape("language", 0, 0)[0], options.hidden
+
+    assert of_words("language gpt", 8)[0] < of_words("language gpt pp2", 8)[0]
+    many, positions, hidden = of_words("language gpt", 4096)
+    assert 4 * 4096 * (positions + hidden) == many
 
 
 def test_a_forward_without_backward_has_a_layer_at_once():
