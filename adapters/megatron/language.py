@@ -180,12 +180,19 @@ class LanguageStage(nn.Module):
 def _reader_of(gpt: Any) -> Reader:
     """Return what a `GPTModel` reads of samples beside their tokens."""
     attentions = [part.core_attention for part in gpt.modules() if isinstance(part, Attention)]
-    others = sorted({type(core).__name__ for core in attentions if not isinstance(core, CoreAttention)})
+    others = sorted({type(core).__name__ for core in attentions if not _reads_masks(core)})
     return Reader(
         is_turned=gpt.position_embedding_type == "mrope",
         learns_positions=gpt.position_embedding_type == "learned_absolute",
         causal_only=f"Megatron's attentions differ in whether they read masks ({', '.join(others)})" if others else "",
     )
+
+
+def _reads_masks(core: nn.Module) -> bool:
+    """Whether a causal attention reads a mask in place of causality: ours, and Megatron's own where nothing is fused."""
+    if isinstance(core, DotProductAttention):
+        return not core.config.masked_softmax_fusion and core.config.window_size is None
+    return isinstance(core, CoreAttention)
 
 
 def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:

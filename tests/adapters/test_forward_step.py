@@ -53,6 +53,14 @@ def job_for(
     return opened(job_of(megatrons.config_of(**config), grids, batch=batch, precision="fp64", **fields))
 
 
+def assert_same_gradients(expected: loops.Stepped, said: loops.Stepped) -> None:
+    """Every one is that of one process."""
+    assert len(expected.gradients) == len(said.gradients)
+    for name, gradient in expected.gradients.items():
+        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
+        np.testing.assert_allclose(gradient, said.gradients[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
 COMMON = {"layers": 2, "language": {"max_sequence_length": loops.SEQUENCE}}
 PARTS = {"scatter_embedding_sequence_parallel": False}
 
@@ -106,11 +114,7 @@ def test_a_loss_function_of_the_programs_trains(
         ]
         sums = np.sum([reports[rank] for rank in last], axis=0) / copies
         np.testing.assert_allclose(expected.reports, sums, rtol=1e-12)
-    ours = said[0].gradients
-    assert len(expected.gradients) == len(ours)
-    for name, gradient in expected.gradients.items():
-        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
-        np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+    assert_same_gradients(expected, said[0])
 
 
 @pytest.mark.world
@@ -134,16 +138,9 @@ def test_two_modalities_train(
     job = job_for(opened, config, vision, language, audio)
     with megatrons.alone():
         expected, weights = loops.expected(whole, loops.of_losses, {"sounds": True})
-    said = pool.run(
-        "loops:stepped",
-        job.topology.world_size,
-        *(job, config, weights, loops.of_losses, {"sounds": True}, None),
-    )
-    ours = said[0].gradients
-    assert len(expected.gradients) == len(ours)
-    for name, gradient in expected.gradients.items():
-        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
-        np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+    arguments = (job, config, weights, loops.of_losses, {"sounds": True}, None)
+    said = pool.run("loops:stepped", job.topology.world_size, *arguments)
+    assert_same_gradients(expected, said[0])
 
 
 TURNED = {"position_embedding_type": "mrope", "max_sequence_length": loops.SEQUENCE}
@@ -173,11 +170,7 @@ def test_mrope_turns_on_every_stage(
         expected, weights = loops.expected(whole, loops.of_losses, {"turned": True})
     arguments = (job, config, weights, loops.of_losses, {"turned": True}, None)
     said = pool.run("loops:stepped", job.topology.world_size, *arguments)
-    ours = said[0].gradients
-    assert len(expected.gradients) == len(ours)
-    for name, gradient in expected.gradients.items():
-        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
-        np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+    assert_same_gradients(expected, said[0])
 
 
 @pytest.mark.world

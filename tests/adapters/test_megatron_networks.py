@@ -677,6 +677,18 @@ def test_a_mask_hides_what_it_hides_from_megatrons_attention() -> None:
     assert not torch.allclose(causal, ours)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_megatrons_attention_reads_masks_where_it_is_not_fused(opened: Opened, *, fused: bool) -> None:
+    """Its fused kernel is causal, whatever the mask."""
+    gpt = megatrons.of_two(GPTModel, theirs=True, causal=True, vocab_size=specs.VOCAB, max_sequence_length=16)
+    gpt.config.masked_softmax_fusion = fused  # type: ignore[union-attr]
+    groups: Any = gpt.pg_collection
+    groups.cp = specs.OneOf(0, 1)
+    job = job_for(opened, {"layers": 1, "language": {"max_sequence_length": 16}}, {"dp": 1}, {"dp": 1})
+    stage = LanguageStage(gpt, topology=job.topology, name="language", rank=1)
+    assert ("DotProductAttention" in stage.reader.causal_only) == fused
+
+
 def test_experts_in_one_weight_are_refused() -> None:
     """By the name of the class that holds them, which is a grouped one."""
     layer = mock.Mock()
