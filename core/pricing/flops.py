@@ -239,7 +239,7 @@ def units(
             known[layer, before] = _of_chain(chain, names, before, recompute)
         flops, before = known[layer, before]
         found.append(flops)
-    leaving = (_Product("final_norm"), *_exit(model, load, edges))
+    leaving: _Chain = (_Product("final_norm"), *_exit(model, load, edges))
     return (*found, _of_chain(leaving, names, before, recompute)[0])
 
 

@@ -40,12 +40,16 @@ class Kind(enum.Enum):
     INPUT_GRADIENT = "I"
     WEIGHT_GRADIENT = "W"
 
+    __hash__ = object.__hash__  # there is one object of each, and millions are hashed
+
 
 class Direction(enum.Enum):
     """Which way data flows on a link: activations forward, gradients backward."""
 
     FORWARD = "F"
     BACKWARD = "B"
+
+    __hash__ = object.__hash__
 
 
 @attrs.frozen(cache_hash=True)
