@@ -14,12 +14,14 @@ import nox
 
 
 nox.options.default_venv_backend = "none"  # `--force-venv-backend venv` isolates
+# The asserts of all tests are rewritten once, and not by every worker of every run.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 LOCK = Path("requirements.lock").resolve()
 IMPORTED = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
 BEYOND_THE_CORE = re.compile(r"(torch|megatron|mimogrid\.shell|mimogrid\.adapters)\b")
 WORKERS = ("--numprocesses", "2", "--dist", "worksteal", "--durations", "20", "-m", "not gpu")
-ONE_MORE = (*WORKERS, "--numprocesses", "3")
+TWICE_AS_MANY = (*WORKERS, "--numprocesses", "4")
 """For tests that start ranks: a worker often waits for one that is late, stopped or killed, and others go on."""
 A_WORLD = "tests/shell/runtime/test_parity.py::test_a_layout_is_the_model[enc(2,2,1)@0 lm(2,2,1)@4]"
 SCHEMAS = ("kubernetes-validate==1.37.0", "kubeflow-trainer-api==2.3.0", "pyyaml==6.0.4")
@@ -71,7 +73,7 @@ def quick(session: nox.Session) -> None:
 def nightly(session: nox.Session) -> None:
     """Run every case of the fixed lists, eight times as many draws, and the GPU benchmark on the CPU."""
     everything = ("tests", "tests/gpu/test_gpu_benchmark.py", "src/mimogrid/core", "src/mimogrid/shell")
-    session.run("pytest", *ONE_MORE, *(session.posargs or everything), env={SCALE: "8"})
+    session.run("pytest", *TWICE_AS_MANY, *(session.posargs or everything), env={SCALE: "8"})
 
 
 @nox.session(venv_backend="venv", reuse_venv=True)
@@ -87,7 +89,7 @@ def core(session: nox.Session) -> None:
 def shell(session: nox.Session) -> None:
     """Run the tests that `core` leaves: those that need torch."""
     others = [f"--ignore={file}" for file in _files_of_the_core(session)]
-    session.run("pytest", *ONE_MORE, *others, *session.posargs, "tests", "src/mimogrid/shell")
+    session.run("pytest", *TWICE_AS_MANY, *others, *session.posargs, "tests", "src/mimogrid/shell")
 
 
 def _files_of_the_core(session: nox.Session) -> list[str]:
@@ -114,7 +116,9 @@ def megatron_newest(session: nox.Session) -> None:
     # megatron-core gives many at import, and they are not ours to mend.
     others = ("--ignore", "tests/core", "--ignore", "tests/shell/cli/test_docs.py")
     tests = session.posargs or ["tests", "tests/gpu/test_gpu_benchmark.py"]
-    session.run("pytest", "-W", "default", *ONE_MORE, *others, *tests, env=_with_newest_megatron(session))
+    session.run(
+        "pytest", "-W", "default", *TWICE_AS_MANY, *others, *tests, env=_with_newest_megatron(session)
+    )
 
 
 @nox.session(name="bench-peer", default=False)

@@ -121,7 +121,7 @@ class Embedded:
             self.world: World = visit(
                 ranks=range(job.topology.world_size) if ranks is None else ranks,
                 timeout_s=job.spec.train.timeout_s,
-                digest=digest_of(job.step(0), job.order),
+                digest=digest_of(job.program_of(job.step(0))),
             )
             stack.enter_context(first_failure(self.world))
             self.groups = groups or stack.enter_context(open_groups(job.topology, self.world, self.device))
@@ -405,6 +405,9 @@ def _check(job: Job, modules: Mapping[str, nn.Module], ranks: Sequence[int] | No
     if ranks is None and dist.is_initialized() and dist.get_world_size() < needed:
         message = f"the host's world has {dist.get_world_size()} ranks, the job needs {needed}."
         problems.append(Problem("world_size", message, "Start more, or make the grids smaller."))
+    if modules and job.topology.tokens_per_cell:
+        message = "counts the positions of samples, and networks of a host pad samples to one length."
+        problems.append(Problem("batch.tokens_per_microbatch", message, "Use batch.microbatches."))
     for name in modules:
         if name not in job.topology.modules:
             remedy = nearest(name, tuple(job.topology.modules))

@@ -29,7 +29,7 @@ from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.pricing.machine import machine_of
 from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.schedule.actions import Compute
-from mimogrid.core.schedule.orders import order_of
+from mimogrid.core.schedule.orders import Orders
 from mimogrid.core.simulate.imbalance import imbalance
 from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.parse import parse
@@ -73,7 +73,7 @@ def measure(mix: str, count: int, microbatches: int, dp: int) -> str:
     topology, samples = parse(job(count, microbatches, dp), FACTS), ragged(mix, count)
     step = step_of(topology, samples)
     costs = on_machine(step, machine_of("h100", "bf16"), spread=True)
-    found = imbalance(step, order_of(topology), costs)
+    found = imbalance(step, Orders(topology), costs)
     assert found
     idle, took, even = found.idle_s, found.step_s, found.even_s
     balance = Balance(topology)

@@ -7,6 +7,7 @@ store of conversations about noise. Prints records per second for each number of
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -41,6 +42,7 @@ options = { index = "index" }
 [batch]
 global_size = 1
 """
+LIBRARIES = ("transformers", "tokenizers", "torch", "pillow", "pyarrow")
 DRAWN = 500
 """Samples that are described and loaded."""
 
@@ -53,6 +55,8 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2")
     args = parser.parse_args()
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES))
+    print(f"load average {os.getloadavg()[0]:.1f} before")
     print(f"{args.records} records, images of {args.side} x {args.side} in JPEG")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -75,6 +79,7 @@ def main() -> None:
         (folder / f"index-{workers}").rename(folder / "index")
         (folder / "job.toml").write_text(JOB)
         read(folder / "job.toml", min(DRAWN, len(Index(folder / "index"))))
+    print(f"load average {os.getloadavg()[0]:.1f} after")
 
 
 def write(folder: Path, count: int, side: int) -> None:

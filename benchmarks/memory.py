@@ -19,7 +19,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mimogrid.core.pricing.footprint import kept
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Action
 from mimogrid.core.simulate.memory import most_bytes
 from mimogrid.shell.device.place import RankPlace
@@ -46,7 +45,7 @@ def in_world(place: RankPlace, job: Job) -> dict[str, Any]:
     always = kept(job.topology, place.rank).bytes
     return {
         "kept": always,
-        "planned": most_bytes(plan_step(job.step(1), job.order), place.rank) - always,
+        "planned": most_bytes(job.program_of(job.step(1)), place.rank) - always,
         "actions": _levels(profiled.profiler.kineto_results.events()),
     }
 

@@ -25,7 +25,6 @@ from pathlib import Path
 import attrs
 import torch
 
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.unevenness import DurationFactors
 from mimogrid.shell.device.place import RankPlace
@@ -103,7 +102,7 @@ def compare(pool: Pool, path: Path, *, repeat: int, steps: int) -> Compared:
     probed: Probed = _first(pool.run("mimogrid.shell.run.probe.measure:in_world", size, job, repeat))
     predicted = [
         simulate(
-            plan_step(step, job.order), probed.costs, duration_factors=DurationFactors(step, ragged=True)
+            job.program_of(step), probed.costs, duration_factors=DurationFactors(step, ragged=True)
         ).step_s
         for step in (job.step(WARM_UP + i) for i in range(steps))
     ]

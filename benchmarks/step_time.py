@@ -2,9 +2,9 @@
 
     python benchmarks/step_time.py [JOB] [--set KEY=VALUE ...] [--steps N]
 
-Own overhead is CPU time of the rank's main thread outside of computing (compute actions, norm, optimizer) and
-transport: planning the step, lowering, the loop itself, agreement. The target is at most 3 % of the step for
-stages whose actions take 5 ms or more. Without a job, one with such stages is used.
+Own overhead is CPU time of the rank's main thread outside of computing (compute actions and freeing what they saved,
+norm, optimizer) and transport: planning the step, lowering, the loop itself, agreement. The target is at most 3 % of
+the step for stages whose actions take 5 ms or more. Without a job, one with such stages is used.
 
 Memory is the growth of the resident set from before the stages were built to its highest point, beside what
 the schedule says is needed: weights, gradients, optimizer state, and the activations in flight.
@@ -22,14 +22,13 @@ from typing import Any
 
 import torch
 
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Wait
 from mimogrid.core.step.step import Step
 from mimogrid.core.topology.topology import Stage
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.runtime import agreement
-from mimogrid.shell.runtime.gradients import StageBuffer
+from mimogrid.shell.runtime.gradients import Buffer, StageBuffer
 from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import open_session
 from mimogrid.shell.runtime.stage import StageStep
@@ -50,9 +49,11 @@ class Meter:
     def around(self, owner: Any, *names: str) -> None:
         """Count the time of some methods of a class, or functions of a module."""
         for name in names:
-            setattr(owner, name, self._counted(getattr(owner, name)))
+            setattr(owner, name, self.counted(getattr(owner, name)))
 
-    def _counted(self, method: Any) -> Any:
+    def counted(self, method: Any) -> Any:
+        """Return a function whose time counts."""
+
         def counted(*arguments: Any, **named: Any) -> Any:
             begin = time.thread_time()
             try:
@@ -66,10 +67,12 @@ class Meter:
 def in_world(place: RankPlace, job: Job, steps: int) -> dict[str, Any]:
     """Measure one rank."""
     compute, transport = Meter(), Meter()
-    compute.around(StageStep, "compute")
+    compute.around(StageStep, "compute", "release")
     compute.around(torch.optim.AdamW, "step")
     compute.around(StageBuffer, "clear", "scale", "partials", "copy_main_to_model")
-    transport.around(StageBuffer, "reduce", "tie")
+    StageBuffer.is_finite = property(compute.counted(StageBuffer.is_finite.fget))  # type: ignore[method-assign]
+    transport.around(StageBuffer, "tie")
+    transport.around(Buffer, "reduce", "wait", "gather", "wait_for_weights")
     transport.around(Transport, "send", "receive", "wait")
     transport.around(agreement, "gather_values")
     before = _resident()
@@ -153,7 +156,7 @@ def _activations(runtime: RankRuntime, index: int, step: Step) -> int:
         train_step(runtime, index, step, step)
     finally:
         StageStep.compute = plain  # type: ignore[method-assign]
-    actions = plan_step(step, runtime.job.order).of(runtime.rank)
+    actions = runtime.job.program_of(step).of(runtime.rank)
     return sum(size * _most_in_flight(actions, stage) for stage, size in saved.items())
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
+from scale import drawn
+
 
 if TYPE_CHECKING:  # The core's tests run where there is no torch.
     from mimogrid.core.job.spec import JobSpec
@@ -21,10 +23,12 @@ if TYPE_CHECKING:  # The core's tests run where there is no torch.
 # Before anything imports torch: the workers share the cores already.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nothing here is compiled, and torch's compiler takes two seconds to import where megatron-core asks for it.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 # What is tested is what is computed, and not how long that takes where much else runs.
-settings.register_profile("without a clock", settings(), deadline=None)
-settings.load_profile("without a clock")
+settings.register_profile("scaled, without a clock", settings(), deadline=None, max_examples=drawn(50))
+settings.load_profile("scaled, without a clock")
 
 
 IMPORTED = (

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mimogrid.adapters.megatron.modality import SequenceFirst
+from mimogrid.adapters.megatron.readings import Reader, Reading, readings_of, unreadable
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.samples import Sample
@@ -62,19 +63,18 @@ def examples_of(
     samples: int,
     sequence: int,
     rows_of: Mapping[str, str | Callable[..., Any]],
-    turned: bool | None = False,
+    reader: Reader | None = Reader(),
 ) -> list[Example]:
     """Return the samples of a batch for a job whose language model is `language`.
 
     `tokens` are the special tokens by modality. `rows_of` names for a modality the tensor with the rows that the job's
     module reads. By default it is the only tensor of the modality, if it has one entry for each placeholder. The other
-    tensors keep their names. `turned` says whether the model turns by position ids [3, B, S]
-    (mrope); None: this rank does not know.
+    tensors keep their names. `reader` says what the model reads beside tokens; None: this rank does not know.
 
     Raises PlanError with everything in the batch that the job does not support: shapes, positions that do not count
-    up, masks that are not causal, modalities that the job or the batch lacks, tokens outside the vocabulary.
+    up, masks that the model does not read, modalities that the job or the batch lacks, tokens outside the vocabulary.
     """
-    problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp, turned=turned))
+    problems = list(_mismatches(batch, language, samples=samples, sequence=sequence, reader=reader))
     feeders = [edge.source for edge in language.inputs]
     problems += _strangers(batch, feeders, tokens)
     if not problems:
@@ -106,10 +106,20 @@ def samples_of(batch: Batch, language: Module, tokens: Mapping[str, int]) -> lis
     ]
 
 
-def turns_of(batch: Batch) -> Sequence[Tensor]:
-    """Return the positions [3, S] by which each sample of a batch is turned; nothing if its model has no mrope."""
-    ids = batch.position_ids
-    return ids.unbind(1) if ids is not None and ids.dim() == _BLOCK else ()
+def readings(batch: Batch, samples: int) -> list[Reading]:
+    """Return what the language model reads of each sample of a batch beside its tokens.
+
+    A stage between the first and the last may have no tokens, but the rest; with nothing at all the list is empty.
+    """
+    packing, mask = batch.packing_kwargs, batch.attention_mask
+    with_positions = [of for of in (batch.input_ids, batch.position_ids, mask) if of is not None]
+    if with_positions:
+        positions = with_positions[0].shape[-1]
+    elif packing is not None:
+        positions = int(packing["cu_seqlens_q"][-1]) // samples
+    else:
+        return []
+    return readings_of(batch.position_ids, mask, packing, (samples, positions))
 
 
 def check_text(
@@ -119,10 +129,10 @@ def check_text(
     *,
     samples: int,
     sequence: int,
-    turned: bool | None,
+    reader: Reader | None,
 ) -> None:
     """Raise PlanError with what a job does not support in the language model's arguments."""
-    problems = list(_mismatches(batch, samples=samples, sequence=sequence, cp=language.cp, turned=turned))
+    problems = list(_mismatches(batch, language, samples=samples, sequence=sequence, reader=reader))
     feeders = [edge.source for edge in language.inputs]
     problems += _unnamed(feeders, tokens)
     if not problems:
@@ -171,10 +181,14 @@ def text_of(batch: Batch, ids_BS: Tensor, special: Sequence[int]) -> dict[str, T
 def parts_of(
     batch: Batch, name: str, counts: Sequence[int], rows_of: str | Callable[..., Any] | None
 ) -> list[dict[str, Tensor]]:
-    """Return the tensors of a modality, sample by sample; `counts` are the placeholders of each."""
+    """Return the tensors of a modality, sample by sample; `counts` are the placeholders of each.
+
+    With several encoders their names are ``ENCODER.ARGUMENT``; ``items.ENCODER`` has the number of a sample's items.
+    """
+    by_encoder = (batch.modality_inputs or {}).get(name) or {}
     arguments = {
-        argument: value
-        for of_encoder in ((batch.modality_inputs or {}).get(name) or {}).values()
+        f"{encoder}.{argument}" if len(by_encoder) > 1 else argument: value
+        for encoder, of_encoder in by_encoder.items()
         for argument, value in of_encoder.items()
         if value is not None
     }
@@ -194,8 +208,22 @@ def parts_of(
         )
         for argument, value in whole.items()
     }
+    if len(by_encoder) > 1:
+        cut |= _items_of(cut, name)
     rows = _rows(whole, cut, counts, first or rows_of)
     return [{**{a: parts[i] for a, parts in cut.items()}, "rows": rows[i]} for i in range(len(counts))]
+
+
+def _items_of(cut: Mapping[str, Sequence[Tensor]], name: str) -> dict[str, Sequence[Tensor]]:
+    """Return the numbers of items of each sample, by encoder; PlanError if an encoder's tensors differ in them."""
+    found: dict[str, list[int]] = {}
+    for argument, parts in cut.items():
+        items = [len(part) for part in parts]
+        if items != found.setdefault(argument.partition(".")[0], items):
+            fact = "has other numbers of items than another tensor of its encoder, which is one of several."
+            remedy = "Give one item of each tensor for each of the others, or make the encoder a modality."
+            raise PlanError([Problem(f"modality_inputs.{name}.{argument}", fact, remedy)])
+    return {f"items.{encoder}": [torch.tensor([n]) for n in items] for encoder, items in found.items()}
 
 
 def _rows(
@@ -277,7 +305,7 @@ def _uneven(items: int, counts: Sequence[int], where: str) -> Problem:
 
 
 def _mismatches(
-    batch: Batch, *, samples: int, sequence: int, cp: int, turned: bool | None
+    batch: Batch, language: Module, *, samples: int, sequence: int, reader: Reader | None
 ) -> Iterator[Problem]:
     """Yield wrong shapes, and arguments that a job does not support."""
     shape = tuple(batch.input_ids.shape)
@@ -285,7 +313,7 @@ def _mismatches(
         fact = f"has the shape {shape}; a microbatch of the job has {samples} samples, of all its dp ranks."
         yield Problem("input_ids", fact, "Give every rank the whole microbatch, [samples, positions].")
         return
-    if shape[1] > sequence or (cp > 1 and shape[1] != sequence):
+    if shape[1] > sequence or (language.cp > 1 and shape[1] != sequence):
         fact = f"has {shape[1]} positions, the job sequences of {sequence}."
         yield Problem("input_ids", fact, "Cut or pad it, or open the job with another max_sequence_length.")
     for name in ("labels", "loss_mask"):
@@ -293,43 +321,9 @@ def _mismatches(
         if tensor is not None and tuple(tensor.shape) != shape:
             fact = f"has the shape {tuple(tensor.shape)}, input_ids has {shape}."
             yield Problem(name, fact, "Give one value for each position.")
-    yield from _other_positions(batch.position_ids, shape, turned=turned)
-    mask = batch.attention_mask
-    if mask is not None and not _is_causal(mask.cpu()):
-        fact = f"of shape {tuple(mask.shape)} is not the causal one, which a job has."
-        yield Problem(
-            "attention_mask", fact, "Leave it out; what is padding is left out of the loss by loss_mask."
-        )
-    if batch.packing_kwargs is not None:
-        fact = "packs several samples into a sequence; a job's samples have one each."
-        yield Problem("packing_kwargs", fact, "Leave it out, and give each sample a row of input_ids.")
-
-
-def _other_positions(ids: Tensor | None, shape: tuple[int, ...], *, turned: bool | None) -> Iterator[Problem]:
-    """Yield why position ids are not those of a job: they count up, or are three for each position under mrope.
-
-    A rank without a stage of the language model does not judge them (None).
-    """
-    if turned is None:
-        return
-    if turned:
-        if ids is None or tuple(ids.shape) != (3, *shape):
-            fact = f"has the shape {None if ids is None else tuple(ids.shape)}; the model turns by mrope."
-            yield Problem("position_ids", fact, f"Give {(3, *shape)} on every rank of the language model.")
-    elif ids is not None and tuple(ids.shape) != shape:
-        fact = f"has the shape {tuple(ids.shape)}, input_ids has {shape}."
-        yield Problem("position_ids", fact, "Give one value for each position; three are for mrope.")
-    elif ids is not None and not torch.equal(ids.cpu(), torch.arange(shape[1]).expand(shape)):
-        fact = "do not count up from 0, as a job's positions do."
-        yield Problem("position_ids", fact, "Leave them out, or count up.")
-
-
-def _is_causal(mask: Tensor) -> bool:
-    """Whether a mask [..., S, S] is causal: True, as in Megatron, for later positions and no others."""
-    if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:  # noqa: PLR2004
-        return False
-    later = torch.ones(mask.shape[-2:], dtype=torch.bool).triu(1)
-    return bool((mask == later).all())
+    yield from unreadable(
+        batch.position_ids, batch.attention_mask, batch.packing_kwargs, shape, reader, language.cp
+    )
 
 
 def _unnamed(feeders: Sequence[str], tokens: Mapping[str, int]) -> Iterator[Problem]:

@@ -74,6 +74,15 @@ class RecordedModel:
             raise TypeError("forward_step_func called the model without input_ids; every rank gives them.")
         return self.output, None if batch.loss_mask is None else self._part_of(batch.loss_mask)
 
+    def _forward_encoders(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse what Megatron's forward step calls for features of an encoder that it has prefetched."""
+        fact = "is given features of an encoder that ran ahead of the step (mimo-encoder-prefetch)."
+        remedy = (
+            "Give modality_inputs: a frozen encoder has no backward here, and its forwards run as far ahead of the "
+            "language model as the schedule allows."
+        )
+        raise PlanError([Problem("model._forward_encoders", fact, remedy)])
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 

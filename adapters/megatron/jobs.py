@@ -1,8 +1,9 @@
 """The job of a `MimoModelConfig` and its grids: as a value, as a file, or opened."""
 
 import copy
+import itertools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def job_of(
     problems: list[Problem] = []
     placed = {name: _grid_spec(name, grid, problems) for name, grid in grids.items()}
     _check_kind(config.language_model_spec, problems)
+    for name, spec in {**config.modality_submodules_spec, LANGUAGE: config.language_model_spec}.items():
+        problems += _quantized(name, spec)
     params = config.language_model_spec.params
     language = _language(params, problems)
     if problems:
@@ -145,6 +148,30 @@ def _check_kind(spec: MegatronSpec, problems: list[Problem]) -> None:
         problems.append(Problem("language_model_spec", fact, remedy))
 
 
+def _quantized(name: str, spec: MegatronSpec) -> Iterator[Problem]:
+    """Yield settings of a module's networks by which they compute in other numbers than those of the job."""
+    submodules = spec.submodules if isinstance(spec.submodules, Mapping) else {}
+    encoders = [*submodules.get("encoders", {}).values(), *submodules.get("input_projections", ())]
+    settings = {
+        setting: value
+        for config in itertools.chain.from_iterable(map(_configs, [spec, *encoders]))
+        for setting, value in vars(config).items()
+        if setting in _QUANTIZED and value
+    }
+    for setting, value in settings.items():
+        fact = f"is set ({value}); a job computes in one precision, that of the job file."
+        yield Problem(f"modules.{name}.{setting}", fact, f"Leave {setting} out; choose precision for all modules.")
+
+
+_QUANTIZED = ("fp8", "fp4", "quant_recipe")
+"""Settings of a `TransformerConfig` that quantize products, by module or by pattern."""
+
+
+def _configs(spec: MegatronSpec) -> list[TransformerConfig]:
+    """Return the configurations of transformers among the parameters of a specification."""
+    return [value for value in (spec.params or {}).values() if isinstance(value, TransformerConfig)]
+
+
 def _language(params: Mapping[str, Any], problems: list[Problem]) -> Gpt:
     tied = bool(params.get("share_embeddings_and_output_weights", False))
     config = params["config"]
@@ -156,12 +183,7 @@ def _language(params: Mapping[str, Any], problems: list[Problem]) -> Gpt:
 
 def _modality(spec: MegatronSpec, grid: GridSpec, width: int, *, has_view: bool) -> ModuleSpec:
     encoders = list((spec.submodules or {}).get("encoders", {}).values())
-    configs = [
-        value
-        for encoder in encoders
-        for value in (encoder.params or {}).values()
-        if isinstance(value, TransformerConfig)
-    ]
+    configs = list(itertools.chain.from_iterable(map(_configs, encoders)))
     if len(encoders) == len(configs) == 1:
         vit = Vit(**sizes_of(configs[0]))
         cut = _cut(configs[0], grid, has_view=has_view)

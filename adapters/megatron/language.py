@@ -15,16 +15,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
 from mimogrid.adapters.megatron.experts import Balance, aux_weight, expert_layers, unable_experts
 from mimogrid.adapters.megatron.parameters import table_of
+from mimogrid.adapters.megatron.readings import Reader, Reading, hidden_of
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.zigzag import WHOLE, ZigZag
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share, aux_name
 from mimogrid.core.topology.topology import Module, StageInfo, Topology
+from mimogrid.shell.megatron.attention import CoreAttention
 from mimogrid.shell.megatron.names import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -40,12 +43,12 @@ class LanguageStage(nn.Module):
     """A stage of a `GPTModel` as a stage of the job's `gpt` with this name (a `shell.modules.interface.HostNetwork`).
 
     `rank` is the rank in the job. `aux_scale` is the factor of this rank's term of the auxiliary loss. A model with
-    mrope needs `turns` before each step.
+    mrope needs `readings` before each step.
     """
 
     aux_scale = 0.0
-    turns: Mapping[int, Tensor] | None = None
-    """Under mrope the positions [3, S] by which each sample is turned, by its place in the step."""
+    readings: Mapping[int, Reading] = {}
+    """What is read of each sample beside its tokens, by its place in the step."""
 
     def __init__(self, model: nn.Module, *, topology: Topology, name: str, rank: int) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class LanguageStage(nn.Module):
         self.tp: dist.ProcessGroup = gpt.pg_collection.tp
         self.cp: dist.ProcessGroup = gpt.pg_collection.cp
         self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp.size() > 1 else WHOLE
-        self.is_turned: bool = gpt.position_embedding_type == "mrope"
+        self.reader = _reader_of(gpt)
         self.sequence_parallel: bool = gpt.config.sequence_parallel and self.tp.size() > 1
         self.token_split = TokenSplit(self.tp.rank(), self.tp.size(), by_position=self.sequence_parallel)
         samples = topology.samples_per_microbatch[name]
@@ -89,8 +92,8 @@ class LanguageStage(nn.Module):
             gpt.set_input_tensor(hidden_SBH)
         said: Tensor = gpt(
             input_ids=None,
-            position_ids=self._turned(share, device) if self.is_turned else None,
-            attention_mask=None,
+            position_ids=self._turned(share, device) if self.reader.is_turned else None,
+            attention_mask=self._hidden(share, device),
             decoder_input=hidden_SBH if gpt.pre_process else None,
             **self._padding(block, device),
         )
@@ -106,16 +109,19 @@ class LanguageStage(nn.Module):
 
     def _turned(self, share: Share, device: torch.device) -> Tensor:
         """Return the position ids [3, B, S] of a share, of all cp ranks. Raises PlanError where there are none."""
-        turns, positions = self.turns or {}, share.shape[0]
-        if any(sample.id not in turns for sample in share.samples):
+        turns = [self.readings.get(sample.id, Reading()).turn for sample in share.samples]
+        known = [turn for turn in turns if turn is not None]
+        if len(known) < len(turns):
             fact = "turns by mrope, and this rank has no position_ids for its samples."
             remedy = "Give position_ids [3, B, S] to forward steps on every rank of the language model."
             raise PlanError([Problem(f"modules.{self.name}", fact, remedy)])
-        of = [
-            nn.functional.pad(turn, (0, positions - turn.shape[1]))
-            for turn in (turns[s.id] for s in share.samples)
-        ]
+        of = [nn.functional.pad(turn, (0, share.shape[0] - turn.shape[1])) for turn in known]
         return torch.stack(of, dim=1).to(device)
+
+    def _hidden(self, share: Share, device: torch.device) -> Tensor | None:
+        """Return the mask [B, 1, S, S] of a share; None if all of it is causal."""
+        read = [self.readings.get(sample.id, Reading()) for sample in share.samples]
+        return hidden_of(read, share.shape[0], device)
 
     def _padding(self, block: Block, device: torch.device) -> Mapping[str, Tensor]:
         """Return the mask [B, S] of positions without a token, for routers with an auxiliary loss."""
@@ -171,6 +177,17 @@ class LanguageStage(nn.Module):
         return {"logits": logits_TV}
 
 
+def _reader_of(gpt: Any) -> Reader:
+    """Return what a `GPTModel` reads of samples beside their tokens."""
+    attentions = [part.core_attention for part in gpt.modules() if isinstance(part, Attention)]
+    others = sorted({type(core).__name__ for core in attentions if not isinstance(core, CoreAttention)})
+    return Reader(
+        is_turned=gpt.position_embedding_type == "mrope",
+        learns_positions=gpt.position_embedding_type == "learned_absolute",
+        causal_only=f"Megatron's attentions differ in whether they read masks ({', '.join(others)})" if others else "",
+    )
+
+
 def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
     """Yield why a `GPTModel` cannot run in a job's program."""
     where = f"modules.{module.name}"
@@ -183,7 +200,10 @@ def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
             where, fact, "Use an attention that has context parallelism, such as that of layer_spec."
         )
     if config.mtp_num_layers:
-        yield Problem(where, "predicts several tokens at once.", "Leave mtp_num_layers out.")
+        fact = (
+            "predicts several tokens at once, for which it embeds input_ids; a MimoModel gives its language model none."
+        )
+        yield Problem(where, fact, "Leave mtp_num_layers out.")
     if cp > 1 and gpt.position_embedding_type == "mrope":
         fact = (
             f"turns by mrope, and cuts positions over cp={cp}: Megatron's angles are those of all positions."

@@ -4,12 +4,13 @@ Shapes in names: S positions, B samples, H hidden, R rows, F features.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 import torch.distributed as dist
+from megatron.core.models.vision.radio import RADIOViTModel
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
@@ -95,9 +96,14 @@ class ModalityNetwork(nn.Module):
     the job the module is a custom module as wide as the language model, or a `vit`. A `vit` may have several stages
     (`stage`); this is then one of them (a `shell.modules.interface.HostNetwork`). The modality has its own projection.
 
-    An output with three dims is [S, B, H] from a `TransformerBlock`, with several stages, with cp, or if the inputs are
-    `Blocks`; otherwise it is [B, S, H]. Rows are returned sample after sample. Megatron flattens both layouts as
-    they are, which gives samples each other's rows.
+    Several encoders get their tensors by name, ``ENCODER.ARGUMENT``, and ``items.ENCODER`` says how many items of it
+    each sample has. The rows of a sample are those of its items of the first encoder, then of the next. (Megatron puts
+    all rows of the first before all rows of the next, which is the same for one sample.) Each encoder returns
+    [items, rows, H], or one row for each item.
+
+    Of a tuple the first tensor has the rows, as in Megatron. An output with three dims is [S, B, H] from a
+    `TransformerBlock`, with several stages, with cp, or if the inputs are `Blocks`; otherwise it is [B, S, H]. Rows are
+    returned sample after sample. Megatron flattens both layouts as they are, which gives samples each other's rows.
 
     Under cp a rank has its part of the positions of a sample, in Megatron's zig-zag. The cp group is that of the
     encoder's `TransformerBlock`.
@@ -117,7 +123,7 @@ class ModalityNetwork(nn.Module):
         problems = list(_unable_modality(parts, argument, self.stage))
         if problems:
             raise PlanError(problems)
-        (self._key,) = parts.encoders
+        self._key = next(iter(parts.encoders))
         self._taken = set(inspect.signature(parts.encoders[self._key].forward).parameters)
         self.cp = _cp_of(parts.encoders[self._key])
         self.cut = ZigZag(self.cp.rank(), self.cp.size()) if self.cp else WHOLE
@@ -131,6 +137,8 @@ class ModalityNetwork(nn.Module):
         first, last = self.stage.is_first_stage, self.stage.is_last_stage
         modality: Any = self._modality[0]
         encoder: Any = modality.encoders[self._key]
+        if len(modality.encoders) > 1:
+            return {"rows": modality.project_embeddings([self._of_several(inputs)], is_input=True)}
         if first:
             said = encoder(**self._arguments(inputs, share))
         else:
@@ -168,25 +176,49 @@ class ModalityNetwork(nn.Module):
             raise PlanError([Problem(f"modules.{name}", fact, remedy)])
         return named
 
-    def _flat(self, said: Tensor, share: Share | None, encoder: nn.Module) -> Tensor:
-        """Return rows [R, H], sample after sample."""
-        if not isinstance(said, Tensor):
+    def _of_several(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the rows [R, H] of all encoders, sample after sample."""
+        modality: Any = self._modality[0]
+        parts = []
+        for key, encoder in modality.encoders.items():
+            if f"items.{key}" not in inputs:
+                raise WorldError(
+                    f"modality '{self.stage.module}' has no tensors for its encoder '{key}': give modality_inputs "
+                    "for each of its encoders."
+                )
+            named = {
+                name.removeprefix(f"{key}."): of for name, of in inputs.items() if name.startswith(f"{key}.")
+            }
+            rows = self._tensor(encoder(**named))
+            parts.append(_of_samples(rows, inputs[f"items.{key}"], f"{self.stage.module}.{key}"))
+        return torch.cat([rows for of_sample in zip(*parts, strict=True) for rows in of_sample])
+
+    def _tensor(self, said: Any) -> Tensor:
+        """Return the rows that an encoder returns, alone or as the first of several."""
+        first = said[0] if isinstance(said, tuple) and said else said
+        if not isinstance(first, Tensor):
             raise WorldError(
-                f"the encoder of modality '{self.stage.module}' returned a {type(said).__name__}, not a tensor. "
-                "Wrap it in a network that returns the rows."
+                f"the encoder of modality '{self.stage.module}' returned a {type(said).__name__}, not a tensor or a "
+                "tuple that begins with one. Wrap it in a network that returns the rows."
             )
+        rows: Tensor = first
+        return rows
+
+    def _flat(self, said: Any, share: Share | None, encoder: nn.Module) -> Tensor:
+        """Return rows [R, H], sample after sample."""
+        rows = self._tensor(said)
         alone = self.stage.is_first_stage and self.cut.size == 1
         by_position = isinstance(encoder, TransformerBlock) or isinstance(self.argument, Blocks) or not alone
-        if said.dim() == _ROWS or not by_position:
-            return said.reshape(-1, said.shape[-1])
+        if rows.dim() == _ROWS or not by_position:
+            return rows.reshape(-1, rows.shape[-1])
         assert share is not None, "a custom module returns rows"
-        packing = packed(share, self.cut, dtype=said.dtype, device=said.device)
-        if tuple(said.shape[:2]) != packing.padded:
+        packing = packed(share, self.cut, dtype=rows.dtype, device=rows.device)
+        if tuple(rows.shape[:2]) != packing.padded:
             raise WorldError(
-                f"the encoder of modality '{self.stage.module}' returned [S, B] = {list(said.shape[:2])}, and its "
+                f"the encoder of modality '{self.stage.module}' returned [S, B] = {list(rows.shape[:2])}, and its "
                 f"samples make a block of {list(packing.padded)}: return a row for each placeholder, [S, B, H]."
             )
-        return said.flatten(0, 1).index_select(0, packing.outgoing)
+        return rows.flatten(0, 1).index_select(0, packing.outgoing)
 
     def _at_least_one(self, hidden: Tensor, share: Share | None) -> Tensor:
         """Return hidden states, or zeros if a share has none, since Megatron's layers need at least one position."""
@@ -210,6 +242,17 @@ class ModalityNetwork(nn.Module):
         return rows_RH.index_select(0, portion.order)
 
 
+def _of_samples(rows: Tensor, items: Tensor, name: str) -> Sequence[Tensor]:
+    """Split what an encoder returns for `items` [samples], [items, rows, H] or [items, H], into rows of each sample."""
+    counts = items.tolist()
+    if len(rows) != sum(counts):
+        raise WorldError(
+            f"encoder '{name}' returned a tensor of shape {list(rows.shape)} for {sum(counts)} items: beside other "
+            "encoders, return [items, rows, H], or one row for each item."
+        )
+    return [of_sample.reshape(-1, rows.shape[-1]) for of_sample in rows.split(counts)]
+
+
 _ROWS = 2
 """The number of dims of rows."""
 
@@ -231,14 +274,18 @@ def _unable_modality(
 ) -> Iterator[Problem]:
     """Yield why a modality cannot run in a job's program."""
     where = f"modules.{stage.module}"
-    if len(modality.encoders) != 1:
-        fact = (
-            f"has {len(modality.encoders)} encoders. Megatron puts the rows of all samples of one encoder before those "
-            "of the next, so the rows of a sample depend on which samples share a rank."
-        )
-        yield Problem(where, fact, "Make each of them a module.")
+    encoders = list(modality.encoders.values())
+    if len(encoders) > 1 and (argument is not None or any(isinstance(e, TransformerBlock) for e in encoders)):
+        fact = f"has {len(encoders)} encoders, which read the tensors of items by name, not blocks or rows."
+        yield Problem(where, fact, "Leave encoder_inputs out for it, and make an encoder of blocks a modality.")
         return
-    (encoder,) = modality.encoders.values()
+    encoder = encoders[0]
+    if any(isinstance(part, RADIOViTModel) and part.has_cpe for part in modality.encoders.modules()):
+        fact = (
+            "is a RADIOViTModel that draws from its rank's random state which part of its position embeddings an image "
+            "gets (has_cpe), so what it trains depends on the layout."
+        )
+        yield Problem(where, fact, "Build it with has_cpe=False.")
     cut = not (stage.is_first_stage and stage.is_last_stage)
     cp = _cp_of(encoder)
     parts = any(block.config.sequence_parallel for block in _blocks(encoder))

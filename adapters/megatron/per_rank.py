@@ -18,7 +18,8 @@ import attrs
 import torch.distributed as dist
 from torch import Tensor
 
-from mimogrid.adapters.megatron.batches import Batch, check_text, parts_of, samples_of, text_of, turns_of
+from mimogrid.adapters.megatron.batches import Batch, check_text, parts_of, readings, samples_of, text_of
+from mimogrid.adapters.megatron.readings import Reader, Reading
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.base.samples import Sample
@@ -41,22 +42,22 @@ class Described:
 
 @attrs.frozen(eq=False)
 class PerRank:
-    """Joins the batches of the ranks; `tokens`, `rows_of` and `turned` are those of `batches.examples_of`."""
+    """Joins the batches of the ranks; `tokens`, `rows_of` and `reader` are those of `batches.examples_of`."""
 
     runtime: RankRuntime
     language: Module
     tokens: Mapping[str, int]
     rows_of: Mapping[str, Any]
-    turned: bool | None = False
+    reader: Reader | None = Reader()
 
-    def turns(self, batches: Sequence[Batch]) -> dict[int, Tensor]:
-        """Return the positions by which samples of this rank's language model are turned, by place in the step."""
+    def readings(self, batches: Sequence[Batch]) -> dict[int, Reading]:
+        """Return what this rank's language model reads of samples beside their tokens, by place in the step."""
         return {
-            place: turn
+            place: reading
             for microbatch, batch in enumerate(batches)
             for module, part in self._parts(microbatch)
             if module is self.language
-            for place, turn in zip(part, turns_of(batch), strict=False)
+            for place, reading in zip(part, readings(batch, len(part)), strict=False)
         }
 
     def described(self, batches: Sequence[Batch]) -> list[Described]:
@@ -126,7 +127,7 @@ class PerRank:
 
     def _samples(self, batch: Batch, count: int) -> list[Sample]:
         sequence = self.runtime.topology.sequence
-        check_text(batch, self.language, self.tokens, samples=count, sequence=sequence, turned=self.turned)
+        check_text(batch, self.language, self.tokens, samples=count, sequence=sequence, reader=self.reader)
         return samples_of(batch, self.language, self.tokens)
 
     def _tensors(

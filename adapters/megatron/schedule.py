@@ -1,13 +1,14 @@
 """A step of a job's program, with the signature of megatron-core's schedule functions."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mimogrid.adapters.megatron.batches import Batch, examples_of, turns_of
+from mimogrid.adapters.megatron.batches import Batch, examples_of, readings
 from mimogrid.adapters.megatron.forward_step import (
     ForwardStep,
     HostLoss,
@@ -22,6 +23,7 @@ from mimogrid.adapters.megatron.loop import LoopModel
 from mimogrid.adapters.megatron.modality import Arrange
 from mimogrid.adapters.megatron.networks import networks_of, unwrapped
 from mimogrid.adapters.megatron.per_rank import PerRank, exchange
+from mimogrid.adapters.megatron.readings import JOBS_OWN, Reader, Reading
 from mimogrid.adapters.megatron.stages import from_specs
 from mimogrid.adapters.megatron.states import to_job_state, to_megatron_state
 from mimogrid.adapters.torch_module import Embedded, Example, Networks
@@ -149,10 +151,12 @@ class ForwardBackward:
         if self.batches == "whole":
             asked = self._asked(forward_step, data_iterator)
             examples = [example for each in asked for example in self._examples(each.batch)]
-            self._turn(dict(enumerate(turn for each in asked for turn in turns_of(each.batch))))
+            if self._languages:
+                of_batches = (readings(each.batch, len(each.batch.input_ids)) for each in asked)
+                self._read(dict(enumerate(itertools.chain(*of_batches))))
             return asked, examples
         joining = PerRank(
-            runtime, _language(runtime.job), self.special_token_ids, self.rows_of, turned=self._is_turned
+            runtime, _language(runtime.job), self.special_token_ids, self.rows_of, reader=self._reader
         )
         try:
             asked = self._asked(forward_step, data_iterator)
@@ -162,7 +166,7 @@ class ForwardBackward:
             with contextlib.suppress(RuntimeError):  # The others are gone.
                 exchange(runtime, None)
             raise
-        self._turn(joining.turns(of_ranks))
+        self._read(joining.readings(of_ranks))
         return asked, joining.examples(of_ranks, exchange(runtime, mine))
 
     @property
@@ -173,14 +177,16 @@ class ForwardBackward:
         return [part for part in parts if isinstance(part, LanguageStage)]
 
     @property
-    def _is_turned(self) -> bool | None:
-        """Whether the language model turns by mrope; None on a rank without a stage of it."""
-        languages = self._languages
-        return any(stage.is_turned for stage in languages) if languages else None
+    def _reader(self) -> Reader | None:
+        """What the language model reads beside tokens; None on a rank without a stage of it."""
+        role = self.embedded.role
+        if role is None or not role.has_language_module:
+            return None
+        return next((stage.reader for stage in self._languages), JOBS_OWN)
 
-    def _turn(self, turns: Mapping[int, Tensor]) -> None:
+    def _read(self, readings: Mapping[int, Reading]) -> None:
         for stage in self._languages:
-            stage.turns = turns
+            stage.readings = readings
 
     def _asked(self, forward_step: ForwardStep, data_iterator: Any) -> list[Microbatch]:
         job = self.embedded.job
@@ -220,7 +226,7 @@ class ForwardBackward:
             samples=job.spec.batch.global_size // language.microbatches,
             sequence=job.topology.sequence,
             rows_of=self.rows_of,
-            turned=self._is_turned,
+            reader=self._reader,
         )
 
     # -- with the job's own loss ---------------------------------------------------------------------------------
@@ -248,7 +254,10 @@ class ForwardBackward:
 
     def _mismatches(self, model: Any, microbatches: int) -> Iterator[Problem]:
         planned = _language(self.embedded.job).microbatches
-        if microbatches != planned:
+        if self.embedded.job.topology.tokens_per_cell:
+            fact = f"says how many microbatches a step has, and the loop asks for {microbatches}."
+            yield Problem("batch.tokens_per_microbatch", fact, "Use batch.microbatches.")
+        elif microbatches != planned:
             fact = f"the loop asks for {microbatches} microbatches, the job has {planned}."
             yield Problem("batch.microbatches", fact, f"Set it to {microbatches}.")
         asked = [unwrapped(m) for m in (model if isinstance(model, list) else [model]) if m is not None]

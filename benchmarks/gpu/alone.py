@@ -14,7 +14,6 @@ import torch
 from bench import WARM_UP, Bench, compared, open_bench, peak_bytes
 from mimo import as_megatron_is_run, batches, clear, loss_of, model_of, squared_norm
 from mimogrid.core.pricing.flops import model_flops
-from mimogrid.core.program.lower import plan_step
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.device.streams import Streams
 from mimogrid.shell.job.jobs import Job
@@ -94,7 +93,7 @@ class Idle:
 def own_cost(bench: Bench) -> dict[str, Any]:
     """Return what the executor itself takes for an action, in microseconds of the host; and with its work."""
     actions, idle = (
-        plan_step(bench.step, bench.runtime.job.order).of(bench.runtime.rank),
+        bench.runtime.job.program_of(bench.step).of(bench.runtime.rank),
         Idle(bench.device.streams),
     )
     stages: Any = dict.fromkeys(bench.runtime.stages, idle)

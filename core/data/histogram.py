@@ -12,6 +12,8 @@ import attrs
 
 
 BINS_MOST = 16
+FEW = 100
+"""A list in a unit has a largest number of so many at least, so that rounding hides little."""
 
 
 @attrs.frozen(kw_only=True)
@@ -43,7 +45,7 @@ class Histogram:
     def summary(self) -> str:
         """What the numbers are in a line."""
         least, median, most_of, most = self.quantiles
-        return f"min {least}   median {median}   mean {self.mean:.1f}   95 % {most_of}   max {most}"
+        return f"min {least:,}   median {median:,}   mean {self.mean:,.1f}   95 % {most_of:,}   max {most:,}"
 
 
 def histogram(name: str, values: Sequence[int]) -> Histogram:
@@ -64,3 +66,16 @@ def histogram(name: str, values: Sequence[int]) -> Histogram:
         quantiles=(least, ordered[last // 2], ordered[-(-last * 95 // 100)], most),
         mean=sum(ordered) / len(ordered),
     )
+
+
+def operations(name: str, flops: Sequence[float]) -> Histogram:
+    """Return the histogram of numbers of operations, in whole FLOPs or the largest unit in which they differ.
+
+    >>> operations("a step", [1e9, 4e12]).name
+    'GFLOPs of a step'
+    """
+    power = max(p for p in range(len(_PREFIXES)) if p == 0 or max(flops) >= FEW * 1000**p)
+    return histogram(f"{_PREFIXES[power]}FLOPs of {name}", [round(each / 1000**power) for each in flops])
+
+
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")

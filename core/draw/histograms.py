@@ -36,16 +36,19 @@ def _drawn(found: Histogram, top: float, colour: str) -> Iterator[str]:
     yield marks.words(MARGIN, top + TITLE + 16, found.summary, size=LABEL, fill=GREY)
     base, most = top + 40 + HEIGHT, max(found.counts)
     step = (WIDTH - 2 * MARGIN) / max(len(found.counts), 8)
-    for index, count in enumerate(found.counts):
+    names = [_bin(found, index) for index in range(len(found.counts))]
+    fits = max(marks.width_of(name, LABEL) for name in names) <= step
+    for index, (name, count) in enumerate(zip(names, found.counts, strict=True)):
         left, height = MARGIN + index * step, (HEIGHT - 14) * count / most
         bar = marks.rect(left, base - height, step - GAP, height, colour)
-        yield from marks.with_tip(f"{_bin(found, index)}: {count}", [bar])
+        yield from marks.with_tip(f"{name}: {count}", [bar])
         middle = left + (step - GAP) / 2
         yield marks.words(middle, base - height - 4, f"{count:,}", size=LABEL - 1.5, fill=GREY, more=MIDDLE)
-        yield marks.words(middle, base + LABEL + 3, _bin(found, index), size=LABEL - 1.5, more=MIDDLE)
+        below = (middle, name) if fits else (left, name.partition("-")[0])  # or only where the bin begins
+        yield marks.words(below[0], base + LABEL + 3, below[1], size=LABEL - 1.5, more=MIDDLE)
     yield marks.line(f"M{MARGIN} {base}H{WIDTH - MARGIN}")
 
 
 def _bin(found: Histogram, index: int) -> str:
     least, most = found.bounds(index)
-    return str(least) if least == most else f"{least}-{most}"
+    return f"{least:,}" if least == most else f"{least:,}-{most:,}"

@@ -26,7 +26,7 @@ class Ink:
         match kind:
             case Kind.FORWARD:
                 return Fill(mixed(self.light, 0.65 * pale), BLACK)
-            case Kind.BACKWARD:
+            case Kind.BACKWARD | Kind.BACKWARD_PART:
                 return Fill(mixed(self.dark, 0.28 * pale), WHITE)
             case Kind.INPUT_GRADIENT:
                 return Fill(mixed(self.dark, 0.28 * pale), WHITE, pattern="stripes")
@@ -58,6 +58,7 @@ INKS = (
 LETTERS = {
     Kind.FORWARD: "forward",
     Kind.BACKWARD: "backward",
+    Kind.BACKWARD_PART: "part of a backward",
     Kind.INPUT_GRADIENT: "gradient of inputs",
     Kind.WEIGHT_GRADIENT: "gradient of weights",
 }

@@ -60,7 +60,7 @@ def _cells(events: Iterable[Event]) -> list[Cell]:
 
 
 def _label(cell: Cell) -> str:
-    return f"{cell[0].kind.value}{cell[0].microbatch}"
+    return cell[0].name
 
 
 def _hosted(cells: Iterable[Cell]) -> str:

@@ -3,9 +3,9 @@
 A run is defined by what it computes: which model, from which samples, by which update rule. A key is *free* if it
 decides only where, in which order and for how long this is computed, and what is saved:
 
-    free    grids, chunks, split, vocab_padding, recompute, microbatches, balance, world_size, [schedule], [train],
-            [validation], [track], [gpu], [[layouts]], optimizer.sharded and bucket_mb, data.workers, ahead and
-            worker_kind, precision, fp8, engine
+    free    grids, chunks, split, vocab_padding, recompute, microbatches, tokens_per_microbatch, balance, world_size,
+            [schedule], [train], [validation], [track], [gpu], [[layouts]], optimizer.sharded, bucket_mb and cut_mb,
+            data.workers, ahead and worker_kind, precision, fp8, engine
     fixed   everything else: models and their options, edges, what is frozen, loss weights, [data], batch.global_size
             (a step uses the samples after those of the step before), [optimizer], seed
 
@@ -94,9 +94,9 @@ def _essence(spec: JobSpec) -> JobSpec:
             for name, module in spec.modules.items()
         },
         data=attrs.evolve(spec.data, workers=0, ahead=0, worker_kind=""),
-        batch=attrs.evolve(spec.batch, microbatches=1, balance=""),
+        batch=attrs.evolve(spec.batch, microbatches=1, tokens_per_microbatch=0, balance=""),
         schedule=ScheduleSpec(),
-        optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0),
+        optimizer=attrs.evolve(spec.optimizer, sharded=False, bucket_mb=0.0, cut_mb=0.0),
         train=TrainSpec(),
         validation=ValidationSpec(),
         track=TrackSpec(),

@@ -19,6 +19,7 @@ columns where W is cut by its inputs. The other one of the pair is whole on ever
 
 import fnmatch
 import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
@@ -41,6 +42,8 @@ USUAL: Mapping[str, str] = {
     "down": "down_proj",
 }
 """By our name of a linear layer what most published checkpoints call it."""
+NO_LORA = "experts and routers get no LoRA: transformers holds those of a layer in tensors that are no linear layers"
+"""Why targets name no experts and no routers."""
 
 
 @attrs.frozen(kw_only=True)
@@ -53,6 +56,7 @@ class Lora:
         alpha: the products are weighted by alpha / rank.
         dropout: the probability of dropping a value that an A reads in training.
         fused_qkv: queries, keys and values of a layer share one pair.
+        base: the precision in which the module holds the matrices that do not train; empty: that of the job.
     """
 
     rank: int
@@ -60,6 +64,7 @@ class Lora:
     alpha: float = attrs.field(default=attrs.Factory(lambda self: float(self.rank), takes_self=True))
     dropout: float = 0.0
     fused_qkv: bool = False
+    base: str = ""
 
     @property
     def scale(self) -> float:
@@ -129,6 +134,27 @@ def adapters(model: BuiltIn, lora: Lora) -> tuple[Adapter, ...]:
     """Return the linear layers of a model that get a pair."""
     found = linears(model, fused_qkv=lora.fused_qkv)
     return tuple(each for each in found if any(aims_at(target, names_of(each)) for target in lora.targets))
+
+
+_BASE = re.compile(
+    r"layers\.\d+\.(attention\.(qkv|out)|mlp\.(experts\.\d+\.)?(up|down))\.weight|(embedding|output)\.weight"
+)
+
+
+def held_in(parameter: Parameter, lora: Lora | None, precision: str, *, trains: bool) -> str:
+    """Return the precision in which a network holds a parameter, in a job of a precision.
+
+    With `Lora.base` it is another one for the matrices of layers, of experts, of embeddings and of heads, if they do
+    not train. Routers keep that of the job: rounded, they would choose other experts.
+
+    >>> lora = Lora(rank=2, targets=("q",), base="bf16")
+    >>> held_in(Parameter("layers.0.mlp.up.weight", (4, 2), layer=0), lora, "fp32", trains=False)
+    'bf16'
+    >>> held_in(Parameter("layers.0.mlp.router.weight", (4, 2), layer=0), lora, "fp32", trains=False)
+    'fp32'
+    """
+    rounded = lora is not None and lora.base and not trains and _BASE.fullmatch(parameter.name)
+    return lora.base if lora is not None and rounded else precision
 
 
 def names_of(adapter: Adapter) -> tuple[str, str]:

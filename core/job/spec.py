@@ -99,12 +99,14 @@ class DataSpec:
 class BatchSpec:
     """`[batch]`: the samples of a step, and the number of microbatches that they are split into.
 
-    `balance` says whether they are assigned to microbatches and dp ranks by their number, in their order, or by what
-    they cost (`step.cells`).
+    With `tokens_per_microbatch` (0: none) they are split by tokens instead, and the number varies from step to step
+    (`tokens`). `balance` says whether they are assigned to microbatches and dp ranks in their order, or by what they
+    cost (`step.cells`).
     """
 
     global_size: int
     microbatches: int = 1
+    tokens_per_microbatch: int = 0
     balance: str = "none"
 
 
@@ -175,8 +177,9 @@ class OptimizerSpec:
 
     `decay_fraction` is the share of the steps, at the end, over which a "wsd" rate falls. `betas` and `eps` are None
     for the defaults of the optimizer. `bucket_mb` is the size of a bucket of gradients in megabytes (1e6 bytes); a
-    bucket may be a little larger. `ema` is how much of a running mean of the weights is kept at each update; 0: there
-    is none.
+    bucket may be a little larger. The last backward of a stage is cut where `cut_mb` of gradients are complete, so that
+    their sums run beside the rest of it; 0: nowhere. `ema` is how much of a running mean of the weights is kept at each
+    update; 0: there is none.
     """
 
     name: str = "adamw"
@@ -193,6 +196,7 @@ class OptimizerSpec:
     final_lr_fraction: float = 0.0
     sharded: bool = False
     bucket_mb: float = 25.0
+    cut_mb: float = 4.0
     ema: float = 0.0
     loss_scale: LossScaleSpec = LossScaleSpec()
     skip_above: SkipSpec = SkipSpec()
@@ -237,11 +241,29 @@ class TaskSpec:
 
 
 @attrs.frozen(kw_only=True)
+class GenerateSpec:
+    """`[validation.generate]`: answers of so many tokens at most (0: none), the likeliest (`temperature` 0) or drawn.
+
+    Draws are among the `top_k` likeliest tokens (0: all), and of these among the fewest that have `top_p` together.
+    `stop` are the tokens that end an answer; without them it is the last token of the true one. `metrics` are functions
+    of the user's that are called with each answer.
+    """
+
+    tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()
+    metrics: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
 class ValidationSpec:
     """`[validation]`: losses of held-out samples, after every so many steps (0: never) and at the end.
 
     Each of the `tasks` has at least so many `samples`; without tasks they are those that the data source holds out.
-    `metrics` are functions of the user's that are called with each sample's logits. The weights that are `best` by a
+    `metrics` are functions of the user's that are called with each sample's logits. With `generate` the model also
+    answers. The weights that are `best` by a
     metric are kept, and training ends after `patience` validations that are not (0: it does not).
     """
 
@@ -249,6 +271,7 @@ class ValidationSpec:
     samples: int = 256
     tasks: Mapping[str, TaskSpec] = attrs.field(factory=dict[str, TaskSpec])
     metrics: tuple[str, ...] = ()
+    generate: GenerateSpec = GenerateSpec()
     best: str = ""
     highest: bool = False
     patience: int = 0

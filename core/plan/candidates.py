@@ -313,7 +313,7 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         notes.looked_at += len(grown)
         notes.effort += len(grown)
         parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
-    bounds = [max(part.bound, _bound_s(scope, main, part.others)) for part in parts]
+    bounds = [max(part.bound, chain_bound_s(scope.graph, _all_priced(main, part.others))) for part in parts]
     # Of equal estimates the least work is best: what is recomputed may lie on no path that counts.
     estimates = [max(bound, part.estimate) for bound, part in zip(bounds, parts, strict=True)]
     ranked = sorted(range(len(parts)), key=lambda i: (estimates[i], parts[i].ranks, max(parts[i].work)))
@@ -469,11 +469,14 @@ def _front(found: Iterable[_Rated]) -> list[_Rated]:
 # -- a layout ----------------------------------------------------------------------------------------------
 
 
-def _bound_s(scope: Scope, main: PricedConfig, others: Mapping[str, Placed]) -> float:
+def _all_priced(main: PricedConfig, others: Mapping[str, Placed]) -> dict[str, PricedConfig]:
+    return {name: placed.priced for name, placed in others.items()} | {main.module: main}
+
+
+def chain_bound_s(graph: ModuleGraph, priced: Mapping[str, PricedConfig]) -> float:
     """Return seconds that no order of a layout beats, as if no modules shared ranks."""
-    priced = {name: placed.priced for name, placed in others.items()} | {scope.main: main}
-    order = [name for name in scope.graph.order if name in priced]
-    feeders = {name: [(f, 0.0) for f in scope.graph.nodes[name].feeders if f in priced] for name in order}
+    order = [name for name in graph.order if name in priced]
+    feeders = {name: [(f, 0.0) for f in graph.nodes[name].feeders if f in priced] for name in order}
     heads = longest_before_s(order, feeders, {name: each.forward for name, each in priced.items()})
     tails = longest_before_s(order, feeders, {name: each.backward for name, each in priced.items()})
     return max(each.bound_s(heads[name], tails[name]) for name, each in priced.items())

@@ -8,7 +8,8 @@ ranks of
     max(head, gather) + microbatches * (forward + backward) + max(tail, all-reduce)
 
 plus the slowest update. The head is how long the first microbatch needs to the rank, the tail how long the last
-gradient needs from it. With a sharded update the weights are gathered beside the first microbatch.
+gradient needs from it. With a sharded update the weights are gathered beside the first microbatch. Of the all-reduce
+only that counts which takes longer than the last backward, if that is cut.
 """
 
 import functools
@@ -34,6 +35,7 @@ class ParallelShape:
     tp: int = 1
     cp: int = 1
     ep: int = 1
+    expert_tp: int = 1
     sequence_parallel: bool = False
     recompute: str = "none"
 
@@ -45,12 +47,19 @@ class ParallelShape:
     @property
     def dp_size(self) -> int:
         """The fewest dp ranks on which its experts have room."""
-        return self.ep // math.gcd(self.ep, self.ranks)
+        parts = self.ep * self.expert_tp
+        return parts // math.gcd(parts, self.ranks)
 
     def grid(self, *, dp: int, pp: int) -> GridSpec:
         """Return a grid of so many dp ranks and stages of this shape, without an offset."""
         return GridSpec(
-            tp=self.tp, cp=self.cp, ep=self.ep, dp=dp, pp=pp, sequence_parallel=self.sequence_parallel
+            tp=self.tp,
+            cp=self.cp,
+            ep=self.ep,
+            expert_tp=self.expert_tp,
+            dp=dp,
+            pp=pp,
+            sequence_parallel=self.sequence_parallel,
         )
 
     def __str__(self) -> str:
@@ -89,7 +98,7 @@ class ParallelConfig:
 class RankTime(NamedTuple):
     """Seconds of one pipeline rank of a module.
 
-    `work` is per microbatch, `gather` is for the weights of its first stage, `reduce` the sum of its gradients.
+    `work` is per microbatch, `gather` is for the weights of its first stage, `reduce` is of sums behind all work.
     """
 
     head: float

@@ -81,6 +81,11 @@ class Evaluator:
         except PlanError as error:
             return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
 
+    def whole(self, layout: Layout) -> Layout:
+        """Return a layout that was timed by a short step as it is timed by its whole step."""
+        timed = self._timed(layout.spec, self.question.topology(layout.spec), layout.spec)
+        return attrs.evolve(timed, peak_bytes=layout.peak_bytes, lockstep_s=layout.lockstep_s)
+
     @functools.cached_property
     def _useful_s(self) -> float:
         """Seconds that one GPU would need for the operations of the model alone."""
@@ -181,6 +186,18 @@ class Evaluator:
         layout = Layout(spec=spec, kind=SLOWER, reason="", encoder_share=share, lockstep_s=step_s)
         bound_s = lower_bound_s(program, costs, timed) + more
         return self._rated(layout, step, step_s, busy * count / short, bound_s)
+
+    def with_padding(self, layout: Layout) -> Layout:
+        """Return a layout with the part of its positions that rounds rows up."""
+        step = self._step(self.question.topology(layout.spec))
+        used = math.fsum(each for of in step.sizes for each in of.positions.values())
+        computed = math.fsum(
+            math.prod(step.shape(module.name, dp_rank, k))
+            for module in step.topology.modules.values()
+            for dp_rank in range(module.dp_size)
+            for k in range(module.microbatches)
+        )
+        return attrs.evolve(layout, padding=1 - used / computed if computed else 0.0)
 
     def _step(self, topology: Topology) -> Step:
         """Return the step of the samples as they are."""

@@ -8,7 +8,7 @@ import attrs
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.placement import graph_of, place
 from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
-from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.search_space import Illegal, SearchSpace
@@ -36,6 +36,7 @@ class Layout:
         mfu: part of their peak that all allocated GPUs reach, by the operations of the model alone.
         exchange_s: seconds of a GPU on average that compute actions take beyond these operations: messages within
             layers, recomputation, reading of weights, and efficiency of small products.
+        padding: part of all positions in layers that rounds rows up, so that ranks along tp and cp have equal parts.
         encoder_share: part of all computing that is not the main module's.
         peak_bytes: per module, what the rank with that module that needs most needs in all.
         lower_bound_s: seconds that no order of these grids beats.
@@ -51,6 +52,7 @@ class Layout:
     bubble: float = 0.0
     mfu: float = 0.0
     exchange_s: float = 0.0
+    padding: float = 0.0
     encoder_share: float = 0.0
     peak_bytes: Mapping[str, float] = attrs.field(factory=dict[str, float])
     lower_bound_s: float = 0.0
@@ -107,7 +109,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     return attrs.evolve(
         question.spec,
         modules=modules,
-        batch=BatchSpec(global_size=len(question.samples), microbatches=count),
+        batch=attrs.evolve(question.spec.batch, global_size=len(question.samples), microbatches=count),
         schedule=attrs.evolve(question.spec.schedule, name=order, costs=None),
         optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,
@@ -144,9 +146,15 @@ def _offsets(question: Question, candidate: Candidate) -> Mapping[str, int]:
     return offsets
 
 
-def grids_of(spec: JobSpec) -> tuple[object, ...]:
-    """Return what tells two layouts apart for people: the grids, not the order and other details."""
-    return tuple(place(spec).values())
+def kind_of(spec: JobSpec, main: str) -> tuple[object, ...]:
+    """Return what tells two layouts apart for people: the grid of the main module, and which modules share its ranks.
+
+    So of layouts that differ in details of small modules one is shown.
+    """
+    grids = place(spec)
+    mine = range(grids[main].offset, grids[main].offset + grids[main].size)
+    shared = (grid.offset < mine.stop and mine.start < grid.offset + grid.size for grid in grids.values())
+    return grids[main], *shared
 
 
 def shown(spec: JobSpec) -> str:

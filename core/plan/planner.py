@@ -4,10 +4,11 @@ What is searched: for every module tp, cp, ep, pp with uneven splits, dp, chunks
 places beside each other or shared (`candidates`); the number of microbatches, and with it their size; the order.
 `candidates` gives layouts with lower bounds, the best by estimate first. They are simulated one after another
 (`evaluation`), except where the bound is above the best time: then no layout that was looked at is faster. Budgets of
-work, not of time, may end this earlier, and `gap` says by how much the winner could be beaten at most. Other orders
-are tried on the best layouts (`search`). Memory is estimated for 1F1B among the candidates. All layouts share the
-update among dp ranks (`optimizer.sharded`): the same result in less memory. Where all that seem to fit do not, the
-search begins again with less of it (`MEMORY`).
+work, not of time, may end this earlier, and `gap` says by how much the winner could be beaten at most. The best layout
+is then changed by single choices as long as that makes it faster (`refinement`), and other orders are tried on the best
+layouts (`search`). Memory is estimated for 1F1B among the candidates. All layouts share the update among dp ranks
+(`optimizer.sharded`): the same result in less memory. Where all that seem to fit do not, the search begins again with
+less of it (`MEMORY`).
 
 GPUs that idle count: the fastest layout is the one with most tokens per second and allocated GPU. The same job gives
 the same plan everywhere.
@@ -34,6 +35,7 @@ from mimogrid.core.plan.layouts import (
     too_large,
 )
 from mimogrid.core.plan.progress import Watch, always
+from mimogrid.core.plan.refinement import Refinement
 from mimogrid.core.plan.search import Search
 from mimogrid.core.plan.search_space import SearchSpace, search_space_of
 from mimogrid.core.plan.sensitivity import changed_questions
@@ -116,13 +118,17 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     spaces = _spaces(question, step)
     search = Search(Evaluator(question, main), watch)
     candidates, least = _walked(search, step, spaces, budget)
+    refinement = _refinement(question, step, spaces)
+    search.refine(refinement, budget // 4)
     search.orders(budget // 2)
+    search.refine(refinement, budget // 4)
     own, named = search.asked(question.spec), standard_layouts(question, spaces)
     standards = [search.asked(spec) for spec in named.values()]
     ranked = search.confirm(FITTING, 1 if search.stopped else CONFIRMED)
     best = ranked[0] if ranked else None
     others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
     fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
+    fitting = [search.evaluator.with_padding(layout) for layout in fitting]
     own = next((layout for layout in fitting if layout.spec == own.spec), marked_own(own))
     unfit = [
         attrs.evolve(each, reason=f"{name}: {each.reason}")
@@ -200,6 +206,12 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
         )
         for name in question.spec.modules
     }
+
+
+def _refinement(question: Question, step: Step, spaces: Mapping[str, SearchSpace]) -> Refinement:
+    return Refinement(
+        spaces=spaces, graph=step.topology.graph, ranks=question.gpus, memory_bytes=question.memory_bytes
+    )
 
 
 def _candidates(

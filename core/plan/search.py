@@ -16,8 +16,9 @@ from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
-from mimogrid.core.plan.layouts import SLOWER, Layout, grids_of, layout_of
+from mimogrid.core.plan.layouts import SLOWER, Layout, kind_of, layout_of
 from mimogrid.core.plan.progress import Progress, Watch, always
+from mimogrid.core.plan.refinement import Refinement
 from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.schedule.tuning import GB
@@ -28,6 +29,10 @@ REFINED = 3
 """On how many of the best layouts other orders are tried."""
 ONE_ORDER = frozenset({ONE_F_ONE_B, INTERLEAVED})
 """Two names of one order, which interleaves where ranks have several chunks."""
+NEIGHBOURS = 40
+"""Layouts that are evaluated beside the best ones."""
+PROMISING = 0.995
+"""A neighbour of a layout is better if it takes at most this part of its time."""
 TUNED = 1
 """On how many of the best layouts `auto` is tried."""
 TUNED_AT_MOST = 6_000
@@ -38,7 +43,8 @@ TUNED_AT_MOST = 6_000
 class Search:
     """The layouts that were evaluated so far.
 
-    `fitting` has the numbers of those whose memory was looked at, `confirmed` of those that `simulate` has timed.
+    `fitting` has the numbers of those whose memory was looked at, `whole` of those whose whole step was timed, and
+    `confirmed` of those that `simulate` has timed.
     `looked_at` counts what was priced; the search has `stopped` once `watch` has said so.
 
     Budgets are numbers of simulated actions (`Evaluator.effort`).
@@ -50,6 +56,7 @@ class Search:
     stopped: bool = False
     layouts: list[Layout] = attrs.field(factory=list[Layout])
     fitting: set[int] = attrs.field(factory=set[int])
+    whole: set[int] = attrs.field(factory=set[int])
     confirmed: set[int] = attrs.field(factory=set[int])
 
     def candidates(self, found: Candidates, budget: int) -> float:
@@ -88,6 +95,34 @@ class Search:
         )
         self.stopped = self.stopped or not self.watch(progress)
         return not self.stopped
+
+    def refine(self, refinement: Refinement, budget: int) -> None:
+        """Change the best layout that fits by one choice, as long as that makes it clearly faster."""
+        until, most = self.evaluator.effort + budget, len(self.layouts) + NEIGHBOURS
+        while not self.stopped and self._improved(refinement, until, most):
+            pass
+
+    def _improved(self, refinement: Refinement, until: int, most: int) -> bool:
+        """Whether a neighbour of the best layout that fits is found to be clearly faster, and to fit."""
+        for best in self.fit(1):
+            layout = self._whole(best)
+            enough_s = PROMISING * layout.step_s
+            for spec in refinement.promising(layout.spec, enough_s):
+                spent = self.evaluator.effort >= until or len(self.layouts) >= most
+                if spent or not self._goes_on(0.0):
+                    return False
+                i = self.evaluate(spec)
+                faster = self.layouts[i].kind == SLOWER and self.layouts[i].step_s < enough_s
+                if faster and self._fits(i) and self._whole(i).step_s < enough_s:
+                    return True
+        return False
+
+    def _whole(self, i: int) -> Layout:
+        """Return a layout as its whole step is timed: a short one flatters layouts whose pipelines fill slowly."""
+        if i not in self.whole:
+            self.layouts[i] = self.evaluator.whole(self.layouts[i])
+            self.whole.add(i)
+        return self.layouts[i]
 
     def orders(self, budget: int) -> None:
         """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""
@@ -155,7 +190,7 @@ class Search:
         return self.layouts[i]
 
     def confirm(self, shown: int, confirmed: int) -> list[Layout]:
-        """Return so many of the best layouts with different grids, the fastest first.
+        """Return so many of the best layouts of different kinds (`kind_of`), the fastest first.
 
         The first `confirmed` of them are as `simulate` times them, the others as in lockstep, which is no less.
         """
@@ -168,11 +203,11 @@ class Search:
             self.confirmed.add(i)
 
     def _distinct(self, count: int) -> list[int]:
-        """Return the numbers of so many of the best layouts with different grids whose memory is enough."""
+        """Return the numbers of so many of the best layouts of different kinds whose memory is enough."""
         while True:
             firsts: dict[object, int] = {}
             for i in self._ranked():
-                firsts.setdefault(grids_of(self.layouts[i].spec), i)
+                firsts.setdefault(kind_of(self.layouts[i].spec, self.evaluator.main), i)
             ranked = [*firsts.values()][:count]
             if all([self._fits(i) for i in ranked]):  # noqa: C419 -- each is asked, whatever the others are
                 return ranked

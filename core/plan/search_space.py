@@ -36,7 +36,7 @@ from mimogrid.core.plan.configs import (
     RankTime,
     Rates,
 )
-from mimogrid.core.pricing.flops import Flops, Load, Loads, alike_layers, module_units, trainable_of
+from mimogrid.core.pricing.flops import Load, Loads, Terms, alike_layers, module_terms, trainable_of
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
@@ -75,6 +75,18 @@ class SearchSpace:
     _priced: dict[ParallelConfig, PricedConfig] = attrs.field(
         factory=dict[ParallelConfig, PricedConfig], init=False, repr=False
     )
+    _allowed: dict[ParallelShape, bool] = attrs.field(
+        factory=dict[ParallelShape, bool], init=False, repr=False
+    )
+
+    def allows(self, shape: ParallelShape) -> bool:
+        """Whether the module can have a shape, which need not be one of those that are walked."""
+        if shape not in self._allowed:
+            costs = self.costs
+            self._allowed[shape] = (
+                shape in self.shapes or _problem(costs.spec, costs.facts, costs.name, shape) is None
+            )
+        return self._allowed[shape]
 
     def rated(
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
@@ -124,6 +136,7 @@ class SearchSpace:
         starts = tuple(itertools.accumulate(split, initial=0))
         mine = [[(starts[i], starts[i + 1]) for i in range(rank, pp * chunks, pp)] for rank in range(pp)]
         gather_s, reduce_s = self._collectives(config)
+        cuts = self.costs.spec.optimizer.cut_mb > 0
         return PricedConfig(
             module=self.costs.name,
             config=config,
@@ -136,7 +149,10 @@ class SearchSpace:
                     gather=gather_s(over(held.trained, spans[:1])),
                     work=over(seconds.forward, spans) + over(seconds.backward, spans),
                     tail=seconds.backward[spans[0][0]],
-                    reduce=reduce_s(over(held.trained, spans)),
+                    # Sums run beside a last backward that is cut.
+                    reduce=max(
+                        reduce_s(over(held.trained, spans)) - cuts * over(seconds.backward, spans[:1]), 0.0
+                    ),
                     update=over(seconds.update, spans),
                 )
                 for spans in mine
@@ -381,8 +397,8 @@ class LayerCosts:
     _seconds: dict[object, LayerSeconds] = attrs.field(
         factory=dict[object, LayerSeconds], init=False, repr=False
     )
-    _flops: dict[tuple[Load, str], tuple[Flops, ...]] = attrs.field(
-        factory=dict[tuple[Load, str], tuple[Flops, ...]], init=False, repr=False
+    _terms: dict[str, tuple[Terms, ...]] = attrs.field(
+        factory=dict[str, tuple[Terms, ...]], init=False, repr=False
     )
     _splits: dict[object, tuple[int, ...]] = attrs.field(
         factory=dict[object, tuple[int, ...]], init=False, repr=False
@@ -395,18 +411,16 @@ class LayerCosts:
         return 1 if isinstance(options, Mapping) else options.layers
 
     def seconds(self, shape: ParallelShape, samples: int) -> LayerSeconds:
-        """Return what each layer takes for so many samples. Loads that several shapes have in common count once."""
+        """Return what each layer takes for so many samples."""
         if (shape, samples) not in self._seconds:
             held = self.held(shape)
-            load = held.load * samples
-            work = load, shape.recompute
-            if work not in self._flops:
-                self._flops[work] = module_units(held.topology, held.module, load)
+            if shape.recompute not in self._terms:
+                self._terms[shape.recompute] = module_terms(held.topology, held.module)
             parts = unit_costs(
                 held.module,
-                load,
+                held.load * samples,
                 self.machine,
-                flops=self._flops[work],
+                terms=self._terms[shape.recompute],
                 values=held.values,
                 recomputes=shape.recompute == "full",
                 sharded=self.spec.optimizer.sharded,

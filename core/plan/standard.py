@@ -8,7 +8,7 @@ import math
 
 import attrs
 
-from mimogrid.core.job.spec import BatchSpec, JobSpec
+from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.configs import ParallelShape
 from mimogrid.core.plan.layouts import Question
@@ -56,7 +56,9 @@ def _unified(question: Question, tp: int, dp: int) -> JobSpec:
     return attrs.evolve(
         question.spec,
         modules=modules,
-        batch=BatchSpec(global_size=samples, microbatches=math.ceil(samples / max(dp, 1))),
+        batch=attrs.evolve(
+            question.spec.batch, global_size=samples, microbatches=math.ceil(samples / max(dp, 1))
+        ),
         schedule=attrs.evolve(question.spec.schedule, name="1f1b", costs=None),
         optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,

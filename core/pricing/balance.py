@@ -22,8 +22,9 @@ import attrs
 
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Own
-from mimogrid.core.pricing.flops import Load, columns_of, module_units, sum_of
-from mimogrid.core.step.cells import assign_samples
+from mimogrid.core.job.tokens import microbatch_multiple
+from mimogrid.core.pricing.flops import Load, columns_of, sum_of, units_of_counts
+from mimogrid.core.step.cells import assign_samples, even_most
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Module, Topology
 
@@ -40,13 +41,22 @@ class Balance:
         return self.assigned(step) if self.topology.balances else step
 
     def assigned(self, step: Step) -> Step:
-        """Return a step whose samples are assigned by cost, whatever the job asks for."""
-        microbatches, lanes = self.topology.cell_grid
-        sizes = [tuple(of.positions.values()) for of in step.sizes]
+        """Return a step whose samples are assigned by cost, whatever the job asks for.
+
+        With a limit of tokens it has as many microbatches as in order, or more if its samples do not fit into these.
+        """
+        (microbatches, lanes), limit = step.topology.cell_grid, step.topology.tokens_per_cell
         costs, joined = self.costs(step), [lanes // self._dp_size(names) for names in self._groups]
-        return step.assigned(
-            assign_samples(costs, sizes, microbatches=microbatches, lanes=lanes, joined=joined)
-        )
+        if not limit:
+            sizes = [tuple(of.positions.values()) for of in step.sizes]
+            most = even_most(sizes, microbatches * lanes)
+        else:
+            sizes, most = [(tokens,) for tokens in step.sample_tokens], (limit,)
+        found = None
+        while found is None:
+            found = assign_samples(costs, sizes, most, microbatches=microbatches, lanes=lanes, joined=joined)
+            microbatches += microbatch_multiple(step.topology.spec)
+        return step.assigned(found)
 
     def _dp_size(self, names: Sequence[str]) -> int:
         """Return the dp size of a group of modules: the least, if they have several."""
@@ -94,9 +104,7 @@ class Balance:
 
     def _operations(self, module: Module) -> tuple[float, ...]:
         found = tuple(
-            flops.model + flops.recomputed
-            for one in Load.units()
-            for flops in (sum_of(module_units(self.topology, module, one)),)
+            flops.model + flops.recomputed for flops in map(sum_of, units_of_counts(self.topology, module))
         )
         return found if any(found) else attrs.astuple(Load(positions=1.0))
 

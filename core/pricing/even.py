@@ -12,27 +12,46 @@ import attrs
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.pricing.footprint import fullest_cell
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.step.cells import samples_per_cell
 from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.topology.topology import Topology
 
 
 def even_step(step: Step) -> Step:
-    """Return a step of as many samples, each with the most rows and the longest text of any."""
+    """Return a step of as many samples, each with the most rows and the longest text of any.
+
+    Under a limit of tokens it is one of as many microbatches, with full cells.
+    """
     topology = step.topology
+    if topology.tokens_per_cell:
+        return _with_full_cells(step, topology)
     return step_of(topology, largest_samples(step.samples, topology.graph, topology.source.sequence))
 
 
 def fullest_step(step: Step) -> Step:
-    """Return a step in which every dp rank has the most that it may have of samples no larger than those of a step."""
+    """Return a step in which every dp rank has the most that it may have of samples no larger than those of a step.
+
+    Under a limit of tokens it has the most microbatches that a step may have, with full cells (`fullest_cell`).
+    """
     topology = step.topology
+    if topology.tokens_per_cell:
+        most = (topology.of_job or topology).most_microbatches
+        return _with_full_cells(step, topology.with_microbatches(most))
     if not topology.balances:
         return even_step(step)
     cells = math.prod(topology.cell_grid)
     each = samples_per_cell(len(step.samples), cells)
     largest = largest_samples(step.samples, topology.graph, topology.source.sequence)[:1]
     return Step(topology, largest * each * cells, tuple(range(0, each * cells + 1, each)))
+
+
+def _with_full_cells(step: Step, topology: Topology) -> Step:
+    """Return a step over a topology in which one sample stands for what fills a cell."""
+    cells = math.prod(topology.cell_grid)
+    return Step(topology, step.samples[:1] * cells, tuple(range(cells + 1)), (fullest_cell(step),) * cells)
 
 
 def even_costs(step: Step, machine: Machine) -> Costs:

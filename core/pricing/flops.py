@@ -36,7 +36,7 @@ import collections
 import functools
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import attrs
@@ -197,6 +197,16 @@ def model_flops(step: Step) -> Mapping[str, float]:
     return found
 
 
+def sample_flops(step: Step) -> list[float]:
+    """Return the operations of each sample of a step in all modules together, without recomputation."""
+    found = [0.0] * len(step.samples)
+    for name, module in step.topology.modules.items():
+        per_unit = [sum_of(parts).model for parts in units_of_counts(step.topology, module)]
+        for counts, each in zip(columns_of(step, name), per_unit, strict=True):
+            found = [total + each * count for total, count in zip(found, counts, strict=True)]
+    return found
+
+
 def in_row(module: Module, load: Load) -> Load:
     """Return the load of a share as it is computed: its row is rounded up (`Module.row_shape`)."""
     return attrs.evolve(load, positions=module.row_shape(int(load.positions))[0]) if load.positions else load
@@ -228,19 +238,10 @@ def units(
     `trainable` has the names of parameters that train, `edges` those that leave the module, and `lora` what is beside
     its linear layers.
     """
-    beside = _beside(model, load, lora)
-    names = frozenset(trainable)
-    entry, before = _of_chain(tuple(_entry(model, load)), names, trains_upstream, recompute)
-    found = [entry]
-    known: dict[tuple[int, bool], tuple[Flops, bool]] = {}
-    for layer in alike_layers(model, names) if lora is None else range(model.layers):
-        if (layer, before) not in known:
-            chain = tuple(_layer_chain(model, load, layer, beside))
-            known[layer, before] = _of_chain(chain, names, before, recompute)
-        flops, before = known[layer, before]
-        found.append(flops)
-    leaving: _Chain = (_Product("final_norm"), *_exit(model, load, edges))
-    return (*found, _of_chain(leaving, names, before, recompute)[0])
+    parts = _terms(
+        model, trainable, edges=edges, trains_upstream=trains_upstream, recompute=recompute, lora=lora
+    )
+    return measured(parts, lambda product: product.operations(load))
 
 
 @functools.lru_cache(maxsize=256)
@@ -277,17 +278,49 @@ def sum_of(parts: Iterable[Flops]) -> Flops:
 
 def module_units(topology: Topology, module: Module, load: Load) -> tuple[Flops, ...]:
     """Return `units` of a module of a job; nothing for a module of the user's own."""
+    return measured(module_terms(topology, module), lambda product: product.operations(load))
+
+
+def module_terms(topology: Topology, module: Module) -> "tuple[Terms, ...]":
+    """Return what a module does in each part that no stage cuts; nothing for a module of the user's own."""
     if isinstance(module.model, Own):
         return ()
-    return units(
+    return _terms(
         module.model,
-        load,
         trainable_of(topology, module.name),
         edges=module.outputs,
         trains_upstream=module.stages[0].trains_upstream,
         recompute=topology.spec.modules[module.name].recompute,
         lora=module.lora,
     )
+
+
+def measured(parts: "Sequence[Terms]", measure: "Measure") -> tuple[Flops, ...]:
+    """Return what the parts of a module come to if `measure` says what each product does.
+
+    With `Product.operations` these are operations. Parts that are alike are measured once.
+    """
+    known: dict[int, Flops] = {}
+    for terms in parts:
+        if id(terms) not in known:
+            known[id(terms)] = _sum_of_terms(terms, measure)
+    return tuple(known[id(terms)] for terms in parts)
+
+
+def _sum_of_terms(terms: "Terms", measure: "Measure") -> Flops:
+    forward = inputs = weights = again = 0.0
+    for term in terms:
+        out, back, own = measure(term.product)
+        forward += out
+        inputs += back * term.inputs
+        weights += own * term.weights
+        again += out * term.again
+    return Flops(forward=forward, input_gradient=inputs, weight_gradient=weights, recomputed=again)
+
+
+def units_of_counts(topology: Topology, module: Module) -> tuple[tuple[Flops, ...], ...]:
+    """Return `module_units` for each count of a load alone; operations are linear in these counts."""
+    return tuple(module_units(topology, module, one) for one in Load.units())
 
 
 @functools.lru_cache(maxsize=256)
@@ -299,139 +332,206 @@ def trainable_of(topology: Topology, name: str) -> frozenset[str]:
 # -- chains of products ------------------------------------------------------------------------------------
 
 
-@attrs.frozen
-class _Product:
-    """A product along the chain: the prefix of its parameters' names, and its operations.
+PAIRS, WINDOWED = "pairs", "windowed"
+OUT, IN, WHOLE = "out", "in", ""
+"""The width of a matrix that ranks along tp share: the one that it gives, or the one that it reads; or neither."""
 
-    Attention has no parameters. A norm has no operations here, and can train. `copies` is the number of experts.
+
+@attrs.frozen
+class Product:
+    """A product along the chain: of rows with a matrix, or of pairs of attention.
+
+    Attributes:
+        name: the prefix of its parameters' names. Attention has none. A norm has no operations here, and can train.
+        rows: which count of a `Load` it has rows of; empty for a norm.
+        width_in, width_out: those of its matrix. For attention all widths of heads together stand for a matrix of
+            two rows: one for queries with keys, one for values. Ranks along tp share these.
+        copies, per_row: the number of experts, and to how many of them a row goes.
+        split: the width that ranks along tp share.
     """
 
     name: str
-    flops: float = 0.0
-    copies: int = 0
+    rows: str = ""
+    width_in: int = 0
+    width_out: int = 0
+    copies: int = 1
+    per_row: int = 1
+    split: str = WHOLE
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is one of pairs."""
+        return self.rows in {PAIRS, WINDOWED}
+
+    def operations(self, load: Load) -> tuple[float, float, float]:
+        """Return its operations for a load: forward, and of the gradients of its inputs and of its weights."""
+        if not self.rows:
+            return 0.0, 0.0, 0.0
+        each = 2 * getattr(load, self.rows) * self.width_in * self.width_out * self.per_row
+        return (each, 2 * each, 0.0) if self.is_attention else (each, each, each)
 
 
-_Chain = tuple["_Product | _Chain", ...]
+Measure = Callable[[Product], tuple[float, float, float]]
+"""Says what a product comes to: forward, the gradient of its inputs, the gradient of its weights."""
+
+
+@attrs.frozen
+class Term:
+    """A product, and how much of its gradients is wanted and of its forward is computed again."""
+
+    product: Product
+    inputs: float
+    weights: float
+    again: float
+
+
+Terms = tuple[Term, ...]
+
+_Chain = tuple["Product | _Chain", ...]
 """Products in order; a chain within is a branch, which nothing follows."""
 
 
-def _layer_chain(
-    model: BuiltIn, load: Load, layer: int, beside: Mapping[str, Sequence[_Product]]
-) -> Iterator[_Product]:
-    """Yield the products of a layer, each with those beside it."""
-    for product in _layer(model, load, layer):
-        yield product
-        yield from beside.get(product.name, ())
+def _terms(
+    model: BuiltIn,
+    trainable: Collection[str],
+    *,
+    edges: Sequence[Edge],
+    trains_upstream: bool,
+    recompute: str,
+    lora: Lora | None,
+) -> tuple[Terms, ...]:
+    """Return the terms of each part of a module; layers that are alike have one value."""
+    names, beside, before = frozenset(trainable), _beside(model, lora), trains_upstream
+    alike = alike_layers(model, names) if lora is None else range(model.layers)
+    found: list[Terms] = []
+    known: dict[tuple[int, bool], tuple[Terms, bool]] = {}
+
+    def chain_of(part: int) -> _Chain:
+        if part < 0:
+            return tuple(_entry(model))
+        if part == model.layers:
+            return (Product("final_norm"), *_exit(model, edges))
+        return tuple(
+            each for product in _layer(model, part) for each in (product, *beside.get(product.name, ()))
+        )
+
+    for part in (-1, *alike, model.layers):
+        if (part, before) not in known:
+            known[part, before] = _of_chain(chain_of(part), names, before, recompute)
+        terms, before = known[part, before]
+        found.append(terms)
+    return tuple(found)
 
 
-def _entry(model: BuiltIn, load: Load) -> Iterator[_Product]:
+def _entry(model: BuiltIn) -> Iterator[Product]:
     if isinstance(model, Gpt):
-        yield _Product("embedding")
+        yield Product("embedding")
     if not isinstance(model, Vit):
         return
     hidden, features = model.hidden, model.features or 0
     if model.stem == "whisper":
-        yield _Product("input.conv1", 2 * load.rows * CONVOLUTION * features * hidden)
-        yield _Product("input.conv2", 2 * load.positions * CONVOLUTION * hidden * hidden)
+        yield Product("input.conv1", "rows", CONVOLUTION * features, hidden)
+        yield Product("input.conv2", "positions", CONVOLUTION * hidden, hidden)
     else:
-        yield _Product("input", 2 * load.rows * features * hidden)
-    yield from map(_Product, ("positions", "class_token", "pre_norm"))
+        yield Product("input", "rows", features, hidden)
+    yield from map(Product, ("positions", "class_token", "pre_norm"))
 
 
-def _layer(model: BuiltIn, load: Load, layer: int) -> Iterator[_Product]:
+def _layer(model: BuiltIn, layer: int) -> Iterator[Product]:
     prefix = f"layers.{layer}."
 
-    def linear(name: str, width_in: int, width_out: int, copies: int = 0) -> _Product:
-        return _Product(prefix + name, 2 * load.positions * width_in * width_out, copies)
+    def linear(
+        name: str, width_in: int, width_out: int, split: str = OUT, *, copies: int = 1, per_row: int = 1
+    ) -> Product:
+        return Product(
+            prefix + name, "positions", width_in, width_out, copies=copies, per_row=per_row, split=split
+        )
 
     hidden, inner = model.hidden, model.heads * model.head_width
-    yield _Product(f"{prefix}attention_norm")
+    yield Product(f"{prefix}attention_norm")
     yield linear("attention.qkv", hidden, model.qkv_width)
     windowed = isinstance(model, Vit) and model.window_of(layer)
-    yield _Product("", 4 * (load.windowed if windowed else load.pairs) * inner)
-    yield linear("attention.out", inner, hidden)
-    yield _Product(f"{prefix}mlp_norm")
+    yield Product("", WINDOWED if windowed else PAIRS, 2, inner, split=OUT)
+    yield linear("attention.out", inner, hidden, IN)
+    yield Product(f"{prefix}mlp_norm")
     up, down = model.mlp_widths(layer)
     if model.has_experts(layer):
-        yield linear("mlp.router", hidden, model.experts)
-        yield linear("mlp.experts.{}.up", hidden, up, copies=model.experts)
-        yield linear("mlp.experts.{}.down", down, hidden, copies=model.experts)
+        experts, top_k = model.experts, model.top_k
+        yield linear("mlp.router", hidden, experts)
+        yield linear("mlp.experts.{}.up", hidden, up // top_k, copies=experts, per_row=top_k)
+        yield linear("mlp.experts.{}.down", down // top_k, hidden, IN, copies=experts, per_row=top_k)
     else:
         yield linear("mlp.up", hidden, up)
-        yield linear("mlp.down", down, hidden)
+        yield linear("mlp.down", down, hidden, IN)
 
 
-def _beside(model: BuiltIn, load: Load, lora: Lora | None) -> Mapping[str, Sequence[_Product]]:
+def _beside(model: BuiltIn, lora: Lora | None) -> Mapping[str, Sequence[Product]]:
     """Return the products of LoRA, by the name of the one that they are beside.
 
     They follow it in the chain, so B has a gradient of its inputs, and so has all that comes behind.
     """
-    found: dict[str, list[_Product]] = {}
+    found: dict[str, list[Product]] = {}
     if lora is None:
         return found
     for adapter in adapters(model, lora):
-        each = 2 * load.positions * lora.rank
         found.setdefault(adapter.weight, []).extend(
             (
-                _Product(f"{adapter.prefix}.a", each * adapter.width_in),
-                _Product(f"{adapter.prefix}.b", each * adapter.width_out),
+                Product(f"{adapter.prefix}.a", "positions", adapter.width_in, lora.rank, split=IN),
+                Product(f"{adapter.prefix}.b", "positions", lora.rank, adapter.width_out, split=OUT),
             )
         )
     return found
 
 
-def _exit(model: BuiltIn, load: Load, edges: Sequence[Edge]) -> Iterator[_Chain]:
+def _exit(model: BuiltIn, edges: Sequence[Edge]) -> Iterator[_Chain]:
     if isinstance(model, Gpt):
         name = "embedding" if model.tied_embeddings else "output"
-        yield (_Product(name, 2 * load.emitted * model.hidden * model.vocab_rows),)
+        yield (Product(name, "emitted", model.hidden, model.vocab_rows, split=OUT),)
     if isinstance(model, Regressor):
-        yield (_Product("output", 2 * load.emitted * model.hidden * model.outputs),)
+        yield (Product("output", "emitted", model.hidden, model.outputs),)
     for edge in edges:
         if edge.projector:
             name = f"{PROJECTOR}{edge.target}"
             names = (name, *(f"{name}.deepstack.{i}" for i in range(edge.parts - 1)))
-            yield from (tuple(_projector(each, edge, model, load.emitted)) for each in names)
+            yield from (tuple(_projector(each, edge, model)) for each in names)
 
 
-def _projector(name: str, edge: Edge, model: BuiltIn, rows: float) -> Iterator[_Product]:
+def _projector(name: str, edge: Edge, model: BuiltIn) -> Iterator[Product]:
     """Yield the products of what makes a row for the target of each row of a module."""
     assert edge.projector
     wide, width = model.row_width, edge.width // edge.parts
     if edge.projector.kind == "linear":
-        yield _Product(name, 2 * rows * wide * width)
+        yield Product(name, "emitted", wide, width)
         return
     inner = edge.projector.inner(model, width)
-    yield _Product(f"{name}.norm")
-    yield _Product(f"{name}.up", 2 * rows * wide * inner)
-    yield _Product(f"{name}.down", 2 * rows * inner * width)
+    yield Product(f"{name}.norm")
+    yield Product(f"{name}.up", "emitted", wide, inner)
+    yield Product(f"{name}.down", "emitted", inner, width)
 
 
-def _of_chain(chain: _Chain, trainable: Collection[str], before: bool, recompute: str) -> tuple[Flops, bool]:
-    """Return the operations of a chain, and whether anything trains in it or before it, branches apart."""
-    forward = inputs = weights = again = 0.0
-    branches = Flops()
+def _of_chain(chain: _Chain, trainable: Collection[str], before: bool, recompute: str) -> tuple[Terms, bool]:
+    """Return the terms of a chain, and whether anything trains in it or before it, branches apart."""
+    own: list[Term] = []
+    branches: list[Term] = []
     for product in chain:
         if isinstance(product, tuple):
             branches += _of_chain(product, trainable, before, recompute)[0]
             continue
         weight, other = _trains(product, trainable)
-        attention = not product.name
-        forward += product.flops
-        inputs += product.flops * (2 if attention else 1) * before
-        weights += product.flops * weight
-        again += product.flops * (recompute == "selective" and attention and before)
+        again = recompute == "selective" and product.is_attention and before
+        if product.rows:
+            own.append(Term(attrs.evolve(product, name=""), float(before), weight, float(again)))
         before = before or weight > 0 or other
-    in_layers = any(isinstance(product, _Product) and not product.name for product in chain)
+    in_layers = any(term.product.is_attention for term in own)
     if recompute == "full" and in_layers and before:
-        again = forward
-    own = Flops(forward=forward, input_gradient=inputs, weight_gradient=weights, recomputed=again)
-    return own + branches, before
+        own = [attrs.evolve(term, again=1.0) for term in own]
+    return (*own, *branches), before
 
 
-def _trains(product: _Product, trainable: Collection[str]) -> tuple[float, bool]:
+def _trains(product: Product, trainable: Collection[str]) -> tuple[float, bool]:
     """Return the part of a product's matrices that trains, and whether one of its biases does."""
     if not product.name:
         return 0.0, False
-    names = [product.name.format(i) for i in range(product.copies)] or [product.name]
+    names = [product.name.format(i) for i in range(product.copies)]
     weights = [name in trainable or f"{name}.weight" in trainable for name in names]
     return math.fsum(weights) / len(weights), any(f"{name}.bias" in trainable for name in names)

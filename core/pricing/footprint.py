@@ -16,16 +16,17 @@ the user's own.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 
-from mimogrid.core.job.lora import adapters
-from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own, Vit
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.lora import adapters, held_in
+from mimogrid.core.job.models import LAST, BuiltIn, Gpt, Own, Parameter, Vit
 from mimogrid.core.job.placement import largest_sample
 from mimogrid.core.job.precision import HALF, MAIN_BYTES, VALUE_BYTES
 from mimogrid.core.step.cells import samples_per_cell
-from mimogrid.core.step.step import Step
+from mimogrid.core.step.step import SampleSizes, Step
 from mimogrid.core.topology.topology import Edge, Link, Module, Stage, StageInfo, Topology
 from mimogrid.core.update.buckets import local_size, optimizer_bytes
 
@@ -51,22 +52,26 @@ class Kept:
 @functools.lru_cache(maxsize=4096)
 def kept(topology: Topology, rank: int) -> Kept:
     """Return the bytes that a rank holds all the time: weights, and for those that train gradients and optimizer."""
-    precision = topology.spec.precision
     weights = trained = 0
     for info in topology.role(rank).stages:
-        of_stage = _values(topology, info.stage, topology.modules[info.stage.module].ep_rank_of(rank))
+        of_stage = _held(topology, info.stage, topology.modules[info.stage.module].ep_rank_of(rank))
         weights, trained = weights + of_stage[0], trained + of_stage[1]
-    return Kept(
-        VALUE_BYTES[precision] * weights, MAIN_BYTES[precision] * trained, optimizer_bytes(topology, rank)
-    )
+    return Kept(weights, MAIN_BYTES[topology.spec.precision] * trained, optimizer_bytes(topology, rank))
 
 
 @functools.lru_cache(maxsize=4096)
-def _values(topology: Topology, stage: Stage, ep: int) -> tuple[int, int]:
-    """Return how many values of weights a position along ep of a stage holds, and how many of these train."""
+def _held(topology: Topology, stage: Stage, ep: int) -> tuple[int, int]:
+    """Return the bytes of the weights that a position along ep of a stage holds, and how many values train."""
     module, info = topology.modules[stage.module], topology.stages[stage]
-    sizes = [(local_size(module, each), each.name in info.trainable) for each in module.held(info, ep)]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    held = module.held(info, ep)
+    weights = (local_size(module, each) * _value_bytes(topology, info, each) for each in held)
+    return sum(weights), sum(local_size(module, each) for each in held if each.name in info.trainable)
+
+
+def _value_bytes(topology: Topology, info: StageInfo, parameter: Parameter) -> int:
+    """Return the bytes of a value of a weight in a network."""
+    lora, trains = topology.modules[info.stage.module].lora, parameter.name in info.trainable
+    return VALUE_BYTES[held_in(parameter, lora, topology.spec.precision, trains=trains)]
 
 
 @attrs.frozen
@@ -228,6 +233,15 @@ def product_bytes(topology: Topology, stage: Stage) -> int:
     return max(sizes, default=0) * (VALUE_BYTES[precision] + added)
 
 
+@functools.lru_cache(maxsize=4096)
+def widened_bytes(topology: Topology, stage: Stage) -> int:
+    """Return the bytes of the largest matrix that a product of a stage widens to the precision of the job, or 0."""
+    info, width = topology.stages[stage], VALUE_BYTES[topology.spec.precision]
+    module = topology.modules[stage.module]
+    narrow = (local_size(module, p) for p in info.parameters if _value_bytes(topology, info, p) < width)
+    return width * max(narrow, default=0)
+
+
 def deferred_values(module: Module, info: StageInfo, computed: Computed) -> float:
     """Return how many values a stage keeps of a microbatch between the halves of a split backward.
 
@@ -257,7 +271,12 @@ def deferred_values(module: Module, info: StageInfo, computed: Computed) -> floa
 
 
 def most_samples(topology: Topology, module: Module) -> int:
-    """Return how many samples of the largest size the share of a dp rank is as large as at most."""
+    """Return how many samples of the largest size the share of a dp rank is as large as at most.
+
+    Under a limit of tokens a full cell counts as one sample.
+    """
+    if topology.tokens_per_cell:
+        return topology.cell_grid[1] // module.dp_size
     if not topology.balances:
         return -(-topology.samples_per_microbatch[module.name] // module.dp_size)
     cells = math.prod(topology.cell_grid)
@@ -267,14 +286,46 @@ def most_samples(topology: Topology, module: Module) -> int:
 
 def most_computed(topology: Topology, module: Module) -> Computed:
     """Return what a rank computes of a microbatch if all samples are as large as possible."""
-    samples = most_samples(topology, module)
-    segments = _most_segments(topology, module)
+    samples, segments = most_samples(topology, module), _most_segments(topology, module)
     positions, _ = module.row_shape(samples * sum(segments))
     return Computed(positions // module.cp, samples * sum(length**2 for length in segments) / module.cp)
 
 
+def fullest_cell(step: Step) -> SampleSizes:
+    """Return what a cell has at most under the limit of tokens, as the sizes of one sample.
+
+    For each module the cell is full of those samples of the step that have most positions for a token.
+    """
+    limit = step.topology.tokens_per_cell
+    tokens = [max(count, 1) for count in step.sample_tokens]
+
+    def most(counts: Iterable[int]) -> int:
+        return max(-(-count * limit // of) for count, of in zip(counts, tokens, strict=True))
+
+    def segments(name: str) -> tuple[int, ...]:
+        longest = max((length for of in step.sizes for length in of.segments[name]), default=1)
+        full, rest = divmod(most(of.positions[name] for of in step.sizes), longest)
+        return (longest,) * full + (rest,) * bool(rest)
+
+    found = {name: segments(name) for name in step.topology.modules}
+    rows = {name: most(of.rows[name] for of in step.sizes) for name in found}
+    return SampleSizes(rows, found, {name: sum(lengths) for name, lengths in found.items()})
+
+
+def _densest(topology: Topology) -> SampleSizes:
+    """Return what a cell has at most, as far as the source says what its samples are."""
+    largest = largest_sample(topology.graph, topology.source)
+    alone = [
+        Sample(id=0, length=0, rows={name: rows}, segments={name: largest.grids(name)})
+        for name, rows in largest.rows.items()
+    ]
+    return fullest_cell(Step(topology, (Sample(id=0, length=topology.sequence, rows={}), *alone)))
+
+
 def _most_segments(topology: Topology, module: Module) -> tuple[int, ...]:
     """Return the lengths of the attention segments of a sample that is as large as possible."""
+    if topology.tokens_per_cell:
+        return _densest(topology).segments[module.name]
     if topology.graph.nodes[module.name].is_source:
         grids = largest_sample(topology.graph, topology.source).grids(module.name)
         return tuple(length for grid in grids for length in module.model.spans(grid))
@@ -286,6 +337,8 @@ def _most_segments(topology: Topology, module: Module) -> tuple[int, ...]:
 
 
 def _most_rows(topology: Topology) -> Mapping[str, int]:
+    if topology.tokens_per_cell:
+        return _densest(topology).rows
     return topology.graph.rows_out(largest_sample(topology.graph, topology.source))
 
 

@@ -69,8 +69,9 @@ class Machine:
         tera = gpu.flops[self.precision] / 1e12
         return (
             f"FLOPs at {self.efficiency:.0%} of the {tera:,.5g} TFLOP/s of {gpu.name} in {self.precision}, "
-            f"messages at {self.link_efficiency:.0%} of {gpu.link_bytes_per_s / 1e9:,.4g} GB/s within a node of "
-            f"{gpu.per_node} and of {gpu.network_bytes_per_s / 1e9:,.4g} GB/s between nodes "
+            f"less for small matrices and short sequences, messages at {self.link_efficiency:.0%} of "
+            f"{gpu.link_bytes_per_s / 1e9:,.4g} GB/s within a node of {gpu.per_node} and of "
+            f"{gpu.network_bytes_per_s / 1e9:,.4g} GB/s between nodes "
             f"(peaks: {gpu.source.flops}; network: {gpu.source.network})"
         )
 

@@ -2,8 +2,8 @@
 
 Seconds on an accelerator follow from what the job does:
 
-    products       operations (`flops`, rounding included) divided among ranks, at a part of the peak
-    weights        at least the time in which a rank reads its weights once
+    products       operations (`flops`, rounding included) divided among ranks, at a part of the peak that follows
+                   from the sizes of matrices and the lengths of segments (`roofline`)
     tp, cp, ep     inside the compute action: two all-reduces over tp per layer and direction, the all-gather of keys
                    and values over cp, the tokens that go to experts and back
     links          bytes over the bandwidth of the node, or of the network if any of their ranks is in another node
@@ -25,7 +25,7 @@ import attrs
 from mimogrid.core.base.samples import dp_samples
 from mimogrid.core.job.costs import Costs, StageCosts
 from mimogrid.core.pricing.collectives import is_near
-from mimogrid.core.pricing.flops import Load, Loads, module_units, of_units
+from mimogrid.core.pricing.flops import Load, Loads, module_terms, of_units
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import joined, unit_costs, values_of_units
 from mimogrid.core.step.step import Step
@@ -45,7 +45,7 @@ def on_machine(step: Step, machine: Machine, *, spread: bool = False) -> Costs:
             module,
             load,
             machine,
-            flops=module_units(topology, module, load),
+            terms=module_terms(topology, module),
             values=values_of_units(module),
             recomputes=topology.spec.modules[module.name].recompute == "full",
             sharded=topology.spec.optimizer.sharded,

@@ -11,8 +11,9 @@ import attrs
 from mimogrid.core.job.costs import StageCosts
 from mimogrid.core.job.models import FIRST, LAST, BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.pricing.collectives import all_reduce_s, gather_s, moved_s
-from mimogrid.core.pricing.flops import Flops, Load
+from mimogrid.core.pricing.flops import Load, Terms
 from mimogrid.core.pricing.machine import Machine
+from mimogrid.core.pricing.roofline import Seconds, unit_seconds
 from mimogrid.core.topology.topology import Module, StageInfo
 from mimogrid.core.update.buckets import local_size
 
@@ -35,14 +36,14 @@ def unit_costs(
     load: Load,
     machine: Machine,
     *,
-    flops: Sequence[Flops],
+    terms: Sequence[Terms],
     values: Sequence[Values],
     recomputes: bool,
     sharded: bool,
 ) -> tuple[StageCosts, ...]:
     """Return the seconds of a module in parts that no stage cuts (see `flops.units`), for a dp rank's load.
 
-    `flops` and `values` are of these parts. With `recomputes`, layers are computed again in the backward, with their
+    `terms` and `values` are of these parts. With `recomputes`, layers are computed again in the backward, with their
     collectives. With `sharded`, gradients are reduce-scattered over dp ranks and weights gathered.
 
     Nothing for a module of the user's own.
@@ -53,17 +54,13 @@ def unit_costs(
     times = machine.times(module.name)
     kinds: dict[object, StageCosts] = {}  # most layers are alike
     costs: list[StageCosts] = []
-    for i, (work, held) in enumerate(zip(flops, values, strict=True)):
+    for i, (work, held) in enumerate(zip(unit_seconds(terms, load, module, machine), values, strict=True)):
         in_layers = 0 < i < last
         routes = in_layers and model.has_experts(i - 1)
         kind = id(work), id(held), in_layers, i == 0, routes
         if kind not in kinds:
-            shards = module.cp * (_tp(module) if in_layers or isinstance(model, Gpt) else 1)
             forward, inputs, weights = _computing_s(
                 work,
-                machine=machine,
-                shards=shards,
-                reads_s=held.held * machine.value_bytes / machine.accelerator.memory_bytes_per_s,
                 collectives=_collectives_s(
                     module,
                     model,
@@ -101,31 +98,21 @@ def joined(parts: Iterable[StageCosts]) -> StageCosts:
 
 
 def _computing_s(
-    flops: Flops,
-    *,
-    machine: Machine,
-    shards: int,
-    reads_s: float,
-    collectives: tuple[float, float],
-    recomputes: bool,
+    products: Seconds, *, collectives: tuple[float, float], recomputes: bool
 ) -> tuple[float, float, float]:
     """Return the seconds of a forward, of the gradients of inputs, and of those of weights.
 
-    Each takes at least as long as reading the weights. `collectives` are seconds, forward and backward. Recomputation
-    comes before the first gradient.
+    They are those of `products` and of `collectives`, forward and backward. Recomputation comes before the first
+    gradient.
     """
-
-    def seconds(operations: float, least: float) -> float:
-        return max(operations / shards / machine.flops, least) if operations else 0.0
-
     forward_s, backward_s = collectives
-    inputs, weights = seconds(flops.input_gradient, reads_s), seconds(flops.weight_gradient, reads_s)
-    again = seconds(flops.recomputed, 0.0) + (forward_s if recomputes and flops.recomputed else 0.0)
+    inputs, weights = products.input_gradient, products.weight_gradient
+    again = products.recomputed + (forward_s if recomputes and products.recomputed else 0.0)
     if inputs:
         inputs += backward_s + again
     elif weights:
         weights += again
-    return seconds(flops.forward, reads_s) + forward_s, inputs, weights
+    return products.forward + forward_s, inputs, weights
 
 
 def _tp(module: Module) -> int:

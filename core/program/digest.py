@@ -2,14 +2,14 @@
 
 import hashlib
 
-from mimogrid.core.schedule.order import Order
-from mimogrid.core.step.step import Step
+from mimogrid.core.program.lower import Program
 
 
-def digest_of(first: Step, order: Order) -> str:
-    """Return a hash of a job as parsed, its order for training, and the samples of its first step."""
+def digest_of(program: Program) -> str:
+    """Return a hash of a job as parsed, and of the order and the samples of its first training step."""
+    first = program.routes.step
     topology = first.topology
-    actions = "\n".join(map(str, order.actions))
+    actions = "\n".join(map(str, program.order.actions))
     text = "\n\n".join(
         (repr(topology.spec), repr(topology.source), actions, repr(first.samples), repr(first.cells))
     )

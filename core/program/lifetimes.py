@@ -11,6 +11,7 @@ So the table follows from the program alone. The shell frees what the table says
 """
 
 import enum
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
@@ -42,16 +43,22 @@ class Held:
     link: Link | None = None
 
 
+@functools.lru_cache(maxsize=1 << 14)  # Each step asks for the same ones again.
+def held(stage: Stage, content: Content, microbatch: int, link: Link | None = None) -> Held:
+    """Return the name of a held tensor: the same value each time, whose hash is known."""
+    return Held(stage, content, microbatch, link)
+
+
 Releases = Mapping[Action, tuple[Held, ...]]
 """The tensors that a rank frees after each of its actions."""
 
 
 def releases(program: Program, rank: int, actions: Iterable[Action]) -> Releases:
     """Return what a rank frees after each of its actions; `actions` are those of its program, in their order."""
-    last = {held: action for action in actions for held in _uses(program, rank, action)}
+    last = {used: action for action in actions for used in _uses(program, rank, action)}
     table: dict[Action, tuple[Held, ...]] = {}
-    for held, action in last.items():
-        table[action] = (*table.get(action, ()), held)
+    for used, action in last.items():
+        table[action] = (*table.get(action, ()), used)
     return table
 
 
@@ -61,11 +68,11 @@ def _uses(program: Program, rank: int, action: Action) -> Iterator[Held]:
         case Compute(Kind.FORWARD | Kind.BACKWARD | Kind.INPUT_GRADIENT as kind, stage, microbatch):
             yield from _computed(program, stage, microbatch, is_backward=kind is not Kind.FORWARD)
         case Send(stage, Direction.BACKWARD, microbatch):
-            yield Held(stage, Content.GRADIENT, microbatch, link_of(program.topology, action))
+            yield held(stage, Content.GRADIENT, microbatch, link_of(program.topology, action))
         case Send(stage, Direction.FORWARD):
             link = link_of(program.topology, action)
             for message in program.messages_of(rank, action):
-                yield from (Held(stage, Content.OUTPUT, k, link) for k in message.made_by)
+                yield from (held(stage, Content.OUTPUT, k, link) for k in message.made_by)
         case _:
             pass
 
@@ -74,10 +81,10 @@ def _computed(program: Program, stage: Stage, microbatch: int, *, is_backward: b
     topology, gradients = program.topology, program.order.gradients
     for link in topology.links_into(stage):
         if link in gradients:
-            yield Held(stage, Content.INPUT, microbatch, link)
+            yield held(stage, Content.INPUT, microbatch, link)
             if is_backward:
-                yield Held(stage, Content.GRADIENT, microbatch, link)
+                yield held(stage, Content.GRADIENT, microbatch, link)
     for link in topology.links_from(stage):
-        yield Held(stage, Content.OUTPUT, microbatch, link)
+        yield held(stage, Content.OUTPUT, microbatch, link)
     if topology.stages[stage].last:
-        yield Held(stage, Content.LOSS, microbatch)
+        yield held(stage, Content.LOSS, microbatch)

@@ -19,7 +19,8 @@ A dp rank without rows in a microbatch has no actions for it. Absence is decided
 The gradients of a stage are summed bucket by bucket. The sums are posted after the last action in the global order in
 which any of the stage's dp ranks adds to its gradients. All dp ranks use that place, even if they skip that action, so
 they post the sums at one place among their joint actions. They are waited for at the end of the step, so they overlap
-with the computing of other stages.
+with the computing of other stages. A dp rank that runs a last backward which is cut (`schedule.cuts`) posts the sums of
+the buckets that a part completes right behind the part.
 
 If dp ranks share the update, each has updated its shard of the weights in the step before. All buckets are gathered
 beside the first forwards: the gathers are posted before anything else, those of the stage that computes first and of
@@ -157,6 +158,14 @@ class Program:
             )
         return self._gathers[rank]
 
+    def sums_after(self, rank: int, part: Compute) -> tuple[Reduce, ...]:
+        """Return the sums that a rank posts for a stage after a part of its last action (`Order.parts`)."""
+        return tuple(
+            reduce
+            for reduce in self.sums(rank)
+            if reduce.stage == part.stage and self.order.completes(part, reduce.bucket)
+        )
+
     def _with_others(self, info: StageInfo, rank: int, group_of: _GroupOf) -> list[int]:
         """Return the buckets of a stage that a rank does not have for itself."""
         shared = self._by_bucket(rank, info.stage, group_of)
@@ -246,7 +255,8 @@ class _RankLowering:
         posts, reads = _posts(received, len(turns)), _by_turn(received, len(turns))
         sends = _by_turn(sent, len(turns))
         starts = [turn.slot.start for turn in turns]
-        send_waits, reduces = _send_waits(starts, received, sent), self._reduces(starts)
+        upper = [self._upper_parts(turn) for turn in turns]
+        send_waits, reduces = _send_waits(starts, received, sent), self._reduces(starts, upper)
         gathers = self.program.gathers(self.rank)
         gathered = _waits_by_stage(gathers)
         yield from gathers
@@ -255,6 +265,9 @@ class _RankLowering:
             yield from (op.possible.transfer for op in posts[i])
             yield from (op.possible.wait for op in (*reads[i], *send_waits[i]))
             yield from gathered.pop(turn.slot.action.stage, ())
+            for part, complete in upper[i]:
+                yield part
+                yield from complete
             yield turn.slot.action
             yield from (op.possible.transfer for op in sends[i])
         yield from reduces[-1]
@@ -272,13 +285,22 @@ class _RankLowering:
             turns += [_Turn(slot, dp_rank) for slot in slots if slot.action.microbatch in active]
         return sorted(turns, key=lambda turn: turn.slot.start)
 
-    def _reduces(self, starts: list[int]) -> list[list[Reduce]]:
-        """Return, for each turn and for the end, the gradient all-reduces to post before it."""
+    def _upper_parts(self, turn: _Turn) -> list[tuple[Compute, tuple[Reduce, ...]]]:
+        """Return the parts of a turn's action but the last one, each with the sums to post after it."""
+        *upper, _ = self.program.order.parts(turn.slot.action)
+        return [(part, self.program.sums_after(self.rank, part)) for part in upper]
+
+    def _reduces(
+        self, starts: list[int], upper: list[list[tuple[Compute, tuple[Reduce, ...]]]]
+    ) -> list[list[Reduce]]:
+        """Return, for each turn and for the end, the sums of gradients to post before it, but those after parts."""
         program = self.program
+        early = {reduce for parts in upper for _, complete in parts for reduce in complete}
         reduces: list[list[Reduce]] = [[] for _ in range(len(starts) + 1)]
         for reduce in program.sums(self.rank):
-            complete = program.last_gradient(program.topology.stages[reduce.stage])
-            reduces[bisect.bisect_right(starts, complete)].append(reduce)
+            if reduce not in early:
+                complete = program.last_gradient(program.topology.stages[reduce.stage])
+                reduces[bisect.bisect_right(starts, complete)].append(reduce)
         return reduces
 
     def _received(self, turns: list[_Turn]) -> Iterator[_P2POp]:

@@ -8,8 +8,9 @@ A listing is checked against the step that it is for, not against how it was mad
   in which it sends;
 - data before it is read: the wait for a receive comes before the compute action that reads it, and a send comes after
   the compute action that makes its data;
-- each sum of gradients posted once, after the last gradient of its stage, and waited for; each gather of weights
-  posted once, and waited for before its stage computes; then norm and update, once;
+- each sum of gradients posted once, after the last gradient of its stage, and waited for; where the last backward is
+  cut, after the part that completes its bucket; each gather of weights posted once, and waited for before its stage
+  computes; then norm and update, once;
 - what a group of ranks does together at one place on all of them, because communicators match calls by order;
 - no more in flight than the order's limits. A microbatch is in flight on a stage from its forward to the end of its
   backward. On a stage without backward an output counts until all sends of it have been waited for. That holds in
@@ -383,16 +384,24 @@ class _Checker:
     ) -> tuple[list[Action], list[_Pair]]:
         """Return what is due for one microbatch: its forward, then its backward, complete or in two, then `followers`.
 
-        These are the stage's sums, or the first action that ends the step if it has none. The forward is behind
-        `leaders`, the waits for the stage's weights.
+        A backward that is cut is there part by part. `followers` are the stage's sums, or the first action that ends
+        the step if it has none. The forward is behind `leaders`, the waits for the stage's weights.
         """
+        order = self.program.order
         kinds = [Kind.FORWARD]
         if self._is_trained(stage):
             halves = [Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT]
             kinds += halves if stage in self.split else [Kind.BACKWARD]
-        due: list[Action] = [Compute(kind, stage, k) for kind in kinds]
+        whole = [Compute(kind, stage, k) for kind in kinds]
+        last = order.parts(whole[-1])
+        due: list[Action] = [*whole[:-1], *last]
         pairs: list[_Pair] = [(leader, due[0]) for leader in leaders]
-        return due, [*pairs, *itertools.pairwise(due), *((due[-1], follower) for follower in followers)]
+        for follower in followers:
+            after = last
+            if len(last) > 1 and isinstance(follower, Reduce):
+                after = tuple(part for part in last if order.completes(part, follower.bucket))
+            pairs.append((after[-1], follower))
+        return due, [*pairs, *itertools.pairwise(due)]
 
     def _transfers(
         self, stage: Stage, link: Link, k: int, own: tuple[int, ...]
@@ -402,9 +411,15 @@ class _Checker:
         `own` are the microbatches of the stage that have a part in it. A receive is complete before its readers, and a
         send follows the actions that make its data.
         """
+        order = self.program.order
         forwards = [Compute(Kind.FORWARD, stage, j) for j in own]
-        backwards = [Compute(kind, stage, j) for j in own for kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT)]
-        has_gradients = link in self.program.order.gradients
+        backwards = [
+            part
+            for j in own
+            for kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT)
+            for part in order.parts(Compute(kind, stage, j))
+        ]
+        has_gradients = link in order.gradients
         if stage == link.target:
             received = self._received(Recv(stage, Direction.FORWARD, k, link.source), forwards)
             sent = self._sent(Send(stage, Direction.BACKWARD, k, link.source), backwards)

@@ -10,6 +10,7 @@ True
 =====================================  ====================================================================
 ``language.1 F3``                      forward of microbatch 3; ``B`` its backward, or in two halves ``I``, the
                                        gradients of the inputs, and ``W``, those of the weights
+``language.1 B3/8``                    the part of that backward from its begin down to layer 8, which is included
 ``vision.0 SEND_F2 -> language.0``     post the sends of microbatch 2 (``F`` activations, ``B`` gradients)
 ``language.0 RECV_F2 <- vision.0``     post the receives
 ``vision.0 WAIT_SEND_F2 -> language.0``  block until the sends are complete; likewise ``WAIT_RECV``
@@ -39,6 +40,12 @@ class Kind(enum.Enum):
     BACKWARD = "B"
     INPUT_GRADIENT = "I"
     WEIGHT_GRADIENT = "W"
+    BACKWARD_PART = "B/"
+
+    @property
+    def letter(self) -> str:
+        """Its letter in notations; a backward and its parts have one."""
+        return self.value[0]
 
     __hash__ = object.__hash__  # there is one object of each, and millions are hashed
 
@@ -54,14 +61,24 @@ class Direction(enum.Enum):
 
 @attrs.frozen(cache_hash=True)
 class Compute:
-    """Compute one microbatch on one stage; joint over the tp and cp ranks of a dp rank."""
+    """Compute one microbatch on one stage; joint over the tp and cp ranks of a dp rank.
+
+    A part of a backward goes on where the part before it ended, and computes the gradients of everything down to
+    `layer`, a layer of the module; after the last part the backward computes the rest. Others have no layer.
+    """
 
     kind: Kind
     stage: Stage
     microbatch: int
+    layer: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.stage} {self.kind.value}{self.microbatch}"
+        return f"{self.stage} {self.name}"
+
+    @property
+    def name(self) -> str:
+        """Its notation without the stage."""
+        return f"{self.kind.letter}{self.microbatch}" + ("" if self.layer is None else f"/{self.layer}")
 
 
 @attrs.frozen(cache_hash=True)
@@ -199,7 +216,7 @@ Action = Compute | Send | Recv | Wait | Collective | WaitCollective | Tie | Norm
 _STAGE = r"[A-Za-z_][\w-]*\.\d+(?:\.\d+)?"
 _LINE = re.compile(
     rf"(?:(?P<stage>{_STAGE}) )?"
-    r"(?:(?P<kind>[FBIW])(?P<compute>\d+)"
+    r"(?:(?P<kind>[FBIW])(?P<compute>\d+)(?:/(?P<layer>\d+))?"
     rf"|(?P<wait>WAIT_)?(?P<op>SEND|RECV)_(?P<direction>[FB])(?P<moved>\d+) (?:->|<-) (?P<peer>{_STAGE})"
     r"|(?P<collective>(?:WAIT_)?(?:REDUCE|GATHER))(?P<bucket>\d+)"
     r"|(?P<word>TIE|NORM|UPDATE))"
@@ -259,6 +276,8 @@ def _of(
     found: "re.Match[str]", stage: Stage
 ) -> Compute | Send | Recv | Wait | Reduce | WaitReduce | Gather | WaitGather:
     if found["kind"]:
+        if found["layer"]:
+            return Compute(Kind.BACKWARD_PART, stage, int(found["compute"]), int(found["layer"]))
         return Compute(Kind(found["kind"]), stage, int(found["compute"]))
     if found["collective"]:
         return _COLLECTIVES[found["collective"]](stage, int(found["bucket"]))

@@ -47,6 +47,22 @@ class Slot:
     sends: tuple[PossibleTransfer, ...]
 
 
+@attrs.frozen
+class Cut:
+    """A place where the last backward of a stage is cut, so that sums of gradients run beside the rest of it (`cuts`).
+
+    Attributes:
+        layer: The layer below which it is cut, by its number in the module; the end of the stage counts as a layer. The
+            gradients down to it are complete.
+        buckets: The buckets that are complete there, and at no cut before.
+        share: The share of the backward's time from the cut before to this one.
+    """
+
+    layer: int
+    buckets: tuple[int, ...]
+    share: float
+
+
 @attrs.frozen(eq=False)
 class Order:
     """The compute actions of a step in one global order.
@@ -60,6 +76,7 @@ class Order:
         gradients: The links on which gradients flow back.
         max_in_flight: The most microbatches that each stage has in flight. For a stage without backward, the most
             outputs that wait to be read.
+        cuts: Where the last backward of a stage is cut, from the end of the stage on; no entry: nowhere.
     """
 
     topology: Topology
@@ -69,6 +86,7 @@ class Order:
     split: frozenset[Stage]
     gradients: frozenset[Link]
     max_in_flight: Mapping[Stage, int]
+    cuts: Mapping[Stage, tuple[Cut, ...]] = attrs.field(factory=dict[Stage, tuple[Cut, ...]])
     _slots: dict[Stage, tuple[Slot, ...]] = attrs.field(
         factory=dict[Stage, tuple[Slot, ...]], init=False, repr=False
     )
@@ -91,6 +109,34 @@ class Order:
             if action.kind in kinds:
                 starts.setdefault((action.stage, kinds[action.kind]), {})[action.microbatch] = i
         return {key: tuple(places[k] for k in range(len(places))) for key, places in starts.items()}
+
+    def cuts_of(self, stage: Stage, microbatch: int) -> tuple[Cut, ...]:
+        """Return the cuts of a microbatch; only the last backward of a stage has any."""
+        cuts = self.cuts.get(stage, ())
+        return cuts if cuts and microbatch == self.of(stage)[-1].microbatch else ()
+
+    def parts(self, action: Compute) -> tuple[Compute, ...]:
+        """Return what ranks run for an action of the order: its parts down to each cut, and at last the action."""
+        if action.kind is not Kind.BACKWARD or action.stage not in self.cuts:
+            return (action,)
+        stage, k = action.stage, action.microbatch
+        upper = (Compute(Kind.BACKWARD_PART, stage, k, cut.layer) for cut in self.cuts_of(stage, k))
+        return (*upper, action)
+
+    def share(self, part: Compute) -> float:
+        """Return the share of an action's time that one of its `parts` takes."""
+        if part.kind is Kind.BACKWARD_PART:
+            return next(cut.share for cut in self.cuts[part.stage] if cut.layer == part.layer)
+        if part.kind is not Kind.BACKWARD:
+            return 1.0
+        return 1.0 - sum(cut.share for cut in self.cuts_of(part.stage, part.microbatch))
+
+    def completes(self, part: Compute, bucket: int) -> bool:
+        """Whether the gradients of a bucket of a stage are complete after a part of its last action, and not before."""
+        cuts = self.cuts.get(part.stage, ())
+        if part.kind is Kind.BACKWARD_PART:
+            return any(bucket in cut.buckets for cut in cuts if cut.layer == part.layer)
+        return not any(bucket in cut.buckets for cut in cuts)
 
     def of(self, stage: Stage) -> tuple[Compute, ...]:
         """Return the actions of a stage, in order."""

@@ -22,6 +22,8 @@ limits on what is in flight (`issue_policy`).
   next one instead of one.
 - `auto` tries orders on a clock (`tuning`).
 
+The last backward of a step may be cut, whatever the schedule (`cuts`).
+
 A stage without backward keeps an output until its readers have read it; a limit bounds how many outputs wait.
 
 Stages on the same ranks run one at a time in the scheduler, so they agree on one order. The result has been executed
@@ -31,17 +33,51 @@ Sources: PipeDream and Narayanan et al. 2021 (arXiv 2104.04473) for 1F1B and int
 zero bubble (arXiv 2401.10241).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+
+import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.schedules import AUTO
 from mimogrid.core.pricing.footprint import kept
+from mimogrid.core.schedule.cuts import cuts_of
 from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, IssueQueues, issue_queues_of
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.scheduler import TimedWork, schedule
 from mimogrid.core.schedule.tuning import GB, bytes_needed, tuned
 from mimogrid.core.schedule.work import Work, unit_seconds, work_of
-from mimogrid.core.topology.topology import Topology
+from mimogrid.core.topology.topology import COUNTS_KEPT, Topology
+
+
+@attrs.frozen(eq=False)
+class Orders:
+    """The orders of a job's steps: one, or one for each number of microbatches that steps have.
+
+    If the number varies, an order is made when the first step with so many comes, and the last `COUNTS_KEPT` are kept.
+    Whether memory suffices is known before: the step with most microbatches has most in flight.
+    """
+
+    topology: Topology
+    training: bool = True
+
+    def of(self, topology: Topology) -> Order:
+        """Return the order of steps over a topology. Raises PlanError if training needs more memory than the cap."""
+        if not self.topology.tokens_per_cell:
+            return self._only
+        if self.training and self.topology.spec.schedule.memory_gb is not None:
+            self._made(self.topology.most_microbatches)
+        return self._made(topology.spec.batch.microbatches)
+
+    @functools.cached_property
+    def _only(self) -> Order:
+        return order_of(self.topology, training=self.training)
+
+    @functools.cached_property
+    def _made(self) -> Callable[[int], Order]:
+        return functools.lru_cache(COUNTS_KEPT)(
+            lambda count: order_of(self.topology.with_microbatches(count), training=self.training)
+        )
 
 
 def order_of(topology: Topology, *, training: bool = True) -> Order:
@@ -65,14 +101,16 @@ def order_of(topology: Topology, *, training: bool = True) -> Order:
 
 
 def _order(work: Work, issued: Sequence[int], queues: IssueQueues, *, training: bool) -> Order:
+    actions = tuple(work.actions[i] for i in issued)
     return Order(
         topology=work.topology,
         training=training,
-        actions=tuple(work.actions[i] for i in issued),
+        actions=actions,
         backward=work.backward,
         split=work.split,
         gradients=work.gradients,
         max_in_flight={**queues.unread_outputs, **work.in_flight(issued)},
+        cuts=cuts_of(work.topology, actions) if training else {},
     )
 
 

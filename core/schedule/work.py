@@ -219,12 +219,15 @@ def unit_seconds(work: Work) -> tuple[float, ...]:
 
 
 def seconds_of(action: Compute, costs: Costs) -> float:
-    """Return the seconds of a compute action. If costs do not know the halves of a backward, I takes all of it."""
+    """Return the seconds of a compute action, of a part of a backward those of all of it.
+
+    If costs do not know the halves of a backward, I takes all of it.
+    """
     of_stage = costs.of(action.stage)
     match action.kind:
         case Kind.FORWARD:
             return of_stage.forward
-        case Kind.BACKWARD:
+        case Kind.BACKWARD | Kind.BACKWARD_PART:
             return of_stage.whole_backward
         case Kind.INPUT_GRADIENT:
             return (of_stage.input_gradient or 0.0) if of_stage.splits else of_stage.whole_backward

@@ -42,6 +42,8 @@ def collapse_tp_cp(program: Program, costs: Costs) -> RankClasses | None:
         for name, module in topology.spec.modules.items()
     }
     collapsed = assemble(attrs.evolve(topology.spec, modules=modules, world_size=None), topology.source)
+    if topology.tokens_per_cell:
+        collapsed = collapsed.with_microbatches(topology.most_microbatches)
     collapsed = attrs.evolve(collapsed, graph=collapsed.graph.emitting_each())
     if len(collapsed.ranks) == len(topology.ranks):
         return None

@@ -13,7 +13,7 @@ import attrs
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.program.lower import plan_step
-from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import Orders
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import Timeline
 from mimogrid.core.simulate.unevenness import DurationFactors
@@ -32,7 +32,7 @@ class Imbalance:
     idle_s: Mapping[str, float]
 
 
-def imbalance(step: Step, order: Order, costs: Costs) -> Imbalance | None:
+def imbalance(step: Step, orders: Orders, costs: Costs) -> Imbalance | None:
     """Compare the samples of a step in their order with the same ones assigned by cost. `costs` are of the former.
 
     None where there is one cell only, or fewer samples than cells.
@@ -41,11 +41,11 @@ def imbalance(step: Step, order: Order, costs: Costs) -> Imbalance | None:
     if not 1 < cells <= len(step.samples):
         return None
     plain = step_of(step.topology, tuple(sorted(step.samples, key=lambda sample: sample.id)))
-    even = simulate(plan_step(plain, order), costs)
+    even = simulate(plan_step(plain, orders.of(plain.topology)), costs)
     steps = {"none": plain, "cost": Balance(step.topology).assigned(plain)}
     timelines = {
         name: simulate(
-            plan_step(laid_out, order),
+            plan_step(laid_out, orders.of(laid_out.topology)),
             costs,
             duration_factors=DurationFactors(laid_out, ragged=True, costs_of=plain),
         )

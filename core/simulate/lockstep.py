@@ -10,7 +10,8 @@ beside the compute actions are fixed (`lower`):
     a send         without an answer is waited for before the next action after it has been read
     a gather       of a stage's weights begins with the step, or when the one before it in its group is done
     a sum          of a stage's gradients begins when all its ranks have posted it, which they do after the stage's
-                   last compute action in the whole order, and when the one before it in their group is done
+                   last compute action in the whole order, or the part of it that completes the gradients, and when
+                   the one before it in their group is done
 
 A rank class waits for all that its ranks wait for. So the time is that of `simulate`, or more: more where the ranks of
 a class have peers in different classes, as in modules that share some of their ranks, and where `lower` posts a receive
@@ -94,18 +95,22 @@ def lockstep(program: Program, costs: Costs) -> Lockstep:
         begins = [_begin_s(task, k, rank_class, clocks, channels) for rank_class in task.rank_classes]
         if task.joint:
             begins = [max(begins)] * len(begins)
-        for rank_class, begin in zip(task.rank_classes, begins, strict=True):
-            end, clock = begin + task.seconds, clocks[rank_class]
-            computes[rank_class].append(TimedCompute(action, begin, end))
-            clock.before_s, clock.last_s = clock.last_s, end
-            if task.made is not None:
-                task.made[k][rank_class] = end
-        if order.training and action is order.of(action.stage)[-1]:
-            for group, rank_classes, seconds in script.sums(action.stage):
-                posted = max(clocks[rank_class].last_s for rank_class in rank_classes)
-                groups[group] = end = max(posted, groups[group]) + seconds
-                for rank_class in rank_classes:
-                    clocks[rank_class].reduced_s = max(clocks[rank_class].reduced_s, end)
+        for rank_class in task.rank_classes:
+            clocks[rank_class].before_s = clocks[rank_class].last_s
+        for part in order.parts(action):
+            seconds = task.seconds * order.share(part)
+            for i, rank_class in enumerate(task.rank_classes):
+                end, clock = begins[i] + seconds, clocks[rank_class]
+                computes[rank_class].append(TimedCompute(part, begins[i], end))
+                clock.last_s = begins[i] = end
+                if task.made is not None:
+                    task.made[k][rank_class] = end
+            if order.training and action is order.of(action.stage)[-1]:
+                for group, rank_classes, summing_s in script.sums(part):
+                    posted = max(clocks[rank_class].last_s for rank_class in rank_classes)
+                    groups[group] = end = max(posted, groups[group]) + summing_s
+                    for rank_class in rank_classes:
+                        clocks[rank_class].reduced_s = max(clocks[rank_class].reduced_s, end)
     waited = (max(clock.last_s, clock.read_s, clock.reduced_s) for clock in clocks)
     step_s = max(waited, default=0.0) + max(script.updates_s(), default=0.0)
     return Lockstep(script.rank_classes, tuple(map(tuple, computes)), step_s)
@@ -394,12 +399,12 @@ class _Script:
         computing = (stage for stage in self._topology.stages if order.of(stage))
         return sorted(computing, key=lambda stage: order.index[order.of(stage)[0]])
 
-    def sums(self, stage: Stage) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
-        """Yield the groups that sum gradients of a stage, their rank classes, and the seconds of all buckets."""
-        return self._collectives(stage, self._program.sums, shared_by)
+    def sums(self, part: Compute) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
+        """Yield the groups that sum gradients after a part of a last action, their rank classes, and the seconds."""
+        return self._collectives(part.stage, lambda rank: self._program.sums_after(rank, part), shared_by)
 
     def gathers(self, stage: Stage) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
-        """Yield the groups that gather weights of a stage, likewise."""
+        """Yield the groups that gather weights of a stage, their rank classes, and the seconds of all buckets."""
         return self._collectives(stage, self._program.gathers, sharing_ranks)
 
     def _collectives(

@@ -7,10 +7,11 @@ Known formulas for the slowest stage are this bound for three of the sets: all i
 down and back; the way down and back, then all its backwards. For equal stages on a chain the bound is
 (M + P - 1)(f + b), which 1F1B and GPipe reach. Before the first forward of a stage its weights are gathered, and after
 its last gradient its gradients are summed, one bucket of a group after the other; and when all ranks have agreed, each
-takes its optimizer step.
+takes its optimizer step. A backward that is cut counts as one action, which completes some gradients before it ends.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 from mimogrid.core.base.bounds import bound_s, longest_before_s
@@ -33,7 +34,9 @@ def lower_bound_s(
 ) -> float:
     """Return the bound, from the lists of the ranks that lead their classes."""
     nodes = _Nodes(program, costs, classes, listing)
-    seconds = [seconds_of(*node) for node in nodes.known]
+    seconds = [
+        sum(seconds_of(rank, part) for part in program.order.parts(action)) for rank, action in nodes.known
+    ]
     before = nodes.needs()
     after = _turned_around(before)
     order = _in_order(before, after)
@@ -48,14 +51,25 @@ def lower_bound_s(
             (sum(seconds[n] for n in nodes.of(rank)), len(ranks)) for rank, ranks in classes.members.items()
         )
         bounds.append(sum(each * count for each, count in work) / costs.cores)
-    bounds += nodes.summed_s([heads[node] + took for node, took in enumerate(seconds)])
+    rest_s = functools.partial(_rest_s, program, seconds_of)
+    bounds += nodes.summed_s([heads[node] + took for node, took in enumerate(seconds)], rest_s)
     updates = (update_s(program, costs, rank) for rank in listing if Update() in listing[rank][-1:])
     return max(bounds, default=0.0) + max(updates, default=0.0)
 
 
+def _rest_s(program: Program, seconds_of: Seconds, rank: int, reduce: Reduce) -> float:
+    """Return the seconds of a stage's last action that come after the part which completes a bucket."""
+    order = program.order
+    parts = order.parts(order.of(reduce.stage)[-1])
+    completes = next(i for i, part in enumerate(parts) if order.completes(part, reduce.bucket))
+    return sum(seconds_of(rank, part) for part in parts[completes + 1 :])
+
+
 def reducing_s(program: Program, costs: Costs, rank: int, stage: Stage) -> float:
-    """Return the seconds that the sums of a stage take on a rank at least: those of one group run one by one."""
-    return _one_by_one_s(program, costs, rank, stage, program.sums(rank))
+    """Return the seconds of the sums after a stage's last action, on a rank: those of one group run one by one."""
+    computed = program.order.of(stage)
+    sums = program.sums_after(rank, computed[-1]) if computed else ()
+    return _one_by_one_s(program, costs, rank, stage, sums)
 
 
 def gathering_s(program: Program, costs: Costs, rank: int, stage: Stage) -> float:
@@ -107,7 +121,7 @@ class _Nodes:
         first: dict[tuple[int, Stage], int] = {}
         for rank, actions in listing.items():
             for action in actions:
-                if isinstance(action, Compute):
+                if isinstance(action, Compute) and action.kind is not Kind.BACKWARD_PART:
                     place = rank, action.stage
                     if place not in first:
                         first[place] = classes.leaders_of(program.joint(rank, action))[0]
@@ -157,8 +171,11 @@ class _Nodes:
             self._collective_s[key] = of(self._program, self._costs, rank, stage)
         return self._collective_s[key]
 
-    def summed_s(self, ends: Sequence[float]) -> Iterator[float]:
-        """Yield when each group is done with its sums at the earliest: after the first gradient, one by one."""
+    def summed_s(self, ends: Sequence[float], rest_s: Callable[[int, Reduce], float]) -> Iterator[float]:
+        """Yield when each group is done with its sums at the earliest: after the first gradient, one by one.
+
+        `rest_s` says how long before the end of its stage on a rank a bucket is complete.
+        """
         complete: dict[tuple[int, Stage], float] = {}
         for (rank, stage, kind), found in self.at.items():
             if kind is not Kind.FORWARD:
@@ -172,8 +189,7 @@ class _Nodes:
                 if reduce not in known:
                     known[reduce] = collective_s(self._program, self._costs, reduce)
             for reduces in groups.values():
-                stages = {reduce.stage for reduce in reduces}
-                first = min(complete.get((rank, stage), 0.0) for stage in stages)
+                first = min(complete.get((rank, r.stage), 0.0) - rest_s(rank, r) for r in reduces)
                 yield first + sum(map(known.__getitem__, reduces))
 
     def needs(self) -> list[list[tuple[int, float]]]:

@@ -108,17 +108,23 @@ def on_one_clock(mine: Mapping[int, Sequence[Event]]) -> dict[int, list[Event]]:
 def mean_costs(events: Iterable[Event]) -> Costs:
     """Return the costs of what was measured: the mean of each kind of action of a stage; messages cost nothing.
 
+    The parts of a backward count together.
+
     The cost of a sum or a gather is the shortest wait for it, that of the last dp rank: the waits of the others include
     time in which they wait for that dp rank. What runs while the dp ranks compute is not included.
     """
     found: dict[Stage, _Seconds] = collections.defaultdict(_Seconds)
     for mine in by_rank(events).values():
+        upper: dict[Stage, float] = collections.defaultdict(float)
         hosted = dict.fromkeys(event.action.stage for event in mine if isinstance(event.action, Compute))
         for event in mine:
             seconds = event.end_s - event.begin_s
             match event.action:
+                case Compute(kind=Kind.BACKWARD_PART, stage=stage):
+                    upper[stage] += seconds
                 case Compute(kind=kind, stage=stage):
-                    found[stage].computed[kind].append(seconds)
+                    whole = seconds + (upper.pop(stage, 0.0) if kind is Kind.BACKWARD else 0.0)
+                    found[stage].computed[kind].append(whole)
                 case WaitReduce(stage, bucket):
                     found[stage].reduced[bucket].append(seconds)
                 case WaitGather(stage, bucket):

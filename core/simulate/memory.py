@@ -4,7 +4,8 @@ Weights, gradients and what the optimizer keeps are there all the time. They fol
 exactly. Other bytes come and go with the actions of a rank's timeline:
 
     RECV  .....  WAIT           a receive gets its buffer when it is posted; an action reads it after the wait
-          F  ................  B  or I      what a forward saves for its backward, until that has ended
+          F  ................  B  or I      what a forward saves for its backward, until that has ended (of a backward
+                                            that is cut, until its last part has)
           I  ................  W            what the weight gradients need: inputs, and gradients of outputs
           SEND  ........  WAIT  a send keeps its buffer until it has been waited for
           F, B, I or W          temporaries of a compute action, while it runs
@@ -30,6 +31,7 @@ from mimogrid.core.pricing.footprint import (
     kept,
     product_bytes,
     saved_values,
+    widened_bytes,
 )
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Action, Compute, Kind, Recv, Send, Transfer, Wait
@@ -225,12 +227,14 @@ def temporary_bytes(step: Step, action: Compute, dp_rank: int, *, trains: bool) 
     match action.kind:
         case Kind.FORWARD:
             values = forward_temporaries(module, info, computed)
-        case Kind.BACKWARD | Kind.INPUT_GRADIENT:
+        case Kind.BACKWARD | Kind.BACKWARD_PART | Kind.INPUT_GRADIENT:
             recompute = topology.spec.modules[module.name].recompute
             values = backward_temporaries(module, info, computed, recompute)
         case Kind.WEIGHT_GRADIENT:
             values = 0.0
     product = 0 if action.kind in {Kind.FORWARD, Kind.INPUT_GRADIENT} else product_bytes(topology, stage)
+    if action.kind is not Kind.WEIGHT_GRADIENT:
+        product = max(product, widened_bytes(topology, stage))
     return round(VALUE_BYTES[topology.spec.precision] * values) + product
 
 

@@ -81,7 +81,7 @@ def _seconds(
     program: Program, costs: Costs, duration_factors: DurationFactors | None, rank: int, action: Compute
 ) -> float:
     """Return the seconds that a compute action takes on a rank."""
-    mean = seconds_of(action, costs)
+    mean = seconds_of(action, costs) * program.order.share(action)
     if duration_factors is None:
         return mean
     return mean * duration_factors.factor(

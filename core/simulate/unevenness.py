@@ -61,7 +61,7 @@ class DurationFactors:
     def _jitter(self, action: Compute, dp_rank: int) -> float:
         if not self.jitter:
             return 1.0
-        field = f"{action.stage} {action.kind.value}{action.microbatch}"
+        field = f"{action.stage} {action.kind.letter}{action.microbatch}"
         # Box and Muller's method. The first draw is subtracted from 1, since 0 has no logarithm.
         radius = math.sqrt(-2 * math.log(1 - draw_uniform(self.seed, dp_rank, f"{field} radius")))
         normal = radius * math.cos(2 * math.pi * draw_uniform(self.seed, dp_rank, f"{field} angle"))

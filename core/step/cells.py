@@ -15,12 +15,13 @@ several lanes, heavy cells of one meet light cells of the others, so that its sh
 of all dp ranks meet in one microbatch, which takes as long as the heaviest, and so on down. That microbatch is in the
 middle of the step, and the lightest are at both ends, where the pipeline fills and drains.
 
-No cell has more positions in any module than the samples of an even cut would have at most, if all were as large as
-the largest of the step. So balancing needs no more memory than the largest samples need without it. A cell with room
-always exists: while samples are left, some cell has fewer than that many.
+A cell has limits. By default it has no more positions in any module than the samples of an even cut would have at
+most, if all were as large as the largest of the step (`even_most`). So balancing needs no more memory than the largest
+samples need without it. A cell with room always exists: while samples are left, some cell has fewer than that many.
+Where microbatches have a limit of tokens (`tokens`), there may be no room left. Then there are too few of them.
 
 >>> costs, sizes = [(4.0,), (1.0,), (1.0,), (2.0,)], [(4,), (1,), (1,), (2,)]
->>> assigned = assign_samples(costs, sizes, microbatches=1, lanes=2, joined=(1,))
+>>> assigned = assign_samples(costs, sizes, even_most(sizes, 2), microbatches=1, lanes=2, joined=(1,))
 >>> assigned.order, assigned.cells
 ((0, 1, 2, 3), (0, 1, 4))
 """
@@ -60,24 +61,35 @@ def samples_per_cell(samples: int, cells: int) -> int:
     return -(-samples // cells)
 
 
+def even_most(sizes: Sequence[Sequence[int]], cells: int) -> tuple[int, ...]:
+    """Return the most of each size in a cell of an even cut, if all samples were as large as the largest.
+
+    >>> even_most([(4, 1), (1, 2), (1, 1)], cells=2)
+    (8, 4)
+    """
+    fits = samples_per_cell(len(sizes), cells)
+    return tuple(fits * max(column) for column in zip(*sizes, strict=True))
+
+
 def assign_samples(
     costs: Sequence[Vector],
     sizes: Sequence[Sequence[int]],
+    most: Sequence[int],
     *,
     microbatches: int,
     lanes: int,
     joined: Sequence[int],
-) -> CellAssignment:
-    """Assign samples to cells; there are at least as many samples as cells.
+) -> CellAssignment | None:
+    """Assign samples to cells; None if there is no room left for a sample.
 
-    `costs` has the seconds of each sample on each group of ranks, and `sizes` its positions in each module. `joined`
-    has the number of neighbouring lanes that a dp rank of each group has.
+    `costs` has the seconds of each sample on each group of ranks. `sizes` has numbers of each sample, such as its
+    positions in each module, and `most` what the samples of a cell may have of them together. `joined` has the number
+    of neighbouring lanes that a dp rank of each group has.
     """
-    groups, fits = len(costs[0]), samples_per_cell(len(costs), microbatches * lanes)
-    most = tuple(fits * max(column) for column in zip(*sizes, strict=True))
+    groups = len(costs[0])
     of_lanes = _Bins.empty(lanes, groups)
     of_cells = [_Bins.empty(microbatches, groups) for _ in range(lanes)]
-    rooms = [[most] * microbatches for _ in range(lanes)]
+    rooms = [[tuple(most)] * microbatches for _ in range(lanes)]
     found: list[list[list[int]]] = [[[] for _ in range(microbatches)] for _ in range(lanes)]
     largest = list(map(max, costs))
     for i in sorted(range(len(costs)), key=largest.__getitem__, reverse=True):
@@ -86,7 +98,10 @@ def assign_samples(
         cell = of_cells[lane].best(cost)
         left = tuple(map(operator.sub, rooms[lane][cell], size))
         if min(left) < 0:
-            lane, cell = _with_room(of_cells, rooms, size)
+            place = _with_room(of_cells, rooms, size)
+            if place is None:
+                return None
+            lane, cell = place
             left = tuple(map(operator.sub, rooms[lane][cell], size))
         of_lanes.add(lane, cost)
         of_cells[lane].add(cell, cost)
@@ -122,15 +137,15 @@ def _in_microbatches(of_cells: "Sequence[_Bins]", joined: Sequence[int]) -> list
 
 def _with_room(
     of_cells: "Sequence[_Bins]", rooms: Sequence[Sequence[Sequence[int]]], size: Sequence[int]
-) -> tuple[int, int]:
-    """Return the least loaded cell, by lane and number, that has room for a sample."""
+) -> tuple[int, int] | None:
+    """Return the least loaded cell, by lane and number, that has room for a sample; None if none has."""
     having = (
         (lane, cell)
         for lane, of_lane in enumerate(rooms)
         for cell, room in enumerate(of_lane)
         if all(map(operator.ge, room, size))
     )
-    return min(having, key=lambda place: (max(of_cells[place[0]].loads[place[1]]), place))
+    return min(having, key=lambda place: (max(of_cells[place[0]].loads[place[1]]), place), default=None)
 
 
 @attrs.frozen(eq=False)

@@ -8,6 +8,9 @@ Rows are counted through the whole step. Sample i owns the rows ``rows_start[i] 
 module's output, whichever rank computes them. The rows of a dp rank are one interval, and one dp rank sends
 another the overlap of their intervals (`routes`).
 
+Where microbatches have a limit of tokens, the samples say how many microbatches a step has (`core.step.tokens`). It
+lies over a topology with as many, so two steps of a job may lie over two.
+
 The stages of a module compute a row of positions (`core.base.row`). Its shape, and that of all messages, depends on
 counts only. Microbatches are *alike* if their samples have the same counts, one by one. What holds for the first of
 them holds for the others, so a step of like samples costs no more than one microbatch.
@@ -24,7 +27,9 @@ from mimogrid.core.base.samples import Sample, SegmentGrid, prefix_sums, share
 from mimogrid.core.job.descriptions import description_problems, torn_images
 from mimogrid.core.job.graph import Node
 from mimogrid.core.job.models import Gpt, Own, Regressor
+from mimogrid.core.job.tokens import microbatch_multiple
 from mimogrid.core.step.cells import CellAssignment
+from mimogrid.core.step.tokens import cut_by_tokens
 from mimogrid.core.topology.topology import Module, Stage, Topology
 
 
@@ -150,10 +155,34 @@ class Step:
         return tuple(sizes.rows for sizes in self.sizes)
 
     def assigned(self, assigned: CellAssignment) -> "Step":
-        """Return the step with its samples in other cells."""
+        """Return the step with its samples in other cells, of as many microbatches as these are for."""
         samples = tuple(map(self.samples.__getitem__, assigned.order))
         sizes = tuple(map(self.sizes.__getitem__, assigned.order))
-        return Step(self.topology, samples, assigned.cells, sizes)
+        return self._cut(samples, sizes, assigned.cells)
+
+    def _cut(
+        self, samples: tuple[Sample, ...], sizes: tuple[SampleSizes, ...], cells: tuple[int, ...]
+    ) -> "Step":
+        topology = self.topology
+        if topology.tokens_per_cell:
+            topology = topology.with_microbatches((len(cells) - 1) // topology.cell_grid[1])
+        return Step(topology, samples, cells, sizes)
+
+    @functools.cached_property
+    def sample_tokens(self) -> tuple[int, ...]:
+        """The tokens of each sample: its positions in a language model, in the one with most if there are several."""
+        texts = self.topology.graph.texts
+        return tuple(max((of.positions[name] for name in texts), default=0) for of in self.sizes)
+
+    def cut_by_tokens(self) -> "Step":
+        """Return the step in as many microbatches as the limit of their tokens asks for, its samples in their order."""
+        cells = cut_by_tokens(
+            self.sample_tokens,
+            limit=self.topology.tokens_per_cell,
+            lanes=self.topology.cell_grid[1],
+            multiple=microbatch_multiple(self.topology.spec),
+        )
+        return self._cut(self.samples, self.sizes, cells)
 
     @property
     def cell_count(self) -> int:
@@ -328,7 +357,10 @@ class Step:
 
 
 def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
-    """Lay samples over a topology in their order. Raises PlanError, naming the sample, if one does not fit."""
+    """Lay samples over a topology in their order, in microbatches of a number or of tokens, as the job says.
+
+    Raises PlanError, naming the sample, if one does not fit.
+    """
     step = Step(topology, samples)
     sources = {name: topology.modules[name].model for name in topology.graph.sources}
     if unfit := tuple(description_problems(samples, sources)):
@@ -349,7 +381,7 @@ def step_of(topology: Topology, samples: tuple[Sample, ...]) -> Step:
     )
     if problems := list(itertools.chain.from_iterable(torn)):
         raise PlanError(problems)
-    return step
+    return step.cut_by_tokens() if topology.tokens_per_cell else step
 
 
 def _mismatches(topology: Topology, name: str, sample: Sample, length: int) -> tuple[Problem, ...]:

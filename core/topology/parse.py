@@ -25,6 +25,7 @@ from mimogrid.core.job.placement import (
 )
 from mimogrid.core.job.projectors import deepstack_layers
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.tokens import most_microbatches
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.topology.topology import UNKNOWN, Edge, Link, Module, Stage, StageInfo, Topology
 
@@ -43,6 +44,9 @@ def assemble(spec: JobSpec, source: SourceFacts) -> Topology:
     grids = place(spec)
     models = {name: model_of(name, spec, source) for name in spec.modules}
     depths = _module_depths(graph, spec)
+    microbatches = spec.batch.microbatches
+    if spec.batch.tokens_per_microbatch:
+        microbatches = most_microbatches(spec, source.sequence or 1)
     modules: dict[str, Module] = {}
     for name in graph.order:
         upstream = any(
@@ -60,6 +64,7 @@ def assemble(spec: JobSpec, source: SourceFacts) -> Topology:
             models=models,
             depths=depths,
             trains_upstream=upstream,
+            microbatches=microbatches,
         )
     return Topology(
         spec=spec,
@@ -79,6 +84,7 @@ def _module(
     models: Mapping[str, BuiltIn | Own],
     depths: Mapping[str, int],
     trains_upstream: bool,
+    microbatches: int,
 ) -> Module:
     written = spec.modules[name]
     edges = [_edge(s, t, spec, models) for s in graph.nodes for t in graph.nodes[s].feeds]
@@ -89,7 +95,7 @@ def _module(
         grid=grids[name],
         experts=_expert_view(written.grid, grids[name], models[name]),
         sequence_parallel=written.grid.sequence_parallel,
-        microbatches=written.microbatches or spec.batch.microbatches,
+        microbatches=written.microbatches or microbatches,
         loss_weight=written.loss_weight,
         inputs=tuple(edge for edge in edges if edge.target == name),
         outputs=outputs,

@@ -11,7 +11,7 @@ chunks each:
 >>> role(1).layout.value, list(role(1).modules), role(1).modules["vision"].position
 ('non_colocated', ['vision'], {'dp': 1})
 >>> role(1).has_modality_modules, role(1).modality_module_names, role(1).has_language_module
-(True, ('vision',), False)
+(True, ['vision'], False)
 >>> [str(stage) for stage in role(3).modules["language"].stages]
 ['language.1', 'language.1.1']
 >>> role(3).group("language", "pp")
@@ -133,9 +133,9 @@ class RankRole:
         return bool(self.modality_module_names)
 
     @property
-    def modality_module_names(self) -> tuple[str, ...]:
-        """The modules of this rank that are not language models."""
-        return tuple(name for name in self.modules if name not in self.language_modules)
+    def modality_module_names(self) -> list[str]:
+        """The modules of this rank that are not language models, a list as in Megatron-LM."""
+        return [name for name in self.modules if name not in self.language_modules]
 
     def group(self, module: str, axes: str | Iterable[str]) -> tuple[int, ...]:
         """Return the ranks of this rank's process group along axes of a module or of its experts.

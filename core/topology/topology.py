@@ -5,7 +5,7 @@ It comes from `parse`, which has checked the job, so nothing that uses a topolog
 
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import attrs
 
@@ -17,11 +17,15 @@ from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.lora import Lora
 from mimogrid.core.job.models import BuiltIn, Gpt, Own, Parameter
 from mimogrid.core.job.spec import JobSpec, SourceFacts
+from mimogrid.core.job.tokens import tokens_per_cell
 from mimogrid.core.topology.roles import RankRole, role_on
 from mimogrid.core.topology.stages import UNKNOWN, Edge, Link, Stage, StageInfo
 
 
 __all__ = ["UNKNOWN", "Edge", "Link", "Module", "Stage", "StageInfo", "Topology"]
+
+COUNTS_KEPT = 32
+"""For how many numbers of microbatches of a step what follows from them is kept, where the number varies."""
 
 
 @attrs.frozen
@@ -151,13 +155,18 @@ class Module:
 
 @attrs.frozen(eq=False)
 class Topology:
-    """A parsed job. A topology equals only itself."""
+    """A parsed job. A topology equals only itself.
+
+    Where microbatches have a limit of tokens, that of the job has as many microbatches as a step may have at most. Each
+    step lies over one with as many as it has, which knows that `of_job`.
+    """
 
     spec: JobSpec
     source: SourceFacts
     graph: ModuleGraph
     modules: Mapping[str, Module]
     world_size: int
+    of_job: "Topology | None" = attrs.field(default=None, repr=False)
 
     @property
     def sequence(self) -> int:
@@ -169,11 +178,34 @@ class Topology:
         modules = {n: attrs.evolve(m, padded=n in names) for n, m in self.modules.items()}
         return Topology(self.spec, self.source, self.graph, modules, self.world_size)
 
+    def with_microbatches(self, count: int) -> "Topology":
+        """Return the topology of a step with so many microbatches of every module."""
+        return (self.of_job or self)._counted(count)
+
+    @functools.cached_property
+    def _counted(self) -> "Callable[[int], Topology]":
+        return functools.lru_cache(COUNTS_KEPT)(self._with_count)
+
+    def _with_count(self, count: int) -> "Topology":
+        spec = attrs.evolve(self.spec, batch=attrs.evolve(self.spec.batch, microbatches=count))
+        modules = {n: attrs.evolve(m, microbatches=count) for n, m in self.modules.items()}
+        return Topology(spec, self.source, self.graph, modules, self.world_size, of_job=self)
+
+    @property
+    def most_microbatches(self) -> int:
+        """The number of microbatches of the module with most."""
+        return max(module.microbatches for module in self.modules.values())
+
+    @functools.cached_property
+    def tokens_per_cell(self) -> int:
+        """The most tokens of a cell (`job.tokens`); 0: the number of microbatches is given."""
+        return tokens_per_cell(self.spec)
+
     @functools.cached_property
     def samples_per_microbatch(self) -> Mapping[str, int]:
-        """The number of samples in a microbatch of each module."""
+        """The number of samples in a microbatch of each module: the mean, and at least 1."""
         total = self.spec.batch.global_size
-        return {name: total // module.microbatches for name, module in self.modules.items()}
+        return {name: max(total // module.microbatches, 1) for name, module in self.modules.items()}
 
     @property
     def balances(self) -> bool:
@@ -193,8 +225,10 @@ class Topology:
 
         Held-out samples, and those of a host program, stay in their order, also where those of training are assigned.
         """
-        samples = self.spec.batch.global_size
-        return (samples, math.prod(self.cell_grid)) if self.balances else (samples,)
+        samples, cells = self.spec.batch.global_size, math.prod(self.cell_grid)
+        if self.tokens_per_cell:
+            return (cells,)
+        return (samples, cells) if self.balances else (samples,)
 
     @functools.cached_property
     def edges(self) -> tuple[Edge, ...]:

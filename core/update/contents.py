@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import attrs
 
-from mimogrid.core.job.lora import MARK
+from mimogrid.core.job.lora import MARK, held_in
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.optimizers import EMA, kind_of, states_of
 from mimogrid.core.topology.topology import Module, Topology
@@ -136,15 +136,12 @@ def untrained(names: Iterable[str], has: Collection[str]) -> frozenset[str]:
 
 def _weights(module: Module, precision: str) -> Iterator[tuple[str, Described, bool]]:
     """Yield the weights of a module, and whether each is trained."""
-    dtypes = {True: frozenset({MAIN_DTYPES[precision]}), False: frozenset({NETWORK_DTYPES[precision]})}
     for info in module.stages:
         for parameter in info.parameters:
             trains = parameter.name in info.trainable
-            yield (
-                f"{module.name}.{parameter.name}",
-                Described(dtypes[trains], parameter.unpadded_shape),
-                trains,
-            )
+            held = NETWORK_DTYPES[held_in(parameter, module.lora, precision, trains=trains)]
+            dtypes = frozenset({MAIN_DTYPES[precision] if trains else held})
+            yield f"{module.name}.{parameter.name}", Described(dtypes, parameter.unpadded_shape), trains
 
 
 def _found_weights(module: Module, found: Tensors) -> Iterator[tuple[str, Described, bool]]:

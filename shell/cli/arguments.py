@@ -366,8 +366,11 @@ class DataShowArgs(IndexArgs):
 
 @attrs.frozen(kw_only=True)
 class DataStatsArgs(IndexArgs):
-    """Show how long the samples of an index are, and how many images they have. Needs no torch."""
+    """Show how long the samples of an index are, how many images they have, and what they cost. Needs no torch."""
 
+    job: Path | None = _option(
+        "FILE", "count the operations of this job; default: of the whole checkpoint that read the store", Path
+    )
     svg: Path | None = _option("FILE", "draw the histograms into this file", Path)
 
 

@@ -13,9 +13,9 @@ import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.layouts import PLANNED, layouts_of
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify as faults_of
 from mimogrid.core.simulate.fullest import Fullest
+from mimogrid.core.step.step import Step
 from mimogrid.core.step.traffic import EdgeTraffic, edge_traffic
 from mimogrid.core.topology.roles import RankRole, role_of
 from mimogrid.core.topology.topology import Topology
@@ -46,7 +46,7 @@ from mimogrid.shell.cli.arguments import (
     VerifyArgs,
     WatchArgs,
 )
-from mimogrid.shell.cli.fit import fit_lines, fit_values, memory_of
+from mimogrid.shell.cli.fit import fit_lines, fit_values, memory_of, microbatch_lines, microbatch_values
 from mimogrid.shell.cli.opening import opened
 from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.job import extras
@@ -152,25 +152,25 @@ def check(job: Job, args: CheckArgs) -> int:
     """Verify the program of step 0; print what it needs, the layout and what crosses the edges."""
     edges: tuple[EdgeTraffic, ...] = ()
     memory: dict[str, Fullest] = {}
-    many = _work(job) > CHECKED_MOST
+    step = None if job.source is None else job.step(0)
+    many = step is not None and _work(step) > CHECKED_MOST
     if many:
         print(
             "note: this is too much to verify in seconds; `mimogrid verify` takes its time.", file=sys.stderr
         )
-    if job.source is not None and not many:
-        step = job.step(0)
-        faults = faults_of(plan_step(step, job.order))
+    if step is not None and not many:
+        faults = faults_of(job.program_of(step))
         if faults:
             remedy = "This is a fault of mimogrid, not of the job: please report it with the job file."
             raise PlanError(Problem("program", fault, remedy) for fault in faults)
-        edges, memory = edge_traffic(step), memory_of(step, job.order)
+        edges, memory = edge_traffic(step), memory_of(step, job.orders)
     sizes = _layout_sizes(job)
     if args.json:
         found: dict[str, Any] = {"ok": True, "problems": [], "edges": [attrs.asdict(edge) for edge in edges]}
         found |= {"layouts": sizes}
-        print_json(found | fit_values(job.spec, memory))
+        print_json(found | fit_values(job.spec, memory) | microbatch_values(job.topology, step))
     else:
-        print(*fit_lines(job.spec, memory), sep="\n")
+        print(*fit_lines(job.spec, memory), *microbatch_lines(job.topology, step), sep="\n")
         from mimogrid.shell.cli.roles import print_layout  # noqa: PLC0415 -- rich is slow to import
 
         print_layout(job.topology, edges)
@@ -189,9 +189,9 @@ CHECKED_MOST = 150_000
 """`check` verifies a step of so much work in about ten seconds."""
 
 
-def _work(job: Job) -> int:
+def _work(step: Step) -> int:
     """Return how much a step is to verify: forwards of all ranks, and the samples as far as each module counts them."""
-    topology, samples = job.topology, job.spec.batch.global_size
+    topology, samples = step.topology, len(step.samples)
     forwards = sum(
         m.grid.size * m.microbatches * len(m.stages) // m.grid.extent("pp") for m in topology.modules.values()
     )
@@ -235,7 +235,7 @@ def _role_values(role: RankRole) -> dict[str, Any]:
 
 def show(job: Job, args: ShowArgs) -> int:
     """Print the program of step 0."""
-    program = plan_step(job.step(0), job.order)
+    program = job.program_of(job.step(0))
     programs = {
         rank: [str(action) for action in program.of(rank)] for rank in _ranks(job.topology, args.rank)
     }
@@ -255,7 +255,7 @@ def verify(job: Job, args: VerifyArgs) -> int:
     from mimogrid.shell.cli.verify import report_on  # noqa: PLC0415 -- only what is used
 
     with waiting("verifying the program of a step", silent=args.json):
-        report = report_on(plan_step(job.step(0), job.order), args.program, strict=args.strict)
+        report = report_on(job.program_of(job.step(0)), args.program, strict=args.strict)
     if report.problems and not args.json:
         raise PlanError(report.problems)
     print_json(report.as_json()) if args.json else print(report)

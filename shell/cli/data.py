@@ -5,20 +5,29 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem
-from mimogrid.core.data.histogram import Histogram, histogram
-from mimogrid.core.data.record import expanded
+from mimogrid.core.data.histogram import Histogram, histogram, operations
+from mimogrid.core.data.record import LANGUAGE, Record, expanded
 from mimogrid.core.draw.histograms import histogram_text, histograms_svg
+from mimogrid.core.models.families import read_config
+from mimogrid.core.pricing.flops import sample_flops
+from mimogrid.core.step.step import Step
+from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.cli.arguments import Args, DataIndexArgs, DataShowArgs, DataStatsArgs
 from mimogrid.shell.cli.output import print_json, terminal, write
 from mimogrid.shell.data.conversations import REASONS, LeftOutError
 from mimogrid.shell.data.index import LEFT_OUT, Index
+from mimogrid.shell.job import jobfile
+from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.job.sources.conversations import facts_of
+from mimogrid.shell.job.textfiles import json_of, read_text
 
 
 def run(args: Args) -> int:
@@ -234,7 +243,14 @@ WAVE_WIDTH, WAVE_HEIGHT = 480, 120
 def stats(args: DataStatsArgs) -> int:
     """Print and draw histograms of the samples of an index."""
     opened = Index(args.index)
-    found = list(_histograms(opened))
+    records = [opened.record(row) for row in range(len(opened))]
+    found, unknown = list(_histograms(records)), ""
+    try:
+        found.append(operations("a sample, forward and backward", _flops(opened, records, args.job)))
+    except PlanError as error:
+        if args.job is not None:
+            raise
+        unknown = f"the operations of a sample are not known; name a job with --job. {error}"
     if args.svg is not None:
         title = f"{args.index.resolve().name}: {len(opened):,} samples"
         write(args.svg, [histograms_svg(title, found)])
@@ -247,11 +263,32 @@ def stats(args: DataStatsArgs) -> int:
     left_out: Mapping[str, int] = opened.facts.left_out
     if left_out:
         print("\nleft out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
+    if unknown:
+        print(f"\n{unknown}")
     return 0
 
 
-def _histograms(opened: Index) -> Iterator[Histogram]:
-    records = [opened.record(row) for row in range(len(opened))]
+def _flops(opened: Index, records: Sequence[Record], job: Path | None) -> list[float]:
+    """Return the operations of each sample in a training step of a job. Raises PlanError where they are not known."""
+    topology = _of_checkpoint(opened) if job is None else open_job(job).topology
+    language = next(iter(topology.graph.texts), LANGUAGE)
+    samples = (record.described(number, language) for number, record in enumerate(records))
+    return sample_flops(Step(topology, tuple(samples)))
+
+
+def _of_checkpoint(opened: Index) -> Topology:
+    """Return the job of one rank for each module of the checkpoint whose processor made an index."""
+    config = (opened.folder / opened.facts.processor).resolve() / "config.json"
+    model = read_config(json_of(read_text(config, "Index the store with a whole checkpoint.")))
+    table = {
+        "modules": {name: module.table() for name, module in model.modules.items()},
+        "data": {"source": "conversations"},
+        "batch": {"global_size": 1},
+    }
+    return parse(jobfile.read_table(table), facts_of(model, opened.facts.longest))
+
+
+def _histograms(records: Sequence[Record]) -> Iterator[Histogram]:
     placeholders = [sum(count for _, count in record.runs) for record in records]
     positions = [record.length + count for record, count in zip(records, placeholders, strict=True)]
     yield histogram("positions of a sample", positions)

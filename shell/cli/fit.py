@@ -10,18 +10,23 @@ from mimogrid.core.pricing.accelerators import Accelerator
 from mimogrid.core.pricing.even import fullest_step
 from mimogrid.core.pricing.machine import machine_for
 from mimogrid.core.program.lower import plan_step
-from mimogrid.core.schedule.order import Order
+from mimogrid.core.schedule.orders import Orders
 from mimogrid.core.simulate.fullest import Fullest, fullest_ranks
 from mimogrid.core.step.step import Step
+from mimogrid.core.topology.topology import Topology
 
 
 FASTER = 2.0
 """How many times as fast half precision is where a job without it is warned."""
 
 
-def memory_of(step: Step, order: Order) -> dict[str, Fullest]:
-    """Return, by module, the rank that holds most if every sample is as large as the largest of a step."""
-    return fullest_ranks(plan_step(fullest_step(step), order))
+def memory_of(step: Step, orders: Orders) -> dict[str, Fullest]:
+    """Return, by module, the rank that holds most if every sample is as large as the largest of a step.
+
+    Under a limit of tokens it is the rank that holds most if every microbatch is full.
+    """
+    fullest = fullest_step(step)
+    return fullest_ranks(plan_step(fullest, orders.of(fullest.topology)))
 
 
 def fit_lines(spec: JobSpec, memory: Mapping[str, Fullest]) -> Iterator[str]:
@@ -36,6 +41,25 @@ def fit_lines(spec: JobSpec, memory: Mapping[str, Fullest]) -> Iterator[str]:
         yield f"Memory per rank at most: {peaks}. {_whether_it_fits(memory, machine.memory_bytes if machine else None)}"
     if machine:
         yield from _slow(spec, machine.accelerator)
+
+
+def microbatch_lines(topology: Topology, step: Step | None) -> Iterator[str]:
+    """Yield how many microbatches steps have where a limit of tokens cuts them; `step` is the first, if it is known."""
+    limit = topology.spec.batch.tokens_per_microbatch
+    if limit:
+        first = "" if step is None else f"{step.topology.most_microbatches} in step 0, "
+        yield (
+            f"Microbatches: {first}{topology.most_microbatches} at most, of {limit:,} tokens or fewer for each dp rank "
+            f"of {' and '.join(topology.graph.texts)}."
+        )
+
+
+def microbatch_values(topology: Topology, step: Step | None) -> dict[str, Any]:
+    """Return the same for a script; nothing where microbatches are counted."""
+    if not topology.tokens_per_cell:
+        return {}
+    first = step.topology.most_microbatches if step else None
+    return {"microbatches": {"first": first, "most": topology.most_microbatches}}
 
 
 def fit_values(spec: JobSpec, memory: Mapping[str, Fullest]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw.dashboard import facts_of
+from mimogrid.core.job.layouts import unplanned
 from mimogrid.core.plan.layouts import BEST, SLOWER, Layout, Question, shown
 from mimogrid.core.plan.planner import Plan, Sensitivity, plan
 from mimogrid.core.pricing.accelerators import ACCELERATORS
@@ -58,6 +59,8 @@ def _question(job: Job, args: PlanArgs) -> Question:
     problems: list[Problem] = []
     if args.gpus < 1:
         problems.append(Problem("--gpus", f"is {args.gpus}.", "Use 1 or more."))
+    if job.spec.batch.tokens_per_microbatch:
+        problems.append(unplanned("mimogrid plan"))
     machine = _found(lambda: _machine(job), problems)
     step = _found(lambda: job.step(0), problems)
     if problems or machine is None or step is None:
@@ -93,7 +96,7 @@ def _found(find: Callable[[], T], problems: list[Problem]) -> T | None:
 def _print(found: Plan, question: Question, args: PlanArgs) -> None:
     console = Console(file=terminal(), width=120)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("step", "tokens/s/GPU", "MFU", "bubble", "others", "peak GB", "layout"):
+    for title in ("step", "tokens/s/GPU", "MFU", "bubble", "padding", "others", "peak GB", "layout"):
         table.add_column(title, justify="left" if title == "layout" else "right", overflow="fold")
     for layout in found.layouts:
         table.add_row(*_cells(layout), f"{escape(shown(layout.spec))}\n[bold]{escape(layout.reason)}[/bold]")
@@ -127,17 +130,25 @@ def _print(found: Plan, question: Question, args: PlanArgs) -> None:
 
 
 def _cells(layout: Layout) -> tuple[str, ...]:
-    peaks = " ".join(f"{name} {size / 1e9:.1f}" for name, size in layout.peak_bytes.items())
+    peaks = _peaks(layout)
     if layout.kind not in {BEST, SLOWER}:
-        return ("",) * 5 + (peaks,)
+        return ("",) * 6 + (peaks,)
     return (
         f"{layout.step_s:.4g} s",
         f"{layout.tokens_per_s_per_gpu:,.0f}",
         f"{layout.mfu:.1%}",
         f"{layout.bubble:.1%}",
+        f"{layout.padding:.1%}",
         f"{layout.encoder_share:.1%}",
         peaks,
     )
+
+
+def _peaks(layout: Layout) -> str:
+    """Return the memory by module in GB; one number where all modules have the same."""
+    each = {name: f"{size / 1e9:.1f}" for name, size in layout.peak_bytes.items()}
+    alike = set(each.values())
+    return " ".join(alike if len(alike) == 1 else (f"{name} {size}" for name, size in each.items()))
 
 
 def _what_if(line: Sensitivity, found: Plan) -> str:
@@ -153,7 +164,17 @@ def _what_if(line: Sensitivity, found: Plan) -> str:
 
 LARGE = 1000
 """From here on a number is written without decimals."""
-COLUMNS = ("step s", "tokens/s/GPU", "MFU %", "bubble %", "others %", "peak GB", "GPUs", "layout")
+COLUMNS = (
+    "step s",
+    "tokens/s/GPU",
+    "MFU %",
+    "bubble %",
+    "padding %",
+    "others %",
+    "peak GB",
+    "GPUs",
+    "layout",
+)
 
 
 def _page(found: Plan, question: Question) -> dict[str, Any]:
@@ -186,8 +207,8 @@ def _line(layout: Layout) -> dict[str, Any]:
     peak = max(layout.peak_bytes.values(), default=0) / 1e9
     numbers: list[float | None] = [None] * (len(COLUMNS) - 3)
     if layout.kind in {BEST, SLOWER}:
-        shares = (100 * layout.mfu, 100 * layout.bubble, 100 * layout.encoder_share)
-        numbers = [layout.step_s, layout.tokens_per_s_per_gpu, *shares]
+        shares = (layout.mfu, layout.bubble, layout.padding, layout.encoder_share)
+        numbers = [layout.step_s, layout.tokens_per_s_per_gpu, *(100 * share for share in shares)]
     values = [*numbers, peak or None, layout.active]
     cells = [
         "-" if value is None else f"{value:,.0f}" if value >= LARGE else f"{value:.4g}" for value in values
@@ -244,6 +265,7 @@ def _layout_values(layout: Layout, found: Plan) -> dict[str, Any]:
         "active_gpus": layout.active if runs else None,
         "mfu": layout.mfu if runs else None,
         "bubble": layout.bubble if runs else None,
+        "padding": layout.padding if runs else None,
         "encoder_share": layout.encoder_share if runs else None,
         "peak_bytes": max(layout.peak_bytes.values()) if runs else None,
         "peak_bytes_by_module": dict(layout.peak_bytes),

@@ -169,7 +169,7 @@ def _reference_problems(job: Job) -> Iterator[Problem]:
 def probe(job: Job, args: ProbeArgs) -> int:
     """Measure what a job costs on this machine, and for other sizes of its microbatches. Returns the exit code."""
     place = under_torchrun()
-    problems = list(_probe_problems(args, alone=place is None))
+    problems = list(_probe_problems(job, args, alone=place is None))
     if problems:
         raise PlanError(problems)
     found = _probed_here(job, args) if place is None else _probed_at(place, job, args)
@@ -209,8 +209,14 @@ def _probed_at(place: RankPlace, job: Job, args: ProbeArgs) -> "list[Probed]":
     return [] if found is None else [found]
 
 
-def _probe_problems(args: ProbeArgs, *, alone: bool) -> Iterator[Problem]:
-    """Yield what is wrong with the options of `probe`."""
+def _probe_problems(job: Job, args: ProbeArgs, *, alone: bool) -> Iterator[Problem]:
+    """Yield what is wrong with the options of `probe`, and why it cannot measure a job."""
+    if job.topology.tokens_per_cell:
+        message = (
+            "gives steps different numbers of microbatches, and `probe` measures the same ones in all steps."
+        )
+        remedy = "Probe with a number: --set batch.tokens_per_microbatch=0 --set batch.microbatches=N."
+        yield Problem("batch.tokens_per_microbatch", message, remedy)
     sizes, out = args.microbatch_sizes, args.out
     if args.repeat < 1:
         yield Problem("--repeat", f"is {args.repeat}.", "Use 1 or more.")

@@ -16,7 +16,6 @@ from mimogrid.core.pricing.assumed import assumed
 from mimogrid.core.pricing.even import even_costs, even_step
 from mimogrid.core.pricing.machine import machine_for
 from mimogrid.core.pricing.on_machine import on_machine
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.layer_split import topology_of
 from mimogrid.core.simulate.breakdown import idle_s, idle_s_by_rank
 from mimogrid.core.simulate.fullest import Fullest
@@ -77,7 +76,7 @@ class SimulatedStep:
     @functools.cached_property
     def memory(self) -> Mapping[str, Fullest]:
         """By module, the rank that holds most if every sample is as large as the largest."""
-        return memory_of(self.step, self.job.order)
+        return memory_of(self.step, self.job.orders)
 
     @property
     def idle(self) -> dict[str, float]:
@@ -185,13 +184,13 @@ def _simulated(priced: PricedJob, args: SimulateArgs, draw: int = 0) -> Simulate
     timed = even_step(step) if job.spec.gpu.name and not args.ragged else step
     factors = DurationFactors(timed, ragged=args.ragged, jitter=args.jitter, seed=args.seed + draw)
     uneven = factors if args.ragged or args.jitter else None
-    program = plan_step(timed, job.order)
+    program = job.program_of(timed)
     classes = rank_classes_of(program, costs, uneven)
     _announce(classes)
     timeline = simulate(program, costs, duration_factors=uneven, classes=classes)
     idle = idle_s_by_rank(timeline, costs, factors)
     few = draw == 0 and len(classes.members) <= MANY
-    found = imbalance(step, job.order, costs) if args.ragged and few else None
+    found = imbalance(step, job.orders, costs) if args.ragged and few else None
     return SimulatedStep(job, priced.origin, step, timeline, idle, peaks(timeline), found)
 
 

@@ -62,14 +62,16 @@ class Columns:
             columns, size = self._chosen(path, table.schema), path.stat().st_size
             for piece in range(len(table.starts) - 1):
                 try:
-                    rows = table.piece(piece, tuple(columns.values())).to_pylist()
+                    rows = _rows(table.piece(piece, tuple(columns.values())))
                 except (pa.ArrowException, OSError) as error:
                     raise _broken(path, error) from None
                 for row, values in enumerate(rows, table.starts[piece]):
                     end = before + size * (row + 1) // table.starts[-1]
-                    yield self._record(
-                        name, row, end, f"#{number}", {r: values[c] for r, c in columns.items()}
-                    )
+                    if isinstance(values, bytes):
+                        yield Raw(name, row, 0, end, values, f"#{number}")
+                    else:
+                        said = {role: values[column] for role, column in columns.items()}
+                        yield self._record(name, row, end, f"#{number}", said)
                     number += 1
             before += size
 
@@ -134,6 +136,20 @@ class Columns:
         said = {role: _said(values[role]) for role in TEXTS if values.get(role) is not None}
         text = json.dumps(said, default=str).encode()
         return Raw(name, row, 0, end, text, called, tuple(offered), places)
+
+
+def _rows(piece: pa.Table) -> list[dict[str, Any] | bytes]:
+    """Return rows as Python values; of a row with a cell that has no such value bytes that are no record, either."""
+    try:
+        rows: list[dict[str, Any] | bytes] = piece.to_pylist()
+    except pa.ArrowException:
+        raise
+    except (ValueError, OverflowError) as error:  # a text that is no UTF-8, a time beyond the calendar
+        if piece.num_rows == 1:
+            return [error.object if isinstance(error, UnicodeDecodeError) else b"null"]
+        half = piece.num_rows // 2
+        return [*_rows(piece.slice(0, half)), *_rows(piece.slice(half))]
+    return rows
 
 
 def _said(value: Any) -> Any:

@@ -15,8 +15,8 @@ from mimogrid.shell.data.conversations import LeftOutError
 from mimogrid.shell.data.store import Raw, Stamp, media_bytes, media_file, stamp_of
 
 
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
-"""Strings, whose brackets do not count, and brackets."""
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]|[^\s,:\[\]{}"]+', re.DOTALL)
+"""Strings, whose brackets do not count, brackets, and what else is a value: numbers, null, true, false."""
 
 
 @attrs.frozen
@@ -76,7 +76,7 @@ def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def _list(store: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the values of a JSON list: strings are skipped, and brackets are counted."""
+    """Yield the values of a JSON list: what is in strings does not count, and brackets are counted."""
     depth = start = 0
     for found in _STRUCTURE.finditer(content):
         match found.group():
@@ -87,10 +87,10 @@ def _list(store: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
                 depth -= 1
                 if depth == 1:
                     yield start, content[start : found.end()]
+                if not depth:
+                    return
             case text:
                 if depth == 1:
                     yield found.start(), text
-        if not depth:
-            return
     remedy = "Copy it again: it is cut off, or is no JSON."
     raise PlanError([Problem(str(store), f"ends {depth} brackets deep.", remedy)])

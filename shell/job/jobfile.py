@@ -189,7 +189,11 @@ def _with_costs(spec: JobSpec, costs: Costs | None) -> JobSpec:
 
 def parsed(text: str) -> JobSpec:
     """Read what `dump` wrote. Raises PlanError."""
-    table = _parsed(text, "job")
+    return read_table(_parsed(text, "job"))
+
+
+def read_table(table: dict[str, Any]) -> JobSpec:
+    """Read the table of a job that names no further files. Raises PlanError."""
     costs, problems = _take_costs(table, Path())
     job = _read_table(table)
     if problems or job.problems or job.spec is None:

@@ -18,9 +18,10 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec
 from mimogrid.core.models.segments import ONE_EACH, Emission
 from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.pricing.unknown_names import unknown_names
+from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.schedule.layer_split import parse_job, problems_of_layouts
 from mimogrid.core.schedule.order import Order
-from mimogrid.core.schedule.orders import order_of
+from mimogrid.core.schedule.orders import Orders
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.job import jobfile
@@ -73,14 +74,22 @@ class Job:
         return self.topology.spec
 
     @functools.cached_property
-    def order(self) -> Order:
-        """The order of every training step. Raises PlanError if it needs more memory than the job's cap."""
-        return order_of(self.topology)
+    def orders(self) -> Orders:
+        """The orders of training steps."""
+        return Orders(self.topology)
 
     @functools.cached_property
-    def forward_order(self) -> Order:
-        """The order of every step that runs forwards only."""
-        return order_of(self.topology, training=False)
+    def forward_orders(self) -> Orders:
+        """The orders of steps that run forwards only."""
+        return Orders(self.topology, training=False)
+
+    def order_of(self, step: Step) -> Order:
+        """Return the order of a training step. Raises PlanError if it needs more memory than the job's cap."""
+        return self.orders.of(step.topology)
+
+    def program_of(self, step: Step) -> Program:
+        """Return the program of a training step. Raises PlanError as `order_of`."""
+        return plan_step(step, self.order_of(step))
 
     def step(self, index: int) -> Step:
         """Return one step of the job, balanced if the job asks for it.

@@ -18,7 +18,7 @@ from typing import Any
 import attrs
 
 from mimogrid.core.base.errors import PlanError, Problem, nearest
-from mimogrid.core.job.lora import ALL
+from mimogrid.core.job.lora import ALL, NO_LORA
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.peft import linears, targeted
 from mimogrid.core.models.families import read_config
@@ -294,7 +294,7 @@ def _lay_targets(name: str, module: MutableMapping[str, Any]) -> tuple[Problem, 
     return tuple(
         Problem(
             f"modules.{name}.lora.targets",
-            f"'{target}' is no linear layer of module '{name}'; experts and routers get no LoRA.",
+            f"'{target}' is no linear layer of module '{name}'; {NO_LORA}.",
             nearest(target, words),
         )
         for target, names in found.items()

@@ -40,11 +40,12 @@ def open_tasks(
     wanted, problems = spec.validation, list[Problem]()
     if not wanted.every:
         return {}, []
-    for number, path in enumerate(wanted.metrics):
-        try:
-            builders.find(path, where=f"validation.metrics[{number}]")
-        except PlanError as error:
-            problems += error.problems
+    for key, paths in (("metrics", wanted.metrics), ("generate.metrics", wanted.generate.metrics)):
+        for number, path in enumerate(paths):
+            try:
+                builders.find(path, where=f"validation.{key}[{number}]")
+            except PlanError as error:
+                problems += error.problems
     if not wanted.tasks:
         tasks, found = _held_out(spec, data)
         return _fitted(tasks, topology), [*problems, *found, *_unknown_best(spec, tuple(tasks))]
@@ -93,8 +94,9 @@ def _unknown_best(spec: JobSpec, tasks: tuple[str, ...]) -> list[Problem]:
         "loss",
         *(f"{task}/loss" for task in tasks),
         *(f"{task}/{name}" for task in tasks for name in spec.modules),
+        *(f"{task}/exact" for task in tasks if spec.validation.generate.tokens),
     ]
-    if not best or not tasks or best in losses or spec.validation.metrics:
+    if not best or not tasks or best in losses or spec.validation.metrics or spec.validation.generate.metrics:
         return []
     return [Problem("validation.best", f"'{best}' is not known.", f"Known: {', '.join(losses)}.")]
 

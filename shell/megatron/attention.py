@@ -28,6 +28,7 @@ from mimogrid.core.base.zigzag import ZigZag
 from mimogrid.core.job.models import BuiltIn, Gpt, Vit
 from mimogrid.core.models.frequencies import axes, frequencies, parse_scaling
 from mimogrid.shell.device.device import SHARES_KEPT, sent
+from mimogrid.shell.megatron.cache import padded
 from mimogrid.shell.megatron.draws import WEIGHTS, child, draw_of, kept
 from mimogrid.shell.megatron.rows import SEGMENTS, PackedRow
 
@@ -86,7 +87,7 @@ class CoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.draw, self.tp = draw_of(WEIGHTS, layer), pg_collection.tp
-        self.window = window
+        self.window, self.layer = window, layer
         self.rotary = rotary
         self.segmentation = segmentation
         self.dropout = float(config.attention_dropout)
@@ -127,6 +128,8 @@ class CoreAttention(nn.Module):
         if row.order is not None:
             both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp)
             key, value = both.index_select(0, row.order).chunk(2, dim=-1)
+        if row.cached is not None and (found := row.cached.joined(self.layer, key, value)) is not None:
+            return self._behind(query, row, found)
         by_chunk = row.runs(self.segmentation, causal=self.causal, window=self.window)
         asked = [run.count * len(run.queries) for run in itertools.chain(*by_chunk)]
         padding = len(query) - sum(asked)
@@ -152,6 +155,28 @@ class CoreAttention(nn.Module):
             mixed[0] = mixed[0] + (query[:0].sum() + key[:0].sum() + value[:0].sum())
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
+    def _behind(self, query_TND: Tensor, row: PackedRow, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Attend from the one position that each sample has in a row to all positions of the sample so far."""
+        assert set(row.segmentations[SEGMENTS]) == {1}
+        mixed_TND = torch.zeros_like(query_TND)
+        mine = [sample for chunk in row.pieces for piece in chunk for sample in piece]
+        if not mine:  # another cp rank has them
+            return mixed_TND
+        keys, values = zip(*(found[sample] for sample in mine), strict=True)
+        last = -self.window if self.window else None
+        key_nPND, seen_nP = padded([key[last:] for key in keys])
+        value_nPND, _ = padded([value[last:] for value in values])
+        query_nN1D = query_TND[: len(mine), :, None]
+        mixed_nN1D = functional.scaled_dot_product_attention(
+            query_nN1D,
+            key_nPND.transpose(1, 2),
+            value_nPND.transpose(1, 2),
+            attn_mask=seen_nP[:, None, None],
+            enable_gqa=query_nN1D.shape[1] != key_nPND.shape[2],
+        )
+        mixed_TND[: len(mine)] = mixed_nN1D[:, :, 0]
+        return mixed_TND
+
     def _attend(  # noqa: PLR0917 -- three tensors, and how
         self,
         query_TND: Tensor,
@@ -169,7 +194,7 @@ class CoreAttention(nn.Module):
         query = query_TND.unflatten(0, (run.count, -1))
         key, value = (of.unflatten(0, (run.count, -1))[:, keys] for of in (key_TND, value_TND))
         is_causal = False
-        if self.causal and len(run.queries) > 1:
+        if self.causal and mask is None and len(run.queries) > 1:
             window = self.window or len(run.keys)
             is_causal = len(run.queries) == len(run.keys) <= window
             mask = None if is_causal else _visible(len(run.queries), len(run.keys), window, query.device)
@@ -203,8 +228,8 @@ class CoreAttention(nn.Module):
     def _of_block(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within the samples of a block [S, B, N, D], which is a row of B segments of S positions.
 
-        Causal attention takes no mask. Other attention adds `mask` [B, 1, 1, keys] to the scores: 0, or minus infinity
-        for a key that is padding. Under context parallelism S are this rank's positions, and a mask has the keys of all
+        A `mask` [B, 1, 1 or S, keys] stands in place of causality. It is added to the scores, 0 or minus infinity; or, as
+        Megatron has it, it is True where a position does not see a key. Under context parallelism S are this rank's positions, and a mask has the keys of all
         ranks, rank after rank.
         """
         positions, samples = query.shape[:2]
@@ -213,7 +238,9 @@ class CoreAttention(nn.Module):
         query, key, value = (_to_row(heads, chunks) for heads in (query, key, value))
         if mask is not None and self.cut.size > 1:
             mask = mask[..., _by_position(positions, self.cut).to(mask.device)]
-        mixed = self._of_row(query, key, value, row, None if self.causal else mask)
+        if mask is not None and mask.dtype is torch.bool:
+            mask = ~mask
+        mixed = self._of_row(query, key, value, row, mask)
         return _to_block(mixed, positions, samples, chunks).flatten(2)
 
 

@@ -1,13 +1,18 @@
 """Names: what the shell takes from megatron-core as it is.
 
 Importing this file imports megatron-core without the warnings that it is known to give on a machine without
-transformer-engine and Apex. Any other warning still comes through.
+transformer-engine and Apex. Any other warning still comes through. What megatron-core compiles at import is compiled
+when it is first called: `torch.compile` alone imports for seconds, and on a CPU nothing of it is called.
 """
 
 import contextlib
+import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
 
 
 _KNOWN_AT_IMPORT = (
@@ -21,7 +26,31 @@ _KNOWN_AT_IMPORT = (
 )
 
 
-with warnings.catch_warnings():
+def _compiled_when_called(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return a function that `torch.compile` compiles at the first call."""
+    compiled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        if not compiled:
+            compiled.append(torch.compile(function, **options))
+        return compiled[0](*arguments, **named)
+
+    return call
+
+
+@contextlib.contextmanager
+def _compiling_later() -> Iterator[None]:
+    """Let functions that are to be compiled meanwhile wait for their first call."""
+    at_once = torch.compile
+    torch.compile = _compiled_when_called  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = at_once
+
+
+with warnings.catch_warnings(), _compiling_later():
     for _category, _message in _KNOWN_AT_IMPORT:
         warnings.filterwarnings("ignore", message=_message, category=_category)
     from megatron.core.models.gpt.gpt_model import GPTModel

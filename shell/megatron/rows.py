@@ -11,6 +11,7 @@ import attrs
 from torch import Tensor
 
 from mimogrid.core.base.row import Pieces, Run, runs
+from mimogrid.shell.megatron.cache import CachedRow
 
 
 SEGMENTS = "segments"
@@ -33,6 +34,7 @@ class PackedRow:
         samples: The number of samples in the share.
         keys: The keys from which each position draws in training, int64 [T]; None: there is no dropout.
         keys_between: Those of the positions that this rank has between the layers; under sequence parallelism a part.
+        cached: What was before the row, and keeps it; None: it is computed alone.
     """
 
     pieces: Pieces
@@ -44,6 +46,7 @@ class PackedRow:
     samples: int
     keys: Tensor | None = None
     keys_between: Tensor | None = None
+    cached: CachedRow | None = None
     _runs: dict[tuple[str, bool, int], tuple[tuple[Run, ...], ...]] = attrs.field(
         factory=dict[tuple[str, bool, int], tuple[tuple[Run, ...], ...]], init=False, repr=False
     )

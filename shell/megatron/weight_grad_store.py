@@ -83,7 +83,12 @@ class WeightGradStore:
         *,
         parts: dist.ProcessGroup | None = None,
     ) -> Tensor:
-        """Return `by(weight)`, which multiplies `input` by a weight; see `WeightGrad`."""
+        """Return `by(weight)`, which multiplies `input` by a weight; see `WeightGrad`.
+
+        A weight of another dtype is frozen, and is converted for as long as the product lasts.
+        """
+        if weight.dtype != input.dtype:
+            return _converted(by, weight, input.dtype)
         deferred = self._deferred
         if deferred is None or not weight.requires_grad:
             return by(weight)
@@ -99,6 +104,27 @@ def flush(deferred: WeightGrads) -> None:
     """Add every deferred product to its weight's gradient, and empty the list."""
     while deferred:
         deferred.pop(0).add()
+
+
+def _converted(by: Callable[[Tensor], Tensor], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `by(weight)` of a frozen weight in another dtype, of which a backward keeps nothing but the weight.
+
+    What autograd saves of the converted weight is a view of it. It is made again, of the weight, when it is asked for.
+    """
+    assert not weight.requires_grad
+    converted = weight.to(dtype)
+    place = converted.untyped_storage().data_ptr()
+
+    def pack(saved: Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() != place:
+            return saved
+        return saved.shape, saved.stride(), saved.storage_offset()
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else weight.to(dtype).as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return by(converted)
 
 
 class _Noted(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mimogrid.core.job.layer_engines import LOCAL
 from mimogrid.core.job.models import Block, Gpt, Regressor
 from mimogrid.core.step.step import Share
 from mimogrid.shell.megatron.draws import EMBEDDING, child, draw_of, dropped
@@ -27,6 +28,7 @@ class TextStage(TransformerStage):
         super().__init__(context, model)
         info = context.info
         self.tied = model.tied_embeddings
+        self.can_cache = context.layers.engine == LOCAL
         self.vocab = model.vocab
         self.deep_layers = model.deepstack
         self.network = GPTModel(
@@ -63,7 +65,7 @@ class TextStage(TransformerStage):
         """Return the token embeddings, with the feeders' rows at their placeholders."""
         tokens_T = inputs["tokens"]
         text_T = tokens_T.index_select(0, packing.text_tokens)
-        text_TH = self.network.embedding.word_embeddings(text_T)
+        text_TH = self.network.embedding.word_embeddings(text_T).to(self.config.params_dtype)
         if packing.row.keys is not None:
             entries = packing.incoming[len(packing.incoming) - len(text_T) :]
             keys_T = child(packing.row.keys, draw_of(EMBEDDING)).index_select(0, entries)

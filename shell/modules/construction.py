@@ -9,10 +9,13 @@ from torch import nn
 
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.job.layer_engines import choose
+from mimogrid.core.job.lora import held_in
 from mimogrid.core.job.models import Gpt, Own, Parameter, Vit
 from mimogrid.core.job.placement import trainable_names
 from mimogrid.core.topology.topology import UNKNOWN, StageInfo, Topology
-from mimogrid.shell.megatron import engine, lora
+from mimogrid.shell.device.device import DTYPES
+from mimogrid.shell.megatron import engine
+from mimogrid.shell.megatron.lora import attach
 from mimogrid.shell.modules.built_in import RowsStage, TextStage
 from mimogrid.shell.modules.interface import (
     StageGroups,
@@ -39,7 +42,7 @@ def build_stage(
 ) -> StageModule:
     """Build a stage that computes in `dtype`, with its initial weights. Frozen weights take no gradient.
 
-    Weights have at least fp32; the caller rounds them with ``stage.to(dtype)``. A `user_module` (`OwnNetwork`,
+    Weights have at least fp32; the caller rounds them (`round_weights`). A `user_module` (`OwnNetwork`,
     `HostNetwork`) takes the place of a network built here. It moves to the device, and every dp rank gets the weights
     of the first. `StageModule.info` of such a stage lists its own parameters.
     """
@@ -65,6 +68,18 @@ def build_stage(
     if user_module is not None:
         _broadcast_weights(stage, user_module, groups)
     return stage
+
+
+def round_weights(stage: StageModule, topology: Topology) -> None:
+    """Give the weights of a stage the precision of the job, and those of a base the one that LoRA says for it."""
+    precision, lora = topology.spec.precision, topology.modules[stage.name].lora
+    stage.to(DTYPES[precision])
+    weights = named_weights(stage)
+    for parameter in (each for each in stage.info.parameters if each.name in weights):
+        weight = weights[parameter.name]
+        held = held_in(parameter, lora, precision, trains=weight.requires_grad)
+        if held != precision:
+            weight.data = weight.data.to(DTYPES[held])
 
 
 def _stage(
@@ -101,7 +116,7 @@ def _stage(
         case _:
             stage = RowsStage(context, module.model)
     if module.lora is not None:
-        lora.attach(
+        attach(
             stage.decoder.layers,
             info.layers,
             module.model,

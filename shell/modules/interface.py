@@ -24,9 +24,11 @@ Shapes in names: S positions of a row, H hidden, T tokens, R rows, V vocabulary.
 The parameters of a stage have layout-independent names, in the order of the core's table.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from mimogrid.core.job.layer_engines import Choice
 from mimogrid.core.job.models import Parameter
 from mimogrid.core.step.step import Share
 from mimogrid.core.topology.topology import Module, StageInfo
+from mimogrid.shell.megatron.cache import Cache
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
 from mimogrid.shell.modules.loss import Loss, weighted_cross_entropy
 from mimogrid.shell.modules.projectors import projector_of
@@ -119,6 +122,21 @@ class HostNetwork(Protocol):
         """
 
 
+@attrs.frozen(eq=False)
+class MadeCut:
+    """A place where a forward was cut: what the layers above it read has no history.
+
+    Attributes:
+        layer: the layer above it.
+        hidden: the output of the layer below.
+        leaf: what the layer read in its place; the backward of the layers above leaves its gradient here.
+    """
+
+    layer: int
+    hidden: Tensor
+    leaf: Tensor
+
+
 class StageModule(nn.Module):
     """One stage of a module on this rank.
 
@@ -131,6 +149,8 @@ class StageModule(nn.Module):
         layers_by: The engine that its layers come from.
         loss: The loss that the last stage of a language model computes.
         generates: Whether a network of the user's returns a prediction in place of its loss.
+        can_cache: Whether a language model can compute a token behind what a cache has.
+        cache: The cache that a language model goes on from, and adds to; None: it computes whole samples.
     """
 
     draws = False
@@ -138,6 +158,8 @@ class StageModule(nn.Module):
     reads_entire = False
     loss_scale = 1.0
     generates = False
+    can_cache = False
+    cache: Cache | None = None
     layers_by: Choice | None = None
     loss: Loss = staticmethod(weighted_cross_entropy)
 
@@ -160,6 +182,15 @@ class StageModule(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
         """Compute the stage for a share; see the table of `interface`."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def cut_before(self, layers: Collection[int]) -> Iterator[list[MadeCut]]:
+        """Cut a forward that runs while this is open before layers of the module, as far as the network can.
+
+        The list gets the cuts that were made, in the order of layers.
+        """
+        del layers
+        yield []
 
     def weight_name(self, built: str) -> str:
         """Return the layout-independent name of a parameter from its name in this module."""

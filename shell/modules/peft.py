@@ -82,11 +82,13 @@ def joined(sources: Sequence[ParameterRows], rows: RowsOf) -> Tensor:
 
 
 def merged(weight: Tensor, pair: StoredPair | None, rows: RowsOf) -> Tensor:
-    """Return a weight on disk with its pair added to it, rounded once."""
+    """Return a weight on disk with its pair added to it, rounded once to the wider dtype of both."""
     if pair is None:
         return weight
-    product = joined(pair.b, rows).double() @ joined(pair.a, rows).double()
-    return (weight.double() + pair.scale * product.view(weight.shape)).to(weight.dtype)
+    a, b = joined(pair.a, rows), joined(pair.b, rows)
+    product = b.double() @ a.double()
+    whole = weight.double() + pair.scale * product.view(weight.shape)
+    return whole.to(torch.promote_types(weight.dtype, a.dtype))
 
 
 def adapter_tensors(adapters: Adapters, rows: RowsOf) -> Iterator[tuple[str, Callable[[], Tensor]]]:

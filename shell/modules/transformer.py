@@ -4,8 +4,10 @@ Every cp rank has all inputs and outputs, and computes its own part of the posit
 `interface`.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -22,6 +24,7 @@ from mimogrid.core.step.step import Share, aux_name
 from mimogrid.core.topology.topology import Module, StageInfo
 from mimogrid.shell.device.device import sent
 from mimogrid.shell.megatron import draws, engine
+from mimogrid.shell.megatron.cache import Cache, CachedRow
 from mimogrid.shell.megatron.experts import ExpertGroups, Experts, ExpertsSpec, experts_spec
 from mimogrid.shell.megatron.layers import block_spec, config_of
 from mimogrid.shell.megatron.names import (
@@ -33,7 +36,7 @@ from mimogrid.shell.megatron.names import (
 )
 from mimogrid.shell.megatron.rows import PackedRow
 from mimogrid.shell.megatron.weight_grad_store import WeightGradStore
-from mimogrid.shell.modules.interface import StageGroups, StageModule, ep_position
+from mimogrid.shell.modules.interface import MadeCut, StageGroups, StageModule, ep_position
 from mimogrid.shell.modules.packing import Packing, TokenSplit, pack
 
 
@@ -87,6 +90,17 @@ def _without_keys(grad: Tensor, *, group: int, width: int) -> Tensor:
     return parts.view_as(grad)
 
 
+def _cut(
+    made: list[MadeCut], layer: int, _module: object, _arguments: object, output: tuple[Tensor, object]
+) -> tuple[Tensor, object]:
+    """Cut before a layer: give it what the layer below gives, without its history."""
+    hidden, context = output
+    if not hidden.requires_grad:
+        return output
+    made.append(MadeCut(layer, hidden, hidden.detach().requires_grad_()))
+    return made[-1].leaf, context
+
+
 class TransformerStage(StageModule):
     """A stage of a built-in model: a stack of layers on a packed row."""
 
@@ -134,6 +148,8 @@ class TransformerStage(StageModule):
         )
         if self.drops and self.training:
             packing = attrs.evolve(packing, row=self.drawing(packing, share))
+        if self.cache is not None:
+            packing = attrs.evolve(packing, row=self.continued(packing, share, self.cache))
         deep: Sequence[Tensor] = ()
         if self.info.first:
             hidden_S1H, deep = self.enter(inputs, share, packing), self.deepstack(inputs, packing)
@@ -155,10 +171,42 @@ class TransformerStage(StageModule):
         between = keys.chunk(parts)[self.tp.rank() if parts > 1 else 0]
         return attrs.evolve(packing.row, keys=keys, keys_between=between)
 
+    def continued(self, packing: Packing, share: Share, cache: Cache) -> PackedRow:
+        """Return the row behind what a cache has of its samples."""
+        axes, samples = rotary_positions(self.model, share), tuple(sample.id for sample in share.samples)
+        before = [cache.ends.get(sample, 0) for sample in samples]
+        ends = itertools.accumulate(share.positions)
+        for sample, start, end, count in zip(samples, before, ends, share.positions, strict=True):
+            within = 1 + max(max(axis[end - count : end]) for axis in axes) if axes else count
+            cache.ends[sample] = start + within
+        offsets = sent(torch.tensor(before), packing.sample_at.device).index_select(0, packing.sample_at)
+        row = packing.row
+        cached = CachedRow(cache, samples, share.positions)
+        return attrs.evolve(row, positions=row.positions + offsets, cached=cached)
+
     @property
     def decoder(self) -> TransformerBlock:
         """The stack of layers."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def cut_before(self, layers: Collection[int]) -> Iterator[list[MadeCut]]:
+        """Cut a forward that runs while this is open before layers of the module; the last layer + 1 is its end.
+
+        Nothing is cut where hidden states need no gradient, or where layers are recomputed together.
+        """
+        made: list[MadeCut] = []
+        handles = [
+            self.decoder.layers[layer - 1 - self.info.layers.start].register_forward_hook(
+                functools.partial(_cut, made, layer)
+            )
+            for layer in layers
+        ]
+        try:
+            yield made
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def deepstack(self, inputs: Mapping[str, Tensor], packing: Packing) -> Sequence[Tensor]:
         """Return the rows [S, 1, H] that the first layers add to their outputs, one for each of these layers."""

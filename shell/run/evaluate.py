@@ -1,13 +1,10 @@
-"""Evaluation: greedy answers to held-out samples, by forward-only programs of the same executor.
-
-Every pass runs the whole pipeline over the prompts with their answers so far, and adds one token to each answer. All
-ranks get all new tokens, so all know the lengths of the next pass. A pass has as many samples as a training step, so
-that the layout fits it.
+"""Evaluation: greedy answers to held-out samples (`generation`), in passes of as many samples as a training step has.
 
 Modules of the user's that have a loss rest in these passes. If the questions are `Generative`, one more pass over the
 prompts with their answers, of which none is longer than a true one, lets such modules generate.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -16,9 +13,11 @@ import attrs
 import torch
 
 from mimogrid.core.base.samples import Sample
-from mimogrid.core.step.step import Step, step_of
+from mimogrid.core.job.spec import GenerateSpec
+from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.topology import Topology
-from mimogrid.shell.runtime.forward_only import generate, predict
+from mimogrid.shell.run.generation import Prompt, answers_to
+from mimogrid.shell.runtime.forward_only import generate
 from mimogrid.shell.runtime.rank import RankRuntime
 
 
@@ -121,11 +120,17 @@ def examine(
     answers: list[Answer] = []
     for start in range(0, count, size):
         ids = range(start, start + size)
-        tokens: dict[int, tuple[int, ...]] = dict.fromkeys(ids, ())
-        for done in range(most + 1):
-            tell(start // size * (most + 1) + done, math.ceil(count / size) * (most + 1))
-            tokens = _one_more(runtime, questions, tokens)
-        given = {i: _until(tokens[i], questions.stop) for i in ids}
+        passes = itertools.count(start // size * (most + 1))
+        prompts = [_prompt(questions, i, runtime.topology) for i in ids]
+        source = _Prompts(questions, runtime.topology, dict.fromkeys(ids, ()))
+        tokens = answers_to(
+            runtime,
+            prompts,
+            source,
+            GenerateSpec(tokens=most + 1),
+            lambda: tell(next(passes), math.ceil(count / size) * (most + 1)),  # noqa: B023 -- called at once
+        )
+        given = {i: _without(tokens[i], questions.stop) for i in ids}
         # An answer that has not stopped is longer than any true one, for which the sequence has room.
         short = {i: answer[:most] for i, answer in given.items()}
         generated = _generated(runtime, questions, short) if isinstance(questions, Generative) else {}
@@ -137,52 +142,38 @@ def _generated(
     runtime: RankRuntime, questions: Questions, answers: Mapping[int, tuple[int, ...]]
 ) -> dict[int, Mapping[str, torch.Tensor]]:
     """Return what modules generate after answers, by sample and module, on the first rank."""
-    step, prompts = _step(runtime, questions, answers)
+    prompts = _Prompts(questions, runtime.topology, answers)
+    step = step_of(runtime.topology, tuple(prompts.describe(i) for i in answers))
     generated = generate(runtime, step, prompts)
     return {sample_id: generated.get(place, {}) for place, sample_id in enumerate(answers)}
 
 
-def _step(
-    runtime: RankRuntime, questions: Questions, answers: Mapping[int, tuple[int, ...]]
-) -> "tuple[Step, _Prompts]":
-    """Return prompts with their answers so far, and the step of them."""
-    prompts = _Prompts(questions, runtime.topology, answers)
-    return step_of(runtime.topology, tuple(prompts.describe(i) for i in answers)), prompts
+def _prompt(questions: Questions, sample_id: int, topology: Topology) -> Prompt:
+    tokens = questions.prompt(sample_id, topology.graph.texts[0])
+    words = sum(token >= 0 for token in tokens)
+    sample = Sample(sample_id, words, questions.describe(sample_id).rows)
+    return Prompt(sample, tokens, frozenset({questions.stop}))
 
 
-def _one_more(
-    runtime: RankRuntime, questions: Questions, answers: Mapping[int, tuple[int, ...]]
-) -> dict[int, tuple[int, ...]]:
-    """Add one token to every answer that has not stopped."""
-    step, prompts = _step(runtime, questions, answers)
-    predicted = predict(runtime, step, prompts)
-    return {
-        i: tokens if questions.stop in tokens else (*tokens, token)
-        for (i, tokens), token in zip(answers.items(), predicted, strict=True)
-    }
-
-
-def _until(tokens: tuple[int, ...], stop: int) -> tuple[int, ...]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+def _without(tokens: tuple[int, ...], stop: int) -> tuple[int, ...]:
+    return tokens[:-1] if stop in tokens else tokens
 
 
 @attrs.frozen
 class _Prompts:
-    """A source of prompts, each followed by its answer so far."""
+    """A source of prompts, each followed by its answer."""
 
     questions: Questions
     topology: Topology
     answers: Mapping[int, tuple[int, ...]]
 
     def describe(self, sample_id: int) -> Sample:
-        """Return the counts of a prompt with its answer so far."""
-        text = self.topology.graph.texts[0]
-        prompt = self.questions.prompt(sample_id, text)
-        words = sum(token >= 0 for token in prompt) + len(self.answers[sample_id])
-        return Sample(sample_id, words, self.questions.describe(sample_id).rows)
+        """Return the counts of a prompt with its answer."""
+        prompt = _prompt(self.questions, sample_id, self.topology).sample
+        return attrs.evolve(prompt, length=prompt.length + len(self.answers[sample_id]))
 
     def load(self, sample_id: int, module: str) -> Mapping[str, torch.Tensor]:
-        """Return the rows of a sample, its tokens so far, or what a module reads to generate."""
+        """Return the rows of a sample, its tokens, or what a module reads to generate."""
         if module in self.topology.graph.texts:
             return {
                 "tokens": torch.tensor((*self.questions.prompt(sample_id, module), *self.answers[sample_id]))

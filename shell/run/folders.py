@@ -31,6 +31,7 @@ from mimogrid.shell.checkpoint.manifest import CHECKPOINTS
 from mimogrid.shell.job import elastic, jobfile
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run import run_lock
+from mimogrid.shell.world.flight_recorder import put_aside
 
 
 REPORT, RECORD = "report.json", "run.json"
@@ -70,6 +71,7 @@ def claimed(job: Job, resume: Path | str | None, changed: Iterable[str] = ()) ->
             elastic.keep(job.spec, size, folder)
         if (folder / HEARTBEATS).is_symlink():  # a killed world of local processes left it
             (folder / HEARTBEATS).unlink()
+        put_aside(folder)
         yield folder
 
 

@@ -24,7 +24,6 @@ from mimogrid.core.faults.stragglers import StepTimes, Straggler, mean, straggle
 from mimogrid.core.faults.throughput import Measured, Throughput, is_encoder, peak_flops, throughput
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.core.pricing.flops import model_flops
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.step.step import Step
@@ -66,7 +65,7 @@ class StragglerWatch:
             return ()
         costs = self._job.spec.schedule.costs
         if costs is not None and self._predicted is None:  # a plan predicts the same of every step
-            self._predicted = simulate(plan_step(step, self._job.order), costs).busy_s
+            self._predicted = simulate(self._job.program_of(step), costs).busy_s
         steps, self._window = self._window, []
         return tuple(stragglers(list(mean(steps)), above=ABOVE, predicted=self._predicted))
 

@@ -29,7 +29,7 @@ from mimogrid.core.update.reductions import loss_scale
 from mimogrid.shell.device.device import DTYPES, Device
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.modules.construction import build_stage
+from mimogrid.shell.modules.construction import build_stage, round_weights
 from mimogrid.shell.modules.interface import StageModule, named_weights
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.data import Loader
@@ -164,10 +164,11 @@ def _networks(
 ) -> dict[str, StageModule]:
     """Build every module as one stage, with gradients as exact as those that training sums."""
     networks = {
-        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype).to(dtype)
+        name: build_stage(topology, module.stages[0], groups, device=device.torch, dtype=dtype)
         for name, module in topology.modules.items()
     }
     for network in networks.values():
+        round_weights(network, topology)
         for weight in named_weights(network).values():
             weight.grad_dtype = torch.promote_types(dtype, torch.float32)
     return networks
@@ -275,7 +276,7 @@ def _undivided(spec: JobSpec, microbatches: int, precision: str) -> JobSpec:
         )
         for name, module in spec.modules.items()
     }
-    batch = attrs.evolve(spec.batch, microbatches=microbatches)
+    batch = attrs.evolve(spec.batch, microbatches=microbatches, tokens_per_microbatch=0)
     return attrs.evolve(spec, modules=modules, batch=batch, world_size=None, precision=precision)
 
 
@@ -334,7 +335,7 @@ def _compared_with_one_process(
         reference = on_one_process(job, step, alone, device, index=index)
         return compare((loss, reference[0]), gradients, reference[1], precision=precision)
     assert session.runtime
-    count, scale = job.spec.batch.microbatches, session.runtime.skip_state.scale
+    count, scale = step.topology.spec.batch.microbatches, session.runtime.skip_state.scale
     exact = on_one_process(job, step, alone, device, precision="fp32", index=index)
     rounded = on_one_process(job, step, alone, device, microbatches=count, scale=scale, index=index)
     by_rounding = compare((rounded[0], exact[0]), rounded[1], exact[1], precision=precision, limit=math.inf)

@@ -12,7 +12,6 @@ from mimogrid.core.draw import perfetto
 from mimogrid.core.draw.dashboard import timeline_of, world_of
 from mimogrid.core.draw.picture import above
 from mimogrid.core.draw.svg import svg
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate.measured import mean_costs, measured
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.simulate.timeline import Event
@@ -87,7 +86,7 @@ def draw(folder: Path, job: Job, last: int, examined: Examination, ranks: list[R
 
 def _draw_step(folder: Path, job: Job, last: int, events: list[Event]) -> None:
     """Draw a measured step below its plan, with the job's costs, or else with the mean times of its actions."""
-    program = plan_step(job.step(last), job.order)
+    program = job.program_of(job.step(last))
     ran = measured(program, events)
     planned = simulate(program, job.spec.schedule.costs or mean_costs(events))
     with (folder / "trace.json").open("w", encoding="utf-8") as file:

@@ -25,6 +25,8 @@ from mimogrid.shell.job import extras
 TENSORBOARD = "tensorboard"
 PARAMS, PARAM_LENGTH = 100, 6000
 """How many keys of a job MLflow takes at once, and how long each may be."""
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""How long MLflow tries to reach a server: by itself four minutes, for which all ranks would wait."""
 DIGITS = 16
 """The length of the name by which a tracker knows a run that is resumed."""
 
@@ -132,6 +134,8 @@ class Mlflow:
     """A SQLite file ``mlflow.db``, for ``mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db``."""
 
     def __init__(self, run: TrackedRun) -> None:
+        for name, value in MLFLOW_PATIENCE.items():
+            os.environ.setdefault(name, value)
         from mlflow.entities import Metric, Param  # noqa: PLC0415 -- takes seconds
         from mlflow.tracking import MlflowClient  # noqa: PLC0415
 

@@ -9,6 +9,7 @@
     predictions.png      held-out samples with their predicted and true answers
     profiles/            what torch did in the steps that the job profiles (`profiles`)
     interruptions.jsonl  what the run lost each time that it ended and went on
+    flight-recorder/     torch's record of the last operations of the ranks that failed (`flight_recorder`)
     checkpoints/, logs/, what trackers keep (`trackers`), and under a launcher heartbeats/ (`heartbeat`)
 
 The first rank of the job writes all of this but checkpoints and logs, of which every rank writes its own part.
@@ -53,10 +54,10 @@ from mimogrid.shell.run.folders import (
     stopped,
     write_json,
 )
-from mimogrid.shell.run.interruptions import going_on, noting_failure
+from mimogrid.shell.run.interruptions import ending_at_once, going_on, noting_failure
 from mimogrid.shell.run.log import open_log
 from mimogrid.shell.run.metrics import MetricsWriter, StragglerWatch, Tally, open_metrics, resumed_tally
-from mimogrid.shell.run.validation import NOT_VALIDATED, Function, Validated, functions_of, validate
+from mimogrid.shell.run.validation import NOT_VALIDATED, Functions, Validated, validate
 from mimogrid.shell.runtime.agreement import Outcome
 from mimogrid.shell.runtime.ahead import LoadsAhead, open_ahead
 from mimogrid.shell.runtime.execute import Executor
@@ -65,6 +66,7 @@ from mimogrid.shell.runtime.rank import RankRuntime
 from mimogrid.shell.runtime.session import Session, open_session
 from mimogrid.shell.runtime.tensor_slices import full_tensors, weights_of
 from mimogrid.shell.runtime.train_step import train_step
+from mimogrid.shell.world.flight_recorder import leaving_record
 from mimogrid.shell.world.phases import BETWEEN, COLLECTING, FINISHING, LOADING
 from mimogrid.shell.world.preemption import StopRequest, receiving_signals
 from mimogrid.shell.world.waiting import waiting
@@ -121,7 +123,11 @@ def in_world(  # noqa: PLR0917 -- a body is called by position
             session.heartbeat.keep_in(path / HEARTBEATS)
         elif place.rank == 0:
             held.enter_context(showing_heartbeats(path, Path(place.meeting).parent))
-        report = _trained(session, session.runtime, path, saved if resume is not None else None)
+        with (
+            leaving_record(path, place.rank, backend=session.device.backend),
+            ending_at_once(stop_request, path),
+        ):
+            report = _trained(session, session.runtime, path, saved if resume is not None else None)
         if session.runtime.rank == job.topology.ranks[0]:
             session.world.mark(ENDED)
         _await_idle(session, job)
@@ -187,7 +193,7 @@ def _trained(
                 log.info(line)
         if ahead:
             runtime.source.source = ahead
-        functions = functions_of(job.spec.validation.metrics) if is_first and job.tasks else ()
+        functions = Functions.of(job.spec.validation) if is_first and job.tasks else Functions()
         run = Run(session, runtime, folder, log, saver, is_first, ahead, functions)
         tally = run.train(0 if saved is None else run.resume(saved))
         return tally if isinstance(tally, Stopped) else run.finish(tally)
@@ -231,7 +237,7 @@ class Run:
     saver: Saver
     is_first: bool
     ahead: LoadsAhead | None = None
-    functions: tuple[Function, ...] = ()
+    functions: Functions = attrs.field(factory=Functions)
 
     def resume(self, saved: str) -> int:
         """Load a checkpoint; return the step that is next, 0 where there is no checkpoint."""
@@ -304,7 +310,7 @@ class Run:
     def _expect(self, step: Step) -> None:
         """Let workers load what this rank reads in a step, when they come to it."""
         if self.ahead:
-            self.ahead.expect(loads_of(step, self.runtime.job.order, self.runtime.role))
+            self.ahead.expect(loads_of(step, self.runtime.job.order_of(step), self.runtime.role))
 
     def _step(self, index: int, step: Step, following: Step) -> Outcome:
         """Run a step; begin the next phase of the pending save if all ranks are ready for it."""

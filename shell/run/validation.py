@@ -8,10 +8,14 @@ are
     TASK/loss          of the job, over those of a task
     TASK/MODULE        of a module with a loss
     TASK/NAME          the mean over samples of what a function of the user's returns under that name
+    TASK/exact         the share of samples whose answer is the true one, where the model answers (`generation`)
 
 A function ``package.module:function`` is called on the first rank as ``function(logits, sample)``: the logits [T, V] of
-one sample, and what the source loads of it for the language model (tokens, labels, loss_weights). It returns numbers by
-name; a sample for which it returns none of a name does not count in that mean. One sample at a time is in memory.
+one sample, and what the source loads of it for the language model (tokens, labels, loss_weights). One of
+``[validation.generate]`` gets the tokens of an answer in place of the logits. Both return numbers by name; a sample for
+which they return none of a name does not count in that mean. One sample at a time is in memory.
+
+A prompt is the sample up to the last stretch of tokens that count in its loss, which is the true answer.
 
 The first rank knows all values. It tells the others whether a validation was the best so far, and whether patience is
 out (`core.update.patience`).
@@ -25,11 +29,14 @@ import attrs
 import torch
 
 from mimogrid.core.base.errors import WorldError
+from mimogrid.core.base.samples import Sample
+from mimogrid.core.job.spec import ValidationSpec
 from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.update.patience import best_of, is_patience_out
 from mimogrid.core.update.reductions import loss_weight
 from mimogrid.shell.job import builders
 from mimogrid.shell.job.sources.source import Source
+from mimogrid.shell.run.generation import Prompt, answers_to
 from mimogrid.shell.runtime.exchange import gather_values
 from mimogrid.shell.runtime.forward_only import loss_sums, sample_logits
 from mimogrid.shell.runtime.rank import RankRuntime
@@ -72,16 +79,27 @@ class _Sums:
         }
 
 
-def functions_of(paths: Sequence[str]) -> tuple[Function, ...]:
-    """Return the user's functions. Raises PlanError for one that is not there."""
-    return tuple(
-        builders.find(path, where=f"validation.metrics[{number}]").load() for number, path in enumerate(paths)
-    )
+@attrs.frozen
+class Functions:
+    """The user's functions: those that get logits, and those that get answers."""
+
+    of_logits: tuple[Function, ...] = ()
+    of_answers: tuple[Function, ...] = ()
+
+    @classmethod
+    def of(cls, spec: ValidationSpec) -> "Functions":
+        """Find them. Raises PlanError for one that is not there."""
+        return cls(_found("metrics", spec.metrics), _found("generate.metrics", spec.generate.metrics))
+
+
+def _found(key: str, paths: Sequence[str]) -> tuple[Function, ...]:
+    found = (builders.find(path, where=f"validation.{key}[{n}]") for n, path in enumerate(paths))
+    return tuple(builder.load() for builder in found)
 
 
 def validate(
     runtime: RankRuntime,
-    functions: Sequence[Function],
+    functions: Functions,
     before: Sequence[Mapping[str, float]],
     tell: Callable[[float, float], None] = lambda *_: None,
 ) -> Validated:
@@ -102,7 +120,9 @@ def validate(
             if spec.metrics:
                 logits = sample_logits(runtime, step, source)
                 runtime.heartbeat.enter(VALIDATING)
-                _measure(logits, step, source, functions, sums)
+                _measure(logits, step, source, functions.of_logits, sums)
+            if spec.generate.tokens:
+                _answer(runtime, step, source, functions.of_answers, sums)
         means = sums.means()
         values |= {
             f"{task}/loss": _loss(runtime, means),
@@ -141,6 +161,49 @@ def _measure(
                 sums.metrics.setdefault(name, []).append(float(value))
 
 
+def _answer(
+    runtime: RankRuntime, step: Step, source: Source, functions: Sequence[Function], sums: _Sums
+) -> None:
+    """Let the model answer each sample of a step; the first rank compares answers, and calls the user's functions."""
+    (text,) = runtime.topology.graph.texts
+    how = runtime.job.spec.validation.generate
+    asked = [_opening(sample, source.load(sample.id, text), how.stop) for sample in step.samples]
+    answers = answers_to(runtime, [prompt for prompt, _ in asked], source, how)
+    runtime.heartbeat.enter(VALIDATING)
+    if runtime.rank != runtime.topology.ranks[0]:
+        return
+    for prompt, true in asked:
+        sample_id = prompt.sample.id
+        answer = answers[sample_id]
+        sums.metrics.setdefault("exact", []).append(float(answer == true))
+        given = torch.tensor([token for token in answer if token not in prompt.stops], dtype=torch.int64)
+        for function in functions:
+            found = _called(function, given, source.load(sample_id, text), sample_id)
+            for name, value in found.items():
+                sums.metrics.setdefault(name, []).append(value)
+
+
+def _opening(
+    sample: Sample, loaded: Mapping[str, torch.Tensor], stops: Sequence[int]
+) -> tuple[Prompt, tuple[int, ...]]:
+    """Return what stands before the last answer of a sample, and that answer. Raises WorldError where there is none."""
+    counts = (loaded["loss_weights"] > 0).tolist()
+    last = max((place for place, counted in enumerate(counts) if counted), default=-1)
+    if last < 0:
+        raise WorldError(
+            f"validation.generate: no token of sample {sample.id} counts, so it has no true answer."
+        )
+    first = next((place + 1 for place in range(last, -1, -1) if not counts[place]), 0)
+    true = tuple(loaded["labels"][first : last + 1].tolist())
+    tokens = tuple(loaded["tokens"][: first + 1].tolist())
+    if (loaded["tokens"][first + 1 :] < 0).any():
+        raise WorldError(
+            f"validation.generate: sample {sample.id} has placeholders behind the prompt of its last answer."
+        )
+    prompt = attrs.evolve(sample, length=sum(token >= 0 for token in tokens))
+    return Prompt(prompt, tokens, frozenset(stops or true[-1:])), true
+
+
 def _called(
     function: Function, logits_TV: torch.Tensor, sample: Mapping[str, torch.Tensor], sample_id: int
 ) -> Mapping[str, float]:
@@ -149,9 +212,7 @@ def _called(
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         return {str(name): float(value) for name, value in found.items()}
     name = f"{function.__module__}:{function.__name__}"
-    raise WorldError(
-        f"validation.metrics: '{name}' returned {found!r} for sample {sample_id}, not numbers by name."
-    )
+    raise WorldError(f"validation: '{name}' returned {found!r} for sample {sample_id}, not numbers by name.")
 
 
 def _standing(runtime: RankRuntime, history: Sequence[Mapping[str, float]]) -> tuple[bool, bool]:

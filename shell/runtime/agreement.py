@@ -159,7 +159,7 @@ def read_records(
     flags, terms, sums, digests, stops, step_times, peaks = records.split(
         [2, NORM_TERMS, len(step.units), 2, 1, 2, 1], dim=1
     )
-    all_finite, all_saved = flags.bool().all(dim=0).tolist()
+    all_finite, all_saved = (all(column) for column in zip(*flags.tolist(), strict=True))
     check_digests(job.topology.ranks, following, digests)
     losses = means_of(step, sums.sum(dim=0).tolist())
     loss = sum(loss_weight(job.topology, name) * mean for name, mean in losses.items())
@@ -174,7 +174,7 @@ def read_records(
         learning_rate=learning_rate(spec.optimizer, step=index, steps=spec.train.steps),
         loss_scale=skip_state.scale,
         skipped=skipped,
-        stops=bool(stops.any()),
+        stops=any(stops.flatten().tolist()),
         all_saved=all_saved,
         step_times=tuple(
             StepTimes(rank, stages_by_rank[rank], *step_times)
@@ -207,7 +207,8 @@ def check_digests(
     remedy: str = "a source's describe must depend on nothing but the sample's id",
 ) -> None:
     """Compare the digests [ranks, 2] of a step's samples. Raises WorldError where they differ."""
-    differ = [r for r, row in zip(ranks, digests, strict=True) if not row.equal(digests[0])]
+    rows = digests.tolist()
+    differ = [r for r, row in zip(ranks, rows, strict=True) if row != rows[0]]
     if differ:
         ids = [sample.id for sample in step.samples]
         raise WorldError(

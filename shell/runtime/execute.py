@@ -94,17 +94,20 @@ def busy_s(timeline: Iterable[Timed]) -> float:
 def execute(actions: tuple[Action, ...], context: RankContext, *, first: int = 0) -> tuple[Timed, ...]:
     """Run one rank's program for one step and return its timeline.
 
-    `actions` may be a part of the program: the part that begins with its action number `first`.
+    `actions` may be a part of the program: the part that begins with its action number `first`. An action begins where
+    the one before it ended.
     """
     streams = context.transport.streams
     timeline: list[Timed] = []
+    end = streams.mark()
     for index, action in enumerate(actions, first):
-        begin = streams.mark()
+        begin = end
         context.heartbeat.begin_action(index, action)
         _act(action, context)
         for held in context.releases.get(action, ()):
             context.stages[held.stage].release(held)
-        timeline.append(Timed(action, begin, streams.mark()))
+        end = streams.mark()
+        timeline.append(Timed(action, begin, end))
     return tuple(timeline)
 
 

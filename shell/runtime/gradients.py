@@ -182,7 +182,7 @@ class StageBuffer:
         self.weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
         self._groups = groups
         sizes = {name: weight.numel() for name, weight in self.weights.items()}
-        like = next(iter(weights.values()), torch.empty(0))  # A module of the user's may have none.
+        like = next(iter(self.weights.values()), torch.empty(0))  # There may be none.
         self.buffers = tuple(
             Buffer(bucket, self.weights, full, groups, streams, like=like, shared=shared)
             for bucket in layout_of(topology, info, sizes)

@@ -9,7 +9,7 @@ from mimogrid.core.topology.roles import RankRole
 from mimogrid.core.topology.topology import Stage, StageInfo
 from mimogrid.shell.device.device import DTYPES, Device
 from mimogrid.shell.job.jobs import Job
-from mimogrid.shell.modules.construction import build_stage
+from mimogrid.shell.modules.construction import build_stage, round_weights
 from mimogrid.shell.modules.interface import named_weights
 from mimogrid.shell.runtime.gradients import StageBuffer
 from mimogrid.shell.runtime.stage import StageRunner
@@ -56,7 +56,7 @@ def _host(
     built = build_stage(job.topology, info, of_module, device=device.torch, dtype=dtype, user_module=network)
     # Main parameters begin as they were drawn, before half precision rounds them.
     full = {name: weight.detach() for name, weight in named_weights(built).items()}
-    built.to(dtype)
+    round_weights(built, job.topology)
     return Hosted(
         # The network knows which of its parameters train; for a module of the user's own the plan does not.
         runner=StageRunner(

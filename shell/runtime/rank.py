@@ -4,6 +4,7 @@ It is state only. What runs with it is beside it: `train_step`, `forward_only`, 
 """
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import attrs
 import torch
@@ -19,6 +20,7 @@ from mimogrid.core.update.decision import SkipState
 from mimogrid.shell.device.device import DTYPES, Device
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.megatron import engine
+from mimogrid.shell.megatron.cache import Cache
 from mimogrid.shell.modules.loss import Loss
 from mimogrid.shell.runtime import optimizer
 from mimogrid.shell.runtime.data import Loader, Loads, TimedSource
@@ -31,6 +33,10 @@ from mimogrid.shell.world.groups import ProcessGroups
 from mimogrid.shell.world.heartbeat import Heartbeat
 from mimogrid.shell.world.phases import READING
 from mimogrid.shell.world.preemption import StopRequest
+
+
+Caches = Mapping[Stage, Cache]
+"""What the stages of a language model keep while it generates."""
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -159,18 +165,28 @@ def begin_program(
     loss_scale: float = 1.0,
     loss: Loss | None = None,
     generates: bool = False,
+    caches: Caches = MappingProxyType({}),
     end: StepEnd | None = None,
 ) -> RankContext:
     """Return what the actions of this rank act on in one step; samples are from `source`, or else from the job.
 
     Every loss is multiplied by `loss_scale` before its backward. Without a `loss` last stages keep their logits, and
-    modules of the user's that have a loss rest, or return what they generate.
+    modules of the user's that have a loss rest, or return what they generate. Stages of a language model go on from
+    their `caches`.
     """
     dtype = DTYPES[runtime.job.spec.precision]
     loader = Loader(source or runtime.source, device=runtime.device.torch, dtype=dtype)
     return RankContext(
         stages={
-            stage: runner.begin(program, loader, index, loss_scale=loss_scale, loss=loss, generates=generates)
+            stage: runner.begin(
+                program,
+                loader,
+                index,
+                loss_scale=loss_scale,
+                loss=loss,
+                generates=generates,
+                cache=caches.get(stage),
+            )
             for stage, runner in runtime.stages.items()
         },
         buffers=runtime.buffers,

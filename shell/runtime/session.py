@@ -78,7 +78,7 @@ def open_session(
         heartbeat.enter(RENDEZVOUS)
         if place.meeting is None:
             serve_rendezvous(world)
-        enter(join(world, backend=device.backend, digest=digest_of(job.step(0), job.order)))
+        enter(join(world, backend=device.backend, digest=digest_of(job.program_of(job.step(0)))))
         heartbeat.enter(BUILDING)
         world.compare_clocks("joined")
         groups = enter(open_groups(job.topology, world, device))

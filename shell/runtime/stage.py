@@ -3,7 +3,8 @@
 A `StageRunner` stays over a run: the network, and the process groups that it computes over. A `StageStep` is that stage
 in one step. It gathers its inputs, runs the network forward or backward, and hands out what the program sends. A
 backward runs whole or in two halves (see `weight_grad_store`): the first half computes the gradients of the inputs, the
-second those of the weights.
+second those of the weights. Or it runs part by part, from the end of the stage down to each cut that the forward made.
+Where a network could not cut its forward, the part runs on to the next cut, or to the begin of the stage.
 
 On a bridge every rank receives an equal part of its dp rank's rows. The ranks along tp and cp then gather the whole
 from each other, in the forward at the target and in the backward at the source.
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from mimogrid.core.base.samples import prefix_sums
 from mimogrid.core.job.models import Own
-from mimogrid.core.program.lifetimes import Content, Held
+from mimogrid.core.program.lifetimes import Content, Held, held
 from mimogrid.core.program.lower import Program, link_of
 from mimogrid.core.schedule.actions import Compute, Direction, Kind, Recv, Send
 from mimogrid.core.step.routes import Message, RowRange, RowSlice, row_ranges
@@ -27,13 +28,17 @@ from mimogrid.core.step.seeds import Seeds, draw_key, seeds_of
 from mimogrid.core.step.step import Share, Step, aux_name
 from mimogrid.core.topology.topology import Link, Module, StageInfo
 from mimogrid.core.update.reductions import loss_scale
+from mimogrid.shell.megatron.cache import Cache
 from mimogrid.shell.megatron.draws import begin_draws
 from mimogrid.shell.megatron.weight_grad_store import WeightGrads, flush
-from mimogrid.shell.modules.interface import StageModule
+from mimogrid.shell.modules.interface import MadeCut, StageModule
 from mimogrid.shell.modules.loss import Loss, StepLoss, weighted_cross_entropy
 from mimogrid.shell.runtime.data import Loader
 from mimogrid.shell.world.groups import ModuleGroups
 
+
+_Given = tuple[torch.Tensor, torch.Tensor]
+"""A tensor that a backward goes on from, and its gradient."""
 
 Arrivals = dict[tuple[int, Link, Direction], list[tuple[int, torch.Tensor]]]
 """What receives have brought, by microbatch and link. Rows come in pieces, each with the row of the step at which it
@@ -60,17 +65,18 @@ class StageRunner:
         loss_scale: float = 1.0,
         loss: Loss | None = weighted_cross_entropy,
         generates: bool = False,
+        cache: Cache | None = None,
     ) -> "StageStep":
         """Return the stage in step `index`, and set the network's loss and mode for it.
 
         Every loss is multiplied by `loss_scale` before its backward. `loss` is the loss of language models; without it
         a last stage loads no targets and computes no loss, and keeps its logits. Modules of the user's that have a
-        loss then rest, or, if the step generates, return a prediction.
+        loss then rest, or, if the step generates, return a prediction. With a `cache` a language model goes on from it.
         """
         if loss is not None:
             self.network.loss = StepLoss(loss)
         self.network.loss_scale = loss_scale
-        self.network.generates = generates
+        self.network.generates, self.network.cache = generates, cache
         if self.network.training != program.order.training:
             self.network.train(program.order.training)
         position = self.module.grid.position(self.rank)
@@ -92,6 +98,8 @@ class StageStep:
         position: the rank's place along each axis of the module's grid.
         tensors: what the stage holds, until the program says that it is freed (`core.program.lifetimes`).
         weight_grads: by microbatch, what the first half of a backward leaves to the second.
+        cuts: by microbatch, the cuts of its forward that its backward has not come to.
+        left: by microbatch, what its backward goes on from: tensors with their gradients.
         arrived: what has arrived for computations that have not begun.
         losses: this rank's part of each loss so far, by the names of `Step.units`.
         logits: the logits [T, V] of each microbatch, on the first rank of a dp rank of a last stage without targets.
@@ -108,6 +116,8 @@ class StageStep:
     position: Mapping[str, int]
     tensors: dict[Held, torch.Tensor] = attrs.field(factory=dict[Held, torch.Tensor])
     weight_grads: dict[int, WeightGrads] = attrs.field(factory=dict[int, WeightGrads])
+    cuts: dict[int, list[MadeCut]] = attrs.field(factory=dict[int, list[MadeCut]])
+    left: dict[int, list[_Given]] = attrs.field(factory=dict[int, list[_Given]])
     arrived: Arrivals = attrs.field(factory=Arrivals)
     losses: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
     logits: dict[int, torch.Tensor] = attrs.field(factory=dict[int, torch.Tensor])
@@ -128,14 +138,16 @@ class StageStep:
         match action.kind:
             case Kind.FORWARD:
                 self._forward(action.microbatch)
+            case Kind.BACKWARD_PART:
+                self._descend(action.microbatch, action.layer)
             case Kind.BACKWARD | Kind.INPUT_GRADIENT:
                 self._backward(action.microbatch)
             case Kind.WEIGHT_GRADIENT:
                 flush(self.weight_grads.pop(action.microbatch))
 
-    def release(self, held: Held) -> None:
+    def release(self, tensor: Held) -> None:
         """Free a tensor; the stage has none where it computed no loss."""
-        self.tensors.pop(held, None)
+        self.tensors.pop(tensor, None)
 
     # -- forward and backward ------------------------------------------------------------------------------
 
@@ -160,8 +172,15 @@ class StageStep:
             if runner.network.draws:
                 begin_draws(self._seeds(microbatch), self.loader.device)
         trains = runner.info.stage in order.backward
-        with torch.set_grad_enabled(trains), self._noting_weight_grads(microbatch):
+        layers = [cut.layer for cut in order.cuts_of(runner.info.stage, microbatch)]
+        with (
+            torch.set_grad_enabled(trains),
+            self._noting_weight_grads(microbatch),
+            runner.network.cut_before(layers) as cuts,
+        ):
             outputs = runner.network(inputs, share)
+        if cuts:
+            self.cuts[microbatch] = cuts
         for link in topology.links_from(runner.info.stage):
             self.tensors[self._held(Content.OUTPUT, microbatch, link)] = outputs[link.target.module]
         self._keep_losses(outputs, microbatch)
@@ -194,27 +213,43 @@ class StageStep:
         self.losses[name] = self.losses[name] + loss if name in self.losses else loss
 
     def _backward(self, microbatch: int) -> None:
-        roots: list[torch.Tensor] = []
-        gradients: list[torch.Tensor] = []
-        stage, topology = self.runner.info.stage, self.program.topology
-        for link in topology.links_from(stage):
-            if link in self.program.order.gradients:
-                roots.append(self.tensors[self._held(Content.OUTPUT, microbatch, link)])
-                gradients.append(self._gather(link, Direction.BACKWARD, microbatch))
-        loss = self.tensors.get(self._held(Content.LOSS, microbatch))
-        if loss is not None:
-            units = self.program.routes.step.units[stage.module]
-            roots.append(loss)
-            scale = self.loss_scale * loss_scale(topology, stage.module, units)
-            gradients.append(torch.full_like(loss, scale))
-        pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if r.requires_grad]
-        if pairs:  # A loss, or rows of the user's own, may not depend on anything that trains.
-            with self._noting_weight_grads(microbatch):
-                torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
-        for link in topology.links_into(stage):
+        """Run a backward, or what its parts have left of it, and keep the gradients of the inputs."""
+        self._descend(microbatch)
+        del self.left[microbatch]
+        for link in self.program.topology.links_into(self.runner.info.stage):
             if link in self.program.order.gradients:
                 leaf = self.tensors[self._held(Content.INPUT, microbatch, link)]
                 self.tensors[self._held(Content.GRADIENT, microbatch, link)] = _gradient(leaf)
+
+    def _descend(self, microbatch: int, layer: int | None = None) -> None:
+        """Run a backward on from where it is: down to a layer, or to the begin of the stage."""
+        if microbatch not in self.left:
+            self.left[microbatch] = list(self._given(microbatch))
+        left, cuts = self.left[microbatch], self.cuts.get(microbatch, [])
+        while left:
+            with self._noting_weight_grads(microbatch):
+                torch.autograd.backward([root for root, _ in left], [gradient for _, gradient in left])
+            left.clear()
+            if cuts:
+                cut = cuts.pop()
+                left.append((cut.hidden, _gradient(cut.leaf)))
+                if layer is not None and cut.layer <= layer:
+                    return
+
+    def _given(self, microbatch: int) -> Iterator[_Given]:
+        """Yield what a backward begins from: outputs and the loss, each with its gradient."""
+        stage, topology = self.runner.info.stage, self.program.topology
+        for link in topology.links_from(stage):
+            if link in self.program.order.gradients:
+                output = self.tensors[self._held(Content.OUTPUT, microbatch, link)]
+                gradient = self._gather(link, Direction.BACKWARD, microbatch)
+                if output.requires_grad:  # Rows of the user's own may not depend on anything that trains.
+                    yield output, gradient
+        loss = self.tensors.get(self._held(Content.LOSS, microbatch))
+        if loss is not None and loss.requires_grad:  # Nor may a loss.
+            units = self.program.routes.step.units[stage.module]
+            scale = self.loss_scale * loss_scale(topology, stage.module, units)
+            yield loss, torch.full_like(loss, scale)
 
     def _noting_weight_grads(self, microbatch: int) -> AbstractContextManager[None]:
         """Open the weight-grad store for a microbatch whose backward is split."""
@@ -222,12 +257,12 @@ class StageStep:
             return contextlib.nullcontext()
         return self.runner.network.weight_grads.open(self.weight_grads.setdefault(microbatch, []))
 
-    def last_tokens(self, microbatch: int) -> tuple[range, torch.Tensor]:
-        """Return which samples of the step a dp rank has in a microbatch, and the likeliest token after each."""
+    def last_logits(self, microbatch: int) -> tuple[range, torch.Tensor]:
+        """Return which samples of the step a dp rank has in a microbatch, and the logits [B, V] behind each."""
         logits_TV, name = self.logits[microbatch], self.runner.module.name
         ends = torch.tensor(prefix_sums(self._share(microbatch).lengths)[1:], device=logits_TV.device) - 1
         which = self.program.routes.step.samples_of(name, self.dp_rank, microbatch)
-        return which, logits_TV[ends].argmax(dim=-1)
+        return which, logits_TV[ends]
 
     def sample_logits(self, microbatch: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the place of each sample of a dp rank in the step, and its logits [T, V]."""
@@ -248,7 +283,7 @@ class StageStep:
         return seeds_of(seed, stage, self.position, step=self.index, microbatch=microbatch)
 
     def _held(self, content: Content, microbatch: int, link: Link | None = None) -> Held:
-        return Held(self.runner.info.stage, content, microbatch, link)
+        return held(self.runner.info.stage, content, microbatch, link)
 
     # -- what crosses the stage's borders ------------------------------------------------------------------
 
@@ -268,7 +303,8 @@ class StageStep:
             if link.edge is None:
                 self._arrive(recv.microbatch, link, recv.direction, 0, tensor)
                 continue
-            pieces = tensor.split([piece.stop - piece.start for piece in message.pieces])
+            sizes = [piece.stop - piece.start for piece in message.pieces]
+            pieces = tensor.split(sizes) if len(sizes) > 1 else (tensor,)
             for piece, rows in zip(message.pieces, pieces, strict=True):
                 forward = recv.direction is Direction.FORWARD
                 microbatch = recv.microbatch if forward else piece.microbatch
@@ -289,7 +325,7 @@ class StageStep:
             microbatch = piece.microbatch if forward else send.microbatch
             whole = self._sent(link, microbatch, forward=forward)
             pieces.append(self._rows(whole, link, microbatch, piece))
-        return torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _sent(self, link: Link, microbatch: int, *, forward: bool) -> torch.Tensor:
         """Return what a stage sends of a microbatch: an output, or the gradient of an input."""
@@ -298,7 +334,9 @@ class StageStep:
 
     def _rows(self, whole: torch.Tensor, link: Link, microbatch: int, piece: RowSlice) -> torch.Tensor:
         """Cut a piece out of all the rows that this dp rank has at a link in a microbatch of its own."""
-        first = next(self._parts(link, microbatch)).start
+        assert link.edge
+        step, name = self.program.routes.step, self.runner.module.name
+        first, _ = step.rows_of(link.edge.source, step.samples_of(name, self.dp_rank, microbatch))
         return whole[piece.start - first : piece.stop - first]
 
     def _gather(self, link: Link, direction: Direction, microbatch: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ def train_step(
     step differently.
     """
     agreed: list[Agreed] = []
-    program = plan_step(step, order or runtime.job.order)
+    program = plan_step(step, order or runtime.job.order_of(step))
     actions = program.of(runtime.rank)
     context = begin_program(
         runtime,

@@ -10,6 +10,7 @@ host: gloo reads a message when it is posted, so the copy must be complete, and 
 come.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import attrs
@@ -130,7 +131,8 @@ class Transport:
         return tensor.copy_(buffer, non_blocking=True)
 
     def _tag(self, transfer: Transfer) -> int:
-        return self._tags[link_of(self._topology, transfer), transfer.direction] + transfer.microbatch
+        link = link_of(self._topology, transfer)
+        return self._tags[link, transfer.direction] + transfer.microbatch * len(self._tags)
 
 
 def _peer(message: Message, *, leaves: bool, direction: Direction) -> int:
@@ -139,7 +141,5 @@ def _peer(message: Message, *, leaves: bool, direction: Direction) -> int:
 
 
 def _tags(topology: Topology) -> Mapping[tuple[Link, Direction], int]:
-    """Return the first tag of each link and direction; microbatches count up from it."""
-    most = max(module.microbatches for module in topology.modules.values())
-    uses = [(link, direction) for link in topology.links for direction in Direction]
-    return {use: i * most for i, use in enumerate(uses)}
+    """Return the tag of each link and direction in microbatch 0; those of later ones are as many apart as there are."""
+    return {(link, d): i for i, (link, d) in enumerate(itertools.product(topology.links, Direction))}

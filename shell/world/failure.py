@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mimogrid.core.base.errors import EchoError, PlanError, WorldError
 from mimogrid.core.faults.diagnosis import DiagnosedError, Diagnosis, diagnose
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.heartbeat import Heartbeat
 from mimogrid.shell.world.world import AbsentError, World, first_failure
@@ -60,7 +60,7 @@ def _with_stages(diagnosis: Diagnosis, job: Job) -> Diagnosis:
 
 def _program(job: Job, index: int, step: int) -> Program | None:
     """The program that a rank was in, if it was in one."""
-    return plan_step(job.step(step), job.order) if index >= 0 else None
+    return job.program_of(job.step(step)) if index >= 0 else None
 
 
 def _is_cut_off(error: BaseException) -> bool:

@@ -31,10 +31,17 @@ AGAIN = b"mimogrid: stopping after this step; Ctrl-C again ends the run at once,
 
 @attrs.define(eq=False)
 class StopRequest:
-    """Whether this process was asked to stop: when, by the monotonic clock, and whether it now saves and stops."""
+    """Whether this process was asked to stop.
+
+    Attributes:
+        received_s: when it was, by the monotonic clock.
+        is_accepted: whether it now saves and stops.
+        is_in_vain: tells whether the run has failed, so that nothing will be saved.
+    """
 
     received_s: float | None = None
     is_accepted: bool = False
+    is_in_vain: Callable[[], bool] = lambda: False
 
     @property
     def is_received(self) -> bool:
@@ -46,11 +53,11 @@ class StopRequest:
         self.is_accepted = True
 
     def receive(self, number: int, _: FrameType | None) -> None:
-        """Note a signal; the second one ends the process, as without this handler."""
+        """Note a signal; the second one, or one in vain, ends the process, as without this handler."""
         now = time.monotonic()
-        if self.received_s is None:
-            self.received_s = now
-        elif now - self.received_s > SECOND_S and not self.is_accepted:
+        is_second = self.received_s is not None and now - self.received_s > SECOND_S
+        self.received_s = self.received_s or now
+        if (is_second and not self.is_accepted) or self.is_in_vain():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

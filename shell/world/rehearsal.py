@@ -50,7 +50,7 @@ def _said(place: RankPlace, job: Job, transport: str | None) -> dict[str, Any]:
     device = devices.choose(place, transport)
     problems = device_problems(job.topology, place.rank, device.name, device.memory_bytes)
     return {
-        "digest": digest_of(job.step(0), job.order),
+        "digest": digest_of(job.program_of(job.step(0))),
         "device": device.name,
         "problem": next((problem.message for problem in problems), None),
         "available": machine.available_bytes() if device.memory_bytes is None else None,

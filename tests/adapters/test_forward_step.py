@@ -14,8 +14,9 @@ import loops
 import megatrons
 import specs
 from mimogrid.adapters.megatron import SequenceFirst, job_of
-from mimogrid.adapters.megatron.batches import Batch, examples_of
+from mimogrid.adapters.megatron.batches import Batch, examples_of, readings
 from mimogrid.adapters.megatron.forward_step import HostLoss, microbatches_of
+from mimogrid.adapters.megatron.readings import Reader
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.base.samples import Sample
@@ -43,10 +44,11 @@ def job_for(
     config: Mapping[str, Any],
     vision: Mapping[str, int],
     language: Mapping[str, int],
+    audio: Mapping[str, int] | None = None,
     **fields: Any,
 ) -> Job:
     """A job of the model on these grids, whose samples are the program's."""
-    grids = megatrons.side_by_side(vision, language)
+    grids = megatrons.side_by_side(vision, language, audio)
     batch = BatchSpec(global_size=loops.SAMPLES, microbatches=loops.MICROBATCHES)
     return opened(job_of(megatrons.config_of(**config), grids, batch=batch, precision="fp64", **fields))
 
@@ -63,6 +65,9 @@ PARTS = {"scatter_embedding_sequence_parallel": False}
         ({"dp": 3}, {"tp": 2, "dp": 2}, {"sequence_parallel": True}, loops.of_losses, {}, None),
         ({"dp": 1}, {"cp": 2, "dp": 3}, {}, loops.of_logits, {"labels": False}, None),
         ({"dp": 2}, {"dp": 3}, {}, loops.of_losses, {"images": True}, None),
+        ({"dp": 1}, {"dp": 3, "pp": 2}, {}, loops.of_losses, {"several": True}, None),
+        ({"dp": 1}, {"dp": 3, "pp": 2}, {}, loops.of_losses, {"packed": True}, None),
+        ({"dp": 2}, {"tp": 2, "pp": 2}, {"sequence_parallel": True}, loops.of_losses, {"masked": True}, None),
         ({"dp": 2}, {"cp": 2, "dp": 2}, {}, loops.of_means, {}, None),
         ({"dp": 1}, {"dp": 2, "pp": 2}, {}, loops.of_counted_means, {"labels": False}, None),
         *nightly_only([({"dp": 1}, {"cp": 2, "pp": 2}, {}, loops.of_losses, {}, None)]),
@@ -80,7 +85,8 @@ def test_a_loss_function_of_the_programs_trains(
     encoder_inputs: Mapping[str, str] | None,
 ) -> None:
     """Reports add up to those of one process, microbatch by microbatch, and gradients are the same."""
-    whole = {**COMMON, "language": {**COMMON["language"], **PARTS}, "images": options.get("images", False)}
+    eyes = {kind: options.get(kind, False) for kind in ("images", "several")}
+    whole = {**COMMON, "language": {**COMMON["language"], **PARTS}, **eyes}
     config = {**whole, "pp": language.get("pp", 1), "tp": language.get("tp", 1), **transformer}
     job = job_for(opened, config, vision, language)
     with megatrons.alone():
@@ -100,6 +106,39 @@ def test_a_loss_function_of_the_programs_trains(
         ]
         sums = np.sum([reports[rank] for rank in last], axis=0) / copies
         np.testing.assert_allclose(expected.reports, sums, rtol=1e-12)
+    ours = said[0].gradients
+    assert len(expected.gradients) == len(ours)
+    for name, gradient in expected.gradients.items():
+        mine = name.replace("language_model.", "language.").replace("modality_submodules.", "")
+        np.testing.assert_allclose(gradient, ours[mine], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("vision", "audio", "language"),
+    [
+        ({"dp": 2}, {"dp": 1}, {"dp": 1}),
+        *nightly_only([({"dp": 3}, {"dp": 1}, {"tp": 2, "pp": 2}), ({"dp": 1}, {"dp": 2}, {"pp": 3})]),
+    ],
+)
+def test_two_modalities_train(
+    pool: Pool,
+    opened: Opened,
+    vision: Mapping[str, int],
+    audio: Mapping[str, int],
+    language: Mapping[str, int],
+) -> None:
+    """Each on ranks of its own, with rows among the text and among each other's."""
+    whole = {**COMMON, "layers": max(2, language.get("pp", 1)), "sounds": True}
+    config = {**whole, "pp": language.get("pp", 1), "tp": language.get("tp", 1)}
+    job = job_for(opened, config, vision, language, audio)
+    with megatrons.alone():
+        expected, weights = loops.expected(whole, loops.of_losses, {"sounds": True})
+    said = pool.run(
+        "loops:stepped",
+        job.topology.world_size,
+        *(job, config, weights, loops.of_losses, {"sounds": True}, None),
+    )
     ours = said[0].gradients
     assert len(expected.gradients) == len(ours)
     for name, gradient in expected.gradients.items():
@@ -252,6 +291,7 @@ def test_a_block_of_positions_and_samples_is_declared(language: Module) -> None:
 
 
 POSITIONS = torch.arange(loops.SEQUENCE).expand(3, -1)
+ENDS = torch.tensor([0, 16, 40, 48])
 
 
 @pytest.mark.parametrize(
@@ -265,8 +305,30 @@ POSITIONS = torch.arange(loops.SEQUENCE).expand(3, -1)
             {"position_ids": POSITIONS.expand(3, 3, -1)},
             r"position_ids: has the shape \(3, 3, 16\).* are for mrope",
         ),
-        ({"attention_mask": torch.ones(1, 1, 16, 16, dtype=torch.bool)}, "is not the causal one"),
-        ({"packing_kwargs": {"cu_seqlens": None}}, "packs several samples"),
+        (
+            {"attention_mask": torch.ones(3, 16, dtype=torch.bool)},
+            r"shape \(3, 16\) and torch.bool is no mask",
+        ),
+        (
+            {"attention_mask": torch.ones(1, 1, 16, 16, dtype=torch.bool)},
+            "hides everything from position 0 of sample 0",
+        ),
+        ({"packing_kwargs": {"cu_seqlens_q": None}}, r"says nothing of queries \(cu_seqlens_q\)"),
+        (
+            {"packing_kwargs": {"cu_seqlens_q": ENDS, "cu_seqlens_kv": ENDS + 1}},
+            "or other segments of keys",
+        ),
+        (
+            {"packing_kwargs": {"cu_seqlens_q": ENDS[:-1]}},
+            r"end at \[0, 16, 40\], which do not cut 3 rows of 16",
+        ),
+        (
+            {
+                "packing_kwargs": {"cu_seqlens_q": ENDS},
+                "attention_mask": ~torch.eye(16, dtype=torch.bool)[None, None],
+            },
+            "attention_mask: comes with packing_kwargs",
+        ),
         ({"modality_inputs": None}, "there are placeholders for 'vision', and no input"),
         ({"modality_inputs": {"visoin": {}}}, "the job has no modality 'visoin'.* 'vision'"),
         (
@@ -276,6 +338,10 @@ POSITIONS = torch.arange(loops.SEQUENCE).expand(3, -1)
         (
             {"modality_inputs": {"vision": {"eye": {"pixels": torch.zeros(5, 2)}}}},
             r"pixels: has 5 items for 6 placeholders.*: the samples have 4, 2, 0\.",
+        ),
+        (
+            {"modality_inputs": {"vision": {"a": {"x": torch.zeros(6), "y": torch.zeros(3)}, "b": {}}}},
+            r"a\.y: has other numbers of items than another tensor of its encoder",
         ),
         (
             {"input_ids": torch.zeros(3, 16, dtype=torch.int64)},
@@ -297,6 +363,83 @@ def test_batches_that_a_job_cannot_say_are_refused(
     """By argument, with the numbers."""
     with pytest.raises(PlanError, match=f"(?s){said}"):
         as_examples(example_batch(**changes), language)
+
+
+CAUSAL_ONLY = Reader(causal_only="its layers are causal")
+PACKED = {"cu_seqlens_q": torch.tensor([0, 4, 16, 32, 48])}
+INSIDE = torch.cat((torch.arange(4), torch.arange(12), *[torch.arange(16)] * 2)).view(3, 16)
+
+
+@pytest.mark.parametrize(
+    ("reader", "changes", "said"),
+    [
+        (
+            CAUSAL_ONLY,
+            {"packing_kwargs": PACKED},
+            "packs several samples into a row, and its layers are causal",
+        ),
+        (
+            CAUSAL_ONLY,
+            {"attention_mask": ~torch.eye(16, dtype=torch.bool)[None, None]},
+            "and its layers are causal",
+        ),
+        (
+            Reader(learns_positions=True),
+            {"packing_kwargs": PACKED, "position_ids": INSIDE},
+            "begin anew in each packed segment, and the model has learned positions",
+        ),
+    ],
+)
+def test_what_a_model_does_not_read_is_refused(
+    language: Module, reader: Reader, changes: Mapping[str, Any], said: str
+) -> None:
+    """A mask that only some attentions read, and positions that only learned embeddings do."""
+    with pytest.raises(PlanError, match=said):
+        as_examples(example_batch(**changes), language, reader=reader)
+
+
+def test_a_stage_without_tokens_reads_the_rest() -> None:
+    """Loaders give one between the first and the last no tokens; what turns and hides positions, it needs."""
+    turns = torch.arange(6).view(3, 2, 1).expand(3, 2, 4)
+    hidden = ~torch.eye(4, dtype=torch.bool)[None, None]
+    without: Any = {"input_ids": None}
+    turned, masked, packed = (
+        readings(Batch(**without, **given), 2)
+        for given in (
+            {"position_ids": turns},
+            {"attention_mask": hidden},
+            {"packing_kwargs": {"cu_seqlens_q": torch.tensor([0, 3, 4, 8])}},
+        )
+    )
+    assert [[0, 2, 4], [1, 3, 5]] == [
+        reading.turn[:, 0].tolist() for reading in turned if reading.turn is not None
+    ]
+    assert [hidden[0, 0].tolist()] * 2 == [
+        reading.hidden.tolist() for reading in masked if reading.hidden is not None
+    ]
+    assert [[0, 0, 0, 1], [2, 2, 2, 2]] == [
+        reading.segments.tolist() for reading in packed if reading.segments is not None
+    ]
+    assert [] == readings(Batch(**without), 2)
+
+
+def test_masks_and_packed_rows_need_whole_positions(opened: Opened) -> None:
+    """A rank that has a part of the positions cannot line them up with a mask."""
+    cut = job_for(opened, COMMON, {"dp": 1}, {"cp": 2}).topology.modules["language"]
+    for changes in (
+        {"packing_kwargs": PACKED},
+        {"attention_mask": ~torch.eye(16, dtype=torch.bool)[None, None]},
+    ):
+        with pytest.raises(PlanError, match="and positions are split over cp=2"):
+            as_examples(example_batch(**changes), cut)
+
+
+def test_a_modality_without_a_special_token_is_refused(language: Module) -> None:
+    """Nothing would tell its placeholders from text."""
+    with pytest.raises(
+        PlanError, match=r"modules\.vision: feeds .* no special token; there are those of \[\]"
+    ):
+        examples_of(example_batch(), language, {}, samples=3, sequence=loops.SEQUENCE, rows_of={})
 
 
 def test_labels_that_do_not_count_may_be_anything(language: Module) -> None:
@@ -338,9 +481,17 @@ def _has_no_tokens(data_iterator: Any, model: Any) -> Any:
     return model(**{**next(data_iterator), "input_ids": None})[0], loops.of_losses
 
 
+def _has_features(data_iterator: Any, model: Any) -> Any:
+    features = {"vision": torch.zeros(6, specs.HIDDEN)}
+    return model._forward_encoders(
+        next(data_iterator)["input_ids"], None, input_tensors=features
+    ), loops.of_losses
+
+
 @pytest.mark.parametrize(
     ("forward_step", "error", "said"),
     [
+        (_has_features, PlanError, r"features of an encoder that ran ahead .*mimo-encoder-prefetch"),
         (_computes, TypeError, "return it as it is"),
         (_adds, TypeError, "return it as it is"),
         (_calls_twice, TypeError, "called the model twice"),

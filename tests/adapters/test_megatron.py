@@ -124,7 +124,8 @@ def test_roles_need_no_process_group() -> None:
     """An encoder on two dp ranks, a language model of two stages behind it, and a rank too many."""
     grids = {"vision": hyper(dp=2), "language": hyper(2, tp=1, pp=2)}
     roles = [role_of_grids(grids, rank) for rank in range(5)]
-    assert {ModuleLayout.NON_COLOCATED} == {role.layout for role in roles}
+    assert {ModuleLayout.NON_COLOCATED} == {role.layout for role in roles} == {role.mode for role in roles}
+    assert [["vision"], ["vision"], [], [], []] == [role.modality_module_names for role in roles]
     assert [["vision"], ["vision"], ["language"], ["language"], []] == [[*role.modules] for role in roles]
     assert [False, False, True, False, False] == [role.is_first_stage("language") for role in roles]
     assert [False, False, False, True, False] == [role.is_last_stage("language") for role in roles]
@@ -175,7 +176,7 @@ def test_roles_equal_megatrons(grids: Mapping[str, Mapping[str, int]]) -> None:
         assert [*role.modules] == [*ours.modules]
         assert role.has_language_module == ours.has_language_module
         assert role.has_modality_modules == ours.has_modality_modules
-        assert tuple(role.modality_module_names) == ours.modality_module_names
+        assert role.modality_module_names == ours.modality_module_names
         for name in made:
             assert role.is_first_stage(name) == ours.is_first_stage(name)
             assert role.is_last_stage(name) == ours.is_last_stage(name)
@@ -208,6 +209,17 @@ def test_an_encoder_with_a_transformer_is_a_vit() -> None:
     )
     vision = made.modules["vision"]
     assert ("vit", 3, 3, 0) == (vision.model, vision.options.layers, vision.grid.pp, vision.grid.offset)  # type: ignore[union-attr]
+
+
+def test_a_language_model_alone_is_a_job() -> None:
+    """On any ranks: without a modality there is nothing to feed it."""
+    made = job_of(
+        specs.model_config(modality_submodules_spec={}, special_token_ids={}),
+        {"language": hyper(1, tp=2, dp=2)},
+        batch=BatchSpec(global_size=2),
+    )
+    assert ["language"] == [*made.modules]
+    assert (1, 2, 2) == tuple(getattr(made.modules["language"].grid, key) for key in ("offset", "tp", "dp"))
 
 
 @views
@@ -247,6 +259,21 @@ def test_a_language_model_that_is_no_gpt_is_refused() -> None:
     grids = {"vision": hyper(dp=1), "language": hyper(1, dp=1)}
     with pytest.raises(PlanError, match="language_model_spec: is a MambaModel; a job's program runs"):
         job_of(specs.model_config(language_model_spec=spec), grids, batch=BatchSpec(global_size=2))
+
+
+@pytest.mark.parametrize(
+    ("module", "setting"), [("language", {"quant_recipe": "by pattern"}), ("vision", {"fp8": "e4m3"})]
+)
+def test_networks_with_a_precision_of_their_own_are_refused(module: str, setting: Mapping[str, str]) -> None:
+    """By the name of the setting, of the language model or of an encoder."""
+    config = specs.config()
+    vars(config).update(setting)  # Transformer-engine would have to be here for it to be built with one.
+    eye = specs.vision(specs.Pixels, transformer_config=config if module == "vision" else specs.config())
+    text = specs.language(config=config if module == "language" else specs.config())
+    model = specs.model_config(language_model_spec=text, modality_submodules_spec={"vision": eye})
+    grids = {"vision": hyper(dp=1), "language": hyper(1, dp=1)}
+    with pytest.raises(PlanError, match=rf"modules\.{module}\.{next(iter(setting))}: is set.* one precision"):
+        job_of(model, grids, batch=BatchSpec(global_size=2))
 
 
 # -- groups ------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Megatron's training loop around a step of a job: its optimizer, its checkpoints, and a model that it can hold."""
 
 import inspect
+import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +26,7 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.spec import BatchSpec, JobSpec
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
-from scale import nightly_only
+from scale import nightly, nightly_only
 
 
 Opened = Callable[[JobSpec], Job]
@@ -123,38 +125,80 @@ def test_the_optimizer_of_a_loop_takes_the_steps_of_the_job(
     assert any(name.startswith("optimizer.exp_avg.") for name in seen.state)
 
 
+DECAYED = {**RATES, "weight_decay": 0.1, "bf16": True}
+SHARED = {**DECAYED, "use_distributed_optimizer": True}
+SEEN = {**WHOLE, "eye": {"layers": 2}}
+Layout = tuple[Job, Mapping[str, Any], Mapping[str, Any]]
+"""A job, the configuration of its networks, and the options of its optimizer."""
+
+
+def layouts(opened: Opened) -> tuple[Layout, Layout]:
+    """Return a layout of two dp ranks that share their update, and one of two stages."""
+    cut = {**SEEN, "tp": 2, "eye": {"layers": 2, "tp": 2}}
+    staged = {**cut, "pp": 2}
+    there = job_for(opened, cut, {"tp": 2}, {"tp": 2, "dp": 2}, SHARED), cut, SHARED
+    here = job_for(opened, staged, {"tp": 2}, {"tp": 2, "pp": 2}, DECAYED), staged, DECAYED
+    return there, here
+
+
+def resumed(
+    pool: Pool, layout: Layout, load: Path | None, save: Path | None, steps: int
+) -> Mapping[str, Any]:
+    """Take steps under a layout from a checkpoint, or from the beginning; return the state."""
+    job, config, options = layout
+    arguments = (job, config, options, (load, save), weights_of(SEEN), steps)
+    (state,) = filter(None, pool.run("megatron_loops:resumed", job.topology.world_size, *arguments))
+    return state  # type: ignore[no-any-return]
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the names of what is not the same in both."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not np.array_equal(one[name], other[name])]
+
+
+@pytest.mark.world
+def test_what_ranks_save_together_is_everything_once(pool: Pool, opened: Opened) -> None:
+    """Weights and states of the optimizer, under one name and with one shape on every layout."""
+    found = []
+    for job, config, options in layouts(opened):
+        parts: dict[str, list[tuple[Any, ...]]] = {}
+        for key, *part in itertools.chain(*pool.run("megatron_loops:shards", 6, job, config, options)):
+            parts.setdefault(key, []).append(tuple(part))
+        for key, of_key in parts.items():
+            ((whole,), offsets) = ({whole for whole, *_ in of_key}, {offset for _, offset, _ in of_key})
+            assert len(of_key) == len(offsets), key
+            assert math.prod(whole) == sum(math.prod(shape) for *_, shape in of_key), key
+        found.append({key: of_key[0][0] for key, of_key in parts.items()})
+    assert found[0] == found[1]
+    for name, weight in weights_of(SEEN).items():
+        assert weight.shape == found[0][name] == found[0][f"optimizer.state.exp_avg_sq.{name}"], name
+
+
+@nightly
 @pytest.mark.world
 def test_a_checkpoint_of_a_loop_loads_under_another_layout(
     pool: Pool, opened: Opened, tmp_path: Path
 ) -> None:
-    """Resumed where it was saved a run is bitwise one that never stopped; on any grid its state is what was saved."""
-    options = {**RATES, "weight_decay": 0.1, "bf16": True}
-    shared = {**options, "use_distributed_optimizer": True}
-    whole = {**WHOLE, "eye": {"layers": 2}}
-    cut = {**whole, "tp": 2, "eye": {"layers": 2, "tp": 2}}
-    there = job_for(opened, cut, {"tp": 2}, {"tp": 2, "dp": 2}, shared)
-    moved = {**cut, "pp": 2}
-    here = job_for(opened, moved, {"tp": 2}, {"tp": 2, "pp": 2}, options)
-    weights = weights_of(whole)
-
-    def run(there: tuple[Any, ...], load: str, save: str, steps: int) -> Any:
-        job, config, of = there
-        folders = tmp_path / load if load else None, tmp_path / save
-        arguments = (job, config, of, folders, weights, steps)
-        (state,) = filter(None, pool.run("megatron_loops:resumed", job.topology.world_size, *arguments))
-        return state
-
-    def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-        assert one.keys() == other.keys()
-        return [name for name in one if not np.array_equal(one[name], other[name])]
-
-    saved = run((there, cut, shared), "", "two", 2)
+    """What two dp ranks that shared their update have saved is weight for weight and state for state that of stages."""
+    there, here = layouts(opened)
+    saved = resumed(pool, there, None, tmp_path / "two", 2)
     assert any(value.any() for name, value in saved.items() if name.startswith("optimizer.exp_avg_sq."))
-    assert [] == differences(
-        run((there, cut, shared), "", "four", 4), run((there, cut, shared), "two", "both", 2)
-    )
-    assert [] == differences(saved, run((here, moved, options), "two", "moved", 0))
-    assert [] == differences(saved, run((there, cut, shared), "moved", "back", 0))
+    assert [] == differences(saved, resumed(pool, here, tmp_path / "two", None, 0))
+
+
+@nightly
+@pytest.mark.world
+def test_a_checkpoint_of_a_loop_goes_from_layout_to_layout(
+    pool: Pool, opened: Opened, tmp_path: Path
+) -> None:
+    """Resumed where it was saved a run is bitwise one that never stopped; moved and back, its state is what it was."""
+    there, here = layouts(opened)
+    two, other = tmp_path / "two", tmp_path / "moved"
+    saved = resumed(pool, there, None, two, 2)
+    assert [] == differences(resumed(pool, there, None, None, 4), resumed(pool, there, two, None, 2))
+    assert [] == differences(saved, resumed(pool, here, two, other, 0))
+    assert [] == differences(saved, resumed(pool, there, other, None, 0))
 
 
 # -- a model that a loop holds -----------------------------------------------------------------------------

@@ -9,8 +9,13 @@ from unittest import mock
 import attrs
 import numpy as np
 import pytest
+import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
+from megatron.core.models.vision.radio import RADIOViTModel
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -29,6 +34,8 @@ from mimogrid.core.update.buckets import buckets_of
 from mimogrid.shell.checkpoint.manifest import damage, published
 from mimogrid.shell.cli.export import export
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.megatron.attention import CoreAttention
+from mimogrid.shell.megatron.names import ProcessGroupCollection
 from mimogrid.shell.world.launch import Pool
 from scale import nightly_only
 
@@ -59,6 +66,7 @@ def job_for(
     language: Mapping[str, int],
     *,
     offset: int | None = None,
+    microbatches: int = 4,
     **fields: Any,
 ) -> Job:
     """A job of the model on these grids, the language model's at an offset or behind, with random samples."""
@@ -70,7 +78,7 @@ def job_for(
     spec = job_of(
         megatrons.config_of(**config),
         grids,
-        batch=BatchSpec(global_size=12, microbatches=4),
+        batch=BatchSpec(global_size=12, microbatches=microbatches),
         data=DataSpec(source="synthetic", options=DATA),
         precision="fp64",
         **fields,
@@ -346,6 +354,39 @@ def test_an_encoder_of_megatrons_trains_in_stages(
 
 @pytest.mark.world
 @pytest.mark.parametrize(
+    ("vision", "language", "offset"),
+    [
+        ({"tp": 1, "dp": 2}, {"tp": 2, "dp": 1}, 0),
+        *nightly_only(
+            [
+                ({"tp": 1}, {"tp": 1}, None),
+                ({"tp": 1}, {"pp": 3}, None),
+                ({"tp": 2}, {"tp": 2, "pp": 3}, None),
+                ({"tp": 2, "pp": 2}, {"tp": 2, "pp": 2}, None),
+                ({"dp": 4}, {"tp": 2, "pp": 2}, None),
+                ({"tp": 2, "pp": 2}, {"dp": 4}, None),
+                ({"dp": 2}, {"tp": 2, "pp": 3}, None),
+                ({"tp": 2, "dp": 4}, {"tp": 4, "dp": 2}, 0),
+                ({"tp": 4, "dp": 2}, {"tp": 2, "dp": 4}, 0),
+            ]
+        ),
+    ],
+)
+def test_the_grids_of_megatrons_own_tests_train(
+    pool: Pool, opened: Opened, vision: Mapping[str, int], language: Mapping[str, int], offset: int | None
+) -> None:
+    """The seven of its schedule, each module on ranks of its own, and those of modules on the same ranks."""
+    whole = {"layers": max(2, language.get("pp", 1)), "language": {"max_sequence_length": 16}}
+    eye = {"layers": 2}
+    cut = {"pp": language.get("pp", 1), "tp": language.get("tp", 1)}
+    cut_eye = {**eye, "pp": vision.get("pp", 1), "tp": vision.get("tp", 1)}
+    config = {**whole, **cut, "eye": cut_eye}
+    job = job_for(opened, config, vision, language, offset=offset, microbatches=3)
+    compare(pool, job, config, {**whole, "eye": eye})
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(
     "options",
     [{"gated_linear_unit": True, "activation_func": silu}, *nightly_only([{"add_bias_linear": False}])],
 )
@@ -556,12 +597,84 @@ def test_networks_that_cannot_cut_positions_are_refused(opened: Opened) -> None:
         language_of(opened, theirs=True)
 
 
-def test_a_modality_with_several_encoders_is_refused() -> None:
-    """Megatron lines up the rows of one encoder for all samples of a rank, then those of the next."""
-    modality = nn.Module()
-    modality.encoders = nn.ModuleDict({"near": nn.Identity(), "far": nn.Identity()})
-    with pytest.raises(PlanError, match=r"has 2 encoders.* which samples share a rank"):
+def modality_of(**encoders: nn.Module) -> nn.Module:
+    """A modality of these encoders, without a projection."""
+    return VisionModalitySubmodules(encoders=encoders)
+
+
+def test_encoders_of_one_modality_take_turns_sample_by_sample() -> None:
+    """A sample's rows of the first, then of the next; for one sample as Megatron joins them."""
+    near, far = torch.arange(3.0)[:, None], 10 + torch.arange(6.0).view(3, 2, 1)
+    modality = modality_of(near=nn.Identity(), far=nn.Identity())
+    inputs = {"near.input": near, "far.input": far}
+    items = {"items.near": torch.tensor([2, 1]), "items.far": torch.tensor([1, 2])}
+    said = ModalityNetwork(modality, None)({**inputs, **items})["rows"]
+    assert [0, 1, 10, 11, 2, 12, 13, 14, 15] == said.flatten().tolist()
+    alone = {key: torch.tensor([3]) for key in items}
+    whole = ModalityNetwork(modality, None)({**inputs, **alone})["rows"]
+    theirs = modality.encode({"near": {"input": near}, "far": {"input": far}})  # type: ignore[operator]
+    assert torch.equal(torch.cat(theirs), whole)
+
+
+def test_encoders_of_one_modality_say_which_rows_are_whose() -> None:
+    """Rows that no item tells apart, an encoder without tensors, and rows of a job are refused."""
+    modality = modality_of(near=nn.Identity(), far=nn.Flatten(0, 1))
+    network = ModalityNetwork(modality, None)
+    near = {"near.input": torch.zeros(1, 1), "items.near": torch.tensor([1])}
+    far = {"far.input": torch.zeros(2, 2, 1), "items.far": torch.tensor([2])}
+    with pytest.raises(WorldError, match=r"'\.far' returned a tensor of shape \[4, 1\] for 2 items"):
+        network({**near, **far})
+    with pytest.raises(WorldError, match="no tensors for its encoder 'far'"):
+        network(near)
+    with pytest.raises(PlanError, match=r"has 2 encoders, which read the tensors of items by name"):
         ModalityNetwork(modality, "pixels")
+
+
+def test_an_encoder_that_draws_its_positions_is_refused() -> None:
+    """RADIO does so in training, from the random state of its rank."""
+    radio = RADIOViTModel.__new__(RADIOViTModel)
+    nn.Module.__init__(radio)
+    radio.has_cpe = True
+    with pytest.raises(PlanError, match=r"(?s)is a RADIOViTModel .* depends on the layout\..*has_cpe=False"):
+        ModalityNetwork(modality_of(eye=nn.Sequential(radio)), None)
+    radio.has_cpe = False
+    ModalityNetwork(modality_of(eye=nn.Sequential(radio)), None)
+
+
+def test_an_encoder_may_return_a_tuple() -> None:
+    """Its first tensor has the rows, as newer versions of Megatron take it."""
+
+    class WithMore(nn.Module):
+        """An encoder that returns something beside its rows."""
+
+        def forward(self, pixels: Tensor) -> tuple[Any, ...]:
+            """Return the pixels and what is not asked for."""
+            return (pixels, None) if len(pixels) else (None, pixels)
+
+    network = ModalityNetwork(modality_of(eye=WithMore()), "pixels")
+    rows = torch.ones(3, 2)
+    assert torch.equal(rows, network({"rows": rows})["rows"])
+    with pytest.raises(WorldError, match="returned a tuple, not a tensor or a tuple that begins with one"):
+        network({"rows": rows[:0]})
+
+
+def test_a_mask_hides_what_it_hides_from_megatrons_attention() -> None:
+    """Ours and Megatron's give the same in fp64, for queries that share keys, too."""
+    groups = ProcessGroupCollection(tp=specs.OneOf(0, 1), cp=specs.OneOf(0, 1))
+    common = {"attn_mask_type": AttnMaskType.causal, "layer_number": 1, "pg_collection": groups}
+    config = specs.config(num_query_groups=2)
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (
+        torch.randn(6, 3, heads, 4, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)
+    )
+    hidden = torch.rand(3, 1, 6, 6, generator=generator) < 0.5
+    hidden[:, :, range(6), range(6)] = False
+    with megatrons.alone():
+        theirs = DotProductAttention(config, attention_type="self", **common)(query, key, value, hidden)
+        ours = CoreAttention(config, rotary=None, **common)(query, key, value, hidden)
+        causal = CoreAttention(config, rotary=None, **common)(query, key, value)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(causal, ours)
 
 
 def test_experts_in_one_weight_are_refused() -> None:
@@ -587,6 +700,13 @@ def test_experts_in_one_weight_are_refused() -> None:
     ("owner", "what", "said"),
     [
         ("config", {"mtp_num_layers": 1}, "predicts several tokens at once"),
+        ("config", {"sequence_parallel": True}, "cuts the embeddings of text before rows are put among them"),
+        (
+            "config",
+            {"sequence_parallel": True},
+            "cuts sequences of 16 positions over tp=3 and cp=2: not a multiple of 12",
+        ),
+        ("model", {"parallel_output": False}, "gathers its logits"),
         ("model", {"position_embedding_type": "mrope"}, "turns by mrope, and cuts positions over cp=2"),
     ],
 )
@@ -595,7 +715,7 @@ def test_language_models_that_read_more_than_a_job_has_are_refused(
 ) -> None:
     """By the name of what they would need."""
     with pytest.raises(PlanError, match=said):
-        language_of(opened, **{owner: what})
+        language_of(opened, tp=3, **{owner: what})
 
 
 def language_of(
@@ -604,12 +724,14 @@ def language_of(
     theirs: bool = False,
     model: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    tp: int = 1,
 ) -> LanguageStage:
     """A stage of a language model on the first of two ranks along cp, changed once it is built."""
     sizes = {"vocab_size": specs.VOCAB, "max_sequence_length": 16}
     gpt = megatrons.of_two(GPTModel, theirs=theirs, causal=True, **sizes)
     vars(gpt).update(model or {})
     vars(gpt.config).update(config or {})
+    gpt.pg_collection.tp = specs.OneOf(0, tp)
     job = job_for(opened, {"layers": 1, "language": {"max_sequence_length": 16}}, {"dp": 1}, {"cp": 2})
     return LanguageStage(gpt, topology=job.topology, name="language", rank=1)
 

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 
 from checkpoints import WHOLES, batch, make
 from mimogrid.adapters.huggingface import Job
 from mimogrid.core.base.errors import PlanError
-from mimogrid.core.job.peft import PREFIX
+from mimogrid.core.job.peft import PREFIX, StoredPair
+from mimogrid.core.models.mapping import ParameterRows
 from mimogrid.shell.checkpoint.index import read_index
 from mimogrid.shell.checkpoint.manifest import newest_of
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job.jobs import open_job
-from mimogrid.shell.modules.peft import adapters_of, write_adapter
+from mimogrid.shell.modules.peft import adapters_of, merged, write_adapter
 from mimogrid.shell.run.reference import Reference, double_precision, losses_and_gradients, reference
 from mimogrid.shell.world.launch import Pool
 from publishing import Seen
@@ -55,6 +55,13 @@ def layout(
     }
 
 
+def with_adapter(model: Any, adapter: Path, **options: Any) -> Any:
+    """Load an adapter over a model of transformers, as users of peft do."""
+    from peft import PeftModel  # noqa: PLC0415 -- it takes a second, and every worker collects this file
+
+    return PeftModel.from_pretrained(model, str(adapter), **options)
+
+
 EVERY_DAY = [
     layout(tp=2, pp=2, tables={"batch": TWO}),
     layout(ALL, tp=2, sequence_parallel=True),
@@ -79,7 +86,7 @@ def adapted(name: str, adapter: Path) -> Reference:
     """Transformers' model in double precision, with an adapter as peft loads it."""
     found = reference(folder(name))
     with double_precision(Counter()):
-        loaded = peft.PeftModel.from_pretrained(found.model, str(adapter), is_trainable=True)
+        loaded = with_adapter(found.model, adapter, is_trainable=True)
     assert {k for k, p in loaded.named_parameters() if p.requires_grad} >= {
         k for k, _ in loaded.named_parameters() if ".lora_" in k
     }
@@ -158,7 +165,7 @@ def test_logits_are_alike_in_single_precision(pool: Pool, tmp_path: Path) -> Non
     ours = pool.run("publishing:answered", 2, folder("llama"), single, inputs, tmp_path)[0]
     model = reference(folder("llama"), torch.float32).model
     plain = counted(model, inputs[-1])
-    loaded = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+    loaded = with_adapter(model, tmp_path / "adapter")
     adapter = counted(loaded, inputs[-1])
     merged = counted(reference(tmp_path / "merged", torch.float32).model, inputs[-1])
     found = torch.from_numpy(np.concatenate(ours))
@@ -174,6 +181,16 @@ def counted(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits[inputs["attention_mask"].bool()]
+
+
+def test_a_merged_weight_is_as_exact_as_the_wider_of_both() -> None:
+    """A base in bf16 does not round what is added to it."""
+    a, b = torch.full((1, 2), 0.1), torch.tensor([[1e-3], [0.0]])
+    pair = StoredPair("w", 2.0, 1, (ParameterRows("a", 0, 1),), (ParameterRows("b", 0, 2),))
+    rows = {"a": a, "b": b}
+    found = merged(torch.ones(2, 2, dtype=torch.bfloat16), pair, lambda name, *_: rows[name])
+    assert torch.float32 is found.dtype
+    assert [1 + 2e-4, 1.0] == pytest.approx(found[:, 0].tolist(), abs=1e-7)
 
 
 @pytest.mark.world
@@ -197,7 +214,7 @@ def test_a_run_leaves_an_adapter(pool: Pool, tmp_path: Path) -> None:
     for more in ([], ["--ema"]):
         out = tmp_path / f"adapter{len(more)}"
         assert 0 == main(["export", str(tmp_path / "run"), "--to", "peft", "--out", str(out), *more])
-        loaded = peft.PeftModel.from_pretrained(reference(folder("qwen3")).model, str(out))
+        loaded = with_adapter(reference(folder("qwen3")).model, out)
         adapters.append({n: p for n, p in loaded.named_parameters() if ".lora_" in n})
     paths = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in adapters[0]}
     assert paths == {

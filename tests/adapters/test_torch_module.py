@@ -11,7 +11,7 @@ import pytest
 from hosts import Arrays, Trained
 from layouts import job
 from mimogrid.core.base.errors import PlanError, WorldError
-from mimogrid.core.job.spec import DataSpec, JobSpec, OptimizerSpec, TrainSpec
+from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, OptimizerSpec, TrainSpec
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
 from scale import nightly_only
@@ -88,9 +88,14 @@ def hosted(spec: JobSpec) -> JobSpec:
     return attrs.evolve(spec, data=DataSpec(source="mimogrid.shell.job.host:samples", options=options))
 
 
-def test_the_host_may_give_the_samples(pool: Pool, opened: Opened) -> None:
-    """A batch that comes from outside trains as the same samples of a source do."""
-    spec = job(GRIDS)
+LIMITED: dict[str, Any] = {"batch": BatchSpec(global_size=12, tokens_per_microbatch=24)}
+"""Fields of a job whose microbatches have a limit of tokens."""
+
+
+@pytest.mark.parametrize("fields", [{}, LIMITED])
+def test_the_host_may_give_the_samples(pool: Pool, opened: Opened, fields: dict[str, Any]) -> None:
+    """A batch that comes from outside trains as the same samples of a source do, cut by a number or by tokens."""
+    spec = job(GRIDS, **fields)
     source = opened(spec)
     seen = first(pool.run("hosts:own_batches", 4, opened(hosted(spec)), source, STEPS))
     expected = by_itself(pool, source)
@@ -144,6 +149,8 @@ def test_modules_that_do_not_fit_are_refused(pool: Pool, opened: Opened) -> None
     said = str(refused.value)
     assert "is built in ('vit')" in said
     assert "no module 'ear'" in said
+    with pytest.raises(PlanError, match=r"batch\.tokens_per_microbatch: counts the positions of samples"):
+        pool.run("hosts:refused", 4, opened(job(GRIDS, **LIMITED)), {"modules": {"enc": None}})
     with pytest.raises(PlanError, match="has not been handed over"):
         pool.run("hosts:refused", 4, opened(with_own_encoder("mimogrid.shell.job.host:module")), {})
 

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pretended
 from mimogrid.core.base.errors import WorldError
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.schedule.actions import Action, Compute, Norm, Reduce, Send, Transfer
 from mimogrid.core.topology.topology import Stage
 from mimogrid.shell.checkpoint import files as checkpoint
@@ -155,7 +154,7 @@ def sent(place: RankPlace, job: Job) -> Sent | None:
         step = job.step(0)
         with _counting() as (messages, volume, calls):
             train_step(session.runtime, 0, step, step)
-        program = plan_step(step, job.order)
+        program = job.program_of(step)
         planned = sum(
             _peer(message, place.rank) != place.rank
             for action in program.of(place.rank)

@@ -88,7 +88,7 @@ def digits(pool: Pool, where: Where, folder: Path, steps: int) -> dict[str, Any]
 def checkpoints(pool: Pool, where: Where, folder: Path) -> dict[str, Any]:
     """A checkpoint that is written on one device, loaded on the CPU, and written there, is the same, and back."""
     steps = 2
-    opened_job = open_job(DIGITS, [f"train.steps={steps}", "train.evaluate=false"])
+    opened_job = open_job(DIGITS, [f"train.steps={steps}", "train.evaluate=false", "batch.global_size=16"])
     size = opened_job.topology.world_size
     pool.run("mimogrid.shell.run.train:in_world", size, opened_job, where.shared, str(folder / "run"))
     name = f"step-{steps:08}"

@@ -3,7 +3,8 @@
     vision vit tp2 dp2 @0 m8 frozen > language; language gpt pp2 order=tp,pp,cp,dp @4
 
 A module is its name and its model, then in any order: sizes of axes (`tp2`), `@` its offset, `m` microbatches of
-its own, `chunks`, `x` experts, `frozen`, `tied`, `sp`, the order of its axes, and last, after `>`, whom it feeds.
+its own, `chunks`, `layers`, `x` experts, `frozen`, `tied`, `sp`, the order of its axes, and last, after `>`, whom it
+feeds.
 """
 
 import functools
@@ -37,7 +38,7 @@ from mimogrid.core.topology.topology import Topology
 
 SEQUENCE = 1 << 20
 """Long enough for any rows, and a multiple of what cuts it."""
-_SIZE = re.compile(r"(tp|cp|dp|pp|ep|expert_tp|m|x|width|chunks)(\d+)")
+_SIZE = re.compile(r"(tp|cp|dp|pp|ep|expert_tp|m|x|width|chunks|layers)(\d+)")
 
 
 def job(
@@ -48,11 +49,12 @@ def job(
     schedule: str = "1f1b",
     world: int | None = None,
     bucket_mb: float = 25.0,
+    cut_mb: float = 4.0,
     sharded: bool = False,
 ) -> Topology:
     """Return the topology of a job in the notation above."""
     spec, facts = _written(text, batch, microbatches, schedule, world)
-    spec = attrs.evolve(spec, optimizer=OptimizerSpec(bucket_mb=bucket_mb, sharded=sharded))
+    spec = attrs.evolve(spec, optimizer=OptimizerSpec(bucket_mb=bucket_mb, cut_mb=cut_mb, sharded=sharded))
     problems = problems_of(spec, facts)
     assert not problems, "\n".join(map(str, problems))
     return assemble(spec, facts)
@@ -163,7 +165,7 @@ def _module(text: str) -> tuple[str, ModuleSpec]:
 def _model(kind: str, sizes: Mapping[str, int], flags: set[str]) -> BuiltIn:
     tp = sizes.get("tp", 1)
     common = {
-        "layers": sizes.get("pp", 1) * sizes.get("chunks", 1),
+        "layers": sizes.get("layers", sizes.get("pp", 1) * sizes.get("chunks", 1)),
         "heads": tp,
         "hidden": sizes.get("width", 8) * tp,
         "experts": sizes.get("x", 0),

@@ -1,8 +1,8 @@
 """Loops: a forward step and a loss function as a program for Megatron has them, here and in a job's program."""
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -26,35 +26,65 @@ from mimogrid.shell.runtime.tensor_slices import full_tensors
 SEQUENCE, SAMPLES, MICROBATCHES = 16, 12, 4
 ROWS = (4, 2, 0, 6)
 """Placeholders of one sample after the other."""
+PACKED = (5, 6, 13, SEQUENCE)
+"""Where the segments of a row end in batches that are packed."""
 
 
 def batches(
-    *, labels: bool = True, images: bool = False, steps: int = 2, turned: bool = False
+    *,
+    labels: bool = True,
+    images: bool = False,
+    several: bool = False,
+    steps: int = 2,
+    turned: bool = False,
+    masked: bool = False,
+    packed: bool = False,
+    sounds: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield microbatches: all of their samples, placeholders among the text, some tokens half or not counted."""
     generator = torch.Generator().manual_seed(3)
     size = SAMPLES // MICROBATCHES
     for microbatch in range(steps * MICROBATCHES):
-        counts = [ROWS[(microbatch + i) % len(ROWS)] for i in range(size)]
+        counts = [ROWS[(microbatch + i) % len(ROWS)] * (3 if several else 2) // 2 for i in range(size)]
         ids = torch.randint(0, specs.IMAGE, (size, SEQUENCE), generator=generator)
         for sample, count in zip(ids, counts, strict=True):
             sample[torch.randperm(SEQUENCE, generator=generator)[:count]] = megatrons.PLACEHOLDER
+        if sounds:
+            text = (ids != megatrons.PLACEHOLDER).nonzero()[microbatch % 3 :: 4]
+            ids[text[:, 0], text[:, 1]] = megatrons.SOUND
         mask = torch.randint(0, 3, ids.shape, generator=generator) / 2
         pixels = torch.randn(sum(counts), specs.PIXELS, dtype=torch.float64, generator=generator)
         eye = {"pixels": pixels}
         if images:
             brightness = torch.rand(sum(counts) // 2, dtype=torch.float64, generator=generator)
             eye = {"images": pixels.view(-1, 2, specs.PIXELS), "brightness": brightness}
+        inputs = {"eye": eye}
+        if several:
+            frames = torch.randn(sum(counts) // 3, 2, specs.PIXELS, dtype=torch.float64, generator=generator)
+            far = {"images": frames, "brightness": frames[:, 0, 0]}
+            inputs = {"near": {"pixels": pixels[: sum(counts) // 3]}, "far": far}
+        count = int((ids == megatrons.SOUND).sum())
+        heard = torch.randn(count, specs.PIXELS, dtype=torch.float64, generator=generator)
         counted = torch.arange(SEQUENCE).expand_as(ids)
+        turns = torch.stack([counted, counted // 3, counted % 5 + ids % 2])
+        hidden = torch.ones(size, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+        for sample, of_sample in enumerate(hidden):
+            of_sample[0, : 4 + sample, : 4 + sample] = False
+        ends = torch.tensor(
+            [0, *(SEQUENCE * row + end for row in range(size) for end in PACKED)], dtype=torch.int32
+        )
+        inside = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise((0, *PACKED))])
         yield {
             "input_ids": ids,
-            "position_ids": torch.stack([counted, counted // 3, counted % 5 + ids % 2])
-            if turned
-            else counted,
-            "attention_mask": None,
+            "position_ids": turns if turned else inside.expand_as(ids) if packed else counted,
+            "attention_mask": hidden if masked else None,
             "loss_mask": mask,
             **({"labels": ids.roll(-1, dims=1) % specs.VOCAB} if labels else {}),
-            "modality_inputs": {"vision": {"eye": eye}},
+            **({"packing_kwargs": {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}} if packed else {}),
+            "modality_inputs": {
+                "vision": inputs,
+                **({"audio": {"ear": {"pixels": heard}}} if sounds else {}),
+            },
         }
 
 
@@ -108,6 +138,33 @@ STEP: Mapping[str, Any] = {
 }
 
 
+def one_by_one(batch: Mapping[str, Any], ends: Sequence[int]) -> Iterator[tuple[int, slice, dict[str, Any]]]:
+    """Yield each segment of each row of a batch as a batch; its items are in proportion to its placeholders."""
+    places = batch["input_ids"] == megatrons.PLACEHOLDER
+    begin, total = 0, int(places.sum())
+    for row, (start, stop) in itertools.product(range(len(places)), itertools.pairwise((0, *ends))):
+        part = slice(begin, begin + int(places[row, start:stop].sum()))
+        begin = part.stop
+        inputs = {
+            encoder: {
+                name: tensor[part.start * len(tensor) // total : part.stop * len(tensor) // total]
+                for name, tensor in arguments.items()
+            }
+            for encoder, arguments in batch["modality_inputs"]["vision"].items()
+        }
+        yield (
+            row,
+            slice(start, stop),
+            {
+                **{
+                    n: batch[n][row : row + 1, start:stop] for n in ("input_ids", "position_ids", "loss_mask")
+                },
+                "attention_mask": None,
+                "modality_inputs": {"vision": inputs if part.stop > part.start else None},
+            },
+        )
+
+
 class InFull(nn.Module):
     """`MimoModel` with losses in the precision of its logits; its own are rounded to fp32."""
 
@@ -117,14 +174,24 @@ class InFull(nn.Module):
 
     def forward(self, labels: Tensor | None = None, **batch: Any) -> tuple[Tensor, Tensor]:
         """Return losses [B, S], or logits [B, S, V] where there are no labels."""
-        # In 0.16 the language model gets no position ids, by which mrope turns.
+        packed, encoders = batch.pop("packing_kwargs", None), batch["modality_inputs"]["vision"] or ()
+        if packed is not None or len(encoders) > 1 < len(batch["input_ids"]):
+            # Megatron puts the rows of all samples of one encoder before those of the next, and packs only on CUDA.
+            parts = one_by_one(batch, PACKED if packed else (SEQUENCE,))
+            said = [
+                self(None if labels is None else labels[row : row + 1, at], **one)[0]
+                for row, at, one in parts
+            ]
+            in_row = len(said) // len(batch["input_ids"])
+            rows = [torch.cat(said[i : i + in_row], dim=1) for i in range(0, len(said), in_row)]
+            return torch.cat(rows), batch["loss_mask"]
+        # In 0.16 the language model gets no position ids, by which mrope turns; in 0.19 it gets no mask.
         language, turns = self.model.language_model, batch["position_ids"]
+        given = {"attention_mask": batch["attention_mask"]}
         if turns.dim() > 2:
-            whole, batch = language.forward, {**batch, "position_ids": None}
-            given = mock.patch.object(
-                language, "forward", lambda **named: whole(**{**named, "position_ids": turns})
-            )
-        with given if turns.dim() > 2 else contextlib.nullcontext():
+            given, batch = {**given, "position_ids": turns}, {**batch, "position_ids": None}
+        whole = language.forward
+        with mock.patch.object(language, "forward", lambda **named: whole(**{**named, **given})):
             logits, loss_mask = self.model(**batch)
         output = logits if labels is None else cross_entropy(logits.mT, labels, reduction="none")
         return output, loss_mask

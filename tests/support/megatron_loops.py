@@ -10,6 +10,8 @@ from typing import Any
 import attrs
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config, unwrap_model
@@ -291,11 +293,11 @@ def resumed(  # noqa: PLR0917 -- what a pool calls has no keywords
     job: Job,
     config: Mapping[str, Any],
     options: Mapping[str, Any],
-    folders: tuple[Path | None, Path],
+    folders: tuple[Path | None, Path | None],
     weights: Mapping[str, Any],
     steps: int,
 ) -> Mapping[str, Any]:
-    """Load a distributed checkpoint of Megatron's, or weights where there is none, train, and save another.
+    """Load a distributed checkpoint of Megatron's, or weights where there is none, train, and perhaps save another.
 
     Return the state, on the first rank.
     """
@@ -323,18 +325,37 @@ def resumed(  # noqa: PLR0917 -- what a pool calls has no keywords
             assert success
             scheduler.step(increment=1)
         state = state_of(function)
-        sharded = {
-            **_sharded(function, optimizer),
-            "scheduler": scheduler.state_dict(),
-            "iteration": done + steps,
-        }
-        if place.rank == 0:
-            save.mkdir()
-        torch.distributed.barrier()
-        with checkpoints_on(torch.device("cpu")):
-            dist_checkpointing.save(sharded, str(save))
+        if save:
+            sharded = {
+                **_sharded(function, optimizer),
+                "scheduler": scheduler.state_dict(),
+                "iteration": done + steps,
+            }
+            if place.rank == 0:
+                save.mkdir()
+            torch.distributed.barrier()
+            with checkpoints_on(torch.device("cpu")):
+                dist_checkpointing.save(sharded, str(save))
         function.embedded.close()
         return state
+
+
+def shards(
+    place: RankPlace, job: Job, config: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Take a step and return what this rank writes to a distributed checkpoint: key, whole shape, offset, shape."""
+    with host(place):
+        function = function_of(job, config, {}, place.rank)
+        optimizer = get_mimo_optimizer(function.model, OptimizerConfig(**options))
+        _stepped(function, optimizer, loops.batches())
+        found = _sharded(function, optimizer)
+        apply_factories(found)
+        function.embedded.close()
+    return [
+        (shard.key, tuple(shard.global_shape), tuple(shard.global_offset), tuple(shard.local_shape))
+        for shard in nested_values(found)
+        if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id)
+    ]
 
 
 def _sharded(

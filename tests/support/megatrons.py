@@ -19,6 +19,7 @@ from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import moe_utils, router
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import specs
 from hosts import host
 from mimogrid.adapters import torch_module
-from mimogrid.adapters.megatron import block_of, forward_backward_func, layer_spec, networks_of
+from mimogrid.adapters.megatron import Blocks, block_of, forward_backward_func, layer_spec, networks_of
 from mimogrid.adapters.megatron.modality import packed
 from mimogrid.adapters.torch_module import Embedded
 from mimogrid.core.base.hashing import draw_bits
@@ -49,16 +50,23 @@ from mimogrid.shell.runtime.tensor_slices import full_tensors
 
 PLACEHOLDER = 99
 """The special token of images; no token of text."""
+SOUND = 98
+"""The special token of sounds."""
 
 
-def side_by_side(vision: Mapping[str, int], language: Mapping[str, int]) -> dict[str, HyperCommGrid]:
-    """Megatron's grids of two modules by the sizes of their axes; the language model is behind the encoder."""
-    return {
-        "vision": HyperCommGrid(list(vision.values()), list(vision)),
-        "language": HyperCommGrid(
-            list(language.values()), list(language), rank_offset=math.prod(vision.values())
-        ),
-    }
+def side_by_side(
+    vision: Mapping[str, int], language: Mapping[str, int], audio: Mapping[str, int] | None = None
+) -> dict[str, HyperCommGrid]:
+    """Megatron's grids of modules by the sizes of their axes, one behind the other; the language model is the last."""
+    found, offset = {}, 0
+    for name, sizes in {
+        "vision": vision,
+        **({"audio": audio} if audio else {}),
+        "language": language,
+    }.items():
+        found[name] = HyperCommGrid(list(sizes.values()), list(sizes), rank_offset=offset)
+        offset += math.prod(sizes.values())
+    return found
 
 
 def config_of(
@@ -70,11 +78,14 @@ def config_of(
     here: Mapping[str, int] | None = None,
     eye: Mapping[str, Any] | None = None,
     images: bool = False,
+    several: bool = False,
+    sounds: bool = False,
     **transformer: Any,
 ) -> MimoModelConfig:
     """Specify the model; `here` are the layers of the stages for which it is to be built, where there are several.
 
-    `eye` configures an encoder that is a transformer; without it the encoder is one linear layer.
+    `eye` configures an encoder that is a transformer; without it the encoder is one linear layer, or `several` are.
+    With `sounds` there is a second modality.
     """
     gpt = Gpt(layers=layers, hidden=specs.HIDDEN, heads=4, vocab=specs.VOCAB)
     layer = block_spec(
@@ -91,6 +102,11 @@ def config_of(
         layer = dataclasses.replace(layer, layer_specs=[turned] * len(layer.layer_specs))
     text = specs.language(config=config, transformer_layer_spec=layer, **language)
     vision = specs.vision(specs.Images if images else specs.Pixels, hidden=8)
+    if several:
+        vision.submodules["encoders"] = {
+            "near": ModuleSpec(specs.Pixels, {"hidden": 8}),
+            "far": ModuleSpec(specs.Frames, {"hidden": 8}),
+        }
     if eye is not None:
         vit = Vit(layers=eye["layers"], hidden=specs.HIDDEN, heads=4, features=specs.PIXELS)
         built = vit.layers if here is None else here.get("vision", 0)
@@ -101,10 +117,11 @@ def config_of(
         if sizes.num_moe_experts:
             stack = with_experts(stack, sizes, causal=False)
         vision = specs.vision(Patches, in_features=specs.HIDDEN, transformer_config=sizes, spec=stack)
+    audio = {"audio": specs.audio()} if sounds else {}
     return specs.model_config(
         language_model_spec=text,
-        modality_submodules_spec={"vision": vision},
-        special_token_ids={"vision": PLACEHOLDER},
+        modality_submodules_spec={"vision": vision, **audio},
+        special_token_ids={"vision": PLACEHOLDER, **dict.fromkeys(audio, SOUND)},
     )
 
 
@@ -154,7 +171,7 @@ def with_groups(
     collection = ProcessGroupCollection(**dict.fromkeys(names, alone))
     collection.pp = pp or alone
     collection.embd = collection.pos_embd = None
-    encoder = config.modality_submodules_spec["vision"].submodules["encoders"]["eye"]
+    encoder = next(iter(config.modality_submodules_spec["vision"].submodules["encoders"].values()))
     for spec in (config.language_model_spec, *([encoder] if encoder.module is Patches else [])):
         spec.params["pg_collection"] = collection
     return config
@@ -320,7 +337,9 @@ def trained(
     hosted = {info.stage.module: len(info.layers) for info in job.topology.role(place.rank).stages}
     with host(place), exact_routing():
         made = config_of(**config, here=hosted)
-        eye = arranged if config.get("eye") else "pixels"
+        eye: Any = arranged if config.get("eye") else "pixels"
+        if config.get("eye") and config["eye"].get("pp", 1) == 1:
+            eye = Blocks("pixels", mask="attention_mask")
         function = forward_backward_func(
             job, made, encoder_inputs={"vision": eye}, optimizer="host", **options
         )

@@ -34,26 +34,41 @@ VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "
 
 @attrs.define
 class Cluster:
-    """The nodes of a world: what their ranks run, and the agents that live."""
+    """The nodes of a world: what their ranks run, the agents that live, and how often torchrun was started."""
 
     store: TCPStore
     arguments: Sequence[str]
     said: Path
     fault: str
     agents: list[BaseProcess] = attrs.field(factory=list)
+    starts: int = 1
 
     def add(self) -> BaseProcess:
         """Add a node."""
-        agent = launching.process(_agent, self.store.port, self.arguments, self.said, self.fault)
+        agent = launching.process(
+            _agent,
+            self.store.port,
+            f"{self.said.parent.name}-{self.starts}",
+            self.arguments,
+            self.said,
+            self.fault,
+        )
         agent.start()
         self.agents.append(agent)
         return agent
 
     def remove(self, agent: BaseProcess, number: signal.Signals = signal.SIGKILL) -> None:
         """Remove a node: its agent is killed, or asked to end."""
-        os.kill(agent.pid or 0, number)
+        if agent.is_alive():
+            os.kill(agent.pid or 0, number)
         agent.join(60)
         self.agents.remove(agent)
+
+    def clear(self) -> None:
+        """Remove all nodes; those that are added afterwards meet under another name, as of another torchrun."""
+        for agent in [*self.agents]:
+            self.remove(agent)
+        self.starts += 1
 
     def join(self, limit_s: float) -> list[int | None]:
         """Wait for all agents; return their exit codes."""
@@ -70,20 +85,17 @@ def cluster(arguments: Sequence[str], said: Path, *, fault: str = "") -> Iterato
     try:
         yield opened
     finally:
-        for agent in [*opened.agents]:
-            if agent.is_alive():
-                os.kill(agent.pid or 0, signal.SIGCONT)
-                opened.remove(agent)
+        opened.clear()
 
 
-def _agent(port: int, arguments: Sequence[str], said: Path, fault: str) -> None:
+def _agent(port: int, name: str, arguments: Sequence[str], said: Path, fault: str) -> None:
     """Run a node, as torchrun does."""
     os.environ.update(VARIABLES)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=NODES_MOST,
         nproc_per_node=RANKS_OF_A_NODE,
-        run_id=said.parent.name,
+        run_id=name,
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}",
         rdzv_configs=dict(MEETING),

@@ -47,6 +47,9 @@ def right(logits, sample):
     found = (logits.argmax(dim=-1) == sample["labels"])[counts].float().mean()
     return {"right": found, "long": len(counts)} if len(counts) > 3 else {"right": found}
 
+def said(answer, sample):
+    return {"said": len(answer)}
+
 def strange(logits, sample):
     return 0.5
 

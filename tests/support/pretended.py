@@ -12,8 +12,9 @@ To C++ such a tensor is on `meta`, the one device besides the CPU that every bui
 """
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -23,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mimogrid.shell.device.device import Device
 from mimogrid.shell.device.streams import Streams
@@ -83,7 +83,7 @@ class Pretending(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func is torch.ops.prim.device.default:
             return META
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = list(_tensors((args, tuple(kwargs.values()))))
         is_there = any(isinstance(tensor, OnCuda) for tensor in tensors)
         self._refuse(func, tensors, is_there=is_there)
         if is_there and func is aten.resize_.default:
@@ -95,15 +95,15 @@ class Pretending(TorchDispatchMode):
         if to is not None:
             is_there, kwargs["device"] = to.type != "cpu", CPU
         is_pinned = kwargs.pop("pin_memory", None)
-        given, named = tree_map_only(OnCuda, _plain, (args, kwargs))
-        result = func(*given, **named)
+        named = {name: _mapped(_plain, value) for name, value in kwargs.items()}
+        result = func(*_mapped(_plain, args), **named)
         written = _written(func, args, kwargs)
         if written:
             return written[0] if len(written) == 1 else tuple(written)
         if is_pinned:
             ref = StorageWeakRef(result.untyped_storage())
             self._pinned[ref.cdata] = ref
-        return tree_map_only(torch.Tensor, OnCuda, result) if is_there else result
+        return _mapped(OnCuda, result) if is_there else result
 
     def _refuse(self, func: Any, tensors: list[torch.Tensor], *, is_there: bool) -> None:
         """Raise where CUDA, or NCCL, would."""
@@ -141,23 +141,46 @@ class Pretending(TorchDispatchMode):
         return ref is not None and not ref.expired()
 
 
+def _tensors(of: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of lists within lists, which is all that operations are given."""
+    if isinstance(of, torch.Tensor):
+        yield of
+    elif isinstance(of, (list, tuple)):
+        for part in of:
+            yield from _tensors(part)
+
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], of: Any) -> Any:
+    """Change every tensor of lists within lists."""
+    if isinstance(of, torch.Tensor):
+        return change(of)
+    return type(of)(_mapped(change, part) for part in of) if isinstance(of, (list, tuple)) else of
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as the CPU's that it is."""
+    """Return a tensor of the device's as the CPU's that it is."""
+    if not isinstance(tensor, OnCuda):
+        return tensor
     storage, offset = tensor.untyped_storage(), tensor.storage_offset()
     return torch.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.size(), tensor.stride())
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """Return those arguments that an operation writes to and returns."""
-    schema = func._schema
-    if func.namespace == "c10d" or not any(r.alias_info and r.alias_info.is_write for r in schema.returns):
-        return []
-    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    return [
-        named[argument.name]
-        for argument in schema.arguments
-        if argument.alias_info and argument.alias_info.is_write and argument.name in named
-    ]
+    names, written = _names(func)
+    named = dict(zip(names, args, strict=False)) | kwargs if written else {}
+    return [named[name] for name in written if name in named]
+
+
+@functools.cache
+def _names(func: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of all arguments of an operation, and of those that it writes to and returns."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    returns_written = func.namespace != "c10d" and any(
+        r.alias_info and r.alias_info.is_write for r in returns
+    )
+    written = (a.name for a in arguments if returns_written and a.alias_info and a.alias_info.is_write)
+    return tuple(a.name for a in arguments), tuple(written)
 
 
 def _is_masking(func: Any, args: Any) -> bool:

@@ -175,6 +175,9 @@ class _Rank:
         self.halves: dict[tuple[Stage, int], Number] = {}
         self.unread: dict[tuple[Stage, int], set[Transfer]] = {}
         self.gradient: collections.Counter[Stage] = collections.Counter()
+        self.whole: collections.Counter[Stage] = collections.Counter()
+        self.parts: dict[tuple[Stage, int], list[int | None]] = {}
+        self.early: dict[tuple[Stage, int], Number] = {}
         self.sums: dict[Reduce, tuple[tuple[int, ...], int]] = {}
         self.summed: dict[Reduce, Number] = {}
         self.gathers: dict[Gather, tuple[tuple[int, ...], int]] = {}
@@ -294,6 +297,12 @@ class _Rank:
     def computed(self, action: Compute, value: Number) -> None:
         """Keep what a compute action has made; add to a gradient, whose sum has no order."""
         stage, place = action.stage, (action.stage, action.microbatch)
+        if action.kind is Kind.BACKWARD_PART:
+            self.part_computed(action, value)
+            return
+        cuts = self.program.order.cuts_of(*place) if action.kind is Kind.BACKWARD else ()
+        if self.parts.get(place, []) != [cut.layer for cut in cuts]:
+            raise RehearsalError(f"'{action}' comes before all of its parts")
         match action.kind:
             case Kind.FORWARD:
                 self.kept[place] = self.made[stage, Direction.FORWARD, action.microbatch] = value
@@ -305,10 +314,34 @@ class _Rank:
                 self.made[stage, Direction.BACKWARD, action.microbatch] = value
                 self.halves[place] = value
         if action.kind is not Kind.INPUT_GRADIENT:
-            if any(reduce.stage == stage for reduce in self.sums):
+            complete = {bucket for cut in cuts for bucket in cut.buckets}
+            if any(reduce.stage == stage and reduce.bucket not in complete for reduce in self.sums):
                 raise RehearsalError(f"'{action}' adds to a gradient that is being summed")
-            self.gradient[stage] = (self.gradient[stage] + self.halves.pop(place)) % MODULUS
+            made = self.halves.pop(place)
+            self.gradient[stage] = (self.gradient[stage] + made) % MODULUS
+            if not cuts:
+                self.whole[stage] = (self.whole[stage] + made) % MODULUS
             del self.kept[place]
+
+    def part_computed(self, part: Compute, value: Number) -> None:
+        """Keep what a part of a backward adds to the buckets that it completes."""
+        stage, place = part.stage, (part.stage, part.microbatch)
+        done = self.parts.setdefault(place, [])
+        cuts = self.program.order.cuts_of(*place)
+        if len(done) == len(cuts) or cuts[len(done)].layer != part.layer:
+            raise RehearsalError(f"'{part}' is not the next part")
+        for bucket in cuts[len(done)].buckets:
+            if Reduce(stage, bucket) in self.sums:
+                raise RehearsalError(f"'{part}' adds to a gradient that is being summed")
+            self.early[stage, bucket] = value
+        done.append(part.layer)
+
+    def gradient_of(self, reduce: Reduce) -> Number:
+        """Return the gradient of a bucket. One that a part of a backward completes takes nothing from the rest."""
+        stage, bucket = reduce.stage, reduce.bucket
+        if any(bucket in cut.buckets for cut in self.program.order.cuts.get(stage, ())):
+            return of(self.whole[stage], self.early.get((stage, bucket)))
+        return self.gradient[stage]
 
     def hold(self, stage: Stage, k: int) -> None:
         """Count what a stage holds now: what its backward will need, or what is still to be read elsewhere."""
@@ -362,7 +395,7 @@ class _Rank:
         members = tuple(self.program.joint(self.number, reduce))
         before = [n for ranks, n in sorted(self.computes.items()) if set(members) <= set(ranks)]
         what = f"{reduce} after {before}"
-        self.sums[reduce] = self.world.post(self, members, what, self.gradient[reduce.stage])
+        self.sums[reduce] = self.world.post(self, members, what, self.gradient_of(reduce))
         return True
 
     def wait_for_sum(self, wait: WaitReduce) -> bool:

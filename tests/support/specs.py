@@ -6,6 +6,7 @@ import attrs
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.submodules.audio import AudioModalitySubmodules
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -64,6 +65,14 @@ class Images(nn.Module):
         return self.linear(images * brightness[:, None, None]).flatten(0, 1)
 
 
+class Frames(Images):
+    """The same, with the rows of each image beside each other: [N, 2, H]."""
+
+    def forward(self, images: Tensor, brightness: Tensor) -> Tensor:
+        """Return [N, 2, H]."""
+        return super().forward(images, brightness).unflatten(0, (-1, 2))
+
+
 class Doubling(nn.Module):
     """An encoder of which every stage doubles what comes in: pixels on the first, hidden states later."""
 
@@ -106,6 +115,14 @@ def vision(
         linear = ModuleSpec(module=nn.Linear, params={"in_features": in_features, "out_features": HIDDEN})
         parts["input_projections"] = [linear]
     return ModuleSpec(module=VisionModalitySubmodules, params={}, submodules=parts)
+
+
+def audio() -> ModuleSpec:
+    """Sounds through one encoder, projected to the language model's width."""
+    linear = ModuleSpec(module=nn.Linear, params={"in_features": 6, "out_features": HIDDEN})
+    encoders = {"ear": ModuleSpec(module=Pixels, params={"hidden": 6})}
+    parts = {"encoders": encoders, "input_projections": [linear]}
+    return ModuleSpec(module=AudioModalitySubmodules, params={}, submodules=parts)
 
 
 def model_config(**fields: Any) -> MimoModelConfig:

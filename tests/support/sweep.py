@@ -27,7 +27,6 @@ from mimogrid.core.base.hashing import draw_integer
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.job.spec import JobSpec, SourceFacts, TrainSpec
-from mimogrid.core.program.lower import plan_step
 from mimogrid.shell.checkpoint import manifest, saving
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job import jobfile
@@ -183,7 +182,7 @@ def in_world(place: RankPlace, job: Job, folder: str, resume: str | None, case: 
 
 
 def _fault(job: Job, case: Case) -> str:
-    actions = plan_step(job.step(case.step), job.order).of(case.rank)
+    actions = job.program_of(job.step(case.step)).of(case.rank)
     action = actions[draw_integer(STEPS, case.step, f"action {case}", 0, len(actions) - 1)]
     return f"kill rank {case.rank} step {case.step} at {action}"
 

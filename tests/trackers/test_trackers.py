@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,15 @@ def test_mlflow(run: TrackedRun) -> None:
     assert "3" == kept.data.params["seed"]
     points = client.get_metric_history(kept.info.run_id, "loss/language")
     assert [(step, 0.25) for step in STEPS] == [(point.step, point.value) for point in points]
+
+
+def test_a_server_that_is_gone_is_told_soon(run: TrackedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks wait for the first one meanwhile, and MLflow by itself tries for four minutes."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    warned, begin = list[str](), time.monotonic()
+    found = Trackers(("mlflow",), run, warned.append)
+    found.log(0, CURVES)
+    found.close()
+    assert 1 == len(warned)
+    assert "the run goes on without the tracker mlflow" in warned[0]
+    assert time.monotonic() - begin < 60

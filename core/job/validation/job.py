@@ -11,6 +11,7 @@ from mimogrid.core.job.spec import (
     TRACKERS,
     WORKER_KINDS,
     DataSpec,
+    GenerateSpec,
     JobSpec,
     TrackSpec,
     TrainSpec,
@@ -94,6 +95,24 @@ def _validation(spec: JobSpec) -> Iterator[Problem]:
     if validation.metrics and len(texts) != 1:
         message = f"get the logits of the language model; the job has {len(texts)}."
         yield Problem(f"{where}.metrics", message, "Leave them out.")
+    yield from _generate(f"{where}.generate", validation.generate, len(texts))
+
+
+def _generate(where: str, generate: GenerateSpec, texts: int) -> Iterator[Problem]:
+    yield from at_least(f"{where}.tokens", generate.tokens, 0, "0: nothing is generated.")
+    if not generate.temperature >= 0:
+        yield Problem(
+            f"{where}.temperature", f"is {generate.temperature}.", "Use 0 or more; 0: the likeliest tokens."
+        )
+    yield from at_least(f"{where}.top_k", generate.top_k, 0, "0: all tokens.")
+    if not 0 < generate.top_p <= 1:
+        yield Problem(f"{where}.top_p", f"is {generate.top_p}.", "Use a number above 0, up to 1.")
+    if generate.tokens and texts != 1:
+        message = f"is {generate.tokens}, and a language model answers; the job has {texts}."
+        yield Problem(f"{where}.tokens", message, "Leave it out.")
+    if generate.metrics and not generate.tokens:
+        message = "get answers, and none are generated."
+        yield Problem(f"{where}.metrics", message, f"Set {where}.tokens, the most tokens of an answer.")
 
 
 def _track(track: TrackSpec) -> Iterator[Problem]:

@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterator, Mapping
 
 from mimogrid.core.base.errors import Problem, nearest
-from mimogrid.core.job.lora import ALL, Lora, aims_at, linears, names_of
+from mimogrid.core.job.lora import ALL, NO_LORA, Lora, aims_at, linears, names_of
 from mimogrid.core.job.models import BuiltIn
 from mimogrid.core.job.spec import ModuleSpec
-from mimogrid.core.job.validation.checks import above_zero, at_least, at_most
+from mimogrid.core.job.validation.checks import above_zero, at_least, at_most, one_of
 
 
-def lora_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
-    """Check the LoRA of a module whose sizes are legal."""
+def lora_problems(name: str, module: ModuleSpec, precision: str) -> Iterator[Problem]:
+    """Check the LoRA of a module whose sizes are legal, in a job of a precision."""
     where = f"modules.{name}.lora"
     if module.lora is None:
         return
@@ -21,8 +21,25 @@ def lora_problems(name: str, module: ModuleSpec) -> Iterator[Problem]:
         return
     wrong = list(_numbers(where, module.lora, module.options))
     yield from wrong
+    yield from _base(f"{where}.base", module.lora.base, precision)
     if not any(problem.where.endswith(".rank") for problem in wrong):
         yield from _targets(f"{where}.targets", name, module.options, module.lora)
+
+
+def _base(where: str, base: str, precision: str) -> Iterator[Problem]:
+    """Check that every value of the base is one of the job's precision, too."""
+    if base:
+        yield from one_of(where, base, tuple(_WITHIN))
+        if precision not in _WITHIN.get(base, (precision,)):
+            fact = (
+                f"is '{base}', and the job computes in {precision}, which does not have all values of {base}."
+            )
+            remedy = f"Leave it out, or set precision to one of {', '.join(_WITHIN[base])}."
+            yield Problem(where, fact, remedy)
+
+
+_WITHIN = {"bf16": ("fp64", "fp32", "bf16"), "fp16": ("fp64", "fp32", "fp16")}
+"""By the precision of a base those that have all of its values."""
 
 
 def _numbers(where: str, lora: Lora, model: BuiltIn) -> Iterator[Problem]:
@@ -41,7 +58,7 @@ def _targets(where: str, name: str, model: BuiltIn, lora: Lora) -> Iterator[Prob
         yield Problem(where, "is empty.", f'Name linear layers: {", ".join(words)}; or ["{ALL}"].')
     for target in lora.targets:
         if not any(aims_at(target, names) for names in found):
-            fact = f"'{target}' is no linear layer of module '{name}'; experts and routers get no LoRA."
+            fact = f"'{target}' is no linear layer of module '{name}'; {NO_LORA}."
             plain = re.fullmatch(r"\w+", target)
             remedy = nearest(target, words) if plain else f"Its linear layers: {', '.join(words)}."
             yield Problem(where, fact, remedy)

@@ -22,6 +22,7 @@ def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
     if optimizer.eps is not None:
         yield from above_zero("optimizer.eps", optimizer.eps)
     yield from above_zero("optimizer.bucket_mb", optimizer.bucket_mb)
+    yield from finite("optimizer.cut_mb", optimizer.cut_mb, "0 turns cuts off.")
     yield from finite("optimizer.clip_norm", optimizer.clip_norm, "0 turns clipping off.")
     yield from finite("optimizer.weight_decay", optimizer.weight_decay)
     yield from at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)

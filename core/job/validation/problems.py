@@ -19,6 +19,7 @@ from mimogrid.core.job.validation.own import own_problems
 from mimogrid.core.job.validation.parameters import freezing_problems
 from mimogrid.core.job.validation.ranks import balance_problems, dp_problems, world_problems
 from mimogrid.core.job.validation.sizes import size_problems, total_problems
+from mimogrid.core.job.validation.tokens import limit_problems, token_problems
 from mimogrid.core.job.validation.towers import tower_problems
 from mimogrid.core.job.validation.wiring import loss_problems, wiring_problems
 
@@ -32,7 +33,7 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
     `source` is None if the source itself is wrong. Then it is not checked whether the data fits the modules.
     """
     found, wiring = list(job_problems(spec)), list(wiring_problems(spec))
-    found += wiring
+    found += [*limit_problems(spec), *wiring]
     whole = True
     for name, module in spec.modules.items():
         sizes = list(size_problems(name, module))
@@ -41,7 +42,11 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
         if not sizes:
             found += [*cut_problems(name, module), *sharding_problems(name, module)]
             found += [*expert_problems(name, module), *dp_problems(name, module, spec)]
-            found += [*loss_problems(name, module), *tower_problems(name, spec), *lora_problems(name, module)]
+            found += [
+                *loss_problems(name, module),
+                *tower_problems(name, spec),
+                *lora_problems(name, module, spec.precision),
+            ]
     totals = list(total_problems(spec)) if whole else []
     found += totals
     whole = whole and not totals
@@ -50,7 +55,7 @@ def problems_of(spec: JobSpec, source: SourceFacts | None) -> tuple[Problem, ...
         found += [*freezing_problems(spec, source or SourceFacts())]
         found += [*own_problems(spec), *group_problems(spec, source or SourceFacts())]
     if whole and not wiring and source is not None:
-        found += data_problems(spec, source)
+        found += [*data_problems(spec, source), *token_problems(spec, source)]
     return tuple(found)
 
 

@@ -24,7 +24,8 @@ def dp_problems(name: str, module: ModuleSpec, spec: JobSpec) -> Iterator[Proble
                 f"Legal counts for {size} samples: {divisors(size)}.",
             )
         return
-    yield from _count_problems(name, module, spec, count)
+    if not spec.batch.tokens_per_microbatch:
+        yield from _count_problems(name, module, spec, count)
     if size // count < dp:
         fewer = f"at most {size // dp} microbatches, " if size >= dp else ""
         yield Problem(
@@ -58,7 +59,8 @@ def balance_problems(spec: JobSpec) -> Iterator[Problem]:
     """Check that samples which are assigned by cost can fill every cell: a microbatch on a lane of dp ranks."""
     counts = [module.microbatches or spec.batch.microbatches for module in spec.modules.values()]
     sizes = [module.grid.dp for module in spec.modules.values()]
-    if spec.batch.balance != "cost" or min((*counts, *sizes), default=0) < 1:
+    counted = spec.batch.balance == "cost" and not spec.batch.tokens_per_microbatch
+    if not counted or min((*counts, *sizes), default=0) < 1:
         return
     microbatches, lanes = math.lcm(*counts), math.lcm(*sizes)
     if spec.batch.global_size < microbatches * lanes:

@@ -61,8 +61,8 @@ function ticks(low, high, most) {
 
 // -- colours of actions --------------------------------------------------------------------------------------
 
-const KINDS = { FORWARD: "forward", BACKWARD: "backward", INPUT_GRADIENT: "gradient of inputs", WEIGHT_GRADIENT: "gradient of weights" };
-const LETTERS = { FORWARD: "F", BACKWARD: "B", INPUT_GRADIENT: "I", WEIGHT_GRADIENT: "W" };
+const KINDS = { FORWARD: "forward", BACKWARD: "backward", BACKWARD_PART: "part of a backward", INPUT_GRADIENT: "gradient of inputs", WEIGHT_GRADIENT: "gradient of weights" };
+const LETTERS = { FORWARD: "F", BACKWARD: "B", BACKWARD_PART: "B/", INPUT_GRADIENT: "I", WEIGHT_GRADIENT: "W" };
 
 // A forward is light, a backward dark, the gradient of inputs dark and striped, that of weights an outline.
 function fillCell(brush, ink, kind, x, y, width, height) {

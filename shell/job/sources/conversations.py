@@ -149,14 +149,17 @@ def conversations(
         checkpoint,
         index.store(),
     )
-    towers = {name: module for name, module in model.modules.items() if name != LANGUAGE}
-    facts = SourceFacts(
-        sequence=chosen.sequence or index.facts.longest,
+    return source, facts_of(model, chosen.sequence or index.facts.longest), ()
+
+
+def facts_of(model: Model, sequence: int) -> SourceFacts:
+    """Return the facts of conversations for the model of a checkpoint, with so many positions at most."""
+    return SourceFacts(
+        sequence=sequence,
         vocab=model.modules[LANGUAGE].options["vocab"],
-        features={name: module.options["features"] for name, module in towers.items()},
+        features={name: m.options["features"] for name, m in model.modules.items() if name != LANGUAGE},
         targets=False,
     )
-    return source, facts, ()
 
 
 def _checkpoint(spec: JobSpec, index: Index, chosen: Options) -> Path:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mimogrid.core.job.costs import EdgeCosts
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Direction, Recv, Send
 from mimogrid.core.step.routes import Message
 from mimogrid.core.step.traffic import message_bytes
@@ -115,7 +115,7 @@ def gathering_s(runtime: RankRuntime, stage: Stage, repeat: int) -> float:
 
 
 def _program(runtime: RankRuntime) -> Program:
-    return plan_step(runtime.job.step(0), runtime.job.order)
+    return runtime.job.program_of(runtime.job.step(0))
 
 
 def _alone_s(runtime: RankRuntime, exchange: Callable[[], None] | None, repeat: int) -> float:

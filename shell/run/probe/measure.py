@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mimogrid.core.job.costs import Costs, EdgeCosts
-from mimogrid.core.program.lower import Program, plan_step
+from mimogrid.core.program.lower import Program
 from mimogrid.core.simulate.memory import peak_bytes
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.shell.device.place import RankPlace
@@ -39,7 +39,7 @@ def in_world(place: RankPlace, job: Job, repeat: int, speaks: bool = False) -> P
         runtime = session.runtime
         if runtime is None:
             return None
-        program = plan_step(job.step(0), job.order)
+        program = job.program_of(job.step(0))
         other = other_schedule(job, program)
         own, *others = in_turns(runtime, [job, other] if other else [job], repeat)
         core_s = None if session.device.is_asynchronous else core_seconds(runtime, job, repeat)

@@ -15,7 +15,9 @@ from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.schedules import ONE_F_ONE_B, ZB_H1
 from mimogrid.core.program.lower import Program, plan_step
 from mimogrid.core.schedule.actions import Action
+from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.work import may_split
+from mimogrid.core.step.step import Step
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run.probe.clock import WARM_UP, Clock, Measurement, usual
 from mimogrid.shell.run.probe.turns import Turns, turns_of
@@ -44,25 +46,28 @@ class Steps:
 
 
 def in_turns(runtime: RankRuntime, jobs: Sequence[Job], repeat: int) -> list[Steps]:
-    """Run steps of a job under several schedules, which alternate."""
+    """Run steps of a job under several schedules, which alternate; backwards are not cut."""
     found = [Steps() for _ in jobs]
     for index in range(WARM_UP + repeat):
         for job, steps in zip(jobs, found, strict=True):
             step = job.step(index)
-            turns = Turns(
-                turns_of(plan_step(step, job.order))[runtime.rank], runtime.group, Clock(runtime.device)
-            )
+            planned = plan_step(step, _uncut(job, step))
+            turns = Turns(turns_of(planned)[runtime.rank], runtime.group, Clock(runtime.device))
             dist.barrier(runtime.group)
             begin = time.thread_time()
             following = job.step(index + 1)
-            plan_step(following, job.order).of(runtime.rank)
-            planned = time.thread_time() - begin
-            train_step(runtime, index, step, following, executor=turns, order=job.order)
+            plan_step(following, _uncut(job, following)).of(runtime.rank)
+            planning_s = time.thread_time() - begin
+            train_step(runtime, index, step, following, executor=turns, order=planned.order)
             if index >= WARM_UP:
-                steps.planning.append(planned)
+                steps.planning.append(planning_s)
                 for action, measurement in turns.measurements.items():
                     steps.actions[action].append(measurement)
     return found
+
+
+def _uncut(job: Job, step: Step) -> Order:
+    return attrs.evolve(job.order_of(step), cuts={})
 
 
 def other_schedule(job: Job, program: Program) -> Job | None:

@@ -102,7 +102,8 @@ def test_every_compute_action_is_a_cell_with_its_number():
 @pytest.mark.parametrize("chunk", [0, 1])
 def test_kinds_differ_without_colour(ink, chunk):
     """A forward is much lighter than a backward, of whose halves one is striped and one an outline."""
-    forward, backward, inputs, weights = (ink.of(kind, chunk, 2) for kind in Kind)
+    forward, backward, inputs, weights, part = (ink.of(kind, chunk, 2) for kind in Kind)
+    assert backward == part
     assert contrast(forward.colour, backward.colour) > 2.5
     assert not any(fill.pattern or fill.outline for fill in (forward, backward))
     assert inputs.pattern

@@ -11,9 +11,10 @@ from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.pricing.flops import stage_flops
-from mimogrid.core.pricing.footprint import Computed, kept, saved_values
+from mimogrid.core.pricing.footprint import Computed, kept, saved_values, widened_bytes
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Stage, Topology
+from mimogrid.core.update.contents import table_of
 from mimogrid.core.update.trained import trained_lines
 
 
@@ -21,12 +22,13 @@ GPT = Gpt(layers=2, hidden=16, heads=4, kv_heads=2, ffn=48, vocab=32, gated=True
 LORA = Lora(rank=2, targets=("q_proj", "down"))
 
 
-def spec(lora: Lora | None = LORA, *, model: Gpt = GPT, **fields: Any) -> JobSpec:
+def spec(lora: Lora | None = LORA, *, model: Gpt = GPT, precision: str = "fp32", **fields: Any) -> JobSpec:
     """A language model with LoRA."""
     return JobSpec(
         modules={"language": ModuleSpec(model="gpt", options=model, lora=lora, **fields)},
         data=DataSpec(source="none"),
         batch=BatchSpec(global_size=2),
+        precision=precision,
     )
 
 
@@ -85,6 +87,22 @@ def test_memory_is_that_of_what_trains() -> None:
     assert 2 * 10 * 2 * (16 + 48) == dropped - plain
 
 
+def test_a_base_in_half_precision_is_half_as_large() -> None:
+    """In memory and in checkpoints; a product widens one matrix at a time, in forward and backward."""
+    lora = attrs.evolve(LORA, base="bf16")
+    half, whole = topology(lora=lora, trainable=("embedding.*",)), topology(trainable=("embedding.*",))
+    layers = 16 * (32 + 16) + 16 * 96 + 48 * 16
+    assert 2 * (2 * layers + 16 * 32) == kept(whole, 0).weights - kept(half, 0).weights
+    assert kept(half, 0).gradients == kept(whole, 0).gradients
+    described = table_of(half, {}, (), steps_taken=0)
+    dtypes = {name: next(iter(of.dtypes)) for name, of in described.items()}
+    assert "BF16" == dtypes["language.layers.0.attention.qkv.weight"] == dtypes["language.output.weight"]
+    assert "F32" == dtypes["language.embedding.weight"] == dtypes["language.layers.0.mlp_norm.weight"]
+    (info,) = half.modules["language"].stages
+    assert 4 * 16 * 96 == widened_bytes(half, info.stage)
+    assert 0 == widened_bytes(whole, whole.modules["language"].stages[0].stage)
+
+
 @pytest.mark.parametrize(
     ("fields", "where", "words"),
     [
@@ -96,6 +114,8 @@ def test_memory_is_that_of_what_trains() -> None:
         ({"lora": Lora(rank=2, targets=("layers.7.*",))}, "lora.targets", "Its linear layers: q, q_proj, k"),
         ({"lora": Lora(rank=2, targets=("q",), dropout=1.0)}, "lora.dropout", "below 1"),
         ({"lora": Lora(rank=2, targets=("q",), alpha=0.0)}, "lora.alpha", "above 0"),
+        ({"lora": attrs.evolve(LORA, base="int4")}, "lora.base", "'int4' is not known"),
+        ({"lora": attrs.evolve(LORA, base="fp16"), "precision": "bf16"}, "lora.base", "all values of fp16"),
         ({"frozen": True}, "modules.language", "says both lora and frozen"),
         ({"engine": "transformer_engine"}, "engine", "LoRA is beside local layers"),
         (

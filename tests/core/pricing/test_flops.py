@@ -8,7 +8,16 @@ import pytest
 import jobs
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
-from mimogrid.core.pricing.flops import Load, model_flops, module_units, of_units, stage_flops, sum_of
+from mimogrid.core.pricing.flops import (
+    Load,
+    model_flops,
+    module_units,
+    of_units,
+    sample_flops,
+    stage_flops,
+    sum_of,
+)
+from mimogrid.core.step.step import Step
 from mimogrid.core.topology.parse import parse
 from mimogrid.core.topology.topology import Stage
 
@@ -52,6 +61,16 @@ def test_forward_is_the_count_by_hand():
     assert 2 * (entry + 2 * layer + projector) == flops[Stage("vision", 0)].forward
     linear, attention, head = gpt_forward(ROWS + TEXT)
     assert 2 * (2 * (linear + attention) + head) == flops[Stage("language", 0)].forward
+
+
+def test_samples_add_up_to_the_step():
+    """Samples of other lengths cost other amounts; together they cost what the modules do."""
+    step = step_of_two(frozen=("layers.0.*",))
+    longer = [attrs.evolve(sample, length=sample.length + i) for i, sample in enumerate(step.samples)]
+    step = Step(step.topology, tuple(longer))
+    flops = sample_flops(step)
+    assert sum(model_flops(step).values()) == pytest.approx(sum(flops), rel=1e-12)
+    assert flops == sorted(set(flops))
 
 
 def test_backward_is_twice_the_forward_without_unused_gradients():

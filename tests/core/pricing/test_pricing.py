@@ -1,5 +1,6 @@
 """Prices follow from operations, bytes and the sheet of an accelerator."""
 
+import math
 from pathlib import Path
 
 import attrs
@@ -9,7 +10,7 @@ import jobs
 from jobs import program_for
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.costs import Costs
-from mimogrid.core.job.models import Gpt, Vit
+from mimogrid.core.job.models import FIRST, Gpt, Vit
 from mimogrid.core.job.spec import (
     BatchSpec,
     DataSpec,
@@ -23,8 +24,10 @@ from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.flops import Loads, in_row, stage_flops
 from mimogrid.core.pricing.machine import EFFICIENCY, LINK_EFFICIENCY, machine_of
 from mimogrid.core.pricing.on_machine import measured_on, on_machine
+from mimogrid.core.pricing.roofline import QUERY_KEYS, TILE
 from mimogrid.core.simulate.simulation import simulate
 from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.topology import Stage
 
 
 LAYERS, HIDDEN, SEQUENCE, PATCHES = 4, 4096, 512, 256
@@ -34,11 +37,11 @@ H100 = ACCELERATORS["h100"]
 SECONDS = ("forward", "input_gradient", "weight_gradient")
 
 
-def step_of(batch=8, microbatches=4, vision=None, **language):
+def step_of(batch=8, microbatches=4, vision=None, options=GPT, **language):
     """Samples of 256 patches and as many tokens, so that nothing is padded."""
     modules = {
         "vision": ModuleSpec(model="vit", options=VIT, feeds=("language",), **(vision or {})),
-        "language": ModuleSpec(model="gpt", options=GPT, **language),
+        "language": ModuleSpec(model="gpt", options=options, **language),
     }
     spec = JobSpec(
         modules=modules,
@@ -54,16 +57,44 @@ def of_accelerator(step, gpu, efficiency=EFFICIENCY):
     return on_machine(step, machine_of(gpu, step.topology.spec.precision, efficiency))
 
 
-def test_products_take_their_operations_over_what_the_accelerator_reaches():
-    """With nothing padded and nothing cut; in proportion to the efficiency."""
+def test_large_products_take_their_operations_over_what_the_accelerator_reaches():
+    """In proportion to the efficiency; each query of attention takes as long as some more keys."""
     step = step_of()
-    flops = stage_flops(step)
+    counted = stage_flops(step)[Stage("language", 0)]
+    queries = 4 * HIDDEN * QUERY_KEYS * 2 * SEQUENCE * LAYERS
     for efficiency in (0.5, 0.25):
-        costs = of_accelerator(step, "h100", efficiency)
-        for stage, counted in flops.items():
-            reached = H100.flops["fp32"] * efficiency
-            assert counted.forward / reached == pytest.approx(costs.of(stage).forward)
-            assert counted.weight_gradient / reached == pytest.approx(costs.of(stage).weight_gradient)
+        found = of_accelerator(step, "h100", efficiency).of("language.0")
+        reached = H100.flops["fp32"] * efficiency
+        assert (counted.forward + queries) / reached == pytest.approx(found.forward)
+        assert (counted.input_gradient + 2 * queries) / reached == pytest.approx(found.input_gradient)
+        assert counted.weight_gradient / reached == pytest.approx(found.weight_gradient)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_results_are_computed_in_whole_tiles(tp):
+    """A strip of 32 columns takes as long as one of 128; gradients of weights have no attention."""
+    narrow = attrs.evolve(GPT, hidden=256, heads=8, kv_heads=8, head_width=32, ffn=1024)
+    step = step_of(options=narrow, grid=GridSpec(tp=tp, offset=0))
+    machine = attrs.evolve(
+        machine_of("h100", "fp32"), accelerator=attrs.evolve(H100, memory_bytes_per_s=math.inf)
+    )
+    layer = ((256, 768 // tp), (256 // tp, 256), (256, 1024 // tp), (1024 // tp, 256))
+    tiles = sum(-(-a // TILE) * -(-b // TILE) for a, b in (*LAYERS * layer, (256, 32000 // tp)))
+    found = on_machine(step, machine).of("language.0")
+    expected = 2 * 2 * SEQUENCE * tiles * TILE**2 / machine.flops
+    assert expected == pytest.approx(found.weight_gradient)
+
+
+def test_few_rows_take_as_long_as_reading_the_weights():
+    """However few operations that is."""
+    step = step_of(batch=4, microbatches=4)
+    few = attrs.evolve(
+        step, samples=tuple(attrs.evolve(each, length=1, rows={"vision": 1}) for each in step.samples)
+    )
+    values = sum(math.prod(p.shape) for p in GPT.parameters() if len(p.shape) > 1 and p.layer != FIRST)
+    least = values * 2 / H100.memory_bytes_per_s
+    found = on_machine(few, machine_of("h100", "bf16")).of("language.0").forward
+    assert least < found < 1.05 * least
 
 
 def test_tensor_parallel_ranks_share_the_layers_and_pay_for_their_sums():

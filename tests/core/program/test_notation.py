@@ -36,7 +36,8 @@ TRANSFERS = st.builds(Send, STAGES, st.sampled_from(Direction), COUNTS, STAGES) 
     Recv, STAGES, st.sampled_from(Direction), COUNTS, STAGES
 )
 ACTIONS = st.one_of(
-    st.builds(Compute, st.sampled_from(Kind), STAGES, COUNTS),
+    st.builds(Compute, st.sampled_from([k for k in Kind if k is not Kind.BACKWARD_PART]), STAGES, COUNTS),
+    st.builds(Compute, st.just(Kind.BACKWARD_PART), STAGES, COUNTS, COUNTS),
     TRANSFERS,
     st.builds(Wait, TRANSFERS),
     st.builds(Reduce, STAGES, COUNTS),

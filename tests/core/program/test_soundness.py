@@ -45,7 +45,7 @@ def test_counts_that_do_not_divide() -> None:
         assert () == verify(program_of(text, batch=12, microbatches=6))
 
 
-@settings(max_examples=drawn(50))
+@settings(max_examples=drawn(25))
 @given(
     worlds(),
     st.sampled_from((*NAMED, "auto")),

@@ -19,7 +19,7 @@ from scale import drawn
 ROWS = {"vision": (4, 3, 0, 0, 1), "image": (0, 2, 1), "audio": (1, 0, 0, 3), "a": (2, 0), "b": (0, 0, 5)}
 
 
-@settings(max_examples=drawn(30))
+@settings(max_examples=drawn(15))
 @given(worlds(), st.data())
 def test_both_ways_agree_on_broken_lowering(text: str, data: st.DataObject) -> None:
     """If every rank of a stage is broken in the same way, `verify` says the same as `verify_each`."""

@@ -98,7 +98,7 @@ def costs_for(topology: Topology) -> st.SearchStrategy[Costs]:
     return st.builds(Costs, stages=stages, edge=edge)
 
 
-@settings(max_examples=drawn(18))
+@settings(max_examples=drawn(10))
 @given(st.data(), st.sampled_from(sorted(CASES)), st.sampled_from([4, 8]))
 def test_never_slower_than_the_best_named_order(data: st.DataObject, case: str, microbatches: int) -> None:
     """With any costs, on its own clock; in the simulator, which times single dp ranks, it is at most 10 % slower."""
@@ -209,7 +209,7 @@ CAPPED = (
 )
 
 
-@settings(max_examples=drawn(10), deadline=None)
+@settings(max_examples=drawn(6), deadline=None)
 @given(st.sampled_from(CAPPED), st.floats(0.0, 1.1))
 def test_any_cap_gives_an_order_or_an_error(text: str, part: float) -> None:
     """For any cap below what an order without a cap needs, `auto` fits or raises an error."""

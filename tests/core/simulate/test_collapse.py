@@ -30,7 +30,7 @@ def whole(text: str, schedule: str, rows: list[int]) -> Program:
     return program_for(step_with(topology, dict.fromkeys(topology.graph.sources, rows)))
 
 
-@settings(max_examples=scale.drawn(20))
+@settings(max_examples=scale.drawn(10))
 @given(
     st.data(),
     st.sampled_from(JOBS),

@@ -116,7 +116,7 @@ def test_ranks_of_one_class_hold_what_each_has_to_hold():
     assert whole == found
 
 
-@settings(max_examples=scale.drawn(25))
+@settings(max_examples=scale.drawn(12))
 @given(timed_jobs())
 def test_leaders_hold_what_their_classes_hold(drawn):
     """At every moment and on every rank; in the end no more than in the beginning."""
@@ -132,7 +132,7 @@ def test_leaders_hold_what_their_classes_hold(drawn):
         assert all(a.at_s <= b.at_s for a, b in itertools.pairwise(found))
 
 
-@settings(max_examples=scale.drawn(25))
+@settings(max_examples=scale.drawn(12))
 @given(timed_jobs())
 def test_the_fullest_rank_is_found_without_lowering_all(drawn):
     """Every rank holds what it does between its bounds, and none with a module holds more than the fullest."""

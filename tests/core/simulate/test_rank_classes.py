@@ -71,7 +71,7 @@ def test_a_world_of_like_dp_ranks_has_no_more_classes_for_being_larger():
     assert [8 * size for size in few] == many
 
 
-@settings(max_examples=scale.drawn(30))
+@settings(max_examples=scale.drawn(15))
 @given(timed_jobs())
 def test_classes_are_timed_like_their_ranks(drawn):
     """Every event, every message, and the lower bound: the same numbers, to the last digit."""

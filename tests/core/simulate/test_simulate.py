@@ -156,7 +156,7 @@ def test_layers_that_are_frozen_are_split_by_forward_and_backward(encoder, langu
 quarters = st.integers(0, 12).map(lambda n: n / 4)
 
 
-@settings(max_examples=60)
+@settings(max_examples=scale.drawn(25))
 @given(st.lists(st.tuples(quarters, quarters), min_size=2, max_size=5), st.integers(1, 6), quarters)
 def test_the_lower_bound_of_a_chain_is_the_formula(stages, microbatches, latency):
     """Of every stage: all its work; all forwards, then down and back; down and back, then all backwards.
@@ -366,7 +366,7 @@ def timed_jobs(draw):
     return program_for(step_with(topology, rows)), Costs(stages=stages, edge=edge, cores=cores)
 
 
-@settings(max_examples=60)
+@settings(max_examples=scale.drawn(25))
 @given(timed_jobs())
 def test_no_step_beats_the_lower_bound(drawn):
     """The bound is a bound for any graph, grid, absence, latency and number of cores."""
@@ -375,7 +375,7 @@ def test_no_step_beats_the_lower_bound(drawn):
     assert timeline.ratio_to_bound >= 1 - 1e-9
 
 
-@settings(max_examples=scale.drawn(30))
+@settings(max_examples=scale.drawn(15))
 @given(timed.timed_jobs())
 def test_no_uneven_step_beats_the_lower_bound(drawn):
     """With chunks, experts, context and sequence parallelism, ragged dp ranks and jitter, either."""
@@ -384,7 +384,7 @@ def test_no_uneven_step_beats_the_lower_bound(drawn):
     assert timeline.ratio_to_bound >= 1 - 1e-9
 
 
-@settings(max_examples=scale.drawn(30))
+@settings(max_examples=scale.drawn(15))
 @given(timed_jobs())
 def test_the_critical_path_fills_the_step(drawn):
     """A segment begins when the one before it ends, and each is an action of its rank, or what it has posted."""
@@ -404,7 +404,7 @@ def test_the_critical_path_fills_the_step(drawn):
         )
 
 
-@settings(max_examples=60)
+@settings(max_examples=scale.drawn(25))
 @given(timed_jobs())
 def test_the_simulated_order_is_the_program(drawn):
     """Each rank's events are its program, in order, one after the other; no time is lost or counted twice."""

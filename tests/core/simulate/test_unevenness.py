@@ -137,7 +137,7 @@ def test_idling_for_the_data_is_kept_apart_from_that_for_the_pipeline():
     assert (pytest.approx(2.0 * (more - less) + 2.0 * (more - 1.0)), 0.0) == (found[RAGGED], found[JITTER])
 
 
-@settings(max_examples=scale.drawn(30))
+@settings(max_examples=scale.drawn(15))
 @given(timed_jobs())
 def test_causes_add_up_to_all_idling(drawn):
     """Rank by rank, and over all ranks; what is not uneven has no loss to it."""

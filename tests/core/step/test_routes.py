@@ -49,7 +49,7 @@ def owners(step: Step, module: Module, stage: Stage, rows: list[int]) -> list[tu
     ]
 
 
-@settings(max_examples=drawn(60))
+@settings(max_examples=drawn(30))
 @given(grids(), grids(), ROWS)
 def test_every_row_goes_once_from_owner_to_owner(source: str, target: str, rows: list[int]) -> None:
     """The pieces of all messages are what counting row by row gives: nothing is lost, doubled or sent astray."""
@@ -229,7 +229,7 @@ class _Unlike(Step):
         return tuple(range(parts))
 
 
-@settings(max_examples=drawn(100))
+@settings(max_examples=drawn(40))
 @given(grids(), grids(), st.lists(st.integers(0, 3), min_size=1, max_size=5))
 def test_what_is_known_of_like_microbatches_holds(source: str, target: str, rows: list[int]) -> None:
     """Messages, shapes and active microbatches are the same with and without the shortcut for like microbatches."""

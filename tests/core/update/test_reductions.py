@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from cases import CASES
 from hashseeds import printed
-from jobs import job, program_of, step_with
+from jobs import job, program_for, program_of, step_with
 from mimogrid.core.job.spec import OptimizerSpec
 from mimogrid.core.program.digest import digest_of
 from mimogrid.core.program.lower import link_of
 from mimogrid.core.program.verify import listing_of
 from mimogrid.core.schedule.actions import Send
-from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.step.traffic import EdgeTraffic, edge_traffic
 from mimogrid.core.topology.topology import Topology
 from mimogrid.core.update.learning_rate import learning_rate
@@ -115,7 +114,7 @@ def test_equal_jobs_have_equal_digests() -> None:
 
     def digest(text: str, rows: tuple[int, ...] = (2,), **options: int | str) -> str:
         topology = job(text, **options)  # type: ignore[arg-type]
-        return digest_of(step_with(topology, {"vision": rows}), order_of(topology))
+        return digest_of(program_for(step_with(topology, {"vision": rows})))
 
     base = digest(CASES["dp2 1"])
     assert base == digest(CASES["dp2 1"])
@@ -132,10 +131,10 @@ def test_equal_jobs_have_equal_digests() -> None:
 def test_a_digest_does_not_depend_on_the_process() -> None:
     """Other processes, with other hash seeds, find the same digest."""
     code = (
-        "from jobs import job, step_with\n"
-        "from mimogrid.core.program.digest import digest_of; from mimogrid.core.schedule.orders import order_of\n"
+        "from jobs import job, program_for, step_with\n"
+        "from mimogrid.core.program.digest import digest_of\n"
         "topology = job('vision vit dp2 > language; language gpt tp2 pp2 tied')\n"
-        "print(digest_of(step_with(topology), order_of(topology)))"
+        "print(digest_of(program_for(step_with(topology))))"
     )
     assert 1 == len(printed(code, __file__))
 
@@ -169,7 +168,7 @@ def test_traffic_of_a_frozen_encoder() -> None:
     assert (1, 2 * 4 * 4) == (found.messages, found.bytes)
 
 
-@settings(max_examples=drawn(60))
+@settings(max_examples=drawn(30))
 @given(st.sampled_from(sorted(CASES)), st.lists(st.sampled_from((0, 1, 5)), min_size=1, max_size=48))
 def test_traffic_is_what_the_program_sends(case: str, rows: list[int]) -> None:
     """The messages of every edge are those that the ranks' programs send to other ranks."""

@@ -24,7 +24,12 @@ from scale import nightly_only
 
 DIGITS = Path(__file__).resolve().parents[3] / "examples" / "digits" / "job.toml"
 STEPS, EVERY = 6, 4
-SETTINGS = [f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.evaluate=false"]
+SETTINGS = [
+    f"train.steps={STEPS}",
+    f"train.checkpoint_every={EVERY}",
+    "train.evaluate=false",
+    "batch.global_size=16",
+]
 PADDED = [
     "modules.language.grid.pp=1",
     "modules.language.grid.tp=2",
@@ -67,10 +72,15 @@ def stopped(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
     """The same run as it was left when it stopped after its first checkpoint."""
     folder = tmp_path / "stopped"
     shutil.copytree(whole[0], folder)
+    as_stopped(folder)
+    return folder
+
+
+def as_stopped(folder: Path) -> None:
+    """Leave of a run in a folder what was there after its first checkpoint."""
     (folder / "report.json").unlink()
     (folder / "weights.safetensors").unlink()
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08}")
-    return folder
 
 
 def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(
@@ -100,23 +110,20 @@ def test_in_fp32_another_layout_goes_on_with_the_same_samples(run: Run, tmp_path
 
     The layout that saved padded the vocabulary, and no checkpoint has that.
     """
-    steps = ["train.steps=8", "train.checkpoint_every=0"]
-    expected = run(tmp_path / "whole", *steps)["losses"]
-    run(tmp_path / "other", "train.steps=4", *PADDED)
-    (tmp_path / "other" / "report.json").unlink()
-    losses = run(tmp_path / "other", *steps, *OTHER_LAYOUTS[2], resume=True)["losses"]
-    assert 8 == len(losses)
+    expected = run(tmp_path, *PADDED)["losses"]
+    as_stopped(tmp_path)
+    losses = run(tmp_path, *OTHER_LAYOUTS[2], resume=True)["losses"]
+    assert STEPS == len(losses)
     assert pytest.approx(expected, rel=1e-6) == losses
 
 
 def test_chunks_go_on_with_what_stages_saved(run: Run, tmp_path: Path) -> None:
     """Stages that are cut into interleaved chunks, under fewer and more dp ranks, load what whole ones saved."""
     deep = ["precision=fp64", "modules.language.options.layers=4"]
-    expected = run(tmp_path / "whole", *deep)["losses"]
-    run(tmp_path / "other", *deep, "train.steps=4")
-    (tmp_path / "other" / "report.json").unlink()
+    expected = run(tmp_path, *deep)["losses"]
+    as_stopped(tmp_path)
     chunks = ["schedule.name=interleaved", "modules.language.chunks=2", "modules.vision.grid.dp=1"]
-    losses = run(tmp_path / "other", *deep, *chunks, resume=True)["losses"]
+    losses = run(tmp_path, *deep, *chunks, resume=True)["losses"]
     assert pytest.approx(expected, rel=1e-9) == losses
 
 

@@ -38,8 +38,8 @@ Whole = Callable[[str], tuple[Path, dict[str, Any]]]
 
 def job(*overrides: str) -> Job:
     """The digits job for some steps."""
-    settings = [f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.evaluate=false"]
-    return open_job(DIGITS, [*settings, *overrides])
+    limits = [f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.evaluate=false"]
+    return open_job(DIGITS, ["batch.global_size=16", *limits, *overrides])
 
 
 @pytest.fixture(scope="module")

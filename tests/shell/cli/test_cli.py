@@ -134,6 +134,26 @@ def test_modules_on_the_same_ranks_send_nothing(job, capsys):
     assert (0, 0) == (edge["messages"], edge["bytes"])
 
 
+LIMITED = ["--set", "batch.microbatches=1", "--set", "batch.tokens_per_microbatch=64"]
+
+
+def test_check_says_how_many_microbatches_a_limit_of_tokens_makes(job, capsys):
+    """Two lanes of 32 tokens, 8 samples of at most 32: 4 microbatches at most, and fewer for shorter samples."""
+    assert 0 == main(["check", str(job), *LIMITED])
+    assert (
+        "2 in step 0, 4 at most, of 64 tokens or fewer for each dp rank of language"
+        in capsys.readouterr().out
+    )
+    assert {"first": 2, "most": 4} == printed(capsys, "check", job, *LIMITED)["microbatches"]
+
+
+def test_what_needs_a_number_of_microbatches_says_so(job, capsys):
+    """Planning chooses a number and probing keeps one: both name the key that leaves none."""
+    for command in (["plan", str(job), "--gpus", "5", "--gpu", "h100"], ["probe", str(job)]):
+        assert 2 == main([*command, *LIMITED])
+        assert "batch.tokens_per_microbatch" in capsys.readouterr().err
+
+
 def test_check_shows_the_layout(job, capsys):
     """People see modules, grids, stages, what trains, edges and idle ranks."""
     overrides = ["world_size=9", 'modules.vision.trainable=["projector.*"]', "modules.language.split=[1,3]"]

@@ -8,6 +8,7 @@ import pytest
 
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job import jobfile
+from scale import nightly
 
 
 ROOT = Path(__file__).parents[3]
@@ -187,6 +188,7 @@ def test_a_search_ends_at_its_time_limit(job, capsys):
     assert "The search was stopped." in capsys.readouterr().out
 
 
+@nightly
 def test_a_published_layout_is_beaten_per_allocated_gpu(capsys):
     """Seventeen of twenty-four GPUs are active in it."""
     _, found = planned(capsys, ROOT / "examples/plans/qwen27b_24.toml", "--gpus", 24, "--gpu", "h200")

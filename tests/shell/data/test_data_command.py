@@ -1,6 +1,7 @@
 """`mimogrid data`: an index is made by processes of its own, shown and summed up."""
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -99,6 +100,29 @@ def test_samples_are_summed_up(store: Path, llava: Path, capsys: pytest.CaptureF
     assert main(["data", "stats", str(index.folder), "--json"]) == 0
     histograms = {each["name"]: each for each in json.loads(capsys.readouterr().out)["histograms"]}
     assert sum(histograms["tokens that count in the loss"]["counts"]) == 3
+    assert histograms["kFLOPs of a sample, forward and backward"]["quantiles"][0] > 0
+
+
+def test_a_sample_costs_what_a_job_computes_of_it(
+    store: Path, llava: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Less where a job freezes the tower; without a job and a model, nothing is said of it."""
+    index, _ = indexed(store, llava)
+    job = tmp_path / "job.toml"
+    tables = "[modules.vision]\nfrozen = true\n[modules.language]\n"
+    data = f'[data]\nsource = "conversations"\noptions = {{ index = "{index.folder}" }}\n'
+    job.write_text(f'weights = "{llava}"\n{tables}{data}[batch]\nglobal_size = 1\n')
+    costs: list[list[int]] = []
+    for more in ([], ["--job", str(job)]):
+        assert main(["data", "stats", str(index.folder), "--json", *more]) == 0
+        costs.append(json.loads(capsys.readouterr().out)["histograms"][-1]["quantiles"])
+    assert costs[0][0] == costs[1][0], "the text has no image"
+    assert costs[0][3] > costs[1][3]
+    assert main(["data", "stats", str(index.folder), "--job", str(tmp_path / "none.toml")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    elsewhere = shutil.copytree(index.folder, tmp_path / "moved" / "store.index")
+    assert main(["data", "stats", str(elsewhere)]) == 0
+    assert "operations of a sample are not known; name a job with --job" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mimogrid.core.job.changes import refused
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.world.launch import Pool
 from running import trained
+from scale import nightly, nightly_only
 from stores import image, indexed, record, write_lines
 
 
@@ -40,7 +41,10 @@ def job(folder: Path, llava: Path, *, weight: int, steps: int, settings: tuple[s
     vision |= {"projector": {"language": {"kind": "mlp", "ffn": 16}}, "grid": {"dp": 2}}
     tables = {
         "precision": "fp64",
-        "modules": {"vision": vision, "language": {"model": "gpt", "weights": str(llava)}},
+        "modules": {
+            "vision": vision,
+            "language": {"model": "gpt", "weights": str(llava), "grid": {"offset": 0}},
+        },
         "data": {"mix": mix},
         "batch": {"global_size": 4, "microbatches": 2},
         "optimizer": {"lr": 1e-2},
@@ -59,22 +63,30 @@ def goes_on(pool: Pool, job: Job, run: Path, changed: tuple[str, ...] = ()) -> l
     return losses
 
 
+@pytest.mark.parametrize("ends", [(1, 2, 3), *nightly_only([(2, 4, 6)])])
 def test_the_number_of_the_step_is_all_that_a_resumed_run_needs(
-    pool: Pool, folder: Path, llava: Path
+    pool: Pool, folder: Path, llava: Path, ends: tuple[int, int, int]
 ) -> None:
-    """Stopped after other weights began, it is bitwise the run that went on; on other grids it is alike."""
+    """Stopped after other weights began, it is bitwise the run that went on."""
+    first, second, last = ends
     run = folder / "run"
-    trained(pool, job(folder, llava, weight=3, steps=2), run)
-    specs = [job(folder, llava, weight=weight, steps=6).spec for weight in (3, 1)]
+    trained(pool, job(folder, llava, weight=3, steps=first), run)
+    specs = [job(folder, llava, weight=weight, steps=last).spec for weight in (3, 1)]
     assert [change.key for change in refused(*specs, accepted=())] == ["data.mix"]
-    stopped, elsewhere, unchanged = (
-        shutil.copytree(run, folder / name) for name in ("stopped", "elsewhere", "same")
-    )
-    losses = goes_on(pool, job(folder, llava, weight=1, steps=6), run, ("data.mix",))
-    goes_on(pool, job(folder, llava, weight=1, steps=4), stopped, ("data.mix",))
-    assert losses == goes_on(pool, job(folder, llava, weight=1, steps=6), stopped)
-    first, second = (load_file(each / "weights.safetensors") for each in (run, stopped))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    stopped = shutil.copytree(run, folder / "stopped")
+    losses = goes_on(pool, job(folder, llava, weight=1, steps=last), run, ("data.mix",))
+    goes_on(pool, job(folder, llava, weight=1, steps=second), stopped, ("data.mix",))
+    assert losses == goes_on(pool, job(folder, llava, weight=1, steps=last), stopped)
+    weights = [load_file(each / "weights.safetensors") for each in (run, stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@nightly
+def test_on_other_grids_it_goes_on_alike(pool: Pool, folder: Path, llava: Path) -> None:
+    """And with other weights otherwise than with those that it began with."""
+    trained(pool, job(folder, llava, weight=3, steps=2), folder / "run")
+    elsewhere, unchanged = (shutil.copytree(folder / "run", folder / name) for name in ("elsewhere", "same"))
+    losses = goes_on(pool, job(folder, llava, weight=1, steps=6), folder / "run", ("data.mix",))
     other = job(folder, llava, weight=1, steps=6, settings=OTHER)
     assert pytest.approx(losses, rel=1e-9) == goes_on(pool, other, elsewhere, ("data.mix",))
     kept = goes_on(pool, job(folder, llava, weight=3, steps=6), unchanged)

@@ -237,6 +237,19 @@ def test_tables_have_null_cells_and_names_of_files(llava: Path, tmp_path: Path) 
         indexed(path, llava, columns=columns)
 
 
+def test_a_row_with_a_cell_that_is_no_value_is_left_out(llava: Path, tmp_path: Path) -> None:
+    """Text that is no UTF-8, and a time beyond the calendar; the rows beside them are samples."""
+    answers = pa.array([b"1", b"\xff\xfe", b"3", b"4", b"5"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 5, answers.buffers())
+    times = pa.array([0, 1, 2**62, 3, 4], pa.timestamp("us"))
+    pq.write_table(pa.table({"id": times, "question": ["Read"] * 5, "answer": texts}), tmp_path / "a.parquet")
+    index, _ = indexed(tmp_path / "a.parquet", llava)
+    assert len(index) == 3
+    assert index.facts.left_out == {"not UTF-8": 1, "no conversation": 1}
+    said = [json.loads(line) for line in (index.folder / LEFT_OUT).read_text().splitlines()]
+    assert [(entry["number"], entry["id"]) for entry in said] == [(1, "#1"), (2, "#2")]
+
+
 def test_what_is_no_store_is_refused(llava: Path, tmp_path: Path) -> None:
     """A folder without files of a store, or with two kinds, and compressed files."""
     folder = tmp_path / "folder"

@@ -19,7 +19,7 @@ from scale import nightly_only
 
 Opened = Callable[[JobSpec], Job]
 CUT = GridSpec(tp=2, offset=0, sequence_parallel=True)
-small = functools.partial(job, microbatches=2)
+small = functools.partial(job, microbatches=2, samples=2)
 JOBS: dict[str, JobSpec] = {
     "update shared by dp ranks, tied": small(
         "enc(1,1,1)@0 lm(1,2,2)@0",

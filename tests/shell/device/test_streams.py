@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from layouts import job
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.spec import JobSpec, OptimizerSpec
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.simulate.timeline import Event, peak_in_flight
 from mimogrid.core.topology.groups import Purpose, openings_of
 from mimogrid.shell.device import device as devices
@@ -166,7 +165,7 @@ def test_marks_are_read_when_the_next_step_is_agreed_on(pool: Pool, opened: Open
     size = opened_job.topology.world_size
     for rank, said in enumerate(pool.run("bodies:marked", size, opened_job)):
         first, second = (" ".join(said).split("done")[i].split("agreeing") for i in range(2))
-        count = 2 * len(plan_step(opened_job.step(0), opened_job.order).of(rank))
+        count = 2 * len(opened_job.program_of(opened_job.step(0)).of(rank))
         assert count == sum(half.count("marked on the current stream") for half in first)
         assert [0, 0, 0, 1] == [half.count("read") for half in (*first, *second)]
 
@@ -233,7 +232,7 @@ def test_nothing_is_held_for_longer_than_planned(
 ) -> None:
     """A stage holds tensors of no more microbatches than are in flight in the plan, and of none after the step."""
     opened_job = opened(job(grids, microbatches=6, data={"absent": {"enc": 0.0}}, **options))
-    program = plan_step(opened_job.step(0), opened_job.order)
+    program = opened_job.program_of(opened_job.step(0))
     said = pool.run("bodies:holding", opened_job.topology.world_size, opened_job)
     for rank, (training, judging, left) in enumerate(said):
         planned = peak_in_flight(Event(rank, action, 0.0, 0.0) for action in program.of(rank))

@@ -1,8 +1,10 @@
 """Staged recipes: a run goes on with other parameters that train, or with LoRA that was not there."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mimogrid.shell.cli.main import main
@@ -68,6 +70,29 @@ def test_stages_are_alike_on_every_layout(pool: Pool, tmp_path: Path) -> None:
     assert pytest.approx(losses[0], rel=1e-9) == losses[1]
     worst = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
     assert 1e-9 > worst
+
+
+def test_a_second_stage_may_round_the_base(pool: Pool, tmp_path: Path) -> None:
+    """Its matrices are those of the first stage, rounded once; on two tp ranks it resumes bitwise."""
+    half = ["precision=fp32", "modules.language.lora.base=bf16", "modules.language.grid.pp=1"]
+    half += ["modules.language.grid.tp=2", "optimizer.sharded=true"]
+    trained(pool, open_job(DIGITS, [*SETTINGS, *FIRST, "precision=fp32"]), tmp_path / "straight")
+    before = load_file(tmp_path / "straight" / "weights.safetensors")
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+    losses = []
+    for run, stops in (("straight", [4]), ("stopped", [3, 4])):
+        for stop, changed in zip(stops, (CHANGED, ()), strict=False):
+            for name in ("weights.safetensors", "report.json"):
+                (tmp_path / run / name).unlink()
+            job = open_job(DIGITS, [*SETTINGS, *SECOND, *half, f"train.steps={stop}"])
+            report = trained(pool, job, tmp_path / run, resume=True, changed=changed)
+        losses.append(report["losses"])
+    assert losses[0] == losses[1]
+    first, second = (load_file(tmp_path / run / "weights.safetensors") for run in ("straight", "stopped"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rounded = {name for name, weight in first.items() if weight.dtype is torch.bfloat16}
+    assert "language.layers.1.mlp.up.weight" in rounded
+    assert all(torch.equal(before[name].bfloat16(), first[name]) for name in rounded)
 
 
 def test_a_change_that_nobody_named_is_refused(

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from mimogrid.core.program.lower import plan_step
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.world.launch import Pool
 from scale import nightly, nightly_only
@@ -22,7 +21,8 @@ from scale import nightly, nightly_only
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = ROOT / "examples" / "digits" / "job.toml"
 TRAIN = "running:briefly"
-COMMON = ("train.steps=4", "precision=fp64", "optimizer.warmup_steps=1")
+SMALL = "batch.global_size=16"
+COMMON = ("train.steps=3", "precision=fp64", "optimizer.warmup_steps=1")
 
 Trained = Callable[..., tuple[dict[str, Any], Path]]
 
@@ -32,7 +32,7 @@ def trained(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Train the digits job with overrides; return its report and its folder."""
 
     def train(*overrides: str) -> tuple[dict[str, Any], Path]:
-        job = open_job(DIGITS, overrides)
+        job = open_job(DIGITS, [SMALL, *overrides])
         folder = tmp_path_factory.mktemp("run")
         size = job.topology.world_size
         reports = pool.run(TRAIN, size, job, None, str(folder))
@@ -75,12 +75,12 @@ def test_a_profile_reads_like_the_program(trained: Trained) -> None:
     """Its ranges are the actions of the program, in order and none within another; other steps and ranks have none."""
     wanted = ("train.profile={steps = [1, 2], ranks = [0, 3]}", "train.steps=3", "train.evaluate=false")
     _, folder = trained(*wanted)
-    job = open_job(DIGITS)
+    job = open_job(DIGITS, [SMALL])
     written = {path.name: json.loads(path.read_text()) for path in (folder / "profiles").iterdir()}
     assert {f"step-{step}-rank-{rank}.json" for step in (1, 2) for rank in (0, 3)} == set(written)
     for name, trace in written.items():
         step, rank = map(int, re.findall(r"\d+", name))
-        planned = list(map(str, plan_step(job.step(step), job.order).of(rank)))
+        planned = list(map(str, job.program_of(job.step(step)).of(rank)))
         ranges = sorted(
             (event["ts"], event["ts"] + event["dur"], event["name"])
             for event in trace["traceEvents"]
@@ -127,7 +127,7 @@ def test_any_layout_trains_the_same_model(
 
 def test_two_runs_are_bitwise_equal(trained: Trained) -> None:
     """The same job trains to the same bits."""
-    first, second = (trained("train.steps=4", "train.evaluate=false") for _ in range(2))
+    first, second = (trained("train.steps=3", "train.evaluate=false") for _ in range(2))
     assert first[0]["losses"] == second[0]["losses"]
     assert (first[1] / "weights.safetensors").read_bytes() == (second[1] / "weights.safetensors").read_bytes()
 
@@ -138,7 +138,7 @@ def test_torchrun_on_one_node_and_on_two_trains_to_the_same_bits(
     trained: Trained, tmp_path: Path, nodes: int
 ) -> None:
     """Built-in launch, one torchrun agent and two agents on loopback give bitwise the same losses."""
-    overrides = ["train.steps=3", "train.evaluate=false"]
+    overrides = [SMALL, "train.steps=3", "train.evaluate=false"]
     ours, _ = trained(*overrides)
     meeting = [f"--nnodes={nodes}", f"--nproc-per-node={4 // nodes}", "--rdzv-backend=c10d"]
     meeting.append(f"--rdzv-endpoint=127.0.0.1:{_free_port()}")
@@ -160,7 +160,7 @@ def test_resuming_a_finished_run_does_nothing(trained: Trained) -> None:
     """A finished run stays as it is, with exit code 0."""
     _, folder = trained("train.steps=1", "train.evaluate=false")
     before = (folder / "report.json").read_bytes()
-    done = _mimogrid("train", str(DIGITS), "--resume", str(folder), "--set", "train.steps=1")
+    done = _mimogrid("train", str(DIGITS), "--resume", str(folder), "--set", "train.steps=1", "--set", SMALL)
     assert 0 == done.returncode
     assert "is finished" in done.stderr
     assert before == (folder / "report.json").read_bytes()

@@ -32,6 +32,8 @@ def validated(folder: Path, *overrides: str, tasks: tuple[str, ...] = TWO_TASKS)
             "validation.every=2",
             "validation.samples=10",
             f'validation.metrics=["{name}:right"]',
+            "validation.generate.tokens=2",
+            f'validation.generate.metrics=["{name}:said"]',
             *overrides,
         ],
     )
@@ -56,12 +58,18 @@ def test_training_is_bitwise_that_without_validation(pool: Pool, tmp_path: Path)
     assert [1, 3, 4] == [one["step"] for one in report["validations"]]
     names = {
         "loss",
-        *(f"{task}/{name}" for task in TWO_TASKS for name in ("loss", "language", "right", "long")),
+        *(
+            f"{task}/{name}"
+            for task in TWO_TASKS
+            for name in ("loss", "language", "right", "long", "exact", "said")
+        ),
     }
     assert all(names | {"step"} == one.keys() for one in report["validations"])
     first = report["validations"][0]
     assert first["a/loss"] == first["b/loss"] == first["a/language"] == pytest.approx(first["loss"])
     assert 0 <= first["a/right"] <= 1
+    assert 0 <= first["a/exact"] <= 1
+    assert 0 < first["a/said"] <= 2
     assert pytest.approx((4 + 5) / 2) == first["a/long"]  # of those with more than three positions, 4 or 5
     lines = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
     assert [1, 3, 4] == [line["step"] for line in lines if "validation" in line]
@@ -84,6 +92,7 @@ def test_losses_are_those_of_a_training_step_and_patience_ends_a_run(pool: Pool,
         "validation.patience=2",
         "modules.language.options.dropout=0.0",
         "validation.metrics=[]",
+        "validation.generate={ tokens = 0 }",
     )
     report = run(pool, validated(tmp_path, *overrides, tasks=("a",)), tmp_path / "run")
     assert pytest.approx(report["losses"][0], rel=1e-12) == report["validations"][0]["a/language"]
@@ -144,6 +153,10 @@ FIRST, DIGITS = (ROOT / "examples" / name / "job.toml" for name in ("first", "di
             "reads rows of width 42, the source gives 16",
         ),
         (DIGITS, 'validation.metrics=["no_such_module:right"]', "validation.metrics[0]", "no_such_module"),
+        (DIGITS, "validation.generate.tokens=-1", "validation.generate.tokens", "is -1"),
+        (DIGITS, "validation.generate.top_p=0.0", "validation.generate.top_p", "is 0.0"),
+        (DIGITS, "validation.generate.temperature=nan", "validation.generate.temperature", "is nan"),
+        (DIGITS, 'validation.generate.metrics=["m:f"]', "validation.generate.metrics", "none are generated"),
         (DIGITS, "validation.every=-1", "validation.every", "is -1"),
         (DIGITS, "validation.samples=0", "validation.samples", "is 0"),
         (DIGITS, "validation.patience=3", "validation.patience", "nothing says which validation is better"),

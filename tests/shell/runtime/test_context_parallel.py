@@ -40,8 +40,7 @@ def cut(line: str, *, rows: Mapping[str, tuple[int, int]] | None = None, **optio
 
 
 CASES = [
-    # One side of an edge, or both.
-    "enc(1,1,1)@0 lm(1,1,1)@1 | lm.cp=2",
+    # Both sides of an edge.
     "enc(1,1,1)@0 lm(1,1,2)@4 | enc.cp=4 lm.cp=2",
     # Sequence parallelism cuts a rank's part once more.
     "enc(2,1,1)@0 lm(2,1,1)@4 | enc.cp=2 enc.sp lm.cp=2 lm.sp",
@@ -49,6 +48,7 @@ CASES = [
     "img(1,1,1)@0->mid aud(1,1,1)@0->mid mid(1,2,1)@0 lm(1,1,1)@4 | aud.cp=2 mid.cp=2 lm.cp=4",
     *nightly_only(
         [
+            "enc(1,1,1)@0 lm(1,1,1)@1 | lm.cp=2",
             "enc(1,1,1)@0 lm(1,1,1)@2 | enc.cp=2",
             "enc(1,2,1)@0 lm(1,2,1)@4 | enc.cp=2 lm.cp=2",
             "gen(1,2,1)@0 | gen.cp=4",

@@ -143,7 +143,7 @@ SHARED: Mapping[str, JobSpec] = {
         data={"absent": {}, "sequence": 16},
     ),
     "groups and freezing": job(
-        "enc(1,1,4)@0 lm(2,1,2)@4",
+        "enc(1,1,2)@0 lm(2,1,2)@2",
         OptimizerSpec(
             lr=0.01,
             groups=(

@@ -23,10 +23,8 @@ pytestmark = pytest.mark.world
 GRIDS = """
     enc(1,1,1)@0 lm(1,1,1)@1
     enc(2,2,1)@0 lm(2,2,1)@4
-    enc(1,1,4)@0 lm(2,2,1)@4
 
     enc(1,2,4)@0 lm(2,4,1)@0
-    enc(1,1,2)@0 lm(1,1,2)@1
 
     img(1,1,1)@0 aud(1,1,1)@1 lm(2,2,1)@2->gen gen(1,1,2)@6
     enc(1,1,3)@0->gen,lm gen(2,1,1)@3 lm(1,2,1)@5
@@ -37,6 +35,8 @@ GRIDS = """
     enc(1,1,1)@0 img(1,1,2)@0 aud(2,1,1)@0 mid(1,2,1)@0 lm(2,1,1)@0->gen gen(1,1,2)@0
 """
 MORE_GRIDS = """
+    enc(1,1,2)@0 lm(1,1,2)@1
+    enc(1,1,4)@0 lm(2,2,1)@4
     enc(4,1,1)@0 lm(2,1,2)@4
     enc(1,1,1)@7 lm(1,1,1)@3
     enc(1,1,1)@0->mid,lm mid(1,1,1)@1->lm lm(1,1,1)@2->gen gen(1,1,1)@3
@@ -238,7 +238,7 @@ def test_interleaved_chunks(parity: Parity, case: str) -> None:
 # -- at random ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=drawn(9), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=drawn(5), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts())
 def test_any_layout_is_the_model(parity: Parity, spec: JobSpec) -> None:
     """Whatever graph, grids, offsets, shares, microbatches, splits and freezing a job has."""

@@ -125,11 +125,11 @@ def test_an_overflow_in_one_parameter_is_everybodys(
 def test_an_overflow_lowers_every_scale(train: Train, spoilt: Spoilt) -> None:
     """In fp16 all ranks back off together, and all count good steps from there."""
     rule = LossScaleSpec(initial=1024.0, interval=2)
-    said = train(job("fp16", loss_scale=rule), range(6), spoilt)
-    assert [[True, False, True, True, True, True]] * 4 == [seen.taken for seen in said]
-    assert [[1024.0, 1024.0, 512.0, 512.0, 1024.0, 1024.0]] * 4 == [seen.scales for seen in said]
+    said = train(job("fp16", loss_scale=rule), range(5), spoilt)
+    assert [[True, False, True, True, True]] * 4 == [seen.taken for seen in said]
+    assert [[1024.0, 1024.0, 512.0, 512.0, 1024.0]] * 4 == [seen.scales for seen in said]
     assert [said[0].skip_state] * 4 == [seen.skip_state for seen in said]
-    assert {5} == {seen.steps_taken for seen in said}
+    assert {4} == {seen.steps_taken for seen in said}
 
 
 def test_an_overflow_on_one_rank_changes_no_weight(train: Train) -> None:
@@ -146,29 +146,29 @@ def test_an_overflow_on_one_rank_changes_no_weight(train: Train) -> None:
 
 def test_a_scale_that_is_too_high_falls_until_it_fits(train: Train) -> None:
     """Steps overflow until the scale fits, then they are taken; none changes a weight before."""
-    said = train(job("fp16", loss_scale=LossScaleSpec(initial=2.0**30)), range(16))
+    said = train(job("fp16", loss_scale=LossScaleSpec(initial=2.0**24)), range(10))
     taken = said[0].taken
     first = taken.index(True)
     assert first > 3
     assert all(taken[first:])
-    assert 16 - first == said[0].steps_taken
+    assert 10 - first == said[0].steps_taken
 
 
 @pytest.mark.parametrize("key", ["norm", *nightly_only(["loss"])])
 def test_a_spike_is_skipped_by_all(train: Train, key: str) -> None:
     """A step far above the recent median is passed over, changes nothing, and training goes on after it."""
     quiet = job("fp32", lr=1e-6)
-    base = train(quiet, range(6))[0]
+    base = train(quiet, range(4))[0]
     series = base.norms if key == "norm" else base.losses
     most = 1.0 + 1e-6
     spec = job("fp32", lr=1e-6, skip_above=SkipSpec(**{key: most}, window=1))
-    said = train(spec, range(6))
+    said = train(spec, range(4))
     expected = [True, *(later <= most * earlier for earlier, later in itertools.pairwise(series))]
     assert False in expected
     assert [expected] * 4 == [seen.taken for seen in said]
     skipped = tuple(index for index, taken in enumerate(expected) if not taken)
     assert_same(
-        said, train(attrs.evolve(quiet, train=attrs.evolve(quiet.train, skip_steps=skipped)), range(6))
+        said, train(attrs.evolve(quiet, train=attrs.evolve(quiet.train, skip_steps=skipped)), range(4))
     )
 
 
@@ -204,12 +204,12 @@ def test_a_run_goes_on_bitwise_in_the_middle_of_skips(train: Train, tmp_path: Pa
     """Overflows and spikes are skipped before the stop and behind it; the count of good steps goes on."""
     rule = LossScaleSpec(initial=256.0, interval=5)
     spec = job(precision, lr=1e-6, loss_scale=rule, skip_above=SkipSpec(norm=1.0 + 1e-6, window=1))
-    whole = train(spec, range(10), SPOILT[0])
+    whole = train(spec, range(7), SPOILT[0])
     taken = whole[0].taken
-    stop = next(i for i in range(3, 9) if not taken[i - 1] and not all(taken[i:]))
+    stop = next(i for i in range(3, 6) if not taken[i - 1] and not all(taken[i:]))
     stopped = train(spec, range(stop), SPOILT[0], tmp_path)
     assert 0 < stopped[0].skip_state["good"] or precision == "bf16"
-    resumed = train(spec, range(stop, 10), None, None, tmp_path)
+    resumed = train(spec, range(stop, 7), None, None, tmp_path)
     assert taken[stop:] == resumed[0].taken
     assert whole[0].scales[stop:] == resumed[0].scales
     assert whole[0].losses[stop:] == resumed[0].losses

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from halves import LAST, Work, halved
 from layouts import job, layouts
 from mimogrid.core.job.spec import JobSpec, ScheduleSpec
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
@@ -64,7 +63,7 @@ def apart(pool: Pool, opened: Opened) -> Comparing:
 
     def compare(spec: JobSpec, *, delay: int) -> dict[str, float]:
         of_spec = opened(spec)
-        assert () == verify(halved(plan_step(of_spec.step(0), of_spec.order), delay))
+        assert () == verify(halved(of_spec.program_of(of_spec.step(0)), delay))
         said = pool.run("halves:apart_in_world", of_spec.topology.world_size, of_spec, delay)
         return {name: max(one.get(name, 0.0) for one in said) for name in set().union(*said)}
 
@@ -169,7 +168,7 @@ def test_a_weight_in_both_halves(apart: Comparing, delay: int) -> None:
     assert max(found.values()) <= ROUNDING
 
 
-@settings(max_examples=drawn(4), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=drawn(2), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=layouts(), delay=st.sampled_from((0, 1, 2, LAST)))
 def test_halves_of_any_layout_are_the_whole(apart: Comparing, spec: JobSpec, delay: int) -> None:
     """Whatever graph, grids, experts, recomputation, chunks and freezing a job has."""
@@ -184,8 +183,7 @@ def test_halves_of_any_layout_are_the_whole(apart: Comparing, spec: JobSpec, del
 
 WATCHED = [
     "recomputed, sequence parallel",
-    "experts",
-    *nightly_only(["a chain", "tensor parallel", "both", "tied ends", "experts in shards"]),
+    *nightly_only(["experts", "a chain", "tensor parallel", "both", "tied ends", "experts in shards"]),
 ]
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.flight_recorder.components.loader import read_dump
 
 import harm
 import launching
 from mimogrid.core.job.spec import JobSpec
 from mimogrid.shell.cli.main import main
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.world import flight_recorder
 from mimogrid.shell.world.error_file import VARIABLE, record_failure
 
 
@@ -72,7 +74,7 @@ def test_nothing_is_written_where_no_file_is_named(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.world
 def test_torchrun_prints_the_report(opened: Callable[[JobSpec], Job], tmp_path: Path) -> None:
-    """Of the rank that raised; the rank that was cut off has at most a sentence."""
+    """Of the rank that raised; the rank that was cut off has at most a sentence. Torch's analyzer reads its record."""
     job = opened(harm.job("enc(1,1,1)@0 lm(1,1,1)@1"))
     arguments = ["train", str(job.path), "--set", f"train.run_dir={tmp_path / 'run'}"]
     with pytest.raises(ChildFailedError) as caught:
@@ -81,3 +83,7 @@ def test_torchrun_prints_the_report(opened: Callable[[JobSpec], Job], tmp_path: 
     assert "rank 1 (host " in root, str(caught.value)
     assert "failed at step 1 in 'lm.0 B1'" in root
     assert HINT not in root
+    facts = read_dump("rank-", str(tmp_path / "run" / flight_recorder.FOLDER / "rank-1"))
+    gathered = [entry for entry in facts["entries"] if entry["profiling_name"] == "gloo:all_gather"]
+    name, purpose = gathered[-1]["process_group"]
+    assert {"name": name, "desc": purpose, "ranks": "[0, 1]"} == facts["pg_config"][name]

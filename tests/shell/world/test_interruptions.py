@@ -18,7 +18,7 @@ from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.run.interruptions import interruptions_of
 from mimogrid.shell.world.launch import Pool
 from mimogrid.shell.world.preemption import EXIT_CODE
-from scale import nightly_only
+from scale import nightly, nightly_only
 
 
 pytestmark = pytest.mark.world
@@ -113,6 +113,28 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(
     assert [lost] == json.loads((folder / "report.json").read_text())["interruptions"]
     assert "1 steps repeated" in said.read_text()
     assert not (folder / "failure.json").exists()
+
+
+@nightly
+@pytest.mark.parametrize(
+    ("fault", "how"),
+    [
+        ("stop rank 1 step 3 at lm.0 B1", "is stopped"),
+        ("delay rank 1 step 3 for 120 s at lm.0 B1", "fell behind"),
+    ],
+)
+def test_torchrun_need_not_wait_for_a_rank_that_hangs(
+    pair: Job, whole_pair: Path, tmp_path: Path, fault: str, how: str
+) -> None:
+    """Once its world has reported, the rank ends at the first signal; torchrun kills it after 30 s only."""
+    folder, said = tmp_path / "run", tmp_path / "said"
+    arguments = ["train", str(pair.path), "--set", f"train.run_dir={folder}", "--set", "train.timeout_s=5"]
+    launching.under_torchrun(2, arguments, said, fault=fault, restarts=1)
+    (lost,) = interruptions_of(folder)
+    assert how in lost["report"]
+    assert 4.9 < lost["noticing_s"]
+    assert lost["restart_s"] < 25.0
+    assert harm.left(whole_pair) == harm.left(folder)
 
 
 def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others(

@@ -176,8 +176,8 @@ def test_all_ranks_say_the_same(pool: Pool, opened: Opened) -> None:
 
 def test_a_run_repeats_bit_by_bit(pool: Pool, opened: Opened) -> None:
     """Two runs of a job have the same losses and norms, to the last bit."""
-    spec = job("enc(1,1,3)@0 aud(2,1,1)@3 lm(1,1,3)@5", precision="fp32")
-    assert trained(pool, opened(spec), 4) == trained(pool, opened(spec), 4)
+    spec = job("enc(1,1,2)@0 aud(2,1,1)@0 lm(1,1,3)@2", precision="fp32")
+    assert trained(pool, opened(spec), 3) == trained(pool, opened(spec), 3)
 
 
 def test_every_layout_of_a_model_trains_alike(pool: Pool, opened: Opened) -> None:
@@ -188,10 +188,10 @@ def test_every_layout_of_a_model_trains_alike(pool: Pool, opened: Opened) -> Non
             ("1,1,1)@0", "1,1,1)@0"),
             ("1,2,1)@0", "1,1,2)@2"),
             ("2,1,2)@0", "2,2,1)@4"),
-            ("1,1,5)@0", "1,1,3)@5"),
+            *nightly_only([("1,1,5)@0", "1,1,3)@5")]),
         )
     ]
-    first, *others = (trained(pool, opened(spec), 3)[0] for spec in layouts)
+    first, *others = (trained(pool, opened(spec), 2)[0] for spec in layouts)
     for other in others:
         assert first[0].loss == pytest.approx(other[0].loss, rel=1e-12)
         for one, two in zip(first[1:], other[1:], strict=True):
@@ -256,7 +256,7 @@ def test_exactly_the_plan_is_sent(pool: Pool, opened: Opened, grids: str, frozen
 def test_nothing_stays_of_a_world(pool: Pool, opened: Opened) -> None:
     """Worlds one after the other leave no group and no thread behind."""
     opened_job = opened(job("enc(2,1,1)@0 lm(1,2,1)@1", world_size=4))
-    seen = [pool.run("bodies:leftovers", 4, opened_job) for _ in range(drawn(8))]
+    seen = [pool.run("bodies:leftovers", 4, opened_job) for _ in range(drawn(5))]
     assert {0} == {groups for world in seen for groups, _ in world}
     for first, last in zip(seen[2], seen[-1], strict=True):
         assert first[1] >= last[1]
