@@ -282,9 +282,11 @@ def _times_narrower(spec: JobSpec) -> int:
     widest = max(grid.tp * grid.cp for grid in grids)
 
     def keeps(grid: GridSpec, times: int) -> bool:
-        """Whether dp ranks are left to share, with room for experts, and stages begin with whole dp ranks."""
-        dp, experts = grid.dp // times, grid.ep // math.gcd(grid.ep, grid.tp * grid.cp)
-        return dp > 1 and dp % experts == 0 and grid.tp * grid.cp * dp % widest == 0
+        """Whether dp ranks and copies of experts are left to share, and stages begin with whole dp ranks."""
+        ranks, sharing = grid.tp * grid.cp * grid.dp, grid.expert_tp * grid.ep
+        copies, left = divmod(ranks // times, sharing)
+        alone = copies == 1 < ranks // sharing
+        return grid.dp > times and not left and not alone and ranks // times % widest == 0
 
     fitting = (
         times
