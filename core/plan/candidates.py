@@ -1,4 +1,4 @@
-"""Candidates: layouts of a whole job, in the order of their lower bounds.
+"""Candidates: layouts of a whole job, with their lower bounds, in the order of what they take by estimate.
 
 The *main* module, the one with most work, lies at rank 0. Every other module has one of three places:
 
@@ -8,6 +8,9 @@ The *main* module, the one with most work, lies at rank 0. Every other module ha
 
 The bound of a layout is that of its slowest module (`configs`): the first microbatch comes through the modules that
 feed it, and the last gradient goes back through them. Ranks with two modules do the work of both.
+
+The bound leaves out that modules that share ranks run one after the other. So layouts are ranked by an estimate, in
+which the first microbatches of all modules on the main one's ranks come before its first, and the last after its last.
 
 The configurations of the main module are walked in order of their own bounds, which hold for all layouts with them.
 Each is joined with configurations of the other modules. A module's configuration is left out where another one is as
@@ -32,11 +35,14 @@ from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
 
 
 KEPT = 48
-"""Layouts that are kept, those with the least bounds."""
+"""Layouts that are kept, those with the least estimates."""
 EACH = 4
 """Layouts that are kept for one configuration of the main module."""
 NEAR = 1.01
 """A configuration is left out where another one is no worse than so many times as bad in any respect."""
+FAST, SHORT = 0.5, 0.01
+"""Parts of the least time of the main module: of modules beside it that are faster, and of microbatches that go through
+these sooner, more ranks are no better."""
 BEAM = 12
 """Layouts of some modules that are kept while others are placed around a configuration of the main one."""
 FEW = 64
@@ -44,7 +50,10 @@ FEW = 64
 AMPLE = 4
 """A module beside the main one gets at most so many times its share of the ranks, by its share of the work."""
 WORTH = 1.5
-"""The walk ends at bounds above this many times that of the best layout."""
+"""The walk ends at bounds above this many times the estimate of the best layout."""
+
+EFFORT = 500_000
+"""Pipeline ranks of configurations, and layouts, that are priced before the walk ends, once there is a layout."""
 
 BESIDE, ALL, FIRST = "beside", "all", "first"
 
@@ -64,11 +73,12 @@ class Placed:
 
 @attrs.frozen(eq=False)
 class Candidate:
-    """A layout with its lower bound in seconds."""
+    """A layout with its lower bound in seconds, and with an estimate: one that knows that ranks are shared."""
 
     bound: float
     main: PricedConfig
     others: Mapping[str, Placed]
+    estimate: float = 0.0
 
     @property
     def ranks(self) -> int:
@@ -91,7 +101,7 @@ class Candidates:
     """What a walk finds.
 
     Attributes:
-        candidates: the best layouts, in order of their bounds.
+        candidates: the best layouts, in order of their estimates.
         left_out_s: no layout that was left out has a lower bound below this.
         out_of_memory: layouts that do not fit: the one that lacks least, then the fastest.
         looked_at: how many configurations and layouts were priced.
@@ -140,10 +150,12 @@ class Scope:
 
 @attrs.define(eq=False)
 class _Notes:
-    """What a walk notes on its way."""
+    """What a walk notes on its way. `least_s` is what the main module takes at least."""
 
+    least_s: float = 0.0
     left_out_s: float = math.inf
     looked_at: int = 0
+    effort: int = 0
     out_of_memory: list[OutOfMemory] = attrs.field(factory=list[OutOfMemory])
     undominated: dict[tuple[str, int], tuple[PricedConfig, ...]] = attrs.field(
         factory=dict[tuple[str, int], tuple[PricedConfig, ...]]
@@ -151,6 +163,11 @@ class _Notes:
     shared: dict[tuple[str, int, int], tuple[PricedConfig, ...]] = attrs.field(
         factory=dict[tuple[str, int, int], tuple[PricedConfig, ...]]
     )
+
+    def prices(self, config: ParallelConfig) -> None:
+        """Note that a configuration is priced."""
+        self.looked_at += 1
+        self.effort += config.pp
 
     def leave_out(self, bound: float) -> None:
         self.left_out_s = min(self.left_out_s, bound)
@@ -171,15 +188,16 @@ def candidates_of(scope: Scope, watch: Watch = always) -> Candidates:
     worth = math.inf
     for bound, main in _main_configs(scope, notes):
         full = len(kept) == KEPT and bound >= -kept[0][0]
-        goes_on = watch(Progress(bound_s=bound, looked_at=notes.looked_at)) or not kept
+        goes_on = watch(Progress(bound_s=bound, looked_at=notes.looked_at)) and notes.effort < EFFORT
+        goes_on = goes_on or not kept
         if full or bound > worth or not goes_on:
             notes.leave_out(bound)
             break
         for candidate in _joined(scope, notes, main, bound):
-            heapq.heappush(kept, (-candidate.bound, -candidate.ranks, -next(number), candidate))
-            worth = min(worth, WORTH * candidate.bound)
+            heapq.heappush(kept, (-candidate.estimate, -candidate.ranks, -next(number), candidate))
+            worth = min(worth, WORTH * candidate.estimate)
         while len(kept) > KEPT:
-            notes.leave_out(-heapq.heappop(kept)[0])
+            notes.leave_out(heapq.heappop(kept)[-1].bound)
     return Candidates(
         candidates=tuple(entry[-1] for entry in sorted(kept, reverse=True, key=lambda e: e[:3])),
         left_out_s=notes.left_out_s,
@@ -191,17 +209,24 @@ def candidates_of(scope: Scope, watch: Watch = always) -> Candidates:
 def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedConfig]]:
     """Yield the configurations of the main module that fit, in order of their bounds; none is priced too early."""
     space, below = scope.spaces[scope.main], scope.stages_below(scope.main)
-    configs = [
-        config for count in _divisors(scope.samples) for config in space.configs(count, scope.ranks, CHUNKS)
-    ]
+    rated = itertools.chain.from_iterable(
+        space.rated(count, scope.ranks, CHUNKS) for count in _divisors(scope.samples)
+    )
+    configs: list[ParallelConfig] = []
+    leasts: list[float] = []
+    for (_, least, _, _), config in rated:
+        leasts.append(least)
+        configs.append(config)
+    notes.least_s = min(leasts, default=0.0)
     priced: list[tuple[float, int, int, PricedConfig]] = []
-    for least, i in sorted((space.least_s(config), i) for i, config in enumerate(configs)):
+    for i in sorted(range(len(configs)), key=leasts.__getitem__):
+        least = leasts[i]
         while priced and priced[0][0] <= least:
             bound, _, _, main = heapq.heappop(priced)
             yield bound, main
         if space.least_bytes(configs[i]) > scope.memory_bytes and notes.out_of_memory:
             continue
-        notes.looked_at += 1
+        notes.prices(configs[i])
         main = space.priced(configs[i])
         bound, needs = main.bound_s(), main.bytes_at_most(below)
         if max(needs) > scope.memory_bytes:
@@ -218,11 +243,14 @@ def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedCo
 class _Choice:
     """A configuration and place of a module beside the main one.
 
-    `bound` is that of the two alone. `work` and `bytes` are what it adds to each pipeline rank of the main module.
+    `bound` is that of the two alone. `work` and `bytes` are what it adds to each pipeline rank of the main module, and
+    `head` and `tail` what its microbatches take there before the first and after the last of the main module.
     """
 
     placed: Placed
     bound: float
+    head: float = 0.0
+    tail: float = 0.0
     work: tuple[float, ...] = ()
     bytes: tuple[float, ...] = ()
 
@@ -234,9 +262,17 @@ class _Choice:
 
 @attrs.frozen(eq=False)
 class _Part:
-    """A layout of the main module and some others; `work` and `bytes` are those of its pipeline ranks."""
+    """A layout of the main module and some others.
 
+    `work` and `bytes` are those of the pipeline ranks of the main module, `head` and `tail` the seconds of the others
+    there, one after the other, before its first microbatch and after its last.
+    """
+
+    main: PricedConfig
     bound: float
+    estimate: float
+    head: float
+    tail: float
     ranks: int
     others: Mapping[str, Placed]
     work: tuple[float, ...]
@@ -245,8 +281,14 @@ class _Part:
     def with_(self, name: str, choice: _Choice) -> "_Part":
         work = tuple(map(operator.add, self.work, choice.work)) if choice.work else self.work
         held = tuple(map(operator.add, self.bytes, choice.bytes)) if choice.bytes else self.bytes
+        head, tail = self.head + choice.head, self.tail + choice.tail
+        bound = max(self.bound, choice.bound, *work)
         return _Part(
-            bound=max(self.bound, choice.bound, *work),
+            main=self.main,
+            bound=bound,
+            estimate=max(self.estimate, bound, self.main.bound_s(head, tail)),
+            head=head,
+            tail=tail,
             ranks=self.ranks + choice.placed.ranks,
             others={**self.others, name: choice.placed},
             work=work,
@@ -262,18 +304,20 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
     """
     count, most = main.config.microbatches, main.bytes_at_most(scope.stages_below(scope.main))
     work = tuple(count * time.work + time.update for time in main.times)
-    parts = [_Part(least, main.ranks, {}, work, most)]
+    parts = [_Part(main, least, least, 0.0, 0.0, main.ranks, {}, work, most)]
     choices = {name: _sorted_choices(scope, notes, name, main) for name in scope.others}
     to_come = sum(_fewest_ranks(each) for each in choices.values())
     for name, found in choices.items():
         to_come -= _fewest_ranks(found)
         grown = [part.with_(name, each) for part in parts for each in found]
         notes.looked_at += len(grown)
+        notes.effort += len(grown)
         parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
     bounds = [max(part.bound, chain_bound_s(scope.graph, _all_priced(main, part.others))) for part in parts]
-    # Of equal bounds the least work is best: what is recomputed may lie on no path that counts.
-    ranked = sorted(range(len(parts)), key=lambda i: (bounds[i], parts[i].ranks, max(parts[i].work)))
-    whole = [Candidate(bounds[i], main, parts[i].others) for i in ranked]
+    # Of equal estimates the least work is best: what is recomputed may lie on no path that counts.
+    estimates = [max(bound, part.estimate) for bound, part in zip(bounds, parts, strict=True)]
+    ranked = sorted(range(len(parts)), key=lambda i: (estimates[i], parts[i].ranks, max(parts[i].work)))
+    whole = [Candidate(bounds[i], main, parts[i].others, estimates[i]) for i in ranked]
     for candidate in whole[EACH:]:
         notes.leave_out(candidate.bound)
     return whole[:EACH]
@@ -291,10 +335,10 @@ def _best(scope: Scope, notes: _Notes, main: PricedConfig, parts: list[_Part]) -
             fitting.append(part)
         else:
             notes.does_not_fit(Candidate(part.bound, main, part.others), scope.main, part.bytes)
-    fitting.sort(key=lambda part: (part.bound, part.ranks, max(part.work), max(part.bytes)))
+    fitting.sort(key=lambda part: (part.estimate, part.ranks, max(part.work), max(part.bytes)))
     kept = fitting[:BEAM]
     if len(fitting) > BEAM:
-        kept.append(min(fitting[BEAM:], key=lambda part: (part.ranks, part.bound)))
+        kept.append(min(fitting[BEAM:], key=lambda part: (part.ranks, part.estimate)))
     return kept
 
 
@@ -302,12 +346,7 @@ def _sorted_choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) 
     """Return what a module may have beside the main one, best first, none of which another one is as good as."""
     feeds = scope.main in scope.downstream(name)
     found = [_choice(main, placed, feeds=feeds) for placed in _choices(scope, notes, name, main)]
-    found.sort(key=lambda choice: choice.rates)
-    front: list[_Choice] = []
-    for choice in found:
-        if not _is_matched(choice.rates, front):
-            front.append(choice)
-    return front
+    return _front(found)
 
 
 def _choice(main: PricedConfig, placed: Placed, *, feeds: bool) -> _Choice:
@@ -325,7 +364,8 @@ def _choice(main: PricedConfig, placed: Placed, *, feeds: bool) -> _Choice:
     shared = [priced.ranks > pp * main.ranks // main.config.pp for pp in range(main.config.pp)]
     work = tuple((count * time.work + time.update) * here for here in shared)
     held = tuple((rank.kept + rank.in_flight * in_flight) * here for here in shared)
-    return _Choice(placed, bound, work, held)
+    head, tail = (priced.forward, priced.backward) if feeds else (0.0, 0.0)
+    return _Choice(placed, bound, head, tail, work, held)
 
 
 def _choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> Iterator[Placed]:
@@ -353,31 +393,43 @@ def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> t
     A configuration is priced only if none that was priced is nearly as good as it may be at best.
     """
     if (name, microbatches) not in notes.undominated:
-        space = scope.spaces[name]
-        configs = list(space.configs(microbatches, scope.most_ranks(name)))
-        rated = sorted((space.least_rates(config), i) for i, config in enumerate(configs))
-        front: list[PricedConfig] = []
-        for least, i in rated:
-            if not _is_matched(least, front):
-                notes.looked_at += 1
-                priced = space.priced(configs[i])
-                if not _is_matched(priced.rates, front):
-                    front.append(priced)
-        notes.undominated[name, microbatches] = tuple(front)
+        rated = sorted(
+            scope.spaces[name].rated(microbatches, scope.most_ranks(name)), key=operator.itemgetter(0)
+        )
+        front: list[tuple[Rates, PricedConfig]] = []
+        for least, config in rated:
+            if not _is_matched(_where_it_counts(least, notes), front):
+                notes.prices(config)
+                priced = scope.spaces[name].priced(config)
+                rates = _where_it_counts(priced.rates, notes)
+                if max(priced.bytes_at_most(microbatches)) <= scope.memory_bytes:
+                    rates = (*rates[:-1], 0.0)
+                if not _is_matched(rates, front):
+                    front.append((rates, priced))
+        notes.undominated[name, microbatches] = tuple(priced for _, priced in front)
     return notes.undominated[name, microbatches]
+
+
+def _where_it_counts(rates: Rates, notes: _Notes) -> Rates:
+    """Return the rates of a configuration that lies beside the main module, where less would not make a step shorter.
+
+    No step is shorter than the main module takes at least (`notes.least_s`), alone and on all ranks.
+    """
+    ranks, bound, through, held = rates
+    return ranks, max(bound, FAST * notes.least_s), max(through, SHORT * notes.least_s), held
 
 
 _Rated = TypeVar("_Rated", PricedConfig, _Choice)
 
 
-def _is_matched(rates: Rates, front: list[_Rated]) -> bool:
+def _is_matched(rates: Rates, front: list[tuple[Rates, _Rated]]) -> bool:
     """Whether one of a front is no worse in any rate, or by less than `NEAR`; that one is moved to the front of it.
 
     The next ones are mostly like this one: so the first that is asked is mostly the last.
     """
-    a, b, c, d = (NEAR * rate for rate in rates)
-    for i, other in enumerate(front):
-        e, f, g, h = other.rates
+    a, b, c, d = rates
+    a, b, c, d = NEAR * a, NEAR * b, NEAR * c, NEAR * d
+    for i, ((e, f, g, h), _) in enumerate(front):
         if e <= a and f <= b and g <= c and h <= d:
             if i:
                 front.insert(0, front.pop(i))
@@ -401,17 +453,17 @@ def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -
                 dp = min(dp_ranks, scope.samples // count)
                 if dp % shape.dp_size == 0:
                     found.append(space.priced(ParallelConfig(shape, 1, 1, dp, count)))
-        notes.shared[name, ranks, microbatches] = _front(found)
+        notes.shared[name, ranks, microbatches] = tuple(_front(found))
     return notes.shared[name, ranks, microbatches]
 
 
-def _front(found: Iterable[PricedConfig]) -> tuple[PricedConfig, ...]:
-    """Return the configurations for which no other one is nearly as good in every respect."""
-    front: list[PricedConfig] = []
-    for priced in sorted(found, key=lambda each: each.rates):
-        if not _is_matched(priced.rates, front):
-            front.append(priced)
-    return tuple(front)
+def _front(found: Iterable[_Rated]) -> list[_Rated]:
+    """Return those for which no other one is nearly as good in every respect."""
+    front: list[tuple[Rates, _Rated]] = []
+    for each in sorted(found, key=lambda each: each.rates):
+        if not _is_matched(each.rates, front):
+            front.append((each.rates, each))
+    return [each for _, each in front]
 
 
 # -- a layout ----------------------------------------------------------------------------------------------

@@ -5,14 +5,17 @@ number of stages, chunks, dp ranks and microbatches it is a `ParallelConfig`, an
 `PricedConfig`. Alone on its ranks a module takes, by the bound of `bounds`, at least the maximum over its pipeline
 ranks of
 
-    head + microbatches * (forward + backward) + max(tail, all-reduce)
+    max(head, gather) + microbatches * (forward + backward) + max(tail, all-reduce)
 
 plus the slowest update. The head is how long the first microbatch needs to the rank, the tail how long the last
-gradient needs from it. Of the all-reduce only that counts which takes longer than the last backward, if that is cut.
+gradient needs from it. With a sharded update the weights are gathered beside the first microbatch. Of the all-reduce
+only that counts which takes longer than the last backward, if that is cut.
 """
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import attrs
 
@@ -92,19 +95,21 @@ class ParallelConfig:
         return sizes + more + (f" recompute={shape.recompute}" if shape.recompute != "none" else "")
 
 
-@attrs.frozen
-class RankTime:
-    """Seconds of one pipeline rank of a module; `work` is per microbatch, `reduce` is of sums behind all work."""
+class RankTime(NamedTuple):
+    """Seconds of one pipeline rank of a module.
+
+    `work` is per microbatch, `gather` is for the weights of its first stage, `reduce` is of sums behind all work.
+    """
 
     head: float
+    gather: float
     work: float
     tail: float
     reduce: float
     update: float
 
 
-@attrs.frozen
-class RankBytes:
+class RankBytes(NamedTuple):
     """Bytes of one pipeline rank: always, and for each microbatch in flight; with 1F1B there are `depth` of these."""
 
     kept: float
@@ -153,17 +158,27 @@ class PricedConfig:
 
     def bound_s(self, head: float = 0.0, tail: float = 0.0) -> float:
         """Return seconds that no order beats, if `head` pass before the first microbatch and `tail` after the last."""
-        back, reduced, update = self._ends
-        return head + max(back + tail, reduced) + update
+        heads, gathers, update = self._ends
+        return max(head + max(heads[0] + tail, heads[1]), gathers[0] + tail, gathers[1]) + update
 
     @functools.cached_property
-    def _ends(self) -> tuple[float, float, float]:
-        """When the last gradient has gone back at the earliest, when the last all-reduce is done; then the update."""
-        done = [rank.head + self.config.microbatches * rank.work for rank in self.times]
+    def _ends(self) -> tuple[tuple[float, float], tuple[float, float], float]:
+        """When the last gradient has gone back at the earliest, and the last all-reduce is done; then the update.
+
+        Both once as the first microbatch comes from the stages before, once as the weights are there.
+        """
         return (
-            max(end + rank.tail for end, rank in zip(done, self.times, strict=True)),
-            max(end + rank.reduce for end, rank in zip(done, self.times, strict=True)),
+            self._done([rank.head for rank in self.times]),
+            self._done([rank.gather for rank in self.times]),
             max(rank.update for rank in self.times),
+        )
+
+    def _done(self, begins: Sequence[float]) -> tuple[float, float]:
+        both = zip(begins, self.times, strict=True)
+        ends = [begin + self.config.microbatches * rank.work for begin, rank in both]
+        return (
+            max(end + rank.tail for end, rank in zip(ends, self.times, strict=True)),
+            max(end + rank.reduce for end, rank in zip(ends, self.times, strict=True)),
         )
 
     def bytes_at_most(self, below: int) -> tuple[float, ...]:

@@ -43,6 +43,10 @@ SIMULATED_MOST = 100_000
 """Actions of all rank classes. A larger step would be simulated for more than some seconds."""
 WHOLE_WORLD = 64
 """Ranks. Of smaller worlds all are simulated."""
+LOOKED_AT = 64
+"""Ranks that host the same stages of which the memory is looked at: samples are alike, so they differ by rows."""
+FOLDED_AT_MOST = 2_048
+"""Ranks. Of more, whose dp ranks make no pattern, no rank classes are looked for."""
 WHOLE = frozenset({GPIPE, AUTO})
 """Orders that a short step says nothing of: GPipe holds all microbatches, and `auto` finds another order for fewer."""
 
@@ -80,7 +84,7 @@ class Evaluator:
     def whole(self, layout: Layout) -> Layout:
         """Return a layout that was timed by a short step as it is timed by its whole step."""
         timed = self._timed(layout.spec, self.question.topology(layout.spec), layout.spec)
-        return attrs.evolve(timed, peak_bytes=layout.peak_bytes)
+        return attrs.evolve(timed, peak_bytes=layout.peak_bytes, lockstep_s=layout.lockstep_s)
 
     @functools.cached_property
     def _useful_s(self) -> float:
@@ -98,9 +102,8 @@ class Evaluator:
     def fitted(self, layout: Layout) -> Layout:
         """Return a layout, which is too large if its fullest rank holds too much in a short step."""
         program, whole = self._short(layout)
-        return (
-            layout if bytes_at_most(program, whole) <= self.question.memory_bytes else self.measured(layout)
-        )
+        most = bytes_at_most(program, whole, each=LOOKED_AT)
+        return layout if most <= self.question.memory_bytes else self._with_memory(layout, program, whole)
 
     def measured(self, layout: Layout) -> Layout:
         """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
@@ -113,7 +116,7 @@ class Evaluator:
         return self._program(short, times), self.question.topology(layout.spec) if times > 1 else None
 
     def _with_memory(self, layout: Layout, program: Program, whole: Topology | None) -> Layout:
-        fullest = fullest_ranks(program, whole)
+        fullest = fullest_ranks(program, whole, each=LOOKED_AT)
         most = {name: each.bytes for name, each in fullest.items()}
         largest, has = max(most, key=most.__getitem__), self.question.memory_bytes
         if most[largest] <= has:
@@ -130,7 +133,8 @@ class Evaluator:
         times = _times_narrower(layout.spec)
         question, program = self.question, self._program(layout.spec, times)
         firsts = (ranks[0] for ranks in ranks_by_stages(program.topology).values())
-        if _actions(program, firsts) > SIMULATED_MOST:  # of the fewest classes that there can be
+        # Of the fewest classes that there can be.
+        if _actions(program, firsts) > SIMULATED_MOST or len(program.topology.ranks) > FOLDED_AT_MOST:
             return layout
         whole = question.topology(layout.spec)
         step = self._step(whole)
@@ -278,9 +282,11 @@ def _times_narrower(spec: JobSpec) -> int:
     widest = max(grid.tp * grid.cp for grid in grids)
 
     def keeps(grid: GridSpec, times: int) -> bool:
-        """Whether dp ranks are left to share, with room for experts, and stages begin with whole dp ranks."""
-        dp, experts = grid.dp // times, grid.ep // math.gcd(grid.ep, grid.tp * grid.cp)
-        return dp > 1 and dp % experts == 0 and grid.tp * grid.cp * dp % widest == 0
+        """Whether dp ranks and copies of experts are left to share, and stages begin with whole dp ranks."""
+        ranks, sharing = grid.tp * grid.cp * grid.dp, grid.expert_tp * grid.ep
+        copies, left = divmod(ranks // times, sharing)
+        alone = copies == 1 < ranks // sharing
+        return grid.dp > times and not left and not alone and ranks // times % widest == 0
 
     fitting = (
         times

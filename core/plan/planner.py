@@ -2,13 +2,13 @@
 
 What is searched: for every module tp, cp, ep, pp with uneven splits, dp, chunks and recomputation (`search_space`);
 places beside each other or shared (`candidates`); the number of microbatches, and with it their size; the order.
-`candidates` gives layouts in order of their lower bounds. They are simulated one after another (`evaluation`), until
-the next bound is above the best time: then no layout that was looked at is faster. A budget may end this earlier, and
-`gap` says by how much the winner could be beaten at most. The best layout is then changed by single choices as long as
-that makes it faster (`refinement`), and other orders are tried on the best layouts (`search`). Memory
-is estimated for 1F1B among the candidates. All layouts share the update among dp ranks (`optimizer.sharded`): the same
-result in less memory. Where all that seem to fit do not, the search begins again with less of it
-(`MEMORY`).
+`candidates` gives layouts with lower bounds, the best by estimate first. They are simulated one after another
+(`evaluation`), except where the bound is above the best time: then no layout that was looked at is faster. Budgets of
+work, not of time, may end this earlier, and `gap` says by how much the winner could be beaten at most. The best layout
+is then changed by single choices as long as that makes it faster (`refinement`), and other orders are tried on the best
+layouts (`search`). Memory is estimated for 1F1B among the candidates. All layouts share the update among dp ranks
+(`optimizer.sharded`): the same result in less memory. Where all that seem to fit do not, the search begins again with
+less of it (`MEMORY`).
 
 GPUs that idle count: the fastest layout is the one with most tokens per second and allocated GPU. The same job gives
 the same plan everywhere.

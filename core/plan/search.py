@@ -1,9 +1,10 @@
 """Search: which layouts are evaluated, and how closely, within a budget of simulated actions.
 
-The candidates are timed for a short step, in the order of their bounds. On the best of them that fit other orders are
-tried. The best layouts are confirmed: `simulate` times their whole step.
+The candidates are timed for a short step, in the order of their estimates. On the best of them that fit other orders
+are tried. The best layouts are confirmed: `simulate` times their whole step.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -59,18 +60,20 @@ class Search:
     confirmed: set[int] = attrs.field(factory=set[int])
 
     def candidates(self, found: Candidates, budget: int) -> float:
-        """Evaluate candidates while their bounds are below the best time; return the least bound of what is left.
+        """Evaluate candidates whose bounds are below the best time; return the least bound of what is left.
 
         The best time is that of a layout that fits: one that does not says nothing of those behind it. Whether it fits
         is asked only where that ends the search, because its answer may cost more than the time of a layout.
         """
         until, question = self.evaluator.effort + budget, self.evaluator.question
-        for candidate in found.candidates:
+        bounds = [candidate.bound for candidate in reversed(found.candidates)]
+        to_come = [*itertools.accumulate(bounds, min)][::-1]
+        for candidate, least in zip(found.candidates, to_come, strict=True):
             if candidate.bound >= self._best_s() and candidate.bound >= self._fitting_s():
-                return self._fitting_s()
-            goes_on = self._goes_on(candidate.bound) or not self.fit(1)
+                continue
+            goes_on = self._goes_on(least) or not self.fit(1)
             if self.evaluator.effort >= until or not goes_on:
-                return min(candidate.bound, found.left_out_s)
+                return min(least, found.left_out_s)
             self.evaluate(layout_of(question, self.evaluator.main, candidate))
         return found.left_out_s
 

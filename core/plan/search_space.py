@@ -88,36 +88,39 @@ class SearchSpace:
             )
         return self._allowed[shape]
 
-    def configs(
+    def rated(
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
-    ) -> Iterator[ParallelConfig]:
-        """Yield every configuration on up to so many ranks, for so many microbatches."""
+    ) -> Iterator[tuple[Rates, ParallelConfig]]:
+        """Yield every configuration on up to so many ranks, for so many microbatches, with what no price is below."""
         layers, samples = self.costs.layers, self.costs.samples // microbatches
+        shares = {pp: _pipelined(microbatches, pp) for pp in enough(layers, layers)}
         for shape in self.shapes:
+            kept, in_flight = self._least_kept(shape), self.costs.held(shape).in_flight[-1]
+            known: dict[int, tuple[float, float]] = {}
             for pp, chunk in itertools.product(enough(layers, layers), chunks):
                 each = shape.ranks * pp
                 if chunk > 1 and (pp == 1 or pp * chunk > layers or microbatches % pp):
                     continue
                 for dp in tried(samples, ranks // each):
-                    if dp % shape.dp_size == 0:
-                        yield ParallelConfig(shape, pp, chunk, dp, microbatches)
-
-    def least_s(self, config: ParallelConfig) -> float:
-        """Return the seconds that a configuration takes at least, from its work alone."""
-        seconds = self.costs.seconds(config.shape, self._samples(config))
-        return (seconds.forward[-1] + seconds.backward[-1]) * config.microbatches / config.pp
-
-    def least_rates(self, config: ParallelConfig) -> Rates:
-        """Return what no price of a configuration is below: its `rates`."""
-        seconds, held = self.costs.seconds(config.shape, self._samples(config)), self.costs.held(config.shape)
-        in_flight = held.in_flight[-1] * self._samples(config) / (config.pp * config.chunks)
-        through = seconds.forward[-1] + seconds.backward[-1]
-        return config.ranks, self.least_s(config), through, self.least_bytes(config) + IN_FLIGHT * in_flight
+                    if dp % shape.dp_size:
+                        continue
+                    if dp not in known:
+                        own = -(-samples // dp)
+                        seconds = self.costs.seconds(shape, own)
+                        known[dp] = seconds.forward[-1] + seconds.backward[-1], IN_FLIGHT * own * in_flight
+                    through, held = known[dp]
+                    least_s = through * (shares[pp] if chunk == 1 else microbatches / pp)
+                    rates = each * dp, least_s, through, (kept + held / chunk) / pp
+                    yield rates, ParallelConfig(shape, pp, chunk, dp, microbatches)
 
     def least_bytes(self, config: ParallelConfig) -> float:
         """Return the bytes that its fullest rank keeps at least: an equal part of all."""
-        held = self.costs.held(config.shape)
-        return (held.kept[-1] + (0 if self.costs.spec.optimizer.sharded else held.optimizer[-1])) / config.pp
+        return self._least_kept(config.shape) / config.pp
+
+    def _least_kept(self, shape: ParallelShape) -> float:
+        """Return the bytes of a whole module that are there all the time, as far as dp ranks do not share them."""
+        held = self.costs.held(shape)
+        return held.kept[-1] + (0 if self.costs.spec.optimizer.sharded else held.optimizer[-1])
 
     def priced(self, config: ParallelConfig) -> PricedConfig:
         """Return a configuration with its price, which is kept."""
@@ -132,7 +135,7 @@ class SearchSpace:
         split = self.costs.split(config.shape, pp * chunks)
         starts = tuple(itertools.accumulate(split, initial=0))
         mine = [[(starts[i], starts[i + 1]) for i in range(rank, pp * chunks, pp)] for rank in range(pp)]
-        carry_s = self._reducing(config)
+        gather_s, reduce_s = self._collectives(config)
         cuts = self.costs.spec.optimizer.cut_mb > 0
         return PricedConfig(
             module=self.costs.name,
@@ -143,11 +146,12 @@ class SearchSpace:
             times=tuple(
                 RankTime(
                     head=seconds.forward[spans[0][0]],
+                    gather=gather_s(over(held.trained, spans[:1])),
                     work=over(seconds.forward, spans) + over(seconds.backward, spans),
                     tail=seconds.backward[spans[0][0]],
                     # Sums run beside a last backward that is cut.
                     reduce=max(
-                        carry_s(over(held.trained, spans)) - cuts * over(seconds.backward, spans[:1]), 0.0
+                        reduce_s(over(held.trained, spans)) - cuts * over(seconds.backward, spans[:1]), 0.0
                     ),
                     update=over(seconds.update, spans),
                 )
@@ -160,12 +164,18 @@ class SearchSpace:
         """Return how many samples of a microbatch the fullest dp rank has."""
         return -(-(self.costs.samples // config.microbatches) // config.dp)
 
-    def _reducing(self, config: ParallelConfig) -> Callable[[float], float]:
-        """Return the function that gives the seconds in which the gradients of so many values are reduced."""
+    def _collectives(
+        self, config: ParallelConfig
+    ) -> tuple[Callable[[float], float], Callable[[float], float]]:
+        """Return what gives the seconds in which so many weights are gathered, and their gradients reduced."""
         copies, machine = config.shape.cp * config.dp, self.costs.machine
         link = machine.link(within=config.shape.tp * copies <= machine.accelerator.per_node)
-        times = 1 if self.costs.spec.optimizer.sharded else 2
-        return lambda trained: link.carry_s(times * (trained * machine.state_bytes) * (copies - 1) / copies)
+        sharded = self.costs.spec.optimizer.sharded
+        weights, gradients = sharded * machine.value_bytes, (1 if sharded else 2) * machine.state_bytes
+        return (
+            lambda trained: link.carry_s(trained * weights * (copies - 1) / copies),
+            lambda trained: link.carry_s(trained * gradients * (copies - 1) / copies),
+        )
 
     def _bytes(
         self, config: ParallelConfig, held: "LayerBytes", rank: int, spans: Sequence["Span"]
@@ -209,6 +219,18 @@ def search_space_of(
     both = itertools.product(shapes, levels)
     shapes = [attrs.evolve(shape, recompute=level) for shape, level in both]
     return SearchSpace(costs, tuple(shapes), tuple(illegal))
+
+
+def _pipelined(microbatches: int, pp: int) -> float:
+    """Return how many times as long as one microbatch through all stages a step takes at least, however it is split.
+
+    Stage i begins when the stages before it have had the first microbatch. All stages are done at once where each has a
+    part 1/m of what is left after those before it, and the last is done when nothing is left.
+
+    >>> _pipelined(1, 4), _pipelined(4, 1), round(_pipelined(16, 16), 2)
+    (1.0, 4.0, 1.55)
+    """
+    return 1 / (1 - (1 - 1 / microbatches) ** pp)
 
 
 def enough(things: int, most: int) -> tuple[int, ...]:

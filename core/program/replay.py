@@ -175,23 +175,25 @@ class _State:
         return Replay(tuple(self.started), tuple(self._blocked(rank) for rank in stuck))
 
     def _advance(self, rank: int) -> None:
-        actions, posted = self.listing[rank], self.posted[rank]
-        for action in itertools.islice(actions, self.position[rank], None):
-            posts = isinstance(action, Transfer | Collective)
-            obstacle = None if posts else self._obstacle(rank, action)
-            if obstacle is not None:
-                self.sleeping.setdefault(obstacle, []).append(rank)
-                return
+        for action in itertools.islice(self.listing[rank], self.position[rank], None):
+            if isinstance(action, Transfer | Collective):
+                self._post(rank, action)
+            else:
+                obstacle = self._obstacle(rank, action)
+                if obstacle is not None:
+                    self.sleeping.setdefault(obstacle, []).append(rank)
+                    return
             self.position[rank] += 1
             self.started.append((rank, action))
-            if posts:
-                if isinstance(action, Collective):
-                    self._post_collective(rank, action)
-                posted.add(action)
-                if self.sleeping:
-                    self.ready.extend(self.sleeping.pop((rank, action), ()))
-                if self.strict and isinstance(action, Transfer):
-                    self._queue(rank, action)
+
+    def _post(self, rank: int, action: Transfer | Collective) -> None:
+        if isinstance(action, Collective):
+            self._post_collective(rank, action)
+        self.posted[rank].add(action)
+        if self.sleeping:
+            self.ready.extend(self.sleeping.pop((rank, action), ()))
+        if self.strict and isinstance(action, Transfer):
+            self._queue(rank, action)
 
     def _post_collective(self, rank: int, collective: Collective) -> None:
         """Count the ranks that have posted a collective; the last one frees those that wait for it."""

@@ -47,12 +47,16 @@ class Kind(enum.Enum):
         """Its letter in notations; a backward and its parts have one."""
         return self.value[0]
 
+    __hash__ = object.__hash__  # there is one object of each, and millions are hashed
+
 
 class Direction(enum.Enum):
     """Which way data flows on a link: activations forward, gradients backward."""
 
     FORWARD = "F"
     BACKWARD = "B"
+
+    __hash__ = object.__hash__
 
 
 @attrs.frozen(cache_hash=True)

@@ -30,33 +30,40 @@ class Fullest:
         return f"{module}.{topology.modules[module].grid.position_along('pp', self.rank)}"
 
 
-def fullest_ranks(program: Program, whole: Topology | None = None) -> dict[str, Fullest]:
+def fullest_ranks(
+    program: Program, whole: Topology | None = None, *, each: int | None = None
+) -> dict[str, Fullest]:
     """Return, by module, the rank with it that holds most.
 
     The program may be that of some of the dp ranks of a `whole` topology. What these share counts as on the first rank
-    there that hosts the same stages.
+    there that hosts the same stages. Of the ranks that host the same stages, `each` are looked at, or all.
     """
     topology, more = program.topology, _more_bytes(program, whole)
-    most = _at_most(program, more)
+    most = _at_most(program, more, each)
     held = functools.cache(lambda rank: most_bytes(program, rank) + more[rank])
     return {name: _fullest(module.grid, most, held) for name, module in topology.modules.items()}
 
 
-def bytes_at_most(program: Program, whole: Topology | None = None) -> int:
+def bytes_at_most(program: Program, whole: Topology | None = None, *, each: int | None = None) -> int:
     """Return what no rank holds more than, likewise: with all its messages in buffers at once. Nothing is lowered."""
-    return max(_at_most(program, _more_bytes(program, whole)).values())
+    return max(_at_most(program, _more_bytes(program, whole), each).values())
 
 
-def _at_most(program: Program, more: Mapping[int, int]) -> Mapping[int, int]:
+def _at_most(program: Program, more: Mapping[int, int], each: int | None) -> Mapping[int, int]:
     """Return what no rank of each class holds more than; `more` is beside what the program says."""
     by_stages = ranks_by_stages(program.topology)
-    alike = RankClasses.of({rank: stages for stages, ranks in by_stages.items() for rank in ranks})
+    some = {
+        rank: stages
+        for stages, ranks in by_stages.items()
+        for rank in ranks[:: max(1, len(ranks) // each) if each else 1]
+    }
+    alike = RankClasses.of(some)
     leaders = alike_in_bytes(program, alike).members
     return {rank: bytes_between(program, rank)[1] + more[rank] for rank in leaders}
 
 
 def _more_bytes(program: Program, whole: Topology | None) -> Mapping[int, int]:
-    """Return what each rank keeps more in the whole topology, where more dp ranks share it: mostly less than nothing."""
+    """Return what each rank keeps more in the whole topology: mostly less than nothing, as more dp ranks share it."""
     if whole is None:
         return dict.fromkeys(program.topology.ranks, 0)
     in_whole = ranks_by_stages(whole)

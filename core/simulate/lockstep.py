@@ -25,6 +25,7 @@ classes and lowers their programs.
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
@@ -40,6 +41,10 @@ from mimogrid.core.simulate.lower_bound import collective_s, gathering_s, reduci
 from mimogrid.core.step.traffic import message_bytes
 from mimogrid.core.topology.topology import Link, Module, Stage
 from mimogrid.core.update.buckets import Section, buckets_of, shared_by, sharing_ranks
+
+
+MANY = 32
+"""Dp ranks. Of more, the messages of some are looked at."""
 
 
 @attrs.frozen(eq=False)
@@ -349,12 +354,32 @@ class _Script:
         """Return the bytes of the largest message from one rank class to another, forward: that one counts."""
         routes = self._program.routes
         largest: dict[tuple[int, int], int] = {}
-        for dp_rank in range(self._topology.modules[link.target.module].dp_size):
+        for dp_rank in self._receivers(link, k):
             for messages in routes.reaching(link, k, dp_rank).values():
                 for message in messages:
                     ends = self._class_of[message.rank_source], self._class_of[message.rank_target]
                     largest[ends] = max(message_bytes(routes.step, message), largest.get(ends, 0))
         return largest
+
+    def _receivers(self, link: Link, k: int) -> Iterable[int]:
+        """Return the dp ranks of a link's target whose messages count: of many, some for each rank class at either end.
+
+        Samples are alike, so of a rank class all have as much to send, but for rows that do not divide.
+        """
+        source, target = (self._topology.modules[stage.module] for stage in (link.source, link.target))
+        if max(source.dp_size, target.dp_size) <= MANY:
+            return range(target.dp_size)
+        senders = (
+            self._program.routes.receivers(link, k, dp_rank) for dp_rank in self._some(source, link.source)
+        )
+        return dict.fromkeys(itertools.chain(self._some(target, link.target), *senders))
+
+    def _some(self, module: Module, stage: Stage) -> list[int]:
+        """Return the first, the middle and the last of the dp ranks whose first rank is in each rank class."""
+        found: dict[int, list[int]] = collections.defaultdict(list)
+        for dp_rank in range(module.dp_size):
+            found[self._class_of[module.tp_cp_ranks(stage, dp_rank)[0]]].append(dp_rank)
+        return [some for mine in found.values() for some in (mine[0], mine[len(mine) // 2], mine[-1])]
 
     def _by_reader(
         self, link: Link, largest: Mapping[tuple[int, int], int], direction: Direction

@@ -189,7 +189,7 @@ class Routes:
             senders = self.step.topology.modules[link.source.module].tp_cp_ranks(link.source, dp_rank)
             self._leaving[key] = _grouped(
                 (rank, message)
-                for other in self._targets(link, microbatch, dp_rank)
+                for other in self.receivers(link, microbatch, dp_rank)
                 for rank in senders
                 for message in self._by_sender(link, microbatch, other).get(rank, ())
             )
@@ -217,7 +217,7 @@ class Routes:
         """Return the microbatches of a link's target that repeat no earlier one."""
         return tuple(sorted(set(self.repeats(link).first)))
 
-    def _targets(self, link: Link, microbatch: int, dp_rank: int) -> Iterable[int]:
+    def receivers(self, link: Link, microbatch: int, dp_rank: int) -> Iterable[int]:
         """Return the dp ranks of a link's target that share samples of its microbatch with a dp rank of its source."""
         if link.edge is None:
             return (dp_rank,)

@@ -44,6 +44,8 @@ class Section(enum.Enum):
     TIED = "tied"
     EXPERTS = "experts"
 
+    __hash__ = object.__hash__  # there is one object of each
+
 
 @attrs.frozen
 class Span:
@@ -76,6 +78,12 @@ class Bucket:
         """Return the values of the bucket that a shard has."""
         each = self.size // self.shards
         return range(shard * each, (shard + 1) * each)
+
+    def values_in(self, shard: range) -> int:
+        """Return how many values of parameters lie in a part of the bucket."""
+        start, stop = shard.start, shard.stop
+        ends = ((span.start, span.start + span.size) for span in self.spans)
+        return sum(min(end, stop) - max(begin, start) for begin, end in ends if begin < stop and start < end)
 
     def parts(self, shard: int) -> Iterator[ParameterRange]:
         """Yield the ranges of parameters that a shard has."""
@@ -247,8 +255,8 @@ def optimizer_bytes(topology: Topology, rank: int) -> int:
         for bucket in buckets:
             if spec.optimizer.sharded:
                 own = owns[bucket.section]
-                values = sum(part.stop - part.start for part in bucket.parts(own))
-                main = len(bucket.shard(own))
+                mine = bucket.shard(own)
+                values, main = bucket.values_in(mine), len(mine)
             else:
                 values, main = sum(span.size for span in bucket.spans), bucket.size
             total += width * (states * values + (main if spec.precision in HALF else 0))

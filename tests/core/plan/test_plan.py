@@ -18,7 +18,7 @@ from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, kind_of, shown
 from mimogrid.core.plan.neighbours import neighbours
 from mimogrid.core.plan.planner import BUDGET, CONFIRMED, plan
-from mimogrid.core.plan.search_space import enough
+from mimogrid.core.plan.search_space import enough, search_space_of
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.simulate.memory import peak_bytes
@@ -308,6 +308,21 @@ def test_a_search_that_is_stopped_has_a_layout_and_a_gap():
     assert found.stopped
     assert found.best.step_s <= whole.best.step_s * (1 + found.gap) * (1 + 1e-9)
     assert found.simulated < whole.simulated
+
+
+def test_what_a_configuration_is_said_to_take_at_least_is_no_more_than_its_price():
+    """So none is left out for less than it costs: ranks, seconds, seconds of a microbatch, bytes."""
+    asked = question(8, batch=8)
+    shared = attrs.evolve(asked.spec, optimizer=attrs.evolve(asked.spec.optimizer, sharded=True))
+    step = step_of(asked.topology(shared), asked.samples)
+    for name in asked.spec.modules:
+        space = search_space_of(
+            name, step=step, machine=asked.machine, ranks=8, spec=step.topology.spec, facts=FACTS
+        )
+        for count in (1, 2, 8):
+            for least, config in space.rated(count, 8, (1, 2)):
+                rates = space.priced(config).rates
+                assert all(low <= found * (1 + 1e-9) for low, found in zip(least, rates, strict=True))
 
 
 def test_few_dp_ranks_are_timed_for_many(monkeypatch):
