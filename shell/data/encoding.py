@@ -240,12 +240,19 @@ def decoded(raw: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(raw))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return ImageOps.exif_transpose(_opened(raw)).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise LeftOutError("huge image", f"{name!r}: {error}") from None
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them
         raise LeftOutError("broken image", f"{name!r}: {error}"[:200]) from None
+
+
+def _opened(raw: bytes) -> Image.Image:
+    """Return an image that is not decoded yet. Raises ValueError for PostScript, which Pillow runs Ghostscript on."""
+    image = Image.open(io.BytesIO(raw))
+    if image.format == "EPS":
+        raise ValueError("is PostScript")
+    return image
 
 
 def waveform(raw: bytes, name: str, rate: int, most: int | None) -> "np.ndarray[Any, np.dtype[np.float32]]":

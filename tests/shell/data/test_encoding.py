@@ -1,5 +1,6 @@
 """Conversations become tokens, labels and rows as transformers has them; only assistants count."""
 
+import io
 import json
 import re
 import shutil
@@ -181,3 +182,12 @@ def test_broken_and_huge_images_are_refused(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(LeftOutError) as caught:
             decoded(raw, "a.png")
         assert caught.value.reason == "huge image"
+
+
+def test_postscript_is_no_image() -> None:
+    """Pillow would run Ghostscript on it."""
+    written = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(written, "EPS")
+    with pytest.raises(LeftOutError, match="is PostScript") as caught:
+        decoded(written.getvalue(), "a.eps")
+    assert caught.value.reason == "broken image"
