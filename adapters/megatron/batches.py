@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mimogrid.adapters.megatron.modality import SequenceFirst
-from mimogrid.adapters.megatron.readings import Reader, Reading, readings_of, unreadable
+from mimogrid.adapters.megatron.readings import READS_MASKS, Reader, Reading, readings_of, unreadable
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import PlanError, Problem, nearest
 from mimogrid.core.base.samples import Sample
@@ -63,7 +63,7 @@ def examples_of(
     samples: int,
     sequence: int,
     rows_of: Mapping[str, str | Callable[..., Any]],
-    reader: Reader | None = Reader(),
+    reader: Reader | None = READS_MASKS,
 ) -> list[Example]:
     """Return the samples of a batch for a job whose language model is `language`.
 

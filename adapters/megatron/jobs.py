@@ -160,7 +160,9 @@ def _quantized(name: str, spec: MegatronSpec) -> Iterator[Problem]:
     }
     for setting, value in settings.items():
         fact = f"is set ({value}); a job computes in one precision, that of the job file."
-        yield Problem(f"modules.{name}.{setting}", fact, f"Leave {setting} out; choose precision for all modules.")
+        yield Problem(
+            f"modules.{name}.{setting}", fact, f"Leave {setting} out; choose precision for all modules."
+        )
 
 
 _QUANTIZED = ("fp8", "fp4", "quant_recipe")

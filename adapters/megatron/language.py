@@ -184,12 +184,14 @@ def _reader_of(gpt: Any) -> Reader:
     return Reader(
         is_turned=gpt.position_embedding_type == "mrope",
         learns_positions=gpt.position_embedding_type == "learned_absolute",
-        causal_only=f"Megatron's attentions differ in whether they read masks ({', '.join(others)})" if others else "",
+        causal_only=f"Megatron's attentions differ in whether they read masks ({', '.join(others)})"
+        if others
+        else "",
     )
 
 
 def _reads_masks(core: nn.Module) -> bool:
-    """Whether a causal attention reads a mask in place of causality: ours, and Megatron's own where nothing is fused."""
+    """Whether a causal attention reads a mask in place of causality: ours, and Megatron's where nothing is fused."""
     if isinstance(core, DotProductAttention):
         return not core.config.masked_softmax_fusion and core.config.window_size is None
     return isinstance(core, CoreAttention)
@@ -208,7 +210,7 @@ def _unable(gpt: Any, module: Module, sequence: int) -> Iterator[Problem]:
         )
     if config.mtp_num_layers:
         fact = (
-            "predicts several tokens at once, for which it embeds input_ids; a MimoModel gives its language model none."
+            "predicts several tokens at once from input_ids, and a MimoModel gives its language model none."
         )
         yield Problem(where, fact, "Leave mtp_num_layers out.")
     if cp > 1 and gpt.position_embedding_type == "mrope":

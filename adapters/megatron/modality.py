@@ -277,7 +277,9 @@ def _unable_modality(
     encoders = list(modality.encoders.values())
     if len(encoders) > 1 and (argument is not None or any(isinstance(e, TransformerBlock) for e in encoders)):
         fact = f"has {len(encoders)} encoders, which read the tensors of items by name, not blocks or rows."
-        yield Problem(where, fact, "Leave encoder_inputs out for it, and make an encoder of blocks a modality.")
+        yield Problem(
+            where, fact, "Leave encoder_inputs out for it, and make an encoder of blocks a modality."
+        )
         return
     encoder = encoders[0]
     if any(isinstance(part, RADIOViTModel) and part.has_cpe for part in modality.encoders.modules()):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimogrid.adapters.megatron.batches import Batch, check_text, parts_of, readings, samples_of, text_of
-from mimogrid.adapters.megatron.readings import Reader, Reading
+from mimogrid.adapters.megatron.readings import READS_MASKS, Reader, Reading
 from mimogrid.adapters.torch_module import Example
 from mimogrid.core.base.errors import EchoError, PlanError, Problem, WorldError
 from mimogrid.core.base.samples import Sample
@@ -48,7 +48,7 @@ class PerRank:
     language: Module
     tokens: Mapping[str, int]
     rows_of: Mapping[str, Any]
-    reader: Reader | None = Reader()
+    reader: Reader | None = READS_MASKS
 
     def readings(self, batches: Sequence[Batch]) -> dict[int, Reading]:
         """Return what this rank's language model reads of samples beside their tokens, by place in the step."""

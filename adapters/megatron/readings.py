@@ -36,6 +36,8 @@ class Reader:
     causal_only: str = ""
 
 
+READS_MASKS = Reader()
+"""The networks of a model without mrope and learned positions, whose attention reads masks."""
 JOBS_OWN = Reader(causal_only="the job's own networks are causal")
 """The networks of a job that were not built by Megatron."""
 
@@ -116,7 +118,9 @@ def unreadable(  # noqa: PLR0917 -- the arguments of a batch, and who reads them
     if attention_mask is None or _is_causal(attention_mask.cpu()):
         return
     if packing is not None:
-        yield Problem("attention_mask", "comes with packing_kwargs, which say the same.", "Leave one of them out.")
+        yield Problem(
+            "attention_mask", "comes with packing_kwargs, which say the same.", "Leave one of them out."
+        )
         return
     yield from _mask_problems(attention_mask, shape, causal_only)
 
@@ -161,9 +165,11 @@ def _packing_problems(
         missing = set(range(0, samples * positions + 1, positions)) - set(ends)
         if missing or ends != sorted({*ends}) or ends[-1] != samples * positions:
             fact = (
-                f"has segments that end at {ends[:8]}, which do not cut {samples} rows of {positions} positions into parts."
+                f"has segments that end at {ends[:8]}, which do not cut {samples} rows of {positions} positions into "
+                "parts."
             )
-            yield Problem("packing_kwargs", fact, "Let them begin at 0 and end where each row ends; padding is a segment.")
+            remedy = "Let them begin at 0 and end where each row ends; padding is a segment."
+            yield Problem("packing_kwargs", fact, remedy)
 
 
 def _position_problems(
@@ -186,7 +192,9 @@ def _position_problems(
         return
     if segments is None or not torch.equal(ids.cpu(), _counted_inside(segments)):
         fact = "do not count up from 0, as a job's positions do."
-        yield Problem("position_ids", fact, "Leave them out, or count up in each row, or in each packed segment.")
+        yield Problem(
+            "position_ids", fact, "Leave them out, or count up in each row, or in each packed segment."
+        )
     elif reader.learns_positions:
         fact = "begin anew in each packed segment, and the model has learned positions, which a job counts by row."
         yield Problem("position_ids", fact, "Count up in each row, or use rotary positions.")

@@ -228,9 +228,9 @@ class CoreAttention(nn.Module):
     def _of_block(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within the samples of a block [S, B, N, D], which is a row of B segments of S positions.
 
-        A `mask` [B, 1, 1 or S, keys] stands in place of causality. It is added to the scores, 0 or minus infinity; or, as
-        Megatron has it, it is True where a position does not see a key. Under context parallelism S are this rank's positions, and a mask has the keys of all
-        ranks, rank after rank.
+        A `mask` [B, 1, 1 or S, keys] stands in place of causality. It is added to the scores, 0 or minus infinity. Or
+        it is Megatron's, True where a position does not see a key. Under context parallelism S are this rank's
+        positions, and a mask has the keys of all ranks, rank after rank.
         """
         positions, samples = query.shape[:2]
         row = _block_row(positions, samples, self.cut, query.device)
