@@ -13,16 +13,19 @@ compute actions. The two layouts of one step take turns; numbers are medians ove
 """
 
 import argparse
+import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from packing import GRIDS, JOB, MIXES, Given, ragged
 
+from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.models import Gpt, Vit
 from mimogrid.core.job.spec import BALANCES, BatchSpec, DataSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.pricing.balance import Balance
@@ -31,8 +34,9 @@ from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.schedule.actions import Compute
 from mimogrid.core.schedule.orders import Orders
 from mimogrid.core.simulate.imbalance import imbalance
-from mimogrid.core.step.step import step_of
+from mimogrid.core.step.step import Step, step_of
 from mimogrid.core.topology.parse import parse
+from mimogrid.core.topology.topology import Topology
 from mimogrid.shell.device.place import RankPlace
 from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.runtime.session import open_session
@@ -43,7 +47,7 @@ from mimogrid.shell.world.launch import Pool
 
 FACTS = SourceFacts(sequence=1 << 16, features={"vision": 588, "audio": 588})
 """What the source of the samples would say."""
-TIMES = 5
+TIMES = 9
 
 
 def main() -> None:
@@ -56,10 +60,12 @@ def main() -> None:
     parser.add_argument("--measured", action="store_true")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"load {' '.join(f'{load:.1f}' for load in os.getloadavg())} (1, 5, 15 minutes) when it began")
     if args.measured:
         print_measured(args.mix, args.samples or [64], args.steps)
         return
-    print(f"Python {platform.python_version()}; dp = {args.dp}, {args.microbatches} microbatches")
+    print(f"dp = {args.dp}, {args.microbatches} microbatches")
     print(
         "Idle by imbalance and step over the even step, in order and assigned by cost; planning in order + assigning\n"
     )
@@ -77,8 +83,8 @@ def measure(mix: str, count: int, microbatches: int, dp: int) -> str:
     assert found
     idle, took, even = found.idle_s, found.step_s, found.even_s
     balance = Balance(topology)
-    plain_s = seconds(lambda: step_of(topology, samples).sizes)
-    assigning_s = seconds(lambda: balance.assigned(step_of(topology, samples)).sizes) - plain_s
+    plain_s = seconds(lambda _: in_order(topology, samples))
+    assigning_s = seconds(balance.assigned, lambda: in_order(topology, samples))
     return (
         f"idle {idle['none']:9.3f} s {idle['cost']:9.3f} s {idle['cost'] / idle['none']:6.1%}  "
         f"step {took['none'] / even:6.3f} {took['cost'] / even:6.3f} x {even:.3f} s  "
@@ -106,12 +112,20 @@ def job(count: int, microbatches: int, dp: int) -> JobSpec:
     )
 
 
-def seconds(task: Callable[[], object]) -> float:
-    """Return the median CPU seconds of a task."""
+def in_order(topology: Topology, samples: tuple[Sample, ...]) -> Step:
+    """Return a step in order, with what every step needs of its samples."""
+    step = step_of(topology, samples)
+    assert step.sizes
+    return step
+
+
+def seconds(task: Callable[[Any], object], prepare: Callable[[], object] = lambda: None) -> float:
+    """Return the median CPU seconds of a task on what is prepared for it."""
     found = []
     for _ in range(TIMES):
+        prepared = prepare()
         begin = time.process_time()
-        task()
+        task(prepared)
         found.append(time.process_time() - begin)
     return statistics.median(found)
 

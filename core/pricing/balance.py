@@ -45,40 +45,56 @@ class Balance:
 
         With a limit of tokens it has as many microbatches as in order, or more if its samples do not fit into these.
         """
-        (microbatches, lanes), limit = step.topology.cell_grid, step.topology.tokens_per_cell
-        costs, joined = self.costs(step), [lanes // self._dp_size(names) for names in self._groups]
-        if not limit:
-            sizes = [tuple(of.positions.values()) for of in step.sizes]
-            most = even_most(sizes, microbatches * lanes)
-        else:
-            sizes, most = [(tokens,) for tokens in step.sample_tokens], (limit,)
+        microbatches, lanes = step.topology.cell_grid
+        columns, (sizes, most) = self.costs(step), self._sizes(step)
+        busy = [group for group, column in enumerate(columns) if any(column)] or [0]
+        costs = list(zip(*(columns[group] for group in busy), strict=True))
+        joined = [lanes // self._dp_size(self._groups[group]) for group in busy]
         found = None
         while found is None:
             found = assign_samples(costs, sizes, most, microbatches=microbatches, lanes=lanes, joined=joined)
             microbatches += microbatch_multiple(step.topology.spec)
         return step.assigned(found)
 
+    def _sizes(self, step: Step) -> tuple[Sequence[tuple[int, ...]], tuple[int, ...]]:
+        """Return what cells have limits of, sample by sample, and the limits."""
+        if limit := step.topology.tokens_per_cell:
+            return [(tokens,) for tokens in step.sample_tokens], (limit,)
+        columns = [[of.positions[name] for of in step.sizes] for name in self.topology.modules]
+        sizes = list(zip(*filter(any, columns), strict=True)) or [(0,)] * len(step.samples)
+        return sizes, even_most(sizes, math.prod(step.topology.cell_grid))
+
     def _dp_size(self, names: Sequence[str]) -> int:
         """Return the dp size of a group of modules: the least, if they have several."""
         return min(self.topology.modules[name].dp_size for name in names)
 
-    def costs(self, step: Step) -> list[tuple[float, ...]]:
+    def costs(self, step: Step) -> list[list[float]]:
         """Return the cost of each sample on each group of ranks: in seconds, or in operations if none are measured."""
-        work = {name: self._work(step, name) for name in self.topology.modules}
-        totals = {name: math.fsum(of_samples) for name, of_samples in work.items()}
+        columns = {name: self._weighted(step, name) for name in self.topology.modules}
+        totals = {name: math.fsum(f * sum(column) for f, column in own) for name, own in columns.items()}
         busy = self._busy(totals)
         scales = {name: busy[name] / total if total else 0.0 for name, total in totals.items()}
-        columns = [_sum_of([_scaled(work[name], scales[name]) for name in names]) for names in self._groups]
-        return list(zip(*columns, strict=True))
+        scaled = {
+            name: [
+                [weight * count for count in column] for f, column in own for weight in (scales[name] * f,)
+            ]
+            for name, own in columns.items()
+        }
+        none = [0.0] * len(step.samples)
+        return [_sum_of([c for name in names for c in scaled[name]] or [none]) for names in self._groups]
 
-    def _work(self, step: Step, name: str) -> Sequence[float]:
-        """Return the operations of each sample in a module, or its positions in one of the user's own."""
-        columns = [
-            _scaled(column, factor)
-            for column, factor in zip(columns_of(step, name), self._per_unit[name], strict=True)
+    def _weighted(self, step: Step, name: str) -> list[tuple[float, list[int]]]:
+        """Return what a module has to do for each sample: counts, and the operations that one of each takes.
+
+        The sum of their products is its operations, or its positions in a module of the user's own.
+        """
+        if not any(of.positions[name] for of in step.sizes):
+            return []
+        return [
+            (factor, column)
+            for factor, column in zip(self._per_unit[name], columns_of(step, name), strict=True)
             if factor
         ]
-        return _sum_of(columns)
 
     def _busy(self, totals: Mapping[str, float]) -> Mapping[str, float]:
         """Return how long a rank of each module is busy in the step."""
@@ -120,10 +136,6 @@ class Balance:
                 names = group[1] + names
             groups.append((ranks, names))
         return tuple(tuple(names) for _, names in groups)
-
-
-def _scaled(values: Sequence[float], factor: float) -> list[float]:
-    return [factor * value for value in values]
 
 
 def _sum_of(columns: Sequence[list[float]]) -> list[float]:

@@ -161,13 +161,14 @@ def columns_of(step: Step, name: str) -> tuple[list[int], ...]:
     model, node = step.topology.modules[name].model, step.topology.graph.nodes[name]
     sizes, samples = step.sizes, step.samples
     positions, emitted = [of.positions[name] for of in sizes], [of.rows[name] for of in sizes]
-    read = [
-        sample.rows.get(name, 0) if node.is_source else sum(of.rows[feeder] for feeder in node.feeders)
-        for sample, of in zip(samples, sizes, strict=True)
-    ]
-    alike = dict(zip(map(id, sizes), sizes, strict=True))
-    squares = {of: sum(map(operator.mul, n, n)) for of, one in alike.items() for n in (one.segments[name],)}
-    pairs_ = list(map(squares.__getitem__, map(id, sizes)))
+    if node.is_source:
+        read = [sample.rows.get(name, 0) for sample in samples]
+    else:
+        of_feeders = [[of.rows[feeder] for of in sizes] for feeder in node.feeders]
+        read = list(map(sum, zip(*of_feeders, strict=True))) or [0] * len(samples)
+    segments = [of.segments[name] for of in sizes]
+    squares = {lengths: sum(map(operator.mul, lengths, lengths)) for lengths in set(segments)}
+    pairs_ = list(map(squares.__getitem__, segments))
     if model.causal:
         pairs_ = [(square + length) // 2 for square, length in zip(pairs_, positions, strict=True)]
     windowed = [0] * len(samples)

@@ -75,9 +75,10 @@ class Orders:
 
     @functools.cached_property
     def _made(self) -> Callable[[int], Order]:
-        return functools.lru_cache(COUNTS_KEPT)(
-            lambda count: order_of(self.topology.with_microbatches(count), training=self.training)
-        )
+        return functools.lru_cache(COUNTS_KEPT)(self._order)
+
+    def _order(self, count: int) -> Order:
+        return order_of(self.topology.with_microbatches(count), training=self.training)
 
 
 def order_of(topology: Topology, *, training: bool = True) -> Order:

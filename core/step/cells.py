@@ -10,6 +10,10 @@ seconds on each group of ranks, so a sample is a vector. Of the two least loaded
 points less in its own direction: the smaller dot product, which adds less to the sum of squares. Then it goes to a
 cell of the lane in the same way.
 
+If samples are longer than a cell should be, the other cells of a lane are made to differ, from nearly as heavy to as
+far below the mean. A pipeline loses little where the next microbatch is nearly as heavy, and much at a single heavy
+one: with few microbatches in flight, a stage waits for it as long as it takes in the other stages.
+
 Then the cells of each lane are put into microbatches, by the group of ranks that is busiest. Where a dp rank of it has
 several lanes, heavy cells of one meet light cells of the others, so that its shares become alike. The heaviest shares
 of all dp ranks meet in one microbatch, which takes as long as the heaviest, and so on down. That microbatch is in the
@@ -26,7 +30,7 @@ Where microbatches have a limit of tokens (`tokens`), there may be no room left.
 ((0, 1, 2, 3), (0, 1, 4))
 """
 
-import heapq
+import bisect
 import math
 import operator
 from collections.abc import Sequence
@@ -86,43 +90,71 @@ def assign_samples(
     positions in each module, and `most` what the samples of a cell may have of them together. `joined` has the number
     of neighbouring lanes that a dp rank of each group has.
     """
-    groups = len(costs[0])
-    of_lanes = _Bins.empty(lanes, groups)
-    of_cells = [_Bins.empty(microbatches, groups) for _ in range(lanes)]
+    largest = list(map(max, costs))
+    falling = sorted(range(len(costs)), key=largest.__getitem__, reverse=True)
+    means = [math.fsum(column) / (microbatches * lanes) for column in zip(*costs, strict=True)]
+    longest = [0.0] * lanes
+    if len(costs) >= 2 * microbatches * lanes:
+        # The first samples go to one lane each, since these are empty. One sample for a cell has no other to shape it.
+        longest = [largest[i] for i in falling[:lanes]]
+    starts = [_slope(means, microbatches, of_lane) for of_lane in longest]
+    of_lanes = _Bins.of([(0.0,) * len(means)] * lanes)
+    of_cells = list(map(_Bins.of, starts))
     rooms = [[tuple(most)] * microbatches for _ in range(lanes)]
     found: list[list[list[int]]] = [[[] for _ in range(microbatches)] for _ in range(lanes)]
-    largest = list(map(max, costs))
-    for i in sorted(range(len(costs)), key=largest.__getitem__, reverse=True):
+    for i in falling:
         cost, size = costs[i], sizes[i]
-        lane = of_lanes.best(cost)
-        cell = of_cells[lane].best(cost)
+        lane_rank = of_lanes.best(cost)
+        lane = of_lanes.rising[lane_rank][1]
+        bins = of_cells[lane]
+        cell_rank = bins.best(cost)
+        cell = bins.rising[cell_rank][1]
         left = tuple(map(operator.sub, rooms[lane][cell], size))
         if min(left) < 0:
             place = _with_room(of_cells, rooms, size)
             if place is None:
                 return None
             lane, cell = place
+            bins = of_cells[lane]
+            lane_rank, cell_rank = of_lanes.rank(lane), bins.rank(cell)
             left = tuple(map(operator.sub, rooms[lane][cell], size))
-        of_lanes.add(lane, cost)
-        of_cells[lane].add(cell, cost)
+        of_lanes.add(lane_rank, cost)
+        bins.add(cell_rank, cost)
         rooms[lane][cell] = left
         found[lane][cell].append(i)
-    in_order = _in_microbatches(of_cells, joined)
+    loads = [
+        [tuple(map(operator.sub, load, start)) for load, start in zip(bins.loads, of_lane, strict=True)]
+        for bins, of_lane in zip(of_cells, starts, strict=True)
+    ]
+    in_order = _in_microbatches(loads, joined)
     cells = [sorted(found[lane][in_order[lane][k]]) for k in range(microbatches) for lane in range(lanes)]
     return CellAssignment(
         tuple(i for cell in cells for i in cell), prefix_sums([len(cell) for cell in cells])
     )
 
 
-def _in_microbatches(of_cells: "Sequence[_Bins]", joined: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the cells of each lane in the order of the microbatches that they are put into."""
-    totals = [
-        math.fsum(column) for column in zip(*(load for bins in of_cells for load in bins.loads), strict=True)
-    ]
+STEEPEST = 0.9
+"""How far the lightest cells of a lane may lie below the mean of a cell, as a part of it."""
+
+
+def _slope(means: Sequence[float], cells: int, longest: float) -> list[Vector]:
+    """Return what the cells of a lane count as loaded before they get a sample, the lightest first.
+
+    `means` are those of a cell, by group, and `longest` is the cost of the longest sample of the lane. If it is longer
+    than a cell should be, loads fall from it to as far below the mean.
+    """
+    rise = min(max(longest / max(means) - 1, 0.0), STEEPEST) if any(means) else 0.0
+    steps = [2 * rise * (1 - k / max(cells - 1, 1)) for k in range(cells)]
+    return [tuple(step * mean for mean in means) for step in steps]
+
+
+def _in_microbatches(of_cells: Sequence[Sequence[Vector]], joined: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the cells of each lane in the order of the microbatches that they are put into, by their loads."""
+    totals = [math.fsum(column) for column in zip(*(load for of in of_cells for load in of), strict=True)]
     busiest = totals.index(max(totals))
     found: list[tuple[int, ...]] = []
     for first in range(0, len(of_cells), joined[busiest]):
-        lanes = [[load[busiest] for load in bins.loads] for bins in of_cells[first : first + joined[busiest]]]
+        lanes = [[load[busiest] for load in of] for of in of_cells[first : first + joined[busiest]]]
         shares, together = [0.0 for _ in lanes[0]], [list[int]() for _ in lanes[0]]
         for loads in lanes:
             light = sorted(range(len(shares)), key=shares.__getitem__)
@@ -150,43 +182,29 @@ def _with_room(
 
 @attrs.frozen(eq=False)
 class _Bins:
-    """Bins, each with its load by group and its number of samples.
-
-    The heap has an entry of each bin, by its largest load. It may also have some from before its load grew, which are
-    dropped where they come up.
-    """
+    """Bins with their loads by group; `rising` has their largest loads and their numbers, the least loaded first."""
 
     loads: list[Vector]
-    counts: list[int]
-    heap: list[tuple[float, int, int]]
+    rising: list[tuple[float, int]]
 
     @classmethod
-    def empty(cls, count: int, groups: int) -> "_Bins":
-        zero = (0.0,) * groups
-        return cls([zero] * count, [0] * count, [(0.0, 0, i) for i in range(count)])
+    def of(cls, loads: Sequence[Vector]) -> "_Bins":
+        return cls(list(loads), sorted((max(load), i) for i, load in enumerate(loads)))
 
     def best(self, cost: Vector) -> int:
-        """Return the bin that a sample goes to best."""
-        heap, loads = self.heap, self.loads
-        first = self._least()
-        if len(cost) == 1 or len(loads) == 1:
-            return first[2]
-        heapq.heappop(heap)
-        second = self._least()
-        heapq.heappush(heap, first)
-        one, other = loads[first[2]], loads[second[2]]
-        less = sum(map(operator.mul, other, cost)) < sum(map(operator.mul, one, cost))
-        return second[2] if less else first[2]
+        """Return the rank of the bin that a sample goes to best: 0 for the least loaded, or 1."""
+        loads, rising = self.loads, self.rising
+        if len(cost) == 1 or len(rising) == 1:
+            return 0
+        one, other = loads[rising[0][1]], loads[rising[1][1]]
+        return int(sum(map(operator.mul, other, cost)) < sum(map(operator.mul, one, cost)))
 
-    def _least(self) -> tuple[float, int, int]:
-        """Return the first entry of the heap that holds."""
-        heap, counts = self.heap, self.counts
-        while heap[0][1] != counts[heap[0][2]]:
-            heapq.heappop(heap)
-        return heap[0]
+    def rank(self, number: int) -> int:
+        """Return the rank of a bin."""
+        return self.rising.index((max(self.loads[number]), number))
 
-    def add(self, index: int, cost: Vector) -> None:
-        """Add a sample to a bin."""
-        load = self.loads[index] = tuple(map(operator.add, self.loads[index], cost))
-        self.counts[index] += 1
-        heapq.heappush(self.heap, (max(load), self.counts[index], index))
+    def add(self, rank: int, cost: Vector) -> None:
+        """Add a sample to the bin of a rank."""
+        _, number = self.rising.pop(rank)
+        load = self.loads[number] = tuple(map(operator.add, self.loads[number], cost))
+        bisect.insort(self.rising, (max(load), number))

@@ -97,6 +97,18 @@ def test_the_heaviest_cells_are_in_the_microbatch_in_the_middle() -> None:
     assert [4, 5] == heavy
 
 
+def test_cells_fall_from_a_sample_that_is_longer_than_a_cell_should_be() -> None:
+    """Of one sample of 8 and 120 of 0.1 a cell should get 4; the others get from 7 to 1, the least at the ends."""
+    costs = [(8.0,)] + [(0.1,)] * 120
+    cells = cells_of(dealt(costs, [(round(10 * c),) for (c,) in costs], microbatches=5, lanes=1))
+    loads = [sum(costs[i][0] for i in cell) for cell in cells]
+    assert loads[:3] == sorted(loads[:3])
+    assert loads[2:] == sorted(loads[2:], reverse=True)
+    assert loads[2] == pytest.approx(8.0)
+    assert sorted(loads)[-2] > 1.2 * 4
+    assert min(loads) < 0.5 * 4
+
+
 def test_heavy_cells_meet_light_ones_where_a_dp_rank_has_both_lanes() -> None:
     """One sample in each cell: on two lanes of one dp rank the longest goes with a short one, and so on."""
     costs = [(float(i),) for i in range(1, 9)]
