@@ -43,6 +43,8 @@ FEW = 64
 """A module beside the main one may have so many ranks in any case."""
 AMPLE = 4
 """A module beside the main one gets at most so many times its share of the ranks, by its share of the work."""
+CLOSEST = 8
+"""Configurations that are priced though they cannot fit, to say which lacks least."""
 WORTH = 1.5
 """The walk ends at bounds above this many times that of the best layout."""
 
@@ -195,11 +197,14 @@ def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedCo
         config for count in _divisors(scope.samples) for config in space.configs(count, scope.ranks, CHUNKS)
     ]
     priced: list[tuple[float, int, int, PricedConfig]] = []
+    left_out: list[tuple[float, int]] = []
     for least, i in sorted((space.least_s(config), i) for i, config in enumerate(configs)):
         while priced and priced[0][0] <= least:
             bound, _, _, main = heapq.heappop(priced)
             yield bound, main
         if space.least_bytes(configs[i]) > scope.memory_bytes and notes.out_of_memory:
+            *_, held = space.least_rates(configs[i])
+            left_out.append((held, i))
             continue
         notes.looked_at += 1
         main = space.priced(configs[i])
@@ -208,6 +213,9 @@ def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedCo
             notes.does_not_fit(Candidate(bound, main, {}), scope.main, needs)
         else:
             heapq.heappush(priced, (bound, main.ranks, i, main))
+    for _, i in heapq.nsmallest(CLOSEST, left_out):
+        main = space.priced(configs[i])
+        notes.does_not_fit(Candidate(main.bound_s(), main, {}), scope.main, main.bytes_at_most(below))
     yield from ((bound, main) for bound, _, _, main in sorted(priced, key=lambda each: each[:3]))
 
 
