@@ -65,7 +65,11 @@ PUBLISHED = (
     Published("Qwen3.5-VL-27B, 16 + 1 ranks", BRIDGE, 17, "h100", PLANS / "qwen27b_24.toml"),
     Published("the same, three nodes", BRIDGE, 24, "h100", PLANS / "qwen27b_24.toml"),
     Published(
-        "72B, images and speech", "DistTrain, arXiv 2408.04275", 1172, "h100", PLANS / "omni72b_1172.toml"
+        "72B, images and speech",
+        "DistTrain, arXiv 2408.04275, which does not tell its grids",
+        1172,
+        "h100",
+        PLANS / "omni72b_1172.toml",
     ),
     Published(
         "LLaVA-1.5-7B, fine-tuning",

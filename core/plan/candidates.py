@@ -49,6 +49,8 @@ FEW = 64
 """A module beside the main one may have so many ranks in any case."""
 AMPLE = 4
 """A module beside the main one gets at most so many times its share of the ranks, by its share of the work."""
+CLOSEST = 8
+"""Configurations that are priced though they cannot fit, to say which lacks least."""
 WORTH = 1.5
 """The walk ends at bounds above this many times the estimate of the best layout."""
 
@@ -214,17 +216,21 @@ def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedCo
     )
     configs: list[ParallelConfig] = []
     leasts: list[float] = []
-    for (_, least, _, _), config in rated:
+    helds: list[float] = []
+    for (_, least, _, held), config in rated:
         leasts.append(least)
+        helds.append(held)
         configs.append(config)
     notes.least_s = min(leasts, default=0.0)
     priced: list[tuple[float, int, int, PricedConfig]] = []
+    left_out: list[tuple[float, int]] = []
     for i in sorted(range(len(configs)), key=leasts.__getitem__):
         least = leasts[i]
         while priced and priced[0][0] <= least:
             bound, _, _, main = heapq.heappop(priced)
             yield bound, main
         if space.least_bytes(configs[i]) > scope.memory_bytes and notes.out_of_memory:
+            left_out.append((helds[i], i))
             continue
         notes.prices(configs[i])
         main = space.priced(configs[i])
@@ -233,6 +239,9 @@ def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedCo
             notes.does_not_fit(Candidate(bound, main, {}), scope.main, needs)
         else:
             heapq.heappush(priced, (bound, main.ranks, i, main))
+    for _, i in heapq.nsmallest(CLOSEST, left_out):
+        main = space.priced(configs[i])
+        notes.does_not_fit(Candidate(main.bound_s(), main, {}), scope.main, main.bytes_at_most(below))
     yield from ((bound, main) for bound, _, _, main in sorted(priced, key=lambda each: each[:3]))
 
 

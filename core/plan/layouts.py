@@ -1,6 +1,7 @@
 """Layouts: what a search is asked, a candidate as a job, and what the search says of it."""
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
@@ -12,6 +13,7 @@ from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.search_space import Illegal, SearchSpace
+from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.even import largest_samples
 from mimogrid.core.pricing.machine import Machine, machine_for
 from mimogrid.core.topology.parse import assemble
@@ -231,12 +233,31 @@ def nearest_fit(
     candidates: Candidates, evaluated: Sequence[Layout], spaces: Mapping[str, SearchSpace], question: Question
 ) -> str:
     """Return what lacks least where nothing fits, and what rules tp out there, in words."""
-    if candidates.out_of_memory:
-        least = min(candidates.out_of_memory, key=lambda layout: layout.needs)
+    if not candidates.out_of_memory:
+        return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs"
+    least = min(candidates.out_of_memory, key=lambda layout: layout.needs)
+    tried = [each for each in evaluated if each.kind == TOO_LARGE and each.peak_bytes]
+    closest = min(tried, key=lambda layout: max(layout.peak_bytes.values()), default=None)
+    needed = min(least.needs, *(max(each.peak_bytes.values()) for each in tried)) if tried else least.needs
+    if closest is not None and needed < least.needs:
+        words = f"{closest.reason.removeprefix('does not fit: ')} with {shown(closest.spec)}"
+    else:
         ruled_out = next((each for each in _plain(spaces[least.module].illegal)), None)
         why = f". {ruled_out.problem.message} {ruled_out.problem.remedy}" if ruled_out else ""
-        return _lacking(least, question.memory_bytes) + why.removesuffix(".")
-    return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs"
+        words = _lacking(least, question.memory_bytes) + why.removesuffix(".")
+    return f"{words}. {_way_out(needed, spaces, question)}"
+
+
+def _way_out(needed: float, spaces: Mapping[str, SearchSpace], question: Question) -> str:
+    """Return how much memory each GPU would need, or how many are full at least, in words."""
+    larger = [name for name, gpu in ACCELERATORS.items() if gpu.memory_bytes >= needed]
+    whole = math.fsum(space.bytes_of_state for space in spaces.values())
+    kinds = f" ({', '.join(larger)})" if larger else ""
+    full = math.ceil(whole / question.memory_bytes)
+    return (
+        f"Use GPUs of {needed / 1e9:.1f} GB or more{kinds}, or more of these: "
+        f"weights, gradients and optimizer alone fill {full:,}"
+    )
 
 
 def _plain(shapes: Iterable[Illegal]) -> Iterator[Illegal]:

@@ -111,6 +111,8 @@ class Search:
                 spent = self.evaluator.effort >= until or len(self.layouts) >= most
                 if spent or not self._goes_on(0.0):
                     return False
+                if problems_of(spec, self.evaluator.question.facts):
+                    continue
                 i = self.evaluate(spec)
                 faster = self.layouts[i].kind == SLOWER and self.layouts[i].step_s < enough_s
                 if faster and self._fits(i) and self._whole(i).step_s < enough_s:

@@ -88,6 +88,12 @@ class SearchSpace:
             )
         return self._allowed[shape]
 
+    @property
+    def bytes_of_state(self) -> float:
+        """Bytes of weights, gradients and optimizer of the module, each counted once."""
+        held = self.costs.held(self.shapes[0])
+        return held.kept[-1] + held.optimizer[-1]
+
     def rated(
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
     ) -> Iterator[tuple[Rates, ParallelConfig]]:

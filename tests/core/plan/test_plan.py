@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import attrs
 import pytest
@@ -161,6 +162,17 @@ def test_where_nothing_fits_the_nearest_layout_is_named():
     assert found.best is None
     assert "short by" in found.nearest_fit
     assert "language" in found.nearest_fit or "vision" in found.nearest_fit
+
+
+@pytest.mark.parametrize(("gpus", "memory"), [(1, 1.5 * GB), (2, 0.5 * GB)])
+def test_the_nearest_layout_lacks_no_more_than_one_that_is_shown(gpus, memory):
+    """Also where configurations are ruled out without a price; with the memory that would do."""
+    found = plan(question(gpus, memory=memory, batch=64))
+    assert found.best is None
+    needed = float(re.search(r"needs ([\d.]+) GB", found.nearest_fit)[1])
+    peaks = [max(each.peak_bytes.values()) for each in found.layouts if each.peak_bytes]
+    assert all(needed <= peak / GB + 0.05 for peak in peaks)
+    assert f"Use GPUs of {needed:.1f} GB or more (h100" in found.nearest_fit
 
 
 @pytest.mark.parametrize("gpus", [2, 4])
