@@ -34,11 +34,11 @@ def one_report(world: World, heartbeat: Heartbeat, job: Job) -> Iterator[None]:
     except (PlanError, EchoError, DiagnosedError):
         raise
     except Exception as error:
-        raise _explained(error, heartbeat, job) from error
+        raise _explained(error, heartbeat, job, world.size) from error
 
 
-def _explained(error: Exception, heartbeat: Heartbeat, job: Job) -> DiagnosedError:
-    records, now_s = heartbeat.records(), time.time()
+def _explained(error: Exception, heartbeat: Heartbeat, job: Job, size: int) -> DiagnosedError:
+    records, now_s = heartbeat.records(size), time.time()
     mine = records[heartbeat.rank]
     if isinstance(error, AbsentError):
         diagnosis = diagnose(mine.rank, records, None, now_s=now_s, suspects=error.ranks)

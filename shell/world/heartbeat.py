@@ -95,9 +95,13 @@ class Heartbeat:
         """Return what this rank is doing."""
         return _read(self.rank, self._map[:])
 
-    def records(self) -> dict[int, HeartbeatRecord]:
-        """Return what every rank was last seen doing: of all that have a record, and of this one."""
-        return {**(read(self.folder) if self.folder else {}), self.rank: self.record()}
+    def records(self, size: int) -> dict[int, HeartbeatRecord]:
+        """Return what every rank of a world was last seen doing: of all that have a record, and of this one.
+
+        Ranks of a larger world that trained in this folder before may have left theirs.
+        """
+        found = read(self.folder) if self.folder else {}
+        return {rank: record for rank, record in found.items() if rank < size} | {self.rank: self.record()}
 
     def _write(self, doing: str) -> None:
         host, text = platform.node().encode(), doing.encode()

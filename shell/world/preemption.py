@@ -67,7 +67,8 @@ def receiving_signals(stop_request: StopRequest) -> Iterator[None]:
     """Take signals as a request to stop while open.
 
     After a failure they stay so. A launcher that has seen another rank die signals this rank at once, and this rank
-    still has to report why it ends.
+    still has to report why it ends. They also stay so in a run that was asked to stop: Slurm signals a step
+    twice, and the second signal may come when all is saved.
     """
     before = _handle(stop_request.receive)
     try:
@@ -75,7 +76,8 @@ def receiving_signals(stop_request: StopRequest) -> Iterator[None]:
     except BaseException:
         stop_request.is_accepted = False  # There is nothing left to save: a second signal ends the process.
         raise
-    _restore(before)
+    if not (stop_request.is_received or stop_request.is_accepted):
+        _restore(before)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ so the others know that their own failures follow from it.
 import contextlib
 import datetime
 import json
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,8 @@ from mimogrid.shell.world.hosts import (
 )
 
 
-POLL_S = 0.02
+POLL_S, ANSWER_S = 0.02, 5.0
+"""How often a rank asks a store, and how long a rank that has failed waits for an answer."""
 FAILED = "failed"
 """The mark of a world in which a rank has failed; its value is the rank that failed first."""
 
@@ -185,12 +187,11 @@ class World:
     def first_to_fail(self, folder: Path | None) -> int | None:
         """Return which rank of the world failed first: this one if none did before.
 
-        If the store is gone with the rank that kept it, the first rank to make a file in a shared folder is the first.
-        None is another rank, which is not known.
+        If the store is gone with the rank that kept it, or hangs with it, the first rank to make a file in a shared
+        folder is the first. None is another rank, which is not known.
         """
-        try:
-            first: bytes = self.store.compare_set(FAILED, "", str(self.rank))
-        except RuntimeError:
+        first = _answer(lambda: self.store.compare_set(FAILED, "", str(self.rank)))
+        if first is None:
             if folder is None:
                 return None
             try:
@@ -199,6 +200,23 @@ class World:
                 return None
             return self.rank
         return int(first)
+
+
+def _answer(ask: Callable[[], bytes]) -> bytes | None:
+    """Return what a store answers; None if it does not in `ANSWER_S`.
+
+    The rank that keeps it may be gone, or be the one that hangs: then torch waits for the answer without a limit.
+    """
+    answers: list[bytes] = []
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    return answers[0] if answers else None
 
 
 @contextlib.contextmanager

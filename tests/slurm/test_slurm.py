@@ -65,6 +65,11 @@ def resumed_step(cluster: Cluster, job: str) -> int:
     return int(resuming.findall(said(cluster, job))[-1])
 
 
+def layouts_of(cluster: Cluster, job: str) -> list[tuple[str, str]]:
+    """The ranks of the layout and of the world, for each start of a job."""
+    return re.findall(r"^layout +ranks (\d+) +of (\d+)", said(cluster, job), re.MULTILINE)
+
+
 def test_a_wrong_job_is_not_queued_again(cluster: Cluster) -> None:
     """It would be wrong the next time, too."""
     job = cluster.submit("--ntasks=2", "--nodes=1", FILE, "absent.toml")
@@ -121,3 +126,32 @@ def test_jobs_of_an_array_do_not_collide_and_one_outlives_its_time_limit(cluster
     for name, job in zip(names, (short, long), strict=True):
         seen = losses(run_of(cluster, job))
         assert losses_of_local_launch(cluster, name, len(seen)) == seen
+
+
+def test_a_job_with_layouts_goes_on_with_the_tasks_that_there_are(cluster: Cluster) -> None:
+    """Its lost node halves it, at once and not when the node is back; then it is queued again with all tasks."""
+    source = (cluster.work / "examples/elastic/job.toml").read_text()
+    name = job_of(cluster, "elastic.toml", source, steps=10**6, every=5)
+    job = cluster.submit("--ntasks=4", "--nodes=2", "--ntasks-per-node=2", FILE, name)
+    run = run_of(cluster, job)
+    await_checkpoint(run, 0)
+    cluster.lose(NODES[1])
+    cluster.await_state(job, "PENDING")
+    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=2", "NumCPUs=16")
+    step = resumed_step(cluster, job)
+    await_checkpoint(run, step)
+    assert [{0, 1}, set()] == [cluster.ranks(node) for node in NODES]
+    cluster.start(NODES[1])
+    cluster.run("scontrol", "requeue", job)
+    cluster.await_state(job, "PENDING")
+    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=2", "NumTasks=4", "NumCPUs=32")
+    await_that("it is whole again", lambda: layouts_of(cluster, job)[-1] == ("4", "4"))
+    await_checkpoint(run, resumed_step(cluster, job))
+    cluster.run("scancel", job)
+    cluster.await_state(job, "CANCELLED")
+    await_that("all nodes are free", lambda: all(not cluster.ranks(node) for node in NODES))
+    assert [("4", "4"), ("2", "2"), ("4", "4")] == layouts_of(cluster, job)
+    seen = losses(run)
+    local = losses_of_local_launch(cluster, name, len(seen))
+    assert [step for step, _ in local] == [step for step, _ in seen]
+    assert [loss for _, loss in local] == pytest.approx([loss for _, loss in seen], rel=1e-9, abs=0)

@@ -1,7 +1,7 @@
 """Nodes: an elastic torchrun world of several agents on this machine, which come and go.
 
-Agents meet over a store that this process keeps, so any of them may go. Each has two ranks. What the agents and their
-ranks say is added to one file.
+Agents meet over a store that this process keeps, so any of them may go. Each has two ranks, or another number. What the
+agents and their ranks say is added to one file.
 """
 
 import os
@@ -20,7 +20,8 @@ from injection import injected
 from mimogrid.shell.cli.main import main
 
 
-NODES_MOST, RANKS_OF_A_NODE = 2, 2
+RANKS_LEAST, RANKS_MOST, RANKS_OF_A_NODE = 2, 4, 2
+NODES_MOST = RANKS_MOST // RANKS_OF_A_NODE
 MEETING = {
     "is_host": "false",
     "keep_alive_interval": "2",
@@ -40,6 +41,7 @@ class Cluster:
     arguments: Sequence[str]
     said: Path
     fault: str
+    ranks_of_a_node: int
     agents: list[BaseProcess] = attrs.field(factory=list)
     starts: int = 1
 
@@ -49,9 +51,8 @@ class Cluster:
             _agent,
             self.store.port,
             f"{self.said.parent.name}-{self.starts}",
-            self.arguments,
-            self.said,
-            self.fault,
+            self.ranks_of_a_node,
+            (self.arguments, self.said, self.fault),
         )
         agent.start()
         self.agents.append(agent)
@@ -78,23 +79,25 @@ class Cluster:
 
 
 @contextmanager
-def cluster(arguments: Sequence[str], said: Path, *, fault: str = "") -> Iterator[Cluster]:
+def cluster(
+    arguments: Sequence[str], said: Path, *, fault: str = "", ranks_of_a_node: int = RANKS_OF_A_NODE
+) -> Iterator[Cluster]:
     """Open a world without nodes, whose ranks run `mimogrid` and suffer a fault; at the end all nodes are killed."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    opened = Cluster(store, arguments, said, fault)
+    opened = Cluster(store, arguments, said, fault, ranks_of_a_node)
     try:
         yield opened
     finally:
         opened.clear()
 
 
-def _agent(port: int, name: str, arguments: Sequence[str], said: Path, fault: str) -> None:
+def _agent(port: int, name: str, ranks: int, of_rank: tuple[Sequence[str], Path, str]) -> None:
     """Run a node, as torchrun does."""
     os.environ.update(VARIABLES)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=NODES_MOST,
-        nproc_per_node=RANKS_OF_A_NODE,
+        min_nodes=max(1, RANKS_LEAST // ranks),
+        max_nodes=RANKS_MOST // ranks,
+        nproc_per_node=ranks,
         run_id=name,
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}",
@@ -104,8 +107,8 @@ def _agent(port: int, name: str, arguments: Sequence[str], said: Path, fault: st
         monitor_interval=0.1,
         start_method=launching.METHOD,
     )
-    launching.speak_into(said)
-    elastic_launch(config, _rank)(arguments, said, fault)
+    launching.speak_into(of_rank[1])
+    elastic_launch(config, _rank)(*of_rank)
 
 
 def _rank(arguments: Sequence[str], said: Path, fault: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 from mimogrid.shell.run.folders import METRICS, write_json
@@ -13,7 +14,8 @@ from mimogrid.shell.run.interruptions import (
     going_on,
     interruptions_of,
 )
-from mimogrid.shell.world.preemption import StopRequest
+from mimogrid.shell.world.heartbeat import Heartbeat
+from mimogrid.shell.world.preemption import SIGNALS, StopRequest, receiving_signals
 
 
 def has_steps(folder: Path, steps: int, at_s: float) -> None:
@@ -63,3 +65,28 @@ def test_a_signal_is_in_vain_once_the_run_has_failed(tmp_path: Path) -> None:
         (tmp_path / FAILURE).write_text(json.dumps({"noticed_s": 2.0}))
         assert request.is_in_vain()
     assert not request.is_in_vain()
+
+
+def test_a_signal_to_a_run_that_has_stopped_does_not_end_it_otherwise() -> None:
+    """It ends with the code for a run that is saved; the handlers of one that was not asked are gone."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with receiving_signals(StopRequest()):
+            pass
+        assert before == {number: signal.getsignal(number) for number in SIGNALS}
+        request = StopRequest()
+        with receiving_signals(request):
+            request.accept()
+        assert request.receive == signal.getsignal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_ranks_of_an_earlier_larger_world_are_not_looked_at(tmp_path: Path) -> None:
+    """They have left their heartbeats in the folder of the run, and their processes are gone."""
+    for rank in (3, 1):
+        heartbeat = Heartbeat(rank)
+        heartbeat.keep_in(tmp_path)
+    assert {1} == heartbeat.records(2).keys()
+    assert {1, 3} == heartbeat.records(4).keys()

@@ -71,6 +71,25 @@ def test_a_world_that_shrinks_and_grows_takes_the_layout_that_fits(
     assert harm.left(whole)[1] == pytest.approx(harm.left(folder)[1], rel=1e-9, abs=0)
 
 
+@nightly
+def test_a_rank_that_idled_is_used_when_another_one_comes(pool: Pool, elastic: Job, tmp_path: Path) -> None:
+    """Under torchrun with nodes of one rank: three take the layout for two, and with a fourth that for four."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert "" == harm.run(pool, elastic, whole).report
+    arguments = ["train", str(elastic.path), "--set", f"train.run_dir={folder}"]
+    with nodes.cluster(arguments, tmp_path / "said", fault=SLOW, ranks_of_a_node=1) as cluster:
+        for _ in range(3):
+            cluster.add()
+        launching.await_that(lambda: (2, 3) in [start[:2] for start in starts(folder)], 120.0)
+        *_, at = starts(folder)[-1]
+        launching.await_that((folder / "checkpoints" / f"step-{at + 2:08}").exists, 120.0)
+        cluster.add()
+        assert [0] * 4 == cluster.join(300.0), (tmp_path / "said").read_text()
+    seen = [start[:2] for start in starts(folder)]
+    assert (4, 4) in seen[seen.index((2, 3)) :]
+    assert harm.left(whole)[1] == pytest.approx(harm.left(folder)[1], rel=1e-9, abs=0)
+
+
 def test_a_rank_that_a_layout_leaves_over_idles_until_the_end(
     pool: Pool, elastic: Job, tmp_path: Path
 ) -> None:

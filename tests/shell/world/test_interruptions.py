@@ -137,25 +137,30 @@ def test_torchrun_need_not_wait_for_a_rank_that_hangs(
     assert harm.left(whole_pair) == harm.left(folder)
 
 
-def test_the_death_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others(
-    opened: Opened, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "code", "how"),
+    [("kill", -signal.SIGKILL, "ended without a word"), *nightly_only([("stop", 1, "is stopped")])],
+)
+def test_the_end_of_the_rank_that_keeps_the_store_is_told_by_one_of_the_others(
+    opened: Opened, tmp_path: Path, kind: str, code: int, how: str
 ) -> None:
     """Under a launcher that keeps no store of its own: the survivors agree over the run folder who tells."""
     job = opened(harm.job("enc(1,1,1)@0 lm(1,2,1)@1"))
     arguments = ["train", str(job.path), "--set", f"train.run_dir={tmp_path / 'run'}"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
+    limit_s = 5 if kind == "stop" else 60
     ranks = [
         launching.started(
-            [*arguments, "--set", "train.timeout_s=60"],
+            [*arguments, "--set", f"train.timeout_s={limit_s}"],
             tmp_path / f"said-{rank}",
             place | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
-            fault="kill rank 0 step 3 at enc.0 B1",
+            fault=f"{kind} rank 0 step 3 at enc.0 B1",
         )
         for rank in range(3)
     ]
     for rank in ranks:
         rank.join(timeout=200)
     said = [(tmp_path / f"said-{rank}").read_text() for rank in range(3)]
-    assert [-signal.SIGKILL, 1, 1] == [rank.exitcode for rank in ranks], said
+    assert [code, 1, 1] == [rank.exitcode for rank in ranks], said
     assert 1 == "".join(said).count("mimogrid: rank 0 (host "), said
-    assert "ended without a word at step 3 in 'enc.0 B1'" in "".join(said)
+    assert f"{how} at step 3 in 'enc.0 B1'" in "".join(said)
