@@ -226,23 +226,22 @@ def temporary_bytes(step: Step, action: Compute, dp_rank: int, *, trains: bool) 
     if isinstance(module.model, Own) or (action.kind is Kind.FORWARD and trains):
         return 0
     computed = Computed.of(step, module, dp_rank, action.microbatch)
+    width, recompute = VALUE_BYTES[topology.spec.precision], topology.spec.modules[module.name].recompute
     match action.kind:
         case Kind.FORWARD:
-            values = forward_temporaries(module, info, computed)
-        case Kind.BACKWARD | Kind.BACKWARD_PART | Kind.INPUT_GRADIENT:
-            recompute = topology.spec.modules[module.name].recompute
-            values = backward_temporaries(module, info, computed, recompute)
-            if action.kind is not Kind.INPUT_GRADIENT:  # It leaves to W what the head needs.
-                freed = head_bytes(topology, info, computed)
-                of_head = logits_gradient_bytes(topology, info, computed)
-                most = max(VALUE_BYTES[topology.spec.precision] * values - freed, of_head)
-                return round(most) + product_bytes(topology, info)
+            found = width * forward_temporaries(module, info, computed)
+        case Kind.INPUT_GRADIENT:  # What the head needs stays for the weight gradient.
+            found = width * backward_temporaries(module, info, computed, recompute)
+        case Kind.BACKWARD | Kind.BACKWARD_PART:
+            layers = width * backward_temporaries(module, info, computed, recompute)
+            freed = head_bytes(topology, info, computed)
+            found = max(layers - freed, logits_gradient_bytes(topology, info, computed))
         case Kind.WEIGHT_GRADIENT:
-            values = 0.0
+            found = 0.0
     product = 0 if action.kind in {Kind.FORWARD, Kind.INPUT_GRADIENT} else product_bytes(topology, stage)
     if action.kind is not Kind.WEIGHT_GRADIENT:
         product = max(product, widened_bytes(topology, stage))
-    return round(VALUE_BYTES[topology.spec.precision] * values) + product
+    return round(found) + product
 
 
 def deferred_bytes(step: Step, stage: Stage, dp_rank: int, microbatch: int) -> int:

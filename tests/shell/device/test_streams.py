@@ -160,12 +160,13 @@ def test_marks_are_on_the_clock_of_the_host(asked_for: list[tuple[int, int]], ze
 
 @pytest.mark.world
 def test_marks_are_read_when_the_next_step_is_agreed_on(pool: Pool, opened: Opened) -> None:
-    """Both ends of every action are marked on the stream that computes; the device has done the step before by then."""
+    """Begin and end of actions are marked on the stream that computes; the device has done the step before by then."""
     opened_job = opened(job(GRIDS))
     size = opened_job.topology.world_size
     for rank, said in enumerate(pool.run("bodies:marked", size, opened_job)):
         first, second = (" ".join(said).split("done")[i].split("agreeing") for i in range(2))
-        count = 2 * len(opened_job.program_of(opened_job.step(0)).of(rank))
+        # Two runs, before and from the agreement, have a mark at their beginning and one behind each action.
+        count = 2 + len(opened_job.program_of(opened_job.step(0)).of(rank))
         assert count == sum(half.count("marked on the current stream") for half in first)
         assert [0, 0, 0, 1] == [half.count("read") for half in (*first, *second)]
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from cut import Compared
 from layouts import job, layouts
 from mimogrid.core.job.spec import JobSpec
-from mimogrid.core.program.lower import plan_step
 from mimogrid.core.program.verify import verify
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job
@@ -55,7 +54,7 @@ def comparing(pool: Pool, opened: Callable[[JobSpec], Job]) -> Comparing:
 
     def compare(spec: JobSpec) -> list[Compared]:
         of_spec = opened(spec)
-        assert () == verify(plan_step(of_spec.step(0), of_spec.order))
+        assert () == verify(of_spec.program_of(of_spec.step(0)))
         found: list[Compared] = pool.run("cut:compared_in_world", of_spec.topology.world_size, of_spec)
         return found
 
