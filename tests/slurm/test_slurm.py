@@ -128,29 +128,28 @@ def test_jobs_of_an_array_do_not_collide_and_one_outlives_its_time_limit(cluster
         assert losses_of_local_launch(cluster, name, len(seen)) == seen
 
 
-def test_a_job_with_layouts_goes_on_with_the_tasks_that_there_are(cluster: Cluster) -> None:
-    """Its lost node halves it, at once and not when the node is back; then it is queued again with all tasks."""
+def test_a_job_with_layouts_goes_on_with_the_nodes_that_there_are(cluster: Cluster) -> None:
+    """Submitted again for half of the ranks while a node is gone, and for all of them when it is back."""
     source = (cluster.work / "examples/elastic/job.toml").read_text()
     name = job_of(cluster, "elastic.toml", source, steps=10**6, every=5)
-    job = cluster.submit("--ntasks=4", "--nodes=2", "--ntasks-per-node=2", FILE, name)
-    run = run_of(cluster, job)
+    first = cluster.submit("--ntasks=4", "--nodes=2", "--ntasks-per-node=2", FILE, name)
+    run, again = run_of(cluster, first), {"RUN": f"runs/slurm-{first}"}
     await_checkpoint(run, 0)
     cluster.lose(NODES[1])
-    cluster.await_state(job, "PENDING")
-    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=2", "NumCPUs=16")
-    step = resumed_step(cluster, job)
-    await_checkpoint(run, step)
-    assert [{0, 1}, set()] == [cluster.ranks(node) for node in NODES]
+    cluster.await_state(first, "PENDING")
+    cluster.run("scancel", first)
+    half = cluster.submit("--ntasks=2", "--nodes=1", FILE, name, **again)
+    await_checkpoint(run, resumed_step(cluster, half))
+    cluster.run("scancel", half)
+    cluster.await_state(half, "CANCELLED")
     cluster.start(NODES[1])
-    cluster.run("scontrol", "requeue", job)
-    cluster.await_state(job, "PENDING")
-    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=2", "NumTasks=4", "NumCPUs=32")
-    await_that("it is whole again", lambda: layouts_of(cluster, job)[-1] == ("4", "4"))
-    await_checkpoint(run, resumed_step(cluster, job))
-    cluster.run("scancel", job)
-    cluster.await_state(job, "CANCELLED")
+    whole = cluster.submit("--ntasks=4", "--nodes=2", "--ntasks-per-node=2", FILE, name, **again)
+    await_checkpoint(run, resumed_step(cluster, whole))
+    cluster.run("scancel", whole)
+    cluster.await_state(whole, "CANCELLED")
     await_that("all nodes are free", lambda: all(not cluster.ranks(node) for node in NODES))
-    assert [("4", "4"), ("2", "2"), ("4", "4")] == layouts_of(cluster, job)
+    assert [("4", "4")] == layouts_of(cluster, first) == layouts_of(cluster, whole)
+    assert [("2", "2")] == layouts_of(cluster, half)
     seen = losses(run)
     local = losses_of_local_launch(cluster, name, len(seen))
     assert [step for step, _ in local] == [step for step, _ in seen]
