@@ -40,7 +40,11 @@ def fullest_ranks(
     """
     topology, more = program.topology, _more_bytes(program, whole)
     most = _at_most(program, more, each)
-    held = functools.cache(lambda rank: most_bytes(program, rank) + more[rank])
+
+    @functools.cache
+    def held(rank: int) -> int:
+        return most_bytes(program, rank) + more[rank]
+
     return {name: _fullest(module.grid, most, held) for name, module in topology.modules.items()}
 
 
