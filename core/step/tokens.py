@@ -5,7 +5,7 @@ of microbatches, and more are not needed. Then the same samples are cut anew int
 that gives no more of them: so the largest cell is as small as it can be.
 
 >>> cut_by_tokens([4, 1, 1, 2, 3, 1], limit=6, lanes=1)
-(0, 2, 6)
+(0, 3, 6)
 >>> cut_by_tokens([4, 1, 1, 2, 3, 1], limit=4, lanes=1)
 (0, 1, 4, 6)
 """
