@@ -267,8 +267,12 @@ def _sharing(program: Program, rank: int) -> Iterator[_Group]:
 
 
 def _sizes(program: Program, rank: int) -> Iterator[Hashable]:
-    """Yield the sizes of what a rank computes on and exchanges, of microbatches that are alike only for the first."""
+    """Yield the sizes of what a rank computes on and exchanges, of microbatches that are alike only for the first.
+
+    Peers are numbered as they come: a message is over where its peer answers, which another peer does not.
+    """
     topology, routes, step = program.topology, program.routes, program.routes.step
+    peers = {rank: 0}
     for info in topology.role(rank).stages:
         module = topology.modules[info.stage.module]
         dp_rank = module.dp_rank_of(rank)
@@ -278,4 +282,8 @@ def _sizes(program: Program, rank: int) -> Iterator[Hashable]:
             side = routes.reaching if link.target == info.stage else routes.leaving
             for k in routes.firsts(link):
                 messages = side(link, k, dp_rank).get(rank, ())
-                yield sum(message_bytes(step, message) for message in messages)
+                sizes: dict[int, int] = collections.defaultdict(int)
+                for message in messages:
+                    peer = message.rank_source if link.target == info.stage else message.rank_target
+                    sizes[peers.setdefault(peer, len(peers))] += message_bytes(step, message)
+                yield tuple(sizes.items())

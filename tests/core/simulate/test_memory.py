@@ -146,6 +146,14 @@ def test_the_fullest_rank_is_found_without_lowering_all(drawn):
         assert max(held[rank] for rank in ranks) == fullest.bytes == held[fullest.rank]
 
 
+def test_a_message_is_held_until_its_own_peer_answers():
+    """Rank 0 sends to the rank that answers it, rank 1 to another: it holds what it sent for longer."""
+    program = program_of("a vit dp2 pp2 @0 > z; z gpt dp4 @0", {"a": [6]}, batch=16)
+    held = [most_bytes(program, rank) for rank in range(4)]
+    assert held[0] < held[1]
+    assert max(held) == fullest_ranks(program)["a"].bytes
+
+
 def test_a_split_backward_keeps_inputs_and_gradients_of_products():
     """Between its halves: of every matrix [out, in] that trains as many values a position as out + in."""
     timeline = timeline_of("language gpt pp2", batch=4, microbatches=4, schedule="zb-h1")
