@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from mimogrid.core.plan.progress import Progress
-from mimogrid.shell.world.waiting import FIRST_S, LINE_EVERY_S
+from mimogrid.shell.world import waiting
 
 
 EVERY_S = 0.5
@@ -25,14 +25,14 @@ class Watcher:
         self._begin = time.monotonic()
         self._until = self._begin + limit_s if limit_s is not None else math.inf
         self._shows, self._in_place = not silent, sys.stderr.isatty()
-        self._next = self._begin + (FIRST_S if self._in_place else LINE_EVERY_S)
+        self._next = self._begin + (waiting.FIRST_S if self._in_place else waiting.LINE_EVERY_S)
         self._interrupted = self._shown = False
 
     def __call__(self, progress: Progress) -> bool:
         """Show the progress; return whether to go on."""
         now = time.monotonic()
         if self._shows and now >= self._next:
-            self._next = now + (EVERY_S if self._in_place else LINE_EVERY_S)
+            self._next = now + (EVERY_S if self._in_place else waiting.LINE_EVERY_S)
             line = _line(progress, now - self._begin)
             if self._in_place:
                 self._shown = True

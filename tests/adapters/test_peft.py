@@ -26,7 +26,7 @@ from mimogrid.shell.run.reference import Reference, double_precision, losses_and
 from mimogrid.shell.world.launch import Pool
 from publishing import Seen
 from running import trained
-from scale import SCALE
+from scale import SCALE, nightly
 
 
 pytestmark = [
@@ -118,6 +118,7 @@ def assert_same(seen: Seen, expected: tuple[float, Mapping[str, torch.Tensor]]) 
         assert np.abs(seen.gradients[name] - gradient).max() < 1e-10 * np.abs(gradient).max(), name
 
 
+@nightly
 @pytest.mark.world
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"] if SCALE > 1 else ["llama"])
 def test_peft_goes_on_where_a_layout_stopped(pool: Pool, tmp_path: Path, name: str) -> None:

@@ -14,7 +14,7 @@ from mimogrid.core.base.errors import PlanError, WorldError
 from mimogrid.core.job.spec import BatchSpec, DataSpec, JobSpec, OptimizerSpec, TrainSpec
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world.launch import Pool
-from scale import nightly_only
+from scale import nightly, nightly_only
 
 
 pytestmark = pytest.mark.world
@@ -201,6 +201,7 @@ def test_a_state_of_another_model_is_refused(pool: Pool, opened: Opened) -> None
     assert "'enc.projector.wieght' belongs to no module of the job" in str(refused.value)
 
 
+@nightly
 def test_steps_that_are_passed_over_take_no_samples(pool: Pool, opened: Opened, tmp_path: Path) -> None:
     """The next step trains on the samples after them, as `mimogrid train` does."""
     spec = job(GRIDS, optimizer=ADAM, train=TrainSpec(steps=4, skip_steps=(0, 2), evaluate=False))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mimogrid.adapters.huggingface import Arguments, Job, Trainer
 from mimogrid.core.base.errors import PlanError
 from mimogrid.shell.world.launch import Pool
+from scale import nightly
 from training import conversations
 
 
@@ -51,6 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@nightly
 @pytest.mark.world
 def test_a_run_resumes_bitwise(pool: Pool, made: Path, tmp_path: Path) -> None:
     """Over two epochs, on ranks of which one idles; callbacks see every event, and what they decide counts."""

@@ -20,7 +20,7 @@ from mimogrid.shell.job.jobs import Job, open_job
 from mimogrid.shell.run import folders as runs
 from mimogrid.shell.world.launch import Pool
 from running import trained
-from scale import nightly_only
+from scale import nightly, nightly_only
 
 
 pytestmark = pytest.mark.world
@@ -62,6 +62,7 @@ def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return of
 
 
+@nightly
 def test_waiting_for_a_save_at_once_gives_the_same_files(run: Run, whole: Whole, tmp_path: Path) -> None:
     """What is written while training goes on holds what the weights were at the save point."""
     folder, report = whole("bf16, shared updates")

@@ -368,8 +368,10 @@ def test_what_is_the_users_own_is_found_and_asked_without_its_package(own, capsy
 
 
 @pytest.mark.usefixtures("without_torch")
-def test_how_many_rows_an_own_module_emits_is_asked_too(own, capsys):
+def test_how_many_rows_an_own_module_emits_is_asked_too(own, capsys, monkeypatch):
     """`describe(options)` may give `rows_out`; a table that says nothing is refused, and so is another one."""
+    # Files of one size that are written within a second look alike to Python's cache of bytecode.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     eyes = own.parent / "zoo" / "eyes.py"
     text = eyes.read_text().replace('return {"width"', 'return {"rows_out": {"count": 2}, "width"')
     eyes.write_text(text)

@@ -90,6 +90,7 @@ def test_a_rank_that_idled_is_used_when_another_one_comes(pool: Pool, elastic: J
     assert harm.left(whole)[1] == pytest.approx(harm.left(folder)[1], rel=1e-9, abs=0)
 
 
+@nightly
 def test_a_rank_that_a_layout_leaves_over_idles_until_the_end(
     pool: Pool, elastic: Job, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from mimogrid.shell.cli.main import main
 from mimogrid.shell.job.jobs import Job
 from mimogrid.shell.world import flight_recorder
 from mimogrid.shell.world.error_file import VARIABLE, record_failure
+from scale import nightly
 
 
 HINT = "To enable traceback see"
@@ -72,6 +73,7 @@ def test_nothing_is_written_where_no_file_is_named(tmp_path: Path, monkeypatch: 
     assert [] == os.listdir(tmp_path)
 
 
+@nightly
 @pytest.mark.world
 def test_torchrun_prints_the_report(opened: Callable[[JobSpec], Job], tmp_path: Path) -> None:
     """Of the rank that raised; the rank that was cut off has at most a sentence. Torch's analyzer reads its record."""
