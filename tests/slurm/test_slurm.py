@@ -55,7 +55,8 @@ def await_checkpoint(folder: Path, after: int) -> int:
 
 def said(cluster: Cluster, job: str) -> str:
     """The output of all ranks of a job, over all its starts."""
-    return (cluster.work / f"mimogrid-{cluster.fact(job, 'JobId')}.log").read_text()
+    log = cluster.work / f"mimogrid-{cluster.fact(job, 'JobId')}.log"
+    return log.read_text() if log.exists() else ""
 
 
 def resumed_step(cluster: Cluster, job: str) -> int:
@@ -63,6 +64,11 @@ def resumed_step(cluster: Cluster, job: str) -> int:
     resuming = re.compile(r"^resuming +step (\d+)", re.MULTILINE)
     await_that(f"job {job} goes on", lambda: bool(resuming.search(said(cluster, job))))
     return int(resuming.findall(said(cluster, job))[-1])
+
+
+def layouts_of(cluster: Cluster, job: str) -> list[tuple[str, str]]:
+    """The ranks of the layout and of the world, for each start of a job."""
+    return re.findall(r"^layout +ranks (\d+) +of (\d+)", said(cluster, job), re.MULTILINE)
 
 
 def test_a_wrong_job_is_not_queued_again(cluster: Cluster) -> None:
@@ -121,3 +127,31 @@ def test_jobs_of_an_array_do_not_collide_and_one_outlives_its_time_limit(cluster
     for name, job in zip(names, (short, long), strict=True):
         seen = losses(run_of(cluster, job))
         assert losses_of_local_launch(cluster, name, len(seen)) == seen
+
+
+def test_a_job_with_layouts_goes_on_with_the_nodes_that_there_are(cluster: Cluster) -> None:
+    """Submitted again for half of the ranks while a node is gone, and for all of them when it is back."""
+    source = (cluster.work / "examples/elastic/job.toml").read_text()
+    name = job_of(cluster, "elastic.toml", source, steps=10**6, every=5)
+    first = cluster.submit("--ntasks=4", "--nodes=2", "--ntasks-per-node=2", FILE, name)
+    run, again = run_of(cluster, first), {"RUN": f"runs/slurm-{first}"}
+    await_checkpoint(run, 0)
+    cluster.lose(NODES[1])
+    cluster.await_state(first, "PENDING")
+    cluster.run("scancel", first)
+    half = cluster.submit("--ntasks=2", "--nodes=1", FILE, name, **again)
+    await_checkpoint(run, resumed_step(cluster, half))
+    cluster.run("scancel", half)
+    cluster.await_state(half, "CANCELLED")
+    cluster.start(NODES[1])
+    whole = cluster.submit("--ntasks=4", "--nodes=2", "--ntasks-per-node=2", FILE, name, **again)
+    await_checkpoint(run, resumed_step(cluster, whole))
+    cluster.run("scancel", whole)
+    cluster.await_state(whole, "CANCELLED")
+    await_that("all nodes are free", lambda: all(not cluster.ranks(node) for node in NODES))
+    assert [("4", "4")] == layouts_of(cluster, first) == layouts_of(cluster, whole)
+    assert [("2", "2")] == layouts_of(cluster, half)
+    seen = losses(run)
+    local = losses_of_local_launch(cluster, name, len(seen))
+    assert [step for step, _ in local] == [step for step, _ in seen]
+    assert [loss for _, loss in local] == pytest.approx([loss for _, loss in seen], rel=1e-9, abs=0)
