@@ -19,6 +19,7 @@ from pathlib import Path
 
 import attrs
 from plan_search import drawn
+from printed import printer
 
 from mimogrid.core.job.placement import place
 from mimogrid.core.job.schedules import AUTO, SCHEDULES
@@ -47,12 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write all there, too")
     args = parser.parse_args()
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
+    say = printer(args.out)
     say(f"seed {args.seed}, {args.tries:,} tries per job; load {os.getloadavg()[0]:.1f}")
     say(f"{'job':>4}{'GPUs':>5}{'ratio':>8}{'plan':>11}{'plan CPU s':>11}  layout")
     ratios: list[float] = []
@@ -78,8 +74,6 @@ def main() -> None:
         f"{len(ratios)} plans: {beaten} are slower than the best layout found by more than {CLOSE:.0%}, "
         f"{sum(ratio < 1 for ratio in ratios)} by anything; at most by {1 - min([*ratios, 1.0]):.1%}"
     )
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def question_of(seed: int, number: int, gpus: int, samples: int) -> Question:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import attrs
+from printed import printer
 
 from mimogrid.core.plan.layouts import Question, shown
 from mimogrid.core.plan.planner import plan
@@ -108,19 +109,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that have this word")
     parser.add_argument("--out", type=Path, help="write all there, too")
     args = parser.parse_args()
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
+    say = printer(args.out)
     say("| published | GPUs | tokens/s/GPU | MFU | planned | MFU | times | planned layout |")
     say("|---|---|---|---|---|---|---|---|")
     for each in PUBLISHED:
         if args.only in each.name:
             say(row(each))
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def row(published: Published) -> str:

@@ -21,6 +21,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from printed import printer
+
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.plan.layouts import Question, shown
 from mimogrid.core.plan.planner import plan
@@ -92,12 +94,7 @@ def main() -> None:
     if args.one is not None:
         print(json.dumps(searched(args.seed, args.one)))
         return
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
+    say = printer(args.out)
     say(
         f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; "
         f"Python {platform.python_version()}, attrs {version('attrs')}; seed {args.seed}"
@@ -123,8 +120,6 @@ def main() -> None:
         f"{ranked[min(int(0.95 * len(ranked)), len(ranked) - 1)]:.1f} s, at most {ranked[-1]:.1f} s of CPU, "
         f"{max(mebibytes):.0f} MiB"
     )
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def searched(seed: int, number: int) -> dict[str, object]:

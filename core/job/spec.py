@@ -263,8 +263,8 @@ class ValidationSpec:
 
     Each of the `tasks` has at least so many `samples`; without tasks they are those that the data source holds out.
     `metrics` are functions of the user's that are called with each sample's logits. With `generate` the model also
-    answers. The weights that are `best` by a
-    metric are kept, and training ends after `patience` validations that are not (0: it does not).
+    answers. The weights that are `best` by a metric are kept, and training ends after `patience` validations that are
+    not (0: it does not).
     """
 
     every: int = 0
