@@ -26,7 +26,6 @@ from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.pricing.flops import model_flops
-from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
@@ -132,7 +131,7 @@ class Evaluator:
         """
         times = _times_narrower(layout.spec)
         question, program = self.question, self._program(layout.spec, times)
-        firsts = (ranks[0] for ranks in ranks_by_stages(program.topology).values())
+        firsts = (ranks[0] for ranks in program.topology.ranks_by_stages.values())
         # Of the fewest classes that there can be.
         if _actions(program, firsts) > SIMULATED_MOST or len(program.topology.ranks) > FOLDED_AT_MOST:
             return layout

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from mimogrid.core.job.models import FIRST, Gpt, Own
 from mimogrid.core.job.precision import MAIN_BYTES
 from mimogrid.core.pricing.flops import Load, module_units, of_units
-from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.schedule.order import Cut
 from mimogrid.core.topology.topology import Module, Stage, StageInfo, Topology
@@ -37,7 +36,7 @@ def cuts_of(topology: Topology, actions: Sequence[Compute]) -> Mapping[Stage, tu
     if not topology.spec.optimizer.cut_mb:
         return {}
     last = {action.stage: place for place, action in enumerate(actions)}
-    ending = {max(stages, key=last.__getitem__) for stages in ranks_by_stages(topology)}
+    ending = {max(stages, key=last.__getitem__) for stages in topology.ranks_by_stages}
     return {
         stage: cuts
         for stage in topology.stages
