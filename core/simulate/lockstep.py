@@ -25,7 +25,6 @@ classes and lowers their programs.
 
 import collections
 import functools
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
@@ -375,9 +374,11 @@ class _Script:
             yield from ((k, range(target.dp_size)) for k in ks)
             return
         sending, receiving = self._some(source, link.source), self._some(target, link.target)
-        for k in ks:
-            senders = (self._program.routes.receivers(link, k, dp_rank) for dp_rank in sending)
-            yield k, dict.fromkeys(itertools.chain(receiving, *senders))
+        routes, found = self._program.routes, {k: dict.fromkeys(receiving) for k in ks}
+        for dp_rank in sending:
+            for k in routes.fed(link, dp_rank):
+                found[k].update(dict.fromkeys(routes.receivers(link, k, dp_rank)))
+        yield from found.items()
 
     def _some(self, module: Module, stage: Stage) -> list[int]:
         """Return the first, the middle and the last of the dp ranks whose first rank is in each rank class."""

@@ -236,14 +236,14 @@ class Routes:
         module = self.step.topology.modules[(link.source if at_source else link.target).module]
         dp_rank = module.dp_rank_of(rank)
         side, ks = (
-            (self.leaving, self._fed(link, dp_rank)) if at_source else (self.reaching, self.firsts(link))
+            (self.leaving, self.fed(link, dp_rank)) if at_source else (self.reaching, self.firsts(link))
         )
         for k in ks:
             messages = side(link, k, dp_rank).get(rank)
             if messages:
                 yield k, messages
 
-    def _fed(self, link: Link, dp_rank: int) -> Sequence[int]:
+    def fed(self, link: Link, dp_rank: int) -> Sequence[int]:
         """Return those of `firsts` that have samples of a dp rank of the source, or a few more."""
         modules, firsts = self.step.topology.modules, self.firsts(link)
         source, target = modules[link.source.module], modules[link.target.module]
