@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from mimogrid.core.base.errors import PlanError
 from mimogrid.core.plan.candidates import Candidates, Scope, candidates_of
+from mimogrid.core.plan.conflicts import conflicts
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import (
     BEST,
@@ -31,6 +33,7 @@ from mimogrid.core.plan.layouts import (
     compared,
     illegal,
     marked_own,
+    marked_unpinned,
     nearest_fit,
     too_large,
 )
@@ -109,27 +112,31 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     """Search for the fastest layout.
 
     `budget` is how many actions are simulated before no further layout is begun. `watch` is told of the progress, and
-    may end the search with what it has found so far (`progress`).
+    may end the search with what it has found so far (`progress`). Raises PlanError for pins that no layout has
+    together.
     """
     shared = attrs.evolve(question.spec, optimizer=attrs.evolve(question.spec.optimizer, sharded=True))
     step = step_of(question.topology(shared), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
+    if problems := conflicts(question, main):
+        raise PlanError(problems)
+    question = attrs.evolve(question, pins=attrs.evolve(question.pins, main=main))
     spaces = _spaces(question, step)
     search = Search(Evaluator(question, main), watch)
     candidates, least = _walked(search, step, spaces, budget)
-    refinement = _refinement(question, step, spaces)
-    search.refine(refinement, budget // 4)
+    search.refine(_refinement(search, step, spaces), budget // 4)
     search.orders(budget // 2)
-    search.refine(refinement, budget // 4)
+    search.refine(_refinement(search, step, spaces), budget // 4)
     own, named = search.asked(question.spec), standard_layouts(question, spaces)
     standards = [search.asked(spec) for spec in named.values()]
     ranked = search.confirm(FITTING, 1 if search.stopped else CONFIRMED)
     best = ranked[0] if ranked else None
     others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
     fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
-    fitting = [search.evaluator.with_padding(layout) for layout in fitting]
-    own = next((layout for layout in fitting if layout.spec == own.spec), marked_own(own))
+    fitting = [search.evaluator.with_padding(marked_unpinned(layout, question.pins)) for layout in fitting]
+    lone = marked_unpinned(marked_own(own), question.pins)
+    own = next((layout for layout in fitting if layout.spec == own.spec), lone)
     unfit = [
         attrs.evolve(each, reason=f"{name}: {each.reason}")
         for name, each in zip(named, standards, strict=True)
@@ -187,10 +194,12 @@ def _that_cannot_run(
     found = {
         kind: [layout for layout in search.layouts if layout.kind == kind] for kind in (TOO_LARGE, ILLEGAL)
     }
-    return [
-        *[*too_large(candidates, question, best), *found[TOO_LARGE]][:SHOWN],
-        *[*illegal(spaces, question), *found[ILLEGAL]][:SHOWN],
-    ]
+    shown = (
+        [*too_large(candidates, question, best), *found[TOO_LARGE]],
+        [*illegal(spaces, question), *found[ILLEGAL]],
+    )
+    pinned = [[layout for layout in each if not question.pins.broken_by(layout.spec)] for each in shown]
+    return [layout for each in pinned for layout in each[:SHOWN]]
 
 
 def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
@@ -203,14 +212,20 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
             ranks=question.gpus,
             spec=step.topology.spec,
             facts=question.facts,
+            pins=question.pins,
         )
         for name in question.spec.modules
     }
 
 
-def _refinement(question: Question, step: Step, spaces: Mapping[str, SearchSpace]) -> Refinement:
+def _refinement(search: Search, step: Step, spaces: Mapping[str, SearchSpace]) -> Refinement:
+    question = search.evaluator.question
     return Refinement(
-        spaces=spaces, graph=step.topology.graph, ranks=question.gpus, memory_bytes=question.memory_bytes
+        spaces=spaces,
+        graph=step.topology.graph,
+        ranks=question.gpus,
+        memory_bytes=question.memory_bytes,
+        pins=search.pins,
     )
 
 
@@ -227,5 +242,6 @@ def _candidates(
         memory_bytes=memory * question.memory_bytes,
         samples=len(question.samples),
         work=model_flops(step),
+        pins=question.pins,
     )
     return candidates_of(scope, search.watch)
