@@ -483,29 +483,32 @@ def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -
     """Return configurations on so many ranks, of one stage: with the microbatches of the job, or with larger ones."""
     if (name, ranks, microbatches) not in notes.shared:
         space = scope.spaces[name]
-        found = (space.priced(each) for each in _configs_on(scope, name, ranks, microbatches))
-        notes.shared[name, ranks, microbatches] = tuple(_front(found))
+        configs = [*_configs_on(scope, name, ranks, microbatches, exactly=True)]
+        if not configs and scope.pins.of(name):
+            configs = [*_configs_on(scope, name, ranks, microbatches, exactly=False)]
+        notes.shared[name, ranks, microbatches] = tuple(_front(map(space.priced, configs)))
     return notes.shared[name, ranks, microbatches]
 
 
-def _configs_on(scope: Scope, name: str, ranks: int, microbatches: int) -> Iterator[ParallelConfig]:
-    """Yield configurations on so many ranks; on fewer, or on more up to all, where what is pinned needs that."""
-    pinned, among = scope.pins.sizes(name), functools.partial(scope.pins.among, name)
-    shapes = itertools.product(scope.spaces[name].shapes, among("pp", (1,)), among("chunks", (1,)))
-    for shape, pp, chunks in shapes:
+def _configs_on(
+    scope: Scope, name: str, ranks: int, microbatches: int, *, exactly: bool
+) -> Iterator[ParallelConfig]:
+    """Yield configurations on so many ranks, or, if not `exactly`, on fewer or more: pins may need that."""
+    among, space = functools.partial(scope.pins.among, name), scope.spaces[name]
+    for shape, pp, chunks in itertools.product(space.shapes, among("pp", (1,)), among("chunks", (1,))):
         dp_ranks, left = divmod(ranks, shape.ranks * pp)
-        if left and not pinned:
+        if left and exactly:
             continue
         larger = (m for m in reversed(_divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1)
         for count in dict.fromkeys(among("microbatches", (microbatches, next(larger)))):
             dp = min(dp_ranks, scope.samples // count)
-            dp = max(dp - dp % shape.dp_size, shape.dp_size) if pinned else dp
-            most = scope.ranks // (shape.ranks * pp) if pinned else dp
-            sizes = scope.spaces[name].sizes(count, shape.ranks * pp * most)
+            if not exactly:
+                dp = max(dp - dp % shape.dp_size, shape.dp_size)
+            sizes = space.sizes(count, ranks if exactly else scope.ranks)
             yield from (
-                ParallelConfig(shape, pp, chunks, size, count)
-                for size in among("dp", (dp,))
-                if sizes.holds(shape, pp, chunks, size)
+                ParallelConfig(shape, pp, chunks, each, count)
+                for each in among("dp", (dp,))
+                if sizes.holds(shape, pp, chunks, each)
             )
 
 

@@ -83,10 +83,6 @@ class Pins:
         """Return the pins of a module."""
         return tuple(pin for pin in self.chosen if pin.module == module)
 
-    def sizes(self, module: str) -> bool:
-        """Whether the ranks or the microbatches of a module are pinned in any respect."""
-        return any(pin.axis != "recompute" for pin in self.of(module))
-
     def job_microbatches(self, count: int) -> int:
         """Return the microbatches of a job whose main module has so many: as many, if each module's own allow that.
 

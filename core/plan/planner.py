@@ -35,9 +35,10 @@ from mimogrid.core.plan.layouts import (
     marked_own,
     marked_unpinned,
     nearest_fit,
+    shown,
     too_large,
 )
-from mimogrid.core.plan.progress import Watch, always
+from mimogrid.core.plan.progress import Watch, always, never
 from mimogrid.core.plan.refinement import Refinement
 from mimogrid.core.plan.search import Search
 from mimogrid.core.plan.search_space import SearchSpace, search_space_of
@@ -75,14 +76,14 @@ class Plan:
     """What a search found.
 
     Attributes:
-        layouts: those that can run, the fastest first, the job's own among them; then some that would be fast and do
-            not fit, then some illegal ones.
+        layouts: those that can run, the fastest first, the job's own among them, which need not have what is pinned;
+            then some that would be fast and do not fit, then some illegal ones.
         own: the job's own layout.
         main: the module that the others lie around.
         looked_at: configurations and layouts that were priced by their bounds.
         simulated: programs that were simulated.
         gap: the winner takes at most this part longer than any layout that was looked at.
-        nearest_fit: where nothing fits, what lacks least, in words; else empty.
+        nearest_fit: where nothing fits, what lacks least, and which pins are in the way, in words; else empty.
         sensitivity: what the winner is worth if what was assumed is not so.
         stopped: whether the search ended early because it was told to.
     """
@@ -154,7 +155,7 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
         looked_at=search.looked_at,
         simulated=search.evaluator.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
-        nearest_fit="" if best else nearest_fit(candidates, search.layouts, spaces, question),
+        nearest_fit="" if best else _nearest_fit(search, step, spaces, candidates),
         sensitivity=_sensitivity(search, ranked, step),
         stopped=search.stopped,
     )
@@ -194,12 +195,37 @@ def _that_cannot_run(
     found = {
         kind: [layout for layout in search.layouts if layout.kind == kind] for kind in (TOO_LARGE, ILLEGAL)
     }
-    shown = (
+    both = (
         [*too_large(candidates, question, best), *found[TOO_LARGE]],
         [*illegal(spaces, question), *found[ILLEGAL]],
     )
-    pinned = [[layout for layout in each if not question.pins.broken_by(layout.spec)] for each in shown]
+    pinned = [[layout for layout in each if not question.pins.broken_by(layout.spec)] for each in both]
     return [layout for each in pinned for layout in each[:SHOWN]]
+
+
+def _nearest_fit(
+    search: Search, step: Step, spaces: Mapping[str, SearchSpace], candidates: Candidates
+) -> str:
+    """Return what lacks least where nothing fits, and the pins without which something does, in words."""
+    question, main = search.evaluator.question, search.evaluator.main
+    pinned = [layout for layout in search.layouts if not question.pins.broken_by(layout.spec)]
+    words, pins = nearest_fit(candidates, pinned, spaces, question), question.pins.chosen
+    tries = [*((pin,) for pin in pins), *([pins] if len(pins) > 1 else [])]
+    for left_out in tries if not search.stopped else ():
+        freed = attrs.evolve(question, pins=question.pins.without(*left_out))
+        if fits := _any_that_fits(freed, main, step):
+            return f"{words}. Without {' '.join(f'--pin {pin}' for pin in left_out)} this fits: {shown(fits.spec)}"
+    return words
+
+
+def _any_that_fits(question: Question, main: str, step: Step) -> Layout | None:
+    """Return the first layout that is found to fit, if one of the first candidates does."""
+    search, spaces = Search(Evaluator(question, main), never), _spaces(question, step)
+    for part in MEMORY:
+        search.candidates(_candidates(search, step, spaces, memory=part), BUDGET)
+        for i in search.fit(1):
+            return search.layouts[i]
+    return None
 
 
 def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
