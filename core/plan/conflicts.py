@@ -45,7 +45,8 @@ def _smallest(possible: "_Possible", pins: Pins) -> tuple[Pin, ...]:
 def _conflict(possible: "_Possible", pins: tuple[Pin, ...], others: Pins) -> Problem:
     question = possible.question
     gpus, what = _gpus(pins, question), _together(pins)
-    if gpus > question.gpus:
+    enough = _Possible(attrs.evolve(question, gpus=max(gpus, question.gpus)), possible.main)
+    if enough.together(Pins(pins)):
         message, more = f"{what} needs {gpus:,} GPUs of {question.gpus:,}.", f" Or use --gpus {gpus}."
     else:
         message, more = _reason(pins, possible), ""
@@ -163,7 +164,8 @@ def _reason(pins: tuple[Pin, ...], possible: _Possible) -> str:
     for name, module in question.spec.modules.items():
         grid, chunks = _least_grid(name, chosen), chosen.value(name, "chunks") or 1
         if grid.pp * chunks > layers_of(module):
-            stages = f"{what} makes {grid.pp * chunks} stages"
+            least = " at least" * (chosen.value(name, "pp") is None)
+            stages = f"{what} makes {grid.pp * chunks} stages{least}"
             return f"{stages}, and module '{name}' has {layers_of(module)} layers."
         counted = any(pin.axis == "microbatches" for pin in pins)
         if chunks > 1 and not counted and len(question.samples) % grid.pp:
