@@ -25,7 +25,7 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import StageCosts
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.placement import balanced
-from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.configs import (
     IN_FLIGHT,
@@ -36,6 +36,7 @@ from mimogrid.core.plan.configs import (
     RankTime,
     Rates,
 )
+from mimogrid.core.plan.pins import FREE, Pins
 from mimogrid.core.pricing.flops import Load, Loads, Terms, alike_layers, module_terms, trainable_of
 from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.pricing.machine import Machine
@@ -67,11 +68,12 @@ class Illegal:
 
 @attrs.frozen(eq=False)
 class SearchSpace:
-    """The configurations of one module of a job: legal shapes, with what its layers cost."""
+    """The configurations of one module of a job: legal shapes, with what its layers cost. They have what is pinned."""
 
     costs: "LayerCosts"
     shapes: tuple[ParallelShape, ...]
     illegal: tuple[Illegal, ...]
+    pins: Pins = FREE
     _priced: dict[ParallelConfig, PricedConfig] = attrs.field(
         factory=dict[ParallelConfig, PricedConfig], init=False, repr=False
     )
@@ -84,7 +86,7 @@ class SearchSpace:
         if shape not in self._allowed:
             costs = self.costs
             self._allowed[shape] = (
-                shape in self.shapes or _problem(costs.spec, costs.facts, costs.name, shape) is None
+                shape in self.shapes or shape_problem(costs.spec, costs.facts, costs.name, shape) is None
             )
         return self._allowed[shape]
 
@@ -98,26 +100,31 @@ class SearchSpace:
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
     ) -> Iterator[tuple[Rates, ParallelConfig]]:
         """Yield every configuration on up to so many ranks, for so many microbatches, with what no price is below."""
-        layers, samples = self.costs.layers, self.costs.samples // microbatches
-        shares = {pp: _pipelined(microbatches, pp) for pp in enough(layers, layers)}
+        samples, sizes = self.costs.samples // microbatches, self.sizes(microbatches, ranks, chunks)
         for shape in self.shapes:
             kept, in_flight = self._least_kept(shape), self.costs.held(shape).in_flight[-1]
             known: dict[int, tuple[float, float]] = {}
-            for pp, chunk in itertools.product(enough(layers, layers), chunks):
-                each = shape.ranks * pp
-                if chunk > 1 and (pp == 1 or pp * chunk > layers or microbatches % pp):
-                    continue
-                for dp in tried(samples, ranks // each):
-                    if dp % shape.dp_size:
-                        continue
-                    if dp not in known:
-                        own = -(-samples // dp)
-                        seconds = self.costs.seconds(shape, own)
-                        known[dp] = seconds.forward[-1] + seconds.backward[-1], IN_FLIGHT * own * in_flight
-                    through, held = known[dp]
-                    least_s = through * (shares[pp] if chunk == 1 else microbatches / pp)
-                    rates = each * dp, least_s, through, (kept + held / chunk) / pp
-                    yield rates, ParallelConfig(shape, pp, chunk, dp, microbatches)
+            for pp, chunk, dp in sizes.of(shape):
+                if dp not in known:
+                    own = -(-samples // dp)
+                    seconds = self.costs.seconds(shape, own)
+                    known[dp] = seconds.forward[-1] + seconds.backward[-1], IN_FLIGHT * own * in_flight
+                through, held = known[dp]
+                share = _pipelined(microbatches, pp) if chunk == 1 else microbatches / pp
+                rates = shape.ranks * pp * dp, through * share, through, (kept + held / chunk) / pp
+                yield rates, ParallelConfig(shape, pp, chunk, dp, microbatches)
+
+    def sizes(self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)) -> "Sizes":
+        """Return the sizes that shapes are tried with on up to so many ranks, for so many microbatches."""
+        return Sizes(
+            module=self.costs.name,
+            layers=self.costs.layers,
+            samples=self.costs.samples // microbatches,
+            microbatches=microbatches,
+            ranks=ranks,
+            chunks=chunks,
+            pins=self.pins,
+        )
 
     def least_bytes(self, config: ParallelConfig) -> float:
         """Return the bytes that its fullest rank keeps at least: an equal part of all."""
@@ -196,8 +203,53 @@ class SearchSpace:
         )
 
 
+@attrs.frozen(kw_only=True)
+class Sizes:
+    """The stages, chunks and dp ranks that the shapes of a module may have.
+
+    `layers` are those of the module, `samples` those of a microbatch. It has `microbatches` in a step, on up to so many
+    `ranks`, and `chunks` are tried.
+    """
+
+    module: str
+    layers: int
+    samples: int
+    microbatches: int
+    ranks: int
+    chunks: Sequence[int]
+    pins: Pins
+
+    def of(self, shape: ParallelShape) -> Iterator[tuple[int, int, int]]:
+        """Yield pp, chunks and dp of every configuration of a shape."""
+        among = functools.partial(self.pins.among, self.module)
+        stages, chunks = among("pp", enough(self.layers, self.layers)), among("chunks", self.chunks)
+        for pp, chunk in itertools.product(stages, chunks):
+            if not self._is_filled(pp, chunk):
+                continue
+            most = self.ranks // (shape.ranks * pp)
+            for dp in among("dp", tried(self.samples, most)):
+                if dp <= min(most, self.samples) and dp % shape.dp_size == 0:
+                    yield pp, chunk, dp
+
+    def holds(self, shape: ParallelShape, pp: int, chunk: int, dp: int) -> bool:
+        """Whether there are ranks, samples, layers and microbatches for a configuration."""
+        fits = dp <= self.samples and shape.ranks * pp * dp <= self.ranks
+        return fits and dp % shape.dp_size == 0 and self._is_filled(pp, chunk)
+
+    def _is_filled(self, pp: int, chunk: int) -> bool:
+        """Whether there are layers for all stages, and microbatches for the chunks."""
+        return pp * chunk <= self.layers and (chunk == 1 or (pp > 1 and self.microbatches % pp == 0))
+
+
 def search_space_of(
-    name: str, *, step: Step, machine: Machine, ranks: int, spec: JobSpec, facts: SourceFacts
+    name: str,
+    *,
+    step: Step,
+    machine: Machine,
+    ranks: int,
+    spec: JobSpec,
+    facts: SourceFacts,
+    pins: Pins = FREE,
 ) -> SearchSpace:
     """Return the search space of a module on up to so many ranks, for the samples of a step.
 
@@ -205,14 +257,14 @@ def search_space_of(
     """
     shapes: list[ParallelShape] = []
     illegal: list[Illegal] = []
-    for shape in _shapes(spec, name, min(machine.accelerator.per_node, ranks, SHARED_MOST)):
-        problem = _problem(spec, facts, name, shape)
+    for shape in shapes_of(spec, name, min(machine.accelerator.per_node, ranks), pins):
+        problem = shape_problem(spec, facts, name, shape)
         if problem is None:
             shapes.append(shape)
         else:
             illegal.append(Illegal(name, shape, problem))
     loads = Loads.of(step, name)
-    levels = _recompute_levels(step.topology, name)
+    levels = pins.among(name, "recompute", _recompute_levels(step.topology, name))
     costs = LayerCosts(
         spec=step.topology.spec,
         facts=step.topology.source,
@@ -224,7 +276,7 @@ def search_space_of(
     )
     both = itertools.product(shapes, levels)
     shapes = [attrs.evolve(shape, recompute=level) for shape, level in both]
-    return SearchSpace(costs, tuple(shapes), tuple(illegal))
+    return SearchSpace(costs, tuple(shapes), tuple(illegal), pins)
 
 
 def _pipelined(microbatches: int, pp: int) -> float:
@@ -275,16 +327,23 @@ def _tried(things: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _shapes(spec: JobSpec, name: str, ranks: int) -> Iterator[ParallelShape]:
-    """Yield the shapes to validate: tp and cp within a node, ep by the divisors of the experts."""
-    options = spec.modules[name].options
-    if isinstance(options, Mapping):
-        yield ParallelShape()
-        return
-    parts = [ep for ep in range(1, options.experts + 1) if options.experts % ep == 0] or [1]
-    for tp, power, ep in itertools.product(range(1, ranks + 1), range(ranks.bit_length()), parts):
-        if tp * 2**power <= ranks:
-            yield ParallelShape(tp, 2**power, ep, sequence_parallel=tp > 1)
+def layers_of(module: ModuleSpec) -> int:
+    """Return the layers that stages divide; a module of the user's own has one."""
+    return 1 if isinstance(module.options, Mapping) else module.options.layers
+
+
+def shapes_of(spec: JobSpec, name: str, ranks: int, pins: Pins) -> Iterator[ParallelShape]:
+    """Yield the shapes to validate: tp and cp within so many ranks, ep by the divisors of the experts; or as pinned."""
+    options, among = spec.modules[name].options, functools.partial(pins.among, name)
+    most, experts = (1, 0) if isinstance(options, Mapping) else (min(ranks, SHARED_MOST), options.experts)
+    parts = [ep for ep in range(1, experts + 1) if experts % ep == 0] or [1]
+    tps, cps = among("tp", range(1, most + 1)), among("cp", [2**power for power in range(most.bit_length())])
+    # What is pinned may be more than a node has.
+    most = max(most, (pins.value(name, "tp") or 1) * (pins.value(name, "cp") or 1))
+    both = itertools.product(tps, cps, among("ep", parts), among("expert_tp", (1,)))
+    for tp, cp, ep, expert_tp in both:
+        if tp * cp <= most:
+            yield ParallelShape(tp, cp, ep, expert_tp, sequence_parallel=tp > 1)
 
 
 def _recompute_levels(topology: Topology, name: str) -> tuple[str, ...]:
@@ -298,7 +357,7 @@ def _recompute_levels(topology: Topology, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("none", own, "full")))
 
 
-def _problem(spec: JobSpec, facts: SourceFacts, name: str, shape: ParallelShape) -> Problem | None:
+def shape_problem(spec: JobSpec, facts: SourceFacts, name: str, shape: ParallelShape) -> Problem | None:
     """Return why a module cannot have a shape, whatever else is chosen; None if it can."""
     mine = (f"modules.{name}.grid", f"modules.{name}.options", "data.options.sequence")
     found = problems_of(_alone(spec, name, shape, pp=1), facts)
@@ -412,9 +471,8 @@ class LayerCosts:
 
     @property
     def layers(self) -> int:
-        """Layers of the module; one of the user's own has one."""
-        options = self.spec.modules[self.name].options
-        return 1 if isinstance(options, Mapping) else options.layers
+        """Layers of the module."""
+        return layers_of(self.spec.modules[self.name])
 
     def seconds(self, shape: ParallelShape, samples: int) -> LayerSeconds:
         """Return what each layer takes for so many samples."""

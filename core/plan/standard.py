@@ -16,11 +16,11 @@ from mimogrid.core.plan.search_space import SearchSpace
 
 
 def standard_layouts(question: Question, spaces: dict[str, SearchSpace]) -> dict[str, JobSpec]:
-    """Return the standard layout by its name; nothing where no grid of all modules is legal."""
+    """Return the standard layout by its name; nothing where no grid of all modules is legal, and as pinned."""
     for tp in sorted(_common_tp(spaces), reverse=True):
         dp = _dp_size(len(question.samples), question.gpus // tp)
         spec = _unified(question, tp, dp)
-        if dp and not problems_of(spec, question.facts):
+        if dp and not problems_of(spec, question.facts) and not question.pins.broken_by(spec):
             return {f"one grid for all (tp={tp} dp={dp}, ZeRO-1)": spec}
     return {}
 

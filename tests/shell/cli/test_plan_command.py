@@ -171,6 +171,8 @@ def test_nothing_fits(job, capsys):
         (["--gpu", "h100", "--precision", "fp7"], "'fp7' is not known"),
         (["--gpu", "h100", "--efficiency", "2"], "is 2.0"),
         (["--gpu", "h100", "--memory-gb", "-1"], "is -1.0"),
+        (["--gpu", "h100", "--pin", "langage.tp=2"], "--pin langage.tp=2: the job has no module 'langage'"),
+        (["--gpu", "h100", "--pin", "language.dp=8"], "language.dp=8 needs 8 GPUs of 4"),
     ],
 )
 def test_wrong_arguments_are_said(job, capsys, more, fact):
@@ -186,6 +188,20 @@ def test_a_search_ends_at_its_time_limit(job, capsys):
     assert found["layouts"][0]["step_time"] > 0
     assert 0 == main(["plan", str(job), "--gpus", "8", "--gpu", "h100", "--time-limit", "0"])
     assert "The search was stopped." in capsys.readouterr().out
+
+
+def test_the_written_job_has_what_is_pinned(job, tmp_path, capsys):
+    """And so has every layout that may be the winner; the job's own, which has not, says so."""
+    out = tmp_path / "best.toml"
+    pins = ["--pin", "language.tp=2", "--pin", "*.cp=1", "--pin", "microbatches=2", "--pin", "schedule=1f1b"]
+    code, found = planned(capsys, job, "--gpus", 4, "--gpu", "h100", "--out", out, *pins)
+    assert 0 == code
+    spec = jobfile.load(out)
+    assert (2, "1f1b") == (spec.batch.microbatches, spec.schedule.name)
+    assert 2 == spec.modules["language"].grid.tp
+    assert {1} == {module.grid.cp for module in spec.modules.values()}
+    [own] = [layout for layout in found["layouts"] if layout["own"]]
+    assert "not as pinned (language.tp=2, microbatches=2)" in own["reason"]
 
 
 @nightly
