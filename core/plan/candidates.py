@@ -31,7 +31,7 @@ from mimogrid.core.base.bounds import longest_before_s
 from mimogrid.core.job.graph import ModuleGraph
 from mimogrid.core.plan.configs import ParallelConfig, PricedConfig, Rates
 from mimogrid.core.plan.progress import Progress, Watch, always
-from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
+from mimogrid.core.plan.search_space import CHUNKS, SearchSpace, divisors
 
 
 KEPT = 48
@@ -130,6 +130,16 @@ class Scope:
     samples: int
     work: Mapping[str, float]
 
+    def keeps_limit(self, main: PricedConfig, others: "Mapping[str, Placed]") -> bool:
+        """Whether the longest sample fits into every part that a limit of tokens is cut into."""
+        limit = self.spaces[main.module].limit
+        if limit is None:
+            return True
+        sizes = {name: placed.priced.config.dp for name, placed in others.items()}
+        sizes[main.module] = main.config.dp
+        texts = [dp for name, dp in sizes.items() if name in self.graph.texts]
+        return limit.allows(texts, sizes.values())
+
     def most_ranks(self, name: str) -> int:
         """Return how many ranks of its own a module may get; small ones always a few."""
         share = self.work[name] / (sum(self.work.values()) or 1.0)
@@ -212,7 +222,7 @@ def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedCo
     """Yield the configurations of the main module that fit, in order of their bounds; none is priced too early."""
     space, below = scope.spaces[scope.main], scope.stages_below(scope.main)
     rated = itertools.chain.from_iterable(
-        space.rated(count, scope.ranks, CHUNKS) for count in _divisors(scope.samples)
+        space.rated(count, scope.ranks, CHUNKS) for count in space.counts
     )
     configs: list[ParallelConfig] = []
     leasts: list[float] = []
@@ -321,7 +331,8 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         grown = [part.with_(name, each) for part in parts for each in found]
         notes.looked_at += len(grown)
         notes.effort += len(grown)
-        parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
+        within = [part for part in grown if part.ranks + to_come <= scope.ranks]
+        parts = _best(scope, notes, main, [part for part in within if scope.keeps_limit(main, part.others)])
     bounds = [max(part.bound, chain_bound_s(scope.graph, _all_priced(main, part.others))) for part in parts]
     # Of equal estimates the least work is best: what is recomputed may lie on no path that counts.
     estimates = [max(bound, part.estimate) for bound, part in zip(bounds, parts, strict=True)]
@@ -455,8 +466,12 @@ def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -
             dp_ranks, left = divmod(ranks, shape.ranks)
             if left:
                 continue
+            if space.limit is not None:
+                sizes = space.dp_sizes(microbatches, shape, dp_ranks)[-1:]
+                found += (space.priced(ParallelConfig(shape, 1, 1, dp, microbatches)) for dp in sizes)
+                continue
             larger = (
-                m for m in reversed(_divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1
+                m for m in reversed(divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1
             )
             for count in dict.fromkeys((*counts, next(larger))):
                 dp = min(dp_ranks, scope.samples // count)
@@ -497,8 +512,3 @@ def _worth_saying(out_of_memory: Iterable[OutOfMemory]) -> tuple[OutOfMemory, ..
     least = sorted(out_of_memory, key=lambda layout: layout.needs)[:1]
     fastest = sorted(out_of_memory, key=lambda layout: (layout.candidate.bound, layout.needs))[:KEPT]
     return tuple(dict.fromkeys([*least, *fastest]))
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(d for d in range(1, number + 1) if number % d == 0)

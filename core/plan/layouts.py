@@ -9,7 +9,7 @@ import attrs
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.placement import graph_of, place
 from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
-from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.search_space import Illegal, SearchSpace
@@ -85,6 +85,11 @@ class Question:
         """The memory of each GPU."""
         return self.machine.memory_bytes
 
+    def batch(self, microbatches: int) -> BatchSpec:
+        """Return the batch of a layout with so many microbatches, which a limit of tokens leaves out."""
+        batch = attrs.evolve(self.spec.batch, global_size=len(self.samples))
+        return batch if batch.tokens_per_microbatch else attrs.evolve(batch, microbatches=microbatches)
+
     def topology(self, spec: JobSpec) -> Topology:
         """Return the topology of a layout of the job."""
         return assemble(spec, self.facts)
@@ -111,7 +116,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     return attrs.evolve(
         question.spec,
         modules=modules,
-        batch=attrs.evolve(question.spec.batch, global_size=len(question.samples), microbatches=count),
+        batch=question.batch(count),
         schedule=attrs.evolve(question.spec.schedule, name=order, costs=None),
         optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,
@@ -166,7 +171,9 @@ def shown(spec: JobSpec) -> str:
     """
     grids = place(spec)
     parts = ", ".join(_grid_shown(spec, name, grids[name].offset) for name in spec.modules)
-    return f"{parts}; {spec.batch.microbatches} microbatches, {spec.schedule.name}"
+    limit = spec.batch.tokens_per_microbatch
+    cut = f"microbatches of {limit:,} tokens" if limit else f"{spec.batch.microbatches} microbatches"
+    return f"{parts}; {cut}, {spec.schedule.name}"
 
 
 def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:

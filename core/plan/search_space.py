@@ -6,7 +6,8 @@
               light, the head is heavy
     dp ranks  likewise: of k samples in a microbatch a dp rank needs at most k/dp rounded up
 
-So of configurations that differ only in idle ranks one is looked at.
+So of configurations that differ only in idle ranks one is looked at. Where microbatches have a limit of tokens, the
+number of microbatches follows from the dp ranks (`token_limit`), and a dp rank has any part of the samples.
 
 What the layers of a module cost in a shape comes from the same functions as the costs and the memory of a whole job
 (`pricing.units`, `memory`), for a job in which every layer is a stage of its own. Prefix sums over the layers then
@@ -36,8 +37,9 @@ from mimogrid.core.plan.configs import (
     RankTime,
     Rates,
 )
+from mimogrid.core.plan.token_limit import TokenLimit, token_limit_of
 from mimogrid.core.pricing.flops import Load, Loads, Terms, alike_layers, module_terms, trainable_of
-from mimogrid.core.pricing.footprint import kept
+from mimogrid.core.pricing.footprint import fullest_cell, kept
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
 from mimogrid.core.simulate.memory import saved_bytes
@@ -67,11 +69,16 @@ class Illegal:
 
 @attrs.frozen(eq=False)
 class SearchSpace:
-    """The configurations of one module of a job: legal shapes, with what its layers cost."""
+    """The configurations of one module of a job: legal shapes, with what its layers cost.
+
+    `limit` is the limit of tokens of the job, and `reads_text` says whether the module is a language model.
+    """
 
     costs: "LayerCosts"
     shapes: tuple[ParallelShape, ...]
     illegal: tuple[Illegal, ...]
+    limit: TokenLimit | None = None
+    reads_text: bool = True
     _priced: dict[ParallelConfig, PricedConfig] = attrs.field(
         factory=dict[ParallelConfig, PricedConfig], init=False, repr=False
     )
@@ -94,11 +101,45 @@ class SearchSpace:
         held = self.costs.held(self.shapes[0])
         return held.kept[-1] + held.optimizer[-1]
 
+    @property
+    def counts(self) -> Sequence[int]:
+        """The numbers of microbatches that the module may have: the divisors of the samples, or as a limit says."""
+        if self.limit is None:
+            return divisors(self.costs.samples)
+        layers = self.costs.layers if self.reads_text else 1
+        multiples = enough(layers, layers)
+        sizes = tried(self.limit.bins, self.limit.bins)
+        return sorted({self.limit.microbatches(dp, multiple) for dp in sizes for multiple in multiples})
+
+    def dp_sizes(
+        self, microbatches: int, shape: ParallelShape, most: int, *, multiple: int = 1
+    ) -> Sequence[int]:
+        """Return the dp sizes up to `most` that are tried with so many microbatches, ascending.
+
+        Under a limit of tokens the number of microbatches is rounded up to a multiple of `multiple`.
+        """
+        if self.limit is None:
+            sizes = tried(self.costs.samples // microbatches, most)
+        elif self.reads_text:
+            return self.limit.text_dp_sizes(microbatches, multiple=multiple, of=shape.dp_size, most=most)
+        else:
+            sizes = self.limit.other_dp_sizes(microbatches, most=most)
+        return sizes if shape.dp_size == 1 else [dp for dp in sizes if dp % shape.dp_size == 0]
+
+    def has_samples(self, config: ParallelConfig) -> bool:
+        """Whether every dp rank may have samples in a microbatch."""
+        return config.dp <= (self.costs.samples // config.microbatches if self.limit is None else self.limit.samples)
+
+    def _share(self, microbatches: int, dp: int) -> float:
+        """Return how many samples of a microbatch the fullest dp rank has; under a limit of tokens, the mean one."""
+        samples = self.costs.samples
+        return samples / (microbatches * dp) if self.limit else -(-(samples // microbatches) // dp)
+
     def rated(
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
     ) -> Iterator[tuple[Rates, ParallelConfig]]:
         """Yield every configuration on up to so many ranks, for so many microbatches, with what no price is below."""
-        layers, samples = self.costs.layers, self.costs.samples // microbatches
+        layers = self.costs.layers
         shares = {pp: _pipelined(microbatches, pp) for pp in enough(layers, layers)}
         for shape in self.shapes:
             kept, in_flight = self._least_kept(shape), self.costs.held(shape).in_flight[-1]
@@ -107,11 +148,10 @@ class SearchSpace:
                 each = shape.ranks * pp
                 if chunk > 1 and (pp == 1 or pp * chunk > layers or microbatches % pp):
                     continue
-                for dp in tried(samples, ranks // each):
-                    if dp % shape.dp_size:
-                        continue
+                multiple = 1 if chunk == 1 else pp
+                for dp in self.dp_sizes(microbatches, shape, ranks // each, multiple=multiple):
                     if dp not in known:
-                        own = -(-samples // dp)
+                        own = self._share(microbatches, dp)
                         seconds = self.costs.seconds(shape, own)
                         known[dp] = seconds.forward[-1] + seconds.backward[-1], IN_FLIGHT * own * in_flight
                     through, held = known[dp]
@@ -136,7 +176,7 @@ class SearchSpace:
 
     def _price(self, config: ParallelConfig) -> PricedConfig:
         pp, chunks = config.pp, config.chunks
-        seconds = self.costs.seconds(config.shape, self._samples(config))
+        seconds = self.costs.seconds(config.shape, self._share(config.microbatches, config.dp))
         held = self.costs.held(config.shape)
         split = self.costs.split(config.shape, pp * chunks)
         starts = tuple(itertools.accumulate(split, initial=0))
@@ -166,10 +206,6 @@ class SearchSpace:
             bytes=tuple(self._bytes(config, held, rank, spans) for rank, spans in enumerate(mine)),
         )
 
-    def _samples(self, config: ParallelConfig) -> int:
-        """Return how many samples of a microbatch the fullest dp rank has."""
-        return -(-(self.costs.samples // config.microbatches) // config.dp)
-
     def _collectives(
         self, config: ParallelConfig
     ) -> tuple[Callable[[float], float], Callable[[float], float]]:
@@ -191,7 +227,7 @@ class SearchSpace:
         owners = config.shape.cp * config.dp if self.costs.spec.optimizer.sharded else 1
         return RankBytes(
             kept=over(held.kept, spans) + over(held.optimizer, spans) / owners,
-            in_flight=over(held.in_flight, spans) * self._samples(config) / chunks,
+            in_flight=over(held.in_flight, spans) * self._share(config.microbatches, config.dp) / chunks,
             depth=pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * pp + 1,
         )
 
@@ -211,7 +247,7 @@ def search_space_of(
             shapes.append(shape)
         else:
             illegal.append(Illegal(name, shape, problem))
-    loads = Loads.of(step, name)
+    loads, limit = Loads.of(step, name), token_limit_of(step)
     levels = _recompute_levels(step.topology, name)
     costs = LayerCosts(
         spec=step.topology.spec,
@@ -219,12 +255,21 @@ def search_space_of(
         samples=len(loads),
         load=loads.mean,
         longest=step.samples[loads.largest],
+        fullness=_fullness(step, name, loads.largest, limit) if limit else 1.0,
         machine=machine,
         name=name,
     )
     both = itertools.product(shapes, levels)
     shapes = [attrs.evolve(shape, recompute=level) for shape, level in both]
-    return SearchSpace(costs, tuple(shapes), tuple(illegal))
+    return SearchSpace(costs, tuple(shapes), tuple(illegal), limit, name in step.topology.graph.texts)
+
+
+def _fullness(step: Step, name: str, longest: int, limit: TokenLimit) -> float:
+    """Return how many times as many positions as the longest sample a full bin has, for each sample that it has."""
+    topology, alone = step.topology, step.sizes[longest].positions[name]
+    full = fullest_cell(step).positions[name] / topology.tokens_per_cell
+    bin_positions = full * topology.spec.batch.tokens_per_microbatch
+    return bin_positions * limit.bins / (limit.samples * alone) if alone else 1.0
 
 
 def _pipelined(microbatches: int, pp: int) -> float:
@@ -249,6 +294,12 @@ def enough(things: int, most: int) -> tuple[int, ...]:
     """
     counts = _part_counts(things)
     return counts[: bisect.bisect_right(counts, most)]
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def divisors(number: int) -> tuple[int, ...]:
+    """Return the divisors of a number, ascending."""
+    return tuple(each for each in range(1, number + 1) if number % each == 0)
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -387,7 +438,8 @@ class LayerCosts:
     """What the layers of one module of a job cost in each shape; answers are kept.
 
     Of the `samples` of a step, `load` is the mean of one, and `longest` the one with most positions. With ragged
-    samples the mean is no more than what is priced in the end, where ranks wait for the largest share.
+    samples the mean is no more than what is priced in the end, where ranks wait for the largest share. A microbatch in
+    flight has `fullness` times the bytes of as many samples as large as the longest.
     """
 
     spec: JobSpec
@@ -397,6 +449,7 @@ class LayerCosts:
     longest: Sample
     machine: Machine
     name: str
+    fullness: float = 1.0
     _held: dict[ParallelShape, LayerBytes] = attrs.field(
         factory=dict[ParallelShape, LayerBytes], init=False, repr=False
     )
@@ -416,7 +469,7 @@ class LayerCosts:
         options = self.spec.modules[self.name].options
         return 1 if isinstance(options, Mapping) else options.layers
 
-    def seconds(self, shape: ParallelShape, samples: int) -> LayerSeconds:
+    def seconds(self, shape: ParallelShape, samples: float) -> LayerSeconds:
         """Return what each layer takes for so many samples."""
         if (shape, samples) not in self._seconds:
             held = self.held(shape)
@@ -479,7 +532,9 @@ class LayerCosts:
         """Return the bytes of the longest sample in flight, by layers."""
         step = step_of(topology, (self.longest,) * topology.spec.batch.global_size)
         alike = self._alike(topology, module)
-        saved = {layer: saved_bytes(step, module.stages[layer].stage, 0, 0) for layer in set(alike)}
+        saved = {
+            layer: self.fullness * saved_bytes(step, module.stages[layer].stage, 0, 0) for layer in set(alike)
+        }
         return _prefix_sums(saved[layer] for layer in alike)
 
     def _alike(self, topology: Topology, module: Module) -> tuple[int, ...]:
