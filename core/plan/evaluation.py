@@ -35,6 +35,7 @@ from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.pricing.footprint import fullest_cell
 from mimogrid.core.program.lower import Program
+from mimogrid.core.schedule.cuts import cuts_of
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
@@ -272,7 +273,10 @@ class Evaluator:
         return self.question.samples[:1] * count, (self._full_cells[cell],) * count
 
     def _order(self, topology: Topology) -> Order:
-        """Return the order of a layout. Layouts with equal stages that share ranks alike have the same order."""
+        """Return the order of a layout. Layouts with equal stages that share ranks alike have the same order.
+
+        Only where its last backwards are cut differs between grids, with the buckets of gradients.
+        """
         schedule = topology.spec.schedule
         work = work_of(topology, training=True, splits=True)
         counts = tuple(module.microbatches for module in topology.modules.values())
@@ -290,6 +294,13 @@ class Evaluator:
             key = *key, shown(topology.spec), splits, repr(schedule.costs)
         if key not in self._orders:
             self._orders[key] = order_of(topology)
+        order = self._orders[key]
+        cuts = cuts_of(topology, order.actions)
+        if cuts == order.cuts:
+            return order
+        key = *key, tuple(cuts.items())
+        if key not in self._orders:
+            self._orders[key] = attrs.evolve(order, cuts=cuts)
         return self._orders[key]
 
 
