@@ -33,7 +33,7 @@ from mimogrid.core.job.schedules import GPIPE
 from mimogrid.core.plan.configs import ParallelConfig, PricedConfig, Rates
 from mimogrid.core.plan.pins import FREE, JOB, Pins
 from mimogrid.core.plan.progress import Progress, Watch, always
-from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
+from mimogrid.core.plan.search_space import CHUNKS, SearchSpace, divisors
 
 
 KEPT = 48
@@ -133,6 +133,16 @@ class Scope:
     work: Mapping[str, float]
     pins: Pins = FREE
 
+    def keeps_limit(self, main: PricedConfig, others: "Mapping[str, Placed]") -> bool:
+        """Whether the longest sample fits into every part that a limit of tokens is cut into."""
+        limit = self.spaces[main.module].limit
+        if limit is None:
+            return True
+        sizes = {name: placed.priced.config.dp for name, placed in others.items()}
+        sizes[main.module] = main.config.dp
+        texts = [dp for name, dp in sizes.items() if name in self.graph.texts]
+        return limit.allows(texts, sizes.values())
+
     def most_ranks(self, name: str) -> int:
         """Return how many ranks of its own a module may get; small ones always a few, and what is pinned."""
         share = self.work[name] / (sum(self.work.values()) or 1.0)
@@ -142,11 +152,13 @@ class Scope:
     @property
     def counts(self) -> Sequence[int]:
         """The numbers of microbatches that the main module may have."""
-        of_job = self.pins.among(JOB, "microbatches", _divisors(self.samples))
+        of_job = self.pins.among(JOB, "microbatches", self.spaces[self.main].counts)
         return self.pins.among(self.main, "microbatches", of_job)
 
     def count_beside(self, name: str, count: int) -> int:
         """Return the number of microbatches of a module beside a main one that has `count`."""
+        if self.spaces[name].limit is not None:
+            return count
         return self.pins.module_microbatches(name, self.pins.job_microbatches(count), self.samples)
 
     @property
@@ -338,7 +350,8 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         grown = [part.with_(name, each) for part in parts for each in found]
         notes.looked_at += len(grown)
         notes.effort += len(grown)
-        parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
+        within = [part for part in grown if part.ranks + to_come <= scope.ranks]
+        parts = _best(scope, notes, main, [part for part in within if scope.keeps_limit(main, part.others)])
     bounds = [max(part.bound, chain_bound_s(scope.graph, _all_priced(main, part.others))) for part in parts]
     # Of equal estimates the least work is best: what is recomputed may lie on no path that counts.
     estimates = [max(bound, part.estimate) for bound, part in zip(bounds, parts, strict=True)]
@@ -499,17 +512,24 @@ def _configs_on(
         dp_ranks, left = divmod(ranks, shape.ranks * pp)
         if left and exactly:
             continue
-        larger = (m for m in reversed(_divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1)
-        for count in dict.fromkeys(among("microbatches", (microbatches, next(larger)))):
-            dp = min(dp_ranks, scope.samples // count)
+        for count in dict.fromkeys(among("microbatches", _counts_on(scope, name, dp_ranks, microbatches))):
+            sizes = space.sizes(count, ranks if exactly else scope.ranks)
+            dp = sizes.largest_dp(shape, pp, chunks, dp_ranks)
             if not exactly:
                 dp = max(dp - dp % shape.dp_size, shape.dp_size)
-            sizes = space.sizes(count, ranks if exactly else scope.ranks)
             yield from (
                 ParallelConfig(shape, pp, chunks, each, count)
                 for each in among("dp", (dp,))
-                if sizes.holds(shape, pp, chunks, each)
+                if each and sizes.holds(shape, pp, chunks, each)
             )
+
+
+def _counts_on(scope: Scope, name: str, dp_ranks: int, microbatches: int) -> Iterator[int]:
+    """Yield the microbatches of the job, and fewer, larger ones that have samples for all dp ranks."""
+    yield microbatches
+    if scope.spaces[name].limit is None:
+        fewer = reversed(divisors(microbatches))
+        yield next(count for count in fewer if scope.samples // count >= dp_ranks or count == 1)
 
 
 def _front(found: Iterable[_Rated]) -> list[_Rated]:
@@ -543,8 +563,3 @@ def _worth_saying(out_of_memory: Iterable[OutOfMemory]) -> tuple[OutOfMemory, ..
     least = sorted(out_of_memory, key=lambda layout: layout.needs)[:1]
     fastest = sorted(out_of_memory, key=lambda layout: (layout.candidate.bound, layout.needs))[:KEPT]
     return tuple(dict.fromkeys([*least, *fastest]))
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(d for d in range(1, number + 1) if number % d == 0)

@@ -5,19 +5,30 @@ so pins are possible together where every module has a configuration on all GPUs
 together.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import attrs
 
 from mimogrid.core.base.errors import Problem
+from mimogrid.core.job.placement import graph_of
 from mimogrid.core.job.schedules import ONE_F_ONE_B
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.configs import ParallelShape
 from mimogrid.core.plan.layouts import Question
 from mimogrid.core.plan.pins import FREE, GRID_AXES, JOB, WORDS, Pin, Pins, divide
-from mimogrid.core.plan.search_space import CHUNKS, Sizes, layers_of, shape_problem, shapes_of
+from mimogrid.core.plan.search_space import (
+    CHUNKS,
+    Sizes,
+    counts_within,
+    divisors,
+    layers_of,
+    shape_problem,
+    shapes_of,
+)
+from mimogrid.core.plan.token_limit import TokenLimit
 
 
 NEAR = 64
@@ -27,11 +38,20 @@ NEAR = 64
 def conflicts(question: Question, main: str) -> tuple[Problem, ...]:
     """Return the conflicts of the pins of a question around its `main` module; of no pin more than one."""
     possible, left = _Possible(question, main), question.pins
+    counted = [pin for pin in left.chosen if pin.axis == "microbatches"] if question.limit else []
+    left = left.without(*counted)
     found: list[tuple[Pin, ...]] = []
     while left.chosen and not possible.together(left):
         found.append(_smallest(possible, left))
         left = left.without(*found[-1])
-    return tuple(_conflict(possible, pins, left) for pins in found)
+    return (*map(_counted, counted), *(_conflict(possible, pins, left) for pins in found))
+
+
+def _counted(pin: Pin) -> Problem:
+    """Return what is wrong with a number of microbatches where a limit of tokens gives it."""
+    message = "batch.tokens_per_microbatch gives the number of microbatches."
+    remedy = "Leave the pin out, or count microbatches: --set batch.tokens_per_microbatch=0 --set batch.microbatches=N."
+    return Problem(f"--pin {pin}", message, remedy)
 
 
 def _smallest(possible: "_Possible", pins: Pins) -> tuple[Pin, ...]:
@@ -87,9 +107,24 @@ class _Possible:
         plain = pins.value(JOB, "schedule") == ONE_F_ONE_B
         if plain and any(pin.axis == "chunks" and pin.value > 1 for pin in pins.chosen):
             return False
-        whole = [count for count in range(1, samples + 1) if samples % count == 0]
-        counts = pins.among(self.main, "microbatches", pins.among(JOB, "microbatches", whole))
+        if limit := self.question.limit:
+            layers = layers_of(self.question.spec.modules[self.main]) if self.main in self._texts else 1
+            return any(self._within(limit, count, pins) for count in counts_within(limit, pins, layers))
+        counts = pins.among(self.main, "microbatches", pins.among(JOB, "microbatches", divisors(samples)))
         return any(self._with_microbatches(count, pins) for count in counts)
+
+    @property
+    def _texts(self) -> Sequence[str]:
+        return graph_of(self.question.spec).texts
+
+    def _within(self, limit: TokenLimit, count: int, pins: Pins) -> bool:
+        """Whether every module has a configuration, with so many microbatches as a limit of tokens gives."""
+        if not all(self._has_config(name, count, pins) for name in self.question.spec.modules):
+            return False
+        others = [dp for name in self.question.spec.modules if (dp := pins.value(name, "dp"))]
+        mine = (self._found(name, count, Pins(pins.of(name))) for name in self._texts)
+        texts = ({dp for _, _, dp in found} for found in mine)
+        return any(limit.allows(each, (*each, *others)) for each in itertools.product(*texts))
 
     def _with_microbatches(self, count: int, pins: Pins) -> bool:
         """Whether every module has a configuration, with so many microbatches of the main one."""
@@ -112,11 +147,13 @@ class _Possible:
         sizes = Sizes(
             module=name,
             layers=layers_of(question.spec.modules[name]),
-            samples=len(question.samples) // count,
+            samples=len(question.samples),
             microbatches=count,
             ranks=question.gpus,
             chunks=CHUNKS,
             pins=pins,
+            limit=question.limit,
+            reads_text=name in self._texts,
         )
         node = min(question.machine.accelerator.per_node, question.gpus)
         for shape in shapes_of(question.spec, name, node, pins):
@@ -168,7 +205,7 @@ def _reason(pins: tuple[Pin, ...], possible: _Possible) -> str:
             stages = f"{what} makes {grid.pp * chunks} stages{least}"
             return f"{stages}, and module '{name}' has {layers_of(module)} layers."
         counted = any(pin.axis == "microbatches" for pin in pins)
-        if chunks > 1 and not counted and len(question.samples) % grid.pp:
+        if chunks > 1 and not counted and not question.limit and len(question.samples) % grid.pp:
             return (
                 f"{what}: chunks need a multiple of pp={grid.pp} microbatches, "
                 f"and {len(question.samples)} samples divide into no such number."
@@ -181,11 +218,9 @@ def _reason(pins: tuple[Pin, ...], possible: _Possible) -> str:
 
 def _least(question: Question, main: str, pins: Pins) -> JobSpec:
     """Return the job with every module on as few ranks as it can be, in as few microbatches."""
-    samples = len(question.samples)
     count = pins.job_microbatches(pins.value(main, "microbatches") or pins.value(JOB, "microbatches") or 1)
     modules = {name: _least_module(name, module, pins) for name, module in question.spec.modules.items()}
-    batch = attrs.evolve(question.spec.batch, global_size=samples, microbatches=count)
-    return attrs.evolve(question.spec, modules=modules, batch=batch, world_size=None)
+    return attrs.evolve(question.spec, modules=modules, batch=question.batch(count), world_size=None)
 
 
 def _least_module(name: str, module: ModuleSpec, pins: Pins) -> ModuleSpec:

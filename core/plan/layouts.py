@@ -9,14 +9,16 @@ import attrs
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.placement import graph_of, place
 from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
-from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.pins import FREE, Pins
 from mimogrid.core.plan.search_space import Illegal, SearchSpace
+from mimogrid.core.plan.token_limit import TokenLimit, token_limit_of
 from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.even import largest_samples
 from mimogrid.core.pricing.machine import Machine, machine_for
+from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 
@@ -82,10 +84,20 @@ class Question:
         assert machine is not None
         return machine
 
+    @functools.cached_property
+    def limit(self) -> TokenLimit | None:
+        """The limit of tokens of the job."""
+        return token_limit_of(step_of(self.topology(self.spec), self.samples))
+
     @property
     def memory_bytes(self) -> float:
         """The memory of each GPU."""
         return self.machine.memory_bytes
+
+    def batch(self, microbatches: int) -> BatchSpec:
+        """Return the batch of a layout with so many microbatches, which a limit of tokens leaves out."""
+        batch = attrs.evolve(self.spec.batch, global_size=len(self.samples))
+        return batch if batch.tokens_per_microbatch else attrs.evolve(batch, microbatches=microbatches)
 
     def topology(self, spec: JobSpec) -> Topology:
         """Return the topology of a layout of the job."""
@@ -113,7 +125,7 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     return attrs.evolve(
         question.spec,
         modules=modules,
-        batch=attrs.evolve(question.spec.batch, global_size=len(question.samples), microbatches=count),
+        batch=question.batch(count),
         schedule=attrs.evolve(question.spec.schedule, name=question.pins.order or order, costs=None),
         optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,
@@ -168,7 +180,9 @@ def shown(spec: JobSpec) -> str:
     """
     grids = place(spec)
     parts = ", ".join(_grid_shown(spec, name, grids[name].offset) for name in spec.modules)
-    return f"{parts}; {spec.batch.microbatches} microbatches, {spec.schedule.name}"
+    limit = spec.batch.tokens_per_microbatch
+    cut = f"microbatches of {limit:,} tokens" if limit else f"{spec.batch.microbatches} microbatches"
+    return f"{parts}; {cut}, {spec.schedule.name}"
 
 
 def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:

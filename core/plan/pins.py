@@ -79,6 +79,10 @@ class Pins:
         value = self.value(module, axis)
         return tuple(offered) if value is None else (value,)
 
+    def values(self, axis: str) -> set[Any]:
+        """Return what an axis is pinned to in any module."""
+        return {pin.value for pin in self.chosen if pin.axis == axis}
+
     def of(self, module: str) -> tuple[Pin, ...]:
         """Return the pins of a module."""
         return tuple(pin for pin in self.chosen if pin.module == module)

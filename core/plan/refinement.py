@@ -60,9 +60,10 @@ class Refinement:
         """Return the price of every module; None where a grid cannot be."""
         found: dict[str, PricedConfig] = {}
         for name, module in spec.modules.items():
-            config, space = _config_of(module, spec.batch.microbatches), self.spaces[name]
-            stages, samples = config.pp * config.chunks, spec.batch.global_size // config.microbatches
-            fits = stages <= space.costs.layers and config.dp <= samples
+            space = self.spaces[name]
+            count = space.limit.microbatches_of(spec) if space.limit else spec.batch.microbatches
+            config = _config_of(module, count)
+            fits = config.pp * config.chunks <= space.costs.layers and space.has_samples(config)
             if not (fits and config.dp % config.shape.dp_size == 0 and space.allows(config.shape)):
                 return None
             found[name] = space.priced(config)

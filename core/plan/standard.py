@@ -52,13 +52,10 @@ def _unified(question: Question, tp: int, dp: int) -> JobSpec:
         )
         for name, module in question.spec.modules.items()
     }
-    samples = len(question.samples)
     return attrs.evolve(
         question.spec,
         modules=modules,
-        batch=attrs.evolve(
-            question.spec.batch, global_size=samples, microbatches=math.ceil(samples / max(dp, 1))
-        ),
+        batch=question.batch(math.ceil(len(question.samples) / max(dp, 1))),
         schedule=attrs.evolve(question.spec.schedule, name="1f1b", costs=None),
         optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,
