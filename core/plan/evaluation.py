@@ -294,6 +294,7 @@ class Evaluator:
             key = *key, shown(topology.spec), splits, repr(schedule.costs)
         if key not in self._orders:
             self._orders[key] = order_of(topology)
+            return self._orders[key]
         order = self._orders[key]
         cuts = cuts_of(topology, order.actions)
         if cuts == order.cuts:

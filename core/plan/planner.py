@@ -129,6 +129,7 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     search.refine(_refinement(search, step, spaces), budget // 4)
     search.orders(budget // 2)
     search.refine(_refinement(search, step, spaces), budget // 4)
+    search.tune()
     own, named = search.asked(question.spec), standard_layouts(question, spaces)
     standards = [search.asked(spec) for spec in named.values()]
     ranked = search.confirm(FITTING, 1 if search.stopped else CONFIRMED)

@@ -6,7 +6,7 @@ are tried. The best layouts are confirmed: `simulate` times their whole step.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 
@@ -134,22 +134,22 @@ class Search:
         return self.layouts[i]
 
     def orders(self, budget: int) -> None:
-        """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough.
-
-        Where `auto` is pinned, it is tried on layouts of any size. Then layouts with all pins are ranked.
-        """
+        """Try other orders on the best layouts."""
         until = self.evaluator.effort + budget
-        allowed = self.evaluator.question.pins.among(JOB, "schedule", SCHEDULES)
         for i in self._distinct(REFINED):
             layout = self.layouts[i]
-            if layout.step_s <= layout.lower_bound_s:
-                continue
-            for name in allowed:
+            for name in self._allowed if layout.step_s > layout.lower_bound_s else ():
                 other = self._under(layout.spec, name)
                 if other is not None and self.evaluator.effort < until and self._goes_on(0.0):
                     self.evaluate(other)
-        pinned = allowed == (AUTO,)
-        for i in self._distinct(REFINED if pinned else TUNED) if AUTO in allowed else ():
+
+    def tune(self) -> None:
+        """Try the order that `auto` finds on the best layouts that are small enough.
+
+        Where `auto` is pinned, it is tried on layouts of any size. Then layouts with all pins are ranked.
+        """
+        pinned = self._allowed == (AUTO,)
+        for i in self._distinct(REFINED if pinned else TUNED) if AUTO in self._allowed else ():
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
@@ -158,6 +158,11 @@ class Search:
                 for costs in self._costs(layout.spec):
                     self.evaluate(self._tuned(layout.spec, costs))
         self.pins = self.evaluator.question.pins
+
+    @property
+    def _allowed(self) -> Sequence[str]:
+        """The orders that layouts may have."""
+        return self.evaluator.question.pins.among(JOB, "schedule", SCHEDULES)
 
     def _costs(self, spec: JobSpec) -> Iterator[Costs]:
         """Yield the costs by which `auto` looks for an order: the true ones, and a unit for each layer.

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mimogrid.core.job.models import FIRST, Gpt, Own
 from mimogrid.core.job.precision import MAIN_BYTES
-from mimogrid.core.pricing.flops import Load, module_units, of_units
+from mimogrid.core.pricing.flops import Flops, Load, module_units, of_units
 from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.schedule.order import Cut
 from mimogrid.core.topology.topology import Module, Stage, StageInfo, Topology
@@ -37,18 +37,24 @@ def cuts_of(topology: Topology, actions: Sequence[Compute]) -> Mapping[Stage, tu
         return {}
     last = {action.stage: place for place, action in enumerate(actions)}
     ending = {max(stages, key=last.__getitem__) for stages in topology.ranks_by_stages}
-    return {
-        stage: cuts
-        for stage in topology.stages
-        if stage in ending and actions[last[stage]].kind is Kind.BACKWARD
-        if (cuts := tuple(_cuts(topology, topology.stages[stage])))
-    }
+    found: dict[Stage, tuple[Cut, ...]] = {}
+    for module in topology.modules.values():
+        cut = [info for info in module.stages if info.stage in ending]
+        cut = [info for info in cut if actions[last[info.stage]].kind is Kind.BACKWARD]
+        if cut and _may_be_cut(topology, module):
+            units = _units(topology, module)
+            found |= {info.stage: cuts for info in cut if (cuts := tuple(_cuts(topology, info, units)))}
+    return found
 
 
-def _cuts(topology: Topology, info: StageInfo) -> Iterator[Cut]:
-    module = topology.modules[info.stage.module]
-    if not _may_be_cut(topology, module):
-        return
+def _units(topology: Topology, module: Module) -> tuple[Flops, ...]:
+    """Return the operations of a whole sequence in each part of a module that no stage cuts."""
+    load = Load.of((max(topology.sequence, 1),), causal=isinstance(module.model, Gpt))
+    return module_units(topology, module, load)
+
+
+def _cuts(topology: Topology, info: StageInfo, units: Sequence[Flops]) -> Iterator[Cut]:
+    module, work = topology.modules[info.stage.module], _backward_work(info, units)
     rank = module.tp_cp_ranks(info.stage, 0)[0]
     buckets = buckets_of(topology, info, rank)
     values_least = topology.spec.optimizer.cut_mb * MEGA / MAIN_BYTES[topology.spec.precision]
@@ -67,7 +73,7 @@ def _cuts(topology: Topology, info: StageInfo) -> Iterator[Cut]:
             if len(shared_by(module, rank, buckets[number].section)) > 1:
                 values += buckets[number].size
         if values >= values_least:
-            yield Cut(layer, tuple(complete), _share(topology, info, range(layer, above)))
+            yield Cut(layer, tuple(complete), _share(info, work, range(layer, above)))
             above, complete, values = layer, [], 0
 
 
@@ -97,12 +103,14 @@ def _lowest(info: StageInfo) -> int:
     return min((place for place in places if isinstance(place, int)), default=info.layers.stop)
 
 
-def _share(topology: Topology, info: StageInfo, layers: range) -> float:
-    """Return the share of these layers in the operations of a stage's backward, the end counting as a layer."""
-    module = topology.modules[info.stage.module]
-    load = Load.of((max(topology.sequence, 1),), causal=isinstance(module.model, Gpt))
-    flops = of_units(info, module_units(topology, module, load))
-    work = [each.input_gradient + each.weight_gradient + each.recomputed for each in flops]
+def _backward_work(info: StageInfo, units: Sequence[Flops]) -> list[float]:
+    """Return the operations of a stage's backward: of its entry, of its layers, of its end."""
+    flops = of_units(info, units)
+    return [each.input_gradient + each.weight_gradient + each.recomputed for each in flops]
+
+
+def _share(info: StageInfo, work: Sequence[float], layers: range) -> float:
+    """Return the share of these layers in the work of a stage's backward, the end counting as a layer."""
     first = info.layers.start - info.first
     mine = sum(work[layer - first] for layer in layers if layer - first < len(work))
     return mine / sum(work) if sum(work) else 0.0
