@@ -92,18 +92,13 @@ class Work:
     @functools.cached_property
     def conflicts(self) -> tuple[tuple[int, ...], ...]:
         """For each of `pp_ranks`, those that share a rank with it, itself included. They run one at a time."""
-        modules = self.topology.modules
-        ranks = [
-            frozenset(
-                rank
-                for dp_rank in range(modules[stages[0].module].dp_size)
-                for rank in modules[stages[0].module].tp_cp_ranks(stages[0], dp_rank)
-            )
-            for stages in self.pp_ranks
-        ]
-        return tuple(
-            tuple(i for i, there in enumerate(ranks) if not here.isdisjoint(there)) for here in ranks
-        )
+        numbers = {stage: i for i, stages in enumerate(self.pp_ranks) for stage in stages}
+        found: list[set[int]] = [{i} for i in range(len(self.pp_ranks))]
+        for stages in self.topology.ranks_by_stages:
+            here = {numbers[stage] for stage in stages}
+            for i in here:
+                found[i] |= here
+        return tuple(tuple(sorted(here)) for here in found)
 
     @functools.cached_property
     def priority(self) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def lockstep(program: Program, costs: Costs) -> Lockstep:
     clocks = [_ClassClock() for _ in script.rank_classes]
     channels = [0.0] * len(script.channels)
     computes: list[list[TimedCompute]] = [[] for _ in script.rank_classes]
-    groups: dict[tuple[int, ...], float] = collections.defaultdict(float)
+    groups: dict[int, float] = collections.defaultdict(float)
     order = program.order
     for stage in script.stages_by_first_action():
         for group, rank_classes, seconds in script.gathers(stage):
@@ -159,6 +159,8 @@ def _tail_s(program: Program, costs: Costs, stage: Stage, back_s: float) -> floa
     return max(reducing, 0.0 if stage in order.split else back_s)
 
 
+_GroupOf = Callable[[Module, int, Section], tuple[int, ...]]
+"""Returns the ranks that share a section with a rank."""
 _Ends = list[float]
 """When each rank class has made something, in seconds."""
 
@@ -296,6 +298,8 @@ class _Script:
             for direction in Direction
         }
         self.channels: dict[Hashable, int] = {}
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._known_groups: dict[tuple[Stage, Section, _GroupOf], list[tuple[int, set[int]]]] = {}
         messages = {
             (link, direction): found
             for link in self._topology.links
@@ -405,35 +409,48 @@ class _Script:
         computing = (stage for stage in self._topology.stages if order.of(stage))
         return sorted(computing, key=lambda stage: order.index[order.of(stage)[0]])
 
-    def sums(self, part: Compute) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
+    def sums(self, part: Compute) -> Iterator[tuple[int, set[int], float]]:
         """Yield the groups that sum gradients after a part of a last action, their rank classes, and the seconds."""
         return self._collectives(part.stage, lambda rank: self._program.sums_after(rank, part), shared_by)
 
-    def gathers(self, stage: Stage) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
+    def gathers(self, stage: Stage) -> Iterator[tuple[int, set[int], float]]:
         """Yield the groups that gather weights of a stage, their rank classes, and the seconds of all buckets."""
         return self._collectives(stage, self._program.gathers, sharing_ranks)
 
     def _collectives(
-        self,
-        stage: Stage,
-        of: Callable[[int], Iterable[Collective]],
-        group_of: Callable[[Module, int, Section], tuple[int, ...]],
-    ) -> Iterator[tuple[tuple[int, ...], set[int], float]]:
-        module = self._topology.modules[stage.module]
-        ranks = [rank for dp_rank in range(module.dp_size) for rank in module.tp_cp_ranks(stage, dp_rank)]
-        buckets = buckets_of(self._topology, self._topology.stages[stage], ranks[0])
+        self, stage: Stage, of: Callable[[int], Iterable[Collective]], group_of: _GroupOf
+    ) -> Iterator[tuple[int, set[int], float]]:
+        rank = self._topology.modules[stage.module].tp_cp_ranks(stage, 0)[0]
+        buckets = buckets_of(self._topology, self._topology.stages[stage], rank)
         seconds: dict[Section, float] = collections.defaultdict(float)
-        for collective in of(ranks[0]):
+        for collective in of(rank):
             if collective.stage == stage:
                 section = buckets[collective.bucket].section
                 seconds[section] += collective_s(self._program, self._costs, collective)
         for section, takes in seconds.items():
+            for group, rank_classes in self._groups(stage, section, group_of):
+                yield group, rank_classes, takes
+
+    def _groups(self, stage: Stage, section: Section, group_of: _GroupOf) -> list[tuple[int, set[int]]]:
+        """Return the groups of a stage that share a section, each by its number, and their rank classes."""
+        key = stage, section, group_of
+        if key not in self._known_groups:
+            module = self._topology.modules[stage.module]
+            ranks = (
+                rank for dp_rank in range(module.dp_size) for rank in module.tp_cp_ranks(stage, dp_rank)
+            )
+            groups: dict[tuple[int, ...], None] = {}
             seen: set[int] = set()
             for rank in ranks:
                 if rank not in seen:
                     group = group_of(module, rank, section)
                     seen.update(group)
-                    yield group, {self._class_of[other] for other in group}, takes
+                    groups[group] = None
+            self._known_groups[key] = [
+                (self._numbers.setdefault(group, len(self._numbers)), {self._class_of[rank] for rank in group})
+                for group in groups
+            ]
+        return self._known_groups[key]
 
     def updates_s(self) -> list[float]:
         """Return the seconds of each rank class's optimizer step."""

@@ -151,12 +151,11 @@ def _stages(
     trains_upstream: bool,
 ) -> tuple[StageInfo, ...]:
     """Return the stages of a module; the first one is `depth` stages from the end of the longest path."""
-    parameters = (*_parameters(model, written.lora), *_projectors(model, outputs))
+    parameters, places = _parameters(model, written.lora, outputs)
     trains = trainable_names(written, tuple(p.name for p in parameters))
     if isinstance(model, Own) and written.frozen is not True:
         trains |= {UNKNOWN}
     infos: list[StageInfo] = []
-    places = _places(parameters)
     ranges = layer_ranges(written, model.layers)
     for i, layers in enumerate(ranges):
         first, last = i == 0, i == len(ranges) - 1
@@ -180,10 +179,16 @@ def _stages(
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(model: BuiltIn | Own, lora: Lora | None) -> tuple[Parameter, ...]:
-    """Return the parameters of a model, and those beside it. Planning parses thousands of jobs with the same ones."""
+def _parameters(
+    model: BuiltIn | Own, lora: Lora | None, outputs: tuple[Edge, ...]
+) -> tuple[tuple[Parameter, ...], Mapping[int | str, list[int]]]:
+    """Return the parameters of a model and of what lies beside it, with their `_places`.
+
+    Planning parses thousands of jobs with the same ones.
+    """
     beside = () if lora is None or isinstance(model, Own) else lora_parameters(model, lora)
-    return (*model.parameters(), *beside)
+    parameters = (*model.parameters(), *beside, *_projectors(model, outputs))
+    return parameters, _places(parameters)
 
 
 def _projectors(model: BuiltIn | Own, outputs: tuple[Edge, ...]) -> Iterator[Parameter]:

@@ -276,8 +276,10 @@ class Topology:
         """The ranks that host the same stages, ascending, by these stages; in order of their first ranks."""
         hosting: dict[int, list[tuple[str, int]]] = {}
         for name, module in self.modules.items():
-            for rank in module.grid.ranks:
-                hosting.setdefault(rank, []).append((name, module.grid.position_along("pp", rank)))
+            others = [axis.name for axis in module.grid.axes if axis.name != "pp"]
+            for pp, stage_ranks in enumerate(module.grid.ranks_along(others)):
+                for rank in stage_ranks:
+                    hosting.setdefault(rank, []).append((name, pp))
         ranks: dict[tuple[tuple[str, int], ...], list[int]] = {}
         for rank in self.ranks:
             ranks.setdefault(tuple(hosting[rank]), []).append(rank)
