@@ -26,8 +26,9 @@ from mimogrid.core.job.schedules import AUTO, SCHEDULES
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER, Layout, Question, shown
-from mimogrid.core.plan.planner import Plan, plan
+from mimogrid.core.plan.planner import Plan
 from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.job.planning import searched, without_garbage_collection
 
 
 ORDERS = tuple(name for name in SCHEDULES if name != AUTO)
@@ -56,9 +57,10 @@ def main() -> None:
         draw = random.Random(f"{args.seed} {number}")
         question = question_of(args.seed, number, draw.choice(GPUS), draw.choice(SAMPLES))
         begin = time.process_time()
-        found = plan(question)
+        found = searched(question)
         seconds = time.process_time() - begin
-        best = tried(question, found, draw, args.tries)
+        with without_garbage_collection():
+            best = tried(question, found, draw, args.tries)
         row = f"{number:>4}{question.gpus:>5}"
         if found.best is None:
             missed = f", but {shown(best.spec)} does" if best else ""

@@ -15,8 +15,8 @@ import attrs
 from printed import printer
 
 from mimogrid.core.plan.layouts import Question, shown
-from mimogrid.core.plan.planner import plan
 from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.job.planning import searched
 
 
 PLANS = Path(__file__).parents[1] / "examples/plans"
@@ -127,7 +127,7 @@ def row(published: Published) -> str:
         optimizer=attrs.evolve(job.spec.optimizer, sharded=True),
     )
     samples = job.step(0).samples
-    found = plan(Question(spec=spec, facts=job.topology.source, samples=samples, gpus=published.gpus))
+    found = searched(Question(spec=spec, facts=job.topology.source, samples=samples, gpus=published.gpus))
     own, best = found.own, found.best
     assert best is not None
     runs = f"{own.tokens_per_s_per_gpu:,.0f} | {own.mfu:.1%}" if own.step_s else f"{own.reason} | -"

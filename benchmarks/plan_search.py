@@ -25,8 +25,8 @@ from printed import printer
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.plan.layouts import Question, shown
-from mimogrid.core.plan.planner import plan
 from mimogrid.shell.job.jobs import open_job
+from mimogrid.shell.job.planning import searched
 
 
 LONG = """precision = "bf16"
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
-        print(json.dumps(searched(args.seed, args.one)))
+        print(json.dumps(result_of(args.seed, args.one)))
         return
     say = printer(args.out)
     say(
@@ -122,7 +122,7 @@ def main() -> None:
     )
 
 
-def searched(seed: int, number: int) -> dict[str, object]:
+def result_of(seed: int, number: int) -> dict[str, object]:
     """Search the layouts of a job; return what it took."""
     text, gpus = drawn(seed, number)
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
@@ -132,7 +132,7 @@ def searched(seed: int, number: int) -> dict[str, object]:
         job = open_job(file.name)
         samples = job.step(0).samples
         try:
-            found = plan(Question(spec=job.spec, facts=job.topology.source, samples=samples, gpus=gpus))
+            found = searched(Question(spec=job.spec, facts=job.topology.source, samples=samples, gpus=gpus))
         except PlanError as error:
             raise SystemExit(f"{error}\n{text}") from None
         seconds = time.process_time() - begin

@@ -51,8 +51,11 @@ SIMULATED_MOST = 100_000
 """Actions of all rank classes. A larger step would be simulated for more than some seconds."""
 WHOLE_WORLD = 64
 """Ranks. Of smaller worlds all are simulated."""
-LOOKED_AT = 64
-"""Ranks that host the same stages of which the memory is looked at: samples are alike, so they differ by rows."""
+LOOKED_AT, CONFIRMED_AT = 16, 64
+"""Ranks that host the same stages of which the memory is looked at, and as many of a layout that is confirmed. Samples
+are alike, so ranks differ by the rows that they exchange."""
+LOWERED = 4
+"""Ranks of a module that are lowered for the memory of a layout that is not confirmed."""
 FOLDED_AT_MOST = 2_048
 """Ranks. Of more, whose dp ranks make no pattern, no rank classes are looked for."""
 WHOLE = frozenset({GPIPE, AUTO})
@@ -128,8 +131,11 @@ class Evaluator:
         times = _times_narrower(short)
         return self._program(layout.spec, short, times), topology if times > 1 else None
 
-    def _with_memory(self, layout: Layout, program: Program, whole: Topology | None) -> Layout:
-        fullest = fullest_ranks(program, whole, each=LOOKED_AT)
+    def _with_memory(
+        self, layout: Layout, program: Program, whole: Topology | None, *, closely: bool = False
+    ) -> Layout:
+        each, lowered = (CONFIRMED_AT, None) if closely else (LOOKED_AT, LOWERED)
+        fullest = fullest_ranks(program, whole, each=each, lowered=lowered)
         most = {name: each.bytes for name, each in fullest.items()}
         largest, has = max(most, key=most.__getitem__), self.question.memory_bytes
         if most[largest] <= has:
@@ -170,7 +176,7 @@ class Evaluator:
             program = self._program(layout.spec, most, times)
             if _is_large(program):
                 return layout
-        return self._with_memory(layout, program, whole if times > 1 else None)
+        return self._with_memory(layout, program, whole if times > 1 else None, closely=True)
 
     def _rated(self, layout: Layout, step: Step, step_s: float, busy_s: float, bound_s: float) -> Layout:
         """Return a layout with the seconds of its step, those that all its ranks compute in it, and its lower bound."""

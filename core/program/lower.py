@@ -162,8 +162,9 @@ class Program:
         """Return the sums that a rank posts for a stage after a part of its last action (`Order.parts`)."""
         if not self.order.training:
             return ()
-        buckets = self._with_others(self.topology.stages[part.stage], rank, shared_by)
-        return tuple(Reduce(part.stage, bucket) for bucket in buckets if self.order.completes(part, bucket))
+        shared = self._by_bucket(rank, part.stage, shared_by)
+        complete = self.order.completed(part, len(shared))
+        return tuple(Reduce(part.stage, bucket) for bucket in complete if len(shared[bucket]) > 1)
 
     def _with_others(self, info: StageInfo, rank: int, group_of: _GroupOf) -> list[int]:
         """Return the buckets of a stage that a rank does not have for itself."""

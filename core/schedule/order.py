@@ -5,7 +5,7 @@ transfers exist: a dp rank without rows in a microbatch has none for it (`progra
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
@@ -135,6 +135,14 @@ class Order:
         """Whether the gradients of a bucket of a stage are complete after a part of its last action, and not before."""
         layer = part.layer if part.kind is Kind.BACKWARD_PART else None
         return self._complete_at.get((part.stage, bucket)) == layer
+
+    def completed(self, part: Compute, buckets: int) -> Sequence[int]:
+        """Return those of so many buckets of a stage that a part of its last action `completes`."""
+        cuts = self.cuts.get(part.stage, ())
+        if part.kind is Kind.BACKWARD_PART:
+            return next(cut.buckets for cut in cuts if cut.layer == part.layer)
+        before = {bucket for cut in cuts for bucket in cut.buckets}
+        return [bucket for bucket in range(buckets) if bucket not in before]
 
     @functools.cached_property
     def _complete_at(self) -> Mapping[tuple[Stage, int], int]:

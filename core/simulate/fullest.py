@@ -31,12 +31,13 @@ class Fullest:
 
 
 def fullest_ranks(
-    program: Program, whole: Topology | None = None, *, each: int | None = None
+    program: Program, whole: Topology | None = None, *, each: int | None = None, lowered: int | None = None
 ) -> dict[str, Fullest]:
     """Return, by module, the rank with it that holds most.
 
     The program may be that of some of the dp ranks of a `whole` topology. What these share counts as on the first rank
-    there that hosts the same stages. Of the ranks that host the same stages, `each` are looked at, or all.
+    there that hosts the same stages. Of the ranks that host the same stages, `each` are looked at, or all. Of a module
+    at most so many ranks are `lowered`, those first that may hold most: another one may hold a little more then.
     """
     topology, more = program.topology, _more_bytes(program, whole)
     most = _at_most(program, more, each)
@@ -45,7 +46,7 @@ def fullest_ranks(
     def held(rank: int) -> int:
         return most_bytes(program, rank) + more[rank]
 
-    return {name: _fullest(module.grid, most, held) for name, module in topology.modules.items()}
+    return {name: _fullest(module.grid, most, held, lowered) for name, module in topology.modules.items()}
 
 
 def bytes_at_most(program: Program, whole: Topology | None = None, *, each: int | None = None) -> int:
@@ -79,10 +80,11 @@ def _more_bytes(program: Program, whole: Topology | None) -> Mapping[int, int]:
     }
 
 
-def _fullest(grid: Grid, most: Mapping[int, int], held: Callable[[int], int]) -> Fullest:
+def _fullest(grid: Grid, most: Mapping[int, int], held: Callable[[int], int], lowered: int | None) -> Fullest:
     """Return the fullest rank of a grid; `most` has what ranks hold at most, `held` says what they hold."""
     best = Fullest(-1, -1)
-    for rank in sorted((rank for rank in most if rank in grid), key=lambda rank: (-most[rank], rank)):
+    ranks = sorted((rank for rank in most if rank in grid), key=lambda rank: (-most[rank], rank))
+    for rank in ranks[:lowered]:
         if most[rank] < best.bytes:
             break
         best = max(best, Fullest(rank, held(rank)), key=lambda each: (each.bytes, -each.rank))

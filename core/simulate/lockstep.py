@@ -436,9 +436,7 @@ class _Script:
         key = stage, section, group_of
         if key not in self._known_groups:
             module = self._topology.modules[stage.module]
-            ranks = (
-                rank for dp_rank in range(module.dp_size) for rank in module.tp_cp_ranks(stage, dp_rank)
-            )
+            ranks = (rank for dp_rank in range(module.dp_size) for rank in module.tp_cp_ranks(stage, dp_rank))
             groups: dict[tuple[int, ...], None] = {}
             seen: set[int] = set()
             for rank in ranks:
@@ -447,7 +445,10 @@ class _Script:
                     seen.update(group)
                     groups[group] = None
             self._known_groups[key] = [
-                (self._numbers.setdefault(group, len(self._numbers)), {self._class_of[rank] for rank in group})
+                (
+                    self._numbers.setdefault(group, len(self._numbers)),
+                    {self._class_of[rank] for rank in group},
+                )
                 for group in groups
             ]
         return self._known_groups[key]

@@ -22,13 +22,13 @@ from mimogrid.core.models.divisible import divisible
 from mimogrid.core.models.mapping import Shape
 from mimogrid.core.models.network import THEIRS, PublishedModule
 from mimogrid.core.plan.layouts import Question
-from mimogrid.core.plan.planner import plan
 from mimogrid.core.pricing.machine import Machine, machine_of
 from mimogrid.shell.cli.arguments import InitArgs
 from mimogrid.shell.cli.output import print_json, write
 from mimogrid.shell.cli.templates import SCHEMA, write_schema, write_template
 from mimogrid.shell.job import jobfile
 from mimogrid.shell.job.jobs import Job, open_job
+from mimogrid.shell.job.planning import searched
 from mimogrid.shell.job.published import Published, published, resolved
 from mimogrid.shell.job.schema import header
 
@@ -144,11 +144,11 @@ def _planned(draft: "Draft", machine: Machine, args: InitArgs) -> "Draft":
     job = _opened(attrs.evolve(draft, tp_most=TP_MOST), args.out)
     spec = attrs.evolve(job.spec, gpu=GpuSpec(name=args.gpu))
     facts, samples = job.topology.source, job.step(0).samples
-    searched = plan(Question(spec=spec, facts=facts, samples=samples, gpus=args.gpus))
+    found = searched(Question(spec=spec, facts=facts, samples=samples, gpus=args.gpus))
     # The file has no costs, by which `auto` would find its order.
-    best = next((layout for layout in searched.fitting if layout.spec.schedule.name != AUTO), None)
+    best = next((layout for layout in found.fitting if layout.spec.schedule.name != AUTO), None)
     if best is None:
-        message = f"no layout fits on {args.gpus} x {args.gpu}; the closest: {searched.nearest_fit}."
+        message = f"no layout fits on {args.gpus} x {args.gpu}; the closest: {found.nearest_fit}."
         raise PlanError([Problem("--gpus", message, "Use more GPUs, or such with more memory.")])
     tables: dict[str, Any] = jobfile.CONVERTER.unstructure(best.spec)
     return attrs.evolve(

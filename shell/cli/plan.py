@@ -14,7 +14,7 @@ from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw.dashboard import facts_of
 from mimogrid.core.plan.layouts import BEST, SLOWER, Layout, Question, shown
 from mimogrid.core.plan.pins import parse
-from mimogrid.core.plan.planner import Plan, Sensitivity, plan
+from mimogrid.core.plan.planner import Plan, Sensitivity
 from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.machine import Machine, machine_for
 from mimogrid.core.pricing.on_machine import measured_on
@@ -25,6 +25,7 @@ from mimogrid.shell.cli.output import print_json, terminal, write
 from mimogrid.shell.cli.watcher import Watcher
 from mimogrid.shell.job import costfile, jobfile
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.job.planning import searched
 
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def run(job: Job, args: PlanArgs) -> int:
     """Search, print what was found, write the best layout. Returns 1 where nothing fits."""
     question = _question(job, args)
     with Watcher(args.time_limit, silent=args.json) as watcher:
-        found = plan(question, watch=watcher)
+        found = searched(question, watcher)
     best = found.best
     if best is not None and args.out:
         write(args.out, job_text(job, best, question))

@@ -38,9 +38,9 @@ from mimogrid.shell.cli.timing import (
     compared,
     drawn,
     under_all_schedules,
-    without_garbage_collection,
 )
 from mimogrid.shell.job.jobs import Job
+from mimogrid.shell.job.planning import without_garbage_collection
 from mimogrid.shell.world.waiting import waiting
 
 

@@ -1,10 +1,8 @@
 """Timing: steps simulated as the options of `simulate` ask for: under one schedule, under all, or of two jobs."""
 
-import contextlib
 import functools
-import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -202,13 +200,3 @@ def _announce(classes: RankClasses) -> None:
             f"Timing {len(classes.leader):,} ranks in {count:,} classes with equal timelines. This takes minutes.",
             file=sys.stderr,
         )
-
-
-@contextlib.contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Keep the garbage collector from searching the values of a large plan: half of the time, for no cycles."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -74,9 +74,9 @@ def _kept(spec: JobSpec, ranks: int) -> JobSpec | None:
 def _searched(spec: JobSpec, ranks: int, facts: SourceFacts, samples: Sequence[Sample]) -> JobSpec:
     """Return the job with the fastest layout. Raises PlanError where none fits."""
     from mimogrid.core.plan.layouts import Question  # noqa: PLC0415 -- only what is used
-    from mimogrid.core.plan.planner import plan  # noqa: PLC0415
+    from mimogrid.shell.job.planning import searched  # noqa: PLC0415
 
-    found = plan(Question(spec=spec, facts=facts, samples=tuple(samples), gpus=ranks))
+    found = searched(Question(spec=spec, facts=facts, samples=tuple(samples), gpus=ranks))
     if found.best is None:
         message = f"no layout for {ranks} ranks fits. The closest one: {found.nearest_fit}."
         raise PlanError([Problem("layouts", message, "Start more ranks, or use a GPU with more memory.")])
