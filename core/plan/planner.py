@@ -134,7 +134,8 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     standards = [search.asked(spec) for spec in named.values()]
     ranked = search.confirm(FITTING, 1 if search.stopped else CONFIRMED)
     best = ranked[0] if ranked else None
-    others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
+    specs = [layout.spec for layout in ranked]
+    others = [each for each in (own, *standards) if each.kind == SLOWER and each.spec not in specs]
     fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
     fitting = [search.evaluator.with_padding(marked_unpinned(layout, question.pins)) for layout in fitting]
     lone = marked_unpinned(marked_own(own), question.pins)

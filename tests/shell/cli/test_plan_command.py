@@ -216,6 +216,16 @@ def test_the_written_job_has_what_is_pinned(job, tmp_path, capsys):
     assert "not as pinned (language.tp=2, microbatches=2)" in own["reason"]
 
 
+def test_a_layout_is_shown_once(capsys):
+    """Also where pins leave so few that the standard layout is one of the best."""
+    pins = ["--pin", "language.tp=2", "--pin", "*.cp=1", "--pin", "microbatches=4", "--pin", "schedule=1f1b"]
+    code, found = planned(capsys, ROOT / "examples/first/job.toml", "--gpus", 8, "--gpu", "h100", *pins)
+    assert 0 == code
+    assert any("one grid for all" in layout["reason"] for layout in found["layouts"])
+    jobs = [layout["job"] for layout in found["layouts"]]
+    assert len(jobs) == len(set(jobs))
+
+
 @nightly
 def test_a_published_layout_is_beaten_per_allocated_gpu(capsys):
     """Seventeen of twenty-four GPUs are active in it."""
