@@ -1,12 +1,12 @@
 """Layouts: what a search is asked, a candidate as a job, and what the search says of it."""
 
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.base.samples import Sample
+from mimogrid.core.base.units import in_bytes
 from mimogrid.core.job.placement import graph_of, place
 from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
@@ -15,7 +15,6 @@ from mimogrid.core.plan.configs import PricedConfig
 from mimogrid.core.plan.pins import FREE, Pins
 from mimogrid.core.plan.search_space import Illegal, SearchSpace
 from mimogrid.core.plan.token_limit import TokenLimit, token_limit_of
-from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.even import largest_samples
 from mimogrid.core.pricing.machine import Machine, machine_for
 from mimogrid.core.step.step import step_of
@@ -253,35 +252,24 @@ def _lacking(layout: OutOfMemory, memory_bytes: float) -> str:
     return f"{needs(f'{layout.module}.{layout.pp}', layout.needs, memory_bytes)} with {priced}"
 
 
-def nearest_fit(
+def least_lack(
     candidates: Candidates, evaluated: Sequence[Layout], spaces: Mapping[str, SearchSpace], question: Question
-) -> str:
-    """Return what lacks least where nothing fits, and what rules tp out there, in words."""
+) -> tuple[str, float]:
+    """Return what lacks least where nothing fits, and what rules tp out there, in words, with the bytes that it needs.
+
+    No bytes are needed where no grid is legal.
+    """
     if not candidates.out_of_memory:
-        return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs"
+        return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs", 0.0
     least = min(candidates.out_of_memory, key=lambda layout: layout.needs)
     tried = [each for each in evaluated if each.kind == TOO_LARGE and each.peak_bytes]
     closest = min(tried, key=lambda layout: max(layout.peak_bytes.values()), default=None)
     needed = min(least.needs, *(max(each.peak_bytes.values()) for each in tried)) if tried else least.needs
     if closest is not None and needed < least.needs:
-        words = f"{closest.reason.removeprefix('does not fit: ')} with {shown(closest.spec)}"
-    else:
-        ruled_out = next((each for each in _plain(spaces[least.module].illegal)), None)
-        why = f". {ruled_out.problem.message} {ruled_out.problem.remedy}" if ruled_out else ""
-        words = _lacking(least, question.memory_bytes) + why.removesuffix(".")
-    return f"{words}. {_way_out(needed, spaces, question)}"
-
-
-def _way_out(needed: float, spaces: Mapping[str, SearchSpace], question: Question) -> str:
-    """Return how much memory each GPU would need, or how many are full at least, in words."""
-    larger = [name for name, gpu in ACCELERATORS.items() if gpu.memory_bytes >= needed]
-    whole = math.fsum(space.bytes_of_state for space in spaces.values())
-    kinds = f" ({', '.join(larger)})" if larger else ""
-    full = math.ceil(whole / question.memory_bytes)
-    return (
-        f"Use GPUs of {needed / 1e9:.1f} GB or more{kinds}, or more of these: "
-        f"weights, gradients and optimizer alone fill {full:,}"
-    )
+        return f"{closest.reason.removeprefix('does not fit: ')} with {shown(closest.spec)}", needed
+    ruled_out = next((each for each in _plain(spaces[least.module].illegal)), None)
+    why = f". {ruled_out.problem.message} {ruled_out.problem.remedy}" if ruled_out else ""
+    return _lacking(least, question.memory_bytes) + why.removesuffix("."), needed
 
 
 def _plain(shapes: Iterable[Illegal]) -> Iterator[Illegal]:
@@ -312,7 +300,7 @@ def needs(what: str, size_bytes: float, memory_bytes: float) -> str:
     """Return by how much something is too large, in words.
 
     >>> needs("language.0", 93.1e9, 80e9)
-    'language.0 needs 93.1 GB of 80.0 GB per GPU, short by 13.1 GB'
+    'language.0 needs 93.1 GB of 80 GB per GPU, short by 13.1 GB'
     """
-    has, cap, short = (size / 1e9 for size in (size_bytes, memory_bytes, size_bytes - memory_bytes))
-    return f"{what} needs {has:.1f} GB of {cap:.1f} GB per GPU, short by {short:.1f} GB"
+    has, cap, short = map(in_bytes, (size_bytes, memory_bytes, size_bytes - memory_bytes))
+    return f"{what} needs {has} of {cap} per GPU, short by {short}"

@@ -14,13 +14,12 @@ GPUs that idle count: the fastest layout is the one with most tokens per second 
 the same plan everywhere.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import attrs
 
 from mimogrid.core.base.errors import PlanError
-from mimogrid.core.plan.candidates import Candidates, Scope, candidates_of
+from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.conflicts import conflicts
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import (
@@ -34,25 +33,20 @@ from mimogrid.core.plan.layouts import (
     illegal,
     marked_own,
     marked_unpinned,
-    nearest_fit,
-    shown,
     too_large,
 )
-from mimogrid.core.plan.progress import Watch, always, never
+from mimogrid.core.plan.progress import Watch, always
 from mimogrid.core.plan.refinement import Refinement
 from mimogrid.core.plan.search import Search
-from mimogrid.core.plan.search_space import SearchSpace, search_space_of
+from mimogrid.core.plan.search_space import SearchSpace
 from mimogrid.core.plan.sensitivity import changed_questions
+from mimogrid.core.plan.shortage import nearest_fit
 from mimogrid.core.plan.standard import standard_layouts
+from mimogrid.core.plan.walk import BUDGET, spaces_of, walked
 from mimogrid.core.pricing.flops import model_flops
 from mimogrid.core.step.step import Step, step_of
 
 
-BUDGET = 300_000
-"""Actions that are simulated before no further layout is begun; ranks of one class count once."""
-MEMORY = (1.0, 0.95, 0.88, 0.78, 0.65)
-"""Parts of the memory that candidates may fill by estimate, one after the other until one does fit: the estimate leaves
-out messages, and orders that keep more in flight."""
 COMPARED = 3
 """Of so many of the best layouts it is said how they do if what was assumed is not so."""
 FITTING, CONFIRMED = 6, 2
@@ -83,7 +77,7 @@ class Plan:
         looked_at: configurations and layouts that were priced by their bounds.
         simulated: programs that were simulated.
         gap: the winner takes at most this part longer than any layout that was looked at.
-        nearest_fit: where nothing fits, what lacks least, and which pins are in the way, in words; else empty.
+        nearest_fit: where nothing fits, what lacks least, and what would fit, in words (`shortage`); else empty.
         sensitivity: what the winner is worth if what was assumed is not so.
         stopped: whether the search ended early because it was told to.
     """
@@ -123,9 +117,9 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     if problems := conflicts(question, main):
         raise PlanError(problems)
     question = attrs.evolve(question, pins=attrs.evolve(question.pins, main=main))
-    spaces = _spaces(question, step)
+    spaces = spaces_of(question, step)
     search = Search(Evaluator(question, main), watch)
-    candidates, least = _walked(search, step, spaces, budget)
+    candidates, least = walked(search, step, spaces, budget)
     search.refine(_refinement(search, step, spaces), budget // 4)
     search.orders(budget // 2)
     search.refine(_refinement(search, step, spaces), budget // 4)
@@ -157,24 +151,10 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
         looked_at=search.looked_at,
         simulated=search.evaluator.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
-        nearest_fit="" if best else _nearest_fit(search, step, spaces, candidates),
+        nearest_fit="" if best else nearest_fit(search, step, spaces, candidates),
         sensitivity=_sensitivity(search, ranked, step),
         stopped=search.stopped,
     )
-
-
-def _walked(
-    search: Search, step: Step, spaces: Mapping[str, SearchSpace], budget: int
-) -> tuple[Candidates, float]:
-    """Evaluate candidates until one fits; return the last ones, and the least bound of what was left out."""
-    candidates, least = Candidates((), math.inf, (), 0), math.inf
-    for part in MEMORY:
-        candidates = _candidates(search, step, spaces, memory=part)
-        search.looked_at += candidates.looked_at
-        least = search.candidates(candidates, budget)
-        if search.fit(1) or not candidates.candidates or search.stopped:
-            break
-    return candidates, least
 
 
 def _sensitivity(search: Search, ranked: Sequence[Layout], step: Step) -> tuple[Sensitivity, ...]:
@@ -205,47 +185,6 @@ def _that_cannot_run(
     return [layout for each in pinned for layout in each[:SHOWN]]
 
 
-def _nearest_fit(
-    search: Search, step: Step, spaces: Mapping[str, SearchSpace], candidates: Candidates
-) -> str:
-    """Return what lacks least where nothing fits, and the pins without which something does, in words."""
-    question, main = search.evaluator.question, search.evaluator.main
-    pinned = [layout for layout in search.layouts if not question.pins.broken_by(layout.spec)]
-    words, pins = nearest_fit(candidates, pinned, spaces, question), question.pins.chosen
-    tries = [*((pin,) for pin in pins), *([pins] if len(pins) > 1 else [])]
-    for left_out in tries if not search.stopped else ():
-        freed = attrs.evolve(question, pins=question.pins.without(*left_out))
-        if fits := _any_that_fits(freed, main, step):
-            return f"{words}. Without {' '.join(f'--pin {pin}' for pin in left_out)} this fits: {shown(fits.spec)}"
-    return words
-
-
-def _any_that_fits(question: Question, main: str, step: Step) -> Layout | None:
-    """Return the first layout that is found to fit, if one of the first candidates does."""
-    search, spaces = Search(Evaluator(question, main), never), _spaces(question, step)
-    for part in MEMORY:
-        search.candidates(_candidates(search, step, spaces, memory=part), BUDGET)
-        for i in search.fit(1):
-            return search.layouts[i]
-    return None
-
-
-def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
-    """Return the search space of every module."""
-    return {
-        name: search_space_of(
-            name,
-            step=step,
-            machine=question.machine,
-            ranks=question.gpus,
-            spec=step.topology.spec,
-            facts=question.facts,
-            pins=question.pins,
-        )
-        for name in question.spec.modules
-    }
-
-
 def _refinement(search: Search, step: Step, spaces: Mapping[str, SearchSpace]) -> Refinement:
     question = search.evaluator.question
     return Refinement(
@@ -255,21 +194,3 @@ def _refinement(search: Search, step: Step, spaces: Mapping[str, SearchSpace]) -
         memory_bytes=question.memory_bytes,
         pins=search.pins,
     )
-
-
-def _candidates(
-    search: Search, step: Step, spaces: Mapping[str, SearchSpace], *, memory: float
-) -> Candidates:
-    """Return the layouts with the least bounds that are estimated to fit in a part of the memory."""
-    question = search.evaluator.question
-    scope = Scope(
-        spaces=spaces,
-        graph=step.topology.graph,
-        main=search.evaluator.main,
-        ranks=question.gpus,
-        memory_bytes=memory * question.memory_bytes,
-        samples=len(question.samples),
-        work=model_flops(step),
-        pins=question.pins,
-    )
-    return candidates_of(scope, search.watch)

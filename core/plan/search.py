@@ -203,8 +203,8 @@ class Search:
             self.fitting.add(i)
         return self.layouts[i].kind == SLOWER
 
-    def _measure(self, i: int) -> Layout:
-        """Return a layout with its memory, which is enough."""
+    def measure(self, i: int) -> Layout:
+        """Return a layout with its memory if that is enough, or else with the reason."""
         if self._fits(i) and not self.layouts[i].peak_bytes:
             self.layouts[i] = self.evaluator.measured(self.layouts[i])
         return self.layouts[i]
@@ -218,7 +218,7 @@ class Search:
             ranked = self._distinct(shown)
             i = next((i for i in ranked[:confirmed] if i not in self.confirmed), None)
             if i is None:
-                return [self._measure(i) for i in ranked]
+                return [self.measure(i) for i in ranked]
             self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
             self.confirmed.add(i)
 
@@ -241,7 +241,7 @@ class Search:
     def asked(self, spec: JobSpec) -> Layout:
         """Evaluate a layout that was asked for, with its memory."""
         i = self.evaluate(spec)
-        return self._measure(i) if self.layouts[i].kind == SLOWER else self.layouts[i]
+        return self.measure(i) if self.layouts[i].kind == SLOWER else self.layouts[i]
 
     def evaluate(self, spec: JobSpec) -> int:
         """Evaluate a layout for a short step, unless that has been done; return its number."""

@@ -98,12 +98,6 @@ class SearchSpace:
         return self._allowed[shape]
 
     @property
-    def bytes_of_state(self) -> float:
-        """Bytes of weights, gradients and optimizer of the module, each counted once."""
-        held = self.costs.held(self.shapes[0])
-        return held.kept[-1] + held.optimizer[-1]
-
-    @property
     def counts(self) -> Sequence[int]:
         """The numbers of microbatches that the module may have: the divisors of the samples, or as a limit says."""
         if self.limit is None:

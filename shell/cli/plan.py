@@ -97,7 +97,7 @@ def _found(find: Callable[[], T], problems: list[Problem]) -> T | None:
 def _print(found: Plan, question: Question, args: PlanArgs) -> None:
     console = Console(file=terminal(), width=120)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("step", "tokens/s/GPU", "MFU", "bubble", "padding", "others", "peak GB", "layout"):
+    for title in ("step", "tokens/s/GPU", "MFU", "bubble", "padding", "others", "memory", "layout"):
         table.add_column(title, justify="left" if title == "layout" else "right", overflow="fold")
     for layout in found.layouts:
         table.add_row(*_cells(layout), f"{escape(shown(layout.spec))}\n[bold]{escape(layout.reason)}[/bold]")
@@ -146,10 +146,10 @@ def _cells(layout: Layout) -> tuple[str, ...]:
 
 
 def _peaks(layout: Layout) -> str:
-    """Return the memory by module in GB; one number where all modules have the same."""
-    each = {name: f"{size / 1e9:.1f}" for name, size in layout.peak_bytes.items()}
+    """Return the memory by module; one number where all modules have the same."""
+    each = {name: in_bytes(size) for name, size in layout.peak_bytes.items()}
     alike = set(each.values())
-    return " ".join(alike if len(alike) == 1 else (f"{name} {size}" for name, size in each.items()))
+    return "\n".join(alike if len(alike) == 1 else (f"{name} {size}" for name, size in each.items()))
 
 
 def _what_if(line: Sensitivity, found: Plan) -> str:

@@ -18,8 +18,9 @@ from mimogrid.core.plan import evaluation
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import BEST, ILLEGAL, SLOWER, TOO_LARGE, Question, kind_of, shown
 from mimogrid.core.plan.neighbours import neighbours
-from mimogrid.core.plan.planner import BUDGET, CONFIRMED, plan
+from mimogrid.core.plan.planner import CONFIRMED, plan
 from mimogrid.core.plan.search_space import enough, search_space_of
+from mimogrid.core.plan.walk import BUDGET
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.pricing.on_machine import on_machine
 from mimogrid.core.simulate.memory import peak_bytes
@@ -172,7 +173,10 @@ def test_the_nearest_layout_lacks_no_more_than_one_that_is_shown(gpus, memory):
     needed = float(re.search(r"needs ([\d.]+) GB", found.nearest_fit)[1])
     peaks = [max(each.peak_bytes.values()) for each in found.layouts if each.peak_bytes]
     assert all(needed <= peak / GB + 0.05 for peak in peaks)
-    assert f"Use GPUs of {needed:.1f} GB or more (h100" in found.nearest_fit
+    enough = float(re.search(r"On GPUs of ([\d.]+) GB or more \(h100", found.nearest_fit)[1])
+    assert plan(question(gpus, memory=enough * GB, batch=64)).best is not None
+    more = int(re.search(r"On (\d+) of these GPUs", found.nearest_fit)[1])
+    assert plan(question(more, memory=memory, batch=64)).best is not None
 
 
 @pytest.mark.parametrize("gpus", [2, 4])
