@@ -148,8 +148,6 @@ def layout_problems(spec: JobSpec) -> Iterator[Problem]:
         elif spec.gpu.name is None:
             message = "are to be planned, and the job does not say for which GPUs."
             yield Problem("layouts", message, 'Name them: gpu.name = "h100" (`mimogrid plan --help`).')
-        elif spec.batch.tokens_per_microbatch:
-            yield unplanned("layouts")
         return
     for i, layout in enumerate(spec.layouts):
         for name in layout.modules:
@@ -162,12 +160,6 @@ def layout_problems(spec: JobSpec) -> Iterator[Problem]:
             first, *others = [where for where, ranks in sizes if ranks == size]
             message = f"is for {size} ranks, as {first}."
             yield from (Problem(f"{other}.ranks", message, "Leave one of the two out.") for other in others)
-
-
-def unplanned(where: str) -> Problem:
-    """Return why no layout is planned for a job whose microbatches have a limit of tokens."""
-    message = "chooses a number of microbatches, and batch.tokens_per_microbatch leaves none to choose."
-    return Problem(where, message, "Plan the job with batch.microbatches, and write the layout.")
 
 
 def too_small(spec: JobSpec, ranks: int) -> Problem:

@@ -29,9 +29,11 @@ import attrs
 
 from mimogrid.core.base.bounds import longest_before_s
 from mimogrid.core.job.graph import ModuleGraph
+from mimogrid.core.job.schedules import GPIPE
 from mimogrid.core.plan.configs import ParallelConfig, PricedConfig, Rates
+from mimogrid.core.plan.pins import FREE, JOB, Pins
 from mimogrid.core.plan.progress import Progress, Watch, always
-from mimogrid.core.plan.search_space import CHUNKS, SearchSpace
+from mimogrid.core.plan.search_space import CHUNKS, SearchSpace, divisors
 
 
 KEPT = 48
@@ -129,11 +131,35 @@ class Scope:
     memory_bytes: float
     samples: int
     work: Mapping[str, float]
+    pins: Pins = FREE
+
+    def keeps_limit(self, main: PricedConfig, others: "Mapping[str, Placed]") -> bool:
+        """Whether the longest sample fits into every part that a limit of tokens is cut into."""
+        limit = self.spaces[main.module].limit
+        if limit is None:
+            return True
+        sizes = {name: placed.priced.config.dp for name, placed in others.items()}
+        sizes[main.module] = main.config.dp
+        texts = [dp for name, dp in sizes.items() if name in self.graph.texts]
+        return limit.allows(texts, sizes.values())
 
     def most_ranks(self, name: str) -> int:
-        """Return how many ranks of its own a module may get; small ones always a few."""
+        """Return how many ranks of its own a module may get; small ones always a few, and what is pinned."""
         share = self.work[name] / (sum(self.work.values()) or 1.0)
-        return min(self.ranks - 1, max(FEW, math.ceil(AMPLE * share * self.ranks)))
+        pinned: int = math.prod(self.pins.value(name, axis) or 1 for axis in ("tp", "cp", "pp", "dp"))
+        return min(self.ranks - 1, max(FEW, math.ceil(AMPLE * share * self.ranks), pinned))
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """The numbers of microbatches that the main module may have."""
+        of_job = self.pins.among(JOB, "microbatches", self.spaces[self.main].counts)
+        return self.pins.among(self.main, "microbatches", of_job)
+
+    def count_beside(self, name: str, count: int) -> int:
+        """Return the number of microbatches of a module beside a main one that has `count`."""
+        if self.spaces[name].limit is not None:
+            return count
+        return self.pins.module_microbatches(name, self.pins.job_microbatches(count), self.samples)
 
     @property
     def others(self) -> list[str]:
@@ -141,8 +167,13 @@ class Scope:
         return [name for name in self.graph.order if name != self.main]
 
     def stages_below(self, name: str) -> int:
-        """Return how many stages lie at least between a module and the loss."""
-        return max((1 + self.stages_below(to) for to in self.graph.nodes[name].feeds), default=0)
+        """Return how many stages lie at least between a module and the loss, or microbatches that are held there."""
+        return max((self.held, *(1 + self.stages_below(to) for to in self.graph.nodes[name].feeds)))
+
+    @property
+    def held(self) -> int:
+        """How many microbatches every module holds at least, if it has so many: with GPipe all of them."""
+        return self.samples if self.pins.order == GPIPE else 0
 
     def downstream(self, name: str) -> set[str]:
         """Return the modules that a module feeds, directly or not."""
@@ -211,9 +242,7 @@ def candidates_of(scope: Scope, watch: Watch = always) -> Candidates:
 def _main_configs(scope: Scope, notes: _Notes) -> Iterator[tuple[float, PricedConfig]]:
     """Yield the configurations of the main module that fit, in order of their bounds; none is priced too early."""
     space, below = scope.spaces[scope.main], scope.stages_below(scope.main)
-    rated = itertools.chain.from_iterable(
-        space.rated(count, scope.ranks, CHUNKS) for count in _divisors(scope.samples)
-    )
+    rated = itertools.chain.from_iterable(space.rated(count, scope.ranks, CHUNKS) for count in scope.counts)
     configs: list[ParallelConfig] = []
     leasts: list[float] = []
     helds: list[float] = []
@@ -321,7 +350,8 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         grown = [part.with_(name, each) for part in parts for each in found]
         notes.looked_at += len(grown)
         notes.effort += len(grown)
-        parts = _best(scope, notes, main, [part for part in grown if part.ranks + to_come <= scope.ranks])
+        within = [part for part in grown if part.ranks + to_come <= scope.ranks]
+        parts = _best(scope, notes, main, [part for part in within if scope.keeps_limit(main, part.others)])
     bounds = [max(part.bound, chain_bound_s(scope.graph, _all_priced(main, part.others))) for part in parts]
     # Of equal estimates the least work is best: what is recomputed may lie on no path that counts.
     estimates = [max(bound, part.estimate) for bound, part in zip(bounds, parts, strict=True)]
@@ -353,13 +383,16 @@ def _best(scope: Scope, notes: _Notes, main: PricedConfig, parts: list[_Part]) -
 
 def _sorted_choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> list[_Choice]:
     """Return what a module may have beside the main one, best first, none of which another one is as good as."""
-    feeds = scope.main in scope.downstream(name)
-    found = [_choice(main, placed, feeds=feeds) for placed in _choices(scope, notes, name, main)]
-    return _front(found)
+    feeds, depth = scope.main in scope.downstream(name), max(main.depth, scope.held)
+    choices = _choices(scope, notes, name, main)
+    return _front(_choice(main, placed, feeds=feeds, depth=depth) for placed in choices)
 
 
-def _choice(main: PricedConfig, placed: Placed, *, feeds: bool) -> _Choice:
-    """Return a placed configuration with the bound that it and the main module have alone."""
+def _choice(main: PricedConfig, placed: Placed, *, feeds: bool, depth: int) -> _Choice:
+    """Return a placed configuration with the bound that it and the main module have alone.
+
+    `depth` is how many microbatches the main module needs in flight before it.
+    """
     priced = placed.priced
     if feeds:
         bound = max(main.bound_s(priced.forward, priced.backward), priced.bound_s())
@@ -367,21 +400,34 @@ def _choice(main: PricedConfig, placed: Placed, *, feeds: bool) -> _Choice:
         bound = max(main.bound_s(), priced.bound_s(main.forward, main.backward))
     if placed.place == BESIDE:
         return _Choice(placed, bound)
-    count, rank, time = priced.config.microbatches, priced.bytes[0], priced.times[0]
+    count = priced.config.microbatches
     # With fewer, larger microbatches: those in flight below are counted in microbatches of the main module.
-    in_flight = min(1 + math.ceil(main.depth / (main.config.microbatches / count)), count)
-    shared = [priced.ranks > pp * main.ranks // main.config.pp for pp in range(main.config.pp)]
-    work = tuple((count * time.work + time.update) * here for here in shared)
-    held = tuple((rank.kept + rank.in_flight * in_flight) * here for here in shared)
+    in_flight = min(1 + math.ceil(depth / (main.config.microbatches / count)), count)
+    each = [
+        (count * time.work + time.update, rank.kept + rank.in_flight * in_flight)
+        for time, rank in zip(priced.times, priced.bytes, strict=True)
+    ]
+    shared = [[each[stage] for stage in stages] for stages in _stages_shared(priced, main)]
+    work = tuple(max((seconds for seconds, _ in stages), default=0.0) for stages in shared)
+    held = tuple(max((kept for _, kept in stages), default=0.0) for stages in shared)
     head, tail = (priced.forward, priced.backward) if feeds else (0.0, 0.0)
     return _Choice(placed, bound, head, tail, work, held)
+
+
+def _stages_shared(priced: PricedConfig, main: PricedConfig) -> Iterator[range]:
+    """Yield, for each pipeline rank of the main module, the stages of another one at rank 0 that share its ranks."""
+    stages, pp = priced.config.pp, main.config.pp
+    each, mine = priced.ranks // stages, main.ranks // pp
+    for rank in range(pp):
+        yield range(min(rank * mine // each, stages), min(-(-(rank + 1) * mine // each), stages))
 
 
 def _choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> Iterator[Placed]:
     """Yield what a module may have: ranks that are left, or those of the main module."""
     room, config = scope.ranks - main.ranks, main.config
-    below = main.depth if scope.main in scope.downstream(name) else scope.stages_below(name)
-    for priced in _undominated(scope, notes, name, config.microbatches):
+    count, below = scope.count_beside(name, config.microbatches), scope.stages_below(name)
+    below = max(main.depth, scope.held) if scope.main in scope.downstream(name) else below
+    for priced in _undominated(scope, notes, name, count):
         if priced.ranks > room:
             continue
         needs = priced.bytes_at_most(below)
@@ -389,10 +435,10 @@ def _choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> Iter
             notes.does_not_fit(Candidate(main.bound_s(), main, {name: Placed(priced)}), name, needs)
         else:
             yield Placed(priced)
-    for priced in _on(scope, notes, name, main.ranks, config.microbatches):
+    for priced in _on(scope, notes, name, main.ranks, count):
         yield Placed(priced, ALL)
     if config.pp > 1:
-        for priced in _on(scope, notes, name, main.ranks // config.pp, config.microbatches):
+        for priced in _on(scope, notes, name, main.ranks // config.pp, count):
             yield Placed(priced, FIRST)
 
 
@@ -447,23 +493,43 @@ def _is_matched(rates: Rates, front: list[tuple[Rates, _Rated]]) -> bool:
 
 
 def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -> Sequence[PricedConfig]:
-    """Return configurations of one stage on so many ranks: with the microbatches of the job, or with larger ones."""
+    """Return configurations on so many ranks, of one stage: with the microbatches of the job, or with larger ones."""
     if (name, ranks, microbatches) not in notes.shared:
-        space, counts = scope.spaces[name], [microbatches]
-        found: list[PricedConfig] = []
-        for shape in space.shapes:
-            dp_ranks, left = divmod(ranks, shape.ranks)
-            if left:
-                continue
-            larger = (
-                m for m in reversed(_divisors(microbatches)) if scope.samples // m >= dp_ranks or m == 1
-            )
-            for count in dict.fromkeys((*counts, next(larger))):
-                dp = min(dp_ranks, scope.samples // count)
-                if dp % shape.dp_size == 0:
-                    found.append(space.priced(ParallelConfig(shape, 1, 1, dp, count)))
-        notes.shared[name, ranks, microbatches] = tuple(_front(found))
+        space = scope.spaces[name]
+        configs = [*_configs_on(scope, name, ranks, microbatches, exactly=True)]
+        if not configs and scope.pins.of(name):
+            configs = [*_configs_on(scope, name, ranks, microbatches, exactly=False)]
+        notes.shared[name, ranks, microbatches] = tuple(_front(map(space.priced, configs)))
     return notes.shared[name, ranks, microbatches]
+
+
+def _configs_on(
+    scope: Scope, name: str, ranks: int, microbatches: int, *, exactly: bool
+) -> Iterator[ParallelConfig]:
+    """Yield configurations on so many ranks, or, if not `exactly`, on fewer or more: pins may need that."""
+    among, space = functools.partial(scope.pins.among, name), scope.spaces[name]
+    for shape, pp, chunks in itertools.product(space.shapes, among("pp", (1,)), among("chunks", (1,))):
+        dp_ranks, left = divmod(ranks, shape.ranks * pp)
+        if left and exactly:
+            continue
+        for count in dict.fromkeys(among("microbatches", _counts_on(scope, name, dp_ranks, microbatches))):
+            sizes = space.sizes(count, ranks if exactly else scope.ranks)
+            dp = sizes.largest_dp(shape, pp, chunks, dp_ranks)
+            if not exactly:
+                dp = max(dp - dp % shape.dp_size, shape.dp_size)
+            yield from (
+                ParallelConfig(shape, pp, chunks, each, count)
+                for each in among("dp", (dp,))
+                if each and sizes.holds(shape, pp, chunks, each)
+            )
+
+
+def _counts_on(scope: Scope, name: str, dp_ranks: int, microbatches: int) -> Iterator[int]:
+    """Yield the microbatches of the job, and fewer, larger ones that have samples for all dp ranks."""
+    yield microbatches
+    if scope.spaces[name].limit is None:
+        fewer = reversed(divisors(microbatches))
+        yield next(count for count in fewer if scope.samples // count >= dp_ranks or count == 1)
 
 
 def _front(found: Iterable[_Rated]) -> list[_Rated]:
@@ -497,8 +563,3 @@ def _worth_saying(out_of_memory: Iterable[OutOfMemory]) -> tuple[OutOfMemory, ..
     least = sorted(out_of_memory, key=lambda layout: layout.needs)[:1]
     fastest = sorted(out_of_memory, key=lambda layout: (layout.candidate.bound, layout.needs))[:KEPT]
     return tuple(dict.fromkeys([*least, *fastest]))
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(d for d in range(1, number + 1) if number % d == 0)

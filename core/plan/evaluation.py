@@ -9,6 +9,10 @@ adds the time of the busiest rank. Of many dp ranks only so many are simulated a
 between modules; the others repeat it at the same times. A layout that the plan shows in the end is confirmed:
 `simulate` times all microbatches, and the memory of its fullest ranks counts with their messages (`fullest`); a step of
 more than `SIMULATED_MOST` actions keeps the numbers of the short one.
+
+Where microbatches have a limit of tokens, the samples are cut for each layout as the job cuts them. That gives the
+number of microbatches. Then the step is that of a job which counts as many, each of full cells (`even`). Its memory is
+that of the most microbatches that a step may have.
 """
 
 import functools
@@ -18,16 +22,20 @@ from collections.abc import Iterable, Iterator
 import attrs
 
 from mimogrid.core.base.errors import PlanError
+from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.job.placement import size_of
 from mimogrid.core.job.schedules import AUTO, GPIPE
 from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec
+from mimogrid.core.job.tokens import lanes_of, tokens_per_cell
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.layouts import ILLEGAL, SLOWER, TOO_LARGE, Layout, Question, needs, shown
+from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.pricing.even import even_costs
 from mimogrid.core.pricing.flops import model_flops
-from mimogrid.core.pricing.footprint import ranks_by_stages
+from mimogrid.core.pricing.footprint import fullest_cell
 from mimogrid.core.program.lower import Program
+from mimogrid.core.schedule.cuts import cuts_of
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
@@ -65,6 +73,8 @@ class Evaluator:
     """What the samples are in every module: the same in every layout."""
     _largest: tuple[SampleSizes, ...] = attrs.field(default=(), init=False)
     """The same of the largest samples."""
+    _full_cells: dict[int, SampleSizes] = attrs.field(factory=dict[int, SampleSizes], init=False)
+    """What a cell of so many tokens has at most."""
 
     def evaluated(self, spec: JobSpec) -> Layout:
         """Return a layout with its time for a short step, or with the reason why it is illegal or does not fit."""
@@ -77,13 +87,15 @@ class Evaluator:
             reason = f"needs {topology.world_size} GPUs of {question.gpus}"
             return Layout(spec=spec, kind=TOO_LARGE, reason=reason)
         try:
-            return self._timed(spec, topology, _shortened(spec))
+            if topology.tokens_per_cell and spec.schedule.memory_gb is not None:
+                self._order(topology)  # that of the most microbatches fits, too
+            return self._timed(self._even(spec), short=True)
         except PlanError as error:
             return Layout(spec=spec, kind=TOO_LARGE, reason=f"does not fit: {error.problems[0].message}")
 
     def whole(self, layout: Layout) -> Layout:
         """Return a layout that was timed by a short step as it is timed by its whole step."""
-        timed = self._timed(layout.spec, self.question.topology(layout.spec), layout.spec)
+        timed = self._timed(self._even(layout.spec), short=False)
         return attrs.evolve(timed, peak_bytes=layout.peak_bytes, lockstep_s=layout.lockstep_s)
 
     @functools.cached_property
@@ -111,9 +123,10 @@ class Evaluator:
 
     def _short(self, layout: Layout) -> tuple[Program, Topology | None]:
         """Return the program of a short step, with the whole topology if it is that of some of the dp ranks."""
-        short = _shortened(layout.spec)
+        topology = self.question.topology(layout.spec)
+        short = _shortened(_counted(layout.spec, topology.most_microbatches))
         times = _times_narrower(short)
-        return self._program(short, times), self.question.topology(layout.spec) if times > 1 else None
+        return self._program(layout.spec, short, times), topology if times > 1 else None
 
     def _with_memory(self, layout: Layout, program: Program, whole: Topology | None) -> Layout:
         fullest = fullest_ranks(program, whole, each=LOOKED_AT)
@@ -130,25 +143,34 @@ class Evaluator:
 
         A step that is too large for that keeps the numbers of the short one.
         """
-        times = _times_narrower(layout.spec)
-        question, program = self.question, self._program(layout.spec, times)
-        firsts = (ranks[0] for ranks in ranks_by_stages(program.topology).values())
-        # Of the fewest classes that there can be.
-        if _actions(program, firsts) > SIMULATED_MOST or len(program.topology.ranks) > FOLDED_AT_MOST:
+        even = self._even(layout.spec)
+        times = _times_narrower(even.timed)
+        program = self._program(even.spec, even.timed, times)
+        if _is_large(program):
             return layout
-        whole = question.topology(layout.spec)
-        step = self._step(whole)
-        costs = even_costs(step, question.machine)
-        classes = rank_classes_of(program, costs)
+        classes = rank_classes_of(program, even.costs)
         if _actions(program, classes.members) > SIMULATED_MOST:
             return layout
-        layout = self._with_memory(layout, program, whole if times > 1 else None)
+        layout = self._with_memory_of_all(layout, program, even.timed, times)
         if layout.kind == TOO_LARGE:
             return layout
-        timeline = simulate(program, costs, classes=classes)
+        timeline = simulate(program, even.costs, classes=classes)
         self.simulated += 1
         busy_s, bound_s = times * math.fsum(timeline.busy_s.values()), timeline.lower_bound_s
-        return self._rated(layout, step, timeline.step_s, busy_s, bound_s)
+        return self._rated(layout, even.step, timeline.step_s, busy_s, bound_s)
+
+    def _with_memory_of_all(self, layout: Layout, program: Program, timed: JobSpec, times: int) -> Layout:
+        """Return a layout with the memory of the most microbatches that a step may have; `program` is for `timed`.
+
+        If these are too many, it keeps the memory of a short step.
+        """
+        whole = self.question.topology(layout.spec)
+        most = _counted(layout.spec, whole.most_microbatches)
+        if most != timed:
+            program = self._program(layout.spec, most, times)
+            if _is_large(program):
+                return layout
+        return self._with_memory(layout, program, whole if times > 1 else None)
 
     def _rated(self, layout: Layout, step: Step, step_s: float, busy_s: float, bound_s: float) -> Layout:
         """Return a layout with the seconds of its step, those that all its ranks compute in it, and its lower bound."""
@@ -165,27 +187,25 @@ class Evaluator:
             lower_bound_s=bound_s,
         )
 
-    def _timed(self, spec: JobSpec, topology: Topology, simulated: JobSpec) -> Layout:
-        """Time a layout by the step of `simulated`; each microbatch beyond adds the time of the busiest rank."""
-        question = self.question
-        step = self._step(topology)
-        costs = even_costs(step, question.machine)
+    def _timed(self, even: "_Even", *, short: bool) -> Layout:
+        """Time a layout, by a short step if asked for; each microbatch beyond adds the time of the busiest rank."""
+        simulated = _shortened(even.timed) if short else even.timed
         times = _times_narrower(simulated)
-        program = self._program(simulated, times)
-        timed = lockstep(program, costs)
+        program = self._program(even.spec, simulated, times)
+        timed = lockstep(program, even.costs)
         self.simulated += 1
         self.effort += sum(len(computes) for computes in timed.computes)
-        count, short = spec.batch.microbatches, simulated.batch.microbatches
-        more = max(timed.busy_s, default=0.0) * (count - short) / short
+        count, few = even.timed.batch.microbatches, simulated.batch.microbatches
+        more = max(timed.busy_s, default=0.0) * (count - few) / few
         step_s = timed.step_s + more
         both = zip(timed.busy_s, timed.rank_classes, strict=True)
         busy = times * math.fsum(s * len(ranks) for s, ranks in both)
-        work = dict(_work(topology, costs))
+        work = dict(_work(even.step.topology, even.costs))
         whole = math.fsum(work.values())
         share = 1 - work[self.main] / whole if whole else 0.0
-        layout = Layout(spec=spec, kind=SLOWER, reason="", encoder_share=share, lockstep_s=step_s)
-        bound_s = lower_bound_s(program, costs, timed) + more
-        return self._rated(layout, step, step_s, busy * count / short, bound_s)
+        layout = Layout(spec=even.spec, kind=SLOWER, reason="", encoder_share=share, lockstep_s=step_s)
+        bound_s = lower_bound_s(program, even.costs, timed) + more
+        return self._rated(layout, even.step, step_s, busy * count / few, bound_s)
 
     def with_padding(self, layout: Layout) -> Layout:
         """Return a layout with the part of its positions that rounds rows up."""
@@ -199,26 +219,64 @@ class Evaluator:
         )
         return attrs.evolve(layout, padding=1 - used / computed if computed else 0.0)
 
-    def _step(self, topology: Topology) -> Step:
-        """Return the step of the samples as they are."""
-        if not self._sizes:
-            self._sizes = step_of(topology, self.question.samples).sizes
-        return Step(topology, self.question.samples, (), self._sizes)
+    def _even(self, spec: JobSpec) -> "_Even":
+        """Return what of a layout is timed."""
+        topology, machine = self.question.topology(spec), self.question.machine
+        step = self._step(topology)
+        costs = even_costs(step, machine)
+        if not topology.tokens_per_cell:
+            return _Even(step, costs, spec, spec)
+        if topology.balances and spec.schedule.costs is None:
+            # `simulate` assigns samples by the costs that it assumes.
+            schedule = attrs.evolve(spec.schedule, costs=costs)
+            step = self._step(self.question.topology(attrs.evolve(spec, schedule=schedule)))
+        return _Even(step, costs, spec, _counted(spec, step.topology.most_microbatches))
 
-    def _program(self, spec: JobSpec, times: int = 1) -> Program:
-        """Return the program of a step with the largest samples, on so many times fewer dp ranks."""
+    def _step(self, topology: Topology) -> Step:
+        """Return the step of the samples as they are, cut as a limit of tokens asks for."""
+        if not self._sizes:
+            sizes = step_of(topology, self.question.samples).sizes
+            self._sizes = tuple(sizes)
+        step = Step(topology, self.question.samples, (), self._sizes)
+        if not topology.tokens_per_cell:
+            return step
+        step = step.cut_by_tokens()
+        return Balance(topology).assigned(step) if topology.balances else step
+
+    def _program(self, spec: JobSpec, timed: JobSpec, times: int = 1) -> Program:
+        """Return the program of an even step of a layout, as `timed` counts it, on so many times fewer dp ranks."""
         whole, schedule = self.question.topology, spec.schedule
-        topology = whole(_narrowed(spec, times) if times > 1 else spec)
-        # Only an order that depends on memory depends on how many dp ranks share it.
+        topology = whole(_narrowed(timed, times) if times > 1 else timed)
+        # Only an order that depends on memory depends on how many dp ranks share it, and on a limit of tokens.
         by_memory = schedule.name == AUTO or schedule.memory_gb is not None
-        order = self._order(whole(spec) if by_memory and times > 1 else topology)
+        limited = spec.batch.tokens_per_microbatch > 0
+        of_order = topology
+        if by_memory and limited:
+            of_order = whole(spec).with_microbatches(timed.batch.microbatches)
+        elif by_memory and times > 1:
+            of_order = whole(timed)
+        samples, sizes = self._full(spec, topology) if limited else self._as_large(topology)
+        return Program(self._order(of_order), Routes(Step(topology, samples, (), sizes)))
+
+    def _as_large(self, topology: Topology) -> tuple[tuple[Sample, ...], tuple[SampleSizes, ...]]:
+        """Return the samples of a step, each as large as the largest, with their sizes."""
         samples = self.question.largest[: topology.spec.batch.global_size]
         if not self._largest:
             self._largest = step_of(topology, self.question.largest).sizes
-        return Program(order, Routes(Step(topology, samples, (), self._largest[: len(samples)])))
+        return samples, self._largest[: len(samples)]
+
+    def _full(self, spec: JobSpec, topology: Topology) -> tuple[tuple[Sample, ...], tuple[SampleSizes, ...]]:
+        """Return the samples of a step, each of which stands for a full cell of a layout, with their sizes."""
+        cell, count = tokens_per_cell(spec), topology.spec.batch.global_size
+        if cell not in self._full_cells:
+            self._full_cells[cell] = fullest_cell(self._step(self.question.topology(spec)))
+        return self.question.samples[:1] * count, (self._full_cells[cell],) * count
 
     def _order(self, topology: Topology) -> Order:
-        """Return the order of a layout. Layouts with equal stages that share ranks alike have the same order."""
+        """Return the order of a layout. Layouts with equal stages that share ranks alike have the same order.
+
+        Only where its last backwards are cut differs between grids, with the buckets of gradients.
+        """
         schedule = topology.spec.schedule
         work = work_of(topology, training=True, splits=True)
         counts = tuple(module.microbatches for module in topology.modules.values())
@@ -236,7 +294,34 @@ class Evaluator:
             key = *key, shown(topology.spec), splits, repr(schedule.costs)
         if key not in self._orders:
             self._orders[key] = order_of(topology)
+        order = self._orders[key]
+        cuts = cuts_of(topology, order.actions)
+        if cuts == order.cuts:
+            return order
+        key = *key, tuple(cuts.items())
+        if key not in self._orders:
+            self._orders[key] = attrs.evolve(order, cuts=cuts)
         return self._orders[key]
+
+
+@attrs.frozen(eq=False)
+class _Even:
+    """The even step of a layout: its samples as they are, with their mean costs, the layout, and as it is timed.
+
+    `timed` counts its microbatches, whether the layout does or has a limit of tokens.
+    """
+
+    step: Step
+    costs: Costs
+    spec: JobSpec
+    timed: JobSpec
+
+
+def _counted(spec: JobSpec, count: int) -> JobSpec:
+    """Return a layout as one of so many microbatches of full cells, if it has a limit of tokens."""
+    if not spec.batch.tokens_per_microbatch:
+        return spec
+    return attrs.evolve(spec, batch=BatchSpec(global_size=count * lanes_of(spec), microbatches=count))
 
 
 def _shortened(spec: JobSpec) -> JobSpec:
@@ -309,6 +394,12 @@ def _narrowed(spec: JobSpec, times: int) -> JobSpec:
     }
     batch = attrs.evolve(spec.batch, global_size=spec.batch.global_size // times)
     return attrs.evolve(spec, modules=modules, batch=batch, world_size=None)
+
+
+def _is_large(program: Program) -> bool:
+    """Whether a program is not simulated as a whole: it has too many actions even if it has the fewest classes."""
+    firsts = (ranks[0] for ranks in program.topology.ranks_by_stages.values())
+    return _actions(program, firsts) > SIMULATED_MOST or len(program.topology.ranks) > FOLDED_AT_MOST
 
 
 def _actions(program: Program, ranks: Iterable[int]) -> int:

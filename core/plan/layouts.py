@@ -9,13 +9,16 @@ import attrs
 from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.placement import graph_of, place
 from mimogrid.core.job.schedules import INTERLEAVED, ONE_F_ONE_B
-from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.plan.candidates import BESIDE, Candidate, Candidates, OutOfMemory
 from mimogrid.core.plan.configs import PricedConfig
+from mimogrid.core.plan.pins import FREE, Pins
 from mimogrid.core.plan.search_space import Illegal, SearchSpace
+from mimogrid.core.plan.token_limit import TokenLimit, token_limit_of
 from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.even import largest_samples
 from mimogrid.core.pricing.machine import Machine, machine_for
+from mimogrid.core.step.step import step_of
 from mimogrid.core.topology.parse import assemble
 from mimogrid.core.topology.topology import Topology
 
@@ -63,7 +66,7 @@ class Layout:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Question:
-    """What is asked: a legal job with the samples of one step, on so many of its GPUs (`gpu.name` is set).
+    """What is asked: a legal job with the samples of one step, on so many of its GPUs (`gpu.name` is set), with pins.
 
     All that is assumed stands in the job, and so in every layout of it: precision, kind of GPU, memory, efficiency.
     """
@@ -72,6 +75,7 @@ class Question:
     facts: SourceFacts
     samples: tuple[Sample, ...]
     gpus: int
+    pins: Pins = FREE
 
     @functools.cached_property
     def machine(self) -> Machine:
@@ -80,10 +84,20 @@ class Question:
         assert machine is not None
         return machine
 
+    @functools.cached_property
+    def limit(self) -> TokenLimit | None:
+        """The limit of tokens of the job."""
+        return token_limit_of(step_of(self.topology(self.spec), self.samples))
+
     @property
     def memory_bytes(self) -> float:
         """The memory of each GPU."""
         return self.machine.memory_bytes
+
+    def batch(self, microbatches: int) -> BatchSpec:
+        """Return the batch of a layout with so many microbatches, which a limit of tokens leaves out."""
+        batch = attrs.evolve(self.spec.batch, global_size=len(self.samples))
+        return batch if batch.tokens_per_microbatch else attrs.evolve(batch, microbatches=microbatches)
 
     def topology(self, spec: JobSpec) -> Topology:
         """Return the topology of a layout of the job."""
@@ -102,17 +116,17 @@ def layout_of(question: Question, main: str, candidate: Candidate) -> JobSpec:
     """Return the job with the layout of a candidate; modules that it does not name lie at rank 0, on one rank."""
     configs = {main: candidate.main} | {name: placed.priced for name, placed in candidate.others.items()}
     offsets = _offsets(question, candidate)
-    count = candidate.main.config.microbatches
+    count = question.pins.job_microbatches(candidate.main.config.microbatches)
     modules = {
         name: _laid_out(module, configs[name], offsets[name], count) if name in configs else _alone(module)
         for name, module in question.spec.modules.items()
     }
-    order = INTERLEAVED if candidate.main.config.chunks > 1 else ONE_F_ONE_B
+    order = INTERLEAVED if any(each.config.chunks > 1 for each in configs.values()) else ONE_F_ONE_B
     return attrs.evolve(
         question.spec,
         modules=modules,
-        batch=attrs.evolve(question.spec.batch, global_size=len(question.samples), microbatches=count),
-        schedule=attrs.evolve(question.spec.schedule, name=order, costs=None),
+        batch=question.batch(count),
+        schedule=attrs.evolve(question.spec.schedule, name=question.pins.order or order, costs=None),
         optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,
     )
@@ -166,7 +180,9 @@ def shown(spec: JobSpec) -> str:
     """
     grids = place(spec)
     parts = ", ".join(_grid_shown(spec, name, grids[name].offset) for name in spec.modules)
-    return f"{parts}; {spec.batch.microbatches} microbatches, {spec.schedule.name}"
+    limit = spec.batch.tokens_per_microbatch
+    cut = f"microbatches of {limit:,} tokens" if limit else f"{spec.batch.microbatches} microbatches"
+    return f"{parts}; {cut}, {spec.schedule.name}"
 
 
 def _grid_shown(spec: JobSpec, name: str, offset: int) -> str:
@@ -198,12 +214,20 @@ def _slower(layout: Layout, best: Layout) -> str:
         "idle GPUs": layout.step_s * (best.active - layout.active) / max(best.active, 1),
     }
     most = [f"{s:.3g} s {what}" for what, s in parts.items() if s > 0.01 * best.step_s]
+    if layout.step_s < best.step_s:
+        return f"{best.step_s / layout.step_s:.2f} x faster"
     return f"{layout.step_s / best.step_s:.2f} x slower" + (f": {', '.join(most)} more" if most else "")
 
 
 def marked_own(layout: Layout) -> Layout:
     """Return a layout with a reason that says that it is the job's own."""
     return attrs.evolve(layout, reason=f"the job's own layout: {layout.reason}")
+
+
+def marked_unpinned(layout: Layout, pins: Pins) -> Layout:
+    """Return a layout with a reason that says which pins it does not have, if it lacks any."""
+    broken = ", ".join(map(str, pins.broken_by(layout.spec)))
+    return attrs.evolve(layout, reason=f"not as pinned ({broken}); {layout.reason}") if broken else layout
 
 
 def too_large(candidates: Candidates, question: Question, best: Layout | None) -> Iterator[Layout]:

@@ -1,7 +1,8 @@
 """Neighbours: the layouts that differ from one in a single choice.
 
 The choices of a module are its axes, its place, its chunks, its recomputation, and its number of microbatches; those of
-the job are the number of microbatches and the order. An axis changes by a prime factor, which another axis may take.
+the job are the number of microbatches and the order. Where microbatches have a limit of tokens, nothing chooses their
+number. An axis changes by a prime factor, which another axis may take.
 Layers are split anew by whoever prices a neighbour (`refinement`). Most neighbours of a good layout are worse, and some
 are illegal.
 """
@@ -16,7 +17,7 @@ from mimogrid.core.base.grid import Grid
 from mimogrid.core.job.placement import place
 from mimogrid.core.job.schedules import AUTO, INTERLEAVED, ONE_F_ONE_B, SCHEDULES
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec
-from mimogrid.core.plan.search_space import CHUNKS
+from mimogrid.core.plan.search_space import CHUNKS, divisors
 
 
 AXES = ("tp", "cp", "pp", "dp")
@@ -30,12 +31,16 @@ def neighbours(spec: JobSpec) -> Iterator[JobSpec]:
         others = [grid for other, grid in grids.items() if other != name]
         for changed in of_module(module, spec, grids[name].offset, others):
             yield attrs.evolve(spec, modules={**spec.modules, name: changed})
-    count, samples = spec.batch.microbatches, spec.batch.global_size
-    for other in beside(count, divisors(samples)):
-        yield attrs.evolve(spec, batch=attrs.evolve(spec.batch, microbatches=other))
+    for count in () if spec.batch.tokens_per_microbatch else _counts_beside(spec):
+        yield attrs.evolve(spec, batch=attrs.evolve(spec.batch, microbatches=count))
     for order in SCHEDULES:
         if order not in {AUTO, spec.schedule.name, *_SAME.get(spec.schedule.name, ())}:
             yield attrs.evolve(spec, schedule=attrs.evolve(spec.schedule, name=order, costs=None))
+
+
+def _counts_beside(spec: JobSpec) -> Iterator[int]:
+    """Yield the next smaller and the next larger number of microbatches."""
+    yield from beside(spec.batch.microbatches, divisors(spec.batch.global_size))
 
 
 _SAME = {ONE_F_ONE_B: (INTERLEAVED,), INTERLEAVED: (ONE_F_ONE_B,)}
@@ -55,6 +60,8 @@ def of_module(module: ModuleSpec, spec: JobSpec, offset: int, others: Sequence[G
     for level in ("none", "full"):
         if level != module.recompute:
             yield attrs.evolve(module, recompute=level)
+    if spec.batch.tokens_per_microbatch:
+        return
     count = spec.batch.microbatches
     legal = [each for each in divisors(spec.batch.global_size) if max(each, count) % min(each, count) == 0]
     for own in beside(module.microbatches or count, legal):
@@ -105,11 +112,6 @@ def beside(number: int, of: Sequence[int]) -> Iterator[int]:
     """
     smaller, larger = [each for each in of if each < number], [each for each in of if each > number]
     yield from (*smaller[-1:], *larger[:1])
-
-
-def divisors(number: int) -> list[int]:
-    """Return the divisors of a number, ascending."""
-    return [each for each in range(1, number + 1) if number % each == 0]
 
 
 def least_factor(number: int) -> int:

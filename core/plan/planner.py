@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from mimogrid.core.base.errors import PlanError
 from mimogrid.core.plan.candidates import Candidates, Scope, candidates_of
+from mimogrid.core.plan.conflicts import conflicts
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import (
     BEST,
@@ -31,10 +33,12 @@ from mimogrid.core.plan.layouts import (
     compared,
     illegal,
     marked_own,
+    marked_unpinned,
     nearest_fit,
+    shown,
     too_large,
 )
-from mimogrid.core.plan.progress import Watch, always
+from mimogrid.core.plan.progress import Watch, always, never
 from mimogrid.core.plan.refinement import Refinement
 from mimogrid.core.plan.search import Search
 from mimogrid.core.plan.search_space import SearchSpace, search_space_of
@@ -72,14 +76,14 @@ class Plan:
     """What a search found.
 
     Attributes:
-        layouts: those that can run, the fastest first, the job's own among them; then some that would be fast and do
-            not fit, then some illegal ones.
+        layouts: those that can run, the fastest first, the job's own among them, which need not have what is pinned;
+            then some that would be fast and do not fit, then some illegal ones.
         own: the job's own layout.
         main: the module that the others lie around.
         looked_at: configurations and layouts that were priced by their bounds.
         simulated: programs that were simulated.
         gap: the winner takes at most this part longer than any layout that was looked at.
-        nearest_fit: where nothing fits, what lacks least, in words; else empty.
+        nearest_fit: where nothing fits, what lacks least, and which pins are in the way, in words; else empty.
         sensitivity: what the winner is worth if what was assumed is not so.
         stopped: whether the search ended early because it was told to.
     """
@@ -109,27 +113,31 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
     """Search for the fastest layout.
 
     `budget` is how many actions are simulated before no further layout is begun. `watch` is told of the progress, and
-    may end the search with what it has found so far (`progress`).
+    may end the search with what it has found so far (`progress`). Raises PlanError for pins that no layout has
+    together.
     """
     shared = attrs.evolve(question.spec, optimizer=attrs.evolve(question.spec.optimizer, sharded=True))
     step = step_of(question.topology(shared), question.samples)
     work = model_flops(step)
     main = max(work, key=work.__getitem__)
+    if problems := conflicts(question, main):
+        raise PlanError(problems)
+    question = attrs.evolve(question, pins=attrs.evolve(question.pins, main=main))
     spaces = _spaces(question, step)
     search = Search(Evaluator(question, main), watch)
     candidates, least = _walked(search, step, spaces, budget)
-    refinement = _refinement(question, step, spaces)
-    search.refine(refinement, budget // 4)
+    search.refine(_refinement(search, step, spaces), budget // 4)
     search.orders(budget // 2)
-    search.refine(refinement, budget // 4)
+    search.refine(_refinement(search, step, spaces), budget // 4)
     own, named = search.asked(question.spec), standard_layouts(question, spaces)
     standards = [search.asked(spec) for spec in named.values()]
     ranked = search.confirm(FITTING, 1 if search.stopped else CONFIRMED)
     best = ranked[0] if ranked else None
     others = [each for each in (own, *standards) if each.kind == SLOWER and each not in ranked]
     fitting = [compared(layout, best, own, named) for layout in (*ranked, *others)] if best else []
-    fitting = [search.evaluator.with_padding(layout) for layout in fitting]
-    own = next((layout for layout in fitting if layout.spec == own.spec), marked_own(own))
+    fitting = [search.evaluator.with_padding(marked_unpinned(layout, question.pins)) for layout in fitting]
+    lone = marked_unpinned(marked_own(own), question.pins)
+    own = next((layout for layout in fitting if layout.spec == own.spec), lone)
     unfit = [
         attrs.evolve(each, reason=f"{name}: {each.reason}")
         for name, each in zip(named, standards, strict=True)
@@ -147,7 +155,7 @@ def plan(question: Question, *, budget: int = BUDGET, watch: Watch = always) -> 
         looked_at=search.looked_at,
         simulated=search.evaluator.simulated,
         gap=max(best.step_s / least - 1, 0.0) if best and least < best.step_s else 0.0,
-        nearest_fit="" if best else nearest_fit(candidates, search.layouts, spaces, question),
+        nearest_fit="" if best else _nearest_fit(search, step, spaces, candidates),
         sensitivity=_sensitivity(search, ranked, step),
         stopped=search.stopped,
     )
@@ -187,10 +195,37 @@ def _that_cannot_run(
     found = {
         kind: [layout for layout in search.layouts if layout.kind == kind] for kind in (TOO_LARGE, ILLEGAL)
     }
-    return [
-        *[*too_large(candidates, question, best), *found[TOO_LARGE]][:SHOWN],
-        *[*illegal(spaces, question), *found[ILLEGAL]][:SHOWN],
-    ]
+    both = (
+        [*too_large(candidates, question, best), *found[TOO_LARGE]],
+        [*illegal(spaces, question), *found[ILLEGAL]],
+    )
+    pinned = [[layout for layout in each if not question.pins.broken_by(layout.spec)] for each in both]
+    return [layout for each in pinned for layout in each[:SHOWN]]
+
+
+def _nearest_fit(
+    search: Search, step: Step, spaces: Mapping[str, SearchSpace], candidates: Candidates
+) -> str:
+    """Return what lacks least where nothing fits, and the pins without which something does, in words."""
+    question, main = search.evaluator.question, search.evaluator.main
+    pinned = [layout for layout in search.layouts if not question.pins.broken_by(layout.spec)]
+    words, pins = nearest_fit(candidates, pinned, spaces, question), question.pins.chosen
+    tries = [*((pin,) for pin in pins), *([pins] if len(pins) > 1 else [])]
+    for left_out in tries if not search.stopped else ():
+        freed = attrs.evolve(question, pins=question.pins.without(*left_out))
+        if fits := _any_that_fits(freed, main, step):
+            return f"{words}. Without {' '.join(f'--pin {pin}' for pin in left_out)} this fits: {shown(fits.spec)}"
+    return words
+
+
+def _any_that_fits(question: Question, main: str, step: Step) -> Layout | None:
+    """Return the first layout that is found to fit, if one of the first candidates does."""
+    search, spaces = Search(Evaluator(question, main), never), _spaces(question, step)
+    for part in MEMORY:
+        search.candidates(_candidates(search, step, spaces, memory=part), BUDGET)
+        for i in search.fit(1):
+            return search.layouts[i]
+    return None
 
 
 def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
@@ -203,14 +238,20 @@ def _spaces(question: Question, step: Step) -> dict[str, SearchSpace]:
             ranks=question.gpus,
             spec=step.topology.spec,
             facts=question.facts,
+            pins=question.pins,
         )
         for name in question.spec.modules
     }
 
 
-def _refinement(question: Question, step: Step, spaces: Mapping[str, SearchSpace]) -> Refinement:
+def _refinement(search: Search, step: Step, spaces: Mapping[str, SearchSpace]) -> Refinement:
+    question = search.evaluator.question
     return Refinement(
-        spaces=spaces, graph=step.topology.graph, ranks=question.gpus, memory_bytes=question.memory_bytes
+        spaces=spaces,
+        graph=step.topology.graph,
+        ranks=question.gpus,
+        memory_bytes=question.memory_bytes,
+        pins=search.pins,
     )
 
 
@@ -227,5 +268,6 @@ def _candidates(
         memory_bytes=memory * question.memory_bytes,
         samples=len(question.samples),
         work=model_flops(step),
+        pins=question.pins,
     )
     return candidates_of(scope, search.watch)

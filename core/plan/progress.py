@@ -34,3 +34,8 @@ Watch = Callable[[Progress], bool]
 def always(_: Progress) -> bool:
     """Go on."""
     return True
+
+
+def never(_: Progress) -> bool:
+    """End at once, with the first layout that is found."""
+    return False

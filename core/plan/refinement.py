@@ -22,17 +22,22 @@ from mimogrid.core.job.spec import JobSpec, ModuleSpec
 from mimogrid.core.plan.candidates import chain_bound_s
 from mimogrid.core.plan.configs import ParallelConfig, ParallelShape, PricedConfig
 from mimogrid.core.plan.neighbours import neighbours
+from mimogrid.core.plan.pins import FREE, Pins
 from mimogrid.core.plan.search_space import SearchSpace
 
 
 @attrs.frozen(eq=False, kw_only=True)
 class Refinement:
-    """Neighbours of layouts on so many ranks of `memory_bytes` each, by the search spaces of the modules of a graph."""
+    """Neighbours of layouts on so many ranks of `memory_bytes` each, by the search spaces of the modules of a graph.
+
+    They have what is pinned.
+    """
 
     spaces: Mapping[str, SearchSpace]
     graph: ModuleGraph
     ranks: int
     memory_bytes: float
+    pins: Pins = FREE
 
     def promising(self, spec: JobSpec, enough_s: float) -> list[JobSpec]:
         """Return the neighbours that may take less than so many seconds, those with the least bound first.
@@ -42,7 +47,7 @@ class Refinement:
         """
         rated: list[tuple[float, float, int, JobSpec]] = []
         for i, each in enumerate(neighbours(spec)):
-            priced = self._priced(each)
+            priced = None if self.pins.broken_by(each) else self._priced(each)
             if priced is None:
                 continue
             bound = self._bound_s(each, priced)
@@ -55,9 +60,10 @@ class Refinement:
         """Return the price of every module; None where a grid cannot be."""
         found: dict[str, PricedConfig] = {}
         for name, module in spec.modules.items():
-            config, space = _config_of(module, spec.batch.microbatches), self.spaces[name]
-            stages, samples = config.pp * config.chunks, spec.batch.global_size // config.microbatches
-            fits = stages <= space.costs.layers and config.dp <= samples
+            space = self.spaces[name]
+            count = space.limit.microbatches_of(spec) if space.limit else spec.batch.microbatches
+            config = _config_of(module, count)
+            fits = config.pp * config.chunks <= space.costs.layers and space.has_samples(config)
             if not (fits and config.dp % config.shape.dp_size == 0 and space.allows(config.shape)):
                 return None
             found[name] = space.priced(config)

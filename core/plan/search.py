@@ -17,6 +17,7 @@ from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.candidates import Candidates
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER, Layout, kind_of, layout_of
+from mimogrid.core.plan.pins import JOB, Pins
 from mimogrid.core.plan.progress import Progress, Watch, always
 from mimogrid.core.plan.refinement import Refinement
 from mimogrid.core.pricing.assumed import assumed
@@ -47,6 +48,8 @@ class Search:
     `confirmed` of those that `simulate` has timed.
     `looked_at` counts what was priced; the search has `stopped` once `watch` has said so.
 
+    Layouts without what `pins` say are not ranked.
+
     Budgets are numbers of simulated actions (`Evaluator.effort`).
     """
 
@@ -58,6 +61,10 @@ class Search:
     fitting: set[int] = attrs.field(factory=set[int])
     whole: set[int] = attrs.field(factory=set[int])
     confirmed: set[int] = attrs.field(factory=set[int])
+    pins: Pins = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.pins = self.evaluator.question.pins.on_the_way
 
     def candidates(self, found: Candidates, budget: int) -> float:
         """Evaluate candidates whose bounds are below the best time; return the least bound of what is left.
@@ -127,24 +134,30 @@ class Search:
         return self.layouts[i]
 
     def orders(self, budget: int) -> None:
-        """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough."""
+        """Try other orders on the best layouts, and the one that `auto` finds on those that are small enough.
+
+        Where `auto` is pinned, it is tried on layouts of any size. Then layouts with all pins are ranked.
+        """
         until = self.evaluator.effort + budget
+        allowed = self.evaluator.question.pins.among(JOB, "schedule", SCHEDULES)
         for i in self._distinct(REFINED):
             layout = self.layouts[i]
             if layout.step_s <= layout.lower_bound_s:
                 continue
-            for name in SCHEDULES:
+            for name in allowed:
                 other = self._under(layout.spec, name)
                 if other is not None and self.evaluator.effort < until and self._goes_on(0.0):
                     self.evaluate(other)
-        for i in self._distinct(TUNED):
+        pinned = allowed == (AUTO,)
+        for i in self._distinct(REFINED if pinned else TUNED) if AUTO in allowed else ():
             layout = self.layouts[i]
             modules = self.evaluator.question.topology(layout.spec).modules.values()
             actions = 2 * sum(len(module.stages) * module.microbatches for module in modules)
             slower = layout.step_s > layout.lower_bound_s
-            if actions <= TUNED_AT_MOST and slower and self._goes_on(0.0):
+            if pinned or (actions <= TUNED_AT_MOST and slower and self._goes_on(0.0)):
                 for costs in self._costs(layout.spec):
                     self.evaluate(self._tuned(layout.spec, costs))
+        self.pins = self.evaluator.question.pins
 
     def _costs(self, spec: JobSpec) -> Iterator[Costs]:
         """Yield the costs by which `auto` looks for an order: the true ones, and a unit for each layer.
@@ -216,7 +229,8 @@ class Search:
 
     def _ranked(self) -> list[int]:
         """Return the numbers of the layouts that may fit, the fastest first."""
-        fits = (i for i, layout in enumerate(self.layouts) if layout.kind == SLOWER)
+        runs = (i for i, layout in enumerate(self.layouts) if layout.kind == SLOWER)
+        fits = (i for i in runs if not self.pins.broken_by(self.layouts[i].spec))
         return sorted(fits, key=lambda i: self.layouts[i].step_s)
 
     def asked(self, spec: JobSpec) -> Layout:

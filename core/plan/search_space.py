@@ -6,7 +6,8 @@
               light, the head is heavy
     dp ranks  likewise: of k samples in a microbatch a dp rank needs at most k/dp rounded up
 
-So of configurations that differ only in idle ranks one is looked at.
+So of configurations that differ only in idle ranks one is looked at. Where microbatches have a limit of tokens, the
+number of microbatches follows from the dp ranks (`token_limit`), and a dp rank has any part of the samples.
 
 What the layers of a module cost in a shape comes from the same functions as the costs and the memory of a whole job
 (`pricing.units`, `memory`), for a job in which every layer is a stage of its own. Prefix sums over the layers then
@@ -25,7 +26,7 @@ from mimogrid.core.base.samples import Sample
 from mimogrid.core.job.costs import StageCosts
 from mimogrid.core.job.models import Own
 from mimogrid.core.job.placement import balanced
-from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, SourceFacts
+from mimogrid.core.job.spec import BatchSpec, GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.validation.problems import problems_of
 from mimogrid.core.plan.configs import (
     IN_FLIGHT,
@@ -36,8 +37,10 @@ from mimogrid.core.plan.configs import (
     RankTime,
     Rates,
 )
+from mimogrid.core.plan.pins import FREE, Pins
+from mimogrid.core.plan.token_limit import TokenLimit, token_limit_of
 from mimogrid.core.pricing.flops import Load, Loads, Terms, alike_layers, module_terms, trainable_of
-from mimogrid.core.pricing.footprint import kept
+from mimogrid.core.pricing.footprint import fullest_cell, kept
 from mimogrid.core.pricing.machine import Machine
 from mimogrid.core.pricing.units import Values, joined, unit_costs, values_of_units
 from mimogrid.core.simulate.memory import saved_bytes
@@ -67,11 +70,17 @@ class Illegal:
 
 @attrs.frozen(eq=False)
 class SearchSpace:
-    """The configurations of one module of a job: legal shapes, with what its layers cost."""
+    """The configurations of one module of a job: legal shapes, with what its layers cost. They have what is pinned.
+
+    `limit` is the limit of tokens of the job, and `reads_text` says whether the module is a language model.
+    """
 
     costs: "LayerCosts"
     shapes: tuple[ParallelShape, ...]
     illegal: tuple[Illegal, ...]
+    pins: Pins = FREE
+    limit: TokenLimit | None = None
+    reads_text: bool = True
     _priced: dict[ParallelConfig, PricedConfig] = attrs.field(
         factory=dict[ParallelConfig, PricedConfig], init=False, repr=False
     )
@@ -84,7 +93,7 @@ class SearchSpace:
         if shape not in self._allowed:
             costs = self.costs
             self._allowed[shape] = (
-                shape in self.shapes or _problem(costs.spec, costs.facts, costs.name, shape) is None
+                shape in self.shapes or shape_problem(costs.spec, costs.facts, costs.name, shape) is None
             )
         return self._allowed[shape]
 
@@ -94,30 +103,53 @@ class SearchSpace:
         held = self.costs.held(self.shapes[0])
         return held.kept[-1] + held.optimizer[-1]
 
+    @property
+    def counts(self) -> Sequence[int]:
+        """The numbers of microbatches that the module may have: the divisors of the samples, or as a limit says."""
+        if self.limit is None:
+            return divisors(self.costs.samples)
+        return counts_within(self.limit, self.pins, self.costs.layers if self.reads_text else 1)
+
+    def has_samples(self, config: ParallelConfig) -> bool:
+        """Whether every dp rank may have samples in a microbatch."""
+        return config.dp <= self.sizes(config.microbatches, config.ranks).most_dp
+
+    def _share(self, microbatches: int, dp: int) -> float:
+        """Return how many samples of a microbatch the fullest dp rank has; under a limit of tokens, the mean one."""
+        samples = self.costs.samples
+        return samples / (microbatches * dp) if self.limit else -(-(samples // microbatches) // dp)
+
     def rated(
         self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
     ) -> Iterator[tuple[Rates, ParallelConfig]]:
         """Yield every configuration on up to so many ranks, for so many microbatches, with what no price is below."""
-        layers, samples = self.costs.layers, self.costs.samples // microbatches
-        shares = {pp: _pipelined(microbatches, pp) for pp in enough(layers, layers)}
+        sizes = self.sizes(microbatches, ranks, chunks)
         for shape in self.shapes:
             kept, in_flight = self._least_kept(shape), self.costs.held(shape).in_flight[-1]
             known: dict[int, tuple[float, float]] = {}
-            for pp, chunk in itertools.product(enough(layers, layers), chunks):
-                each = shape.ranks * pp
-                if chunk > 1 and (pp == 1 or pp * chunk > layers or microbatches % pp):
-                    continue
-                for dp in tried(samples, ranks // each):
-                    if dp % shape.dp_size:
-                        continue
-                    if dp not in known:
-                        own = -(-samples // dp)
-                        seconds = self.costs.seconds(shape, own)
-                        known[dp] = seconds.forward[-1] + seconds.backward[-1], IN_FLIGHT * own * in_flight
-                    through, held = known[dp]
-                    least_s = through * (shares[pp] if chunk == 1 else microbatches / pp)
-                    rates = each * dp, least_s, through, (kept + held / chunk) / pp
-                    yield rates, ParallelConfig(shape, pp, chunk, dp, microbatches)
+            for pp, chunk, dp in sizes.of(shape):
+                if dp not in known:
+                    own = self._share(microbatches, dp)
+                    seconds = self.costs.seconds(shape, own)
+                    known[dp] = seconds.forward[-1] + seconds.backward[-1], IN_FLIGHT * own * in_flight
+                through, held = known[dp]
+                share = _pipelined(microbatches, pp) if chunk == 1 else microbatches / pp
+                rates = shape.ranks * pp * dp, through * share, through, (kept + held / chunk) / pp
+                yield rates, ParallelConfig(shape, pp, chunk, dp, microbatches)
+
+    def sizes(self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)) -> "Sizes":
+        """Return the sizes that shapes are tried with on up to so many ranks, for so many microbatches."""
+        return Sizes(
+            module=self.costs.name,
+            layers=self.costs.layers,
+            samples=self.costs.samples,
+            microbatches=microbatches,
+            ranks=ranks,
+            chunks=chunks,
+            pins=self.pins,
+            limit=self.limit,
+            reads_text=self.reads_text,
+        )
 
     def least_bytes(self, config: ParallelConfig) -> float:
         """Return the bytes that its fullest rank keeps at least: an equal part of all."""
@@ -136,7 +168,7 @@ class SearchSpace:
 
     def _price(self, config: ParallelConfig) -> PricedConfig:
         pp, chunks = config.pp, config.chunks
-        seconds = self.costs.seconds(config.shape, self._samples(config))
+        seconds = self.costs.seconds(config.shape, self._share(config.microbatches, config.dp))
         held = self.costs.held(config.shape)
         split = self.costs.split(config.shape, pp * chunks)
         starts = tuple(itertools.accumulate(split, initial=0))
@@ -166,10 +198,6 @@ class SearchSpace:
             bytes=tuple(self._bytes(config, held, rank, spans) for rank, spans in enumerate(mine)),
         )
 
-    def _samples(self, config: ParallelConfig) -> int:
-        """Return how many samples of a microbatch the fullest dp rank has."""
-        return -(-(self.costs.samples // config.microbatches) // config.dp)
-
     def _collectives(
         self, config: ParallelConfig
     ) -> tuple[Callable[[float], float], Callable[[float], float]]:
@@ -191,13 +219,98 @@ class SearchSpace:
         owners = config.shape.cp * config.dp if self.costs.spec.optimizer.sharded else 1
         return RankBytes(
             kept=over(held.kept, spans) + over(held.optimizer, spans) / owners,
-            in_flight=over(held.in_flight, spans) * self._samples(config) / chunks,
+            in_flight=over(held.in_flight, spans) * self._share(config.microbatches, config.dp) / chunks,
             depth=pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * pp + 1,
         )
 
 
+@attrs.frozen(kw_only=True)
+class Sizes:
+    """The stages, chunks and dp ranks that the shapes of a module may have.
+
+    `layers` are those of the module, `samples` those of a step. It has `microbatches` in a step, on up to so many
+    `ranks`, and `chunks` are tried. `limit` and `reads_text` are those of `SearchSpace`.
+    """
+
+    module: str
+    layers: int
+    samples: int
+    microbatches: int
+    ranks: int
+    chunks: Sequence[int]
+    pins: Pins
+    limit: TokenLimit | None = None
+    reads_text: bool = True
+
+    @property
+    def most_dp(self) -> int:
+        """The most dp ranks that may have samples in a microbatch."""
+        return self.samples // self.microbatches if self.limit is None else self.limit.samples
+
+    def of(self, shape: ParallelShape) -> Iterator[tuple[int, int, int]]:
+        """Yield pp, chunks and dp of every configuration of a shape."""
+        among = functools.partial(self.pins.among, self.module)
+        stages, chunks = among("pp", enough(self.layers, self.layers)), among("chunks", self.chunks)
+        for pp, chunk in itertools.product(stages, chunks):
+            if not self._is_filled(pp, chunk):
+                continue
+            most = min(self.ranks // (shape.ranks * pp), self.most_dp)
+            for dp in among("dp", self.dp_sizes(shape, pp, chunk, most)):
+                if dp <= most and dp % shape.dp_size == 0 and self._keeps_count(pp, chunk, dp):
+                    yield pp, chunk, dp
+
+    def dp_sizes(self, shape: ParallelShape, pp: int, chunk: int, most: int) -> Sequence[int]:
+        """Return dp sizes up to `most` that are tried with so many stages and chunks, ascending."""
+        if self.limit is None:
+            return tried(self.most_dp, most)
+        if not self.reads_text:
+            return self.limit.other_dp_sizes(self.microbatches, most=most)
+        multiple = _multiple(pp, chunk)
+        return self.limit.text_dp_sizes(self.microbatches, multiple=multiple, of=shape.dp_size, most=most)
+
+    def largest_dp(self, shape: ParallelShape, pp: int, chunk: int, most: int) -> int:
+        """Return the largest dp size up to `most`; 0 if none goes with this number of microbatches."""
+        if self.limit is None:
+            return min(most, self.most_dp)
+        return next(reversed(self.dp_sizes(shape, pp, chunk, most)), 0)
+
+    def holds(self, shape: ParallelShape, pp: int, chunk: int, dp: int) -> bool:
+        """Whether there are ranks, samples, layers and microbatches for a configuration."""
+        fits = dp <= self.most_dp and shape.ranks * pp * dp <= self.ranks and dp % shape.dp_size == 0
+        return fits and self._is_filled(pp, chunk) and self._keeps_count(pp, chunk, dp)
+
+    def _is_filled(self, pp: int, chunk: int) -> bool:
+        """Whether there are layers for all stages, and microbatches for the chunks."""
+        return pp * chunk <= self.layers and (chunk == 1 or (pp > 1 and self.microbatches % pp == 0))
+
+    def _keeps_count(self, pp: int, chunk: int, dp: int) -> bool:
+        """Whether so many dp ranks have this number of microbatches, if a limit gives the number."""
+        if self.limit is None or not self.reads_text:
+            return True
+        return self.limit.microbatches(dp, _multiple(pp, chunk)) == self.microbatches
+
+
+def _multiple(pp: int, chunks: int) -> int:
+    """Return what the number of microbatches is a multiple of."""
+    return 1 if chunks == 1 else pp
+
+
+def counts_within(limit: TokenLimit, pins: Pins, layers: int) -> Sequence[int]:
+    """Return the numbers of microbatches that a limit of tokens gives, for so many layers, and for what is pinned."""
+    multiples = {1, *enough(layers, layers), *pins.values("pp")}
+    sizes = {*tried(limit.bins, limit.bins), *pins.values("dp")}
+    return sorted({limit.microbatches(dp, multiple) for dp in sizes for multiple in multiples})
+
+
 def search_space_of(
-    name: str, *, step: Step, machine: Machine, ranks: int, spec: JobSpec, facts: SourceFacts
+    name: str,
+    *,
+    step: Step,
+    machine: Machine,
+    ranks: int,
+    spec: JobSpec,
+    facts: SourceFacts,
+    pins: Pins = FREE,
 ) -> SearchSpace:
     """Return the search space of a module on up to so many ranks, for the samples of a step.
 
@@ -205,26 +318,36 @@ def search_space_of(
     """
     shapes: list[ParallelShape] = []
     illegal: list[Illegal] = []
-    for shape in _shapes(spec, name, min(machine.accelerator.per_node, ranks, SHARED_MOST)):
-        problem = _problem(spec, facts, name, shape)
+    for shape in shapes_of(spec, name, min(machine.accelerator.per_node, ranks), pins):
+        problem = shape_problem(spec, facts, name, shape)
         if problem is None:
             shapes.append(shape)
         else:
             illegal.append(Illegal(name, shape, problem))
-    loads = Loads.of(step, name)
-    levels = _recompute_levels(step.topology, name)
+    loads, limit = Loads.of(step, name), token_limit_of(step)
+    levels = pins.among(name, "recompute", _recompute_levels(step.topology, name))
     costs = LayerCosts(
         spec=step.topology.spec,
         facts=step.topology.source,
         samples=len(loads),
         load=loads.mean,
         longest=step.samples[loads.largest],
+        fullness=_fullness(step, name, loads.largest, limit) if limit else 1.0,
         machine=machine,
         name=name,
     )
     both = itertools.product(shapes, levels)
     shapes = [attrs.evolve(shape, recompute=level) for shape, level in both]
-    return SearchSpace(costs, tuple(shapes), tuple(illegal))
+    reads_text = name in step.topology.graph.texts
+    return SearchSpace(costs, tuple(shapes), tuple(illegal), pins, limit, reads_text)
+
+
+def _fullness(step: Step, name: str, longest: int, limit: TokenLimit) -> float:
+    """Return how many times as many positions as the longest sample a full bin has, for each sample that it has."""
+    topology, alone = step.topology, step.sizes[longest].positions[name]
+    full = fullest_cell(step).positions[name] / topology.tokens_per_cell
+    bin_positions = full * topology.spec.batch.tokens_per_microbatch
+    return bin_positions * limit.bins / (limit.samples * alone) if alone else 1.0
 
 
 def _pipelined(microbatches: int, pp: int) -> float:
@@ -251,6 +374,12 @@ def enough(things: int, most: int) -> tuple[int, ...]:
     return counts[: bisect.bisect_right(counts, most)]
 
 
+@functools.lru_cache(maxsize=1 << 10)
+def divisors(number: int) -> tuple[int, ...]:
+    """Return the divisors of a number, ascending."""
+    return tuple(each for each in range(1, number + 1) if number % each == 0)
+
+
 @functools.lru_cache(maxsize=1 << 12)
 def _part_counts(things: int) -> tuple[int, ...]:
     return tuple(sorted({-(-things // each) for each in range(1, things + 1)}))
@@ -275,16 +404,23 @@ def _tried(things: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _shapes(spec: JobSpec, name: str, ranks: int) -> Iterator[ParallelShape]:
-    """Yield the shapes to validate: tp and cp within a node, ep by the divisors of the experts."""
-    options = spec.modules[name].options
-    if isinstance(options, Mapping):
-        yield ParallelShape()
-        return
-    parts = [ep for ep in range(1, options.experts + 1) if options.experts % ep == 0] or [1]
-    for tp, power, ep in itertools.product(range(1, ranks + 1), range(ranks.bit_length()), parts):
-        if tp * 2**power <= ranks:
-            yield ParallelShape(tp, 2**power, ep, sequence_parallel=tp > 1)
+def layers_of(module: ModuleSpec) -> int:
+    """Return the layers that stages divide; a module of the user's own has one."""
+    return 1 if isinstance(module.options, Mapping) else module.options.layers
+
+
+def shapes_of(spec: JobSpec, name: str, ranks: int, pins: Pins) -> Iterator[ParallelShape]:
+    """Yield the shapes to validate: tp and cp within so many ranks, ep by the divisors of the experts; or as pinned."""
+    options, among = spec.modules[name].options, functools.partial(pins.among, name)
+    most, experts = (1, 0) if isinstance(options, Mapping) else (min(ranks, SHARED_MOST), options.experts)
+    parts = [ep for ep in range(1, experts + 1) if experts % ep == 0] or [1]
+    tps, cps = among("tp", range(1, most + 1)), among("cp", [2**power for power in range(most.bit_length())])
+    # What is pinned may be more than a node has.
+    most = max(most, (pins.value(name, "tp") or 1) * (pins.value(name, "cp") or 1))
+    both = itertools.product(tps, cps, among("ep", parts), among("expert_tp", (1,)))
+    for tp, cp, ep, expert_tp in both:
+        if tp * cp <= most:
+            yield ParallelShape(tp, cp, ep, expert_tp, sequence_parallel=tp > 1)
 
 
 def _recompute_levels(topology: Topology, name: str) -> tuple[str, ...]:
@@ -298,7 +434,7 @@ def _recompute_levels(topology: Topology, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("none", own, "full")))
 
 
-def _problem(spec: JobSpec, facts: SourceFacts, name: str, shape: ParallelShape) -> Problem | None:
+def shape_problem(spec: JobSpec, facts: SourceFacts, name: str, shape: ParallelShape) -> Problem | None:
     """Return why a module cannot have a shape, whatever else is chosen; None if it can."""
     mine = (f"modules.{name}.grid", f"modules.{name}.options", "data.options.sequence")
     found = problems_of(_alone(spec, name, shape, pp=1), facts)
@@ -387,7 +523,8 @@ class LayerCosts:
     """What the layers of one module of a job cost in each shape; answers are kept.
 
     Of the `samples` of a step, `load` is the mean of one, and `longest` the one with most positions. With ragged
-    samples the mean is no more than what is priced in the end, where ranks wait for the largest share.
+    samples the mean is no more than what is priced in the end, where ranks wait for the largest share. A microbatch in
+    flight has `fullness` times the bytes of as many samples as large as the longest.
     """
 
     spec: JobSpec
@@ -397,6 +534,7 @@ class LayerCosts:
     longest: Sample
     machine: Machine
     name: str
+    fullness: float = 1.0
     _held: dict[ParallelShape, LayerBytes] = attrs.field(
         factory=dict[ParallelShape, LayerBytes], init=False, repr=False
     )
@@ -412,11 +550,10 @@ class LayerCosts:
 
     @property
     def layers(self) -> int:
-        """Layers of the module; one of the user's own has one."""
-        options = self.spec.modules[self.name].options
-        return 1 if isinstance(options, Mapping) else options.layers
+        """Layers of the module."""
+        return layers_of(self.spec.modules[self.name])
 
-    def seconds(self, shape: ParallelShape, samples: int) -> LayerSeconds:
+    def seconds(self, shape: ParallelShape, samples: float) -> LayerSeconds:
         """Return what each layer takes for so many samples."""
         if (shape, samples) not in self._seconds:
             held = self.held(shape)
@@ -479,7 +616,9 @@ class LayerCosts:
         """Return the bytes of the longest sample in flight, by layers."""
         step = step_of(topology, (self.longest,) * topology.spec.batch.global_size)
         alike = self._alike(topology, module)
-        saved = {layer: saved_bytes(step, module.stages[layer].stage, 0, 0) for layer in set(alike)}
+        saved = {
+            layer: self.fullness * saved_bytes(step, module.stages[layer].stage, 0, 0) for layer in set(alike)
+        }
         return _prefix_sums(saved[layer] for layer in alike)
 
     def _alike(self, topology: Topology, module: Module) -> tuple[int, ...]:

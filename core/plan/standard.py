@@ -16,11 +16,11 @@ from mimogrid.core.plan.search_space import SearchSpace
 
 
 def standard_layouts(question: Question, spaces: dict[str, SearchSpace]) -> dict[str, JobSpec]:
-    """Return the standard layout by its name; nothing where no grid of all modules is legal."""
+    """Return the standard layout by its name; nothing where no grid of all modules is legal, and as pinned."""
     for tp in sorted(_common_tp(spaces), reverse=True):
         dp = _dp_size(len(question.samples), question.gpus // tp)
         spec = _unified(question, tp, dp)
-        if dp and not problems_of(spec, question.facts):
+        if dp and not problems_of(spec, question.facts) and not question.pins.broken_by(spec):
             return {f"one grid for all (tp={tp} dp={dp}, ZeRO-1)": spec}
     return {}
 
@@ -52,13 +52,10 @@ def _unified(question: Question, tp: int, dp: int) -> JobSpec:
         )
         for name, module in question.spec.modules.items()
     }
-    samples = len(question.samples)
     return attrs.evolve(
         question.spec,
         modules=modules,
-        batch=attrs.evolve(
-            question.spec.batch, global_size=samples, microbatches=math.ceil(samples / max(dp, 1))
-        ),
+        batch=question.batch(math.ceil(len(question.samples) / max(dp, 1))),
         schedule=attrs.evolve(question.spec.schedule, name="1f1b", costs=None),
         optimizer=attrs.evolve(question.spec.optimizer, sharded=True),
         world_size=question.gpus,

@@ -382,21 +382,3 @@ def most_message_bytes(topology: Topology, link: Link) -> float:
     else:
         values = most_computed(topology, target).positions * (target.model.hidden or 0)
     return VALUE_BYTES[topology.spec.precision] * values
-
-
-def ranks_by_stages(topology: Topology) -> dict[tuple[Stage, ...], tuple[int, ...]]:
-    """Return the ranks that host the same stages, ascending, by these stages; in order of their first ranks."""
-    hosting: dict[int, list[tuple[str, int]]] = {}
-    for name, module in topology.modules.items():
-        for rank in module.grid.ranks:
-            hosting.setdefault(rank, []).append((name, module.grid.position_along("pp", rank)))
-    ranks: dict[tuple[tuple[str, int], ...], list[int]] = {}
-    for rank in sorted(hosting):
-        ranks.setdefault(tuple(hosting[rank]), []).append(rank)
-    chunks: dict[tuple[str, int], list[Stage]] = {}
-    for stage in topology.stages:
-        chunks.setdefault((stage.module, stage.pp), []).append(stage)
-    return {
-        tuple(stage for place in places for stage in chunks[place]): tuple(found)
-        for places, found in ranks.items()
-    }

@@ -160,11 +160,10 @@ class Program:
 
     def sums_after(self, rank: int, part: Compute) -> tuple[Reduce, ...]:
         """Return the sums that a rank posts for a stage after a part of its last action (`Order.parts`)."""
-        return tuple(
-            reduce
-            for reduce in self.sums(rank)
-            if reduce.stage == part.stage and self.order.completes(part, reduce.bucket)
-        )
+        if not self.order.training:
+            return ()
+        buckets = self._with_others(self.topology.stages[part.stage], rank, shared_by)
+        return tuple(Reduce(part.stage, bucket) for bucket in buckets if self.order.completes(part, bucket))
 
     def _with_others(self, info: StageInfo, rank: int, group_of: _GroupOf) -> list[int]:
         """Return the buckets of a stage that a rank does not have for itself."""

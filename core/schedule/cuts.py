@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from mimogrid.core.job.models import FIRST, Gpt, Own
 from mimogrid.core.job.precision import MAIN_BYTES
 from mimogrid.core.pricing.flops import Load, module_units, of_units
-from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.schedule.actions import Compute, Kind
 from mimogrid.core.schedule.order import Cut
 from mimogrid.core.topology.topology import Module, Stage, StageInfo, Topology
@@ -37,7 +36,7 @@ def cuts_of(topology: Topology, actions: Sequence[Compute]) -> Mapping[Stage, tu
     if not topology.spec.optimizer.cut_mb:
         return {}
     last = {action.stage: place for place, action in enumerate(actions)}
-    ending = {max(stages, key=last.__getitem__) for stages in ranks_by_stages(topology)}
+    ending = {max(stages, key=last.__getitem__) for stages in topology.ranks_by_stages}
     return {
         stage: cuts
         for stage in topology.stages
@@ -53,7 +52,8 @@ def _cuts(topology: Topology, info: StageInfo) -> Iterator[Cut]:
     rank = module.tp_cp_ranks(info.stage, 0)[0]
     buckets = buckets_of(topology, info, rank)
     values_least = topology.spec.optimizer.cut_mb * MEGA / MAIN_BYTES[topology.spec.precision]
-    down_to = itertools.accumulate((_complete_at(bucket, info) for bucket in buckets), min)
+    layer_of = {parameter.name: parameter.layer for parameter in info.parameters}
+    down_to = itertools.accumulate((_complete_at(bucket, info, layer_of) for bucket in buckets), min)
     above, lowest = info.layers.stop + 1, _lowest(info)
     complete: list[int] = []
     values = 0
@@ -78,13 +78,12 @@ def _may_be_cut(topology: Topology, module: Module) -> bool:
     return all(edge.parts == 1 for edge in (*module.inputs, *module.outputs))
 
 
-def _complete_at(bucket: Bucket, info: StageInfo) -> int:
+def _complete_at(bucket: Bucket, info: StageInfo, layer_of: Mapping[str, int | str]) -> int:
     """Return the layer down to which a backward must have come to complete a bucket.
 
     The end of a stage stands for a layer behind the last one, its entry for one before the first.
     """
-    table = {parameter.name: parameter for parameter in info.parameters}
-    places = [table[span.name].layer for span in bucket.spans]
+    places = [layer_of[span.name] for span in bucket.spans]
     if FIRST in places and info.first:
         return info.layers.start - 1
     return min((place for place in places if isinstance(place, int)), default=info.layers.stop)

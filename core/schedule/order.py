@@ -133,10 +133,18 @@ class Order:
 
     def completes(self, part: Compute, bucket: int) -> bool:
         """Whether the gradients of a bucket of a stage are complete after a part of its last action, and not before."""
-        cuts = self.cuts.get(part.stage, ())
-        if part.kind is Kind.BACKWARD_PART:
-            return any(bucket in cut.buckets for cut in cuts if cut.layer == part.layer)
-        return not any(bucket in cut.buckets for cut in cuts)
+        layer = part.layer if part.kind is Kind.BACKWARD_PART else None
+        return self._complete_at.get((part.stage, bucket)) == layer
+
+    @functools.cached_property
+    def _complete_at(self) -> Mapping[tuple[Stage, int], int]:
+        """The layer of the cut at which the gradients of a bucket are complete; no entry: at the end."""
+        return {
+            (stage, bucket): cut.layer
+            for stage, cuts in self.cuts.items()
+            for cut in cuts
+            for bucket in cut.buckets
+        }
 
     def of(self, stage: Stage) -> tuple[Compute, ...]:
         """Return the actions of a stage, in order."""

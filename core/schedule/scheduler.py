@@ -70,34 +70,6 @@ class TimedWork:
                 found[need].append((action, delay))
         return tuple(map(tuple, found))
 
-    @functools.cached_property
-    def priority(self) -> tuple[int, ...]:
-        """The priority of every action among those that can start: the lowest number starts first."""
-        actions, topology = self.work.actions, self.work.topology
-        counts = {name: module.microbatches for name, module in topology.modules.items()}
-        common = math.lcm(*counts.values())
-        depth = {stage: info.depth for stage, info in topology.stages.items()}
-        keys = [
-            (
-                action.kind is Kind.WEIGHT_GRADIENT,
-                action.microbatch * (common // counts[action.stage.module]),
-                depth[action.stage],
-                action.stage.module,
-                action.stage.pp,
-            )
-            for action in actions
-        ]
-        places = [0] * len(actions)
-        for place, i in enumerate(sorted(range(len(actions)), key=keys.__getitem__)):
-            places[i] = place
-        return tuple(places)
-
-    @functools.cached_property
-    def pp_rank_of(self) -> tuple[int, ...]:
-        """The index of every action's pipeline rank in `Work.pp_ranks`."""
-        pp_rank = {stage: i for i, stages in enumerate(self.work.pp_ranks) for stage in stages}
-        return tuple(pp_rank[action.stage] for action in self.work.actions)
-
 
 def schedule(timed: TimedWork, queues: Sequence[IssueQueue]) -> tuple[int, ...]:
     """Run the queue of every pipeline rank; return the numbers of all actions in the order in which they start."""
@@ -110,20 +82,25 @@ def retimed(timed: TimedWork, order: Sequence[int], queues: Sequence[IssueQueue]
     As in a program, a message starts when its data is made and its receive is posted: when the action before the
     one that reads it is next.
     """
-    pp_ranks = timed.work.pp_ranks
+    pp_ranks, conflicts = timed.work.pp_ranks, timed.work.conflicts
+    sources, seconds, pp_rank_of = timed.sources, timed.seconds, timed.work.pp_rank_of
     ends_s = [0.0] * len(order)
     busy_until_s, posted_s = [0.0] * len(pp_ranks), [0.0] * len(pp_ranks)
     for action in order:
-        pp_rank = timed.pp_rank_of[action]
+        pp_rank = pp_rank_of[action]
         begin_s = busy_until_s[pp_rank]
-        for need, delay in timed.sources[action]:
-            begin_s = max(begin_s, max(ends_s[need], posted_s[pp_rank]) + delay)
+        posted = posted_s[pp_rank]
+        for need, delay in sources[action]:
+            sent_s = ends_s[need]
+            arrived_s = (max(posted, sent_s)) + delay
+            begin_s = max(begin_s, arrived_s)
         for reader in queues[pp_rank].backpressure.get(action, ()):
             begin_s = max(begin_s, ends_s[reader])
-        ends_s[action] = begin_s + timed.seconds[action]
-        for sharing in timed.work.conflicts[pp_rank]:
-            posted_s[sharing] = busy_until_s[sharing]
-            busy_until_s[sharing] = max(busy_until_s[sharing], ends_s[action])
+        ends_s[action] = end_s = begin_s + seconds[action]
+        for sharing in conflicts[pp_rank]:
+            posted_s[sharing] = busy_s = busy_until_s[sharing]
+            if end_s > busy_s:
+                busy_until_s[sharing] = end_s
     return max(busy_until_s)
 
 
@@ -135,7 +112,7 @@ def lower_bound_s(timed: TimedWork, order: Sequence[int]) -> float:
     heads = longest_before_s(order, timed.sources, timed.seconds)
     tails = longest_before_s(reversed(order), timed.followers, timed.seconds)
     sets: dict[tuple[int, bool | None], list[int]] = {}
-    for action, pp_rank in enumerate(timed.pp_rank_of):
+    for action, pp_rank in enumerate(timed.work.pp_rank_of):
         forward = timed.work.actions[action].kind is Kind.FORWARD
         for key in ((pp_rank, None), (pp_rank, forward)):
             sets.setdefault(key, []).append(action)
@@ -192,7 +169,8 @@ class _Scheduler:
         missing: For each action, how many of the actions that it waits for have not started.
         ready_s: For each action, when the last of these delivers, as far as they have started.
         busy_until_s: When each pipeline rank is free.
-        events: A heap of (seconds, pipeline rank): when a pipeline rank may be able to start something.
+        events: A heap of (seconds, pipeline rank): when a pipeline rank may be able to start something; of ~(pipeline
+            rank): when all that share a rank with it may be.
         order: The actions that have started.
     """
 
@@ -203,7 +181,7 @@ class _Scheduler:
         self.missing = [len(needs) for needs in work.needs]
         self.ready_s = [0.0] * len(work.actions)
         self.busy_until_s = [0.0] * len(work.pp_ranks)
-        self.events: list[tuple[float, int]] = [(0.0, pp_rank) for pp_rank in range(len(work.pp_ranks))]
+        self.events = [(0.0, pp_rank) for pp_rank in range(len(work.pp_ranks))]
         self.order: list[int] = []
         self.held_back_by: dict[int, list[int]] = {}
         for queue in queues:
@@ -214,11 +192,15 @@ class _Scheduler:
 
     def run(self) -> tuple[int, ...]:
         """Go from event to event until all actions have started."""
+        conflicts = self.timed.work.conflicts
         while self.events:
-            now, pp_rank = heapq.heappop(self.events)
-            pp_ranks = {pp_rank}
+            now, pp_ranks = self.events[0][0], set[int]()
             while self.events and self.events[0][0] == now:
-                pp_ranks.add(heapq.heappop(self.events)[1])
+                _, pp_rank = heapq.heappop(self.events)
+                if pp_rank < 0:
+                    pp_ranks.update(conflicts[~pp_rank])
+                else:
+                    pp_ranks.add(pp_rank)
             self._start_all(pp_ranks, now)
         assert len(self.order) == len(self.missing), f"the order is stuck after {len(self.order)} actions"
         return tuple(self.order)
@@ -230,7 +212,7 @@ class _Scheduler:
             if self.busy_until_s[pp_rank] <= now:
                 action = self._ready(pp_rank, now)
                 if action is not None:
-                    startable.append((self.timed.priority[action], action, pp_rank))
+                    startable.append((self.timed.work.priority[action], action, pp_rank))
         for _, action, pp_rank in sorted(startable):
             if self.busy_until_s[pp_rank] <= now:
                 self._start(action, pp_rank, now)
@@ -249,7 +231,7 @@ class _Scheduler:
         self.order.append(action)
         for sharing in timed.work.conflicts[pp_rank]:
             self.busy_until_s[sharing] = max(self.busy_until_s[sharing], end_s)
-            heapq.heappush(self.events, (end_s, sharing))
+        heapq.heappush(self.events, (end_s, ~pp_rank))
         for follower, delay in timed.followers[action]:
             self._deliver(follower, end_s + delay)
         for held_back in self.held_back_by.get(action, ()):
@@ -260,4 +242,4 @@ class _Scheduler:
         self.ready_s[action] = max(self.ready_s[action], at_s)
         self.missing[action] -= 1
         if not self.missing[action]:
-            heapq.heappush(self.events, (self.ready_s[action], self.timed.pp_rank_of[action]))
+            heapq.heappush(self.events, (self.ready_s[action], self.timed.work.pp_rank_of[action]))

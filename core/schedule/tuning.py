@@ -23,7 +23,7 @@ import attrs
 
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.pricing.assumed import assumed
-from mimogrid.core.pricing.footprint import kept, most_bytes_in_flight, most_message_bytes, ranks_by_stages
+from mimogrid.core.pricing.footprint import kept, most_bytes_in_flight, most_message_bytes
 from mimogrid.core.schedule.actions import Kind
 from mimogrid.core.schedule.issue_policy import ISSUE_POLICIES, IssuePolicy, IssueQueues, issue_queues_of
 from mimogrid.core.schedule.scheduler import TimedWork, lower_bound_s, retimed, schedule
@@ -102,7 +102,7 @@ def bytes_needed(
             in_flight.get(stage, 0) * most_bytes_in_flight(topology, stage, split=stage in split)
             for stage in stages
         )
-        for stages, ranks in ranks_by_stages(topology).items()
+        for stages, ranks in topology.ranks_by_stages.items()
     }
 
 

@@ -14,8 +14,8 @@ A stage is split only if it trains linear layers of a built-in model: their weig
 own module, and a frozen stage that only passes gradients on, have one backward.
 """
 
-import collections
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
@@ -105,6 +105,34 @@ class Work:
             tuple(i for i, there in enumerate(ranks) if not here.isdisjoint(there)) for here in ranks
         )
 
+    @functools.cached_property
+    def priority(self) -> tuple[int, ...]:
+        """The priority of every action among those that can start: the lowest number starts first."""
+        actions, topology = self.actions, self.topology
+        counts = {name: module.microbatches for name, module in topology.modules.items()}
+        common = math.lcm(*counts.values())
+        depth = {stage: info.depth for stage, info in topology.stages.items()}
+        keys = [
+            (
+                action.kind is Kind.WEIGHT_GRADIENT,
+                action.microbatch * (common // counts[action.stage.module]),
+                depth[action.stage],
+                action.stage.module,
+                action.stage.pp,
+            )
+            for action in actions
+        ]
+        places = [0] * len(actions)
+        for place, i in enumerate(sorted(range(len(actions)), key=keys.__getitem__)):
+            places[i] = place
+        return tuple(places)
+
+    @functools.cached_property
+    def pp_rank_of(self) -> tuple[int, ...]:
+        """The index of every action's pipeline rank in `pp_ranks`."""
+        pp_rank = {stage: i for i, stages in enumerate(self.pp_ranks) for stage in stages}
+        return tuple(pp_rank[action.stage] for action in self.actions)
+
     def kinds_of(self, stage: Stage) -> tuple[Kind, ...]:
         """Return the kinds of actions that a stage runs for each microbatch, in order."""
         if stage in self.split:
@@ -134,14 +162,21 @@ class Work:
 
     def in_flight(self, order: Iterable[int]) -> dict[Stage, int]:
         """Return the most microbatches that each stage with a backward has in flight in some order of actions."""
-        held: collections.Counter[Stage] = collections.Counter()
-        most: dict[Stage, int] = {}
+        holds, stage_of, stages = self.holds, self._stage_of, tuple(self.topology.stages)
+        held, most = [0] * len(stages), [-1] * len(stages)
         for action in order:
-            if self.holds[action]:
-                stage = self.actions[action].stage
-                held[stage] += self.holds[action]
-                most[stage] = max(most.get(stage, 0), held[stage])
-        return most
+            change = holds[action]
+            if change:
+                stage = stage_of[action]
+                held[stage] += change
+                most[stage] = max(most[stage], held[stage])
+        return {stage: count for stage, count in zip(stages, most, strict=True) if count >= 0}
+
+    @functools.cached_property
+    def _stage_of(self) -> tuple[int, ...]:
+        """For every action, the place of its stage among those of the topology."""
+        stages = enumerate(self.topology.stages)
+        return tuple(i for i, stage in stages for _ in self.kinds_of(stage) for _ in range(self.count(stage)))
 
     def read_by(self, stage: Stage, microbatch: int) -> Iterator[int]:
         """Yield the forwards that read the output of a stage's forward."""

@@ -6,12 +6,12 @@ small beside what forwards save, and the first ranks of a pipeline save most.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import attrs
 
 from mimogrid.core.base.grid import Grid
-from mimogrid.core.pricing.footprint import kept, ranks_by_stages
+from mimogrid.core.pricing.footprint import kept
 from mimogrid.core.program.lower import Program
 from mimogrid.core.simulate.memory import bytes_between, most_bytes
 from mimogrid.core.simulate.rank_classes import RankClasses, alike_in_bytes
@@ -55,7 +55,7 @@ def bytes_at_most(program: Program, whole: Topology | None = None, *, each: int 
 
 def _at_most(program: Program, more: Mapping[int, int], each: int | None) -> Mapping[int, int]:
     """Return what no rank of each class holds more than; `more` is beside what the program says."""
-    by_stages = ranks_by_stages(program.topology)
+    by_stages = program.topology.ranks_by_stages
     some = {
         rank: stages
         for stages, ranks in by_stages.items()
@@ -63,17 +63,18 @@ def _at_most(program: Program, more: Mapping[int, int], each: int | None) -> Map
     }
     alike = RankClasses.of(some)
     leaders = alike_in_bytes(program, alike).members
-    return {rank: bytes_between(program, rank)[1] + more[rank] for rank in leaders}
+    known: dict[Hashable, int] = {}
+    return {rank: bytes_between(program, rank, known)[1] + more[rank] for rank in leaders}
 
 
 def _more_bytes(program: Program, whole: Topology | None) -> Mapping[int, int]:
     """Return what each rank keeps more in the whole topology: mostly less than nothing, as more dp ranks share it."""
     if whole is None:
         return dict.fromkeys(program.topology.ranks, 0)
-    in_whole = ranks_by_stages(whole)
+    in_whole = whole.ranks_by_stages
     return {
         rank: kept(whole, in_whole[stages][0]).bytes - kept(program.topology, ranks[0]).bytes
-        for stages, ranks in ranks_by_stages(program.topology).items()
+        for stages, ranks in program.topology.ranks_by_stages.items()
         for rank in ranks
     }
 

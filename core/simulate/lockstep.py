@@ -25,7 +25,6 @@ classes and lowers their programs.
 
 import collections
 import functools
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
@@ -33,7 +32,6 @@ import attrs
 from mimogrid.core.base.bounds import bound_s, longest_before_s
 from mimogrid.core.base.samples import overlapping
 from mimogrid.core.job.costs import Costs
-from mimogrid.core.pricing.footprint import ranks_by_stages
 from mimogrid.core.program.lower import Program
 from mimogrid.core.schedule.actions import Collective, Compute, Direction, Kind
 from mimogrid.core.schedule.work import seconds_of
@@ -282,7 +280,7 @@ class _Script:
 
     def __init__(self, program: Program, costs: Costs) -> None:
         self._program, self._costs, self._topology = program, costs, program.topology
-        by_stages = ranks_by_stages(self._topology)
+        by_stages = self._topology.ranks_by_stages
         self.rank_classes = tuple(by_stages.values())
         self._class_of = {rank: i for i, ranks in enumerate(self.rank_classes) for rank in ranks}
         self._hosts = {
@@ -335,7 +333,8 @@ class _Script:
         of_source = [overlapping(k, target, source) for k in range(target)]
         of_target = [overlapping(k, source, target) for k in range(source)]
         own = [range(k, k + 1) for k in range(target)]
-        largest = {k: self._largest(link, k) for k in routes.firsts(link)}
+        firsts = routes.firsts(link)
+        largest = dict(zip(firsts, self._largest(link, firsts), strict=True))
         for direction in Direction:
             forward = direction is Direction.FORWARD
             yield (
@@ -350,29 +349,36 @@ class _Script:
                 ),
             )
 
-    def _largest(self, link: Link, k: int) -> dict[tuple[int, int], int]:
-        """Return the bytes of the largest message from one rank class to another, forward: that one counts."""
-        routes = self._program.routes
-        largest: dict[tuple[int, int], int] = {}
-        for dp_rank in self._receivers(link, k):
-            for messages in routes.reaching(link, k, dp_rank).values():
-                for message in messages:
-                    ends = self._class_of[message.rank_source], self._class_of[message.rank_target]
-                    largest[ends] = max(message_bytes(routes.step, message), largest.get(ends, 0))
-        return largest
+    def _largest(self, link: Link, ks: Iterable[int]) -> Iterator[dict[tuple[int, int], int]]:
+        """Yield, for some microbatches of a link, the bytes of the largest message from one rank class to another.
 
-    def _receivers(self, link: Link, k: int) -> Iterable[int]:
-        """Return the dp ranks of a link's target whose messages count: of many, some for each rank class at either end.
+        Forward: that one counts.
+        """
+        routes = self._program.routes
+        for k, receivers in self._receivers(link, ks):
+            largest: dict[tuple[int, int], int] = {}
+            for dp_rank in receivers:
+                for messages in routes.reaching(link, k, dp_rank).values():
+                    for message in messages:
+                        ends = self._class_of[message.rank_source], self._class_of[message.rank_target]
+                        largest[ends] = max(message_bytes(routes.step, message), largest.get(ends, 0))
+            yield largest
+
+    def _receivers(self, link: Link, ks: Iterable[int]) -> Iterator[tuple[int, Iterable[int]]]:
+        """Yield the dp ranks of a link's target whose messages count: of many, some for each rank class at either end.
 
         Samples are alike, so of a rank class all have as much to send, but for rows that do not divide.
         """
         source, target = (self._topology.modules[stage.module] for stage in (link.source, link.target))
         if max(source.dp_size, target.dp_size) <= MANY:
-            return range(target.dp_size)
-        senders = (
-            self._program.routes.receivers(link, k, dp_rank) for dp_rank in self._some(source, link.source)
-        )
-        return dict.fromkeys(itertools.chain(self._some(target, link.target), *senders))
+            yield from ((k, range(target.dp_size)) for k in ks)
+            return
+        sending, receiving = self._some(source, link.source), self._some(target, link.target)
+        routes, found = self._program.routes, {k: dict.fromkeys(receiving) for k in ks}
+        for dp_rank in sending:
+            for k in routes.fed(link, dp_rank):
+                found[k].update(dict.fromkeys(routes.receivers(link, k, dp_rank)))
+        yield from found.items()
 
     def _some(self, module: Module, stage: Stage) -> list[int]:
         """Return the first, the middle and the last of the dp ranks whose first rank is in each rank class."""

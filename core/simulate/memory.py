@@ -14,7 +14,6 @@ What a forward saves is an estimate, and so are temporaries (`footprint`). The a
 is a module of the user's own.
 """
 
-import collections
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import attrs
@@ -98,30 +97,55 @@ def peak_bytes(timeline: Timeline) -> dict[int, int]:
 
 def most_bytes(program: Program, rank: int, actions: Sequence[Action] | None = None) -> int:
     """Return the bytes that a rank holds at most. Only the order of its actions counts, not their times."""
-    held = max((change.moving for change in _changes(program, rank, actions)), default=0)
-    return kept(program.topology, rank).bytes + held
+    return kept(program.topology, rank).bytes + most_moving(program, rank, actions)
 
 
-def bytes_between(program: Program, rank: int) -> tuple[int, int]:
+def most_moving(program: Program, rank: int, actions: Sequence[Action] | None = None) -> int:
+    """Return those of `most_bytes` that come and go."""
+    return max((change.moving for change in _changes(program, rank, actions)), default=0)
+
+
+def bytes_between(program: Program, rank: int, known: dict[Hashable, int]) -> tuple[int, int]:
     """Return between which two numbers `most_bytes` is: with no message in a buffer, and with all of them at once.
 
-    Neither needs the waits of the rank, so nothing is lowered.
+    Neither needs the waits of the rank, so nothing is lowered. `known` has what ranks of the program hold that compute
+    alike.
     """
     topology, order, routes = program.topology, program.order, program.routes
-    computes: list[Compute] = []
     messages = 0
     for info in topology.role(rank).stages:
-        dp_rank = topology.modules[info.stage.module].dp_rank_of(rank)
-        active = routes.step.active(info.stage.module, dp_rank)
-        computes += [action for action in order.of(info.stage) if action.microbatch in active]
         for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
-            side = routes.reaching if link.target == info.stage else routes.leaving
-            for k, count in collections.Counter(routes.repeats(link).first).items():
-                sizes = (message_bytes(routes.step, each) for each in side(link, k, dp_rank).get(rank, ()))
-                messages += count * sum(sizes) * (2 if link in order.gradients else 1)
-    computes.sort(key=order.index.__getitem__)
-    least = most_bytes(program, rank, computes)
+            times = routes.repeats(link).times
+            for k, each in routes.firsts_of(rank, link, at_source=link.source == info.stage):
+                size = sum(message_bytes(routes.step, message) for message in each)
+                messages += times[k] * size * (2 if link in order.gradients else 1)
+    computes = tuple(_computed(program, rank))
+    if computes not in known:
+        known[computes] = most_moving(program, rank, _actions_of(program, rank))
+    least = kept(topology, rank).bytes + known[computes]
     return least, least + messages
+
+
+def _computed(program: Program, rank: int) -> Iterator[Hashable]:
+    """Yield all that the bytes of a rank's compute actions depend on."""
+    step = program.routes.step
+    for info in step.topology.role(rank).stages:
+        module = step.topology.modules[info.stage.module]
+        dp_rank = module.dp_rank_of(rank)
+        firsts = sorted(set(step.alike(module.microbatches)))
+        yield info.stage, step.active(module.name, dp_rank)
+        yield tuple(Computed.of(step, module, dp_rank, k) for k in firsts)
+
+
+def _actions_of(program: Program, rank: int) -> list[Compute]:
+    """Return the compute actions of a rank, in order."""
+    order, step = program.order, program.routes.step
+    actions: list[Compute] = []
+    for info in step.topology.role(rank).stages:
+        module = step.topology.modules[info.stage.module]
+        active = step.active(module.name, module.dp_rank_of(rank))
+        actions += [action for action in order.of(info.stage) if action.microbatch in active]
+    return sorted(actions, key=order.index.__getitem__)
 
 
 def _levels(timeline: Timeline, rank: int) -> Iterator[Level]:

@@ -279,11 +279,10 @@ def _sizes(program: Program, rank: int) -> Iterator[Hashable]:
         for k in sorted(set(step.alike(module.microbatches))):
             yield step.shape(module.name, dp_rank, k)
         for link in (*topology.links_into(info.stage), *topology.links_from(info.stage)):
-            side = routes.reaching if link.target == info.stage else routes.leaving
-            for k in routes.firsts(link):
-                messages = side(link, k, dp_rank).get(rank, ())
+            at_source = link.source == info.stage
+            for k, messages in routes.firsts_of(rank, link, at_source=at_source):
                 sizes: dict[int, int] = collections.defaultdict(int)
                 for message in messages:
-                    peer = message.rank_source if link.target == info.stage else message.rank_target
+                    peer = message.rank_target if at_source else message.rank_source
                     sizes[peers.setdefault(peer, len(peers))] += message_bytes(step, message)
-                yield tuple(sizes.items())
+                yield k, tuple(sizes.items())

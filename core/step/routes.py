@@ -13,8 +13,10 @@ On a pipeline link a rank sends the hidden states of its dp rank to the rank at 
 stage, in one message. The backward sends the same messages from target to source, so a route is stored once.
 """
 
+import collections
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -117,6 +119,16 @@ class Repeats:
         ]
         return cls(first, tuple(starts), source // parts, targets)
 
+    @functools.cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """The microbatches of the target that repeat no earlier one, ascending."""
+        return tuple(sorted(set(self.first)))
+
+    @functools.cached_property
+    def times(self) -> Mapping[int, int]:
+        """How many microbatches each of `firsts` stands for, itself included."""
+        return collections.Counter(self.first)
+
     def source_start(self, microbatch: int) -> int:
         """Return the first microbatch of the source in the part of a microbatch of the target."""
         return microbatch // self.targets * self.sources
@@ -215,7 +227,32 @@ class Routes:
 
     def firsts(self, link: Link) -> tuple[int, ...]:
         """Return the microbatches of a link's target that repeat no earlier one."""
-        return tuple(sorted(set(self.repeats(link).first)))
+        return self.repeats(link).firsts
+
+    def firsts_of(
+        self, rank: int, link: Link, *, at_source: bool
+    ) -> Iterator[tuple[int, tuple[Message, ...]]]:
+        """Yield a rank's messages at one end of a link for each of `firsts`; not where it has none."""
+        module = self.step.topology.modules[(link.source if at_source else link.target).module]
+        dp_rank = module.dp_rank_of(rank)
+        side, ks = (
+            (self.leaving, self.fed(link, dp_rank)) if at_source else (self.reaching, self.firsts(link))
+        )
+        for k in ks:
+            messages = side(link, k, dp_rank).get(rank)
+            if messages:
+                yield k, messages
+
+    def fed(self, link: Link, dp_rank: int) -> Sequence[int]:
+        """Return those of `firsts` that have samples of a dp rank of the source, or a few more."""
+        modules, firsts = self.step.topology.modules, self.firsts(link)
+        source, target = modules[link.source.module], modules[link.target.module]
+        if len(firsts) <= source.microbatches:
+            return firsts
+        total, count = self.step.cell_count, target.microbatches
+        cells = (cell for j in range(source.microbatches) for cell in source.samples(dp_rank, j, total))
+        fed = {((cell + 1) * count - 1) // total for cell in cells}
+        return [k for k in firsts if k in fed]
 
     def receivers(self, link: Link, microbatch: int, dp_rank: int) -> Iterable[int]:
         """Return the dp ranks of a link's target that share samples of its microbatch with a dp rank of its source."""

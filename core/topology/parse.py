@@ -27,6 +27,7 @@ from mimogrid.core.job.projectors import deepstack_layers
 from mimogrid.core.job.spec import GridSpec, JobSpec, ModuleSpec, SourceFacts
 from mimogrid.core.job.tokens import most_microbatches
 from mimogrid.core.job.validation.problems import problems_of
+from mimogrid.core.topology.stages import stage_at
 from mimogrid.core.topology.topology import UNKNOWN, Edge, Link, Module, Stage, StageInfo, Topology
 
 
@@ -164,7 +165,7 @@ def _stages(
             parameters[i] for i in sorted({i for layer in layers_held for i in places.get(layer, ())})
         )
         info = StageInfo(
-            stage=Stage(name, i % written.grid.pp, chunk=i // written.grid.pp),
+            stage=stage_at(name, i % written.grid.pp, i // written.grid.pp),
             layers=layers,
             first=first,
             last=last,

@@ -45,7 +45,7 @@ from typing import Protocol
 import attrs
 
 from mimogrid.core.base.grid import Grid
-from mimogrid.core.topology.stages import Link, Stage, StageInfo
+from mimogrid.core.topology.stages import Link, Stage, StageInfo, stage_at
 
 
 class ModuleLayout(enum.Enum):
@@ -213,7 +213,7 @@ def _place(module: str, grids: tuple[Grid, ...], rank: int, chunks: int) -> Modu
         is_first_stage=pp == 0,
         is_last_stage=pp == grids[0].extent("pp") - 1,
         position=position,
-        stages=tuple(Stage(module, pp, chunk) for chunk in range(chunks)),
+        stages=tuple(stage_at(module, pp, chunk) for chunk in range(chunks)),
     )
 
 

@@ -4,6 +4,8 @@ A module has ``pp * chunks`` stages. Stage i is chunk ``i // pp`` of the ranks a
 with several chunks of a module runs several virtual stages.
 """
 
+import functools
+
 import attrs
 
 from mimogrid.core.job.models import HEAD, PROJECTOR, Parameter
@@ -28,6 +30,12 @@ class Stage:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.pp}" + (f".{self.chunk}" if self.chunk else "")
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def stage_at(module: str, pp: int, chunk: int) -> Stage:
+    """Return the stage at a place: one object for all topologies, so that a look-up need not compare its fields."""
+    return Stage(module, pp, chunk)
 
 
 @attrs.frozen(cache_hash=True)

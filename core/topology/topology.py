@@ -51,6 +51,9 @@ class Module:
     multiple: int = 1
     padded: bool = False
     lora: Lora | None = None
+    _tp_cp_ranks: dict[tuple[int, int], tuple[int, ...]] = attrs.field(
+        factory=dict[tuple[int, int], tuple[int, ...]], init=False, repr=False, eq=False
+    )
 
     @property
     def dp_size(self) -> int:
@@ -126,7 +129,16 @@ class Module:
 
     def tp_cp_ranks(self, stage: Stage, dp_rank: int) -> tuple[int, ...]:
         """Return the ranks along tp and cp of one dp rank of a stage, ascending."""
-        return _holders(self.grid, stage.pp, dp_rank)
+        key = stage.pp, dp_rank
+        if key not in self._tp_cp_ranks:
+            self._tp_cp_ranks[key] = tuple(
+                sorted(
+                    self.grid.rank_at(tp=tp, cp=cp, dp=dp_rank, pp=stage.pp)
+                    for cp in range(self.grid.extent("cp"))
+                    for tp in range(self.grid.extent("tp"))
+                )
+            )
+        return self._tp_cp_ranks[key]
 
     def dp_rank_of(self, rank: int) -> int:
         """Return the dp rank of a rank. Raises ValueError for a rank outside the module's grid."""
@@ -259,6 +271,24 @@ class Topology:
         """The ranks that host a module, ascending; other ranks idle."""
         return tuple(sorted({r for m in self.modules.values() for r in m.grid.ranks}))
 
+    @functools.cached_property
+    def ranks_by_stages(self) -> Mapping[tuple[Stage, ...], tuple[int, ...]]:
+        """The ranks that host the same stages, ascending, by these stages; in order of their first ranks."""
+        hosting: dict[int, list[tuple[str, int]]] = {}
+        for name, module in self.modules.items():
+            for rank in module.grid.ranks:
+                hosting.setdefault(rank, []).append((name, module.grid.position_along("pp", rank)))
+        ranks: dict[tuple[tuple[str, int], ...], list[int]] = {}
+        for rank in self.ranks:
+            ranks.setdefault(tuple(hosting[rank]), []).append(rank)
+        chunks: dict[tuple[str, int], list[Stage]] = {}
+        for stage in self.stages:
+            chunks.setdefault((stage.module, stage.pp), []).append(stage)
+        return {
+            tuple(stage for place in places for stage in chunks[place]): tuple(found)
+            for places, found in ranks.items()
+        }
+
     def links_from(self, stage: Stage) -> tuple[Link, ...]:
         """Return the links on which a stage sends activations."""
         return self._links_by_source.get(stage, ())
@@ -325,13 +355,3 @@ class Topology:
             experts={name: module.experts for name, module in self.modules.items() if module.experts},
             language_modules=self.language_modules,
         )
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _holders(grid: Grid, pp: int, dp_rank: int) -> tuple[int, ...]:
-    ranks = (
-        grid.rank_at(tp=tp, cp=cp, dp=dp_rank, pp=pp)
-        for cp in range(grid.extent("cp"))
-        for tp in range(grid.extent("tp"))
-    )
-    return tuple(sorted(ranks))

@@ -18,8 +18,10 @@ Buckets are an idea of PyTorch's DistributedDataParallel (Li et al., VLDB 2020),
 (Rajbhandari et al. 2020).
 """
 
+import bisect
 import enum
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -81,9 +83,18 @@ class Bucket:
 
     def values_in(self, shard: range) -> int:
         """Return how many values of parameters lie in a part of the bucket."""
-        start, stop = shard.start, shard.stop
-        ends = ((span.start, span.start + span.size) for span in self.spans)
-        return sum(min(end, stop) - max(begin, start) for begin, end in ends if begin < stop and start < end)
+        return self._values_before(shard.stop) - self._values_before(shard.start)
+
+    def _values_before(self, place: int) -> int:
+        starts, before = self._starts
+        last = bisect.bisect_left(starts, place) - 1
+        return before[last] + min(place - starts[last], self.spans[last].size) if last >= 0 else 0
+
+    @functools.cached_property
+    def _starts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where each parameter begins, and how many values of parameters lie before it."""
+        sizes = itertools.accumulate((span.size for span in self.spans), initial=0)
+        return tuple(span.start for span in self.spans), tuple(sizes)
 
     def parts(self, shard: int) -> Iterator[ParameterRange]:
         """Yield the ranges of parameters that a shard has."""

@@ -215,6 +215,12 @@ class PlanArgs(AssumingArgs):
     """Find the fastest layout on a number of GPUs, and say why the others are slower."""
 
     gpus: int = _option("N", "the number of GPUs", int, required=True)
+    pins: tuple[str, ...] = _repeated(
+        "PIN",
+        "a choice that every layout has: MODULE.AXIS=VALUE, such as language.tp=8 or *.cp=1, "
+        "microbatches=N or schedule=NAME",
+        flags=("--pin",),
+    )
     costs: Path | None = _option("FILE", "measured times of the job's modules, as `probe` writes them", Path)
     time_limit: float | None = _option("S", "end after about S seconds with the best layout so far", float)
     out: Path | None = _option("FILE", "write the fastest layout as a job file", Path)
@@ -413,6 +419,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "plan": (
         "plan job.toml --gpus 64 --gpu h100 --out planned.toml",
         "plan job.toml --gpus 64 --gpu h100 --html layouts.html",
+        "plan job.toml --gpus 64 --gpu h100 --pin language.tp=8 --pin schedule=1f1b",
     ),
     "probe": ("probe job.toml --out costs.toml",),
     "train": (

@@ -12,8 +12,8 @@ from rich.table import Table
 from mimogrid.core.base.errors import PlanError, Problem
 from mimogrid.core.base.units import in_bytes
 from mimogrid.core.draw.dashboard import facts_of
-from mimogrid.core.job.layouts import unplanned
 from mimogrid.core.plan.layouts import BEST, SLOWER, Layout, Question, shown
+from mimogrid.core.plan.pins import parse
 from mimogrid.core.plan.planner import Plan, Sensitivity, plan
 from mimogrid.core.pricing.accelerators import ACCELERATORS
 from mimogrid.core.pricing.machine import Machine, machine_for
@@ -59,17 +59,17 @@ def _question(job: Job, args: PlanArgs) -> Question:
     problems: list[Problem] = []
     if args.gpus < 1:
         problems.append(Problem("--gpus", f"is {args.gpus}.", "Use 1 or more."))
-    if job.spec.batch.tokens_per_microbatch:
-        problems.append(unplanned("mimogrid plan"))
     machine = _found(lambda: _machine(job), problems)
     step = _found(lambda: job.step(0), problems)
-    if problems or machine is None or step is None:
+    pins = _found(lambda: parse(args.pins, tuple(job.spec.modules)), problems)
+    if problems or machine is None or step is None or pins is None:
         raise PlanError(problems)
     spec = job.spec
     if args.costs:
         measured = measured_on(machine, step, costfile.read(args.costs, job.topology)).measured
         spec = attrs.evolve(spec, gpu=attrs.evolve(spec.gpu, times=dict(measured)))
-    return Question(spec=spec, facts=job.topology.source, samples=step.samples, gpus=args.gpus)
+    samples = job.step_in_order(0).samples
+    return Question(spec=spec, facts=job.topology.source, samples=samples, gpus=args.gpus, pins=pins)
 
 
 def _machine(job: Job) -> Machine:

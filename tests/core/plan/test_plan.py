@@ -352,3 +352,23 @@ def test_few_dp_ranks_are_timed_for_many(monkeypatch):
     for number in ("step_s", "bubble", "mfu", "exchange_s", "lower_bound_s"):
         assert getattr(whole, number) == pytest.approx(getattr(part, number), rel=1e-5)
     assert every.confirmed(whole).step_s == pytest.approx(few.confirmed(part).step_s, rel=1e-5)
+
+
+def test_what_was_evaluated_before_does_not_matter():
+    """Layouts of equal stages on other grids share an order, but not where its last backwards are cut."""
+    asked = question(6)
+    spec = attrs.evolve(asked.spec, optimizer=attrs.evolve(asked.spec.optimizer, cut_mb=1.0))
+    before, layout = (
+        attrs.evolve(
+            spec,
+            modules={
+                "vision": attrs.evolve(spec.modules["vision"], grid=GridSpec(dp=dp, offset=0)),
+                "language": attrs.evolve(spec.modules["language"], grid=GridSpec(offset=2)),
+            },
+            batch=BatchSpec(global_size=8, microbatches=4),
+        )
+        for dp in (1, 2)
+    )
+    used, fresh = Evaluator(asked, "language"), Evaluator(asked, "language")
+    assert used.evaluated(before).step_s != used.evaluated(layout).step_s
+    assert fresh.evaluated(layout).step_s == used.evaluated(layout).step_s
