@@ -35,6 +35,7 @@ IMPORTED = (
     "hypothesis.strategies",
     "matplotlib.pyplot",
     "sklearn.datasets",
+    "torch._dynamo",
     "torch.utils.tensorboard",
     "mimogrid.shell.run.preload",
 )

@@ -17,7 +17,7 @@ that of the most microbatches that a step may have.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
@@ -39,7 +39,7 @@ from mimogrid.core.schedule.cuts import cuts_of
 from mimogrid.core.schedule.order import Order
 from mimogrid.core.schedule.orders import order_of
 from mimogrid.core.schedule.work import work_of
-from mimogrid.core.simulate.fullest import bytes_at_most, fullest_ranks
+from mimogrid.core.simulate.fullest import Fullest, bounds_of_fullest, fullest_ranks
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.simulation import rank_classes_of, simulate
 from mimogrid.core.step.cells import samples_per_cell
@@ -52,7 +52,7 @@ SIMULATED_MOST = 100_000
 """Actions of all rank classes. A larger step would be simulated for more than some seconds."""
 WHOLE_WORLD = 64
 """Ranks. Of smaller worlds all are simulated."""
-LOOKED_AT, CONFIRMED_AT = 16, 64
+LOOKED_AT, CONFIRMED_AT = 8, 64
 """Ranks that host the same stages of which the memory is looked at, and as many of a layout that is confirmed. Samples
 are alike, so ranks differ by the rows that they exchange."""
 LOWERED = 4
@@ -116,10 +116,16 @@ class Evaluator:
         return seconds / layout.lockstep_s if layout.lockstep_s else 0.0
 
     def fitted(self, layout: Layout) -> Layout:
-        """Return a layout, which is too large if its fullest rank holds too much in a short step."""
+        """Return a layout, which is too large if its fullest rank holds too much in a short step.
+
+        If that is so even without messages, these are left out of what it needs.
+        """
         program, whole = self._short(layout)
-        most = bytes_at_most(program, whole, each=LOOKED_AT)
-        return layout if most <= self.question.memory_bytes else self._with_memory(layout, program, whole)
+        least, most = bounds_of_fullest(program, whole, each=LOOKED_AT)
+        if most <= self.question.memory_bytes:
+            return layout
+        found = self._holding(layout, least, program.topology)
+        return found if found.kind == TOO_LARGE else self._with_memory(layout, program, whole)
 
     def measured(self, layout: Layout) -> Layout:
         """Return a layout with the memory of a short step; it is too large if its fullest rank holds too much."""
@@ -137,11 +143,15 @@ class Evaluator:
     ) -> Layout:
         each, lowered = (CONFIRMED_AT, None) if closely else (LOOKED_AT, LOWERED)
         fullest = fullest_ranks(program, whole, each=each, lowered=lowered)
+        return self._holding(layout, fullest, program.topology)
+
+    def _holding(self, layout: Layout, fullest: Mapping[str, Fullest], topology: Topology) -> Layout:
+        """Return a layout whose fullest ranks hold so much, which may be too large."""
         most = {name: each.bytes for name, each in fullest.items()}
         largest, has = max(most, key=most.__getitem__), self.question.memory_bytes
         if most[largest] <= has:
             return attrs.evolve(layout, peak_bytes=most)
-        stage = fullest[largest].stage(program.topology, largest)
+        stage = fullest[largest].stage(topology, largest)
         reason = f"does not fit: {needs(stage, most[largest], has)}"
         return attrs.evolve(layout, kind=TOO_LARGE, reason=reason, peak_bytes=most)
 
@@ -361,11 +371,11 @@ def _shortened(spec: JobSpec) -> JobSpec:
 def _divides(few: int, spec: JobSpec) -> bool:
     """Whether a step consists of repetitions of so many microbatches, for every module, and these fill its chunks."""
     count, modules = spec.batch.microbatches, spec.modules.values()
-    return (
-        count % few == 0
-        and all((module.microbatches or count) * few % count == 0 for module in modules)
-        and all(module.chunks == 1 or few % module.grid.pp == 0 for module in modules)
-    )
+    each = [
+        ((module.microbatches or count) * few, module.grid.pp if module.chunks > 1 else 1)
+        for module in modules
+    ]
+    return count % few == 0 and all(own % (count * multiple) == 0 for own, multiple in each)
 
 
 def _times_narrower(spec: JobSpec) -> int:

@@ -185,15 +185,19 @@ class Program:
         """Return the index of the action that completes the gradients of a stage on all dp ranks."""
         return self.order.index[self.order.of(info.stage)[-1]]
 
+    def ties(self, rank: int) -> Iterator[Stage]:
+        """Yield the stages of a rank that have one of two copies of embeddings, whose gradients are summed."""
+        for info in self.topology.role(rank).stages if self.order.training else ():
+            tied = any(p.copy and p.name in info.trainable for p in info.parameters)
+            if tied and info.first != info.last:
+                yield info.stage
+
     def finish(self, rank: int) -> Iterator[Action]:
         """Yield the end of a rank's training step: waits for sums, embedding all-reduces, norm, update."""
         if not self.order.training:
             return
         yield from (WaitReduce(reduce.stage, reduce.bucket) for reduce in self.sums(rank))
-        for info in self.topology.role(rank).stages:
-            tied = any(p.copy and p.name in info.trainable for p in info.parameters)
-            if tied and info.first != info.last:
-                yield Tie(info.stage)
+        yield from map(Tie, self.ties(rank))
         yield Norm()
         yield Update()
 

@@ -40,7 +40,7 @@ def fullest_ranks(
     at most so many ranks are `lowered`, those first that may hold most: another one may hold a little more then.
     """
     topology, more = program.topology, _more_bytes(program, whole)
-    most = _at_most(program, more, each)
+    most = {rank: bounds[1] for rank, bounds in _bounds(program, more, each).items()}
 
     @functools.cache
     def held(rank: int) -> int:
@@ -49,13 +49,26 @@ def fullest_ranks(
     return {name: _fullest(module.grid, most, held, lowered) for name, module in topology.modules.items()}
 
 
-def bytes_at_most(program: Program, whole: Topology | None = None, *, each: int | None = None) -> int:
-    """Return what no rank holds more than, likewise: with all its messages in buffers at once. Nothing is lowered."""
-    return max(_at_most(program, _more_bytes(program, whole), each).values())
+def bounds_of_fullest(
+    program: Program, whole: Topology | None = None, *, each: int | None = None
+) -> tuple[dict[str, Fullest], int]:
+    """Return, by module, the rank that holds most if messages take no buffers, and what no rank holds more than.
+
+    Likewise, but nothing is lowered.
+    """
+    bounds = _bounds(program, _more_bytes(program, whole), each)
+    least = {
+        name: max(
+            (Fullest(rank, bytes_) for rank, (bytes_, _) in bounds.items() if rank in module.grid),
+            key=lambda each: (each.bytes, -each.rank),
+        )
+        for name, module in program.topology.modules.items()
+    }
+    return least, max(most for _, most in bounds.values())
 
 
-def _at_most(program: Program, more: Mapping[int, int], each: int | None) -> Mapping[int, int]:
-    """Return what no rank of each class holds more than; `more` is beside what the program says."""
+def _bounds(program: Program, more: Mapping[int, int], each: int | None) -> Mapping[int, tuple[int, int]]:
+    """Return between which two numbers the bytes of a rank of each class are, with `more` than the program says."""
     by_stages = program.topology.ranks_by_stages
     some = {
         rank: stages
@@ -65,7 +78,8 @@ def _at_most(program: Program, more: Mapping[int, int], each: int | None) -> Map
     alike = RankClasses.of(some)
     leaders = alike_in_bytes(program, alike).members
     known: dict[Hashable, int] = {}
-    return {rank: bytes_between(program, rank, known)[1] + more[rank] for rank in leaders}
+    found = {rank: bytes_between(program, rank, known) for rank in leaders}
+    return {rank: (least + more[rank], most + more[rank]) for rank, (least, most) in found.items()}
 
 
 def _more_bytes(program: Program, whole: Topology | None) -> Mapping[int, int]:

@@ -33,9 +33,10 @@ import attrs
 
 from mimogrid.core.job.costs import Costs
 from mimogrid.core.program.lower import Program
-from mimogrid.core.schedule.actions import Collective, Tie
+from mimogrid.core.schedule.actions import Collective
 from mimogrid.core.step.traffic import message_bytes
 from mimogrid.core.topology.topology import Stage
+from mimogrid.core.update.buckets import buckets_of
 
 
 @attrs.frozen(eq=False)
@@ -252,15 +253,21 @@ def _groups(program: Program) -> Iterator[_Group]:
                     ranks = tuple(r for dp_rank in dp_ranks for r in module.tp_cp_ranks(info.stage, dp_rank))
                     yield _Group(f"{info.stage} computes", ranks, computes=True)
         for ranks in module.grid.ranks_along("pp"):
-            if Tie(module.stages[0].stage) in set(program.finish(ranks[0])):
+            if module.stages[0].stage in program.ties(ranks[0]):
                 yield _Group(f"{module.name} ties", (ranks[0], ranks[-1]))
 
 
 def _sharing(program: Program, rank: int) -> Iterator[_Group]:
-    """Yield the groups of a rank that share collectives, a group for each kind of collectives of a stage."""
+    """Yield the groups of a rank that share collectives, a group for each kind and section of a stage."""
+    topology = program.topology
+    sections = {
+        info.stage: [bucket.section for bucket in buckets_of(topology, info, rank)]
+        for info in topology.role(rank).stages
+    }
     shared: dict[Hashable, list[Collective]] = {}
     for each in program.collectives(rank):
-        shared.setdefault((type(each), each.stage, program.joint(rank, each)), []).append(each)
+        section = sections[each.stage][each.bucket]
+        shared.setdefault((type(each), each.stage, section), []).append(each)
     for alike in shared.values():
         buckets = ",".join(str(each.bucket) for each in alike)
         yield _Group(f"{alike[0]} of {buckets}", program.joint(rank, alike[0]))

@@ -376,3 +376,22 @@ def test_what_was_evaluated_before_does_not_matter():
     used, fresh = Evaluator(asked, "language"), Evaluator(asked, "language")
     assert used.evaluated(before).step_s != used.evaluated(layout).step_s
     assert fresh.evaluated(layout).step_s == used.evaluated(layout).step_s
+
+
+def test_a_module_that_interleaves_its_own_microbatches_is_timed():
+    """The short step, by which a layout is timed, fills its chunks, too."""
+    asked = question(2, batch=96)
+    modules = {
+        "vision": attrs.evolve(asked.spec.modules["vision"], grid=GridSpec(offset=0)),
+        "language": attrs.evolve(
+            asked.spec.modules["language"], grid=GridSpec(pp=2, offset=0), chunks=2, microbatches=16
+        ),
+    }
+    schedule = attrs.evolve(asked.spec.schedule, name="interleaved")
+    batch = BatchSpec(global_size=96, microbatches=96)
+    spec = attrs.evolve(asked.spec, modules=modules, batch=batch, schedule=schedule)
+    assert () == problems_of(spec, FACTS)
+    evaluator = Evaluator(asked, "language")
+    layout = evaluator.evaluated(spec)
+    assert SLOWER == layout.kind
+    assert layout.step_s == pytest.approx(evaluator.whole(layout).step_s, rel=0.2)

@@ -14,7 +14,7 @@ from mimogrid.shell.cli.main import main
 from mimogrid.shell.job.builders import PlanWarning
 from mimogrid.shell.job.jobs import open_job
 from mimogrid.shell.run import folders, log
-from scale import SCALE
+from scale import SCALE, one_of_each
 
 
 ROOT = Path(__file__).parents[3]
@@ -120,11 +120,11 @@ def test_a_jitter_beyond_all_times_is_refused(capsys, jitter):
 
 def test_check_does_not_verify_what_takes_minutes(capsys):
     """The layout is shown, and that it was not verified is said."""
-    words = ["--set=batch.global_size=1_000_000", "--set=modules.vision.grid.dp=90_000"]
+    words = ["--set=batch.global_size=160_000", "--set=modules.vision.grid.dp=40_000"]
     assert 0 == main(["check", str(FIRST), *words])
     captured = capsys.readouterr()
     assert "too much to verify in seconds" in captured.err
-    assert "0-89999" in captured.out
+    assert "0-39999" in captured.out
 
 
 def test_text_of_files_is_written_out_on_terminals_and_in_pictures(tmp_path, capsys):
@@ -164,8 +164,9 @@ def test_text_of_files_is_written_out_where_a_run_tells_of_itself(tmp_path, caps
     assert not {"\x1b", "\x07", "\u202e"} & set(said)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-@pytest.mark.parametrize("command", ["check", "roles", "simulate"])
+@pytest.mark.parametrize(
+    ("command", "encoding"), one_of_each(["check", "roles", "simulate"], ["ascii", "latin-1"])
+)
 def test_a_terminal_without_the_characters_gets_plain_ones(tmp_path, encoding, command):
     """Also where names have others."""
     job = tmp_path / "naïve—job.toml"
@@ -199,7 +200,7 @@ def test_a_misspelt_command_is_told_the_nearest(capsys):
 def test_any_bytes_end_in_words():
     """Some hundred files and arguments that nobody would write; more a night; `nox -s fuzz` takes twenty minutes."""
     script = ROOT / "tests" / "long" / "fuzzing.py"
-    seconds = os.environ.get("MIMOGRID_FUZZ_SECONDS", "120" if SCALE > 1 else "4")
+    seconds = os.environ.get("MIMOGRID_FUZZ_SECONDS", "120" if SCALE > 1 else "2")
     done = subprocess.run(
         [sys.executable, script, seconds],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
