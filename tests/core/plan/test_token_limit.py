@@ -1,5 +1,7 @@
 """Token limits: what `plan` searches keeps them, its numbers of microbatches are bounds, and pins go with them."""
 
+import itertools
+
 import pytest
 
 from mimogrid.core.base.errors import PlanError
@@ -8,7 +10,7 @@ from mimogrid.core.plan.conflicts import conflicts
 from mimogrid.core.plan.evaluation import Evaluator
 from mimogrid.core.plan.layouts import SLOWER
 from mimogrid.core.plan.planner import plan
-from mimogrid.core.plan.token_limit import TokenLimit, token_limit_of
+from mimogrid.core.plan.token_limit import STEP, TokenLimit, token_limit_of
 from mimogrid.core.pricing.balance import Balance
 from mimogrid.core.step.step import step_of
 from planned import drawn_layouts, question
@@ -63,7 +65,7 @@ def test_the_number_by_the_limit_is_a_lower_bound(seed):
 
 @pytest.mark.parametrize(("multiple", "of"), [(1, 1), (1, 3), (2, 1), (4, 3)])
 def test_dp_sizes_have_their_number_of_microbatches(multiple, of):
-    """All that are offered for a number have it. Of those that have it the least and the largest are offered."""
+    """Of those that have a number the least, the largest and some between are offered, and no others."""
     limit = TokenLimit(bins=37, lanes=2, samples=64)
     for count in range(1, 40):
         having = [
@@ -74,6 +76,8 @@ def test_dp_sizes_have_their_number_of_microbatches(multiple, of):
         sizes = limit.text_dp_sizes(count, multiple=multiple, of=of, most=40)
         assert set(sizes) <= set(having)
         assert [*having[:1], *having[-1:]] == [*sizes[:1], *sizes[-1:]]
+        pairs = itertools.pairwise(sizes)
+        assert not [dp for a, b in pairs for dp in having if STEP * a <= dp < b]
 
 
 @pytest.mark.parametrize("beside", [5, 7, 12, 18])
@@ -153,13 +157,32 @@ def test_lanes_that_are_too_small_are_refused(words, limit):
     asked = question(*words, limit=limit, gpus=8)
     [problem] = conflicts(asked, "language")
     assert "lanes" in problem.message
-    nearest, _, _ = problem.remedy.partition(". ")
+    nearest, _, larger = problem.remedy.partition(". Or use --set batch.tokens_per_microbatch=")
+    assert () == conflicts(question(*words, limit=int(larger.rstrip(".")), gpus=8), "language")
     changes = nearest.rstrip(".").removeprefix("The nearest that fits: ").split(", or ")
     for change in changes:
         changed = [change if word.startswith(change.partition("=")[0]) else word for word in words]
         other = question(*changed, limit=limit, gpus=8)
         assert () == conflicts(other, "language")
     assert () == other.pins.broken_by(plan(other, budget=2_000).best.spec)
+
+
+@pytest.mark.parametrize("dp", [23, 29, 58])
+def test_a_pin_that_layouts_have_is_not_refused(dp):
+    """Samples of a whole lane leave a language model only dp sizes that divide it, or that it divides."""
+    asked = question(f"vision.dp={dp}", gpus=60, limit=512, batch=75)
+    assert 1 == asked.limit.lanes
+    assert () == conflicts(asked, "language")
+
+
+@pytest.mark.parametrize(("limit", "gpus", "memory_gb"), [(512, 2, 1.6), (1024, 3, 1.3), (0, 3, 1.2)])
+def test_what_is_said_to_lack_memory_lacks_some(limit, gpus, memory_gb):
+    """Also where estimates are tried that fill a part of it, and with counted microbatches."""
+    found = plan(question(limit=limit, gpus=gpus, memory_gb=memory_gb), budget=3_000)
+    assert "short by " in found.nearest_fit
+    assert not any(
+        "short by -" in reason for reason in (found.nearest_fit, *(each.reason for each in found.layouts))
+    )
 
 
 def test_nothing_fits():
