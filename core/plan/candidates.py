@@ -133,15 +133,21 @@ class Scope:
     work: Mapping[str, float]
     pins: Pins = FREE
 
-    def keeps_limit(self, main: PricedConfig, others: "Mapping[str, Placed]") -> bool:
-        """Whether the longest sample fits into every part that a limit of tokens is cut into."""
-        limit = self.spaces[main.module].limit
-        if limit is None:
+    def can_cut(self, main: PricedConfig, others: "Mapping[str, Placed]") -> bool:
+        """Whether a step can be cut for these modules, where a limit of tokens cuts it, or samples are assigned by cost.
+
+        The longest sample must fit into every part of the limit. By cost there must be a sample for every cell.
+        """
+        space = self.spaces[main.module]
+        if space.limit is None and not space.balances:
             return True
-        sizes = {name: placed.priced.config.dp for name, placed in others.items()}
-        sizes[main.module] = main.config.dp
-        texts = [dp for name, dp in sizes.items() if name in self.graph.texts]
-        return limit.allows(texts, sizes.values())
+        configs = {name: placed.priced.config for name, placed in others.items()} | {main.module: main.config}
+        sizes = {name: config.dp for name, config in configs.items()}
+        if space.limit is not None:
+            texts = [dp for name, dp in sizes.items() if name in self.graph.texts]
+            return space.limit.allows(texts, sizes.values())
+        counts = (config.microbatches for config in configs.values())
+        return math.lcm(*counts) * math.lcm(*sizes.values()) <= self.samples
 
     def most_ranks(self, name: str) -> int:
         """Return how many ranks of its own a module may get; small ones always a few, and what is pinned."""
@@ -351,7 +357,7 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         notes.looked_at += len(grown)
         notes.effort += len(grown)
         within = [part for part in grown if part.ranks + to_come <= scope.ranks]
-        parts = _best(scope, notes, main, [part for part in within if scope.keeps_limit(main, part.others)])
+        parts = _best(scope, notes, main, [part for part in within if scope.can_cut(main, part.others)])
     bounds = [max(part.bound, chain_bound_s(scope.graph, _all_priced(main, part.others))) for part in parts]
     # Of equal estimates the least work is best: what is recomputed may lie on no path that counts.
     estimates = [max(bound, part.estimate) for bound, part in zip(bounds, parts, strict=True)]

@@ -42,6 +42,7 @@ from mimogrid.core.schedule.work import work_of
 from mimogrid.core.simulate.fullest import Fullest, bounds_of_fullest, fullest_ranks
 from mimogrid.core.simulate.lockstep import lockstep, lower_bound_s
 from mimogrid.core.simulate.simulation import rank_classes_of, simulate
+from mimogrid.core.step.cells import samples_per_cell
 from mimogrid.core.step.routes import Routes
 from mimogrid.core.step.step import SampleSizes, Step, step_of
 from mimogrid.core.topology.topology import Topology
@@ -75,7 +76,7 @@ class Evaluator:
     _sizes: tuple[SampleSizes, ...] = attrs.field(default=(), init=False)
     """What the samples are in every module: the same in every layout."""
     _largest: tuple[SampleSizes, ...] = attrs.field(default=(), init=False)
-    """The same of the largest samples."""
+    """The same of the largest sample."""
     _full_cells: dict[int, SampleSizes] = attrs.field(factory=dict[int, SampleSizes], init=False)
     """What a cell of so many tokens has at most."""
 
@@ -133,7 +134,7 @@ class Evaluator:
     def _short(self, layout: Layout) -> tuple[Program, Topology | None]:
         """Return the program of a short step, with the whole topology if it is that of some of the dp ranks."""
         topology = self.question.topology(layout.spec)
-        short = _shortened(_counted(layout.spec, topology.most_microbatches))
+        short = _shortened(_fullest(layout.spec, topology))
         times = _times_narrower(short)
         return self._program(layout.spec, short, times), topology if times > 1 else None
 
@@ -176,12 +177,12 @@ class Evaluator:
         return self._rated(layout, even.step, timeline.step_s, busy_s, bound_s)
 
     def _with_memory_of_all(self, layout: Layout, program: Program, timed: JobSpec, times: int) -> Layout:
-        """Return a layout with the memory of the most microbatches that a step may have; `program` is for `timed`.
+        """Return a layout with the memory of the fullest step (`_fullest`); `program` is for `timed`.
 
-        If these are too many, it keeps the memory of a short step.
+        If that is too large, it keeps the memory of a short step.
         """
         whole = self.question.topology(layout.spec)
-        most = _counted(layout.spec, whole.most_microbatches)
+        most = _fullest(layout.spec, whole)
         if most != timed:
             program = self._program(layout.spec, most, times)
             if _is_large(program):
@@ -240,23 +241,20 @@ class Evaluator:
         topology, machine = self.question.topology(spec), self.question.machine
         step = self._step(topology)
         costs = even_costs(step, machine)
-        if not topology.tokens_per_cell:
-            return _Even(step, costs, spec, spec)
-        if topology.balances and spec.schedule.costs is None:
-            # `simulate` assigns samples by the costs that it assumes.
+        if topology.tokens_per_cell and topology.balances and spec.schedule.costs is None:
+            # `simulate` assigns samples by the costs that it assumes. That may give another number of microbatches.
             schedule = attrs.evolve(spec.schedule, costs=costs)
             step = self._step(self.question.topology(attrs.evolve(spec, schedule=schedule)))
         return _Even(step, costs, spec, _counted(spec, step.topology.most_microbatches))
 
     def _step(self, topology: Topology) -> Step:
-        """Return the step of the samples as they are, cut as a limit of tokens asks for."""
+        """Return the step of the samples as they are, cut by tokens and assigned by cost as the job asks for."""
         if not self._sizes:
             sizes = step_of(topology, self.question.samples).sizes
             self._sizes = tuple(sizes)
         step = Step(topology, self.question.samples, (), self._sizes)
-        if not topology.tokens_per_cell:
-            return step
-        step = step.cut_by_tokens()
+        if topology.tokens_per_cell:
+            step = step.cut_by_tokens()
         return Balance(topology).assigned(step) if topology.balances else step
 
     def _program(self, spec: JobSpec, timed: JobSpec, times: int = 1) -> Program:
@@ -276,10 +274,10 @@ class Evaluator:
 
     def _as_large(self, topology: Topology) -> tuple[tuple[Sample, ...], tuple[SampleSizes, ...]]:
         """Return the samples of a step, each as large as the largest, with their sizes."""
-        samples = self.question.largest[: topology.spec.batch.global_size]
+        count = topology.spec.batch.global_size
         if not self._largest:
-            self._largest = step_of(topology, self.question.largest).sizes
-        return samples, self._largest[: len(samples)]
+            self._largest = step_of(topology, self.question.largest[:1]).sizes
+        return self.question.largest[:1] * count, self._largest * count
 
     def _full(self, spec: JobSpec, topology: Topology) -> tuple[tuple[Sample, ...], tuple[SampleSizes, ...]]:
         """Return the samples of a step, each of which stands for a full cell of a layout, with their sizes."""
@@ -339,6 +337,19 @@ def _counted(spec: JobSpec, count: int) -> JobSpec:
     if not spec.batch.tokens_per_microbatch:
         return spec
     return attrs.evolve(spec, batch=BatchSpec(global_size=count * lanes_of(spec), microbatches=count))
+
+
+def _fullest(spec: JobSpec, topology: Topology) -> JobSpec:
+    """Return a layout as one of which every step has the most that one of its own may have.
+
+    Under a limit of tokens that are the most microbatches. Where samples are assigned by cost, every cell has as many
+    as the fullest of an even cut.
+    """
+    if topology.tokens_per_cell or not topology.balances:
+        return _counted(spec, topology.most_microbatches)
+    cells = math.prod(topology.cell_grid)
+    count = cells * samples_per_cell(spec.batch.global_size, cells)
+    return attrs.evolve(spec, batch=attrs.evolve(spec.batch, global_size=count))
 
 
 def _shortened(spec: JobSpec) -> JobSpec:

@@ -1,6 +1,7 @@
 """Layouts: what a search is asked, a candidate as a job, and what the search says of it."""
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
@@ -232,7 +233,7 @@ def marked_unpinned(layout: Layout, pins: Pins) -> Layout:
 def too_large(candidates: Candidates, question: Question, best: Layout | None) -> Iterator[Layout]:
     """Yield layouts that do not fit and might beat the best time, one for each shape and pp of the main module."""
     known: set[str] = set()
-    for layout in candidates.out_of_memory:
+    for layout in _lacking_any(candidates, question):
         if best is not None and layout.candidate.bound >= best.step_s:
             continue
         priced = layout.candidate.main
@@ -252,6 +253,11 @@ def _lacking(layout: OutOfMemory, memory_bytes: float) -> str:
     return f"{needs(f'{layout.module}.{layout.pp}', layout.needs, memory_bytes)} with {priced}"
 
 
+def _lacking_any(candidates: Candidates, question: Question) -> Iterator[OutOfMemory]:
+    """Yield what is estimated not to fit; a walk that fills only a part of the memory leaves out more."""
+    return (each for each in candidates.out_of_memory if each.needs > question.memory_bytes)
+
+
 def least_lack(
     candidates: Candidates, evaluated: Sequence[Layout], spaces: Mapping[str, SearchSpace], question: Question
 ) -> tuple[str, float]:
@@ -259,17 +265,17 @@ def least_lack(
 
     No bytes are needed where no grid is legal.
     """
-    if not candidates.out_of_memory:
-        return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs", 0.0
-    least = min(candidates.out_of_memory, key=lambda layout: layout.needs)
+    least = min(_lacking_any(candidates, question), key=lambda layout: layout.needs, default=None)
     tried = [each for each in evaluated if each.kind == TOO_LARGE and each.peak_bytes]
     closest = min(tried, key=lambda layout: max(layout.peak_bytes.values()), default=None)
-    needed = min(least.needs, *(max(each.peak_bytes.values()) for each in tried)) if tried else least.needs
-    if closest is not None and needed < least.needs:
+    needed = max(closest.peak_bytes.values()) if closest else math.inf
+    if closest is not None and (least is None or needed < least.needs):
         return f"{closest.reason.removeprefix('does not fit: ')} with {shown(closest.spec)}", needed
+    if least is None:
+        return evaluated[0].reason if evaluated else "no grid is legal on so few GPUs", 0.0
     ruled_out = next((each for each in _plain(spaces[least.module].illegal)), None)
     why = f". {ruled_out.problem.message} {ruled_out.problem.remedy}" if ruled_out else ""
-    return _lacking(least, question.memory_bytes) + why.removesuffix("."), needed
+    return _lacking(least, question.memory_bytes) + why.removesuffix("."), least.needs
 
 
 def _plain(shapes: Iterable[Illegal]) -> Iterator[Illegal]:

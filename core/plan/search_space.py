@@ -108,8 +108,22 @@ class SearchSpace:
         """Whether every dp rank may have samples in a microbatch."""
         return config.dp <= self.sizes(config.microbatches, config.ranks).most_dp
 
-    def _share(self, microbatches: int, dp: int) -> float:
-        """Return how many samples of a microbatch the fullest dp rank has; under a limit of tokens, the mean one."""
+    @property
+    def balances(self) -> bool:
+        """Whether microbatches are counted, and samples are assigned to them and to dp ranks by cost."""
+        return self.limit is None and self.costs.spec.batch.balance == "cost"
+
+    def _timed_share(self, microbatches: int, dp: int) -> float:
+        """Return how many samples of a microbatch count for the time of a dp rank.
+
+        Those of the fullest one; where a limit cuts samples, or costs assign them, dp ranks are alike and have the mean.
+        """
+        if self.balances:
+            return self.costs.samples / (microbatches * dp)
+        return self._held_share(microbatches, dp)
+
+    def _held_share(self, microbatches: int, dp: int) -> float:
+        """Return how many samples of a microbatch the fullest dp rank holds; under a limit of tokens, the mean one."""
         samples = self.costs.samples
         return samples / (microbatches * dp) if self.limit else -(-(samples // microbatches) // dp)
 
@@ -123,9 +137,9 @@ class SearchSpace:
             known: dict[int, tuple[float, float]] = {}
             for pp, chunk, dp in sizes.of(shape):
                 if dp not in known:
-                    own = self._share(microbatches, dp)
-                    seconds = self.costs.seconds(shape, own)
-                    known[dp] = seconds.forward[-1] + seconds.backward[-1], IN_FLIGHT * own * in_flight
+                    seconds = self.costs.seconds(shape, self._timed_share(microbatches, dp))
+                    held = IN_FLIGHT * self._held_share(microbatches, dp) * in_flight
+                    known[dp] = seconds.forward[-1] + seconds.backward[-1], held
                 through, held = known[dp]
                 share = _pipelined(microbatches, pp) if chunk == 1 else microbatches / pp
                 rates = shape.ranks * pp * dp, through * share, through, (kept + held / chunk) / pp
@@ -162,7 +176,7 @@ class SearchSpace:
 
     def _price(self, config: ParallelConfig) -> PricedConfig:
         pp, chunks = config.pp, config.chunks
-        seconds = self.costs.seconds(config.shape, self._share(config.microbatches, config.dp))
+        seconds = self.costs.seconds(config.shape, self._timed_share(config.microbatches, config.dp))
         held = self.costs.held(config.shape)
         split = self.costs.split(config.shape, pp * chunks)
         starts = tuple(itertools.accumulate(split, initial=0))
@@ -213,7 +227,7 @@ class SearchSpace:
         owners = config.shape.cp * config.dp if self.costs.spec.optimizer.sharded else 1
         return RankBytes(
             kept=over(held.kept, spans) + over(held.optimizer, spans) / owners,
-            in_flight=over(held.in_flight, spans) * self._share(config.microbatches, config.dp) / chunks,
+            in_flight=over(held.in_flight, spans) * self._held_share(config.microbatches, config.dp) / chunks,
             depth=pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * pp + 1,
         )
 
