@@ -134,7 +134,7 @@ class Scope:
     pins: Pins = FREE
 
     def can_cut(self, main: PricedConfig, others: "Mapping[str, Placed]") -> bool:
-        """Whether a step can be cut for these modules, where a limit of tokens cuts it, or samples are assigned by cost.
+        """Whether a step can be cut for these modules: by a limit of tokens, or with samples assigned by cost.
 
         The longest sample must fit into every part of the limit. By cost there must be a sample for every cell.
         """

@@ -116,7 +116,7 @@ class SearchSpace:
     def _timed_share(self, microbatches: int, dp: int) -> float:
         """Return how many samples of a microbatch count for the time of a dp rank.
 
-        Those of the fullest one; where a limit cuts samples, or costs assign them, dp ranks are alike and have the mean.
+        Those of the fullest one; where a limit cuts samples, or costs assign them, dp ranks are alike with the mean.
         """
         if self.balances:
             return self.costs.samples / (microbatches * dp)
