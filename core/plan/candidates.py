@@ -133,21 +133,18 @@ class Scope:
     work: Mapping[str, float]
     pins: Pins = FREE
 
-    def can_cut(self, main: PricedConfig, others: "Mapping[str, Placed]") -> bool:
-        """Whether a step can be cut for these modules: by a limit of tokens, or with samples assigned by cost.
+    def can_cut(self, dp_sizes: Mapping[str, int], counts: Iterable[int]) -> bool:
+        """Whether a step can be cut for modules of these dp sizes, with so many microbatches each.
 
-        The longest sample must fit into every part of the limit. By cost there must be a sample for every cell.
+        Where a limit of tokens cuts it, the longest sample must fit into every part of the limit. Where samples are
+        assigned by cost there must be one for every cell.
         """
-        space = self.spaces[main.module]
-        if space.limit is None and not space.balances:
-            return True
-        configs = {name: placed.priced.config for name, placed in others.items()} | {main.module: main.config}
-        sizes = {name: config.dp for name, config in configs.items()}
+        space = self.spaces[self.main]
         if space.limit is not None:
-            texts = [dp for name, dp in sizes.items() if name in self.graph.texts]
-            return space.limit.allows(texts, sizes.values())
-        counts = (config.microbatches for config in configs.values())
-        return math.lcm(*counts) * math.lcm(*sizes.values()) <= self.samples
+            texts = [dp for name, dp in dp_sizes.items() if name in self.graph.texts]
+            return space.limit.allows(texts, dp_sizes.values())
+        cells = math.lcm(*counts) * math.lcm(*dp_sizes.values())
+        return not space.balances or cells <= self.samples
 
     def most_ranks(self, name: str) -> int:
         """Return how many ranks of its own a module may get; small ones always a few, and what is pinned."""
@@ -187,6 +184,30 @@ class Scope:
         return set(feeds).union(*(self.downstream(to) for to in feeds))
 
 
+@attrs.frozen
+class _Beside:
+    """The dp size and the microbatches of the main module, where what lies beside it depends on them; else 0."""
+
+    dp: int = 0
+    microbatches: int = 0
+
+    @classmethod
+    def of(cls, scope: Scope, main: PricedConfig) -> "_Beside":
+        """Return those of a main module: they count where steps are cut into cells."""
+        cuts = scope.spaces[scope.main].cuts_cells
+        return cls(main.config.dp, main.config.microbatches) if cuts else cls()
+
+    @property
+    def dp_sizes(self) -> tuple[int, ...]:
+        """The dp size, if it counts."""
+        return (self.dp,) if self.dp else ()
+
+    def can_cut(self, scope: Scope, name: str, config: ParallelConfig) -> bool:
+        """Whether a step can be cut for the main module and this one."""
+        both = {scope.main: self.dp, name: config.dp}
+        return not self.dp or scope.can_cut(both, (self.microbatches, config.microbatches))
+
+
 @attrs.define(eq=False)
 class _Notes:
     """What a walk notes on its way. `least_s` is what the main module takes at least."""
@@ -196,11 +217,11 @@ class _Notes:
     looked_at: int = 0
     effort: int = 0
     out_of_memory: list[OutOfMemory] = attrs.field(factory=list[OutOfMemory])
-    undominated: dict[tuple[str, int], tuple[PricedConfig, ...]] = attrs.field(
-        factory=dict[tuple[str, int], tuple[PricedConfig, ...]]
+    undominated: dict[tuple[str, int, "_Beside"], tuple[PricedConfig, ...]] = attrs.field(
+        factory=dict[tuple[str, int, "_Beside"], tuple[PricedConfig, ...]]
     )
-    shared: dict[tuple[str, int, int], tuple[PricedConfig, ...]] = attrs.field(
-        factory=dict[tuple[str, int, int], tuple[PricedConfig, ...]]
+    shared: dict[tuple[str, int, int, "_Beside"], tuple[PricedConfig, ...]] = attrs.field(
+        factory=dict[tuple[str, int, int, "_Beside"], tuple[PricedConfig, ...]]
     )
 
     def prices(self, config: ParallelConfig) -> None:
@@ -322,6 +343,14 @@ class _Part:
     work: tuple[float, ...]
     bytes: tuple[float, ...]
 
+    def is_cut(self, scope: Scope) -> bool:
+        """Whether a step can be cut for these modules."""
+        if not scope.spaces[scope.main].cuts_cells:
+            return True
+        configs = {name: priced.config for name, priced in _all_priced(self.main, self.others).items()}
+        counts = [config.microbatches for config in configs.values()]
+        return scope.can_cut({name: config.dp for name, config in configs.items()}, counts)
+
     def with_(self, name: str, choice: _Choice) -> "_Part":
         work = tuple(map(operator.add, self.work, choice.work)) if choice.work else self.work
         held = tuple(map(operator.add, self.bytes, choice.bytes)) if choice.bytes else self.bytes
@@ -357,7 +386,7 @@ def _joined(scope: Scope, notes: _Notes, main: PricedConfig, least: float) -> li
         notes.looked_at += len(grown)
         notes.effort += len(grown)
         within = [part for part in grown if part.ranks + to_come <= scope.ranks]
-        parts = _best(scope, notes, main, [part for part in within if scope.can_cut(main, part.others)])
+        parts = _best(scope, notes, main, [part for part in within if part.is_cut(scope)])
     bounds = [max(part.bound, chain_bound_s(scope.graph, _all_priced(main, part.others))) for part in parts]
     # Of equal estimates the least work is best: what is recomputed may lie on no path that counts.
     estimates = [max(bound, part.estimate) for bound, part in zip(bounds, parts, strict=True)]
@@ -433,7 +462,8 @@ def _choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> Iter
     room, config = scope.ranks - main.ranks, main.config
     count, below = scope.count_beside(name, config.microbatches), scope.stages_below(name)
     below = max(main.depth, scope.held) if scope.main in scope.downstream(name) else below
-    for priced in _undominated(scope, notes, name, count):
+    beside = _Beside.of(scope, main)
+    for priced in _undominated(scope, notes, name, count, beside):
         if priced.ranks > room:
             continue
         needs = priced.bytes_at_most(below)
@@ -441,22 +471,25 @@ def _choices(scope: Scope, notes: _Notes, name: str, main: PricedConfig) -> Iter
             notes.does_not_fit(Candidate(main.bound_s(), main, {name: Placed(priced)}), name, needs)
         else:
             yield Placed(priced)
-    for priced in _on(scope, notes, name, main.ranks, count):
+    for priced in _on(scope, notes, name, main.ranks, count, beside=beside):
         yield Placed(priced, ALL)
     if config.pp > 1:
-        for priced in _on(scope, notes, name, main.ranks // config.pp, count):
+        for priced in _on(scope, notes, name, main.ranks // config.pp, count, beside=beside):
             yield Placed(priced, FIRST)
 
 
-def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> tuple[PricedConfig, ...]:
+def _undominated(
+    scope: Scope, notes: _Notes, name: str, microbatches: int, beside: "_Beside"
+) -> tuple[PricedConfig, ...]:
     """Return the configurations of a module for which no other one is nearly as good in every respect.
 
     A configuration is priced only if none that was priced is nearly as good as it may be at best.
     """
-    if (name, microbatches) not in notes.undominated:
-        rated = sorted(
-            scope.spaces[name].rated(microbatches, scope.most_ranks(name)), key=operator.itemgetter(0)
-        )
+    key = name, microbatches, beside
+    if key not in notes.undominated:
+        found = scope.spaces[name].rated(microbatches, scope.most_ranks(name), beside=beside.dp_sizes)
+        cut = (each for each in found if beside.can_cut(scope, name, each[1]))
+        rated = sorted(cut, key=operator.itemgetter(0))
         front: list[tuple[Rates, PricedConfig]] = []
         for least, config in rated:
             if not _is_matched(_where_it_counts(least, notes), front):
@@ -467,8 +500,8 @@ def _undominated(scope: Scope, notes: _Notes, name: str, microbatches: int) -> t
                     rates = (*rates[:-1], 0.0)
                 if not _is_matched(rates, front):
                     front.append((rates, priced))
-        notes.undominated[name, microbatches] = tuple(priced for _, priced in front)
-    return notes.undominated[name, microbatches]
+        notes.undominated[key] = tuple(priced for _, priced in front)
+    return notes.undominated[key]
 
 
 def _where_it_counts(rates: Rates, notes: _Notes) -> Rates:
@@ -498,19 +531,23 @@ def _is_matched(rates: Rates, front: list[tuple[Rates, _Rated]]) -> bool:
     return False
 
 
-def _on(scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int) -> Sequence[PricedConfig]:
+def _on(
+    scope: Scope, notes: _Notes, name: str, ranks: int, microbatches: int, *, beside: "_Beside"
+) -> Sequence[PricedConfig]:
     """Return configurations on so many ranks, of one stage: with the microbatches of the job, or with larger ones."""
-    if (name, ranks, microbatches) not in notes.shared:
+    key = name, ranks, microbatches, beside
+    if key not in notes.shared:
         space = scope.spaces[name]
-        configs = [*_configs_on(scope, name, ranks, microbatches, exactly=True)]
+        configs = [*_configs_on(scope, name, ranks, microbatches, beside=beside, exactly=True)]
         if not configs and scope.pins.of(name):
-            configs = [*_configs_on(scope, name, ranks, microbatches, exactly=False)]
-        notes.shared[name, ranks, microbatches] = tuple(_front(map(space.priced, configs)))
-    return notes.shared[name, ranks, microbatches]
+            configs = [*_configs_on(scope, name, ranks, microbatches, beside=beside, exactly=False)]
+        cut = (config for config in configs if beside.can_cut(scope, name, config))
+        notes.shared[key] = tuple(_front(map(space.priced, cut)))
+    return notes.shared[key]
 
 
 def _configs_on(
-    scope: Scope, name: str, ranks: int, microbatches: int, *, exactly: bool
+    scope: Scope, name: str, ranks: int, microbatches: int, *, beside: "_Beside", exactly: bool
 ) -> Iterator[ParallelConfig]:
     """Yield configurations on so many ranks, or, if not `exactly`, on fewer or more: pins may need that."""
     among, space = functools.partial(scope.pins.among, name), scope.spaces[name]
@@ -519,7 +556,7 @@ def _configs_on(
         if left and exactly:
             continue
         for count in dict.fromkeys(among("microbatches", _counts_on(scope, name, dp_ranks, microbatches))):
-            sizes = space.sizes(count, ranks if exactly else scope.ranks)
+            sizes = space.sizes(count, ranks if exactly else scope.ranks, beside=beside.dp_sizes)
             dp = sizes.largest_dp(shape, pp, chunks, dp_ranks)
             if not exactly:
                 dp = max(dp - dp % shape.dp_size, shape.dp_size)

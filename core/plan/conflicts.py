@@ -28,7 +28,7 @@ from mimogrid.core.plan.search_space import (
     shape_problem,
     shapes_of,
 )
-from mimogrid.core.plan.token_limit import TokenLimit
+from mimogrid.core.plan.token_limit import lanes_beside
 
 
 NEAR = 64
@@ -69,7 +69,8 @@ def _conflict(possible: "_Possible", pins: tuple[Pin, ...], others: Pins) -> Pro
     if enough.together(Pins(pins)):
         message, more = f"{what} needs {gpus:,} GPUs of {question.gpus:,}.", f" Or use --gpus {gpus}."
     else:
-        message, more = _reason(pins, possible), ""
+        message = _reason(pins, possible)
+        more = _larger_limit(possible, pins)
     changes = [str(pin) for pin in _changes(possible, pins, others)]
     remedy = f"The nearest that fits: {', or '.join(changes)}." if changes else "Leave one of them out."
     return Problem(" ".join(f"--pin {pin}" for pin in pins), message, remedy + more)
@@ -97,8 +98,8 @@ class _Possible:
     _legal: dict[tuple[str, ParallelShape], bool] = attrs.field(
         factory=dict[tuple[str, ParallelShape], bool], init=False
     )
-    _configs: dict[tuple[str, int, tuple[Pin, ...]], bool] = attrs.field(
-        factory=dict[tuple[str, int, tuple[Pin, ...]], bool], init=False
+    _configs: dict[tuple[str, int, tuple[Pin, ...], tuple[int, ...]], bool] = attrs.field(
+        factory=dict[tuple[str, int, tuple[Pin, ...], tuple[int, ...]], bool], init=False
     )
 
     def together(self, pins: Pins) -> bool:
@@ -108,8 +109,7 @@ class _Possible:
         if plain and any(pin.axis == "chunks" and pin.value > 1 for pin in pins.chosen):
             return False
         if limit := self.question.limit:
-            layers = layers_of(self.question.spec.modules[self.main]) if self.main in self._texts else 1
-            return any(self._within(limit, count, pins) for count in counts_within(limit, pins, layers))
+            return self.fewest_lanes(pins) <= limit.lanes
         counts = pins.among(self.main, "microbatches", pins.among(JOB, "microbatches", divisors(samples)))
         return any(self._with_microbatches(count, pins) for count in counts)
 
@@ -117,14 +117,22 @@ class _Possible:
     def _texts(self) -> Sequence[str]:
         return graph_of(self.question.spec).texts
 
-    def _within(self, limit: TokenLimit, count: int, pins: Pins) -> bool:
-        """Whether every module has a configuration, with so many microbatches as a limit of tokens gives."""
+    def fewest_lanes(self, pins: Pins) -> float:
+        """Return the fewest lanes that a dp rank of a language model has with these pins; inf if no layout has them."""
+        limit = self.question.limit
+        assert limit is not None
+        layers = layers_of(self.question.spec.modules[self.main]) if self.main in self._texts else 1
+        counts = counts_within(limit, pins, layers)
+        return min((each for count in counts for each in self._lanes(count, pins)), default=math.inf)
+
+    def _lanes(self, count: int, pins: Pins) -> Iterator[int]:
+        """Yield the lanes of a dp rank in layouts with so many microbatches, as far as pins say."""
         if not all(self._has_config(name, count, pins) for name in self.question.spec.modules):
-            return False
+            return
         others = [dp for name in self.question.spec.modules if (dp := pins.value(name, "dp"))]
-        mine = (self._found(name, count, Pins(pins.of(name))) for name in self._texts)
+        mine = (self._found(name, count, pins) for name in self._texts)
         texts = ({dp for _, _, dp in found} for found in mine)
-        return any(limit.allows(each, (*each, *others)) for each in itertools.product(*texts))
+        yield from (lanes_beside(each, others) for each in itertools.product(*texts))
 
     def _with_microbatches(self, count: int, pins: Pins) -> bool:
         """Whether every module has a configuration, with so many microbatches of the main one."""
@@ -134,12 +142,20 @@ class _Possible:
         }
         counts[self.main] = count
         whole = all(samples % each == 0 and divide(each, of_job) for each in (of_job, *counts.values()))
+        whole = whole and self._has_cells((of_job, *counts.values()), pins)
         return whole and all(self._has_config(name, each, pins) for name, each in counts.items())
 
+    def _has_cells(self, counts: Sequence[int], pins: Pins) -> bool:
+        """Whether there is a sample for every cell, if samples are assigned to microbatches by cost."""
+        spec = self.question.spec
+        lanes = math.lcm(*(_least_grid(name, pins).dp for name in spec.modules))
+        return spec.batch.balance != "cost" or math.lcm(*counts) * lanes <= len(self.question.samples)
+
     def _has_config(self, name: str, count: int, pins: Pins) -> bool:
-        key = name, count, pins.of(name)
+        beside = pins.dp_beside(name) if self.question.limit else ()
+        key = name, count, pins.of(name), beside
         if key not in self._configs:
-            self._configs[key] = any(True for _ in self._found(name, count, Pins(pins.of(name))))
+            self._configs[key] = any(True for _ in self._found(name, count, pins))
         return self._configs[key]
 
     def _found(self, name: str, count: int, pins: Pins) -> Iterator[tuple[int, int, int]]:
@@ -154,6 +170,7 @@ class _Possible:
             pins=pins,
             limit=question.limit,
             reads_text=name in self._texts,
+            beside=pins.dp_beside(name),
         )
         node = min(question.machine.accelerator.per_node, question.gpus)
         for shape in shapes_of(question.spec, name, node, pins):
@@ -210,10 +227,30 @@ def _reason(pins: tuple[Pin, ...], possible: _Possible) -> str:
                 f"{what}: chunks need a multiple of pp={grid.pp} microbatches, "
                 f"and {len(question.samples)} samples divide into no such number."
             )
+    if question.limit and (lanes := possible.fewest_lanes(chosen)) < math.inf:
+        tokens = question.spec.batch.tokens_per_microbatch
+        fit, longest = question.limit.lanes, question.facts.sequence
+        return (
+            f"{what} cuts a dp rank of the language model into {lanes} lanes or more, and "
+            f"batch.tokens_per_microbatch={tokens} has room for samples of {longest} tokens in {fit}."
+        )
     free = problems_of(_least(question, possible.main, FREE), question.facts)
     found = problems_of(_least(question, possible.main, chosen), question.facts)
     new = next((problem.message for problem in found if problem not in free), None)
     return new or f"no layout on {question.gpus:,} GPUs has {what}."
+
+
+def _larger_limit(possible: _Possible, pins: tuple[Pin, ...]) -> str:
+    """Return the least limit of tokens with which pins are possible together, in words; nothing if none is."""
+    question = possible.question
+    lanes = possible.fewest_lanes(Pins(pins)) if question.limit else math.inf
+    if lanes == math.inf or question.facts.sequence is None:
+        return ""
+    tokens = int(lanes) * question.facts.sequence
+    batch = attrs.evolve(question.spec.batch, tokens_per_microbatch=tokens)
+    larger = attrs.evolve(question, spec=attrs.evolve(question.spec, batch=batch))
+    fits = _Possible(larger, possible.main).together(Pins(pins))
+    return f" Or use --set batch.tokens_per_microbatch={tokens}." if fits else ""
 
 
 def _least(question: Question, main: str, pins: Pins) -> JobSpec:

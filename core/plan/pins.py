@@ -83,6 +83,10 @@ class Pins:
         """Return what an axis is pinned to in any module."""
         return {pin.value for pin in self.chosen if pin.axis == axis}
 
+    def dp_beside(self, module: str) -> tuple[int, ...]:
+        """Return the dp sizes that other modules are pinned to."""
+        return tuple(pin.value for pin in self.chosen if pin.axis == "dp" and pin.module != module)
+
     def of(self, module: str) -> tuple[Pin, ...]:
         """Return the pins of a module."""
         return tuple(pin for pin in self.chosen if pin.module == module)

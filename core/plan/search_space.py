@@ -113,10 +113,15 @@ class SearchSpace:
         """Whether microbatches are counted, and samples are assigned to them and to dp ranks by cost."""
         return self.limit is None and self.costs.spec.batch.balance == "cost"
 
+    @property
+    def cuts_cells(self) -> bool:
+        """Whether a step is cut into cells: by tokens, or to assign samples by cost (`step.cells`)."""
+        return self.limit is not None or self.balances
+
     def _timed_share(self, microbatches: int, dp: int) -> float:
         """Return how many samples of a microbatch count for the time of a dp rank.
 
-        Those of the fullest one; where a limit cuts samples, or costs assign them, dp ranks are alike with the mean.
+        Those of the fullest one. Where tokens cut a step, or costs assign its samples, all have about the mean.
         """
         if self.balances:
             return self.costs.samples / (microbatches * dp)
@@ -128,10 +133,13 @@ class SearchSpace:
         return samples / (microbatches * dp) if self.limit else -(-(samples // microbatches) // dp)
 
     def rated(
-        self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)
+        self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,), *, beside: Sequence[int] = ()
     ) -> Iterator[tuple[Rates, ParallelConfig]]:
-        """Yield every configuration on up to so many ranks, for so many microbatches, with what no price is below."""
-        sizes = self.sizes(microbatches, ranks, chunks)
+        """Yield every configuration on up to so many ranks, for so many microbatches, with what no price is below.
+
+        `beside` is as `sizes` takes it.
+        """
+        sizes = self.sizes(microbatches, ranks, chunks, beside=beside)
         for shape in self.shapes:
             kept, in_flight = self._least_kept(shape), self.costs.held(shape).in_flight[-1]
             known: dict[int, tuple[float, float]] = {}
@@ -145,8 +153,13 @@ class SearchSpace:
                 rates = shape.ranks * pp * dp, through * share, through, (kept + held / chunk) / pp
                 yield rates, ParallelConfig(shape, pp, chunk, dp, microbatches)
 
-    def sizes(self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,)) -> "Sizes":
-        """Return the sizes that shapes are tried with on up to so many ranks, for so many microbatches."""
+    def sizes(
+        self, microbatches: int, ranks: int, chunks: Sequence[int] = (1,), *, beside: Sequence[int] = ()
+    ) -> "Sizes":
+        """Return the sizes that shapes are tried with on up to so many ranks, for so many microbatches.
+
+        `beside` has the dp size of the main module, if this is another one.
+        """
         return Sizes(
             module=self.costs.name,
             layers=self.costs.layers,
@@ -157,6 +170,7 @@ class SearchSpace:
             pins=self.pins,
             limit=self.limit,
             reads_text=self.reads_text,
+            beside=(*beside, *self.pins.dp_beside(self.costs.name)),
         )
 
     def least_bytes(self, config: ParallelConfig) -> float:
@@ -237,7 +251,8 @@ class Sizes:
     """The stages, chunks and dp ranks that the shapes of a module may have.
 
     `layers` are those of the module, `samples` those of a step. It has `microbatches` in a step, on up to so many
-    `ranks`, and `chunks` are tried. `limit` and `reads_text` are those of `SearchSpace`.
+    `ranks`, and `chunks` are tried. `limit` and `reads_text` are those of `SearchSpace`. `beside` has the dp sizes of
+    other modules that are known.
     """
 
     module: str
@@ -249,6 +264,7 @@ class Sizes:
     pins: Pins
     limit: TokenLimit | None = None
     reads_text: bool = True
+    beside: Sequence[int] = ()
 
     @property
     def most_dp(self) -> int:
@@ -272,9 +288,11 @@ class Sizes:
         if self.limit is None:
             return tried(self.most_dp, most)
         if not self.reads_text:
-            return self.limit.other_dp_sizes(self.microbatches, most=most)
-        multiple = _multiple(pp, chunk)
-        return self.limit.text_dp_sizes(self.microbatches, multiple=multiple, of=shape.dp_size, most=most)
+            return self.limit.other_dp_sizes(self.microbatches, most=most, text=next(iter(self.beside), None))
+        multiple, of = _multiple(pp, chunk), shape.dp_size
+        return self.limit.text_dp_sizes(
+            self.microbatches, multiple=multiple, of=of, most=most, beside=self.beside
+        )
 
     def largest_dp(self, shape: ParallelShape, pp: int, chunk: int, most: int) -> int:
         """Return the largest dp size up to `most`; 0 if none goes with this number of microbatches."""

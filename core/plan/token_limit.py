@@ -53,25 +53,61 @@ class TokenLimit:
         texts = [module.grid.dp for module in spec.modules.values() if isinstance(module.options, Gpt)]
         return self.microbatches(min(texts), microbatch_multiple(spec))
 
-    def text_dp_sizes(self, count: int, *, multiple: int, of: int, most: int) -> Sequence[int]:
+    def text_dp_sizes(
+        self, count: int, *, multiple: int, of: int, most: int, beside: Sequence[int] = ()
+    ) -> Sequence[int]:
         """Return dp sizes of a language model with which a step has so many microbatches, ascending.
 
-        The number of microbatches is rounded up to a multiple of `multiple`. The dp sizes are multiples of `of`, the
-        least for each number before it is rounded.
-        """
-        before = range(max(count - multiple, 0) + 1, count + 1)
-        found = {rounded_up(-(-self.bins // each), of) for each in before}
-        most = min(most, self.samples)
-        return sorted(dp for dp in found if dp <= most and self.microbatches(dp, multiple) == count)
+        The number of microbatches is rounded up to a multiple of `multiple`. The dp sizes are multiples of `of`: the
+        least, the largest, and some between. More dp ranks have less to do in each of as many microbatches. Of those
+        that have room for the lanes that dp sizes `beside` them make, the least and the largest are there, too.
 
-    def other_dp_sizes(self, count: int, *, most: int) -> Sequence[int]:
-        """Return dp sizes of another module beside a language model with so many microbatches, ascending."""
-        sizes = _beside(-(-self.bins // count), self.lanes)
+        >>> TokenLimit(bins=64, lanes=1, samples=320).text_dp_sizes(2, multiple=1, of=1, most=60, beside=[20])
+        (32, 36, 40, 44, 49, 54, 60)
+        """
+        if count % multiple:
+            return ()
+        first, fewer = -(-self.bins // count), count - multiple
+        last = min(most, self.samples, -(-self.bins // fewer) - 1 if fewer else most)
+        return _text_dp_sizes(first, last, of, math.lcm(*beside), self.lanes)
+
+    def other_dp_sizes(self, count: int, *, most: int, text: int | None = None) -> Sequence[int]:
+        """Return dp sizes of another module beside a language model with so many microbatches, ascending.
+
+        `text` is the dp size of that, if it is known; else the least.
+        """
+        sizes = _beside(text or -(-self.bins // count), self.lanes)
         return sizes[: bisect.bisect_right(sizes, min(most, self.samples))]
 
     def allows(self, texts: Collection[int], others: Collection[int]) -> bool:
         """Whether the longest sample fits into a lane, by the dp sizes of language models and of other modules."""
-        return not texts or math.lcm(*texts, *others) // min(texts) <= self.lanes
+        return not texts or lanes_beside(texts, others) <= self.lanes
+
+
+def lanes_beside(texts: Collection[int], others: Collection[int]) -> int:
+    """Return the most lanes that a dp rank of a language model has, by the dp sizes of these and of other modules.
+
+    >>> lanes_beside([4], [6])
+    3
+    """
+    return math.lcm(*texts, *others) // min(texts)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _text_dp_sizes(first: int, last: int, of: int, beside: int, lanes: int) -> tuple[int, ...]:
+    """Return some of the multiples of `of` from a first number to a last one, with those that go with a dp size.
+
+    >>> _text_dp_sizes(8, 15, 1, 1, 1), _text_dp_sizes(8, 15, 4, 1, 1), _text_dp_sizes(10, 19, 1, 14, 1)
+    ((8, 9, 10, 11, 13, 15), (8, 12), (10, 11, 13, 14, 15, 17, 19))
+    """
+    found: list[int] = []
+    for dp in range(rounded_up(first, of), last + 1, of):
+        if not found or dp >= STEP * found[-1] or dp + of > last:
+            found.append(dp)
+    parts = (beside // each for each in range(1, min(lanes, beside) + 1) if beside % each == 0)
+    steps = (math.lcm(part, of) for part in parts)
+    ends = {end for step in steps for end in (rounded_up(first, step), last - last % step)}
+    return tuple(sorted({*found, *(end for end in ends if first <= end <= last)}))
 
 
 @functools.lru_cache(maxsize=1 << 12)

@@ -121,7 +121,7 @@ def test_the_file_is_the_promise(tmp_path, capsys, seed, kind):
     simulated = said["simulate"]
     assert best["step_time"] == pytest.approx(simulated["step_time"], rel=1e-12)
     assert best["bubble"] == pytest.approx(simulated["bubble"], rel=1e-9, abs=1e-12)
-    # Other steps may have more microbatches under a limit of tokens, and fuller cells by cost, than the timed one.
+    # Other steps may have more: microbatches under a limit of tokens, samples of a cell by cost.
     peak = max(simulated["peak_bytes"].values())
     assert best["peak_bytes"] == peak if kind == "counted" else best["peak_bytes"] >= peak
     tokens = best["tokens_per_s_per_gpu"] * found["gpus"]
