@@ -34,6 +34,8 @@ NEIGHBOURS = 40
 """Layouts that are evaluated beside the best ones."""
 PROMISING = 0.995
 """A neighbour of a layout is better if it takes at most this part of its time."""
+CONFIRMED_MOST = 6
+"""How many layouts are confirmed at most, if one of them fits."""
 TUNED = 1
 """On how many of the best layouts `auto` is tried."""
 TUNED_AT_MOST = 6_000
@@ -212,15 +214,25 @@ class Search:
     def confirm(self, shown: int, confirmed: int) -> list[Layout]:
         """Return so many of the best layouts of different kinds (`kind_of`), the fastest first.
 
-        The first `confirmed` of them are as `simulate` times them, the others as in lockstep, which is no less.
+        The first `confirmed` of them are as `simulate` times them, the others as in lockstep, which is no less. After
+        `CONFIRMED_MOST` it is the best of those that were confirmed, if any fits: others that seem faster are left out.
         """
         while True:
             ranked = self._distinct(shown)
             i = next((i for i in ranked[:confirmed] if i not in self.confirmed), None)
             if i is None:
                 return [self.measure(i) for i in ranked]
+            best = self._best_confirmed() if len(self.confirmed) >= CONFIRMED_MOST else None
+            if best is not None:
+                slower = (i for i in ranked if self.layouts[i].step_s >= self.layouts[best].step_s)
+                return [self.measure(i) for i in dict.fromkeys((best, *slower))]
             self.layouts[i] = self.evaluator.confirmed(self.layouts[i])
             self.confirmed.add(i)
+
+    def _best_confirmed(self) -> int | None:
+        """Return the number of the best layout that is confirmed; None if none of them fits."""
+        fits = [i for i in self.confirmed if self.layouts[i].kind == SLOWER]
+        return min(fits, key=lambda i: (self.layouts[i].step_s, i), default=None)
 
     def _distinct(self, count: int) -> list[int]:
         """Return the numbers of so many of the best layouts of different kinds whose memory is enough."""
