@@ -148,10 +148,9 @@ def test_check_says_how_many_microbatches_a_limit_of_tokens_makes(job, capsys):
 
 
 def test_what_needs_a_number_of_microbatches_says_so(job, capsys):
-    """Planning chooses a number and probing keeps one: both name the key that leaves none."""
-    for command in (["plan", str(job), "--gpus", "5", "--gpu", "h100"], ["probe", str(job)]):
-        assert 2 == main([*command, *LIMITED])
-        assert "batch.tokens_per_microbatch" in capsys.readouterr().err
+    """Probing keeps one, and names the key that leaves none."""
+    assert 2 == main(["probe", str(job), *LIMITED])
+    assert "batch.tokens_per_microbatch" in capsys.readouterr().err
 
 
 def test_check_shows_the_layout(job, capsys):

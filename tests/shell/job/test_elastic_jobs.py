@@ -8,8 +8,7 @@ import pytest
 
 from mimogrid.core.base.errors import PlanError
 from mimogrid.core.job.changes import refused
-from mimogrid.core.plan import planner
-from mimogrid.shell.job import elastic
+from mimogrid.shell.job import elastic, planning
 from mimogrid.shell.job.jobs import open_job
 
 
@@ -80,7 +79,7 @@ def test_a_planned_layout_is_searched_for_once_in_a_run(path: Path, tmp_path: Pa
     assert 3 >= len(first.topology.ranks)
     assert not list(refused(open_job(path, given).spec, first.spec, accepted=()))
     elastic.keep(first.spec, 3, folder)
-    with patch.object(planner, "plan", side_effect=AssertionError("searched again")):
+    with patch.object(planning, "plan", side_effect=AssertionError("searched again")):
         assert first.spec == open_job(path, given, ranks=3).spec
         assert first.topology.modules == open_job(elastic.kept_in(folder, 3)).topology.modules
         with pytest.raises(AssertionError, match="searched again"):
