@@ -14,6 +14,7 @@ from mimogrid.core.plan.search import Search
 from mimogrid.core.plan.search_space import SearchSpace
 from mimogrid.core.plan.walk import any_that_fits
 from mimogrid.core.pricing.accelerators import ACCELERATORS
+from mimogrid.core.schedule.tuning import GB
 from mimogrid.core.step.step import Step
 
 
@@ -23,7 +24,6 @@ MORE = (2, 4, 8, 16)
 """How many times the GPUs are tried."""
 ROOM = 1.01
 """How many times the memory of a layout is asked for: numbers of bytes are written with three digits."""
-GB = 1e9
 
 
 def nearest_fit(search: Search, step: Step, spaces: Mapping[str, SearchSpace], candidates: Candidates) -> str:

@@ -198,7 +198,7 @@ def test_a_misspelt_command_is_told_the_nearest(capsys):
 
 
 def test_any_bytes_end_in_words():
-    """Some hundred files and arguments that nobody would write; more a night; `nox -s fuzz` takes twenty minutes."""
+    """Files and arguments that nobody would write; more a night; `nox -s fuzz` takes twenty minutes."""
     script = ROOT / "tests" / "long" / "fuzzing.py"
     seconds = os.environ.get("MIMOGRID_FUZZ_SECONDS", "120" if SCALE > 1 else "2")
     done = subprocess.run(
